@@ -1,0 +1,1 @@
+"""Several tokens per forward pass for Hugging Face causal language models."""

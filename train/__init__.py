@@ -1,0 +1,1 @@
+"""Training: layout of spans, the self-distillation objective, a thin transformers Trainer, the demonstration task."""

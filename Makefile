@@ -1,0 +1,77 @@
+# Every target sets up what it needs on a fresh machine: a virtual environment, the pinned install, then the thing
+# itself. A second call finds the stamp and starts at once. `make test PYTHON=python3.12` picks another interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+OLDEST ?= .venv-oldest
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+SOURCES := setup.py mtpkern kernels train bench tests
+
+# The pins that differ on the oldest supported transformers, which wants the first major version of huggingface_hub.
+OLDEST_PINS := transformers==5.17.0 huggingface_hub==1.33.0
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check types fmt checkpoint gpu test-oldest clean
+
+help: ## List the targets.
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+install: $(STAMP) ## Virtual environment and pinned install, nothing else.
+
+define make_venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	"the pinned set needs Python >= 3.11, $(PYTHON) is %d.%d; run: make PYTHON=python3.11 ..." % sys.version_info[:2])'
+	$(PYTHON) -m venv $(1)
+endef
+
+$(STAMP): constraints.txt pyproject.toml setup.py
+	$(call make_venv,$(VENV))
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+demo: $(STAMP) ## Solve word problems with the shipped checkpoint, several tokens at a time.
+	$(BIN)/mtpkern demo
+
+test: $(STAMP) ## Run the tests, at most four processes of one thread each.
+	$(PYTEST) -n auto --maxprocesses=4 $(PYTEST_ARGS)
+
+check: $(STAMP) types ## Lint, format check and types; edits nothing.
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+# mypy follows folders, not setup.py's package_dir: links show it the package as it is imported once installed. Its
+# messages name the files through the links (kernels/ is mtpkern/kernels/ there).
+types: $(STAMP)
+	@rm -rf build/types && mkdir -p build/types/mtpkern
+	@ln -s $(CURDIR)/mtpkern/* $(CURDIR)/kernels $(CURDIR)/train $(CURDIR)/bench build/types/mtpkern/
+	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p mtpkern
+
+fmt: $(STAMP) ## Sort imports, mend what ruff can mend, format.
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+checkpoint: $(STAMP) ## Train the shipped checkpoint again from nothing.
+	$(BIN)/python -m mtpkern.train.checkpoint
+
+# pytest leaves with 5 where it found no test with the marker.
+gpu: $(STAMP) ## Run the tests that need a GPU.
+	@echo "So far a GPU runs the torch form of every op, without CUDA graph; the Triton kernels come next."
+	$(PYTEST) -m gpu $(PYTEST_ARGS) || [ $$? -eq 5 ]
+
+$(OLDEST)/.installed: constraints.txt pyproject.toml setup.py Makefile
+	$(call make_venv,$(OLDEST))
+	grep -vE '^(transformers|huggingface_hub)==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check -c $(OLDEST)/constraints.txt -e '.[test]' \
+	$(OLDEST_PINS)
+	@touch $@
+
+# One test file a stem: those of mtpkern/ are the tests of decoding.
+test-oldest: $(OLDEST)/.installed ## Run the tests of decoding on the oldest supported transformers.
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(OLDEST)/bin/python -m pytest -n auto --maxprocesses=4 $(PYTEST_ARGS) \
+	$(wildcard $(patsubst mtpkern/%.py,tests/test_%.py,$(wildcard mtpkern/*.py)))
+
+clean: ## Remove what the targets made: environments, caches, build output.
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

@@ -14,7 +14,7 @@ SOURCES := setup.py mtpkern kernels train bench tests
 OLDEST_PINS := transformers==5.17.0 huggingface_hub==1.33.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check types fmt checkpoint gpu test-oldest clean
+.PHONY: help install demo test check lint types fmt checkpoint gpu test-oldest clean
 
 help: ## List the targets.
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -38,7 +38,9 @@ demo: $(STAMP) ## Solve word problems with the shipped checkpoint, several token
 test: $(STAMP) ## Run the tests, at most four processes of one thread each.
 	$(PYTEST) -n auto --maxprocesses=4 $(PYTEST_ARGS)
 
-check: $(STAMP) types ## Lint, format check and types; edits nothing.
+check: lint types ## Lint, format check and types; edits nothing.
+
+lint: $(STAMP)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 
@@ -72,6 +74,3 @@ $(OLDEST)/.installed: constraints.txt pyproject.toml setup.py Makefile
 test-oldest: $(OLDEST)/.installed ## Run the tests of decoding on the oldest supported transformers.
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(OLDEST)/bin/python -m pytest -n auto --maxprocesses=4 $(PYTEST_ARGS) \
 	$(wildcard $(patsubst mtpkern/%.py,tests/test_%.py,$(wildcard mtpkern/*.py)))
-
-clean: ## Remove what the targets made: environments, caches, build output.
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

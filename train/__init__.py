@@ -1,1 +1,7 @@
 """Training: layout of spans, the self-distillation objective, a thin transformers Trainer, the demonstration task."""
+
+from importlib.util import find_spec
+
+_missing = [name for name in ("accelerate", "datasets", "peft") if find_spec(name) is None]
+if _missing:
+    raise ImportError(f"mtpkern.train needs {', '.join(_missing)}; run: pip install 'mtpkern[train]'")

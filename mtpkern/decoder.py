@@ -1,0 +1,174 @@
+"""Decoder: the device state of one decoding run, and its step.
+
+A step is one call of the unmodified model on R packed rows, then `readout`, then `advance`. Every tensor keeps its
+address from step to step, and nothing in a step waits for the host or depends on what it knows.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mtpkern.attention import AttentionContext
+from mtpkern.cache import KVCache, PrefillCache
+from mtpkern.kernels.advance import RUNNING, Rows, Sequences, advance
+from mtpkern.kernels.readout import readout
+from mtpkern.strategies import Strategy
+
+# Below this many rows a pass is bound by reading the weights, so that rows are nearly free.
+FREE_ROWS = 192
+# How many steps the host runs ahead of what it knows: enough to keep a GPU fed, few enough to waste.
+LAG = 3
+
+
+def default_rows(batch: int, k: int) -> int:
+    """Rows of a pass: all masks for everybody (B * (2k - 1)) while rows are nearly free, never fewer than B * k."""
+    return min(batch * (2 * k - 1), max(batch * k, FREE_ROWS))
+
+
+class Decoder:
+    """Decodes B sequences side by side, each at its own pace.
+
+        decoder = Decoder(model, strategy, mask_token_id=m, stop_ids=stops, batch=2, capacity=256, max_new_tokens=64)
+        decoder.prefill(input_ids, attention_mask)
+        with attention_context(model, decoder.cache) as route:
+            decoder.run(route)
+        decoder.sequences.tokens, decoder.sequences.length    # the result, on the device
+
+    capacity is the longest prompt + max_new_tokens or more; stop_ids [S] int64; rows is the row budget R of a step,
+    from batch * k up.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        strategy: Strategy,
+        *,
+        mask_token_id: int,
+        stop_ids: Tensor,
+        batch: int,
+        capacity: int,
+        max_new_tokens: int,
+        rows: int | None = None,
+    ) -> None:
+        device = model.device
+        if rows is None:
+            rows = default_rows(batch, strategy.k)
+        if rows < batch * strategy.k:
+            raise ValueError(
+                f"rows must be at least batch * k = {batch} * {strategy.k} = {batch * strategy.k}, got {rows}: "
+                "fewer could not hold every sequence's pending tokens; raise rows or lower k"
+            )
+        self.model = model
+        self.strategy = strategy
+        self.mask_token_id = mask_token_id
+        self.max_new_tokens = max_new_tokens
+        self.stop_ids = stop_ids.to(device)
+        self.threshold = torch.tensor(strategy.threshold, device=device)
+        self.sequences = Sequences.allocate(batch, capacity, max_new_tokens, device)
+        self.rows = Rows.allocate(rows, batch, device)
+        self.cache = KVCache(capacity, self.rows, max_rows=2 * strategy.k - 1)
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Run the left-padded prompts [B, T] with k - 1 masks behind them and take in their first predictions.
+
+        Uses the model's own attention. Returns the logits [B * k, V] that were read out.
+        """
+        B, T = input_ids.shape
+        k, capacity = self.strategy.k, self.cache.capacity
+        masks = input_ids.new_full((B, k - 1), self.mask_token_id)
+        real = input_ids.new_ones(B, T) if attention_mask is None else attention_mask.long()
+        seen = torch.cat([real, torch.ones_like(masks)], dim=1)
+        position = (seen.cumsum(1) - 1).clamp(min=0)
+        slot = torch.where((seen == 1) & (position < capacity), position, capacity)
+
+        sequences = self.sequences
+        sequences.tokens.scatter_(1, slot[:, :T], input_ids)
+        sequences.length.copy_(real.sum(1))
+        sequences.limit.copy_(sequences.length + self.max_new_tokens)
+        # To `advance` the last prompt token is the one pending token, and this pass is like any other.
+        sequences.pending.fill_(1)
+        self.rows.start.copy_(torch.arange(B + 1, device=input_ids.device) * k)
+
+        logits = self.model(
+            input_ids=torch.cat([input_ids, masks], dim=1),
+            attention_mask=None if attention_mask is None else seen,
+            position_ids=position,
+            past_key_values=PrefillCache(self.cache, slot),
+            use_cache=True,
+            logits_to_keep=k,
+        ).logits
+        return self._take_in(logits[:, -k:].flatten(0, 1))
+
+    def step(self, route: dict[str, AttentionContext]) -> Tensor:
+        """One pass over the planned rows, inside `attention_context`; returns the rows' logits [R, V]."""
+        logits = self.model(
+            input_ids=self.rows.token[None],
+            position_ids=self.rows.position[None],
+            past_key_values=None,
+            use_cache=False,
+            **route,
+        ).logits
+        return self._take_in(logits[0])
+
+    def _take_in(self, logits: Tensor) -> Tensor:
+        token, confidence = readout(logits, self.mask_token_id)
+        advance(
+            self.sequences,
+            self.rows,
+            token,
+            confidence,
+            self.threshold,
+            self.stop_ids,
+            k=self.strategy.k,
+            verify=self.strategy.verify,
+            mask_token_id=self.mask_token_id,
+        )
+        return logits
+
+    def run(self, route: dict[str, AttentionContext]) -> None:
+        """Step until every sequence is done, at most max_new_tokens passes in all."""
+        poll = _Poll(self.sequences.status)
+        for _ in range(self.max_new_tokens - 1):
+            if poll.all_done():
+                break
+            self.step(route)
+            self._check_layers()
+
+    def _check_layers(self) -> None:
+        missed = sorted(self.cache.layers.keys() - self.cache.attended)
+        if missed:
+            raise ValueError(
+                f"{type(self.model).__name__}: attention layers {missed} cached keys during the prefill but did not "
+                "call the attention interface in a decoding step; this architecture cannot be decoded by mtpkern"
+            )
+
+
+class _Poll:
+    """Watches `status` [B] through copies that the device makes when it gets there; the host reads them late.
+
+    On a CPU the copy is there at once.
+    """
+
+    def __init__(self, status: Tensor) -> None:
+        self.status = status
+        self.on_cpu = status.device.type == "cpu"
+        self.copies: deque[tuple[Tensor, torch.Event]] = deque()
+
+    def all_done(self) -> bool:
+        """Whether every sequence was done a few steps ago (on a CPU: is done now)."""
+        if self.on_cpu:
+            return bool((self.status != RUNNING).all())
+        copy = torch.empty_like(self.status, device="cpu", pin_memory=True)
+        copy.copy_(self.status, non_blocking=True)
+        event = torch.Event(self.status.device)
+        event.record()
+        self.copies.append((copy, event))
+        if len(self.copies) <= LAG:
+            return False
+        copy, event = self.copies.popleft()
+        event.synchronize()
+        return bool((copy != RUNNING).all())

@@ -61,17 +61,22 @@ LEVELS = {
     "hard": Level((3, 4), (10, 99), (10, 99), (2, 20), (2, 40), 999, scaling=True),
 }
 
-FIRST_SYLLABLES = "Ba Cor Dan El Fen Gil Har Is Jo Kel Lum Mar Nor Os Pel Ron".split()
-SECOND_SYLLABLES = "bo din fa gar hen ka lio mi na pu ris sa tom va wen zel".split()
-OBJECTS = (
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+FIRST_SYLLABLES = _words("Ba Cor Dan El Fen Gil Har Is Jo Kel Lum Mar Nor Os Pel Ron")
+SECOND_SYLLABLES = _words("bo din fa gar hen ka lio mi na pu ris sa tom va wen zel")
+OBJECTS = _words(
     "apples pears plums lemons melons cherries oranges figs nuts carrots onions potatoes tomatoes eggs buns cakes "
     "pies cookies rolls muffins candies marbles coins stamps cards stickers books pens pencils crayons brushes "
-    "balloons buttons beads ribbons shells stones feathers flowers roses tulips seeds leaves kites balls dolls toys "
-    "blocks puzzles robots cups plates spoons bottles candles lamps keys ropes bricks nails hats scarves socks "
-    "gloves shirts badges tickets posters maps"
-).split()
-ADJECTIVES = "red blue green yellow white small large round old new shiny striped".split()
-CONTAINERS = "bags boxes baskets jars packs crates trays bundles".split()
+    "balloons buttons beads ribbons shells stones feathers flowers roses tulips seeds leaves kites balls dolls "
+    "toys blocks puzzles robots cups plates spoons bottles candles lamps keys ropes bricks nails hats scarves "
+    "socks gloves shirts badges tickets posters maps"
+)
+ADJECTIVES = _words("red blue green yellow white small large round old new shiny striped")
+CONTAINERS = _words("bags boxes baskets jars packs crates trays bundles")
 CONNECTORS = ("", "Then ", "Later ", "Next ", "After lunch ", "In the evening ", "On Monday ", "On Friday ")
 
 OPENINGS = (

@@ -1,0 +1,266 @@
+"""The rules of the house: which way imports point, what an import costs, what a wrong installation says."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import tomllib
+
+import mtpkern
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = {
+    "mtpkern.kernels": ROOT / "kernels",
+    "mtpkern": ROOT / "mtpkern",
+    "mtpkern.train": ROOT / "train",
+    "mtpkern.bench": ROOT / "bench",
+}
+# What each room may import of the house: itself and what stands to its left.
+ALLOWED = {
+    "mtpkern.kernels": {"mtpkern.kernels"},
+    "mtpkern": {"mtpkern.kernels", "mtpkern"},
+    "mtpkern.train": {"mtpkern.kernels", "mtpkern", "mtpkern.train"},
+    "mtpkern.bench": set(ROOMS),
+}
+MODULES = {
+    room: sorted(room if path.stem == "__init__" else f"{room}.{path.stem}" for path in folder.glob("*.py"))
+    for room, folder in ROOMS.items()
+}
+
+
+def imported_names(source: str, package: str) -> set[str]:
+    """Every module that the source imports anywhere, `from a import b` as both a and a.b, relative ones resolved."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            origin = ".".join([*parents, node.module] if node.module else parents)
+            names |= {origin} | {f"{origin}.{alias.name}" for alias in node.names}
+    return names
+
+
+def room_of(name: str) -> str | None:
+    if name.split(".")[0] != "mtpkern":
+        return None
+    return next((room for room in ROOMS if room != "mtpkern" and f"{name}.".startswith(f"{room}.")), "mtpkern")
+
+
+def wrong_imports(source: str, room: str) -> set[str]:
+    """The imports of a file in the room that point the wrong way, use a bare folder name, or bring triton along."""
+    wrong = set()
+    for name in imported_names(source, room):
+        head, target = name.split(".")[0], room_of(name)
+        # `from mtpkern import kernels` names the parent as well, which every submodule import executes anyway.
+        parent_only = name == "mtpkern" and room == "mtpkern.kernels"
+        if (
+            head in {"kernels", "train", "bench"}
+            or (head == "triton" and room != "mtpkern.kernels")
+            or (target is not None and target not in ALLOWED[room] and not parent_only)
+        ):
+            wrong.add(name)
+    return wrong
+
+
+def run_python(code: str, *, cwd: Path = ROOT, pythonpath: Path | None = None, isolated: bool = False):
+    """Run the code in a fresh interpreter; `isolated` leaves site-packages out, `pythonpath` goes in front."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if pythonpath is not None:
+        environment["PYTHONPATH"] = str(pythonpath)
+    flags = ["-S"] if isolated else []
+    return subprocess.run(
+        [sys.executable, *flags, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_arrows(room):
+    wrong = {path.name: wrong_imports(path.read_text(), room) for path in ROOMS[room].glob("*.py")}
+    assert not {name: found for name, found in wrong.items() if found}
+
+
+@pytest.mark.parametrize(
+    ("room", "source"),
+    [
+        ("mtpkern.kernels", "from mtpkern.generation import generate"),
+        ("mtpkern.kernels", "def f():\n    from mtpkern import strategies"),
+        ("mtpkern.kernels", "from ..attention import NAME"),
+        ("mtpkern", "import mtpkern.train.arithmetic"),
+        ("mtpkern", "from mtpkern import bench"),
+        ("mtpkern.train", "from mtpkern.bench.harness import clock"),
+        ("mtpkern.train", "from ..bench import harness"),
+        ("mtpkern", "import kernels.readout"),
+        ("mtpkern.bench", "from train import layout"),
+        ("mtpkern", "import triton.language as tl"),
+    ],
+)
+def test_arrows_catch_a_planted_import(room, source):
+    assert wrong_imports(source, room)
+
+
+def test_tests_import_no_bare_folder():
+    heads = {
+        name.split(".")[0] for path in (ROOT / "tests").glob("*.py") for name in imported_names(path.read_text(), "")
+    }
+    assert not heads & {"kernels", "train", "bench"}
+
+
+def test_files_map_to_modules():
+    """Every file of the four folders is the module that its place says, and nothing is found under a bare name."""
+    checks = "\n".join(
+        f"assert Path(find_spec({module!r}).origin) == Path({str(ROOMS[room] / file)!r}), {module!r}"
+        for room, modules in MODULES.items()
+        for module in modules
+        for file in ["__init__.py" if module == room else f"{module.rsplit('.', 1)[1]}.py"]
+    )
+    result = run_python(f"from importlib.util import find_spec\nfrom pathlib import Path\n{checks}", cwd=ROOT / "tests")
+    assert result.returncode == 0, result.stderr
+
+
+def test_every_kernel_has_its_test():
+    stems = {path.stem for path in ROOMS["mtpkern.kernels"].glob("*.py")} - {"__init__"}
+    assert not [stem for stem in sorted(stems) if not (ROOT / "tests" / f"test_{stem}.py").exists()]
+
+
+def test_import_is_light():
+    result = run_python(
+        "import sys, mtpkern; print(*sorted({'torch', 'transformers', 'numpy', 'rich'} & set(sys.modules)))"
+    )
+    assert (result.returncode, result.stdout.strip()) == (0, ""), result.stderr or result.stdout
+
+
+def test_import_takes_no_longer_than_torch():
+    code = "import time; start = time.perf_counter(); import {0}; print(time.perf_counter() - start)"
+    seconds = {
+        name: min(float(run_python(code.format(name)).stdout) for _ in range(2)) for name in ("mtpkern", "torch")
+    }
+    assert seconds["mtpkern"] < seconds["torch"]
+
+
+def test_public_names():
+    code = """
+import mtpkern
+assert dir(mtpkern) == sorted(mtpkern.__all__)
+for name in mtpkern.__all__:
+    value = getattr(mtpkern, name)
+    assert name.startswith("__") or value.__doc__, name
+try:
+    mtpkern.generat
+except AttributeError as error:
+    assert "generate" in str(error)
+else:
+    raise AssertionError("an unknown name was found")
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_no_module_is_named_like_a_public_name():
+    public = {name for name in mtpkern.__all__ if name != "reference"}  # the one module that is itself public
+    assert not public & {path.stem for path in ROOMS["mtpkern"].glob("*.py")}
+
+
+def test_imports_without_triton():
+    """What happens on macOS and Windows: no triton, and every module is imported all the same."""
+    names = [name for modules in MODULES.values() for name in modules if not name.endswith("__main__")]
+    code = "import sys, importlib\nsys.modules['triton'] = None\n" + "\n".join(
+        f"importlib.import_module({name!r})" for name in names
+    )
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """The repository's code as a clone that was never installed."""
+    for folder in ROOMS.values():
+        shutil.copytree(folder, tmp_path / folder.name, ignore=shutil.ignore_patterns("assets", "__pycache__"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("code", ["import mtpkern; mtpkern.generate", "import mtpkern.kernels.readout"])
+def test_uninstalled_clone_says_what_to_run(clone, code):
+    result = run_python(code, cwd=clone, isolated=True)
+    assert result.returncode == 1
+    assert "pip install -e ." in result.stderr.strip().splitlines()[-1]
+
+
+def plant_distribution(folder: Path, name: str, version: str) -> None:
+    info = folder / f"{name}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "5.9.0", "5.16.1"])
+def test_old_transformers_says_what_to_upgrade(tmp_path, version):
+    plant_distribution(tmp_path, "transformers", version)
+    last = run_python("import mtpkern", pythonpath=tmp_path).stderr.strip().splitlines()[-1]
+    assert version in last
+    assert "pip install --upgrade 'transformers>=5.17'" in last
+
+
+@pytest.mark.parametrize("version", ["5.17.0", "5.18.0.dev0", "6.0.0"])
+def test_new_transformers_is_accepted(tmp_path, version):
+    plant_distribution(tmp_path, "transformers", version)
+    assert run_python("import mtpkern", pythonpath=tmp_path).returncode == 0
+
+
+def test_missing_transformers_says_what_to_install(clone):
+    (clone / "kernels").rename(clone / "mtpkern" / "kernels")
+    last = run_python("import mtpkern", cwd=clone, isolated=True).stderr.strip().splitlines()[-1]
+    assert "pip install 'transformers>=5.17'" in last
+
+
+@pytest.mark.parametrize("missing", ["accelerate", "datasets", "peft"])
+def test_missing_extra_says_what_to_install(missing):
+    last = (
+        run_python(f"import sys; sys.modules[{missing!r}] = None; import mtpkern.train").stderr.strip().splitlines()[-1]
+    )
+    assert missing in last
+    assert "pip install 'mtpkern[train]'" in last
+
+
+def test_bounds_and_pins_agree():
+    """The version check says what pyproject.toml says; every pin satisfies what pyproject.toml asks for."""
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [Requirement(text) for text in project["dependencies"]]
+    asked += [Requirement(text) for extra in ("train", "test") for text in project["optional-dependencies"][extra]]
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = {requirement.name.lower(): requirement.specifier for requirement in map(Requirement, lines)}
+    for requirement in asked:
+        if requirement.name == "mtpkern":
+            continue
+        (pin,) = pins[requirement.name.lower()]
+        assert pin.operator == "=="
+        assert pin.version in requirement.specifier, f"{requirement.name}: {pin} is not {requirement.specifier}"
+    bound = next(str(requirement.specifier) for requirement in asked if requirement.name == "transformers")
+    assert bound == f">={mtpkern._OLDEST_TRANSFORMERS}"
+
+
+def test_wheel_holds_the_four_rooms(tmp_path):
+    """Build the wheel from a copy of the tree: every module and every asset is in it, nothing under a bare name."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for folder in ROOMS.values():
+        shutil.copytree(folder, source / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = [sys.executable, "-c", "from setuptools.build_meta import build_wheel; build_wheel('..')"]
+    result = subprocess.run(build, cwd=source, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    expected = {"mtpkern/py.typed"}
+    for room, folder in ROOMS.items():
+        expected |= {f"{room.replace('.', '/')}/{path.name}" for path in folder.glob("*.py")}
+    assets = ROOMS["mtpkern"] / "assets"
+    expected |= {f"mtpkern/assets/{path.relative_to(assets)}" for path in assets.rglob("*") if path.is_file()}
+    assert held == expected

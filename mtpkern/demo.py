@@ -1,0 +1,207 @@
+"""The demo: the shipped checkpoint writes answers several tokens at a time, beside itself at one token a time.
+
+Three held-out problems as coloured blocks, then a table over ways of decoding, timed interleaved in this process.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from mtpkern import show
+from mtpkern.compare import HF_GENERATE, Completion, Problem, Tally, compare, count_right, encode, read_problems, timed
+from mtpkern.strategies import ConfAdapt, Static, Strategy, Verified
+
+ASSETS = Path(__file__).parent / "assets"
+PICTURES = 3
+BATCH = 8
+MAX_NEW_TOKENS = 128
+
+
+def ways(k: int) -> dict[str, Strategy | None]:
+    """The rows of the table, by the name that the JSON line gives them."""
+    return {
+        HF_GENERATE: None,
+        "static_1": Static(1),
+        "confadapt_0.99": ConfAdapt(k, 0.99),
+        "confadapt_0.9": ConfAdapt(k, 0.9),
+        "confadapt_0.6": ConfAdapt(k, 0.6),
+        "verified": Verified(k),
+    }
+
+
+def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model (float32, evaluation mode) and tokenizer of a checkpoint folder; FileNotFoundError where there is none."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"no checkpoint in {folder}: expected config.json there; make one with: make checkpoint"
+        )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def demo(problems: int = 64, *, html: Path | None = None, folder: Path = ASSETS) -> None:
+    """Run the demo and print it; the last line of stdout is one JSON object.
+
+    problems: how many held-out problems the table counts; html: where to write the picture as a page; folder: a
+    checkpoint with its problems.jsonl. Colours follow the terminal and NO_COLOR; progress goes to stderr.
+
+        demo(16)
+    """
+    if problems < 1:
+        raise ValueError(f"problems must be at least 1; got {problems}")
+    console = Console(highlight=False)
+    with show.progress("loading the checkpoint", 1) as advance:
+        model, tokenizer = load(folder)
+        held_out = read_problems(folder / "problems.jsonl", problems)
+        advance(1)
+    rows = ways(min(model.config.mtpkern["k_max"], 8))
+
+    console.print(
+        Text.assemble(
+            (
+                f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, trained on word problems. ",
+                "bold",
+            ),
+            "Each colour is one forward pass; left several tokens a pass, right one.\n"
+            if show.coloured(console)
+            else "Each | ends one forward pass; first several tokens a pass, then one.\n",
+        )
+    )
+    pictures = []
+    for problem in held_out[:PICTURES]:
+        pair = _pair(model, tokenizer, problem, rows["verified"])
+        console.print(_picture(console, tokenizer, problem, pair))
+        pictures.append((problem, pair))
+
+    with show.progress(f"{problems} problems, {len(rows)} ways, one at a time", problems) as advance:
+        single = compare(model, tokenizer, held_out, rows, progress=advance, max_new_tokens=MAX_NEW_TOKENS)
+    few = {name: rows[name] for name in (HF_GENERATE, "verified")}
+    with show.progress(f"{problems} problems, {len(few)} ways, {BATCH} at a time", problems) as advance:
+        batched = compare(
+            model, tokenizer, held_out, few, batch_size=BATCH, progress=advance, max_new_tokens=MAX_NEW_TOKENS
+        )
+
+    where = f"{platform.machine()} {model.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    title = f"{problems} held-out problems, {where}"
+    table = _table(rows, single, batched)
+    console.print(_rich_table(title, table))
+    if html is not None:
+        html.write_text(_page(tokenizer, pictures, title, table), encoding="utf-8")
+        console.print(f"\nwritten: {html}")
+    print(json.dumps(summary(single, batched)), flush=True)
+
+
+def summary(single: Mapping[str, Tally], batched: Mapping[str, Tally]) -> dict[str, object]:
+    """What the last line holds: per way tokens per pass, accuracy, and tokens per second over Hugging Face's generate.
+
+    summary(tallies, batched)["speedup_vs_hf_generate"]["verified"]
+    """
+    return {
+        "problems": single[HF_GENERATE].problems,
+        "tokens_per_pass": {name: round(t.tokens_per_pass, 3) for name, t in single.items()},
+        "accuracy": {name: round(t.accuracy, 4) for name, t in single.items()},
+        "speedup_vs_hf_generate": _speedups(single),
+        f"speedup_vs_hf_generate_batch_{BATCH}": _speedups(batched),
+    }
+
+
+def _speedups(tallies: Mapping[str, Tally]) -> dict[str, float]:
+    base = tallies[HF_GENERATE].tokens_per_second
+    return {name: round(t.tokens_per_second / base, 3) for name, t in tallies.items()}
+
+
+def _pair(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problem: Problem, strategy: Strategy | None
+) -> list[tuple[str, Completion]]:
+    """The problem decoded by `strategy` and one token at a time: title (with the time), completion."""
+    inputs = encode(tokenizer, [problem.prompt], model.device)
+    out = []
+    for title, way in (("several tokens a pass", strategy), ("one token a pass", None)):
+        timed(model, inputs, way, max_new_tokens=MAX_NEW_TOKENS)
+        (completion,), seconds = timed(model, inputs, way, max_new_tokens=MAX_NEW_TOKENS)
+        right = count_right(tokenizer, [problem], [completion])
+        verdict = "right" if right else f"wrong, expected {problem.result}"
+        out.append((f"{title}: {len(completion.blocks)} passes, {seconds * 1e3:.0f} ms, {verdict}", completion))
+    return out
+
+
+def _picture(
+    console: Console,
+    tokenizer: PreTrainedTokenizerBase,
+    problem: Problem,
+    pair: Sequence[tuple[str, Completion]],
+) -> Table:
+    """Both decodings side by side, or one below the other where there is little room."""
+    cells = []
+    for title, completion in pair:
+        parts = show.pieces(tokenizer, completion.tokens, completion.blocks)
+        cell = Text.assemble((title, "bold"), "\n", show.terminal(parts, colour=show.coloured(console)))
+        if max(completion.blocks) > 1:
+            cell.append(f"\n{show.sizes(completion.blocks)}", style="dim")
+        cells.append(cell)
+    grid = Table.grid(padding=(0, 2), expand=console.is_terminal)
+    if console.is_terminal and console.width >= 80:
+        for _ in cells:
+            grid.add_column(ratio=1)
+        grid.add_row(*cells)
+    else:
+        for cell in cells:
+            grid.add_row(cell)
+    outer = Table.grid(expand=console.is_terminal)
+    outer.add_row(Text(problem.prompt, style="italic"))
+    outer.add_row(grid)
+    outer.add_row("")
+    return outer
+
+
+HEADER = ("way of decoding", "right", "tokens a pass", "tokens/s", "× HF generate")
+
+
+def _table(rows: Mapping[str, Strategy | None], *runs: Mapping[str, Tally]) -> list[tuple[str, ...]]:
+    """The rows of the table as text; the second run is the batched one."""
+    out = []
+    for tallies, batch in zip(runs, ("", f", batch {BATCH}")):
+        for name, ratio in _speedups(tallies).items():
+            t = tallies[name]
+            label = "HF generate" if rows[name] is None else str(rows[name])
+            right = f"{t.accuracy:.1%} ± {t.standard_error:.1%}"
+            out.append((label + batch, right, f"{t.tokens_per_pass:.2f}", f"{t.tokens_per_second:.0f}", f"{ratio:.2f}"))
+    return out
+
+
+def _rich_table(title: str, rows: Sequence[tuple[str, ...]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(HEADER):
+        table.add_column(name, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _page(
+    tokenizer: PreTrainedTokenizerBase,
+    pictures: Sequence[tuple[Problem, Sequence[tuple[str, Completion]]]],
+    title: str,
+    rows: Sequence[tuple[str, ...]],
+) -> str:
+    body = ["<p>Each coloured block is what one forward pass wrote; the small number is its size in tokens.</p>"]
+    for problem, pair in pictures:
+        body.append(f'<p class="question">{escape(problem.prompt)}</p>\n<div class="pair">')
+        for heading, completion in pair:
+            parts = show.pieces(tokenizer, completion.tokens, completion.blocks)
+            body.append(f"<section><h2>{escape(heading)}</h2>{show.html(parts, completion.blocks)}</section>")
+        body.append("</div>")
+    head = "".join(f"<th>{escape(name)}</th>" for name in HEADER)
+    lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
+    body.append(f"<table><caption>{escape(title)}</caption><tr>{head}</tr>\n{lines}</table>")
+    return show.page("Several tokens per pass", "\n".join(body))

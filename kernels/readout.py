@@ -20,8 +20,8 @@ from torch import Tensor
 def readout(logits: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
     """Token [R] and confidence [R] of logits [R, V]; the mask token is left out.
 
-        >>> readout(torch.tensor([[0.0, 2.0, 9.0]]), mask_token_id=2)
-        (tensor([1]), tensor([0.8808]))
+    >>> readout(torch.tensor([[0.0, 2.0, 9.0]]), mask_token_id=2)
+    (tensor([1]), tensor([0.8808]))
     """
     return readout_reference(logits, mask_token_id)
 

@@ -76,12 +76,16 @@ def mtpkern_attention(
         raise RuntimeError(f"attention {NAME!r} runs only inside mtpkern; reset the model's attn_implementation")
     who = type(module).__name__
     if attention_mask is not None:
-        raise ValueError(f"{who} builds an attention mask of its own {tuple(attention_mask.shape)}; mtpkern cannot honour it")
+        raise ValueError(
+            f"{who} builds an attention mask of its own {tuple(attention_mask.shape)}; mtpkern cannot honour it"
+        )
     if dropout:
         raise ValueError(f"{who} asks for attention dropout {dropout}; mtpkern has none: set attention_dropout=0")
     unknown = [name for name, x in kwargs.items() if isinstance(x, Tensor) and name not in _KNOWN_TENSORS]
     if unknown:
-        raise ValueError(f"{who} passes {', '.join(unknown)} to its attention, which mtpkern does not know how to honour")
+        raise ValueError(
+            f"{who} passes {', '.join(unknown)} to its attention, which mtpkern does not know how to honour"
+        )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     out = context.attend(
         module.layer_idx, query, key, value, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux
@@ -108,7 +112,9 @@ def attention_context(model: PreTrainedModel, context: AttentionContext) -> Iter
     config = model.config.get_text_config(decoder=True)
     lock = _locks.setdefault(model, Lock())
     if not lock.acquire(blocking=False):
-        raise RuntimeError("this model is already running inside mtpkern; its config is shared, so run one call at a time")
+        raise RuntimeError(
+            "this model is already running inside mtpkern; its config is shared, so run one call at a time"
+        )
     # The private attribute, because the public setter validates and re-dispatches for a millisecond or two.
     before = config._attn_implementation_internal
     token = _current.set(context)

@@ -136,9 +136,10 @@ class Decoder:
             if poll.all_done():
                 break
             self.step(route)
-            self._check_layers()
+            self.require_all_layers()
 
-    def _check_layers(self) -> None:
+    def require_all_layers(self) -> None:
+        """Raise ValueError where a layer that cached keys did not come to our attention function in a step."""
         missed = sorted(self.cache.layers.keys() - self.cache.attended)
         if missed:
             raise ValueError(

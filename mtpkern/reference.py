@@ -20,10 +20,12 @@ def decode(
     mask_token_id: int,
     max_new_tokens: int,
     eos_token_id: int | Collection[int] | None = None,
+    rows: int | None = None,
 ) -> tuple[list[int], list[int]]:
     """Decode one prompt [T] int64; returns the new tokens and how many each pass emitted.
 
-    New tokens end with the first of `eos_token_id`, or after max_new_tokens.
+    New tokens end with the first of `eos_token_id`, or after max_new_tokens. `rows`, from k up, is the row budget of a
+    pass behind the first: the tokens kept by the last pass are fed again, and masks take what is left, at most k - 1.
 
         tokens, blocks = decode(model, ids, ConfAdapt(k=4), mask_token_id=5, max_new_tokens=32, eos_token_id=2)
         assert sum(blocks) == len(tokens)
@@ -53,8 +55,12 @@ def decode(
         return True
 
     while True:
-        # What could be emitted by the next pass but one is all that a mask can be of use for.
-        masks = max(0, min(k - 1, max_new_tokens - len(certain) - len(drafts) - 1)) if blocks else k - 1
+        masks = k - 1
+        if blocks:
+            # No mask for a token beyond the limit, and none beyond the budget.
+            masks = max(0, min(masks, max_new_tokens - len(certain) - len(drafts) - 1))
+            fed_again = 1 + len(drafts) if strategy.verify else blocks[-1]
+            masks = masks if rows is None else min(masks, rows - fed_again)
         before = prompt + certain
         token, confidence = predict(before + drafts + [mask_token_id] * masks)
         token, confidence = token[len(before) - 1 :], confidence[len(before) - 1 :]

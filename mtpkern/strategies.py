@@ -33,7 +33,7 @@ class Strategy:
 class Static(Strategy):
     """Keep all k predictions of every pass. k = 1 is ordinary greedy decoding; more is fast and careless.
 
-        mtpkern.generate(model, ids, strategy=mtpkern.Static(1))
+    mtpkern.generate(model, ids, strategy=mtpkern.Static(1))
     """
 
     k: int = 4

@@ -1,0 +1,223 @@
+"""generate(): what `model.generate` does, several tokens a pass.
+
+transformers prepares everything (configuration, limits, stop tokens, padding), as for its own decoding; what cannot be
+honoured here is refused by name before anything runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
+
+from mtpkern.attention import attention_context
+from mtpkern.decoder import Decoder
+from mtpkern.kernels.advance import FAULT, STOPPED
+from mtpkern.model import recorded_settings, require_decodable, resolve_mask_token
+from mtpkern.strategies import Strategy, Verified
+
+# Capacities are rounded up, so that runs of similar length share their shapes.
+_CAPACITY_STEP = 64
+
+# Fields of GenerationConfig that are honoured, or that say nothing where nothing is sampled or searched.
+_HONOURED = {
+    *("max_length", "max_new_tokens", "eos_token_id", "pad_token_id", "bos_token_id", "return_dict_in_generate"),
+    *("transformers_version", "_from_model_config", "use_cache", "disable_compile"),
+}
+_ONLY_WITH_SAMPLING = {
+    *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+}
+
+
+@dataclass
+class MTPGenerateOutput(GenerateDecoderOnlyOutput):
+    """`GenerateDecoderOnlyOutput` with the record of acceptance; one entry per sequence in each list.
+
+    blocks: tokens emitted by each pass, the prefill being the first. passes: their number. tokens_per_pass: tokens
+    emitted / passes, the prefill counted. finish_reasons: "stop" at a stop token, "length" at the limit.
+    """
+
+    blocks: list[list[int]] | None = None
+    passes: list[int] | None = None
+    tokens_per_pass: list[float] | None = None
+    finish_reasons: list[str] | None = None
+
+
+def generate(
+    model: PreTrainedModel,
+    input_ids: Tensor | None = None,
+    *,
+    strategy: Strategy | None = None,
+    mask_token_id: int | None = None,
+    rows: int | None = None,
+    **kwargs: Any,
+) -> Tensor | MTPGenerateOutput:
+    """Generate from left-padded prompts input_ids [B, T]; returns [B, T + new] token ids, right-padded.
+
+    A drop-in for greedy `model.generate(input_ids, **kwargs)`: attention_mask, max_new_tokens, max_length,
+    eos_token_id (one or several), pad_token_id, generation_config and return_dict_in_generate mean what they mean
+    there. With return_dict_in_generate=True the result is an `MTPGenerateOutput`.
+
+    strategy: `Verified` (default; the checkpoint's own greedy output), `ConfAdapt` or `Static`. Its k is at most the
+        k_max that training has recorded, where none is given.
+    mask_token_id: for checkpoints that do not record theirs.
+    rows: the row budget of a pass, from B * k up; by default every sequence gets all its masks while rows are cheap.
+
+    Raises ValueError, by name, for everything that is not honoured: sampling, beams, logits processors, stop strings,
+    streamers, scores, a model of an unknown kind. RuntimeError where the model's logits hold NaN.
+
+        output = mtpkern.generate(model, **tokenizer("Two and two is", return_tensors="pt"), max_new_tokens=64)
+        print(tokenizer.decode(output[0]))
+    """
+    if strategy is None:
+        strategy = Verified(k=min(recorded_settings(model).get("k_max", Verified.k), Verified.k))
+    elif not isinstance(strategy, Strategy):
+        raise TypeError(f"strategy must be mtpkern.Static, ConfAdapt or Verified, got {strategy!r}")
+    require_decodable(model)
+    mask = resolve_mask_token(model, mask_token_id)
+    if input_ids is None:
+        input_ids = kwargs.pop("inputs", None)
+    if input_ids is None:
+        raise ValueError("generate needs input_ids [B, T]; inputs_embeds and empty prompts are not supported")
+    _refuse_arguments(kwargs)
+
+    def decode(
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Tensor | MTPGenerateOutput:
+        _refuse_settings(generation_config, logits_processor, stopping_criteria, model_kwargs)
+        return _decode(model, input_ids, strategy, mask, rows, generation_config, model_kwargs.get("attention_mask"))
+
+    return model.generate(input_ids, custom_generate=decode, **kwargs)
+
+
+def _decode(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    strategy: Strategy,
+    mask_token_id: int,
+    rows: int | None,
+    generation_config: GenerationConfig,
+    attention_mask: Tensor | None,
+) -> Tensor | MTPGenerateOutput:
+    input_ids = input_ids.to(model.device)
+    _require_prompts(input_ids, attention_mask, mask_token_id)
+    B, T = input_ids.shape
+    max_new_tokens = generation_config.max_length - T
+    decoder = Decoder(
+        model,
+        strategy,
+        mask_token_id=mask_token_id,
+        stop_ids=_stop_ids(generation_config),
+        batch=B,
+        capacity=-(-(T + max_new_tokens) // _CAPACITY_STEP) * _CAPACITY_STEP,
+        max_new_tokens=max_new_tokens,
+        rows=rows,
+    )
+    decoder.prefill(input_ids, attention_mask)
+    with attention_context(model, decoder.cache) as route:
+        decoder.run(route)
+
+    sequences = decoder.sequences
+    status, passes = sequences.status.tolist(), sequences.passes.tolist()
+    faulty = [b for b, s in enumerate(status) if s == FAULT]
+    if faulty:
+        raise RuntimeError(f"the model's logits hold NaN or inf for sequences {faulty}; check its weights and dtype")
+
+    # From compact sequences (slot = position) back to prompts with their padding and the new tokens behind them.
+    prompt = torch.full_like(sequences.length, T) if attention_mask is None else attention_mask.sum(1)
+    emitted = sequences.length - prompt
+    width = int(emitted.max())
+    o_new = torch.arange(width, device=input_ids.device)
+    new = sequences.tokens.gather(1, prompt[:, None] + o_new)
+    padding = generation_config._pad_token_tensor
+    new = new.masked_fill(o_new >= emitted[:, None], 0 if padding is None else padding)
+    output = torch.cat([input_ids, new], dim=1)
+    if not generation_config.return_dict_in_generate:
+        return output
+    counts = emitted.tolist()
+    return MTPGenerateOutput(
+        sequences=output,
+        blocks=[row[:n] for row, n in zip(sequences.blocks.tolist(), passes)],
+        passes=passes,
+        tokens_per_pass=[n / p for n, p in zip(counts, passes)],
+        finish_reasons=["stop" if s == STOPPED else "length" for s in status],
+    )
+
+
+def _stop_ids(generation_config: GenerationConfig) -> Tensor:
+    """Stop tokens [S]; -1, which is no token, where there is none."""
+    stops = generation_config._eos_token_tensor
+    return torch.tensor([-1]) if stops is None else torch.as_tensor(stops).flatten()
+
+
+def _require_prompts(input_ids: Tensor, attention_mask: Tensor | None, mask_token_id: int) -> None:
+    if attention_mask is not None:
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, got "
+                f"{tuple(attention_mask.shape)}"
+            )
+        real = attention_mask.to(input_ids.device).long()
+        if (real.diff(dim=1) < 0).any() or not real[:, -1].all():
+            raise ValueError("prompts must be padded on the left: set tokenizer.padding_side = 'left'")
+    # Left padding may consist of any id; a mask token among the words would be read as a question.
+    words = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -1)
+    if (words == mask_token_id).any():
+        raise ValueError(f"the prompt holds the mask token {mask_token_id}, which stands for a token to be predicted")
+
+
+_REFUSED_ARGUMENTS = (
+    *("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "assistant_model", "streamer"),
+    *("negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate", "past_key_values"),
+    *("position_ids", "inputs_embeds", "tokenizer", "assistant_tokenizer", "logits_to_keep"),
+)
+
+
+def _refuse_arguments(kwargs: dict[str, Any]) -> None:
+    """Refuse arguments of `model.generate` that transformers would digest before we could see them."""
+    for name in _REFUSED_ARGUMENTS:
+        value = kwargs.get(name)
+        if value is not None and not (isinstance(value, list) and not value):
+            raise ValueError(f"mtpkern.generate does not support {name}; leave it out, or use model.generate")
+    if kwargs.get("synced_gpus"):
+        raise ValueError("mtpkern.generate does not support synced_gpus; gather the model on one device")
+
+
+def _refuse_settings(
+    generation_config: GenerationConfig,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    model_kwargs: dict[str, Any],
+) -> None:
+    """Refuse whatever, once transformers has prepared it, would change the output and is not honoured."""
+    if generation_config.do_sample:
+        raise ValueError("mtpkern.generate is greedy: pass do_sample=False, or use model.generate to sample")
+    if generation_config.use_cache is False:
+        raise ValueError("mtpkern.generate always caches keys and values: leave out use_cache=False")
+    defaults = generation_config._get_default_generation_params()
+    for name in vars(GenerationConfig()):
+        if name in _HONOURED or name in _ONLY_WITH_SAMPLING:
+            continue
+        value = getattr(generation_config, name, None)
+        if value is not None and value is not False and value != defaults.get(name):
+            raise ValueError(f"mtpkern.generate does not support {name}={value!r}; leave it out, or use model.generate")
+    for what, items, known in (
+        ("logits processor", logits_processor, ()),
+        ("stopping criterion", stopping_criteria, (MaxLengthCriteria, EosTokenCriteria)),
+    ):
+        for item in items:
+            if not isinstance(item, known):
+                raise ValueError(f"mtpkern.generate does not support the {what} {type(item).__name__}")
+    honoured = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+    for name, value in model_kwargs.items():
+        if name not in honoured and value is not None and value is not False:
+            raise ValueError(f"mtpkern.generate does not support the model argument {name}; leave it out")

@@ -1,0 +1,190 @@
+"""The one adapter to a Hugging Face model: its mask token, what it must be like, and a check that it decodes right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mtpkern.attention import attention_context
+from mtpkern.decoder import Decoder
+from mtpkern.strategies import Static
+
+MASK_TOKEN = "<|mtp|>"
+CONFIG_KEY = "mtpkern"
+CONFIG_VERSION = 1
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+# These rescale their frequencies by the longest position of the batch: results would depend on what decodes beside.
+_BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Give the model and its tokenizer the mask token; returns its id. Adding it twice changes nothing.
+
+    The token's rows of the embedding and the unembedding are drawn from a normal distribution with the mean and
+    variance, per dimension, of the rows in use (arXiv 2602.06019); a fixed generator makes them the same every time.
+    The id is recorded in `model.config.mtpkern`, which `save_pretrained` keeps and no custom code is needed for.
+
+    Raises ValueError where the model has neither a free row nor an embedding that can be resized.
+
+        mask_token_id = mtpkern.add_mask_token(model, tokenizer)
+    """
+    used = len(tokenizer)
+    known = tokenizer.get_vocab().get(MASK_TOKEN)
+    recorded = recorded_settings(model).get("mask_token_id")
+    if known is not None and known == recorded:
+        return known
+    if known is None:
+        tokenizer.add_special_tokens({"extra_special_tokens": [MASK_TOKEN]}, replace_extra_special_tokens=False)
+    mask_token_id = tokenizer.convert_tokens_to_ids(MASK_TOKEN)
+    others = min(used, mask_token_id)
+    embedding = model.get_input_embeddings()
+    if mask_token_id >= embedding.num_embeddings:
+        # Its own initialisation of new rows has almost no variance, and a padded matrix gets none at all: see below.
+        model.resize_token_embeddings(mask_token_id + 1, mean_resizing=False)
+    matrices = [model.get_input_embeddings().weight]
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no output embedding: expected a causal language model")
+    if head.weight is not matrices[0]:
+        matrices.append(head.weight)
+    generator = torch.Generator().manual_seed(mask_token_id)
+    with torch.no_grad():
+        for weight in matrices:
+            rows = weight[:others].float()
+            noise = torch.randn(rows.shape[1], generator=generator).to(rows.device)
+            weight[mask_token_id] = (rows.mean(0) + noise * rows.std(0)).to(weight.dtype)
+    record_settings(model, mask_token_id=mask_token_id)
+    return mask_token_id
+
+
+def recorded_settings(model: PreTrainedModel) -> dict[str, int]:
+    """What training has recorded in the config: mask_token_id, k_max, version; empty for a model without."""
+    return dict(getattr(model.config, CONFIG_KEY, None) or {})
+
+
+def record_settings(model: PreTrainedModel, **settings: int) -> None:
+    """Record settings in the model's config, beside those already there."""
+    setattr(model.config, CONFIG_KEY, {**recorded_settings(model), **settings, "version": CONFIG_VERSION})
+
+
+def resolve_mask_token(model: PreTrainedModel, mask_token_id: int | None = None) -> int:
+    """The mask token's id: the argument, or what the config records. Raises ValueError for none or an impossible one."""
+    if mask_token_id is None:
+        mask_token_id = recorded_settings(model).get("mask_token_id")
+    if mask_token_id is None:
+        raise ValueError(
+            f"{type(model).__name__} records no mask token in its config: pass mask_token_id= for a checkpoint trained "
+            "elsewhere, or train one with mtpkern.train"
+        )
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if not 0 <= mask_token_id < vocabulary:
+        raise ValueError(f"mask_token_id must be a token of the model, 0 to {vocabulary - 1}, got {mask_token_id}")
+    return mask_token_id
+
+
+def require_decodable(model: PreTrainedModel) -> None:
+    """Raise ValueError, with the reason, for a model that this project would decode wrong."""
+    name = type(model).__name__
+    config = model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder; mtpkern decodes causal language models")
+    if model.training:
+        raise ValueError(f"{name} is in training mode, where dropout would change the output: call model.eval() first")
+    strange = sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS)
+    if strange:
+        raise ValueError(f"{name} has layers of type {', '.join(strange)}; mtpkern knows full and sliding attention")
+    devices = set((getattr(model, "hf_device_map", None) or {}).values())
+    if len(devices) > 1:
+        raise ValueError(f"{name} is spread over {len(devices)} devices by device_map; load it on one")
+    # Rotary settings come as one dict, or as one dict per type of layer.
+    rope = getattr(config, "rope_parameters", None) or {}
+    for entry in [rope, *(x for x in rope.values() if isinstance(x, dict))]:
+        if entry.get("rope_type") in _BATCH_DEPENDENT_ROPE:
+            raise ValueError(
+                f"{name} uses {entry['rope_type']!r} rotary embeddings, whose frequencies depend on the longest "
+                "sequence of the batch; set rope_parameters to 'default', 'linear', 'llama3' or 'yarn'"
+            )
+    if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+        raise ValueError(
+            f"{name} caps its attention logits, which 'sdpa' ignores: load it with attn_implementation='eager'"
+        )
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """How a model's packed steps compare with full recomputation: rows compared, error of logits, equal argmaxes.
+
+    `max_error` is the largest absolute difference of two logits; `scale` the standard deviation of the logits, to
+    read it by; `agreement` the share of rows with the same argmax.
+    """
+
+    rows: int
+    max_error: float
+    scale: float
+    agreement: float
+
+    @property
+    def ok(self) -> bool:
+        """In float32, differences are rounding: below a thousandth of the logits' spread, and every argmax equal."""
+        return self.max_error <= 1e-3 * self.scale and self.agreement == 1.0
+
+
+@torch.no_grad()
+def check(
+    model: PreTrainedModel,
+    input_ids: Tensor | None = None,
+    *,
+    mask_token_id: int | None = None,
+    k: int = 4,
+    steps: int = 4,
+) -> CheckReport:
+    """Compare packed decoding steps with full recomputation, for an architecture that nobody has tried.
+
+    Decodes `steps` passes of Static(k) from two prompts of different length (or from input_ids [1, T]) and recomputes
+    every pass without cache through the model's own attention. Meant for float32; in bfloat16 read `max_error` yourself.
+
+        assert mtpkern.check(AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)).ok
+    """
+    require_decodable(model)
+    mask_token_id = resolve_mask_token(model, mask_token_id)
+    if input_ids is None:
+        vocabulary = model.get_input_embeddings().num_embeddings
+        # Longer than the windows of small test models; a fixed draw, so that a failure can be looked at again.
+        input_ids = torch.randint(vocabulary, (2, 40), generator=torch.Generator().manual_seed(0)).to(model.device)
+        attention_mask = torch.ones_like(input_ids)
+        attention_mask[1, :13] = 0
+    else:
+        attention_mask = torch.ones_like(input_ids)
+    B, T = input_ids.shape
+    decoder = Decoder(
+        model,
+        Static(k),
+        mask_token_id=mask_token_id,
+        stop_ids=torch.tensor([-1]),
+        batch=B,
+        capacity=T + k * (steps + 1),
+        max_new_tokens=k * (steps + 1),
+    )
+    decoder.prefill(input_ids, attention_mask)
+    errors, equal, spread = [], [], []
+    rows, sequences = decoder.rows, decoder.sequences
+    for _ in range(steps):
+        seq, position, start = rows.seq.clone(), rows.position.clone(), rows.start.tolist()
+        texts = sequences.tokens.clone()
+        for b in range(B):
+            texts[b, int(sequences.length[b]) :] = mask_token_id
+        with attention_context(model, decoder.cache) as route:
+            logits = decoder.step(route)
+        for b in range(B):
+            of_b = slice(start[b], start[b + 1])
+            assert (seq[of_b] == b).all()
+            full = model(texts[b : b + 1, : int(position[of_b][-1]) + 1], use_cache=False).logits[0, position[of_b]]
+            errors.append((logits[of_b] - full).abs().max().item())
+            spread.append(full.float().std().item())
+            equal.append((logits[of_b].argmax(-1) == full.argmax(-1)).float())
+    decoder.require_all_layers()
+    agreement = torch.cat(equal)
+    return CheckReport(len(agreement), max(errors), sum(spread) / len(spread), agreement.mean().item())

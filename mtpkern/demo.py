@@ -167,13 +167,20 @@ def _picture(
 HEADER = ("way of decoding", "right", "tokens a pass", "tokens/s", "× HF generate")
 
 
+def _label(strategy: Strategy | None) -> str:
+    if strategy is None:
+        return "HF generate"
+    settings = [strategy.k] if isinstance(strategy, Static) else [strategy.k, strategy.threshold]
+    return f"{type(strategy).__name__}({', '.join(map(str, settings))})"
+
+
 def _table(rows: Mapping[str, Strategy | None], *runs: Mapping[str, Tally]) -> list[tuple[str, ...]]:
     """The rows of the table as text; the second run is the batched one."""
     out = []
     for tallies, batch in zip(runs, ("", f", batch {BATCH}")):
         for name, ratio in _speedups(tallies).items():
             t = tallies[name]
-            label = "HF generate" if rows[name] is None else str(rows[name])
+            label = _label(rows[name])
             right = f"{t.accuracy:.1%} ± {t.standard_error:.1%}"
             out.append((label + batch, right, f"{t.tokens_per_pass:.2f}", f"{t.tokens_per_second:.0f}", f"{ratio:.2f}"))
     return out

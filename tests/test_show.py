@@ -20,7 +20,7 @@ class Bytes:
 
 def test_pieces_are_the_text_block_by_block():
     tokenizer = build_tokenizer()
-    text = "After losing 12, Barbo has 40 - 12 = 28 red apples.\n#### 28"
+    text = "After losing 12, Marbo has 40 - 12 = 28 red apples.\n#### 28"
     tokens = tokenizer(text, add_special_tokens=False).input_ids
     blocks = [1, 4, 2, len(tokens) - 7]
     parts = show.pieces(tokenizer, tokens, blocks)
@@ -30,7 +30,7 @@ def test_pieces_are_the_text_block_by_block():
 
 
 def test_a_character_belongs_to_the_block_that_completes_it():
-    tokens = list("aé€b".encode()) + [256]
+    tokens = [*"aé€b".encode(), 256]
     parts = show.pieces(Bytes(), tokens, [2, 2, 3, 1])
     assert parts == ["a", "é", "€b", ""]
 

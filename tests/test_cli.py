@@ -1,0 +1,274 @@
+"""`mtpkern demo` and `mtpkern generate`, on a tiny random model."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import mtpkern
+from mtpkern.bench.problems import HELD_OUT, problems
+from mtpkern.cli import main
+from mtpkern.compare import Problem, extract_answer, pad, read_problems
+from mtpkern.demo import ASSETS
+from mtpkern.train.arithmetic import build_tokenizer
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}Answer:"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny random Llama with tokenizer, chat template and problems; its weights vary enough not to echo."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.3,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    mtpkern.add_mask_token(model, tokenizer)
+    model.config.mtpkern = {**model.config.mtpkern, "k_max": 4}
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_jsonl(folder / "problems.jsonl", [vars(p) for p in problems("test", 8)])
+    return folder
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_jsonl(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def greedy(checkpoint, prompt, new):
+    """What the model's own generate writes, one prompt at a time."""
+    tokenizer = build_tokenizer()
+    model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    ids = torch.tensor([tokenizer(prompt).input_ids])
+    return model.generate(ids, do_sample=False, max_new_tokens=new)[0, ids.shape[1] :].tolist()
+
+
+def test_extract_answer():
+    assert extract_answer("8 - 3 = 5\n#### 5") == "5"
+    assert extract_answer("#### -12 #### 7") == "-12"
+    assert extract_answer("so 5") is None
+
+
+def test_pad_is_on_the_left():
+    inputs = pad([[5, 6], [7]], torch.device("cpu"))
+    assert inputs["input_ids"].tolist()[0] == [5, 6]
+    assert inputs["input_ids"].tolist()[1][1] == 7
+    assert inputs["attention_mask"].tolist() == [[1, 1], [0, 1]]
+
+
+def test_too_few_problems_are_refused(checkpoint):
+    assert read_problems(checkpoint / "problems.jsonl", 2)[0] == problems("test", 1)[0]
+    with pytest.raises(ValueError, match="holds 8 problems; expected at least 9"):
+        read_problems(checkpoint / "problems.jsonl", 9)
+
+
+def test_the_shipped_problems_are_the_test_split():
+    assert read_problems(ASSETS / "problems.jsonl") == problems("test", HELD_OUT)
+    assert isinstance(problems("test", 1)[0], Problem)
+
+
+def test_prompt_prints_the_text(checkpoint, capsys):
+    prompt = problems("test", 1)[0].prompt
+    assert main(["generate", str(checkpoint), "--prompt", prompt, "--max-new-tokens", "12"]) == 0
+    expected = build_tokenizer().decode(greedy(checkpoint, prompt, 12), skip_special_tokens=True)
+    assert capsys.readouterr().out == expected + "\n"
+
+
+def test_file_gives_the_same_rows_in_order_whatever_the_batch(checkpoint, tmp_path, capsys):
+    prompts = [p.prompt for p in problems("test", 5)]
+    file = write_jsonl(tmp_path / "in.jsonl", [{"prompt": p, "id": i} for i, p in enumerate(prompts)])
+    output = tmp_path / "out.jsonl"
+    command = ["generate", str(checkpoint), "--file", str(file), "--max-new-tokens", "10"]
+    assert main([*command, "--batch-size", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert main([*command, "--output", str(output)]) == 0
+    assert capsys.readouterr().out == ""
+    rows = read_jsonl(output.read_text(encoding="utf-8"))
+    # The same tokens from batches of two and of eight; passes too, since sequences do not wait for each other.
+    assert rows == read_jsonl(printed)
+    for i, row in enumerate(rows):
+        assert (row["id"], row["prompt"]) == (i, prompts[i])
+        assert row["tokens"] == greedy(checkpoint, prompts[i], 10)
+        assert sum(row["blocks"]) == len(row["tokens"])
+        assert row["tokens_per_pass"] == round(len(row["tokens"]) / len(row["blocks"]), 3)
+
+
+def test_strategy_options_reach_the_decoder(checkpoint, capsys, tmp_path):
+    output = tmp_path / "out.jsonl"
+    command = [
+        "generate",
+        str(checkpoint),
+        "--prompt",
+        "Ba has 3 eggs.",
+        "--output",
+        str(output),
+        "--max-new-tokens",
+        "8",
+    ]
+    blocks = {}
+    for options in ("static --k 3", "static --k 1", "confadapt --k 4 --threshold 0", "confadapt --threshold 1"):
+        assert main([*command, "--strategy", *options.split()]) == 0
+        blocks[options] = read_jsonl(output.read_text())[0]["blocks"]
+    assert max(blocks["static --k 3"]) == 3
+    assert max(blocks["static --k 1"]) == 1
+    assert max(blocks["confadapt --k 4 --threshold 0"]) == 4
+    assert max(blocks["confadapt --threshold 1"]) == 1
+
+
+def test_chat_applies_the_template(checkpoint, tmp_path, capsys):
+    chat = [{"role": "user", "content": "Ba has 3 eggs."}]
+    file = write_jsonl(tmp_path / "in.jsonl", [{"messages": chat}, {"prompt": "Ba has 3 eggs."}])
+    command = ["generate", str(checkpoint), "--file", str(file), "--max-new-tokens", "6"]
+    assert main([*command, "--chat"]) == 0
+    both = read_jsonl(capsys.readouterr().out)
+    assert both[0]["tokens"] == both[1]["tokens"]
+    assert main(command) == 0
+    plain = read_jsonl(capsys.readouterr().out)
+    assert plain[0]["tokens"] == both[0]["tokens"]
+    assert plain[1]["tokens"] == greedy(checkpoint, "Ba has 3 eggs.", 6)
+
+
+def test_show_marks_the_blocks(checkpoint, capsys):
+    command = ["generate", str(checkpoint), "--prompt", "Ba has 3 eggs.", "--max-new-tokens", "6", "--show"]
+    assert main([*command, "--strategy", "static", "--k", "3"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("|") >= 1
+    assert out.splitlines()[-1] == "3 3 = 6 tokens in 2 passes, 3.00 a pass"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "x"', "row 3: expected a JSON object"),
+        ('"x"', "row 3: expected an object with either prompt or messages; got str"),
+        ('{"text_in": "x"}', r"row 3: expected an object with either prompt or messages; got \['text_in'\]"),
+        ('{"prompt": "x", "messages": []}', "row 3: expected an object with either"),
+        ('{"prompt": 5}', "row 3: prompt must be a string with text in it; got 5"),
+        ('{"prompt": ""}', "row 3: prompt must be a string"),
+        ('{"messages": [{"role": "user"}]}', "row 3: messages must be a list"),
+        ('{"messages": []}', "row 3: messages must be a list"),
+        ('{"prompt": "x", "tokens": [1]}', "row 3: has tokens, which the result would overwrite"),
+    ],
+)
+def test_a_bad_row_is_named_before_the_model_is_loaded(tmp_path, capsys, line, message):
+    file = tmp_path / "in.jsonl"
+    file.write_text(f'{{"prompt": "x"}}\n\n{line}\n')
+    assert main(["generate", str(tmp_path / "no-model"), "--file", str(file)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.search(message, err), err
+
+
+def test_an_empty_file_is_refused(tmp_path, capsys):
+    file = tmp_path / "in.jsonl"
+    file.write_text("\n")
+    assert main(["generate", "no-model", "--file", str(file)]) == 2
+    assert "expected at least one row" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--strategy static --threshold 0.5", "takes no --threshold"),
+        ("--threshold 1.5", "threshold must be a probability"),
+    ],
+)
+def test_wrong_options_are_refused_before_the_model_is_loaded(options, message, capsys):
+    assert main(["generate", "no-model", "--prompt", "x", *options.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", ["--k 0", "--k two", "--batch-size 0", "--max-new-tokens -1", "--file x"])
+def test_wrong_numbers_are_refused(options, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["generate", "no-model", "--prompt", "x", *options.split()])
+    assert error.value.code == 2
+    capsys.readouterr()
+
+
+def test_nothing_half_done_is_left(checkpoint, tmp_path, capsys):
+    """The third row cannot be decoded (no template); the old output stays as it was, and no draft beside it."""
+    bare = tmp_path / "bare"
+    LlamaForCausalLM.from_pretrained(checkpoint).save_pretrained(bare)
+    build_tokenizer().save_pretrained(bare)
+    rows = [{"prompt": "Ba has 3 eggs."}] * 2 + [{"messages": [{"role": "user", "content": "x"}]}]
+    file = write_jsonl(tmp_path / "in.jsonl", rows)
+    output = tmp_path / "out.jsonl"
+    output.write_text("before")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    assert main(["generate", str(bare), "--file", str(file), "--output", str(output)]) == 2
+    assert "row 3: needs a chat template" in capsys.readouterr().err
+    assert output.read_text() == "before"
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_an_error_half_way_leaves_no_draft(checkpoint, tmp_path, capsys, monkeypatch):
+    calls = []
+
+    def ours(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise ValueError("no room")
+        return original(*args, **kwargs)
+
+    original = mtpkern.compare.ours
+    monkeypatch.setattr("mtpkern.compare.ours", ours)
+    file = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "Ba has 3 eggs."}] * 4)
+    command = ["generate", str(checkpoint), "--file", str(file), "--batch-size", "2", "--max-new-tokens", "4"]
+    assert main([*command, "--output", str(tmp_path / "out.jsonl")]) == 2
+    assert "row 3 to" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_missing_things_are_named(tmp_path, capsys):
+    assert main(["generate", str(tmp_path), "--prompt", "x"]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+    assert main(["generate", str(tmp_path), "--prompt", "x", "--output", str(tmp_path / "no" / "out")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+    assert main(["demo", "--checkpoint", str(tmp_path)]) == 2
+    assert "make checkpoint" in capsys.readouterr().err
+
+
+def test_demo(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mtpkern.demo.MAX_NEW_TOKENS", 8)
+    page = tmp_path / "blocks.html"
+    assert main(["demo", "--checkpoint", str(checkpoint), "--problems", "2", "--html", str(page)]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out.splitlines()[-1])
+    ways = ["hf_generate", "static_1", "confadapt_0.99", "confadapt_0.9", "confadapt_0.6", "verified"]
+    for figure in ("tokens_per_pass", "accuracy", "speedup_vs_hf_generate"):
+        assert list(result[figure]) == ways
+    assert list(result["speedup_vs_hf_generate_batch_8"]) == ["hf_generate", "verified"]
+    assert result["problems"] == 2
+    assert result["tokens_per_pass"]["hf_generate"] == result["tokens_per_pass"]["static_1"] == 1
+    assert result["tokens_per_pass"]["verified"] >= 1
+    assert result["speedup_vs_hf_generate"]["hf_generate"] == 1
+    assert all(0 <= a <= 1 for a in result["accuracy"].values())
+    assert "Verified(4, 0.6)" in out
+    assert "2 of 2" in err
+    assert page.read_text(encoding="utf-8").count('class="blocks"') == 4
+
+
+def test_help_needs_no_model_library():
+    code = "import sys, mtpkern.cli; mtpkern.cli._parser(); print({'torch', 'transformers'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

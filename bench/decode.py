@@ -1,0 +1,340 @@
+"""Decoding with the shipped checkpoint: accuracy, tokens per pass, wall-clock time, and where a step's time goes.
+
+`python -m mtpkern.bench.decode` measures everything and writes bench/results/decode.{md,json}.
+
+Thresholds are chosen on the validation split (seed 0, the first --validation problems); every figure of the tables
+comes from the 1,000 held-out problems of mtpkern/assets/problems.jsonl (test split, seed 0). Accuracy and tokens per
+pass are counted in batches with all masks for every sequence, which is what a batch of one gets. Times are taken in
+turns, each way of decoding in each round; a ratio compares tokens per second within one round.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mtpkern.attention import attention_context
+from mtpkern.bench.harness import Spread, environment, interleaved
+from mtpkern.bench.problems import problems
+from mtpkern.bench.report import RESULTS, Table, write
+from mtpkern.compare import (
+    HF_GENERATE,
+    Completion,
+    Problem,
+    Tally,
+    batches,
+    compare,
+    count_right,
+    encode,
+    hugging_face,
+    ours,
+    read_problems,
+)
+from mtpkern.decoder import Decoder
+from mtpkern.demo import ASSETS, MAX_NEW_TOKENS, load
+from mtpkern.kernels.readout import readout
+from mtpkern.model import resolve_mask_token
+from mtpkern.show import progress
+from mtpkern.strategies import ConfAdapt, Static, Strategy, Verified
+
+PARTS = ("accuracy", "speed", "step")
+CONFADAPT = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+VERIFIED = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+# What ConfAdapt may lose against one token a pass, for its threshold to be chosen.
+ACCURACY_KEPT = 0.97
+BATCH = 32
+STATIC = "Static(1)"
+
+
+class Bench:
+    """A checkpoint and its problems, and the figures taken of them."""
+
+    def __init__(self, folder: Path, device: torch.device, k: int | None) -> None:
+        model, self.tokenizer = load(folder)
+        self.model: PreTrainedModel = model.to(device)
+        self.k = k or min(model.config.mtpkern["k_max"], Verified.k)
+
+    def sweep(self) -> dict[str, Strategy]:
+        """All strategies of the accuracy table by their names."""
+        return {
+            STATIC: Static(1),
+            **{f"ConfAdapt({self.k}, {t})": ConfAdapt(self.k, t) for t in CONFADAPT},
+            **{f"Verified({self.k}, {t})": Verified(self.k, t) for t in VERIFIED},
+        }
+
+    def completions(self, held: Sequence[Problem], strategy: Strategy | None) -> list[Completion]:
+        """Decode in large batches; tokens per pass are those of a batch of one, since no mask is saved."""
+        out: list[Completion] = []
+        for batch in batches(held, BATCH):
+            inputs = encode(self.tokenizer, [p.prompt for p in batch], self.model.device)
+            if strategy is None:
+                out += hugging_face(self.model, inputs, max_new_tokens=MAX_NEW_TOKENS)
+            else:
+                rows = len(batch) * (2 * strategy.k - 1)
+                out += ours(self.model, inputs, strategy=strategy, rows=rows, max_new_tokens=MAX_NEW_TOKENS)
+        return out
+
+    def count(self, label: str, held: Sequence[Problem], ways: Mapping[str, Strategy | None]) -> dict[str, Figures]:
+        """Accuracy, tokens per pass and identity with Hugging Face's greedy tokens of every way."""
+        figures: dict[str, Figures] = {}
+        with progress(label, len(ways) + 1) as done:
+            greedy = self.completions(held, None)
+            figures[HF_GENERATE] = Figures(self.tokenizer, held, greedy, greedy)
+            for i, (name, strategy) in enumerate(ways.items()):
+                done(i + 1)
+                figures[name] = Figures(self.tokenizer, held, self.completions(held, strategy), greedy)
+            done(len(ways) + 1)
+        return figures
+
+    def choose(self, validation: Sequence[Problem]) -> tuple[ConfAdapt, Verified]:
+        """The thresholds with most tokens per pass on validation problems; ConfAdapt's must keep the accuracy."""
+        ways = self.sweep()
+        figures = self.count(f"thresholds, {len(validation)} validation problems", validation, ways)
+        floor = ACCURACY_KEPT * figures[STATIC].tally.accuracy
+
+        def best(kind: type[Strategy]) -> Strategy:
+            rated = [
+                (figures[name].tally.tokens_per_pass, strategy)
+                for name, strategy in ways.items()
+                if isinstance(strategy, kind) and figures[name].tally.accuracy >= floor
+            ]
+            # Where no threshold keeps the accuracy, the most careful one stands.
+            return max(rated, key=lambda r: r[0])[1] if rated else kind(self.k, max(CONFADAPT))
+
+        return best(ConfAdapt), best(Verified)
+
+    def speed(
+        self, held: Sequence[Problem], ways: Mapping[str, Strategy | None], batch: int, rounds: int, per_round: int
+    ) -> dict[str, dict[str, Spread]]:
+        """Tokens per second and its ratio to Hugging Face's generate, over rounds of fresh problems."""
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        ratios: dict[str, list[float]] = {name: [] for name in ways}
+        with progress(f"speed at batch {batch}, {len(ways)} ways", rounds) as done:
+            for i in range(rounds):
+                start = i * per_round % len(held)
+                tallies = compare(
+                    self.model,
+                    self.tokenizer,
+                    held[start : start + per_round],
+                    ways,
+                    batch_size=batch,
+                    max_new_tokens=MAX_NEW_TOKENS,
+                )
+                for name, tally in tallies.items():
+                    rates[name].append(tally.tokens_per_second)
+                    ratios[name].append(tally.tokens_per_second / tallies[HF_GENERATE].tokens_per_second)
+                done(i + 1)
+        return {name: {"tokens_per_second": Spread.of(rates[name]), "ratio": Spread.of(ratios[name])} for name in ways}
+
+    @torch.no_grad()
+    def step(self, held: Sequence[Problem], strategy: Strategy, rounds: int) -> dict[str, Spread]:
+        """Milliseconds of a packed step of len(held) sequences and of its parts.
+
+        whole: forward, readout, advance. forward: the model call. body: the same call with an attention that returns
+        its queries, so that forward - body is what attention and the writing of K/V cost. one_token: the model's own
+        cached forward of one token a sequence, which is what a step of Hugging Face's generate calls.
+        """
+        inputs = encode(self.tokenizer, [p.prompt for p in held], self.model.device)
+        new = rounds * strategy.k + 64
+        decoder = Decoder(
+            self.model,
+            strategy,
+            mask_token_id=resolve_mask_token(self.model),
+            stop_ids=torch.tensor([], dtype=torch.long),
+            batch=len(held),
+            capacity=inputs["input_ids"].shape[1] + new,
+            max_new_tokens=new,
+        )
+        decoder.prefill(inputs["input_ids"], inputs["attention_mask"])
+
+        def forward(route: dict) -> Tensor:
+            rows = decoder.rows
+            return self.model(
+                input_ids=rows.token[None],
+                position_ids=rows.position[None],
+                past_key_values=None,
+                use_cache=False,
+                **route,
+            ).logits[0]
+
+        past = self.model(**inputs, use_cache=True).past_key_values
+        last = inputs["input_ids"][:, -1:]
+
+        def one_token() -> None:
+            self.model(input_ids=last, past_key_values=past, use_cache=True)
+            past.crop(-1)
+
+        with attention_context(self.model, _Body()) as route:
+            body = interleaved({"body": lambda: forward(route)}, rounds, self.model.device)
+        one = interleaved({"one_token": one_token}, rounds, self.model.device)
+        with attention_context(self.model, decoder.cache) as route:
+            logits = forward(route)
+            actions = {
+                "whole": lambda: decoder.step(route),
+                "forward": lambda: forward(route),
+                "readout": lambda: readout(logits, decoder.mask_token_id),
+            }
+            step = interleaved(actions, rounds, self.model.device)
+        return step | body | one
+
+
+class _Body:
+    """An attention that costs nothing: what is left of a pass is the model."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **_: object) -> Tensor:
+        """Query [B, Hq, T, D] -> itself as [B, T, Hq, D]."""
+        return query.transpose(1, 2)
+
+
+class Figures:
+    """What one way got out of some problems."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        held: Sequence[Problem],
+        completions: list[Completion],
+        greedy: Sequence[Completion],
+    ) -> None:
+        self.tally = Tally()
+        self.tally.add(completions, count_right(tokenizer, held, completions), 0.0)
+        self.identical = sum(c.tokens == g.tokens for c, g in zip(completions, greedy, strict=True))
+        self.blocks = Counter(size for c in completions for size in c.blocks)
+
+    def record(self) -> dict[str, object]:
+        """The figures for JSON."""
+        tally = self.tally
+        return {
+            "problems": tally.problems,
+            "accuracy": tally.accuracy,
+            "standard_error": tally.standard_error,
+            "tokens_per_pass": tally.tokens_per_pass,
+            "tokens": tally.tokens,
+            "passes": tally.passes,
+            "identical_to_hf_greedy": self.identical,
+            "blocks_by_size": {str(size): n for size, n in sorted(self.blocks.items())},
+        }
+
+
+def accuracy_table(figures: Mapping[str, Figures]) -> Table:
+    """One row a way: accuracy, tokens per pass, identity, block sizes."""
+    rows = []
+    for name, f in figures.items():
+        share = ", ".join(f"{s}: {n / f.blocks.total():.0%}" for s, n in sorted(f.blocks.items()))
+        rows.append(
+            (
+                name,
+                f"{f.tally.accuracy:.2%} ± {f.tally.standard_error:.2%}",
+                f"{f.tally.tokens_per_pass:.3f}",
+                f"{f.identical} of {f.tally.problems}",
+                share,
+            )
+        )
+    n = next(iter(figures.values())).tally.problems
+    note = (
+        f"{n} held-out problems. Tokens per pass = tokens emitted / passes, the prefill counted; identical = the same "
+        "tokens as Hugging Face's greedy generate; the last column is how often a pass emitted how many tokens."
+    )
+    return Table("Accuracy and tokens per pass", note, ("way", "right", "tokens a pass", "identical", "blocks"), rows)
+
+
+def speed_table(batch: int, speed: Mapping[str, Mapping[str, Spread]], rounds: int, per_round: int) -> Table:
+    """One row a way: tokens per second and the ratio."""
+    rows = [(name, s["tokens_per_second"].text(0), s["ratio"].text()) for name, s in speed.items()]
+    note = (
+        f"{rounds} rounds of {per_round} problems, in turns; tokens per second of the whole batch, prefill included. "
+        "Median over rounds, least and greatest in brackets."
+    )
+    return Table(f"Wall-clock time, batch {batch}", note, ("way", "tokens/s", "× HF generate"), rows)
+
+
+def step_table(steps: Mapping[str, Mapping[str, Spread]]) -> Table:
+    """One row a batch size: the step and its parts in milliseconds."""
+    rows = []
+    for name, s in steps.items():
+        rest = s["whole"].median - s["forward"].median - s["readout"].median
+        rows.append(
+            (
+                name,
+                s["whole"].text(),
+                f"{s['body'].median:.2f}",
+                f"{s['forward'].median - s['body'].median:.2f}",
+                f"{s['readout'].median:.2f}",
+                f"{rest:.2f}",
+                f"{s['forward'].median / s['whole'].median:.0%}",
+                s["one_token"].text(),
+            )
+        )
+    note = (
+        "Milliseconds, medians. model: the forward with an attention that does nothing; attention: with ours, KV write "
+        "included, minus that; advance: what the step takes beyond forward and readout; one token: the model's own "
+        "cached forward of one token a sequence."
+    )
+    header = ("step", "whole", "model", "attention", "readout", "advance", "forward / whole", "one token")
+    return Table("Where a step's time goes", note, header, rows)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print the tables and write them."""
+    parser = argparse.ArgumentParser(prog="python -m mtpkern.bench.decode", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--only", choices=PARTS, action="append", help="this part only; may be given again")
+    parser.add_argument("--checkpoint", type=Path, default=ASSETS, help="folder with model, tokenizer, problems.jsonl")
+    parser.add_argument("--k", type=int, help="tokens predicted in one pass (default: what was trained, at most 8)")
+    parser.add_argument("--problems", type=int, default=1000, help="held-out problems for accuracy")
+    parser.add_argument("--validation", type=int, default=300, help="validation problems for choosing thresholds")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of timing")
+    parser.add_argument("--per-round", type=int, default=16, help="problems of a round at batch 1; twice that at 8")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--name", default="decode", help="name of the result files")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+    args = parser.parse_args(argv)
+
+    parts = args.only or PARTS
+    device = torch.device(args.device)
+    facts = environment(device)
+    bench = Bench(args.checkpoint, device, args.k)
+    held = read_problems(args.checkpoint / "problems.jsonl", args.problems)
+    tables: list[Table] = []
+    data: dict[str, object] = {"k": bench.k}
+    confadapt: Strategy = ConfAdapt(bench.k)
+    verified: Strategy = Verified(bench.k)
+
+    if "accuracy" in parts or "speed" in parts:
+        confadapt, verified = bench.choose(problems("validation", args.validation))
+        data["chosen"] = {"confadapt": asdict(confadapt), "verified": asdict(verified), "validation": args.validation}
+        facts["thresholds"] = (
+            f"chosen on {args.validation} validation problems (seed 0): ConfAdapt {confadapt.threshold} for at least "
+            f"{ACCURACY_KEPT} of the accuracy of one token a pass, Verified {verified.threshold}"
+        )
+    if "accuracy" in parts:
+        figures = bench.count(f"accuracy, {len(held)} held-out problems", held, bench.sweep())
+        tables.append(accuracy_table(figures))
+        data["accuracy"] = {name: f.record() for name, f in figures.items()}
+    if "speed" in parts:
+        ways: dict[str, Strategy | None] = {HF_GENERATE: None, STATIC: Static(1)}
+        for s in (ConfAdapt(bench.k), confadapt, verified):
+            ways[f"{type(s).__name__}({s.k}, {s.threshold})"] = s
+        for batch in (1, 8):
+            per_round = args.per_round * (1 if batch == 1 else 2)
+            speed = bench.speed(held, ways, batch, args.rounds, per_round)
+            tables.append(speed_table(batch, speed, args.rounds, per_round))
+            data[f"speed_batch_{batch}"] = speed
+    if "step" in parts:
+        steps = {f"batch {n}": bench.step(held[:n], verified, args.rounds * 5) for n in (1, 8)}
+        tables.append(step_table(steps))
+        data["step"] = steps
+
+    page = write(args.name, "Decoding with the shipped checkpoint", facts, tables, data, args.results)
+    print(page.read_text(encoding="utf-8"))
+    print(f"written: {page} and {page.with_suffix('.json').name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,7 @@ value (gpt-oss).
 Shapes   query [R, Hq, D];  k_cache, v_cache [B, Hkv, C + 1, D];  row_seq, row_slot [R], row_start [B + 1] int64;
          sinks [Hq];  out [R, Hq, D]
 Traffic  reads 2 * Hkv * D elements for every visible slot of every sequence once: bandwidth-bound up to k = 16
-Faults   rows that see nothing give 0; slots that no row sees may hold anything, NaN included
+Faults   unused rows give 0; slots that no row sees may hold anything, NaN included
 """
 
 from __future__ import annotations
@@ -73,21 +73,26 @@ def decode_attention_reference(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """`decode_attention` in plain torch: rows spread to [B, max_rows], one matmul a side, rows gathered back.
+    """`decode_attention` in plain torch: rows spread to [B, W], one matmul a side, rows gathered back.
 
     Computes in float32, or in float64 for float64 inputs.
     """
     B, Hkv, C, D = k_cache.shape[0], k_cache.shape[1], k_cache.shape[2] - 1, k_cache.shape[3]
     R, Hq, _ = query.shape
-    G, W = Hq // Hkv, max_rows
+    G = Hq // Hkv
     dtype = torch.promote_types(query.dtype, torch.float32)
+    q, slot = query.to(dtype), torch.where(row_slot < C, row_slot, -1)
+    if B == 1:  # one sequence's packed rows need no spreading
+        W = R
+    else:
+        # Place of each packed row in [B, W]; unused rows share one more place behind the end.
+        W = max_rows
+        place = row_seq * W + torch.arange(R, device=query.device) - row_start[row_seq]
+        place = torch.where(row_slot < C, place, B * W)
+        q = q.new_zeros(B * W + 1, Hq, D).index_copy_(0, place, q)[:-1]
+        slot = slot.new_full((B * W + 1,), -1).index_copy_(0, place, slot)[:-1]
 
-    # Place of each packed row in [B, W]; unused rows share one more place behind the end.
-    o_r = torch.arange(R, device=query.device)
-    place = torch.where(row_slot < C, row_seq * W + o_r - row_start[row_seq], B * W)
-    q = query.new_zeros(B * W + 1, Hq, D, dtype=dtype).index_copy(0, place, query.to(dtype))
-    slot = row_slot.new_full((B * W + 1,), -1).index_copy(0, place, row_slot)[:-1].view(B, W, 1)
-
+    slot = slot.view(B, W, 1)
     o_c = torch.arange(C, device=query.device)
     visible = o_c <= slot  # [B, W, C]
     if window is not None:
@@ -95,15 +100,15 @@ def decode_attention_reference(
     # 0 * NaN is NaN, so what no row of the sequence sees must not even meet its zero weight.
     v = v_cache[:, :, :C].to(dtype).masked_fill(~visible.any(1)[:, None, :, None], 0)
 
-    q = q[:-1].view(B, W, Hkv, G, D).transpose(1, 2).reshape(B, Hkv, W * G, D)
+    q = q.view(B, W, Hkv, G, D).transpose(1, 2).reshape(B, Hkv, W * G, D)
     s = (q @ k_cache[:, :, :C].to(dtype).transpose(-1, -2)).mul_(scale).view(B, Hkv, W, G, C)
     if softcap is not None:
-        s = (s / softcap).tanh_() * softcap
-    s = s.masked_fill(~visible[:, None, :, None], torch.finfo(dtype).min)
+        s = s.div_(softcap).tanh_().mul_(softcap)
+    s = s.masked_fill_(~visible[:, None, :, None], torch.finfo(dtype).min)
     if sinks is not None:
-        sink = sinks.to(dtype).view(1, Hkv, 1, G, 1).expand(B, -1, W, -1, -1)
-        s = torch.cat([s, sink], dim=-1)
+        s = torch.cat([s, sinks.to(dtype).view(1, Hkv, 1, G, 1).expand(B, -1, W, -1, -1)], dim=-1)
     p = s.softmax(-1)[..., :C]
     o = (p.reshape(B, Hkv, W * G, C) @ v).view(B, Hkv, W, G, D).transpose(1, 2).reshape(B * W, Hq, D)
-    # Unused rows read the zeros behind the end.
-    return torch.cat([o, o.new_zeros(1, Hq, D)])[place].to(query.dtype)
+    if B > 1:
+        o = torch.cat([o, o.new_zeros(1, Hq, D)])[place]
+    return o.masked_fill((row_slot >= C)[:, None, None], 0).to(query.dtype)

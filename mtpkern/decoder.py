@@ -72,6 +72,7 @@ class Decoder:
         self.rows = Rows.allocate(rows, batch, device)
         self.cache = KVCache(capacity, self.rows, max_rows=2 * strategy.k - 1)
 
+    @torch.inference_mode()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Run the left-padded prompts [B, T] with k - 1 masks behind them and take in their first predictions.
 
@@ -103,6 +104,7 @@ class Decoder:
         ).logits
         return self._take_in(logits[:, -k:].flatten(0, 1))
 
+    @torch.inference_mode()
     def step(self, route: dict[str, AttentionContext]) -> Tensor:
         """One pass over the planned rows, inside `attention_context`; returns the rows' logits [R, V]."""
         logits = self.model(

@@ -99,6 +99,35 @@ _locks: WeakKeyDictionary[PreTrainedModel, Lock] = WeakKeyDictionary()
 
 
 @contextmanager
+def exclusive(model: PreTrainedModel) -> Iterator[None]:
+    """Keep the model to one run: its config is shared. Raises RuntimeError where another run holds it already."""
+    lock = _locks.setdefault(model, Lock())
+    if not lock.acquire(blocking=False):
+        raise RuntimeError(
+            "this model is already running inside mtpkern; its config is shared, so run one call at a time"
+        )
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def routed(model: PreTrainedModel, context: AttentionContext) -> Iterator[dict[str, AttentionContext]]:
+    """`attention_context` for those who already hold the model."""
+    config = model.config.get_text_config(decoder=True)
+    # The private attribute, because the public setter validates and re-dispatches for a millisecond or two.
+    before = config._attn_implementation_internal
+    token = _current.set(context)
+    try:
+        config._attn_implementation_internal = NAME
+        yield {"mtpkern": context}
+    finally:
+        config._attn_implementation_internal = before
+        _current.reset(token)
+
+
+@contextmanager
 def attention_context(model: PreTrainedModel, context: AttentionContext) -> Iterator[dict[str, AttentionContext]]:
     """Route the model's attention through `context` inside the block; yields the keyword arguments for the model call.
 
@@ -109,19 +138,5 @@ def attention_context(model: PreTrainedModel, context: AttentionContext) -> Iter
     thread; the attention name must then still be ours, so training keeps the block open around backward.
     Raises RuntimeError when the same model is already inside such a block: its config is shared.
     """
-    config = model.config.get_text_config(decoder=True)
-    lock = _locks.setdefault(model, Lock())
-    if not lock.acquire(blocking=False):
-        raise RuntimeError(
-            "this model is already running inside mtpkern; its config is shared, so run one call at a time"
-        )
-    # The private attribute, because the public setter validates and re-dispatches for a millisecond or two.
-    before = config._attn_implementation_internal
-    token = _current.set(context)
-    try:
-        config._attn_implementation_internal = NAME
-        yield {"mtpkern": context}
-    finally:
-        config._attn_implementation_internal = before
-        _current.reset(token)
-        lock.release()
+    with exclusive(model), routed(model, context) as route:
+        yield route

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
 
-from mtpkern.attention import attention_context
+from mtpkern.attention import exclusive, routed
 from mtpkern.decoder import Decoder
 from mtpkern.kernels.advance import FAULT, STOPPED
 from mtpkern.model import recorded_settings, require_decodable, resolve_mask_token
@@ -26,7 +26,7 @@ _CAPACITY_STEP = 64
 # Fields of GenerationConfig that are honoured, or that say nothing where nothing is sampled or searched.
 _HONOURED = {
     *("max_length", "max_new_tokens", "eos_token_id", "pad_token_id", "bos_token_id", "return_dict_in_generate"),
-    *("transformers_version", "_from_model_config", "use_cache", "disable_compile"),
+    *("transformers_version", "use_cache", "disable_compile"),
 }
 _ONLY_WITH_SAMPLING = {
     *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
@@ -81,9 +81,13 @@ def generate(
     mask = resolve_mask_token(model, mask_token_id)
     if input_ids is None:
         input_ids = kwargs.pop("inputs", None)
-    if input_ids is None:
-        raise ValueError("generate needs input_ids [B, T]; inputs_embeds and empty prompts are not supported")
     _refuse_arguments(kwargs)
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(
+            f"input_ids must be a tensor [B, T], got {type(input_ids).__name__}; unpack encodings: **inputs"
+        )
+    if input_ids.ndim != 2 or 0 in input_ids.shape:
+        raise ValueError(f"input_ids must be [B, T] with at least one token, got shape {list(input_ids.shape)}")
 
     def decode(
         model: PreTrainedModel,
@@ -93,7 +97,9 @@ def generate(
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> Tensor | MTPGenerateOutput:
-        _refuse_settings(generation_config, logits_processor, stopping_criteria, model_kwargs)
+        # Again, because the model's own generation_config has come in.
+        _refuse_settings(vars(generation_config))
+        _refuse_prepared(logits_processor, stopping_criteria, model_kwargs)
         return _decode(model, input_ids, strategy, mask, rows, generation_config, model_kwargs.get("attention_mask"))
 
     return model.generate(input_ids, custom_generate=decode, **kwargs)
@@ -108,7 +114,9 @@ def _decode(
     generation_config: GenerationConfig,
     attention_mask: Tensor | None,
 ) -> Tensor | MTPGenerateOutput:
-    input_ids = input_ids.to(model.device)
+    input_ids = input_ids.to(model.device, torch.int64)
+    if attention_mask is not None:
+        attention_mask = attention_mask.to(model.device, torch.int64)
     _require_prompts(input_ids, attention_mask, mask_token_id)
     B, T = input_ids.shape
     max_new_tokens = generation_config.max_length - T
@@ -122,9 +130,11 @@ def _decode(
         max_new_tokens=max_new_tokens,
         rows=rows,
     )
-    decoder.prefill(input_ids, attention_mask)
-    with attention_context(model, decoder.cache) as route:
-        decoder.run(route)
+    # The prefill runs through the model's own attention, which a run beside it would have switched.
+    with exclusive(model):
+        decoder.prefill(input_ids, attention_mask)
+        with routed(model, decoder.cache) as route:
+            decoder.run(route)
 
     sequences = decoder.sequences
     status, passes = sequences.status.tolist(), sequences.passes.tolist()
@@ -166,8 +176,7 @@ def _require_prompts(input_ids: Tensor, attention_mask: Tensor | None, mask_toke
                 f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, got "
                 f"{tuple(attention_mask.shape)}"
             )
-        real = attention_mask.to(input_ids.device).long()
-        if (real.diff(dim=1) < 0).any() or not real[:, -1].all():
+        if (attention_mask.diff(dim=1) < 0).any() or not attention_mask[:, -1].all():
             raise ValueError("prompts must be padded on the left: set tokenizer.padding_side = 'left'")
     # Left padding may consist of any id; a mask token among the words would be read as a question.
     words = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -1)
@@ -178,38 +187,47 @@ def _require_prompts(input_ids: Tensor, attention_mask: Tensor | None, mask_toke
 _REFUSED_ARGUMENTS = (
     *("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "assistant_model", "streamer"),
     *("negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate", "past_key_values"),
-    *("position_ids", "inputs_embeds", "tokenizer", "assistant_tokenizer", "logits_to_keep"),
+    *("position_ids", "inputs_embeds", "tokenizer", "assistant_tokenizer", "logits_to_keep", "cache_implementation"),
 )
 
 
 def _refuse_arguments(kwargs: dict[str, Any]) -> None:
-    """Refuse arguments of `model.generate` that transformers would digest before we could see them."""
+    """Refuse what transformers would digest, or reject in words of its own, before we could see it."""
     for name in _REFUSED_ARGUMENTS:
         value = kwargs.get(name)
         if value is not None and not (isinstance(value, list) and not value):
             raise ValueError(f"mtpkern.generate does not support {name}; leave it out, or use model.generate")
     if kwargs.get("synced_gpus"):
         raise ValueError("mtpkern.generate does not support synced_gpus; gather the model on one device")
+    generation_config = kwargs.get("generation_config")
+    _refuse_settings({**(vars(generation_config) if generation_config is not None else {}), **kwargs})
 
 
-def _refuse_settings(
-    generation_config: GenerationConfig,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
-    model_kwargs: dict[str, Any],
-) -> None:
-    """Refuse whatever, once transformers has prepared it, would change the output and is not honoured."""
-    if generation_config.do_sample:
+def _refuse_settings(settings: dict[str, Any]) -> None:
+    """Refuse every setting of a generation config that would change the output and is not honoured."""
+    if settings.get("do_sample"):
         raise ValueError("mtpkern.generate is greedy: pass do_sample=False, or use model.generate to sample")
-    if generation_config.use_cache is False:
+    if settings.get("use_cache") is False:
         raise ValueError("mtpkern.generate always caches keys and values: leave out use_cache=False")
-    defaults = generation_config._get_default_generation_params()
+    defaults = GenerationConfig._get_default_generation_params()
+    refused = []
     for name in vars(GenerationConfig()):
-        if name in _HONOURED or name in _ONLY_WITH_SAMPLING:
+        if name in _HONOURED or name in _ONLY_WITH_SAMPLING or name.startswith("_"):
             continue
-        value = getattr(generation_config, name, None)
+        value = settings.get(name)
         if value is not None and value is not False and value != defaults.get(name):
-            raise ValueError(f"mtpkern.generate does not support {name}={value!r}; leave it out, or use model.generate")
+            refused.append(f"{name}={value!r}")
+    if refused:
+        raise ValueError(
+            f"mtpkern.generate does not support {', '.join(refused)}; leave it out of the call and of the model's "
+            "generation_config, or use model.generate"
+        )
+
+
+def _refuse_prepared(
+    logits_processor: LogitsProcessorList, stopping_criteria: StoppingCriteriaList, model_kwargs: dict[str, Any]
+) -> None:
+    """Refuse what transformers has made of the call, where it would change the output and is not honoured."""
     for what, items, known in (
         ("logits processor", logits_processor, ()),
         ("stopping criterion", stopping_criteria, (MaxLengthCriteria, EosTokenCriteria)),

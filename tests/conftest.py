@@ -1,5 +1,9 @@
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -8,3 +12,61 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device; torch.cuda.is_available() is False"))
+
+
+# So few tokens that drafts come true by chance every few passes.
+VOCABULARY = 16
+MASK = VOCABULARY - 1
+PAD = 0
+
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "pad_token_id": PAD,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def random_model(model_type: str, *, seed: int = 0, attention: str = "sdpa", **settings: Any) -> Any:
+    """A tiny random model in float32 whose text varies, its mask token recorded.
+
+    Weights as transformers draws them make a model echo its input: they leave the residual stream to the embedding,
+    which gemma scales up besides. Here every matrix is drawn wide, and neither embedding leans on the other.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(model_type, **{**_COMMON, **settings})
+    config.mtpkern = {"mask_token_id": MASK, "k_max": 5, "version": 1}
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() >= 2:
+                weight.normal_(0, 1.5 * weight.shape[-1] ** -0.5, generator=generator)
+            elif "norm" not in name:
+                weight.normal_(0, 0.5, generator=generator)
+        model.get_input_embeddings().weight.normal_(0, 1, generator=generator)
+        model.get_output_embeddings().weight.normal_(0, 0.5, generator=generator)
+    return model
+
+
+def random_prompts(*lengths: int, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Left-padded prompts [B, T] of these lengths, without the mask token, and their attention mask."""
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randint(1, MASK, (len(lengths), max(lengths)), generator=generator)
+    real = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
+    return words.masked_fill(~real, PAD), real.long()
+
+
+@pytest.fixture(scope="session")
+def tiny() -> SimpleNamespace:
+    """What the tests of decoding share; test files cannot import one another."""
+    return SimpleNamespace(model=random_model, prompts=random_prompts, vocabulary=VOCABULARY, mask=MASK, pad=PAD)

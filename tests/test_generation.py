@@ -1,0 +1,512 @@
+"""generate() in the place of model.generate: the same shapes, limits and stops; everything else refused by name."""
+
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import BatchEncoding, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput, MaxLengthCriteria, MinLengthLogitsProcessor
+
+import mtpkern
+import mtpkern.attention
+from mtpkern import ConfAdapt, MTPGenerateOutput, Static, Verified, reference
+from mtpkern.strategies import Strategy
+
+STRATEGIES = [Static(3), ConfAdapt(k=4, threshold=0.2), Verified(k=4, threshold=0.1)]
+every_strategy = pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: type(s).__name__)
+
+
+@pytest.fixture
+def model(tiny: Any) -> Any:
+    return tiny.model("llama")
+
+
+@pytest.fixture
+def inputs(tiny: Any) -> dict[str, Tensor]:
+    ids, real = tiny.prompts(9, 4, 12)
+    return {"input_ids": ids, "attention_mask": real}
+
+
+def new_tokens(output: Tensor, inputs: dict[str, Tensor]) -> list[list[int]]:
+    return output[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def slow(model: Any, inputs: dict[str, Tensor], strategy: Strategy, new: int, stops: Any = None) -> list[Any]:
+    mask = model.config.mtpkern["mask_token_id"]
+    return [
+        reference.decode(model, row[keep.bool()], strategy, mask_token_id=mask, max_new_tokens=new, eos_token_id=stops)
+        for row, keep in zip(inputs["input_ids"], inputs["attention_mask"])
+    ]
+
+
+def greedy(model: Any, mask: int, **kwargs: Any) -> Tensor:
+    return model.generate(**kwargs, do_sample=False, suppress_tokens=[mask])
+
+
+# What it returns
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_new_tokens": 11},
+        {"max_length": 20},
+        {},
+        {"max_new_tokens": 14, "eos_token_id": 3},
+        {"max_new_tokens": 14, "eos_token_id": [3, 7, 11]},
+        {"max_new_tokens": 14, "eos_token_id": [3, 7, 11], "pad_token_id": 9},
+        {"max_new_tokens": 1},
+        {"generation_config": GenerationConfig(max_new_tokens=9, eos_token_id=[5, 6], pad_token_id=2)},
+    ],
+    ids=str,
+)
+def test_output_equals_greedy_generate(limits: dict[str, Any], model: Any, inputs: Any, tiny: Any) -> None:
+    expected = greedy(model, tiny.mask, **inputs, **limits)
+    output = mtpkern.generate(model, **inputs, **limits)
+    assert output.dtype == expected.dtype
+    assert output.tolist() == expected.tolist()
+
+
+def test_default_strategy_is_verified_with_the_recorded_k(
+    model: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    decoder = mtpkern.generation.Decoder
+    monkeypatch.setattr(
+        mtpkern.generation,
+        "Decoder",
+        lambda model, strategy, **kw: seen.append(strategy) or decoder(model, strategy, **kw),
+    )
+    for k_max in (5, 16):
+        model.config.mtpkern["k_max"] = k_max
+        mtpkern.generate(model, **inputs, max_new_tokens=2)
+    del model.config.mtpkern["k_max"]
+    mtpkern.generate(model, **inputs, max_new_tokens=2)
+    assert seen == [Verified(k=5), Verified(k=8), Verified(k=8)]
+
+
+@every_strategy
+def test_record_of_acceptance(strategy: Strategy, model: Any, inputs: Any) -> None:
+    stops = [3, 7]
+    output = mtpkern.generate(
+        model, **inputs, strategy=strategy, max_new_tokens=14, eos_token_id=stops, return_dict_in_generate=True
+    )
+    assert isinstance(output, MTPGenerateOutput)
+    assert isinstance(output, GenerateDecoderOnlyOutput)
+    plain = mtpkern.generate(model, **inputs, strategy=strategy, max_new_tokens=14, eos_token_id=stops)
+    assert output.sequences.equal(plain)
+    expected = slow(model, inputs, strategy, 14, stops)
+    assert output.blocks == [blocks for _, blocks in expected]
+    # The prefill is a pass and is counted.
+    assert output.passes == [len(blocks) for _, blocks in expected]
+    assert output.tokens_per_pass == [len(tokens) / len(blocks) for tokens, blocks in expected]
+    assert output.finish_reasons == ["stop" if tokens[-1] in stops else "length" for tokens, _ in expected]
+    assert set(output.finish_reasons) == {"stop", "length"}
+
+
+def test_a_stop_token_at_the_limit_is_a_stop(model: Any, inputs: Any) -> None:
+    one = {name: x[:1] for name, x in inputs.items()}
+    ((tokens, _),) = slow(model, one, Static(4), 4)
+    last = tokens.index(tokens[3]) + 1
+    output = mtpkern.generate(
+        model, **one, strategy=Static(4), max_new_tokens=last, eos_token_id=tokens[3], return_dict_in_generate=True
+    )
+    assert output.finish_reasons == ["stop"]
+    assert new_tokens(output.sequences, one) == [tokens[:last]]
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+@every_strategy
+def test_stop_token_cuts_exactly_wherever_it_stands_in_a_block(
+    strategy: Strategy, as_list: bool, model: Any, tiny: Any
+) -> None:
+    """Every emitted token in turn is the stop token: the text is the same up to its first place, and ends there."""
+    ids, real = tiny.prompts(9, 4, 12, 7)
+    inputs = {"input_ids": ids, "attention_mask": real}
+    free = slow(model, inputs, strategy, 14)
+    places = set()
+    for stop in sorted({token for tokens, _ in free for token in tokens}):
+        cut = [tokens[: tokens.index(stop) + 1] if stop in tokens else tokens for tokens, _ in free]
+        width = max(map(len, cut))
+        output = mtpkern.generate(
+            model,
+            **inputs,
+            strategy=strategy,
+            max_new_tokens=14,
+            eos_token_id=[stop, tiny.mask] if as_list else stop,
+            pad_token_id=tiny.pad,
+        )
+        assert new_tokens(output, inputs) == [tokens + [tiny.pad] * (width - len(tokens)) for tokens in cut]
+        for tokens, blocks in free:
+            if stop in tokens:
+                ends = torch.tensor(blocks).cumsum(0)
+                index = tokens.index(stop)
+                block = int((ends <= index).sum())
+                places.add((blocks[block], index - (int(ends[block]) - blocks[block])))
+    # Three drafts in a row come true too seldom here.
+    width = 2 if strategy.verify else 3
+    assert {place for size, place in places if size >= width} >= set(range(width))
+
+
+@every_strategy
+def test_limit_is_reached_exactly_and_never_passed(strategy: Strategy, model: Any, inputs: Any) -> None:
+    most = 2 * strategy.k + 1
+    for new in range(1, most + 1):
+        output = mtpkern.generate(model, **inputs, strategy=strategy, max_new_tokens=new, return_dict_in_generate=True)
+        expected = slow(model, inputs, strategy, new)
+        assert new_tokens(output.sequences, inputs) == [tokens for tokens, _ in expected]
+        assert output.blocks == [blocks for _, blocks in expected]
+        assert {sum(blocks) for blocks in output.blocks} == {new}
+        assert output.finish_reasons == ["length"] * 3
+
+
+# What it takes
+
+
+def test_inputs_may_come_as_a_batch_encoding_and_under_either_name(model: Any, inputs: Any) -> None:
+    expected = mtpkern.generate(model, inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=6)
+    assert mtpkern.generate(model, **BatchEncoding(inputs), max_new_tokens=6).equal(expected)
+    renamed = {"inputs": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    assert mtpkern.generate(model, **renamed, max_new_tokens=6).equal(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int32, torch.float32])
+def test_dtypes_of_the_inputs(dtype: torch.dtype, mask_dtype: torch.dtype, model: Any, inputs: Any) -> None:
+    expected = mtpkern.generate(model, **inputs, max_new_tokens=5)
+    ids, real = inputs["input_ids"].to(dtype), inputs["attention_mask"].to(mask_dtype)
+    output = mtpkern.generate(model, ids, attention_mask=real, max_new_tokens=5)
+    assert output.dtype == torch.int64
+    assert output.equal(expected)
+
+
+def test_without_attention_mask_padding_is_inferred_as_transformers_does(model: Any, inputs: Any, tiny: Any) -> None:
+    ids = inputs["input_ids"]
+    expected = mtpkern.generate(model, **inputs, max_new_tokens=6)
+    assert mtpkern.generate(model, ids, max_new_tokens=6).equal(expected)
+    assert mtpkern.generate(model, ids, max_new_tokens=6).equal(greedy(model, tiny.mask, inputs=ids, max_new_tokens=6))
+    # A padding token that is also a stop token says nothing about padding: then every token counts.
+    same = {"eos_token_id": tiny.pad, "pad_token_id": tiny.pad, "max_new_tokens": 6}
+    assert mtpkern.generate(model, ids, **same).equal(greedy(model, tiny.mask, inputs=ids, **same))
+
+
+@every_strategy
+def test_padding_may_consist_of_anything(strategy: Strategy, model: Any, inputs: Any, tiny: Any) -> None:
+    expected = mtpkern.generate(model, **inputs, strategy=strategy, max_new_tokens=6)
+    for filler in (5, tiny.mask):
+        ids = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, filler)
+        output = mtpkern.generate(
+            model, ids, attention_mask=inputs["attention_mask"], strategy=strategy, max_new_tokens=6
+        )
+        assert new_tokens(output, inputs) == new_tokens(expected, inputs)
+        assert output[:, : ids.shape[1]].equal(ids)
+
+
+@every_strategy
+def test_a_sequence_does_not_depend_on_its_neighbours(strategy: Strategy, model: Any, inputs: Any) -> None:
+    together = mtpkern.generate(model, **inputs, strategy=strategy, max_new_tokens=10)
+    for b in range(3):
+        one = {name: x[b : b + 1] for name, x in inputs.items()}
+        alone = mtpkern.generate(model, **one, strategy=strategy, max_new_tokens=10)
+        assert new_tokens(alone, one) == new_tokens(together, inputs)[b : b + 1]
+
+
+def test_mask_token_may_be_given_as_an_argument(model: Any, inputs: Any, tiny: Any) -> None:
+    expected = mtpkern.generate(model, **inputs, strategy=Static(3), max_new_tokens=6)
+    del model.config.mtpkern
+    with pytest.raises(ValueError, match="mask_token_id"):
+        mtpkern.generate(model, **inputs, max_new_tokens=6)
+    output = mtpkern.generate(model, **inputs, strategy=Static(3), max_new_tokens=6, mask_token_id=tiny.mask)
+    assert output.equal(expected)
+
+
+@every_strategy
+def test_mask_token_is_never_emitted_however_large_its_logit(
+    strategy: Strategy, model: Any, inputs: Any, tiny: Any
+) -> None:
+    expected = mtpkern.generate(model, **inputs, strategy=strategy, max_new_tokens=10)
+
+    def favour(head: Any, args: Any, logits: Tensor) -> Tensor:
+        return logits + 1e4 * torch.nn.functional.one_hot(torch.tensor(tiny.mask), tiny.vocabulary)
+
+    model.lm_head.register_forward_hook(favour)
+    output = mtpkern.generate(model, **inputs, strategy=strategy, max_new_tokens=10)
+    # It takes no probability either, so the confidences, and with them the blocks, are as before.
+    assert output.equal(expected)
+
+
+def test_no_limit_but_the_default(model: Any, tiny: Any) -> None:
+    ids, _ = tiny.prompts(4)
+    with pytest.raises(ValueError, match="max_length"):
+        mtpkern.generate(model, ids, max_length=4)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        mtpkern.generate(model, ids, max_new_tokens=0)
+
+
+# What it leaves behind
+
+
+def test_the_model_is_as_before(model: Any, inputs: Any) -> None:
+    config, generation_config = model.config.to_json_string(), model.generation_config.to_json_string()
+    during = []
+    model.lm_head.register_forward_hook(lambda *_: during.append(model.config.to_json_string()))
+    mtpkern.generate(model, **inputs, strategy=Static(3), max_new_tokens=7)
+    assert model.config._attn_implementation == "sdpa"
+    assert model.config.to_json_string() == config
+    assert model.generation_config.to_json_string() == generation_config
+    # What is saved meanwhile (by a trainer in another thread, say) does not hold our attention's name either.
+    assert len(during) > 1
+    assert set(during) == {config}
+
+
+@pytest.mark.parametrize("failing_pass", [1, 2])
+def test_the_model_is_as_before_after_an_exception(failing_pass: int, model: Any, inputs: Any) -> None:
+    calls = 0
+
+    def fail(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == failing_pass:
+            raise KeyboardInterrupt
+
+    hook = model.lm_head.register_forward_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        mtpkern.generate(model, **inputs, strategy=Static(3), max_new_tokens=7)
+    assert model.config._attn_implementation == "sdpa"
+    hook.remove()
+    assert mtpkern.generate(model, **inputs, max_new_tokens=7).shape == (3, 19)
+
+
+@pytest.mark.parametrize("busy_pass", [1, 2])
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_a_second_call_at_the_same_time_is_refused(busy_pass: int, in_thread: bool, model: Any, inputs: Any) -> None:
+    """In the prefill and in a step, from the same thread (a hook) or another: no wrong text, one clear error."""
+    expected = mtpkern.generate(model, **inputs, strategy=Static(3), max_new_tokens=7)
+    errors: list[str] = []
+    calls = 0
+
+    def second() -> None:
+        try:
+            mtpkern.generate(model, **inputs, max_new_tokens=7)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    def interfere(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == busy_pass:
+            if in_thread:
+                thread = threading.Thread(target=second)
+                thread.start()
+                thread.join()
+            else:
+                second()
+
+    model.lm_head.register_forward_hook(interfere)
+    output = mtpkern.generate(model, **inputs, strategy=Static(3), max_new_tokens=7)
+    assert len(errors) == 1
+    assert "one call at a time" in errors[0]
+    assert output.equal(expected)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("failing_pass", [1, 2])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_faulty_logits_name_their_sequences(failing_pass: int, value: float, model: Any, inputs: Any) -> None:
+    k = 3
+    calls = 0
+
+    def break_second(head: Any, args: Any, logits: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == failing_pass:
+            logits = logits.clone()
+            # The prefill reads [B, k] rows; in a step, where everybody has 2k - 1 rows, they are packed.
+            logits[(1, 0, 5) if failing_pass == 1 else (0, 2 * k - 1, 5)] = value
+        return logits
+
+    model.lm_head.register_forward_hook(break_second)
+    with pytest.raises(RuntimeError, match=r"NaN or inf for sequences \[1\]"):
+        mtpkern.generate(model, **inputs, strategy=Static(k), max_new_tokens=12)
+
+
+# What it refuses
+
+
+def test_a_strategy_must_be_one(model: Any, inputs: Any) -> None:
+    for wrong in ("static", Static, 4):
+        with pytest.raises(TypeError, match="Static, ConfAdapt or Verified"):
+            mtpkern.generate(model, **inputs, strategy=wrong, max_new_tokens=4)
+
+
+def test_rows_that_cannot_hold_the_pending_tokens(model: Any, inputs: Any) -> None:
+    with pytest.raises(ValueError, match=r"3 \* 4 = 12, got 11"):
+        mtpkern.generate(model, **inputs, strategy=Static(4), rows=11, max_new_tokens=4)
+
+
+def test_prompts_that_are_no_tensor_of_two_dimensions(model: Any, inputs: Any) -> None:
+    for wrong in (None, [[1, 2]], BatchEncoding(inputs)):
+        with pytest.raises(TypeError, match="must be a tensor"):
+            mtpkern.generate(model, wrong, max_new_tokens=4)
+    for wrong in (torch.tensor([1, 2]), torch.empty(1, 0, dtype=torch.long), torch.empty(0, 3, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"\[B, T\]"):
+            mtpkern.generate(model, wrong, max_new_tokens=4)
+
+
+def test_padding_on_the_right(model: Any, tiny: Any) -> None:
+    ids, real = tiny.prompts(4, 6)
+    for wrong in (real.flip(1), torch.tensor([[1, 1, 0, 1, 1, 1], [1] * 6]), real * torch.tensor([[0], [1]])):
+        with pytest.raises(ValueError, match="padding_side = 'left'"):
+            mtpkern.generate(model, ids, attention_mask=wrong, max_new_tokens=4)
+    # Inferred from the padding token, too.
+    with pytest.raises(ValueError, match="padding_side = 'left'"):
+        mtpkern.generate(model, ids.flip(1), max_new_tokens=4)
+
+
+def test_an_attention_mask_of_another_shape(model: Any, inputs: Any) -> None:
+    with pytest.raises(ValueError, match="attention_mask"):
+        mtpkern.generate(model, inputs["input_ids"], attention_mask=torch.zeros(3, 5), max_new_tokens=4)
+    with pytest.raises(ValueError, match="attention_mask"):
+        mtpkern.generate(model, inputs["input_ids"], attention_mask=torch.zeros(3, 1, 12, 12), max_new_tokens=4)
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_a_mask_token_among_the_words(with_mask: bool, model: Any, tiny: Any) -> None:
+    ids, real = tiny.prompts(6, 6)
+    ids[1, 2] = tiny.mask
+    with pytest.raises(ValueError, match=f"mask token {tiny.mask}"):
+        mtpkern.generate(model, ids, attention_mask=real if with_mask else None, max_new_tokens=4)
+
+
+def test_training_mode(model: Any, inputs: Any) -> None:
+    with pytest.raises(ValueError, match=r"model\.eval\(\)"):
+        mtpkern.generate(model.train(), **inputs, max_new_tokens=4)
+
+
+class _Streamer:
+    def put(self, value: Tensor) -> None: ...
+    def end(self) -> None: ...
+
+
+# Arguments of model.generate that are no fields of GenerationConfig, each with a value that would mean something.
+ARGUMENTS: dict[str, Any] = {
+    "logits_processor": LogitsProcessorList([MinLengthLogitsProcessor(20, 3)]),
+    "stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(14)]),
+    "prefix_allowed_tokens_fn": lambda b, ids: [1, 2],
+    "assistant_model": SimpleNamespace(),
+    "streamer": _Streamer(),
+    "synced_gpus": True,
+    "negative_prompt_ids": torch.ones(3, 2, dtype=torch.long),
+    "negative_prompt_attention_mask": torch.ones(3, 2, dtype=torch.long),
+    "custom_generate": "some/repository",
+    "past_key_values": SimpleNamespace(),
+    "position_ids": torch.arange(12).expand(3, 12),
+    "inputs_embeds": torch.zeros(3, 12, 32),
+    "tokenizer": SimpleNamespace(),
+    "assistant_tokenizer": SimpleNamespace(),
+    "logits_to_keep": 2,
+    "labels": torch.ones(3, 12, dtype=torch.long),
+    "no_such_argument": 1,
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_arguments_that_are_not_honoured_are_refused_by_name(name: str, model: Any, inputs: Any) -> None:
+    with pytest.raises(ValueError, match=name):
+        mtpkern.generate(model, **inputs, max_new_tokens=4, **{name: ARGUMENTS[name]})
+
+
+def test_every_argument_of_generate_is_accounted_for(model: Any) -> None:
+    import inspect
+
+    known = {"inputs", "generation_config", "kwargs", "trust_remote_code", *ARGUMENTS}
+    assert set(inspect.signature(model.generate).parameters) <= known
+
+
+# Fields of GenerationConfig: those that are honoured (tested above) and those that greedy decoding does not look at.
+HONOURED = {"max_length", "max_new_tokens", "eos_token_id", "pad_token_id", "return_dict_in_generate", "bos_token_id"}
+INERT = {
+    "temperature": 0.5,
+    "top_k": 3,
+    "top_p": 0.7,
+    "min_p": 0.1,
+    "top_h": 0.5,
+    "typical_p": 0.5,
+    "epsilon_cutoff": 0.2,
+    "eta_cutoff": 0.2,
+    "disable_compile": True,
+    "transformers_version": "0.0",
+    "_from_model_config": True,
+    "_commit_hash": "abc",
+}
+SOMETHING = (True, 7, 0.5, "x", [3])
+
+
+@pytest.mark.parametrize("name", sorted(vars(GenerationConfig()).keys() - HONOURED - INERT.keys()))
+def test_every_other_field_of_the_generation_config_is_refused_by_name(name: str, model: Any, inputs: Any) -> None:
+    """A field that a later transformers adds is in neither table, and must be refused, too."""
+    default = GenerationConfig._get_default_generation_params().get(name)
+    values = [False] if name == "use_cache" else [value for value in SOMETHING if value != default]
+    for value in values:
+        with pytest.raises(ValueError, match=f"mtpkern.generate .*{name}"):
+            mtpkern.generate(model, **inputs, max_new_tokens=5, **{name: value})
+        config = GenerationConfig(max_new_tokens=5)
+        setattr(config, name, value)
+        with pytest.raises(ValueError, match=f"mtpkern.generate .*{name}"):
+            mtpkern.generate(model, **inputs, generation_config=config)
+
+
+@pytest.mark.parametrize("name", INERT)
+def test_inert_fields_left_over_in_a_checkpoint_change_nothing(name: str, model: Any, inputs: Any) -> None:
+    expected = mtpkern.generate(model, **inputs, max_new_tokens=5)
+    setattr(model.generation_config, name, INERT[name])
+    assert mtpkern.generate(model, **inputs, max_new_tokens=5).equal(expected)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"repetition_penalty": 1.05},
+        {"suppress_tokens": [3]},
+        {"min_new_tokens": 3},
+        {"max_time": 9.0},
+        {"num_beams": 2},
+    ],
+    ids=str,
+)
+def test_a_checkpoints_own_settings_are_refused_unless_overridden(
+    setting: dict[str, Any], model: Any, inputs: Any
+) -> None:
+    ((name, value),) = setting.items()
+    setattr(model.generation_config, name, value)
+    with pytest.raises(ValueError, match=f"{name}=.*model's generation_config"):
+        mtpkern.generate(model, **inputs, max_new_tokens=5)
+    neutral = {"repetition_penalty": 1.0, "num_beams": 1}.get(name)
+    assert mtpkern.generate(model, **inputs, max_new_tokens=5, **{name: neutral}).shape == (3, 17)
+
+
+def test_a_field_of_a_later_transformers_is_refused(model: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    init = GenerationConfig.__init__
+
+    def later(self: GenerationConfig, **kwargs: Any) -> None:
+        self.telepathy = kwargs.pop("telepathy", None)
+        init(self, **kwargs)
+
+    monkeypatch.setattr(GenerationConfig, "__init__", later)
+    with pytest.raises(ValueError, match="telepathy=3"):
+        mtpkern.generate(model, **inputs, generation_config=GenerationConfig(max_new_tokens=5, telepathy=3))
+
+
+def test_sampling_settings_of_a_checkpoint_are_refused_with_the_remedy(model: Any, inputs: Any) -> None:
+    model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.9)
+    with pytest.raises(ValueError, match="do_sample=False"):
+        mtpkern.generate(model, **inputs, max_new_tokens=5)
+    assert mtpkern.generate(model, **inputs, max_new_tokens=5, do_sample=False).shape == (3, 17)
+
+
+def test_cache_kind_that_would_bypass_us(model: Any, inputs: Any) -> None:
+    with pytest.raises(ValueError, match="cache_implementation"):
+        mtpkern.generate(model, **inputs, max_new_tokens=5, cache_implementation="paged")

@@ -22,13 +22,7 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
 
 
-COMMANDS = [
-    command.strip()
-    for text in (README, CONTRIBUTING)
-    for block in blocks(text, "sh")
-    for line in block.splitlines()
-    for command in line.split("&&")
-]
+COMMANDS = [line for text in (README, CONTRIBUTING) for block in blocks(text, "sh") for line in block.splitlines()]
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -49,7 +43,7 @@ def check_command(command: str) -> None:
     elif words[:2] == ["python", "-m"]:
         assert importlib.util.find_spec(words[2]), command
     else:
-        assert words[0] in {"git", "cd"}, f"no check for {command!r}"
+        raise AssertionError(f"no check for {command!r}")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,0 +1,437 @@
+"""Advance against a model of it in plain Python: one sequence at a time, lists and loops.
+
+The state machine goes through whole decodes: at every pass it draws a readout, gives it to `advance` and to the
+model, and compares all that either of them knows.
+"""
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtpkern.kernels.advance import FAULT, LIMIT, RUNNING, STOPPED, Rows, Sequences, advance, advance_reference
+
+FORMS = [advance, advance_reference]
+MASK = 99
+UNWRITTEN = -7
+
+Form = Callable[..., None]
+
+
+@dataclass
+class Text:
+    """One sequence: its standing tokens, of which the last `pending` are to be fed (again)."""
+
+    tokens: list[int]
+    limit: int
+    pending: int = 1
+    status: int = RUNNING
+    blocks: list[int] = field(default_factory=list)
+
+    def take_in(
+        self, token: list[int], confidence: list[float], threshold: float, stops: set[int], verify: bool
+    ) -> None:
+        """Accept from the readout of this sequence's rows: the pending tokens' rows, then the masks'."""
+        if self.status != RUNNING:
+            return
+        drafts = self.tokens[len(self.tokens) - self.pending + 1 :] if verify else []
+        certain = self.tokens[: len(self.tokens) - len(drafts)]
+        if any(math.isnan(c) for c in confidence):
+            self.tokens, self.pending, self.status = certain, 0, FAULT
+            return
+
+        row = 0 if verify else self.pending - 1  # the row behind the last token that surely stands
+        news, next_drafts = [], []
+        while row < len(drafts) and token[row] == drafts[row]:
+            news.append(token[row])
+            row += 1
+        news.append(token[row])
+        masks_saw_the_truth = row == self.pending - 1
+        if masks_saw_the_truth and (verify or confidence[row] > threshold):
+            for y, c in zip(token[row + 1 :], confidence[row + 1 :]):
+                if c <= threshold:
+                    break
+                (next_drafts if verify else news).append(y)
+
+        self.blocks.append(0)
+        for y in news:
+            certain.append(y)
+            self.blocks[-1] += 1
+            if y in stops or len(certain) == self.limit:
+                self.tokens, self.pending, self.status = certain, 0, STOPPED if y in stops else LIMIT
+                return
+        next_drafts = next_drafts[: self.limit - len(certain)]
+        self.tokens = certain + next_drafts
+        self.pending = 1 + len(next_drafts) if verify else self.blocks[-1]
+
+
+def deal(texts: list[Text], rows: int, k: int) -> list[int]:
+    """Masks for each sequence, dealt like cards: one a round to everybody who can use one more."""
+    masks = [0] * len(texts)
+    spare = rows - sum(text.pending for text in texts)
+    assert spare >= 0
+    while True:
+        takers = [
+            b
+            for b, text in enumerate(texts)
+            if text.status == RUNNING and masks[b] < k - 1 and len(text.tokens) + masks[b] + 1 < text.limit
+        ]
+        if not takers or spare == 0:
+            return masks
+        for b in takers[:spare]:
+            masks[b] += 1
+        spare -= min(spare, len(takers))
+
+
+class Machine:
+    """`advance` and the model, side by side through a decode."""
+
+    def __init__(
+        self,
+        form: Form,
+        prompts: list[list[int]],
+        new_tokens: list[int],
+        *,
+        k: int,
+        rows: int,
+        verify: bool,
+        threshold: float,
+        stops: set[int],
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        B = len(prompts)
+        self.form, self.k, self.verify, self.dtype = form, k, verify, dtype
+        self.threshold, self.stops = threshold, stops
+        self.texts = [Text(list(prompt), len(prompt) + n) for prompt, n in zip(prompts, new_tokens)]
+        self.capacity = max(text.limit for text in self.texts)
+        device = torch.device("cpu")
+        self.sequences = Sequences.allocate(B, self.capacity, max(new_tokens), device)
+        self.rows = Rows.allocate(rows, B, device)
+        self.sequences.tokens.fill_(UNWRITTEN)
+        for b, text in enumerate(self.texts):
+            self.sequences.tokens[b, : len(text.tokens)] = torch.tensor(text.tokens)
+            self.sequences.length[b] = len(text.tokens)
+            self.sequences.limit[b] = text.limit
+        self.sequences.pending.fill_(1)
+        # As after the prefill: k rows each, whatever the budget of a step.
+        self.rows.start.copy_(torch.arange(B + 1) * k)
+        self.counts = [k] * B
+        self.size = B * k
+        self.addresses = self._addresses()
+
+    def _addresses(self) -> list[int]:
+        return [x.data_ptr() for state in (self.sequences, self.rows) for x in vars(state).values()]
+
+    @property
+    def running(self) -> bool:
+        return any(text.status == RUNNING for text in self.texts)
+
+    def take_in(self, readouts: list[tuple[list[int], list[float]]]) -> None:
+        """One pass: for each sequence the tokens and confidences of its rows."""
+        token = [y for tokens, _ in readouts for y in tokens]
+        confidence = [c for _, confidences in readouts for c in confidences]
+        unused = self.size - len(token)
+        # What is read out of unused rows means nothing: a sure stop token, or a fault.
+        stop = min(self.stops, default=0)
+        token += [stop if r % 2 else -1 for r in range(unused)]
+        confidence += [1.0 if r % 2 else math.nan for r in range(unused)]
+        threshold = torch.tensor(self.threshold)
+        stop_ids = torch.tensor(sorted(self.stops) or [-1])
+        ended = [(b, self.sequences.tokens[b, :-1].clone()) for b, t in enumerate(self.texts) if t.status != RUNNING]
+        self.form(
+            self.sequences,
+            self.rows,
+            torch.tensor(token, dtype=torch.int64),
+            torch.tensor(confidence, dtype=self.dtype),
+            threshold,
+            stop_ids,
+            k=self.k,
+            verify=self.verify,
+            mask_token_id=MASK,
+        )
+        for text, (tokens, confidences) in zip(self.texts, readouts):
+            text.take_in(tokens, confidences, self.threshold, self.stops, self.verify)
+        for b, tokens in ended:
+            assert torch.equal(self.sequences.tokens[b, :-1], tokens)
+        self.compare()
+
+    def compare(self) -> None:
+        sequences, rows, texts = self.sequences, self.rows, self.texts
+        assert self._addresses() == self.addresses
+        assert sequences.status.tolist() == [text.status for text in texts]
+        assert sequences.length.tolist() == [len(text.tokens) for text in texts]
+        assert sequences.pending.tolist() == [text.pending for text in texts]
+        assert sequences.passes.tolist() == [len(text.blocks) for text in texts]
+        for b, text in enumerate(texts):
+            assert sequences.tokens[b, : len(text.tokens)].tolist() == text.tokens
+            assert (sequences.tokens[b, text.limit : self.capacity] == UNWRITTEN).all()
+            assert sequences.blocks[b, : len(text.blocks)].tolist() == text.blocks
+
+        R = len(rows.seq)
+        masks = deal(texts, R, self.k)
+        expected = []
+        start = [0]
+        for b, text in enumerate(texts):
+            fed = text.tokens[len(text.tokens) - text.pending :] + [MASK] * masks[b]
+            first = len(text.tokens) - text.pending
+            expected += [(b, first + i, first + i, token) for i, token in enumerate(fed)]
+            start.append(len(expected))
+        assert rows.start.tolist() == start
+        used = len(expected)
+        assert used <= R
+        planned = zip(*(x.tolist() for x in (rows.seq, rows.position, rows.slot, rows.token)))
+        assert list(planned)[:used] == expected
+        assert (rows.slot[used:] == self.capacity).all()
+        assert not rows.position[used:].any()
+        assert not rows.token[used:].any()
+        assert ((rows.seq >= 0) & (rows.seq < len(texts))).all()
+        self.counts = [text.pending + m for text, m in zip(texts, masks)]
+        self.size = R
+
+
+@st.composite
+def scenarios(draw: st.DrawFn) -> dict[str, object]:
+    """A batch, a strategy, a budget and how the model behaves: all that `decode` needs."""
+    k = draw(st.sampled_from([1, 2, 3, 4, 5, 6, 16]))
+    batch = draw(st.integers(1, 6))
+    verify = draw(st.booleans())
+    return {
+        "k": k,
+        "rows": draw(st.integers(batch * k, batch * (2 * k - 1) + 3)),
+        "verify": verify,
+        # Exact in float32, so that a confidence can equal it; -1 is Static.
+        "threshold": draw(st.sampled_from([0.0, 0.5, 0.875, 1.0] if verify else [-1.0, 0.0, 0.5, 0.875, 1.0])),
+        "prompts": draw(st.lists(st.integers(1, 5), min_size=batch, max_size=batch)),
+        "new_tokens": draw(st.lists(st.integers(1, 4 * k + 3), min_size=batch, max_size=batch)),
+        "stops": draw(st.sampled_from([set(), {0}, {0, 3}, {7}])),
+        "vocabulary": draw(st.sampled_from([2, 5, 40])),
+        "agreement": draw(st.sampled_from([0.0, 0.5, 0.9, 1.0])),
+        "sureness": draw(st.sampled_from([0.0, 0.5, 0.9, 1.0])),
+        "fault": draw(st.sampled_from([0.0, 0.0, 0.02])),
+        "dtype": draw(st.sampled_from([torch.float32, torch.float64])),
+        "seed": draw(st.integers(0, 2**32)),
+    }
+
+
+def decode(
+    form: Form,
+    *,
+    k: int,
+    rows: int,
+    verify: bool,
+    threshold: float,
+    prompts: list[int],
+    new_tokens: list[int],
+    stops: set[int],
+    vocabulary: int,
+    agreement: float,
+    sureness: float,
+    fault: float,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    """Decode with random readouts until every sequence is done, and one pass more."""
+    rng = random.Random(seed)
+
+    def readout(text: Text, count: int) -> tuple[list[int], list[float]]:
+        tokens = [rng.randrange(vocabulary) for _ in range(count)]
+        for i in range(text.pending - 1):
+            if rng.random() < agreement:
+                tokens[i] = text.tokens[len(text.tokens) - text.pending + 1 + i]
+        unsure = [abs(threshold), 0.125]
+        confidences = [rng.choice([1.0, 0.9375] if rng.random() < sureness else unsure) for _ in range(count)]
+        for i in range(count):
+            if rng.random() < fault:
+                tokens[i], confidences[i] = -1, math.nan
+        return tokens, confidences
+
+    machine = Machine(
+        form,
+        [[rng.randrange(vocabulary) for _ in range(n)] for n in prompts],
+        new_tokens,
+        k=k,
+        rows=rows,
+        verify=verify,
+        threshold=threshold,
+        stops=stops,
+        dtype=dtype,
+    )
+    passes = 0
+    while machine.running:
+        machine.take_in([readout(text, count) for text, count in zip(machine.texts, machine.counts)])
+        passes += 1
+        assert passes <= max(new_tokens)
+    machine.take_in([([], [])] * len(prompts))
+    assert (machine.rows.slot == machine.capacity).all()
+    for text, prompt, n in zip(machine.texts, prompts, new_tokens):
+        assert sum(text.blocks) == len(text.tokens) - prompt <= n
+        assert all(1 <= block <= k for block in text.blocks)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(scenario=scenarios())
+@settings(max_examples=250, derandomize=True, deadline=None)
+def test_equals_the_plain_python_model(form: Form, scenario: dict[str, object]) -> None:
+    decode(form, **scenario)
+
+
+# What follows is worked by hand: it holds the model above to the text as much as it holds `advance`.
+
+
+def machine_of_one(form: Form, *, k: int, new_tokens: int, verify: bool, **options: object) -> Machine:
+    options = {"rows": 2 * k - 1, "threshold": 0.5, "stops": set(), **options}
+    return Machine(form, [[50, 51]], [new_tokens], k=k, verify=verify, **options)
+
+
+def new_tokens_of(machine: Machine) -> list[int]:
+    return machine.sequences.tokens[0, 2 : machine.sequences.length[0]].tolist()
+
+
+def state(machine: Machine) -> tuple[int, int, list[int]]:
+    """Status, pending and blocks of the first sequence."""
+    sequences = machine.sequences
+    return int(sequences.status[0]), int(sequences.pending[0]), sequences.blocks[0, : sequences.passes[0]].tolist()
+
+
+SURE = [1.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_three_strategies_by_hand(form: Form) -> None:
+    confidence = [0.9, 0.8, 0.3, 0.9]
+    static = machine_of_one(form, k=4, new_tokens=20, verify=False, threshold=-1.0)
+    static.take_in([([1, 2, 3, 4], confidence)])
+    assert (new_tokens_of(static), state(static)) == ([1, 2, 3, 4], (RUNNING, 4, [4]))
+    assert static.rows.token.tolist() == [1, 2, 3, 4, MASK, MASK, MASK]
+    assert static.rows.slot.tolist() == [2, 3, 4, 5, 6, 7, 8]
+
+    adaptive = machine_of_one(form, k=4, new_tokens=20, verify=False)
+    adaptive.take_in([([1, 2, 3, 4], confidence)])
+    assert (new_tokens_of(adaptive), state(adaptive)) == ([1, 2], (RUNNING, 2, [2]))
+    assert adaptive.rows.token.tolist() == [1, 2, MASK, MASK, MASK, 0, 0]
+    assert adaptive.rows.slot.tolist() == [2, 3, 4, 5, 6, adaptive.capacity, adaptive.capacity]
+
+    verified = machine_of_one(form, k=4, new_tokens=20, verify=True)
+    verified.take_in([([1, 2, 3, 4], confidence)])
+    assert (new_tokens_of(verified), state(verified)) == ([1, 2], (RUNNING, 2, [1]))
+    # The draft 2 is confirmed, and 7 and 8 behind it are the next drafts.
+    verified.take_in([([2, 6, 7, 8, 9], [0.1, 0.1, 0.9, 0.9, 0.4])])
+    assert (new_tokens_of(verified), state(verified)) == ([1, 2, 6, 7, 8], (RUNNING, 3, [1, 2]))
+    # 7 is confirmed, 8 is not: 5 takes its place, and what the masks behind 8 say is void.
+    verified.take_in([([7, 5, 3, 1, 1, 1], [1.0] * 6)])
+    assert (new_tokens_of(verified), state(verified)) == ([1, 2, 6, 7, 5], (RUNNING, 1, [1, 2, 2]))
+    assert verified.rows.token.tolist() == [5, MASK, MASK, MASK, 0, 0, 0]
+    assert verified.rows.slot.tolist()[:4] == [6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("sure", [False, True])
+def test_threshold_is_to_be_passed_not_met(form: Form, sure: bool) -> None:
+    above = torch.nextafter(torch.tensor(0.9), torch.tensor(1.0)).item()
+    met = torch.tensor(0.9).item()
+    for verify in (False, True):
+        machine = machine_of_one(form, k=2, new_tokens=9, verify=verify, threshold=met)
+        machine.take_in([([1, 2], [above if sure else met, above])])
+        # The first token needs no confidence; in ConfAdapt the second does not stand behind an unsure first.
+        assert new_tokens_of(machine) == ([1, 2] if sure or verify else [1])
+        machine = machine_of_one(form, k=2, new_tokens=9, verify=verify, threshold=met)
+        machine.take_in([([1, 2], [above, above if sure else met])])
+        assert new_tokens_of(machine) == ([1, 2] if sure else [1])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("at", [0, 1, 2, 3])
+def test_stop_at_every_place_of_a_block(form: Form, verify: bool, at: int) -> None:
+    machine = machine_of_one(form, k=4, new_tokens=20, verify=verify, stops={90, 91})
+    words = [1, 2, 3, 4]
+    words[at] = 91
+    blocks = []
+    if verify:
+        machine.take_in([([9, *words[:3]], SURE)])
+        assert state(machine) == (RUNNING, 4, [1])  # a stop token among the drafts stops nothing yet
+        machine.take_in([([*words, 5, 6, 7], [1.0] * 7)])
+        words, blocks = [9, *words], [1]
+    else:
+        machine.take_in([(words, SURE)])
+    assert new_tokens_of(machine) == words[: len(blocks) + at + 1]
+    assert state(machine) == (STOPPED, 0, [*blocks, at + 1])
+    assert not machine.rows.start.any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_refuted_stop_token_stops_nothing(form: Form) -> None:
+    machine = machine_of_one(form, k=4, new_tokens=20, verify=True, stops={90})
+    machine.take_in([([1, 90, 3, 4], SURE)])
+    assert new_tokens_of(machine) == [1, 90, 3, 4]
+    machine.take_in([([2, 3, 4, 90, 90, 90, 90], [1.0] * 7)])
+    assert (new_tokens_of(machine), state(machine)) == ([1, 2], (RUNNING, 1, [1, 1]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("new_tokens", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_limit_is_met_and_never_passed(form: Form, verify: bool, new_tokens: int) -> None:
+    machine = machine_of_one(form, k=4, new_tokens=new_tokens, verify=verify)
+    token = iter(range(1, 100))
+    said: list[int] = []
+    while machine.running:
+        drafts = new_tokens_of(machine)[len(said) :]
+        count = machine.counts[0]
+        words = drafts + [next(token) for _ in range(count - len(drafts))] if verify else list(range(1, count + 1))
+        machine.take_in([(words, [1.0] * count)])
+        said = new_tokens_of(machine)[: sum(machine.texts[0].blocks)]
+    assert len(new_tokens_of(machine)) == new_tokens
+    assert state(machine)[:2] == (LIMIT, 0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("verify", [False, True])
+def test_stop_token_at_the_limit_counts_as_stop(form: Form, verify: bool) -> None:
+    machine = machine_of_one(form, k=4, new_tokens=1, verify=verify, stops={90})
+    machine.take_in([([90, 2, 3, 4], SURE)])
+    assert (new_tokens_of(machine), state(machine)) == ([90], (STOPPED, 0, [1]))
+    machine = machine_of_one(form, k=4, new_tokens=1, verify=verify, stops={90})
+    machine.take_in([([1, 90, 3, 4], SURE)])
+    assert (new_tokens_of(machine), state(machine)) == ([1], (LIMIT, 0, [1]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("row", [0, 1, 2, 3])
+def test_fault_ends_one_sequence_and_no_other(form: Form, verify: bool, row: int) -> None:
+    machine = Machine(form, [[50], [51], [52]], [9, 9, 9], k=4, rows=21, verify=verify, threshold=0.5, stops=set())
+    machine.take_in([([1, 2, 3, 4], SURE)] * 3)
+    faulty = [1.0] * machine.counts[1]
+    faulty[row] = math.nan
+    machine.take_in([([2, 3, 4, 5, 6, 7, 8], [1.0] * 7), ([2, 3, 4, 5, 6, 7, 8], faulty), ([9] * 7, [1.0] * 7)])
+    assert machine.sequences.status.tolist() == [RUNNING, FAULT, RUNNING]
+    assert machine.sequences.passes.tolist() == [2, 1, 2]
+    assert machine.sequences.length[1] == (2 if verify else 5)
+    assert machine.rows.start[1] == machine.rows.start[2]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("rows", "masks"),
+    [
+        (12, [2, 1, 0]),  # the remainder goes to the first
+        (13, [2, 2, 0]),
+        (14, [3, 2, 0]),
+        (15, [3, 3, 0]),
+        (16, [3, 3, 0]),  # k - 1 masks are all that anybody gets: one row stays unused
+    ],
+)
+def test_budget_is_dealt_evenly(form: Form, rows: int, masks: list[int]) -> None:
+    machine = Machine(form, [[50], [51], [52]], [20, 20, 4], k=4, rows=rows, verify=False, threshold=0.5, stops=set())
+    two, four, three = [1.0, 1.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 0.0]
+    machine.take_in([([1, 2, 3, 4], confidence) for confidence in (two, four, three)])
+    # The third sequence has one token to go, for which it needs no mask.
+    pending = machine.sequences.pending.tolist()
+    assert pending == [2, 4, 3]
+    assert [count - p for count, p in zip(machine.rows.start.diff().tolist(), pending)] == masks

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtpkern.kernels.decode_attention import decode_attention, decode_attention_reference
+from mtpkern.kernels.decode_attention import decode_attention, decode_attention_reference, decode_attention_triton
 
-FORMS = [decode_attention, decode_attention_reference]
+FORMS = [decode_attention, decode_attention_reference, decode_attention_triton]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 Form = Callable[..., Tensor]

@@ -93,7 +93,7 @@ class Bench:
             done(len(ways) + 1)
         return figures
 
-    def choose(self, validation: Sequence[Problem]) -> tuple[ConfAdapt, Verified]:
+    def choose(self, validation: Sequence[Problem]) -> tuple[Strategy, Strategy]:
         """The thresholds with most tokens per pass on validation problems; ConfAdapt's must keep the accuracy."""
         ways = self.sweep()
         figures = self.count(f"thresholds, {len(validation)} validation problems", validation, ways)

@@ -108,17 +108,17 @@ def _teacher_softmax(z: Tensor, vocabulary: int) -> Tensor:
 
 def _row_losses(z: Tensor, target: Tensor | None, teacher_z: Tensor | None) -> tuple[Tensor, Tensor]:
     """Losses [r] of logits [r, V] and their gradient with respect to the logits [r, V]."""
-    log_p = z.log_softmax(-1)
+    # Both softmaxes by the same function: a student equal to its teacher gets a gradient of exactly 0.
+    log_p, p = z.log_softmax(-1), z.softmax(-1)
     if target is not None:
-        grad = log_p.exp()
         index = target.unsqueeze(-1)
         loss = -log_p.gather(-1, index).squeeze(-1)
-        return loss, grad.scatter_add_(-1, index, grad.new_full((), -1.0).expand(index.shape))
+        return loss, p.scatter_add_(-1, index, p.new_full((), -1.0).expand(index.shape))
     assert teacher_z is not None
     q = _teacher_softmax(teacher_z, z.shape[-1])
     # 0 * -inf at a banned token is nan: there q is 0 and the term is 0.
     loss = -(q * log_p.masked_fill(q == 0, 0.0)).sum(-1)
-    return loss, log_p.exp() - q
+    return loss, p - q
 
 
 class _DistillLoss(torch.autograd.Function):

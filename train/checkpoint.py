@@ -25,7 +25,6 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
@@ -61,7 +60,7 @@ def build_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
         head_dim=32,
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        # 1 / sqrt(H). At the customary 0.02 words that stand in the same places fell together and were never told apart.
+        # 1 / sqrt(H): at the usual 0.02, words that stand in the same places fell together and were never told apart.
         initializer_range=128**-0.5,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -70,9 +69,7 @@ def build_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def examples(
-    tokenizer: PreTrainedTokenizerBase, n: int, seed: int, split: Split = "train"
-) -> list[dict[str, Any]]:
+def examples(tokenizer: PreTrainedTokenizerBase, n: int, seed: int, split: Split = "train") -> list[dict[str, Any]]:
     """`n` problems as {"input_ids": list, "prompt_length": int}; different seeds give different problems."""
     pairs = (encode(problem, tokenizer) for problem in problems(split, n, seed=seed))
     return [{"input_ids": ids, "prompt_length": length} for ids, length in pairs]

@@ -36,7 +36,8 @@ class Layout:
 
     position, prefix_end, span_start   [B, T] int32, see mtpkern.kernels.span_mask
     row                                [B, M, K] int64: the row that makes prediction j of span m
-    prefix, lengths                    [B, M] and [B] int64: tokens before each span, 0 where there is none; of each text
+    prefix                             [B, M] int64: tokens before each span, 0 where there is no span
+    lengths                            [B] int64: tokens of each sequence, EOS included
     """
 
     position: Tensor

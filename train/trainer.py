@@ -174,7 +174,7 @@ class MTPTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
-        """Attach plans to the micro-batches of a step; count span rows and answer rows over all of them and all ranks."""
+        """Attach plans to the micro-batches of a step; count span and answer rows over all of them and all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         step = self.state.global_step
         k = draw_k(self.args.k_min, self.args.k_max, seed=self.args.seed, step=step)
@@ -208,7 +208,7 @@ class MTPTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """This micro-batch's share of the mean over all span rows of the step, times the number of ranks (DDP averages)."""
+        """This micro-batch's share of the mean over the step's span rows, times the number of ranks (DDP averages)."""
         core = self.accelerator.unwrap_model(model)
         counts = torch.as_tensor(num_items_in_batch, device=self.args.device).clamp(min=1)
         weight = self.args.prefix_weight

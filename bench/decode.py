@@ -93,7 +93,7 @@ class Bench:
             done(len(ways) + 1)
         return figures
 
-    def choose(self, validation: Sequence[Problem]) -> tuple[ConfAdapt, Verified]:
+    def choose(self, validation: Sequence[Problem]) -> tuple[Strategy, Strategy]:
         """The thresholds with most tokens per pass on validation problems; ConfAdapt's must keep the accuracy."""
         ways = self.sweep()
         figures = self.count(f"thresholds, {len(validation)} validation problems", validation, ways)
@@ -133,7 +133,7 @@ class Bench:
                 done(i + 1)
         return {name: {"tokens_per_second": Spread.of(rates[name]), "ratio": Spread.of(ratios[name])} for name in ways}
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, held: Sequence[Problem], strategy: Strategy, rounds: int) -> dict[str, Spread]:
         """Milliseconds of a packed step of len(held) sequences and of its parts.
 

@@ -19,3 +19,66 @@ it sees nothing.
 Shapes   position, prefix_end, span_start [..., T] int32;  mask [..., T, T] bool
 Source   arXiv 2602.06019, the figures of the mask-replicated layout
 """
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def span_mask(position: Tensor, prefix_end: Tensor, span_start: Tensor, window: int | None = None) -> Tensor:
+    """Which keys each row sees: bool [..., T, T], rows first, True where visible.
+
+    position, prefix_end, span_start   [..., T] integers, as the head of this file defines them
+    window                             keys further back than window - 1 positions are hidden; None hides none
+
+    Raises ValueError where the three shapes differ or window is below 1. Source: arXiv 2602.06019, section on
+    training with replicated, block-masked spans.
+
+        # Two tokens, then the one mask of a span behind the first token:
+        span_mask(torch.tensor([0, 1, 1]), torch.tensor([1, 2, 1]), torch.tensor([1, 2, 2])).int()
+        # [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
+    """
+    if not position.shape == prefix_end.shape == span_start.shape:
+        raise ValueError(
+            "position, prefix_end and span_start must have one shape [..., T]; got "
+            f"{tuple(position.shape)}, {tuple(prefix_end.shape)}, {tuple(span_start.shape)}"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 (a row sees itself) or None; got {window}")
+    key = torch.arange(position.shape[-1], device=position.device)
+    row = key.unsqueeze(-1)
+    position, prefix_end, span_start = (x.unsqueeze(-1) for x in (position, prefix_end, span_start))
+    lower = prefix_end - position + row - span_start
+    own_lower = span_start
+    if window is not None:
+        lower = lower + (position - window + 1).clamp(min=0)
+        own_lower = torch.maximum(span_start, row - window + 1)
+    return ((key >= lower) & (key < prefix_end)) | ((key >= own_lower) & (key <= row))
+
+
+def draw_mask(position: Tensor, prefix_end: Tensor, span_start: Tensor, window: int | None = None) -> str:
+    """The mask of one sequence [T] as text, a line a row: `■` a visible token, `▪` a visible row of the own span.
+
+    print(draw_mask(torch.tensor([0, 1, 1]), torch.tensor([1, 2, 1]), torch.tensor([1, 2, 2])))
+    """
+    visible = span_mask(position, prefix_end, span_start, window)
+    lines = ["row  position  keys"]
+    for row, keys in enumerate(visible.tolist()):
+        own = int(span_start[row])
+        marks = " ".join(("▪" if j >= own else "■") if seen else "·" for j, seen in enumerate(keys))
+        lines.append(f"{row:3d}  {int(position[row]):8d}  {marks}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Draw six tokens with two spans of three predictions, behind 2 and 4 tokens, without and with a window."""
+    position = torch.tensor([0, 1, 2, 3, 4, 5, 2, 3, 4, 5])
+    prefix_end = torch.tensor([1, 2, 3, 4, 5, 6, 2, 2, 4, 4])
+    span_start = torch.tensor([1, 2, 3, 4, 5, 6, 6, 6, 8, 8])
+    for window in (None, 3):
+        print(f"window {window}\n{draw_mask(position, prefix_end, span_start, window)}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mtpkern.generation import generate
+from mtpkern.generation import MTPGenerateOutput, generate
 from mtpkern.strategies import Strategy
 
 HF_GENERATE = "hf_generate"
@@ -125,7 +125,9 @@ def ours(model: PreTrainedModel, inputs: Mapping[str, Tensor], **options: Any) -
 
     ours(model, encode(tokenizer, ["Ann has 3 eggs."], model.device), strategy=Verified(k=8), max_new_tokens=64)
     """
-    out = generate(model, **inputs, return_dict_in_generate=True, **options)
+    out = generate(model, **{**inputs, **options}, return_dict_in_generate=True)
+    assert isinstance(out, MTPGenerateOutput)
+    assert out.blocks is not None
     rows = out.sequences[:, inputs["input_ids"].shape[1] :].tolist()
     return [Completion(row[: sum(blocks)], blocks) for row, blocks in zip(rows, out.blocks, strict=True)]
 

@@ -176,7 +176,7 @@ def _label(strategy: Strategy | None) -> str:
 
 def _table(rows: Mapping[str, Strategy | None], *runs: Mapping[str, Tally]) -> list[tuple[str, ...]]:
     """The rows of the table as text; the second run is the batched one."""
-    out = []
+    out: list[tuple[str, ...]] = []
     for tallies, batch in zip(runs, ("", f", batch {BATCH}")):
         for name, ratio in _speedups(tallies).items():
             t = tallies[name]

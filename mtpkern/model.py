@@ -32,13 +32,11 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
         mask_token_id = mtpkern.add_mask_token(model, tokenizer)
     """
     used = len(tokenizer)
-    known = tokenizer.get_vocab().get(MASK_TOKEN)
-    recorded = recorded_settings(model).get("mask_token_id")
-    if known is not None and known == recorded:
-        return known
-    if known is None:
+    if MASK_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"extra_special_tokens": [MASK_TOKEN]}, replace_extra_special_tokens=False)
     mask_token_id = tokenizer.convert_tokens_to_ids(MASK_TOKEN)
+    if mask_token_id == recorded_settings(model).get("mask_token_id"):
+        return mask_token_id  # the rows are there, and perhaps trained
     others = min(used, mask_token_id)
     embedding = model.get_input_embeddings()
     if mask_token_id >= embedding.num_embeddings:
@@ -71,7 +69,7 @@ def record_settings(model: PreTrainedModel, **settings: int) -> None:
 
 
 def resolve_mask_token(model: PreTrainedModel, mask_token_id: int | None = None) -> int:
-    """The mask token's id: the argument, or what the config records. Raises ValueError for none or an impossible one."""
+    """The mask token's id: the argument, or what the config records. Raises ValueError for none or one out of range."""
     if mask_token_id is None:
         mask_token_id = recorded_settings(model).get("mask_token_id")
     if mask_token_id is None:
@@ -144,7 +142,8 @@ def check(
     """Compare packed decoding steps with full recomputation, for an architecture that nobody has tried.
 
     Decodes `steps` passes of Static(k) from two prompts of different length (or from input_ids [1, T]) and recomputes
-    every pass without cache through the model's own attention. Meant for float32; in bfloat16 read `max_error` yourself.
+    every pass without cache through the model's own attention. Meant for float32; in bfloat16 judge `max_error`
+    yourself.
 
         assert mtpkern.check(AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)).ok
     """

@@ -1,4 +1,4 @@
-"""Slow, obviously right decoding: one sequence, no cache, one full forward a pass. What everything else is compared with."""
+"""Slow, obviously right decoding: one sequence, no cache, one full forward a pass. Everything is compared with it."""
 
 from __future__ import annotations
 

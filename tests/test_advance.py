@@ -181,6 +181,7 @@ class Machine:
             assert sequences.tokens[b, : len(text.tokens)].tolist() == text.tokens
             assert (sequences.tokens[b, text.limit : self.capacity] == UNWRITTEN).all()
             assert sequences.blocks[b, : len(text.blocks)].tolist() == text.blocks
+            assert not sequences.blocks[b, len(text.blocks) : -1].any()
 
         R = len(rows.seq)
         masks = deal(texts, R, self.k)

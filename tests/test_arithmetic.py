@@ -6,6 +6,8 @@ from itertools import islice
 from typing import get_args
 
 import pytest
+from transformers import AutoTokenizer
+
 from mtpkern.train import arithmetic
 from mtpkern.train.arithmetic import (
     LEVELS,
@@ -19,7 +21,6 @@ from mtpkern.train.arithmetic import (
     prompt,
     split_of_numbers,
 )
-from transformers import AutoTokenizer
 
 SPLITS = get_args(Split)
 

@@ -1,0 +1,237 @@
+"""Every supported architecture, unmodified: each strategy equals the slow reference, lossless ones greedy decoding."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mtpkern
+import mtpkern.cache
+import mtpkern.decoder
+from mtpkern import ConfAdapt, Static, Verified, reference
+from mtpkern.strategies import Strategy
+
+NEW = 18
+
+# Windows are shorter than the texts, caps and multipliers far from 1: what is ignored must show.
+_SLIDING = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+_EXPERTS = {"num_experts_per_tok": 2}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 0, **_SLIDING},
+    "qwen3": {"use_sliding_window": True, "max_window_layers": 0, **_SLIDING},
+    "mistral": {"sliding_window": 5},
+    "gemma2": {
+        "attention": "eager",
+        "query_pre_attn_scalar": 8,
+        **_SLIDING,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 4.0,
+    },
+    "gemma3_text": {"query_pre_attn_scalar": 8, **_SLIDING},
+    "phi3": {"sliding_window": 5},
+    "olmo2": {},
+    "smollm3": {"no_rope_layers": [1, 0], "use_sliding_window": True, **_SLIDING},
+    "granite": {
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 0.8,
+    },
+    "gpt_neox": {},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 24, **_EXPERTS},
+    "gpt_oss": {
+        "attention": "eager",
+        "num_local_experts": 4,
+        **_EXPERTS,
+        **_SLIDING,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "cohere": {"logit_scale": 0.5},
+    "cohere2": {"logit_scale": 0.5, **_SLIDING},
+}
+
+# Strategy and prompt lengths: all k from 1 to 5, all batch sizes from 1 to 4, thresholds from "keep all" to "keep one".
+CASES: list[tuple[Strategy, tuple[int, ...]]] = [
+    (Static(1), (9, 4)),
+    (Static(3), (6, 11, 3)),
+    (ConfAdapt(k=4, threshold=0.3), (9, 4, 12, 7)),
+    (ConfAdapt(k=5, threshold=0.0), (10,)),
+    (ConfAdapt(k=2, threshold=0.9), (5, 8)),
+    (Verified(k=5, threshold=0.0), (9, 4, 12, 7)),
+    (Verified(k=3, threshold=0.3), (6, 11)),
+]
+
+
+def slow(model: Any, ids: Tensor, real: Tensor, strategy: Strategy, rows: int | None = None) -> list[tuple[Any, Any]]:
+    """Tokens and blocks of each prompt, one by one, by the reference."""
+    mask = model.config.mtpkern["mask_token_id"]
+    return [
+        reference.decode(model, row[keep.bool()], strategy, mask_token_id=mask, max_new_tokens=NEW, rows=rows)
+        for row, keep in zip(ids, real)
+    ]
+
+
+def fast(model: Any, ids: Tensor, real: Tensor, strategy: Strategy, rows: int | None = None) -> list[tuple[Any, Any]]:
+    """The same, all prompts at once, by `generate`."""
+    output = mtpkern.generate(
+        model,
+        ids,
+        attention_mask=real,
+        strategy=strategy,
+        rows=rows,
+        max_new_tokens=NEW,
+        return_dict_in_generate=True,
+    )
+    return list(zip(output.sequences[:, ids.shape[1] :].tolist(), output.blocks))
+
+
+def greedy(model: Any, ids: Tensor, real: Tensor) -> list[list[int]]:
+    """What transformers' own greedy decoding emits, kept from the mask token as ours is."""
+    mask = model.config.mtpkern["mask_token_id"]
+    output = model.generate(
+        ids, attention_mask=real, max_new_tokens=NEW, do_sample=False, use_cache=True, suppress_tokens=[mask]
+    )
+    return output[:, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_strategy_equals_the_reference_and_greedy_decoding(architecture: str, tiny: Any) -> None:
+    model = tiny.model(architecture, **ARCHITECTURES[architecture])
+    seen: set[int] = set()
+    longest_draft = 0
+    for strategy, lengths in CASES:
+        ids, real = tiny.prompts(*lengths)
+        expected = slow(model, ids, real, strategy)
+        assert fast(model, ids, real, strategy) == expected, strategy
+        if strategy.verify or strategy.k == 1:
+            assert [tokens for tokens, _ in expected] == greedy(model, ids, real), strategy
+        if strategy.verify:
+            # The budget decides who gets how many masks, never the text.
+            smallest = fast(model, ids, real, strategy, rows=len(lengths) * strategy.k)
+            assert [tokens for tokens, _ in smallest] == [tokens for tokens, _ in expected], strategy
+            longest_draft = max(longest_draft, *(size for _, blocks in expected for size in blocks))
+        seen.update(token for tokens, _ in expected for token in tokens)
+    # Otherwise the comparisons above could not have failed: nothing accepted, or an echo.
+    assert longest_draft > 1
+    assert len(seen) > 4
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("strategy", [Static(3), ConfAdapt(k=5, threshold=0.2), Verified(k=4, threshold=0.2)], ids=str)
+def test_smallest_budget_of_one_sequence_equals_the_reference_with_that_budget(
+    architecture: str, strategy: Strategy, tiny: Any
+) -> None:
+    model = tiny.model(architecture, **ARCHITECTURES[architecture])
+    longest = 0
+    for length, rows in ((8, strategy.k), (5, strategy.k), (9, strategy.k + 1)):
+        ids, real = tiny.prompts(length)
+        expected = slow(model, ids, real, strategy, rows)
+        assert fast(model, ids, real, strategy, rows) == expected
+        longest = max(longest, *expected[0][1][1:])
+    assert longest > 1
+
+
+def _window_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = mtpkern.cache.decode_attention
+    monkeypatch.setattr(mtpkern.cache, "decode_attention", lambda *a, **kw: attend(*a, **{**kw, "window": None}))
+
+
+def _softcap_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = mtpkern.cache.decode_attention
+    monkeypatch.setattr(mtpkern.cache, "decode_attention", lambda *a, **kw: attend(*a, **{**kw, "softcap": None}))
+
+
+def _sinks_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = mtpkern.cache.decode_attention
+    monkeypatch.setattr(mtpkern.cache, "decode_attention", lambda *a, **kw: attend(*a, **{**kw, "sinks": None}))
+
+
+def _later_mask_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = mtpkern.cache.decode_attention
+
+    def patched(query: Tensor, k_cache: Tensor, v_cache: Tensor, seq: Tensor, slot: Tensor, *a: Any, **kw: Any) -> Any:
+        in_use = slot < k_cache.shape[2] - 1
+        return attend(query, k_cache, v_cache, seq, torch.where(in_use, slot + 1, slot), *a, **kw)
+
+    monkeypatch.setattr(mtpkern.cache, "decode_attention", patched)
+
+
+def _stale_mask_keys_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever writes a slot first keeps it, so the keys of a mask stay when its token has been accepted."""
+    write = mtpkern.cache.kv_write
+
+    def patched(k_cache: Tensor, v_cache: Tensor, key: Tensor, value: Tensor, seq: Tensor, slot: Tensor) -> None:
+        old_k, old_v = k_cache[seq, :, slot], v_cache[seq, :, slot]
+        free = (old_k == 0).all(-1, keepdim=True)
+        write(k_cache, v_cache, torch.where(free, key, old_k), torch.where(free, value, old_v), seq, slot)
+
+    monkeypatch.setattr(mtpkern.cache, "kv_write", patched)
+
+
+def _planned(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any, Tensor], None]) -> None:
+    advance = mtpkern.decoder.advance
+
+    def patched(sequences: Any, rows: Any, *args: Any, **kwargs: Any) -> None:
+        advance(sequences, rows, *args, **kwargs)
+        change(rows, rows.slot < sequences.tokens.shape[1] - 1)
+
+    monkeypatch.setattr(mtpkern.decoder, "advance", patched)
+
+
+def _slot_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    _planned(monkeypatch, lambda rows, in_use: rows.slot.add_(in_use.long()))
+
+
+def _position_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    _planned(monkeypatch, lambda rows, in_use: rows.position.add_(in_use.long()))
+
+
+def _neighbours_keys_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = mtpkern.cache.decode_attention
+
+    def patched(query: Tensor, k_cache: Tensor, v_cache: Tensor, *a: Any, **kw: Any) -> Any:
+        return attend(query, k_cache.roll(1, dims=0), v_cache.roll(1, dims=0), *a, **kw)
+
+    monkeypatch.setattr(mtpkern.cache, "decode_attention", patched)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "plant"),
+    [
+        ("qwen3", _window_ignored),
+        ("mistral", _window_ignored),
+        ("gemma2", _softcap_ignored),
+        ("gpt_oss", _sinks_ignored),
+        ("llama", _stale_mask_keys_kept),
+        ("llama", _slot_off_by_one),
+        ("llama", _position_off_by_one),
+        ("llama", _later_mask_seen),
+        ("llama", _neighbours_keys_read),
+    ],
+    ids=lambda x: x if isinstance(x, str) else x.__name__.strip("_"),
+)
+def test_a_planted_bug_is_found(
+    architecture: str, plant: Callable[[pytest.MonkeyPatch], None], tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.model(architecture, **ARCHITECTURES[architecture])
+    ids, real = tiny.prompts(9, 4, 12)
+    strategy = ConfAdapt(k=4, threshold=0.2)
+    expected = slow(model, ids, real, strategy)
+    assert fast(model, ids, real, strategy) == expected
+    plant(monkeypatch)
+    assert fast(model, ids, real, strategy) != expected
+
+
+@pytest.mark.parametrize("plant", [_stale_mask_keys_kept, _later_mask_seen], ids=lambda f: f.__name__.strip("_"))
+def test_verified_decoding_needs_true_keys_to_stay_greedy(
+    plant: Callable[[pytest.MonkeyPatch], None], tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.model("llama")
+    ids, real = tiny.prompts(9, 4, 12, 7)
+    expected = greedy(model, ids, real)
+    assert [tokens for tokens, _ in fast(model, ids, real, Verified(k=4, threshold=0.0))] == expected
+    plant(monkeypatch)
+    assert [tokens for tokens, _ in fast(model, ids, real, Verified(k=4, threshold=0.0))] != expected

@@ -1,0 +1,136 @@
+from threading import Thread
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtpkern.attention import NAME, attention_context, exclusive, mtpkern_attention, routed
+
+
+class Recording:
+    """An attention context that notes what it is given and returns zeros."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+        self.calls.append({"layer": layer, "shapes": (query.shape, key.shape, value.shape), **kwargs})
+        return torch.zeros(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
+
+
+module: Any = SimpleNamespace(layer_idx=3)
+q, k, v = torch.zeros(1, 4, 5, 16), torch.zeros(1, 2, 5, 16), torch.zeros(1, 2, 5, 16)
+
+
+@pytest.fixture
+def model(tiny: Any) -> Any:
+    return tiny.model("llama")
+
+
+def test_what_a_layer_asks_for_reaches_the_context() -> None:
+    context = Recording()
+    sinks = torch.ones(4)
+    out, weights = mtpkern_attention(
+        module, q, k, v, None, scaling=0.5, sliding_window=7, softcap=30.0, s_aux=sinks, mtpkern=context
+    )
+    assert out.shape == (1, 5, 4, 16)
+    assert weights is None
+    assert context.calls == [
+        {
+            "layer": 3,
+            "shapes": (q.shape, k.shape, v.shape),
+            "scale": 0.5,
+            "window": 7,
+            "softcap": 30.0,
+            "sinks": sinks,
+        }
+    ]
+
+
+def test_defaults_of_a_layer_that_asks_for_nothing() -> None:
+    context = Recording()
+    mtpkern_attention(module, q, k, v, None, mtpkern=context, position_ids=torch.zeros(1, 5), is_causal=True)
+    (call,) = context.calls
+    assert call["scale"] == 16**-0.5
+    assert (call["window"], call["softcap"], call["sinks"]) == (None, None, None)
+
+
+def test_outside_of_a_context_it_does_not_run() -> None:
+    with pytest.raises(RuntimeError, match="runs only inside mtpkern"):
+        mtpkern_attention(module, q, k, v, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"attention_mask": torch.zeros(1, 1, 5, 5)}, r"mask of its own \(1, 1, 5, 5\)"),
+        ({"dropout": 0.1}, "attention_dropout=0"),
+        ({"position_bias": torch.zeros(1)}, "passes position_bias"),
+    ],
+)
+def test_what_the_context_would_drop_is_refused(arguments: dict[str, Any], message: str) -> None:
+    arguments = {"attention_mask": None, **arguments}
+    with pytest.raises(ValueError, match=message):
+        mtpkern_attention(module, q, k, v, mtpkern=Recording(), **arguments)
+
+
+def test_the_model_calls_the_context_layer_by_layer(model: Any) -> None:
+    context = Recording()
+    before = model.config._attn_implementation
+    with attention_context(model, context) as route:
+        assert model.config._attn_implementation == NAME
+        model(torch.tensor([[1, 2, 3]]), use_cache=False, **route)
+        # A model that forwards no keyword finds it all the same.
+        model(torch.tensor([[1, 2, 3]]), use_cache=False)
+    assert model.config._attn_implementation == before
+    assert [call["layer"] for call in context.calls] == [0, 1, 0, 1]
+
+
+def test_the_switch_is_undone_after_an_exception(model: Any) -> None:
+    before = model.config._attn_implementation
+    with pytest.raises(KeyError), attention_context(model, Recording()):
+        raise KeyError
+    assert model.config._attn_implementation == before
+    with attention_context(model, Recording()):
+        pass
+
+
+def test_one_run_at_a_time(model: Any, tiny: Any) -> None:
+    errors: list[str] = []
+
+    def second() -> None:
+        try:
+            with attention_context(model, Recording()):
+                pass
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    with exclusive(model):
+        second()
+        thread = Thread(target=second)
+        thread.start()
+        thread.join()
+        # Another model is free, and the holder may route its own.
+        other = tiny.model("llama")
+        with attention_context(other, Recording()), routed(model, Recording()):
+            assert model.config._attn_implementation == other.config._attn_implementation == NAME
+    assert len(errors) == 2
+    assert all("one call at a time" in error for error in errors)
+    with attention_context(model, Recording()):
+        pass
+
+
+def test_a_forgotten_model_takes_its_lock_along(tiny: Any) -> None:
+    import gc
+
+    from mtpkern.attention import _locks
+
+    model = tiny.model("llama")
+    with attention_context(model, Recording()):
+        assert model in _locks
+    held = len(_locks)
+    del model
+    gc.collect()
+    assert len(_locks) < held

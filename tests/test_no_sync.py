@@ -1,0 +1,251 @@
+"""A decoding step never waits for the device, shown without a device.
+
+Two layers, because each sees what the other cannot. Real tensors on the CPU: every operation of a step passes a
+watcher that knows which ones make a GPU wait; transformers takes the very branches that it takes in use. Tensors of
+a made-up accelerator, without memory behind them: what reads a value, moves data between host and device or brings
+a host tensor into a step has nothing to read; but transformers skips some of its checks on such tensors.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import mtpkern.decoder
+from mtpkern import ConfAdapt, Static, Verified
+from mtpkern.attention import attention_context
+from mtpkern.decoder import Decoder
+from mtpkern.strategies import Strategy
+
+aten = torch.ops.aten
+
+# The one device type beside "cpu" and "meta" that every build of torch can slice a FakeTensor on: the C++ side of
+# indexing sets the current device first, and knows how to for those alone that it was built with.
+FAKE = "lazy:0"
+
+# Operations whose result, or its shape, the host has to know before it can go on.
+SYNCING = {
+    *(aten._local_scalar_dense, aten.equal, aten.allclose, aten.nonzero, aten.masked_select, aten.bincount),
+    *(aten._unique, aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.unique_dim_consecutive),
+}
+INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index}
+
+STRATEGIES = [Static(1), Static(3), ConfAdapt(k=3, threshold=0.3), Verified(k=3, threshold=0.2)]
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gemma3_text": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    # transformers' default for experts; its "eager" one looks for the experts in use, and so waits: see below.
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+}
+
+
+class SyncError(Exception):
+    """An operation that would make the host wait for the device."""
+
+
+class Watcher(TorchDispatchMode):
+    """Raises SyncError at an operation that syncs, and counts the others.
+
+    With `accelerator`, tensors on the CPU are the host's: none may take part in a step but single numbers, which
+    travel with a kernel's arguments.
+    """
+
+    def __init__(self, *, accelerator: bool = False) -> None:
+        super().__init__()
+        self.accelerator = accelerator
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:  # a question that a tensor without memory answers through here
+            return func(*args, **kwargs)
+        # In inference mode composite operations arrive whole; what they consist of is what counts.
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            with self:
+                return func.decompose(*args, **kwargs)
+        self.operations += 1
+        packet = func.overloadpacket
+        if packet in SYNCING:
+            raise SyncError(f"{func} makes the host wait")
+        if func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None:
+            raise SyncError(f"{func} without output_size makes the host wait for the size")
+        if packet in INDEXING and any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]):
+            raise SyncError(f"{func} by a mask makes the host wait for the number of its true elements")
+        if func.namespace not in ("aten", "prims"):
+            raise SyncError(f"{func} is opaque: nobody sees what it does inside")
+        out = func(*args, **kwargs)
+        if self.accelerator:
+            devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)}
+            if packet in (aten._to_copy, aten.copy_) and len(devices) > 1:
+                raise SyncError(f"{func} moves data between host and device")
+            host = [x for x in tree_leaves((args, out)) if isinstance(x, Tensor) and x.device.type == "cpu" and x.dim()]
+            if host:
+                raise SyncError(f"{func} brings a host tensor {tuple(host[0].shape)} into the step")
+        return out
+
+
+def prepare(tiny: SimpleNamespace, model: Any, strategy: Strategy, *, batch: int = 3) -> Decoder:
+    """A decoder behind its prefill. Everything here may sync."""
+    input_ids, attention_mask = tiny.prompts(*(9, 4, 12, 7, 8)[:batch])
+    decoder = Decoder(
+        model,
+        strategy,
+        mask_token_id=tiny.mask,
+        stop_ids=torch.tensor([3, 5]),
+        batch=batch,
+        capacity=64,
+        max_new_tokens=20,
+    )
+    with torch.inference_mode():
+        decoder.prefill(input_ids.to(model.device), attention_mask.to(model.device))
+    return decoder
+
+
+def watch(decoder: Decoder, watcher: Watcher, steps: int = 3) -> None:
+    with attention_context(decoder.model, decoder.cache) as route:
+        for _ in range(steps):
+            with watcher:
+                decoder.step(route)
+            decoder.require_all_layers()
+
+
+@contextmanager
+def fake_accelerator() -> Iterator[Callable[[Any], Any]]:
+    """Inside, tensors have a shape and a device other than "cpu", and no memory; yields what takes a model there."""
+
+    def move(model: Any) -> Any:
+        for module in model.modules():
+            for name, x in module._parameters.items():
+                if x is not None:
+                    fake = torch.empty(x.shape, dtype=torch.bfloat16, device=FAKE)
+                    module._parameters[name] = torch.nn.Parameter(fake, requires_grad=False)
+            for name, x in module._buffers.items():
+                if x is not None:
+                    module._buffers[name] = torch.empty(x.shape, dtype=x.dtype, device=FAKE)
+        return model
+
+    with FakeTensorMode():
+        yield move
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=repr)
+@pytest.mark.parametrize("name", MODELS)
+def test_real_step_has_no_sync(tiny: SimpleNamespace, name: str, strategy: Strategy) -> None:
+    decoder = prepare(tiny, tiny.model(name, **MODELS[name]), strategy)
+    watch(decoder, Watcher())
+    assert decoder.sequences.passes.max() > 1
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=repr)
+@pytest.mark.parametrize("name", MODELS)
+def test_step_on_an_accelerator_has_no_sync(tiny: SimpleNamespace, name: str, strategy: Strategy) -> None:
+    model = tiny.model(name, **MODELS[name])
+    with fake_accelerator() as move:
+        watch(prepare(tiny, move(model), strategy), Watcher(accelerator=True))
+
+
+def test_operations_of_a_step_depend_on_neither_batch_nor_k(tiny: SimpleNamespace) -> None:
+    model = tiny.model("llama")
+    counts = []
+    for batch, k in ((2, 2), (5, 4)):
+        watcher = Watcher()
+        watch(prepare(tiny, model, Verified(k=k), batch=batch), watcher, steps=1)
+        counts.append(watcher.operations)
+    assert counts[0] == counts[1]
+
+
+# Planted bugs: each must be seen by the layer that claims to see it.
+
+REAL_BUGS: dict[str, Callable[[Tensor], object]] = {
+    "item": lambda x: x[0].item(),
+    "if": lambda x: bool((x > 0).all()),
+    "range": lambda x: list(range(x[0])),
+    "allclose": lambda x: torch.allclose(x, x),
+    "equal": lambda x: torch.equal(x, x.clone()),
+    "nonzero": lambda x: x.nonzero(),
+    "where": lambda x: torch.where(x > 0),
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "index by mask": lambda x: x[x > 0],
+    "assign by mask": lambda x: x.clone().index_put_((x > 0,), x.new_ones(1)),
+    "unique": lambda x: x.unique(),
+    "unique_consecutive": lambda x: x.unique_consecutive(),
+    "repeat_interleave": lambda x: x.repeat_interleave(x.clamp(0, 2)),
+    "bincount": lambda x: x.clamp(min=0).bincount(),
+    "split at a tensor": lambda x: x.tensor_split(x[:1].clamp(0, 1).cpu()),
+}
+ACCELERATOR_BUGS: dict[str, Callable[[Tensor], object]] = {
+    **{name: bug for name, bug in REAL_BUGS.items() if name != "split at a tensor"},
+    "cpu": lambda x: x.cpu(),
+    "tolist": lambda x: x.tolist(),
+    "numpy": lambda x: x.cpu().numpy(),
+    "list to the device": lambda x: torch.tensor([1, 2], device=x.device),
+    "number to the device": lambda x: torch.tensor(0.5, device=x.device),
+    "host tensor to the device": lambda x: torch.arange(2).to(x.device),
+    "index by a list": lambda x: x[[0, 1]],
+    "assign by a list": lambda x: x.clone().__setitem__([0, 1], 0),
+    "index by a host tensor": lambda x: x[torch.arange(2)],
+    "forgotten device": lambda x: torch.zeros(2),
+}
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, bug: Callable[[Tensor], object]) -> None:
+    """Let every step do `bug` to the tokens that it has read out."""
+    advance = mtpkern.decoder.advance
+
+    def planted(sequences: Any, rows: Any, token: Tensor, *args: Any, **kwargs: Any) -> None:
+        bug(token)
+        advance(sequences, rows, token, *args, **kwargs)
+
+    monkeypatch.setattr(mtpkern.decoder, "advance", planted)
+
+
+@pytest.mark.parametrize("bug", REAL_BUGS)
+def test_planted_bug_is_seen_on_real_tensors(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
+    decoder = prepare(tiny, tiny.model("llama"), Verified(k=3))
+    watch(decoder, Watcher())
+    plant(monkeypatch, REAL_BUGS[bug])
+    with pytest.raises(SyncError):
+        watch(decoder, Watcher())
+
+
+@pytest.mark.parametrize("bug", ACCELERATOR_BUGS)
+def test_planted_bug_is_seen_on_an_accelerator(
+    tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, bug: str
+) -> None:
+    model = tiny.model("llama")
+    with fake_accelerator() as move:
+        decoder = prepare(tiny, move(model), Verified(k=3))
+        watch(decoder, Watcher(accelerator=True))
+        plant(monkeypatch, ACCELERATOR_BUGS[bug])
+        with pytest.raises(SyncError):
+            watch(decoder, Watcher(accelerator=True))
+
+
+@pytest.mark.parametrize("experts", ["eager"])
+def test_experts_that_sync_are_seen(tiny: SimpleNamespace, experts: str) -> None:
+    # Why the decoder leaves the choice of experts alone, and what a model loaded so would cost.
+    model = tiny.model("qwen3_moe", **MODELS["qwen3_moe"])
+    model.set_experts_implementation(experts)
+    with pytest.raises(SyncError):
+        watch(prepare(tiny, model, Static(2)), Watcher())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=repr)
+@pytest.mark.parametrize("name", MODELS)
+def test_run_on_a_gpu_has_no_sync(tiny: SimpleNamespace, name: str, strategy: Strategy) -> None:
+    model = tiny.model(name, **MODELS[name]).to("cuda", torch.bfloat16)
+    decoder = prepare(tiny, model, strategy)
+    with attention_context(model, decoder.cache) as route:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            decoder.run(route)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,211 @@
+"""The self-distillation loss on tiny random models: its two passes, its targets and what it logs."""
+
+import copy
+
+import pytest
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+
+from mtpkern.attention import attention_context
+from mtpkern.train.layout import build_layout
+from mtpkern.train.objective import SpanContext, backbone, data_targets, gather_rows, head_of, mtp_loss
+
+V, MASK, EOS = 61, 60, 7
+TINY = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.3,
+    "eos_token_id": EOS,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+}
+EOS_IDS = torch.tensor([EOS])
+
+
+def llama(seed=0):
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**TINY)).eval()
+
+
+def gemma():
+    torch.manual_seed(0)
+    window = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**TINY, **window)).eval()
+
+
+def batch(k=4, mask_rows=None):
+    torch.manual_seed(1)
+    lengths = torch.tensor([14, 11])
+    tokens = torch.randint(10, 59, (2, 15))
+    for b, n in enumerate(lengths):
+        tokens[b, n - 1] = EOS
+        tokens[b, n:] = 0
+    prefix = torch.tensor([[3, 8, 12], [2, 6, 0]])
+    return tokens, SpanContext(build_layout(prefix, lengths, k, num_tokens=15, mask_rows=mask_rows))
+
+
+def run(student, teacher, tokens, context, **options):
+    with attention_context(student, context):
+        options = {"mask_token_id": MASK, "eos_token_ids": EOS_IDS} | options
+        return mtp_loss(student, teacher, tokens, context, **options)
+
+
+@pytest.mark.parametrize("make", [llama, gemma])
+def test_text_rows_equal_a_plain_causal_forward(make):
+    model = make()
+    tokens, context = batch()
+    with torch.no_grad(), attention_context(model, context):
+        states = backbone(model, context.layout.fill(tokens, MASK), context)
+    for b, n in enumerate((14, 11)):
+        plain = model.base_model(tokens[b : b + 1, :n], use_cache=False).last_hidden_state[0]
+        torch.testing.assert_close(states[b, :n], plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [llama, gemma])
+@pytest.mark.parametrize("mask_rows", [None, 20])
+def test_a_span_equals_causal_decoding_with_masks_appended(make, mask_rows):
+    model = make()
+    tokens, context = batch(k=4, mask_rows=mask_rows)
+    layout = context.layout
+    with torch.no_grad(), attention_context(model, context):
+        states = backbone(model, layout.fill(tokens, MASK), context)
+    rows = gather_rows(states, layout.row).view(2, 3, 4, -1)
+    for b, m in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1)):
+        i = int(layout.prefix[b, m])
+        appended = torch.cat([tokens[b, :i], torch.full((3,), MASK)])[None]
+        with torch.no_grad():
+            plain = model.base_model(appended, use_cache=False).last_hidden_state[0, i - 1 :]
+        torch.testing.assert_close(rows[b, m], plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [llama, gemma])
+def test_k1_student_is_teacher(make):
+    student = make()
+    teacher = copy.deepcopy(student)
+    tokens, context = batch(k=1)
+    hard = run(student, teacher, tokens, context)
+    assert hard.rows.sum() == 5
+    assert torch.equal(hard.agree, hard.rows)
+    assert hard.agreeing_prefix == hard.spans == 5
+    soft = run(student, teacher, tokens, context, target="soft")
+    soft.span.backward()
+    assert all(p.grad is None or not p.grad.any() for p in student.parameters())
+
+
+def naive(student, teacher, tokens, context, target, ends):
+    """The objective written from its definition: sequence by sequence, span by span, plain causal calls."""
+    layout = context.layout
+    k = layout.row.shape[-1]
+    total, rows = torch.zeros(()), 0
+    for b in range(2):
+        for i in [int(p) for p in layout.prefix[b] if p]:
+            text = torch.cat([tokens[b, :i], torch.full((k - 1,), MASK)])[None]
+            z = student(text, use_cache=False).logits[0, i - 1 :]
+            ban = torch.zeros(V).index_fill_(0, torch.tensor(MASK), float("-inf"))
+            log_p = (z + ban).log_softmax(-1)
+            own = log_p.argmax(-1)
+            if target == "gt":
+                for j in range(k):
+                    label = tokens[b, min(i + j, int(layout.lengths[b]) - 1)]
+                    total, rows = total - log_p[j, label], rows + 1
+                continue
+            with torch.no_grad():
+                scored = teacher(torch.cat([tokens[b, :i], own[:-1]])[None], use_cache=False).logits[0, i - 1 :] + ban
+            for j in range(k):
+                if target == "hard":
+                    total = total - log_p[j, scored[j].argmax()]
+                else:
+                    q = scored[j].softmax(-1)
+                    total = total - (q * log_p[j].nan_to_num(neginf=0)).sum()
+                rows += 1
+                if own[j] in ends:
+                    break
+    return total, rows
+
+
+@pytest.mark.parametrize("target", ["hard", "soft", "gt"])
+def test_equals_the_definition(target):
+    student, teacher = llama(0), llama(5)
+    # Many tokens end a text here, so that dropped rows occur.
+    ends = torch.tensor([EOS, *range(30, 60)])
+    tokens, context = batch(k=4)
+    sums = run(student, teacher, tokens, context, target=target, eos_token_ids=ends)
+    want, rows = naive(student, teacher, tokens, context, target, ends)
+    assert sums.rows.sum() == rows
+    if target != "gt":
+        assert rows < 20
+    torch.testing.assert_close(sums.span, want, rtol=1e-4, atol=1e-4)
+    got = torch.autograd.grad(sums.span, list(student.parameters()))
+    for a, b in zip(got, torch.autograd.grad(want, list(student.parameters()))):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_prefix_rows_get_the_next_token_loss():
+    student = llama()
+    tokens, context = batch()
+    rows = torch.zeros(2, 15, dtype=torch.bool)
+    rows[0, 5:13] = True
+    rows[1, 2:10] = True
+    sums = run(student, None, tokens, context, target="gt", prefix_rows=rows)
+    want = torch.zeros(())
+    for b, (first, last) in enumerate(((5, 13), (2, 10))):
+        z = student(tokens[b : b + 1], use_cache=False).logits[0]
+        z = z.index_fill(1, torch.tensor(MASK), float("-inf"))
+        want = want + torch.nn.functional.cross_entropy(z[first:last], tokens[b, first + 1 : last + 1], reduction="sum")
+    torch.testing.assert_close(sums.prefix, want, rtol=1e-4, atol=1e-4)
+
+
+def test_teacher_is_frozen_and_the_mask_token_never_a_target():
+    student, teacher = llama(0), llama(5)
+    teacher.requires_grad_(False)
+    with torch.no_grad():
+        for model in (student, teacher):
+            model.lm_head.weight[MASK] = 50 * model.lm_head.weight[EOS]
+    tokens, context = batch()
+    sums = run(student, teacher, tokens, context)
+    assert sums.span.isfinite()
+    sums.span.backward()
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_data_targets_of_a_text_cut_off_before_its_eos():
+    tokens = torch.tensor([[11, 12, 13, EOS, 0], [21, 22, 23, 24, 25]])
+    layout = build_layout(torch.tensor([[2], [4]]), torch.tensor([4, 5]), 3, num_tokens=5)
+    label, known = data_targets(tokens, layout, EOS_IDS)
+    assert label[0, 0].tolist() == [13, EOS, EOS]
+    assert known[0, 0].tolist() == [True, True, True]
+    assert label[1, 0, 0] == 25
+    assert known[1, 0].tolist() == [True, False, False]
+
+
+def test_no_span_at_all_keeps_the_graph_connected():
+    student, teacher = llama(), llama(1)
+    tokens, _ = batch()
+    context = SpanContext(build_layout(torch.zeros(2, 2, dtype=torch.int64), torch.tensor([14, 11]), 3, num_tokens=15))
+    sums = run(student, teacher, tokens, context)
+    sums.span.backward()
+    assert sums.span == 0
+    assert all(p.grad is None or not p.grad.any() for p in student.parameters())
+    assert student.model.embed_tokens.weight.grad is not None
+
+
+def test_head_of_reads_scale_and_cap():
+    model = llama()
+    model.config.logit_scale, model.config.final_logit_softcapping = 0.25, 30.0
+    head = head_of(model, MASK)
+    assert (head.logit_scale, head.softcap, head.banned) == (0.25, 30.0, MASK)
+
+
+def test_errors():
+    student = llama()
+    tokens, context = batch()
+    with pytest.raises(ValueError, match="teacher"):
+        run(student, None, tokens, context)
+    with pytest.raises(ValueError, match="target"):
+        run(student, None, tokens, context, target="harder")

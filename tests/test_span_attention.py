@@ -1,0 +1,110 @@
+"""Span attention against a loop over rows, and its gradients against finite differences."""
+
+import math
+
+import pytest
+import torch
+
+from mtpkern.kernels.span_attention import span_attention, span_attention_reference
+from mtpkern.kernels.span_mask import span_mask
+from mtpkern.train.layout import build_layout
+
+SCALE = 0.37
+
+
+def case(dtype=torch.float64, heads=4, kv_heads=2, dim=5):
+    layout = build_layout(torch.tensor([[2, 5, 0], [1, 3, 6]]), torch.tensor([7, 8]), 3, num_tokens=9)
+    generator = torch.Generator().manual_seed(0)
+    T = layout.position.shape[1]
+    q, k, v = (
+        torch.randn(2, h, T, dim, dtype=dtype, generator=generator).requires_grad_()
+        for h in (heads, kv_heads, kv_heads)
+    )
+    return q, k, v, (layout.position, layout.prefix_end, layout.span_start)
+
+
+def loop(q, k, v, rule, window, softcap, sinks):
+    B, Hq, T, D = q.shape
+    mask = span_mask(*rule, window)
+    out = torch.zeros(B, T, Hq, D, dtype=q.dtype)
+    for b in range(B):
+        for h in range(Hq):
+            g = h // (Hq // k.shape[1])
+            for r in range(T):
+                keys = mask[b, r].nonzero().flatten()
+                if not len(keys):
+                    continue
+                score = k[b, g, keys] @ q[b, h, r] * SCALE
+                if softcap is not None:
+                    score = softcap * torch.tanh(score / softcap)
+                weight = score.exp()
+                total = weight.sum() + (sinks[h].exp() if sinks is not None else 0)
+                out[b, r, h] = weight / total @ v[b, g, keys]
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("softcap", [None, 0.8])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("function", [span_attention, span_attention_reference])
+def test_equals_loop(function, window, softcap, with_sinks):
+    q, k, v, rule = case()
+    sinks = torch.linspace(-1, 1, 4, dtype=torch.float64) if with_sinks else None
+    out = function(q, k, v, *rule, scale=SCALE, window=window, softcap=softcap, sinks=sinks)
+    torch.testing.assert_close(out, loop(q, k, v, rule, window, softcap, sinks), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("softcap", [None, 0.8])
+def test_gradients(softcap):
+    q, k, v, rule = case(heads=2, kv_heads=1, dim=2)
+    sinks = torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True)
+
+    def f(q, k, v, sinks):
+        return span_attention_reference(q, k, v, *rule, scale=SCALE, window=4, softcap=softcap, sinks=sinks)
+
+    assert torch.autograd.gradcheck(f, (q, k, v, sinks))
+
+
+def test_fast_path_has_the_reference_gradients():
+    q, k, v, rule = case(dtype=torch.float32)
+    weight = torch.randn(2, q.shape[2], 4, 5)
+    got, want = (
+        torch.autograd.grad((f(q, k, v, *rule, scale=SCALE) * weight).sum(), (q, k, v))
+        for f in (span_attention, span_attention_reference)
+    )
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [span_attention, span_attention_reference])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_without_keys_give_zero_and_no_gradient(function, dtype):
+    q, k, v, rule = case(dtype=dtype)
+    empty = ~span_mask(*rule).any(-1)
+    assert empty.any()
+    out = function(q, k, v, *rule, scale=SCALE)
+    assert (out[empty] == 0).all()
+    out.float().square().sum().backward()
+    for x in (q, k, v):
+        assert x.grad.isfinite().all()
+        assert (x.grad.transpose(1, 2)[empty] == 0).all()
+
+
+def test_a_sink_alone_gives_zero():
+    q, k, v, rule = case()
+    out = span_attention(q, k, v, *rule, scale=SCALE, sinks=torch.zeros(4, dtype=torch.float64))
+    assert (out[~span_mask(*rule).any(-1)] == 0).all()
+
+
+def test_large_scores_do_not_overflow():
+    q, k, v, rule = case(dtype=torch.float32)
+    out = span_attention_reference(q * 1e4, k, v, *rule, scale=1.0, sinks=torch.full((4,), math.log(2)))
+    assert out.isfinite().all()
+
+
+def test_errors():
+    q, k, v, rule = case()
+    with pytest.raises(ValueError, match="Hkv"):
+        span_attention(q[:, :3], k, v, *rule, scale=SCALE)
+    with pytest.raises(ValueError, match="position"):
+        span_attention(q, k, v, rule[0][:, :4], rule[1], rule[2], scale=SCALE)

@@ -1,0 +1,66 @@
+"""The visibility rule against its own words, written as loops."""
+
+import pytest
+import torch
+
+from mtpkern.kernels.span_mask import draw_mask, span_mask
+from mtpkern.train.layout import build_layout
+
+
+def brute_force(position, prefix_end, span_start, window, document_start):
+    """Row by row, key by key, with the document's start given instead of derived."""
+    T = len(position)
+    mask = torch.zeros(T, T, dtype=torch.bool)
+    for r in range(T):
+        for j in range(T):
+            if span_start[r] <= j <= r:
+                distance = r - j
+            elif document_start[r] <= j < prefix_end[r]:
+                distance = position[r] - (j - document_start[r])
+            else:
+                continue
+            mask[r, j] = window is None or distance < window
+    return mask
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 3, 5, 100])
+def test_rule_of_layouts(window):
+    layout = build_layout(torch.tensor([[2, 5, 0], [1, 3, 6]]), torch.tensor([7, 8]), 4, num_tokens=9, mask_rows=11)
+    got = span_mask(layout.position, layout.prefix_end, layout.span_start, window)
+    for b in range(2):
+        rule = layout.position[b].tolist(), layout.prefix_end[b].tolist(), layout.span_start[b].tolist()
+        assert torch.equal(got[b], brute_force(*rule, window, [0] * 20))
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 4])
+def test_packed_documents_do_not_see_each_other(window):
+    # Documents of 3 and 4 tokens; a span of two masks behind 2 tokens of each.
+    position = torch.tensor([0, 1, 2, 0, 1, 2, 3, 2, 3, 2, 3])
+    prefix_end = torch.tensor([1, 2, 3, 4, 5, 6, 7, 2, 2, 5, 5])
+    span_start = torch.tensor([1, 2, 3, 4, 5, 6, 7, 7, 7, 9, 9])
+    start = [0, 0, 0, 3, 3, 3, 3, 0, 0, 3, 3]
+    got = span_mask(position, prefix_end, span_start, window)
+    assert torch.equal(got, brute_force(position.tolist(), prefix_end.tolist(), span_start.tolist(), window, start))
+    assert not got[9, :3].any()
+
+
+def test_padding_sees_nothing_and_every_other_row_sees_itself():
+    layout = build_layout(torch.tensor([[2, 0]]), torch.tensor([4]), 3, num_tokens=6, mask_rows=5)
+    mask = span_mask(layout.position, layout.prefix_end, layout.span_start)[0]
+    real = [0, 1, 2, 3, 6, 7]
+    assert mask.any(-1).nonzero().flatten().tolist() == real
+    assert mask.diagonal().nonzero().flatten().tolist() == real
+
+
+def test_errors():
+    x = torch.zeros(3, dtype=torch.int32)
+    with pytest.raises(ValueError, match="one shape"):
+        span_mask(x, x, x[:2])
+    with pytest.raises(ValueError, match="window"):
+        span_mask(x, x, x, 0)
+
+
+def test_drawing_shows_the_mask():
+    position, prefix_end, span_start = torch.tensor([0, 1, 1]), torch.tensor([1, 2, 1]), torch.tensor([1, 2, 2])
+    lines = draw_mask(position, prefix_end, span_start).splitlines()
+    assert [line.split()[2:] for line in lines[1:]] == [["■", "·", "·"], ["■", "■", "·"], ["■", "·", "▪"]]

@@ -1,0 +1,50 @@
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import pytest
+
+from mtpkern import ConfAdapt, Static, Verified
+from mtpkern.strategies import Strategy
+
+
+def test_defaults_and_how_they_are_written() -> None:
+    assert Static(4) == Static()
+    assert ConfAdapt(k=8, threshold=0.9) == ConfAdapt()
+    assert Verified(k=8, threshold=0.6) == Verified()
+    assert ConfAdapt(8, 0.9) != Verified(8, 0.9)
+    assert [s.verify for s in (Static(), ConfAdapt(), Verified())] == [False, False, True]
+    assert all(isinstance(s, Strategy) for s in (Static(), ConfAdapt(), Verified()))
+
+
+def test_strategies_are_values() -> None:
+    assert len({Static(2), Static(2), Static(3)}) == 2
+    with pytest.raises(FrozenInstanceError):
+        Static(2).k = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("kind", [Static, ConfAdapt, Verified])
+@pytest.mark.parametrize("k", [1, 2, 16, 100])
+def test_any_whole_k(kind: Any, k: int) -> None:
+    assert kind(k=k).k == k
+
+
+@pytest.mark.parametrize("kind", [Static, ConfAdapt, Verified])
+@pytest.mark.parametrize("k", [0, -1, 2.0, "4", None, True])
+def test_k_must_be_a_whole_number_from_1(kind: Any, k: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{kind.__name__}: k must be a whole number .* got {k!r}"):
+        kind(k=k)
+
+
+@pytest.mark.parametrize("kind", [ConfAdapt, Verified])
+@pytest.mark.parametrize("threshold", [-1.0, -0.1, 1.1, 90, float("nan")])
+def test_threshold_must_be_a_probability(kind: Any, threshold: float) -> None:
+    with pytest.raises(ValueError, match=f"{kind.__name__}: threshold must be a probability"):
+        kind(threshold=threshold)
+    assert (kind(threshold=0).threshold, kind(threshold=1.0).threshold) == (0, 1.0)
+
+
+def test_static_has_no_threshold() -> None:
+    # Every confidence is above it.
+    assert Static(3).threshold < 0
+    with pytest.raises(ValueError, match="Static has no threshold"):
+        Static(3, threshold=0.9)

@@ -1,0 +1,195 @@
+"""MTPTrainer: trains, resumes exactly, counts rows over micro-batches, and refuses what it cannot do."""
+
+import copy
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from mtpkern.train.trainer import MTPCollator, MTPConfig, MTPTrainer
+
+V, MASK, EOS = 41, 40, 7
+
+
+def llama(seed=0):
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=V,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            initializer_range=0.3,
+            eos_token_id=EOS,
+            bos_token_id=1,
+            pad_token_id=0,
+        )
+    )
+
+
+def data(n=24):
+    """Counting texts: the answer goes on where the prompt stops."""
+    rows = []
+    for i in range(n):
+        start, length = 8 + i % 7, 10 + i % 4
+        ids = [1, *(start + j for j in range(length)), EOS]
+        rows.append({"input_ids": ids, "prompt_length": 4})
+    return rows
+
+
+def config(path, **change):
+    arguments = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_steps": 2,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "k_min": 2,
+        "k_max": 4,
+        "num_spans": 3,
+        "spacing": "random",
+    }
+    return MTPConfig(str(path), **arguments | change)
+
+
+def trainer(path, student=None, **change):
+    student = student or llama()
+    return MTPTrainer(
+        model=student,
+        teacher=llama(3),
+        args=config(path, **change),
+        mask_token_id=MASK,
+        train_dataset=data(),
+        eval_dataset=data(6),
+        data_collator=MTPCollator(0),
+    )
+
+
+def same_weights(a, b, **tolerance):
+    for x, y in zip(a.parameters(), b.parameters()):
+        torch.testing.assert_close(x, y, **tolerance)
+
+
+def test_resumed_run_equals_the_uninterrupted(tmp_path):
+    whole = trainer(tmp_path / "a")
+    whole.train()
+    half = trainer(tmp_path / "b", max_steps=2)
+    half.train()
+    # Another global random state, as in another process.
+    torch.manual_seed(1234)
+    rest = trainer(tmp_path / "b", max_steps=4, student=llama(9))
+    rest.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
+    assert rest.state.global_step == 4
+    same_weights(whole.model, rest.model, rtol=0, atol=0)
+
+
+def test_it_learns_and_logs(tmp_path):
+    run = trainer(tmp_path, teacher_target="gt", max_steps=60, prefix_weight=0.5, save_strategy="no")
+    before = run.evaluate()
+    run.train()
+    after = run.evaluate()
+    assert after["eval_loss"] < 0.5 * before["eval_loss"]
+    assert after["eval_agreeing_prefix"] > before["eval_agreeing_prefix"] + 1
+    assert {f"eval_agreement_{j}" for j in range(1, 5)} <= after.keys()
+    assert run.evaluate()["eval_loss"] == after["eval_loss"]
+    first = run.state.log_history[1]
+    assert {"loss", "agreement", "agreeing_prefix", "agreement_1", "confidence_1"} <= first.keys()
+
+
+def test_gradient_accumulation_equals_one_batch(tmp_path):
+    """Micro-batches weigh by their rows: four of one text each step like one of four texts."""
+    rows = data(4)
+    losses, models = [], []
+    for size, steps in ((4, 1), (1, 4)):
+        run = MTPTrainer(
+            model=llama(),
+            args=config(
+                tmp_path / str(size),
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=steps,
+                max_steps=1,
+                teacher_target="gt",
+                # Every position of the answer, so that the draw does not depend on how the batch is cut.
+                num_spans=20,
+                k_min=3,
+                k_max=3,
+                prefix_weight=0.3,
+                optim="sgd",
+                max_grad_norm=0,
+                save_strategy="no",
+                train_sampling_strategy="sequential",
+            ),
+            mask_token_id=MASK,
+            train_dataset=rows,
+            data_collator=MTPCollator(0),
+        )
+        run.train()
+        losses.append(run.state.log_history[0]["loss"])
+        models.append(run.model)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    same_weights(*models, rtol=1e-4, atol=1e-6)
+    with pytest.raises(AssertionError):
+        same_weights(models[0], llama(), rtol=1e-4, atol=1e-6)
+
+
+def test_saved_model_is_a_plain_checkpoint(tmp_path):
+    run = trainer(tmp_path, max_steps=1)
+    run.train()
+    run.save_model(str(tmp_path / "final"))
+    recorded = json.loads((tmp_path / "final" / "config.json").read_text())
+    assert {"mask_token_id": MASK, "k_max": 4}.items() <= recorded["mtpkern"].items()
+    assert "attn_implementation" not in json.dumps(recorded)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    same_weights(run.model.cpu(), loaded, rtol=0, atol=0)
+
+
+def test_static_shape_changes_nothing_but_the_shape(tmp_path):
+    logs = []
+    for static in (False, True):
+        run = trainer(tmp_path / str(static), static_shape=static, max_steps=2, save_strategy="no")
+        run.train()
+        logs.append([x["loss"] for x in run.state.log_history if "loss" in x])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-5)
+
+
+def test_plan_counts_masks_into_the_papers_length(tmp_path):
+    run = trainer(tmp_path, layout="paper", max_length=16, num_spans=2, spacing="stride")
+    batch = MTPCollator(0)([{"input_ids": list(range(8, 38)), "prompt_length": 2}])
+    for k in (2, 3, 4):
+        plan = run.plan(batch, k=k, step=0, micro_step=0)
+        assert plan["layout"].position.shape == (1, 16)
+        assert plan["input_ids"].shape == (1, 16 - 2 * (k - 1))
+
+
+def test_the_attention_switch_is_left_after_training(tmp_path):
+    model = llama()
+    before = copy.copy(model.config._attn_implementation)
+    trainer(tmp_path, student=model, max_steps=1).train()
+    assert model.config._attn_implementation == before
+    assert model(torch.tensor([[1, 2]])).logits.shape == (1, 2, V)
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(ValueError, match="needs teacher"):
+        MTPTrainer(model=llama(), args=config(tmp_path), mask_token_id=MASK)
+    with pytest.raises(ValueError, match="float32"):
+        MTPTrainer(model=llama().bfloat16(), args=config(tmp_path), teacher=llama(), mask_token_id=MASK)
+    with pytest.raises(ValueError, match="no mask token"):
+        MTPTrainer(model=llama(), args=config(tmp_path), teacher=llama())
+    for change, word in (
+        ({"k_min": 5}, "k_min"),
+        ({"teacher_target": "harder"}, "teacher_target"),
+        ({"spacing": "dense"}, "spacing"),
+        ({"layout": "paper"}, "max_length"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            config(tmp_path, **change)
+    with pytest.raises(ValueError, match="pad_to"):
+        MTPCollator(0, pad_to=5)(data(1))

@@ -1,0 +1,213 @@
+"""Layout: where the spans of a training sequence stand, as pure functions of lengths, seed and step.
+
+A sequence of N tokens carries M spans. The span with a prefix of i tokens predicts the K tokens behind it, at the
+prefix' last row and at K-1 mask rows, which repeat the positions i .. i+K-2 of the tokens behind the prefix
+(replication). Rows are laid out as [tokens][masks of span 1][masks of span 2]..., for mtpkern.kernels.span_mask:
+
+    row                     position    prefix_end   span_start
+    token t                 t           t + 1        t + 1
+    mask j of span at i     i + j       i            the span's first row
+    padding                 0           0            its own index + 1
+
+A span may reach past the last token (EOS): it is padded out with EOS. With stride spacing the first span that reaches
+EOS is the last of its sample, because the next prefix would lie behind EOS; random prefixes are problems of their own,
+so each of them may reach EOS.
+
+Source   arXiv 2602.06019, section on training and the figures of the mask-replicated layout
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mtpkern.kernels.span_mask import draw_mask
+
+Spacing = Literal["stride", "random"]
+Counting = Literal["tokens", "paper"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The rows of a batch of B sequences of N tokens with M spans of K predictions; T = N + mask rows.
+
+    position, prefix_end, span_start   [B, T] int32, see mtpkern.kernels.span_mask
+    row                                [B, M, K] int64: the row that makes prediction j of span m
+    prefix                             [B, M] int64: tokens before each span, 0 where there is no span
+    lengths                            [B] int64: tokens of each sequence, EOS included
+    """
+
+    position: Tensor
+    prefix_end: Tensor
+    span_start: Tensor
+    row: Tensor
+    prefix: Tensor
+    lengths: Tensor
+
+    @property
+    def valid(self) -> Tensor:
+        """[B, M, K] bool: False for the predictions of spans that do not exist."""
+        return (self.prefix > 0).unsqueeze(-1).expand_as(self.row)
+
+    def to(self, device: torch.device | str) -> Layout:
+        """The same layout on a device."""
+        return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+    def fill(self, tokens: Tensor, masks: Tensor | int) -> Tensor:
+        """Input ids [B, T]: `tokens` [B, N], then in the mask rows one id, or `masks` [B, M, K-1]."""
+        batch, total = self.position.shape
+        extra = total - tokens.shape[1]
+        ids = tokens.new_zeros(batch, extra)
+        if isinstance(masks, int):
+            ids.fill_(masks)
+        else:
+            ids[:, : masks[0].numel()] = masks.flatten(1)
+        return torch.cat([tokens, ids], dim=1)
+
+
+def build_layout(prefix: Tensor, lengths: Tensor, k: int, *, num_tokens: int, mask_rows: int | None = None) -> Layout:
+    """Lay out spans behind given prefixes.
+
+    prefix      [B, M] prefix lengths in tokens, 1 <= prefix < length; 0 for a span that does not exist
+    lengths     [B] tokens of each sequence, EOS included
+    k           predictions of a span, at least 1
+    num_tokens  N, the padded number of tokens
+    mask_rows   rows reserved for masks, M * (k - 1) unless given: with M * (k_max - 1) the shape does not depend on k
+
+    Raises ValueError for impossible sizes. Source: arXiv 2602.06019, the figures of the layout.
+
+        build_layout(torch.tensor([[4, 8, 12]]), torch.tensor([12]), 3, num_tokens=12).position.shape  # [1, 18]
+    """
+    spans = prefix.shape[1]
+    used = spans * (k - 1)
+    mask_rows = used if mask_rows is None else mask_rows
+    if k < 1 or mask_rows < used:
+        raise ValueError(f"k must be at least 1 and mask_rows at least M * (k - 1) = {used}; got {k} and {mask_rows}")
+    if int(lengths.max()) > num_tokens:
+        raise ValueError(f"num_tokens must be at least the longest length {int(lengths.max())}; got {num_tokens}")
+    exists = (prefix > 0).unsqueeze(-1)
+    step = torch.arange(k)
+    # Predictions of a span: its prefix' last row, then its masks.
+    first = num_tokens + torch.arange(spans) * (k - 1)
+    row = torch.cat([(prefix - 1).clamp(min=0).unsqueeze(-1), _expand(first[:, None] + step[:-1], prefix)], dim=-1)
+
+    token = torch.arange(num_tokens).expand(len(prefix), -1)
+    real = token < lengths[:, None]
+    mask_position = (prefix.unsqueeze(-1) + step[:-1]).masked_fill(~exists, 0)
+    mask_end = prefix.unsqueeze(-1).expand_as(mask_position)
+    own = first[:, None].expand_as(mask_position)
+    own = torch.where(exists, own, row[..., 1:] + 1)
+    spare = torch.zeros(len(prefix), mask_rows - used, dtype=torch.int64)
+    spare_row = num_tokens + used + torch.arange(mask_rows - used).expand_as(spare)
+    return Layout(
+        position=torch.cat([token * real, mask_position.flatten(1), spare], dim=1).int(),
+        prefix_end=torch.cat([(token + 1) * real, mask_end.flatten(1), spare], dim=1).int(),
+        span_start=torch.cat([token + 1, own.flatten(1), spare_row + 1], dim=1).int(),
+        row=row,
+        prefix=prefix,
+        lengths=lengths,
+    )
+
+
+def _expand(x: Tensor, like: Tensor) -> Tensor:
+    return x.expand(like.shape[0], *x.shape)
+
+
+def stride_prefixes(num_spans: int, k: int, *, offset: int = 0, counting: Counting = "tokens") -> list[int]:
+    """Prefix lengths of spans a period of 2k apart, the first behind k + 1 + offset tokens.
+
+    With counting "paper" a period counts the span's k-1 masks too, so that k+1 tokens lie between prefixes.
+
+        stride_prefixes(3, 3, counting="paper")             # [4, 8, 12]: 18 rows, of which 12 are tokens
+        stride_prefixes(3, 3, offset=-2, counting="paper")  # [2, 6, 10]
+    """
+    period = k + 1 if counting == "paper" else 2 * k
+    return [k + 1 + offset + m * period for m in range(num_spans)]
+
+
+def _generator(*parts: int) -> torch.Generator:
+    """A CPU generator whose state is a pure function of the parts, not of any global random state."""
+    state = 0
+    for part in parts:
+        # The multiplier of a 64-bit linear congruential generator; one round a part keeps (1, 2) and (2, 1) apart.
+        state = (state * 6364136223846793005 + part + 1442695040888963407) % 2**63
+    return torch.Generator().manual_seed(state)
+
+
+def draw_k(k_min: int, k_max: int, *, seed: int, step: int) -> int:
+    """k of a training step, uniform on k_min .. k_max.
+
+    Raises ValueError unless 1 <= k_min <= k_max. Source: arXiv 2602.06019, training details.
+    """
+    if not 1 <= k_min <= k_max:
+        raise ValueError(f"1 <= k_min <= k_max must hold; got k_min={k_min}, k_max={k_max}")
+    return int(torch.randint(k_min, k_max + 1, (), generator=_generator(seed, step)))
+
+
+def draw_prefixes(
+    lengths: Tensor,
+    prompt_lengths: Tensor,
+    k: int,
+    num_spans: int,
+    *,
+    spacing: Spacing = "stride",
+    counting: Counting = "tokens",
+    response_only: bool = True,
+    seed: int,
+    step: int,
+    micro_step: int = 0,
+    rank: int = 0,
+) -> Tensor:
+    """Draw the prefixes of a batch: [B, num_spans] int64, ascending where they exist, 0 where one does not.
+
+    lengths, prompt_lengths   [B] tokens, EOS included; a prefix lies in [prompt_length, length - 1] with
+                              response_only, in [1, length - 1] without: at least one token is left to predict
+    spacing                   "stride": a grid of period 2k (k+1 tokens with counting "paper") at a random offset,
+                              rolled around the range; "random": positions drawn without replacement
+
+    A pure function of its arguments. Raises ValueError for an unknown spacing. Source: arXiv 2602.06019.
+    """
+    if spacing not in ("stride", "random"):
+        raise ValueError(f"spacing must be 'stride' or 'random'; got {spacing!r}")
+    generator = _generator(seed, step, micro_step, rank, 1)
+    low = prompt_lengths.clamp(min=1) if response_only else torch.ones_like(lengths)
+    room = (lengths - low).clamp(min=0)
+    span = torch.arange(num_spans)
+    if spacing == "stride":
+        period = k + 1 if counting == "paper" else 2 * k
+        offset = (torch.rand(len(lengths), generator=generator) * room).long()
+        prefix = low[:, None] + (offset[:, None] + span * period) % room.clamp(min=1)[:, None]
+        exists = span * period < room[:, None]
+    else:
+        width = int(room.max()) if len(room) else 0
+        key = torch.rand(len(lengths), width, generator=generator)
+        key = key.masked_fill(torch.arange(width) >= room[:, None], 2.0)
+        drawn = key.argsort(dim=1)[:, :num_spans]
+        prefix = torch.zeros(len(lengths), num_spans, dtype=torch.int64)
+        prefix[:, : drawn.shape[1]] = low[:, None] + drawn
+        exists = span < room[:, None]
+    # Ascending, the missing ones last.
+    end = torch.iinfo(torch.int64).max
+    prefix = prefix.masked_fill(~exists, end).sort(dim=1).values
+    return prefix.masked_fill(prefix == end, 0)
+
+
+def main() -> None:
+    """Draw the four examples of the paper's figures."""
+    examples = (
+        ("18 rows, k = 3, three spans, offset 0", stride_prefixes(3, 3, counting="paper"), 3, 12),
+        ("18 rows, k = 3, three spans, offset -2", stride_prefixes(3, 3, offset=-2, counting="paper"), 3, 12),
+        ("12 rows, k = 3, a prefix of 4", [4], 3, 10),
+        ("12 rows, k = 5, a prefix of 2", [2], 5, 8),
+    )
+    for title, prefixes, k, num_tokens in examples:
+        lengths = torch.tensor([num_tokens])
+        layout = build_layout(torch.tensor([prefixes]), lengths, k, num_tokens=num_tokens)
+        print(title, draw_mask(layout.position[0], layout.prefix_end[0], layout.span_start[0]), sep="\n", end="\n\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""Objective: online self-distillation of multi-token prediction, one student pass and one teacher pass.
+
+    student pass   tokens, then mask tokens in the spans        -> hidden of every span row, argmax span y'_1 .. y'_K
+    teacher pass   the same layout, y'_1 .. y'_{K-1} for masks  -> row j scores what follows x_1..x_i, y'_1..y'_{j-1}
+    loss           cross-entropy of student row j against the teacher's row j: its argmax ("hard"), its softmax
+                   ("soft"), or against the data's own token without any teacher pass ("gt")
+
+Rows behind an EOS of the student's own span are dropped: the teacher's scores of a text that has ended mean nothing.
+Agreement of student and target, by position and as the length of the agreeing prefix, falls out of the same passes.
+
+Source   arXiv 2602.06019, section on the online self-distillation objective
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mtpkern.attention import attention_context
+from mtpkern.kernels.distill import Head, distill_loss, head_readout
+from mtpkern.kernels.span_attention import span_attention
+from mtpkern.kernels.span_mask import span_mask
+from mtpkern.train.layout import Layout
+
+Target = Literal["hard", "soft", "gt"]
+
+
+@dataclass
+class SpanContext:
+    """What the attention layers of a training pass need: the layout, and the masks that all layers share."""
+
+    layout: Layout
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Span attention of one layer: [B, T, Hq, D] (mtpkern.attention.AttentionContext)."""
+        layout = self.layout
+        rule = layout.position, layout.prefix_end, layout.span_start
+        if window not in self.masks:
+            self.masks[window] = span_mask(*rule, window)
+        return span_attention(
+            query,
+            key,
+            value,
+            *rule,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            mask=self.masks[window],
+        )
+
+
+@dataclass(frozen=True)
+class MTPLoss:
+    """Sums over the rows of a batch, to be divided by counts over all micro-batches and ranks.
+
+    span, prefix     scalar losses, summed over span rows and over the prefix rows of the text
+    agree, rows      [K] float: rows whose argmax is the target, and rows that count, by position in the span
+    agreeing_prefix  scalar: agreeing rows before the first that does not, summed over spans
+    spans            scalar: spans that exist
+    confidence       [K] float: sums of the student's top probability
+    """
+
+    span: Tensor
+    prefix: Tensor
+    agree: Tensor
+    rows: Tensor
+    agreeing_prefix: Tensor
+    spans: Tensor
+    confidence: Tensor
+
+
+def head_of(model: PreTrainedModel, mask_token_id: int) -> Head:
+    """The model's language-model head as plain tensors, the mask token banned; its modules are not called.
+
+    Source of the scale and cap: the config fields of Cohere, Granite and Gemma.
+    """
+    module = model.get_output_embeddings()
+    config = model.config.get_text_config(decoder=True)
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    return Head(
+        module.weight,
+        getattr(module, "bias", None),
+        logit_scale=scale,
+        softcap=getattr(config, "final_logit_softcapping", None),
+        banned=mask_token_id,
+    )
+
+
+def backbone(model: PreTrainedModel, input_ids: Tensor, context: SpanContext) -> Tensor:
+    """Final hidden states [B, T, H] of the rows of a layout; the model's attention must be switched to the context."""
+    positions = context.layout.position.long()
+    return model.base_model(
+        input_ids=input_ids, position_ids=positions, use_cache=False, mtpkern=context
+    ).last_hidden_state
+
+
+def gather_rows(hidden: Tensor, row: Tensor) -> Tensor:
+    """The span rows [B * M * K, H] of hidden states [B, T, H]."""
+    index = row.flatten(1).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+    return hidden.gather(1, index).flatten(0, 1)
+
+
+def data_targets(tokens: Tensor, layout: Layout, eos_token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The data's own tokens [B, M, K] for every span, and which of them are known [B, M, K].
+
+    Behind EOS they are EOS; behind the end of a text that was cut off before its EOS they are not known.
+    """
+    index = layout.prefix.unsqueeze(-1) + torch.arange(layout.row.shape[-1], device=tokens.device)
+    last = layout.lengths[:, None, None] - 1
+    label = tokens.gather(1, torch.minimum(index, last).flatten(1)).view_as(index)
+    ended = torch.isin(tokens.gather(1, last.flatten(1)), eos_token_ids).unsqueeze(-1)
+    return label, layout.valid & ((index <= last) | ended)
+
+
+def mtp_loss(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    tokens: Tensor,
+    context: SpanContext,
+    *,
+    mask_token_id: int,
+    eos_token_ids: Tensor,
+    target: Target = "hard",
+    prefix_rows: Tensor | None = None,
+) -> MTPLoss:
+    """The loss sums of one batch; the caller has switched the student's attention to `context` and keeps it so.
+
+    tokens         [B, N] int64, right-padded
+    context        the layout of the batch
+    eos_token_ids  [E] int64
+    target         "hard", "soft" (both need a teacher) or "gt"
+    prefix_rows    [B, N] bool: text rows that also get a next-token loss on the data; none where None
+
+    Raises ValueError for a missing teacher or an unknown target. Source: arXiv 2602.06019, equations of the hard and
+    soft teacher.
+
+        with attention_context(model, context):
+            sums = mtp_loss(model, teacher, tokens, context, mask_token_id=id, eos_token_ids=eos)
+            (sums.span / sums.rows.sum()).backward()
+    """
+    if target not in ("hard", "soft", "gt"):
+        raise ValueError(f"target must be 'hard', 'soft' or 'gt'; got {target!r}")
+    if teacher is None and target != "gt":
+        raise ValueError(f"target {target!r} needs a teacher; pass the frozen original model, or use target 'gt'")
+    layout = context.layout
+    head = head_of(student, mask_token_id)
+    states = backbone(student, layout.fill(tokens, mask_token_id), context)
+    hidden = gather_rows(states, layout.row)
+    flat_token, flat_confidence = head_readout(hidden.detach(), head)
+    token = flat_token.view(layout.row.shape)
+
+    if target == "gt":
+        label, keep = data_targets(tokens, layout, eos_token_ids)
+        loss = distill_loss(hidden, head, target=label.flatten(), row_weight=keep.flatten().float())
+    else:
+        assert teacher is not None
+        ended = torch.isin(token, eos_token_ids).int()
+        keep = layout.valid & (ended.cumsum(-1) == ended)
+        with torch.no_grad(), attention_context(teacher, context):
+            scored = gather_rows(backbone(teacher, layout.fill(tokens, token[..., :-1]), context), layout.row)
+        teacher_head = head_of(teacher, mask_token_id)
+        label = head_readout(scored, teacher_head)[0].view_as(token)
+        weight = keep.flatten().float()
+        if target == "hard":
+            loss = distill_loss(hidden, head, target=label.flatten(), row_weight=weight)
+        else:
+            loss = distill_loss(hidden, head, teacher=(scored, teacher_head), row_weight=weight)
+
+    prefix_loss = loss.new_zeros(())
+    if prefix_rows is not None:
+        # Row t predicts token t + 1; the last row has none and is never among them.
+        following = tokens.roll(-1, dims=1).flatten()
+        text = states[:, : tokens.shape[1]].flatten(0, 1)
+        prefix_loss = distill_loss(text, head, target=following, row_weight=prefix_rows.flatten().float())
+
+    agree = (token == label) & keep
+    return MTPLoss(
+        span=loss,
+        prefix=prefix_loss,
+        agree=agree.float().sum((0, 1)),
+        rows=keep.float().sum((0, 1)),
+        agreeing_prefix=agree.float().cumprod(-1).sum(),
+        spans=layout.valid[..., 0].float().sum(),
+        confidence=(flat_confidence.view_as(token) * keep).sum((0, 1)),
+    )

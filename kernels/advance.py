@@ -28,6 +28,8 @@ of a sequence is its i-th row: row i's token belongs at position s + 1 + i whate
 gather. Nothing that the program writes is read again by it; the next pending tokens come from the readout once more.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -78,7 +80,7 @@ class Sequences:
 class Rows:
     """The rows of one pass: seq, position, slot, token [R] int64, and start [B + 1] int64.
 
-    Sequence b owns the rows start[b] .. start[b + 1] - 1. Those from start[B] on are unused: slot C, position and token 0.
+    Sequence b owns the rows start[b] .. start[b + 1] - 1. The rest is unused: slot C, position 0, token 0.
     """
 
     seq: Tensor
@@ -99,7 +101,7 @@ if find_spec("triton"):
     import triton.language as tl
 
     @triton.jit(do_not_specialize=["B", "R", "C", "S", "mask_token_id"])
-    def _advance_kernel(  # type: ignore[no-untyped-def]
+    def _advance_kernel(
         tokens_ptr,  # [B, C + 1]
         length_ptr,  # [B], as the four below
         pending_ptr,

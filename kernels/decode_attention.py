@@ -24,6 +24,8 @@ Where the batch alone fills the GPU there is one split and one launch. The rows 
 consecutive slots, as `advance` plans them: between the lowest and the highest key that a tile sees lies nothing unseen.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 from functools import cache
@@ -39,22 +41,10 @@ if find_spec("triton"):
     import triton
     import triton.language as tl
 
-    @triton.jit
-    def _load(ptr, o_row, m_row, s_row, s_col, FIRST: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr):  # type: ignore[no-untyped-def]
-        """A tile [rows, COLS] from column FIRST on, 0 where m_row is false or the column is not below D."""
-        o_d = FIRST + tl.arange(0, COLS)
-        mask = m_row[:, None]
-        if FIRST + COLS > D:
-            mask = mask & (o_d < D)[None, :]
-        return tl.load(ptr + o_row[:, None] * s_row + o_d[None, :] * s_col, mask=mask, other=0.0)
-
-    @triton.jit
-    def _store(ptr, x, p_row, m_row, s_col, FIRST: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr):  # type: ignore[no-untyped-def]
-        o_d = FIRST + tl.arange(0, COLS)
-        tl.store(ptr + p_row[:, None] + o_d[None, :] * s_col, x, mask=m_row[:, None] & (o_d < D)[None, :])
+    LOG2_E = tl.constexpr(1.4426950408889634)
 
     @triton.jit(do_not_specialize=["B", "R", "C", "n_splits", "window"])
-    def _attend_kernel(  # type: ignore[no-untyped-def]
+    def _attend_kernel(
         q_ptr,  # [R, Hq, D]
         k_ptr,  # [B, Hkv, C + 1, D]
         v_ptr,  # [B, Hkv, C + 1, D]
@@ -77,50 +67,47 @@ if find_spec("triton"):
         window,
         G: tl.constexpr,
         D: tl.constexpr,
-        D_0: tl.constexpr,  # D in two powers of two, so that 96 is 64 + 32 and not 128
-        D_1: tl.constexpr,
         TILES: tl.constexpr,
         BLOCK_M: tl.constexpr,
         BLOCK_N: tl.constexpr,
-        SPLIT: tl.constexpr,
+        BLOCK_D: tl.constexpr,
         CHUNK: tl.constexpr,  # keys of a split from slot 0 on; 0 divides what the tile sees among n_splits
+        SPLIT: tl.constexpr,
         HAS_WINDOW: tl.constexpr,
         HAS_SOFTCAP: tl.constexpr,
         HAS_SINKS: tl.constexpr,
         PRECISION: tl.constexpr,
     ):
-        LOG2E: tl.constexpr = 1.4426950408889634
         i_tile = tl.program_id(0) % TILES
         i_split = tl.program_id(0) // TILES
         h = tl.program_id(1)
         b = tl.program_id(2)
+        o_m = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        o_n = tl.arange(0, BLOCK_N)
+        o_d = tl.arange(0, BLOCK_D)
+        m_d = (o_d < D)[None, :]
 
-        if not SPLIT:
-            # The programs behind the last sequence clear the rows that no sequence owns.
-            if b == B:
-                o_g = h * G + tl.arange(0, BLOCK_M)
-                m_g = o_g < (h + 1) * G
-                for r in range(tl.load(row_start_ptr + B).to(tl.int32) + i_tile, R, TILES):
-                    p_row = tl.full([BLOCK_M], r, tl.int64) * s_out[1] + o_g * s_out[2]
-                    _store(out_ptr, tl.zeros([BLOCK_M, D_0], tl.float32), p_row, m_g, s_out[3], 0, D_0, D)
-                    if D_1:
-                        _store(out_ptr, tl.zeros([BLOCK_M, D_1], tl.float32), p_row, m_g, s_out[3], D_0, D_1, D)
-                return
+        # Only where there is one split: the programs behind the last sequence clear the rows that no sequence owns.
+        if b == B:
+            o_g = tl.arange(0, BLOCK_M)
+            m_g = (o_g < G)[:, None] & m_d
+            for r in range(tl.load(row_start_ptr + B).to(tl.int32) + i_tile, R, TILES):
+                p_row = out_ptr + tl.full([BLOCK_M, 1], r, tl.int64) * s_out[1] + (h * G + o_g)[:, None] * s_out[2]
+                tl.store(p_row + o_d[None, :] * s_out[3], tl.zeros([BLOCK_M, BLOCK_D], tl.float32), mask=m_g)
+            return
 
         # The tile's rows: entry m is query head m % G of the sequence's row m // G.
         row = tl.load(row_start_ptr + b)
         n_rows = (tl.load(row_start_ptr + b + 1) - row).to(tl.int32)
-        o_m = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         m_row = o_m < n_rows * G
         o_r = row + o_m // G
         o_h = h * G + o_m % G
         slot = tl.load(row_slot_ptr + o_r, mask=m_row, other=C).to(tl.int32)
         m_used = slot < C
         slot = tl.where(m_used, slot, -1)
-        p_out = i_split.to(tl.int64) * s_out[0] + o_r * s_out[1] + o_h * s_out[2]
         p_lse = lse_ptr + i_split.to(tl.int64) * s_lse[0] + o_r * s_lse[1] + o_h * s_lse[2]
 
-        # The tile's rows see keys in [begin, end), this split takes [low, high) of them, from a multiple of BLOCK_N on.
+        # They see keys in [begin, end); of those this split takes [low, high), low a multiple of BLOCK_N.
         end = tl.max(slot, 0) + 1
         begin = 0
         if HAS_WINDOW:
@@ -138,52 +125,41 @@ if find_spec("triton"):
                 tl.store(p_lse, tl.full([BLOCK_M], -float("inf"), tl.float32), mask=m_row)
             return
 
-        q_0 = _load(q_ptr + o_h[:, None] * s_q[1], o_r, m_used, s_q[0], s_q[2], 0, D_0, D)
-        if D_1:
-            q_1 = _load(q_ptr + o_h[:, None] * s_q[1], o_r, m_used, s_q[0], s_q[2], D_0, D_1, D)
-            acc_1 = tl.zeros([BLOCK_M, D_1], tl.float32)
-        acc_0 = tl.zeros([BLOCK_M, D_0], tl.float32)
-        top = tl.full([BLOCK_M], -float("inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-
-        # Offsets within a tile of keys fit 32 bits; those of the tile itself may not.
-        o_n = tl.arange(0, BLOCK_N)
+        p_q = q_ptr + o_r[:, None] * s_q[0] + o_h[:, None] * s_q[1] + o_d[None, :] * s_q[2]
+        q = tl.load(p_q, mask=m_used[:, None] & m_d, other=0.0)
+        # Where a tile of keys lies may take 64 bits; what lies in it takes 32.
         k_ptr += b.to(tl.int64) * s_k[0] + h.to(tl.int64) * s_k[1] + low.to(tl.int64) * s_k[2]
         v_ptr += b.to(tl.int64) * s_v[0] + h.to(tl.int64) * s_v[1] + low.to(tl.int64) * s_v[2]
+        top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for n in range(low, high, BLOCK_N):
             o_key = n + o_n
-            # What no row sees is not even loaded: 0 * NaN is NaN.
             m_key = o_key < high
             visible = o_key[None, :] <= slot[:, None]
             if HAS_WINDOW:
                 m_key = m_key & (o_key >= begin)
                 visible = visible & (o_key[None, :] > slot[:, None] - window)
 
-            s = tl.dot(q_0, _load(k_ptr, o_n, m_key, s_k[2], s_k[3], 0, D_0, D).T, input_precision=PRECISION)
-            if D_1:
-                k_1 = _load(k_ptr, o_n, m_key, s_k[2], s_k[3], D_0, D_1, D)
-                s = tl.dot(q_1, k_1.T, s, input_precision=PRECISION)
+            # What no row sees is not even loaded: 0 * NaN is NaN.
+            k = tl.load(k_ptr + o_n[:, None] * s_k[2] + o_d[None, :] * s_k[3], mask=m_key[:, None] & m_d, other=0.0)
+            s = tl.dot(q, k.T, input_precision=PRECISION)
             if HAS_SOFTCAP:
                 # tanh(x) = 1 - 2 / (1 + exp(2 x)), right at both infinities
-                s = softcap - 2 * softcap / (1 + tl.exp2(s * (2 * LOG2E * scale / softcap)))
-                s *= LOG2E
+                s = (softcap - 2 * softcap / (1 + tl.exp2(s * (2 * LOG2_E * scale / softcap)))) * LOG2_E
             else:
-                s *= LOG2E * scale
+                s *= scale * LOG2_E
             s = tl.where(visible, s, -float("inf"))
 
-            # A row that has seen no key yet keeps a top of -inf, which must not meet itself in a difference.
+            # A row that has seen no key yet has a top of -inf, which must not meet itself in a difference.
             top_next = tl.maximum(top, tl.max(s, 1))
             shift = tl.where(top_next == -float("inf"), 0.0, top_next)
             decay = tl.exp2(top - shift)
             p = tl.exp2(s - shift[:, None])
             total = total * decay + tl.sum(p, 1)
             top = top_next
-            p = p.to(v_ptr.dtype.element_ty)
-            v_0 = _load(v_ptr, o_n, m_key, s_v[2], s_v[3], 0, D_0, D)
-            acc_0 = tl.dot(p, v_0, acc_0 * decay[:, None], input_precision=PRECISION)
-            if D_1:
-                v_1 = _load(v_ptr, o_n, m_key, s_v[2], s_v[3], D_0, D_1, D)
-                acc_1 = tl.dot(p, v_1, acc_1 * decay[:, None], input_precision=PRECISION)
+            v = tl.load(v_ptr + o_n[:, None] * s_v[2] + o_d[None, :] * s_v[3], mask=m_key[:, None] & m_d, other=0.0)
+            acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
             k_ptr += BLOCK_N * s_k[2]
             v_ptr += BLOCK_N * s_v[2]
 
@@ -191,16 +167,15 @@ if find_spec("triton"):
             tl.store(p_lse, tl.where(total > 0, top + tl.log2(total), -float("inf")), mask=m_row)
         elif HAS_SINKS:
             sink = tl.load(sinks_ptr + o_h, mask=m_row, other=0.0).to(tl.float32)
-            total += tl.where(m_used, tl.exp2(sink * LOG2E - top), 0.0)
-        weight = tl.where(total > 0, 1 / total, 0.0)[:, None]
-        _store(out_ptr, acc_0 * weight, p_out, m_row, s_out[3], 0, D_0, D)
-        if D_1:
-            _store(out_ptr, acc_1 * weight, p_out, m_row, s_out[3], D_0, D_1, D)
+            total += tl.where(m_used, tl.exp2(sink * LOG2_E - top), 0.0)
+        acc *= tl.where(total > 0, 1 / total, 0.0)[:, None]
+        p_out = i_split.to(tl.int64) * s_out[0] + o_r[:, None] * s_out[1] + o_h[:, None] * s_out[2]
+        tl.store(out_ptr + p_out + o_d[None, :] * s_out[3], acc, mask=m_row[:, None] & m_d)
 
     @triton.jit(do_not_specialize=["C", "n_splits"])
-    def _merge_kernel(  # type: ignore[no-untyped-def]
+    def _merge_kernel(
         part_ptr,  # [n_splits, R, Hq, D]
-        lse_ptr,  # [n_splits, R, Hq], to base 2; -inf where a split has nothing for the row, nor wrote its part
+        lse_ptr,  # [n_splits, R, Hq], to base 2; -inf where the split has nothing for the row
         row_slot_ptr,  # [R]
         sinks_ptr,  # [Hq] where HAS_SINKS
         out_ptr,  # [R, Hq, D]
@@ -214,16 +189,15 @@ if find_spec("triton"):
         BLOCK_S: tl.constexpr,
         HAS_SINKS: tl.constexpr,
     ):
-        LOG2E: tl.constexpr = 1.4426950408889634
         r = tl.program_id(0).to(tl.int64)
         h = tl.program_id(1)
         o_d = tl.arange(0, BLOCK_D)
+        o_s = tl.arange(0, BLOCK_S)
         p_out = out_ptr + r * s_out[0] + h * s_out[1] + o_d * s_out[2]
         if tl.load(row_slot_ptr + r) >= C:
             tl.store(p_out, tl.zeros([BLOCK_D], tl.float32), mask=o_d < D)
             return
 
-        o_s = tl.arange(0, BLOCK_S)
         p_lse = lse_ptr + r * s_lse[1] + h * s_lse[2]
         top = -float("inf")
         for first in range(0, n_splits, BLOCK_S):
@@ -231,23 +205,39 @@ if find_spec("triton"):
             top = tl.maximum(top, tl.max(lse, 0))
         total = 0.0
         if HAS_SINKS:
-            total = tl.exp2(tl.load(sinks_ptr + h).to(tl.float32) * LOG2E - top)
+            total = tl.exp2(tl.load(sinks_ptr + h).to(tl.float32) * LOG2_E - top)
         acc = tl.zeros([BLOCK_D], tl.float32)
         part_ptr += r * s_part[1] + h * s_part[2]
+        # In blocks of one size and in order, so that more splits behind the last of a row change no bit of it.
         for first in range(0, n_splits, BLOCK_S):
             lse = tl.load(p_lse + (first + o_s) * s_lse[0], mask=first + o_s < n_splits, other=-float("inf"))
             weight = tl.exp2(lse - top)
             total += tl.sum(weight, 0)
+            # A split that had nothing for the row wrote no part.
+            m_part = (lse > -float("inf"))[:, None] & (o_d < D)[None, :]
             p_part = part_ptr + (first + o_s).to(tl.int64)[:, None] * s_part[0] + o_d[None, :] * s_part[3]
-            part = tl.load(p_part, mask=(lse > -float("inf"))[:, None] & (o_d < D)[None, :], other=0.0)
-            acc += tl.sum(part * weight[:, None], 0)
+            acc += tl.sum(tl.load(p_part, mask=m_part, other=0.0) * weight[:, None], 0)
         tl.store(p_out, acc / total, mask=o_d < D)
 
 
 @cache
-def _programs(device: torch.device) -> int:
-    """Programs that keep a device busy: two for each of its processors, as many as an H200 has where it is no GPU."""
-    return 2 * (torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132)
+def _machine(device: torch.device) -> tuple[int, int]:
+    """Processors of a GPU and bytes of shared memory that a program may take; an H200's where the device is none."""
+    if device.type != "cuda":
+        return 132, 227 << 10
+    facts = torch.cuda.get_device_properties(device)
+    # ROCm has no larger limit to opt in to.
+    return facts.multi_processor_count, getattr(facts, "shared_memory_per_block_optin", facts.shared_memory_per_block)
+
+
+def _tile(entries: int, D: int, element_size: int, shared_memory: int) -> tuple[int, int, int, int]:
+    """BLOCK_M, BLOCK_N, num_warps, num_stages for a sequence's rows times G, the padded head width and the element.
+
+    Chosen by what the compiler reports (python -m mtpkern.bench.aot), not by timing.
+    """
+    BLOCK_M = min(max(16, triton.next_power_of_2(entries)), 128)
+    BLOCK_N = min(64, max(16, 16384 // (D * element_size)))
+    return BLOCK_M, BLOCK_N, 8 if BLOCK_M == 128 else 4, 3 if shared_memory >= 160 << 10 else 2
 
 
 def decode_attention_triton(
@@ -266,31 +256,33 @@ def decode_attention_triton(
     batch_invariant: bool = False,
     splits: int | None = None,
 ) -> Tensor:
-    """`decode_attention` in two launches, or in one where there is one split; `splits` overrides their number."""
+    """`decode_attention` in two launches, or in one where there is one split; `splits` sets their number."""
     B, Hkv, C, D = k_cache.shape[0], k_cache.shape[1], k_cache.shape[2] - 1, k_cache.shape[3]
     R, Hq, _ = query.shape
     G = Hq // Hkv
-    D_0 = max(16, 1 << D.bit_length() - 1)
-    D_1 = max(16, triton.next_power_of_2(D - D_0)) if D > D_0 else 0
-    BLOCK_M, BLOCK_N, num_warps, num_stages = _tile(max_rows * G, D_0 + D_1, query.element_size())
+    # Padded in the registers only: a head width that is no power of two costs arithmetic, which is not what bounds us.
+    BLOCK_D = max(16, triton.next_power_of_2(D))
+    processors, shared_memory = _machine(query.device)
+    BLOCK_M, BLOCK_N, num_warps, num_stages = _tile(max_rows * G, BLOCK_D, query.element_size(), shared_memory)
     TILES = triton.cdiv(max_rows * G, BLOCK_M)
-
     if batch_invariant:
         splits = triton.cdiv(C, CHUNK)
     elif splits is None:
-        splits = min(triton.cdiv(_programs(query.device), B * Hkv * TILES), triton.cdiv(C, BLOCK_N), 64)
+        # Two programs for each processor.
+        splits = min(triton.cdiv(2 * processors, B * Hkv * TILES), triton.cdiv(C, BLOCK_N), 64)
+
     split = splits > 1
     out = query.new_empty(R, Hq, D)
     part = query.new_empty(splits, R, Hq, D, dtype=torch.float32) if split else out[None]
-    lse = query.new_empty(splits, R, Hq, dtype=torch.float32) if split else part[..., 0]
-    sinks_or_none = query if sinks is None else sinks
+    lse = query.new_empty(splits, R, Hq, dtype=torch.float32)
+    sink = query if sinks is None else sinks  # a pointer is a pointer
     _attend_kernel[(TILES * splits, Hkv, B if split else B + 1)](
         query,
         k_cache,
         v_cache,
         row_slot,
         row_start,
-        sinks_or_none,
+        sink,
         part,
         lse,
         query.stride(),
@@ -303,20 +295,20 @@ def decode_attention_triton(
         C,
         splits,
         scale,
-        softcap or 1.0,
+        softcap or 0.0,
         window or 0,
         G=G,
         D=D,
-        D_0=D_0,
-        D_1=D_1,
         TILES=TILES,
         BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N,
-        SPLIT=split,
+        BLOCK_D=BLOCK_D,
         CHUNK=CHUNK if batch_invariant else 0,
+        SPLIT=split,
         HAS_WINDOW=window is not None,
         HAS_SOFTCAP=softcap is not None,
         HAS_SINKS=sinks is not None,
+        # One pass of TF32 would lose half of float32's digits; three keep nearly all. Other types have one precision.
         PRECISION="tf32x3" if query.dtype == torch.float32 else None,
         num_warps=num_warps,
         num_stages=num_stages,
@@ -326,7 +318,7 @@ def decode_attention_triton(
             part,
             lse,
             row_slot,
-            sinks_or_none,
+            sink,
             out,
             part.stride(),
             lse.stride(),
@@ -334,20 +326,11 @@ def decode_attention_triton(
             C,
             splits,
             D=D,
-            BLOCK_D=triton.next_power_of_2(D),
+            BLOCK_D=BLOCK_D,
             BLOCK_S=16,
             HAS_SINKS=sinks is not None,
         )
     return out
-
-
-def _tile(rows: int, D: int, element_size: int) -> tuple[int, int, int, int]:
-    """BLOCK_M, BLOCK_N, num_warps, num_stages for a sequence's rows times G, the padded head width and the type.
-
-    Chosen by what the compiler reports without a GPU (`python -m mtpkern.bench.aot`), not by timing.
-    """
-    BLOCK_M = min(max(16, triton.next_power_of_2(rows)), 128)
-    return BLOCK_M, 64, 8 if BLOCK_M == 128 else 4, 3
 
 
 def decode_attention(
@@ -369,6 +352,8 @@ def decode_attention(
 
     Rows of a sequence stand together: row_seq is sorted over the rows in use, and sequence b owns the rows
     row_start[b] .. row_start[b + 1] - 1, at most `max_rows` of them (2k - 1 in decoding). Rows in slot C are unused.
+    batch_invariant makes the kernel's splits the same 256 keys for every sequence, so that no bit of a row's output
+    depends on the batch; that takes 4 (D + 1) bytes a row, query head and 256 slots. The torch form ignores it.
 
         out = decode_attention(q, k_cache, v_cache, plan.seq, plan.slot, plan.start, max_rows=15, scale=D**-0.5)
     """

@@ -15,6 +15,8 @@ result does not depend on its company. A chunk's triple is (top, total, index): 
 exp(z - top), the lowest index of the largest. A second launch, of R programs, merges the triples.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 from importlib.util import find_spec
@@ -29,7 +31,7 @@ if find_spec("triton"):
     import triton.language as tl
 
     @triton.jit(do_not_specialize=["mask_token_id"])
-    def _chunk_kernel(  # type: ignore[no-untyped-def]
+    def _chunk_kernel(
         z_ptr,  # [R, V]
         top_ptr,  # [R, n], as the two below
         total_ptr,
@@ -56,7 +58,7 @@ if find_spec("triton"):
         tl.store(index_ptr + o_out, index)
 
     @triton.jit
-    def _merge_kernel(  # type: ignore[no-untyped-def]
+    def _merge_kernel(
         top_ptr,  # [R, n], as the two below
         total_ptr,
         index_ptr,

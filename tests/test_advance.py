@@ -26,7 +26,7 @@ from mtpkern.kernels.advance import (
     advance_triton,
 )
 
-FORMS = [advance, advance_reference, advance_triton]
+FORMS = [advance, advance_reference, pytest.param(advance_triton, marks=pytest.mark.kernel)]
 MASK = 99
 UNWRITTEN = -7
 
@@ -291,10 +291,12 @@ def test_equals_the_plain_python_model(form: Form, scenario: dict[str, object]) 
     decode(form, **scenario)
 
 
+@pytest.mark.kernel
+@pytest.mark.parametrize("form", [advance_triton])
 @given(scenario=scenarios())
 @settings(max_examples=50, derandomize=True, deadline=None)
-def test_kernel_equals_the_plain_python_model(scenario: dict[str, object]) -> None:
-    decode(advance_triton, **scenario)
+def test_kernel_equals_the_plain_python_model(form: Form, scenario: dict[str, object]) -> None:
+    decode(form, **scenario)
 
 
 # What follows is worked by hand: it holds the model above to the text as much as it holds `advance`.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtpkern.kernels.readout import readout, readout_reference, readout_triton
 
-FORMS = [readout, readout_reference, readout_triton]
+FORMS = [readout, readout_reference, pytest.param(readout_triton, marks=pytest.mark.kernel)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 Form = Callable[[Tensor, int], tuple[Tensor, Tensor]]

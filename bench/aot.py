@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,6 +93,11 @@ def advance_case(B: int, k: int, verify: bool) -> None:
     advance_triton(sequences, rows, token, torch.zeros(R), threshold, stop_ids, k=k, verify=verify, mask_token_id=1)
 
 
+def readout_case(dtype: torch.dtype, V: int) -> None:
+    """Launch the readout of two rows."""
+    readout_triton(torch.empty(2, V, dtype=dtype), V - 1)
+
+
 def kv_write_case(D: int) -> None:
     """Launch the write of 15 rows as a model hands them over: [1, Hkv, R, D], transposed."""
     new = torch.empty(8, 15, D, dtype=torch.bfloat16).transpose(0, 1)
@@ -103,32 +109,29 @@ def kv_write_case(D: int) -> None:
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # With 4 query heads a KV head, k = 1, 4, 8 and 16 fill tiles of 16, 32, 64 and 128 rows.
-CASES: dict[str, Callable[[], None]] = {
+CASES: dict[str, Callable[[], object]] = {
     **{
-        f"attention {name} D{D} k{k}": lambda dtype=dtype, D=D, k=k: attention_case(dtype, D, 2 * k - 1)
+        f"attention {name} D{D} k{k}": partial(attention_case, dtype, D, 2 * k - 1)
         for name, dtype in _DTYPES.items()
         for D in (64, 80, 96, 128, 256)
         for k in (1, 4, 8, 16)
     },
-    "attention bf16 D128 k8 one split": lambda: attention_case(torch.bfloat16, 128, 15, splits=1),
-    "attention bf16 D128 k8 batch-invariant": lambda: attention_case(torch.bfloat16, 128, 15, batch_invariant=True),
-    "attention bf16 D128 k8 window, softcap, sinks": lambda: attention_case(
-        torch.bfloat16, 128, 15, window=512, softcap=50.0, sinks=torch.zeros(32)
+    "attention bf16 D128 one split": partial(attention_case, torch.bfloat16, 128, 15, splits=1),
+    "attention bf16 D128 batch-invariant": partial(attention_case, torch.bfloat16, 128, 15, batch_invariant=True),
+    "attention bf16 D128 window, softcap, sinks": partial(
+        attention_case, torch.bfloat16, 128, 15, window=512, softcap=50.0, sinks=torch.zeros(32)
     ),
     **{
-        f"advance B{B} k{k} {'verified' if verify else 'unverified'}": lambda B=B, k=k, verify=verify: advance_case(
-            B, k, verify
-        )
+        f"advance B{B} k{k} {'verified' if verify else 'unverified'}": partial(advance_case, B, k, verify)
         for B, k in ((1, 8), (16, 8), (128, 8), (1024, 16))
         for verify in (True, False)
     },
     **{
-        f"readout {name}": lambda dtype=dtype: readout_triton(torch.empty(2, 151_936, dtype=dtype), 151_669)
+        f"readout {name} V{V}": partial(readout_case, dtype, V)
         for name, dtype in _DTYPES.items()
+        for V in (151_936, 128_257)  # the second is odd: Llama-3.1 and one mask token
     },
-    "readout bf16 odd vocabulary": lambda: readout_triton(torch.empty(2, 128_257, dtype=torch.bfloat16), 128_256),
-    "kv_write D128": lambda: kv_write_case(128),
-    "kv_write D80": lambda: kv_write_case(80),
+    **{f"kv_write D{D}": partial(kv_write_case, D) for D in (80, 128)},
 }
 
 
@@ -157,6 +160,7 @@ def _compiling(target: Target) -> Iterator[list[tuple[str, Any, float]]]:
         stack.enter_context(patch.object(driver, "_active", stand_in))
         facts = (target.processors, target.shared_memory)
         stack.enter_context(patch.object(decode_attention, "_machine", lambda device: facts))
+        stack.enter_context(patch.object(torch.version, "hip", "7.0" if target.backend == "hip" else None))
         yield noted
 
 

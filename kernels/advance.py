@@ -100,7 +100,7 @@ if find_spec("triton"):
     import triton
     import triton.language as tl
 
-    @triton.jit(do_not_specialize=["B", "R", "C", "S", "mask_token_id"])
+    @triton.jit(do_not_specialize=["s_tokens", "s_blocks", "B", "R", "C", "S", "mask_token_id"])
     def _advance_kernel(
         tokens_ptr,  # [B, C + 1]
         length_ptr,  # [B], as the four below

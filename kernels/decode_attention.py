@@ -168,7 +168,7 @@ if find_spec("triton"):
         elif HAS_SINKS:
             sink = tl.load(sinks_ptr + o_h, mask=m_row, other=0.0).to(tl.float32)
             total += tl.where(m_used, tl.exp2(sink * LOG2_E - top), 0.0)
-        acc *= tl.where(total > 0, 1 / total, 0.0)[:, None]
+        acc /= tl.where(total > 0, total, 1.0)[:, None]
         p_out = i_split.to(tl.int64) * s_out[0] + o_r[:, None] * s_out[1] + o_h[:, None] * s_out[2]
         tl.store(out_ptr + p_out + o_d[None, :] * s_out[3], acc, mask=m_row[:, None] & m_d)
 
@@ -235,9 +235,12 @@ def _tile(entries: int, D: int, element_size: int, shared_memory: int) -> tuple[
 
     Chosen by what the compiler reports (python -m mtpkern.bench.aot), not by timing.
     """
-    BLOCK_M = min(max(16, triton.next_power_of_2(entries)), 128)
-    BLOCK_N = min(64, max(16, 16384 // (D * element_size)))
-    return BLOCK_M, BLOCK_N, 8 if BLOCK_M == 128 else 4, 3 if shared_memory >= 160 << 10 else 2
+    large = shared_memory >= 160 << 10
+    # The queries' tile stays in shared memory. Float32 brings its parts along: three products in TF32.
+    most = (64 << 10 if large and element_size < 4 else 32 << 10) // (D * element_size)
+    BLOCK_M = max(16, min(triton.next_power_of_2(entries), most, 128))
+    BLOCK_N = max(16, min(64, 16384 // (D * element_size)))
+    return BLOCK_M, BLOCK_N, 8 if BLOCK_M == 128 else 4, 3 if large else 2
 
 
 def decode_attention_triton(
@@ -271,6 +274,8 @@ def decode_attention_triton(
         # Two programs for each processor.
         splits = min(triton.cdiv(2 * processors, B * Hkv * TILES), triton.cdiv(C, BLOCK_N), 64)
 
+    # One pass of TF32 would lose half of float32's digits, three keep nearly all; AMD multiplies float32 as it is.
+    precision = ("ieee" if torch.version.hip else "tf32x3") if query.dtype == torch.float32 else None
     split = splits > 1
     out = query.new_empty(R, Hq, D)
     part = query.new_empty(splits, R, Hq, D, dtype=torch.float32) if split else out[None]
@@ -308,8 +313,7 @@ def decode_attention_triton(
         HAS_WINDOW=window is not None,
         HAS_SOFTCAP=softcap is not None,
         HAS_SINKS=sinks is not None,
-        # One pass of TF32 would lose half of float32's digits; three keep nearly all. Other types have one precision.
-        PRECISION="tf32x3" if query.dtype == torch.float32 else None,
+        PRECISION=precision,
         num_warps=num_warps,
         num_stages=num_stages,
     )

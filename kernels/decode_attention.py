@@ -115,7 +115,7 @@ def decode_attention_reference(
     """
     B, Hkv, C, D = k_cache.shape[0], k_cache.shape[1], k_cache.shape[2] - 1, k_cache.shape[3]
     R, Hq, _ = query.shape
-    W = R if B == 1 else max_rows
+    Dv, W = v_cache.shape[-1], R if B == 1 else max_rows
     memo = {} if memo is None else memo
     if window not in memo:
         memo[window] = _Spread.of(row_seq, row_slot, row_start, B, C, W, window)
@@ -136,8 +136,8 @@ def decode_attention_reference(
         s = s.masked_fill_(~spread.visible, torch.finfo(dtype).min)
         if sinks is not None:
             s = torch.cat([s, sinks.to(dtype).view(1, Hq, 1, 1).expand(B, -1, W, -1)], dim=-1)
-        o = (s.softmax(-1)[..., :C].reshape(B, Hkv, -1, C) @ v).view(B, Hq, W, -1)
-    o = o.transpose(1, 2).reshape(B * W, Hq, -1).to(query.dtype)
+        o = (s.softmax(-1)[..., :C].reshape(B, Hkv, -1, C) @ v).view(B, Hq, W, Dv)
+    o = o.transpose(1, 2).reshape(B * W, Hq, Dv).to(query.dtype)
     if spread.place is not None:
-        o = torch.cat([o, o.new_zeros(1, Hq, o.shape[2])])[spread.place]
+        o = torch.cat([o, o.new_zeros(1, Hq, Dv)])[spread.place]
     return o.masked_fill(spread.unused, 0)

@@ -170,6 +170,7 @@ def test_window_also_below_the_number_of_rows(form: Form, window: int) -> None:
 @pytest.mark.parametrize(
     ("scale", "window", "softcap", "sink"),
     [
+        (0.5, None, None, None),
         (None, None, 0.7, None),
         (None, None, None, 0.0),
         (None, None, None, 30.0),
@@ -177,7 +178,7 @@ def test_window_also_below_the_number_of_rows(form: Form, window: int) -> None:
         (0.5, 4, 2.0, 1.0),
     ],
 )
-def test_softcap_and_sinks(
+def test_scale_softcap_and_sinks(
     form: Form,
     dtype: torch.dtype,
     scale: float | None,

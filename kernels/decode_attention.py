@@ -14,7 +14,9 @@ value (gpt-oss).
 Shapes   query [R, Hq, D];  k_cache, v_cache [B, Hkv, C + 1, D];  row_seq, row_slot [R], row_start [B + 1] int64;
          sinks [Hq];  out [R, Hq, D]
 Traffic  reads 2 * Hkv * D elements for every visible slot of every sequence once: bandwidth-bound up to k = 16
-Faults   unused rows give 0; slots that no row sees may hold anything, NaN included
+Faults   unused rows give 0; the trash slot may hold anything, NaN included. So may, for the kernel, other slots that no
+         row sees; for the torch form they must be finite, which caches of zeros are and stay: a row with a NaN ends
+         its sequence (see advance)
 
 The kernel is split-KV: a program takes a tile of one sequence's rows under one KV head, with the G query heads of each
 row packed into the tile, and one split of the keys that the tile sees. Lengths are read on the device; the number of
@@ -28,10 +30,12 @@ consecutive slots, as `advance` plans them: between the lowest and the highest k
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Keys of a split in the batch-invariant mode, counted from slot 0.
@@ -47,11 +51,11 @@ if find_spec("triton"):
     def _attend_kernel(
         q_ptr,  # [R, Hq, D]
         k_ptr,  # [B, Hkv, C + 1, D]
-        v_ptr,  # [B, Hkv, C + 1, D]
+        v_ptr,  # [B, Hkv, C + 1, D_V]
         row_slot_ptr,  # [R]
         row_start_ptr,  # [B + 1]
         sinks_ptr,  # [Hq] where HAS_SINKS
-        out_ptr,  # [n_splits, R, Hq, D]
+        out_ptr,  # [n_splits, R, Hq, D_V]
         lse_ptr,  # [n_splits, R, Hq], to base 2, where SPLIT
         s_q,  # the strides of each, as tuples
         s_k,
@@ -67,10 +71,12 @@ if find_spec("triton"):
         window,
         G: tl.constexpr,
         D: tl.constexpr,
+        D_V: tl.constexpr,
         TILES: tl.constexpr,
         BLOCK_M: tl.constexpr,
         BLOCK_N: tl.constexpr,
         BLOCK_D: tl.constexpr,
+        BLOCK_V: tl.constexpr,
         CHUNK: tl.constexpr,  # keys of a split from slot 0 on; 0 divides what the tile sees among n_splits
         SPLIT: tl.constexpr,
         HAS_WINDOW: tl.constexpr,
@@ -85,15 +91,17 @@ if find_spec("triton"):
         o_m = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         o_n = tl.arange(0, BLOCK_N)
         o_d = tl.arange(0, BLOCK_D)
+        o_v = tl.arange(0, BLOCK_V)
         m_d = (o_d < D)[None, :]
+        m_v = (o_v < D_V)[None, :]
 
         # Only where there is one split: the programs behind the last sequence clear the rows that no sequence owns.
         if b == B:
             o_g = tl.arange(0, BLOCK_M)
-            m_g = (o_g < G)[:, None] & m_d
+            m_g = (o_g < G)[:, None] & m_v
             for r in range(tl.load(row_start_ptr + B).to(tl.int32) + i_tile, R, TILES):
                 p_row = out_ptr + tl.full([BLOCK_M, 1], r, tl.int64) * s_out[1] + (h * G + o_g)[:, None] * s_out[2]
-                tl.store(p_row + o_d[None, :] * s_out[3], tl.zeros([BLOCK_M, BLOCK_D], tl.float32), mask=m_g)
+                tl.store(p_row + o_v[None, :] * s_out[3], tl.zeros([BLOCK_M, BLOCK_V], tl.float32), mask=m_g)
             return
 
         # The tile's rows: entry m is query head m % G of the sequence's row m // G.
@@ -132,7 +140,7 @@ if find_spec("triton"):
         v_ptr += b.to(tl.int64) * s_v[0] + h.to(tl.int64) * s_v[1] + low.to(tl.int64) * s_v[2]
         top = tl.full([BLOCK_M], -float("inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
         for n in range(low, high, BLOCK_N):
             o_key = n + o_n
             m_key = o_key < high
@@ -158,7 +166,7 @@ if find_spec("triton"):
             p = tl.exp2(s - shift[:, None])
             total = total * decay + tl.sum(p, 1)
             top = top_next
-            v = tl.load(v_ptr + o_n[:, None] * s_v[2] + o_d[None, :] * s_v[3], mask=m_key[:, None] & m_d, other=0.0)
+            v = tl.load(v_ptr + o_n[:, None] * s_v[2] + o_v[None, :] * s_v[3], mask=m_key[:, None] & m_v, other=0.0)
             acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
             k_ptr += BLOCK_N * s_k[2]
             v_ptr += BLOCK_N * s_v[2]
@@ -170,32 +178,32 @@ if find_spec("triton"):
             total += tl.where(m_used, tl.exp2(sink * LOG2_E - top), 0.0)
         acc /= tl.where(total > 0, total, 1.0)[:, None]
         p_out = i_split.to(tl.int64) * s_out[0] + o_r[:, None] * s_out[1] + o_h[:, None] * s_out[2]
-        tl.store(out_ptr + p_out + o_d[None, :] * s_out[3], acc, mask=m_row[:, None] & m_d)
+        tl.store(out_ptr + p_out + o_v[None, :] * s_out[3], acc, mask=m_row[:, None] & m_v)
 
     @triton.jit(do_not_specialize=["C", "n_splits"])
     def _merge_kernel(
-        part_ptr,  # [n_splits, R, Hq, D]
+        part_ptr,  # [n_splits, R, Hq, D_V]
         lse_ptr,  # [n_splits, R, Hq], to base 2; -inf where the split has nothing for the row
         row_slot_ptr,  # [R]
         sinks_ptr,  # [Hq] where HAS_SINKS
-        out_ptr,  # [R, Hq, D]
+        out_ptr,  # [R, Hq, D_V]
         s_part,
         s_lse,
         s_out,
         C,
         n_splits,
-        D: tl.constexpr,
-        BLOCK_D: tl.constexpr,
+        D_V: tl.constexpr,
+        BLOCK_V: tl.constexpr,
         BLOCK_S: tl.constexpr,
         HAS_SINKS: tl.constexpr,
     ):
         r = tl.program_id(0).to(tl.int64)
         h = tl.program_id(1)
-        o_d = tl.arange(0, BLOCK_D)
+        o_v = tl.arange(0, BLOCK_V)
         o_s = tl.arange(0, BLOCK_S)
-        p_out = out_ptr + r * s_out[0] + h * s_out[1] + o_d * s_out[2]
+        p_out = out_ptr + r * s_out[0] + h * s_out[1] + o_v * s_out[2]
         if tl.load(row_slot_ptr + r) >= C:
-            tl.store(p_out, tl.zeros([BLOCK_D], tl.float32), mask=o_d < D)
+            tl.store(p_out, tl.zeros([BLOCK_V], tl.float32), mask=o_v < D_V)
             return
 
         p_lse = lse_ptr + r * s_lse[1] + h * s_lse[2]
@@ -206,7 +214,7 @@ if find_spec("triton"):
         total = 0.0
         if HAS_SINKS:
             total = tl.exp2(tl.load(sinks_ptr + h).to(tl.float32) * LOG2_E - top)
-        acc = tl.zeros([BLOCK_D], tl.float32)
+        acc = tl.zeros([BLOCK_V], tl.float32)
         part_ptr += r * s_part[1] + h * s_part[2]
         # In blocks of one size and in order, so that more splits behind the last of a row change no bit of it.
         for first in range(0, n_splits, BLOCK_S):
@@ -214,10 +222,10 @@ if find_spec("triton"):
             weight = tl.exp2(lse - top)
             total += tl.sum(weight, 0)
             # A split that had nothing for the row wrote no part.
-            m_part = (lse > -float("inf"))[:, None] & (o_d < D)[None, :]
-            p_part = part_ptr + (first + o_s).to(tl.int64)[:, None] * s_part[0] + o_d[None, :] * s_part[3]
+            m_part = (lse > -float("inf"))[:, None] & (o_v < D_V)[None, :]
+            p_part = part_ptr + (first + o_s).to(tl.int64)[:, None] * s_part[0] + o_v[None, :] * s_part[3]
             acc += tl.sum(tl.load(p_part, mask=m_part, other=0.0) * weight[:, None], 0)
-        tl.store(p_out, acc / total, mask=o_d < D)
+        tl.store(p_out, acc / total, mask=o_v < D_V)
 
 
 @cache
@@ -262,11 +270,13 @@ def decode_attention_triton(
     """`decode_attention` in two launches, or in one where there is one split; `splits` sets their number."""
     B, Hkv, C, D = k_cache.shape[0], k_cache.shape[1], k_cache.shape[2] - 1, k_cache.shape[3]
     R, Hq, _ = query.shape
-    G = Hq // Hkv
+    G, D_V = Hq // Hkv, v_cache.shape[3]
     # Padded in the registers only: a head width that is no power of two costs arithmetic, which is not what bounds us.
-    BLOCK_D = max(16, triton.next_power_of_2(D))
+    BLOCK_D, BLOCK_V = (max(16, triton.next_power_of_2(width)) for width in (D, D_V))
     processors, shared_memory = _machine(query.device)
-    BLOCK_M, BLOCK_N, num_warps, num_stages = _tile(max_rows * G, BLOCK_D, query.element_size(), shared_memory)
+    BLOCK_M, BLOCK_N, num_warps, num_stages = _tile(
+        max_rows * G, max(BLOCK_D, BLOCK_V), query.element_size(), shared_memory
+    )
     TILES = triton.cdiv(max_rows * G, BLOCK_M)
     if batch_invariant:
         splits = triton.cdiv(C, CHUNK)
@@ -277,8 +287,8 @@ def decode_attention_triton(
     # One pass of TF32 would lose half of float32's digits, three keep nearly all; AMD multiplies float32 as it is.
     precision = ("ieee" if torch.version.hip else "tf32x3") if query.dtype == torch.float32 else None
     split = splits > 1
-    out = query.new_empty(R, Hq, D)
-    part = query.new_empty(splits, R, Hq, D, dtype=torch.float32) if split else out[None]
+    out = query.new_empty(R, Hq, D_V)
+    part = query.new_empty(splits, R, Hq, D_V, dtype=torch.float32) if split else out[None]
     lse = query.new_empty(splits, R, Hq, dtype=torch.float32)
     sink = query if sinks is None else sinks  # a pointer is a pointer
     _attend_kernel[(TILES * splits, Hkv, B if split else B + 1)](
@@ -304,10 +314,12 @@ def decode_attention_triton(
         window or 0,
         G=G,
         D=D,
+        D_V=D_V,
         TILES=TILES,
         BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N,
         BLOCK_D=BLOCK_D,
+        BLOCK_V=BLOCK_V,
         CHUNK=CHUNK if batch_invariant else 0,
         SPLIT=split,
         HAS_WINDOW=window is not None,
@@ -329,8 +341,8 @@ def decode_attention_triton(
             out.stride(),
             C,
             splits,
-            D=D,
-            BLOCK_D=BLOCK_D,
+            D_V=D_V,
+            BLOCK_V=BLOCK_V,
             BLOCK_S=16,
             HAS_SINKS=sinks is not None,
         )
@@ -351,13 +363,16 @@ def decode_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     batch_invariant: bool = False,
+    memo: dict[int | None, _Spread] | None = None,
 ) -> Tensor:
     """Attend with query [R, Hq, D] to caches [B, Hkv, C + 1, D]; returns [R, Hq, D] in the query's dtype.
 
     Rows of a sequence stand together: row_seq is sorted over the rows in use, and sequence b owns the rows
     row_start[b] .. row_start[b + 1] - 1, at most `max_rows` of them (2k - 1 in decoding). Rows in slot C are unused.
-    batch_invariant makes the kernel's splits the same 256 keys for every sequence, so that no bit of a row's output
-    depends on the batch; that takes 4 (D + 1) bytes a row, query head and 256 slots. The torch form ignores it.
+
+    `batch_invariant` makes the kernel's splits the same 256 keys for every sequence, so that no bit of a row's output
+    depends on the batch; that takes 4 (D_V + 1) bytes a row, query head and 256 slots. The torch form ignores it.
+    `memo`, a dict that lives as long as these rows stand, keeps what all layers of a pass share in the torch form.
 
         out = decode_attention(q, k_cache, v_cache, plan.seq, plan.slot, plan.start, max_rows=15, scale=D**-0.5)
     """
@@ -388,7 +403,35 @@ def decode_attention(
         window=window,
         softcap=softcap,
         sinks=sinks,
+        memo=memo,
     )
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """Where packed rows go in [B, W] (None: they stand there already), and what they see [B, 1, W, C]."""
+
+    place: Tensor | None
+    visible: Tensor
+    unused: Tensor
+
+    @classmethod
+    def of(
+        cls, row_seq: Tensor, row_slot: Tensor, row_start: Tensor, batch: int, capacity: int, W: int, window: int | None
+    ) -> _Spread:
+        o_r, o_c = torch.arange(len(row_slot), device=row_slot.device), torch.arange(capacity, device=row_slot.device)
+        unused = row_slot >= capacity
+        slot = torch.where(unused, -1, row_slot)
+        if batch == 1:
+            place, slot = None, slot.view(1, -1, 1)
+        else:
+            # Unused rows share one more place behind the end.
+            place = torch.where(unused, batch * W, row_seq * W + o_r - row_start[row_seq])
+            slot = slot.new_full((batch * W + 1,), -1).index_copy_(0, place, slot)[:-1].view(batch, W, 1)
+        visible = o_c <= slot
+        if window is not None:
+            visible &= o_c > slot - window
+        return cls(place, visible[:, None], unused[:, None, None])
 
 
 def decode_attention_reference(
@@ -404,43 +447,38 @@ def decode_attention_reference(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    memo: dict[int | None, _Spread] | None = None,
 ) -> Tensor:
-    """`decode_attention` in plain torch: rows spread to [B, W], one matmul a side, rows gathered back.
+    """`decode_attention` in plain torch: rows spread to [B, W], attention of a padded batch, rows gathered back.
 
-    Computes in float32, or in float64 for float64 inputs.
+    With a softcap or sinks it computes in float32, or in float64 for float64 inputs; else as
+    scaled_dot_product_attention does.
     """
     B, Hkv, C, D = k_cache.shape[0], k_cache.shape[1], k_cache.shape[2] - 1, k_cache.shape[3]
     R, Hq, _ = query.shape
-    G = Hq // Hkv
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    q, slot = query.to(dtype), torch.where(row_slot < C, row_slot, -1)
-    if B == 1:  # one sequence's packed rows need no spreading
-        W = R
+    Dv, W = v_cache.shape[-1], R if B == 1 else max_rows
+    memo = {} if memo is None else memo
+    if window not in memo:
+        memo[window] = _Spread.of(row_seq, row_slot, row_start, B, C, W, window)
+    spread = memo[window]
+    q = query
+    if spread.place is not None:
+        q = query.new_zeros(B * W + 1, Hq, D).index_copy_(0, spread.place, query)[:-1]
+    q = q.view(B, W, Hq, D).transpose(1, 2)
+    k, v = k_cache[:, :, :C], v_cache[:, :, :C]
+    if softcap is None and sinks is None:
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=spread.visible, scale=scale, enable_gqa=Hq > Hkv)
     else:
-        # Place of each packed row in [B, W]; unused rows share one more place behind the end.
-        W = max_rows
-        place = row_seq * W + torch.arange(R, device=query.device) - row_start[row_seq]
-        place = torch.where(row_slot < C, place, B * W)
-        q = q.new_zeros(B * W + 1, Hq, D).index_copy_(0, place, q)[:-1]
-        slot = slot.new_full((B * W + 1,), -1).index_copy_(0, place, slot)[:-1]
-
-    slot = slot.view(B, W, 1)
-    o_c = torch.arange(C, device=query.device)
-    visible = o_c <= slot  # [B, W, C]
-    if window is not None:
-        visible &= o_c > slot - window
-    # 0 * NaN is NaN, so what no row of the sequence sees must not even meet its zero weight.
-    v = v_cache[:, :, :C].to(dtype).masked_fill(~visible.any(1)[:, None, :, None], 0)
-
-    q = q.view(B, W, Hkv, G, D).transpose(1, 2).reshape(B, Hkv, W * G, D)
-    s = (q @ k_cache[:, :, :C].to(dtype).transpose(-1, -2)).mul_(scale).view(B, Hkv, W, G, C)
-    if softcap is not None:
-        s = s.div_(softcap).tanh_().mul_(softcap)
-    s = s.masked_fill_(~visible[:, None, :, None], torch.finfo(dtype).min)
-    if sinks is not None:
-        s = torch.cat([s, sinks.to(dtype).view(1, Hkv, 1, G, 1).expand(B, -1, W, -1, -1)], dim=-1)
-    p = s.softmax(-1)[..., :C]
-    o = (p.reshape(B, Hkv, W * G, C) @ v).view(B, Hkv, W, G, D).transpose(1, 2).reshape(B * W, Hq, D)
-    if B > 1:
-        o = torch.cat([o, o.new_zeros(1, Hq, D)])[place]
-    return o.masked_fill((row_slot >= C)[:, None, None], 0).to(query.dtype)
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+        s = (q.reshape(B, Hkv, -1, D) @ k.transpose(-1, -2)).mul_(scale).view(B, Hq, W, C)
+        if softcap is not None:
+            s = s.div_(softcap).tanh_().mul_(softcap)
+        s = s.masked_fill_(~spread.visible, torch.finfo(dtype).min)
+        if sinks is not None:
+            s = torch.cat([s, sinks.to(dtype).view(1, Hq, 1, 1).expand(B, -1, W, -1)], dim=-1)
+        o = (s.softmax(-1)[..., :C].reshape(B, Hkv, -1, C) @ v).view(B, Hq, W, Dv)
+    o = o.transpose(1, 2).reshape(B * W, Hq, Dv).to(query.dtype)
+    if spread.place is not None:
+        o = torch.cat([o, o.new_zeros(1, Hq, Dv)])[spread.place]
+    return o.masked_fill(spread.unused, 0)

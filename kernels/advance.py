@@ -22,11 +22,18 @@ remainder to the first. Finished sequences bring nothing; rows left over go to t
 Shapes   see Sequences and Rows; token, confidence [R']
 Traffic  a few kilobytes: pure latency
 Source   arXiv 2602.06019, "Static vs. Adaptive Decoding Strategies"; verification is this project's
+
+The kernel is one program, because dealing out the budget needs every sequence. Its tiles are [B, columns], and column i
+of a sequence is its i-th row: row i's token belongs at position s + 1 + i whatever becomes of it, so accepting needs no
+gather. Nothing that the program writes is read again by it; the next pending tokens come from the readout once more.
 """
+
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -89,6 +96,207 @@ class Rows:
         return cls(seq, position, slot, token, torch.zeros(batch + 1, dtype=torch.int64, device=device))
 
 
+if find_spec("triton"):
+    import triton
+    import triton.language as tl
+
+    @triton.jit(do_not_specialize=["s_tokens", "s_blocks", "B", "R", "C", "S", "mask_token_id"])
+    def _advance_kernel(
+        tokens_ptr,  # [B, C + 1]
+        length_ptr,  # [B], as the four below
+        pending_ptr,
+        limit_ptr,
+        status_ptr,
+        passes_ptr,
+        blocks_ptr,  # [B, P + 1]
+        row_seq_ptr,  # [R], as the three below
+        row_position_ptr,
+        row_slot_ptr,
+        row_token_ptr,
+        row_start_ptr,  # [B + 1]
+        token_ptr,  # [R']
+        confidence_ptr,  # [R']
+        threshold_ptr,  # []
+        stop_ids_ptr,  # [S]
+        s_tokens,
+        s_blocks,
+        B,
+        R,
+        C,
+        S,
+        mask_token_id,
+        K: tl.constexpr,
+        VERIFY: tl.constexpr,
+        W: tl.constexpr,  # columns, at least 2 * K - 1
+        BLOCK_B: tl.constexpr,  # at least B
+        BLOCK_W: tl.constexpr,
+        RUNNING: tl.constexpr,
+        STOPPED: tl.constexpr,
+        LIMIT: tl.constexpr,
+        FAULT: tl.constexpr,
+    ):
+        o_b = tl.arange(0, BLOCK_B)
+        m_b = o_b < B
+        o_w = tl.arange(0, BLOCK_W)
+        row = tl.load(row_start_ptr + o_b, mask=m_b, other=0)
+        count = (tl.load(row_start_ptr + o_b + 1, mask=m_b, other=0) - row).to(tl.int32)
+        length = tl.load(length_ptr + o_b, mask=m_b, other=0).to(tl.int32)
+        pending = tl.load(pending_ptr + o_b, mask=m_b, other=0).to(tl.int32)
+        limit = tl.load(limit_ptr + o_b, mask=m_b, other=0).to(tl.int32)
+        status = tl.load(status_ptr + o_b, mask=m_b, other=STOPPED).to(tl.int32)
+        threshold = tl.load(threshold_ptr).to(confidence_ptr.dtype.element_ty)
+        p_tokens = tokens_ptr + o_b.to(tl.int64) * s_tokens
+        first = length - pending
+
+        # Faults, and how many drafts the rows before them confirm: the lowest column that fails.
+        fault = tl.zeros([BLOCK_B], tl.int32)
+        trusted = pending - 1
+        for w in range(0, W, BLOCK_W):
+            i = (w + o_w)[None, :]
+            p_row = row[:, None] + i
+            m_row = i < count[:, None]
+            c = tl.load(confidence_ptr + p_row, mask=m_row, other=0.0)
+            fault = tl.maximum(fault, tl.max((c != c).to(tl.int32), 1))
+            if VERIFY:
+                m_draft = i < pending[:, None] - 1
+                y = tl.load(token_ptr + p_row, mask=m_draft, other=0)
+                x = tl.load(p_tokens[:, None] + first[:, None] + 1 + i, mask=m_draft, other=0)
+                trusted = tl.minimum(trusted, tl.min(tl.where(m_draft & (y != x), i, W), 1))
+        running = (status == RUNNING) & (fault == 0)
+        fault = (status == RUNNING) & (fault != 0)
+
+        # The lowest column behind the trusted ones that is not above the threshold, or is no row, or saw a false draft.
+        unsure = tl.minimum(tl.where(trusted == pending - 1, trusted + K, trusted + 1), count)
+        for w in range(0, W, BLOCK_W):
+            i = (w + o_w)[None, :]
+            c = tl.load(confidence_ptr + row[:, None] + i, mask=i < count[:, None], other=0.0)
+            candidate = i > trusted[:, None] if VERIFY else i >= trusted[:, None]
+            unsure = tl.minimum(unsure, tl.min(tl.where(candidate & ~(c > threshold), i, W), 1))
+        kept = tl.maximum(unsure - trusted, 1)
+
+        # Write the kept tokens, and find the first stop token among those that are emitted.
+        start = first + trusted + 1
+        emitted_before = first + 1 if VERIFY else length
+        end = tl.minimum(start + 1 if VERIFY else start + kept, limit)
+        stop_end = tl.full([BLOCK_B], 2147483647, tl.int32)
+        for w in range(0, W, BLOCK_W):
+            i = (w + o_w)[None, :]
+            position = first[:, None] + 1 + i
+            keep = (i >= trusted[:, None]) & (i < (trusted + kept)[:, None]) & (position < limit[:, None])
+            emit = (position >= emitted_before[:, None]) & (position < end[:, None])
+            y = tl.load(token_ptr + row[:, None] + i, mask=running[:, None] & (keep | emit), other=0)
+            tl.store(p_tokens[:, None] + position, y, mask=running[:, None] & keep)
+            stop = emit & (y != y)
+            for j in range(S):
+                stop |= emit & (y == tl.load(stop_ids_ptr + j))
+            stop_end = tl.minimum(stop_end, tl.min(tl.where(stop, position + 1, 2147483647), 1))
+        stopped = stop_end <= end
+        end = tl.minimum(end, stop_end)
+
+        finished = stopped | (end >= limit)
+        length_next = tl.where(finished, end, tl.minimum(start + kept, limit))
+        pending_next = tl.where(running & ~finished, length_next - start, 0)
+        status_next = tl.where(stopped, STOPPED, tl.where(finished, LIMIT, RUNNING))
+        passes = tl.load(passes_ptr + o_b, mask=m_b, other=0)
+        tl.store(blocks_ptr + o_b.to(tl.int64) * s_blocks + passes, end - emitted_before, mask=running)
+        tl.store(passes_ptr + o_b, passes + 1, mask=running)
+        tl.store(status_ptr + o_b, tl.where(fault, FAULT, status_next), mask=running | fault)
+        # A faulty sequence ends where its emitted tokens end: the drafts of a verified one are dropped.
+        tl.store(length_ptr + o_b, tl.where(fault, emitted_before, length_next), mask=running | fault)
+        tl.store(pending_ptr + o_b, pending_next, mask=m_b)
+
+        # Masks: the highest even level that fits, then one more each to the first that want it.
+        want = tl.where(running & ~finished, tl.minimum(tl.maximum(limit - length_next - 1, 0), K - 1), 0)
+        spare = R - tl.sum(pending_next, 0)
+        level = -1
+        used = 0
+        for w in range(0, W, BLOCK_W):
+            j = w + o_w
+            used_at = tl.sum(tl.minimum(want[:, None], j[None, :]), 0)  # nondecreasing in j
+            fits = (j < K) & (used_at <= spare)
+            level += tl.sum(fits.to(tl.int32), 0)
+            used = tl.maximum(used, tl.max(tl.where(fits, used_at, 0), 0))
+        hungry = want > level
+        extra = hungry & (tl.cumsum(hungry.to(tl.int32), 0) <= spare - used)
+        rows = pending_next + tl.minimum(want, level) + extra.to(tl.int32)
+
+        # Other threads may still be at the old row starts.
+        tl.debug_barrier()
+        row_end = tl.cumsum(rows, 0)
+        tl.store(row_start_ptr + 1 + o_b, row_end, mask=m_b)
+        for w in range(0, W, BLOCK_W):
+            i = (w + o_w)[None, :]
+            o_r = (row_end - rows)[:, None] + i
+            m_r = i < rows[:, None]
+            m_known = i < pending_next[:, None]
+            known = tl.load(token_ptr + (row + trusted)[:, None] + i, mask=m_known, other=0)
+            tl.store(row_seq_ptr + o_r, tl.broadcast_to(o_b[:, None], BLOCK_B, BLOCK_W), mask=m_r)
+            tl.store(row_position_ptr + o_r, start[:, None] + i, mask=m_r)
+            tl.store(row_slot_ptr + o_r, start[:, None] + i, mask=m_r)
+            tl.store(row_token_ptr + o_r, tl.where(m_known, known, mask_token_id), mask=m_r)
+        in_use = tl.sum(rows, 0)
+        for r in range(0, R, BLOCK_B):
+            m_r = (r + o_b >= in_use) & (r + o_b < R)
+            tl.store(row_seq_ptr + r + o_b, B - 1, mask=m_r)
+            tl.store(row_position_ptr + r + o_b, 0, mask=m_r)
+            tl.store(row_slot_ptr + r + o_b, C, mask=m_r)
+            tl.store(row_token_ptr + r + o_b, 0, mask=m_r)
+
+
+def advance_triton(
+    sequences: Sequences,
+    rows: Rows,
+    token: Tensor,
+    confidence: Tensor,
+    threshold: Tensor,
+    stop_ids: Tensor,
+    *,
+    k: int,
+    verify: bool,
+    mask_token_id: int,
+) -> None:
+    """`advance` in one launch of one program; the same decisions as the torch form, bit for bit."""
+    B, W = sequences.length.shape[0], triton.next_power_of_2(2 * k - 1)
+    BLOCK_B = triton.next_power_of_2(B)
+    # At most 2,048 elements a tile, so that the tiles stay in registers.
+    BLOCK_W = min(W, max(1, 2048 // BLOCK_B))
+    _advance_kernel[(1,)](
+        sequences.tokens,
+        sequences.length,
+        sequences.pending,
+        sequences.limit,
+        sequences.status,
+        sequences.passes,
+        sequences.blocks,
+        rows.seq,
+        rows.position,
+        rows.slot,
+        rows.token,
+        rows.start,
+        token,
+        confidence,
+        threshold,
+        stop_ids,
+        sequences.tokens.stride(0),
+        sequences.blocks.stride(0),
+        B,
+        rows.seq.shape[0],
+        sequences.tokens.shape[1] - 1,
+        stop_ids.shape[0],
+        mask_token_id,
+        K=k,
+        VERIFY=verify,
+        W=W,
+        BLOCK_B=BLOCK_B,
+        BLOCK_W=BLOCK_W,
+        RUNNING=RUNNING,
+        STOPPED=STOPPED,
+        LIMIT=LIMIT,
+        FAULT=FAULT,
+        num_warps=4 if BLOCK_B * BLOCK_W <= 1024 else 16,
+    )
+
+
 def advance(
     sequences: Sequences,
     rows: Rows,
@@ -110,9 +318,8 @@ def advance(
         token, confidence = readout(logits, mask_token_id)
         advance(sequences, rows, token, confidence, threshold, stop_ids, k=8, verify=True, mask_token_id=mask_token_id)
     """
-    advance_reference(
-        sequences, rows, token, confidence, threshold, stop_ids, k=k, verify=verify, mask_token_id=mask_token_id
-    )
+    form = advance_triton if token.is_cuda else advance_reference
+    form(sequences, rows, token, confidence, threshold, stop_ids, k=k, verify=verify, mask_token_id=mask_token_id)
 
 
 def advance_reference(

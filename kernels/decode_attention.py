@@ -14,17 +14,339 @@ value (gpt-oss).
 Shapes   query [R, Hq, D];  k_cache, v_cache [B, Hkv, C + 1, D];  row_seq, row_slot [R], row_start [B + 1] int64;
          sinks [Hq];  out [R, Hq, D]
 Traffic  reads 2 * Hkv * D elements for every visible slot of every sequence once: bandwidth-bound up to k = 16
-Faults   unused rows give 0; the trash slot may hold anything, NaN included; other slots that no row sees must be
-         finite, which caches of zeros are and stay: a row with a NaN ends its sequence (see advance)
+Faults   unused rows give 0; the trash slot may hold anything, NaN included. So may, for the kernel, other slots that no
+         row sees; for the torch form they must be finite, which caches of zeros are and stay: a row with a NaN ends
+         its sequence (see advance)
+
+The kernel is split-KV: a program takes a tile of one sequence's rows under one KV head, with the G query heads of each
+row packed into the tile, and one split of the keys that the tile sees. Lengths are read on the device; the number of
+splits follows from shapes alone, so a captured graph stays right as sequences grow. A second launch merges the splits.
+(Merging in the block that finishes last would save it, but is a race without a barrier that the compiler may drop.)
+Where the batch alone fills the GPU there is one split and one launch. The rows of a sequence are taken to stand in
+consecutive slots, as `advance` plans them: between the lowest and the highest key that a tile sees lies nothing unseen.
 """
+
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# Keys of a split in the batch-invariant mode, counted from slot 0.
+CHUNK = 256
+
+if find_spec("triton"):
+    import triton
+    import triton.language as tl
+
+    LOG2_E = tl.constexpr(1.4426950408889634)
+
+    @triton.jit(do_not_specialize=["B", "R", "C", "n_splits", "window"])
+    def _attend_kernel(
+        q_ptr,  # [R, Hq, D]
+        k_ptr,  # [B, Hkv, C + 1, D]
+        v_ptr,  # [B, Hkv, C + 1, D_V]
+        row_slot_ptr,  # [R]
+        row_start_ptr,  # [B + 1]
+        sinks_ptr,  # [Hq] where HAS_SINKS
+        out_ptr,  # [n_splits, R, Hq, D_V]
+        lse_ptr,  # [n_splits, R, Hq], to base 2, where SPLIT
+        s_q,  # the strides of each, as tuples
+        s_k,
+        s_v,
+        s_out,
+        s_lse,
+        B,
+        R,
+        C,
+        n_splits,
+        scale,
+        softcap,
+        window,
+        G: tl.constexpr,
+        D: tl.constexpr,
+        D_V: tl.constexpr,
+        TILES: tl.constexpr,
+        BLOCK_M: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        BLOCK_V: tl.constexpr,
+        CHUNK: tl.constexpr,  # keys of a split from slot 0 on; 0 divides what the tile sees among n_splits
+        SPLIT: tl.constexpr,
+        HAS_WINDOW: tl.constexpr,
+        HAS_SOFTCAP: tl.constexpr,
+        HAS_SINKS: tl.constexpr,
+        PRECISION: tl.constexpr,
+    ):
+        i_tile = tl.program_id(0) % TILES
+        i_split = tl.program_id(0) // TILES
+        h = tl.program_id(1)
+        b = tl.program_id(2)
+        o_m = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        o_n = tl.arange(0, BLOCK_N)
+        o_d = tl.arange(0, BLOCK_D)
+        o_v = tl.arange(0, BLOCK_V)
+        m_d = (o_d < D)[None, :]
+        m_v = (o_v < D_V)[None, :]
+
+        # Only where there is one split: the programs behind the last sequence clear the rows that no sequence owns.
+        if b == B:
+            o_g = tl.arange(0, BLOCK_M)
+            m_g = (o_g < G)[:, None] & m_v
+            for r in range(tl.load(row_start_ptr + B).to(tl.int32) + i_tile, R, TILES):
+                p_row = out_ptr + tl.full([BLOCK_M, 1], r, tl.int64) * s_out[1] + (h * G + o_g)[:, None] * s_out[2]
+                tl.store(p_row + o_v[None, :] * s_out[3], tl.zeros([BLOCK_M, BLOCK_V], tl.float32), mask=m_g)
+            return
+
+        # The tile's rows: entry m is query head m % G of the sequence's row m // G.
+        row = tl.load(row_start_ptr + b)
+        n_rows = (tl.load(row_start_ptr + b + 1) - row).to(tl.int32)
+        m_row = o_m < n_rows * G
+        o_r = row + o_m // G
+        o_h = h * G + o_m % G
+        slot = tl.load(row_slot_ptr + o_r, mask=m_row, other=C).to(tl.int32)
+        m_used = slot < C
+        slot = tl.where(m_used, slot, -1)
+        p_lse = lse_ptr + i_split.to(tl.int64) * s_lse[0] + o_r * s_lse[1] + o_h * s_lse[2]
+
+        # They see keys in [begin, end); of those this split takes [low, high), low a multiple of BLOCK_N.
+        end = tl.max(slot, 0) + 1
+        begin = 0
+        if HAS_WINDOW:
+            begin = tl.maximum(tl.min(tl.where(m_used, slot, C), 0) - window + 1, 0)
+        low = begin // BLOCK_N * BLOCK_N
+        if CHUNK:
+            high = tl.minimum((i_split + 1) * CHUNK, end)
+            low = tl.maximum(i_split * CHUNK, low)
+        else:
+            share = tl.cdiv(tl.cdiv(end - low, BLOCK_N), n_splits) * BLOCK_N
+            low += i_split * share
+            high = tl.minimum(low + share, end)
+        if low >= high:
+            if SPLIT:
+                tl.store(p_lse, tl.full([BLOCK_M], -float("inf"), tl.float32), mask=m_row)
+            return
+
+        p_q = q_ptr + o_r[:, None] * s_q[0] + o_h[:, None] * s_q[1] + o_d[None, :] * s_q[2]
+        q = tl.load(p_q, mask=m_used[:, None] & m_d, other=0.0)
+        # Where a tile of keys lies may take 64 bits; what lies in it takes 32.
+        k_ptr += b.to(tl.int64) * s_k[0] + h.to(tl.int64) * s_k[1] + low.to(tl.int64) * s_k[2]
+        v_ptr += b.to(tl.int64) * s_v[0] + h.to(tl.int64) * s_v[1] + low.to(tl.int64) * s_v[2]
+        top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+        for n in range(low, high, BLOCK_N):
+            o_key = n + o_n
+            m_key = o_key < high
+            visible = o_key[None, :] <= slot[:, None]
+            if HAS_WINDOW:
+                m_key = m_key & (o_key >= begin)
+                visible = visible & (o_key[None, :] > slot[:, None] - window)
+
+            # What no row sees is not even loaded: 0 * NaN is NaN.
+            k = tl.load(k_ptr + o_n[:, None] * s_k[2] + o_d[None, :] * s_k[3], mask=m_key[:, None] & m_d, other=0.0)
+            s = tl.dot(q, k.T, input_precision=PRECISION)
+            if HAS_SOFTCAP:
+                # tanh(x) = 1 - 2 / (1 + exp(2 x)), right at both infinities
+                s = (softcap - 2 * softcap / (1 + tl.exp2(s * (2 * LOG2_E * scale / softcap)))) * LOG2_E
+            else:
+                s *= scale * LOG2_E
+            s = tl.where(visible, s, -float("inf"))
+
+            # A row that has seen no key yet has a top of -inf, which must not meet itself in a difference.
+            top_next = tl.maximum(top, tl.max(s, 1))
+            shift = tl.where(top_next == -float("inf"), 0.0, top_next)
+            decay = tl.exp2(top - shift)
+            p = tl.exp2(s - shift[:, None])
+            total = total * decay + tl.sum(p, 1)
+            top = top_next
+            v = tl.load(v_ptr + o_n[:, None] * s_v[2] + o_v[None, :] * s_v[3], mask=m_key[:, None] & m_v, other=0.0)
+            acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+            k_ptr += BLOCK_N * s_k[2]
+            v_ptr += BLOCK_N * s_v[2]
+
+        if SPLIT:
+            tl.store(p_lse, tl.where(total > 0, top + tl.log2(total), -float("inf")), mask=m_row)
+        elif HAS_SINKS:
+            sink = tl.load(sinks_ptr + o_h, mask=m_row, other=0.0).to(tl.float32)
+            total += tl.where(m_used, tl.exp2(sink * LOG2_E - top), 0.0)
+        acc /= tl.where(total > 0, total, 1.0)[:, None]
+        p_out = i_split.to(tl.int64) * s_out[0] + o_r[:, None] * s_out[1] + o_h[:, None] * s_out[2]
+        tl.store(out_ptr + p_out + o_v[None, :] * s_out[3], acc, mask=m_row[:, None] & m_v)
+
+    @triton.jit(do_not_specialize=["C", "n_splits"])
+    def _merge_kernel(
+        part_ptr,  # [n_splits, R, Hq, D_V]
+        lse_ptr,  # [n_splits, R, Hq], to base 2; -inf where the split has nothing for the row
+        row_slot_ptr,  # [R]
+        sinks_ptr,  # [Hq] where HAS_SINKS
+        out_ptr,  # [R, Hq, D_V]
+        s_part,
+        s_lse,
+        s_out,
+        C,
+        n_splits,
+        D_V: tl.constexpr,
+        BLOCK_V: tl.constexpr,
+        BLOCK_S: tl.constexpr,
+        HAS_SINKS: tl.constexpr,
+    ):
+        r = tl.program_id(0).to(tl.int64)
+        h = tl.program_id(1)
+        o_v = tl.arange(0, BLOCK_V)
+        o_s = tl.arange(0, BLOCK_S)
+        p_out = out_ptr + r * s_out[0] + h * s_out[1] + o_v * s_out[2]
+        if tl.load(row_slot_ptr + r) >= C:
+            tl.store(p_out, tl.zeros([BLOCK_V], tl.float32), mask=o_v < D_V)
+            return
+
+        p_lse = lse_ptr + r * s_lse[1] + h * s_lse[2]
+        top = -float("inf")
+        for first in range(0, n_splits, BLOCK_S):
+            lse = tl.load(p_lse + (first + o_s) * s_lse[0], mask=first + o_s < n_splits, other=-float("inf"))
+            top = tl.maximum(top, tl.max(lse, 0))
+        total = 0.0
+        if HAS_SINKS:
+            total = tl.exp2(tl.load(sinks_ptr + h).to(tl.float32) * LOG2_E - top)
+        acc = tl.zeros([BLOCK_V], tl.float32)
+        part_ptr += r * s_part[1] + h * s_part[2]
+        # In blocks of one size and in order, so that more splits behind the last of a row change no bit of it.
+        for first in range(0, n_splits, BLOCK_S):
+            lse = tl.load(p_lse + (first + o_s) * s_lse[0], mask=first + o_s < n_splits, other=-float("inf"))
+            weight = tl.exp2(lse - top)
+            total += tl.sum(weight, 0)
+            # A split that had nothing for the row wrote no part.
+            m_part = (lse > -float("inf"))[:, None] & (o_v < D_V)[None, :]
+            p_part = part_ptr + (first + o_s).to(tl.int64)[:, None] * s_part[0] + o_v[None, :] * s_part[3]
+            acc += tl.sum(tl.load(p_part, mask=m_part, other=0.0) * weight[:, None], 0)
+        tl.store(p_out, acc / total, mask=o_v < D_V)
+
+
+@cache
+def _machine(device: torch.device) -> tuple[int, int]:
+    """Processors of a GPU and bytes of shared memory that a program may take; an H200's where the device is none."""
+    if device.type != "cuda":
+        return 132, 227 << 10
+    facts = torch.cuda.get_device_properties(device)
+    # ROCm has no larger limit to opt in to.
+    return facts.multi_processor_count, getattr(facts, "shared_memory_per_block_optin", facts.shared_memory_per_block)
+
+
+def _tile(entries: int, D: int, element_size: int, shared_memory: int) -> tuple[int, int, int, int]:
+    """BLOCK_M, BLOCK_N, num_warps, num_stages for a sequence's rows times G, the padded head width and the element.
+
+    Chosen by what the compiler reports (python -m mtpkern.bench.aot), not by timing.
+    """
+    large = shared_memory >= 160 << 10
+    # The queries' tile stays in shared memory. Float32 brings its parts along: three products in TF32.
+    most = (64 << 10 if large and element_size < 4 else 32 << 10) // (D * element_size)
+    BLOCK_M = max(16, min(triton.next_power_of_2(entries), most, 128))
+    BLOCK_N = max(16, min(64, 16384 // (D * element_size)))
+    return BLOCK_M, BLOCK_N, 8 if BLOCK_M == 128 else 4, 3 if large else 2
+
+
+def decode_attention_triton(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    row_seq: Tensor,
+    row_slot: Tensor,
+    row_start: Tensor,
+    *,
+    max_rows: int,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    batch_invariant: bool = False,
+    splits: int | None = None,
+) -> Tensor:
+    """`decode_attention` in two launches, or in one where there is one split; `splits` sets their number."""
+    B, Hkv, C, D = k_cache.shape[0], k_cache.shape[1], k_cache.shape[2] - 1, k_cache.shape[3]
+    R, Hq, _ = query.shape
+    G, D_V = Hq // Hkv, v_cache.shape[3]
+    # Padded in the registers only: a head width that is no power of two costs arithmetic, which is not what bounds us.
+    BLOCK_D, BLOCK_V = (max(16, triton.next_power_of_2(width)) for width in (D, D_V))
+    processors, shared_memory = _machine(query.device)
+    BLOCK_M, BLOCK_N, num_warps, num_stages = _tile(
+        max_rows * G, max(BLOCK_D, BLOCK_V), query.element_size(), shared_memory
+    )
+    TILES = triton.cdiv(max_rows * G, BLOCK_M)
+    if batch_invariant:
+        splits = triton.cdiv(C, CHUNK)
+    elif splits is None:
+        # Two programs for each processor.
+        splits = min(triton.cdiv(2 * processors, B * Hkv * TILES), triton.cdiv(C, BLOCK_N), 64)
+
+    # One pass of TF32 would lose half of float32's digits, three keep nearly all; AMD multiplies float32 as it is.
+    precision = ("ieee" if torch.version.hip else "tf32x3") if query.dtype == torch.float32 else None
+    split = splits > 1
+    out = query.new_empty(R, Hq, D_V)
+    part = query.new_empty(splits, R, Hq, D_V, dtype=torch.float32) if split else out[None]
+    lse = query.new_empty(splits, R, Hq, dtype=torch.float32)
+    sink = query if sinks is None else sinks  # a pointer is a pointer
+    _attend_kernel[(TILES * splits, Hkv, B if split else B + 1)](
+        query,
+        k_cache,
+        v_cache,
+        row_slot,
+        row_start,
+        sink,
+        part,
+        lse,
+        query.stride(),
+        k_cache.stride(),
+        v_cache.stride(),
+        part.stride(),
+        lse.stride(),
+        B,
+        R,
+        C,
+        splits,
+        scale,
+        softcap or 0.0,
+        window or 0,
+        G=G,
+        D=D,
+        D_V=D_V,
+        TILES=TILES,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
+        BLOCK_D=BLOCK_D,
+        BLOCK_V=BLOCK_V,
+        CHUNK=CHUNK if batch_invariant else 0,
+        SPLIT=split,
+        HAS_WINDOW=window is not None,
+        HAS_SOFTCAP=softcap is not None,
+        HAS_SINKS=sinks is not None,
+        PRECISION=precision,
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    if split:
+        _merge_kernel[(R, Hq)](
+            part,
+            lse,
+            row_slot,
+            sink,
+            out,
+            part.stride(),
+            lse.stride(),
+            out.stride(),
+            C,
+            splits,
+            D_V=D_V,
+            BLOCK_V=BLOCK_V,
+            BLOCK_S=16,
+            HAS_SINKS=sinks is not None,
+        )
+    return out
 
 
 def decode_attention(
@@ -40,16 +362,35 @@ def decode_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    batch_invariant: bool = False,
     memo: dict[int | None, _Spread] | None = None,
 ) -> Tensor:
     """Attend with query [R, Hq, D] to caches [B, Hkv, C + 1, D]; returns [R, Hq, D] in the query's dtype.
 
     Rows of a sequence stand together: row_seq is sorted over the rows in use, and sequence b owns the rows
     row_start[b] .. row_start[b + 1] - 1, at most `max_rows` of them (2k - 1 in decoding). Rows in slot C are unused.
-    `memo`, a dict that lives as long as these rows stand, keeps what all layers of a pass share.
+
+    `batch_invariant` makes the kernel's splits the same 256 keys for every sequence, so that no bit of a row's output
+    depends on the batch; that takes 4 (D_V + 1) bytes a row, query head and 256 slots. The torch form ignores it.
+    `memo`, a dict that lives as long as these rows stand, keeps what all layers of a pass share in the torch form.
 
         out = decode_attention(q, k_cache, v_cache, plan.seq, plan.slot, plan.start, max_rows=15, scale=D**-0.5)
     """
+    if query.is_cuda and query.dtype != torch.float64:
+        return decode_attention_triton(
+            query,
+            k_cache,
+            v_cache,
+            row_seq,
+            row_slot,
+            row_start,
+            max_rows=max_rows,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            batch_invariant=batch_invariant,
+        )
     return decode_attention_reference(
         query,
         k_cache,

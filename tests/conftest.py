@@ -1,3 +1,7 @@
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -5,13 +9,47 @@ import pytest
 import torch
 from torch import Tensor
 
+# Triton reads this when it is first imported: without a GPU, its interpreter runs the kernels on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def on_gpu(form: Callable[..., Any]) -> Callable[..., Any]:
+    """The form with its tensors carried to the GPU and back, those that it changed in place included."""
+
+    def carried(*args: Any, **kwargs: Any) -> Any:
+        pairs: list[tuple[Tensor, Tensor]] = []
+
+        def carry(x: Any) -> Any:
+            if isinstance(x, Tensor):
+                pairs.append((x, x.cuda()))
+                return pairs[-1][1]
+            return type(x)(**{f.name: carry(getattr(x, f.name)) for f in fields(x)}) if is_dataclass(x) else x
+
+        result = form(*map(carry, args), **{name: carry(x) for name, x in kwargs.items()})
+        for here, there in pairs:
+            here.copy_(there)
+        if isinstance(result, tuple):
+            return tuple(x.cpu() for x in result)
+        return result.cpu() if isinstance(result, Tensor) else result
+
+    return carried
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+    """Kernels run in Triton's interpreter, or on the GPU where there is one: the same tests either way."""
+    gpu = torch.cuda.is_available()
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device; torch.cuda.is_available() is False"))
+        if item.get_closest_marker("kernel"):
+            if gpu:
+                item.add_marker("gpu")
+                params = item.callspec.params  # type: ignore[attr-defined]
+                params["form"] = on_gpu(params["form"])
+            elif not find_spec("triton"):
+                item.add_marker(pytest.mark.skip(reason="Triton is not installed"))
+        elif item.get_closest_marker("gpu") and not gpu:
+            reason = "needs a CUDA or ROCm device; torch.cuda.is_available() is False"
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 # So few tokens that drafts come true by chance every few passes.
@@ -70,3 +108,11 @@ def random_prompts(*lengths: int, seed: int = 1) -> tuple[Tensor, Tensor]:
 def tiny() -> SimpleNamespace:
     """What the tests of decoding share; test files cannot import one another."""
     return SimpleNamespace(model=random_model, prompts=random_prompts, vocabulary=VOCABULARY, mask=MASK, pad=PAD)
+
+
+@pytest.fixture
+def nan_in_new_tensors() -> Iterator[None]:
+    """Every tensor that is allocated without values is full of NaN: reading what was not written shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -14,9 +14,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtpkern.kernels.advance import FAULT, LIMIT, RUNNING, STOPPED, Rows, Sequences, advance, advance_reference
+from mtpkern.kernels.advance import (
+    FAULT,
+    LIMIT,
+    RUNNING,
+    STOPPED,
+    Rows,
+    Sequences,
+    advance,
+    advance_reference,
+    advance_triton,
+)
 
-FORMS = [advance, advance_reference]
+FORMS = [advance, advance_reference, pytest.param(advance_triton, marks=pytest.mark.kernel)]
 MASK = 99
 UNWRITTEN = -7
 
@@ -275,10 +285,18 @@ def decode(
         assert all(1 <= block <= k for block in text.blocks)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [advance, advance_reference])
 @given(scenario=scenarios())
 @settings(max_examples=250, derandomize=True, deadline=None)
 def test_equals_the_plain_python_model(form: Form, scenario: dict[str, object]) -> None:
+    decode(form, **scenario)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("form", [advance_triton])
+@given(scenario=scenarios())
+@settings(max_examples=50, derandomize=True, deadline=None)
+def test_kernel_equals_the_plain_python_model(form: Form, scenario: dict[str, object]) -> None:
     decode(form, **scenario)
 
 

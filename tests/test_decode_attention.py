@@ -8,15 +8,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtpkern.kernels.decode_attention import decode_attention, decode_attention_reference
+from mtpkern.kernels.decode_attention import decode_attention, decode_attention_reference, decode_attention_triton
 
-FORMS = [decode_attention, decode_attention_reference]
+KERNEL = pytest.param(decode_attention_triton, marks=pytest.mark.kernel)
+FORMS = [decode_attention, decode_attention_reference, KERNEL]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 # What a slot may hold that no row sees.
 STALE = 1e4
 
 Form = Callable[..., Tensor]
+
+
+def forms_with(dtypes: list[torch.dtype]) -> list[object]:
+    """Pairs of form and dtype. The kernel has no float64, and in Triton's interpreter no bfloat16 arithmetic."""
+    in_kernel = {torch.float16, torch.float32} | ({torch.bfloat16} if torch.cuda.is_available() else set())
+    torch_forms = [
+        pytest.param(form, dtype) for form in (decode_attention, decode_attention_reference) for dtype in dtypes
+    ]
+    kernels = [
+        pytest.param(decode_attention_triton, dtype, marks=pytest.mark.kernel) for dtype in dtypes if dtype in in_kernel
+    ]
+    return [*torch_forms, *kernels]
 
 
 @dataclass
@@ -33,9 +46,11 @@ class Case:
 
     def run(self, form: Form, **options: object) -> Tensor:
         options.setdefault("scale", self.query.shape[-1] ** -0.5)
-        caches = [self.k_cache.clone(), self.v_cache.clone()]
-        for cache in caches:
-            cache[:, :, :-1] = cache[:, :, :-1].nan_to_num(STALE)
+        caches = [self.k_cache, self.v_cache]
+        if form in (decode_attention, decode_attention_reference):  # torch, to which 0 times NaN is NaN
+            caches = [cache.clone() for cache in caches]
+            for cache in caches:
+                cache[:, :, :-1] = cache[:, :, :-1].nan_to_num(STALE)
         return form(
             self.query,
             *caches,
@@ -59,8 +74,9 @@ def make_case(
     window: int | None = None,
     seed: int = 0,
 ) -> Case:
-    """One list of slots per sequence, in order. The trash slot holds NaN; other slots that no row of a sequence sees
-    hold large numbers, as finite as what decoding leaves there.
+    """One list of slots per sequence, in order; every slot that no row of its sequence sees holds NaN.
+
+    The torch forms get large numbers instead (see Case.run), as finite as what decoding leaves there, but in the trash.
     """
     generator = torch.Generator().manual_seed(seed)
     seq = [b for b, slots in enumerate(row_slots) for _ in slots]
@@ -70,11 +86,9 @@ def make_case(
     k_cache, v_cache = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
     for b, slots in enumerate(row_slots):
         seen = {j for c in slots for j in range(max(0, c - (window or capacity) + 1), c + 1)}
-        unseen = [j for j in range(capacity) if j not in seen]
-        k_cache[b, :, unseen] = 100.0
-        v_cache[b, :, unseen] = 100.0
-    k_cache[:, :, capacity] = torch.nan
-    v_cache[:, :, capacity] = torch.nan
+        unseen = [j for j in range(capacity + 1) if j not in seen]
+        k_cache[b, :, unseen] = torch.nan
+        v_cache[b, :, unseen] = torch.nan
     query = torch.randn(len(seq) + unused, heads, dim, generator=generator, dtype=torch.float64).to(dtype)
     query[len(seq) :] = torch.nan  # an unused row may hold anything
     return Case(
@@ -137,23 +151,20 @@ def compare(form: Form, case: Case, **options: object) -> None:
 RAGGED = [[7, 8, 9, 10], [0], [14, 15, 16, 17, 18, 19, 20], [], [3, 4]]
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("form", "dtype"), forms_with(DTYPES))
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 5])
 def test_ragged_batches(form: Form, dtype: torch.dtype, batch: int) -> None:
     compare(form, make_case(RAGGED[:batch], dtype=dtype, seed=batch))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("form", "dtype"), forms_with([torch.float16, torch.bfloat16, torch.float32]))
 @pytest.mark.parametrize("groups", [1, 2, 4, 8])
 def test_grouped_heads(form: Form, dtype: torch.dtype, groups: int) -> None:
     compare(form, make_case(RAGGED[:3], heads=8, groups=groups, dim=16, dtype=dtype))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("dim", [32, 64, 80, 96, 128])
+@pytest.mark.parametrize(("form", "dtype"), forms_with([torch.float16, torch.bfloat16, torch.float32]))
+@pytest.mark.parametrize("dim", [8, 32, 64, 80, 96, 128, 256])
 def test_head_dimensions(form: Form, dtype: torch.dtype, dim: int) -> None:
     compare(form, make_case(RAGGED[:3], heads=2, groups=2, dim=dim, dtype=dtype))
 
@@ -165,8 +176,7 @@ def test_window_also_below_the_number_of_rows(form: Form, window: int) -> None:
     compare(form, make_case(RAGGED, window=window), window=window)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("form", "dtype"), forms_with(DTYPES))
 @pytest.mark.parametrize(
     ("scale", "window", "softcap", "sink"),
     [
@@ -268,3 +278,64 @@ def test_a_row_sees_its_own_slot_and_none_behind_it(form: Form) -> None:
         differs = (case.run(form) != out).flatten(1).any(1).tolist()
         changed[0, :, 6] = before
         assert differs == [False, True, True]
+
+
+# Long enough that the kernel's tiles of 64 keys and chunks of 256 end inside, at the end of and behind a sequence.
+LONG = [[286, 287, 288, 289, 290], [63, 64, 65], [], [0], [255, 256, 257]]
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("form", [decode_attention_triton])
+@pytest.mark.parametrize("splits", [1, 2, 3, 7, "batch-invariant"])
+@pytest.mark.parametrize("window", [None, 5, 100])
+def test_splits(form: Form, splits: int | str, window: int | None, nan_in_new_tensors: None) -> None:
+    case = make_case(LONG, capacity=299, dim=16, window=window)
+    how = {"batch_invariant": True} if splits == "batch-invariant" else {"splits": splits}
+    sinks = torch.tensor([0.0, 5.0, -5.0, 1.0])
+    compare(lambda *args, **options: form(*args, **how, **options), case, window=window, sinks=sinks)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("form", [decode_attention_triton])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_more_rows_than_a_tile_holds(form: Form, splits: int, nan_in_new_tensors: None) -> None:
+    # 33 rows of 5 heads each: two tiles of 128, the second partly full; the short sequence leaves it empty.
+    case = make_case([list(range(40, 73)), [3, 4]], capacity=80, heads=5, groups=5, dim=16, unused=40)
+    compare(lambda *args, **options: form(*args, splits=splits, **options), case)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("form", [decode_attention_triton])
+def test_batch_invariant_to_the_bit(form: Form) -> None:
+    # Neither other sequences nor the capacity, nor which rows of its own sequence come along, change a row's bits.
+    together = make_case(LONG, capacity=299, dim=16)
+    out = together.run(form, batch_invariant=True)
+    for b, slots in enumerate(LONG):
+        if not slots:
+            continue
+        last = slice(int(together.start[b + 1]) - 1, int(together.start[b + 1]))
+        pad = torch.nn.functional.pad
+        alone = Case(
+            together.query[last],
+            pad(together.k_cache[b : b + 1], (0, 0, 0, 300)),
+            pad(together.v_cache[b : b + 1], (0, 0, 0, 300)),
+            torch.zeros(1, dtype=torch.int64),
+            together.slot[last],
+            torch.tensor([0, 1]),
+            together.max_rows,
+        )
+        assert torch.equal(alone.run(form, batch_invariant=True), out[last])
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("form", [decode_attention_triton])
+def test_offsets_pass_32_bits(form: Form) -> None:
+    # Sequences 2^30 elements apart, keys 2^25 apart: only what is written takes memory.
+    B, C, D, near, far = 4, 20, 16, 1 << 25, 1 << 30
+    small = make_case([[17, 18], [5], [9], [19]], heads=2, groups=2, dim=D, capacity=C, dtype=torch.float16)
+    storage = torch.empty((B - 1) * far + C * near + D, dtype=torch.float16)
+    wide = storage.as_strided(small.k_cache.shape, (far, 1, near, 1))
+    wide.copy_(small.k_cache)
+    expected = small.run(form)
+    small.k_cache = wide
+    assert torch.equal(small.run(form), expected)

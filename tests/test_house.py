@@ -61,7 +61,7 @@ def wrong_imports(source: str, room: str) -> set[str]:
         parent_only = name == "mtpkern" and room == "mtpkern.kernels"
         if (
             head in {"kernels", "train", "bench"}
-            or (head == "triton" and room != "mtpkern.kernels")
+            or (head == "triton" and room not in {"mtpkern.kernels", "mtpkern.bench"})
             or (target is not None and target not in ALLOWED[room] and not parent_only)
         ):
             wrong.add(name)

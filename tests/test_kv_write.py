@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtpkern.kernels.kv_write import kv_write, kv_write_reference
+from mtpkern.kernels.kv_write import kv_write, kv_write_reference, kv_write_triton
 
-FORMS = [kv_write, kv_write_reference]
+FORMS = [kv_write, kv_write_reference, pytest.param(kv_write_triton, marks=pytest.mark.kernel)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 B, HKV, C, D = 3, 2, 9, 8
 
@@ -92,3 +92,15 @@ def test_key_and_value_of_different_width(form: Form) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_no_rows(form: Form) -> None:
     compare(form, draw(0), draw(0), [], [])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_offsets_pass_32_bits(form: Form) -> None:
+    # Sequences 2^30 elements apart, slots 2^25, rows 2^30: only what is touched takes memory.
+    cache = torch.empty(3 * 2**30 + C * 2**25 + D, dtype=torch.int8).as_strided((4, 1, C + 1, D), (2**30, 1, 2**25, 1))
+    new = torch.empty(3 * 2**30 + D, dtype=torch.int8).as_strided((4, 1, D), (2**30, 1, 1))
+    seq, slot = torch.tensor([0, 1, 3, 3]), torch.tensor([0, 5, 2, C - 1])
+    cache[seq, :, slot] = 0
+    new.copy_(torch.arange(1, 5)[:, None, None].expand(4, 1, D))
+    form(cache, cache, new, new, seq, slot)
+    assert torch.equal(cache[seq, :, slot], new)

@@ -36,6 +36,7 @@ def on_gpu(form: Callable[..., Any]) -> Callable[..., Any]:
     return carried
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Kernels run in Triton's interpreter, or on the GPU where there is one: the same tests either way."""
     gpu = torch.cuda.is_available()

@@ -280,6 +280,15 @@ def test_a_row_sees_its_own_slot_and_none_behind_it(form: Form) -> None:
         assert differs == [False, True, True]
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("width", [1, 20])
+def test_values_have_a_width_of_their_own(form: Form, width: int) -> None:
+    case = make_case(RAGGED)
+    out = case.run(form)
+    case.v_cache = case.v_cache[..., :width]
+    torch.testing.assert_close(case.run(form), out[..., :width], rtol=1e-5, atol=1e-6)
+
+
 # Long enough that the kernel's tiles of 64 keys and chunks of 256 end inside, at the end of and behind a sequence.
 LONG = [[286, 287, 288, 289, 290], [63, 64, 65], [], [0], [255, 256, 257]]
 

@@ -164,3 +164,22 @@ def test_strided_logits(form: Form) -> None:
     logits = draw(6, 40, torch.float32)
     for view in (logits[::2], logits[:, ::2], logits[:, 3:20], logits.t().contiguous().t()):
         compare(form, view, 4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_several_chunks(form: Form, dtype: torch.dtype) -> None:
+    """The kernel merges chunks of 4,096: ties between them, chunks without a finite logit, faults in one."""
+    logits = draw(8, 3 * 4096 + 7, dtype)
+    logits[0, [4095, 4096, 9000]] = 60.0
+    logits[1, [8192, 12294]] = 60.0
+    logits[2, 4096:] = -torch.inf
+    logits[3, :8192] = -torch.inf
+    logits[4, :12288] = -torch.inf
+    logits[4, 12289:] = -torch.inf
+    logits[5, 12290] = torch.nan
+    logits[6, 5000] = torch.inf
+    logits[7] = -torch.inf
+    logits[7, 4100] = 3.0  # the mask token
+    compare(form, logits, 4100, tolerance=1e-12 if dtype == torch.float64 else 1e-5)
+    assert form(logits, 4100)[0].tolist()[4:] == [12288, -1, -1, -1]

@@ -94,13 +94,20 @@ if find_spec("triton"):
             return tl.zeros([ROWS, D0], tl.float32), tl.zeros([ROWS, D1], tl.float32)
 
     @triton.jit
-    def _scaled(x, factor, keep):
-        """x * factor where `keep`, else 0: a block times a row vector."""
-        x0 = tl.where(keep[:, None], x[0] * factor[:, None], 0.0)
+    def _scaled(x, factor):
+        """x * factor, a scalar or a column [rows, 1]."""
         if len(x) == 1:
-            return (x0,)
+            return (x[0] * factor,)
         else:
-            return x0, tl.where(keep[:, None], x[1] * factor[:, None], 0.0)
+            return x[0] * factor, x[1] * factor
+
+    @triton.jit
+    def _kept(x, rows):
+        """x with 0 in all other rows."""
+        if len(x) == 1:
+            return (tl.where(rows[:, None], x[0], 0.0),)
+        else:
+            return tl.where(rows[:, None], x[0], 0.0), tl.where(rows[:, None], x[1], 0.0)
 
     @triton.jit
     def _row_dot(x, y):
@@ -154,27 +161,35 @@ if find_spec("triton"):
             return s * (scale * LOG2_E), 1.0
 
     @triton.jit
+    def _sees(rule, o_r):
+        """Which rows see anything."""
+        lower, end, own = rule
+        # The longer of prefix and span, not (lower < end) | (own <= o_r): where that comparison already chose the
+        # tiles, using it again behind the loop crashes the compiler (triton 3.7.1, sm_90, layout conversions).
+        return tl.maximum(end - lower, o_r + 1 - own) > 0
+
+    @triton.jit
     def _key_tiles(rule, o_r, KEYS: tl.constexpr):
         """Tiles of keys that a tile of rows sees: prefix [p0, p1), of it [f0, f1) without a mask, spans [s0, s1).
 
-        Also says which rows see something. The others do not count for f0 and f1: what they compute is thrown away.
+        Rows that see nothing do not count for f0 and f1: what they compute is thrown away.
         """
         lower, end, own = rule
         prefix = lower < end
         span = own <= o_r
         sees = prefix | span
-        p0 = tl.min(tl.where(prefix, lower, FAR)) // KEYS
-        p1 = tl.cdiv(tl.max(tl.where(prefix, end, 0)), KEYS)
-        s0 = tl.min(tl.where(span, own, FAR)) // KEYS
-        s1 = tl.cdiv(tl.max(tl.where(span, o_r + 1, 0)), KEYS)
-        f0 = tl.cdiv(tl.max(tl.where(sees, lower, 0)), KEYS)
-        f1 = tl.min(tl.where(sees, end, FAR)) // KEYS
+        p0 = tl.min(tl.where(prefix, lower, FAR), 0) // KEYS
+        p1 = tl.cdiv(tl.max(tl.where(prefix, end, 0), 0), KEYS)
+        s0 = tl.min(tl.where(span, own, FAR), 0) // KEYS
+        s1 = tl.cdiv(tl.max(tl.where(span, o_r + 1, 0), 0), KEYS)
+        f0 = tl.cdiv(tl.max(tl.where(sees, lower, 0), 0), KEYS)
+        f1 = tl.min(tl.where(sees, end, FAR), 0) // KEYS
         # Each tile once: one that holds prefix and span keys belongs to the prefix.
         p0 = tl.minimum(tl.minimum(p0, s0), p1)
         f0 = tl.minimum(tl.maximum(f0, p0), p1)
         f1 = tl.minimum(tl.maximum(f1, f0), p1)
         s0 = tl.maximum(s0, p1)
-        return p0, f0, f1, p1, s0, tl.maximum(s1, s0), sees
+        return p0, f0, f1, p1, s0, tl.maximum(s1, s0)
 
     @triton.jit
     def _pick(i, a0, a1, b0, b1, c0, c1, d0):
@@ -221,7 +236,7 @@ if find_spec("triton"):
         p = tl.exp2(s - base[:, None])
         decay = tl.exp2(m - base)
         v = _load(value, n0, s_v[2], T, KEYS, D, D0, D1, not MASKED)
-        out = _accumulate(_scaled(out, decay, decay >= 0), p, v)
+        out = _accumulate(_scaled(out, decay[:, None]), p, v)
         return out, m_new, l * decay + tl.sum(p, 1)
 
     @triton.jit(do_not_specialize=["T", "window"])
@@ -260,7 +275,7 @@ if find_spec("triton"):
 
         o_r = m0 + tl.arange(0, ROWS)
         rule = _rule(layout, b * T, o_r, T, window)
-        p0, f0, f1, p1, s0, s1, sees = _key_tiles(rule, o_r, KEYS)
+        p0, f0, f1, p1, s0, s1 = _key_tiles(rule, o_r, KEYS)
         q = _load(query + b * s_q[0] + h * s_q[1], m0, s_q[2], T, ROWS, D, D0, D1, False)
         if HAS_SINKS:
             m = tl.zeros([ROWS], tl.float32) + tl.load(sinks + h).to(tl.float32) * LOG2_E
@@ -279,10 +294,12 @@ if find_spec("triton"):
                 state, q, key, value, s_k, s_v, i_n, rule, o_r, T, scale, softcap, KEYS, D, D0, D1, HAS_SOFTCAP, True
             )
         b_out, m, l = state
-        b_out = _scaled(b_out, 1 / tl.where(sees, l, 1.0), sees)
+        sees = _sees(rule, o_r)
+        l = tl.where(sees, l, 1.0)
+        b_out = _kept(_scaled(b_out, 1 / l[:, None]), sees)
         _store(out + b * s_o[0] + h * s_o[1], m0, s_o[2], T, b_out, ROWS, D, D0, D1)
         # +inf makes the p of a row that sees nothing 0 in backward.
-        b_lse = tl.where(sees, m + tl.log2(tl.where(sees, l, 1.0)), float("inf"))
+        b_lse = tl.where(sees, m + tl.log2(l), float("inf"))
         tl.store(lse + (b * Hq + h) * T + o_r, b_lse, mask=o_r < T)
 
     @triton.jit
@@ -357,7 +374,7 @@ if find_spec("triton"):
 
         o_r = m0 + tl.arange(0, ROWS)
         rule = _rule(layout, b * T, o_r, T, window)
-        p0, f0, f1, p1, s0, s1, sees = _key_tiles(rule, o_r, KEYS)
+        p0, f0, f1, p1, s0, s1 = _key_tiles(rule, o_r, KEYS)
         do = _load(d_out + b * s_do[0] + h * s_do[1], m0, s_do[2], T, ROWS, D, D0, D1, False)
         b_delta = _row_dot(do, _load(out + b * s_o[0] + h * s_o[1], m0, s_o[2], T, ROWS, D, D0, D1, False))
         b_lse = tl.load(lse + (b * Hq + h) * T + o_r, mask=o_r < T, other=float("inf"))
@@ -375,7 +392,7 @@ if find_spec("triton"):
             dq = _dq_tile(
                 dq, rows, key, value, s_k, s_v, i_n, rule, o_r, T, scale, softcap, KEYS, D, D0, D1, HAS_SOFTCAP, True
             )
-        dq = _scaled(dq, tl.full([ROWS], 1.0, tl.float32) * scale, sees)
+        dq = _kept(_scaled(dq, scale), _sees(rule, o_r))
         _store(d_query + b * s_dq[0] + h * s_dq[1], m0, s_dq[2], T, dq, ROWS, D, D0, D1)
 
     @triton.jit(do_not_specialize=["T", "window"])
@@ -428,10 +445,10 @@ if find_spec("triton"):
     @triton.jit
     def _extend(a0, a1, f0, f1, o_t, member, sees_all):
         """Hull [a0, a1) of the members so far and [f0, f1), the first run of those that see all, further tiles o_t."""
-        a0 = tl.minimum(a0, tl.min(tl.where(member, o_t, FAR)))
-        a1 = tl.maximum(a1, tl.max(tl.where(member, o_t + 1, 0)))
-        f0 = tl.minimum(f0, tl.min(tl.where(member & sees_all, o_t, FAR)))
-        f1 = tl.minimum(f1, tl.min(tl.where(((member & sees_all) == 0) & (o_t > f0), o_t, FAR)))
+        a0 = tl.minimum(a0, tl.min(tl.where(member, o_t, FAR), 0))
+        a1 = tl.maximum(a1, tl.max(tl.where(member, o_t + 1, 0), 0))
+        f0 = tl.minimum(f0, tl.min(tl.where(member & sees_all, o_t, FAR), 0))
+        f1 = tl.minimum(f1, tl.min(tl.where(((member & sees_all) == 0) & (o_t > f0), o_t, FAR), 0))
         return a0, a1, f0, f1
 
     @triton.jit
@@ -551,7 +568,7 @@ if find_spec("triton"):
                 s_do, i_m, o_n, T, scale, softcap, window, ROWS, D, D0, D1, HAS_SOFTCAP, True
             )  # fmt: skip
         dk, dv = sums
-        dk = _scaled(dk, tl.full([KEYS], 1.0, tl.float32) * scale, o_n >= 0)
+        dk = _scaled(dk, scale)
         _store(d_key + b * s_dk[0] + h * s_dk[1], n0, s_dk[2], T, dk, KEYS, D, D0, D1)
         _store(d_value + b * s_dv[0] + h * s_dv[1], n0, s_dv[2], T, dv, KEYS, D, D0, D1)
 

@@ -1,4 +1,5 @@
 import os
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,3 +76,25 @@ def random_prompts(*lengths: int, seed: int = 1) -> tuple[Tensor, Tensor]:
 def tiny() -> SimpleNamespace:
     """What the tests of decoding share; test files cannot import one another."""
     return SimpleNamespace(model=random_model, prompts=random_prompts, vocabulary=VOCABULARY, mask=MASK, pad=PAD)
+
+
+@pytest.fixture
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Triton's interpreter, several times as fast: each device function patches triton.language once, not at each call.
+
+    Uninitialised memory is NaN, so that reading what nobody has written shows.
+    """
+    import triton.runtime.interpreter as interpreter
+
+    patched = set()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fn.__module__ not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(self.fn.__module__)
+        return self.rewrite()(*args, **kwargs)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

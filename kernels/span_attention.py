@@ -594,9 +594,23 @@ TILES = {
 MAX_HEAD_DIM = 256
 
 
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may take."""
+    if device.type != "cuda":
+        return 1 << 30
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def _tiles(kernel: str, query: Tensor) -> Tiles:
-    table = TILES[kernel, query.element_size()]
-    return next(tiles for dim, tiles in table.items() if query.shape[-1] <= dim)
+    """The table's tiles, with fewer stages where the device has not the memory for all of them."""
+    dim, size = query.shape[-1], query.element_size()
+    tiles = next(tiles for limit, tiles in TILES[kernel, size].items() if dim <= limit)
+    # Blocks that stay (q; q and do; k and v) and blocks of every stage (k and v; q and do).
+    stay = {"forward": tiles.rows, "dq": 2 * tiles.rows, "dkdv": 2 * tiles.keys}[kernel]
+    passing = 2 * (tiles.rows if kernel == "dkdv" else tiles.keys)
+    # 2 KiB for lse, delta and what reductions need.
+    room = (_shared_memory(query.device) - 2048) // (dim * size) - stay
+    return tiles._replace(stages=max(1, min(tiles.stages, room // passing)))
 
 
 def _columns(dim: int) -> tuple[int, int]:

@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
+from mtpkern.attention import attention_context
 from mtpkern.kernels import span_attention as module
+from mtpkern.kernels.distill import distill_loss_triton, head_readout_triton
 from mtpkern.kernels.span_attention import Tiles, span_attention_reference, span_attention_triton
 from mtpkern.kernels.span_mask import span_mask
+from mtpkern.train import objective
 from mtpkern.train.layout import build_layout
 
 pytest.importorskip("triton")
@@ -246,3 +250,64 @@ def test_inputs_need_not_be_dense(monkeypatch):
     out = span_attention_triton(*got, *rule, scale=0.3)
     for a, b in zip([out, *torch.autograd.grad(out, got, ones)], want):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_training_step_equals_the_torch_path(monkeypatch, checkpointing):
+    """Loss and gradients of a tiny model with sliding window: teacher pass, student pass, head and loss."""
+    layers = ["sliding_attention", "full_attention"]
+    config = Gemma3TextConfig(
+        vocab_size=41,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        sliding_window=5,
+        layer_types=layers,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    student, teacher = (Gemma3ForCausalLM(config).to(DEVICE).train() for _ in range(2))
+    if checkpointing:
+        student.gradient_checkpointing_enable()
+    layout = build_layout(torch.tensor([[3, 8, 12], [2, 6, 0]]), torch.tensor([14, 11]), 4, num_tokens=15)
+    tokens = torch.randint(10, 39, (2, 15)).to(DEVICE)
+
+    def step(target):
+        student.zero_grad()
+        context = objective.SpanContext(layout.to(DEVICE))
+        with attention_context(student, context):
+            sums = objective.mtp_loss(
+                student,
+                teacher,
+                tokens,
+                context,
+                mask_token_id=40,
+                eos_token_ids=torch.tensor([7], device=DEVICE),
+                target=target,
+            )
+            sums.span.backward()
+        return sums, [x.grad.clone() for x in student.parameters()]
+
+    calls = []
+
+    def in_triton(*args, mask, **options):
+        calls.append(args[0].shape)
+        return span_attention_triton(*args, **options)
+
+    for target in ("hard", "soft"):
+        want, want_grads = step(target)
+        with monkeypatch.context() as patch:
+            patch.setattr(objective, "span_attention", in_triton)
+            patch.setattr(objective, "distill_loss", distill_loss_triton)
+            patch.setattr(objective, "head_readout", head_readout_triton)
+            sums, grads = step(target)
+        assert torch.equal(sums.agree, want.agree)
+        torch.testing.assert_close(sums.span, want.span, rtol=1e-5, atol=1e-5)
+        for a, b in zip(grads, want_grads):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()) + 1e-7)
+    # Both passes of two layers, twice; checkpointing runs the student's layers once more.
+    assert len(calls) == 2 * (6 if checkpointing else 4)

@@ -199,24 +199,29 @@ def test_plan_of_a_sorted_layout_is_tight():
     assert plan[0, 5].tolist() == [0, 0, 0, 0, 5, 6, 6, 6]
 
 
-def test_offsets_pass_two_to_the_31(monkeypatch):
-    """Strides of 2^30 elements a sequence and 2^26 a row tile reach 2^31 and beyond; the memory is never touched."""
-    tile(monkeypatch, 16, 16)
-    rule = tuple(x.to(DEVICE) for x in ragged())
+@pytest.mark.parametrize(
+    ("batch", "tokens", "strides"), [(3, 12, (1 << 30, 1 << 22)), (1, 180, (1 << 32, (1 << 24) - 16))]
+)
+def test_offsets_pass_two_to_the_31(monkeypatch, batch, tokens, strides):
+    """The third sequence, and the tile of row 192, begin about 2^31 elements in; what lies between is never touched."""
+    tile(monkeypatch, 64, 64)
+    prefix, lengths = torch.tensor([[5, 9]] * batch), torch.tensor([tokens] * batch)
+    layout = build_layout(prefix, lengths, 8, num_tokens=tokens)
+    rule = tuple(x.to(DEVICE) for x in (layout.position, layout.prefix_end, layout.span_start))
     leaves, d_out = draw(rule, 1, 1, 16, torch.float16)
-    B, T = rule[0].shape
+    near = gradients(span_attention_triton, leaves, d_out, rule, scale=0.25)
+    size = (batch - 1) * strides[0] + rule[0].shape[1] * strides[1]
+    assert size > 1 << 31
     with monkeypatch.context() as plain:
         plain.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-        far = torch.empty(2 * (1 << 30) + T * (1 << 22) + 16, dtype=torch.float16, device=DEVICE)
-    strided = far.as_strided((B, 1, T, 16), (1 << 30, 16, 1 << 22, 1))
-    near = gradients(span_attention_triton, leaves, d_out, rule, scale=0.25)
+        far = torch.empty(size, dtype=torch.float16, device=DEVICE)
+    strided = far.as_strided(leaves[0].shape, (strides[0], 16, strides[1], 1))
     for place in range(3):
         strided.copy_(leaves[place])
-        moved = [strided if i == place else x for i, x in enumerate(leaves)]
-        moved = [x.detach().requires_grad_() for x in moved]
+        moved = [(strided if i == place else x).detach().requires_grad_() for i, x in enumerate(leaves)]
         out = span_attention_triton(*moved, *rule, scale=0.25)
         assert torch.equal(out, near[0])
-        # The gradient is as far apart as its input where PyTorch keeps its strides; ask for the others only.
+        # The moved input's own gradient would be as large.
         others = [i for i in range(3) if i != place]
         for i, g in zip(others, torch.autograd.grad(out, [moved[i] for i in others], d_out)):
             assert torch.equal(g, near[1 + i])

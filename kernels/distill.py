@@ -290,9 +290,9 @@ def _distill_loss(
     return _DistillLoss.apply(hidden, head.weight, head.bias, head, target, teacher, weight, chunk, rows)
 
 
-# Of a chunk: hidden, head, target, teacher, row_weight -> the rows' weighted losses [r] and, where it is wanted, their
-# gradient with respect to the product [r, V], in its dtype.
-Rows = Callable[[Tensor, Head, Tensor | None, tuple[Tensor, Head] | None, Tensor, bool], tuple[Tensor, Tensor | None]]
+# Of a chunk: hidden, head, target, teacher, row_weight, whether a gradient is wanted -> the rows' weighted losses [r]
+# and their gradient with respect to the product [r, V], in its dtype; without meaning where it is not wanted.
+Rows = Callable[[Tensor, Head, Tensor | None, tuple[Tensor, Head] | None, Tensor, bool], tuple[Tensor, Tensor]]
 
 
 def _rows_triton(
@@ -330,14 +330,14 @@ def _rows_torch(
     teacher: tuple[Tensor, Head] | None,
     row_weight: Tensor,
     need_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     z = head.logits(hidden)
     losses, grad = _row_losses(z, target, None if teacher is None else teacher[1].logits(teacher[0]))
     scale = row_weight.to(losses.dtype)
     # A row of weight 0 may be padding with infinite loss: select, do not multiply.
     losses = torch.where(scale != 0, losses * scale, 0)
     if not need_grad:
-        return losses, None
+        return losses, z
     grad = torch.where(scale.unsqueeze(-1) != 0, grad * scale.unsqueeze(-1), 0)
     if head.softcap is not None:
         # d/dx c tanh(x / c) = 1 - tanh(x / c)^2; at the banned token z is -inf and the gradient 0 already.

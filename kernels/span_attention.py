@@ -598,7 +598,9 @@ def _shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program may take."""
     if device.type != "cuda":
         return 1 << 30
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties = torch.cuda.get_device_properties(device)
+    # NVIDIA's limit on request is above the default; elsewhere it is missing or 0.
+    return max(properties.shared_memory_per_block, getattr(properties, "shared_memory_per_block_optin", 0))
 
 
 def _tiles(kernel: str, query: Tensor) -> Tiles:

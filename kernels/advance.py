@@ -73,7 +73,7 @@ class Sequences:
 class Rows:
     """The rows of one pass: seq, position, slot, token [R] int64, and start [B + 1] int64.
 
-    Sequence b owns the rows start[b] .. start[b + 1] - 1. Rows from start[B] on are unused: slot C, position 0, token 0.
+    Sequence b owns the rows start[b] .. start[b + 1] - 1. Rows from start[B] are unused: slot C, position 0, token 0.
     """
 
     seq: Tensor

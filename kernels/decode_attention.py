@@ -14,12 +14,16 @@ value (gpt-oss).
 Shapes   query [R, Hq, D];  k_cache, v_cache [B, Hkv, C + 1, D];  row_seq, row_slot [R], row_start [B + 1] int64;
          sinks [Hq];  out [R, Hq, D]
 Traffic  reads 2 * Hkv * D elements for every visible slot of every sequence once: bandwidth-bound up to k = 16
-Faults   unused rows give 0; slots that no row sees may hold anything, NaN included
+Faults   unused rows give 0; the trash slot may hold anything, NaN included; other slots that no row sees must be
+         finite, which caches of zeros are and stay: a row with a NaN ends its sequence (see advance)
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -36,11 +40,13 @@ def decode_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    memo: dict[int | None, _Spread] | None = None,
 ) -> Tensor:
     """Attend with query [R, Hq, D] to caches [B, Hkv, C + 1, D]; returns [R, Hq, D] in the query's dtype.
 
     Rows of a sequence stand together: row_seq is sorted over the rows in use, and sequence b owns the rows
     row_start[b] .. row_start[b + 1] - 1, at most `max_rows` of them (2k - 1 in decoding). Rows in slot C are unused.
+    `memo`, a dict that lives as long as these rows stand, keeps what all layers of a pass share.
 
         out = decode_attention(q, k_cache, v_cache, plan.seq, plan.slot, plan.start, max_rows=15, scale=D**-0.5)
     """
@@ -56,7 +62,35 @@ def decode_attention(
         window=window,
         softcap=softcap,
         sinks=sinks,
+        memo=memo,
     )
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """Where packed rows go in [B, W] (None: they stand there already), and what they see [B, 1, W, C]."""
+
+    place: Tensor | None
+    visible: Tensor
+    unused: Tensor
+
+    @classmethod
+    def of(
+        cls, row_seq: Tensor, row_slot: Tensor, row_start: Tensor, batch: int, capacity: int, W: int, window: int | None
+    ) -> _Spread:
+        o_r, o_c = torch.arange(len(row_slot), device=row_slot.device), torch.arange(capacity, device=row_slot.device)
+        unused = row_slot >= capacity
+        slot = torch.where(unused, -1, row_slot)
+        if batch == 1:
+            place, slot = None, slot.view(1, -1, 1)
+        else:
+            # Unused rows share one more place behind the end.
+            place = torch.where(unused, batch * W, row_seq * W + o_r - row_start[row_seq])
+            slot = slot.new_full((batch * W + 1,), -1).index_copy_(0, place, slot)[:-1].view(batch, W, 1)
+        visible = o_c <= slot
+        if window is not None:
+            visible &= o_c > slot - window
+        return cls(place, visible[:, None], unused[:, None, None])
 
 
 def decode_attention_reference(
@@ -72,43 +106,38 @@ def decode_attention_reference(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    memo: dict[int | None, _Spread] | None = None,
 ) -> Tensor:
-    """`decode_attention` in plain torch: rows spread to [B, W], one matmul a side, rows gathered back.
+    """`decode_attention` in plain torch: rows spread to [B, W], attention of a padded batch, rows gathered back.
 
-    Computes in float32, or in float64 for float64 inputs.
+    With a softcap or sinks it computes in float32, or in float64 for float64 inputs; else as
+    scaled_dot_product_attention does.
     """
     B, Hkv, C, D = k_cache.shape[0], k_cache.shape[1], k_cache.shape[2] - 1, k_cache.shape[3]
     R, Hq, _ = query.shape
-    G = Hq // Hkv
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    q, slot = query.to(dtype), torch.where(row_slot < C, row_slot, -1)
-    if B == 1:  # one sequence's packed rows need no spreading
-        W = R
+    Dv, W = v_cache.shape[-1], R if B == 1 else max_rows
+    memo = {} if memo is None else memo
+    if window not in memo:
+        memo[window] = _Spread.of(row_seq, row_slot, row_start, B, C, W, window)
+    spread = memo[window]
+    q = query
+    if spread.place is not None:
+        q = query.new_zeros(B * W + 1, Hq, D).index_copy_(0, spread.place, query)[:-1]
+    q = q.view(B, W, Hq, D).transpose(1, 2)
+    k, v = k_cache[:, :, :C], v_cache[:, :, :C]
+    if softcap is None and sinks is None:
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=spread.visible, scale=scale, enable_gqa=Hq > Hkv)
     else:
-        # Place of each packed row in [B, W]; unused rows share one more place behind the end.
-        W = max_rows
-        place = row_seq * W + torch.arange(R, device=query.device) - row_start[row_seq]
-        place = torch.where(row_slot < C, place, B * W)
-        q = q.new_zeros(B * W + 1, Hq, D).index_copy_(0, place, q)[:-1]
-        slot = slot.new_full((B * W + 1,), -1).index_copy_(0, place, slot)[:-1]
-
-    slot = slot.view(B, W, 1)
-    o_c = torch.arange(C, device=query.device)
-    visible = o_c <= slot  # [B, W, C]
-    if window is not None:
-        visible &= o_c > slot - window
-    # 0 * NaN is NaN, so what no row of the sequence sees must not even meet its zero weight.
-    v = v_cache[:, :, :C].to(dtype).masked_fill(~visible.any(1)[:, None, :, None], 0)
-
-    q = q.view(B, W, Hkv, G, D).transpose(1, 2).reshape(B, Hkv, W * G, D)
-    s = (q @ k_cache[:, :, :C].to(dtype).transpose(-1, -2)).mul_(scale).view(B, Hkv, W, G, C)
-    if softcap is not None:
-        s = s.div_(softcap).tanh_().mul_(softcap)
-    s = s.masked_fill_(~visible[:, None, :, None], torch.finfo(dtype).min)
-    if sinks is not None:
-        s = torch.cat([s, sinks.to(dtype).view(1, Hkv, 1, G, 1).expand(B, -1, W, -1, -1)], dim=-1)
-    p = s.softmax(-1)[..., :C]
-    o = (p.reshape(B, Hkv, W * G, C) @ v).view(B, Hkv, W, G, D).transpose(1, 2).reshape(B * W, Hq, D)
-    if B > 1:
-        o = torch.cat([o, o.new_zeros(1, Hq, D)])[place]
-    return o.masked_fill((row_slot >= C)[:, None, None], 0).to(query.dtype)
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+        s = (q.reshape(B, Hkv, -1, D) @ k.transpose(-1, -2)).mul_(scale).view(B, Hq, W, C)
+        if softcap is not None:
+            s = s.div_(softcap).tanh_().mul_(softcap)
+        s = s.masked_fill_(~spread.visible, torch.finfo(dtype).min)
+        if sinks is not None:
+            s = torch.cat([s, sinks.to(dtype).view(1, Hq, 1, 1).expand(B, -1, W, -1)], dim=-1)
+        o = (s.softmax(-1)[..., :C].reshape(B, Hkv, -1, C) @ v).view(B, Hq, W, Dv)
+    o = o.transpose(1, 2).reshape(B * W, Hq, Dv).to(query.dtype)
+    if spread.place is not None:
+        o = torch.cat([o, o.new_zeros(1, Hq, Dv)])[spread.place]
+    return o.masked_fill(spread.unused, 0)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -88,7 +88,7 @@ def mtpkern_attention(
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     out = context.attend(
-        module.layer_idx, query, key, value, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux
+        cast(int, module.layer_idx), query, key, value, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux
     )
     return out, None
 

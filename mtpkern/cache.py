@@ -31,6 +31,8 @@ class KVCache:
         self.max_rows = max_rows
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         self.attended: set[int] = set()
+        # What the layers of one pass share; whoever changes the rows empties it.
+        self.memo: dict = {}
 
     def fill(self, layer: int, key: Tensor, value: Tensor, slot: Tensor) -> None:
         """Store the prefill's key and value [B, Hkv, T, D] at slot [B, T] int64 (C for what is not to be kept)."""
@@ -83,6 +85,7 @@ class KVCache:
             window=window,
             softcap=softcap,
             sinks=sinks,
+            memo=self.memo,
         )[None]
 
 

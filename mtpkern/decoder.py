@@ -107,6 +107,7 @@ class Decoder:
     @torch.inference_mode()
     def step(self, route: dict[str, AttentionContext]) -> Tensor:
         """One pass over the planned rows, inside `attention_context`; returns the rows' logits [R, V]."""
+        self.cache.memo.clear()
         logits = self.model(
             input_ids=self.rows.token[None],
             position_ids=self.rows.position[None],

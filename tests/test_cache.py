@@ -53,7 +53,7 @@ def test_each_layer_has_a_width_of_its_own() -> None:
 
 
 def test_a_step_writes_its_keys_before_it_reads_them() -> None:
-    """Two sequences, two rows and one, against attention written out; unused slots and the trash hold NaN."""
+    """Two sequences, two rows and one, against attention written out; stale slots hold large numbers, trash NaN."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -64,8 +64,8 @@ def test_a_step_writes_its_keys_before_it_reads_them() -> None:
     prompt_k, prompt_v = draw(B, HKV, 2, D), draw(B, HKV, 2, D)
     cache.fill(0, prompt_k, prompt_v, torch.tensor([[0, 1], [C, 0]]))
     for x in cache.layers[0]:
-        x[0, :, 2:] = torch.nan
-        x[1, :, 1:] = torch.nan
+        x[0, :, 2:C] = x[1, :, 1:C] = 1e4
+        x[:, :, C] = torch.nan
     query, key, value = draw(1, 2 * HKV, 5, D), draw(1, HKV, 5, D), draw(1, HKV, 5, D)
     out = attend(cache, 0, query, key, value)
     assert out.shape == (1, 5, 2 * HKV, D)

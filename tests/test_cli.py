@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import mtpkern
 from mtpkern.bench.problems import HELD_OUT, problems
 from mtpkern.cli import main
-from mtpkern.compare import Problem, extract_answer, pad, read_problems
-from mtpkern.demo import ASSETS
+from mtpkern.compare import HF_GENERATE, Problem, Tally, extract_answer, pad, read_problems
+from mtpkern.demo import ASSETS, summary
 from mtpkern.train.arithmetic import build_tokenizer
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}Answer:"
@@ -267,6 +267,19 @@ def test_demo(checkpoint, tmp_path, capsys, monkeypatch):
     assert "Verified(4, 0.6)" in out
     assert "2 of 2" in err
     assert page.read_text(encoding="utf-8").count('class="blocks"') == 4
+
+
+def test_summary_divides_tokens_per_second():
+    slow = Tally(problems=2, right=1, tokens=100, passes=100, seconds=2.0)
+    fast = Tally(problems=2, right=2, tokens=90, passes=30, seconds=0.6)
+    result = summary({HF_GENERATE: slow, "verified": fast}, {HF_GENERATE: slow, "verified": slow})
+    assert result == {
+        "problems": 2,
+        "tokens_per_pass": {HF_GENERATE: 1.0, "verified": 3.0},
+        "accuracy": {HF_GENERATE: 0.5, "verified": 1.0},
+        "speedup_vs_hf_generate": {HF_GENERATE: 1.0, "verified": 3.0},
+        "speedup_vs_hf_generate_batch_8": {HF_GENERATE: 1.0, "verified": 1.0},
+    }
 
 
 def test_help_needs_no_model_library():

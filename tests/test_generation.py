@@ -333,6 +333,15 @@ def test_faulty_logits_name_their_sequences(failing_pass: int, value: float, mod
         mtpkern.generate(model, **inputs, strategy=Static(k), max_new_tokens=12)
 
 
+def test_output_and_model_are_as_good_for_training_as_before(model: Any, inputs: Any) -> None:
+    """Decoding runs in inference mode, whose tensors autograd does not take: none may be left over."""
+    output = mtpkern.generate(model, **inputs, strategy=Static(3), max_new_tokens=7)
+    assert not output.is_inference()
+    output[0, 0] = 1
+    model.train()(output, labels=output).loss.backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+
+
 # What it refuses
 
 

@@ -134,6 +134,12 @@ def test_verified_drafts_the_sure_ones_only() -> None:
     assert blocks == [1, 2, 2, 1]
 
 
+def test_a_draft_is_surer_than_the_threshold_not_as_sure() -> None:
+    tokens, blocks, fed = run(Verified(k=3, threshold=1.0), 4, sure=(1.0, 1.0, 1.0))
+    assert fed == [[M, M], [2, M, M], [2, 3, M], [2, 3, 4]]
+    assert (tokens, blocks) == ([2, 3, 4, 5], [1, 1, 1, 1])
+
+
 @pytest.mark.parametrize(
     ("strategy", "stops", "tokens", "blocks"),
     [

@@ -145,7 +145,7 @@ FRAMES = (
     "{name} has {a} {op} {n} = {total} {thing} after {deed}.",
     "That is {a} {op} {n} = {total} {thing} after {deed}.",
 )
-GROUP_FRAME = "{g} {box} with {n} {noun} each hold {g} × {n} = {total} {noun}."
+GROUP_FRAME = "{g} with {n} {noun} each hold {g} × {n} = {total} {noun}."
 
 
 def _stable(*parts: object) -> int:

@@ -582,14 +582,21 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# By kernel and bytes of an element, up to a head dimension. tests/test_aot_span.py holds what they cost.
+# By kernel and bytes of an element, up to a head dimension; tests/test_aot_span.py holds what they cost. Float32 runs
+# without tensor cores, exactly: for tests and small models.
 TILES = {
     ("forward", 2): {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 64, 8, 2)},
     ("dq", 2): {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 64, 8, 2)},
     ("dkdv", 2): {64: Tiles(64, 128, 8, 2), 128: Tiles(64, 128, 8, 2), 256: Tiles(32, 64, 8, 2)},
-    ("forward", 4): {64: Tiles(64, 32, 4, 2), 128: Tiles(32, 32, 4, 2), 256: Tiles(32, 16, 4, 2)},
+    ("forward", 4): {64: Tiles(64, 32, 8, 2), 128: Tiles(32, 32, 8, 2), 256: Tiles(32, 16, 8, 2)},
     ("dq", 4): {64: Tiles(32, 32, 4, 2), 128: Tiles(32, 32, 4, 2), 256: Tiles(16, 16, 4, 1)},
-    ("dkdv", 4): {64: Tiles(32, 32, 4, 2), 128: Tiles(32, 32, 4, 2), 256: Tiles(16, 16, 4, 1)},
+    ("dkdv", 4): {64: Tiles(32, 32, 8, 2), 128: Tiles(32, 32, 8, 2), 256: Tiles(16, 16, 4, 1)},
+}
+# AMD's warps of 64 threads have 512 registers a thread only up to 4 warps, and little shared memory.
+AMD_TILES = TILES | {
+    ("forward", 2): {128: Tiles(128, 64, 8, 1), 256: Tiles(64, 32, 4, 1)},
+    ("dq", 2): {64: Tiles(64, 64, 4, 1), 128: Tiles(64, 64, 4, 1), 256: Tiles(32, 32, 4, 1)},
+    ("dkdv", 2): {64: Tiles(32, 64, 4, 1), 128: Tiles(32, 64, 4, 1), 256: Tiles(32, 32, 4, 1)},
 }
 MAX_HEAD_DIM = 256
 
@@ -606,7 +613,8 @@ def _shared_memory(device: torch.device) -> int:
 def _tiles(kernel: str, query: Tensor) -> Tiles:
     """The table's tiles, with fewer stages where the device has not the memory for all of them."""
     dim, size = query.shape[-1], query.element_size()
-    tiles = next(tiles for limit, tiles in TILES[kernel, size].items() if dim <= limit)
+    table = AMD_TILES if torch.version.hip else TILES
+    tiles = next(tiles for limit, tiles in table[kernel, size].items() if dim <= limit)
     # Blocks that stay (q; q and do; k and v) and blocks of every stage (k and v; q and do).
     stay = {"forward": tiles.rows, "dq": 2 * tiles.rows, "dkdv": 2 * tiles.keys}[kernel]
     passing = 2 * (tiles.rows if kernel == "dkdv" else tiles.keys)

@@ -26,9 +26,10 @@ TARGETS = {
     "gfx942": (("hip", "gfx942", 64), 65536),
 }
 DIMS = (64, 96, 128, 256)
-# Bytes of stack a thread may spill to: on sm_90, where the loops over unmasked tiles were read in the machine code,
-# what is spilled at D = 128 are addresses and other constants of the loop, never its sums.
-SPILL = {"_forward_kernel": 160, "_dq_kernel": 128, "_dkdv_kernel": 128}
+# Bytes a thread may spill, by target: forward, dq, dk and dv at D = 128. In sm_90's machine code the loops over unmasked
+# tiles only read what is spilled, 13 words at most: addresses and other constants, never the sums.
+KERNELS = ("_forward_kernel", "_dq_kernel", "_dkdv_kernel")
+SPILL = {"sm_80": (64, 88, 48), "sm_90": (0, 24, 104), "sm_100": (0, 0, 0), "gfx942": (0, 0, 0)}
 
 
 def use_target(target):
@@ -59,6 +60,7 @@ def compile_all(target, dims):
 
     use_target(target)
     attention._shared_memory = lambda device: TARGETS[target][1]
+    torch.version.hip = "6" if target.startswith("gfx") else None
     compiled = []
     run = JITFunction.run
 
@@ -154,15 +156,15 @@ def test_budgets(target):
     for row in rows:
         assert row["shared"] <= TARGETS[target][1], row
         assert row["atomics"] == 0, row
-        assert (row["matrix"] > 0) == (row["kernel"] in SPILL), row
-        if target == "sm_90":
-            assert row["spilled"] <= SPILL.get(row["kernel"], 0), row
+        assert (row["matrix"] > 0) == (row["kernel"] in KERNELS), row
+        allowed = dict(zip(KERNELS, SPILL[target]))
+        assert row["spilled"] <= allowed.get(row["kernel"], 0), row
 
 
 def test_lengths_and_windows_compile_nothing_new():
     pytest.importorskip("triton")
     (variants,) = elsewhere("variants")
-    assert set(variants) >= set(SPILL)
+    assert set(variants) >= set(KERNELS)
     # One, and those whose row strides Triton tells apart: none, as a head dimension of 64 divides them all by 16.
     assert all(n == 1 for n in variants.values()), variants
 

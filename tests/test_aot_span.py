@@ -26,8 +26,8 @@ TARGETS = {
     "gfx942": (("hip", "gfx942", 64), 65536),
 }
 DIMS = (64, 96, 128, 256)
-# Bytes a thread may spill, by target: forward, dq, dk and dv at D = 128. In sm_90's machine code the loops over unmasked
-# tiles only read what is spilled, 13 words at most: addresses and other constants, never the sums.
+# Bytes a thread may spill, by target: forward, dq, dk and dv at D = 128. On sm_90 the machine code of unmasked tiles
+# reads what is spilled, 13 words at most, and writes none of it: constants of the loop, never its sums.
 KERNELS = ("_forward_kernel", "_dq_kernel", "_dkdv_kernel")
 SPILL = {"sm_80": (64, 88, 48), "sm_90": (0, 24, 104), "sm_100": (0, 0, 0), "gfx942": (0, 0, 0)}
 

@@ -409,15 +409,24 @@ def decode_attention(
 
 @dataclass(frozen=True)
 class _Spread:
-    """Where packed rows go in [B, W] (None: they stand there already), and what they see [B, 1, W, C]."""
+    """Where packed rows go in [B, W] (None: they stand there already), and what they do not see: bias [B, 1, W, C]."""
 
     place: Tensor | None
-    visible: Tensor
+    bias: Tensor
     unused: Tensor
 
     @classmethod
     def of(
-        cls, row_seq: Tensor, row_slot: Tensor, row_start: Tensor, batch: int, capacity: int, W: int, window: int | None
+        cls,
+        row_seq: Tensor,
+        row_slot: Tensor,
+        row_start: Tensor,
+        *,
+        batch: int,
+        capacity: int,
+        max_rows: int,
+        window: int | None,
+        dtype: torch.dtype,
     ) -> _Spread:
         o_r, o_c = torch.arange(len(row_slot), device=row_slot.device), torch.arange(capacity, device=row_slot.device)
         unused = row_slot >= capacity
@@ -426,12 +435,13 @@ class _Spread:
             place, slot = None, slot.view(1, -1, 1)
         else:
             # Unused rows share one more place behind the end.
-            place = torch.where(unused, batch * W, row_seq * W + o_r - row_start[row_seq])
-            slot = slot.new_full((batch * W + 1,), -1).index_copy_(0, place, slot)[:-1].view(batch, W, 1)
+            place = torch.where(unused, batch * max_rows, row_seq * max_rows + o_r - row_start[row_seq])
+            slot = slot.new_full((batch * max_rows + 1,), -1).index_copy_(0, place, slot)[:-1].view(batch, -1, 1)
         visible = o_c <= slot
         if window is not None:
             visible &= o_c > slot - window
-        return cls(place, visible[:, None], unused[:, None, None])
+        bias = torch.zeros((), dtype=dtype, device=slot.device).where(visible, -torch.inf)
+        return cls(place, bias[:, None], unused[:, None, None])
 
 
 def decode_attention_reference(
@@ -459,7 +469,9 @@ def decode_attention_reference(
     Dv, W = v_cache.shape[-1], R if B == 1 else max_rows
     memo = {} if memo is None else memo
     if window not in memo:
-        memo[window] = _Spread.of(row_seq, row_slot, row_start, B, C, W, window)
+        memo[window] = _Spread.of(
+            row_seq, row_slot, row_start, batch=B, capacity=C, max_rows=max_rows, window=window, dtype=query.dtype
+        )
     spread = memo[window]
     q = query
     if spread.place is not None:
@@ -467,14 +479,14 @@ def decode_attention_reference(
     q = q.view(B, W, Hq, D).transpose(1, 2)
     k, v = k_cache[:, :, :C], v_cache[:, :, :C]
     if softcap is None and sinks is None:
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=spread.visible, scale=scale, enable_gqa=Hq > Hkv)
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=spread.bias, scale=scale, enable_gqa=Hq > Hkv)
     else:
         dtype = torch.promote_types(query.dtype, torch.float32)
         q, k, v = (x.to(dtype) for x in (q, k, v))
         s = (q.reshape(B, Hkv, -1, D) @ k.transpose(-1, -2)).mul_(scale).view(B, Hq, W, C)
         if softcap is not None:
             s = s.div_(softcap).tanh_().mul_(softcap)
-        s = s.masked_fill_(~spread.visible, torch.finfo(dtype).min)
+        s = s.add_(spread.bias)
         if sinks is not None:
             s = torch.cat([s, sinks.to(dtype).view(1, Hq, 1, 1).expand(B, -1, W, -1)], dim=-1)
         o = (s.softmax(-1)[..., :C].reshape(B, Hkv, -1, C) @ v).view(B, Hq, W, Dv)

@@ -18,15 +18,22 @@ from mtpkern.kernels.advance import RUNNING, Rows, Sequences, advance
 from mtpkern.kernels.readout import readout
 from mtpkern.strategies import Strategy
 
-# Below this many rows a pass is bound by reading the weights, so that rows are nearly free.
+# Up to this many rows a pass is bound by reading the weights, so that rows are nearly free; on a CPU each row costs.
 FREE_ROWS = 192
+FREE_ROWS_CPU = 16
 # How many steps the host runs ahead of what it knows: enough to keep a GPU fed, few enough to waste.
 LAG = 3
 
 
-def default_rows(batch: int, k: int) -> int:
-    """Rows of a pass: all masks for everybody (B * (2k - 1)) while rows are nearly free, never fewer than B * k."""
-    return min(batch * (2 * k - 1), max(batch * k, FREE_ROWS))
+def default_rows(strategy: Strategy, batch: int, device: torch.device) -> int:
+    """Rows of a pass, from B * k to B * (2k - 1), which gives every sequence all its masks.
+
+    Without verification a sequence must have all its masks, or what it emits would depend on its neighbours. Verified
+    emits the same with fewer, and gets them while rows are nearly free.
+    """
+    most = batch * (2 * strategy.k - 1)
+    free = FREE_ROWS_CPU if device.type == "cpu" else FREE_ROWS
+    return min(most, max(batch * strategy.k, free)) if strategy.verify else most
 
 
 class Decoder:
@@ -56,7 +63,7 @@ class Decoder:
     ) -> None:
         device = model.device
         if rows is None:
-            rows = default_rows(batch, strategy.k)
+            rows = default_rows(strategy, batch, device)
         if rows < batch * strategy.k:
             raise ValueError(
                 f"rows must be at least batch * k = {batch} * {strategy.k} = {batch * strategy.k}, got {rows}: "

@@ -64,7 +64,7 @@ def demo(problems: int = 64, *, html: Path | None = None, folder: Path = ASSETS)
         model, tokenizer = load(folder)
         held_out = read_problems(folder / "problems.jsonl", problems)
         advance(1)
-    rows = ways(min(model.config.mtpkern["k_max"], 8))
+    rows = ways(min(model.config.mtpkern["k_max"], Verified.k))
 
     console.print(
         Text.assemble(

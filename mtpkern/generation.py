@@ -21,7 +21,7 @@ from mtpkern.model import recorded_settings, require_decodable, resolve_mask_tok
 from mtpkern.strategies import Strategy, Verified
 
 # Capacities are rounded up, so that runs of similar length share their shapes.
-_CAPACITY_STEP = 64
+_CAPACITY_STEP = 16
 
 # Fields of GenerationConfig that are honoured, or that say nothing where nothing is sampled or searched.
 _HONOURED = {
@@ -65,7 +65,7 @@ def generate(
     strategy: `Verified` (default; the checkpoint's own greedy output), `ConfAdapt` or `Static`. Its k is at most the
         k_max that training has recorded, where none is given.
     mask_token_id: for checkpoints that do not record theirs.
-    rows: the row budget of a pass, from B * k up; by default every sequence gets all its masks while rows are cheap.
+    rows: the row budget of a pass, from B * k up; see `mtpkern.decoder.default_rows`.
 
     Raises ValueError, by name, for everything that is not honoured: sampling, beams, logits processors, stop strings,
     streamers, scores, a model of an unknown kind. RuntimeError where the model's logits hold NaN.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mtpkern.attention import attention_context
+from mtpkern.attention import exclusive, routed
 from mtpkern.decoder import Decoder
 from mtpkern.strategies import Static
 
@@ -167,23 +167,24 @@ def check(
         capacity=T + k * (steps + 1),
         max_new_tokens=k * (steps + 1),
     )
-    decoder.prefill(input_ids, attention_mask)
     errors, equal, spread = [], [], []
     rows, sequences = decoder.rows, decoder.sequences
-    for _ in range(steps):
-        seq, position, start = rows.seq.clone(), rows.position.clone(), rows.start.tolist()
-        texts = sequences.tokens.clone()
-        for b in range(B):
-            texts[b, int(sequences.length[b]) :] = mask_token_id
-        with attention_context(model, decoder.cache) as route:
-            logits = decoder.step(route)
-        for b in range(B):
-            of_b = slice(start[b], start[b + 1])
-            assert (seq[of_b] == b).all()
-            full = model(texts[b : b + 1, : int(position[of_b][-1]) + 1], use_cache=False).logits[0, position[of_b]]
-            errors.append((logits[of_b] - full).abs().max().item())
-            spread.append(full.float().std().item())
-            equal.append((logits[of_b].argmax(-1) == full.argmax(-1)).float())
+    with exclusive(model):
+        decoder.prefill(input_ids, attention_mask)
+        for _ in range(steps):
+            seq, position, start = rows.seq.clone(), rows.position.clone(), rows.start.tolist()
+            texts = sequences.tokens.clone()
+            for b in range(B):
+                texts[b, int(sequences.length[b]) :] = mask_token_id
+            with routed(model, decoder.cache) as route:
+                logits = decoder.step(route)
+            for b in range(B):
+                of_b = slice(start[b], start[b + 1])
+                assert (seq[of_b] == b).all()
+                full = model(texts[b : b + 1, : int(position[of_b][-1]) + 1], use_cache=False).logits[0, position[of_b]]
+                errors.append((logits[of_b] - full).abs().max().item())
+                spread.append(full.float().std().item())
+                equal.append((logits[of_b].argmax(-1) == full.argmax(-1)).float())
     decoder.require_all_layers()
     agreement = torch.cat(equal)
     return CheckReport(len(agreement), max(errors), sum(spread) / len(spread), agreement.mean().item())

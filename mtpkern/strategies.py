@@ -68,6 +68,6 @@ class Verified(Strategy):
         mtpkern.generate(model, ids, strategy=mtpkern.Verified(k=8, threshold=0.5))
     """
 
-    k: int = 8
+    k: int = 12
     threshold: float = 0.6
     verify: ClassVar[bool] = True

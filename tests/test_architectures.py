@@ -75,13 +75,13 @@ def slow(model: Any, ids: Tensor, real: Tensor, strategy: Strategy, rows: int | 
 
 
 def fast(model: Any, ids: Tensor, real: Tensor, strategy: Strategy, rows: int | None = None) -> list[tuple[Any, Any]]:
-    """The same, all prompts at once, by `generate`."""
+    """The same, all prompts at once, by `generate`; all masks for everybody unless `rows` says otherwise."""
     output = mtpkern.generate(
         model,
         ids,
         attention_mask=real,
         strategy=strategy,
-        rows=rows,
+        rows=rows or len(ids) * (2 * strategy.k - 1),
         max_new_tokens=NEW,
         return_dict_in_generate=True,
     )

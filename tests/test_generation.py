@@ -85,7 +85,7 @@ def test_default_strategy_is_verified_with_the_recorded_k(
         mtpkern.generate(model, **inputs, max_new_tokens=2)
     del model.config.mtpkern["k_max"]
     mtpkern.generate(model, **inputs, max_new_tokens=2)
-    assert seen == [Verified(k=5), Verified(k=8), Verified(k=8)]
+    assert seen == [Verified(k=5), Verified(k=12), Verified(k=12)]
 
 
 @every_strategy

@@ -10,7 +10,7 @@ from mtpkern.strategies import Strategy
 def test_defaults_and_how_they_are_written() -> None:
     assert Static(4) == Static()
     assert ConfAdapt(k=8, threshold=0.9) == ConfAdapt()
-    assert Verified(k=8, threshold=0.6) == Verified()
+    assert Verified(k=12, threshold=0.6) == Verified()
     assert ConfAdapt(8, 0.9) != Verified(8, 0.9)
     assert [s.verify for s in (Static(), ConfAdapt(), Verified())] == [False, False, True]
     assert all(isinstance(s, Strategy) for s in (Static(), ConfAdapt(), Verified()))

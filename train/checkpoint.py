@@ -150,6 +150,8 @@ def publish(work: Path, out: Path) -> None:
     """Copy the last phase's model and tokenizer to `out`, and the curves of all phases to curves.json."""
     tokenizer = AutoTokenizer.from_pretrained(work / "distill")
     model = AutoModelForCausalLM.from_pretrained(work / "distill", dtype=torch.float32)
+    # Trainer turns the cache off in the config while it trains.
+    model.config.use_cache = True
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     curves = {phase: json.loads((work / phase / "curve.json").read_text()) for phase in STEPS}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -229,7 +229,8 @@ class MTPTrainer(Trainer):
         with _forward_as(core, forward):
             sums: MTPLoss = model(inputs["input_ids"], inputs["layout"], inputs["prefix_rows"])
         loss = (sums.span / counts[0] + weight * sums.prefix / counts[1]) * self.accelerator.num_processes
-        self._sums.append(sums)
+        # Kept for the next log; the graph must not live that long.
+        self._sums.append(replace(sums, span=sums.span.detach(), prefix=sums.prefix.detach()))
         return (loss, sums) if return_outputs else loss
 
     def prediction_step(

@@ -1,0 +1,318 @@
+"""The Triton form of span attention against float64, run by Triton's interpreter where there is no GPU."""
+
+import pytest
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+from mtpkern.attention import attention_context
+from mtpkern.kernels import span_attention as module
+from mtpkern.kernels.distill import distill_loss_triton, head_readout_triton
+from mtpkern.kernels.span_attention import Tiles, span_attention_reference, span_attention_triton
+from mtpkern.kernels.span_mask import span_mask
+from mtpkern.train import objective
+from mtpkern.train.layout import build_layout
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("interpreter")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNELS = ("forward", "dq", "dkdv")
+
+
+def ragged():
+    """Three texts, one of them empty; 40 tokens and 5 spans of 3 masks: 55 rows."""
+    prefix = torch.tensor([[3, 9, 20, 21, 39], [4, 12, 0, 0, 0], [0] * 5])
+    layout = build_layout(prefix, torch.tensor([40, 33, 0]), 4, num_tokens=40)
+    return layout.position, layout.prefix_end, layout.span_start
+
+
+def documents():
+    """Texts of 13, 20 and 7 tokens in one row, positions from 0 in each, a span of 5 masks behind 4 prefixes."""
+    position, end, own = [], [], []
+    for first, last in ((0, 13), (13, 33), (33, 40)):
+        position += range(last - first)
+        end += range(first + 1, last + 1)
+        own += range(first + 1, last + 1)
+    for prefix, first in ((6, 0), (14, 13), (30, 13), (40, 33)):
+        own += [len(position)] * 5
+        position += range(prefix - first, prefix - first + 5)
+        end += [prefix] * 5
+    return tuple(torch.tensor([x], dtype=torch.int32) for x in (position, end, own))
+
+
+def arbitrary(rows=45, seed=0):
+    """Rows in no order at all, within the rule: keys up to the row itself, prefixes in front of spans."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def upto(limit):
+        return (torch.rand(2, rows, generator=generator) * (limit + 1)).long().clamp(max=limit)
+
+    row = torch.arange(rows)
+    end = upto(row)
+    own = torch.maximum(end, row - upto(row.clamp(max=6)) + (upto(row) % 3 == 0) * rows)
+    return upto(row).int(), end.int(), torch.where(own > row, row + 1, own).int()
+
+
+LAYOUTS = {"ragged": ragged, "documents": documents, "arbitrary": arbitrary}
+
+
+def tile(monkeypatch, rows, keys):
+    for kernel in KERNELS:
+        for size in (2, 4):
+            monkeypatch.setitem(module.TILES, (kernel, size), {256: Tiles(rows, keys, 4, 1)})
+
+
+def draw(rule, heads, kv_heads, dim, dtype, sinks=False):
+    """Leaves and the gradient of the output, in the layout of memory that models hand over: heads inside rows."""
+    B, T = rule[0].shape
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+    leaves = [normal(B, T, h, dim).transpose(1, 2) for h in (heads, kv_heads, kv_heads)]
+    leaves += [normal(heads)] * sinks
+    return leaves, normal(B, T, heads, dim)
+
+
+def eager(query, key, value, *rule, scale, window=None, softcap=None, sinks=None):
+    """Attention as transformers' eager form computes it, every step in the dtype of the inputs."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    mask = span_mask(*rule, window)[:, None]
+    score = query @ key.mT * scale
+    if softcap is not None:
+        score = torch.tanh(score / softcap) * softcap
+    score = score.masked_fill(~mask, torch.finfo(score.dtype).min)
+    if sinks is not None:
+        score = torch.cat([score, sinks.view(1, -1, 1, 1).expand(*score.shape[:3], 1)], -1)
+    weight = score.softmax(-1)[..., : key.shape[2]] * mask
+    return (weight @ value).transpose(1, 2)
+
+
+def gradients(form, leaves, d_out, rule, dtype=None, **options):
+    leaves = [x.to(dtype or x.dtype, copy=True).requires_grad_() for x in leaves]
+    sinks = leaves[3] if len(leaves) == 4 else None
+    out = form(*leaves[:3], *rule, sinks=sinks, **options)
+    return [out.detach(), *torch.autograd.grad(out, leaves, d_out.to(out.dtype))]
+
+
+@pytest.mark.parametrize(
+    ("layout", "tiles", "heads", "dim", "dtype", "options", "sinks"),
+    [
+        ("ragged", (16, 16), (2, 1), 16, torch.float32, {}, False),
+        ("ragged", (16, 32), (2, 2), 24, torch.float16, {"softcap": 2.0}, True),
+        ("ragged", (32, 16), (4, 2), 96, torch.float16, {"window": 5}, False),
+        ("documents", (16, 16), (2, 1), 8, torch.float32, {"softcap": 2.0}, False),
+        ("documents", (16, 32), (3, 1), 64, torch.float16, {"window": 9}, True),
+        ("arbitrary", (16, 16), (2, 1), 16, torch.float32, {}, False),
+        ("arbitrary", (32, 16), (1, 1), 16, torch.float32, {"window": 4}, True),
+    ],
+)
+def test_error_is_that_of_eager(monkeypatch, layout, tiles, heads, dim, dtype, options, sinks):
+    tile(monkeypatch, *tiles)
+    rule = tuple(x.to(DEVICE) for x in LAYOUTS[layout]())
+    leaves, d_out = draw(rule, *heads, dim, dtype, sinks)
+    options = {"scale": dim**-0.5, **options}
+    truth = gradients(span_attention_reference, leaves, d_out, rule, torch.float64, **options)
+    theirs = gradients(eager, leaves, d_out, rule, **options)
+    ours = gradients(span_attention_triton, leaves, d_out, rule, **options)
+    for name, t, e, o in zip(("out", "dq", "dk", "dv", "dsinks"), truth, theirs, ours):
+        assert o.dtype == dtype
+        allowed = 2 * (e.double() - t).abs().max() + 2 * torch.finfo(dtype).eps * t.abs().max()
+        assert (o.double() - t).abs().max() <= allowed, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_the_tiles_that_are_shipped(dtype):
+    """On rows that fill no tile and several: 150 tokens, 3 spans of 15 masks."""
+    layout = build_layout(torch.tensor([[40, 100, 149]]), torch.tensor([150]), 16, num_tokens=150)
+    rule = tuple(x.to(DEVICE) for x in (layout.position, layout.prefix_end, layout.span_start))
+    leaves, d_out = draw(rule, 1, 1, 64, dtype)
+    truth = gradients(span_attention_reference, leaves, d_out, rule, torch.float64, scale=0.125)
+    theirs = gradients(eager, leaves, d_out, rule, scale=0.125)
+    ours = gradients(span_attention_triton, leaves, d_out, rule, scale=0.125)
+    for name, t, e, o in zip(("out", "dq", "dk", "dv"), truth, theirs, ours):
+        allowed = 2 * (e.double() - t).abs().max() + 2 * torch.finfo(dtype).eps * t.abs().max()
+        assert (o.double() - t).abs().max() <= allowed, name
+
+
+def test_rows_that_see_nothing_give_zero_whatever_they_hold(monkeypatch):
+    """Queries and output gradients of padding may be any number; the other rows keep their bits."""
+    tile(monkeypatch, 16, 16)
+    rule = tuple(x[1:].to(DEVICE) for x in ragged())
+    leaves, d_out = draw(rule, 2, 1, 16, torch.float32)
+    blank = ~span_mask(*rule).any(-1)
+    assert blank.any()
+    clean = gradients(span_attention_triton, leaves, d_out, rule, scale=0.3)
+    leaves[0].transpose(1, 2)[blank] = 1e30
+    d_out[blank] = -1e30
+    dirty = gradients(span_attention_triton, leaves, d_out, rule, scale=0.3)
+    for c, d in zip(clean, dirty):
+        assert torch.equal(c, d)
+    assert (clean[0][blank] == 0).all()
+    for grad in clean[1:]:
+        assert (grad.transpose(1, 2)[blank] == 0).all()
+
+
+def test_no_rows_in_sight():
+    rule = tuple(x[2:].to(DEVICE) for x in ragged())
+    leaves, d_out = draw(rule, 1, 1, 16, torch.float16, sinks=True)
+    for x in gradients(span_attention_triton, leaves, d_out, rule, scale=1.0):
+        assert (x == 0).all()
+
+
+@pytest.mark.parametrize("layout", ["ragged", "documents", *range(12)])
+@pytest.mark.parametrize("window", [1 << 30, 3])
+def test_plan_visits_each_tile_once_and_masks_where_it_must(layout, window):
+    rule = arbitrary(seed=layout) if isinstance(layout, int) else LAYOUTS[layout]()
+    (B, T), ROWS, KEYS = rule[0].shape, 4, 8
+    plan = torch.empty(B, -(-T // KEYS), 8, dtype=torch.int32, device=DEVICE)
+    layout = tuple(x.to(DEVICE) for x in rule)
+    module._row_tiles_kernel[plan.shape[1], B](layout, plan, T, window, ROWS=ROWS, KEYS=KEYS, TILES=4)
+    mask = span_mask(*rule, None if window > T else window)
+    padded = torch.zeros(B, -(-T // ROWS) * ROWS, -(-T // KEYS) * KEYS, dtype=torch.bool)
+    padded[:, :T, :T] = mask
+    blocks = padded.unflatten(1, (-1, ROWS)).unflatten(3, (-1, KEYS)).transpose(2, 3)
+    for b in range(B):
+        for n in range(plan.shape[1]):
+            a0, f0, f1, a1, b0, g0, g1, b1 = plan[b, n].tolist()
+            assert a0 <= f0 <= f1 <= a1
+            assert b0 <= g0 <= g1 <= b1
+            visited = [*range(a0, a1), *range(b0, b1)]
+            assert len(visited) == len(set(visited))
+            seen = blocks[b, :, n].flatten(1).any(-1).nonzero().flatten().tolist()
+            assert set(seen) <= set(visited)
+            for t in (*range(f0, f1), *range(g0, g1)):
+                assert blocks[b, t, n, :, : T - n * KEYS].all()
+
+
+def test_plan_of_a_sorted_layout_is_tight():
+    """A key tile in the middle of the text: later tokens unmasked, spans behind it unmasked, nothing else visited."""
+    layout = build_layout(torch.tensor([[8, 16, 24, 32]]), torch.tensor([32]), 9, num_tokens=32)
+    plan = torch.empty(1, 8, 8, dtype=torch.int32, device=DEVICE)
+    rule = tuple(x.to(DEVICE) for x in (layout.position, layout.prefix_end, layout.span_start))
+    module._row_tiles_kernel[8, 1](rule, plan, 64, 1 << 30, ROWS=8, KEYS=8, TILES=4)
+    # Tiles 0-3 are tokens; tile 4 + m is the span behind 8 (m + 1) tokens.
+    assert plan[0, 1].tolist() == [1, 2, 4, 4, 5, 5, 8, 8]
+    # A tile of mask rows is seen by its own span, in part.
+    assert plan[0, 5].tolist() == [0, 0, 0, 0, 5, 6, 6, 6]
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "strides"), [(3, 12, (1 << 30, 1 << 22)), (1, 180, (1 << 32, (1 << 24) - 16))]
+)
+def test_offsets_pass_two_to_the_31(monkeypatch, batch, tokens, strides):
+    """The third sequence, and the tile of row 192, begin about 2^31 elements in; what lies between is never touched."""
+    tile(monkeypatch, 64, 64)
+    prefix, lengths = torch.tensor([[5, 9]] * batch), torch.tensor([tokens] * batch)
+    layout = build_layout(prefix, lengths, 8, num_tokens=tokens)
+    rule = tuple(x.to(DEVICE) for x in (layout.position, layout.prefix_end, layout.span_start))
+    leaves, d_out = draw(rule, 1, 1, 16, torch.float16)
+    near = gradients(span_attention_triton, leaves, d_out, rule, scale=0.25)
+    size = (batch - 1) * strides[0] + rule[0].shape[1] * strides[1]
+    assert size > 1 << 31
+    with monkeypatch.context() as plain:
+        plain.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+        far = torch.empty(size, dtype=torch.float16, device=DEVICE)
+    strided = far.as_strided(leaves[0].shape, (strides[0], 16, strides[1], 1))
+    for place in range(3):
+        strided.copy_(leaves[place])
+        moved = [(strided if i == place else x).detach().requires_grad_() for i, x in enumerate(leaves)]
+        out = span_attention_triton(*moved, *rule, scale=0.25)
+        assert torch.equal(out, near[0])
+        # The moved input's own gradient would be as large.
+        others = [i for i in range(3) if i != place]
+        for i, g in zip(others, torch.autograd.grad(out, [moved[i] for i in others], d_out)):
+            assert torch.equal(g, near[1 + i])
+
+
+def test_autocast_computes_in_its_dtype(monkeypatch):
+    """Models with a norm on queries and keys hand over float32 of them beside values in autocast's dtype."""
+    tile(monkeypatch, 32, 32)
+    rule = tuple(x[:1].to(DEVICE) for x in ragged())
+    (q, k, v), d_out = draw(rule, 2, 1, 16, torch.float32)
+    half = gradients(span_attention_triton, [x.half() for x in (q, k, v)], d_out, rule, scale=0.3)
+    with torch.autocast(DEVICE, torch.float16):
+        mixed = gradients(span_attention_triton, [q, k, v.half()], d_out, rule, scale=0.3)
+    assert torch.equal(mixed[0], half[0])
+    assert [x.dtype for x in mixed[1:]] == [torch.float32, torch.float32, torch.float16]
+    for a, b in zip(mixed[1:], half[1:]):
+        assert torch.equal(a, b.to(a.dtype))
+
+
+def test_inputs_need_not_be_dense(monkeypatch):
+    """Slices of one fused projection, columns apart, and an output gradient that repeats one number."""
+    tile(monkeypatch, 32, 32)
+    rule = tuple(x[:1].to(DEVICE) for x in ragged())
+    leaves, d_out = draw(rule, 2, 2, 16, torch.float32)
+    fused = torch.stack(leaves, -1)
+    apart = list(fused.unbind(-1))
+    assert apart[0].stride(-1) == 3
+    ones = torch.ones(1, device=DEVICE).expand_as(d_out)
+    want = gradients(span_attention_triton, leaves, torch.ones_like(d_out), rule, scale=0.3)
+    got = [x.detach().requires_grad_() for x in apart]
+    out = span_attention_triton(*got, *rule, scale=0.3)
+    for a, b in zip([out, *torch.autograd.grad(out, got, ones)], want):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_training_step_equals_the_torch_path(monkeypatch, checkpointing):
+    """Loss and gradients of a tiny model with sliding window: teacher pass, student pass, head and loss."""
+    layers = ["sliding_attention", "full_attention"]
+    config = Gemma3TextConfig(
+        vocab_size=41,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        sliding_window=5,
+        layer_types=layers,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    student, teacher = (Gemma3ForCausalLM(config).to(DEVICE).train() for _ in range(2))
+    if checkpointing:
+        student.gradient_checkpointing_enable()
+    layout = build_layout(torch.tensor([[3, 8, 12], [2, 6, 0]]), torch.tensor([14, 11]), 4, num_tokens=15)
+    tokens = torch.randint(10, 39, (2, 15)).to(DEVICE)
+
+    def step(target):
+        student.zero_grad()
+        context = objective.SpanContext(layout.to(DEVICE))
+        with attention_context(student, context):
+            sums = objective.mtp_loss(
+                student,
+                teacher,
+                tokens,
+                context,
+                mask_token_id=40,
+                eos_token_ids=torch.tensor([7], device=DEVICE),
+                target=target,
+            )
+            sums.span.backward()
+        return sums, [x.grad.clone() for x in student.parameters()]
+
+    calls = []
+
+    def in_triton(*args, mask, **options):
+        calls.append(args[0].shape)
+        return span_attention_triton(*args, **options)
+
+    for target in ("hard", "soft"):
+        want, want_grads = step(target)
+        with monkeypatch.context() as patch:
+            patch.setattr(objective, "span_attention", in_triton)
+            patch.setattr(objective, "distill_loss", distill_loss_triton)
+            patch.setattr(objective, "head_readout", head_readout_triton)
+            sums, grads = step(target)
+        assert torch.equal(sums.agree, want.agree)
+        torch.testing.assert_close(sums.span, want.span, rtol=1e-5, atol=1e-5)
+        for a, b in zip(grads, want_grads):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()) + 1e-7)
+    # Both passes of two layers, twice; checkpointing runs the student's layers once more.
+    assert len(calls) == 2 * (6 if checkpointing else 4)

@@ -63,7 +63,7 @@ aot: $(STAMP) ## Compile every kernel of decoding for five GPUs that need not be
 
 # pytest leaves with 5 where it found no test with the marker.
 gpu: $(STAMP) ## Run the tests that need a GPU.
-	@echo "A GPU runs the Triton kernels of a decoding step, so far without a CUDA graph."
+	@echo "The Triton kernels against their tests, and decoding without host syncs; there is no CUDA graph and no benchmark yet."
 	$(PYTEST) -m gpu $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 $(OLDEST)/.installed: constraints.txt pyproject.toml setup.py Makefile

@@ -51,7 +51,8 @@ class SpanContext:
         """Span attention of one layer: [B, T, Hq, D] (mtpkern.attention.AttentionContext)."""
         layout = self.layout
         rule = layout.position, layout.prefix_end, layout.span_start
-        if window not in self.masks:
+        # The kernel needs no mask; on a CPU all layers share one.
+        if window not in self.masks and not query.is_cuda:
             self.masks[window] = span_mask(*rule, window)
         return span_attention(
             query,
@@ -62,7 +63,7 @@ class SpanContext:
             window=window,
             softcap=softcap,
             sinks=sinks,
-            mask=self.masks[window],
+            mask=self.masks.get(window),
         )
 
 

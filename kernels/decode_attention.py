@@ -245,7 +245,7 @@ def _tile(entries: int, D: int, element_size: int, shared_memory: int) -> tuple[
     """
     large = shared_memory >= 160 << 10
     # The queries' tile stays in shared memory. Float32 brings its parts along: three products in TF32.
-    most = (64 << 10 if large and element_size < 4 else 32 << 10) // (D * element_size)
+    most = (64 << 10 if large else 32 << 10) // (D * element_size * (2 if element_size == 4 else 1))
     BLOCK_M = max(16, min(triton.next_power_of_2(entries), most, 128))
     BLOCK_N = max(16, min(64, 16384 // (D * element_size)))
     return BLOCK_M, BLOCK_N, 8 if BLOCK_M == 128 else 4, 3 if large else 2

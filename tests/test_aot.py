@@ -16,6 +16,9 @@ SHARED_MEMORY = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_
 EVERYWHERE = ("attention bf16 D128 k8", "advance B16 k8 verified", "readout bf16 V151936", "kv_write D128")
 ON_SM_90 = ("attention bf16 D128 k1", "attention bf16 D128 k16", "attention bf16 D64 k8", "attention bf16 D256 k8")
 
+# Float32 is there for tests and small models: it has to fit, and may spill.
+FLOAT32 = ("attention fp32 D128 k8", "attention fp32 D256 k16")
+
 
 def without_interpreter(*command: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -46,6 +49,13 @@ def test_budgets(target: str) -> None:
         assert one["shared_memory"] <= SHARED_MEMORY[target], one
         # Merging in the block that finishes last would need one, and is a race that no interpreter sees.
         assert not one["atomics"], one
+
+
+@pytest.mark.parametrize("target", ["sm_89", "sm_90"])
+def test_float32_fits(target: str) -> None:
+    for one in compiled(target, *FLOAT32):
+        assert one["spill"] <= 1024, one
+        assert one["shared_memory"] <= SHARED_MEMORY[target], one
 
 
 def test_matrix_instructions_of_hopper() -> None:

@@ -243,7 +243,7 @@ def test_a_part_alone(checkpoint, tmp_path, capsys):
     capsys.readouterr()
 
 
-@pytest.mark.parametrize("stem", ["readout"])
+@pytest.mark.parametrize("stem", ["decode_attention", "kv_write", "readout"])
 def test_dry_run(stem):
     """Every table of a benchmark at tiny shapes: no typo may wait for a GPU."""
     tables = list(import_module(f"mtpkern.bench.{stem}").measure(torch.device("cpu"), True))

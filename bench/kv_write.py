@@ -103,7 +103,8 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
             goals.append(Goal("KV write of 15 rows", 3, spent[OURS].median, "µs", at_most=True))
     note = (
         "Heads of Qwen3-4B: 32 query, 8 KV, width 128; bf16; µs a layer in a graph, median (least–greatest). Last "
-        f"column: what a kernel that did norm and rotary in the write's own time would save in {LAYERS} layers, µs a pass."
+        "column: what a kernel that did norm and rotary in the write's own time would save, µs a pass of "
+        f"{LAYERS} layers."
     )
     header = ("rows of sequences", *ways, "saved at most")
     yield Table("KV write", note, header, rows, records, goals, sorted(set(skipped)))

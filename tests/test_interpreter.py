@@ -36,7 +36,7 @@ def _sum_kernel(x_ptr, y_ptr, N: tl.constexpr):
 
 @pytest.mark.parametrize("wide", [torch.float32, torch.float16, torch.float64, torch.int32], ids=str)
 def test_casts_are_those_of_torch(wide: torch.dtype) -> None:
-    special = [0.0, -0.0, 1.0, -3.0, 257.0, 258.0, 259.0, 0.1] + [torch.inf, -torch.inf, torch.nan, 1e-8]
+    special = [0.0, -0.0, 1.0, -3.0, 257.0, 258.0, 259.0, 0.1, torch.inf, -torch.inf, torch.nan, 1e-8]
     numbers = special if wide.is_floating_point else [0.0, 1.0, -3.0, 257.0, 258.0, 259.0, 1e6, -1e6]
     x = torch.tensor((numbers * 2)[:16]).to(wide)
     narrow, back = torch.empty_like(x, dtype=torch.bfloat16), torch.empty_like(x)

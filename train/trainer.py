@@ -20,14 +20,18 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.trainer_utils import TrainOutput
 
 from mtpkern.attention import attention_context
 from mtpkern.model import record_settings, resolve_mask_token
 from mtpkern.train.layout import Layout, build_layout, draw_k, draw_prefixes
 from mtpkern.train.lora import add_lora, merged, plain_model
 from mtpkern.train.objective import MTPLoss, SpanContext, mtp_loss
+from mtpkern.train.resume import MARK, Endless, is_complete, mark_complete, newest_checkpoint, remove_checkpoint, rotate
 
 # Evaluation draws its spans from a stream of their own, the same for every batch and every evaluation.
 _EVALUATION_STEP = -1
@@ -471,9 +475,48 @@ class MTPTrainer(Trainer):
                 "single bad batch shows with a different seed"
             )
 
+    def get_train_dataloader(self) -> DataLoader:
+        """As Trainer's; a stream begins again where it ends."""
+        if isinstance(self.train_dataset, IterableDataset) and not isinstance(self.train_dataset, Endless):
+            self.train_dataset = Endless(self.train_dataset)
+        return super().get_train_dataloader()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """As Trainer.train; True resumes the newest complete checkpoint of output_dir.
+
+        Raises ValueError where there is none, or where the given one was left half-written.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_checkpoint(cast(str, self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ValueError(f"no complete checkpoint in {self.args.output_dir}: start without resuming")
+        if isinstance(resume_from_checkpoint, str):
+            folder = Path(resume_from_checkpoint)
+            if ((folder / MARK).exists() and not is_complete(folder)) or not (folder / TRAINER_STATE_NAME).exists():
+                raise ValueError(
+                    f"{folder} is not a whole checkpoint: resume_from_checkpoint=True takes the newest whole"
+                )
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As Trainer's, but a kill at any moment leaves the last complete checkpoint findable."""
         self._require_finite()
-        super()._save_checkpoint(model, trial)
+        args, run = self.args, Path(self._get_output_dir(trial=trial))
+        folder = run / f"checkpoint-{self.state.global_step}"
+        if args.should_save and folder.exists():
+            remove_checkpoint(folder)
+        self.accelerator.wait_for_everyone()
+        # Trainer would delete older checkpoints before this one counts.
+        limit, args.save_total_limit = args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if args.should_save:
+            if not args.save_only_model:
+                mark_complete(folder)
+            rotate(run, limit, self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a plain Hugging Face checkpoint in save_dtype, adapters merged, with the tokenizer.

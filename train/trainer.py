@@ -24,10 +24,11 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import AcceleratorConfig
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from mtpkern.attention import attention_context
 from mtpkern.model import record_settings, resolve_mask_token
+from mtpkern.train.evaluate import HeldOut, summarise
 from mtpkern.train.layout import Layout, build_layout, draw_k, draw_prefixes
 from mtpkern.train.lora import add_lora, merged, plain_model
 from mtpkern.train.objective import MTPLoss, SpanContext, mtp_loss
@@ -218,8 +219,10 @@ class MTPTrainer(Trainer):
     model, teacher   the student with float32 weights; its frozen original, not needed for teacher_target "gt", and
                      not accepted with LoRA, whose teacher is the student without its adapters
     mask_token_id    of the student; read from its config unless given
+    held_out         prompts to decode at every evaluation: accuracy and tokens per pass
 
-    Batches come from `MTPCollator`. `save_model` writes a plain Hugging Face checkpoint, adapters merged, whose config
+    Batches come from `MTPCollator`. At the end of training a summary with the curves of agreement by position stands
+    in output_dir. `save_model` writes a plain Hugging Face checkpoint, adapters merged, whose config
     records the mask token and k_max. Raises ValueError for a missing teacher, a teacher of another vocabulary, trained
     weights below float32, and for arguments of Trainer that would have no effect here; RuntimeError during training
     for a loss that is not finite.
@@ -239,6 +242,7 @@ class MTPTrainer(Trainer):
         args: MTPConfig,
         teacher: PreTrainedModel | None = None,
         mask_token_id: int | None = None,
+        held_out: HeldOut | None = None,
         **kwargs: Any,
     ) -> None:
         plain = plain_model(model)
@@ -272,6 +276,7 @@ class MTPTrainer(Trainer):
         if eos is None:
             raise ValueError("the model's config names no eos_token_id, behind which spans end; set it")
         self.eos_token_ids = torch.tensor([eos] if isinstance(eos, int) else list(eos), device=args.device)
+        self.held_out = held_out
         self._sums: list[MTPLoss] = []
         self._seen = _Seen()
         # The first step with a loss that is not finite; on the device, so that no step waits for it.
@@ -452,6 +457,23 @@ class MTPTrainer(Trainer):
             # Evaluation is no part of training's throughput.
             self._seen.since += time.perf_counter() - start
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As Trainer's, and the held-out prompts decoded: among its metrics they are logged and choose the best."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.held_out is not None:
+            output.metrics.update(self._decode_held_out(self.held_out))
+        return output
+
+    def _decode_held_out(self, held_out: HeldOut) -> dict[str, float]:
+        # Shards of FSDP are gathered in every pass, so that all ranks must make the same passes.
+        alone = self.is_fsdp_enabled
+        ranks, rank = (1, 0) if alone else (self.args.world_size, self.args.process_index)
+        sums = held_out.count(plain_model(self.accelerator.unwrap_model(self.model)), rank, ranks)
+        if not alone:
+            sums = self.accelerator.reduce(sums.float().to(self.args.device), "sum")
+        problems, right, tokens, passes = sums.tolist()
+        return {"eval_accuracy": right / problems, "eval_tokens_per_pass": tokens / passes}
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add agreement by position, agreeing-prefix length, confidence and throughput since the last log."""
         self._require_finite()
@@ -496,7 +518,10 @@ class MTPTrainer(Trainer):
                 raise ValueError(
                     f"{folder} is not a whole checkpoint: resume_from_checkpoint=True takes the newest whole"
                 )
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self.is_world_process_zero():
+            summarise(self.state.log_history, cast(str, self.args.output_dir))
+        return result
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As Trainer's, but a kill at any moment leaves the last complete checkpoint findable."""

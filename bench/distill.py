@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from math import isnan
 
 import torch
@@ -126,8 +127,8 @@ def comparators(case: Case, device: torch.device) -> tuple[dict[str, Loss], list
     return found, skipped
 
 
-def step(loss: Loss, inputs: Inputs) -> tuple[Tensor, ...]:
-    """The loss and its gradients."""
+def step(loss: Loss, inputs: Inputs, i: int = 0) -> tuple[Tensor, ...]:
+    """The loss and its gradients; the same at every call."""
     value = loss(inputs)
     return value.detach(), *torch.autograd.grad(value, inputs.leaves)
 
@@ -156,15 +157,15 @@ def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: i
     memory: dict[str, float] = {}
     for name, loss in {OURS: ours, **others}.items():
         try:
-            memory[name] = peak_memory(lambda i, loss=loss: step(loss, inputs), device)
+            memory[name] = peak_memory(partial(step, loss, inputs), device)
         except torch.OutOfMemoryError as error:
             if name == OURS:
                 raise
             skipped.append(f"{name}: {reason(error)}")
         free(device)
     times, lost = race(
-        {OURS: lambda i: step(ours, inputs)},
-        {name: lambda i, loss=loss: step(loss, inputs) for name, loss in others.items() if name in memory},
+        {OURS: partial(step, ours, inputs)},
+        {name: partial(step, loss, inputs) for name, loss in others.items() if name in memory},
         device,
         rounds=rounds,
         graph=False,
@@ -209,7 +210,7 @@ def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: i
 def peak_of(case: Case, device: torch.device, dtype: torch.dtype) -> float:
     """Our peak memory in another case."""
     inputs = Inputs.draw(case, dtype, device)
-    return peak_memory(lambda i: step(ours, inputs), device)
+    return peak_memory(partial(step, ours, inputs), device)
 
 
 def measure_readout(case: Case, device: torch.device, dtype: torch.dtype, rounds: int) -> Table:

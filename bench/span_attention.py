@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from mtpkern.bench.report import Goal, Table, run
-from mtpkern.bench.timing import copies, free, peak, race, reason, timed
+from mtpkern.bench.timing import Action, copies, free, peak, race, reason, timed
 from mtpkern.kernels.span_attention import span_attention, span_attention_reference
 from mtpkern.kernels.span_mask import span_mask
 from mtpkern.train.layout import Layout, build_layout, draw_prefixes
@@ -280,10 +281,9 @@ def measure_shape(shape: Shape, device: torch.device, rounds: int) -> Table:
 
     passes = {}
     for name, call in (("forward", Way.forward), ("forward + backward", Way.both)):
-        ours, theirs = {}, {}
-        for way, it in found.items():
-            (ours if way == OURS else theirs)[way] = lambda i, it=it, call=call: call(it, i)
-        passes[name], lost = race(ours, theirs, device, rounds=rounds, calls=len(inputs), tolerance=None)
+        actions: dict[str, Action] = {x: partial(call, way) for x, way in found.items()}
+        ours = {OURS: actions.pop(OURS)}
+        passes[name], lost = race(ours, actions, device, rounds=rounds, calls=len(inputs), tolerance=None)
         skipped += [f"{line} ({name})" for line in lost]
     floor = {name: peak(device).floor(**x) for name, x in work(shape, layout).items()}
 
@@ -318,13 +318,11 @@ def measure_shape(shape: Shape, device: torch.device, rounds: int) -> Table:
         f"(range); floor {floor['forward']:.1f} forward, {floor['backward']:.1f} backward, of {peak(device).source}."
     )
     if FLEX in found:
-        masks = {FLEX: our_rule(layout), INTERLEAVED: interleaved_rule(layout)}
-        spent = timed(
-            {name: lambda i, rule=rule: block_mask(rule, layout) for name, rule in masks.items()},
-            device,
-            rounds=3,
-            graph=False,
-        )
+        making: dict[str, Action] = {
+            FLEX: lambda i: block_mask(our_rule(layout), layout),
+            INTERLEAVED: lambda i: block_mask(interleaved_rule(layout), layout),
+        }
+        spent = timed(making, device, rounds=3, graph=False)
         note += " Making a BlockMask, not counted: " + ", ".join(
             f"{spread.median:.0f} ({name})" for name, spread in spent.items()
         )

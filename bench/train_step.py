@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from math import isnan
 from typing import Any
 
@@ -172,14 +173,14 @@ class Trainee:
         if batch.checkpointing:
             self.student.gradient_checkpointing_enable()
         try:
-            yield {name: lambda i, make=make: self.step(make) for name, make in loss.items()}
+            yield {name: partial(self.step, make) for name, make in loss.items()}
         finally:
             if batch.checkpointing:
                 self.student.gradient_checkpointing_disable()
             self.optimizer.zero_grad()
 
-    def step(self, loss: Callable[[], Tensor]) -> Tensor:
-        """Forward, backward and optimizer; the loss."""
+    def step(self, loss: Callable[[], Tensor], i: int = 0) -> Tensor:
+        """Forward, backward and optimizer; the loss, the same at every call."""
         self.optimizer.zero_grad()
         value = loss()
         self.optimizer.step()

@@ -47,7 +47,10 @@ PARTS = (
     Part("step", 80, 150),
     Part("decode_attention", 50, 75),
     Part("readout", 30, 40),
-    Part("kv_write", 40, 50),
+    Part("span_attention", 50, 75),
+    Part("distill", 50, 60),
+    Part("train_step", 60, 75),
+    Part("kv_write", 30, 40),
 )
 TESTS_LIMIT = 170.0
 TESTS, SHORT, WHOLE = "tests", "short grid", "whole grid"

@@ -122,7 +122,7 @@ def naive(student, teacher, tokens, context, target, ends):
                     total = total - log_p[j, scored[j].argmax()]
                 else:
                     q = scored[j].softmax(-1)
-                    total = total - (q * log_p[j].nan_to_num(neginf=0)).sum()
+                    total = total - (q * log_p[j].nan_to_num(neginf=0)).sum() - torch.special.entr(q).sum()
                 rows += 1
                 if own[j] in ends:
                     break

@@ -76,6 +76,7 @@ class MTPLoss:
     agreeing_prefix  scalar: agreeing rows before the first that does not, summed over spans
     spans            scalar: spans that exist
     confidence       [K] float: sums of the student's top probability
+    entropy          [K] float: sums of the entropy of the student's row, in nats
     """
 
     span: Tensor
@@ -85,6 +86,7 @@ class MTPLoss:
     agreeing_prefix: Tensor
     spans: Tensor
     confidence: Tensor
+    entropy: Tensor
 
 
 def head_of(model: PreTrainedModel, mask_token_id: int) -> Head:
@@ -164,8 +166,8 @@ def mtp_loss(
     head = head_of(student, mask_token_id)
     states = backbone(student, layout.fill(tokens, mask_token_id), context)
     hidden = gather_rows(states, layout.row)
-    flat_token, flat_confidence = head_readout(hidden.detach(), head)
-    token = flat_token.view(layout.row.shape)
+    readout = head_readout(hidden, head)
+    token, confidence, entropy = (x.view(layout.row.shape) for x in readout)
 
     if target == "gt":
         label, keep = data_targets(tokens, layout, eos_token_ids)
@@ -177,7 +179,7 @@ def mtp_loss(
         with torch.no_grad(), attention_context(teacher, context):
             scored = gather_rows(backbone(teacher, layout.fill(tokens, token[..., :-1]), context), layout.row)
         teacher_head = head_of(teacher, mask_token_id)
-        label = head_readout(scored, teacher_head)[0].view_as(token)
+        label = head_readout(scored, teacher_head).token.view_as(token)
         weight = keep.flatten().float()
         if target == "hard":
             loss = distill_loss(hidden, head, target=label.flatten(), row_weight=weight)
@@ -199,5 +201,6 @@ def mtp_loss(
         rows=keep.float().sum((0, 1)),
         agreeing_prefix=agree.float().cumprod(-1).sum(),
         spans=layout.valid[..., 0].float().sum(),
-        confidence=(flat_confidence.view_as(token) * keep).sum((0, 1)),
+        confidence=(confidence * keep).sum((0, 1)),
+        entropy=(entropy * keep).sum((0, 1)),
     )

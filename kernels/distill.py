@@ -367,7 +367,7 @@ def _distill_loss(
         )
     if row_weight is not None and row_weight.requires_grad:
         raise ValueError("row_weight gets no gradient; got one that requires it: detach it")
-    frozen = (None, None, None, 1.0, None, None, None)
+    frozen: tuple[Any, ...] = (None, None, None, 1.0, None, None, None)
     if teacher is not None:
         states, its_head = teacher
         weight, bias, *options = its_head.arguments()

@@ -205,8 +205,8 @@ def mtp_loss(
     token, confidence, entropy = (x.view(layout.row.shape) for x in head_readout(hidden, head))
     valid = layout.valid if eos_padding else layout.valid & within_text(layout)
 
-    scored = teacher_head = None
-    if teacher is not None and (target != "gt" or anchor_rows is not None):
+    if target != "gt" or anchor_rows is not None:
+        assert teacher is not None
         # A model that is its own teacher is switched to the context already.
         with torch.no_grad(), attention_context(teacher, context) if as_teacher is None else as_teacher():
             scored = backbone(teacher, layout.fill(tokens, token[..., :-1]), context)

@@ -188,7 +188,7 @@ def _in_turns(
 def _captured(action: Action, calls: int, device: torch.device) -> _Run:
     """The action's calls as a graph's replay, and how many calls it holds."""
     single = _warm(action, device)
-    calls = max(calls, min(_MOST_CALLS, int(_REPLAY / single) + 1))
+    calls = max(calls, min(_MOST_CALLS, int(_REPLAY / max(single, 1e-6)) + 1))
     graph = torch.cuda.CUDAGraph()
     try:
         # Leaving a capture that has failed does not bring the stream back; leaving this does.

@@ -1,0 +1,291 @@
+"""The command `mtpkern train [CONFIG] [--name value ...]`: configuration, model, data, trainer, checkpoint.
+
+A configuration is a .yaml or .json file of names and values, or the name of one that is shipped; flags win over it.
+Values of a file become flags too, so that both are converted and checked by the same parser: `1e-5`, a string in YAML,
+is a number here. null means the default.
+
+Source   arXiv 2602.06019, training details (the shipped configurations)
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import textwrap
+import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from mtpkern.model import add_mask_token, recorded_settings
+from mtpkern.train.data import DataArguments, Report, load_data
+from mtpkern.train.formats import Encoder
+from mtpkern.train.trainer import MTPCollator, MTPConfig, MTPTrainer
+
+logger = logging.getLogger(__name__)
+
+CONFIGS = Path(__file__).parent / "configs"
+# What --help shows of TrainingArguments; --help-all names the rest.
+# fmt: off
+_USUAL = (
+    "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "bf16", "activation_checkpointing", "fsdp",
+    "logging_steps", "eval_strategy", "eval_steps", "save_steps", "save_total_limit", "resume_from_checkpoint",
+    "report_to", "seed", "use_cpu",
+)
+# fmt: on
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained."""
+
+    model: str = field(metadata={"help": "The checkpoint to train: a path or hub id."})
+    teacher: str | None = field(
+        default=None, metadata={"help": "The frozen teacher; the checkpoint to train unless given."}
+    )
+
+
+Arguments = tuple[ModelArguments, DataArguments, MTPConfig]
+_GROUPS = {"Model": ModelArguments, "Data": DataArguments, "Multi-token prediction and training": MTPConfig}
+_NAMES = [f.name for group in _GROUPS.values() for f in fields(group) if f.init]
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """A mistake is a ValueError like any other; argparse would print every option there is."""
+        raise ValueError(message.replace("the following arguments are required", "missing"))
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a name that stands twice, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"line {node.start_mark.line + 1}: {', '.join(twice)} given twice; keep one")
+        return super().construct_mapping(node, deep)
+
+
+def shipped_configs() -> list[str]:
+    """The names of the configurations that come with the package: `"metamath-llama" in shipped_configs()`."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """The values of a .yaml or .json file, or of a shipped configuration.
+
+    Raises FileNotFoundError where there is neither, ValueError for what is no mapping of known names.
+
+        read_config("metamath-llama")["max_length"]  # 160
+    """
+    path = Path(name)
+    if not path.is_file():
+        if name not in shipped_configs():
+            raise FileNotFoundError(
+                f"{name}: there is no such file, nor a shipped configuration of that name "
+                f"(those are {', '.join(shipped_configs())})"
+            )
+        path = CONFIGS / f"{name}.yaml"
+    text = path.read_text(encoding="utf-8")
+    try:
+        values = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected names and values; got {type(values).__name__}")
+    unknown = [str(key) for key in values if key not in _NAMES]
+    if unknown:
+        raise ValueError(f"{path}: {_unknown(unknown)}")
+    return values
+
+
+def _unknown(names: Iterable[str]) -> str:
+    parts = []
+    for name in names:
+        near = get_close_matches(name, _NAMES, n=1)
+        parts.append(f"{name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    return f"unknown option {', '.join(parts)}; mtpkern train --help-all names them all"
+
+
+def _flags(values: dict[str, Any]) -> list[str]:
+    flags = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif isinstance(value, dict):
+            flags.append(f"--{name}={json.dumps(value)}")
+        else:
+            flags.append(f"--{name}={str(value).lower() if isinstance(value, bool) else value}")
+    return flags
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """Arguments from an optional configuration and flags; flags win.
+
+    Raises ValueError for what is unknown (naming the nearest known option), missing or of the wrong kind.
+
+        model, data, config = parse(["gsm8k", "--model", "my-model", "--output-dir", "out", "--max-steps", "100"])
+    """
+    rest = list(argv)
+    values = read_config(rest.pop(0)) if rest and not rest[0].startswith("-") else {}
+    parser = _Parser(tuple(_GROUPS.values()), allow_abbrev=False, add_help=False)
+    flags = [*_flags(values), *rest]
+    # First the names, then the values: a misspelt option shall not hide behind a complaint about another.
+    _, remaining = parser.parse_known_args(flags)
+    if remaining:
+        options = [word.split("=")[0].removeprefix("--").replace("-", "_") for word in remaining if word[:2] == "--"]
+        raise ValueError(_unknown(options) if options else f"unexpected {' '.join(remaining)!r}; one CONFIG goes first")
+    model, data, config = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+    if data.streaming and config.max_steps <= 0:
+        raise ValueError("streaming data have no known length; set max_steps")
+    return model, data, config
+
+
+def help_text(everything: bool = False) -> str:
+    """What --help prints: our own options and the usual ones of TrainingArguments; --help-all names the others too."""
+    lines = [
+        "usage: mtpkern train [CONFIG] [--name value ...]",
+        "",
+        "CONFIG is a .yaml or .json file of the names below, or a shipped one: " + ", ".join(shipped_configs()) + ".",
+        "Flags win over it. Under torchrun or accelerate launch: -m mtpkern.train [CONFIG] [--name value ...].",
+        "--help-all also names the options of transformers.TrainingArguments that are not shown here.",
+    ]
+    inherited = {f.name for f in fields(TrainingArguments)}
+    hidden = []
+    for title, group in _GROUPS.items():
+        lines += ["", title]
+        shown = [f for f in fields(group) if f.init]
+        if group is MTPConfig:
+            hidden = [f.name for f in shown if f.name in inherited and f.name not in _USUAL]
+            shown = sorted((f for f in shown if f.name not in hidden), key=lambda f: f.name in inherited)
+        for f in shown:
+            text = " ".join(str(f.metadata.get("help", "")).replace("%%", "%").split())
+            if f.name in inherited:
+                text = text.split(". ")[0].rstrip(".") + "."
+            default = "required" if f.default is MISSING else f"default {getattr(f.default, 'value', f.default)!r}"
+            option = f"  --{f.name.replace('_', '-')}"
+            wrapped = textwrap.wrap(f"{text} ({default})", 84)
+            lines.append(f"{option:<34} {wrapped[0]}" if len(option) < 34 else f"{option}\n{'':<34} {wrapped[0]}")
+            lines += [f"{'':<34} {line}" for line in wrapped[1:]]
+    if everything:
+        names = textwrap.wrap(" ".join(f"--{name.replace('_', '-')}" for name in hidden), 116, break_on_hyphens=False)
+        lines += ["", "Also of transformers.TrainingArguments, see its documentation", *(f"  {line}" for line in names)]
+    return "\n".join(lines)
+
+
+def load_student(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model to train and its tokenizer, with a mask token and the tokenizer's EOS among the stop tokens.
+
+    A checkpoint that records a mask token keeps it. Raises OSError for a name that leads nowhere, ValueError for a
+    model whose embedding has fewer rows than the tokenizer has tokens, or for a tokenizer without EOS.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    rows = model.get_input_embeddings().num_embeddings
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise ValueError(f"{name}: the tokenizer has ids up to {highest}, the model only {rows} rows; give a pair")
+    if "mask_token_id" not in recorded_settings(model):
+        add_mask_token(model, tokenizer)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{name}: the tokenizer has no EOS token, so no answer would ever end; set its eos_token")
+    stops = _stop_tokens(model)
+    if tokenizer.eos_token_id not in stops:
+        model.generation_config.eos_token_id = [*stops, tokenizer.eos_token_id]
+    return model, tokenizer
+
+
+def _stop_tokens(model: PreTrainedModel) -> list[int]:
+    stops = model.generation_config.eos_token_id
+    stops = model.config.eos_token_id if stops is None else stops
+    return [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
+
+
+def load_teacher(name: str, student: str, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
+    """The frozen teacher. Raises ValueError where it is another model than the student's and speaks other tokens."""
+    if name != student:
+        theirs, ours = AutoTokenizer.from_pretrained(name).get_vocab(), tokenizer.get_vocab()
+        other = [token for token, i in theirs.items() if ours.get(token) != i]
+        if other:
+            raise ValueError(
+                f"teacher {name} and student {student} must share a vocabulary; {len(other):,} tokens differ, such as "
+                f"{other[0]!r} ({theirs[other[0]]} and {ours.get(other[0])})"
+            )
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+
+
+def train(model_arguments: ModelArguments, data: DataArguments, config: MTPConfig) -> list[Report]:
+    """Train and save a plain Hugging Face checkpoint with its tokenizer to config.output_dir; returns data reports.
+
+    A run that finds checkpoints in output_dir goes on from the newest.
+
+        train(ModelArguments("my-model"), DataArguments(["problems.jsonl"]), MTPConfig("out", max_steps=100))
+    """
+    name = model_arguments.model
+    model, tokenizer = load_student(name, torch.float32)
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    window = min(filter(None, (config.max_length, positions)), default=None)
+    encode = Encoder(
+        tokenizer,
+        chat=data.chat,
+        separator=data.separator,
+        eos_token_ids=_stop_tokens(model),
+        mask_token_id=recorded_settings(model)["mask_token_id"],
+        window=window,
+        long_rows=data.long_rows,
+        response_only=config.response_only,
+    )
+    train_dataset, eval_dataset, reports = load_data(data, encode, seed=config.seed)
+    if config.process_index == 0:
+        print(*reports, sep="\n", file=sys.stderr, flush=True)
+    teacher = None
+    if config.teacher_target != "gt":
+        dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
+        teacher = load_teacher(model_arguments.teacher or name, name, tokenizer, dtype)
+    pad = tokenizer.pad_token_id
+    trainer = MTPTrainer(
+        model=model,
+        teacher=teacher,
+        args=config,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=MTPCollator(tokenizer.eos_token_id if pad is None else pad),
+        processing_class=tokenizer,
+    )
+    folder = Path(config.output_dir)
+    checkpoint = config.resume_from_checkpoint or (get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except (ValueError, TypeError, OSError):
+        traceback.print_exc()  # a mistake of the user's would have shown before
+        raise
+    model.config.use_cache = True  # Trainer turns it off while it trains
+    trainer.save_model(str(folder))
+    return reports
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command line; raises what `parse` and `train` raise."""
+    if not argv or {"-h", "--help", "--help-all"} & set(argv):
+        print(help_text("--help-all" in argv))
+        return
+    train(*parse(argv))

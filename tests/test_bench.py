@@ -1,16 +1,19 @@
 """The decoding benchmark: it runs whole on a tiny model, and its arithmetic is right."""
 
 import json
+from dataclasses import asdict
+from importlib import import_module
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mtpkern
-from mtpkern.bench import decode
+from mtpkern.bench import decode, report
 from mtpkern.bench.harness import Spread, environment, interleaved
 from mtpkern.bench.problems import problems
-from mtpkern.bench.report import Table, write
+from mtpkern.bench.report import Goal, Table, run, write
+from mtpkern.bench.timing import Peak, race
 from mtpkern.compare import HF_GENERATE, Completion, Tally, rotated
 from mtpkern.strategies import ConfAdapt, Static, Verified
 from mtpkern.train.arithmetic import build_tokenizer
@@ -74,6 +77,85 @@ def test_environment_names_what_is_needed_to_repeat():
     facts = environment(torch.device("cpu"))
     assert {"hardware", "threads", "torch", "transformers", "commit", "command", "date"} <= facts.keys()
     assert all(facts.values())
+
+
+def test_the_command_line_of_a_benchmark(tmp_path, capsys):
+    asked = []
+
+    def measure(device, quick):
+        asked.append((device.type, quick))
+        goals = [Goal("speed", 2, 1.5, "×"), Goal("time", 10, 9, "µs", at_most=True)]
+        yield Table(
+            "A", "Note.", ("n", "µs"), [("1", "2")], [{"n": 1, "us": Spread(2, 1, 3)}], goals, ["that: is not there"]
+        )
+        # What was measured is on paper before the next table starts, which may never end.
+        assert (tmp_path / "x.md").exists()
+        yield Table("B", "Note.", ("n",), [("1",)])
+
+    run("x", "Title", measure, ["--device", "cpu", "--quick", "--results", str(tmp_path)])
+    assert asked == [("cpu", True)]
+    page = (tmp_path / "x.md").read_text()
+    assert "DRY RUN" in page.splitlines()[0]
+    assert "| speed | ≥ 2 × | 1.5 × | NO |" in page
+    assert "| time | ≤ 10 µs | 9 µs | yes |" in page
+    assert "Skipped: that: is not there" in page
+    record = json.loads((tmp_path / "x.json").read_text())
+    assert record["dry_run"]
+    first, second = record["tables"]
+    assert first["records"] == [{"n": 1, "us": {"median": 2, "low": 1, "high": 3}}]
+    assert first["goals"][0] == {"what": "speed", "target": 2, "measured": 1.5, "unit": "×", "at_most": False}
+    assert second["caption"] == "B"
+    capsys.readouterr()
+
+
+def test_a_dry_run_is_not_written_by_default(monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise AssertionError("a dry run was written")
+
+    monkeypatch.setattr(report, "write", refuse)
+    run("x", "Title", lambda device, quick: [Table("A", "", ("n",), [])], ["--device", "cpu"])
+    assert "## A" in capsys.readouterr().out
+
+
+def test_goals_are_met_at_the_target_and_never_by_nan():
+    assert Goal("", 2, 2.0, "×").met
+    assert Goal("", 2, 2.0, "×", at_most=True).met
+    assert not Goal("", 2, float("nan"), "×").met
+    assert not Goal("", 2, float("nan"), "×", at_most=True).met
+
+
+def test_a_race_leaves_out_what_fails_and_what_differs():
+    x = torch.arange(4.0)
+
+    def broken(i):
+        raise NotImplementedError("no such card\nand more")
+
+    times, skipped = race(
+        {"ours": lambda i: x, "also": lambda i: x + 0.01},
+        {
+            "same": lambda i: (x,),
+            "broken": broken,
+            "other": lambda i: x + 1,
+            "shape": lambda i: x[:3],
+            "nan": lambda i: x * torch.nan,
+        },
+        torch.device("cpu"),
+    )
+    assert set(times) == {"ours", "also", "same"}
+    assert skipped[0] == "broken: NotImplementedError: no such card"
+    assert [line.split(":")[0] for line in skipped] == ["broken", "other", "shape", "nan"]
+
+
+@pytest.mark.parametrize("form", [lambda i: torch.zeros(2), lambda i: torch.zeros(3), lambda i: 1 / 0])
+def test_ours_may_not_fail_a_race(form):
+    with pytest.raises((RuntimeError, ZeroDivisionError)):
+        race({"ours": lambda i: torch.ones(2), "also ours": form}, {}, torch.device("cpu"))
+
+
+def test_floor_is_the_larger_of_the_two():
+    machine = Peak(bandwidth=1e12, flops=1e14, source="")
+    assert machine.floor(bytes=2e6, flops=1e8) == pytest.approx(2)
+    assert machine.floor(bytes=2e6, flops=1e9) == pytest.approx(10)
 
 
 def test_report(tmp_path):
@@ -159,3 +241,15 @@ def test_a_part_alone(checkpoint, tmp_path, capsys):
     record = json.loads((tmp_path / "part.json").read_text())
     assert set(record) == {"environment", "k", "step"}
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("stem", ["readout"])
+def test_dry_run(stem):
+    """Every table of a benchmark at tiny shapes: no typo may wait for a GPU."""
+    tables = list(import_module(f"mtpkern.bench.{stem}").measure(torch.device("cpu"), True))
+    assert tables
+    for table in tables:
+        assert table.rows
+        assert all(len(row) == len(table.header) for row in table.rows)
+        assert len(table.records) == len(table.rows)
+        json.dumps([asdict(table)])

@@ -61,7 +61,7 @@ def gradients(form, hidden, head, target, teacher, row_weight, **options):
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_error_is_that_of_eager(kind, options, dtype):
     hidden, head, target, teacher, row_weight = case(dtype, bias=kind == "hard", **options)
     target, teacher = (target, None) if kind == "hard" else (None, teacher)
@@ -114,7 +114,7 @@ def test_no_rows_and_no_gradients():
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_readout(options, dtype):
     hidden, head, *_ = case(dtype, bias=True, **options)
     token, confidence = head_readout_triton(hidden, head, chunk=2)

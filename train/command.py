@@ -149,12 +149,16 @@ def parse(argv: Sequence[str]) -> Arguments:
     values = read_config(rest.pop(0)) if rest and not rest[0].startswith("-") else {}
     parser = _Parser(tuple(_GROUPS.values()), allow_abbrev=False, add_help=False)
     flags = [*_flags(values), *rest]
-    # First the names, then the values: a misspelt option shall not hide behind a complaint about another.
-    _, remaining = parser.parse_known_args(flags)
+    # Names first: a misspelt one shall not hide behind a complaint about another that is missing.
+    options = [word.split("=")[0][2:].replace("-", "_") for word in rest if word.startswith("--")]
+    unknown = [name for name in options if name not in _NAMES and name.removeprefix("no_") not in _NAMES]
+    if unknown:
+        raise ValueError(_unknown(unknown))
+    model, data, config, remaining = parser.parse_args_into_dataclasses(
+        flags, return_remaining_strings=True, look_for_args_file=False
+    )
     if remaining:
-        options = [word.split("=")[0].removeprefix("--").replace("-", "_") for word in remaining if word[:2] == "--"]
-        raise ValueError(_unknown(options) if options else f"unexpected {' '.join(remaining)!r}; one CONFIG goes first")
-    model, data, config = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+        raise ValueError(f"unexpected {' '.join(remaining)!r}; expected one CONFIG and then --name value ...")
     if data.streaming and config.max_steps <= 0:
         raise ValueError("streaming data have no known length; set max_steps")
     return model, data, config
@@ -275,6 +279,8 @@ def train(model_arguments: ModelArguments, data: DataArguments, config: MTPConfi
     checkpoint = config.resume_from_checkpoint or (get_last_checkpoint(str(folder)) if folder.is_dir() else None)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+        if eval_dataset is not None and config.eval_strategy == "no":
+            trainer.evaluate()
     except (ValueError, TypeError, OSError):
         traceback.print_exc()  # a mistake of the user's would have shown before
         raise

@@ -106,7 +106,7 @@ if find_spec("triton"):
         if target is not None:
             y = tl.load(target + r)
             # Read before any thread writes its gradient: the reductions of the first loop stand in between.
-            picked, _ = _logits(head, z, y, DTYPE)
+            picked = _logits(head, z, y, DTYPE)[0]  # not `_`, which the loop gives another shape
             for v in range(0, head[1], BLOCK):
                 x, _ = _logits(head, z, v + tl.arange(0, BLOCK), DTYPE)
                 top, total = _add(top, total, x)

@@ -19,7 +19,7 @@ METAMATH = [
         "type": f"{'GSM' if i % 2 else 'MATH'}_AnsAug",
         "query": f"Gracie has {i} marbles and buys 3 more. How many has she now?",
         "original_question": f"Gracie has {i // 3} marbles. How many has she?",
-        "response": f"Gracie starts with {i}.\nThen she has {i} + 3 = {i + 3}.\n#### {i + 3}\nThe answer is: {i + 3}",
+        "response": f"Gracie starts with {i} marbles. She then buys 3 more of them.\nThen she has {i} + 3 = {i + 3}.\n#### {i + 3}\nThe answer is: {i + 3}",
     }
     for i in range(60)
 ]
@@ -149,6 +149,7 @@ def test_flags_win_over_a_file(tmp_path):
         "chat": False,
         "num_spans": None,
         "lr_scheduler_kwargs": {"num_decay_steps": 7},
+        "fsdp": True,
     }
     (tmp_path / "c.json").write_text(json.dumps(values))
     # What YAML reads as a string.
@@ -159,6 +160,9 @@ def test_flags_win_over_a_file(tmp_path):
         assert (model.model, data.train_data, data.chat) == ("m", ["a.jsonl", "b.jsonl"], True)
         assert (config.learning_rate, config.k_max, config.num_spans) == (3e-4, 5, None)
         assert config.lr_scheduler_kwargs == {"num_decay_steps": 7}
+        assert config.fsdp is True
+    (tmp_path / "c.yaml").write_text("\n".join([*lines, "fsdp: false"]).replace("fsdp: true", ""))
+    assert not parse([str(tmp_path / "c.yaml")])[2].fsdp
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,8 @@ class ModelArguments:
 
 Arguments = tuple[ModelArguments, DataArguments, MTPConfig]
 _GROUPS = {"Model": ModelArguments, "Data": DataArguments, "Multi-token prediction and training": MTPConfig}
-_NAMES = [f.name for group in _GROUPS.values() for f in fields(group) if f.init]
+_FIELDS = {f.name: f for group in _GROUPS.values() for f in fields(group) if f.init}
+_NAMES = list(_FIELDS)
 
 
 class _Parser(HfArgumentParser):
@@ -127,9 +128,13 @@ def _unknown(names: Iterable[str]) -> str:
 def _flags(values: dict[str, Any]) -> list[str]:
     flags = []
     for name, value in values.items():
-        if value is None:
+        # transformers types fsdp as a string, but means a switch that is there or not.
+        switch = _FIELDS[name].metadata.get("const") is True
+        if value is None or (switch and value is False):
             continue
-        if isinstance(value, list):
+        if switch and value is True:
+            flags.append(f"--{name}")
+        elif isinstance(value, list):
             flags += [f"--{name}", *map(str, value)]
         elif isinstance(value, dict):
             flags.append(f"--{name}={json.dumps(value)}")
@@ -245,7 +250,7 @@ def train(model_arguments: ModelArguments, data: DataArguments, config: MTPConfi
         train(ModelArguments("my-model"), DataArguments(["problems.jsonl"]), MTPConfig("out", max_steps=100))
     """
     name = model_arguments.model
-    model, tokenizer = load_student(name, torch.float32)
+    model, tokenizer = load_student(name, getattr(torch, config.student_dtype))
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     window = min(filter(None, (config.max_length, positions)), default=None)
     encode = Encoder(
@@ -262,8 +267,11 @@ def train(model_arguments: ModelArguments, data: DataArguments, config: MTPConfi
     if config.process_index == 0:
         print(*reports, sep="\n", file=sys.stderr, flush=True)
     teacher = None
-    if config.teacher_target != "gt":
-        dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
+    if config.lora_rank and model_arguments.teacher:
+        raise ValueError("with LoRA the teacher is the student without its adapters; leave teacher out")
+    if config.teacher_target != "gt" and not config.lora_rank:
+        computed = "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32"
+        dtype = getattr(torch, config.teacher_dtype or computed)
         teacher = load_teacher(model_arguments.teacher or name, name, tokenizer, dtype)
     pad = tokenizer.pad_token_id
     trainer = MTPTrainer(
@@ -284,7 +292,6 @@ def train(model_arguments: ModelArguments, data: DataArguments, config: MTPConfi
     except (ValueError, TypeError, OSError):
         traceback.print_exc()  # a mistake of the user's would have shown before
         raise
-    model.config.use_cache = True  # Trainer turns it off while it trains
     trainer.save_model(str(folder))
     return reports
 

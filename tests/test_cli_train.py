@@ -19,7 +19,10 @@ METAMATH = [
         "type": f"{'GSM' if i % 2 else 'MATH'}_AnsAug",
         "query": f"Gracie has {i} marbles and buys 3 more. How many has she now?",
         "original_question": f"Gracie has {i // 3} marbles. How many has she?",
-        "response": f"Gracie starts with {i} marbles. She then buys 3 more of them.\nThen she has {i} + 3 = {i + 3}.\n#### {i + 3}\nThe answer is: {i + 3}",
+        "response": (
+            f"Gracie starts with {i} marbles. She then buys 3 more of them.\nThen she has {i} + 3 = {i + 3}.\n"
+            f"#### {i + 3}\nThe answer is: {i + 3}"
+        ),
     }
     for i in range(60)
 ]
@@ -88,12 +91,14 @@ def test_a_shipped_configuration_trains_and_saves_a_plain_checkpoint(
     out = tmp_path / "out"
     start = checkpoint(kind)
     flags = ["--model", start, "--train-data", data, "--output-dir", str(out), *TINY]
+    flags += ["--decode-rows", "3", "--decode-tokens", "6"]
     # A share of 1 % of so few groups would be none.
     flags += ["--eval-data", data] if name == "gsm8k" else ["--eval-fraction", "0.2"]
     assert main(["train", name, *flags]) == 0
     report = capsys.readouterr().err
     assert f"{data}: {len(rows)} rows read; " in report
     assert says in report
+    assert "tokens_per_pass" in (out / "summary.md").read_text()
 
     tokenizer = AutoTokenizer.from_pretrained(out)
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()

@@ -15,7 +15,8 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from copy import copy
+from dataclasses import MISSING, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,11 +31,12 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from mtpkern.model import add_mask_token, recorded_settings
-from mtpkern.train.data import DataArguments, Report, load_data
+from mtpkern.train.data import DataArguments, Report, load_data, load_held_out
+from mtpkern.train.evaluate import HeldOut, same_number
 from mtpkern.train.formats import Encoder
+from mtpkern.train.resume import newest_checkpoint
 from mtpkern.train.trainer import MTPCollator, MTPConfig, MTPTrainer
 
 logger = logging.getLogger(__name__)
@@ -166,6 +168,8 @@ def parse(argv: Sequence[str]) -> Arguments:
         raise ValueError(f"unexpected {' '.join(remaining)!r}; expected one CONFIG and then --name value ...")
     if data.streaming and config.max_steps <= 0:
         raise ValueError("streaming data have no known length; set max_steps")
+    if data.decode_rows and not data.eval_data and not data.eval_fraction:
+        raise ValueError("decode_rows needs held-out rows; give eval_data or eval_fraction")
     return model, data, config
 
 
@@ -252,14 +256,13 @@ def train(model_arguments: ModelArguments, data: DataArguments, config: MTPConfi
     name = model_arguments.model
     model, tokenizer = load_student(name, getattr(torch, config.student_dtype))
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    window = min(filter(None, (config.max_length, positions)), default=None)
     encode = Encoder(
         tokenizer,
         chat=data.chat,
         separator=data.separator,
         eos_token_ids=_stop_tokens(model),
         mask_token_id=recorded_settings(model)["mask_token_id"],
-        window=window,
+        window=min(filter(None, (config.max_length, positions)), default=None),
         long_rows=data.long_rows,
         response_only=config.response_only,
     )
@@ -282,9 +285,11 @@ def train(model_arguments: ModelArguments, data: DataArguments, config: MTPConfi
         eval_dataset=eval_dataset,
         data_collator=MTPCollator(tokenizer.eos_token_id if pad is None else pad),
         processing_class=tokenizer,
+        held_out=_to_decode(data, encode, positions),
     )
-    folder = Path(config.output_dir)
-    checkpoint = config.resume_from_checkpoint or (get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    checkpoint = config.resume_from_checkpoint or newest_checkpoint(config.output_dir)
+    if checkpoint is not None and config.process_index == 0:
+        print(f"going on from {checkpoint}", file=sys.stderr, flush=True)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
         if eval_dataset is not None and config.eval_strategy == "no":
@@ -292,8 +297,28 @@ def train(model_arguments: ModelArguments, data: DataArguments, config: MTPConfi
     except (ValueError, TypeError, OSError):
         traceback.print_exc()  # a mistake of the user's would have shown before
         raise
-    trainer.save_model(str(folder))
+    trainer.save_model(config.output_dir)
     return reports
+
+
+def _to_decode(data: DataArguments, encode: Encoder, positions: int | None) -> HeldOut | None:
+    """The first held-out rows as prompts; right is the same `#### n`, or the same text where answers have none."""
+    # Answers are wanted whole here, however short the texts are that training sees.
+    whole = copy(encode)
+    whole.window, whole.long_rows = positions, "skip"
+    found = load_held_out(replace(data, long_rows="skip"), whole, data.decode_rows) if data.decode_rows else None
+    if found is None:
+        return None
+    tokenizer = encode.tokenizer
+    parts = [(x["input_ids"][: x["prompt_length"]], x["input_ids"][x["prompt_length"] :]) for x in found[0]]
+    answers = [str(tokenizer.decode(answer, skip_special_tokens=True)).strip() for _, answer in parts]
+    is_right = same_number if all("####" in answer for answer in answers) else _same_text
+    prompts = [prompt for prompt, _ in parts]
+    return HeldOut(prompts, answers, tokenizer, is_right=is_right, max_new_tokens=data.decode_tokens)
+
+
+def _same_text(answer: str, expected: str) -> bool:
+    return answer.strip() == expected
 
 
 def main(argv: Sequence[str]) -> None:

@@ -61,6 +61,10 @@ class DataArguments:
         default=None, metadata={"help": "Rows equal in this column are held out together; the prompt unless given."}
     )
     max_eval_rows: int = field(default=1000, metadata={"help": "Held-out rows to keep at most."})
+    decode_rows: int = field(
+        default=0, metadata={"help": "Held-out rows to decode at every evaluation: accuracy and tokens per pass."}
+    )
+    decode_tokens: int = field(default=256, metadata={"help": "Tokens to decode at most for each of them."})
     data_format: str = field(default="auto", metadata={"help": f"'auto' (by the columns), {', '.join(FORMATS)}."})
     only: str | None = field(default=None, metadata={"help": "COLUMN=PREFIX: rows whose column begins so."})
     chat: bool = field(default=True, metadata={"help": "Apply the chat template; false joins by separator."})
@@ -324,6 +328,37 @@ class StreamedTexts(IterableDataset[dict[str, Any]]):
         logger.info("%s", report)
 
 
+def _source(
+    arguments: DataArguments, encode: Encoder, names: Sequence[str], split: str, held_out: bool | None
+) -> Source:
+    def rows() -> Iterator[Located]:
+        return read_rows(names, split=split, subset=arguments.subset, streaming=arguments.streaming)
+
+    return Source(", ".join(names), rows, encode, arguments, held_out)
+
+
+def load_held_out(
+    arguments: DataArguments, encode: Encoder, limit: int | None = None
+) -> tuple[EncodedTexts, Report] | None:
+    """Held-out examples, at most `limit` of them, and their report; None where the arguments hold nothing out.
+
+    Raises ValueError as `load_data`.
+    """
+    if arguments.eval_data:
+        return _load(_source(arguments, encode, arguments.eval_data, arguments.eval_split, None), "evaluate", limit)
+    if arguments.eval_fraction:
+        return _load(_source(arguments, encode, arguments.train_data, arguments.train_split, True), "evaluate", limit)
+    return None
+
+
+def _load(source: Source, purpose: str, limit: int | None = None) -> tuple[EncodedTexts, Report]:
+    report = Report(source.name)
+    texts = EncodedTexts(islice(source.examples(report), limit))
+    if not len(texts):
+        raise ValueError(f"no row is left to {purpose} on. {report}")
+    return texts, report
+
+
 def load_data(
     arguments: DataArguments, encode: Encoder, *, seed: int = 0
 ) -> tuple[EncodedTexts | StreamedTexts, EncodedTexts | None, list[Report]]:
@@ -333,31 +368,17 @@ def load_data(
 
         train, held_out, reports = load_data(DataArguments(["problems.jsonl"]), Encoder(tokenizer))
     """
-
-    def source(names: Sequence[str], split: str, held_out: bool | None) -> Source:
-        def rows() -> Iterator[Located]:
-            return read_rows(names, split=split, subset=arguments.subset, streaming=arguments.streaming)
-
-        return Source(", ".join(names), rows, encode, arguments, held_out)
-
-    def load(origin: Source, purpose: str, limit: int | None = None) -> EncodedTexts:
-        report = Report(origin.name)
-        texts = EncodedTexts(islice(origin.examples(report), limit))
-        if not len(texts):
-            raise ValueError(f"no row is left to {purpose} on. {report}")
-        reports.append(report)
-        return texts
-
-    reports: list[Report] = []
-    fraction = arguments.eval_fraction
-    training = source(arguments.train_data, arguments.train_split, False if fraction else None)
+    training = _source(
+        arguments, encode, arguments.train_data, arguments.train_split, False if arguments.eval_fraction else None
+    )
     train: EncodedTexts | StreamedTexts
+    reports = []
     if arguments.streaming:
         train = StreamedTexts(training, buffer=arguments.shuffle_buffer, seed=seed)
     else:
-        train = load(training, "train")
-    if not arguments.eval_data and not fraction:
+        train, report = _load(training, "train")
+        reports.append(report)
+    found = load_held_out(arguments, encode, arguments.max_eval_rows)
+    if found is None:
         return train, None, reports
-    held_out = source(arguments.eval_data, arguments.eval_split, None) if arguments.eval_data else None
-    held_out = held_out or source(arguments.train_data, arguments.train_split, True)
-    return train, load(held_out, "evaluate", arguments.max_eval_rows), reports
+    return train, found[0], [*reports, found[1]]

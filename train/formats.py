@@ -243,4 +243,4 @@ class Encoder:
             return BadRow(TOO_LONG, f"{len(ids)} tokens, the window has {self.window} (max_length or the model's own)")
         if self.response_only and border >= self.window:
             return BadRow(NO_ANSWER_LEFT, f"its prompt alone has {border} tokens of the window's {self.window}")
-        return {"input_ids": ids[: self.window], "prompt_length": border, "cut": True}
+        return {"input_ids": ids[: self.window], "prompt_length": min(border, self.window), "cut": True}

@@ -10,7 +10,6 @@ Source   arXiv 2602.06019, training details (the shipped configurations)
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import textwrap
 import traceback
@@ -38,8 +37,6 @@ from mtpkern.train.evaluate import HeldOut, same_number
 from mtpkern.train.formats import Encoder
 from mtpkern.train.resume import newest_checkpoint
 from mtpkern.train.trainer import MTPCollator, MTPConfig, MTPTrainer
-
-logger = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).parent / "configs"
 # What --help shows of TrainingArguments; --help-all names the rest.
@@ -310,10 +307,12 @@ def _to_decode(data: DataArguments, encode: Encoder, positions: int | None) -> H
     if found is None:
         return None
     tokenizer = encode.tokenizer
-    parts = [(x["input_ids"][: x["prompt_length"]], x["input_ids"][x["prompt_length"] :]) for x in found[0]]
-    answers = [str(tokenizer.decode(answer, skip_special_tokens=True)).strip() for _, answer in parts]
+    prompts, answers = [], []
+    for i in range(len(found[0])):
+        ids, length = found[0][i].values()
+        prompts.append(ids[:length])
+        answers.append(str(tokenizer.decode(ids[length:], skip_special_tokens=True)).strip())
     is_right = same_number if all("####" in answer for answer in answers) else _same_text
-    prompts = [prompt for prompt, _ in parts]
     return HeldOut(prompts, answers, tokenizer, is_right=is_right, max_new_tokens=data.decode_tokens)
 
 

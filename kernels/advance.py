@@ -416,7 +416,7 @@ def _plan(sequences: Sequences, rows: Rows, *, k: int, mask_token_id: int) -> No
 
     # Masks that a sequence can use: with m of them a pass reaches m + 1 tokens beyond its standing length.
     masks = (sequences.limit - length - 1).clamp(min=0, max=k - 1) * (sequences.status == RUNNING)
-    if R < B * (2 * k - 1):
+    if B * (2 * k - 1) > R:
         # The highest even level that fits, then one more each to the first that want it.
         spare = R - pending.sum()
         used_at = torch.minimum(masks, torch.arange(k, device=tokens.device)[:, None]).sum(1)  # [k], nondecreasing

@@ -359,8 +359,7 @@ def _accept(
     # Everything is [B, 1] or [B, 2k - 1], a column a row, as in the kernel.
     tokens = sequences.tokens
     length, pending, limit, status, passes = (
-        x[:, None]
-        for x in (sequences.length, sequences.pending, sequences.limit, sequences.status, sequences.passes)
+        x[:, None] for x in (sequences.length, sequences.pending, sequences.limit, sequences.status, sequences.passes)
     )
     trash = tokens.shape[1] - 1
     o_w = torch.arange(2 * k - 1, device=tokens.device)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import flex_attention
 
+from mtpkern.attention import attention_context
 from mtpkern.bench import distill, span_attention, train_step
 from mtpkern.bench.distill import Case, Inputs
 from mtpkern.bench.harness import Spread
@@ -15,7 +16,7 @@ from mtpkern.bench.timing import Peak
 from mtpkern.kernels.distill import Head
 from mtpkern.kernels.span_mask import span_mask
 from mtpkern.train.layout import build_layout, stride_prefixes
-from mtpkern.train.objective import SpanContext, attention_context, mtp_loss
+from mtpkern.train.objective import SpanContext, mtp_loss
 
 CPU = torch.device("cpu")
 H200 = Peak(4.3e12, 790e12, "")

@@ -19,8 +19,10 @@ from torch.utils._pytree import tree_leaves
 
 import mtpkern
 from mtpkern import ConfAdapt, Static, Verified, graph
+from mtpkern.attention import attention_context
 from mtpkern.decoder import Decoder
 from mtpkern.graph import fingerprint, release_graphs
+from mtpkern.strategies import Strategy
 
 
 class Recorder(TorchDispatchMode):
@@ -379,3 +381,169 @@ def test_a_decoder_outlives_no_model(tiny: SimpleNamespace) -> None:
     gc.collect()
     with pytest.raises(RuntimeError, match="model is gone"):
         decoder.prefill(torch.ones(1, 2, dtype=torch.int64))
+
+
+# On a GPU, for real.
+
+SETTINGS = {
+    "llama": {},
+    "gemma3_text": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+}
+LENGTHS = {1: (9,), 5: (9, 4, 12, 1, 7)}
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[graph.CapturedStep]]:
+    """Every step that is captured; nothing kept before or after. A capture that fails fails the test."""
+    made: list[graph.CapturedStep] = []
+
+    class Counted(graph.CapturedStep):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(graph, "CapturedStep", Counted)
+    release_graphs()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        yield made
+    made.clear()
+    release_graphs()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", LENGTHS)
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("model_name", SETTINGS)
+def test_graph_equals_no_graph(
+    model_name: str, name: str, batch: int, captures: list[Any], tiny: SimpleNamespace
+) -> None:
+    model = tiny.model(model_name, **SETTINGS[model_name]).cuda()
+    for seed in range(4):
+        options: dict[str, Any] = {"strategy": STRATEGIES[name][seed % 2], "seed": seed, "max_new_tokens": 40}
+        options["eos_token_id"] = [None, 3][seed // 2]
+        expected = generate(tiny, model, *LENGTHS[batch], use_graph=False, **options)
+        assert_same(generate(tiny, model, *LENGTHS[batch], **options), expected)
+        for decoder in kept(model):
+            poison(decoder)
+    assert len(captures) == 1
+
+
+@pytest.mark.gpu
+def test_no_token_depends_on_the_form_of_the_run(captures: list[Any], tiny: SimpleNamespace) -> None:
+    """Chunks, compilation and the batch-invariant splits, in the graph, against the plain run."""
+    model = tiny.model("llama").cuda()
+    expected = generate(tiny, model, 30, 17, 5, use_graph=False, max_new_tokens=40)
+    for options in ({"prefill_chunk": 21}, {"compile": True}, {"batch_invariant": True}, {"rows": 36}):
+        for _ in range(2):
+            assert_same(generate(tiny, model, 30, 17, 5, max_new_tokens=40, **options), expected)
+    assert len(captures) == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", LENGTHS)
+def test_a_generation_waits_for_nothing(batch: int, captures: list[Any], tiny: SimpleNamespace) -> None:
+    """Prefill without padding and all passes, warm: nothing but the event of the poll, which torch does not count."""
+    model = tiny.model("llama").to("cuda", torch.bfloat16)
+    stop_ids = torch.tensor([-1])
+    ids = tiny.prompts(*[9] * batch)[0].cuda()
+    decoder = Decoder(
+        model, Verified(3), mask_token_id=tiny.mask, stop_ids=stop_ids, batch=batch, capacity=64, max_new_tokens=40
+    )
+    for run in range(3):
+        decoder.restart(Verified(3), stop_ids, 40)
+        torch.cuda.set_sync_debug_mode("error" if run else "default")
+        try:
+            decoder.prefill(ids)
+            with attention_context(model, decoder.cache) as route:
+                decoder.run(route)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len(captures) == 1
+    assert bool((decoder.sequences.passes > 1).all())
+
+
+@pytest.mark.gpu
+def test_what_waits_around_a_generation(captures: list[Any], tiny: SimpleNamespace) -> None:
+    """Of ours: both prompts and mask to the host, the stop tokens to the device, the results and their record back."""
+    model = tiny.model("llama").cuda()
+    generate(tiny, model, 9, 4, eos_token_id=3)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            generate(tiny, model, 9, 4, eos_token_id=3)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    ours = [f"{w.filename}:{w.lineno}" for w in said if "synchronizing" in str(w.message) and "/mtpkern/" in w.filename]
+    assert len(ours) <= 5, ours
+
+
+@pytest.mark.gpu
+def test_two_models_take_turns(captures: list[Any], tiny: SimpleNamespace) -> None:
+    models = [tiny.model("llama", seed=seed).cuda() for seed in range(2)]
+    for seed in range(3):
+        expected = [generate(tiny, model, 9, 4, seed=seed, use_graph=False) for model in models]
+        for model, result in zip(models, expected):
+            assert_same(generate(tiny, model, 9, 4, seed=seed), result)
+    assert len(captures) == 2
+
+
+@pytest.mark.gpu
+def test_a_model_that_waits_is_not_captured(tiny: SimpleNamespace) -> None:
+    """The capture fails, which is announced, and leaves nothing broken behind."""
+    model, other = tiny.model("llama").cuda(), tiny.model("llama", seed=3).cuda()
+    expected = generate(tiny, model, 9, 4, use_graph=False)
+    model.model.layers[0].register_forward_hook(lambda module, args, out: float(out[0].sum()) and None)
+    with pytest.warns(RuntimeWarning, match="could not be captured in a CUDA graph"):
+        assert_same(generate(tiny, model, 9, 4), expected)
+    assert_same(generate(tiny, model, 9, 4), expected)
+    assert_same(generate(tiny, other, 9, 4), generate(tiny, other, 9, 4, use_graph=False))
+    assert kept(other)[0].graph.captured is not None
+    torch.cuda.synchronize()
+    release_graphs()
+
+
+@pytest.mark.gpu
+def test_memory_does_not_grow(captures: list[Any], tiny: SimpleNamespace) -> None:
+    model = tiny.model("llama").cuda()
+    held = []
+    for call in range(50):
+        generate(
+            tiny, model, 9 + call % 5, 4, seed=call, max_new_tokens=20, strategy=(Verified(3), Static(1))[call % 2]
+        )
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated())
+    assert len(captures) == 2
+    assert held[-1] == held[9]
+    release_graphs(model)
+    gc.collect()
+    assert torch.cuda.memory_allocated() < held[-1]
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_soak(captures: list[Any], tiny: SimpleNamespace) -> None:
+    """A hundred thousand passes of two graphs that share a pool, always the same tokens, no memory: about a minute."""
+    model = tiny.model("llama").cuda()
+    ids, mask = (x.cuda() for x in tiny.prompts(9, 4, 12, 1, 7))
+    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 100, "return_dict_in_generate": True}
+    first: dict[Strategy, Any] = {}
+    differences = torch.zeros((), dtype=torch.int64, device="cuda")
+    steps = runs = 0
+    while steps < 100_000:
+        for strategy in (Static(1), Verified(3, threshold=0.2)):
+            result = mtpkern.generate(model, ids, strategy=strategy, **options)
+            before = first.setdefault(strategy, result)
+            differences += (result.sequences != before.sequences).any()
+            assert result.blocks == before.blocks
+            steps += max(result.passes)
+        runs += 1
+        if runs == 5:
+            allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    assert not differences
+    assert len(captures) == 2
+    assert torch.cuda.memory_allocated() <= allocated + 4096
+    assert torch.cuda.memory_reserved() == reserved

@@ -1,26 +1,33 @@
-"""What the compiler makes of every kernel of decoding, for GPUs that need not be there.
+"""What the compiler makes of every kernel of ours, for GPUs that need not be there.
 
     python -m mtpkern.bench.aot                                     every case for every target
     python -m mtpkern.bench.aot --targets sm_90 --cases readout     some of them
     python -m mtpkern.bench.aot --write                             and keep the table in bench/results/
 
-The launchers run as they do in decoding, but on CPU tensors: Triton compiles what they launch, with their own tile
-sizes and specialised on their own arguments, and nothing is launched. Registers, spill and shared memory are what
-ptxas and the AMD compiler report. The last line of the output is JSON.
+The launchers run as they do in use, but on CPU tensors: Triton compiles what they launch, with their own tile sizes
+and specialised on their own arguments, and nothing is launched. Registers, spill and shared memory are what ptxas and
+the AMD compiler report. Every kernel has a budget (see `over_budget`); the exit status is 1 where one is exceeded. The
+last line of the output is JSON. Triton keeps what it compiled, so a second run takes seconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.metadata import version
+from itertools import product, starmap
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,11 +37,13 @@ import torch
 
 from mtpkern.bench.harness import environment
 from mtpkern.bench.report import Table, write
-from mtpkern.kernels import decode_attention
+from mtpkern.kernels import decode_attention, span_attention
 from mtpkern.kernels.advance import Rows, Sequences, advance_triton
 from mtpkern.kernels.decode_attention import decode_attention_triton
+from mtpkern.kernels.distill import Head, distill_loss_triton, head_readout_triton
 from mtpkern.kernels.kv_write import kv_write_triton
 from mtpkern.kernels.readout import readout_triton
+from mtpkern.kernels.span_attention import span_attention_triton
 
 
 @dataclass(frozen=True)
@@ -64,17 +73,21 @@ class Compiled:
     case: str
     target: str
     kernel: str
+    rows: int  # of its tile of matrix products; 0 without products
+    bits: int  # of an element
     num_warps: int
+    num_stages: int
     registers: int
     spill: int
     shared_memory: int
     matrix: str  # the instruction of its matrix products: wgmma, tcgen05, mma.sync, mfma, or none
     atomics: bool
+    code: str  # equal where the machine code is
     seconds: float
 
 
-def attention_case(dtype: torch.dtype, D: int, rows: int, **options: Any) -> None:
-    """Launch decode attention of `rows` rows a sequence at the heads of Qwen3-4B and Llama-3.1-8B: 32 over 8."""
+def decode_attention_case(dtype: torch.dtype, D: int, rows: int, **options: Any) -> None:
+    """Decode attention of `rows` rows a sequence at the heads of Qwen3-4B and Llama-3.1-8B: 32 over 8."""
     B, Hq, Hkv, C = 2, 32, 8, 1024
     query = torch.empty(1, Hq, B * rows, D, dtype=dtype)[0].transpose(0, 1)
     cache = torch.empty(B, Hkv, C + 1, D, dtype=dtype)
@@ -84,7 +97,7 @@ def attention_case(dtype: torch.dtype, D: int, rows: int, **options: Any) -> Non
 
 
 def advance_case(B: int, k: int, verify: bool) -> None:
-    """Launch `advance` for B sequences with all rows that they can use."""
+    """`advance` for B sequences with all rows that they can use."""
     R = B * (2 * k - 1)
     sequences = Sequences.allocate(B, 256, 128, torch.device("cpu"))
     rows = Rows.allocate(R, B, torch.device("cpu"))
@@ -94,33 +107,58 @@ def advance_case(B: int, k: int, verify: bool) -> None:
 
 
 def readout_case(dtype: torch.dtype, V: int) -> None:
-    """Launch the readout of two rows."""
+    """The readout of two rows."""
     readout_triton(torch.empty(2, V, dtype=dtype), V - 1)
 
 
-def kv_write_case(D: int) -> None:
-    """Launch the write of 15 rows as a model hands them over: [1, Hkv, R, D], transposed."""
-    new = torch.empty(8, 15, D, dtype=torch.bfloat16).transpose(0, 1)
-    cache = torch.empty(1, 8, 257, D, dtype=torch.bfloat16)
+def kv_write_case(dtype: torch.dtype, D: int) -> None:
+    """The write of 15 rows as a model hands them over: [1, Hkv, R, D], transposed."""
+    new = torch.empty(8, 15, D, dtype=dtype).transpose(0, 1)
+    cache = torch.empty(1, 8, 257, D, dtype=dtype)
     index = torch.zeros(15, dtype=torch.int64)
     kv_write_triton(cache, cache, new, new, index, index)
 
 
-# What holds for bfloat16 holds for float16: tiles go by the bytes of an element.
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+def span_attention_case(dtype: torch.dtype, D: int, *, sinks: bool = False, **options: Any) -> None:
+    """Span attention of one sequence, 32 heads over 8, forward and backward."""
+    T = 160
+    query, key = (torch.empty(1, T, H, D, dtype=dtype).transpose(1, 2).requires_grad_() for H in (32, 8))
+    rule = [torch.zeros(1, T, dtype=torch.int32)] * 3
+    if sinks:
+        options["sinks"] = torch.zeros(32, dtype=dtype)
+    span_attention_triton(query, key, key, *rule, scale=D**-0.5, **options).sum().backward()
+
+
+def distill_case(dtype: torch.dtype, V: int, **options: Any) -> None:
+    """The head's readout, its hard loss and its soft loss, with gradients."""
+    hidden = torch.zeros(16, 16, dtype=dtype).requires_grad_()
+    head = Head(torch.zeros(V, 16, dtype=dtype), banned=V - 1, **options)
+    head_readout_triton(hidden, head)
+    distill_loss_triton(hidden, head, target=torch.zeros(16, dtype=torch.int64))
+    distill_loss_triton(hidden, head, teacher=(hidden.detach(), head))
+
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_DIMS = (64, 80, 96, 128, 256)
 
 # With 4 query heads a KV head, k = 1, 4, 8 and 16 fill tiles of 16, 32, 64 and 128 rows.
 CASES: dict[str, Callable[[], object]] = {
     **{
-        f"attention {name} D{D} k{k}": partial(attention_case, dtype, D, 2 * k - 1)
+        f"decode_attention {name} D{D} k{k}": partial(decode_attention_case, dtype, D, 2 * k - 1)
         for name, dtype in _DTYPES.items()
-        for D in (64, 80, 96, 128, 256)
+        for D in _DIMS
         for k in (1, 4, 8, 16)
+        if name != "fp16" or (D, k) in ((128, 1), (128, 8), (256, 8))  # tiles go by the bytes of an element
     },
-    "attention bf16 D128 one split": partial(attention_case, torch.bfloat16, 128, 15, splits=1),
-    "attention bf16 D128 batch-invariant": partial(attention_case, torch.bfloat16, 128, 15, batch_invariant=True),
-    "attention bf16 D128 window, softcap, sinks": partial(
-        attention_case, torch.bfloat16, 128, 15, window=512, softcap=50.0, sinks=torch.zeros(32)
+    "decode_attention bf16 D128 k8 one split": partial(decode_attention_case, torch.bfloat16, 128, 15, splits=1),
+    "decode_attention bf16 D128 k8 batch-invariant": partial(
+        decode_attention_case, torch.bfloat16, 128, 15, batch_invariant=True
+    ),
+    "decode_attention bf16 D64 k8 window, sinks": partial(
+        decode_attention_case, torch.bfloat16, 64, 15, window=128, sinks=torch.zeros(32, dtype=torch.bfloat16)
+    ),
+    "decode_attention bf16 D256 k8 window, softcap": partial(
+        decode_attention_case, torch.bfloat16, 256, 15, window=512, softcap=50.0
     ),
     **{
         f"advance B{B} k{k} {'verified' if verify else 'unverified'}": partial(advance_case, B, k, verify)
@@ -132,51 +170,99 @@ CASES: dict[str, Callable[[], object]] = {
         for name, dtype in _DTYPES.items()
         for V in (151_936, 128_257)  # the second is odd: Llama-3.1 and one mask token
     },
-    **{f"kv_write D{D}": partial(kv_write_case, D) for D in (80, 128)},
+    **{f"kv_write bf16 D{D}": partial(kv_write_case, torch.bfloat16, D) for D in _DIMS},
+    "kv_write fp32 D128": partial(kv_write_case, torch.float32, 128),
+    **{
+        f"span_attention {name} D{D}": partial(span_attention_case, dtype, D)
+        for name, dtype in _DTYPES.items()
+        for D in _DIMS
+        if name != "fp16" or D == 128
+    },
+    "span_attention bf16 D64 sinks": partial(span_attention_case, torch.bfloat16, 64, sinks=True),
+    "span_attention bf16 D256 softcap": partial(span_attention_case, torch.bfloat16, 256, softcap=50.0),
+    **{f"distill {name} V144": partial(distill_case, dtype, 144) for name, dtype in _DTYPES.items()},
+    "distill bf16 V129": partial(distill_case, torch.bfloat16, 129),  # odd, as above
+    "distill bf16 V144 softcap": partial(distill_case, torch.bfloat16, 144, softcap=30.0),
 }
+
+# The rows of a kernel's matrix products, by the name of its launch option.
+_MATRIX_ROWS = {"_attend_kernel": "BLOCK_M", "_forward_kernel": "ROWS", "_dq_kernel": "ROWS", "_dkdv_kernel": "KEYS"}
+
+# Bytes a thread that may be spilled, by the beginning of the case, the kernel and the target; elsewhere none.
+SPILL: dict[tuple[str, str], dict[str, int]] = {}
+
+
+def over_budget(one: Compiled) -> list[str]:
+    """What a kernel takes that it must not: spill, shared memory, slow products, atomics. Empty is good."""
+    allowed = max(
+        (
+            spill.get(one.target, 0)
+            for (case, kernel), spill in SPILL.items()
+            if one.case.startswith(case) and one.kernel == kernel
+        ),
+        default=0,
+    )
+    faults = []
+    if one.spill > allowed:
+        faults.append(f"spills {one.spill} bytes a thread, allowed are {allowed}")
+    if one.shared_memory > TARGETS[one.target].shared_memory:
+        faults.append(f"takes {one.shared_memory} bytes of shared memory of {TARGETS[one.target].shared_memory}")
+    # wgmma takes 64 rows; where 64 rows stand ready, the slower instruction would leave half of Hopper idle.
+    if one.target == "sm_90" and one.rows >= 64 and one.bits == 16 and one.matrix != "wgmma":
+        faults.append(f"multiplies {one.rows} rows by {one.matrix}, not wgmma")
+    if (one.matrix != "none") != (one.rows > 0):
+        faults.append(f"has matrix products by {one.matrix}")
+    # Merging in the block that finishes last would need one, and is a race that no interpreter sees. Sums by atomics
+    # would differ from run to run.
+    if one.atomics:
+        faults.append("has atomics")
+    return faults
 
 
 @contextmanager
-def _compiling(target: Target) -> Iterator[list[tuple[str, Any, float]]]:
-    """Inside, a launch compiles for the target and is noted as (kernel, what was compiled, seconds)."""
+def compiling(target: str) -> Iterator[list[Compiled]]:
+    """Inside, a launch compiles for the target instead of running, and is noted in the list that this yields."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import JITFunction, driver
 
-    noted: list[tuple[str, Any, float]] = []
+    facts = TARGETS[target]
+    noted: list[Compiled] = []
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         start = time.perf_counter()
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        noted.append((self.fn.__name__, kernel, time.perf_counter() - start))
+        if kernel is not None:
+            name = self.fn.__name__
+            rows, bits = options.get(_MATRIX_ROWS.get(name, ""), 0), 8 * args[0].element_size()
+            noted.append(_noted(target, name, rows, bits, kernel, round(time.perf_counter() - start, 1)))
         return kernel
 
     stand_in = SimpleNamespace(
-        get_current_target=lambda: GPUTarget(target.backend, target.arch, target.warp_size),
+        get_current_target=lambda: GPUTarget(facts.backend, facts.arch, facts.warp_size),
         get_current_device=lambda: target,  # kernels are kept by device
         get_current_stream=lambda device: 0,
     )
     with ExitStack() as stack:
-        stack.enter_context(patch.object(JITFunction, "run", compile_only))
-        stack.enter_context(patch.object(driver, "_active", stand_in))
-        facts = (target.processors, target.shared_memory)
-        stack.enter_context(patch.object(decode_attention, "_machine", lambda device: facts))
-        stack.enter_context(patch.object(torch.version, "hip", "7.0" if target.backend == "hip" else None))
+        for place, name, value in (
+            (JITFunction, "run", compile_only),
+            (driver, "_active", stand_in),
+            (decode_attention, "_machine", lambda device: (facts.processors, facts.shared_memory)),
+            (span_attention, "_shared_memory", lambda device: facts.shared_memory),
+            (torch.version, "hip", "7.0" if facts.backend == "hip" else None),
+        ):
+            stack.enter_context(patch.object(place, name, value))
         yield noted
 
 
 def compile_case(case: str, target: str) -> list[Compiled]:
-    """The kernels that a case launches, compiled for a target; `compile_case("readout bf16", "sm_90")` has two."""
-    with _compiling(TARGETS[target]) as noted:
+    """The kernels that a case launches, compiled: `compile_case("kv_write fp32 D128", "sm_90")[0].registers`."""
+    with compiling(target) as noted:
         CASES[case]()
-    return [
-        Compiled(case, target, name, kernel.metadata.num_warps, *_resources(kernel), round(seconds, 1))
-        for name, kernel, seconds in noted
-    ]
+    return [replace(one, case=case) for one in noted]
 
 
-def _resources(kernel: Any) -> tuple[int, int, int, str, bool]:
-    """Registers, spilled bytes, shared memory, matrix instruction, and whether there are atomics."""
+def _noted(target: str, name: str, rows: int, bits: int, kernel: Any, seconds: float) -> Compiled:
     if "cubin" in kernel.asm:
         import triton
 
@@ -191,46 +277,92 @@ def _resources(kernel: Any) -> tuple[int, int, int, str, bool]:
         text = report = kernel.asm["amdgcn"]
         registers, spill = r"\.vgpr_count:\s+(\d+)", r"\.private_segment_fixed_size:\s+(\d+)"
         names = {"mfma": "v_mfma"}
-    matrix = next((name for name, instruction in names.items() if instruction in text), "none")
     counts = [int(re.findall(pattern, report)[-1]) for pattern in (registers, spill)]
-    atomics = re.search(r"^\s*(atom|red)\.|_atomic_", text, re.MULTILINE) is not None
-    return counts[0], counts[1], kernel.metadata.shared, matrix, atomics
+    return Compiled(
+        "",
+        target,
+        name,
+        rows,
+        bits,
+        kernel.metadata.num_warps,
+        kernel.metadata.num_stages,
+        *counts,
+        kernel.metadata.shared,
+        next((name for name, instruction in names.items() if instruction in text), "none"),
+        re.search(r"(?:^|\s)(?:atom|red)\.\w|_atomic_", text) is not None,
+        kernel.hash,
+        seconds,
+    )
 
 
-def main() -> None:
-    """Compile, print a line a kernel as it comes, then all of it as JSON."""
+def compile_all(cases: Sequence[str], targets: Sequence[str], jobs: int = 1) -> Iterator[list[Compiled]]:
+    """Each case for each target, in this order, `jobs` at a time."""
+    pairs = list(product(cases, targets))
+    if jobs == 1:
+        yield from starmap(compile_case, pairs)
+        return
+    # Forked, so that torch and Triton are imported once; nothing here has started a thread.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
+        yield from pool.map(compile_case, *zip(*pairs))
+
+
+def distinct(compiled: Iterable[Compiled]) -> list[Compiled]:
+    """Without those whose machine code an earlier case has for the same target already."""
+    first: dict[tuple[str, str], Compiled] = {}
+    for one in compiled:
+        first.setdefault((one.target, one.code), one)
+    return list(first.values())
+
+
+def tables(compiled: Sequence[Compiled], targets: Sequence[str]) -> list[Table]:
+    """A table for each op: a row for each case and kernel, a column for each target."""
+    rows: dict[str, dict[tuple[str, str], dict[str, str]]] = {}
+    for one in compiled:
+        op, _, rest = one.case.partition(" ")
+        cells = rows.setdefault(op, {}).setdefault((rest, one.kernel.strip("_").removesuffix("_kernel")), {})
+        cells[one.target] = (
+            f"{one.registers}/{one.spill}/{one.shared_memory / 1024:.0f}"
+            + f" {one.matrix}" * (one.matrix != "none")
+            + " **over**" * bool(over_budget(one))
+        )
+    return [
+        Table(
+            op,
+            "Registers a thread / spilled bytes a thread / KiB of shared memory, instruction of matrix products; "
+            "nothing where an earlier row has the same machine code.",
+            ("case", "kernel", *targets),
+            [[*case, *(cells.get(target, "") for target in targets)] for case, cells in table.items()],
+        )
+        for op, table in rows.items()
+    ]
+
+
+def main() -> int:
+    """Compile, print a line a kernel as it comes, then all of it as JSON; 1 where a kernel exceeds its budget."""
     parser = argparse.ArgumentParser(prog="python -m mtpkern.bench.aot", description="What the compiler reports.")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--cases", nargs="+", default=[""], metavar="NAME", help="beginnings of the names of cases")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: the cores)")
     parser.add_argument("--write", action="store_true", help="write bench/results/aot.md and aot.json")
     arguments = parser.parse_args()
     cases = [case for case in CASES if case.startswith(tuple(arguments.cases))]
     if not cases:
         parser.error(f"no case begins with {' or '.join(arguments.cases)}; there are: {', '.join(CASES)}")
 
-    header = ("case", "target", "kernel", "warps", "registers", "spill", "shared", "matrix")
     compiled: list[Compiled] = []
-    for case in cases:
-        for target in arguments.targets:
-            for one in compile_case(case, target):
-                compiled.append(one)
-                print(*_line(one), sep=" | ", flush=True)
+    for kernels in compile_all(cases, arguments.targets, arguments.jobs):
+        for one in kernels:
+            compiled.append(one)
+            numbers = (one.num_warps, one.num_stages, one.registers, one.spill, one.shared_memory)
+            print(one.case, one.target, one.kernel, *numbers, one.matrix, *over_budget(one), sep=" | ", flush=True)
+    compiled = distinct(compiled)
     if arguments.write:
-        table = Table(
-            "Kernels of decoding",
-            "Registers a thread, spilled bytes a thread, shared memory in bytes a program.",
-            header,
-            [_line(one) for one in compiled],
-        )
+        facts = environment(torch.device("cpu")) | {"triton": version("triton")}
         data = {"kernels": [asdict(one) for one in compiled]}
-        write("aot", "Ahead-of-time compilation", environment(torch.device("cpu")), [table], data)
+        write("aot", "Ahead-of-time compilation", facts, tables(compiled, arguments.targets), data)
     print(json.dumps([asdict(one) for one in compiled]))
-
-
-def _line(one: Compiled) -> list[str]:
-    numbers = (one.num_warps, one.registers, one.spill, one.shared_memory)
-    return [one.case, one.target, one.kernel.strip("_"), *map(str, numbers), one.matrix]
+    return int(any(map(over_budget, compiled)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

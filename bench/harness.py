@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -58,8 +58,9 @@ def interleaved(
 
 def environment(device: torch.device) -> dict[str, str]:
     """Hardware, versions, commit and command, for the record; the commit is marked where the tree differs from it."""
-    root = Path(__file__).parents[1]
-    commit = _git(root, "rev-parse", "--short=12", "HEAD")
+    root = Path(__file__).resolve().parents[1]
+    # A copy of the tree without its history is told by whoever made it.
+    commit = _git(root, "rev-parse", "--short=12", "HEAD") or os.environ.get("MTPKERN_COMMIT", "unknown")
     changed = _git(root, "status", "--porcelain", "--untracked-files=no")
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
     module = Path(sys.argv[0]).stem
@@ -69,7 +70,8 @@ def environment(device: torch.device) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "load_before": " ".join(f"{x:.1f}" for x in os.getloadavg()),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "mtpkern")},
+        **_gpu(device),
+        **{name: _version(name) for name in ("torch", "triton", "transformers", "mtpkern")},
         "commit": commit + (" with changes" if changed else ""),
         "command": shlex.join(["python", "-m", f"mtpkern.bench.{module}", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
@@ -77,8 +79,38 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+    return _said("git", "-C", str(root), *arguments)
+
+
+def _said(*command: str) -> str:
+    """What a command prints; nothing where it fails or is not there."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"  # mtpkern in a clone that a path leads to; triton where there is none
+
+
+def _gpu(device: torch.device) -> dict[str, str]:
+    """Driver, toolkit and the limits that speed depends on; nothing for a CPU."""
+    if device.type != "cuda":
+        return {}
+    facts = torch.cuda.get_device_properties(device)
+    query = "--query-gpu=driver_version,clocks.max.sm,power.limit"
+    told = _said("nvidia-smi", query, "--format=csv,noheader", f"--id={device.index or 0}")
+    return {
+        "driver, greatest SM clock, power limit": told or "unknown",
+        "cuda": str(torch.version.cuda or torch.version.hip),
+        "memory": f"{facts.total_memory / 2**30:.0f} GiB",
+        "processors": str(facts.multi_processor_count),
+    }
 
 
 def _cpu() -> str:

@@ -2,30 +2,72 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mtpkern.bench.harness import as_json
+import torch
+
+from mtpkern.bench.harness import as_json, environment
 
 RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
+class Goal:
+    """A figure that the project wants to reach, and what was measured: `Goal("share of bandwidth", 80, 84.2, "%")`."""
+
+    what: str
+    target: float
+    measured: float
+    unit: str
+    at_most: bool = False
+
+    @property
+    def met(self) -> bool:
+        """Whether the measured value reaches the target; NaN does not."""
+        return self.measured <= self.target if self.at_most else self.measured >= self.target
+
+    def row(self) -> tuple[str, str, str, str]:
+        """As the table of goals shows it."""
+        target = f"{'≤' if self.at_most else '≥'} {self.target:g} {self.unit}"
+        return self.what, target, f"{self.measured:.3g} {self.unit}", "yes" if self.met else "NO"
+
+
+GOALS_HEADER = ("what", "target", "measured", "met")
+
+
+@dataclass(frozen=True)
 class Table:
-    """A caption, a note below it, column names and rows of text."""
+    """A caption, a note below it, column names and rows of text.
+
+    records are the rows' numbers for the JSON file, one mapping a row; goals what the table says of the project's
+    targets; skipped one line "name: why" for each thing that was to be measured and was not.
+    """
 
     caption: str
     note: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+    records: Sequence[Mapping[str, object]] = ()
+    goals: Sequence[Goal] = ()
+    skipped: Sequence[str] = ()
 
     def markdown(self) -> str:
         """The table as Markdown; the first column is aligned left, the others right."""
-        lines = [self.header, ["---"] + ["---:"] * (len(self.header) - 1), *self.rows]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        return f"## {self.caption}\n\n{self.note}\n\n{table}\n"
+        parts = [f"## {self.caption}", self.note, grid(self.header, self.rows)]
+        if self.goals:
+            parts.append(grid(GOALS_HEADER, [goal.row() for goal in self.goals]))
+        parts += [f"Skipped: {line}" for line in self.skipped]
+        return "\n\n".join(parts) + "\n"
+
+
+def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Header and rows as Markdown: `grid(("a", "b"), [("1", "2")])`."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write(
@@ -42,6 +84,41 @@ def write(
     record = json.dumps({"environment": environment, **_fields(data)}, indent=1, default=as_json)
     (folder / f"{name}.json").write_text(record + "\n", encoding="utf-8")
     return page
+
+
+def run(
+    name: str,
+    title: str,
+    measure: Callable[[torch.device, bool], Iterable[Table]],
+    argv: Sequence[str] | None = None,
+) -> None:
+    """The command line of a benchmark: measure, print each table as it comes, and write all so far after each.
+
+    `measure(device, quick)` yields tables. quick says that the grids should take seconds; on a CPU they are tiny in any
+    case, and the page says that it is a dry run and is written only where --results names a folder.
+
+        def main() -> None:
+            run("readout", "Readout", measure)
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m mtpkern.bench.{name}", description=title)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="the most telling shapes only")
+    parser.add_argument("--results", type=Path, help="folder of the result files (default: bench/results; cpu: none)")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    dry_run = device.type == "cpu"
+    if dry_run:
+        title += " (DRY RUN on a CPU: its figures say nothing)"
+    folder = args.results or (None if dry_run else RESULTS)
+    facts = {**environment(device), "quick": str(args.quick)}
+    tables: list[Table] = []
+    print(f"# {title}\n", flush=True)
+    for table in measure(device, args.quick):
+        print(table.markdown(), flush=True)
+        tables.append(table)
+        if folder is not None:
+            data = {"title": title, "dry_run": dry_run, "tables": [asdict(t) for t in tables]}
+            write(name, title, facts, tables, data, folder)
 
 
 def _fields(data: object) -> dict[str, object]:

@@ -833,16 +833,19 @@ def span_attention(
             softcap=softcap,
             sinks=sinks,
         )
-    if mask is None:
-        mask = span_mask(position, prefix_end, span_start, window)
-    if softcap is not None or sinks is not None:
-        return span_attention_reference(
-            query, key, value, position, prefix_end, span_start, scale=scale, softcap=softcap, sinks=sinks, mask=mask
-        )
-    out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask.unsqueeze(1), scale=scale, enable_gqa=key.shape[1] != heads
+    return span_attention_reference(
+        query,
+        key,
+        value,
+        position,
+        prefix_end,
+        span_start,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        mask=mask,
     )
-    return out.transpose(1, 2)
 
 
 def span_attention_reference(
@@ -859,27 +862,33 @@ def span_attention_reference(
     sinks: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """`span_attention` written out, in the dtype of its inputs (float64 too); accumulates in at least float32."""
+    """`span_attention` in plain torch, in the dtype of its inputs (float64 too) or in autocast's.
+
+    Written out with softmax and batched products of [T, T] weights: on a CPU in bfloat16 forward and backward take a
+    third of the time of scaled_dot_product_attention with this mask.
+    """
     if mask is None:
         mask = span_mask(position, prefix_end, span_start, window)
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     batch, heads, rows, dim = query.shape
-    groups = heads // key.shape[1]
-    wide = torch.promote_types(query.dtype, torch.float32)
-    q = query.to(wide).unflatten(1, (key.shape[1], groups))
-    score = torch.einsum("bhgrd,bhjd->bhgrj", q, key.to(wide)) * scale
-    if softcap is not None:
-        score = softcap * torch.tanh(score / softcap)
-    # The lowest finite number, not -inf: a row without keys must give 0 and a zero gradient, not 0 / 0.
-    mask = mask[:, None, None]
-    score = score.masked_fill(~mask, torch.finfo(wide).min)
-    peak = score.amax(-1, keepdim=True).detach()
-    sink: Tensor | float = 0.0
+    kv_heads = key.shape[1]
+    # Half the lowest finite number, not -inf: a row without keys must give 0, not 0 / 0, and no sum may reach -inf.
+    hidden = torch.finfo(query.dtype).min / 2
+    bias = query.new_zeros(mask.shape).masked_fill_(~mask, hidden).unsqueeze(1).expand(-1, heads, -1, -1)
     if sinks is not None:
-        logit = sinks.to(wide).view(1, -1, groups, 1, 1)
-        peak = torch.maximum(peak, logit.detach())
-        sink = torch.exp(logit - peak)
-    weight = torch.exp(score - peak) * mask
-    total = weight.sum(-1, keepdim=True) + sink
-    weight = weight / total.masked_fill(total == 0, 1)
-    out = torch.einsum("bhgrj,bhjd->brhgd", weight, value.to(wide))
-    return out.reshape(batch, rows, heads, dim).to(query.dtype)
+        # A sink is one more key, 0 like its value, with the sink for its bias.
+        column = sinks.to(query.dtype).view(1, heads, 1, 1).expand(batch, -1, rows, -1)
+        bias = torch.cat([bias, column], dim=-1)
+        key, value = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
+    # The query heads that share a key/value head are further rows of it.
+    q = query.reshape(batch * kv_heads, -1, dim)
+    k, v = key.flatten(0, 1), value.flatten(0, 1)
+    bias = bias.reshape(len(q), -1, k.shape[1])
+    if softcap is None:
+        score = torch.baddbmm(bias, q, k.mT, alpha=scale)
+    else:
+        score = bias + softcap * torch.tanh(torch.bmm(q, k.mT) * (scale / softcap))
+    out = torch.bmm(score.softmax(-1), v).view(batch, heads, rows, dim).transpose(1, 2)
+    return out.masked_fill(~mask.any(-1)[..., None, None], 0.0)

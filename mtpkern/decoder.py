@@ -11,7 +11,6 @@ for the capture of a new graph.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -30,6 +29,8 @@ from mtpkern.strategies import Strategy
 # Up to this many rows a pass is bound by reading the weights, so that rows are nearly free; on a CPU each row costs.
 FREE_ROWS = 192
 FREE_ROWS_CPU = 16
+# Slots that attention reads are rounded up to whole vectors.
+SLOT_STEP = 16
 # How many steps the host runs ahead of what it knows: enough to keep a GPU fed, few enough to waste.
 LAG = 3
 # Tokens of a prefill pass, over the whole batch: enough to keep a GPU busy, few enough for its memory.
@@ -62,7 +63,7 @@ class Decoder:
         decoder.sequences.tokens, decoder.sequences.length    # the result, on the device
 
     capacity is the longest prompt + max_new_tokens or more; stop_ids [S] int64; rows is the row budget R of a step,
-    from batch * k up. The model is not kept alive.
+    from batch * k up.
 
     use_graph: capture the step in a CUDA graph; None does where there is a CUDA device.
     compile: send the model's forward through `torch.compile` (not the prefill), which fuses its small operations.
@@ -95,12 +96,13 @@ class Decoder:
                 f"rows must be at least batch * k = {batch} * {strategy.k} = {batch * strategy.k}, got {rows}: "
                 "fewer could not hold every sequence's pending tokens; raise rows or lower k"
             )
-        self._model = weakref.ref(model)
+        self.model = model
         self.device = device
         self.mask_token_id = mask_token_id
         # A pass emits at least one token, so capacity bounds the passes of any run.
         self.sequences = Sequences.allocate(batch, capacity, capacity, device)
-        self.rows = Rows.allocate(rows, batch, device)
+        # The rows of this pass, and those that the next is planned in: all, or the first of them.
+        self.all_rows = self.rows = self.plan = Rows.allocate(rows, batch, device)
         self.cache = KVCache(capacity, self.rows, max_rows=2 * strategy.k - 1, batch_invariant=batch_invariant)
         self.threshold = torch.zeros((), device=device)
         self.stop_ids = torch.zeros(places_for(stop_ids), dtype=torch.int64, device=device)
@@ -108,14 +110,6 @@ class Decoder:
         self.fingerprint: tuple[Any, ...] | None = None
         self._forward: Callable[..., Tensor] = compiled(_forward) if compile else _forward
         self._begin(strategy, stop_ids, max_new_tokens)
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The model that it decodes with."""
-        model = self._model()
-        if model is None:
-            raise RuntimeError("this decoder's model is gone; keep a reference to it as long as you decode")
-        return model
 
     @property
     def nbytes(self) -> int:
@@ -126,9 +120,11 @@ class Decoder:
     def restart(self, strategy: Strategy, stop_ids: Tensor, max_new_tokens: int) -> None:
         """Forget the last run, in place. What the step has baked in, k and verify, must be as before."""
         assert (strategy.k, strategy.verify) == (self.strategy.k, self.strategy.verify)
-        for x in (*vars(self.sequences).values(), *vars(self.rows).values()):
+        for x in (*vars(self.sequences).values(), *vars(self.all_rows).values()):
             x.zero_()
+        self.rows = self.plan = self.cache.rows = self.all_rows
         self.cache.clear()
+        self.cache.slots, self.cache.max_rows = self.cache.capacity, 2 * strategy.k - 1
         self._begin(strategy, stop_ids, max_new_tokens)
 
     def _begin(self, strategy: Strategy, stop_ids: Tensor, max_new_tokens: int) -> None:
@@ -190,7 +186,7 @@ class Decoder:
         token, confidence = readout(logits, self.mask_token_id)
         advance(
             self.sequences,
-            self.rows,
+            self.plan,
             token,
             confidence,
             self.threshold,
@@ -199,19 +195,36 @@ class Decoder:
             verify=self.strategy.verify,
             mask_token_id=self.mask_token_id,
         )
+        self.rows = self.cache.rows = self.plan
         return logits
 
     def run(self, route: dict[str, AttentionContext]) -> None:
         """Step until every sequence is done, at most max_new_tokens passes in all."""
         poll = _Poll(self.sequences.status)
         for _ in range(self.max_new_tokens - 1):
-            if poll.all_done():
+            running = poll.running()
+            if not running:
                 break
             if self.graph is None:
+                if poll.on_cpu and self._forward is _forward:
+                    self._fit(running)
                 self.step(route)
             else:
                 self.graph(partial(self.step, route))
             self.require_all_layers()
+
+    def _fit(self, running: int) -> None:
+        """On a CPU, where rows and slots cost and the state is known: bring what the running sequences need, no more.
+
+        As sequences finish, the row budget of the next pass shrinks in proportion. Attention reads the slots that hold
+        something, and spreads the sequences to the most rows that one of them has.
+        """
+        length, start, cache = self.sequences.length, self.rows.start, self.cache
+        cache.slots = min(cache.capacity, -(-(int(length.max()) + self.strategy.k - 1) // SLOT_STEP) * SLOT_STEP)
+        cache.max_rows = int(start.diff().max())
+        most = len(self.all_rows.seq)
+        share = -(-most * running // len(length))
+        self.plan = self.all_rows.first(max(share, min(FREE_ROWS_CPU, most)))
 
     def require_all_layers(self) -> None:
         """Raise ValueError where a layer that cached keys did not come to our attention function in a step."""
@@ -249,16 +262,16 @@ class _Poll:
             self.copies = torch.empty(LAG + 1, len(status), dtype=status.dtype, pin_memory=True)
             self.events = [torch.Event(status.device) for _ in range(LAG + 1)]
 
-    def all_done(self) -> bool:
-        """Whether every sequence was done `LAG` steps ago (on a CPU: is done now)."""
+    def running(self) -> int:
+        """How many sequences were running `LAG` steps ago (on a CPU: are running now)."""
         if self.on_cpu:
-            return bool((self.status != RUNNING).all())
+            return int((self.status == RUNNING).sum())
         place = self.polls % (LAG + 1)
         self.copies[place].copy_(self.status, non_blocking=True)
         self.events[place].record()
         self.polls += 1
         if self.polls <= LAG:
-            return False
+            return len(self.status)
         place = self.polls % (LAG + 1)  # the oldest
         self.events[place].synchronize()
-        return bool((self.copies[place] != RUNNING).all())
+        return int((self.copies[place] == RUNNING).sum())

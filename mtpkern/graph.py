@@ -197,11 +197,13 @@ def kept_decoder(model: PreTrainedModel, key: Hashable, make: Callable[[], Decod
         graph.beside = next((d.graph.captured for d in kept.values() if d.graph and d.graph.captured), None)
     else:
         graph.idle.wait()
+        decoder.model = model
     yield decoder
     if decoder.fingerprint is None:
         # Now, because a model's first forward may change it.
         decoder.fingerprint = fingerprint(model)
     graph.idle.record()
+    del decoder.model  # or what is kept would keep its model
     kept[key] = decoder
     room = KEPT_SHARE * memory_of(decoder.device)
     while len(kept) > KEPT or (len(kept) > 1 and sum(d.nbytes for d in kept.values()) > room):

@@ -48,6 +48,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 params["form"] = on_gpu(params["form"])
             elif not find_spec("triton"):
                 item.add_marker(pytest.mark.skip(reason="Triton is not installed"))
+        elif gpu and "interpreter" in getattr(item, "fixturenames", ()):
+            item.add_marker("gpu")
         elif item.get_closest_marker("gpu") and not gpu:
             reason = "needs a CUDA or ROCm device; torch.cuda.is_available() is False"
             item.add_marker(pytest.mark.skip(reason=reason))
@@ -111,10 +113,67 @@ def tiny() -> SimpleNamespace:
     return SimpleNamespace(model=random_model, prompts=random_prompts, vocabulary=VOCABULARY, mask=MASK, pad=PAD)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def bfloat16_in_the_interpreter() -> None:
+    """Triton's interpreter keeps bfloat16 as bits, which it would multiply as integers and cut off in casts.
+
+    Here casts round to nearest even and products are those of the numbers, as on a GPU. All other arithmetic of two
+    bfloat16, which our kernels do in float32, is refused instead of being done on the bits.
+    """
+    if not find_spec("triton") or os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+    from triton.runtime.interpreter import TensorHandle
+
+    def is_bfloat16(x: Any) -> bool:
+        return x.dtype.scalar == tl.bfloat16
+
+    def wide(x: Any) -> Any:
+        """A handle's numbers in float32 where they are bfloat16."""
+        return TensorHandle((x.data.astype("uint32") << 16).view("float32"), tl.float32) if is_bfloat16(x) else x
+
+    def narrow(numbers: Any) -> Any:
+        bits = torch.from_numpy(numbers.astype("float32")).bfloat16().view(torch.int16)
+        return TensorHandle(bits.numpy().view("uint16"), tl.bfloat16)
+
+    builder = interpreter.InterpreterBuilder
+    cast_impl, create_dot = builder.cast_impl, builder.create_dot
+
+    def cast(self: Any, x: Any, to: Any) -> Any:
+        if to.scalar == tl.bfloat16:
+            return x if is_bfloat16(x) else narrow(x.data)
+        return cast_impl(self, wide(x), to)
+
+    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return create_dot(self, wide(a), wide(b), *rest)
+
+    def refusing(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def refuse(self: Any, *handles: Any) -> Any:
+            if any(isinstance(x, TensorHandle) and is_bfloat16(x) for x in handles):
+                raise NotImplementedError("arithmetic in bfloat16: cast to float32 first")
+            return operation(self, *handles)
+
+        return refuse
+
+    builder.cast_impl, builder.create_dot = cast, dot
+    for name in ("binary_op", "unary_op", "create_fabs", "create_fma", "create_clampf"):
+        setattr(builder, name, refusing(getattr(builder, name)))
+    reduction = interpreter.ReduceScanOpInterface.check_tensor
+
+    def check_tensor(self: Any, tensors: Any) -> None:
+        reduction(self, tensors)
+        if any(is_bfloat16(x.handle) for x in tensors):
+            raise NotImplementedError("reductions in bfloat16: cast to float32 first")
+
+    interpreter.ReduceScanOpInterface.check_tensor = check_tensor
+
+
 @pytest.fixture
 def nan_in_new_tensors() -> Iterator[None]:
     """Every tensor that is allocated without values is full of NaN: reading what was not written shows."""
-    torch.use_deterministic_algorithms(True)
+    # As a warning only: on a GPU products are called nondeterministic unless an environment variable says otherwise.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -136,6 +195,6 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return self.rewrite()(*args, **kwargs)
 
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

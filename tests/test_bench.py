@@ -1,16 +1,23 @@
 """The decoding benchmark: it runs whole on a tiny model, and its arithmetic is right."""
 
 import json
+import os
+import sys
+import time
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mtpkern
-from mtpkern.bench import decode
+from mtpkern.bench import decode, gpu, report
 from mtpkern.bench.harness import Spread, environment, interleaved
 from mtpkern.bench.problems import problems
-from mtpkern.bench.report import Table, write
+from mtpkern.bench.report import Goal, Table, run, write
+from mtpkern.bench.timing import Peak, race
 from mtpkern.compare import HF_GENERATE, Completion, Tally, rotated
 from mtpkern.strategies import ConfAdapt, Static, Verified
 from mtpkern.train.arithmetic import build_tokenizer
@@ -74,6 +81,85 @@ def test_environment_names_what_is_needed_to_repeat():
     facts = environment(torch.device("cpu"))
     assert {"hardware", "threads", "torch", "transformers", "commit", "command", "date"} <= facts.keys()
     assert all(facts.values())
+
+
+def test_the_command_line_of_a_benchmark(tmp_path, capsys):
+    asked = []
+
+    def measure(device, quick):
+        asked.append((device.type, quick))
+        goals = [Goal("speed", 2, 1.5, "×"), Goal("time", 10, 9, "µs", at_most=True)]
+        yield Table(
+            "A", "Note.", ("n", "µs"), [("1", "2")], [{"n": 1, "us": Spread(2, 1, 3)}], goals, ["that: is not there"]
+        )
+        # What was measured is on paper before the next table starts, which may never end.
+        assert (tmp_path / "x.md").exists()
+        yield Table("B", "Note.", ("n",), [("1",)])
+
+    run("x", "Title", measure, ["--device", "cpu", "--quick", "--results", str(tmp_path)])
+    assert asked == [("cpu", True)]
+    page = (tmp_path / "x.md").read_text()
+    assert "DRY RUN" in page.splitlines()[0]
+    assert "| speed | ≥ 2 × | 1.5 × | NO |" in page
+    assert "| time | ≤ 10 µs | 9 µs | yes |" in page
+    assert "Skipped: that: is not there" in page
+    record = json.loads((tmp_path / "x.json").read_text())
+    assert record["dry_run"]
+    first, second = record["tables"]
+    assert first["records"] == [{"n": 1, "us": {"median": 2, "low": 1, "high": 3}}]
+    assert first["goals"][0] == {"what": "speed", "target": 2, "measured": 1.5, "unit": "×", "at_most": False}
+    assert second["caption"] == "B"
+    capsys.readouterr()
+
+
+def test_a_dry_run_is_not_written_by_default(monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise AssertionError("a dry run was written")
+
+    monkeypatch.setattr(report, "write", refuse)
+    run("x", "Title", lambda device, quick: [Table("A", "", ("n",), [])], ["--device", "cpu"])
+    assert "## A" in capsys.readouterr().out
+
+
+def test_goals_are_met_at_the_target_and_never_by_nan():
+    assert Goal("", 2, 2.0, "×").met
+    assert Goal("", 2, 2.0, "×", at_most=True).met
+    assert not Goal("", 2, float("nan"), "×").met
+    assert not Goal("", 2, float("nan"), "×", at_most=True).met
+
+
+def test_a_race_leaves_out_what_fails_and_what_differs():
+    x = torch.arange(4.0)
+
+    def broken(i):
+        raise NotImplementedError("no such card\nand more")
+
+    times, skipped = race(
+        {"ours": lambda i: x, "also": lambda i: x + 0.01},
+        {
+            "same": lambda i: (x,),
+            "broken": broken,
+            "other": lambda i: x + 1,
+            "shape": lambda i: x[:3],
+            "nan": lambda i: x * torch.nan,
+        },
+        torch.device("cpu"),
+    )
+    assert set(times) == {"ours", "also", "same"}
+    assert skipped[0] == "broken: NotImplementedError: no such card"
+    assert [line.split(":")[0] for line in skipped] == ["broken", "other", "shape", "nan"]
+
+
+@pytest.mark.parametrize("form", [lambda i: torch.zeros(2), lambda i: torch.zeros(3), lambda i: 1 / 0])
+def test_ours_may_not_fail_a_race(form):
+    with pytest.raises((RuntimeError, ZeroDivisionError)):
+        race({"ours": lambda i: torch.ones(2), "also ours": form}, {}, torch.device("cpu"))
+
+
+def test_floor_is_the_larger_of_the_two():
+    machine = Peak(bandwidth=1e12, flops=1e14, source="")
+    assert machine.floor(bytes=2e6, flops=1e8) == pytest.approx(2)
+    assert machine.floor(bytes=2e6, flops=1e9) == pytest.approx(10)
 
 
 def test_report(tmp_path):
@@ -159,3 +245,101 @@ def test_a_part_alone(checkpoint, tmp_path, capsys):
     record = json.loads((tmp_path / "part.json").read_text())
     assert set(record) == {"environment", "k", "step"}
     capsys.readouterr()
+
+
+def test_a_process_that_stays_is_cut_with_its_children(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE", 0.2)
+    child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    parent = (
+        "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', sys.argv[1]]); print(p.pid, flush=True)"
+    )
+    limit, said = 0.5, []
+    while not said:  # a busy machine may need longer to start it
+        limit *= 2
+        command = [sys.executable, "-c", f"{parent}; {child}", child]
+        outcome = gpu.supervise("it", command, limit, cwd=tmp_path, log=tmp_path / "log")
+        said = outcome.said
+    assert outcome.status == "cut"
+    assert not outcome.well
+    assert wait_for_death(int(said[-1]))
+
+
+def wait_for_death(pid):
+    for _ in range(100):  # until init has reaped it
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_how_a_process_ended(tmp_path):
+    def ended(code):
+        return gpu.supervise("x", [sys.executable, "-c", code], 60, cwd=tmp_path, log=tmp_path / "log", WORD="yes")
+
+    assert ended("import os; print(os.environ['WORD'])").line.startswith("x: done, ")
+    failed = ended("raise RuntimeError('illegal access')")
+    assert failed.status == "failed with 1"
+    assert failed.line.endswith("RuntimeError: illegal access")
+    assert not failed.well
+    assert ended("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)").status == "failed with -11"
+    assert gpu.Outcome(f"x, {gpu.WHOLE}", "cut", 1).well
+    assert not gpu.Outcome(gpu.TESTS, "cut", 1).well
+
+
+def test_whole_tables_replace_short_ones(tmp_path):
+    def part(folder, *tables):
+        write("readout", "", {"torch": "2", "quick": "x"}, [], {"tables": [asdict(t) for t in tables]}, folder)
+
+    def table(caption, text, goals=()):
+        return Table(caption, "", ("n",), [(text,)], goals=goals)
+
+    results = gpu.Results([tmp_path], "Title")
+    results.outcomes.append(gpu.Outcome("step, short grid", "failed with 1", 2, ["Error: boom"]))
+    part(tmp_path / "short", table("A", "short A"), table("B", "short B", [Goal("speed", 2, 3, "×")]))
+    part(tmp_path / "whole", table("A", "whole A", [Goal("time", 2, 3, "µs", at_most=True)]))
+    results.take("readout", tmp_path / "short")
+    results.take("readout", tmp_path / "whole")
+    results.take("step", tmp_path / "nothing")
+    page = results.write()
+    assert "whole A" in page
+    assert "short A" not in page
+    assert "short B" in page
+    assert "1 of 2 met" in page
+    assert page.index("## A") < page.index("Error: boom") < page.index("## Goals")
+    assert page.rstrip().endswith("| speed | ≥ 2 × | 3 × | yes |")
+    assert "quick" not in json.loads((tmp_path / "gpu.json").read_text())["environment"]
+
+
+def test_every_benchmark_of_an_op_or_step_is_a_part():
+    measured = {p.stem for p in Path(gpu.__file__).parent.glob("*.py") if "def measure(" in p.read_text()}
+    assert {part.name for part in gpu.PARTS} == measured
+
+
+def test_everything_in_one_command_rehearsed(tmp_path, capsys, monkeypatch):
+    """From a clone that nobody installed, and without this installation."""
+    monkeypatch.setattr(gpu, "PARTS", (gpu.Part("kv_write", 200, 200),))
+    assert gpu.main(["--device", "cpu", "--minutes", "5", "--parts", "kv_write", "--results", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert [o["status"] for o in record["runs"]] == ["done"]
+    assert "DRY RUN" in (tmp_path / "gpu.md").read_text().splitlines()[0]
+    assert "KV write" in capsys.readouterr().out
+
+
+def test_no_gpu_is_said(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 1
+    assert "sees no GPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stem", ["decode_attention", "kv_write", "readout", "step"])
+def test_dry_run(stem):
+    """Every table of a benchmark at tiny shapes: no typo may wait for a GPU."""
+    tables = list(import_module(f"mtpkern.bench.{stem}").measure(torch.device("cpu"), True))
+    assert tables
+    for table in tables:
+        assert table.rows
+        assert all(len(row) == len(table.header) for row in table.rows)
+        assert len(table.records) == len(table.rows)
+        json.dumps([asdict(table)])

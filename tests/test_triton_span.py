@@ -101,10 +101,12 @@ def gradients(form, leaves, d_out, rule, dtype=None, **options):
     ("layout", "tiles", "heads", "dim", "dtype", "options", "sinks"),
     [
         ("ragged", (16, 16), (2, 1), 16, torch.float32, {}, False),
+        ("ragged", (16, 16), (2, 1), 24, torch.bfloat16, {}, True),
         ("ragged", (16, 32), (2, 2), 24, torch.float16, {"softcap": 2.0}, True),
         ("ragged", (32, 16), (4, 2), 96, torch.float16, {"window": 5}, False),
         ("documents", (16, 16), (2, 1), 8, torch.float32, {"softcap": 2.0}, False),
         ("documents", (16, 32), (3, 1), 64, torch.float16, {"window": 9}, True),
+        ("documents", (32, 16), (4, 2), 96, torch.bfloat16, {"softcap": 2.0, "window": 9}, False),
         ("arbitrary", (16, 16), (2, 1), 16, torch.float32, {}, False),
         ("arbitrary", (32, 16), (1, 1), 16, torch.float32, {"window": 4}, True),
     ],
@@ -123,7 +125,7 @@ def test_error_is_that_of_eager(monkeypatch, layout, tiles, heads, dim, dtype, o
         assert (o.double() - t).abs().max() <= allowed, name
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_the_tiles_that_are_shipped(dtype):
     """On rows that fill no tile and several: 150 tokens, 3 spans of 15 masks."""
     layout = build_layout(torch.tensor([[40, 100, 149]]), torch.tensor([150]), 16, num_tokens=150)

@@ -1,0 +1,185 @@
+"""Readout and advance: what a pass spends between the model's logits and the next pass's rows.
+
+`python -m mtpkern.bench.readout` times the Triton forms against the same in separate torch operations, each in a
+captured graph, and writes bench/results/readout.{md,json}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtpkern.bench.harness import Spread
+from mtpkern.bench.report import Goal, Table, run
+from mtpkern.bench.timing import copies, drawn, free, launches, peak, race
+from mtpkern.kernels.advance import Rows, Sequences, advance, advance_reference
+from mtpkern.kernels.readout import readout, readout_reference
+
+V = 151_936  # Qwen3
+K = 8
+OURS, TORCH = "ours", "torch operations"
+# More than all calls of a timing make: every call is a pass, and each accepts a token at least.
+_PASSES = 8192
+
+
+class Taken:
+    """A batch whose readout and `advance` can be called over and over: each call is one more pass of it.
+
+    R = batch * (2k - 1) rows of random logits, whose confidences are far below the threshold: each pass keeps one token
+    a sequence, and deals out all masks.
+    """
+
+    def __init__(self, batch: int, vocabulary: int, device: torch.device, *, ours: bool, k: int = K) -> None:
+        R = batch * (2 * k - 1)
+        passes = _PASSES if device.type == "cuda" else 64
+        self.k = k
+        self.readout: Callable[..., tuple[Tensor, Tensor]] = readout if ours else readout_reference
+        self.advance: Callable[..., None] = advance if ours else advance_reference
+        self.sequences = Sequences.allocate(batch, passes + 2 * k, passes, device)
+        self.rows = Rows.allocate(R, batch, device)
+        self.logits = _random_logits(R, vocabulary, device)
+        self.threshold = torch.tensor(0.5, device=device)
+        self.stop_ids = torch.tensor([-1], device=device)
+        self.sequences.length.fill_(1)
+        self.sequences.pending.fill_(1)
+        self.sequences.limit.fill_(passes + k)
+        # As after a prefill: each sequence has read its last token's row and those of k - 1 masks.
+        self.rows.start.copy_(torch.arange(batch + 1, device=device) * k)
+        self.token, self.confidence = self.readout(self.logits[0][: batch * k], vocabulary - 1)
+        self.vocabulary = vocabulary
+        self.advance_(0)
+        self.token, self.confidence = self.readout(self.logits[0], vocabulary - 1)
+
+    def readout_(self, i: int) -> tuple[Tensor, Tensor]:
+        """Token and confidence [R] of the i-th copy of the logits."""
+        return self.readout(self.logits[i % len(self.logits)], self.vocabulary - 1)
+
+    def advance_(self, i: int) -> tuple[Tensor, ...]:
+        """Take one pass in; returns the plan of the next."""
+        self.take_in(self.token, self.confidence)
+        return self.plan()
+
+    def both(self, i: int) -> tuple[Tensor, ...]:
+        """Readout and `advance`, as in a pass."""
+        self.take_in(*self.readout_(i))
+        return self.plan()
+
+    def take_in(self, token: Tensor, confidence: Tensor) -> None:
+        """`advance` with a readout."""
+        self.advance(
+            *(self.sequences, self.rows, token, confidence, self.threshold, self.stop_ids),
+            k=self.k,
+            verify=True,
+            mask_token_id=self.vocabulary - 1,
+        )
+
+    def plan(self) -> tuple[Tensor, ...]:
+        """The rows of the next pass."""
+        rows = self.rows
+        return rows.seq, rows.position, rows.slot, rows.token, rows.start
+
+
+def measure(device: torch.device, quick: bool) -> Iterator[Table]:
+    """Readout over row counts; advance over batches; both together, as a pass calls them."""
+    cpu = device.type == "cpu"
+    vocabulary = 1000 if cpu else V
+    yield _readout_table(device, vocabulary, (1, 3) if cpu else (1, 8, 16, 128, 512) if quick else ROWS)
+    yield _advance_table(device, (1, 3) if cpu else (1, 16, 1024) if quick else BATCHES)
+    yield _both_table(device, vocabulary, (1, 2) if cpu else (1, 16) if quick else (1, 2, 4, 16, 32))
+
+
+ROWS = (1, 2, 4, 8, 15, 16, 32, 64, 128, 256, 512, 1024)
+BATCHES = (1, 4, 16, 64, 256, 1024)
+
+
+def _readout_table(device: torch.device, vocabulary: int, grid: tuple[int, ...]) -> Table:
+    rows, records, goals = [], [], []
+    for R in grid:
+        times = _readout_times(R, vocabulary, device)
+        free(device)
+        floor = peak(device).floor(bytes=2 * R * vocabulary)
+        share = floor / times[OURS].median
+        rows.append((str(R), *_times(times), f"{floor:.1f}", f"{share:.0%}", _ratio(times)))
+        records.append({"rows": R, "us": times, "floor_us": floor})
+        if R == 16:
+            goals.append(Goal("readout of 16 rows, V 152k", 6, times[OURS].median, "µs", at_most=True))
+        if R == 128:
+            goals.append(Goal("readout of 128 rows: share of bandwidth", 80, share * 100, "%"))
+    note = (
+        f"V = {vocabulary}, bf16, µs in a graph, logits read from memory, median (least–greatest). Floor: reading the "
+        f"logits once; {peak(device).source}."
+    )
+    header = ("rows", OURS, TORCH, "floor", "share of bandwidth", "ratio")
+    return Table("Readout", note, header, rows, records, goals)
+
+
+def _readout_times(R: int, vocabulary: int, device: torch.device) -> dict[str, Spread]:
+    logits = _random_logits(R, vocabulary, device)
+    n, mask = len(logits), vocabulary - 1
+    actions = {
+        OURS: lambda i: readout(logits[i % n], mask),
+        TORCH: lambda i: readout_reference(logits[i % n], mask),
+    }
+    return race(actions, {}, device, calls=n)[0]
+
+
+def _random_logits(R: int, vocabulary: int, device: torch.device) -> list[Tensor]:
+    return drawn(copies(2 * R * vocabulary, device), R, vocabulary, device=device)
+
+
+def _advance_table(device: torch.device, grid: tuple[int, ...]) -> Table:
+    rows, records = [], []
+    for batch in grid:
+        forms = {name: Taken(batch, 64, device, ours=name == OURS) for name in (OURS, TORCH)}
+        times, _ = race({name: form.advance_ for name, form in forms.items()}, {}, device)
+        counts = {name: launches(form.advance_, device) for name, form in forms.items()}
+        rows.append((str(batch), *_times(times), _ratio(times), *_counts(counts)))
+        records.append({"batch": batch, "k": K, "us": times, "launches": counts})
+        free(device)
+    header = ("batch", OURS, TORCH, "ratio", "launches, ours", "launches, torch")
+    return Table("Advance", f"k = {K}, {2 * K - 1} rows a sequence, Verified; µs in a graph.", header, rows, records)
+
+
+def _both_table(device: torch.device, vocabulary: int, grid: tuple[int, ...]) -> Table:
+    rows, records, goals = [], [], []
+    for batch in grid:
+        forms = {name: Taken(batch, vocabulary, device, ours=name == OURS) for name in (OURS, TORCH)}
+        times, _ = race({name: form.both for name, form in forms.items()}, {}, device, calls=len(forms[OURS].logits))
+        counts = {name: launches(form.both, device) for name, form in forms.items()}
+        R = batch * (2 * K - 1)
+        rows.append((f"{batch}, {R} rows", *_times(times), _ratio(times), *_counts(counts)))
+        records.append({"batch": batch, "rows": R, "us": times, "launches": counts})
+        if batch == 1:
+            ratio = times[TORCH].median / times[OURS].median
+            goals.append(Goal("readout + advance, 15 rows, V 152k", 10, times[OURS].median, "µs", at_most=True))
+            goals.append(Goal("readout + advance over separate torch operations", 8, ratio, "×"))
+        del forms
+        free(device)
+    header = ("batch", OURS, TORCH, "ratio", "launches, ours", "launches, torch")
+    note = f"V = {vocabulary}, k = {K}, bf16; µs in a graph, logits read from memory."
+    return Table("Readout and advance", note, header, rows, records, goals)
+
+
+def _times(times: Mapping[str, Spread]) -> tuple[str, str]:
+    return times[OURS].text(1), times[TORCH].text(1)
+
+
+def _ratio(times: Mapping[str, Spread]) -> str:
+    return f"{times[TORCH].median / times[OURS].median:.1f}"
+
+
+def _counts(counts: Mapping[str, Any]) -> tuple[str, str]:
+    mine, theirs = ("–" if counts[name] is None else str(counts[name]) for name in (OURS, TORCH))
+    return mine, theirs
+
+
+def main() -> None:
+    """Measure, print, write."""
+    run("readout", "Readout and advance", measure)
+
+
+if __name__ == "__main__":
+    main()

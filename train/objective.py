@@ -14,7 +14,7 @@ Source   arXiv 2602.06019, section on the online self-distillation objective
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mtpkern.attention import attention_context
+from mtpkern.attention import attention_context, routed
 from mtpkern.kernels.distill import Head, distill_loss, head_readout
 from mtpkern.kernels.span_attention import span_attention
 from mtpkern.kernels.span_mask import span_mask
@@ -51,11 +51,10 @@ class SpanContext:
         sinks: Tensor | None,
     ) -> Tensor:
         """Span attention of one layer: [B, T, Hq, D] (mtpkern.attention.AttentionContext)."""
-        layout = self.layout
-        rule = layout.position, layout.prefix_end, layout.span_start
+        rule = self.layout.rule
         # The kernel needs no mask; on a CPU all layers share one.
         if window not in self.masks and not query.is_cuda:
-            self.masks[window] = span_mask(*rule, window)
+            self.masks[window] = span_mask(*rule, window=window)
         return span_attention(
             query,
             key,
@@ -123,7 +122,7 @@ def gather_rows(hidden: Tensor, row: Tensor) -> Tensor:
 def within_text(layout: Layout) -> Tensor:
     """[B, M, K] bool: predictions of tokens that the text has, its EOS included."""
     index = layout.prefix.unsqueeze(-1) + torch.arange(layout.row.shape[-1], device=layout.prefix.device)
-    return index < layout.lengths[:, None, None]
+    return index < layout.end.unsqueeze(-1)
 
 
 def data_targets(tokens: Tensor, layout: Layout, eos_token_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,7 +131,7 @@ def data_targets(tokens: Tensor, layout: Layout, eos_token_ids: Tensor) -> tuple
     Behind EOS they are EOS; behind the end of a text that was cut off before its EOS they are not known.
     """
     index = layout.prefix.unsqueeze(-1) + torch.arange(layout.row.shape[-1], device=tokens.device)
-    last = layout.lengths[:, None, None] - 1
+    last = layout.end.unsqueeze(-1) - 1
     label = tokens.gather(1, torch.minimum(index, last).flatten(1)).view_as(index)
     ended = torch.isin(tokens.gather(1, last.flatten(1)), eos_token_ids).unsqueeze(-1)
     return label, layout.valid & ((index <= last) | ended)
@@ -188,9 +187,12 @@ def mtp_loss(
         assert teacher is not None
         ended = torch.isin(token, eos_token_ids).int()
         keep = valid & (ended.cumsum(-1) == ended)
-        # A model that is its own teacher is switched to the context already.
-        with torch.no_grad(), attention_context(teacher, context) if as_teacher is None else as_teacher():
-            scored = gather_rows(backbone(teacher, layout.fill(tokens, token[..., :-1]), context), layout.row)
+        # The teacher reads the span as text, one token after the other, also where the student's masks see both ways.
+        scoring = context if layout.span_end is None else SpanContext(layout.causal())
+        # A model that is its own teacher is held already.
+        switch = attention_context if as_teacher is None else routed
+        with torch.no_grad(), switch(teacher, scoring), (as_teacher or nullcontext)():
+            scored = gather_rows(backbone(teacher, layout.fill(tokens, token[..., :-1]), scoring), layout.row)
         teacher_head = head_of(teacher, mask_token_id)
         label = head_readout(scored, teacher_head)[0].view_as(token)
         weight = keep.flatten().float()

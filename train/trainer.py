@@ -20,14 +20,19 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from mtpkern.attention import attention_context
 from mtpkern.model import record_settings, resolve_mask_token
+from mtpkern.train.evaluate import HeldOut, summarise
 from mtpkern.train.layout import Layout, build_layout, draw_k, draw_prefixes
 from mtpkern.train.lora import add_lora, merged, plain_model
 from mtpkern.train.objective import MTPLoss, SpanContext, mtp_loss
+from mtpkern.train.resume import MARK, Endless, is_complete, mark_complete, newest_checkpoint, remove_checkpoint, rotate
 
 # Evaluation draws its spans from a stream of their own, the same for every batch and every evaluation.
 _EVALUATION_STEP = -1
@@ -214,8 +219,10 @@ class MTPTrainer(Trainer):
     model, teacher   the student with float32 weights; its frozen original, not needed for teacher_target "gt", and
                      not accepted with LoRA, whose teacher is the student without its adapters
     mask_token_id    of the student; read from its config unless given
+    held_out         prompts to decode at every evaluation: accuracy and tokens per pass
 
-    Batches come from `MTPCollator`. `save_model` writes a plain Hugging Face checkpoint, adapters merged, whose config
+    Batches come from `MTPCollator`. At the end of training a summary with the curves of agreement by position stands
+    in output_dir. `save_model` writes a plain Hugging Face checkpoint, adapters merged, whose config
     records the mask token and k_max. Raises ValueError for a missing teacher, a teacher of another vocabulary, trained
     weights below float32, and for arguments of Trainer that would have no effect here; RuntimeError during training
     for a loss that is not finite.
@@ -235,6 +242,7 @@ class MTPTrainer(Trainer):
         args: MTPConfig,
         teacher: PreTrainedModel | None = None,
         mask_token_id: int | None = None,
+        held_out: HeldOut | None = None,
         **kwargs: Any,
     ) -> None:
         plain = plain_model(model)
@@ -268,6 +276,7 @@ class MTPTrainer(Trainer):
         if eos is None:
             raise ValueError("the model's config names no eos_token_id, behind which spans end; set it")
         self.eos_token_ids = torch.tensor([eos] if isinstance(eos, int) else list(eos), device=args.device)
+        self.held_out = held_out
         self._sums: list[MTPLoss] = []
         self._seen = _Seen()
         # The first step with a loss that is not finite; on the device, so that no step waits for it.
@@ -448,6 +457,23 @@ class MTPTrainer(Trainer):
             # Evaluation is no part of training's throughput.
             self._seen.since += time.perf_counter() - start
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As Trainer's, and the held-out prompts decoded: among its metrics they are logged and choose the best."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.held_out is not None:
+            output.metrics.update(self._decode_held_out(self.held_out))
+        return output
+
+    def _decode_held_out(self, held_out: HeldOut) -> dict[str, float]:
+        # Shards of FSDP are gathered in every pass, so that all ranks must make the same passes.
+        alone = self.is_fsdp_enabled
+        ranks, rank = (1, 0) if alone else (self.args.world_size, self.args.process_index)
+        sums = held_out.count(plain_model(self.accelerator.unwrap_model(self.model)), rank, ranks)
+        if not alone:
+            sums = self.accelerator.reduce(sums.float().to(self.args.device), "sum")
+        problems, right, tokens, passes = sums.tolist()
+        return {"eval_accuracy": right / problems, "eval_tokens_per_pass": tokens / passes}
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add agreement by position, agreeing-prefix length, confidence and throughput since the last log."""
         self._require_finite()
@@ -471,9 +497,51 @@ class MTPTrainer(Trainer):
                 "single bad batch shows with a different seed"
             )
 
+    def get_train_dataloader(self) -> DataLoader:
+        """As Trainer's; a stream begins again where it ends."""
+        if isinstance(self.train_dataset, IterableDataset) and not isinstance(self.train_dataset, Endless):
+            self.train_dataset = Endless(self.train_dataset)
+        return super().get_train_dataloader()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """As Trainer.train; True resumes the newest complete checkpoint of output_dir.
+
+        Raises ValueError where there is none, or where the given one was left half-written.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_checkpoint(cast(str, self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ValueError(f"no complete checkpoint in {self.args.output_dir}: start without resuming")
+        if isinstance(resume_from_checkpoint, str):
+            folder = Path(resume_from_checkpoint)
+            if ((folder / MARK).exists() and not is_complete(folder)) or not (folder / TRAINER_STATE_NAME).exists():
+                raise ValueError(
+                    f"{folder} is not a whole checkpoint: resume_from_checkpoint=True takes the newest whole"
+                )
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self.is_world_process_zero():
+            summarise(self.state.log_history, cast(str, self.args.output_dir))
+        return result
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As Trainer's, but a kill at any moment leaves the last complete checkpoint findable."""
         self._require_finite()
-        super()._save_checkpoint(model, trial)
+        args, run = self.args, Path(self._get_output_dir(trial=trial))
+        folder = run / f"checkpoint-{self.state.global_step}"
+        if args.should_save and folder.exists():
+            remove_checkpoint(folder)
+        self.accelerator.wait_for_everyone()
+        # Trainer would delete older checkpoints before this one counts.
+        limit, args.save_total_limit = args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if args.should_save:
+            if not args.save_only_model:
+                mark_complete(folder)
+            rotate(run, limit, self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a plain Hugging Face checkpoint in save_dtype, adapters merged, with the tokenizer.

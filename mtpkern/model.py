@@ -77,7 +77,8 @@ def resolve_mask_token(model: PreTrainedModel, mask_token_id: int | None = None)
             f"{type(model).__name__} records no mask token in its config: pass mask_token_id= for a checkpoint trained "
             "elsewhere, or train one with mtpkern.train"
         )
-    vocabulary = model.get_input_embeddings().num_embeddings
+    # The weight's shape, because peft's wrapper of an embedding has no num_embeddings.
+    vocabulary = model.get_input_embeddings().weight.shape[0]
     if not 0 <= mask_token_id < vocabulary:
         raise ValueError(f"mask_token_id must be a token of the model, 0 to {vocabulary - 1}, got {mask_token_id}")
     return mask_token_id

@@ -131,3 +131,12 @@ def test_errors():
 def test_drawing_runs():
     done = subprocess.run([sys.executable, "-m", "mtpkern.train.layout"], capture_output=True, text=True, check=True)
     assert done.stdout.count("position") == 4
+
+
+def test_k_of_one_rank_and_a_fixed_offset():
+    draws = [[draw_k(2, 16, seed=0, step=step, rank=rank) for step in range(20)] for rank in (0, 1)]
+    assert draws[0] != draws[1]
+    assert draws[0] == [draw_k(2, 16, seed=0, step=step, rank=0) for step in range(20)]
+    lengths, prompts = torch.tensor([30, 22]), torch.tensor([4, 2])
+    prefix = draw_prefixes(lengths, prompts, 3, 4, offset=1, seed=0, step=0)
+    assert prefix.tolist() == [[5, 11, 17, 23], [3, 9, 15, 21]]

@@ -209,3 +209,11 @@ def test_errors():
         run(student, None, tokens, context)
     with pytest.raises(ValueError, match="target"):
         run(student, None, tokens, context, target="harder")
+
+
+@pytest.mark.parametrize("target", ["hard", "gt"])
+def test_without_eos_padding_no_row_reaches_behind_the_text(target):
+    tokens, context = batch()
+    padded, cut = (run(llama(), llama(5), tokens, context, target=target, eos_padding=p) for p in (True, False))
+    # Of all spans only the one with a prefix of 12 of 14 tokens predicts behind EOS: its third and fourth row.
+    assert (padded.rows - cut.rows).tolist() == [0, 0, 1, 1]

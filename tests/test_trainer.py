@@ -2,9 +2,11 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mtpkern.train.trainer import MTPCollator, MTPConfig, MTPTrainer
@@ -12,11 +14,12 @@ from mtpkern.train.trainer import MTPCollator, MTPConfig, MTPTrainer
 V, MASK, EOS = 41, 40, 7
 
 
-def llama(seed=0):
+def llama(seed=0, **change):
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=V,
+            vocab_size=change.pop("vocab_size", V),
+            **change,
             hidden_size=16,
             intermediate_size=24,
             num_hidden_layers=2,
@@ -59,11 +62,11 @@ def config(path, **change):
     return MTPConfig(str(path), **arguments | change)
 
 
-def trainer(path, student=None, **change):
+def trainer(path, student=None, teacher="random", **change):
     student = student or llama()
     return MTPTrainer(
         model=student,
-        teacher=llama(3),
+        teacher=llama(3) if teacher == "random" else teacher,
         args=config(path, **change),
         mask_token_id=MASK,
         train_dataset=data(),
@@ -75,19 +78,6 @@ def trainer(path, student=None, **change):
 def same_weights(a, b, **tolerance):
     for x, y in zip(a.parameters(), b.parameters()):
         torch.testing.assert_close(x, y, **tolerance)
-
-
-def test_resumed_run_equals_the_uninterrupted(tmp_path):
-    whole = trainer(tmp_path / "a")
-    whole.train()
-    half = trainer(tmp_path / "b", max_steps=2)
-    half.train()
-    # Another global random state, as in another process.
-    torch.manual_seed(1234)
-    rest = trainer(tmp_path / "b", max_steps=4, student=llama(9))
-    rest.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
-    assert rest.state.global_step == 4
-    same_weights(whole.model, rest.model, rtol=0, atol=0)
 
 
 def test_it_learns_and_logs(tmp_path):
@@ -176,6 +166,71 @@ def test_the_attention_switch_is_left_after_training(tmp_path):
     assert model(torch.tensor([[1, 2]])).logits.shape == (1, 2, V)
 
 
+def losses(run):
+    return [x["loss"] for x in run.state.log_history if "loss" in x]
+
+
+def test_gt_warmup_is_a_schedule_inside_one_run(tmp_path):
+    runs = [
+        trainer(tmp_path / str(i), max_steps=3, save_strategy="no", **change)
+        for i, change in enumerate(({"teacher_target": "gt"}, {"gt_warmup_steps": 2}, {}))
+    ]
+    for run in runs:
+        run.train()
+    data_only, warmed, hard = map(losses, runs)
+    assert warmed[:2] == data_only[:2]
+    assert warmed[2] != data_only[2]
+    assert hard[0] != data_only[0]
+
+
+def test_loss_that_is_not_finite_stops_before_anything_is_saved(tmp_path):
+    run = trainer(tmp_path, learning_rate=1e30, save_steps=3, logging_steps=3)
+    with pytest.raises(RuntimeError, match=r"loss of step [23] is not finite.*learning_rate"):
+        run.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_saved_in_another_dtype(tmp_path, tied):
+    student = llama(tie_word_embeddings=tied)
+    trainer(tmp_path, student=student, save_dtype="bfloat16").save_model(str(tmp_path))
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert ("lm_head.weight" in file.keys()) != tied  # noqa: SIM118
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.config.use_cache
+    assert student.dtype == torch.float32
+    same_weights(student.bfloat16(), loaded, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lora_teaches_itself_and_saves_a_plain_model(tmp_path, dtype):
+    student = llama().to(getattr(torch, dtype))
+    base = copy.deepcopy(student)
+    ids = torch.randint(8, 30, (2, 9))
+    options = {"lora_rank": 2, "student_dtype": dtype, "save_dtype": dtype, "k_min": 3, "k_max": 3}
+    whole = trainer(tmp_path / "a", student=student, teacher=None, **options)
+    whole.train()
+    torch.manual_seed(1234)
+    rest = trainer(tmp_path / "a", student=copy.deepcopy(base), teacher=None, **options)
+    rest.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    trained = {name: p for name, p in whole.model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    same_weights(whole.model, rest.model, rtol=0, atol=0)
+
+    with torch.no_grad(), whole.model.disable_adapter():
+        assert torch.equal(whole.model.eval()(ids).logits, base(ids).logits)
+    whole.save_model(str(tmp_path / "plain"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert loaded.dtype == getattr(torch, dtype)
+    with torch.no_grad():
+        changed = (loaded.model.embed_tokens.weight != base.model.embed_tokens.weight).any(1)
+        assert changed.nonzero().tolist() == [[MASK]]
+        close = {"rtol": 1e-4, "atol": 1e-4} if dtype == "float32" else {"rtol": 0.1, "atol": 0.1}
+        torch.testing.assert_close(loaded(ids).logits, whole.model(ids).logits, **close)
+        assert not torch.allclose(loaded(ids).logits, base(ids).logits, **close)
+
+
 def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="needs teacher"):
         MTPTrainer(model=llama(), args=config(tmp_path), mask_token_id=MASK)
@@ -188,8 +243,29 @@ def test_refusals(tmp_path):
         ({"teacher_target": "harder"}, "teacher_target"),
         ({"spacing": "dense"}, "spacing"),
         ({"layout": "paper"}, "max_length"),
+        ({"k_scope": "world"}, "k_scope"),
+        ({"num_spans": 0}, "num_spans"),
+        ({"span_offset": 3}, "spacing='stride'"),
+        ({"gt_warmup_steps": -1}, "gt_warmup_steps"),
+        ({"student_dtype": "bfloat16"}, "bf16=True"),
+        ({"save_dtype": "float8"}, "save_dtype"),
+        ({"torch_compile": True}, "torch_compile"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"average_tokens_across_devices": False}, "average_tokens"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches"),
+        ({"parallelism_config": SimpleNamespace(tp_size=2)}, "tp_size"),
+        ({"parallelism_config": SimpleNamespace(cp_size=2)}, "cp_size"),
+        ({"fsdp": True, "fsdp_config": {"version": 1}}, "FSDP version 1"),
     ):
         with pytest.raises(ValueError, match=word):
             config(tmp_path, **change)
+    with pytest.raises(ValueError, match="without its adapters"):
+        trainer(tmp_path, lora_rank=2)
+    with pytest.raises(ValueError, match="student_dtype"):
+        trainer(tmp_path, teacher=None, lora_rank=2, student_dtype="bfloat16")
+    with pytest.raises(ValueError, match="share a vocabulary"):
+        trainer(tmp_path, teacher=llama(vocab_size=V + 9))
+    with pytest.raises(ValueError, match="compute_metrics"):
+        MTPTrainer(model=llama(), args=config(tmp_path), teacher=llama(), mask_token_id=MASK, compute_metrics=len)
     with pytest.raises(ValueError, match="pad_to"):
         MTPCollator(0, pad_to=5)(data(1))

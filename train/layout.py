@@ -137,14 +137,15 @@ def _generator(*parts: int) -> torch.Generator:
     return torch.Generator().manual_seed(state)
 
 
-def draw_k(k_min: int, k_max: int, *, seed: int, step: int) -> int:
-    """k of a training step, uniform on k_min .. k_max.
+def draw_k(k_min: int, k_max: int, *, seed: int, step: int, rank: int | None = None) -> int:
+    """k of a training step, uniform on k_min .. k_max; the same for all ranks, or drawn for one of them.
 
     Raises ValueError unless 1 <= k_min <= k_max. Source: arXiv 2602.06019, training details.
     """
     if not 1 <= k_min <= k_max:
         raise ValueError(f"1 <= k_min <= k_max must hold; got k_min={k_min}, k_max={k_max}")
-    return int(torch.randint(k_min, k_max + 1, (), generator=_generator(seed, step)))
+    parts = (seed, step) if rank is None else (seed, step, rank)
+    return int(torch.randint(k_min, k_max + 1, (), generator=_generator(*parts)))
 
 
 def draw_prefixes(
@@ -154,6 +155,7 @@ def draw_prefixes(
     num_spans: int,
     *,
     spacing: Spacing = "stride",
+    offset: int | None = None,
     counting: Counting = "tokens",
     response_only: bool = True,
     seed: int,
@@ -167,6 +169,7 @@ def draw_prefixes(
                               response_only, in [1, length - 1] without: at least one token is left to predict
     spacing                   "stride": a grid of period 2k (k+1 tokens with counting "paper") at a random offset,
                               rolled around the range; "random": positions drawn without replacement
+    offset                    of the first span of a stride, in tokens behind the range's start; drawn where None
 
     A pure function of its arguments. Raises ValueError for an unknown spacing. Source: arXiv 2602.06019.
     """
@@ -178,8 +181,9 @@ def draw_prefixes(
     span = torch.arange(num_spans)
     if spacing == "stride":
         period = k + 1 if counting == "paper" else 2 * k
-        offset = (torch.rand(len(lengths), generator=generator) * room).long()
-        prefix = low[:, None] + (offset[:, None] + span * period) % room.clamp(min=1)[:, None]
+        first = (torch.rand(len(lengths), generator=generator) * room).long()
+        first = first if offset is None else torch.full_like(room, offset)
+        prefix = low[:, None] + (first[:, None] + span * period) % room.clamp(min=1)[:, None]
         exists = span * period < room[:, None]
     else:
         width = int(room.max()) if len(room) else 0

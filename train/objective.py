@@ -13,6 +13,8 @@ Source   arXiv 2602.06019, section on the online self-distillation objective
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -118,6 +120,12 @@ def gather_rows(hidden: Tensor, row: Tensor) -> Tensor:
     return hidden.gather(1, index).flatten(0, 1)
 
 
+def within_text(layout: Layout) -> Tensor:
+    """[B, M, K] bool: predictions of tokens that the text has, its EOS included."""
+    index = layout.prefix.unsqueeze(-1) + torch.arange(layout.row.shape[-1], device=layout.prefix.device)
+    return index < layout.lengths[:, None, None]
+
+
 def data_targets(tokens: Tensor, layout: Layout, eos_token_ids: Tensor) -> tuple[Tensor, Tensor]:
     """The data's own tokens [B, M, K] for every span, and which of them are known [B, M, K].
 
@@ -140,6 +148,8 @@ def mtp_loss(
     eos_token_ids: Tensor,
     target: Target = "hard",
     prefix_rows: Tensor | None = None,
+    eos_padding: bool = True,
+    as_teacher: Callable[[], AbstractContextManager] | None = None,
 ) -> MTPLoss:
     """The loss sums of one batch; the caller has switched the student's attention to `context` and keeps it so.
 
@@ -148,6 +158,8 @@ def mtp_loss(
     eos_token_ids  [E] int64
     target         "hard", "soft" (both need a teacher) or "gt"
     prefix_rows    [B, N] bool: text rows that also get a next-token loss on the data; none where None
+    eos_padding    False drops the predictions behind the text's end, which else are EOS padding
+    as_teacher     where teacher and student are one model: a context that turns the student's adapters off
 
     Raises ValueError for a missing teacher or an unknown target. Source: arXiv 2602.06019, equations of the hard and
     soft teacher.
@@ -166,15 +178,18 @@ def mtp_loss(
     hidden = gather_rows(states, layout.row)
     flat_token, flat_confidence = head_readout(hidden.detach(), head)
     token = flat_token.view(layout.row.shape)
+    valid = layout.valid if eos_padding else layout.valid & within_text(layout)
 
     if target == "gt":
         label, keep = data_targets(tokens, layout, eos_token_ids)
+        keep &= valid
         loss = distill_loss(hidden, head, target=label.flatten(), row_weight=keep.flatten().float())
     else:
         assert teacher is not None
         ended = torch.isin(token, eos_token_ids).int()
-        keep = layout.valid & (ended.cumsum(-1) == ended)
-        with torch.no_grad(), attention_context(teacher, context):
+        keep = valid & (ended.cumsum(-1) == ended)
+        # A model that is its own teacher is switched to the context already.
+        with torch.no_grad(), attention_context(teacher, context) if as_teacher is None else as_teacher():
             scored = gather_rows(backbone(teacher, layout.fill(tokens, token[..., :-1]), context), layout.row)
         teacher_head = head_of(teacher, mask_token_id)
         label = head_readout(scored, teacher_head)[0].view_as(token)

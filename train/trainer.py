@@ -9,41 +9,80 @@ Source   arXiv 2602.06019, training details
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from mtpkern.attention import attention_context
 from mtpkern.model import record_settings, resolve_mask_token
+from mtpkern.train.evaluate import HeldOut, summarise
 from mtpkern.train.layout import Layout, build_layout, draw_k, draw_prefixes
+from mtpkern.train.lora import add_lora, merged, plain_model
 from mtpkern.train.objective import MTPLoss, SpanContext, mtp_loss
+from mtpkern.train.resume import MARK, Endless, is_complete, mark_complete, newest_checkpoint, remove_checkpoint, rotate
 
 # Evaluation draws its spans from a stream of their own, the same for every batch and every evaluation.
 _EVALUATION_STEP = -1
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
 class MTPConfig(TrainingArguments):
-    """TrainingArguments and what multi-token prediction adds; defaults are the paper's."""
+    """TrainingArguments and what multi-token prediction adds; defaults are the paper's.
+
+    A constant k ("static k" in the paper's ablation) is k_min = k_max. Raises ValueError, with the remedy, for values
+    that contradict one another and for what nobody has tested: DeepSpeed, tensor and context parallelism, FSDP1.
+
+        MTPConfig("out", k_max=16, teacher_target="hard", gt_warmup_steps=500, bf16=True, max_steps=2000)
+    """
 
     k_min: int = field(default=2, metadata={"help": "Smallest number of predictions of a span."})
-    k_max: int = field(default=16, metadata={"help": "Largest; k is drawn anew each step, the same for all ranks."})
+    k_max: int = field(default=16, metadata={"help": "Largest; k is drawn anew each step, uniform on k_min..k_max."})
+    k_scope: str = field(default="step", metadata={"help": "Who shares a k: all ranks of a 'step', or each 'rank'."})
     num_spans: int | None = field(default=None, metadata={"help": "Spans a sequence; N // (2 * k_max) unless given."})
-    spacing: str = field(default="stride", metadata={"help": "'stride' of 2k at a random offset, or 'random'."})
+    spacing: str = field(default="stride", metadata={"help": "'stride' of 2k at an offset, or 'random'."})
+    span_offset: int | None = field(
+        default=None, metadata={"help": "Offset in tokens of the first span of a stride; drawn anew unless given."}
+    )
     layout: str = field(
-        default="tokens", metadata={"help": "What max_length counts: 'tokens', or with 'paper' the masks too."}
+        default="default", metadata={"help": "max_length counts the text's tokens, or with 'paper' the masks too."}
     )
     max_length: int | None = field(default=None, metadata={"help": "Longer texts are cut off; None cuts none."})
     response_only: bool = field(default=True, metadata={"help": "No spans before the end of the prompt."})
+    eos_padding: bool = field(
+        default=True, metadata={"help": "Predictions behind the text's EOS count, with EOS as the data's token."}
+    )
     teacher_target: str = field(default="hard", metadata={"help": "'hard', 'soft', or 'gt' (no teacher pass)."})
+    gt_warmup_steps: int = field(
+        default=0, metadata={"help": "First steps that learn the data's tokens, without a teacher pass."}
+    )
     prefix_weight: float = field(default=0.0, metadata={"help": "Weight of a next-token loss on the answer's rows."})
     static_shape: bool = field(default=False, metadata={"help": "Reserve mask rows for k_max at every k."})
+    lora_rank: int = field(default=0, metadata={"help": "Rank of LoRA adapters; 0 trains all parameters."})
+    lora_alpha: float | None = field(default=None, metadata={"help": "LoRA's scale; twice the rank unless given."})
+    lora_targets: str = field(
+        default="all-linear", metadata={"help": "Modules with adapters, separated by commas, or 'all-linear'."}
+    )
+    student_dtype: str = field(
+        default="float32", metadata={"help": "Of the loaded student; bfloat16 only for weights that LoRA freezes."}
+    )
+    teacher_dtype: str | None = field(default=None, metadata={"help": "The teacher is cast to it; as loaded if None."})
+    save_dtype: str = field(default="float32", metadata={"help": "Of the final checkpoint that save_model writes."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Columns are the collator's business."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite is an error."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,14 +91,55 @@ class MTPConfig(TrainingArguments):
         for name, allowed in (
             ("teacher_target", ("hard", "soft", "gt")),
             ("spacing", ("stride", "random")),
-            ("layout", ("tokens", "paper")),
+            ("layout", ("default", "paper")),
+            ("k_scope", ("step", "rank")),
+            ("student_dtype", DTYPES),
+            ("teacher_dtype", (None, *DTYPES)),
+            ("save_dtype", DTYPES),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {getattr(self, name)!r}")
+        for name in ("gt_warmup_steps", "lora_rank", "prefix_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
+        if self.num_spans is not None and self.num_spans < 1:
+            raise ValueError(f"num_spans must be at least 1, or None for N // (2 * k_max); got {self.num_spans}")
+        if self.span_offset is not None and (self.span_offset < 0 or self.spacing != "stride"):
+            raise ValueError(f"span_offset must be at least 0 and needs spacing='stride'; got {self.span_offset}")
         if self.layout == "paper" and self.max_length is None:
             raise ValueError("layout='paper' counts masks into max_length; give max_length (the paper: 160)")
+        if self.lora_rank == 0 and self.student_dtype != "float32":
+            raise ValueError(
+                f"student_dtype {self.student_dtype!r} needs lora_rank > 0: trained weights are float32; set bf16=True "
+                "to compute in bfloat16"
+            )
+        self._refuse_untested()
+
+    def _refuse_untested(self) -> None:
+        """What TrainingArguments offer and this trainer would do wrong or ignore."""
         if self.deepspeed:
-            raise ValueError("DeepSpeed is untested here and refused; use FSDP or DDP")
+            raise ValueError("DeepSpeed, ZeRO-3 included, is untested here and refused; use FSDP2 (fsdp=True) or DDP")
+        parallel = self.parallelism_config
+        for name in ("tp", "cp", "sp"):
+            if parallel is not None and getattr(parallel, f"{name}_size", 1) > 1:
+                raise ValueError(
+                    f"{name}_size > 1 in parallelism_config is untested here and refused; use FSDP2 or DDP"
+                )
+        if self.fsdp and int((self.fsdp_config or {}).get("version", 2)) != 2:
+            raise ValueError("FSDP version 1 is untested here and refused; set fsdp_config={'version': 2}")
+        if self.torch_compile:
+            raise ValueError(
+                "torch_compile compiles the model's own forward, which training here does not call; omit it"
+            )
+        if self.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor has no meaning for self-distillation; set it to 0")
+        if not self.average_tokens_across_devices:
+            raise ValueError("average_tokens_across_devices=False would weigh rows by rank; leave it True")
+        accelerator = cast(AcceleratorConfig, self.accelerator_config)
+        if accelerator.dispatch_batches or accelerator.split_batches:
+            raise ValueError("dispatch_batches and split_batches are refused: each rank reads its own batches")
+        # None would mean True for streamed data.
+        accelerator.dispatch_batches = False
 
 
 class MTPCollator:
@@ -69,10 +149,13 @@ class MTPCollator:
         self.pad_token_id = pad_token_id
         self.pad_to = pad_to
 
-    def __call__(self, batch: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """input_ids [B, N], lengths [B] and prompt_lengths [B], all int64. Raises ValueError for a longer text."""
-        lengths = torch.tensor([len(x["input_ids"]) for x in batch])
-        longest = int(lengths.max())
+    def __call__(self, batch: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """input_ids [B, N] int64, lengths and prompt_lengths as lists. Raises ValueError for a longer text.
+
+        Lists stay on the host, where spans are drawn: reading tensors back from a GPU would wait for it.
+        """
+        lengths = [len(x["input_ids"]) for x in batch]
+        longest = max(lengths)
         if self.pad_to is not None and longest > self.pad_to:
             raise ValueError(f"texts must have at most pad_to = {self.pad_to} tokens; got {longest}: cut or raise it")
         input_ids = torch.full((len(batch), self.pad_to or longest), self.pad_token_id)
@@ -81,7 +164,7 @@ class MTPCollator:
         return {
             "input_ids": input_ids,
             "lengths": lengths,
-            "prompt_lengths": torch.tensor([x["prompt_length"] for x in batch]),
+            "prompt_lengths": [int(x["prompt_length"]) for x in batch],
         }
 
 
@@ -99,53 +182,150 @@ def _forward_as(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]
             setattr(model, "forward", before)  # noqa: B010
 
 
+def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Floating-point tensors in another dtype; entries that share memory (tied embeddings) go on sharing it."""
+    cast_tensors: dict[int, Tensor] = {}
+    result = {}
+    for name, x in state.items():
+        if x.is_floating_point():
+            x = cast_tensors.setdefault(x.data_ptr(), x.to(dtype))
+        result[name] = x
+    return result
+
+
+class _Seen:
+    """What a rank has trained on since the last log, and since when."""
+
+    def __init__(self) -> None:
+        self.rows = self.tokens = 0
+        self.since = time.perf_counter()
+
+    def add(self, rows: int, tokens: int) -> None:
+        self.rows += rows
+        self.tokens += tokens
+
+    def rates(self) -> dict[str, float]:
+        """Span rows and tokens a second on this rank and, on a GPU, the peak of memory in GiB."""
+        seconds = time.perf_counter() - self.since
+        rates = {"rows_per_second": self.rows / seconds, "tokens_per_second": self.tokens / seconds}
+        if torch.cuda.is_available():
+            rates["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return rates
+
+
 class MTPTrainer(Trainer):
     """Trainer whose loss is `mtpkern.train.objective.mtp_loss`.
 
-    model, teacher   the student with float32 weights; its frozen original, not needed for teacher_target "gt"
+    model, teacher   the student with float32 weights; its frozen original, not needed for teacher_target "gt", and
+                     not accepted with LoRA, whose teacher is the student without its adapters
     mask_token_id    of the student; read from its config unless given
+    held_out         prompts to decode at every evaluation: accuracy and tokens per pass
 
-    Batches come from `MTPCollator`. The saved model is a plain Hugging Face checkpoint whose config records the mask
-    token and k_max. Raises ValueError for a missing teacher and for trained weights below float32.
+    Batches come from `MTPCollator`. At the end of training a summary with the curves of agreement by position stands
+    in output_dir. `save_model` writes a plain Hugging Face checkpoint, adapters merged, whose config
+    records the mask token and k_max. Raises ValueError for a missing teacher, a teacher of another vocabulary, trained
+    weights below float32, and for arguments of Trainer that would have no effect here; RuntimeError during training
+    for a loss that is not finite.
 
         trainer = MTPTrainer(model=model, teacher=teacher, args=MTPConfig("out", k_max=8), train_dataset=data,
                              data_collator=MTPCollator(tokenizer.pad_token_id), processing_class=tokenizer)
         trainer.train()
+        trainer.save_model("out")
     """
 
     args: MTPConfig
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | PeftModel,
         *,
         args: MTPConfig,
         teacher: PreTrainedModel | None = None,
         mask_token_id: int | None = None,
+        held_out: HeldOut | None = None,
         **kwargs: Any,
     ) -> None:
-        self.mask_token_id = resolve_mask_token(model, mask_token_id)
-        if teacher is None and args.teacher_target != "gt":
+        plain = plain_model(model)
+        self.mask_token_id = resolve_mask_token(plain, mask_token_id)
+        if args.lora_rank and not isinstance(model, PeftModel):
+            model = add_lora(
+                plain,
+                self.mask_token_id,
+                rank=args.lora_rank,
+                alpha=args.lora_alpha,
+                targets=args.lora_targets,
+                seed=args.seed,
+            )
+        self._require_sound(model, teacher, args)
+        for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics", "model_init"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} would have no effect: the loss is fixed and no logits are gathered; omit it")
+        record_settings(plain, mask_token_id=self.mask_token_id, k_max=args.k_max)
+        super().__init__(model=model, args=args, **kwargs)
+        self._require_tested_engine()
+        if teacher is not None:
+            teacher = teacher.requires_grad_(False).eval().to(args.device)
+            if args.teacher_dtype is not None:
+                teacher = teacher.to(getattr(torch, args.teacher_dtype))
+        # With LoRA the student without its adapters.
+        self.teacher = plain if isinstance(model, PeftModel) else teacher
+        # Our loss is divided by the rows of the whole accumulated batch already.
+        self.loss_is_scaled_for_ga = True
+        eos = plain.generation_config.eos_token_id if plain.generation_config else None
+        eos = plain.config.eos_token_id if eos is None else eos
+        if eos is None:
+            raise ValueError("the model's config names no eos_token_id, behind which spans end; set it")
+        self.eos_token_ids = torch.tensor([eos] if isinstance(eos, int) else list(eos), device=args.device)
+        self.held_out = held_out
+        self._sums: list[MTPLoss] = []
+        self._seen = _Seen()
+        # The first step with a loss that is not finite; on the device, so that no step waits for it.
+        self._broken_step = torch.tensor(torch.inf, device=args.device)
+
+    @staticmethod
+    def _require_sound(model: nn.Module, teacher: PreTrainedModel | None, args: MTPConfig) -> None:
+        """Raise ValueError for a student and a teacher that do not fit together or the configuration."""
+        adapted = isinstance(model, PeftModel)
+        if adapted and teacher is not None:
+            raise ValueError("with LoRA the teacher is the student without its adapters: leave teacher= out")
+        if teacher is None and not adapted and args.teacher_target != "gt":
             raise ValueError(f"teacher_target {args.teacher_target!r} needs teacher=, the frozen original model")
         narrow = {p.dtype for p in model.parameters() if p.requires_grad} - {torch.float32, torch.float64}
         if narrow:
             raise ValueError(f"trained weights must be float32; got {narrow}: load with dtype=torch.float32, bf16=True")
-        record_settings(model, mask_token_id=self.mask_token_id, k_max=args.k_max)
-        super().__init__(model=model, args=args, **kwargs)
-        self.teacher = None if teacher is None else teacher.requires_grad_(False).eval().to(self.args.device)
-        # Our loss is divided by the rows of the whole accumulated batch already.
-        self.loss_is_scaled_for_ga = True
-        eos = model.generation_config.eos_token_id if model.generation_config else None
-        eos = model.config.eos_token_id if eos is None else eos
-        if eos is None:
-            raise ValueError("the model's config names no eos_token_id, behind which spans end; set it")
-        self.eos_token_ids = torch.tensor([eos] if isinstance(eos, int) else list(eos), device=self.args.device)
-        self._sums: list[MTPLoss] = []
+        frozen = {p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()}
+        if adapted and frozen - {getattr(torch, args.student_dtype)}:
+            raise ValueError(
+                f"the frozen weights are {', '.join(map(str, frozen))}, student_dtype is {args.student_dtype!r}: load "
+                "the model in that dtype, or set student_dtype to its own"
+            )
+        if teacher is not None:
+            ours, theirs = (m.get_output_embeddings().weight.shape[0] for m in (plain_model(model), teacher))
+            # add_mask_token may have given the student rows that the teacher lacks; the banned mask token is one.
+            if abs(ours - theirs) > 1:
+                raise ValueError(
+                    f"student and teacher must share a vocabulary; got {ours} and {theirs} rows: load both from one "
+                    "checkpoint, then add the mask token to the student"
+                )
 
-    def plan(self, batch: dict[str, Tensor], *, k: int, step: int, micro_step: int) -> dict[str, Any]:
+    def _require_tested_engine(self) -> None:
+        """Raise ValueError for engines chosen from outside (accelerate launch, the number of GPUs) and untested."""
+        if self.is_deepspeed_enabled:
+            raise ValueError("DeepSpeed, ZeRO-3 included, is untested here and refused; use FSDP2 or DDP")
+        if self.args.n_gpu > 1:
+            raise ValueError("several GPUs in one process are refused; start one process a GPU: torchrun or accelerate")
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError(
+                "FSDP asked for, but accelerate has set up none (version 1, one process, or a CPU); omit it"
+            )
+        if self.is_distributed_loading_by_transformers:
+            raise ValueError("a model sharded by from_pretrained (tensor parallel) is refused; load it whole")
+
+    def plan(self, batch: dict[str, Any], *, k: int, step: int, micro_step: int) -> dict[str, Any]:
         """The batch with its layout: a pure function of the batch's lengths, the seed, the step and the rank."""
         args = self.args
-        tokens, lengths, prompts = batch["input_ids"], batch["lengths"].cpu(), batch["prompt_lengths"].cpu()
+        tokens = batch["input_ids"]
+        lengths, prompts = (torch.as_tensor(batch[name], device="cpu") for name in ("lengths", "prompt_lengths"))
         limit = args.max_length or tokens.shape[1]
         num_spans = args.num_spans or max(1, limit // (2 * args.k_max))
         if args.layout == "paper":
@@ -158,7 +338,8 @@ class MTPTrainer(Trainer):
             k,
             num_spans,
             spacing=args.spacing,  # type: ignore[arg-type]
-            counting=args.layout,  # type: ignore[arg-type]
+            offset=args.span_offset,
+            counting="paper" if args.layout == "paper" else "tokens",
             response_only=args.response_only,
             seed=args.seed,
             step=step,
@@ -171,13 +352,19 @@ class MTPTrainer(Trainer):
         answer = (index >= prompts[:, None] - 1) & (index < lengths[:, None] - 1)
         return {"input_ids": tokens, "layout": layout, "prefix_rows": answer}
 
+    def draw_k(self, step: int) -> int:
+        """k of a step on this rank."""
+        args = self.args
+        rank = args.process_index if args.k_scope == "rank" else None
+        return draw_k(args.k_min, args.k_max, seed=args.seed, step=step, rank=rank)
+
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         """Attach plans to the micro-batches of a step; count span and answer rows over all of them and all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         step = self.state.global_step
-        k = draw_k(self.args.k_min, self.args.k_max, seed=self.args.seed, step=step)
+        k = self.draw_k(step)
         plans = [self.plan(batch, k=k, step=step, micro_step=i) for i, batch in enumerate(batches)]
         return plans, self._count(plans, device)
 
@@ -185,21 +372,33 @@ class MTPTrainer(Trainer):
         """Planned span rows and answer rows [2] over the given micro-batches and all ranks."""
         rows = sum(int(plan["layout"].valid.sum()) for plan in plans)
         answers = sum(int(plan["prefix_rows"].sum()) for plan in plans)
-        return self.accelerator.reduce(torch.tensor([rows, answers], dtype=torch.float32, device=device), "sum")
+        counts = torch.tensor([rows, answers], dtype=torch.float32).to(device, non_blocking=True)
+        return self.accelerator.reduce(counts, "sum")
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """One step under span attention, backward included: activation checkpointing runs the forward again there."""
+        layout: Layout = inputs["layout"]
+        self._seen.add(int(layout.valid.sum()), int(layout.lengths.sum()))
         with self._span_attention(model, inputs) as inputs:
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        step = torch.full_like(self._broken_step, self.state.global_step)
+        self._broken_step = torch.where(loss.isfinite(), self._broken_step, torch.minimum(step, self._broken_step))
+        return loss
 
     @contextmanager
     def _span_attention(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        layout: Layout = inputs["layout"]
-        context = SpanContext(layout.to(self.args.device))
-        with attention_context(self.accelerator.unwrap_model(model), context):
-            yield {**inputs, "layout": context}
+        device = self.args.device
+        context = SpanContext(inputs["layout"].to(device))
+        prefix_rows = inputs["prefix_rows"].to(device, non_blocking=True)
+        with attention_context(plain_model(self.accelerator.unwrap_model(model)), context):
+            yield {**inputs, "layout": context, "prefix_rows": prefix_rows}
+
+    def _target(self) -> str:
+        """What the student learns now: the data's tokens first, where a warm-up asks for it. Evaluation has one aim."""
+        warming_up = self.model.training and self.state.global_step < self.args.gt_warmup_steps
+        return "gt" if warming_up else self.args.teacher_target
 
     def compute_loss(
         self,
@@ -216,14 +415,16 @@ class MTPTrainer(Trainer):
         def forward(tokens: Tensor, context: SpanContext, prefix_rows: Tensor) -> MTPLoss:
             with self.accelerator.autocast():
                 return mtp_loss(
-                    core,
+                    plain_model(core),
                     self.teacher,
                     tokens,
                     context,
                     mask_token_id=self.mask_token_id,
                     eos_token_ids=self.eos_token_ids,
-                    target=self.args.teacher_target,  # type: ignore[arg-type]
+                    target=self._target(),  # type: ignore[arg-type]
                     prefix_rows=prefix_rows if weight else None,
+                    eos_padding=self.args.eos_padding,
+                    as_teacher=core.disable_adapter if isinstance(core, PeftModel) else None,
                 )
 
         with _forward_as(core, forward):
@@ -246,19 +447,127 @@ class MTPTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As Trainer.evaluate, with the span statistics of the evaluation batches."""
+        self._require_finite()
         training_sums, self._sums = self._sums, []
+        start = time.perf_counter()
         try:
             return super().evaluate(*args, **kwargs)
         finally:
             self._sums = training_sums
+            # Evaluation is no part of training's throughput.
+            self._seen.since += time.perf_counter() - start
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As Trainer's, and the held-out prompts decoded: among its metrics they are logged and choose the best."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.held_out is not None:
+            output.metrics.update(self._decode_held_out(self.held_out))
+        return output
+
+    def _decode_held_out(self, held_out: HeldOut) -> dict[str, float]:
+        # Shards of FSDP are gathered in every pass, so that all ranks must make the same passes.
+        alone = self.is_fsdp_enabled
+        ranks, rank = (1, 0) if alone else (self.args.world_size, self.args.process_index)
+        sums = held_out.count(plain_model(self.accelerator.unwrap_model(self.model)), rank, ranks)
+        if not alone:
+            sums = self.accelerator.reduce(sums.float().to(self.args.device), "sum")
+        problems, right, tokens, passes = sums.tolist()
+        return {"eval_accuracy": right / problems, "eval_tokens_per_pass": tokens / passes}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add agreement by position, agreeing-prefix length and confidence since the last log."""
+        """Add agreement by position, agreeing-prefix length, confidence and throughput since the last log."""
+        self._require_finite()
         if self._sums:
-            prefix = "eval_" if any(name.startswith("eval_") for name in logs) else ""
+            evaluated = any(name.startswith("eval_") for name in logs)
             for name, value in self._statistics().items():
-                logs[prefix + name] = value
+                logs["eval_" + name if evaluated else name] = value
+            if not evaluated:
+                logs.update(self._seen.rates())
+                self._seen = _Seen()
         super().log(logs, *args, **kwargs)
+
+    def _require_finite(self) -> None:
+        """Raise RuntimeError where the loss of any rank has not been finite; called by all ranks, before any save."""
+        # Gathered, so that all ranks leave together.
+        step = float(self.accelerator.gather(self._broken_step.reshape(1)).min())
+        if step != float("inf"):
+            raise RuntimeError(
+                f"the loss of step {int(step) + 1} is not finite: expected a number; nothing has been saved since the "
+                "last checkpoint. Lower learning_rate, lengthen warmup_steps, or compute in bf16 instead of fp16; a "
+                "single bad batch shows with a different seed"
+            )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As Trainer's; a stream begins again where it ends."""
+        if isinstance(self.train_dataset, IterableDataset) and not isinstance(self.train_dataset, Endless):
+            self.train_dataset = Endless(self.train_dataset)
+        return super().get_train_dataloader()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """As Trainer.train; True resumes the newest complete checkpoint of output_dir.
+
+        Raises ValueError where there is none, or where the given one was left half-written.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_checkpoint(cast(str, self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ValueError(f"no complete checkpoint in {self.args.output_dir}: start without resuming")
+        if isinstance(resume_from_checkpoint, str):
+            folder = Path(resume_from_checkpoint)
+            if ((folder / MARK).exists() and not is_complete(folder)) or not (folder / TRAINER_STATE_NAME).exists():
+                raise ValueError(
+                    f"{folder} is not a whole checkpoint: resume_from_checkpoint=True takes the newest whole"
+                )
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self.is_world_process_zero():
+            summarise(self.state.log_history, cast(str, self.args.output_dir))
+        return result
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As Trainer's, but a kill at any moment leaves the last complete checkpoint findable."""
+        self._require_finite()
+        args, run = self.args, Path(self._get_output_dir(trial=trial))
+        folder = run / f"checkpoint-{self.state.global_step}"
+        if args.should_save and folder.exists():
+            remove_checkpoint(folder)
+        self.accelerator.wait_for_everyone()
+        # Trainer would delete older checkpoints before this one counts.
+        limit, args.save_total_limit = args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if args.should_save:
+            if not args.save_only_model:
+                mark_complete(folder)
+            rotate(run, limit, self.state.best_model_checkpoint)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write a plain Hugging Face checkpoint in save_dtype, adapters merged, with the tokenizer.
+
+        The resumable checkpoints inside training keep float32 weights, or the adapters alone.
+        """
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+            return
+        core = self.accelerator.unwrap_model(self.model)
+        if isinstance(core, PeftModel) and self.is_fsdp_enabled:
+            raise ValueError("adapters are not merged under FSDP; resume the checkpoint in one process and save there")
+        state = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
+        if not self.args.should_save:
+            return
+        plain = merged(core) if isinstance(core, PeftModel) else core
+        dtype = getattr(torch, self.args.save_dtype)
+        state = _cast(plain.state_dict() if state is None else state, dtype)
+        folder = Path(output_dir or cast(str, self.args.output_dir))
+        plain.save_pretrained(folder, state_dict=state)
+        # The config as the saved weights are, not as they were while training, where the cache is off.
+        config = deepcopy(plain.config)
+        config.use_cache, config.dtype = True, dtype
+        config.save_pretrained(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
 
     def _statistics(self) -> dict[str, float]:
         """Means over the collected batches and all ranks; rows of different k are padded to k_max."""

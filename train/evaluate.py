@@ -1,0 +1,173 @@
+"""Evaluation while training: real decoding of held-out prompts, and a summary with the curves of agreement.
+
+Loss and agreement on held-out texts say how well single spans are predicted; what counts is how many tokens a pass
+yields, and how many answers are right, when the model decodes. `HeldOut` measures that with `mtpkern.generate`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mtpkern.generation import MTPGenerateOutput, generate
+from mtpkern.strategies import Strategy
+
+
+def final_number(text: str) -> float | None:
+    """The number behind the last `####`, thousands separated or not: `final_number("... #### 1,250") == 1250.0`."""
+    found = re.findall(r"####\s*\$?(-?[\d,]*\.?\d+)", text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def same_number(answer: str, expected: str) -> bool:
+    """Whether an answer ends in the expected `#### n`; `expected` may be the bare number too."""
+    wanted = final_number(expected if "####" in expected else f"#### {expected}")
+    return wanted is not None and final_number(answer) == wanted
+
+
+@contextmanager
+def _as_loaded(model: PreTrainedModel) -> Iterator[None]:
+    """The model as it decodes: in evaluation mode, cache on, its own forward instead of one cast by accelerate."""
+    training, cache, forward = model.training, model.config.use_cache, vars(model).pop("forward", None)
+    model.config.use_cache = True
+    model.eval()
+    try:
+        yield
+    finally:
+        model.config.use_cache = cache
+        model.train(training)
+        if forward is not None:
+            setattr(model, "forward", forward)  # noqa: B010
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out prompts that `MTPTrainer` decodes at every evaluation, in float32 or the dtype of the weights.
+
+    prompts, answers  texts as the model is given them, and what is right for each
+    tokenizer         encodes the prompts with its special tokens and decodes the new ones
+    is_right          of the decoded text and the expected answer; compares `#### n` unless given
+    strategy          of `mtpkern.generate`; Verified unless given
+    batch_size        prompts decoded at a time
+
+    Raises ValueError for lists that are empty or do not match.
+
+        held_out = HeldOut(["Question: 2 + 2?\\nAnswer:"], ["4"], tokenizer)
+        MTPTrainer(..., held_out=held_out)  # logs eval_accuracy and eval_tokens_per_pass
+    """
+
+    prompts: Sequence[str]
+    answers: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase
+    is_right: Callable[[str, str], bool] = same_number
+    strategy: Strategy | None = None
+    max_new_tokens: int = 256
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.prompts or len(self.prompts) != len(self.answers):
+            raise ValueError(
+                f"prompts and answers must be as many, at least one; got {len(self.prompts)} and {len(self.answers)}"
+            )
+
+    def count(self, model: PreTrainedModel, rank: int = 0, ranks: int = 1) -> Tensor:
+        """Decode every prompt of this rank: [problems, right answers, tokens emitted, passes], float64 on the CPU."""
+        mine = list(zip(self.prompts, self.answers))[rank::ranks]
+        sums = torch.zeros(4, dtype=torch.float64)
+        with _as_loaded(model), torch.no_grad():
+            for i in range(0, len(mine), self.batch_size):
+                sums += self._count_batch(model, mine[i : i + self.batch_size])
+        return sums
+
+    def _count_batch(self, model: PreTrainedModel, batch: list[tuple[str, str]]) -> Tensor:
+        texts = [prompt for prompt, _ in batch]
+        inputs = self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+        output = generate(
+            model,
+            inputs["input_ids"].to(model.device),
+            attention_mask=inputs["attention_mask"].to(model.device),
+            strategy=self.strategy,
+            max_new_tokens=self.max_new_tokens,
+            return_dict_in_generate=True,
+        )
+        assert isinstance(output, MTPGenerateOutput)
+        assert output.blocks is not None
+        new = output.sequences[:, inputs["input_ids"].shape[1] :]
+        emitted = [sum(blocks) for blocks in output.blocks]
+        right = sum(
+            self.is_right(self.tokenizer.decode(row[:n], skip_special_tokens=True), answer)
+            for row, n, (_, answer) in zip(new, emitted, batch)
+        )
+        return torch.tensor([len(batch), right, sum(emitted), sum(map(len, output.blocks))], dtype=torch.float64)
+
+
+def curves(history: Sequence[dict[str, Any]]) -> dict[int, list[float]]:
+    """Agreement by position in the span at every logged step, of evaluation where there is one, else of training.
+
+    history  Trainer's state.log_history
+
+        curves(trainer.state.log_history)[2000]  # [0.99, 0.93, 0.85, ...]
+    """
+    prefix = "eval_agreement_" if any("eval_agreement_1" in entry for entry in history) else "agreement_"
+    found = {}
+    for entry in history:
+        positions = sorted(int(key[len(prefix) :]) for key in entry if re.fullmatch(rf"{prefix}\d+", key))
+        if positions:
+            found[int(entry["step"])] = [entry[f"{prefix}{j}"] for j in positions]
+    return found
+
+
+_COLUMNS = ("eval_loss", "eval_agreement", "eval_agreeing_prefix", "eval_accuracy", "eval_tokens_per_pass")
+
+
+def summarise(history: Sequence[dict[str, Any]], folder: str | Path) -> str:
+    """Write summary.md, a row for every evaluation, and agreement.png to the folder; returns the text.
+
+    Without matplotlib there is no picture, and the summary says how to get it.
+    """
+    folder = Path(folder)
+    rows = [entry for entry in history if "eval_loss" in entry]
+    columns = [name for name in _COLUMNS if any(name in row for row in rows)]
+    lines = ["| step | " + " | ".join(name.removeprefix("eval_") for name in columns) + " |"] if rows else []
+    lines += ["|---|" + "---|" * len(columns)] if rows else []
+    for row in rows:
+        cells = (f"{row[name]:.4g}" if name in row else "" for name in columns)
+        lines.append(f"| {row['step']} | " + " | ".join(cells) + " |")
+    found = curves(history)
+    if not found:
+        lines.append("Nothing was logged: no agreement to draw.")
+    elif find_spec("matplotlib") is None:
+        lines += ["", "No picture of agreement by position: matplotlib is missing; run: pip install 'mtpkern[plot]'"]
+    else:
+        _draw(found, folder / "agreement.png")
+        lines += ["", "![agreement by position](agreement.png)"]
+    text = "\n".join(lines) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "summary.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def _draw(found: dict[int, list[float]], path: Path) -> None:
+    """One line a logged step, at most ten of them, the later the darker."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="position in the span", ylabel="agreement with the target", ylim=(0, 1.02))
+    steps = sorted(found)
+    shown = sorted({steps[round(i * (len(steps) - 1) / 9)] for i in range(10)})
+    for i, step in enumerate(shown):
+        shade = 0.85 - 0.85 * (i + 1) / len(shown)
+        positions = range(1, len(found[step]) + 1)
+        axes.plot(positions, found[step], color=(shade, shade, 1 - 0.5 * (1 - shade)), marker=".", label=f"step {step}")
+    axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,67 @@
+"""LoRA through peft: adapters on the linear layers and one trained row of the embedding, that of the mask token.
+
+The weights without their adapters are the teacher, bit for bit, so no second copy of the model is needed. Merging
+adds the adapters to the weights and leaves a plain model.
+
+Source   Hu et al., arXiv 2106.09685; peft's LoraConfig and trainable_token_indices
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def add_lora(
+    model: PreTrainedModel,
+    mask_token_id: int,
+    *,
+    rank: int,
+    alpha: float | None = None,
+    targets: str = "all-linear",
+    seed: int = 0,
+) -> PeftModel:
+    """Freeze the model and give it float32 adapters; the embedding's row `mask_token_id` is trained in full.
+
+    rank, alpha   of every adapter; its product is scaled by alpha / rank, alpha is twice the rank unless given
+    targets       names of the linear layers that get one, separated by commas, or "all-linear" (all but the head)
+
+    seed          of the adapters' first weights; all ranks must start from the same ones
+
+    The model is changed in place. The head's row of the mask token stays as it is: that token is never predicted.
+
+        peft_model = add_lora(model, mask_token_id, rank=16)
+    """
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
+        target_modules=targets if targets == "all-linear" else [part.strip() for part in targets.split(",")],
+        trainable_token_indices={name.rpartition(".")[2]: [mask_token_id]},
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        peft_model = get_peft_model(model, config)
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
+    return peft_model
+
+
+def plain_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model: of a PeftModel the one that carries the adapters, else the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
+
+
+def merged(model: PeftModel) -> PreTrainedModel:
+    """A copy of the model with the adapters added to its weights; the original keeps training unchanged.
+
+    merged(peft_model).save_pretrained("out")
+    """
+    return copy.deepcopy(model).merge_and_unload()

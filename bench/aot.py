@@ -74,7 +74,7 @@ class Compiled:
     target: str
     kernel: str
     rows: int  # of its tile of matrix products; 0 without products
-    bits: int  # of an element
+    bits: int  # of what they multiply
     num_warps: int
     num_stages: int
     registers: int
@@ -234,7 +234,8 @@ def compiling(target: str) -> Iterator[list[Compiled]]:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         if kernel is not None:
             name = self.fn.__name__
-            rows, bits = options.get(_MATRIX_ROWS.get(name, ""), 0), 8 * args[0].element_size()
+            rows = options.get(_MATRIX_ROWS.get(name, ""), 0)
+            bits = 8 * args[0].element_size() if rows else 0
             noted.append(_noted(target, name, rows, bits, kernel, round(time.perf_counter() - start, 1)))
         return kernel
 

@@ -692,9 +692,7 @@ def span_attention(
         raise ValueError(f"position must be [B, T] = {(batch, rows)}; got {tuple(position.shape)}")
     rule = position, prefix_end, span_start, span_end
     if query.is_cuda and dim <= MAX_HEAD_DIM and query.dtype != torch.float64:
-        return span_attention_triton(
-            query, key, value, *rule, scale=scale, window=window, softcap=softcap, sinks=sinks
-        )
+        return span_attention_triton(query, key, value, *rule, scale=scale, window=window, softcap=softcap, sinks=sinks)
     return span_attention_reference(
         query, key, value, *rule, scale=scale, window=window, softcap=softcap, sinks=sinks, mask=mask
     )

@@ -142,6 +142,45 @@ def build_layout(
     )
 
 
+def pack(layout: Layout, *texts: Tensor) -> tuple[Layout, list[Tensor]]:
+    """A batch in one row, without padding: the tokens of all its sequences, then the masks of all.
+
+    layout   of B sequences; each becomes a document that sees itself only, its positions counted from 0
+    texts    [B, N] each, tokens first, and what goes with them; they come back as [1, sum of lengths]
+
+    Every prediction is what it was: document starts follow from the three integers (mtpkern.kernels.span_mask). For
+    the kernel, whose time is that of the visible pairs; the torch form computes all pairs of the long row.
+
+        packed, (tokens, answer) = pack(layout, tokens, answer)
+    """
+    lengths, N = layout.lengths, texts[0].shape[1]
+    batch, spans, k = layout.row.shape
+    used = spans * (k - 1)
+    first = (lengths.cumsum(0) - lengths)[:, None]
+    total = int(lengths.sum())
+    # How far the masks of each sequence move.
+    shift = total - N + torch.arange(batch, device=lengths.device)[:, None] * used
+    real = torch.arange(N, device=lengths.device) < lengths[:, None]
+
+    def join(x: Tensor, of_tokens: Tensor | int, of_masks: Tensor | int) -> Tensor:
+        tokens, masks = x[:, :N] + of_tokens, x[:, N : N + used] + of_masks
+        return torch.cat([tokens[real], masks.flatten()])[None].to(x.dtype)
+
+    exists = layout.prefix > 0
+    row = torch.cat([layout.row[..., :1] + first[..., None], layout.row[..., 1:] + shift[..., None]], dim=-1)
+    packed = Layout(
+        position=join(layout.position, 0, 0),
+        prefix_end=join(layout.prefix_end, first, first * exists.repeat_interleave(k - 1, dim=1)),
+        span_start=join(layout.span_start, first, shift),
+        span_end=None if layout.span_end is None else join(layout.span_end, first, shift),
+        row=row.flatten(0, 1)[None],
+        prefix=((layout.prefix + first) * exists).flatten()[None],
+        end=(layout.end + first).flatten()[None],
+        lengths=lengths.sum(0, keepdim=True),
+    )
+    return packed, [x[real][None] for x in texts]
+
+
 def _expand(x: Tensor, like: Tensor) -> Tensor:
     return x.expand(like.shape[0], *x.shape)
 

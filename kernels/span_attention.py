@@ -431,12 +431,12 @@ class Tiles(NamedTuple):
 # By kernel and bytes of an element, up to a head dimension; mtpkern.bench.aot holds what they cost. Float32 runs
 # without tensor cores, exactly: for tests and small models.
 TILES = {
-    ("forward", 2): {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 64, 8, 2)},
-    ("dq", 2): {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 64, 8, 2)},
-    ("dkdv", 2): {64: Tiles(64, 128, 8, 2), 128: Tiles(64, 128, 8, 2), 256: Tiles(32, 64, 8, 2)},
-    ("forward", 4): {64: Tiles(64, 32, 8, 2), 128: Tiles(32, 32, 8, 2), 256: Tiles(32, 16, 8, 2)},
-    ("dq", 4): {64: Tiles(32, 32, 4, 2), 128: Tiles(32, 32, 4, 2), 256: Tiles(16, 16, 4, 1)},
-    ("dkdv", 4): {64: Tiles(32, 32, 8, 2), 128: Tiles(32, 32, 8, 2), 256: Tiles(16, 16, 4, 1)},
+    ("forward", 2): {128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 8, 3)},
+    ("dq", 2): {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 32, 8, 3), 256: Tiles(64, 32, 8, 2)},
+    ("dkdv", 2): {64: Tiles(64, 128, 8, 2), 128: Tiles(32, 128, 8, 2), 256: Tiles(32, 64, 8, 2)},
+    ("forward", 4): {64: Tiles(32, 32, 8, 1), 128: Tiles(16, 32, 8, 1), 256: Tiles(16, 16, 8, 1)},
+    ("dq", 4): {64: Tiles(32, 32, 8, 1), 256: Tiles(16, 16, 8, 1)},
+    ("dkdv", 4): {64: Tiles(32, 32, 8, 1), 256: Tiles(16, 16, 8, 1)},
 }
 # AMD's warps of 64 threads have 512 registers a thread only up to 4 warps, and little shared memory.
 AMD_TILES = TILES | {

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from mtpkern.attention import attention_context
 from mtpkern.kernels import span_attention as module
@@ -278,6 +278,45 @@ def test_inputs_need_not_be_dense(monkeypatch):
     out = span_attention_triton(*got, *rule, scale=0.3)
     for a, b in zip([out, *torch.autograd.grad(out, got, ones)], want):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("form", ["torch", "triton"])
+def test_a_compiled_step_has_no_graph_break(monkeypatch, form):
+    """Loss and gradients of an unmodified Llama with activation checkpointing, compiled whole and not."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 41}
+    model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=1, **sizes)).to(DEVICE).train()
+    model.gradient_checkpointing_enable()
+    layout = build_layout(torch.tensor([[3, 8, 12], [2, 6, 0]]), torch.tensor([14, 11]), 4, num_tokens=15)
+    tokens = torch.randint(10, 39, (2, 15)).to(DEVICE)
+    options = {"mask_token_id": 40, "eos_token_ids": torch.tensor([7], device=DEVICE), "target": "gt"}
+    if form == "triton":
+        tile(monkeypatch, 32, 32)
+        monkeypatch.setattr(objective, "span_attention", lambda *x, mask, **o: span_attention_triton(*x, **o))
+
+    def loss(tokens, context):
+        return objective.mtp_loss(model, None, tokens, context, **options).span
+
+    def step(loss):
+        model.zero_grad()
+        context = objective.SpanContext(layout.to(DEVICE))
+        with attention_context(model, context):
+            value = loss(tokens, context)
+            value.backward()
+        return [value.detach(), *(x.grad.clone() for x in model.parameters())]
+
+    compiled = step(torch.compile(loss, backend="aot_eager", fullgraph=True))
+    for a, b in zip(compiled, step(loss)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_op_is_what_torch_expects_of_one():
+    """Schema, fake tensors and autograd of the registered op, sinks and a cap included."""
+    layout = build_layout(torch.tensor([[3]]), torch.tensor([5]), 3, num_tokens=5)
+    rule = [x.to(DEVICE) for x in layout.rule[:3]]
+    (q, k, v, sinks), _ = draw(rule, 2, 1, 16, torch.float32, sinks=True)
+    leaves = [x.requires_grad_() for x in (q, k, v, sinks)]
+    torch.library.opcheck(torch.ops.mtpkern.span_attention, (*leaves, rule, 0.3, 2.0, 4))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -38,6 +38,15 @@ class SpanContext:
     layout: Layout
     masks: dict[int | None, Tensor] = field(default_factory=dict)
 
+    def prepare(self, window: int | None) -> None:
+        """Build the masks without and with the model's window; the kernel needs none.
+
+        Before the layers run and not in the first of them: torch.compile forbids side effects where activations are
+        computed again.
+        """
+        if not self.layout.position.is_cuda:
+            self.masks.update((w, span_mask(*self.layout.rule, window=w)) for w in {None, window} - set(self.masks))
+
     def attend(
         self,
         layer: int,
@@ -51,15 +60,11 @@ class SpanContext:
         sinks: Tensor | None,
     ) -> Tensor:
         """Span attention of one layer: [B, T, Hq, D] (mtpkern.attention.AttentionContext)."""
-        rule = self.layout.rule
-        # The kernel needs no mask; on a CPU all layers share one.
-        if window not in self.masks and not query.is_cuda:
-            self.masks[window] = span_mask(*rule, window=window)
         return span_attention(
             query,
             key,
             value,
-            *rule,
+            *self.layout.rule,
             scale=scale,
             window=window,
             softcap=softcap,
@@ -107,6 +112,7 @@ def head_of(model: PreTrainedModel, mask_token_id: int) -> Head:
 
 def backbone(model: PreTrainedModel, input_ids: Tensor, context: SpanContext) -> Tensor:
     """Final hidden states [B, T, H] of the rows of a layout; the model's attention must be switched to the context."""
+    context.prepare(getattr(model.config.get_text_config(decoder=True), "sliding_window", None))
     positions = context.layout.position.long()
     return model.base_model(
         input_ids=input_ids, position_ids=positions, use_cache=False, mtpkern=context

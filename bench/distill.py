@@ -98,12 +98,13 @@ def ours(x: Inputs) -> Tensor:
 
 
 def all_logits(x: Inputs, dtype: torch.dtype) -> Tensor:
-    """One product, then cross-entropy on its result in a dtype."""
-    target = x.target
-    if x.teacher is not None:
-        with torch.no_grad():
-            target = (x.teacher[0] @ x.teacher[1].t()).to(dtype).softmax(-1)
-    return F.cross_entropy((x.hidden @ x.weight.t()).to(dtype), target, reduction="sum")
+    """One product, then cross-entropy or divergence on its result in a dtype."""
+    z = (x.hidden @ x.weight.t()).to(dtype)
+    if x.teacher is None:
+        return F.cross_entropy(z, x.target, reduction="sum")
+    with torch.no_grad():
+        log_q = (x.teacher[0] @ x.teacher[1].t()).to(dtype).log_softmax(-1)
+    return F.kl_div(z.log_softmax(-1), log_q, reduction="sum", log_target=True)
 
 
 def comparators(case: Case, device: torch.device) -> tuple[dict[str, Loss], list[str]]:

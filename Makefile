@@ -61,10 +61,17 @@ checkpoint: $(STAMP) ## Train the shipped checkpoint again from nothing.
 aot: $(STAMP) ## Compile every kernel of decoding for five GPUs that need not be here: registers, spill, shared memory.
 	$(BIN)/python -m mtpkern.bench.aot --write
 
-# pytest leaves with 5 where it found no test with the marker.
-gpu: $(STAMP) ## Run the tests that need a GPU.
-	@echo "The Triton kernels against their tests, and decoding without host syncs; there is no CUDA graph and no benchmark yet."
-	$(PYTEST) -m gpu $(PYTEST_ARGS) || [ $$? -eq 5 ]
+# The machine's own python where its torch sees a GPU, as is: it may have no network. Else the virtual environment.
+# `make gpu GPU_ARGS="--results FOLDER"` writes there as well.
+GPU_ARGS ?=
+gpu: ## On a GPU, within nine minutes: its tests, then every benchmark; tables and goals go to bench/results/gpu.md.
+	@for python in $(PYTHON) $(BIN)/python; do \
+	  if $$python -c 'import torch, transformers, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+	    exec $$python bench/gpu.py $(GPU_ARGS); \
+	  fi; \
+	done; \
+	echo "neither $(PYTHON) nor $(BIN)/python has torch with CUDA and transformers: installing"; \
+	$(MAKE) install && exec $(BIN)/python bench/gpu.py $(GPU_ARGS)
 
 $(OLDEST)/.installed: constraints.txt pyproject.toml setup.py Makefile
 	$(call make_venv,$(OLDEST))

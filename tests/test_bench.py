@@ -1,15 +1,19 @@
 """The decoding benchmark: it runs whole on a tiny model, and its arithmetic is right."""
 
 import json
+import os
+import sys
+import time
 from dataclasses import asdict
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mtpkern
-from mtpkern.bench import decode, report
+from mtpkern.bench import decode, gpu, report
 from mtpkern.bench.harness import Spread, environment, interleaved
 from mtpkern.bench.problems import problems
 from mtpkern.bench.report import Goal, Table, run, write
@@ -243,7 +247,93 @@ def test_a_part_alone(checkpoint, tmp_path, capsys):
     capsys.readouterr()
 
 
-@pytest.mark.parametrize("stem", ["readout"])
+def test_a_process_that_stays_is_cut_with_its_children(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE", 0.2)
+    child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    parent = (
+        "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', sys.argv[1]]); print(p.pid, flush=True)"
+    )
+    limit, said = 0.5, []
+    while not said:  # a busy machine may need longer to start it
+        limit *= 2
+        command = [sys.executable, "-c", f"{parent}; {child}", child]
+        outcome = gpu.supervise("it", command, limit, cwd=tmp_path, log=tmp_path / "log")
+        said = outcome.said
+    assert outcome.status == "cut"
+    assert not outcome.well
+    assert wait_for_death(int(said[-1]))
+
+
+def wait_for_death(pid):
+    for _ in range(100):  # until init has reaped it
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_how_a_process_ended(tmp_path):
+    def ended(code):
+        return gpu.supervise("x", [sys.executable, "-c", code], 60, cwd=tmp_path, log=tmp_path / "log", WORD="yes")
+
+    assert ended("import os; print(os.environ['WORD'])").line.startswith("x: done, ")
+    failed = ended("raise RuntimeError('illegal access')")
+    assert failed.status == "failed with 1"
+    assert failed.line.endswith("RuntimeError: illegal access")
+    assert not failed.well
+    assert ended("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)").status == "failed with -11"
+    assert gpu.Outcome(f"x, {gpu.WHOLE}", "cut", 1).well
+    assert not gpu.Outcome(gpu.TESTS, "cut", 1).well
+
+
+def test_whole_tables_replace_short_ones(tmp_path):
+    def part(folder, *tables):
+        write("readout", "", {"torch": "2", "quick": "x"}, [], {"tables": [asdict(t) for t in tables]}, folder)
+
+    def table(caption, text, goals=()):
+        return Table(caption, "", ("n",), [(text,)], goals=goals)
+
+    results = gpu.Results([tmp_path], "Title")
+    results.outcomes.append(gpu.Outcome("step, short grid", "failed with 1", 2, ["Error: boom"]))
+    part(tmp_path / "short", table("A", "short A"), table("B", "short B", [Goal("speed", 2, 3, "×")]))
+    part(tmp_path / "whole", table("A", "whole A", [Goal("time", 2, 3, "µs", at_most=True)]))
+    results.take("readout", tmp_path / "short")
+    results.take("readout", tmp_path / "whole")
+    results.take("step", tmp_path / "nothing")
+    page = results.write()
+    assert "whole A" in page
+    assert "short A" not in page
+    assert "short B" in page
+    assert "1 of 2 met" in page
+    assert page.index("## A") < page.index("Error: boom") < page.index("## Goals")
+    assert page.rstrip().endswith("| speed | ≥ 2 × | 3 × | yes |")
+    assert "quick" not in json.loads((tmp_path / "gpu.json").read_text())["environment"]
+
+
+def test_every_benchmark_of_an_op_or_step_is_a_part():
+    measured = {p.stem for p in Path(gpu.__file__).parent.glob("*.py") if "def measure(" in p.read_text()}
+    assert {part.name for part in gpu.PARTS} == measured
+
+
+def test_everything_in_one_command_rehearsed(tmp_path, capsys, monkeypatch):
+    """From a clone that nobody installed, and without this installation."""
+    monkeypatch.setattr(gpu, "PARTS", (gpu.Part("kv_write", 200, 200),))
+    assert gpu.main(["--device", "cpu", "--minutes", "5", "--parts", "kv_write", "--results", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert [o["status"] for o in record["runs"]] == ["done"]
+    assert "DRY RUN" in (tmp_path / "gpu.md").read_text().splitlines()[0]
+    assert "KV write" in capsys.readouterr().out
+
+
+def test_no_gpu_is_said(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 1
+    assert "sees no GPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stem", ["decode_attention", "kv_write", "readout", "step"])
 def test_dry_run(stem):
     """Every table of a benchmark at tiny shapes: no typo may wait for a GPU."""
     tables = list(import_module(f"mtpkern.bench.{stem}").measure(torch.device("cpu"), True))

@@ -217,7 +217,7 @@ def test_missing_transformers_says_what_to_install(clone):
     assert "pip install 'transformers>=5.17'" in last
 
 
-@pytest.mark.parametrize("missing", ["accelerate", "datasets", "peft"])
+@pytest.mark.parametrize("missing", ["accelerate", "peft"])
 def test_missing_extra_says_what_to_install(missing):
     last = (
         run_python(f"import sys; sys.modules[{missing!r}] = None; import mtpkern.train").stderr.strip().splitlines()[-1]

@@ -243,16 +243,16 @@ def _tile(entries: int, D: int, element_size: int, shared_memory: int) -> tuple[
 
     Chosen by what the compiler reports (python -m mtpkern.bench.aot), not by timing.
     """
+    large = shared_memory >= 200 << 10  # where wgmma and tcgen05 take operands, or sums, off the registers
     if element_size == 4:
         # Three products in TF32 take three parts of the queries' tile, all of them in registers.
         most = 2048 // D
     else:
-        # The queries' tile stays in shared memory; where that is large, so are the sums outside of the registers.
-        most = (64 << 10 if shared_memory >= 200 << 10 else 32 << 10) // (D * element_size)
+        # The queries' tile stays in shared memory.
+        most = (64 << 10 if large else 32 << 10) // (D * element_size)
     BLOCK_M = max(16, min(triton.next_power_of_2(entries), most, 128))
     BLOCK_N = max(16, min(128, 16384 // D) // element_size)
-    # Of the widest heads 16 rows on 4 warps spill on Ada, 32 rows on 8 warps on Hopper.
-    num_warps = 8 if BLOCK_M == 128 or (D >= 256 and BLOCK_M != 32) else 4
+    num_warps = 8 if BLOCK_M == 128 or BLOCK_M * D >= (16384 if large else 4096) else 4
     return BLOCK_M, BLOCK_N, num_warps, 3 if shared_memory >= 160 << 10 else 2
 
 

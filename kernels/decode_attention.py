@@ -244,15 +244,16 @@ def _tile(entries: int, D: int, element_size: int, shared_memory: int) -> tuple[
     Chosen by what the compiler reports (python -m mtpkern.bench.aot), not by timing.
     """
     large = shared_memory >= 200 << 10  # where wgmma and tcgen05 take operands, or sums, off the registers
+    # Most rows of a tile, and the elements up to which it takes 4 warps.
     if element_size == 4:
         # Three products in TF32 take three parts of the queries' tile, all of them in registers.
-        most = 2048 // D
+        most, light = 2048 // D, 2048
     else:
         # The queries' tile stays in shared memory.
-        most = (64 << 10 if large else 32 << 10) // (D * element_size)
+        most, light = (64 << 10 if large else 32 << 10) // (D * element_size), 8192 if large else 2048
     BLOCK_M = max(16, min(triton.next_power_of_2(entries), most, 128))
     BLOCK_N = max(16, min(128, 16384 // D) // element_size)
-    num_warps = 8 if BLOCK_M == 128 or BLOCK_M * D >= (16384 if large else 4096) else 4
+    num_warps = 8 if BLOCK_M == 128 or light < BLOCK_M * D else 4
     return BLOCK_M, BLOCK_N, num_warps, 3 if shared_memory >= 160 << 10 else 2
 
 

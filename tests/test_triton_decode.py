@@ -99,7 +99,7 @@ def test_generation_with_the_kernels_in_the_loop(
     assert {kernel.partition(".")[0] for kernel in launched} == {"kv_write", "decode_attention", "readout", "advance"}
 
 
-@pytest.mark.parametrize(("capacity", "attention"), [(64, 1), (128, 2)], ids=["one split", "splits"])
+@pytest.mark.parametrize(("capacity", "attention"), [(32, 1), (128, 2)], ids=["one split", "splits"])
 def test_launches_of_a_step(
     capacity: int, attention: int, tiny: SimpleNamespace, launched: list[str], in_triton: Callable[[], None]
 ) -> None:

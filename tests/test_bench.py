@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -13,11 +14,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mtpkern
-from mtpkern.bench import decode, gpu, report
+from mtpkern.bench import decode, gpu, report, timing
 from mtpkern.bench.harness import Spread, environment, interleaved
 from mtpkern.bench.problems import problems
 from mtpkern.bench.report import Goal, Table, run, write
-from mtpkern.bench.timing import Peak, race
+from mtpkern.bench.timing import Peak, copies, race, timed
 from mtpkern.compare import HF_GENERATE, Completion, Tally, rotated
 from mtpkern.strategies import ConfAdapt, Static, Verified
 from mtpkern.train.arithmetic import build_tokenizer
@@ -154,6 +155,121 @@ def test_a_race_leaves_out_what_fails_and_what_differs():
 def test_ours_may_not_fail_a_race(form):
     with pytest.raises((RuntimeError, ZeroDivisionError)):
         race({"ours": lambda i: torch.ones(2), "also ours": form}, {}, torch.device("cpu"))
+
+
+class FakeCuda:
+    """What `timing` calls of torch.cuda, on a clock that the actions move on. A graph notes the calls it captures."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        self.capturing = None
+        self.streams = [object()]
+        cuda = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = cuda.now
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, end):
+                return (end.at - self.at) * 1e3
+
+        class CUDAGraph:
+            def __init__(self, keep_graph=False):
+                self.seconds = 0.0
+
+            def replay(self):
+                cuda.now += self.seconds
+
+        class Stream:
+            def __init__(self, device):
+                pass
+
+            def wait_stream(self, other):
+                assert cuda.capturing is None
+
+        @contextmanager
+        def graph(of):
+            cuda.capturing = of
+            cuda.streams.append("capture")
+            try:
+                yield
+            finally:
+                cuda.capturing = None
+            cuda.streams.pop()  # not where it failed
+
+        @contextmanager
+        def stream(new):
+            depth = len(cuda.streams)
+            cuda.streams.append(new)
+            try:
+                yield
+            finally:
+                del cuda.streams[depth:]
+
+        for name, value in {
+            "Event": Event,
+            "CUDAGraph": CUDAGraph,
+            "Stream": Stream,
+            "graph": graph,
+            "stream": stream,
+            "current_stream": lambda device: Stream(device),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def action(self, seconds, seen, fails=""):
+        """An action that takes the device so long, and notes its arguments; it fails in a capture if told so."""
+
+        def call(i):
+            if self.capturing is None:
+                self.now += seconds
+            elif fails:
+                raise RuntimeError(fails)
+            else:
+                self.capturing.seconds += seconds
+                seen.append(i)
+            return torch.ones(1)
+
+        return call
+
+
+def test_times_of_calls_in_graphs(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    short, long, resets = [], [], []
+    actions = {"short": cuda.action(2e-6, short), "long": cuda.action(3e-3, long)}
+    times = timed(actions, torch.device("cuda"), rounds=4, calls=5, reset=lambda: resets.append(cuda.capturing))
+    assert times["short"].median == pytest.approx(2)
+    assert times["long"].median == pytest.approx(3000)
+    # As many as the copies of the inputs at least, in order; more where a call is short.
+    assert long == list(range(5))
+    assert short == list(range(64))
+    assert resets == [None] * 10  # one round to warm up
+
+
+def test_a_capture_that_fails_is_left_behind(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    ours = {"ours": cuda.action(1e-3, [])}
+    theirs = {"theirs": cuda.action(1e-3, [], fails="not allowed in a capture"), "good": cuda.action(2e-3, [])}
+    times, skipped = race(ours, theirs, torch.device("cuda"))
+    assert skipped == ["theirs: RuntimeError: not allowed in a capture"]
+    assert times["good"].median == pytest.approx(2000)
+    assert len(cuda.streams) == 1
+    with pytest.raises(RuntimeError, match="not allowed"):
+        race({"ours": theirs["theirs"]}, {}, torch.device("cuda"))
+
+
+def test_copies_exceed_the_cache(monkeypatch):
+    monkeypatch.setattr(timing, "_cache_size", lambda device: 60 << 20)
+    cuda = torch.device("cuda")
+    assert copies(1 << 30, cuda) == 1
+    assert copies(80 << 20, cuda) * (80 << 20) >= 4 * (60 << 20)
+    assert copies(100, cuda) == 64
+    assert copies(100, torch.device("cpu")) == 1
 
 
 def test_floor_is_the_larger_of_the_two():

@@ -62,6 +62,8 @@ def kv_write_triton(
     """`kv_write` in one launch: a program copies a row's heads, all of them up to 4,096 elements."""
     R, Hkv, D_K = key.shape
     D_V = value.shape[-1]
+    # One sequence's index may come expanded, with a stride of 0, which the kernel would not know.
+    row_seq, row_slot = row_seq.contiguous(), row_slot.contiguous()
     BLOCK_K, BLOCK_V = triton.next_power_of_2(D_K), triton.next_power_of_2(D_V)
     BLOCK_H = min(triton.next_power_of_2(Hkv), max(1, 4096 // max(BLOCK_K, BLOCK_V)))
     _kv_write_kernel[(R, triton.cdiv(Hkv, BLOCK_H))](

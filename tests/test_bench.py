@@ -570,7 +570,7 @@ def test_the_floor_of_a_pass():
         assert step.floor(model, step.Point(16, 2048, 8, 128)) == pytest.approx(bytes / 1e12 * 1e6)
 
 
-@pytest.mark.parametrize("stem", ["decode_attention", "kv_write", "readout", "step"])
+@pytest.mark.parametrize("stem", ["compiled", "decode_attention", "kv_write", "readout", "step"])
 def test_dry_run(stem):
     """Every table of a benchmark at tiny shapes: no typo may wait for a GPU."""
     tables = list(import_module(f"mtpkern.bench.{stem}").measure(torch.device("cpu"), True))

@@ -13,13 +13,13 @@ Source   arXiv 2602.06019, section on the online self-distillation objective
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mtpkern.attention import attention_context
@@ -114,6 +114,29 @@ def backbone(model: PreTrainedModel, input_ids: Tensor, context: SpanContext) ->
     ).last_hidden_state
 
 
+@contextmanager
+def forward_as(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let model(...) run `forward`, so that the hooks of DDP and FSDP around the call fire as ever.
+
+    Inside it the weights of a sharded model are whole: its head can be read as a weight.
+    """
+    before = vars(model).get("forward")
+    setattr(model, "forward", forward)  # noqa: B010 (an attribute of the instance hides the method)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(model, "forward")
+        else:
+            setattr(model, "forward", before)  # noqa: B010
+
+
+def call_backbone(model: PreTrainedModel, input_ids: Tensor, context: SpanContext) -> Tensor:
+    """`backbone` as a call of the whole model, for one whose weights may be sharded."""
+    with forward_as(model, lambda: backbone(model, input_ids, context)):
+        return model()
+
+
 def gather_rows(hidden: Tensor, row: Tensor) -> Tensor:
     """The span rows [B * M * K, H] of hidden states [B, T, H]."""
     index = row.flatten(1).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
@@ -173,8 +196,9 @@ def mtp_loss(
     if teacher is None and target != "gt":
         raise ValueError(f"target {target!r} needs a teacher; pass the frozen original model, or use target 'gt'")
     layout = context.layout
-    head = head_of(student, mask_token_id)
     states = backbone(student, layout.fill(tokens, mask_token_id), context)
+    # Behind the backbone: where weights are sharded, its last norm has gathered the head's.
+    head = head_of(student, mask_token_id)
     hidden = gather_rows(states, layout.row)
     flat_token, flat_confidence = head_readout(hidden.detach(), head)
     token = flat_token.view(layout.row.shape)
@@ -190,7 +214,7 @@ def mtp_loss(
         keep = valid & (ended.cumsum(-1) == ended)
         # A model that is its own teacher is switched to the context already.
         with torch.no_grad(), attention_context(teacher, context) if as_teacher is None else as_teacher():
-            scored = gather_rows(backbone(teacher, layout.fill(tokens, token[..., :-1]), context), layout.row)
+            scored = gather_rows(call_backbone(teacher, layout.fill(tokens, token[..., :-1]), context), layout.row)
         teacher_head = head_of(teacher, mask_token_id)
         label = head_readout(scored, teacher_head)[0].view_as(token)
         weight = keep.flatten().float()

@@ -10,7 +10,7 @@ Source   arXiv 2602.06019, training details
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -31,7 +33,7 @@ from mtpkern.model import record_settings, resolve_mask_token
 from mtpkern.train.evaluate import HeldOut, summarise
 from mtpkern.train.layout import Layout, build_layout, draw_k, draw_prefixes
 from mtpkern.train.lora import add_lora, merged, plain_model
-from mtpkern.train.objective import MTPLoss, SpanContext, mtp_loss
+from mtpkern.train.objective import MTPLoss, SpanContext, forward_as, mtp_loss
 from mtpkern.train.resume import MARK, Endless, is_complete, mark_complete, newest_checkpoint, remove_checkpoint, rotate
 
 # Evaluation draws its spans from a stream of their own, the same for every batch and every evaluation.
@@ -81,6 +83,9 @@ class MTPConfig(TrainingArguments):
     )
     teacher_dtype: str | None = field(default=None, metadata={"help": "The teacher is cast to it; as loaded if None."})
     save_dtype: str = field(default="float32", metadata={"help": "Of the final checkpoint that save_model writes."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "DDP's search for weights without a gradient; every step here uses all."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Columns are the collator's business."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite is an error."})
 
@@ -168,20 +173,6 @@ class MTPCollator:
         }
 
 
-@contextmanager
-def _forward_as(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let model(...) run `forward`, so that the hooks of DDP and FSDP around the call fire as ever."""
-    before = vars(model).get("forward")
-    setattr(model, "forward", forward)  # noqa: B010 (an attribute of the instance hides the method)
-    try:
-        yield
-    finally:
-        if before is None:
-            delattr(model, "forward")
-        else:
-            setattr(model, "forward", before)  # noqa: B010
-
-
 def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Floating-point tensors in another dtype; entries that share memory (tied embeddings) go on sharing it."""
     cast_tensors: dict[int, Tensor] = {}
@@ -234,6 +225,7 @@ class MTPTrainer(Trainer):
     """
 
     args: MTPConfig
+    train_dataset: Any
 
     def __init__(
         self,
@@ -267,6 +259,8 @@ class MTPTrainer(Trainer):
             teacher = teacher.requires_grad_(False).eval().to(args.device)
             if args.teacher_dtype is not None:
                 teacher = teacher.to(getattr(torch, args.teacher_dtype))
+            if self.is_fsdp_enabled:
+                teacher = fsdp2_prepare_model(self.accelerator, teacher)
         # With LoRA the student without its adapters.
         self.teacher = plain if isinstance(model, PeftModel) else teacher
         # Our loss is divided by the rows of the whole accumulated batch already.
@@ -427,7 +421,7 @@ class MTPTrainer(Trainer):
                     as_teacher=core.disable_adapter if isinstance(core, PeftModel) else None,
                 )
 
-        with _forward_as(core, forward):
+        with forward_as(core, forward):
             sums: MTPLoss = model(inputs["input_ids"], inputs["layout"], inputs["prefix_rows"])
         loss = (sums.span / counts[0] + weight * sums.prefix / counts[1]) * self.accelerator.num_processes
         # Kept for the next log; the graph must not live that long.
@@ -549,17 +543,26 @@ class MTPTrainer(Trainer):
         The resumable checkpoints inside training keep float32 weights, or the adapters alone.
         """
         if _internal_call:
-            super().save_model(output_dir, _internal_call=True)
+            # FSDP's own files, which come next, hold all weights: no second copy of them.
+            if not self.is_fsdp_enabled:
+                super().save_model(output_dir, _internal_call=True)
             return
         core = self.accelerator.unwrap_model(self.model)
         if isinstance(core, PeftModel) and self.is_fsdp_enabled:
             raise ValueError("adapters are not merged under FSDP; resume the checkpoint in one process and save there")
-        state = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
+        state: dict[str, Tensor] = {}
+        if self.is_fsdp_enabled:
+            # Gathered on rank 0, one after the other.
+            whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            state = get_model_state_dict(self.model, options=whole)
         if not self.args.should_save:
             return
         plain = merged(core) if isinstance(core, PeftModel) else core
         dtype = getattr(torch, self.args.save_dtype)
-        state = _cast(plain.state_dict() if state is None else state, dtype)
+        # A tied head that was gathered by itself is a copy of the embedding.
+        tied = plain.all_tied_weights_keys if plain.config.get_text_config().tie_word_embeddings else {}
+        state = {name: x for name, x in state.items() if name not in tied} or plain.state_dict()
+        state = _cast(state, dtype)
         folder = Path(output_dir or cast(str, self.args.output_dir))
         plain.save_pretrained(folder, state_dict=state)
         # The config as the saved weights are, not as they were while training, where the cache is off.

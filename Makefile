@@ -14,7 +14,7 @@ SOURCES := setup.py mtpkern kernels train bench tests
 OLDEST_PINS := transformers==5.17.0 huggingface_hub==1.33.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint types fmt checkpoint aot gpu test-oldest clean
+.PHONY: help install demo test check lint types fmt checkpoint ablate aot gpu test-oldest clean
 
 help: ## List the targets.
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -58,13 +58,27 @@ fmt: $(STAMP) ## Sort imports, mend what ruff can mend, format.
 checkpoint: $(STAMP) ## Train the shipped checkpoint again from nothing.
 	$(BIN)/python -m mtpkern.train.checkpoint
 
+# The start is the first phase of `make checkpoint`; ABLATE_ARGS="--steps 2000 --seeds 0 1 2" makes the runs longer.
+ABLATE_START ?= runs/checkpoint/teacher
+ABLATE_ARGS ?=
+
+ablate: $(STAMP) ## Compare the training recipe's switches at matched steps; goes on where it was stopped.
+	$(BIN)/python -m mtpkern.train.ablate --start $(ABLATE_START) $(ABLATE_ARGS)
+
 aot: $(STAMP) ## Compile every kernel of decoding for five GPUs that need not be here: registers, spill, shared memory.
 	$(BIN)/python -m mtpkern.bench.aot --write
 
-# pytest leaves with 5 where it found no test with the marker.
-gpu: $(STAMP) ## Run the tests that need a GPU.
-	@echo "The Triton kernels against their tests, and decoding without host syncs; there is no CUDA graph and no benchmark yet."
-	$(PYTEST) -m gpu $(PYTEST_ARGS) || [ $$? -eq 5 ]
+# The machine's own python where its torch sees a GPU, as is: it may have no network. Else the virtual environment.
+# `make gpu GPU_ARGS="--results FOLDER"` writes there as well.
+GPU_ARGS ?=
+gpu: ## On a GPU, within nine minutes: its tests, then every benchmark; tables and goals go to bench/results/gpu.md.
+	@for python in $(PYTHON) $(BIN)/python; do \
+	  if $$python -c 'import torch, transformers, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+	    exec $$python bench/gpu.py $(GPU_ARGS); \
+	  fi; \
+	done; \
+	echo "neither $(PYTHON) nor $(BIN)/python has torch with CUDA and transformers: installing"; \
+	make install PYTHON=$(PYTHON) VENV=$(VENV) && exec $(BIN)/python bench/gpu.py $(GPU_ARGS)
 
 $(OLDEST)/.installed: constraints.txt pyproject.toml setup.py Makefile
 	$(call make_venv,$(OLDEST))

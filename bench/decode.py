@@ -24,6 +24,7 @@ from mtpkern.attention import attention_context
 from mtpkern.bench.harness import Spread, environment, interleaved
 from mtpkern.bench.problems import problems
 from mtpkern.bench.report import RESULTS, Table, write
+from mtpkern.bench.step import Body
 from mtpkern.compare import (
     HF_GENERATE,
     Completion,
@@ -171,7 +172,7 @@ class Bench:
             self.model(input_ids=last, past_key_values=past, use_cache=True)
             past.crop(-1)
 
-        with attention_context(self.model, _Body()) as route:
+        with attention_context(self.model, Body()) as route:
             body = interleaved({"body": lambda: forward(route)}, rounds, self.model.device)
         one = interleaved({"one_token": one_token}, rounds, self.model.device)
         with attention_context(self.model, decoder.cache) as route:
@@ -183,14 +184,6 @@ class Bench:
             }
             step = interleaved(actions, rounds, self.model.device)
         return step | body | one
-
-
-class _Body:
-    """An attention that costs nothing: what is left of a pass is the model."""
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **_: object) -> Tensor:
-        """Query [B, Hq, T, D] -> itself as [B, T, Hq, D]."""
-        return query.transpose(1, 2)
 
 
 class Figures:

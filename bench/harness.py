@@ -58,7 +58,7 @@ def interleaved(
 
 def environment(device: torch.device) -> dict[str, str]:
     """Hardware, versions, commit and command, for the record; the commit is marked where the tree differs from it."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).resolve().parents[1]
     # A copy of the tree without its history is told by whoever made it.
     commit = _git(root, "rev-parse", "--short=12", "HEAD") or os.environ.get("MTPKERN_COMMIT", "unknown")
     changed = _git(root, "status", "--porcelain", "--untracked-files=no")

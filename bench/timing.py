@@ -86,18 +86,25 @@ def _cache_size(device: torch.device) -> int:
 
 
 def timed(
-    actions: Mapping[str, Action], device: torch.device, *, rounds: int = 20, calls: int = 1, graph: bool = True
+    actions: Mapping[str, Action],
+    device: torch.device,
+    *,
+    rounds: int = 20,
+    calls: int = 1,
+    graph: bool = True,
+    reset: Callable[[], object] | None = None,
 ) -> dict[str, Spread]:
     """Microseconds of a call of each action, over `rounds` rounds in turns.
 
     `calls` is the number of copies that the inputs rotate over; a graph holds at least as many calls, and more where
-    they are short. graph=False times single calls, with whatever their launches cost the device in gaps.
+    they are short. graph=False times single calls, with whatever their launches cost the device in gaps. `reset` runs
+    before each replay, untimed: for actions that change what they work on.
 
         a, b = ([torch.randn(n, n, device=device) for n in [1024] * copies(4 << 20, device)] for _ in range(2))
         timed({"product": lambda i: a[i % len(a)] @ b[i % len(b)]}, device, calls=len(a))["product"].median
     """
     runs = {name: _prepared(action, calls, device, graph) for name, action in actions.items()}
-    return _in_turns(runs, device, rounds, flush=not graph)
+    return _in_turns(runs, device, rounds, reset, flush=not graph)
 
 
 def race(
@@ -137,7 +144,7 @@ def race(
             raise RuntimeError(f"{name} differs from {next(iter(ours))}: {difference}")
         if difference:
             skipped.append(f"{name}: {difference}")
-    return _in_turns(runs, device, rounds, flush=not graph), skipped
+    return _in_turns(runs, device, rounds, None, flush=not graph), skipped
 
 
 # What is timed, and how many calls it holds.
@@ -154,7 +161,14 @@ def _prepared(action: Action, calls: int, device: torch.device, graph: bool) -> 
     return (lambda: action(next(counter))), 1
 
 
-def _in_turns(runs: Mapping[str, _Run], device: torch.device, rounds: int, *, flush: bool) -> dict[str, Spread]:
+def _in_turns(
+    runs: Mapping[str, _Run],
+    device: torch.device,
+    rounds: int,
+    reset: Callable[[], object] | None,
+    *,
+    flush: bool,
+) -> dict[str, Spread]:
     cuda = device.type == "cuda"
     cache = torch.empty(2 * _cache_size(device), dtype=torch.uint8, device=device) if cuda and flush else None
     spent: dict[str, list[float]] = {name: [] for name in runs}
@@ -163,6 +177,8 @@ def _in_turns(runs: Mapping[str, _Run], device: torch.device, rounds: int, *, fl
             run, n = runs[name]
             if cache is not None:
                 cache.zero_()
+            if reset is not None:
+                reset()
             seconds = _seconds(run, device)
             if i >= 0:
                 spent[name].append(seconds / n * 1e6)
@@ -172,12 +188,21 @@ def _in_turns(runs: Mapping[str, _Run], device: torch.device, rounds: int, *, fl
 def _captured(action: Action, calls: int, device: torch.device) -> _Run:
     """The action's calls as a graph's replay, and how many calls it holds."""
     single = _warm(action, device)
-    calls = max(calls, min(_MOST_CALLS, int(_REPLAY / single) + 1))
+    calls = max(calls, min(_MOST_CALLS, int(_REPLAY / max(single, 1e-6)) + 1))
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(calls):
-            action(i)
+    try:
+        # Leaving a capture that has failed does not bring the stream back; leaving this does.
+        with torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(graph):
+            for i in range(calls):
+                action(i)
+    except Exception:
+        _failed.append(graph)
+        raise
     return graph.replay, calls
+
+
+# Captures that failed stay registered with torch's allocator, which asks their graphs about it later on.
+_failed: list[torch.cuda.CUDAGraph] = []
 
 
 def _warm(action: Action, device: torch.device) -> float:

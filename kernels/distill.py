@@ -2,13 +2,17 @@
 
     z_rv  = softcap(logit_scale * (h_r . w_v + b_v)),  z_r,banned = -inf       softcap(x) = c tanh(x / c), or x
     hard  L = sum_r weight_r (lse_r - z_r,y_r)                                 y_r the teacher's argmax, or a label
-    soft  L = sum_r weight_r (lse_r - sum_v q_rv z_rv)                         q_r the teacher's softmax
+    soft  L = sum_r weight_r sum_v q_rv (log q_rv - log p_rv)                  q_r, p_r: softmax of teacher, student
 
 `distill_loss` computes the gradients of hidden states and head in its forward pass, chunk by chunk, and backward only
-scales them: the logits of a chunk live once. `head_readout` gives each row's argmax and its probability.
+scales them in place: the logits of a chunk live once, their gradient is written over them. Nothing is left out of a
+gradient. `head_readout` gives each row's argmax, its probability and the row's entropy. Both are operators of torch:
+`torch.compile` sees one node.
 
-Shapes   hidden [R, H];  weight [V, H];  bias [V];  target, token [R] int64;  row_weight, confidence [R] float32
-Memory   one chunk of logits (CHUNK rows; a second with a teacher), d hidden [R, H], d weight [V, H] of a trained head
+Shapes   hidden [R, H];  weight [V, H];  bias [V];  target, token [R] int64;  row_weight, confidence, entropy [R]
+Memory   at most LOGITS bytes of logits of student and teacher together (at V = 152k in 2 bytes: 1,280 rows hard, 640
+         soft), d hidden [R, H], d weight [V, H] of a trained head in its own dtype, PARTIAL bytes; where autocast
+         makes the head narrower, a copy of it in autocast's dtype besides
 Traffic  behind the matrix product of a chunk the Triton form reads the logits twice and writes the gradient over them;
          a row's second reading finds most of it in the L2 cache
 Ties     the lowest index wins
@@ -19,14 +23,15 @@ Source   arXiv 2602.06019, section on the online self-distillation objective
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 if find_spec("triton"):
     import triton
@@ -66,6 +71,7 @@ if find_spec("triton"):
         head,  # bias [V], V, logit_scale, softcap, banned; None what there is not
         token,  # [R] int64, written
         confidence,  # [R], written
+        entropy,  # [R], written
         s_z,
         BLOCK: tl.constexpr,
     ):
@@ -74,14 +80,21 @@ if find_spec("triton"):
         z += r * s_z
         top = tl.full([], LOW, DTYPE)
         total = tl.full([], 0.0, DTYPE)
+        moment = tl.full([], 0.0, DTYPE)  # sum of exp(x - top) (x - top)
         index = tl.full([], 0, tl.int32)
         for v in range(0, head[1], BLOCK):
             x, _ = _logits(head, z, v + tl.arange(0, BLOCK), DTYPE)
             first = v + tl.argmax(x, 0)
             index = tl.where(tl.max(x, 0) > top, first, index)
-            top, total = _add(top, total, x)
+            before = top
+            top = tl.maximum(top, tl.max(x, 0))
+            moment = (moment + total * (before - top)) * tl.exp(before - top)
+            # 0 * -inf at a banned token is NaN: there the term is 0.
+            moment += tl.sum(tl.where(x == float("-inf"), 0.0, tl.exp(x - top) * (x - top)), 0)
+            total = total * tl.exp(before - top) + tl.sum(tl.exp(x - top), 0)
         tl.store(token + r, index)
         tl.store(confidence + r, 1 / total)
+        tl.store(entropy + r, tl.log(total) - moment / total)
 
     @triton.jit
     def _loss_kernel(
@@ -106,15 +119,18 @@ if find_spec("triton"):
         if target is not None:
             y = tl.load(target + r)
             # Read before any thread writes its gradient: the reductions of the first loop stand in between.
-            picked = _logits(head, z, y, DTYPE)[0]  # not `_`, which the loop gives another shape
+            picked = _logits(head, z, tl.maximum(y, 0), DTYPE)[0]  # not `_`, which the loop gives another shape
             for v in range(0, head[1], BLOCK):
                 x, _ = _logits(head, z, v + tl.arange(0, BLOCK), DTYPE)
                 top, total = _add(top, total, x)
+            lse = top + tl.log(total)
+            # A target that does not exist has an infinite loss, below 0 as from V on.
+            row_loss = tl.where(y >= 0, lse - picked, float("inf"))
         else:
             teacher_z += r * s_teacher_z
             teacher_top = tl.full([], LOW, DTYPE)
             teacher_total = tl.full([], 0.0, DTYPE)
-            picked = tl.full([], 0.0, DTYPE)
+            gap = tl.full([], 0.0, DTYPE)  # sum of q (t - x), q not yet divided by its sum
             for v in range(0, head[1], BLOCK):
                 x, _ = _logits(head, z, v + tl.arange(0, BLOCK), DTYPE)
                 top, total = _add(top, total, x)
@@ -122,13 +138,13 @@ if find_spec("triton"):
                 before = teacher_top
                 teacher_top, teacher_total = _add(teacher_top, teacher_total, t)
                 q = tl.exp(t - teacher_top)
-                # 0 * -inf at a banned token is NaN: there q is 0 and the term is 0.
-                picked = picked * tl.exp(before - teacher_top) + tl.sum(tl.where(q > 0, q * x, 0.0), 0)
-            picked /= teacher_total
+                # 0 * inf at a banned token is NaN: there q is 0 and the term is 0.
+                gap = gap * tl.exp(before - teacher_top) + tl.sum(tl.where(q > 0, q * (t - x), 0.0), 0)
+            lse = top + tl.log(total)
             teacher_lse = teacher_top + tl.log(teacher_total)
-        lse = top + tl.log(total)
+            row_loss = lse - teacher_lse + gap / teacher_total
         # A row of weight 0 may be padding with infinite loss: select, do not multiply.
-        tl.store(loss + r, tl.where(weight != 0, weight * (lse - picked), 0.0))
+        tl.store(loss + r, tl.where(weight != 0, weight * row_loss, 0.0))
         if NEED_GRAD:
             for v in range(0, head[1], BLOCK):
                 o_v = v + tl.arange(0, BLOCK)
@@ -147,8 +163,9 @@ if find_spec("triton"):
 # Logits that a program of those kernels holds at once, and its warps.
 BLOCK, WARPS = 4096, 8
 
-# Rows of logits alive at once: enough to keep a matrix product busy, 1 GiB in float32 at V = 262,144.
-CHUNK = 1024
+# Bytes of the logits alive at once, and of a part of d weight that is computed in a narrower dtype than it is summed
+# in. With the workspace of the matrix products they stay below 0.5 GiB.
+LOGITS, PARTIAL = 384 << 20, 64 << 20
 
 
 @dataclass(frozen=True)
@@ -163,10 +180,15 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, H] -> [R, V], in at least float32."""
-        z = hidden @ self.weight.t()
+        return self.finish(hidden @ self.weight.t())
+
+    def finish(self, z: Tensor) -> Tensor:
+        """The logits [R, V] of a product [R, V], in at least float32."""
         if self.bias is not None:
             z = z + self.bias
-        z = z.to(torch.promote_types(z.dtype, torch.float32)) * self.logit_scale
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        if self.logit_scale != 1:
+            z = z * self.logit_scale
         if self.softcap is not None:
             z = self.softcap * torch.tanh(z / self.softcap)
         if self.banned is not None:
@@ -174,60 +196,115 @@ class Head:
             z = z.masked_fill(torch.arange(z.shape[-1], device=z.device) == self.banned, float("-inf"))
         return z
 
+    def arguments(self) -> tuple[Tensor, Tensor | None, float, float | None, int | None]:
+        """The fields, as operators of torch take them."""
+        return self.weight, self.bias, self.logit_scale, self.softcap, self.banned
 
-def _autocast(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
-    """Both operands of the product in autocast's dtype where it is on: cast once, not once a chunk."""
+    def options(self) -> tuple[Tensor | None, int, float, float | None, int | None]:
+        """The fields, as kernels take them."""
+        return self.bias, self.weight.shape[0], self.logit_scale, self.softcap, self.banned
+
+
+class Readout(NamedTuple):
+    """Of each row: the most probable token [R] int64, its probability and the entropy in nats, both [R] float32."""
+
+    token: Tensor
+    confidence: Tensor
+    entropy: Tensor
+
+
+def _product_dtype(hidden: Tensor, head: Head) -> torch.dtype:
+    """The dtype of the product: autocast's where it is on, else that of both operands."""
     device = hidden.device.type
-    if not torch.is_autocast_enabled(device):
-        return hidden, head
-    dtype = torch.get_autocast_dtype(device)
-    return hidden.to(dtype), replace(head, weight=head.weight.to(dtype))
-
-
-def _product(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden @ weight^T [R, V], rows a multiple of 16 elements apart: aligned for any V."""
-    vocabulary = weight.shape[0]
-    z = hidden.new_empty(hidden.shape[0], -(-vocabulary // 16) * 16)[:, :vocabulary]
-    return torch.mm(hidden, weight.t(), out=z)
-
-
-def _options(head: Head) -> tuple[Tensor | None, int, float, float | None, int | None]:
-    return head.bias, head.weight.shape[0], head.logit_scale, head.softcap, head.banned
-
-
-@torch.no_grad()
-def head_readout_triton(hidden: Tensor, head: Head, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
-    """`head_readout` with one launch behind each chunk's product."""
-    hidden, head = _autocast(hidden, head)
-    token = torch.empty(hidden.shape[0], dtype=torch.int64, device=hidden.device)
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    confidence = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
-    for start in range(0, hidden.shape[0], chunk):
-        z = _product(hidden[start : start + chunk], head.weight)
-        _readout_kernel[(z.shape[0],)](
-            z, _options(head), token[start:], confidence[start:], z.stride(0), BLOCK=BLOCK, num_warps=WARPS
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    if hidden.dtype != head.weight.dtype:
+        raise ValueError(
+            f"hidden states and head must have one dtype; got {hidden.dtype} and {head.weight.dtype}: cast one of them "
+            "or switch autocast on"
         )
-    return token, confidence.float()
+    return hidden.dtype
+
+
+def _chunk(rows: int, vocabulary: int, dtype: torch.dtype, triton: bool) -> int:
+    """Rows whose logits may live at once: equal parts of at most LOGITS bytes, but at least 128 rows."""
+    # The torch form holds about four copies of them in float32.
+    width = dtype.itemsize if triton else 16
+    most = max(LOGITS // (vocabulary * width) // 128, 1) * 128
+    parts = max(-(-rows // most), 1)
+    return max(-(-rows // (16 * parts)), 1) * 16
+
+
+def _buffer(hidden: Tensor, rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
+    """Room for a product [rows, V], rows a multiple of 16 elements apart: aligned for any V."""
+    return hidden.new_empty(rows, -(-vocabulary // 16) * 16, dtype=dtype)[:, :vocabulary]
+
+
+_HEAD = "Tensor{1} {0}weight, Tensor? {0}bias, float {0}logit_scale, float? {0}softcap, int? {0}banned"
+
+
+def _readout_rows_triton(z: Tensor, head: Head, token: Tensor, confidence: Tensor, entropy: Tensor) -> None:
+    _readout_kernel[(z.shape[0],)](
+        z, head.options(), token, confidence, entropy, z.stride(0), BLOCK=BLOCK, num_warps=WARPS
+    )
+
+
+def _readout_rows_torch(z: Tensor, head: Head, token: Tensor, confidence: Tensor, entropy: Tensor) -> None:
+    x = head.finish(z)
+    top, token[:] = x.max(-1)
+    lse = x.logsumexp(-1)
+    confidence[:] = torch.exp(top - lse)
+    # 0 * -inf at a banned token is NaN: there the term is 0.
+    entropy[:] = lse - (torch.exp(x - lse.unsqueeze(-1)) * x.masked_fill(x.isinf(), 0)).sum(-1)
+
+
+@torch.library.custom_op(
+    "mtpkern::head_readout",
+    mutates_args=(),
+    schema=f"(Tensor hidden, {_HEAD.format('', '')}, ScalarType dtype, int? chunk, bool triton)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def _readout_op(hidden, weight, bias, logit_scale, softcap, banned, dtype, chunk, triton):
+    rows, vocabulary = hidden.shape[0], weight.shape[0]
+    head = Head(weight.to(dtype), bias, logit_scale, softcap, banned)
+    chunk = chunk or _chunk(rows, vocabulary, dtype, triton)
+    buffer = _buffer(hidden, min(chunk, rows), vocabulary, dtype)
+    token = torch.empty(rows, dtype=torch.int64, device=hidden.device)
+    wide = torch.promote_types(dtype, torch.float32)
+    confidence, entropy = (hidden.new_empty(rows, dtype=wide) for _ in range(2))
+    for start in range(0, rows, chunk):
+        part = slice(start, start + chunk)
+        z = torch.mm(hidden[part].to(dtype), head.weight.t(), out=buffer[: rows - start])
+        form = _readout_rows_triton if triton else _readout_rows_torch
+        form(z, head, token[part], confidence[part], entropy[part])
+    return token, confidence.float(), entropy.float()
+
+
+@_readout_op.register_fake
+def _(hidden, *_):
+    rows = hidden.shape[0]
+    return tuple(hidden.new_empty(rows, dtype=dtype) for dtype in (torch.int64, torch.float32, torch.float32))
 
 
 @torch.no_grad()
-def head_readout(hidden: Tensor, head: Head, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
-    """Each row's most probable token and its probability: hidden [R, H] -> token [R] int64, confidence [R] float32.
+def head_readout(hidden: Tensor, head: Head, chunk: int | None = None) -> Readout:
+    """Each row's most probable token, its probability and the row's entropy; `chunk` rows of logits live at once.
 
     Source: arXiv 2602.06019, the student's span y' and the hard teacher's targets.
 
-        token, confidence = head_readout(hidden, Head(model.lm_head.weight, banned=mask_token_id))
+        token, confidence, entropy = head_readout(hidden, Head(model.lm_head.weight, banned=mask_token_id))
     """
-    if hidden.is_cuda:
-        return head_readout_triton(hidden, head, chunk)
-    token = torch.empty(hidden.shape[0], dtype=torch.int64, device=hidden.device)
-    confidence = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-    for start in range(0, hidden.shape[0], chunk):
-        rows = slice(start, start + chunk)
-        z = head.logits(hidden[rows])
-        top, token[rows] = z.max(-1)
-        confidence[rows] = torch.exp(top - z.logsumexp(-1)).float()
-    return token, confidence
+    return _head_readout(hidden, head, chunk, hidden.is_cuda)
+
+
+@torch.no_grad()
+def head_readout_triton(hidden: Tensor, head: Head, chunk: int | None = None) -> Readout:
+    """`head_readout` with one launch behind each chunk's product."""
+    return _head_readout(hidden, head, chunk, True)
+
+
+def _head_readout(hidden: Tensor, head: Head, chunk: int | None, triton: bool) -> Readout:
+    return Readout(*_readout_op(hidden, *head.arguments(), _product_dtype(hidden, head), chunk, triton))
 
 
 def distill_loss(
@@ -237,31 +314,26 @@ def distill_loss(
     target: Tensor | None = None,
     teacher: tuple[Tensor, Head] | None = None,
     row_weight: Tensor | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Tensor:
-    """Weighted sum of the rows' cross-entropies against hard targets or a teacher's softmax: a float scalar.
+    """Weighted sum of the rows' cross-entropies against hard targets, or divergences from a teacher: a float scalar.
 
     hidden      [R, H] the student's final hidden states; gradients flow to it and, where they require one, to
                 head.weight and head.bias
     target      [R] int64: hard targets; a row whose weight is 0 may hold any valid id
-    teacher     (hidden [R, H'], Head [V', H']): soft targets instead; frozen; the first V' <= V tokens are the same
+    teacher     (hidden [R, H'], Head [V', H']): soft targets instead, KL(teacher || student); frozen; the first
+                V' <= V tokens are the same
     row_weight  [R], default 1; rows of weight 0 give no loss and no gradient, and keep the graph connected
+    chunk       rows whose logits live at once; as many as LOGITS bytes hold unless given
 
-    Raises ValueError unless exactly one of target and teacher is given. Source: arXiv 2602.06019, hard and soft
-    teacher.
+    Its gradients are ready before backward, which scales them where they lie: a second backward through the same
+    loss and second derivatives raise RuntimeError. Raises ValueError unless exactly one of target and teacher is
+    given, for a teacher with more tokens than the student, for two dtypes without autocast, and for a row_weight that
+    requires a gradient. Source: arXiv 2602.06019, hard and soft teacher.
 
         loss = distill_loss(hidden, Head(model.lm_head.weight), target=token) / token.numel()
     """
-    if (target is None) == (teacher is None):
-        raise ValueError("give exactly one of target (hard) and teacher (soft)")
-    if teacher is not None and teacher[1].weight.shape[0] > head.weight.shape[0]:
-        raise ValueError(
-            "the teacher's vocabulary must not exceed the student's; got heads "
-            f"{tuple(teacher[1].weight.shape)} and {tuple(head.weight.shape)}: resize the student's embeddings"
-        )
-    if hidden.is_cuda:
-        return distill_loss_triton(hidden, head, target=target, teacher=teacher, row_weight=row_weight, chunk=chunk)
-    return _distill_loss(_rows_torch, hidden, head, target, teacher, row_weight, chunk)
+    return _distill_loss(hidden, head, target, teacher, row_weight, chunk, hidden.is_cuda)
 
 
 def distill_loss_triton(
@@ -271,47 +343,59 @@ def distill_loss_triton(
     target: Tensor | None = None,
     teacher: tuple[Tensor, Head] | None = None,
     row_weight: Tensor | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Tensor:
-    """`distill_loss` with one launch behind each chunk's product."""
-    return _distill_loss(_rows_triton, hidden, head, target, teacher, row_weight, chunk)
+    """`distill_loss` with one launch behind each chunk's products."""
+    return _distill_loss(hidden, head, target, teacher, row_weight, chunk, True)
 
 
 def _distill_loss(
-    rows: Rows,
     hidden: Tensor,
     head: Head,
     target: Tensor | None,
     teacher: tuple[Tensor, Head] | None,
     row_weight: Tensor | None,
-    chunk: int,
+    chunk: int | None,
+    triton: bool,
 ) -> Tensor:
-    weight = row_weight if row_weight is not None else hidden.new_ones(hidden.shape[0])
-    return _DistillLoss.apply(hidden, head.weight, head.bias, head, target, teacher, weight, chunk, rows)
+    if (target is None) == (teacher is None):
+        raise ValueError("give exactly one of target (hard) and teacher (soft)")
+    if teacher is not None and teacher[1].weight.shape[0] > head.weight.shape[0]:
+        raise ValueError(
+            "the teacher's vocabulary must not exceed the student's; got heads "
+            f"{tuple(teacher[1].weight.shape)} and {tuple(head.weight.shape)}: resize the student's embeddings"
+        )
+    if row_weight is not None and row_weight.requires_grad:
+        raise ValueError("row_weight gets no gradient; got one that requires it: detach it")
+    frozen: tuple[Any, ...] = (None, None, None, 1.0, None, None, None)
+    if teacher is not None:
+        states, its_head = teacher
+        weight, bias, *options = its_head.arguments()
+        bias = None if bias is None else bias.detach()
+        frozen = states.detach(), weight.detach(), bias, *options, _product_dtype(states, its_head)
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, head.weight, head.bias)]
+    return _loss_op(
+        hidden, *head.arguments(), _product_dtype(hidden, head), target, *frozen, row_weight, needs, chunk, triton
+    )[0]
 
 
-# Of a chunk: hidden, head, target, teacher, row_weight, whether a gradient is wanted -> the rows' weighted losses [r]
-# and their gradient with respect to the product [r, V], in its dtype; without meaning where it is not wanted.
-Rows = Callable[[Tensor, Head, Tensor | None, tuple[Tensor, Head] | None, Tensor, bool], tuple[Tensor, Tensor]]
-
-
-def _rows_triton(
-    hidden: Tensor,
+def _loss_rows_triton(
+    z: Tensor,
     head: Head,
     target: Tensor | None,
-    teacher: tuple[Tensor, Head] | None,
+    teacher_z: Tensor | None,
+    teacher_head: Head | None,
     row_weight: Tensor,
+    loss: Tensor,
     need_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    z = _product(hidden, head.weight)
-    teacher_z = None if teacher is None else _product(teacher[0], teacher[1].weight)
-    loss = z.new_empty(z.shape[0], dtype=torch.promote_types(z.dtype, torch.float32))
+) -> None:
+    """Write a chunk's weighted losses [r], and over the product z [r, V] their gradient with respect to it."""
     _loss_kernel[(z.shape[0],)](
         z,
-        _options(head),
+        head.options(),
         target,
         teacher_z,
-        None if teacher is None else _options(teacher[1]),
+        None if teacher_head is None else teacher_head.options(),
         row_weight,
         loss,
         z.stride(0),
@@ -320,105 +404,175 @@ def _rows_triton(
         BLOCK=BLOCK,
         num_warps=WARPS,
     )
-    return loss, z
 
 
-def _rows_torch(
-    hidden: Tensor,
+def _loss_rows_torch(
+    z: Tensor,
     head: Head,
     target: Tensor | None,
-    teacher: tuple[Tensor, Head] | None,
+    teacher_z: Tensor | None,
+    teacher_head: Head | None,
     row_weight: Tensor,
+    loss: Tensor,
     need_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    z = head.logits(hidden)
-    losses, grad = _row_losses(z, target, None if teacher is None else teacher[1].logits(teacher[0]))
-    scale = row_weight.to(losses.dtype)
-    # A row of weight 0 may be padding with infinite loss: select, do not multiply.
-    losses = torch.where(scale != 0, losses * scale, 0)
-    if not need_grad:
-        return losses, z
-    grad = torch.where(scale.unsqueeze(-1) != 0, grad * scale.unsqueeze(-1), 0)
-    if head.softcap is not None:
-        # d/dx c tanh(x / c) = 1 - tanh(x / c)^2; at the banned token z is -inf and the gradient 0 already.
-        grad = grad * (1 - (z.masked_fill(z.isinf(), 0) / head.softcap) ** 2)
-    return losses, (grad * head.logit_scale).to(hidden.dtype)
-
-
-def _teacher_softmax(z: Tensor, vocabulary: int) -> Tensor:
-    """Probabilities over the student's vocabulary, which may have rows (the mask token) that the teacher lacks."""
-    return F.pad(z.softmax(-1), (0, vocabulary - z.shape[-1]))
-
-
-def _row_losses(z: Tensor, target: Tensor | None, teacher_z: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Losses [r] of logits [r, V] and their gradient with respect to the logits [r, V]."""
-    # Both softmaxes by the same function: a student equal to its teacher gets a gradient of exactly 0.
-    log_p, p = z.log_softmax(-1), z.softmax(-1)
+) -> None:
+    x = head.finish(z)
+    lse = x.logsumexp(-1, keepdim=True)
+    grad = torch.exp(x - lse)
     if target is not None:
         index = target.unsqueeze(-1)
-        loss = -log_p.gather(-1, index).squeeze(-1)
-        return loss, p.scatter_add_(-1, index, p.new_full((), -1.0).expand(index.shape))
-    assert teacher_z is not None
-    q = _teacher_softmax(teacher_z, z.shape[-1])
-    # 0 * -inf at a banned token is nan: there q is 0 and the term is 0.
-    loss = -(q * log_p.masked_fill(q == 0, 0.0)).sum(-1)
-    return loss, p - q
+        losses = (lse - x.gather(-1, index)).squeeze(-1)
+        grad.scatter_add_(-1, index, grad.new_full((), -1.0).expand(index.shape))
+    else:
+        assert teacher_z is not None
+        assert teacher_head is not None
+        t = teacher_head.finish(teacher_z)
+        known = x[:, : t.shape[1]]
+        teacher_lse = t.logsumexp(-1, keepdim=True)
+        # The same operations on equal logits: a student equal to its teacher gets a gradient of exactly 0.
+        q = torch.exp(t - teacher_lse)
+        # 0 * inf at a banned token is NaN: there q is 0 and the term is 0.
+        losses = (lse - teacher_lse).squeeze(-1) + torch.where(q > 0, q * (t - known), 0).sum(-1)
+        grad[:, : t.shape[1]] -= q
+    scale = row_weight.to(losses.dtype)
+    # A row of weight 0 may be padding with infinite loss: select, do not multiply.
+    loss.copy_(torch.where(scale != 0, losses * scale, 0))
+    if not need_grad:
+        return
+    scale = scale.unsqueeze(-1)
+    if head.softcap is not None:
+        # d/dx c tanh(x / c) = 1 - tanh(x / c)^2
+        grad *= 1 - (x / head.softcap) ** 2
+    grad *= scale * head.logit_scale
+    z.copy_(grad.masked_fill_((scale == 0) | x.isinf(), 0))
 
 
-class _DistillLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        head: Head,
-        target: Tensor | None,
-        teacher: tuple[Tensor, Head] | None,
-        row_weight: Tensor,
-        chunk: int,
-        rows: Rows,
-    ) -> Tensor:
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        loss = hidden.new_zeros((), dtype=wide)
-        d_hidden = torch.zeros_like(hidden) if need_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
-        d_bias = torch.zeros_like(bias, dtype=wide) if need_bias and bias is not None else None
-        states, head = _autocast(hidden, head)
-        teacher = None if teacher is None else _autocast(*teacher)
-        for start in range(0, hidden.shape[0], chunk):
-            part = slice(start, start + chunk)
-            losses, grad = rows(
-                states[part],
-                head,
-                None if target is None else target[part],
-                None if teacher is None else (teacher[0][part], teacher[1]),
-                row_weight[part],
-                any(ctx.needs_input_grad),
-            )
-            loss += losses.sum()
-            if d_hidden is not None:
-                d_hidden[part] = (grad @ head.weight).to(hidden.dtype)
-            if d_weight is not None:
-                d_weight += grad.t() @ states[part]
-            if d_bias is not None:
-                d_bias += grad.sum(0, dtype=wide)
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        return loss
+def _add_outer(total: Tensor, grad: Tensor, states: Tensor, first: bool) -> None:
+    """total [V, H] += grad^T states of a chunk, without a second [V, H]; the first chunk finds no value in it."""
+    if total.dtype == grad.dtype:
+        total.addmm_(grad.t(), states, beta=0 if first else 1)
+        return
+    step = max(PARTIAL // (states.shape[1] * states.dtype.itemsize), 1)
+    for v in range(0, len(total), step):
+        part = grad[:, v : v + step].t() @ states
+        if first:
+            total[v : v + step] = part
+        else:
+            total[v : v + step] += part
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        d_hidden, d_weight, d_bias = ctx.saved_tensors
-        weight_dtype, bias_dtype = ctx.dtypes
-        return (
-            None if d_hidden is None else (d_hidden * grad).to(d_hidden.dtype),
-            None if d_weight is None else (d_weight * grad).to(weight_dtype),
-            None if d_bias is None else (d_bias * grad).to(bias_dtype),
-            *([None] * 6),
+
+@torch.library.custom_op(
+    "mtpkern::distill_loss",
+    mutates_args=(),
+    schema=f"(Tensor hidden, {_HEAD.format('', '')}, ScalarType dtype, Tensor? target, Tensor? teacher_hidden, "
+    f"{_HEAD.format('teacher_', '?')}, ScalarType? teacher_dtype, Tensor? row_weight, bool[] needs, int? chunk, "
+    "bool triton) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _loss_op(
+    hidden,
+    weight,
+    bias,
+    logit_scale,
+    softcap,
+    banned,
+    dtype,
+    target,
+    teacher_hidden,
+    teacher_weight,
+    teacher_bias,
+    teacher_logit_scale,
+    teacher_softcap,
+    teacher_banned,
+    teacher_dtype,
+    row_weight,
+    needs,
+    chunk,
+    triton,
+):
+    """The loss and its gradients with respect to hidden, weight and bias; empty where one is not needed."""
+    rows, vocabulary = hidden.shape[0], weight.shape[0]
+    head = Head(weight.to(dtype), bias, logit_scale, softcap, banned)
+    # A teacher's logits live beside the student's.
+    chunk = chunk or _chunk(rows, vocabulary * (1 if teacher_hidden is None else 2), dtype, triton)
+    buffer = _buffer(hidden, min(chunk, rows), vocabulary, dtype)
+    teacher_head = teacher_z = None
+    if teacher_hidden is not None:
+        options = teacher_bias, teacher_logit_scale, teacher_softcap, teacher_banned
+        teacher_head = Head(teacher_weight.to(teacher_dtype), *options)
+        teacher_buffer = _buffer(hidden, min(chunk, rows), len(teacher_weight), teacher_dtype)
+    if row_weight is None:
+        row_weight = hidden.new_ones(rows)
+    losses = hidden.new_empty(rows, dtype=torch.promote_types(dtype, torch.float32))
+    d_hidden, d_weight, d_bias = gradients = _gradients(hidden, weight, bias, needs)
+    if rows == 0:
+        for gradient in gradients:
+            gradient.zero_()
+    for start in range(0, rows, chunk):
+        part = slice(start, start + chunk)
+        states = hidden[part].to(dtype)
+        z = torch.mm(states, head.weight.t(), out=buffer[: len(states)])
+        if teacher_head is not None:
+            teacher_states = teacher_hidden[part].to(teacher_dtype)
+            teacher_z = torch.mm(teacher_states, teacher_head.weight.t(), out=teacher_buffer[: len(states)])
+        form = _loss_rows_triton if triton else _loss_rows_torch
+        form(
+            z,
+            head,
+            None if target is None else target[part],
+            teacher_z,
+            teacher_head,
+            row_weight[part],
+            losses[part],
+            any(needs),
         )
+        if needs[0]:
+            d_hidden[part] = z @ head.weight
+        if needs[1]:
+            _add_outer(d_weight, z, states, start == 0)
+        if needs[2]:
+            part_bias = z.sum(0, dtype=losses.dtype)
+            d_bias.copy_(part_bias if start == 0 else d_bias + part_bias)
+    return losses.sum(), d_hidden, d_weight, d_bias
+
+
+def _gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]) -> list[Tensor]:
+    """Room for the gradients that are needed, none for the others."""
+    like = hidden, weight, bias
+    return [torch.empty_like(x) if need and x is not None else hidden.new_empty(0) for x, need in zip(like, needs)]
+
+
+@_loss_op.register_fake
+def _(hidden, weight, bias, *rest):
+    dtype, needs = rest[3], rest[-3]
+    loss = hidden.new_empty((), dtype=torch.promote_types(dtype, torch.float32))
+    return loss, *_gradients(hidden, weight, bias, needs)
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.needs, ctx.spent = inputs[-3], False
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+
+
+@once_differentiable
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    if ctx.spent:
+        raise RuntimeError(
+            "a second backward through one distill_loss: the first has scaled its gradients where they lie; compute "
+            "the loss again"
+        )
+    ctx.spent = True
+    grad = grads[0]
+    scaled = [
+        # Detached: a gradient that no one else holds is kept by its leaf without a copy.
+        stored.mul_(grad).detach() if grad is not None and need else None
+        for stored, need in zip(ctx.saved_tensors, ctx.needs)
+    ]
+    return (*scaled, *[None] * (len(ctx.needs_input_grad) - len(scaled)))
+
+
+_loss_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def distill_loss_reference(
@@ -435,8 +589,10 @@ def distill_loss_reference(
         losses = -log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
     else:
         assert teacher is not None
-        q = _teacher_softmax(teacher[1].logits(teacher[0]), log_p.shape[-1]).detach()
-        losses = -(q * log_p.masked_fill(q == 0, 0.0)).sum(-1)
+        log_q = teacher[1].logits(teacher[0]).detach().log_softmax(-1)
+        # The student may have tokens (the mask) that the teacher lacks; 0 * -inf at a banned token is NaN.
+        log_q = F.pad(log_q, (0, log_p.shape[-1] - log_q.shape[-1]), value=float("-inf"))
+        losses = torch.where(log_q.isinf(), 0, log_q.exp() * (log_q - log_p.masked_fill(log_q.isinf(), 0))).sum(-1)
     if row_weight is not None:
         losses = torch.where(row_weight != 0, losses * row_weight, 0)
     return losses.sum()

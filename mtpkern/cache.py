@@ -27,6 +27,8 @@ class KVCache:
 
     def __init__(self, capacity: int, rows: Rows, max_rows: int) -> None:
         self.capacity = capacity
+        # Slots that hold anything, where the host knows: attention need not look behind them.
+        self.slots = capacity
         self.rows = rows
         self.max_rows = max_rows
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
@@ -75,8 +77,8 @@ class KVCache:
         kv_write(k_cache, v_cache, key[0].transpose(0, 1), value[0].transpose(0, 1), rows.seq, rows.slot)
         return decode_attention(
             query[0].transpose(0, 1),
-            k_cache,
-            v_cache,
+            k_cache[:, :, : self.slots + 1],
+            v_cache[:, :, : self.slots + 1],
             rows.seq,
             rows.slot,
             rows.start,

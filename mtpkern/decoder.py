@@ -21,6 +21,8 @@ from mtpkern.strategies import Strategy
 # Up to this many rows a pass is bound by reading the weights, so that rows are nearly free; on a CPU each row costs.
 FREE_ROWS = 192
 FREE_ROWS_CPU = 16
+# Slots that attention reads are rounded up to whole vectors.
+SLOT_STEP = 16
 # How many steps the host runs ahead of what it knows: enough to keep a GPU fed, few enough to waste.
 LAG = 3
 
@@ -76,7 +78,9 @@ class Decoder:
         self.stop_ids = stop_ids.to(device)
         self.threshold = torch.tensor(strategy.threshold, device=device)
         self.sequences = Sequences.allocate(batch, capacity, max_new_tokens, device)
-        self.rows = Rows.allocate(rows, batch, device)
+        # The rows of this pass, and those that the next is planned in: the same, or the first of them.
+        self.rows = self.plan = Rows.allocate(rows, batch, device)
+        self.most_rows = rows
         self.cache = KVCache(capacity, self.rows, max_rows=2 * strategy.k - 1)
 
     @torch.inference_mode()
@@ -128,7 +132,7 @@ class Decoder:
         token, confidence = readout(logits, self.mask_token_id)
         advance(
             self.sequences,
-            self.rows,
+            self.plan,
             token,
             confidence,
             self.threshold,
@@ -137,16 +141,32 @@ class Decoder:
             verify=self.strategy.verify,
             mask_token_id=self.mask_token_id,
         )
+        self.rows = self.cache.rows = self.plan
         return logits
 
     def run(self, route: dict[str, AttentionContext]) -> None:
         """Step until every sequence is done, at most max_new_tokens passes in all."""
         poll = _Poll(self.sequences.status)
         for _ in range(self.max_new_tokens - 1):
-            if poll.all_done():
+            running = poll.running()
+            if not running:
                 break
+            if poll.on_cpu:
+                self._fit(running)
             self.step(route)
             self.require_all_layers()
+
+    def _fit(self, running: int) -> None:
+        """On a CPU, where rows and slots cost and the state is known: bring what the running sequences need, no more.
+
+        As sequences finish, the row budget of the next pass shrinks in proportion. Attention reads the slots that hold
+        something, and spreads the sequences to the most rows that one of them has.
+        """
+        length, start, cache = self.sequences.length, self.rows.start, self.cache
+        cache.slots = min(cache.capacity, -(-(int(length.max()) + self.strategy.k - 1) // SLOT_STEP) * SLOT_STEP)
+        cache.max_rows = int(start.diff().max())
+        share = -(-self.most_rows * running // len(length))
+        self.plan = self.rows.first(max(share, min(FREE_ROWS_CPU, self.most_rows)))
 
     def require_all_layers(self) -> None:
         """Raise ValueError where a layer that cached keys did not come to our attention function in a step."""
@@ -169,17 +189,17 @@ class _Poll:
         self.on_cpu = status.device.type == "cpu"
         self.copies: deque[tuple[Tensor, torch.Event]] = deque()
 
-    def all_done(self) -> bool:
-        """Whether every sequence was done a few steps ago (on a CPU: is done now)."""
+    def running(self) -> int:
+        """How many sequences were running a few steps ago (on a CPU: are running now)."""
         if self.on_cpu:
-            return bool((self.status != RUNNING).all())
+            return int((self.status == RUNNING).sum())
         copy = torch.empty_like(self.status, device="cpu", pin_memory=True)
         copy.copy_(self.status, non_blocking=True)
         event = torch.Event(self.status.device)
         event.record()
         self.copies.append((copy, event))
         if len(self.copies) <= LAG:
-            return False
+            return len(copy)
         copy, event = self.copies.popleft()
         event.synchronize()
-        return bool((copy != RUNNING).all())
+        return int((copy == RUNNING).sum())

@@ -1,19 +1,24 @@
 """The decoding benchmark: it runs whole on a tiny model, and its arithmetic is right."""
 
 import json
+import os
+import sys
+import time
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mtpkern
-from mtpkern.bench import decode, report
+from mtpkern.bench import decode, gpu, report, timing
 from mtpkern.bench.harness import Spread, environment, interleaved
 from mtpkern.bench.problems import problems
 from mtpkern.bench.report import Goal, Table, run, write
-from mtpkern.bench.timing import Peak, race
+from mtpkern.bench.timing import Peak, copies, race, timed
 from mtpkern.compare import HF_GENERATE, Completion, Tally, rotated
 from mtpkern.strategies import ConfAdapt, Static, Verified
 from mtpkern.train.arithmetic import build_tokenizer
@@ -152,6 +157,121 @@ def test_ours_may_not_fail_a_race(form):
         race({"ours": lambda i: torch.ones(2), "also ours": form}, {}, torch.device("cpu"))
 
 
+class FakeCuda:
+    """What `timing` calls of torch.cuda, on a clock that the actions move on. A graph notes the calls it captures."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        self.capturing = None
+        self.streams = [object()]
+        cuda = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = cuda.now
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, end):
+                return (end.at - self.at) * 1e3
+
+        class CUDAGraph:
+            def __init__(self, keep_graph=False):
+                self.seconds = 0.0
+
+            def replay(self):
+                cuda.now += self.seconds
+
+        class Stream:
+            def __init__(self, device):
+                pass
+
+            def wait_stream(self, other):
+                assert cuda.capturing is None
+
+        @contextmanager
+        def graph(of):
+            cuda.capturing = of
+            cuda.streams.append("capture")
+            try:
+                yield
+            finally:
+                cuda.capturing = None
+            cuda.streams.pop()  # not where it failed
+
+        @contextmanager
+        def stream(new):
+            depth = len(cuda.streams)
+            cuda.streams.append(new)
+            try:
+                yield
+            finally:
+                del cuda.streams[depth:]
+
+        for name, value in {
+            "Event": Event,
+            "CUDAGraph": CUDAGraph,
+            "Stream": Stream,
+            "graph": graph,
+            "stream": stream,
+            "current_stream": lambda device: Stream(device),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def action(self, seconds, seen, fails=""):
+        """An action that takes the device so long, and notes its arguments; it fails in a capture if told so."""
+
+        def call(i):
+            if self.capturing is None:
+                self.now += seconds
+            elif fails:
+                raise RuntimeError(fails)
+            else:
+                self.capturing.seconds += seconds
+                seen.append(i)
+            return torch.ones(1)
+
+        return call
+
+
+def test_times_of_calls_in_graphs(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    short, long, resets = [], [], []
+    actions = {"short": cuda.action(2e-6, short), "long": cuda.action(3e-3, long)}
+    times = timed(actions, torch.device("cuda"), rounds=4, calls=5, reset=lambda: resets.append(cuda.capturing))
+    assert times["short"].median == pytest.approx(2)
+    assert times["long"].median == pytest.approx(3000)
+    # As many as the copies of the inputs at least, in order; more where a call is short.
+    assert long == list(range(5))
+    assert short == list(range(64))
+    assert resets == [None] * 10  # one round to warm up
+
+
+def test_a_capture_that_fails_is_left_behind(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    ours = {"ours": cuda.action(1e-3, [])}
+    theirs = {"theirs": cuda.action(1e-3, [], fails="not allowed in a capture"), "good": cuda.action(2e-3, [])}
+    times, skipped = race(ours, theirs, torch.device("cuda"))
+    assert skipped == ["theirs: RuntimeError: not allowed in a capture"]
+    assert times["good"].median == pytest.approx(2000)
+    assert len(cuda.streams) == 1
+    with pytest.raises(RuntimeError, match="not allowed"):
+        race({"ours": theirs["theirs"]}, {}, torch.device("cuda"))
+
+
+def test_copies_exceed_the_cache(monkeypatch):
+    monkeypatch.setattr(timing, "_cache_size", lambda device: 60 << 20)
+    cuda = torch.device("cuda")
+    assert copies(1 << 30, cuda) == 1
+    assert copies(80 << 20, cuda) * (80 << 20) >= 4 * (60 << 20)
+    assert copies(100, cuda) == 64
+    assert copies(100, torch.device("cpu")) == 1
+
+
 def test_floor_is_the_larger_of_the_two():
     machine = Peak(bandwidth=1e12, flops=1e14, source="")
     assert machine.floor(bytes=2e6, flops=1e8) == pytest.approx(2)
@@ -243,7 +363,93 @@ def test_a_part_alone(checkpoint, tmp_path, capsys):
     capsys.readouterr()
 
 
-@pytest.mark.parametrize("stem", ["readout"])
+def test_a_process_that_stays_is_cut_with_its_children(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE", 0.2)
+    child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    parent = (
+        "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', sys.argv[1]]); print(p.pid, flush=True)"
+    )
+    limit, said = 0.5, []
+    while not said:  # a busy machine may need longer to start it
+        limit *= 2
+        command = [sys.executable, "-c", f"{parent}; {child}", child]
+        outcome = gpu.supervise("it", command, limit, cwd=tmp_path, log=tmp_path / "log")
+        said = outcome.said
+    assert outcome.status == "cut"
+    assert not outcome.well
+    assert wait_for_death(int(said[-1]))
+
+
+def wait_for_death(pid):
+    for _ in range(100):  # until init has reaped it
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_how_a_process_ended(tmp_path):
+    def ended(code):
+        return gpu.supervise("x", [sys.executable, "-c", code], 60, cwd=tmp_path, log=tmp_path / "log", WORD="yes")
+
+    assert ended("import os; print(os.environ['WORD'])").line.startswith("x: done, ")
+    failed = ended("raise RuntimeError('illegal access')")
+    assert failed.status == "failed with 1"
+    assert failed.line.endswith("RuntimeError: illegal access")
+    assert not failed.well
+    assert ended("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)").status == "failed with -11"
+    assert gpu.Outcome(f"x, {gpu.WHOLE}", "cut", 1).well
+    assert not gpu.Outcome(gpu.TESTS, "cut", 1).well
+
+
+def test_whole_tables_replace_short_ones(tmp_path):
+    def part(folder, *tables):
+        write("readout", "", {"torch": "2", "quick": "x"}, [], {"tables": [asdict(t) for t in tables]}, folder)
+
+    def table(caption, text, goals=()):
+        return Table(caption, "", ("n",), [(text,)], goals=goals)
+
+    results = gpu.Results([tmp_path], "Title")
+    results.outcomes.append(gpu.Outcome("step, short grid", "failed with 1", 2, ["Error: boom"]))
+    part(tmp_path / "short", table("A", "short A"), table("B", "short B", [Goal("speed", 2, 3, "×")]))
+    part(tmp_path / "whole", table("A", "whole A", [Goal("time", 2, 3, "µs", at_most=True)]))
+    results.take("readout", tmp_path / "short")
+    results.take("readout", tmp_path / "whole")
+    results.take("step", tmp_path / "nothing")
+    page = results.write()
+    assert "whole A" in page
+    assert "short A" not in page
+    assert "short B" in page
+    assert "1 of 2 met" in page
+    assert page.index("## A") < page.index("Error: boom") < page.index("## Goals")
+    assert page.rstrip().endswith("| speed | ≥ 2 × | 3 × | yes |")
+    assert "quick" not in json.loads((tmp_path / "gpu.json").read_text())["environment"]
+
+
+def test_every_benchmark_of_an_op_or_step_is_a_part():
+    measured = {p.stem for p in Path(gpu.__file__).parent.glob("*.py") if "def measure(" in p.read_text()}
+    assert {part.name for part in gpu.PARTS} == measured
+
+
+def test_everything_in_one_command_rehearsed(tmp_path, capsys, monkeypatch):
+    """From a clone that nobody installed, and without this installation."""
+    monkeypatch.setattr(gpu, "PARTS", (gpu.Part("kv_write", 200, 200),))
+    assert gpu.main(["--device", "cpu", "--minutes", "5", "--parts", "kv_write", "--results", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert [o["status"] for o in record["runs"]] == ["done"]
+    assert "DRY RUN" in (tmp_path / "gpu.md").read_text().splitlines()[0]
+    assert "KV write" in capsys.readouterr().out
+
+
+def test_no_gpu_is_said(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 1
+    assert "sees no GPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stem", ["decode_attention", "kv_write", "readout", "step"])
 def test_dry_run(stem):
     """Every table of a benchmark at tiny shapes: no typo may wait for a GPU."""
     tables = list(import_module(f"mtpkern.bench.{stem}").measure(torch.device("cpu"), True))

@@ -2,8 +2,17 @@
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-from mtpkern.kernels.distill import Head, distill_loss, distill_loss_reference, head_readout
+from mtpkern.kernels import distill
+from mtpkern.kernels.distill import (
+    Head,
+    distill_loss,
+    distill_loss_reference,
+    distill_loss_triton,
+    head_readout,
+    head_readout_triton,
+)
 
 R, H, V, BANNED = 37, 6, 19, 11
 
@@ -47,14 +56,16 @@ def test_equals_reference_with_gradients(options, kind, bias, weighted):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-def test_finite_differences():
-    hidden, head, target, _, row_weight = case(softcap=1.5, logit_scale=0.7, banned=BANNED)
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_finite_differences_of_the_reference(kind):
+    hidden, head, target, teacher, row_weight = case(softcap=1.5, logit_scale=0.7, banned=BANNED)
+    targets = {"target": target[:9]} if kind == "hard" else {"teacher": (teacher[0][:9], teacher[1])}
 
     def f(hidden, weight, bias):
         option = Head(weight, bias, logit_scale=0.7, softcap=1.5, banned=BANNED)
-        return distill_loss(hidden, option, target=target, row_weight=row_weight, chunk=8)
+        return distill_loss_reference(hidden, option, row_weight=row_weight[:9], **targets)
 
-    assert torch.autograd.gradcheck(f, (hidden, head.weight, head.bias))
+    assert torch.autograd.gradcheck(f, (hidden[:9].detach().requires_grad_(), head.weight, head.bias))
 
 
 def test_frozen_head_gets_no_gradient_and_costs_none():
@@ -85,20 +96,21 @@ def test_no_rows():
     assert (head.weight.grad == 0).all()
 
 
-def test_teacher_equal_to_student_has_zero_soft_gradient():
+def test_teacher_equal_to_student_has_no_soft_loss_and_no_gradient():
     hidden, head, _, _, _ = case(banned=BANNED)
-    distill_loss(
-        hidden, head, teacher=(hidden.detach(), Head(head.weight.detach(), head.bias, banned=BANNED))
-    ).backward()
+    loss = distill_loss(hidden, head, teacher=(hidden.detach(), Head(head.weight.detach(), head.bias, banned=BANNED)))
+    loss.backward()
+    assert loss == 0
     assert (hidden.grad == 0).all()
 
 
 def test_readout():
     hidden, head, _, _, _ = case(banned=BANNED, softcap=2.0)
-    token, confidence = head_readout(hidden, head, chunk=8)
+    token, confidence, entropy = head_readout(hidden, head, chunk=8)
     p = head.logits(hidden).softmax(-1)
     assert torch.equal(token, head.logits(hidden).argmax(-1))
     torch.testing.assert_close(confidence, p.amax(-1).float())
+    torch.testing.assert_close(entropy, torch.special.entr(p).sum(-1).float())
     assert BANNED not in token
     tie = Head(torch.ones(V, H, dtype=torch.float64))
     assert (head_readout(torch.ones(R, H, dtype=torch.float64), tie)[0] == 0).all()
@@ -106,19 +118,156 @@ def test_readout():
 
 def test_never_all_logits_at_once(monkeypatch):
     rows = []
-    logits = Head.logits
+    finish = Head.finish
 
-    def record(self, hidden):
-        rows.append(len(hidden))
-        return logits(self, hidden)
+    def record(self, z):
+        rows.append(len(z))
+        return finish(self, z)
 
-    monkeypatch.setattr(Head, "logits", record)
+    monkeypatch.setattr(Head, "finish", record)
     hidden, head, target, teacher, _ = case()
     distill_loss(hidden, head, target=target, chunk=10)
     distill_loss(hidden, head, teacher=teacher, chunk=10)
     head_readout(hidden, head, chunk=10)
     assert max(rows) == 10
     assert sum(rows) == 4 * R
+
+
+def test_chunks_keep_a_matrix_product_busy_within_half_a_gigabyte():
+    """At V = 152k in 2 bytes; beside the logits a narrow part of d weight, and 64 MiB for the products themselves."""
+    hard, soft = (distill._chunk(2560, V, torch.bfloat16, triton=True) for V in (152_000, 2 * 152_000))
+    assert hard >= 1024
+    assert soft >= 512
+    assert hard * 152_000 * 2 + distill.PARTIAL + (64 << 20) <= 512 << 20
+    assert soft * 304_000 * 2 + distill.PARTIAL + (64 << 20) <= 512 << 20
+    # Equal parts, not one of 1,264 rows and a rest of 32.
+    assert distill._chunk(1296, 152_000, torch.bfloat16, triton=True) == 656
+
+
+def peak_bytes(f):
+    """The most memory alive at once, above what was there before: every allocation of torch, in C++ too."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        f()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = torch.tensor([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    return int(live.cumsum(0).max())
+
+
+class NoKernel:
+    """A kernel that is launched and does nothing: what it would write costs no memory."""
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: None
+
+
+def test_memory_of_the_triton_form(monkeypatch):
+    """Above its inputs: the bytes of LOGITS, the gradients in their own dtype once, a few bytes a row, no [R, V]."""
+    monkeypatch.setattr(distill, "_loss_kernel", NoKernel(), raising=False)
+    monkeypatch.setattr(distill, "_readout_kernel", NoKernel(), raising=False)
+    V, H, rows = 4096, 256, 128
+    monkeypatch.setattr(distill, "LOGITS", rows * V * 4)
+
+    def peak(R, form, *, trained=True):
+        hidden = torch.randn(R, H, requires_grad=True)
+        head = Head(torch.randn(V, H, requires_grad=trained))
+        return peak_bytes(lambda: form(hidden, head))
+
+    def hard(hidden, head):
+        (distill_loss_triton(hidden, head, target=torch.zeros(len(hidden), dtype=torch.int64)) / 7).backward()
+
+    def soft(hidden, head):
+        teacher = hidden.detach(), Head(head.weight.detach())
+        (distill_loss_triton(hidden, head, teacher=teacher) / 7).backward()
+
+    small = 64 << 10
+    d_weight = V * H * 4
+    for form, R, logits in ((hard, 512, rows), (soft, 128, 2 * rows)):
+        logits *= V * 4
+        for trained in (True, False):
+            # The issue's bound, with a chunk's d hidden [rows, H] in place of the rest of its half gigabyte.
+            allowed = logits + trained * d_weight + 4 * R * H + rows * H * 4 + 64 * R + small
+            assert peak(R, form, trained=trained) <= allowed
+    assert (peak(1024, hard) - peak(512, hard)) / 512 <= 8 * H + 64
+    assert peak(1024, head_readout_triton) <= rows * V * 4 + 64 * 1024 + small
+
+
+def test_d_weight_of_a_wider_dtype_is_summed_in_parts(monkeypatch):
+    """Under autocast: float32 sums of bfloat16 products, a few rows of the head at a time, equal to all at once."""
+    hidden, head, target, _, _ = case(dtype=torch.float32, bias=False)
+    grads = []
+    for partial in (distill.PARTIAL, 3 * H * 2):
+        monkeypatch.setattr(distill, "PARTIAL", partial)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = distill_loss(hidden, head, target=target, chunk=8)
+        grads.append(torch.autograd.grad(loss, head.weight)[0])
+    assert grads[0].dtype == torch.float32
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
+
+
+def test_d_weight_summed_in_bfloat16_over_many_chunks():
+    """In place and in the weight's own dtype: the error stays within twice that of one product over all rows."""
+    generator = torch.Generator().manual_seed(0)
+    rows, target = 640, torch.randint(0, V, (640,), generator=generator)
+    hidden, weight = (torch.randn(n, 16, generator=generator).bfloat16() for n in (rows, V))
+
+    def d_weight(form, dtype, **options):
+        leaf = weight.to(dtype).requires_grad_()
+        return torch.autograd.grad(form(hidden.to(dtype), Head(leaf), target=target, **options), leaf)[0]
+
+    truth = d_weight(distill_loss_reference, torch.float64)
+    eager = (d_weight(distill_loss_reference, torch.bfloat16) - truth).norm()
+    assert (d_weight(distill_loss, torch.bfloat16, chunk=80) - truth).norm() <= 2 * eager
+
+
+def test_backward_is_once_only_and_first_order_only():
+    hidden, head, target, _, _ = case()
+    loss = distill_loss(hidden, head, target=target)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        loss.backward()
+    loss = distill_loss(hidden, head, target=target)
+    # A loss that is squared: its second derivative would depend on the gradients.
+    (grad,) = torch.autograd.grad(loss**2, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_one_node_for_the_compiler():
+    """No graph break in a compiled step, hard and soft and readout, with and without autocast; the same bits."""
+    hidden, head, target, teacher, row_weight = case(dtype=torch.float32)
+    target, row_weight = target.clamp(max=BANNED - 1), row_weight[:20]
+
+    def step(hidden, weight, bias, target):
+        head = Head(weight, bias, softcap=3.0, banned=BANNED)
+        states = torch.tanh(hidden)
+        token, confidence, entropy = head_readout(states, head)
+        hard = distill_loss(states, head, target=torch.where(target == 3, token, target), row_weight=confidence)
+        return hard / 7 + distill_loss(states, head, teacher=teacher) + entropy.sum()
+
+    leaves = hidden, head.weight, head.bias
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for narrow in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            got, want = (f(*leaves, target) for f in (compiled, step))
+        assert torch.equal(got, want)
+        for a, b in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves)):
+            assert torch.equal(a, b)
+
+
+def test_operators_are_registered_rightly():
+    hidden, head, target, teacher, row_weight = case(dtype=torch.float32)
+    options = 1.0, 3.0, BANNED, torch.float32
+    readout = [hidden, head.weight, head.bias, *options, 8, False]
+    torch.library.opcheck(distill._readout_op, [x.detach() if torch.is_tensor(x) else x for x in readout])
+    student = hidden, head.weight, head.bias
+    soft = *teacher[1].arguments(), torch.float32
+    for frozen in ((target, None, None, None, 1.0, None, None, None), (None, teacher[0], *soft)):
+        arguments = *options, *frozen, row_weight, [True, True, True], 8, False
+        detached = [x.detach() for x in student]
+        torch.library.opcheck(distill._loss_op, (*detached, *arguments))
+        # Traced with its gradients as outputs, backward could not write into them: test_one_node_for_the_compiler.
+        checks = "test_schema", "test_autograd_registration", "test_faketensor"
+        torch.library.opcheck(distill._loss_op, (*student, *arguments), test_utils=checks)
 
 
 def test_bfloat16_error_is_that_of_the_reference():
@@ -138,3 +287,9 @@ def test_errors():
         distill_loss(hidden, head, target=target, teacher=teacher)
     with pytest.raises(ValueError, match="vocabulary"):
         distill_loss(hidden, Head(head.weight[:5]), teacher=teacher)
+    with pytest.raises(ValueError, match="one dtype"):
+        distill_loss(hidden.float(), head, target=target)
+    with pytest.raises(ValueError, match="row_weight"):
+        distill_loss(hidden, head, target=target, row_weight=torch.ones(R, requires_grad=True))
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        distill_loss(hidden, head, target=target - V)

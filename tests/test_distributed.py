@@ -63,14 +63,16 @@ def trainer(path, seed=0, tied=False, **change):
 
 def let_accelerate_shard_on_a_cpu():
     """accelerate takes FSDP for GPUs only, and sets up plain DDP on a CPU without a word."""
-    from accelerate.state import AcceleratorState, DistributedType
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
 
     original = AcceleratorState.__init__
 
     def init(self, *args, fsdp_plugin=None, **kwargs):
         original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            # The first one's values go over the second one's every time that one is asked for.
+            PartialState._shared_state["distributed_type"] = self.distributed_type = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
 
     AcceleratorState.__init__ = init
 
@@ -139,7 +141,7 @@ def run_engine(folder, tied, **change):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_fsdp_equals_ddp_and_both_resume_exactly(tmp_path, tied):
     def work(rank):
         let_accelerate_shard_on_a_cpu()

@@ -217,7 +217,7 @@ def test_missing_transformers_says_what_to_install(clone):
     assert "pip install 'transformers>=5.17'" in last
 
 
-@pytest.mark.parametrize("missing", ["accelerate", "datasets", "peft"])
+@pytest.mark.parametrize("missing", ["accelerate", "peft"])
 def test_missing_extra_says_what_to_install(missing):
     last = (
         run_python(f"import sys; sys.modules[{missing!r}] = None; import mtpkern.train").stderr.strip().splitlines()[-1]
@@ -263,4 +263,5 @@ def test_wheel_holds_the_four_rooms(tmp_path):
         expected |= {f"{room.replace('.', '/')}/{path.name}" for path in folder.glob("*.py")}
     assets = ROOMS["mtpkern"] / "assets"
     expected |= {f"mtpkern/assets/{path.relative_to(assets)}" for path in assets.rglob("*") if path.is_file()}
+    expected |= {f"mtpkern/train/configs/{path.name}" for path in (ROOMS["mtpkern.train"] / "configs").glob("*.yaml")}
     assert held == expected

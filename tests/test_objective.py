@@ -8,7 +8,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 
 from mtpkern.attention import attention_context
 from mtpkern.train.layout import build_layout
-from mtpkern.train.objective import SpanContext, backbone, data_targets, gather_rows, head_of, mtp_loss
+from mtpkern.train.objective import SpanContext, backbone, data_targets, gather_rows, head_of, mtp_loss, until_fail
 
 V, MASK, EOS = 61, 60, 7
 TINY = {
@@ -122,7 +122,7 @@ def naive(student, teacher, tokens, context, target, ends):
                     total = total - log_p[j, scored[j].argmax()]
                 else:
                     q = scored[j].softmax(-1)
-                    total = total - (q * log_p[j].nan_to_num(neginf=0)).sum()
+                    total = total - (q * log_p[j].nan_to_num(neginf=0)).sum() - torch.special.entr(q).sum()
                 rows += 1
                 if own[j] in ends:
                     break
@@ -159,6 +159,79 @@ def test_prefix_rows_get_the_next_token_loss():
         z = z.index_fill(1, torch.tensor(MASK), float("-inf"))
         want = want + torch.nn.functional.cross_entropy(z[first:last], tokens[b, first + 1 : last + 1], reduction="sum")
     torch.testing.assert_close(sums.prefix, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("target", ["hard", "gt"])
+def test_anchor_rows_are_held_to_the_teacher(target):
+    student, teacher = llama(0), llama(5)
+    tokens, context = batch()
+    rows = torch.zeros(2, 15, dtype=torch.bool)
+    rows[0, 5:13] = True
+    rows[1, 2:10] = True
+    sums = run(student, teacher, tokens, context, target=target, anchor_rows=rows)
+    want = torch.zeros(())
+    for b in range(2):
+        text = tokens[b : b + 1]
+        p, q = (
+            model(text, use_cache=False).logits[0, rows[b]].index_fill(1, torch.tensor(MASK), -1e9).log_softmax(-1)
+            for model in (student, teacher)
+        )
+        want = want + torch.nn.functional.kl_div(p, q.detach(), reduction="sum", log_target=True)
+    torch.testing.assert_close(sums.anchor, want, rtol=1e-4, atol=1e-4)
+    got = torch.autograd.grad(sums.anchor, list(student.parameters()))
+    for a, b in zip(got, torch.autograd.grad(want, list(student.parameters()))):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    plain = run(student, teacher, tokens, context, target=target)
+    assert plain.anchor == 0
+    assert torch.equal(plain.span, sums.span)
+    # A student that is its teacher is where the anchor pulls it.
+    assert run(student, copy.deepcopy(student), tokens, context, target=target, anchor_rows=rows).anchor.abs() < 1e-4
+
+
+def test_until_fail():
+    agree = torch.tensor([[1, 1, 1], [0, 1, 1], [1, 0, 0], [0, 0, 0]]).bool()
+    assert until_fail(agree).int().tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("target", ["hard", "soft", "gt"])
+def test_loss_until_fail_leaves_out_what_decoding_would_drop(target):
+    """Rows behind a miss give no loss; the counts by position stay those of all rows."""
+    student, teacher = llama(0), copy.deepcopy(llama(0))
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2))
+    tokens, context = batch()
+    whole = run(student, teacher, tokens, context, target=target)
+    part = run(student, teacher, tokens, context, target=target, loss_support="until_fail")
+    assert torch.equal(whole.rows, part.rows)
+    assert torch.equal(whole.agree, part.agree)
+    assert 0 < part.span < whole.span
+    # Each span alone: its loss until the miss equals the loss of all rows of a span that short.
+    total = torch.zeros(())
+    for b, m in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1)):
+        for k in range(1, 5):
+            prefix = torch.zeros(2, 1, dtype=torch.int64)
+            prefix[b, 0] = context.layout.prefix[b, m]
+            one = SpanContext(build_layout(prefix, context.layout.lengths, k, num_tokens=15))
+            with torch.no_grad():
+                sums = run(student, teacher, tokens, one, target=target)
+            if sums.agreeing_prefix < sums.rows.sum() or k == 4:
+                total = total + sums.span
+                break
+    torch.testing.assert_close(part.span, total, rtol=1e-4, atol=1e-4)
+
+
+def test_entropy_and_confidence_by_position():
+    student, teacher = llama(0), llama(5)
+    tokens, context = batch(k=1)
+    sums = run(student, teacher, tokens, context)
+    p = [
+        student(tokens[b : b + 1, :i]).logits[0, -1].index_fill(0, torch.tensor(MASK), -1e9).softmax(-1)
+        for b, prefixes in enumerate(([3, 8, 12], [2, 6]))
+        for i in prefixes
+    ]
+    torch.testing.assert_close(sums.entropy, sum(torch.special.entr(x).sum() for x in p)[None], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sums.confidence, sum(x.max() for x in p)[None], rtol=1e-4, atol=1e-4)
 
 
 def test_teacher_is_frozen_and_the_mask_token_never_a_target():
@@ -207,6 +280,10 @@ def test_errors():
     tokens, context = batch()
     with pytest.raises(ValueError, match="teacher"):
         run(student, None, tokens, context)
+    with pytest.raises(ValueError, match="anchor"):
+        run(student, None, tokens, context, target="gt", anchor_rows=torch.ones(2, 15, dtype=torch.bool))
+    with pytest.raises(ValueError, match="loss_support"):
+        run(student, student, tokens, context, loss_support="some")
     with pytest.raises(ValueError, match="target"):
         run(student, None, tokens, context, target="harder")
 

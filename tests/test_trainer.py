@@ -226,7 +226,7 @@ def test_lora_teaches_itself_and_saves_a_plain_model(tmp_path, dtype):
     with torch.no_grad():
         changed = (loaded.model.embed_tokens.weight != base.model.embed_tokens.weight).any(1)
         assert changed.nonzero().tolist() == [[MASK]]
-        close = {"rtol": 1e-4, "atol": 1e-4} if dtype == "float32" else {"rtol": 0.1, "atol": 0.1}
+        close = {"rtol": 1e-4, "atol": 1e-4} if dtype == "float32" else {"rtol": 0.2, "atol": 0.2}
         torch.testing.assert_close(loaded(ids).logits, whole.model(ids).logits, **close)
         assert not torch.allclose(loaded(ids).logits, base(ids).logits, **close)
 

@@ -1,5 +1,7 @@
 """The Triton form of the fused head against float64, run by Triton's interpreter where there is no GPU."""
 
+import math
+
 import pytest
 import torch
 
@@ -117,19 +119,22 @@ def test_no_rows_and_no_gradients():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_readout(options, dtype):
     hidden, head, *_ = case(dtype, bias=True, **options)
-    token, confidence = head_readout_triton(hidden, head, chunk=2)
-    want_token, want_confidence = head_readout(to(hidden, torch.float64), to(head, torch.float64))
+    token, confidence, entropy = head_readout_triton(hidden, head, chunk=2)
+    want_token, want_confidence, want_entropy = head_readout(to(hidden, torch.float64), to(head, torch.float64))
     assert token.dtype == torch.int64
     assert confidence.dtype == torch.float32
     assert torch.equal(token, want_token)
     torch.testing.assert_close(confidence, want_confidence, rtol=20 * torch.finfo(dtype).eps, atol=0)
+    eps = 20 * torch.finfo(dtype).eps
+    torch.testing.assert_close(entropy, want_entropy, rtol=eps, atol=eps)
 
 
 def test_readout_takes_the_lowest_of_equals_and_never_the_banned():
     tie = Head(torch.ones(V, H, device=DEVICE), banned=0)
-    token, confidence = head_readout_triton(torch.ones(R, H, device=DEVICE), tie)
+    token, confidence, entropy = head_readout_triton(torch.ones(R, H, device=DEVICE), tie)
     assert (token == 1).all()
     torch.testing.assert_close(confidence, torch.full((R,), 1 / (V - 1), device=DEVICE))
+    torch.testing.assert_close(entropy, torch.full((R,), math.log(V - 1), device=DEVICE))
 
 
 def test_autocast_computes_in_its_dtype():

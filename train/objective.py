@@ -29,6 +29,7 @@ from mtpkern.kernels.span_mask import span_mask
 from mtpkern.train.layout import Layout
 
 Target = Literal["hard", "soft", "gt"]
+Support = Literal["all", "until_fail"]
 
 
 @dataclass
@@ -73,20 +74,24 @@ class SpanContext:
 class MTPLoss:
     """Sums over the rows of a batch, to be divided by counts over all micro-batches and ranks.
 
-    span, prefix     scalar losses, summed over span rows and over the prefix rows of the text
+    span             scalar loss, summed over the span rows in the loss's support
+    prefix, anchor   scalar losses, summed over the text's prefix rows and over its anchor rows
     agree, rows      [K] float: rows whose argmax is the target, and rows that count, by position in the span
     agreeing_prefix  scalar: agreeing rows before the first that does not, summed over spans
     spans            scalar: spans that exist
     confidence       [K] float: sums of the student's top probability
+    entropy          [K] float: sums of the entropy of the student's row, in nats
     """
 
     span: Tensor
     prefix: Tensor
+    anchor: Tensor
     agree: Tensor
     rows: Tensor
     agreeing_prefix: Tensor
     spans: Tensor
     confidence: Tensor
+    entropy: Tensor
 
 
 def head_of(model: PreTrainedModel, mask_token_id: int) -> Head:
@@ -161,6 +166,17 @@ def data_targets(tokens: Tensor, layout: Layout, eos_token_ids: Tensor) -> tuple
     return label, layout.valid & ((index <= last) | ended)
 
 
+def until_fail(agree: Tensor) -> Tensor:
+    """[..., K] bool: the rows of a span up to and including its first that does not agree.
+
+    What stands behind it is a continuation that decoding would drop. Source: accept-until-fail, arXiv 2607.01893.
+
+        until_fail(torch.tensor([True, True, False, True]))  # [True, True, True, False]
+    """
+    failed = (~agree).int()
+    return failed.cumsum(-1) == failed
+
+
 def mtp_loss(
     student: PreTrainedModel,
     teacher: PreTrainedModel | None,
@@ -170,7 +186,9 @@ def mtp_loss(
     mask_token_id: int,
     eos_token_ids: Tensor,
     target: Target = "hard",
+    loss_support: Support = "all",
     prefix_rows: Tensor | None = None,
+    anchor_rows: Tensor | None = None,
     eos_padding: bool = True,
     as_teacher: Callable[[], AbstractContextManager] | None = None,
 ) -> MTPLoss:
@@ -180,11 +198,15 @@ def mtp_loss(
     context        the layout of the batch
     eos_token_ids  [E] int64
     target         "hard", "soft" (both need a teacher) or "gt"
+    loss_support   "all" rows of a span, or "until_fail": those up to and including the first that misses its target
     prefix_rows    [B, N] bool: text rows that also get a next-token loss on the data; none where None
+    anchor_rows    [B, N] bool: text rows that are held to the teacher's distribution, KL(teacher || student), so that
+                   ordinary prediction stays what it was; none where None; needs a teacher, for target "gt" too
     eos_padding    False drops the predictions behind the text's end, which else are EOS padding
     as_teacher     where teacher and student are one model: a context that turns the student's adapters off
 
-    Raises ValueError for a missing teacher or an unknown target. Source: arXiv 2602.06019, equations of the hard and
+    Each of the three losses holds its own gradient of a trained head, [V, H], until backward. Raises ValueError for a
+    missing teacher, an unknown target or support. Source: arXiv 2602.06019, equations of the hard and
     soft teacher.
 
         with attention_context(model, context):
@@ -193,50 +215,62 @@ def mtp_loss(
     """
     if target not in ("hard", "soft", "gt"):
         raise ValueError(f"target must be 'hard', 'soft' or 'gt'; got {target!r}")
+    if loss_support not in ("all", "until_fail"):
+        raise ValueError(f"loss_support must be 'all' or 'until_fail'; got {loss_support!r}")
     if teacher is None and target != "gt":
         raise ValueError(f"target {target!r} needs a teacher; pass the frozen original model, or use target 'gt'")
+    if teacher is None and anchor_rows is not None:
+        raise ValueError("anchor_rows need a teacher; pass the frozen original model, or leave them out")
     layout = context.layout
     states = backbone(student, layout.fill(tokens, mask_token_id), context)
     # Behind the backbone: where weights are sharded, its last norm has gathered the head's.
     head = head_of(student, mask_token_id)
     hidden = gather_rows(states, layout.row)
-    flat_token, flat_confidence = head_readout(hidden.detach(), head)
-    token = flat_token.view(layout.row.shape)
+    token, confidence, entropy = (x.view(layout.row.shape) for x in head_readout(hidden, head))
     valid = layout.valid if eos_padding else layout.valid & within_text(layout)
 
+    if target != "gt" or anchor_rows is not None:
+        assert teacher is not None
+        # A model that is its own teacher is switched to the context already.
+        with torch.no_grad(), attention_context(teacher, context) if as_teacher is None else as_teacher():
+            scored = call_backbone(teacher, layout.fill(tokens, token[..., :-1]), context)
+        teacher_head = head_of(teacher, mask_token_id)
     if target == "gt":
         label, keep = data_targets(tokens, layout, eos_token_ids)
         keep &= valid
-        loss = distill_loss(hidden, head, target=label.flatten(), row_weight=keep.flatten().float())
     else:
-        assert teacher is not None
         ended = torch.isin(token, eos_token_ids).int()
         keep = valid & (ended.cumsum(-1) == ended)
-        # A model that is its own teacher is switched to the context already.
-        with torch.no_grad(), attention_context(teacher, context) if as_teacher is None else as_teacher():
-            scored = gather_rows(call_backbone(teacher, layout.fill(tokens, token[..., :-1]), context), layout.row)
-        teacher_head = head_of(teacher, mask_token_id)
-        label = head_readout(scored, teacher_head)[0].view_as(token)
-        weight = keep.flatten().float()
-        if target == "hard":
-            loss = distill_loss(hidden, head, target=label.flatten(), row_weight=weight)
-        else:
-            loss = distill_loss(hidden, head, teacher=(scored, teacher_head), row_weight=weight)
+        wanted = gather_rows(scored, layout.row)
+        label = head_readout(wanted, teacher_head).token.view_as(token)
+    agree = (token == label) & keep
+    support = keep & until_fail(agree) if loss_support == "until_fail" else keep
+    weight = support.flatten().float()
+    if target == "soft":
+        loss = distill_loss(hidden, head, teacher=(wanted, teacher_head), row_weight=weight)
+    else:
+        loss = distill_loss(hidden, head, target=label.flatten(), row_weight=weight)
 
-    prefix_loss = loss.new_zeros(())
+    prefix_loss, anchor_loss = loss.new_zeros(()), loss.new_zeros(())
+    text = states[:, : tokens.shape[1]]
     if prefix_rows is not None:
         # Row t predicts token t + 1; the last row has none and is never among them.
         following = tokens.roll(-1, dims=1).flatten()
-        text = states[:, : tokens.shape[1]].flatten(0, 1)
-        prefix_loss = distill_loss(text, head, target=following, row_weight=prefix_rows.flatten().float())
+        weight = prefix_rows.flatten().float()
+        prefix_loss = distill_loss(text.flatten(0, 1), head, target=following, row_weight=weight)
+    if anchor_rows is not None:
+        wanted = scored[:, : tokens.shape[1]].flatten(0, 1)
+        weight = anchor_rows.flatten().float()
+        anchor_loss = distill_loss(text.flatten(0, 1), head, teacher=(wanted, teacher_head), row_weight=weight)
 
-    agree = (token == label) & keep
     return MTPLoss(
         span=loss,
         prefix=prefix_loss,
+        anchor=anchor_loss,
         agree=agree.float().sum((0, 1)),
         rows=keep.float().sum((0, 1)),
         agreeing_prefix=agree.float().cumprod(-1).sum(),
         spans=layout.valid[..., 0].float().sum(),
-        confidence=(flat_confidence.view_as(token) * keep).sum((0, 1)),
+        confidence=(confidence * keep).sum((0, 1)),
+        entropy=(entropy * keep).sum((0, 1)),
     )

@@ -22,10 +22,10 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.trainer_pt_utils import AcceleratorConfig, LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from mtpkern.attention import attention_context
@@ -71,7 +71,14 @@ class MTPConfig(TrainingArguments):
     gt_warmup_steps: int = field(
         default=0, metadata={"help": "First steps that learn the data's tokens, without a teacher pass."}
     )
+    loss_support: str = field(
+        default="all", metadata={"help": "'all' rows of a span, or 'until_fail': to the first that misses its target."}
+    )
     prefix_weight: float = field(default=0.0, metadata={"help": "Weight of a next-token loss on the answer's rows."})
+    anchor_kl_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the teacher's KL on the answer's rows; keeps plain decoding as it was."},
+    )
     static_shape: bool = field(default=False, metadata={"help": "Reserve mask rows for k_max at every k."})
     lora_rank: int = field(default=0, metadata={"help": "Rank of LoRA adapters; 0 trains all parameters."})
     lora_alpha: float | None = field(default=None, metadata={"help": "LoRA's scale; twice the rank unless given."})
@@ -91,10 +98,14 @@ class MTPConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.data_seed is None:
+            # Else the order of the data hangs on whatever has been seeded last, and a resumed run may see another.
+            self.data_seed = self.seed
         if not 1 <= self.k_min <= self.k_max:
             raise ValueError(f"1 <= k_min <= k_max must hold; got k_min={self.k_min}, k_max={self.k_max}")
         for name, allowed in (
             ("teacher_target", ("hard", "soft", "gt")),
+            ("loss_support", ("all", "until_fail")),
             ("spacing", ("stride", "random")),
             ("layout", ("default", "paper")),
             ("k_scope", ("step", "rank")),
@@ -104,7 +115,7 @@ class MTPConfig(TrainingArguments):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {getattr(self, name)!r}")
-        for name in ("gt_warmup_steps", "lora_rank", "prefix_weight"):
+        for name in ("gt_warmup_steps", "lora_rank", "prefix_weight", "anchor_kl_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
         if self.num_spans is not None and self.num_spans < 1:
@@ -282,8 +293,11 @@ class MTPTrainer(Trainer):
         adapted = isinstance(model, PeftModel)
         if adapted and teacher is not None:
             raise ValueError("with LoRA the teacher is the student without its adapters: leave teacher= out")
-        if teacher is None and not adapted and args.teacher_target != "gt":
-            raise ValueError(f"teacher_target {args.teacher_target!r} needs teacher=, the frozen original model")
+        if teacher is None and not adapted:
+            if args.teacher_target != "gt":
+                raise ValueError(f"teacher_target {args.teacher_target!r} needs teacher=, the frozen original model")
+            if args.anchor_kl_weight:
+                raise ValueError("anchor_kl_weight needs teacher=, the frozen original model")
         narrow = {p.dtype for p in model.parameters() if p.requires_grad} - {torch.float32, torch.float64}
         if narrow:
             raise ValueError(f"trained weights must be float32; got {narrow}: load with dtype=torch.float32, bf16=True")
@@ -404,7 +418,7 @@ class MTPTrainer(Trainer):
         """This micro-batch's share of the mean over the step's span rows, times the number of ranks (DDP averages)."""
         core = self.accelerator.unwrap_model(model)
         counts = torch.as_tensor(num_items_in_batch, device=self.args.device).clamp(min=1)
-        weight = self.args.prefix_weight
+        prefix_weight, anchor_weight = self.args.prefix_weight, self.args.anchor_kl_weight
 
         def forward(tokens: Tensor, context: SpanContext, prefix_rows: Tensor) -> MTPLoss:
             with self.accelerator.autocast():
@@ -416,16 +430,20 @@ class MTPTrainer(Trainer):
                     mask_token_id=self.mask_token_id,
                     eos_token_ids=self.eos_token_ids,
                     target=self._target(),  # type: ignore[arg-type]
-                    prefix_rows=prefix_rows if weight else None,
+                    loss_support=self.args.loss_support,  # type: ignore[arg-type]
+                    prefix_rows=prefix_rows if prefix_weight else None,
+                    anchor_rows=prefix_rows if anchor_weight else None,
                     eos_padding=self.args.eos_padding,
                     as_teacher=core.disable_adapter if isinstance(core, PeftModel) else None,
                 )
 
         with forward_as(core, forward):
             sums: MTPLoss = model(inputs["input_ids"], inputs["layout"], inputs["prefix_rows"])
-        loss = (sums.span / counts[0] + weight * sums.prefix / counts[1]) * self.accelerator.num_processes
+        text = prefix_weight * sums.prefix + anchor_weight * sums.anchor
+        loss = (sums.span / counts[0] + text / counts[1]) * self.accelerator.num_processes
         # Kept for the next log; the graph must not live that long.
-        self._sums.append(replace(sums, span=sums.span.detach(), prefix=sums.prefix.detach()))
+        scalars = {name: getattr(sums, name).detach() for name in ("span", "prefix", "anchor")}
+        self._sums.append(replace(sums, **scalars))
         return (loss, sums) if return_outputs else loss
 
     def prediction_step(
@@ -469,7 +487,7 @@ class MTPTrainer(Trainer):
         return {"eval_accuracy": right / problems, "eval_tokens_per_pass": tokens / passes}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add agreement by position, agreeing-prefix length, confidence and throughput since the last log."""
+        """Add agreement by position, agreeing-prefix length, confidence, entropy and throughput since the last log."""
         self._require_finite()
         if self._sums:
             evaluated = any(name.startswith("eval_") for name in logs)
@@ -496,6 +514,18 @@ class MTPTrainer(Trainer):
         if isinstance(self.train_dataset, IterableDataset) and not isinstance(self.train_dataset, Endless):
             self.train_dataset = Endless(self.train_dataset)
         return super().get_train_dataloader()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """As Trainer's; sorting by length draws from the global state, which a run resumed in a later epoch has not."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+
+            def set_epoch(epoch: int) -> None:
+                if epoch > 0:
+                    sampler.generator = torch.Generator().manual_seed(cast(int, self.args.data_seed) + epoch)
+
+            sampler.set_epoch = set_epoch
+        return sampler
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """As Trainer.train; True resumes the newest complete checkpoint of output_dir.
@@ -574,19 +604,21 @@ class MTPTrainer(Trainer):
 
     def _statistics(self) -> dict[str, float]:
         """Means over the collected batches and all ranks; rows of different k are padded to k_max."""
-        table = torch.zeros(4, self.args.k_max, device=self.args.device)
+        table = torch.zeros(5, max(2, self.args.k_max), device=self.args.device)
         for sums in self._sums:
             k = len(sums.rows)
             table[0, :k] += sums.agree.detach()
             table[1, :k] += sums.rows.detach()
             table[2, :k] += sums.confidence.detach()
-            table[3, 0] += sums.agreeing_prefix.detach()
-            table[3, 1] += sums.spans.detach()
+            table[3, :k] += sums.entropy.detach()
+            table[4, 0] += sums.agreeing_prefix.detach()
+            table[4, 1] += sums.spans.detach()
         self._sums.clear()
-        agree, rows, confidence, other = self.accelerator.reduce(table, "sum").tolist()
+        agree, rows, confidence, entropy, other = self.accelerator.reduce(table, "sum").tolist()
         logs = {"agreement": sum(agree) / max(1.0, sum(rows)), "agreeing_prefix": other[0] / max(1.0, other[1])}
         for j, n in enumerate(rows):
             if n:
                 logs[f"agreement_{j + 1}"] = agree[j] / n
                 logs[f"confidence_{j + 1}"] = confidence[j] / n
+                logs[f"entropy_{j + 1}"] = entropy[j] / n
         return logs

@@ -1,0 +1,288 @@
+"""The fused head and loss, and the teacher's readout: peak memory above the inputs, and time, against what there is.
+
+The alternatives make all logits [R, V] at once, in bf16 or, as transformers does, in float32 behind the product;
+Liger's fused linear cross-entropy, where it is installed, makes them in chunks. Peak memory is that of forward and
+backward with the gradients still alive, above hidden states and head.
+
+Floor    FLOPs 2 R V H for the product, as much again for the gradient of the hidden states and of a trained head
+Bound    V H bytes of a trained head's gradient + 4 R H + 0.5 GiB; from row to row 8 H + 64 bytes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from math import isnan
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtpkern.bench.report import Goal, Table, run
+from mtpkern.bench.timing import Action, free, peak, race, reason
+from mtpkern.kernels.distill import Head, distill_loss, head_readout
+
+OURS = "mtpkern"
+FLOAT32, BF16, LIGER = "all logits, float32", "all logits, bf16", "Liger"
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Case:
+    """R rows of H against V tokens; the teacher's softmax instead of hard targets; a head that is trained or frozen."""
+
+    rows: int
+    vocabulary: int
+    width: int
+    soft: bool
+    trained: bool
+
+    def text(self) -> str:
+        """As a table's first column names it."""
+        return f"{'soft' if self.soft else 'hard'}, {'trained' if self.trained else 'frozen'} head"
+
+    @property
+    def flops(self) -> float:
+        """Of the products that the gradients need; a soft teacher's product is one more."""
+        products = 2 + self.trained + self.soft
+        return 2.0 * products * self.rows * self.vocabulary * self.width
+
+    def bound(self, size: int) -> float:
+        """Bytes above the inputs that the project allows itself, `size` bytes an element."""
+        return self.trained * self.vocabulary * self.width * size + 4 * self.rows * self.width + 0.5 * 2**30
+
+
+# The paper's batch of 32 texts with 5 spans of 16, and Qwen3's vocabulary, at the widths of 0.6B and 8B.
+ROWS, VOCABULARY, WIDTHS = 2560, 151_936, (1024, 4096)
+TINY_ROWS, TINY_VOCABULARY, TINY_WIDTHS = 24, 50, (16,)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Leaves hidden [R, H] and weight [V, H], hard targets [R], and the teacher's pair, which wants no gradient."""
+
+    hidden: Tensor
+    weight: Tensor
+    target: Tensor
+    teacher: tuple[Tensor, Tensor] | None
+
+    @classmethod
+    def draw(cls, case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
+        """Logits of standard deviation 1, about."""
+
+        def normal(rows: int, scale: float) -> Tensor:
+            return torch.randn(rows, case.width, device=device, dtype=dtype).mul_(scale)
+
+        weight = normal(case.vocabulary, case.width**-0.5).requires_grad_(case.trained)
+        teacher = (normal(case.rows, 1.0), normal(case.vocabulary, case.width**-0.5)) if case.soft else None
+        target = torch.randint(case.vocabulary, (case.rows,), device=device)
+        return cls(normal(case.rows, 1.0).requires_grad_(), weight, target, teacher)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What gradients are wanted for."""
+        return [x for x in (self.hidden, self.weight) if x.requires_grad]
+
+
+# The summed loss of all rows.
+Loss = Callable[[Inputs], Tensor]
+
+
+def ours(x: Inputs) -> Tensor:
+    """distill_loss."""
+    head = Head(x.weight)
+    if x.teacher is None:
+        return distill_loss(x.hidden, head, target=x.target)
+    return distill_loss(x.hidden, head, teacher=(x.teacher[0], Head(x.teacher[1])))
+
+
+def all_logits(x: Inputs, dtype: torch.dtype) -> Tensor:
+    """One product, then cross-entropy or divergence on its result in a dtype."""
+    z = (x.hidden @ x.weight.t()).to(dtype)
+    if x.teacher is None:
+        return F.cross_entropy(z, x.target, reduction="sum")
+    with torch.no_grad():
+        log_q = (x.teacher[0] @ x.teacher[1].t()).to(dtype).log_softmax(-1)
+    return F.kl_div(z.log_softmax(-1), log_q, reduction="sum", log_target=True)
+
+
+def comparators(case: Case, device: torch.device) -> tuple[dict[str, Loss], list[str]]:
+    """The others, and a line "name: why" for each that is not here."""
+    found: dict[str, Loss] = {FLOAT32: lambda x: all_logits(x, torch.float32)}
+    skipped = []
+    if device.type == "cuda":
+        found[BF16] = lambda x: all_logits(x, torch.bfloat16)
+    else:
+        skipped.append(f"{BF16}: a rehearsal on a CPU is in float32")
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    except Exception as error:  # also where it is installed, but not for this version of torch or triton
+        skipped.append(f"{LIGER}: {reason(error)}")
+    else:
+        if case.soft:
+            skipped.append(f"{LIGER}: its cross-entropy takes hard targets only")
+        else:
+            loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+            found[LIGER] = lambda x: loss(x.weight, x.hidden, x.target)
+    return found, skipped
+
+
+def step(loss: Loss, inputs: Inputs, i: int = 0) -> tuple[Tensor, ...]:
+    """The loss and its gradients; the same at every call."""
+    value = loss(inputs)
+    return value.detach(), *torch.autograd.grad(value, inputs.leaves)
+
+
+def peak_memory(action: Action, device: torch.device) -> float:
+    """Bytes that a call takes at its height, its result included, above what is allocated already; NaN on a CPU."""
+    if device.type != "cuda":
+        return float("nan")
+    # Compilation and the workspaces of the vendor's library come with the first call and stay.
+    action(0)
+    free(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    kept = action(1)
+    torch.cuda.synchronize(device)
+    highest = torch.cuda.max_memory_allocated(device)
+    del kept
+    return float(highest - before)
+
+
+def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: int) -> Table:
+    """Memory and time of one case, a row each way."""
+    torch.manual_seed(0)
+    inputs = Inputs.draw(case, dtype, device)
+    others, skipped = comparators(case, device)
+    memory: dict[str, float] = {}
+    for name, loss in {OURS: ours, **others}.items():
+        try:
+            memory[name] = peak_memory(partial(step, loss, inputs), device)
+        except torch.OutOfMemoryError as error:
+            if name == OURS:
+                raise
+            skipped.append(f"{name}: {reason(error)}")
+        free(device)
+    times, lost = race(
+        {OURS: partial(step, ours, inputs)},
+        {name: partial(step, loss, inputs) for name, loss in others.items() if name in memory},
+        device,
+        rounds=rounds,
+        graph=False,
+    )
+    skipped += lost
+
+    floor = peak(device).floor(flops=case.flops)
+    bound = case.bound(dtype.itemsize)
+    best = times[OURS].median
+    rows = [
+        (
+            name,
+            f"{spread.text(0)}",
+            f"{100 * floor / spread.median:.0f} %",
+            f"{spread.median / best:.2f}",
+            f"{memory[name] / MIB:,.0f}",
+        )
+        for name, spread in times.items()
+    ]
+    records = [
+        {"way": name, "case": case.text(), "width": case.width, "time": spread, "memory": memory[name], "bound": bound}
+        for name, spread in times.items()
+    ]
+    title = f"{case.text()}, H = {case.width:,}"
+    goals = []
+    if not isnan(memory[OURS]):
+        goals.append(Goal(f"peak memory, {title}", bound / MIB, memory[OURS] / MIB, "MiB", at_most=True))
+        slope = (peak_of(replace(case, rows=4 * case.rows), device, dtype) - memory[OURS]) / (3 * case.rows)
+        goals.append(Goal(f"memory a row, {title}", 8 * case.width + 64, slope, "bytes", at_most=True))
+        plain = min((times[name].median for name in (FLOAT32, BF16) if name in times), default=float("nan"))
+        goals.append(Goal(f"time against the faster of all logits, {title}", 1.1, best / plain, "x", at_most=True))
+    if LIGER in times:
+        goals.append(Goal(f"against Liger, {title}", 2.0, times[LIGER].median / best, "x"))
+    note = (
+        f"R = {case.rows:,}, V = {case.vocabulary:,}, {dtype}; forward and backward, microseconds, median (range); "
+        f"floor {floor:.0f} of {peak(device).source}; memory above the inputs in MiB, bound {bound / MIB:,.0f}."
+    )
+    header = ("way", "time", "of floor", "ours is faster by", "memory")
+    return Table(f"Head and loss: {title}", note, header, rows, records, goals, skipped)
+
+
+def peak_of(case: Case, device: torch.device, dtype: torch.dtype) -> float:
+    """Our peak memory in another case."""
+    inputs = Inputs.draw(case, dtype, device)
+    return peak_memory(partial(step, ours, inputs), device)
+
+
+def measure_readout(case: Case, device: torch.device, dtype: torch.dtype, rounds: int) -> Table:
+    """The teacher's hard targets: token and confidence, against the product and argmax alone."""
+    torch.manual_seed(0)
+    inputs = Inputs.draw(case, dtype, device)
+    hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
+    head = Head(weight)
+
+    def argmax(i: int) -> Tensor:
+        return (hidden @ weight.t()).argmax(-1)
+
+    def softmax(i: int) -> tuple[Tensor, ...]:
+        top = (hidden @ weight.t()).float().softmax(-1).max(-1)
+        return top.indices, top.values
+
+    # Tokens of equal logits may be told differently by the others, so that what is compared is the logit itself.
+    some = head.logits(hidden[:256])
+    picked = some.gather(-1, head_readout(hidden[:256], head)[0].unsqueeze(-1)).squeeze(-1)
+    if not torch.allclose(picked, some.amax(-1), rtol=1e-2, atol=1e-2):
+        raise RuntimeError("head_readout did not pick the greatest logits")
+    del some, picked
+    actions: dict[str, Action] = {
+        "all logits, argmax": argmax,
+        "all logits, float32 softmax and argmax": softmax,
+    }
+    memory = {
+        name: peak_memory(a, device) for name, a in {OURS: lambda i: head_readout(hidden, head), **actions}.items()
+    }
+    times, skipped = race(
+        {OURS: lambda i: head_readout(hidden, head)}, actions, device, rounds=rounds, graph=False, tolerance=None
+    )
+    floor = peak(device).floor(flops=2.0 * case.rows * case.vocabulary * case.width)
+    best = times[OURS].median
+    rows = [
+        (
+            name,
+            spread.text(0),
+            f"{100 * floor / spread.median:.0f} %",
+            f"{spread.median / best:.2f}",
+            f"{memory[name] / MIB:,.0f}",
+        )
+        for name, spread in times.items()
+    ]
+    records = [{"way": name, "time": spread, "memory": memory[name]} for name, spread in times.items()]
+    note = (
+        f"R = {case.rows:,}, V = {case.vocabulary:,}, {dtype}; microseconds, median (range); floor {floor:.0f}; memory "
+        "above the inputs in MiB. Only the second alternative gives the confidence too, as ours does."
+    )
+    header = ("way", "time", "of floor", "ours is faster by", "memory")
+    return Table(f"Readout of the teacher, H = {case.width:,}", note, header, rows, records, (), skipped)
+
+
+def measure(device: torch.device, quick: bool) -> Iterator[Table]:
+    """Tables of head and loss, a case each, and of the readout, for both widths."""
+    cuda = device.type == "cuda"
+    dtype = torch.bfloat16 if cuda else torch.float32
+    rows, vocabulary = (ROWS, VOCABULARY) if cuda else (TINY_ROWS, TINY_VOCABULARY)
+    rounds = 10 if quick else 30
+    for width in WIDTHS if cuda else TINY_WIDTHS:
+        for soft, trained in ((False, True), (True, True)) + (() if quick else ((False, False), (True, False))):
+            yield measure_case(Case(rows, vocabulary, width, soft, trained), device, dtype, rounds)
+            free(device)
+        yield measure_readout(Case(rows, vocabulary, width, soft=False, trained=False), device, dtype, rounds)
+        free(device)
+
+
+def main() -> None:
+    """The command line."""
+    run("distill", "Head and loss", measure)
+
+
+if __name__ == "__main__":
+    main()

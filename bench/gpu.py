@@ -1,0 +1,244 @@
+"""Everything that needs a GPU, in one command and within nine minutes: the tests, then every benchmark.
+
+    make gpu                                    picks a python that has torch with CUDA; needs no network
+    python bench/gpu.py --results FOLDER        the same by hand, also from a clone that is not installed
+
+First the tests marked `gpu`, then every benchmark on a short grid, then, while time is left, on its whole grid. Each
+runs in a process of its own with a limit, so that a hang or an illegal memory access takes nothing else along, and a
+cut leaves what was measured until then. What is there so far is always on paper: gpu.md and gpu.json in bench/results/
+and in the folder that --results names, the log of the tests beside them. The exit status is 1 where a test failed or
+a benchmark did, or its short grid was cut; goals that are not met are reported and change nothing.
+
+Only the standard library is imported here until the package can be found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A benchmark, and the seconds that its short and its whole grid may take."""
+
+    name: str
+    quick: float
+    whole: float
+
+
+PARTS = (
+    Part("step", 80, 150),
+    Part("decode_attention", 50, 75),
+    Part("readout", 30, 40),
+    Part("span_attention", 50, 75),
+    Part("distill", 50, 60),
+    Part("train_step", 60, 75),
+    Part("kv_write", 30, 40),
+)
+TESTS_LIMIT = 170.0
+TESTS, SHORT, WHOLE = "tests", "short grid", "whole grid"
+# What a process gets to end by itself once it is told to.
+GRACE = 15.0
+WORKERS = 8
+
+
+@dataclass
+class Outcome:
+    """How a process ended: done, failed (with its exit status) or cut (at its limit); and the end of what it said."""
+
+    what: str
+    status: str
+    seconds: float
+    said: list[str] = field(default_factory=list)
+
+    @property
+    def line(self) -> str:
+        """In one line: `step (short): done, 31 s`."""
+        last = f": {self.said[-1]}" if self.said and (self.status.startswith("failed") or self.what == TESTS) else ""
+        return f"{self.what}: {self.status}, {self.seconds:.0f} s{last}"
+
+    @property
+    def well(self) -> bool:
+        """Whether nothing is missing: a whole grid may be cut, its short one may not."""
+        return self.status.startswith(("done", "skipped")) or (self.status == "cut" and self.what.endswith(WHOLE))
+
+
+def link(folder: Path) -> Path:
+    """Lay the clone out as the package that an installation makes of it, by links; returns what PYTHONPATH needs."""
+    package = folder / "mtpkern"
+    shutil.rmtree(package, ignore_errors=True)
+    package.mkdir(parents=True)
+    for source in (*(ROOT / "mtpkern").iterdir(), *(ROOT / room for room in ("kernels", "train", "bench"))):
+        if source.name != "__pycache__":
+            (package / source.name).symlink_to(source)
+    return folder
+
+
+def supervise(what: str, command: Sequence[str], limit: float, *, cwd: Path, log: Path, **environment: str) -> Outcome:
+    """Run a command in a process group of its own; interrupt it at the limit (seconds), kill it where it stays.
+
+    supervise("sleep", ["sleep", "9"], 1.0, cwd=Path("."), log=Path("log")).status  # "cut"
+    """
+    start = time.monotonic()
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command, cwd=cwd, env={**os.environ, **environment}, stdout=out, stderr=out, start_new_session=True
+        )
+        try:
+            code = process.wait(max(limit, 0.0))
+            status = "done" if code == 0 else f"failed with {code}"
+        except subprocess.TimeoutExpired:
+            status = "cut"
+            process.send_signal(signal.SIGINT)  # pytest sums up what it has; a benchmark just ends
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # workers that were left behind, too
+            process.wait()
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return Outcome(what, status, time.monotonic() - start, lines[-40:])
+
+
+def run_tests(limit: float, *, cwd: Path, log: Path, **environment: str) -> Outcome:
+    """The tests marked `gpu`, side by side where pytest-xdist is installed. "skipped" where pytest is not."""
+    if find_spec("pytest") is None:
+        return Outcome(TESTS, "skipped: pytest is not installed", 0.0)
+    command = [sys.executable, "-m", "pytest", str(ROOT / "tests"), "-c", str(ROOT / "pyproject.toml"), "-m", "gpu"]
+    command += ["-q", "-rfE", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
+    if find_spec("xdist") is not None:
+        command += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
+    outcome = supervise(TESTS, command, limit, cwd=cwd, log=log, OMP_NUM_THREADS="1", **environment)
+    outcome.said = [s for s in outcome.said if re.match(r"(FAILED|ERROR) |=*.*\b\d+ (passed|failed|skipped|error)", s)]
+    if outcome.status == "failed with 5":
+        outcome.status = "skipped: no test is marked gpu"
+    return outcome
+
+
+class Results:
+    """Tables of all parts so far; those of the whole grid replace those of the short one by their captions."""
+
+    def __init__(self, folders: Sequence[Path], title: str) -> None:
+        self.folders = folders
+        self.title = title
+        self.tables: dict[tuple[str, str], dict[str, Any]] = {}
+        self.facts: dict[str, str] = {}
+        self.outcomes: list[Outcome] = []
+
+    def take(self, part: str, folder: Path) -> None:
+        """Take in what a part has written, all of it or until it was cut."""
+        page = folder / f"{part}.json"
+        if page.exists():
+            record = json.loads(page.read_text(encoding="utf-8"))
+            self.facts = self.facts or {k: v for k, v in record["environment"].items() if k not in ("command", "quick")}
+            self.tables |= {(part, table["caption"]): table for table in record["tables"]}
+
+    def write(self) -> str:
+        """Write gpu.md and gpu.json to every folder; returns the page."""
+        from mtpkern.bench.report import GOALS_HEADER, Goal, Table, write
+
+        tables = [Table(**{**t, "goals": [Goal(**g) for g in t["goals"]]}) for t in self.tables.values()]
+        goals = [goal for table in tables for goal in table.goals]
+        runs = [(o.what, o.status, f"{o.seconds:.0f}") for o in self.outcomes]
+        met = f"{sum(g.met for g in goals)} of {len(goals)} met, on the shapes that were measured."
+        tables.append(Table("What ran", self._said(), ("what", "how it ended", "s"), runs))
+        tables.append(Table("Goals", met, GOALS_HEADER, [goal.row() for goal in goals]))
+        data = {"runs": [asdict(o) for o in self.outcomes], "tables": [asdict(t) for t in tables]}
+        pages = [write("gpu", self.title, self.facts, tables, data, folder) for folder in self.folders]
+        return pages[0].read_text(encoding="utf-8")
+
+    def _said(self) -> str:
+        spoke = [o for o in self.outcomes if o.said and (not o.well or o.what == TESTS)]
+        lines = [f"- {o.what}: `{line}`" for o in spoke for line in o.said[-12:]]
+        return "\n".join(["Last words:", "", *lines]) if lines else "Nothing failed."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run it all; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python bench/gpu.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device", default="cuda", help="cpu rehearses, without the tests")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all of it")
+    parser.add_argument("--parts", nargs="+", choices=[p.name for p in PARTS], default=[p.name for p in PARTS])
+    parser.add_argument("--no-tests", action="store_true", help="benchmarks only")
+    parser.add_argument("--results", type=Path, help="a further folder for gpu.md, gpu.json and gpu-tests.txt")
+    args = parser.parse_args(argv)
+    end = time.monotonic() + args.minutes * 60
+    dry_run = args.device == "cpu"
+
+    work = Path(tempfile.mkdtemp(prefix="mtpkern-gpu-"))
+    links = link(work)
+    if "mtpkern" not in sys.modules:  # started as a file: this folder or the clone's root would be looked at first
+        sys.path[:] = [str(links), *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "bench"))]
+    import torch
+
+    print(f"python {sys.executable}, torch {torch.__version__}, CUDA {torch.version.cuda}, clone {ROOT}", flush=True)
+    if not dry_run and not torch.cuda.is_available():
+        print("this python's torch sees no GPU: nothing was run (--device cpu rehearses the benchmarks)")
+        return 1
+
+    folders = [args.results] if args.results else []
+    if not dry_run:
+        folders.insert(0, ROOT / "bench" / "results")
+    elif not folders:
+        folders.append(work)
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    title = "DRY RUN on a CPU: its figures say nothing" if dry_run else "Tests and benchmarks on a GPU"
+    results = Results(folders, title)
+    environment = {"PYTHONPATH": str(links), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    environment["TOKENIZERS_PARALLELISM"] = "false"
+
+    def finish(outcome: Outcome) -> None:
+        results.outcomes.append(outcome)
+        results.write()
+        print(outcome.line, flush=True)
+
+    if not (args.no_tests or dry_run):
+        log = work / "gpu-tests.txt"
+        finish(run_tests(min(TESTS_LIMIT, args.minutes * 20), cwd=links, log=log, **environment))
+        for folder in folders:
+            if log.exists():
+                shutil.copy(log, folder)
+    parts = [part for part in PARTS if part.name in args.parts]
+    for whole in (False, True):
+        for part in parts:
+            what = f"{part.name}, {WHOLE if whole else SHORT}"
+            left = end - time.monotonic() - GRACE
+            if left < 10:
+                finish(Outcome(what, "skipped: no time left", 0.0))
+                continue
+            command = [sys.executable, "-m", f"mtpkern.bench.{part.name}", "--device", args.device]
+            command += ["--results", str(work / what)] + ([] if whole else ["--quick"])
+            limit = min(part.whole if whole else part.quick, left)
+            outcome = supervise(what, command, limit, cwd=links, log=work / "log", **environment)
+            results.take(part.name, work / what)
+            finish(outcome)
+        if dry_run:
+            break
+
+    print(results.write())
+    print("written: " + ", ".join(str(folder / "gpu.md") for folder in folders))
+    if work not in folders:
+        shutil.rmtree(work)
+    return int(not all(outcome.well for outcome in results.outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

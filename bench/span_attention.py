@@ -1,0 +1,356 @@
+"""Span attention, forward and backward, against FlexAttention and SDPA with a dense mask, and against its floor.
+
+The layout is the paper's: N tokens, N // 2k spans at a stride of 2k from a random offset, T = N + spans (k - 1) rows.
+FlexAttention runs it in two orders: ours, and the interleaved order of the paper's figure, where the masks of a span
+stand behind their prefix and a row sees what is behind it, if that is a token or belongs to its own span. Its BlockMask
+is made once, and its making timed apart. SDPA gets an additive mask, made once, and keys and values repeated for their
+group, as transformers does it: its memory-efficient kernel takes no groups.
+
+Before anything is timed, every alternative's output and gradients are compared with float32 arithmetic. The calls of
+each are captured in a graph; backward is forward + backward less forward.
+
+Floor    the longer of FLOPs, 4 Hq D a visible pair forward and 2.5 times that backward, and bytes in bf16, of all
+         inputs and outputs once: 4 T D (Hq + Hkv) forward, twice that backward
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from mtpkern.bench.report import Goal, Table, run
+from mtpkern.bench.timing import Action, copies, free, peak, race, reason, timed
+from mtpkern.kernels.span_attention import span_attention, span_attention_reference
+from mtpkern.kernels.span_mask import span_mask
+from mtpkern.train.layout import Layout, build_layout, draw_prefixes
+
+OURS = "mtpkern"
+FLEX, INTERLEAVED, SDPA = "FlexAttention, our order", "FlexAttention, interleaved", "SDPA, dense mask"
+TARGETS = {FLEX: 1.2, INTERLEAVED: 1.8, SDPA: 4.0}
+
+# (b, h, row, key) -> whether the row sees the key.
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def paper_layout(batch: int, tokens: int, k: int) -> Layout:
+    """B texts of N tokens without a prompt, each with N // 2k spans of k; every span exists. On the CPU."""
+    lengths = torch.full((batch,), tokens)
+    start = torch.zeros_like(lengths)
+    prefix = draw_prefixes(lengths, start, k, tokens // (2 * k), response_only=False, seed=0, step=0)
+    return build_layout(prefix, lengths, k, num_tokens=tokens)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """B texts of N tokens with N // 2k spans each; heads, key heads, head dimension."""
+
+    batch: int
+    tokens: int
+    k: int = 16
+    heads: int = 32
+    kv_heads: int = 8
+    dim: int = 128
+
+    def layout(self) -> Layout:
+        """The layout, on the CPU; every span exists."""
+        return paper_layout(self.batch, self.tokens, self.k)
+
+    def text(self) -> str:
+        """As a caption names it."""
+        spans = self.tokens // (2 * self.k)
+        return (
+            f"N = {self.tokens:,}, k = {self.k}, {spans} spans, B = {self.batch}, "
+            f"{self.heads}/{self.kv_heads} heads, D = {self.dim}"
+        )
+
+
+# The first is the one that the targets on ratios are about, the second the one of those on the floor.
+SHAPES = (Shape(4, 1024), Shape(1, 4096), Shape(32, 160))
+TINY = (Shape(2, 24, 4, 4, 2, 16), Shape(1, 40, 3, 2, 1, 8))
+
+
+def visible_pairs(layout: Layout) -> int:
+    """Pairs of a row and a key that it sees, over the whole batch, as span_mask counts them: `mask.sum()`."""
+    position, end, own = (x.long() for x in (layout.position, layout.prefix_end, layout.span_start))
+    row = torch.arange(position.shape[1], device=position.device)
+    lower = (end - position + row - own).clamp(min=0)
+    return int(((end - lower).clamp(min=0) + (row + 1 - own).clamp(min=0)).sum())
+
+
+def work(shape: Shape, layout: Layout) -> dict[str, dict[str, float]]:
+    """FLOPs and bytes that forward and backward cannot do without, as `Peak.floor` takes them."""
+    flops = 4.0 * shape.heads * shape.dim * visible_pairs(layout)
+    moved = 2.0 * layout.position.numel() * shape.dim * 2 * (shape.heads + shape.kv_heads)
+    return {"forward": {"flops": flops, "bytes": moved}, "backward": {"flops": 2.5 * flops, "bytes": 2 * moved}}
+
+
+def interleaved_order(layout: Layout) -> Tensor:
+    """Our rows in the order of the paper's figure, [B, T] int64: each span's masks behind their prefix' last token.
+
+    x.gather(1, interleaved_order(layout)) is x [B, T] in that order.
+    """
+    row = torch.arange(layout.position.shape[1], device=layout.position.device)
+    behind = row - layout.span_start + 1  # 0 for a token, 1.. for the masks
+    return ((layout.prefix_end.long() - 1) * len(row) + behind).argsort(1)
+
+
+def our_rule(layout: Layout) -> MaskMod:
+    """Visibility in our order, without padding, windows and packed documents."""
+    end, own = layout.prefix_end, layout.span_start
+
+    def sees(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        return (key < end[b, row]) | ((key >= own[b, row]) & (key <= row))
+
+    return sees
+
+
+def interleaved_rule(layout: Layout) -> MaskMod:
+    """The same in the interleaved order: causal, and a token or a mask of the row's own span."""
+    row = torch.arange(layout.position.shape[1], device=layout.position.device)
+    span = torch.where(layout.span_start <= row, layout.span_start, -1).gather(1, interleaved_order(layout))
+
+    def sees(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        return (key <= row) & ((span[b, key] < 0) | (span[b, key] == span[b, row]))
+
+    return sees
+
+
+def block_mask(rule: MaskMod, layout: Layout) -> BlockMask:
+    """FlexAttention's picture of a rule."""
+    batch, rows = layout.position.shape
+    return create_block_mask(rule, batch, None, rows, rows, device=layout.position.device)
+
+
+def with_flex(rule: MaskMod, layout: Layout) -> Attend:
+    """FlexAttention compiled for one shape. Raises NotImplementedError where it has no backward."""
+    if layout.position.device.type != "cuda":
+        raise NotImplementedError("it has no backward on a CPU")
+    mask = block_mask(rule, layout)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=True)
+
+
+def with_sdpa(layout: Layout, dtype: torch.dtype) -> Attend:
+    """scaled_dot_product_attention by its memory-efficient kernel, which is a CUDA device's alone."""
+    mask = span_mask(layout.position, layout.prefix_end, layout.span_start).unsqueeze(1)
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+    backend = SDPBackend.EFFICIENT_ATTENTION if mask.is_cuda else SDPBackend.MATH
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        groups = q.shape[1] // k.shape[1]
+        k, v = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+    return attend
+
+
+def with_ours(layout: Layout) -> Attend:
+    """mtpkern's span attention, heads first as the others have them."""
+    rule = layout.position, layout.prefix_end, layout.span_start
+    return lambda q, k, v: span_attention(q, k, v, *rule, scale=q.shape[-1] ** -0.5).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Leaves query, key, value and the gradient of the output: [B, heads, T, D] views of [B, T, heads, D]."""
+
+    leaves: tuple[Tensor, Tensor, Tensor]
+    d_out: Tensor
+
+    @classmethod
+    def draw(cls, shape: Shape, rows: int, dtype: torch.dtype, device: torch.device) -> Inputs:
+        """Normal numbers, laid out as a model's projections hand them over."""
+        drawn = [
+            torch.randn(shape.batch, rows, heads, shape.dim, device=device).to(dtype).transpose(1, 2)
+            for heads in (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
+        ]
+        q, k, v = (x.requires_grad_() for x in drawn[:3])
+        return cls((q, k, v), drawn[3])
+
+    def ordered(self, order: Tensor) -> Inputs:
+        """The same rows in another order [B, T]."""
+
+        def moved(x: Tensor) -> Tensor:
+            heads_last = x.detach().transpose(1, 2)
+            return heads_last.gather(1, order[:, :, None, None].expand_as(heads_last)).transpose(1, 2)
+
+        q, k, v = (moved(x).requires_grad_() for x in self.leaves)
+        return Inputs((q, k, v), moved(self.d_out))
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to attend, with copies of its inputs; `order` where its rows stand otherwise than ours."""
+
+    attend: Attend
+    inputs: list[Inputs]
+    order: Tensor | None = None
+
+    def forward(self, i: int) -> Tensor:
+        """The output [B, Hq, T, D] of the i-th copy, with its graph, as in training."""
+        return self.attend(*self.inputs[i % len(self.inputs)].leaves)
+
+    def both(self, i: int) -> tuple[Tensor, ...]:
+        """Output and the gradients of query, key and value."""
+        inputs = self.inputs[i % len(self.inputs)]
+        out = self.attend(*inputs.leaves)
+        return out, *torch.autograd.grad(out, inputs.leaves, inputs.d_out)
+
+    def sample(self) -> list[Tensor]:
+        """`both` of the first sequence and the first group of heads, rows in our order."""
+        out, dq, dk, dv = (x.detach() for x in self.both(0))
+        groups = dq.shape[1] // dk.shape[1]
+        parts = [out[0, :groups], dq[0, :groups], dk[0, :1], dv[0, :1]]
+        return parts if self.order is None else [x[:, self.order[0].argsort()] for x in parts]
+
+
+def truth(layout: Layout, inputs: Inputs) -> list[Tensor]:
+    """What `Way.sample` should be, in float32."""
+    q, k, v = inputs.leaves
+    groups = q.shape[1] // k.shape[1]
+    leaves = [x[:1, :n].detach().float().requires_grad_() for x, n in ((q, groups), (k, 1), (v, 1))]
+    rule = (x[:1] for x in (layout.position, layout.prefix_end, layout.span_start))
+    out = span_attention_reference(*leaves, *rule, scale=q.shape[-1] ** -0.5).transpose(1, 2)
+    grads = torch.autograd.grad(out, leaves, inputs.d_out[:1, :groups].float())
+    return [x.detach()[0] for x in (out, *grads)]
+
+
+def disagreement(found: list[Tensor], right: list[Tensor], tolerance: float = 3e-2) -> str:
+    """What is wrong with output and gradients, or nothing."""
+    for name, f, r in zip(("out", "dq", "dk", "dv"), found, right, strict=True):
+        off, scale = (f.float() - r).abs().max().item(), r.abs().max().item()
+        if not off <= tolerance * scale:
+            return f"{name} is off by {off:.3g} where the largest value is {scale:.3g}"
+    return ""
+
+
+def ways(shape: Shape, layout: Layout, inputs: list[Inputs]) -> tuple[dict[str, Way], list[str]]:
+    """All ways that run here and are right, and a line "name: why" for each other one. Ours must be right."""
+    order = interleaved_order(layout)
+    dtype = inputs[0].leaves[0].dtype
+
+    def interleaved() -> Way:
+        return Way(with_flex(interleaved_rule(layout), layout), [x.ordered(order) for x in inputs], order)
+
+    makers: dict[str, Callable[[], Way]] = {
+        OURS: lambda: Way(with_ours(layout), inputs),
+        FLEX: lambda: Way(with_flex(our_rule(layout), layout), inputs),
+        INTERLEAVED: interleaved,
+        SDPA: lambda: Way(with_sdpa(layout, dtype), inputs),
+    }
+    right = truth(layout, inputs[0])
+    found: dict[str, Way] = {}
+    skipped = []
+    for name, make in makers.items():
+        try:
+            way = make()
+            wrong = disagreement(way.sample(), right)
+        except Exception as error:  # a foreign library that fails to compile or to fit must not take our figures along
+            if name == OURS:
+                raise
+            wrong = reason(error)
+        if wrong and name == OURS:
+            raise RuntimeError(f"span_attention differs from float32 arithmetic at {shape.text()}: {wrong}")
+        if wrong:
+            skipped.append(f"{name}: {wrong}")
+        else:
+            found[name] = way
+    return found, skipped
+
+
+def measure_shape(shape: Shape, device: torch.device, rounds: int) -> Table:
+    """One shape's table."""
+    torch.manual_seed(0)
+    # A graph of its own for each shape: otherwise the compiled comparators run into the limit on recompilation.
+    torch.compiler.reset()
+    layout = shape.layout().to(device)
+    rows = layout.position.shape[1]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    size = torch.finfo(dtype).bits // 8 * shape.batch * rows * shape.dim * 2 * (shape.heads + shape.kv_heads)
+    inputs = [Inputs.draw(shape, rows, dtype, device) for _ in range(copies(size, device))]
+    found, skipped = ways(shape, layout, inputs)
+
+    passes = {}
+    for name, call in (("forward", Way.forward), ("forward + backward", Way.both)):
+        actions: dict[str, Action] = {x: partial(call, way) for x, way in found.items()}
+        ours = {OURS: actions.pop(OURS)}
+        passes[name], lost = race(ours, actions, device, rounds=rounds, calls=len(inputs), tolerance=None)
+        skipped += [f"{line} ({name})" for line in lost]
+    floor = {name: peak(device).floor(**x) for name, x in work(shape, layout).items()}
+
+    lines, records = [], []
+    best = passes["forward + backward"][OURS].median
+    ratio, share = {}, {}
+    for name in found:
+        if any(name not in times for times in passes.values()):
+            continue
+        forward, both = passes["forward"][name], passes["forward + backward"][name]
+        backward = both.median - forward.median
+        ratio[name] = both.median / best
+        share[name] = {
+            "forward": 100 * floor["forward"] / forward.median,
+            "backward": 100 * floor["backward"] / backward,
+        }
+        lines.append(
+            (
+                name,
+                forward.text(1),
+                f"{share[name]['forward']:.0f} %",
+                f"{backward:.1f}",
+                f"{share[name]['backward']:.0f} %",
+                both.text(1),
+                f"{ratio[name]:.2f}",
+            )
+        )
+        records.append({"way": name, "forward": forward, "backward": backward, "both": both, "floor": floor})
+
+    note = (
+        f"{visible_pairs(layout):,} visible pairs in {layout.position.numel():,} rows, {dtype}. Microseconds, median "
+        f"(range); floor {floor['forward']:.1f} forward, {floor['backward']:.1f} backward, of {peak(device).source}."
+    )
+    if FLEX in found:
+        making: dict[str, Action] = {
+            FLEX: lambda i: block_mask(our_rule(layout), layout),
+            INTERLEAVED: lambda i: block_mask(interleaved_rule(layout), layout),
+        }
+        spent = timed(making, device, rounds=3, graph=False)
+        note += " Making a BlockMask, not counted: " + ", ".join(
+            f"{spread.median:.0f} ({name})" for name, spread in spent.items()
+        )
+        note += "."
+    goals = []
+    if shape == SHAPES[0]:
+        goals = [Goal(f"forward + backward against {x}", t, ratio[x], "x") for x, t in TARGETS.items() if x in ratio]
+    elif shape == SHAPES[1]:
+        goals = [
+            Goal(f"{x} at N = {shape.tokens:,}, share of the floor", t, share[OURS][x], "%")
+            for x, t in (("forward", 50), ("backward", 38))
+        ]
+    header = ("way", "forward", "of floor", "backward", "of floor", "forward + backward", "ours is faster by")
+    return Table(f"Span attention, {shape.text()}", note, header, lines, records, goals, skipped)
+
+
+def measure(device: torch.device, quick: bool) -> Iterator[Table]:
+    """A table a shape, the most telling first."""
+    shapes = SHAPES if device.type == "cuda" else TINY
+    for shape in shapes[:2] if quick else shapes:
+        yield measure_shape(shape, device, rounds=10 if quick else 30)
+        free(device)
+
+
+def main() -> None:
+    """The command line."""
+    run("span_attention", "Span attention", measure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""A whole training step of Qwen3-0.6B's shape with our kernels, against the same step in plain torch.
+
+Random weights; float32 masters under bf16 autocast, a frozen bf16 teacher, hard targets, AdamW with a rate of 0: all
+the work, and every step starts from the same weights. Plain torch attends with scaled_dot_product_attention and an
+additive mask that all layers share, and makes full logits: of the span rows only, or of all rows, as calling the model
+does. A step's loss is compared before it is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from math import isnan
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from mtpkern.attention import attention_context
+from mtpkern.bench.report import Goal, Table, run
+from mtpkern.bench.span_attention import paper_layout
+from mtpkern.bench.timing import free, race
+from mtpkern.kernels.span_mask import span_mask
+from mtpkern.train.layout import Layout
+from mtpkern.train.objective import SpanContext, backbone, gather_rows, head_of, mtp_loss
+
+OURS, SPAN_ROWS, ALL_ROWS = "mtpkern", "SDPA mask, logits of span rows", "SDPA mask, logits of all rows"
+GIB = 2**30
+
+QWEN3_06B: dict[str, Any] = {
+    "vocab_size": 151_936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
+MASK, EOS = 151_669, 151_645
+TINY: dict[str, Any] = QWEN3_06B | {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+TINY_MASK, TINY_EOS = 60, 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B texts of N tokens with N // 2k spans of k; with activation checkpointing or without."""
+
+    size: int
+    tokens: int
+    k: int = 16
+    checkpointing: bool = False
+
+    def text(self) -> str:
+        """As a caption names it."""
+        how = ", activation checkpointing" if self.checkpointing else ""
+        return f"B = {self.size}, N = {self.tokens:,}, k = {self.k}{how}"
+
+    def layout(self) -> Layout:
+        """The layout, on the CPU; every span exists."""
+        return paper_layout(self.size, self.tokens, self.k)
+
+
+BATCHES = (Batch(8, 1024), Batch(32, 160), Batch(32, 1024, checkpointing=True))
+TINY_BATCHES = (Batch(2, 16, 3), Batch(2, 16, 3, checkpointing=True))
+
+
+@dataclass
+class DenseContext(SpanContext):
+    """Attention as transformers does it with a mask: keys and values repeated for their group."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """[B, T, Hq, D]. Windows, caps and sinks are not for this model."""
+        if window is not None or softcap is not None or sinks is not None:
+            raise ValueError(f"expected full attention without cap and sinks; got {window=}, {softcap=}, {sinks=}")
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (key, value))
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=self.bias, scale=scale)
+        return out.transpose(1, 2)
+
+    @property
+    def bias(self) -> Tensor:
+        """The additive mask [B, 1, T, T], made at the first layer of a step."""
+        if None not in self.masks:
+            layout = self.layout
+            mask = span_mask(layout.position, layout.prefix_end, layout.span_start).unsqueeze(1)
+            zero = torch.zeros(mask.shape, dtype=torch.bfloat16, device=mask.device)
+            self.masks[None] = zero.masked_fill_(~mask, float("-inf"))
+        return self.masks[None]
+
+
+def span_logits(model: PreTrainedModel, ids: Tensor, context: SpanContext, mask: int, all_rows: bool) -> Tensor:
+    """Logits [span rows, V] in float32, the mask token's at -inf, by way of those of all rows or not."""
+    states = backbone(model, ids, context)
+    if all_rows:
+        z = gather_rows(F.linear(states, head_of(model, mask).weight), context.layout.row).float()
+    else:
+        z = F.linear(gather_rows(states, context.layout.row), head_of(model, mask).weight).float()
+    z[:, mask] = float("-inf")
+    return z
+
+
+def plain_loss(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokens: Tensor,
+    context: SpanContext,
+    *,
+    mask_token_id: int,
+    eos_token_ids: Tensor,
+    all_rows: bool,
+) -> Tensor:
+    """What `mtp_loss` computes with hard targets, with full logits: the mean over the span rows that count."""
+    layout = context.layout
+    z = span_logits(student, layout.fill(tokens, mask_token_id), context, mask_token_id, all_rows)
+    token = z.detach().argmax(-1).view(layout.row.shape)
+    ended = torch.isin(token, eos_token_ids).int()
+    keep = (layout.valid & (ended.cumsum(-1) == ended)).flatten()
+    with torch.no_grad(), attention_context(teacher, context):
+        label = span_logits(teacher, layout.fill(tokens, token[..., :-1]), context, mask_token_id, all_rows).argmax(-1)
+    return torch.where(keep, F.cross_entropy(z, label, reduction="none"), 0).sum() / keep.sum()
+
+
+class Trainee:
+    """Student, teacher, optimizer and a batch, and steps of training in one way or another."""
+
+    def __init__(self, settings: dict[str, Any], mask: int, eos: int, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.device = device
+        self.mask = mask
+        self.eos = torch.tensor([eos], device=device)
+        config = AutoConfig.for_model("qwen3", **settings, eos_token_id=eos)
+        with device:
+            student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        self.student: PreTrainedModel = student.train()
+        self.teacher: PreTrainedModel = deepcopy(student).to(torch.bfloat16).requires_grad_(False).eval()
+        self.optimizer = torch.optim.AdamW(student.parameters(), lr=0.0, fused=device.type == "cuda")
+
+    @contextmanager
+    def on(self, batch: Batch) -> Iterator[dict[str, Callable[[int], Tensor]]]:
+        """The ways to make a step on a batch, by name."""
+        layout = batch.layout().to(self.device)
+        tokens = torch.randint(1, self.mask, (batch.size, batch.tokens), device=self.device)
+        loss: dict[str, Callable[[], Tensor]] = {
+            OURS: lambda: self.ours(tokens, layout),
+            SPAN_ROWS: lambda: self.plain(tokens, layout, all_rows=False),
+            ALL_ROWS: lambda: self.plain(tokens, layout, all_rows=True),
+        }
+        if batch.checkpointing:
+            self.student.gradient_checkpointing_enable()
+        try:
+            yield {name: partial(self.step, make) for name, make in loss.items()}
+        finally:
+            if batch.checkpointing:
+                self.student.gradient_checkpointing_disable()
+            self.optimizer.zero_grad()
+
+    def step(self, loss: Callable[[], Tensor], i: int = 0) -> Tensor:
+        """Forward, backward and optimizer; the loss, the same at every call."""
+        self.optimizer.zero_grad()
+        value = loss()
+        self.optimizer.step()
+        return value
+
+    def ours(self, tokens: Tensor, layout: Layout) -> Tensor:
+        """Loss and gradients by mtpkern's ops."""
+        context = SpanContext(layout)
+        with attention_context(self.student, context):
+            with torch.autocast(self.device.type, torch.bfloat16):
+                sums = mtp_loss(
+                    self.student, self.teacher, tokens, context, mask_token_id=self.mask, eos_token_ids=self.eos
+                )
+            loss = sums.span / sums.rows.sum()
+            loss.backward()
+        return loss.detach()
+
+    def plain(self, tokens: Tensor, layout: Layout, all_rows: bool) -> Tensor:
+        """Loss and gradients by plain torch."""
+        context = DenseContext(layout)
+        with attention_context(self.student, context):
+            with torch.autocast(self.device.type, torch.bfloat16):
+                loss = plain_loss(
+                    self.student,
+                    self.teacher,
+                    tokens,
+                    context,
+                    mask_token_id=self.mask,
+                    eos_token_ids=self.eos,
+                    all_rows=all_rows,
+                )
+            loss.backward()
+        return loss.detach()
+
+
+def peak_of(step: Callable[[int], Tensor], device: torch.device) -> float:
+    """Bytes allocated at the height of a step, weights and all; NaN on a CPU."""
+    if device.type != "cuda":
+        return float("nan")
+    free(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step(0)
+    torch.cuda.synchronize(device)
+    return float(torch.cuda.max_memory_allocated(device))
+
+
+def measure_batch(trainee: Trainee, batch: Batch, rounds: int) -> Table:
+    """Tokens a second and peak memory of every way to make a step on one batch."""
+    device = trainee.device
+    with trainee.on(batch) as steps:
+        times, skipped = race(
+            {OURS: steps[OURS]},
+            {name: step for name, step in steps.items() if name != OURS},
+            device,
+            rounds=rounds,
+            graph=False,
+        )
+        memory = {name: peak_of(steps[name], device) for name in times}
+    best = times[OURS].median
+    number = batch.size * batch.tokens
+    rows = [
+        (
+            name,
+            f"{1e6 * number / spread.median:,.0f}",
+            f"{spread.median / 1e3:.1f} ({spread.low / 1e3:.1f}–{spread.high / 1e3:.1f})",
+            f"{spread.median / best:.2f}",
+            f"{memory[name] / GIB:.2f}",
+            f"{memory[OURS] / memory[name]:.2f}",
+        )
+        for name, spread in times.items()
+    ]
+    records = [
+        {"way": name, "tokens": number, "time": spread, "memory": memory[name]} for name, spread in times.items()
+    ]
+    goals = []
+    for name in times:
+        if name != OURS and not isnan(memory[name]):
+            goals += [
+                Goal(f"tokens/s against {name}, {batch.text()}", 1.5, times[name].median / best, "x"),
+                Goal(f"memory against {name}, {batch.text()}", 0.6, memory[OURS] / memory[name], "x", at_most=True),
+            ]
+    header = ("way", "tokens/s", "ms a step", "ours is faster by", "peak GiB", "ours takes")
+    note = (
+        "Tokens of the text, without masks; median (range). Peak memory is all that is allocated: float32 weights, "
+        "gradients and moments, the bf16 teacher, activations, logits."
+    )
+    return Table(f"Training step, {batch.text()}", note, header, rows, records, goals, skipped)
+
+
+def measure(device: torch.device, quick: bool) -> Iterator[Table]:
+    """A table a batch."""
+    cuda = device.type == "cuda"
+    trainee = Trainee(QWEN3_06B, MASK, EOS, device) if cuda else Trainee(TINY, TINY_MASK, TINY_EOS, device)
+    batches = BATCHES if cuda else TINY_BATCHES
+    for batch in batches[:2] if quick else batches:
+        yield measure_batch(trainee, batch, rounds=5 if quick else 15)
+        free(device)
+
+
+def main() -> None:
+    """The command line."""
+    run("train_step", "Training step", measure)
+
+
+if __name__ == "__main__":
+    main()

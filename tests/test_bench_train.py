@@ -1,0 +1,293 @@
+"""The benchmarks of training: what they compare is the same computation, their floors are right, and they run."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import flex_attention
+
+from mtpkern.attention import attention_context
+from mtpkern.bench import distill, span_attention, tiles, train_step
+from mtpkern.bench.distill import Case, Inputs
+from mtpkern.bench.harness import Spread
+from mtpkern.bench.span_attention import FLEX, INTERLEAVED, OURS, SDPA, Shape
+from mtpkern.bench.timing import Peak
+from mtpkern.kernels import span_attention as kernels
+from mtpkern.kernels.distill import Head
+from mtpkern.kernels.span_mask import span_mask
+from mtpkern.train.layout import build_layout, stride_prefixes
+from mtpkern.train.objective import SpanContext, mtp_loss
+
+CPU = torch.device("cpu")
+H200 = Peak(4.3e12, 790e12, "")
+
+
+def rule_of(layout):
+    return layout.position, layout.prefix_end, layout.span_start
+
+
+@pytest.fixture
+def fake_gpu_memory(monkeypatch):
+    """A CPU whose allocator says that the call before last needed 3 GiB at its height."""
+    for module in (distill, train_step):
+        monkeypatch.setattr(module, "isnan", lambda x: False)
+    monkeypatch.setattr(distill, "peak_memory", lambda action, device: float(3 << 30))
+    monkeypatch.setattr(train_step, "peak_of", lambda step, device: float(3 << 30))
+
+
+def in_torch(rule, layout):
+    """What FlexAttention computes from a rule, by a dense mask."""
+    batch, rows = layout.position.shape
+    mask = flex_attention.create_mask(rule, batch, 1, rows, rows, device="cpu")
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+def test_pairs_are_those_of_the_mask():
+    """Also with texts of different lengths and spans that do not exist."""
+    ragged = build_layout(torch.tensor([[2, 5, 0], [1, 3, 6], [0, 0, 0]]), torch.tensor([7, 8, 0]), 3, num_tokens=9)
+    for layout in (ragged, *(shape.layout() for shape in span_attention.TINY)):
+        assert span_attention.visible_pairs(layout) == span_mask(*rule_of(layout)).sum()
+
+
+@pytest.mark.parametrize(
+    ("shape", "forward", "backward"), zip(span_attention.SHAPES, (64, 256, 36), (161, 640, 72), strict=True)
+)
+def test_floors_are_those_of_the_design(shape, forward, backward):
+    """Microseconds on an H200; the shortest texts move bytes, the others compute."""
+    work = span_attention.work(shape, shape.layout())
+    assert H200.floor(**work["forward"]) == pytest.approx(forward, rel=0.03)
+    assert H200.floor(**work["backward"]) == pytest.approx(backward, rel=0.03)
+    assert (work["forward"]["bytes"] / 4.3e12 > work["forward"]["flops"] / 790e12) == (shape.tokens == 160)
+
+
+def test_interleaved_order_is_that_of_the_paper():
+    """18 rows: 4 tokens, 2 masks, and so on; a span's masks stand behind its prefix."""
+    layout = build_layout(torch.tensor([stride_prefixes(3, 3, counting="paper")]), torch.tensor([12]), 3, num_tokens=12)
+    masks = (span_attention.interleaved_order(layout)[0] >= 12).int().tolist()
+    assert masks == [0, 0, 0, 0, 1, 1] * 3
+
+
+@pytest.mark.parametrize("shape", span_attention.TINY, ids=Shape.text)
+def test_rules_of_flex_attention_are_the_span_rule(shape):
+    layout = shape.layout()
+    batch, rows = layout.position.shape
+    dense = span_mask(*rule_of(layout))
+
+    def mask_of(rule):
+        return flex_attention.create_mask(rule, batch, 1, rows, rows, device="cpu")[:, 0]
+
+    assert torch.equal(mask_of(span_attention.our_rule(layout)), dense)
+    order = span_attention.interleaved_order(layout)
+    assert order.sort(1).values.equal(torch.arange(rows).expand(batch, -1))
+    moved = torch.stack([mask[o][:, o] for mask, o in zip(dense, order, strict=True)])
+    assert torch.equal(mask_of(span_attention.interleaved_rule(layout)), moved)
+    assert moved.triu(1).sum() == 0
+
+
+def test_flex_attention_itself_computes_the_same(monkeypatch):
+    """Uncompiled, forward alone: all that it does on a CPU without a compiler."""
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    shape = span_attention.TINY[0]
+    layout = shape.layout()
+    inputs = span_attention.Inputs.draw(shape, layout.position.shape[1], torch.float32, CPU)
+    order = span_attention.interleaved_order(layout)
+    moved = [x.detach() for x in inputs.ordered(order).leaves]
+    q, k, v = (x.detach() for x in inputs.leaves)
+    with torch.no_grad():
+        want = span_attention.with_ours(layout)(q, k, v)
+        mask = span_attention.block_mask(span_attention.our_rule(layout), layout)
+        out = flex_attention.flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
+        torch.testing.assert_close(out, want)
+        mask = span_attention.block_mask(span_attention.interleaved_rule(layout), layout)
+        out = flex_attention.flex_attention(*moved, block_mask=mask, enable_gqa=True)
+        torch.testing.assert_close(out, want.gather(2, order[:, None, :, None].expand_as(want)))
+
+
+def test_span_attention_runs():
+    table, _ = span_attention.measure(CPU, quick=True)
+    assert [row[0] for row in table.rows] == [OURS, SDPA]
+    assert [line.split(":")[0] for line in table.skipped] == [FLEX, INTERLEAVED]
+    assert not table.goals
+
+
+def test_span_attention_runs_with_all_comparators(monkeypatch):
+    monkeypatch.setattr(span_attention, "with_flex", in_torch)
+    monkeypatch.setattr(span_attention, "SHAPES", span_attention.TINY)
+    first, second = (span_attention.measure_shape(shape, CPU, rounds=1) for shape in span_attention.TINY)
+    assert [row[0] for row in first.rows] == [OURS, FLEX, INTERLEAVED, SDPA]
+    assert not first.skipped
+    assert len(first.goals) == 3
+    assert "BlockMask" in first.note
+    assert [goal.target for goal in second.goals] == [50, 38]
+
+
+def test_a_comparator_that_is_wrong_is_left_out_and_we_are_not(monkeypatch):
+    def interleaved_but_not_moved(rule, layout):
+        return in_torch(span_attention.our_rule(layout), layout)
+
+    monkeypatch.setattr(span_attention, "with_flex", interleaved_but_not_moved)
+    table = span_attention.measure_shape(span_attention.TINY[0], CPU, rounds=1)
+    assert [row[0] for row in table.rows] == [OURS, FLEX, SDPA]
+    (line,) = table.skipped
+    assert line.startswith(f"{INTERLEAVED}: out is off by")
+
+    def off(layout):
+        return lambda q, k, v: 1.1 * span_attention.with_sdpa(layout, q.dtype)(q, k, v)
+
+    monkeypatch.setattr(span_attention, "with_ours", off)
+    with pytest.raises(RuntimeError, match="differs from float32"):
+        span_attention.measure_shape(span_attention.TINY[0], CPU, rounds=1)
+
+
+def test_bound_and_work_of_head_and_loss():
+    hard, soft = (Case(2560, 151_936, 1024, s, trained=t) for s, t in ((False, True), (True, False)))
+    assert hard.flops == 6 * 2560 * 151_936 * 1024
+    assert soft.flops == hard.flops
+    assert hard.bound(2) == 2 * 151_936 * 1024 + 4 * 2560 * 1024 + 2**29
+    assert soft.bound(2) == 4 * 2560 * 1024 + 2**29
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_all_logits_computes_our_loss(soft):
+    inputs = Inputs.draw(Case(24, 50, 16, soft, trained=True), torch.float64, CPU)
+    ours = distill.step(distill.ours, inputs)
+    theirs = distill.step(lambda x: distill.all_logits(x, torch.float64), inputs)
+    assert len(ours) == 3
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_distill_runs(fake_gpu_memory):
+    *cases, readout = distill.measure(CPU, quick=False)
+    assert len(cases) == 4
+    for table in cases:
+        assert [row[0] for row in table.rows] == [distill.OURS, distill.FLOAT32]
+        memory, slope, time = table.goals
+        assert memory.measured == 3 * 1024
+        assert slope.measured == 0
+        assert not memory.met
+        assert not math.isnan(time.measured)
+    assert len(readout.rows) == 3
+
+
+def test_peak_memory_counts_above_what_was_there(monkeypatch):
+    """The allocator stands at 10, its height is reset behind the warm-up, and the call's own height is 70."""
+    state = {"now": 10, "height": 500}
+    fakes = {
+        "memory_allocated": lambda device: state["now"],
+        "reset_peak_memory_stats": lambda device: state.update(height=state["now"]),
+        "max_memory_allocated": lambda device: state["height"],
+        "synchronize": lambda device: None,
+    }
+    for module in (distill, train_step):
+        monkeypatch.setattr(module, "free", lambda device: None)
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    calls = []
+
+    def action(i):
+        calls.append(i)
+        state["height"] = max(state["height"], 70)
+
+    device = torch.device("cuda")
+    assert distill.peak_memory(action, device) == 60
+    assert train_step.peak_of(action, device) == 70
+    assert calls == [0, 1, 0]
+
+
+def test_readout_that_picks_wrong_is_an_error(monkeypatch):
+    monkeypatch.setattr(distill, "head_readout", lambda hidden, head: (torch.zeros(len(hidden)).long(), None))
+    with pytest.raises(RuntimeError, match="greatest"):
+        distill.measure_readout(Case(24, 50, 16, soft=False, trained=False), CPU, torch.float32, 1)
+
+
+@pytest.mark.parametrize("all_rows", [False, True])
+def test_plain_step_is_the_same_training(all_rows):
+    """In float32, without autocast: the loss and every gradient."""
+    trainee = train_step.Trainee(train_step.TINY, train_step.TINY_MASK, train_step.TINY_EOS, CPU)
+    batch = train_step.TINY_BATCHES[0]
+    layout = batch.layout()
+    tokens = torch.randint(1, trainee.mask, (batch.size, batch.tokens))
+    teacher = trainee.teacher.float()
+    options = {"mask_token_id": trainee.mask, "eos_token_ids": trainee.eos}
+
+    def gradients(context_of, loss_of):
+        trainee.student.zero_grad()
+        context = context_of(layout)
+        with attention_context(trainee.student, context):
+            loss = loss_of(context)
+            loss.backward()
+        return loss.detach(), [x.grad.clone() for x in trainee.student.parameters()]
+
+    def ours(context):
+        sums = mtp_loss(trainee.student, teacher, tokens, context, **options)
+        return sums.span / sums.rows.sum()
+
+    def plain(context):
+        context.masks[None] = context.bias.float()
+        return train_step.plain_loss(trainee.student, teacher, tokens, context, **options, all_rows=all_rows)
+
+    want, want_grads = gradients(SpanContext, ours)
+    loss, grads = gradients(train_step.DenseContext, plain)
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
+    for a, b in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()) + 1e-8)
+
+
+def test_train_step_runs(fake_gpu_memory):
+    plain, checkpointed = train_step.measure(CPU, quick=False)
+    for table in (plain, checkpointed):
+        assert [row[0] for row in table.rows] == [train_step.OURS, train_step.SPAN_ROWS, train_step.ALL_ROWS]
+        assert [goal.met for goal in table.goals if goal.at_most] == [False, False]
+        assert not table.skipped
+    assert "checkpointing" in checkpointed.caption
+
+
+def test_records_are_what_json_takes():
+    """Spreads and numbers, nothing that the report cannot write."""
+    for table in (*span_attention.measure(CPU, quick=True), *distill.measure(CPU, quick=True)):
+        assert table.records
+        assert all(isinstance(x, (str, int, float, dict, Spread)) for record in table.records for x in record.values())
+
+
+def test_head_of_the_plain_step_bans_the_mask():
+    trainee = train_step.Trainee(train_step.TINY, train_step.TINY_MASK, train_step.TINY_EOS, CPU)
+    layout = train_step.TINY_BATCHES[0].layout()
+    context = train_step.DenseContext(layout)
+    context.masks[None] = context.bias.float()
+    ids = layout.fill(torch.ones(2, 16, dtype=torch.long), trainee.mask)
+    with torch.no_grad(), attention_context(trainee.student, context):
+        some, all_ = (train_step.span_logits(trainee.student, ids, context, trainee.mask, x) for x in (False, True))
+    assert (some[:, trainee.mask] == float("-inf")).all()
+    torch.testing.assert_close(some, all_)
+    assert isinstance(train_step.head_of(trainee.student, trainee.mask), Head)
+
+
+def test_tiles_runs():
+    *spans, hard, soft = tiles.measure(CPU, quick=True)
+    assert [len(table.rows) for table in spans] == [1 + len(tiles.CANDIDATES[kernel]) for kernel in tiles.CANDIDATES]
+    for table in (*spans, hard, soft):
+        assert tiles.SHIPPED in [row[0] for row in table.rows]
+        assert not table.skipped
+
+
+def test_a_candidate_reaches_the_launcher_and_leaves_the_table_alone(monkeypatch):
+    """The tiles that the kernel would take, seen from inside the call."""
+    shape = span_attention.TINY[0]
+    layout = shape.layout()
+    inputs = [span_attention.Inputs.draw(shape, layout.position.shape[1], torch.float32, CPU)]
+    seen = []
+
+    def attend(q, k, v):
+        seen.append(kernels.TILES["dkdv", 4])
+        return q
+
+    before = dict(kernels.TILES)
+    monkeypatch.setattr(span_attention.Way, "both", span_attention.Way.forward)
+    shipped, actions = tiles.span_actions("dkdv", shape, span_attention.Way(attend, inputs))
+    for action in actions.values():
+        action(0)
+    assert before == kernels.TILES
+    taken = [next(x for limit, x in table.items() if shape.dim <= limit) for table in seen]
+    assert taken == [x for x in tiles.CANDIDATES["dkdv"] if x != shipped]

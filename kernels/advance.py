@@ -359,8 +359,7 @@ def _accept(
     # Everything is [B, 1] or [B, 2k - 1], a column a row, as in the kernel.
     tokens = sequences.tokens
     length, pending, limit, status, passes = (
-        x[:, None]
-        for x in (sequences.length, sequences.pending, sequences.limit, sequences.status, sequences.passes)
+        x[:, None] for x in (sequences.length, sequences.pending, sequences.limit, sequences.status, sequences.passes)
     )
     trash = tokens.shape[1] - 1
     o_w = torch.arange(2 * k - 1, device=tokens.device)
@@ -416,7 +415,7 @@ def _plan(sequences: Sequences, rows: Rows, *, k: int, mask_token_id: int) -> No
 
     # Masks that a sequence can use: with m of them a pass reaches m + 1 tokens beyond its standing length.
     masks = (sequences.limit - length - 1).clamp(min=0, max=k - 1) * (sequences.status == RUNNING)
-    if R < B * (2 * k - 1):
+    if B * (2 * k - 1) > R:
         # The highest even level that fits, then one more each to the first that want it.
         spare = R - pending.sum()
         used_at = torch.minimum(masks, torch.arange(k, device=tokens.device)[:, None]).sum(1)  # [k], nondecreasing

@@ -173,7 +173,7 @@ def parse(argv: Sequence[str]) -> Arguments:
 def help_text(everything: bool = False) -> str:
     """What --help prints: our own options and the usual ones of TrainingArguments; --help-all names the others too."""
     lines = [
-        "usage: mtpkern train [CONFIG] [--name value ...]",
+        "usage: mtpkern train [CONFIG] [--name value ...] | --help | --help-all",
         "",
         "CONFIG is a .yaml or .json file of the names below, or a shipped one: " + ", ".join(shipped_configs()) + ".",
         "Flags win over it. Under torchrun or accelerate launch: -m mtpkern.train [CONFIG] [--name value ...].",

@@ -18,10 +18,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-
-from mtpkern.model import record_settings, resolve_mask_token
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PUBLISHED_MASK = "<|mtp_special_token_0|>"
 
@@ -62,6 +62,11 @@ def convert(
 
         convert("path/of/L3.1-8B-Magpie-MTP", Path("llama-mtp"), preset="llama-magpie")  # 128259
     """
+    # Imported here, so that --help and a mistyped option answer at once.
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from mtpkern.model import record_settings, resolve_mask_token
+
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}")
     if target.exists():

@@ -90,6 +90,7 @@ class MTPConfig(TrainingArguments):
     )
     teacher_dtype: str | None = field(default=None, metadata={"help": "The teacher is cast to it; as loaded if None."})
     save_dtype: str = field(default="float32", metadata={"help": "Of the final checkpoint that save_model writes."})
+    data_seed: int | None = field(default=None, metadata={"help": "Of the data's order; seed unless given."})
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "DDP's search for weights without a gradient; every step here uses all."}
     )
@@ -584,7 +585,7 @@ class MTPTrainer(Trainer):
         if self.is_fsdp_enabled:
             # Gathered on rank 0, one after the other.
             whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            state = get_model_state_dict(self.model, options=whole)
+            state = cast(dict[str, Tensor], get_model_state_dict(self.model, options=whole))
         if not self.args.should_save:
             return
         plain = merged(core) if isinstance(core, PeftModel) else core

@@ -71,7 +71,7 @@ gpu: ## On a GPU, within nine minutes: its tests, then every benchmark; tables a
 	  fi; \
 	done; \
 	echo "neither $(PYTHON) nor $(BIN)/python has torch with CUDA and transformers: installing"; \
-	$(MAKE) install && exec $(BIN)/python bench/gpu.py $(GPU_ARGS)
+	make install PYTHON=$(PYTHON) VENV=$(VENV) && exec $(BIN)/python bench/gpu.py $(GPU_ARGS)
 
 $(OLDEST)/.installed: constraints.txt pyproject.toml setup.py Makefile
 	$(call make_venv,$(OLDEST))

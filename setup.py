@@ -11,5 +11,5 @@ setup(
         "mtpkern.train": "train",
         "mtpkern.bench": "bench",
     },
-    package_data={"mtpkern": ["py.typed", "assets/**"]},
+    package_data={"mtpkern": ["py.typed", "assets/**"], "mtpkern.train": ["configs/*.yaml"]},
 )

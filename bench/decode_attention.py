@@ -135,11 +135,10 @@ def deferred(make: Callable[[], Action]) -> Action:
 def times(shape: Shape, device: torch.device, *, flex: bool) -> tuple[dict[str, Spread], list[str]]:
     """Microseconds of each way at a shape, and what was left out."""
     case = Case(shape, device)
-    ours = {OURS: case.attend(decode_attention)}
+    ours = {OURS: case.attend(decode_attention), INVARIANT: case.attend(decode_attention, batch_invariant=True)}
     theirs: dict[str, Action] = {SDPA: case.sdpa, FLASH: deferred(case.flash)}
     if device.type == "cuda":
         ours[UNSPLIT] = case.attend(decode_attention_triton, splits=1)
-        ours[INVARIANT] = case.attend(decode_attention, batch_invariant=True)
     if flex:
         theirs[FLEX] = deferred(case.flex)
     return race(ours, theirs, device, calls=case.n)

@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Part:
-    """A benchmark, and the seconds that its short and its whole grid may take."""
+    """A benchmark, and the seconds that its short and its whole grid may take; 0 leaves a grid out."""
 
     name: str
     quick: float
@@ -51,6 +51,7 @@ PARTS = (
     Part("distill", 50, 60),
     Part("train_step", 60, 75),
     Part("kv_write", 30, 40),
+    Part("tiles", 0, 120),
 )
 TESTS_LIMIT = 170.0
 TESTS, SHORT, WHOLE = "tests", "short grid", "whole grid"
@@ -219,6 +220,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts = [part for part in PARTS if part.name in args.parts]
     for whole in (False, True):
         for part in parts:
+            limit = part.whole if whole else part.quick
+            if not limit:
+                continue
             what = f"{part.name}, {WHOLE if whole else SHORT}"
             left = end - time.monotonic() - GRACE
             if left < 10:
@@ -226,8 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 continue
             command = [sys.executable, "-m", f"mtpkern.bench.{part.name}", "--device", args.device]
             command += ["--results", str(work / what)] + ([] if whole else ["--quick"])
-            limit = min(part.whole if whole else part.quick, left)
-            outcome = supervise(what, command, limit, cwd=links, log=work / "log", **environment)
+            outcome = supervise(what, command, min(limit, left), cwd=links, log=work / "log", **environment)
             results.take(part.name, work / what)
             finish(outcome)
         if dry_run:

@@ -7,9 +7,11 @@ are sure of nothing, so where tokens per second are wanted a pattern of acceptan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import isnan
 from typing import Any
 from unittest.mock import patch
 
@@ -18,20 +20,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mtpkern.attention import attention_context
-from mtpkern.bench.harness import Spread, interleaved
+from mtpkern.bench.harness import Spread
 from mtpkern.bench.report import Goal, Table, run
-from mtpkern.bench.timing import Action, free, peak, reason, timed
+from mtpkern.bench.timing import Action, free, peak, timed
 from mtpkern.decoder import Decoder
-from mtpkern.generation import generate
 from mtpkern.kernels.readout import readout
 from mtpkern.strategies import ConfAdapt, Static, Strategy
 
 _QWEN3 = {"head_dim": 128, "num_key_value_heads": 8, "vocab_size": 151_936, "tie_word_embeddings": True}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "Qwen3-0.6B": (
-        "qwen3",
-        {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16} | _QWEN3,
-    ),
     "Qwen3-4B": (
         "qwen3",
         {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32} | _QWEN3,
@@ -48,6 +45,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "vocab_size": 128_256,
             "tie_word_embeddings": False,
         },
+    ),
+    "Qwen3-0.6B": (
+        "qwen3",
+        {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16} | _QWEN3,
     ),
 }
 # What a CPU rehearses with, under the same names.
@@ -107,7 +108,8 @@ class Stand:
     the rows hold. Another stand of the same B and L may share the caches of the first.
 
     `accepted` imposes on ConfAdapt how many tokens a pass keeps of every sequence: the readout runs as it is, then so
-    many predictions are made sure and the others not, which adds a few small launches to the pass.
+    many predictions are made sure and the others not, which adds a few small launches to the pass. Other
+    options are the decoder's.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class Stand:
         *,
         accepted: int | None = None,
         share: Stand | None = None,
+        **options: Any,
     ) -> None:
         room = _PASSES * 16
         self.at = at
@@ -132,6 +135,7 @@ class Stand:
             capacity=at.L + room,
             max_new_tokens=room,
             rows=at.R,
+            **options,
         )
         prompt = torch.randint(2, model.config.vocab_size, (at.B, _PROMPT), device=model.device)
         self.decoder.prefill(prompt)
@@ -236,15 +240,10 @@ def pass_table(name: str, model: PreTrainedModel, quick: bool) -> Table:
     rows, records = [], []
     spent: dict[Point, Spread] = {}
     bodies: dict[Point, Spread] = {}
+    syncs = float("nan")
     for group in points(name, device, quick):
-        stands: list[Stand] = []
-        for at in group:
-            stands.append(Stand(model, at, Static(at.k), share=stands[0] if stands else None))
-        actions: dict[str, Action] = {}
-        for stand in stands:
-            actions |= {f"{stand.at} whole": stand.step, f"{stand.at} body": stand.body}
-        with attention_context(model, Body()):
-            found = timed(actions, device, reset=partial(_reset, stands))
+        found, syncs = _pass_times(model, group)
+        free(device)
         for at in group:
             spent[at], bodies[at] = found[f"{at} whole"], found[f"{at} body"]
             least = floor(model, at)
@@ -253,16 +252,46 @@ def pass_table(name: str, model: PreTrainedModel, quick: bool) -> Table:
             cells = (spent[at].text(0), f"{over:.2f}", f"{least:.0f}", f"{least / spent[at].median:.0%}")
             rows.append((str(at.B), str(at.L), str(at.R), *cells, bodies[at].text(0), f"{ours:.1%}"))
             records.append({**vars(at), "us": spent[at], "body_us": bodies[at], "floor_us": least, "ours": ours})
-        del stands, actions
-        free(device)
     note = (
         f"bf16, random weights, µs in a graph, median (least–greatest); every row in use. Floor: weights, keys and "
         f"values read once, or the products; {peak(device).source}. body: the same rows through the model with an "
         "attention that returns its queries and no readout; ours: what the pass takes beyond that, which is attention, "
         "KV write, readout and advance."
     )
+    goals = _pass_goals(name, model, spent, bodies)
+    if not isnan(syncs):
+        goals.append(Goal(f"{name}: host syncs in a step", 0, syncs, "", at_most=True))
     header = ("batch", "context", "rows", "pass", "× token by token", "floor", "share", "body", "ours")
-    return Table(f"A pass of {name}", note, header, rows, records, _pass_goals(name, model, spent, bodies))
+    return Table(f"A pass of {name}", note, header, rows, records, goals)
+
+
+def _pass_times(model: PreTrainedModel, group: Sequence[Point]) -> tuple[dict[str, Spread], float]:
+    """Times of a group's passes, whole and body, and the host syncs of one; its caches are gone on return."""
+    stands: list[Stand] = []
+    for at in group:
+        stands.append(Stand(model, at, Static(at.k), share=stands[0] if stands else None))
+    actions: dict[str, Action] = {}
+    for stand in stands:
+        actions |= {f"{stand.at} whole": stand.step, f"{stand.at} body": stand.body}
+    with attention_context(model, Body()):
+        found = timed(actions, model.device, reset=partial(_reset, stands))
+        return found, host_syncs(stands[-1])
+
+
+def host_syncs(stand: Stand) -> float:
+    """How often the host waits for the device in a step that runs without a graph; NaN on a CPU, which never does."""
+    if stand.model.device.type != "cuda":
+        return float("nan")
+    stand.reset()
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            stand.step(0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return float(sum("called a synchronizing" in str(w.message) for w in caught))
 
 
 def _reset(stands: Sequence[Stand]) -> None:
@@ -294,11 +323,8 @@ def tokens_table(name: str, model: PreTrainedModel, quick: bool) -> Table:
     rows, records, goals = [], [], []
     for B in batches:
         budgets = sorted({B * K, B * 10, B * 12, B * (2 * K - 1)})
-        plain = Stand(model, Point(B, L, 1, B), Static(1))
-        stands = [Stand(model, Point(B, L, K, R), ConfAdapt(K, 0.5), accepted=ACCEPTED, share=plain) for R in budgets]
-        actions: dict[str, Action] = {"plain": plain.step, **{str(stand.at.R): stand.step for stand in stands}}
-        with attention_context(model, Body()):
-            found = timed(actions, device, reset=partial(_reset, [plain, *stands]))
+        found = _tokens_times(model, B, L, budgets)
+        free(device)
         slow = B / found["plain"].median * 1e6
         rows.append((str(B), "token by token", str(B), found["plain"].text(0), f"{slow:.0f}", "1"))
         records.append({"B": B, "R": B, "accepted": 1, "us": found["plain"]})
@@ -312,8 +338,6 @@ def tokens_table(name: str, model: PreTrainedModel, quick: bool) -> Table:
         if B == 16 and name == "Llama-3.1-8B":
             what = f"{name}, batch 16, k = {K}, {ACCEPTED} tokens a pass: tokens/s over token by token, best budget"
             goals.append(Goal(what, 2.0, max(ratios), "×"))
-        del plain, stands, actions
-        free(device)
     note = (
         f"{L} tokens of context, k = {K}, bf16, random weights; µs a pass in a graph, median (least–greatest). The "
         f"acceptance of {ACCEPTED} tokens a pass is imposed. Token by token is Static(1) by the same code."
@@ -322,46 +346,22 @@ def tokens_table(name: str, model: PreTrainedModel, quick: bool) -> Table:
     return Table(f"Tokens per second of {name}", note, header, rows, records, goals)
 
 
-def generate_table(name: str, model: PreTrainedModel) -> Table:
-    """Wall-clock tokens per second of one prompt: Hugging Face's generate as people call it, and ours."""
-    device = model.device
-    n = 4 if device.type == "cpu" else 128
-    ids = torch.randint(2, model.config.vocab_size, (1, 4 * n), device=device)
-    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": n, "do_sample": False}
-    ways: dict[str, Callable[[], object]] = {
-        "mtpkern.generate, Static(1)": partial(generate, model, ids, strategy=Static(1), **options),
-        "HF generate": partial(model.generate, ids, **options),
-        "HF generate, static cache, compiled": partial(model.generate, ids, cache_implementation="static", **options),
-    }
-    running, skipped = {}, []
-    for way, call in ways.items():
-        try:
-            for _ in range(2):  # compiles
-                call()
-            running[way] = call
-        except Exception as error:  # a foreign compiler's
-            if way.startswith("mtpkern"):
-                raise
-            skipped.append(f"{way}: {reason(error)}")
-    found = interleaved(running, 2 if device.type == "cpu" else 5, device, warm_up=0)
-    rows, records = [], []
-    for way, spread in found.items():
-        rate = n / spread.median * 1e3
-        rows.append((way, spread.text(1), f"{rate:.1f}"))
-        records.append({"way": way, "ms": spread, "tokens_per_second": rate})
-    note = f"Batch 1, {4 * n} prompt tokens, {n} new ones; ms of the whole call on the host's clock, prefill included."
-    return Table(f"Token by token with {name}", note, ("way", "ms", "tokens/s"), rows, records, skipped=skipped)
+def _tokens_times(model: PreTrainedModel, B: int, L: int, budgets: Sequence[int]) -> dict[str, Spread]:
+    """Times of a pass token by token ("plain") and with each row budget."""
+    plain = Stand(model, Point(B, L, 1, B), Static(1))
+    stands = [Stand(model, Point(B, L, K, R), ConfAdapt(K, 0.5), accepted=ACCEPTED, share=plain) for R in budgets]
+    actions: dict[str, Action] = {"plain": plain.step, **{str(stand.at.R): stand.step for stand in stands}}
+    with attention_context(model, Body()):
+        return timed(actions, model.device, reset=partial(_reset, [plain, *stands]))
 
 
-def measure(device: torch.device, quick: bool, names: Sequence[str] = tuple(CONFIGS)) -> Iterator[Table]:
-    """Passes of each model; tokens per second of the largest; unless quick, Hugging Face's generate."""
-    for name in names:
+def measure(device: torch.device, quick: bool) -> Iterator[Table]:
+    """Passes of each model; tokens per second of the largest."""
+    for name in CONFIGS:
         model = build(name, device)
         yield pass_table(name, model, quick)
         if name == "Llama-3.1-8B":
             yield tokens_table(name, model, quick)
-        if name == "Qwen3-4B" and not quick:
-            yield generate_table(name, model)
         del model
         free(device)
 

@@ -188,12 +188,21 @@ def _in_turns(
 def _captured(action: Action, calls: int, device: torch.device) -> _Run:
     """The action's calls as a graph's replay, and how many calls it holds."""
     single = _warm(action, device)
-    calls = max(calls, min(_MOST_CALLS, int(_REPLAY / single) + 1))
+    calls = max(calls, min(_MOST_CALLS, int(_REPLAY / max(single, 1e-6)) + 1))
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(calls):
-            action(i)
+    try:
+        # Leaving a capture that has failed does not bring the stream back; leaving this does.
+        with torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(graph):
+            for i in range(calls):
+                action(i)
+    except Exception:
+        _failed.append(graph)
+        raise
     return graph.replay, calls
+
+
+# Captures that failed stay registered with torch's allocator, which asks their graphs about it later on.
+_failed: list[torch.cuda.CUDAGraph] = []
 
 
 def _warm(action: Action, device: torch.device) -> float:

@@ -95,6 +95,12 @@ class Rows:
         seq, position, slot, token = torch.zeros(4, rows, dtype=torch.int64, device=device)
         return cls(seq, position, slot, token, torch.zeros(batch + 1, dtype=torch.int64, device=device))
 
+    def first(self, rows: int) -> Rows:
+        """The first `rows` of these, in the same memory; all of them where there are no more."""
+        if rows >= len(self.seq):
+            return self
+        return Rows(self.seq[:rows], self.position[:rows], self.slot[:rows], self.token[:rows], self.start)
+
 
 if find_spec("triton"):
     import triton
@@ -318,8 +324,50 @@ def advance(
         token, confidence = readout(logits, mask_token_id)
         advance(sequences, rows, token, confidence, threshold, stop_ids, k=8, verify=True, mask_token_id=mask_token_id)
     """
+    if torch.compiler.is_compiling():
+        state = *vars(sequences).values(), *vars(rows).values()
+        _advance_op(*state, token, confidence, threshold, stop_ids, k, verify, mask_token_id)
+        return
     form = advance_triton if token.is_cuda else advance_reference
     form(sequences, rows, token, confidence, threshold, stop_ids, k=k, verify=verify, mask_token_id=mask_token_id)
+
+
+@torch.library.custom_op(
+    "mtpkern::advance",
+    mutates_args=(
+        *("tokens", "length", "pending", "status", "passes", "blocks"),
+        *("row_seq", "row_position", "row_slot", "row_token", "row_start"),
+    ),
+)
+def _advance_op(
+    tokens: Tensor,
+    length: Tensor,
+    pending: Tensor,
+    limit: Tensor,
+    status: Tensor,
+    passes: Tensor,
+    blocks: Tensor,
+    row_seq: Tensor,
+    row_position: Tensor,
+    row_slot: Tensor,
+    row_token: Tensor,
+    row_start: Tensor,
+    token: Tensor,
+    confidence: Tensor,
+    threshold: Tensor,
+    stop_ids: Tensor,
+    k: int,
+    verify: bool,
+    mask_token_id: int,
+) -> None:
+    sequences = Sequences(tokens, length, pending, limit, status, passes, blocks)
+    rows = Rows(row_seq, row_position, row_slot, row_token, row_start)
+    advance(sequences, rows, token, confidence, threshold, stop_ids, k=k, verify=verify, mask_token_id=mask_token_id)
+
+
+@_advance_op.register_fake
+def _(*args: object) -> None:
+    pass
 
 
 def advance_reference(
@@ -339,11 +387,6 @@ def advance_reference(
     _plan(sequences, rows, k=k, mask_token_id=mask_token_id)
 
 
-def _leading(true: Tensor) -> Tensor:
-    """How many entries of each row are true before the first false one: [B, n] bool -> [B] int64."""
-    return true.long().cumprod(1).sum(1)
-
-
 def _accept(
     sequences: Sequences,
     row_start: Tensor,
@@ -355,89 +398,81 @@ def _accept(
     k: int,
     verify: bool,
 ) -> None:
-    tokens, length, pending, limit, status = (
-        sequences.tokens,
-        sequences.length,
-        sequences.pending,
-        sequences.limit,
-        sequences.status,
+    # Everything is [B, 1] or [B, 2k - 1], a column a row, as in the kernel.
+    tokens = sequences.tokens
+    length, pending, limit, status, passes = (
+        x[:, None] for x in (sequences.length, sequences.pending, sequences.limit, sequences.status, sequences.passes)
     )
     trash = tokens.shape[1] - 1
-    o_w = torch.arange(2 * k - 1, device=tokens.device)  # a sequence brings at most 2k - 1 rows
-    o_k = o_w[:k]
+    o_w = torch.arange(2 * k - 1, device=tokens.device)
+    o_row = row_start[:-1, None] + o_w
+    no_row = o_row >= row_start[1:, None]
+    o_row = o_row.clamp(max=token.shape[0] - 1)
+    y = token[o_row]
+    c = confidence[o_row].masked_fill_(no_row, -torch.inf)
+    fault = c.isnan().any(1, keepdim=True)
 
-    count = row_start.diff()[:, None]
-    o_row = (row_start[:-1, None] + o_w).clamp(max=token.shape[0] - 1)
-    y, c = token[o_row], confidence[o_row]  # [B, 2k - 1]
-    running = status == RUNNING
-    fault = running & (c.isnan() & (o_w < count)).any(1)
-    running = running & ~fault
+    # How many columns stand from the left: drafts that are confirmed, the last pending row, masks above the threshold.
+    first, last = length - pending, pending - 1
+    position = first + 1 + o_w
+    sure = c > threshold
+    if verify:
+        same = y == tokens.gather(1, position.clamp(max=trash))
+        stands = torch.where(o_w < last, same, sure | (o_w == last))
+        leading = stands.long().cumprod(1).sum(1, keepdim=True)
+        trusted = torch.minimum(leading, last)
+    else:
+        leading = (sure | (o_w < last)).long().cumprod(1).sum(1, keepdim=True)
+        trusted = last
+    reach = torch.maximum(leading, trusted + 1)  # the columns from `trusted` up to here are kept
 
-    first = length - pending
-    if verify:
-        x = tokens.gather(1, (first[:, None] + 1 + o_w).clamp(max=trash))
-        trusted = _leading((y == x) & (o_w < pending[:, None] - 1))
-    else:
-        trusted = pending - 1
-    o_candidate = trusted[:, None] + o_k
-    masks_count = (trusted == pending - 1)[:, None] & (o_candidate < count)
-    o_candidate = o_candidate.clamp(min=0, max=2 * k - 2)  # a finished sequence has no row: trusted may be -1
-    sure = (c.gather(1, o_candidate) > threshold) & masks_count
-    if verify:
-        kept = 1 + _leading(sure[:, 1:])
-    else:
-        kept = _leading(sure).clamp(min=1)
+    active = status == RUNNING
+    running = active & ~fault
+    keep = (o_w >= trusted) & (o_w < reach) & (position < limit) & running
+    tokens.scatter_(1, torch.where(keep, position, trash), y)
 
     start = first + trusted + 1
-    o_new = start[:, None] + o_k
-    write = running[:, None] & (o_k < kept[:, None]) & (o_new < limit[:, None])
-    tokens.scatter_(1, torch.where(write, o_new, trash), y.gather(1, o_candidate))
-
     emitted_before = first + 1 if verify else length
-    end = torch.minimum(start + 1 if verify else start + kept, limit)
-    o_out = emitted_before[:, None] + o_k  # a pass emits at most k tokens, in either form
-    out = tokens.gather(1, o_out.clamp(max=trash))
-    stop = (out[:, :, None] == stop_ids).any(2) & (o_out < end[:, None])
-    stopped = stop.any(1)
-    end = torch.where(stopped, emitted_before + _leading(~stop) + 1, end)
-
-    finished = stopped | (end >= limit)
-    length_next = torch.where(finished, end, torch.minimum(start + kept, limit))
-    pending_next = torch.where(finished, 0, length_next - start)
-    status_next = torch.where(stopped, STOPPED, torch.where(finished, LIMIT, RUNNING))
-
-    o_pass = torch.where(running, sequences.passes, sequences.blocks.shape[1] - 1)
-    sequences.blocks.scatter_(1, o_pass[:, None], (end - emitted_before)[:, None])
-    sequences.passes.add_(running)
-    status.copy_(torch.where(running, status_next, torch.where(fault, FAULT, status)))
+    end = torch.minimum(start + 1 if verify else first + 1 + reach, limit)
+    emitted = position >= emitted_before
+    stop = (y[:, :, None] == stop_ids).any(2) & emitted
+    stop_end = torch.where(stop, position + 1, trash + 1).amin(1, keepdim=True)
+    stopped = stop_end <= end
     # A faulty sequence ends where its emitted tokens end: the drafts of a verified one are dropped.
-    length.copy_(torch.where(running, length_next, torch.where(fault, emitted_before, length)))
-    pending.copy_(torch.where(running, pending_next, 0))
+    end = torch.where(fault, emitted_before, torch.minimum(end, stop_end))
+
+    finished = stopped | fault | (end >= limit)
+    length_next = torch.where(finished, end, torch.minimum(first + 1 + reach, limit))
+    ending = torch.where(fault, FAULT, torch.where(stopped, STOPPED, LIMIT))
+    sequences.blocks.scatter_(1, torch.where(running, passes, sequences.blocks.shape[1] - 1), end - emitted_before)
+    passes.add_(running)
+    pending.copy_((length_next - start) * (active & ~finished))
+    length.copy_(torch.where(active, length_next, length))
+    status.copy_(torch.where(active & finished, ending, status))
 
 
 def _plan(sequences: Sequences, rows: Rows, *, k: int, mask_token_id: int) -> None:
     tokens, length, pending = sequences.tokens, sequences.length, sequences.pending
-    R, trash = rows.seq.shape[0], tokens.shape[1] - 1
+    B, R, trash = length.shape[0], rows.seq.shape[0], tokens.shape[1] - 1
 
     # Masks that a sequence can use: with m of them a pass reaches m + 1 tokens beyond its standing length.
-    running = sequences.status == RUNNING
-    want = torch.where(running, (sequences.limit - length - 1).clamp(min=0, max=k - 1), 0)
-    spare = R - pending.sum()
-    # The highest even level that fits, then one more each to the first that want it.
-    used_at = torch.minimum(want, torch.arange(k, device=tokens.device)[:, None]).sum(1)  # [k], nondecreasing
-    level = (used_at <= spare).sum(0, keepdim=True) - 1
-    hungry = want > level
-    extra = hungry & (hungry.cumsum(0) <= spare - used_at.gather(0, level))
-    masks = torch.minimum(want, level) + extra
+    masks = (sequences.limit - length - 1).clamp(min=0, max=k - 1) * (sequences.status == RUNNING)
+    if B * (2 * k - 1) > R:
+        # The highest even level that fits, then one more each to the first that want it.
+        spare = R - pending.sum()
+        used_at = torch.minimum(masks, torch.arange(k, device=tokens.device)[:, None]).sum(1)  # [k], nondecreasing
+        level = (used_at <= spare).sum(0, keepdim=True) - 1
+        hungry = masks > level
+        extra = hungry & (hungry.cumsum(0) <= spare - used_at.gather(0, level))
+        masks = torch.minimum(masks, level) + extra
 
     rows.start[1:] = (pending + masks).cumsum(0)
     o_r = torch.arange(R, device=tokens.device)
-    seq = torch.searchsorted(rows.start[1:], o_r, right=True).clamp(max=length.shape[0] - 1)
-    offset = o_r - rows.start[seq]
-    in_use = o_r < rows.start[-1]
-    position = torch.where(in_use, (length - pending)[seq] + offset, 0)
+    unused = o_r >= rows.start[-1]
+    seq = torch.searchsorted(rows.start[1:], o_r, right=True).clamp_(max=B - 1)
+    position = (o_r + (length - pending - rows.start[:-1])[seq]).masked_fill_(unused, 0)
+    known = torch.where(position < length[seq], tokens[seq, position], mask_token_id)
     rows.seq.copy_(seq)
     rows.position.copy_(position)
-    rows.slot.copy_(torch.where(in_use, position, trash))
-    known = torch.where(in_use & (offset < pending[seq]), tokens[seq, position], mask_token_id)
-    rows.token.copy_(torch.where(in_use, known, 0))
+    rows.slot.copy_(position.masked_fill(unused, trash))
+    rows.token.copy_(known.masked_fill_(unused, 0))

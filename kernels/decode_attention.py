@@ -243,12 +243,18 @@ def _tile(entries: int, D: int, element_size: int, shared_memory: int) -> tuple[
 
     Chosen by what the compiler reports (python -m mtpkern.bench.aot), not by timing.
     """
-    large = shared_memory >= 160 << 10
-    # The queries' tile stays in shared memory. Float32 brings its parts along: three products in TF32.
-    most = (64 << 10 if large else 32 << 10) // (D * element_size * (2 if element_size == 4 else 1))
+    large = shared_memory >= 200 << 10  # where wgmma and tcgen05 take operands, or sums, off the registers
+    # Most rows of a tile, and the elements up to which it takes 4 warps.
+    if element_size == 4:
+        # Three products in TF32 take three parts of the queries' tile, all of them in registers.
+        most, light = 2048 // D, 2048
+    else:
+        # The queries' tile stays in shared memory.
+        most, light = (64 << 10 if large else 32 << 10) // (D * element_size), 8192 if large else 2048
     BLOCK_M = max(16, min(triton.next_power_of_2(entries), most, 128))
-    BLOCK_N = max(16, min(64, 16384 // (D * element_size)))
-    return BLOCK_M, BLOCK_N, 8 if BLOCK_M == 128 else 4, 3 if large else 2
+    BLOCK_N = max(16, min(128, 16384 // D) // element_size)
+    num_warps = 8 if BLOCK_M == 128 or light < BLOCK_M * D else 4
+    return BLOCK_M, BLOCK_N, num_warps, 3 if shared_memory >= 160 << 10 else 2
 
 
 def decode_attention_triton(
@@ -284,8 +290,11 @@ def decode_attention_triton(
         # Two programs for each processor.
         splits = min(triton.cdiv(2 * processors, B * Hkv * TILES), triton.cdiv(C, BLOCK_N), 64)
 
-    # One pass of TF32 would lose half of float32's digits, three keep nearly all; AMD multiplies float32 as it is.
-    precision = ("ieee" if torch.version.hip else "tf32x3") if query.dtype == torch.float32 else None
+    # One pass of TF32 would lose half of float32's digits, three keep nearly all, but their parts of the widest heads
+    # fit no register file. AMD multiplies float32 as it is.
+    precision = None
+    if query.dtype == torch.float32:
+        precision = "ieee" if torch.version.hip or BLOCK_D > 128 else "tf32x3"
     split = splits > 1
     out = query.new_empty(R, Hq, D_V)
     part = query.new_empty(splits, R, Hq, D_V, dtype=torch.float32) if split else out[None]
@@ -376,6 +385,21 @@ def decode_attention(
 
         out = decode_attention(q, k_cache, v_cache, plan.seq, plan.slot, plan.start, max_rows=15, scale=D**-0.5)
     """
+    if torch.compiler.is_compiling():
+        return _decode_attention_op(
+            query,
+            k_cache,
+            v_cache,
+            row_seq,
+            row_slot,
+            row_start,
+            max_rows,
+            scale,
+            window,
+            softcap,
+            sinks,
+            batch_invariant,
+        )
     if query.is_cuda and query.dtype != torch.float64:
         return decode_attention_triton(
             query,
@@ -405,6 +429,42 @@ def decode_attention(
         sinks=sinks,
         memo=memo,
     )
+
+
+@torch.library.custom_op("mtpkern::decode_attention", mutates_args=())
+def _decode_attention_op(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    row_seq: Tensor,
+    row_slot: Tensor,
+    row_start: Tensor,
+    max_rows: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    batch_invariant: bool,
+) -> Tensor:
+    return decode_attention(
+        query,
+        k_cache,
+        v_cache,
+        row_seq,
+        row_slot,
+        row_start,
+        max_rows=max_rows,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        batch_invariant=batch_invariant,
+    )
+
+
+@_decode_attention_op.register_fake
+def _(query: Tensor, k_cache: Tensor, v_cache: Tensor, *args: object) -> Tensor:
+    return query.new_empty(*query.shape[:2], v_cache.shape[3])
 
 
 @dataclass(frozen=True)

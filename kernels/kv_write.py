@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 if find_spec("triton"):
@@ -61,6 +62,8 @@ def kv_write_triton(
     """`kv_write` in one launch: a program copies a row's heads, all of them up to 4,096 elements."""
     R, Hkv, D_K = key.shape
     D_V = value.shape[-1]
+    # One sequence's index may come expanded, with a stride of 0, which the kernel would not know.
+    row_seq, row_slot = row_seq.contiguous(), row_slot.contiguous()
     BLOCK_K, BLOCK_V = triton.next_power_of_2(D_K), triton.next_power_of_2(D_V)
     BLOCK_H = min(triton.next_power_of_2(Hkv), max(1, 4096 // max(BLOCK_K, BLOCK_V)))
     _kv_write_kernel[(R, triton.cdiv(Hkv, BLOCK_H))](
@@ -90,10 +93,24 @@ def kv_write(k_cache: Tensor, v_cache: Tensor, key: Tensor, value: Tensor, row_s
 
         kv_write(k_cache, v_cache, key, value, torch.tensor([0, 0, 1]), torch.tensor([7, 8, 3]))
     """
-    if key.is_cuda:
+    if torch.compiler.is_compiling():
+        _kv_write_op(k_cache, v_cache, key, value, row_seq, row_slot)
+    elif key.is_cuda:
         kv_write_triton(k_cache, v_cache, key, value, row_seq, row_slot)
     else:
         kv_write_reference(k_cache, v_cache, key, value, row_seq, row_slot)
+
+
+@torch.library.custom_op("mtpkern::kv_write", mutates_args=("k_cache", "v_cache"))
+def _kv_write_op(
+    k_cache: Tensor, v_cache: Tensor, key: Tensor, value: Tensor, row_seq: Tensor, row_slot: Tensor
+) -> None:
+    kv_write(k_cache, v_cache, key, value, row_seq, row_slot)
+
+
+@_kv_write_op.register_fake
+def _(k_cache: Tensor, v_cache: Tensor, key: Tensor, value: Tensor, row_seq: Tensor, row_slot: Tensor) -> None:
+    pass
 
 
 def kv_write_reference(

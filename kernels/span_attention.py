@@ -10,16 +10,17 @@ The Triton form keeps lse_r, log2 of the denominator, and in backward computes p
     dv_j = sum_r p_rj do_r        delta_r = do_r . out_r        ds_rj = p_rj (do_r . v_j - delta_r) softcap'
     dq_r = scale sum_j ds_rj k_j  dk_j = scale sum_r ds_rj q_r  dsink = -sum_r exp2(log2(e) sink - lse_r) delta_r
 
-What a tile of rows sees follows from its three integers a row: tiles of keys that all its rows see run without a mask,
-those at the ends of prefixes and in spans with it, all others are skipped. There is no mask tensor, nothing waits for
-the host, and lengths, offsets and k are data that no kernel is compiled for. Sums run in a fixed order, without
-atomics: equal inputs give equal bits. Any layout is computed rightly; spans sorted by prefix make the loops short.
+What a tile of rows sees follows from its integers: tiles of keys that all its rows see run without a mask, those at the
+ends of prefixes and in spans with it, all others are skipped. There is no mask tensor, nothing waits for the host, and
+lengths, offsets and k are data that no kernel is compiled for. Sums run in a fixed order, without atomics: equal inputs
+give equal bits. Any layout is computed rightly; spans sorted by prefix make the loops short.
 
-Shapes   query [B, Hq, T, D];  key, value [B, Hkv, T, D];  position, prefix_end, span_start [B, T];  sinks [Hq]
-         out [B, T, Hq, D];  lse, delta [B, Hq, T] float32
+Shapes   query [B, Hq, T, D];  key, value [B, Hkv, T, D];  position, prefix_end, span_start, span_end [B, T]
+         sinks [Hq];  out [B, T, Hq, D];  lse, delta [B, Hq, T] float32
 Traffic  forward reads q, k, v and writes out, 2 T D (Hq + Hkv) elements a sequence, backward twice that; the torch
-         form builds the boolean mask [B, T, T] besides
-FLOPs    4 Hq D a visible pair forward, 10 Hq D backward; the Triton form computes scores and do . v twice, 14 Hq D
+         form builds the mask [B, T, T] and weights [B, Hq, T, T] besides
+FLOPs    4 Hq D a visible pair forward, 10 Hq D backward; the Triton form computes scores and do . v twice, 14 Hq D.
+         A head dimension that is no power of two is computed as the next one
 Source   arXiv 2602.06019 (mask); tiles and recomputation after FlashAttention-2, arXiv 2307.08691; softcap as in
          Gemma 2, sinks as in gpt-oss
 """
@@ -29,12 +30,12 @@ Source   arXiv 2602.06019 (mask); tiles and recomputation after FlashAttention-2
 from __future__ import annotations
 
 from importlib.util import find_spec
+from math import e, log2
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mtpkern.kernels.span_mask import span_mask
 
@@ -46,109 +47,73 @@ if find_spec("triton"):
     # Above every row and every tile.
     FAR = tl.constexpr(1 << 30)
 
-    # A block [rows, D] is a tuple of one or two blocks of columns, D0 and D1 wide, powers of two: 96 is 64 + 32.
+    # A block is [ROWS, BD]: BD columns, a power of two, of which the first D exist.
 
     @triton.jit
-    def _pointers(x, start, s_row, ROWS: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr):
-        """Pointers [ROWS, COLUMNS]; 64 bits as far as the tile, because start * s_row can pass 2^31."""
-        o_d = FIRST + tl.arange(0, COLUMNS)
-        return x + tl.cast(start, tl.int64) * s_row + tl.arange(0, ROWS)[:, None] * s_row + o_d[None, :]
+    def _pointers(x, start, s_row, ROWS: tl.constexpr, BD: tl.constexpr):
+        """Pointers of the block from row `start`; 64 bits as far as the tile, because start * s_row can pass 2^31."""
+        tile = x + tl.cast(start, tl.int64) * s_row
+        return tile + tl.arange(0, ROWS)[:, None] * s_row + tl.arange(0, BD)[None, :]
 
     @triton.jit
-    def _inside(start, T, D: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr):
-        """Which elements of those exist: rows below T, columns below D."""
-        return (start + tl.arange(0, ROWS) < T)[:, None] & (FIRST + tl.arange(0, COLUMNS) < D)[None, :]
+    def _inside(start, T, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+        """Which elements of that block exist: rows below T, columns below D."""
+        return (start + tl.arange(0, ROWS) < T)[:, None] & (tl.arange(0, BD) < D)[None, :]
 
     @triton.jit
-    def _load(
-        x, start, s_row, T, ROWS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALL: tl.constexpr
-    ):
-        """The block of rows from `start`, 0 where there is none; ALL says that its rows all exist."""
-        if ALL and D == D0 + D1:
-            x0 = tl.load(_pointers(x, start, s_row, ROWS, 0, D0))
+    def _load(x, start, s_row, T, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ALL: tl.constexpr):
+        """The block from row `start`, 0 where there is none; ALL says that its rows all exist."""
+        p_x = _pointers(x, start, s_row, ROWS, BD)
+        if ALL and D == BD:
+            return tl.load(p_x)
         else:
-            x0 = tl.load(_pointers(x, start, s_row, ROWS, 0, D0), mask=_inside(start, T, D, ROWS, 0, D0), other=0.0)
-        if D1 == 0:
-            return (x0,)
-        else:
-            p_1 = _pointers(x, start, s_row, ROWS, D0, D1)
-            if ALL and D == D0 + D1:
-                return x0, tl.load(p_1)
-            else:
-                return x0, tl.load(p_1, mask=_inside(start, T, D, ROWS, D0, D1), other=0.0)
+            return tl.load(p_x, mask=_inside(start, T, ROWS, D, BD), other=0.0)
 
     @triton.jit
-    def _store(x, start, s_row, T, block, ROWS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    def _store(x, start, s_row, T, block, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
         """Write a block in the buffer's dtype."""
-        b_0 = block[0].to(x.dtype.element_ty)
-        tl.store(_pointers(x, start, s_row, ROWS, 0, D0), b_0, mask=_inside(start, T, D, ROWS, 0, D0))
-        if D1 > 0:
-            b_1 = block[1].to(x.dtype.element_ty)
-            tl.store(_pointers(x, start, s_row, ROWS, D0, D1), b_1, mask=_inside(start, T, D, ROWS, D0, D1))
-
-    @triton.jit
-    def _zeros(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-        if D1 == 0:
-            return (tl.zeros([ROWS, D0], tl.float32),)
-        else:
-            return tl.zeros([ROWS, D0], tl.float32), tl.zeros([ROWS, D1], tl.float32)
-
-    @triton.jit
-    def _scaled(x, factor):
-        """x * factor, a scalar or a column [rows, 1]."""
-        if len(x) == 1:
-            return (x[0] * factor,)
-        else:
-            return x[0] * factor, x[1] * factor
-
-    @triton.jit
-    def _kept(x, rows):
-        """x with 0 in all other rows."""
-        if len(x) == 1:
-            return (tl.where(rows[:, None], x[0], 0.0),)
-        else:
-            return tl.where(rows[:, None], x[0], 0.0), tl.where(rows[:, None], x[1], 0.0)
-
-    @triton.jit
-    def _row_dot(x, y):
-        """x_r . y_r in float32: [rows]."""
-        s = tl.sum(x[0].to(tl.float32) * y[0].to(tl.float32), 1)
-        for c in tl.static_range(1, len(x)):
-            s += tl.sum(x[c].to(tl.float32) * y[c].to(tl.float32), 1)
-        return s
+        block = block.to(x.dtype.element_ty)
+        tl.store(_pointers(x, start, s_row, ROWS, BD), block, mask=_inside(start, T, ROWS, D, BD))
 
     @triton.jit
     def _outer(x, y):
         """x y^T in float32: [A, D], [B, D] -> [A, B]. "ieee" keeps float32 inputs from being cut to tf32."""
-        s = tl.dot(x[0], tl.trans(y[0]), input_precision="ieee")
-        for c in tl.static_range(1, len(x)):
-            s = tl.dot(x[c], tl.trans(y[c]), s, input_precision="ieee")
-        return s
+        return tl.dot(x, tl.trans(y), input_precision="ieee")
 
     @triton.jit
     def _accumulate(sums, p, x):
         """sums + p x, p rounded to the dtype of x: [A, D] + [A, B] [B, D]."""
-        p = p.to(x[0].dtype)
-        if len(x) == 1:
-            return (tl.dot(p, x[0], sums[0], input_precision="ieee"),)
-        else:
-            s0 = tl.dot(p, x[0], sums[0], input_precision="ieee")
-            return s0, tl.dot(p, x[1], sums[1], input_precision="ieee")
+        return tl.dot(p.to(x.dtype), x, sums, input_precision="ieee")
 
     @triton.jit
     def _rule(layout, first, o_r, T, window):
-        """What rows o_r see: keys lower <= j < end of the prefix, own <= j <= o_r of the span; no row exists from T."""
+        """What rows o_r see: keys lower <= j < end of the prefix, own <= j < stop of the span; no row exists from T."""
         m_r = o_r < T
         position = tl.load(layout[0] + first + o_r, mask=m_r, other=0)
         end = tl.load(layout[1] + first + o_r, mask=m_r, other=0)
         own = tl.where(m_r, tl.load(layout[2] + first + o_r, mask=m_r, other=0), o_r + 1)
+        if len(layout) == 4:
+            stop = tl.load(layout[3] + first + o_r, mask=m_r, other=0)
+        else:
+            stop = o_r + 1
         lower = end - position + o_r - own + tl.maximum(position - window + 1, 0)
-        return tl.maximum(lower, 0), end, tl.maximum(own, o_r - window + 1)
+        return tl.maximum(lower, 0), end, tl.maximum(own, o_r - window + 1), stop
 
     @triton.jit
-    def _visible(lower, end, own, o_r, o_n):
-        """span_mask of rows along one axis and keys along the other."""
-        return ((o_n >= lower) & (o_n < end)) | ((o_n >= own) & (o_n <= o_r))
+    def _visible(rule, o_n, AXIS: tl.constexpr):
+        """span_mask of rows and keys o_n, the keys along AXIS."""
+        lower, end, own, stop = rule
+        o_n = tl.expand_dims(o_n, 1 - AXIS)
+        prefix = (o_n >= tl.expand_dims(lower, AXIS)) & (o_n < tl.expand_dims(end, AXIS))
+        return prefix | ((o_n >= tl.expand_dims(own, AXIS)) & (o_n < tl.expand_dims(stop, AXIS)))
+
+    @triton.jit
+    def _sees(rule):
+        """Which rows see anything."""
+        lower, end, own, stop = rule
+        # The longer of prefix and span, not (lower < end) | (own < stop): where that comparison already chose the
+        # tiles, using it again behind the loop crashes the compiler (triton 3.7.1, sm_90, layout conversions).
+        return tl.maximum(end - lower, stop - own) > 0
 
     @triton.jit
     def _logits(s, scale, softcap, HAS_SOFTCAP: tl.constexpr):
@@ -161,27 +126,19 @@ if find_spec("triton"):
             return s * (scale * LOG2_E), 1.0
 
     @triton.jit
-    def _sees(rule, o_r):
-        """Which rows see anything."""
-        lower, end, own = rule
-        # The longer of prefix and span, not (lower < end) | (own <= o_r): where that comparison already chose the
-        # tiles, using it again behind the loop crashes the compiler (triton 3.7.1, sm_90, layout conversions).
-        return tl.maximum(end - lower, o_r + 1 - own) > 0
-
-    @triton.jit
-    def _key_tiles(rule, o_r, KEYS: tl.constexpr):
+    def _key_tiles(rule, KEYS: tl.constexpr):
         """Tiles of keys that a tile of rows sees: prefix [p0, p1), of it [f0, f1) without a mask, spans [s0, s1).
 
         Rows that see nothing do not count for f0 and f1: what they compute is thrown away.
         """
-        lower, end, own = rule
+        lower, end, own, stop = rule
         prefix = lower < end
-        span = own <= o_r
+        span = own < stop
         sees = prefix | span
         p0 = tl.min(tl.where(prefix, lower, FAR), 0) // KEYS
         p1 = tl.cdiv(tl.max(tl.where(prefix, end, 0), 0), KEYS)
         s0 = tl.min(tl.where(span, own, FAR), 0) // KEYS
-        s1 = tl.cdiv(tl.max(tl.where(span, o_r + 1, 0), 0), KEYS)
+        s1 = tl.cdiv(tl.max(tl.where(span, stop, 0), 0), KEYS)
         f0 = tl.cdiv(tl.max(tl.where(sees, lower, 0), 0), KEYS)
         f1 = tl.min(tl.where(sees, end, FAR), 0) // KEYS
         # Each tile once: one that holds prefix and span keys belongs to the prefix.
@@ -199,53 +156,13 @@ if find_spec("triton"):
         d = c - (c1 - c0)
         return tl.where(b < 0, a0 + i, tl.where(c < 0, b0 + b, tl.where(d < 0, c0 + c, d0 + d)))
 
-    @triton.jit
-    def _forward_tile(
-        state,
-        q,
-        key,
-        value,
-        s_k,
-        s_v,
-        i_n,
-        rule,
-        o_r,
-        T,
-        scale,
-        softcap,
-        KEYS: tl.constexpr,
-        D: tl.constexpr,
-        D0: tl.constexpr,
-        D1: tl.constexpr,
-        HAS_SOFTCAP: tl.constexpr,
-        MASKED: tl.constexpr,
-    ):
-        """Take one tile of keys into (output, maximum, sum) of a tile of rows."""
-        out, m, l = state
-        n0 = i_n * KEYS
-        k = _load(key, n0, s_k[2], T, KEYS, D, D0, D1, not MASKED)
-        s, _ = _logits(_outer(q, k), scale, softcap, HAS_SOFTCAP)
-        if MASKED:
-            o_n = n0 + tl.arange(0, KEYS)
-            lower, end, own = rule
-            seen = _visible(lower[:, None], end[:, None], own[:, None], o_r[:, None], o_n[None, :])
-            s = tl.where(seen, s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
-        # Rows that have seen no key yet: -inf - -inf would be NaN.
-        base = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
-        p = tl.exp2(s - base[:, None])
-        decay = tl.exp2(m - base)
-        v = _load(value, n0, s_v[2], T, KEYS, D, D0, D1, not MASKED)
-        out = _accumulate(_scaled(out, decay[:, None]), p, v)
-        return out, m_new, l * decay + tl.sum(p, 1)
-
     @triton.jit(do_not_specialize=["T", "window"])
     def _forward_kernel(
         query,  # [B, Hq, T, D]
         key,  # [B, Hkv, T, D]
         value,  # [B, Hkv, T, D]
         sinks,  # [Hq]
-        layout,  # position, prefix_end, span_start: each [B, T] int32
+        layout,  # position, prefix_end, span_start, perhaps span_end: each [B, T] int32
         out,  # [B, T, Hq, D], written
         lse,  # [B, Hq, T] float32, written
         s_q,  # strides of B, H, T, as all that follow
@@ -261,8 +178,7 @@ if find_spec("triton"):
         ROWS: tl.constexpr,
         KEYS: tl.constexpr,
         D: tl.constexpr,
-        D0: tl.constexpr,
-        D1: tl.constexpr,
+        BD: tl.constexpr,
         HAS_SOFTCAP: tl.constexpr,
         HAS_SINKS: tl.constexpr,
     ):
@@ -275,73 +191,45 @@ if find_spec("triton"):
 
         o_r = m0 + tl.arange(0, ROWS)
         rule = _rule(layout, b * T, o_r, T, window)
-        p0, f0, f1, p1, s0, s1 = _key_tiles(rule, o_r, KEYS)
-        q = _load(query + b * s_q[0] + h * s_q[1], m0, s_q[2], T, ROWS, D, D0, D1, False)
+        p0, f0, f1, p1, s0, s1 = _key_tiles(rule, KEYS)
+        q = _load(query + b * s_q[0] + h * s_q[1], m0, s_q[2], T, ROWS, D, BD, False)
         if HAS_SINKS:
             m = tl.zeros([ROWS], tl.float32) + tl.load(sinks + h).to(tl.float32) * LOG2_E
             l = tl.full([ROWS], 1.0, tl.float32)
         else:
             m = tl.full([ROWS], float("-inf"), tl.float32)
             l = tl.zeros([ROWS], tl.float32)
-        state = _zeros(ROWS, D0, D1), m, l
-        for i_n in range(f0, f1):
-            state = _forward_tile(
-                state, q, key, value, s_k, s_v, i_n, rule, o_r, T, scale, softcap, KEYS, D, D0, D1, HAS_SOFTCAP, False
-            )
-        for i in range((f0 - p0) + (p1 - f1) + (s1 - s0)):
-            i_n = _pick(i, p0, f0, f1, p1, s0, s1, 0)
-            state = _forward_tile(
-                state, q, key, value, s_k, s_v, i_n, rule, o_r, T, scale, softcap, KEYS, D, D0, D1, HAS_SOFTCAP, True
-            )
-        b_out, m, l = state
-        sees = _sees(rule, o_r)
+        sums = tl.zeros([ROWS, BD], tl.float32)
+        for MASKED in tl.static_range(2):
+            for i in range((f0 - p0) + (p1 - f1) + (s1 - s0) if MASKED else f1 - f0):
+                n0 = (_pick(i, p0, f0, f1, p1, s0, s1, 0) if MASKED else f0 + i) * KEYS
+                k = _load(key, n0, s_k[2], T, KEYS, D, BD, not MASKED)
+                s, _ = _logits(_outer(q, k), scale, softcap, HAS_SOFTCAP)
+                if MASKED:
+                    s = tl.where(_visible(rule, n0 + tl.arange(0, KEYS), 1), s, float("-inf"))
+                m_new = tl.maximum(m, tl.max(s, 1))
+                # Rows that have seen no key yet: -inf - -inf would be NaN.
+                base = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
+                p = tl.exp2(s - base[:, None])
+                decay = tl.exp2(m - base)
+                v = _load(value, n0, s_v[2], T, KEYS, D, BD, not MASKED)
+                sums = _accumulate(sums * decay[:, None], p, v)
+                l = l * decay + tl.sum(p, 1)
+                m = m_new
+        sees = _sees(rule)
         l = tl.where(sees, l, 1.0)
-        b_out = _kept(_scaled(b_out, 1 / l[:, None]), sees)
-        _store(out + b * s_o[0] + h * s_o[1], m0, s_o[2], T, b_out, ROWS, D, D0, D1)
+        sums = tl.where(sees[:, None], sums * (1 / l)[:, None], 0.0)
+        _store(out + b * s_o[0] + h * s_o[1], m0, s_o[2], T, sums, ROWS, D, BD)
         # +inf makes the p of a row that sees nothing 0 in backward.
         b_lse = tl.where(sees, m + tl.log2(l), float("inf"))
         tl.store(lse + (b * Hq + h) * T + o_r, b_lse, mask=o_r < T)
-
-    @triton.jit
-    def _dq_tile(
-        dq,
-        rows,
-        key,
-        value,
-        s_k,
-        s_v,
-        i_n,
-        rule,
-        o_r,
-        T,
-        scale,
-        softcap,
-        KEYS: tl.constexpr,
-        D: tl.constexpr,
-        D0: tl.constexpr,
-        D1: tl.constexpr,
-        HAS_SOFTCAP: tl.constexpr,
-        MASKED: tl.constexpr,
-    ):
-        """Add one tile of keys to dq / scale of a tile of rows."""
-        q, do, lse, delta = rows
-        n0 = i_n * KEYS
-        k = _load(key, n0, s_k[2], T, KEYS, D, D0, D1, not MASKED)
-        v = _load(value, n0, s_v[2], T, KEYS, D, D0, D1, not MASKED)
-        s, slope = _logits(_outer(q, k), scale, softcap, HAS_SOFTCAP)
-        p = tl.exp2(s - lse[:, None])
-        if MASKED:
-            o_n = n0 + tl.arange(0, KEYS)
-            lower, end, own = rule
-            p = tl.where(_visible(lower[:, None], end[:, None], own[:, None], o_r[:, None], o_n[None, :]), p, 0.0)
-        return _accumulate(dq, p * (_outer(do, v) - delta[:, None]) * slope, k)
 
     @triton.jit(do_not_specialize=["T", "window"])
     def _dq_kernel(
         query,  # [B, Hq, T, D]
         key,  # [B, Hkv, T, D]
         value,  # [B, Hkv, T, D]
-        layout,  # position, prefix_end, span_start: each [B, T] int32
+        layout,  # position, prefix_end, span_start, perhaps span_end: each [B, T] int32
         out,  # [B, T, Hq, D]
         d_out,  # [B, T, Hq, D]
         lse,  # [B, Hq, T] float32
@@ -362,8 +250,7 @@ if find_spec("triton"):
         ROWS: tl.constexpr,
         KEYS: tl.constexpr,
         D: tl.constexpr,
-        D0: tl.constexpr,
-        D1: tl.constexpr,
+        BD: tl.constexpr,
         HAS_SOFTCAP: tl.constexpr,
     ):
         m0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS
@@ -374,30 +261,40 @@ if find_spec("triton"):
 
         o_r = m0 + tl.arange(0, ROWS)
         rule = _rule(layout, b * T, o_r, T, window)
-        p0, f0, f1, p1, s0, s1 = _key_tiles(rule, o_r, KEYS)
-        do = _load(d_out + b * s_do[0] + h * s_do[1], m0, s_do[2], T, ROWS, D, D0, D1, False)
-        b_delta = _row_dot(do, _load(out + b * s_o[0] + h * s_o[1], m0, s_o[2], T, ROWS, D, D0, D1, False))
+        p0, f0, f1, p1, s0, s1 = _key_tiles(rule, KEYS)
+        do = _load(d_out + b * s_do[0] + h * s_do[1], m0, s_do[2], T, ROWS, D, BD, False)
+        o = _load(out + b * s_o[0] + h * s_o[1], m0, s_o[2], T, ROWS, D, BD, False)
+        b_delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
         b_lse = tl.load(lse + (b * Hq + h) * T + o_r, mask=o_r < T, other=float("inf"))
         tl.store(delta + (b * Hq + h) * T + o_r, b_delta, mask=o_r < T)
 
-        q = _load(query + b * s_q[0] + h * s_q[1], m0, s_q[2], T, ROWS, D, D0, D1, False)
-        rows = q, do, b_lse, b_delta
-        dq = _zeros(ROWS, D0, D1)
-        for i_n in range(f0, f1):
-            dq = _dq_tile(
-                dq, rows, key, value, s_k, s_v, i_n, rule, o_r, T, scale, softcap, KEYS, D, D0, D1, HAS_SOFTCAP, False
-            )
-        for i in range((f0 - p0) + (p1 - f1) + (s1 - s0)):
-            i_n = _pick(i, p0, f0, f1, p1, s0, s1, 0)
-            dq = _dq_tile(
-                dq, rows, key, value, s_k, s_v, i_n, rule, o_r, T, scale, softcap, KEYS, D, D0, D1, HAS_SOFTCAP, True
-            )
-        dq = _kept(_scaled(dq, scale), _sees(rule, o_r))
-        _store(d_query + b * s_dq[0] + h * s_dq[1], m0, s_dq[2], T, dq, ROWS, D, D0, D1)
+        q = _load(query + b * s_q[0] + h * s_q[1], m0, s_q[2], T, ROWS, D, BD, False)
+        dq = tl.zeros([ROWS, BD], tl.float32)
+        for MASKED in tl.static_range(2):
+            for i in range((f0 - p0) + (p1 - f1) + (s1 - s0) if MASKED else f1 - f0):
+                n0 = (_pick(i, p0, f0, f1, p1, s0, s1, 0) if MASKED else f0 + i) * KEYS
+                k = _load(key, n0, s_k[2], T, KEYS, D, BD, not MASKED)
+                v = _load(value, n0, s_v[2], T, KEYS, D, BD, not MASKED)
+                s, slope = _logits(_outer(q, k), scale, softcap, HAS_SOFTCAP)
+                p = tl.exp2(s - b_lse[:, None])
+                if MASKED:
+                    p = tl.where(_visible(rule, n0 + tl.arange(0, KEYS), 1), p, 0.0)
+                dq = _accumulate(dq, p * (_outer(do, v) - b_delta[:, None]) * slope, k)
+        dq = tl.where(_sees(rule)[:, None], dq * scale, 0.0)
+        _store(d_query + b * s_dq[0] + h * s_dq[1], m0, s_dq[2], T, dq, ROWS, D, BD)
+
+    @triton.jit
+    def _extend(a0, a1, f0, f1, o_t, member, sees_all):
+        """Hull [a0, a1) of the members so far and [f0, f1), the first run of those that see all, further tiles o_t."""
+        a0 = tl.minimum(a0, tl.min(tl.where(member, o_t, FAR), 0))
+        a1 = tl.maximum(a1, tl.max(tl.where(member, o_t + 1, 0), 0))
+        f0 = tl.minimum(f0, tl.min(tl.where(member & sees_all, o_t, FAR), 0))
+        f1 = tl.minimum(f1, tl.min(tl.where(((member & sees_all) == 0) & (o_t > f0), o_t, FAR), 0))
+        return a0, a1, f0, f1
 
     @triton.jit(do_not_specialize=["T", "window"])
     def _row_tiles_kernel(
-        layout,  # position, prefix_end, span_start: each [B, T] int32
+        layout,  # position, prefix_end, span_start, perhaps span_end: each [B, T] int32
         plan,  # [B, tiles of keys, 8] int32, written
         T,
         window,
@@ -417,12 +314,12 @@ if find_spec("triton"):
         for t in range(0, tl.cdiv(T, ROWS), TILES):
             o_t = t + tl.arange(0, TILES)
             o_r = o_t[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
-            lower, end, own = _rule(layout, b * T, o_r, T, window)
+            lower, end, own, stop = _rule(layout, b * T, o_r, T, window)
             prefix = (lower < end) & (lower < n1) & (end > n0)
-            span = (own <= o_r) & (own < n1) & (o_r >= n0)
+            span = (own < stop) & (own < n1) & (stop > n0)
             sees = tl.max((prefix | span).to(tl.int32), 1) > 0
             sees_all = tl.min(((lower <= n0) & (end >= n1)).to(tl.int32), 1) > 0
-            spans = tl.max((own <= o_r).to(tl.int32), 1) > 0
+            spans = tl.max((own < stop).to(tl.int32), 1) > 0
             a0, a1, f0, f1 = _extend(a0, a1, f0, f1, o_t, sees & (spans == 0), sees_all)
             b0, b1, g0, g1 = _extend(b0, b1, g0, g1, o_t, sees & spans, sees_all)
         a0 = tl.minimum(a0, a1)
@@ -442,67 +339,12 @@ if find_spec("triton"):
         tl.store(plan + 6, tl.minimum(tl.maximum(g1, b0), b1))
         tl.store(plan + 7, b1)
 
-    @triton.jit
-    def _extend(a0, a1, f0, f1, o_t, member, sees_all):
-        """Hull [a0, a1) of the members so far and [f0, f1), the first run of those that see all, further tiles o_t."""
-        a0 = tl.minimum(a0, tl.min(tl.where(member, o_t, FAR), 0))
-        a1 = tl.maximum(a1, tl.max(tl.where(member, o_t + 1, 0), 0))
-        f0 = tl.minimum(f0, tl.min(tl.where(member & sees_all, o_t, FAR), 0))
-        f1 = tl.minimum(f1, tl.min(tl.where(((member & sees_all) == 0) & (o_t > f0), o_t, FAR), 0))
-        return a0, a1, f0, f1
-
-    @triton.jit
-    def _dkdv_tile(
-        sums,
-        k,
-        v,
-        query,
-        d_out,
-        lse,
-        delta,
-        layout,
-        first,
-        s_q,
-        s_do,
-        i_m,
-        o_n,
-        T,
-        scale,
-        softcap,
-        window,
-        ROWS: tl.constexpr,
-        D: tl.constexpr,
-        D0: tl.constexpr,
-        D1: tl.constexpr,
-        HAS_SOFTCAP: tl.constexpr,
-        MASKED: tl.constexpr,
-    ):
-        """Add one tile of rows of one query head to (dk / scale, dv) of a tile of keys; scores stand [keys, rows]."""
-        dk, dv = sums
-        m0 = i_m * ROWS
-        o_r = m0 + tl.arange(0, ROWS)
-        q = _load(query, m0, s_q[2], T, ROWS, D, D0, D1, not MASKED)
-        do = _load(d_out, m0, s_do[2], T, ROWS, D, D0, D1, not MASKED)
-        if MASKED:
-            b_lse = tl.load(lse + o_r, mask=o_r < T, other=float("inf"))
-            b_delta = tl.load(delta + o_r, mask=o_r < T, other=0.0)
-        else:
-            b_lse = tl.load(lse + o_r)
-            b_delta = tl.load(delta + o_r)
-        s, slope = _logits(_outer(k, q), scale, softcap, HAS_SOFTCAP)
-        p = tl.exp2(s - b_lse[None, :])
-        if MASKED:
-            lower, end, own = _rule(layout, first, o_r, T, window)
-            p = tl.where(_visible(lower[None, :], end[None, :], own[None, :], o_r[None, :], o_n[:, None]), p, 0.0)
-        dv = _accumulate(dv, p, do)
-        return _accumulate(dk, p * (_outer(v, do) - b_delta[None, :]) * slope, q), dv
-
     @triton.jit(do_not_specialize=["T", "window"])
     def _dkdv_kernel(
         query,  # [B, Hq, T, D]
         key,  # [B, Hkv, T, D]
         value,  # [B, Hkv, T, D]
-        layout,  # position, prefix_end, span_start: each [B, T] int32
+        layout,  # position, prefix_end, span_start, perhaps span_end: each [B, T] int32
         plan,  # [B, tiles of keys, 8] int32
         d_out,  # [B, T, Hq, D]
         lse,  # [B, Hq, T] float32
@@ -524,8 +366,7 @@ if find_spec("triton"):
         ROWS: tl.constexpr,
         KEYS: tl.constexpr,
         D: tl.constexpr,
-        D0: tl.constexpr,
-        D1: tl.constexpr,
+        BD: tl.constexpr,
         HAS_SOFTCAP: tl.constexpr,
     ):
         # The first keys, seen by the most rows, start first.
@@ -547,30 +388,35 @@ if find_spec("triton"):
         b1 = tl.load(plan + 7)
 
         o_n = n0 + tl.arange(0, KEYS)
-        k = _load(key + b * s_k[0] + h * s_k[1], n0, s_k[2], T, KEYS, D, D0, D1, False)
-        v = _load(value + b * s_v[0] + h * s_v[1], n0, s_v[2], T, KEYS, D, D0, D1, False)
-        sums = _zeros(KEYS, D0, D1), _zeros(KEYS, D0, D1)
-        # One loop over the group's query heads and their tiles, which the compiler pipelines across heads too.
-        n = (f1 - f0) + (g1 - g0)
-        for i in range(n * G):
-            g = (i // n).to(tl.int64)
-            i_m = _pick(i % n, f0, f1, g0, g1, 0, 0, 0)
-            sums = _dkdv_tile(
-                sums, k, v, query + g * s_q[1], d_out + g * s_do[1], lse + g * T, delta + g * T, layout, b * T, s_q,
-                s_do, i_m, o_n, T, scale, softcap, window, ROWS, D, D0, D1, HAS_SOFTCAP, False
-            )  # fmt: skip
-        n = (f0 - a0) + (a1 - f1) + (g0 - b0) + (b1 - g1)
-        for i in range(n * G):
-            g = (i // n).to(tl.int64)
-            i_m = _pick(i % n, a0, f0, f1, a1, b0, g0, g1)
-            sums = _dkdv_tile(
-                sums, k, v, query + g * s_q[1], d_out + g * s_do[1], lse + g * T, delta + g * T, layout, b * T, s_q,
-                s_do, i_m, o_n, T, scale, softcap, window, ROWS, D, D0, D1, HAS_SOFTCAP, True
-            )  # fmt: skip
-        dk, dv = sums
-        dk = _scaled(dk, scale)
-        _store(d_key + b * s_dk[0] + h * s_dk[1], n0, s_dk[2], T, dk, KEYS, D, D0, D1)
-        _store(d_value + b * s_dv[0] + h * s_dv[1], n0, s_dv[2], T, dv, KEYS, D, D0, D1)
+        k = _load(key + b * s_k[0] + h * s_k[1], n0, s_k[2], T, KEYS, D, BD, False)
+        v = _load(value + b * s_v[0] + h * s_v[1], n0, s_v[2], T, KEYS, D, BD, False)
+        dk = tl.zeros([KEYS, BD], tl.float32)
+        dv = tl.zeros([KEYS, BD], tl.float32)
+        for MASKED in tl.static_range(2):
+            n = (f0 - a0) + (a1 - f1) + (g0 - b0) + (b1 - g1) if MASKED else (f1 - f0) + (g1 - g0)
+            # One loop over the group's query heads and their tiles, which the compiler pipelines across heads too.
+            for i in range(n * G):
+                g = (i // n).to(tl.int64)
+                i_m = _pick(i % n, a0, f0, f1, a1, b0, g0, g1) if MASKED else _pick(i % n, f0, f1, g0, g1, 0, 0, 0)
+                m0 = i_m * ROWS
+                o_r = m0 + tl.arange(0, ROWS)
+                q = _load(query + g * s_q[1], m0, s_q[2], T, ROWS, D, BD, not MASKED)
+                do = _load(d_out + g * s_do[1], m0, s_do[2], T, ROWS, D, BD, not MASKED)
+                if MASKED:
+                    b_lse = tl.load(lse + g * T + o_r, mask=o_r < T, other=float("inf"))
+                    b_delta = tl.load(delta + g * T + o_r, mask=o_r < T, other=0.0)
+                else:
+                    b_lse = tl.load(lse + g * T + o_r)
+                    b_delta = tl.load(delta + g * T + o_r)
+                # Scores stand [keys, rows], so that no product needs p transposed.
+                s, slope = _logits(_outer(k, q), scale, softcap, HAS_SOFTCAP)
+                p = tl.exp2(s - b_lse[None, :])
+                if MASKED:
+                    p = tl.where(_visible(_rule(layout, b * T, o_r, T, window), o_n, 0), p, 0.0)
+                dv = _accumulate(dv, p, do)
+                dk = _accumulate(dk, p * (_outer(v, do) - b_delta[None, :]) * slope, q)
+        _store(d_key + b * s_dk[0] + h * s_dk[1], n0, s_dk[2], T, dk * scale, KEYS, D, BD)
+        _store(d_value + b * s_dv[0] + h * s_dv[1], n0, s_dv[2], T, dv, KEYS, D, BD)
 
 
 class Tiles(NamedTuple):
@@ -582,15 +428,15 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# By kernel and bytes of an element, up to a head dimension; tests/test_aot_span.py holds what they cost. Float32 runs
+# By kernel and bytes of an element, up to a head dimension; mtpkern.bench.aot holds what they cost. Float32 runs
 # without tensor cores, exactly: for tests and small models.
 TILES = {
-    ("forward", 2): {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 64, 8, 2)},
-    ("dq", 2): {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 64, 8, 2)},
-    ("dkdv", 2): {64: Tiles(64, 128, 8, 2), 128: Tiles(64, 128, 8, 2), 256: Tiles(32, 64, 8, 2)},
-    ("forward", 4): {64: Tiles(64, 32, 8, 2), 128: Tiles(32, 32, 8, 2), 256: Tiles(32, 16, 8, 2)},
-    ("dq", 4): {64: Tiles(32, 32, 4, 2), 128: Tiles(32, 32, 4, 2), 256: Tiles(16, 16, 4, 1)},
-    ("dkdv", 4): {64: Tiles(32, 32, 8, 2), 128: Tiles(32, 32, 8, 2), 256: Tiles(16, 16, 4, 1)},
+    ("forward", 2): {128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 8, 3)},
+    ("dq", 2): {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 32, 8, 3), 256: Tiles(64, 32, 8, 2)},
+    ("dkdv", 2): {64: Tiles(64, 128, 8, 2), 128: Tiles(32, 128, 8, 2), 256: Tiles(32, 64, 8, 2)},
+    ("forward", 4): {64: Tiles(32, 32, 8, 1), 128: Tiles(16, 32, 8, 1), 256: Tiles(16, 16, 8, 1)},
+    ("dq", 4): {64: Tiles(32, 32, 8, 1), 256: Tiles(16, 16, 8, 1)},
+    ("dkdv", 4): {64: Tiles(32, 32, 8, 1), 256: Tiles(16, 16, 8, 1)},
 }
 # AMD's warps of 64 threads have 512 registers a thread only up to 4 warps, and little shared memory.
 AMD_TILES = TILES | {
@@ -612,21 +458,34 @@ def _shared_memory(device: torch.device) -> int:
 
 def _tiles(kernel: str, query: Tensor) -> Tiles:
     """The table's tiles, with fewer stages where the device has not the memory for all of them."""
-    dim, size = query.shape[-1], query.element_size()
+    columns, size = _columns(query), query.element_size()
     table = AMD_TILES if torch.version.hip else TILES
-    tiles = next(tiles for limit, tiles in table[kernel, size].items() if dim <= limit)
+    tiles = next(tiles for limit, tiles in table[kernel, size].items() if columns <= limit)
     # Blocks that stay (q; q and do; k and v) and blocks of every stage (k and v; q and do).
     stay = {"forward": tiles.rows, "dq": 2 * tiles.rows, "dkdv": 2 * tiles.keys}[kernel]
     passing = 2 * (tiles.rows if kernel == "dkdv" else tiles.keys)
     # 2 KiB for lse, delta and what reductions need.
-    room = (_shared_memory(query.device) - 2048) // (dim * size) - stay
+    room = (_shared_memory(query.device) - 2048) // (columns * size) - stay
     return tiles._replace(stages=max(1, min(tiles.stages, room // passing)))
 
 
-def _columns(dim: int) -> tuple[int, int]:
-    """A head dimension as two powers of two: (64, 32) for 96, (128, 0) for 128; at least 16, the least of a dot."""
-    first = max(1 << dim.bit_length() - 1, 16)
-    return first, max(triton.next_power_of_2(dim - first), 16) if dim > first else 0
+def _columns(query: Tensor) -> int:
+    """Columns of a block: a power of two, and at least 16, the least of a dot."""
+    return max(1 << (query.shape[-1] - 1).bit_length(), 16)
+
+
+def _options(kernel: str, query: Tensor, softcap: float | None) -> dict[str, Any]:
+    """What all kernels with matrix products are compiled for."""
+    tiles = _tiles(kernel, query)
+    return {
+        "ROWS": tiles.rows,
+        "KEYS": tiles.keys,
+        "D": query.shape[-1],
+        "BD": _columns(query),
+        "HAS_SOFTCAP": softcap is not None,
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+    }
 
 
 def _addressable(x: Tensor) -> Tensor:
@@ -634,132 +493,134 @@ def _addressable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.stride(-2) < 1 << 24 else x.contiguous()
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    """Strides of B, H, T of [B, H, T, D]."""
-    return x.stride(0), x.stride(1), x.stride(2)
+def _strides(*tensors: Tensor) -> list[tuple[int, ...]]:
+    """Strides of B, H, T of each [B, H, T, D]."""
+    return [x.stride()[:3] for x in tensors]
 
 
-class _SpanAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        sinks: Tensor | None,
-        layout: tuple[Tensor, Tensor, Tensor],
-        scale: float,
-        window: int,
-        softcap: float | None,
-    ) -> Tensor:
-        batch, heads, rows, dim = query.shape
-        out = query.new_empty(batch, rows, heads, dim)
-        lse = query.new_empty(batch, heads, rows, dtype=torch.float32)
-        tiles = _tiles("forward", query)
-        d0, d1 = _columns(dim)
-        _forward_kernel[batch * heads, triton.cdiv(rows, tiles.rows)](
-            query,
-            key,
-            value,
-            sinks,
-            layout,
-            out,
-            lse,
-            _strides(query),
-            _strides(key),
-            _strides(value),
-            _strides(out.transpose(1, 2)),
-            rows,
-            heads,
-            heads // key.shape[1],
-            scale,
-            softcap or 0.0,
-            window,
-            ROWS=tiles.rows,
-            KEYS=tiles.keys,
-            D=dim,
-            D0=d0,
-            D1=d1,
-            HAS_SOFTCAP=softcap is not None,
-            HAS_SINKS=sinks is not None,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-        )
-        ctx.save_for_backward(query, key, value, sinks, *layout, out, lse)
-        ctx.options = scale, window, softcap
-        return out
+def _like(x: Tensor) -> Tensor:
+    """A new tensor of the shape [B, H, T, D], heads inside rows as models hand them over."""
+    return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, sinks, position, prefix_end, span_start, out, lse = ctx.saved_tensors
-        scale, window, softcap = ctx.options
-        layout = position, prefix_end, span_start
-        batch, heads, rows, dim = query.shape
-        kv_heads = key.shape[1]
-        groups = heads // kv_heads
-        d_out = _addressable(d_out.transpose(1, 2)).transpose(1, 2)
-        d_query, d_key, d_value = (torch.empty_like(x) for x in (query, key, value))
-        delta = torch.empty_like(lse)
-        d0, d1 = _columns(dim)
-        columns = {"D": dim, "D0": d0, "D1": d1, "HAS_SOFTCAP": softcap is not None}
-        tail = scale, softcap or 0.0, window
 
-        tiles = _tiles("dq", query)
-        _dq_kernel[batch * heads, triton.cdiv(rows, tiles.rows)](
-            query,
-            key,
-            value,
-            layout,
-            out,
-            d_out,
-            lse,
-            delta,
-            d_query,
-            *(_strides(x) for x in (query, key, value, out.transpose(1, 2), d_out.transpose(1, 2), d_query)),
-            rows,
-            heads,
-            groups,
-            *tail,
-            ROWS=tiles.rows,
-            KEYS=tiles.keys,
-            **columns,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-        )
-        tiles = _tiles("dkdv", query)
-        key_tiles = triton.cdiv(rows, tiles.keys)
-        plan = lse.new_empty(batch, key_tiles, 8, dtype=torch.int32)
-        _row_tiles_kernel[key_tiles, batch](
-            layout, plan, rows, window, ROWS=tiles.rows, KEYS=tiles.keys, TILES=1024 // tiles.rows
-        )
-        _dkdv_kernel[batch * kv_heads, key_tiles](
-            query,
-            key,
-            value,
-            layout,
-            plan,
-            d_out,
-            lse,
-            delta,
-            d_key,
-            d_value,
-            *(_strides(x) for x in (query, key, value, d_out.transpose(1, 2), d_key, d_value)),
-            rows,
-            kv_heads,
-            groups,
-            *tail,
-            ROWS=tiles.rows,
-            KEYS=tiles.keys,
-            **columns,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-        )
-        d_sinks = None
-        if sinks is not None and ctx.needs_input_grad[3]:
-            weight = torch.exp2(sinks.float()[:, None] * 1.4426950408889634 - lse)
-            d_sinks = -(weight * delta).sum((0, 2)).to(sinks.dtype)
-        return d_query, d_key, d_value, d_sinks, *([None] * 4)
+@torch.library.custom_op(
+    "mtpkern::span_attention",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor[] layout, float scale, float? softcap, "
+    "int window) -> (Tensor, Tensor)",
+)
+def _forward(query, key, value, sinks, layout, scale, softcap, window):
+    """`out` [B, T, Hq, D] and `lse`: one op to torch.compile, which looks no further."""
+    query, key, value = map(_addressable, (query, key, value))
+    (batch, heads, rows, _), kv_heads = query.shape, key.shape[1]
+    out, lse = _forward_fake(query)
+    options = _options("forward", query, softcap)
+    _forward_kernel[batch * heads, triton.cdiv(rows, options["ROWS"])](
+        query,
+        key,
+        value,
+        sinks,
+        tuple(layout),
+        out,
+        lse,
+        *_strides(query, key, value, out.transpose(1, 2)),
+        rows,
+        heads,
+        heads // kv_heads,
+        scale,
+        softcap or 0.0,
+        window,
+        **options,
+        HAS_SINKS=sinks is not None,
+    )
+    return out, lse
+
+
+@_forward.register_fake
+def _forward_fake(query, *_):
+    batch, heads, rows, dim = query.shape
+    return query.new_empty(batch, rows, heads, dim), query.new_empty(batch, heads, rows, dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "mtpkern::span_attention_backward",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor d_out, Tensor[] layout, "
+    "float scale, float? softcap, int window) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward(query, key, value, out, lse, d_out, layout, scale, softcap, window):
+    """Gradients of query, key and value, and `delta`."""
+    d_query, d_key, d_value, delta = _backward_fake(query, key, value, out, lse)
+    out, d_out = out.transpose(1, 2), d_out.transpose(1, 2)
+    query, key, value, d_out = map(_addressable, (query, key, value, d_out))
+    (batch, heads, rows, _), kv_heads = query.shape, key.shape[1]
+    layout = tuple(layout)
+    tail = heads // kv_heads, scale, softcap or 0.0, window
+
+    options = _options("dq", query, softcap)
+    _dq_kernel[batch * heads, triton.cdiv(rows, options["ROWS"])](
+        query,
+        key,
+        value,
+        layout,
+        out,
+        d_out,
+        lse,
+        delta,
+        d_query,
+        *_strides(query, key, value, out, d_out, d_query),
+        rows,
+        heads,
+        *tail,
+        **options,
+    )
+    options = _options("dkdv", query, softcap)
+    tiles = triton.cdiv(rows, options["KEYS"])
+    plan = lse.new_empty(batch, tiles, 8, dtype=torch.int32)
+    sizes = {name: options[name] for name in ("ROWS", "KEYS")}
+    _row_tiles_kernel[tiles, batch](layout, plan, rows, window, **sizes, TILES=1024 // sizes["ROWS"])
+    _dkdv_kernel[batch * kv_heads, tiles](
+        query,
+        key,
+        value,
+        layout,
+        plan,
+        d_out,
+        lse,
+        delta,
+        d_key,
+        d_value,
+        *_strides(query, key, value, d_out, d_key, d_value),
+        rows,
+        kv_heads,
+        *tail,
+        **options,
+    )
+    return d_query, d_key, d_value, delta
+
+
+@_backward.register_fake
+def _backward_fake(query, key, value, out, lse, *_):
+    return _like(query), _like(key), _like(value), torch.empty_like(lse)
+
+
+def _remember(ctx, inputs, output) -> None:
+    query, key, value, sinks, layout, *ctx.options = inputs
+    ctx.save_for_backward(query, key, value, *output, sinks, *layout)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, d_out, _):
+    query, key, value, out, lse, sinks, *layout = ctx.saved_tensors
+    *gradients, delta = _backward(query, key, value, out, lse, d_out, layout, *ctx.options)
+    d_sinks = None
+    if sinks is not None:
+        weight = torch.exp2(sinks.float()[:, None] * log2(e) - lse)
+        d_sinks = -(weight * delta).sum((0, 2)).to(sinks.dtype)
+    return *gradients, d_sinks, [None] * len(layout), None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_remember)
 
 
 def span_attention_triton(
@@ -769,6 +630,7 @@ def span_attention_triton(
     position: Tensor,
     prefix_end: Tensor,
     span_start: Tensor,
+    span_end: Tensor | None = None,
     *,
     scale: float,
     window: int | None = None,
@@ -776,14 +638,20 @@ def span_attention_triton(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """`span_attention` by the kernels above: float16, bfloat16 or float32, D up to 256."""
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-    layout = tuple(x.to(torch.int32).contiguous() for x in (position, prefix_end, span_start))
+    query, key, value = _as_autocast(query, key, value)
+    rule = (position, prefix_end, span_start) if span_end is None else (position, prefix_end, span_start, span_end)
+    layout = [x.to(torch.int32).contiguous() for x in rule]
     # A window no row reaches the end of, instead of a second kernel without one.
     far = 1 << 30 if window is None else window
-    query, key, value = (_addressable(x) for x in (query, key, value))
-    return _SpanAttention.apply(query, key, value, sinks, layout, scale, far, softcap)
+    return _forward(query, key, value, sinks, layout, scale, softcap, far)[0]
+
+
+def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where it is on; else as they are."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
 def span_attention(
@@ -793,6 +661,7 @@ def span_attention(
     position: Tensor,
     prefix_end: Tensor,
     span_start: Tensor,
+    span_end: Tensor | None = None,
     *,
     scale: float,
     window: int | None = None,
@@ -804,9 +673,10 @@ def span_attention(
 
     query, key, value                  [B, Hq, T, D] and twice [B, Hkv, T, D]; Hkv divides Hq
     position, prefix_end, span_start   [B, T] integers (mtpkern.kernels.span_mask)
+    span_end                           [B, T], for rows that see further than themselves: spans without order
     scale                              factor on the dot products, usually D ** -0.5
     window, softcap, sinks             sliding window in positions; logit cap; one extra logit [Hq] a head
-    mask                               span_mask of the three with this window, where the caller has it already
+    mask                               span_mask of the rule with this window, where the caller has it already
 
     Raises ValueError for shapes that do not fit. Source: arXiv 2602.06019.
 
@@ -820,31 +690,11 @@ def span_attention(
         )
     if position.shape != (batch, rows):
         raise ValueError(f"position must be [B, T] = {(batch, rows)}; got {tuple(position.shape)}")
+    rule = position, prefix_end, span_start, span_end
     if query.is_cuda and dim <= MAX_HEAD_DIM and query.dtype != torch.float64:
-        return span_attention_triton(
-            query,
-            key,
-            value,
-            position,
-            prefix_end,
-            span_start,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
-        )
+        return span_attention_triton(query, key, value, *rule, scale=scale, window=window, softcap=softcap, sinks=sinks)
     return span_attention_reference(
-        query,
-        key,
-        value,
-        position,
-        prefix_end,
-        span_start,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        mask=mask,
+        query, key, value, *rule, scale=scale, window=window, softcap=softcap, sinks=sinks, mask=mask
     )
 
 
@@ -855,6 +705,7 @@ def span_attention_reference(
     position: Tensor,
     prefix_end: Tensor,
     span_start: Tensor,
+    span_end: Tensor | None = None,
     *,
     scale: float,
     window: int | None = None,
@@ -868,10 +719,8 @@ def span_attention_reference(
     third of the time of scaled_dot_product_attention with this mask.
     """
     if mask is None:
-        mask = span_mask(position, prefix_end, span_start, window)
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+        mask = span_mask(position, prefix_end, span_start, span_end, window=window)
+    query, key, value = _as_autocast(query, key, value)
     batch, heads, rows, dim = query.shape
     kv_heads = key.shape[1]
     # Half the lowest finite number, not -inf: a row without keys must give 0, not 0 / 0, and no sum may reach -inf.

@@ -7,17 +7,18 @@ mask tokens, span by span, spans sorted by their prefix. Three integers a row sa
     prefix_end   it sees the real tokens with index < prefix_end
     span_start   it sees its own span, from index span_start up to itself; r + 1 (an empty range) for a real token
 
-    visible(r, j) = lower_r <= j < prefix_end_r   or   span_start_r <= j <= r and j > r - window
+    visible(r, j) = lower_r <= j < prefix_end_r   or   span_start_r <= j < span_end_r and j > r - window
     lower_r       = prefix_start_r + max(0, position_r - window + 1)
     prefix_start_r = prefix_end_r - position_r + (r - span_start_r)
+    span_end_r     = r + 1, unless a fourth integer is given: spans whose rows see one another in both directions
 
 `prefix_start` is where the row's document begins when several are packed into one sequence. It needs no fourth
 integer: r - span_start counts the row's steps behind its prefix (-1 for the prefix' last token itself), so the prefix
 has position - (r - span_start) tokens and ends at prefix_end. A row of padding has prefix_end = 0 and span_start > r:
 it sees nothing.
 
-Shapes   position, prefix_end, span_start [..., T] int32;  mask [..., T, T] bool
-Source   arXiv 2602.06019, the figures of the mask-replicated layout
+Shapes   position, prefix_end, span_start, span_end [..., T] int32;  mask [..., T, T] bool
+Source   arXiv 2602.06019, the figures of the mask-replicated layout; spans in both directions are its ablation
 """
 
 from __future__ import annotations
@@ -26,43 +27,60 @@ import torch
 from torch import Tensor
 
 
-def span_mask(position: Tensor, prefix_end: Tensor, span_start: Tensor, window: int | None = None) -> Tensor:
+def span_mask(
+    position: Tensor,
+    prefix_end: Tensor,
+    span_start: Tensor,
+    span_end: Tensor | None = None,
+    *,
+    window: int | None = None,
+) -> Tensor:
     """Which keys each row sees: bool [..., T, T], rows first, True where visible.
 
     position, prefix_end, span_start   [..., T] integers, as the head of this file defines them
+    span_end                           [..., T], behind the last key of each row's span; None: the row itself is last
     window                             keys further back than window - 1 positions are hidden; None hides none
 
-    Raises ValueError where the three shapes differ or window is below 1. Source: arXiv 2602.06019, section on
+    Raises ValueError where the shapes differ or window is below 1. Source: arXiv 2602.06019, section on
     training with replicated, block-masked spans.
 
         # Two tokens, then the one mask of a span behind the first token:
         span_mask(torch.tensor([0, 1, 1]), torch.tensor([1, 2, 1]), torch.tensor([1, 2, 2])).int()
         # [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
     """
-    if not position.shape == prefix_end.shape == span_start.shape:
+    rule = [x for x in (position, prefix_end, span_start, span_end) if x is not None]
+    if any(x.shape != position.shape for x in rule):
         raise ValueError(
-            "position, prefix_end and span_start must have one shape [..., T]; got "
-            f"{tuple(position.shape)}, {tuple(prefix_end.shape)}, {tuple(span_start.shape)}"
+            "position, prefix_end, span_start and span_end must have one shape [..., T]; got "
+            + ", ".join(str(tuple(x.shape)) for x in rule)
         )
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 (a row sees itself) or None; got {window}")
     key = torch.arange(position.shape[-1], device=position.device)
     row = key.unsqueeze(-1)
     position, prefix_end, span_start = (x.unsqueeze(-1) for x in (position, prefix_end, span_start))
+    own_upper = row + 1 if span_end is None else span_end.unsqueeze(-1)
     lower = prefix_end - position + row - span_start
     own_lower = span_start
     if window is not None:
         lower = lower + (position - window + 1).clamp(min=0)
         own_lower = torch.maximum(span_start, row - window + 1)
-    return ((key >= lower) & (key < prefix_end)) | ((key >= own_lower) & (key <= row))
+    return ((key >= lower) & (key < prefix_end)) | ((key >= own_lower) & (key < own_upper))
 
 
-def draw_mask(position: Tensor, prefix_end: Tensor, span_start: Tensor, window: int | None = None) -> str:
+def draw_mask(
+    position: Tensor,
+    prefix_end: Tensor,
+    span_start: Tensor,
+    span_end: Tensor | None = None,
+    *,
+    window: int | None = None,
+) -> str:
     """The mask of one sequence [T] as text, a line a row: `■` a visible token, `▪` a visible row of the own span.
 
     print(draw_mask(torch.tensor([0, 1, 1]), torch.tensor([1, 2, 1]), torch.tensor([1, 2, 2])))
     """
-    visible = span_mask(position, prefix_end, span_start, window)
+    visible = span_mask(position, prefix_end, span_start, span_end, window=window)
     lines = ["row  position  keys"]
     for row, keys in enumerate(visible.tolist()):
         own = int(span_start[row])
@@ -72,12 +90,13 @@ def draw_mask(position: Tensor, prefix_end: Tensor, span_start: Tensor, window: 
 
 
 def main() -> None:
-    """Draw six tokens with two spans of three predictions, behind 2 and 4 tokens, without and with a window."""
+    """Draw six tokens with two spans of three predictions, behind 2 and 4 tokens: plain, in a window, both ways."""
     position = torch.tensor([0, 1, 2, 3, 4, 5, 2, 3, 4, 5])
     prefix_end = torch.tensor([1, 2, 3, 4, 5, 6, 2, 2, 4, 4])
     span_start = torch.tensor([1, 2, 3, 4, 5, 6, 6, 6, 8, 8])
-    for window in (None, 3):
-        print(f"window {window}\n{draw_mask(position, prefix_end, span_start, window)}\n")
+    span_end = torch.tensor([1, 2, 3, 4, 5, 6, 8, 8, 10, 10])
+    for title, both, window in (("causal", None, None), ("window 3", None, 3), ("both directions", span_end, None)):
+        print(f"{title}\n{draw_mask(position, prefix_end, span_start, both, window=window)}\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line: `mtpkern demo` and `mtpkern generate`.
+"""The command line: `mtpkern demo` and `mtpkern generate`; `mtpkern train` and `mtpkern convert` are handed on.
 
 Heavy imports happen inside the commands, so that `mtpkern --help` and a mistyped option answer at once.
 """
@@ -6,6 +6,7 @@ Heavy imports happen inside the commands, so that `mtpkern --help` and a mistype
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
     from mtpkern.compare import Completion
     from mtpkern.strategies import Strategy
 
+# Commands of the house next door, which this one does not import: a name is looked up when it is called for.
+_HANDED_ON = {
+    "train": ("mtpkern.train.command", "train a checkpoint for multi-token prediction"),
+    "convert": ("mtpkern.train.convert", "make a plain checkpoint of one that the paper's authors published"),
+}
 RESULT_FIELDS = ("text", "tokens", "blocks", "tokens_per_pass")
 
 
@@ -42,9 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     main(["demo", "--problems", "16"])
     """
-    args = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    handed_on = words[0] if words and words[0] in _HANDED_ON else None
+    # Such a command has a parser of its own.
+    args = _parser().parse_args(words) if handed_on is None else argparse.Namespace(command=handed_on)
     try:
-        args.run(args)
+        if handed_on is None:
+            args.run(args)
+        else:
+            importlib.import_module(_HANDED_ON[handed_on][0]).main(words[1:])
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"mtpkern {args.command}: {error}", file=sys.stderr)
         return 2
@@ -84,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--show", action="store_true", help="print the text as blocks, one colour a pass")
     generate.add_argument("--output", type=Path, metavar="FILE", help="write JSONL there, whole or not at all")
     generate.set_defaults(run=_generate)
+
+    for name, (_, text) in _HANDED_ON.items():
+        commands.add_parser(name, help=text, add_help=False)
     return parser
 
 

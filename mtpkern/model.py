@@ -87,6 +87,11 @@ def resolve_mask_token(model: PreTrainedModel, mask_token_id: int | None = None)
 def require_decodable(model: PreTrainedModel) -> None:
     """Raise ValueError, with the reason, for a model that this project would decode wrong."""
     name = type(model).__name__
+    if recorded_settings(model).get("bidirectional"):
+        raise ValueError(
+            f"{name} was trained with bidirectional=True: its masks expect to see those behind them, and a decoding pass "
+            "is causal; train without it, or measure it by its agreement"
+        )
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder; mtpkern decodes causal language models")

@@ -198,3 +198,49 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+_TEMPLATES = {
+    "llama": (
+        "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+        "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    ),
+    "qwen": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+}
+
+
+def byte_tokenizer(kind: str) -> Any:
+    """A tokenizer of bytes with the special tokens and the manner of template of Llama 3 ("llama") or Qwen3 ("qwen").
+
+    A blank line is one token, as theirs is; a Llama has BOS put in front, a Qwen has none.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate([*letters, "ĊĊ"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ċ", "Ċ")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if kind == "llama":
+        special = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+        others = ["<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
+    else:
+        special, others = {"eos_token": "<|im_end|>"}, ["<|endoftext|>", "<|im_start|>"]
+    tokenizer.add_special_tokens([*special.values(), *others])
+    if kind == "llama":
+        bos = special["bos_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=_TEMPLATES[kind], **special)
+
+
+@pytest.fixture
+def bytes_of() -> Callable[[str], Any]:
+    """`bytes_of("llama")`: a new tokenizer."""
+    return byte_tokenizer

@@ -4,7 +4,9 @@ import json
 import os
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -13,11 +15,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mtpkern
-from mtpkern.bench import decode, gpu, report
+from mtpkern.bench import decode, decode_attention, gpu, kv_write, readout, report, step, timing
 from mtpkern.bench.harness import Spread, environment, interleaved
 from mtpkern.bench.problems import problems
 from mtpkern.bench.report import Goal, Table, run, write
-from mtpkern.bench.timing import Peak, race
+from mtpkern.bench.timing import Peak, copies, race, timed
 from mtpkern.compare import HF_GENERATE, Completion, Tally, rotated
 from mtpkern.strategies import ConfAdapt, Static, Verified
 from mtpkern.train.arithmetic import build_tokenizer
@@ -154,6 +156,121 @@ def test_a_race_leaves_out_what_fails_and_what_differs():
 def test_ours_may_not_fail_a_race(form):
     with pytest.raises((RuntimeError, ZeroDivisionError)):
         race({"ours": lambda i: torch.ones(2), "also ours": form}, {}, torch.device("cpu"))
+
+
+class FakeCuda:
+    """What `timing` calls of torch.cuda, on a clock that the actions move on. A graph notes the calls it captures."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        self.capturing = None
+        self.streams = [object()]
+        cuda = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = cuda.now
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, end):
+                return (end.at - self.at) * 1e3
+
+        class CUDAGraph:
+            def __init__(self, keep_graph=False):
+                self.seconds = 0.0
+
+            def replay(self):
+                cuda.now += self.seconds
+
+        class Stream:
+            def __init__(self, device):
+                pass
+
+            def wait_stream(self, other):
+                assert cuda.capturing is None
+
+        @contextmanager
+        def graph(of):
+            cuda.capturing = of
+            cuda.streams.append("capture")
+            try:
+                yield
+            finally:
+                cuda.capturing = None
+            cuda.streams.pop()  # not where it failed
+
+        @contextmanager
+        def stream(new):
+            depth = len(cuda.streams)
+            cuda.streams.append(new)
+            try:
+                yield
+            finally:
+                del cuda.streams[depth:]
+
+        for name, value in {
+            "Event": Event,
+            "CUDAGraph": CUDAGraph,
+            "Stream": Stream,
+            "graph": graph,
+            "stream": stream,
+            "current_stream": lambda device: Stream(device),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def action(self, seconds, seen, fails=""):
+        """An action that takes the device so long, and notes its arguments; it fails in a capture if told so."""
+
+        def call(i):
+            if self.capturing is None:
+                self.now += seconds
+            elif fails:
+                raise RuntimeError(fails)
+            else:
+                self.capturing.seconds += seconds
+                seen.append(i)
+            return torch.ones(1)
+
+        return call
+
+
+def test_times_of_calls_in_graphs(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    short, long, resets = [], [], []
+    actions = {"short": cuda.action(2e-6, short), "long": cuda.action(3e-3, long)}
+    times = timed(actions, torch.device("cuda"), rounds=4, calls=5, reset=lambda: resets.append(cuda.capturing))
+    assert times["short"].median == pytest.approx(2)
+    assert times["long"].median == pytest.approx(3000)
+    # As many as the copies of the inputs at least, in order; more where a call is short.
+    assert long == list(range(5))
+    assert short == list(range(64))
+    assert resets == [None] * 10  # one round to warm up
+
+
+def test_a_capture_that_fails_is_left_behind(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    ours = {"ours": cuda.action(1e-3, [])}
+    theirs = {"theirs": cuda.action(1e-3, [], fails="not allowed in a capture"), "good": cuda.action(2e-3, [])}
+    times, skipped = race(ours, theirs, torch.device("cuda"))
+    assert skipped == ["theirs: RuntimeError: not allowed in a capture"]
+    assert times["good"].median == pytest.approx(2000)
+    assert len(cuda.streams) == 1
+    with pytest.raises(RuntimeError, match="not allowed"):
+        race({"ours": theirs["theirs"]}, {}, torch.device("cuda"))
+
+
+def test_copies_exceed_the_cache(monkeypatch):
+    monkeypatch.setattr(timing, "_cache_size", lambda device: 60 << 20)
+    cuda = torch.device("cuda")
+    assert copies(1 << 30, cuda) == 1
+    assert copies(80 << 20, cuda) * (80 << 20) >= 4 * (60 << 20)
+    assert copies(100, cuda) == 64
+    assert copies(100, torch.device("cpu")) == 1
 
 
 def test_floor_is_the_larger_of_the_two():
@@ -331,6 +448,124 @@ def test_no_gpu_is_said(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main([]) == 1
     assert "sees no GPU" in capsys.readouterr().out
+
+
+CUDA = torch.device("cuda")
+H200 = Peak(4e12, 800e12, "made up")
+
+
+def flat(x):
+    return Spread(x, x, x)
+
+
+@pytest.fixture
+def no_device(monkeypatch):
+    """The grids of a GPU without one: what is timed is made up by the test."""
+    for module in (decode_attention, kv_write, readout, step):
+        monkeypatch.setattr(module, "free", lambda device: None)
+    for module in (decode_attention, readout, step):
+        monkeypatch.setattr(module, "peak", lambda device: H200)
+    monkeypatch.setattr(readout, "launches", lambda action, device: 3)
+
+
+def goals(tables):
+    return {goal.what: (goal.measured, goal.met) for table in tables for goal in table.goals}
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_goals_of_decode_attention(no_device, monkeypatch, quick):
+    def times(shape, device, *, flex):
+        spread = flat(shape.bytes / 4e12 * 1e6 / (0.9 if shape.W < 8 else 0.85) + (1 if shape.L <= 4096 else 0))
+        ways = {decode_attention.OURS: spread, decode_attention.UNSPLIT: flat(spread.median * 6)}
+        return ways, ["flash-attn: not there"]
+
+    monkeypatch.setattr(decode_attention, "times", times)
+    tables = list(decode_attention.measure(CUDA, quick))
+    assert len(tables) == (1 if quick else 2)
+    found = goals(tables)
+    assert len(found) == 4
+    share, met = found["decode attention, B·L ≥ 64k, k ≤ 8: least share of bandwidth"]
+    assert 80 < share <= 85
+    assert met
+    slowest, met = found["decode attention, B = 1, L ≤ 4k: slowest"]
+    assert slowest == pytest.approx(4096 * 4096 / 4e12 * 1e6 / 0.85 + 1)
+    assert met
+    assert found["decode attention over one split, L ≥ 16k, B ≤ 4: least"] == (pytest.approx(6), True)
+    cost, met = found["decode attention, 15 rows over 1 row: greatest"]
+    assert cost == pytest.approx(0.9 / 0.85, rel=1e-2)
+    assert met
+    assert tables[0].skipped == [f"flash-attn: not there ({len(tables[0].rows)} of {len(tables[0].rows)} shapes)"]
+
+
+def test_goals_of_readout(no_device, monkeypatch):
+    def times(R, vocabulary, device):
+        assert vocabulary == readout.V
+        return {readout.OURS: flat(2 * R * vocabulary / 4e12 * 1e6 / 0.9), readout.TORCH: flat(1000)}
+
+    class NoDevice:
+        def __init__(self, batch, vocabulary, device, *, ours):
+            self.logits = [None]
+            self.advance_ = self.both = None
+
+    monkeypatch.setattr(readout, "_readout_times", times)
+    monkeypatch.setattr(readout, "Taken", NoDevice)
+    monkeypatch.setattr(readout, "race", lambda *_, **__: ({readout.OURS: flat(9), readout.TORCH: flat(63)}, []))
+    found = goals(readout.measure(CUDA, quick=False))
+    assert found["readout of 16 rows, V 152k"] == (pytest.approx(32 * readout.V / 4e6 / 0.9), True)
+    assert found["readout of 128 rows: share of bandwidth"] == (pytest.approx(90), True)
+    assert found["readout + advance, 15 rows, V 152k"] == (9, True)
+    assert found["readout + advance over separate torch operations"] == (7, False)
+    assert goals(readout.measure(CUDA, quick=True)).keys() == found.keys()
+
+
+def test_goals_of_kv_write(no_device, monkeypatch):
+    ways = {kv_write.OURS: 2, kv_write.TORCH: 9, kv_write.ROTARY: 8, kv_write.NORM: 8, kv_write.ALL: 18}
+    times = {way: flat(x) for way, x in ways.items()}
+    monkeypatch.setattr(kv_write, "times", lambda *_: (times, ["compiled: no"]))
+    (table,) = kv_write.measure(CUDA, quick=True)
+    assert goals([table]) == {"KV write of 15 rows": (2, True)}
+    assert table.records[0]["at_most_saved_us_a_pass"] == 16 * 36
+    assert table.skipped == ["compiled: no"]
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("name", step.CONFIGS)
+def test_goals_of_the_step(no_device, monkeypatch, name, quick):
+    model = step.build(name, torch.device("cpu"))
+    monkeypatch.setattr(
+        step, "points", partial(lambda points, name, device, quick: points(name, CUDA, quick), step.points)
+    )
+
+    def times(model, group):
+        found = {f"{at} whole": flat(step.floor(model, at) / 0.8 + at.R) for at in group}
+        return found | {f"{at} body": flat(step.floor(model, at) / 0.8) for at in group}, 0.0
+
+    monkeypatch.setattr(step, "_pass_times", times)
+    monkeypatch.setattr(
+        step, "_tokens_times", lambda model, B, L, budgets: {"plain": flat(100), **{str(R): flat(R) for R in budgets}}
+    )
+    found = goals([step.pass_table(name, model, quick)])
+    assert found[f"{name}: host syncs in a step"] == (0, True)
+    share = f"{name}, batch 1, 2k context, 15 rows: share of the floor"
+    assert (share in found) == (name != "Qwen3-0.6B")
+    assert (f"{name}, batch 1, 2k context: 15 rows over 1" in found) == (name == "Qwen3-4B")
+    if name == "Llama-3.1-8B":
+        monkeypatch.setattr(type(model), "device", CUDA)
+        found = goals([step.tokens_table(name, model, quick)])
+        assert list(found.values()) == [(pytest.approx(3 * 100 / 128), True)]
+
+
+def test_the_floor_of_a_pass():
+    """Llama-3.1-8B: 8,030,261,248 parameters, 131,072 bytes of keys and values a token."""
+    with torch.device("meta"):
+        _, settings = step.CONFIGS["Llama-3.1-8B"]
+        model = LlamaForCausalLM(LlamaConfig(**settings))
+    assert step.weights(model) == 8_030_261_248 - 128_256 * 4096
+    bytes = 2 * step.weights(model) + 131_072 * 16 * 2048
+    machine = Peak(1e12, 1e18, "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "peak", lambda device: machine)
+        assert step.floor(model, step.Point(16, 2048, 8, 128)) == pytest.approx(bytes / 1e12 * 1e6)
 
 
 @pytest.mark.parametrize("stem", ["decode_attention", "kv_write", "readout", "step"])

@@ -263,4 +263,5 @@ def test_wheel_holds_the_four_rooms(tmp_path):
         expected |= {f"{room.replace('.', '/')}/{path.name}" for path in folder.glob("*.py")}
     assets = ROOMS["mtpkern"] / "assets"
     expected |= {f"mtpkern/assets/{path.relative_to(assets)}" for path in assets.rglob("*") if path.is_file()}
+    expected |= {f"mtpkern/train/configs/{path.name}" for path in (ROOMS["mtpkern.train"] / "configs").glob("*.yaml")}
     assert held == expected

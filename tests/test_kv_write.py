@@ -104,3 +104,17 @@ def test_offsets_pass_32_bits(form: Form) -> None:
     new.copy_(torch.arange(1, 5)[:, None, None].expand(4, 1, D))
     form(cache, cache, new, new, seq, slot)
     assert torch.equal(cache[seq, :, slot], new)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_expanded_and_strided_indices(form: Form) -> None:
+    """As a prefill of one sequence makes them: [1, T] expanded and flattened is a view with a stride of 0."""
+    key = draw(4)
+    seq = torch.ones(1, dtype=torch.int64)[:, None].expand(1, 4).flatten()
+    slot = torch.arange(8)[::2]
+    k_cache, v_cache = poison(), poison()
+    expected_k, expected_v = poison(), poison()
+    expected_k[1, :, slot], expected_v[1, :, slot] = key.transpose(0, 1), key.transpose(0, 1)
+    form(k_cache, v_cache, key, key, seq, slot)
+    assert torch.equal(k_cache, expected_k)
+    assert torch.equal(v_cache, expected_v)

@@ -7,7 +7,7 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from mtpkern.attention import attention_context
-from mtpkern.train.layout import build_layout
+from mtpkern.train.layout import build_layout, pack
 from mtpkern.train.objective import SpanContext, backbone, data_targets, gather_rows, head_of, mtp_loss, until_fail
 
 V, MASK, EOS = 61, 60, 7
@@ -39,7 +39,7 @@ def gemma():
     return Gemma3ForCausalLM(Gemma3TextConfig(**TINY, **window)).eval()
 
 
-def batch(k=4, mask_rows=None):
+def batch(k=4, **options):
     torch.manual_seed(1)
     lengths = torch.tensor([14, 11])
     tokens = torch.randint(10, 59, (2, 15))
@@ -47,7 +47,7 @@ def batch(k=4, mask_rows=None):
         tokens[b, n - 1] = EOS
         tokens[b, n:] = 0
     prefix = torch.tensor([[3, 8, 12], [2, 6, 0]])
-    return tokens, SpanContext(build_layout(prefix, lengths, k, num_tokens=15, mask_rows=mask_rows))
+    return tokens, SpanContext(build_layout(prefix, lengths, k, num_tokens=15, **options))
 
 
 def run(student, teacher, tokens, context, **options):
@@ -98,15 +98,23 @@ def test_k1_student_is_teacher(make):
     assert all(p.grad is None or not p.grad.any() for p in student.parameters())
 
 
+def both_ways(prefix, total):
+    """Additive mask [1, 1, T, T]: causal, but rows behind the prefix see all of one another."""
+    visible = torch.ones(total, total, dtype=torch.bool).tril()
+    visible[prefix:, prefix:] = True
+    return torch.zeros(1, 1, total, total).masked_fill(~visible, float("-inf"))
+
+
 def naive(student, teacher, tokens, context, target, ends):
-    """The objective written from its definition: sequence by sequence, span by span, plain causal calls."""
+    """The objective written from its definition: sequence by sequence, span by span, plain calls."""
     layout = context.layout
     k = layout.row.shape[-1]
     total, rows = torch.zeros(()), 0
     for b in range(2):
         for i in [int(p) for p in layout.prefix[b] if p]:
             text = torch.cat([tokens[b, :i], torch.full((k - 1,), MASK)])[None]
-            z = student(text, use_cache=False).logits[0, i - 1 :]
+            mask = None if layout.span_end is None else both_ways(i, text.shape[1])
+            z = student(text, attention_mask=mask, use_cache=False).logits[0, i - 1 :]
             ban = torch.zeros(V).index_fill_(0, torch.tensor(MASK), float("-inf"))
             log_p = (z + ban).log_softmax(-1)
             own = log_p.argmax(-1)
@@ -129,12 +137,12 @@ def naive(student, teacher, tokens, context, target, ends):
     return total, rows
 
 
-@pytest.mark.parametrize("target", ["hard", "soft", "gt"])
-def test_equals_the_definition(target):
+@pytest.mark.parametrize(("target", "bidirectional"), [("hard", False), ("soft", False), ("gt", False), ("hard", True)])
+def test_equals_the_definition(target, bidirectional):
     student, teacher = llama(0), llama(5)
     # Many tokens end a text here, so that dropped rows occur.
     ends = torch.tensor([EOS, *range(30, 60)])
-    tokens, context = batch(k=4)
+    tokens, context = batch(k=4, bidirectional=bidirectional)
     sums = run(student, teacher, tokens, context, target=target, eos_token_ids=ends)
     want, rows = naive(student, teacher, tokens, context, target, ends)
     assert sums.rows.sum() == rows
@@ -144,6 +152,29 @@ def test_equals_the_definition(target):
     got = torch.autograd.grad(sums.span, list(student.parameters()))
     for a, b in zip(got, torch.autograd.grad(want, list(student.parameters()))):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("make", "target", "bidirectional"), [(gemma, "hard", False), (llama, "gt", True)])
+def test_packed_texts_have_the_loss_of_separate_ones(make, target, bidirectional):
+    """Documents do not see one another, windows and spans included; predictions end with their own text."""
+    student, teacher = make(), llama(5)
+    tokens, context = batch(k=4, mask_rows=20, bidirectional=bidirectional)
+    answer = (torch.arange(15) >= 4) & (torch.arange(15) < context.layout.lengths[:, None] - 1)
+    packed, (text, rows) = pack(context.layout, tokens, answer)
+    assert text.shape == (1, 25)
+    assert packed.position.shape == (1, 25 + 2 * 9)
+
+    def step(tokens, context, rows):
+        options = {"target": target, "prefix_rows": rows, "eos_padding": target == "gt"}
+        sums = run(student, teacher, tokens, context, **options)
+        return sums, torch.autograd.grad(sums.span + sums.prefix, list(student.parameters()))
+
+    sums, grads = step(text, SpanContext(packed), rows)
+    want, want_grads = step(tokens, context, answer)
+    assert torch.equal(sums.agree, want.agree)
+    assert torch.equal(sums.rows, want.rows)
+    for a, b in zip([sums.span, sums.prefix, *grads], [want.span, want.prefix, *want_grads]):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_prefix_rows_get_the_next_token_loss():

@@ -3,14 +3,19 @@
 import contextlib
 import importlib.util
 import io
+import json
 import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import tomllib
+
+from mtpkern.cli import main
+from mtpkern.train.command import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -24,15 +29,34 @@ def blocks(text: str, language: str) -> list[str]:
 
 COMMANDS = [line for text in (README, CONTRIBUTING) for block in blocks(text, "sh") for line in block.splitlines()]
 
+(CONFIGURATION,) = blocks(README, "yaml")
+
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
+def check_training(words: list[str]) -> None:
+    """Raise AssertionError where the configuration or a flag of `mtpkern train` is none."""
+    with tempfile.TemporaryDirectory() as folder:
+        own = Path(folder) / "my.yaml"
+        own.write_text(CONFIGURATION)
+        try:
+            parse([*(str(own) if word == own.name else word for word in words), "--use-cpu"])
+        except (ValueError, OSError) as error:
+            raise AssertionError(f"{words}: {error}") from error
+
+
 def check_command(command: str) -> None:
     """Raise AssertionError where a shell command of the text names what does not exist."""
     words = shlex.split(command)
-    if words[0] == "make":
+    if words[0] == "torchrun" or words[:2] == ["accelerate", "launch"]:
+        at = words.index("-m")
+        assert words[at + 1] == "mtpkern.train", command
+        words = ["mtpkern", "train", *words[at + 2 :]]
+    if words[:2] == ["mtpkern", "train"]:
+        check_training(words[2:])
+    elif words[0] == "make":
         result = run("make", "--dry-run", *words[1:])
         assert result.returncode == 0, result.stderr
     elif words[0] == "mtpkern":
@@ -53,7 +77,16 @@ def test_commands_exist(command):
 
 @pytest.mark.parametrize(
     "command",
-    ["make demonstration", "mtpkern solve", "mtpkern demo --page x", "python -m mtpkern.train.nothing", "rm x"],
+    [
+        "mtpkern train gsm8k --output-folder x",
+        "torchrun -m mtpkern.train gsm9k",
+        "accelerate launch -m mtpkern.demo",
+        "make demonstration",
+        "mtpkern solve",
+        "mtpkern demo --page x",
+        "python -m mtpkern.train.nothing",
+        "rm x",
+    ],
 )
 def test_a_wrong_command_is_found(command):
     with pytest.raises(AssertionError):
@@ -81,6 +114,18 @@ def test_snippets_run_and_print_what_the_readme_shows(monkeypatch):
         printed.append(output.getvalue())
     (shown,) = blocks(README, "text")
     assert printed[0] == shown
+
+
+def test_the_configuration_trains(tmp_path, monkeypatch):
+    (tmp_path / "my.yaml").write_text(CONFIGURATION)
+    (row,) = blocks(README, "json")
+    (tmp_path / "my.jsonl").write_text(row)
+    (tmp_path / "mtpkern").symlink_to(ROOT / "mtpkern")
+    monkeypatch.chdir(tmp_path)
+    (command,) = (line for line in COMMANDS if line.startswith("mtpkern train my.yaml"))
+    assert main([*shlex.split(command)[1:], "--max-steps", "3", "--use-cpu"]) == 0
+    saved = json.loads((tmp_path / "runs/mine/config.json").read_text())
+    assert saved["mtpkern"]["k_max"] == 12
 
 
 def test_no_figure_is_missing():

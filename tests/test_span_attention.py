@@ -12,20 +12,20 @@ from mtpkern.train.layout import build_layout
 SCALE = 0.37
 
 
-def case(dtype=torch.float64, heads=4, kv_heads=2, dim=5):
-    layout = build_layout(torch.tensor([[2, 5, 0], [1, 3, 6]]), torch.tensor([7, 8]), 3, num_tokens=9)
+def case(dtype=torch.float64, heads=4, kv_heads=2, dim=5, **options):
+    layout = build_layout(torch.tensor([[2, 5, 0], [1, 3, 6]]), torch.tensor([7, 8]), 3, num_tokens=9, **options)
     generator = torch.Generator().manual_seed(0)
     T = layout.position.shape[1]
     q, k, v = (
         torch.randn(2, h, T, dim, dtype=dtype, generator=generator).requires_grad_()
         for h in (heads, kv_heads, kv_heads)
     )
-    return q, k, v, (layout.position, layout.prefix_end, layout.span_start)
+    return q, k, v, layout.rule
 
 
 def loop(q, k, v, rule, window, softcap, sinks):
     B, Hq, T, D = q.shape
-    mask = span_mask(*rule, window)
+    mask = span_mask(*rule, window=window)
     out = torch.zeros(B, T, Hq, D, dtype=q.dtype)
     for b in range(B):
         for h in range(Hq):
@@ -46,16 +46,17 @@ def loop(q, k, v, rule, window, softcap, sinks):
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("softcap", [None, 0.8])
 @pytest.mark.parametrize("with_sinks", [False, True])
-def test_equals_loop(window, softcap, with_sinks):
-    q, k, v, rule = case()
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_equals_loop(window, softcap, with_sinks, bidirectional):
+    q, k, v, rule = case(bidirectional=bidirectional)
     sinks = torch.linspace(-1, 1, 4, dtype=torch.float64) if with_sinks else None
     out = span_attention(q, k, v, *rule, scale=SCALE, window=window, softcap=softcap, sinks=sinks)
     torch.testing.assert_close(out, loop(q, k, v, rule, window, softcap, sinks), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("softcap", [None, 0.8])
-def test_gradients(softcap):
-    q, k, v, rule = case(heads=2, kv_heads=1, dim=2)
+@pytest.mark.parametrize(("softcap", "bidirectional"), [(None, False), (0.8, True)])
+def test_gradients(softcap, bidirectional):
+    q, k, v, rule = case(heads=2, kv_heads=1, dim=2, bidirectional=bidirectional)
     sinks = torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True)
 
     def f(q, k, v, sinks):

@@ -7,13 +7,13 @@ from mtpkern.kernels.span_mask import draw_mask, span_mask
 from mtpkern.train.layout import build_layout
 
 
-def brute_force(position, prefix_end, span_start, window, document_start):
+def brute_force(position, prefix_end, span_start, span_end, window, document_start):
     """Row by row, key by key, with the document's start given instead of derived."""
     T = len(position)
     mask = torch.zeros(T, T, dtype=torch.bool)
     for r in range(T):
         for j in range(T):
-            if span_start[r] <= j <= r:
+            if span_start[r] <= j < span_end[r]:
                 distance = r - j
             elif document_start[r] <= j < prefix_end[r]:
                 distance = position[r] - (j - document_start[r])
@@ -24,12 +24,19 @@ def brute_force(position, prefix_end, span_start, window, document_start):
 
 
 @pytest.mark.parametrize("window", [None, 1, 2, 3, 5, 100])
-def test_rule_of_layouts(window):
-    layout = build_layout(torch.tensor([[2, 5, 0], [1, 3, 6]]), torch.tensor([7, 8]), 4, num_tokens=9, mask_rows=11)
-    got = span_mask(layout.position, layout.prefix_end, layout.span_start, window)
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_rule_of_layouts(window, bidirectional):
+    prefix, lengths = torch.tensor([[2, 5, 0], [1, 3, 6]]), torch.tensor([7, 8])
+    layout = build_layout(prefix, lengths, 4, num_tokens=9, mask_rows=11, bidirectional=bidirectional)
+    got = span_mask(*layout.rule, window=window)
     for b in range(2):
-        rule = layout.position[b].tolist(), layout.prefix_end[b].tolist(), layout.span_start[b].tolist()
-        assert torch.equal(got[b], brute_force(*rule, window, [0] * 20))
+        rule = [x[b].tolist() for x in layout.rule[:3]]
+        # Behind a mask of a span at prefix i with j masks stand 3 - j rows of it.
+        end = [r + 1 for r in range(20)]
+        for row, exists in zip(layout.row[b, :, 1:].tolist(), (prefix[b] > 0).tolist()):
+            for r in row if bidirectional and exists else ():
+                end[r] = row[-1] + 1
+        assert torch.equal(got[b], brute_force(*rule, end, window, [0] * 20))
 
 
 @pytest.mark.parametrize("window", [None, 1, 2, 4])
@@ -39,8 +46,9 @@ def test_packed_documents_do_not_see_each_other(window):
     prefix_end = torch.tensor([1, 2, 3, 4, 5, 6, 7, 2, 2, 5, 5])
     span_start = torch.tensor([1, 2, 3, 4, 5, 6, 7, 7, 7, 9, 9])
     start = [0, 0, 0, 3, 3, 3, 3, 0, 0, 3, 3]
-    got = span_mask(position, prefix_end, span_start, window)
-    assert torch.equal(got, brute_force(position.tolist(), prefix_end.tolist(), span_start.tolist(), window, start))
+    got = span_mask(position, prefix_end, span_start, window=window)
+    rule = position.tolist(), prefix_end.tolist(), span_start.tolist(), range(1, 12)
+    assert torch.equal(got, brute_force(*rule, window, start))
     assert not got[9, :3].any()
 
 
@@ -57,7 +65,7 @@ def test_errors():
     with pytest.raises(ValueError, match="one shape"):
         span_mask(x, x, x[:2])
     with pytest.raises(ValueError, match="window"):
-        span_mask(x, x, x, 0)
+        span_mask(x, x, x, window=0)
 
 
 def test_drawing_shows_the_mask():

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from mtpkern.generation import generate
 from mtpkern.train.trainer import MTPCollator, MTPConfig, MTPTrainer
 
 V, MASK, EOS = 41, 40, 7
@@ -147,6 +148,24 @@ def test_static_shape_changes_nothing_but_the_shape(tmp_path):
         run.train()
         logs.append([x["loss"] for x in run.state.log_history if "loss" in x])
     assert logs[0] == pytest.approx(logs[1], rel=1e-5)
+
+
+def test_packing_changes_the_shape_only(tmp_path):
+    batch = MTPCollator(0)(data(4))
+    apart, packed = (trainer(tmp_path, packing=p).plan(batch, k=3, step=0, micro_step=0) for p in (False, True))
+    assert packed["input_ids"].shape == (1, sum(batch["lengths"]))
+    assert packed["layout"].valid.sum() == apart["layout"].valid.sum() > 0
+    assert packed["prefix_rows"].sum() == apart["prefix_rows"].sum() > 0
+
+
+def test_bidirectional_trains_and_is_not_decoded(tmp_path):
+    run = trainer(tmp_path, max_steps=1, bidirectional=True)
+    assert run.plan(MTPCollator(0)(data(4)), k=3, step=0, micro_step=0)["layout"].span_end is not None
+    run.train()
+    run.save_model(str(tmp_path / "final"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    with pytest.raises(ValueError, match="bidirectional"):
+        generate(model, torch.tensor([[1, 8, 9]]), max_new_tokens=2)
 
 
 def test_plan_counts_masks_into_the_papers_length(tmp_path):

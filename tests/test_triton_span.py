@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from mtpkern.attention import attention_context
 from mtpkern.kernels import span_attention as module
@@ -53,7 +53,26 @@ def arbitrary(rows=45, seed=0):
     return upto(row).int(), end.int(), torch.where(own > row, row + 1, own).int()
 
 
-LAYOUTS = {"ragged": ragged, "documents": documents, "arbitrary": arbitrary}
+def both_ways():
+    """The layout of `ragged` whose masks see all of their span."""
+    prefix = torch.tensor([[3, 9, 20, 21, 39], [4, 12, 0, 0, 0], [0] * 5])
+    return build_layout(prefix, torch.tensor([40, 33, 0]), 4, num_tokens=40, bidirectional=True).rule
+
+
+def arbitrary_both_ways():
+    """Rows in no order, whose spans reach before and behind them."""
+    position, end, own = arbitrary()
+    ahead = torch.arange(45) * 7 % 5
+    return position, end, own, torch.where(own <= torch.arange(45), torch.arange(45) + 1 + ahead, own).clamp(max=45)
+
+
+LAYOUTS = {
+    "ragged": ragged,
+    "documents": documents,
+    "arbitrary": arbitrary,
+    "both_ways": both_ways,
+    "arbitrary_both_ways": arbitrary_both_ways,
+}
 
 
 def tile(monkeypatch, rows, keys):
@@ -79,7 +98,7 @@ def eager(query, key, value, *rule, scale, window=None, softcap=None, sinks=None
     """Attention as transformers' eager form computes it, every step in the dtype of the inputs."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    mask = span_mask(*rule, window)[:, None]
+    mask = span_mask(*rule, window=window)[:, None]
     score = query @ key.mT * scale
     if softcap is not None:
         score = torch.tanh(score / softcap) * softcap
@@ -108,6 +127,8 @@ def gradients(form, leaves, d_out, rule, dtype=None, **options):
         ("documents", (16, 32), (3, 1), 64, torch.float16, {"window": 9}, True),
         ("documents", (32, 16), (4, 2), 96, torch.bfloat16, {"softcap": 2.0, "window": 9}, False),
         ("arbitrary", (16, 16), (2, 1), 16, torch.float32, {}, False),
+        ("both_ways", (16, 16), (2, 1), 16, torch.float32, {}, True),
+        ("arbitrary_both_ways", (16, 16), (1, 1), 16, torch.float32, {"window": 9}, False),
         ("arbitrary", (32, 16), (1, 1), 16, torch.float32, {"window": 4}, True),
     ],
 )
@@ -164,7 +185,7 @@ def test_no_rows_in_sight():
         assert (x == 0).all()
 
 
-@pytest.mark.parametrize("layout", ["ragged", "documents", *range(12)])
+@pytest.mark.parametrize("layout", ["ragged", "documents", "both_ways", "arbitrary_both_ways", *range(12)])
 @pytest.mark.parametrize("window", [1 << 30, 3])
 def test_plan_visits_each_tile_once_and_masks_where_it_must(layout, window):
     rule = arbitrary(seed=layout) if isinstance(layout, int) else LAYOUTS[layout]()
@@ -172,7 +193,7 @@ def test_plan_visits_each_tile_once_and_masks_where_it_must(layout, window):
     plan = torch.empty(B, -(-T // KEYS), 8, dtype=torch.int32, device=DEVICE)
     layout = tuple(x.to(DEVICE) for x in rule)
     module._row_tiles_kernel[plan.shape[1], B](layout, plan, T, window, ROWS=ROWS, KEYS=KEYS, TILES=4)
-    mask = span_mask(*rule, None if window > T else window)
+    mask = span_mask(*rule, window=None if window > T else window)
     padded = torch.zeros(B, -(-T // ROWS) * ROWS, -(-T // KEYS) * KEYS, dtype=torch.bool)
     padded[:, :T, :T] = mask
     blocks = padded.unflatten(1, (-1, ROWS)).unflatten(3, (-1, KEYS)).transpose(2, 3)
@@ -257,6 +278,45 @@ def test_inputs_need_not_be_dense(monkeypatch):
     out = span_attention_triton(*got, *rule, scale=0.3)
     for a, b in zip([out, *torch.autograd.grad(out, got, ones)], want):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("form", ["torch", "triton"])
+def test_a_compiled_step_has_no_graph_break(monkeypatch, form):
+    """Loss and gradients of an unmodified Llama with activation checkpointing, compiled whole and not."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 41}
+    model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=1, **sizes)).to(DEVICE).train()
+    model.gradient_checkpointing_enable()
+    layout = build_layout(torch.tensor([[3, 8, 12], [2, 6, 0]]), torch.tensor([14, 11]), 4, num_tokens=15)
+    tokens = torch.randint(10, 39, (2, 15)).to(DEVICE)
+    options = {"mask_token_id": 40, "eos_token_ids": torch.tensor([7], device=DEVICE), "target": "gt"}
+    if form == "triton":
+        tile(monkeypatch, 32, 32)
+        monkeypatch.setattr(objective, "span_attention", lambda *x, mask, **o: span_attention_triton(*x, **o))
+
+    def loss(tokens, context):
+        return objective.mtp_loss(model, None, tokens, context, **options).span
+
+    def step(loss):
+        model.zero_grad()
+        context = objective.SpanContext(layout.to(DEVICE))
+        with attention_context(model, context):
+            value = loss(tokens, context)
+            value.backward()
+        return [value.detach(), *(x.grad.clone() for x in model.parameters())]
+
+    compiled = step(torch.compile(loss, backend="aot_eager", fullgraph=True))
+    for a, b in zip(compiled, step(loss)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_op_is_what_torch_expects_of_one():
+    """Schema, fake tensors and autograd of the registered op, sinks and a cap included."""
+    layout = build_layout(torch.tensor([[3]]), torch.tensor([5]), 3, num_tokens=5)
+    rule = [x.to(DEVICE) for x in layout.rule[:3]]
+    (q, k, v, sinks), _ = draw(rule, 2, 1, 16, torch.float32, sinks=True)
+    leaves = [x.requires_grad_() for x in (q, k, v, sinks)]
+    torch.library.opcheck(torch.ops.mtpkern.span_attention, (*leaves, rule, 0.3, 2.0, 4))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mtpkern.compare import pad
 from mtpkern.generation import MTPGenerateOutput, generate
 from mtpkern.strategies import Strategy
 
@@ -53,8 +54,8 @@ def _as_loaded(model: PreTrainedModel) -> Iterator[None]:
 class HeldOut:
     """Held-out prompts that `MTPTrainer` decodes at every evaluation, in float32 or the dtype of the weights.
 
-    prompts, answers  texts as the model is given them, and what is right for each
-    tokenizer         encodes the prompts with its special tokens and decodes the new ones
+    prompts, answers  texts or token ids as the model is given them, and what is right for each
+    tokenizer         encodes texts with its special tokens and decodes what is new
     is_right          of the decoded text and the expected answer; compares `#### n` unless given
     strategy          of `mtpkern.generate`; Verified unless given
     batch_size        prompts decoded at a time
@@ -65,7 +66,7 @@ class HeldOut:
         MTPTrainer(..., held_out=held_out)  # logs eval_accuracy and eval_tokens_per_pass
     """
 
-    prompts: Sequence[str]
+    prompts: Sequence[str | list[int]]
     answers: Sequence[str]
     tokenizer: PreTrainedTokenizerBase
     is_right: Callable[[str, str], bool] = same_number
@@ -88,13 +89,13 @@ class HeldOut:
                 sums += self._count_batch(model, mine[i : i + self.batch_size])
         return sums
 
-    def _count_batch(self, model: PreTrainedModel, batch: list[tuple[str, str]]) -> Tensor:
-        texts = [prompt for prompt, _ in batch]
-        inputs = self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    def _count_batch(self, model: PreTrainedModel, batch: list[tuple[str | list[int], str]]) -> Tensor:
+        ids = [self.tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt for prompt, _ in batch]
+        inputs = pad(ids, model.device)
         output = generate(
             model,
-            inputs["input_ids"].to(model.device),
-            attention_mask=inputs["attention_mask"].to(model.device),
+            inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
             strategy=self.strategy,
             max_new_tokens=self.max_new_tokens,
             return_dict_in_generate=True,

@@ -35,8 +35,10 @@ class Layout:
     """The rows of a batch of B sequences of N tokens with M spans of K predictions; T = N + mask rows.
 
     position, prefix_end, span_start   [B, T] int32, see mtpkern.kernels.span_mask
+    span_end                           [B, T] int32 where the rows of a span see one another in both directions
     row                                [B, M, K] int64: the row that makes prediction j of span m
     prefix                             [B, M] int64: tokens before each span, 0 where there is no span
+    end                                [B, M] int64: the index behind the last token, EOS, of each span's text
     lengths                            [B] int64: tokens of each sequence, EOS included
     """
 
@@ -45,7 +47,14 @@ class Layout:
     span_start: Tensor
     row: Tensor
     prefix: Tensor
+    end: Tensor
     lengths: Tensor
+    span_end: Tensor | None = None
+
+    @property
+    def rule(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What span_mask and span_attention take."""
+        return self.position, self.prefix_end, self.span_start, self.span_end
 
     @property
     def valid(self) -> Tensor:
@@ -54,7 +63,12 @@ class Layout:
 
     def to(self, device: torch.device | str) -> Layout:
         """The same layout on a device."""
-        return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{n: x.to(device, non_blocking=True) for n, x in tensors.items() if x is not None})
+
+    def causal(self) -> Layout:
+        """The same layout, of which every row sees its span up to itself: what a next-token model reads."""
+        return replace(self, span_end=None)
 
     def fill(self, tokens: Tensor, masks: Tensor | int) -> Tensor:
         """Input ids [B, T]: `tokens` [B, N], then in the mask rows one id, or `masks` [B, M, K-1]."""
@@ -68,14 +82,23 @@ class Layout:
         return torch.cat([tokens, ids], dim=1)
 
 
-def build_layout(prefix: Tensor, lengths: Tensor, k: int, *, num_tokens: int, mask_rows: int | None = None) -> Layout:
+def build_layout(
+    prefix: Tensor,
+    lengths: Tensor,
+    k: int,
+    *,
+    num_tokens: int,
+    mask_rows: int | None = None,
+    bidirectional: bool = False,
+) -> Layout:
     """Lay out spans behind given prefixes.
 
-    prefix      [B, M] prefix lengths in tokens, 1 <= prefix < length; 0 for a span that does not exist
-    lengths     [B] tokens of each sequence, EOS included
-    k           predictions of a span, at least 1
-    num_tokens  N, the padded number of tokens
-    mask_rows   rows reserved for masks, M * (k - 1) unless given: with M * (k_max - 1) the shape does not depend on k
+    prefix         [B, M] prefix lengths in tokens, 1 <= prefix < length; 0 for a span that does not exist
+    lengths        [B] tokens of each sequence, EOS included
+    k              predictions of a span, at least 1
+    num_tokens     N, the padded number of tokens
+    mask_rows      reserved for masks, M * (k - 1) unless given: with M * (k_max - 1) the shape does not depend on k
+    bidirectional  the masks of a span see one another in both directions; each sees its prefix as ever
 
     Raises ValueError for impossible sizes. Source: arXiv 2602.06019, the figures of the layout.
 
@@ -102,14 +125,60 @@ def build_layout(prefix: Tensor, lengths: Tensor, k: int, *, num_tokens: int, ma
     own = torch.where(exists, own, row[..., 1:] + 1)
     spare = torch.zeros(len(prefix), mask_rows - used, dtype=torch.int64)
     spare_row = num_tokens + used + torch.arange(mask_rows - used).expand_as(spare)
+    span_start = torch.cat([token + 1, own.flatten(1), spare_row + 1], dim=1).int()
+    span_end = None
+    if bidirectional:
+        stop = torch.where(exists, first[:, None] + k - 1, own)
+        span_end = torch.cat([token + 1, stop.flatten(1), spare_row + 1], dim=1).int()
     return Layout(
         position=torch.cat([token * real, mask_position.flatten(1), spare], dim=1).int(),
         prefix_end=torch.cat([(token + 1) * real, mask_end.flatten(1), spare], dim=1).int(),
-        span_start=torch.cat([token + 1, own.flatten(1), spare_row + 1], dim=1).int(),
+        span_start=span_start,
+        span_end=span_end,
         row=row,
         prefix=prefix,
+        end=lengths[:, None].expand_as(prefix),
         lengths=lengths,
     )
+
+
+def pack(layout: Layout, *texts: Tensor) -> tuple[Layout, list[Tensor]]:
+    """A batch in one row, without padding: the tokens of all its sequences, then the masks of all.
+
+    layout   of B sequences; each becomes a document that sees itself only, its positions counted from 0
+    texts    [B, N] each, tokens first, and what goes with them; they come back as [1, sum of lengths]
+
+    Every prediction is what it was: document starts follow from the three integers (mtpkern.kernels.span_mask). For
+    the kernel, whose time is that of the visible pairs; the torch form computes all pairs of the long row.
+
+        packed, (tokens, answer) = pack(layout, tokens, answer)
+    """
+    lengths, N = layout.lengths, texts[0].shape[1]
+    batch, spans, k = layout.row.shape
+    used = spans * (k - 1)
+    first = (lengths.cumsum(0) - lengths)[:, None]
+    total = int(lengths.sum())
+    # How far the masks of each sequence move.
+    shift = total - N + torch.arange(batch, device=lengths.device)[:, None] * used
+    real = torch.arange(N, device=lengths.device) < lengths[:, None]
+
+    def join(x: Tensor, of_tokens: Tensor | int, of_masks: Tensor | int) -> Tensor:
+        tokens, masks = x[:, :N] + of_tokens, x[:, N : N + used] + of_masks
+        return torch.cat([tokens[real], masks.flatten()])[None].to(x.dtype)
+
+    exists = layout.prefix > 0
+    row = torch.cat([layout.row[..., :1] + first[..., None], layout.row[..., 1:] + shift[..., None]], dim=-1)
+    packed = Layout(
+        position=join(layout.position, 0, 0),
+        prefix_end=join(layout.prefix_end, first, first * exists.repeat_interleave(k - 1, dim=1)),
+        span_start=join(layout.span_start, first, shift),
+        span_end=None if layout.span_end is None else join(layout.span_end, first, shift),
+        row=row.flatten(0, 1)[None],
+        prefix=((layout.prefix + first) * exists).flatten()[None],
+        end=(layout.end + first).flatten()[None],
+        lengths=lengths.sum(0, keepdim=True),
+    )
+    return packed, [x[real][None] for x in texts]
 
 
 def _expand(x: Tensor, like: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ Source   arXiv 2602.06019, section on the online self-distillation objective
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mtpkern.attention import attention_context
+from mtpkern.attention import attention_context, routed
 from mtpkern.kernels.distill import Head, distill_loss, head_readout
 from mtpkern.kernels.span_attention import span_attention
 from mtpkern.kernels.span_mask import span_mask
@@ -39,6 +39,15 @@ class SpanContext:
     layout: Layout
     masks: dict[int | None, Tensor] = field(default_factory=dict)
 
+    def prepare(self, window: int | None) -> None:
+        """Build the masks without and with the model's window; the kernel needs none.
+
+        Before the layers run and not in the first of them: torch.compile forbids side effects where activations are
+        computed again.
+        """
+        if not self.layout.position.is_cuda:
+            self.masks.update((w, span_mask(*self.layout.rule, window=w)) for w in {None, window} - set(self.masks))
+
     def attend(
         self,
         layer: int,
@@ -52,16 +61,11 @@ class SpanContext:
         sinks: Tensor | None,
     ) -> Tensor:
         """Span attention of one layer: [B, T, Hq, D] (mtpkern.attention.AttentionContext)."""
-        layout = self.layout
-        rule = layout.position, layout.prefix_end, layout.span_start
-        # The kernel needs no mask; on a CPU all layers share one.
-        if window not in self.masks and not query.is_cuda:
-            self.masks[window] = span_mask(*rule, window)
         return span_attention(
             query,
             key,
             value,
-            *rule,
+            *self.layout.rule,
             scale=scale,
             window=window,
             softcap=softcap,
@@ -113,6 +117,7 @@ def head_of(model: PreTrainedModel, mask_token_id: int) -> Head:
 
 def backbone(model: PreTrainedModel, input_ids: Tensor, context: SpanContext) -> Tensor:
     """Final hidden states [B, T, H] of the rows of a layout; the model's attention must be switched to the context."""
+    context.prepare(getattr(model.config.get_text_config(decoder=True), "sliding_window", None))
     positions = context.layout.position.long()
     return model.base_model(
         input_ids=input_ids, position_ids=positions, use_cache=False, mtpkern=context
@@ -128,7 +133,7 @@ def gather_rows(hidden: Tensor, row: Tensor) -> Tensor:
 def within_text(layout: Layout) -> Tensor:
     """[B, M, K] bool: predictions of tokens that the text has, its EOS included."""
     index = layout.prefix.unsqueeze(-1) + torch.arange(layout.row.shape[-1], device=layout.prefix.device)
-    return index < layout.lengths[:, None, None]
+    return index < layout.end.unsqueeze(-1)
 
 
 def data_targets(tokens: Tensor, layout: Layout, eos_token_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,7 +142,7 @@ def data_targets(tokens: Tensor, layout: Layout, eos_token_ids: Tensor) -> tuple
     Behind EOS they are EOS; behind the end of a text that was cut off before its EOS they are not known.
     """
     index = layout.prefix.unsqueeze(-1) + torch.arange(layout.row.shape[-1], device=tokens.device)
-    last = layout.lengths[:, None, None] - 1
+    last = layout.end.unsqueeze(-1) - 1
     label = tokens.gather(1, torch.minimum(index, last).flatten(1)).view_as(index)
     ended = torch.isin(tokens.gather(1, last.flatten(1)), eos_token_ids).unsqueeze(-1)
     return label, layout.valid & ((index <= last) | ended)
@@ -207,9 +212,12 @@ def mtp_loss(
 
     if target != "gt" or anchor_rows is not None:
         assert teacher is not None
-        # A model that is its own teacher is switched to the context already.
-        with torch.no_grad(), attention_context(teacher, context) if as_teacher is None else as_teacher():
-            scored = backbone(teacher, layout.fill(tokens, token[..., :-1]), context)
+        # The teacher reads the span as text, one token after the other, also where the student's masks see both ways.
+        scoring = context if layout.span_end is None else SpanContext(layout.causal())
+        # A model that is its own teacher is held already.
+        switch = attention_context if as_teacher is None else routed
+        with torch.no_grad(), switch(teacher, scoring), (as_teacher or nullcontext)():
+            scored = backbone(teacher, layout.fill(tokens, token[..., :-1]), scoring)
         teacher_head = head_of(teacher, mask_token_id)
     if target == "gt":
         label, keep = data_targets(tokens, layout, eos_token_ids)

@@ -29,7 +29,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from mtpkern.attention import attention_context
 from mtpkern.model import record_settings, resolve_mask_token
 from mtpkern.train.evaluate import HeldOut, summarise
-from mtpkern.train.layout import Layout, build_layout, draw_k, draw_prefixes
+from mtpkern.train.layout import Layout, build_layout, draw_k, draw_prefixes, pack
 from mtpkern.train.lora import add_lora, merged, plain_model
 from mtpkern.train.objective import MTPLoss, SpanContext, mtp_loss
 from mtpkern.train.resume import MARK, Endless, is_complete, mark_complete, newest_checkpoint, remove_checkpoint, rotate
@@ -78,6 +78,13 @@ class MTPConfig(TrainingArguments):
         metadata={"help": "Weight of the teacher's KL on the answer's rows; keeps plain decoding as it was."},
     )
     static_shape: bool = field(default=False, metadata={"help": "Reserve mask rows for k_max at every k."})
+    packing: bool = field(
+        default=False, metadata={"help": "A micro-batch is one row without padding; for GPUs, whose kernel skips."}
+    )
+    bidirectional: bool = field(
+        default=False,
+        metadata={"help": "Masks of a span see one another both ways: an ablation that mtpkern.generate refuses."},
+    )
     lora_rank: int = field(default=0, metadata={"help": "Rank of LoRA adapters; 0 trains all parameters."})
     lora_alpha: float | None = field(default=None, metadata={"help": "LoRA's scale; twice the rank unless given."})
     lora_targets: str = field(
@@ -121,6 +128,8 @@ class MTPConfig(TrainingArguments):
                 f"student_dtype {self.student_dtype!r} needs lora_rank > 0: trained weights are float32; set bf16=True "
                 "to compute in bfloat16"
             )
+        if self.packing and self.static_shape:
+            raise ValueError("packing leaves out all padding, static_shape adds it; set one of them")
         self._refuse_untested()
 
     def _refuse_untested(self) -> None:
@@ -268,7 +277,9 @@ class MTPTrainer(Trainer):
         for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics", "model_init"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} would have no effect: the loss is fixed and no logits are gathered; omit it")
-        record_settings(plain, mask_token_id=self.mask_token_id, k_max=args.k_max)
+        if args.bidirectional and held_out is not None:
+            raise ValueError("held-out prompts cannot be decoded with bidirectional=True; leave held_out= out")
+        record_settings(plain, mask_token_id=self.mask_token_id, k_max=args.k_max, bidirectional=args.bidirectional)
         super().__init__(model=model, args=args, **kwargs)
         self._require_tested_engine()
         if teacher is not None:
@@ -358,9 +369,18 @@ class MTPTrainer(Trainer):
             rank=args.process_index,
         )
         mask_rows = num_spans * (args.k_max - 1) if args.static_shape else None
-        layout = build_layout(prefix, lengths, k, num_tokens=tokens.shape[1], mask_rows=mask_rows)
+        layout = build_layout(
+            prefix,
+            lengths,
+            k,
+            num_tokens=tokens.shape[1],
+            mask_rows=mask_rows,
+            bidirectional=args.bidirectional,
+        )
         index = torch.arange(tokens.shape[1])
         answer = (index >= prompts[:, None] - 1) & (index < lengths[:, None] - 1)
+        if args.packing:
+            layout, (tokens, answer) = pack(layout, tokens, answer)
         return {"input_ids": tokens, "layout": layout, "prefix_rows": answer}
 
     def draw_k(self, step: int) -> int:

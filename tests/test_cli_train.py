@@ -1,0 +1,284 @@
+"""`mtpkern train`: configurations and flags, the shipped configurations on small files, launching, the checkpoint."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import mtpkern
+from mtpkern.cli import main
+from mtpkern.train.command import help_text, load_student, load_teacher, parse, read_config, shipped_configs
+
+# Rows as the data sets have them: their columns, their order, their kinds of values.
+METAMATH = [
+    {
+        "type": f"{'GSM' if i % 2 else 'MATH'}_AnsAug",
+        "query": f"Gracie has {i} marbles and buys 3 more. How many has she now?",
+        "original_question": f"Gracie has {i // 3} marbles. How many has she?",
+        "response": (
+            f"Gracie starts with {i} marbles. She then buys 3 more of them.\nThen she has {i} + 3 = {i + 3}.\n"
+            f"#### {i + 3}\nThe answer is: {i + 3}"
+        ),
+    }
+    for i in range(60)
+]
+GSM8K = [
+    {
+        "question": f"Natalia sold {i} clips in April and half as many in May. How many in all?",
+        "answer": f"She sold {i}/2 = <<{i}/2={i // 2}>>{i // 2} in May.\nIn all {i + i // 2}.\n#### {i + i // 2}",
+    }
+    for i in range(2, 26, 2)
+]
+MAGPIE = [
+    {
+        "uuid": f"0d1e-{i}",
+        "model": "meta-llama/Meta-Llama-3-70B-Instruct",
+        "gen_input_configs": {"temperature": 1.1, "top_p": 1.0, "input_generator": "x", "seed": None},
+        "conversations": [
+            {"from": "human", "value": f"Name {i} colours."},
+            {"from": "gpt", "value": "Red, green and blue."},
+            {"from": "human", "value": "And another?"},
+            {"from": "gpt", "value": "Yellow."},
+        ],
+    }
+    for i in range(30)
+]
+TINY = ["--max-steps", "1", "--per-device-train-batch-size", "2", "--use-cpu", "--warmup-steps", "0"]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def checkpoint(tmp_path, tiny, bytes_of):
+    """`checkpoint("llama")`: a folder with a tiny random model that has never heard of a mask token."""
+
+    def make(kind, name="start", **settings):
+        folder = tmp_path / name
+        tokenizer = bytes_of(kind)
+        # As Qwen3's, that embedding has rows to spare.
+        rows = len(tokenizer) + (40 if kind == "qwen" else 0)
+        model = tiny.model("llama" if kind == "llama" else "qwen3", vocab_size=rows, **settings)
+        del model.config.mtpkern
+        model.config.max_position_embeddings = 2048
+        model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return str(folder)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "rows", "says"),
+    [
+        ("metamath-llama", "llama", METAMATH, " of them cut)"),
+        ("metamath-qwen3", "qwen", METAMATH, " of them cut)"),
+        ("magpie", "llama", MAGPIE, " in the other split"),
+        ("gsm8k", "qwen", GSM8K, "12 used"),
+    ],
+)
+def test_a_shipped_configuration_trains_and_saves_a_plain_checkpoint(
+    tmp_path, checkpoint, capsys, name, kind, rows, says
+):
+    data = write(tmp_path / "rows.jsonl", rows)
+    out = tmp_path / "out"
+    start = checkpoint(kind)
+    flags = ["--model", start, "--train-data", data, "--output-dir", str(out), *TINY]
+    flags += ["--decode-rows", "3", "--decode-tokens", "6"]
+    # A share of 1 % of so few groups would be none.
+    flags += ["--eval-data", data] if name == "gsm8k" else ["--eval-fraction", "0.2"]
+    assert main(["train", name, *flags]) == 0
+    report = capsys.readouterr().err
+    assert f"{data}: {len(rows)} rows read; " in report
+    assert says in report
+    assert "tokens_per_pass" in (out / "summary.md").read_text()
+
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    config = json.loads((out / "config.json").read_text())
+    mask = tokenizer.convert_tokens_to_ids("<|mtp|>")
+    assert {"mask_token_id": mask, "k_max": 16}.items() <= config["mtpkern"].items()
+    assert config["use_cache"]
+    before = AutoModelForCausalLM.from_pretrained(start)
+    assert not torch.equal(before.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight)
+    inputs = tokenizer("Natalia", return_tensors="pt")
+    ours = mtpkern.generate(model, **inputs, max_new_tokens=8)
+    theirs = model.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    assert ours.tolist() == theirs.tolist()
+
+
+def test_shipped_configurations_are_the_papers():
+    assert shipped_configs() == ["gsm8k", "magpie", "metamath-llama", "metamath-qwen3"]
+    for name in shipped_configs():
+        parse([name, "--output-dir", "out", "--use-cpu"])
+    paper = {
+        "layout": "paper",
+        "max_length": 160,
+        "k_min": 2,
+        "k_max": 16,
+        "teacher_target": "hard",
+        "max_steps": 100_000,
+        "warmup_steps": 2000,
+        "lr_scheduler_type": "constant_with_warmup",
+        "group_field": "original_question",
+    }
+    llama, qwen = read_config("metamath-llama"), read_config("metamath-qwen3")
+    assert paper.items() <= llama.items()
+    assert {key: value for key, value in qwen.items() if llama.get(key) != value} == {
+        "model": "Qwen/Qwen3-4B-Instruct-2507",
+        "chat": False,
+        "separator": "\n\n",
+    }
+    _, _, config = parse(["metamath-llama", "--output-dir", "out", "--use-cpu"])
+    assert (config.learning_rate, config.weight_decay, config.adam_beta2) == (1e-5, 0.01, 0.999)
+    # On four GPUs.
+    assert 4 * config.per_device_train_batch_size * config.gradient_accumulation_steps == 128
+    magpie = read_config("magpie")
+    assert (magpie["max_length"], 4 * magpie["per_device_train_batch_size"]) == (1024, 16)
+
+
+def test_flags_win_over_a_file(tmp_path):
+    values = {
+        "model": "m",
+        "train_data": ["a.jsonl", "b.jsonl"],
+        "output_dir": "out",
+        "use_cpu": True,
+        "learning_rate": 3e-4,
+        "chat": False,
+        "num_spans": None,
+        "lr_scheduler_kwargs": {"num_decay_steps": 7},
+        "fsdp": True,
+    }
+    (tmp_path / "c.json").write_text(json.dumps(values))
+    # What YAML reads as a string.
+    lines = [f"{key}: {json.dumps(value)}" for key, value in values.items() if key != "learning_rate"]
+    (tmp_path / "c.yaml").write_text("\n".join([*lines, "learning_rate: 3e-4"]))
+    for name in ("c.json", "c.yaml"):
+        model, data, config = parse([str(tmp_path / name), "--k-max", "5", "--chat", "true"])
+        assert (model.model, data.train_data, data.chat) == ("m", ["a.jsonl", "b.jsonl"], True)
+        assert (config.learning_rate, config.k_max, config.num_spans) == (3e-4, 5, None)
+        assert config.lr_scheduler_kwargs == {"num_decay_steps": 7}
+        assert config.fsdp is True
+    (tmp_path / "c.yaml").write_text("\n".join([*lines, "fsdp: false"]).replace("fsdp: true", ""))
+    assert not parse([str(tmp_path / "c.yaml")])[2].fsdp
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "says"),
+    [
+        ("lerning_rate: 1", [], r"unknown option 'lerning_rate' \(did you mean 'learning_rate'\?\)"),
+        ("k_max: 4\nk_max: 5", [], "k_max given twice"),
+        ("- k_max", [], "expected names and values; got list"),
+        ("k_max: [", [], "c.yaml: while parsing"),
+        ("k_max: many", ["--model", "m", "--train-data", "d.jsonl"], "k-max: invalid int value: 'many'"),
+        ("k_max: 4", [], "missing: --model"),
+        ("k_max: 4", ["--kmax", "5"], r"unknown option 'kmax' \(did you mean 'k_max'\?\)"),
+        ("k_max: 4", ["--learning", "5"], r"unknown option 'learning' \(did you mean"),
+        (
+            "k_max: 4",
+            ["--model", "m", "second.yaml", "--train-data", "d.jsonl"],
+            "unexpected 'second.yaml'; expected one CONFIG",
+        ),
+        ("streaming: true", ["--model", "m", "--train-data", "d.jsonl", "--use-cpu"], "set max_steps"),
+    ],
+)
+def test_mistakes_in_a_configuration(tmp_path, text, flags, says):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ValueError, match=says):
+        parse([str(tmp_path / "c.yaml"), *flags])
+
+
+def test_an_unknown_configuration(capsys):
+    assert main(["train", "metamath"]) == 2
+    assert "those are gsm8k, magpie, metamath-llama, metamath-qwen3" in capsys.readouterr().err
+
+
+def test_help_is_short_and_help_all_is_whole(capsys):
+    assert main(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--k-max" in shown
+    assert "--learning-rate" in shown
+    assert "--ddp-bucket-cap-mb" not in shown
+    assert max(map(len, shown.splitlines())) <= 120
+    assert "--ddp-bucket-cap-mb" in help_text(everything=True)
+    assert main(["train"]) == 0
+
+
+def test_a_run_goes_on_from_its_newest_checkpoint(tmp_path, checkpoint, capsys):
+    data, start = write(tmp_path / "rows.jsonl", GSM8K), checkpoint("llama")
+    common = ["--model", start, "--train-data", data, "--use-cpu", "--save-steps", "2", "--streaming", "--k-max", "3"]
+    common += ["--learning-rate", "1e-2", "--num-spans", "2", "--lr-scheduler-type", "constant"]
+    assert main(["train", *common, "--output-dir", str(tmp_path / "whole"), "--max-steps", "4"]) == 0
+    for steps in ("2", "4"):
+        assert main(["train", *common, "--output-dir", str(tmp_path / "half"), "--max-steps", steps]) == 0
+    state = json.loads((tmp_path / "half" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["global_step"] == 4
+    whole, half = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("whole", "half"))
+    for x, y in zip(whole.parameters(), half.parameters()):
+        assert torch.equal(x, y)
+
+
+def test_a_mask_token_that_is_recorded_is_kept(tmp_path, checkpoint):
+    folder = checkpoint("llama")
+    model, tokenizer = load_student(folder, torch.float32)
+    model.config.mtpkern = {**model.config.mtpkern, "mask_token_id": 9}
+    model.save_pretrained(tmp_path / "again")
+    tokenizer.save_pretrained(tmp_path / "again")
+    again, _ = load_student(str(tmp_path / "again"), torch.float32)
+    assert again.config.mtpkern["mask_token_id"] == 9
+    for x, y in zip(model.parameters(), again.parameters()):
+        assert torch.equal(x, y)
+
+
+def test_the_tokenizers_eos_is_a_stop_token(tmp_path, checkpoint):
+    folder = checkpoint("llama")
+    path = tmp_path / "start" / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": 3}))
+    model, tokenizer = load_student(folder, torch.float32)
+    assert model.generation_config.eos_token_id == [3, tokenizer.eos_token_id]
+
+
+def test_models_that_do_not_fit(tmp_path, checkpoint, bytes_of, capsys):
+    start, other = checkpoint("llama"), checkpoint("qwen", "other")
+    _, tokenizer = load_student(start, torch.float32)
+    with pytest.raises(ValueError, match=r"must share a vocabulary; .* tokens differ, such as"):
+        load_teacher(other, start, tokenizer, torch.float32)
+    tokenizer.add_tokens([f"<extra {i}>" for i in range(9)])
+    tokenizer.save_pretrained(start)
+    with pytest.raises(ValueError, match="the model only 262 rows"):
+        load_student(start, torch.float32)
+    tokenizer = bytes_of("llama")
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(start)
+    data = write(tmp_path / "rows.jsonl", GSM8K)
+    flags = ["--model", start, "--train-data", data, "--output-dir", str(tmp_path / "out"), *TINY]
+    assert main(["train", *flags]) == 2
+    assert "no EOS token" in capsys.readouterr().err
+    bytes_of("llama").save_pretrained(start)
+    write(tmp_path / "rows.jsonl", [*GSM8K, {"question": "x"}])
+    assert main(["train", *flags]) == 2
+    assert capsys.readouterr().err.endswith(
+        f"mtpkern train: {data}, line 13: expected question and answer; answer missing; "
+        "mend the row or set bad_rows: skip\n"
+    )
+
+
+def test_two_processes_under_torchrun(tmp_path, checkpoint):
+    data, out = write(tmp_path / "rows.jsonl", GSM8K), tmp_path / "out"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "mtpkern.train", "gsm8k", "--model", checkpoint("qwen"), "--train-data", data]
+    command += ["--eval-data", data, "--output-dir", str(out), *TINY]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count(f"{data}: 12 rows read") == 2  # once for training and once for evaluation
+    assert (out / "model.safetensors").is_file()
+    assert "mask_token_id" in json.loads((out / "config.json").read_text())["mtpkern"]

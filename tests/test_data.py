@@ -1,0 +1,374 @@
+"""Formats and sources: what a row becomes, what is refused or skipped, and who is held out."""
+
+import json
+
+import pytest
+from torch.utils.data import DataLoader
+
+from mtpkern.train import data as data_module
+from mtpkern.train.data import DataArguments, EncodedTexts, StreamedTexts, is_held_out, load_data, read_rows
+from mtpkern.train.formats import FORMATS, BadRow, Encoder, messages_of, recognise
+
+QUESTION, ANSWER = "What is 1 + 1?", "It is 2.\n#### 2"
+TURNS = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+SAME = {
+    "messages": {"messages": TURNS},
+    "conversations": {"conversations": [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]},
+    "prompt-completion": {"prompt": QUESTION, "completion": ANSWER},
+    "query-response": {"query": QUESTION, "response": ANSWER, "type": "GSM_SV", "original_question": "1 + 1?"},
+    "question-answer": {"question": QUESTION, "answer": ANSWER},
+}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def sums(n):
+    return [{"question": f"What is {i} + {i}?", "answer": f"{i} + {i} = {2 * i}\n#### {2 * i}"} for i in range(n)]
+
+
+def prompts(texts, tokenizer):
+    return [tokenizer.decode(x["input_ids"][: x["prompt_length"]]) for x in texts]
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_every_format_is_recognised_and_read(name):
+    assert recognise(SAME[name]) == name
+    assert messages_of(SAME[name], name) == TURNS
+
+
+def test_other_shapes_of_a_row():
+    lists = {"prompt": [{"role": "system", "content": "Be brief."}, TURNS[0]], "completion": [TURNS[1]]}
+    assert messages_of(lists, "prompt-completion") == [*lists["prompt"], TURNS[1]]
+    assert recognise({"text": "x", "source": "y"}) == "text"
+    assert messages_of({"text": ANSWER}, "text") == [TURNS[1]]
+
+
+def test_none_or_two_formats_are_refused():
+    with pytest.raises(ValueError, match=r"question and answer.*got \['body', 'question'\]"):
+        recognise(["question", "body"])
+    with pytest.raises(ValueError, match=r"messages and text; choose one with data_format"):
+        recognise(["text", "messages"])
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen"])
+def test_chat_template_gives_prompt_and_answer_with_one_eos(bytes_of, kind):
+    tokenizer = bytes_of(kind)
+    (example,) = Encoder(tokenizer)([TURNS])
+    ids, length = example["input_ids"], example["prompt_length"]
+    prompt = tokenizer.apply_chat_template(TURNS[:1], tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(ids[:length]) == prompt
+    assert tokenizer.decode(ids[length:]) == ANSWER + tokenizer.eos_token
+    # The prompt's ids are those that decoding feeds.
+    assert ids[:length] == tokenizer(prompt, add_special_tokens=False).input_ids
+
+
+def test_earlier_turns_belong_to_the_prompt(bytes_of):
+    tokenizer = bytes_of("qwen")
+    more = [*TURNS, {"role": "user", "content": "And 2 + 2?"}, {"role": "assistant", "content": "4"}]
+    (example,) = Encoder(tokenizer)([more])
+    assert tokenizer.decode(example["input_ids"][example["prompt_length"] :]) == "4<|im_end|>"
+    assert tokenizer.decode(example["input_ids"]).count("<|im_end|>") == 4
+
+
+@pytest.mark.parametrize(("kind", "front"), [("llama", "<|begin_of_text|>"), ("qwen", "")])
+def test_without_template_a_blank_line_and_bos(bytes_of, kind, front):
+    tokenizer = bytes_of(kind)
+    (example,) = Encoder(tokenizer, chat=False)([TURNS])
+    prompt, answer = (tokenizer.decode(part) for part in halves(example))
+    assert (prompt, answer) == (f"{front}{QUESTION}\n\n", ANSWER + tokenizer.eos_token)
+
+
+def halves(example):
+    return example["input_ids"][: example["prompt_length"]], example["input_ids"][example["prompt_length"] :]
+
+
+def test_tokens_do_not_run_across_the_border(bytes_of):
+    """The blank line of the answer's beginning would join the prompt's last line break into one token."""
+    tokenizer = bytes_of("qwen")
+    turns = [TURNS[0], {"role": "assistant", "content": "\nTwo."}]
+    (example,) = Encoder(tokenizer, chat=False, separator="\n")([turns])
+    prompt, answer = halves(example)
+    assert prompt == tokenizer(f"{QUESTION}\n").input_ids
+    assert tokenizer.decode(answer) == "\nTwo.<|im_end|>"
+
+
+def test_plain_text_is_all_answer(bytes_of):
+    for kind in ("llama", "qwen"):
+        tokenizer = bytes_of(kind)
+        for chat in (True, False):
+            (example,) = Encoder(tokenizer, chat=chat)([[TURNS[1]]])
+            assert example["prompt_length"] == 1
+            assert example["input_ids"] == [*tokenizer(ANSWER).input_ids, tokenizer.eos_token_id]
+
+
+def test_exactly_one_eos(bytes_of):
+    tokenizer = bytes_of("llama")
+    other = tokenizer.convert_tokens_to_ids("<|end_of_text|>")
+    # The text brings its EOS along: one is left. One of the model's other stop tokens inside a text is refused.
+    brought = [TURNS[0], {"role": "assistant", "content": f"{ANSWER}<|eot_id|>"}]
+    inside = [{"role": "user", "content": "Write <|end_of_text|>, please."}, TURNS[1]]
+    for chat in (True, False):
+        encode = Encoder(tokenizer, chat=chat, eos_token_ids=[other])
+        plain, same, refused = encode([TURNS, brought, inside])
+        assert plain == same
+        assert plain["input_ids"][plain["prompt_length"] :].count(tokenizer.eos_token_id) == 1
+        assert isinstance(refused, BadRow)
+        assert "end_of_text" in str(refused)
+    # A template that ends an answer otherwise still gets the tokenizer's EOS, behind its own end.
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|eot_id|>", "<|end_header_id|>")
+    (example,) = Encoder(tokenizer)([TURNS])
+    assert tokenizer.decode(halves(example)[1]) == f"{ANSWER}<|end_header_id|><|eot_id|>"
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no EOS token"):
+        Encoder(tokenizer)
+
+
+def test_templates_that_do_not_serve(bytes_of):
+    tokenizer = bytes_of("qwen")
+    whole = tokenizer.chat_template
+    tokenizer.chat_template = whole.replace("assistant\n{%", "assistant\n<think>{%")
+    (refused,) = Encoder(tokenizer)([TURNS])
+    assert "'<think>'" in str(refused)
+    tokenizer.chat_template = "{{ raise_exception('no such role') }}" + whole
+    (refused,) = Encoder(tokenizer)([TURNS])
+    assert "no such role" in str(refused)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="chat: false"):
+        Encoder(tokenizer)
+
+
+BAD = [
+    ("{'question'", "no JSON", "expected a JSON object"),
+    ([1], "no object", "got [1]"),
+    ({"question": QUESTION}, "missing field", "answer missing"),
+    ({"question": QUESTION, "answer": None}, "missing field", "answer missing"),
+    ({"question": QUESTION, "answer": 2}, "no string", "answer: expected a string; got 2"),
+    ({"question": " \n", "answer": ANSWER}, "empty string", "question: expected text"),
+    ({"question": QUESTION, "answer": "<|im_end|>"}, "empty string", "nothing but its end"),
+    ({"question": QUESTION, "answer": "a <|mtp|> b"}, "mask token", "is the mask token"),
+    ({"question": "<|im_end|>?", "answer": ANSWER}, "EOS inside a text", "'<|im_end|>' ends a text"),
+]
+
+
+@pytest.mark.parametrize(("row", "kind", "says"), BAD)
+def test_a_bad_row_is_an_error_with_its_place_or_a_counted_skip(tmp_path, bytes_of, row, kind, says):
+    tokenizer = bytes_of("qwen")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|mtp|>"]})
+    encode = Encoder(tokenizer, mask_token_id=tokenizer.convert_tokens_to_ids("<|mtp|>"))
+    path = tmp_path / "rows.jsonl"
+    good = [json.dumps(x) for x in sums(4)]
+    path.write_text("\n".join([*good[:2], "", row if isinstance(row, str) else json.dumps(row), *good[2:]]))
+    with pytest.raises(ValueError) as caught:
+        load_data(DataArguments([str(path)]), encode)
+    assert str(caught.value).startswith(f"{path}, line 4: ")
+    assert says in str(caught.value)
+    texts, _, (report,) = load_data(DataArguments([str(path)], bad_rows="skip"), encode)
+    assert len(texts) == report.used == 4
+    assert report.skipped == {kind: (1, f"{path}, line 4")}
+    assert str(report) == f"{path}: 5 rows read; 4 used, 1 skipped, {kind} (first: {path}, line 4)"
+
+
+@pytest.mark.parametrize(
+    ("turns", "says"),
+    [
+        ([], "expected a list"),
+        ("hello", "expected a list"),
+        (["hello"], r"messages\[0\]"),
+        ([{"role": "robot", "content": "x"}], "role must be system, user, assistant; got 'robot'"),
+        ([{"role": ["user"], "content": "x"}], "role must be"),
+        ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\].content: expected a string"),
+        (TURNS[:1], "the assistant last; got user"),
+        (TURNS[1:], "take turns"),
+        ([*TURNS, *TURNS[1:]], "got user, assistant, assistant"),
+        ([TURNS[0], {"role": "system", "content": "x"}, TURNS[1]], "got user, system, assistant"),
+        ([{"role": "system", "content": "x"}], "got system"),
+    ],
+)
+def test_wrong_messages(turns, says):
+    with pytest.raises(BadRow, match=says):
+        messages_of({"messages": turns}, "messages")
+
+
+def test_wrong_sharegpt_roles():
+    with pytest.raises(BadRow, match="from must be system, human, gpt; got 'bing'"):
+        messages_of({"conversations": [{"from": "bing", "value": "x"}]}, "conversations")
+
+
+def test_texts_beyond_the_window(tmp_path, bytes_of):
+    tokenizer = bytes_of("qwen")
+    rows = [
+        {"question": "Q?", "answer": "short"},
+        {"question": "Q?", "answer": "long " * 10},
+        {"question": "what " * 10, "answer": "short"},
+    ]
+    path = write(tmp_path / "rows.jsonl", rows)
+
+    def load(long_rows, **options):
+        encode = Encoder(tokenizer, chat=False, window=20, long_rows=long_rows, **options)
+        return load_data(DataArguments([path], chat=False, long_rows=long_rows), encode)
+
+    texts, _, (report,) = load("skip")
+    assert [len(x["input_ids"]) for x in texts] == [9]
+    assert report.skipped == {"longer than the window": (2, f"{path}, line 2")}
+
+    texts, _, (report,) = load("cut")
+    assert [len(x["input_ids"]) for x in texts] == [9, 20]
+    assert tokenizer.eos_token_id not in texts[1]["input_ids"]
+    assert (report.used, report.cut) == (2, 1)
+    assert report.skipped == {"cut inside its prompt": (1, f"{path}, line 3")}
+
+    texts, _, (report,) = load("cut", response_only=False)
+    assert [len(x["input_ids"]) for x in texts] == [9, 20, 20]
+
+    with pytest.raises(ValueError, match=r"line 2: 54 tokens, the window has 20 .* set long_rows to skip or cut"):
+        load("error")
+
+
+def test_held_out_groups(tmp_path, bytes_of):
+    encode = Encoder(bytes_of("qwen"), chat=False)
+    rows = [
+        {
+            "query": f"{word} {i}?",
+            "response": f"{i}.",
+            "original_question": f" Question  {i}" if word == "a" else f"question {i}",
+        }
+        for i in range(60)
+        for word in ("a", "b", "c")
+    ]
+    path = write(tmp_path / "rows.jsonl", rows)
+    arguments = DataArguments([path], chat=False, group_field="original_question", eval_fraction=0.2)
+    train, held_out, reports = load_data(arguments, encode)
+    numbers = [{prompt.split()[1] for prompt in prompts(texts, encode.tokenizer)} for texts in (train, held_out)]
+    assert not numbers[0] & numbers[1]
+    assert len(train) + len(held_out) == 180
+    assert len(train) == 3 * len(numbers[0])
+    assert 6 <= len(numbers[1]) <= 18
+    assert [(r.rows, r.used, r.other_split) for r in reports] == [
+        (180, len(train), len(held_out)),
+        (180, len(held_out), len(train)),
+    ]
+    # Rows that are added move none of the others.
+    write(tmp_path / "rows.jsonl", [{"query": "x", "response": "y", "original_question": "z"}, *rows])
+    assert set(prompts(load_data(arguments, encode)[1], encode.tokenizer)) >= set(prompts(held_out, encode.tokenizer))
+    write(tmp_path / "rows.jsonl", [*rows[:3], {"query": "x", "response": "y"}])
+    with pytest.raises(ValueError, match=r"line 4: expected a string in column 'original_question'"):
+        load_data(arguments, encode)
+
+
+def test_the_hash_is_the_same_in_every_process():
+    held_out = [7, 10, 13, 16, 24, 28, 30, 31, 33, 36, 38]
+    assert [i for i in range(40) if is_held_out(f"question {i}", 0.2)] == held_out
+    assert all(is_held_out(f"\n QUESTION\t{i} ", 0.2) for i in held_out)
+
+
+def test_every_source_gives_the_same_rows(tmp_path, monkeypatch):
+    from datasets import Dataset
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = sums(7)
+    lines = write(tmp_path / "a.jsonl", rows[:3])
+    (tmp_path / "b.json").write_text(json.dumps(rows[3:]))
+    Dataset.from_list(rows).to_parquet(tmp_path / "c.parquet")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write(folder / "train.jsonl", rows)
+
+    assert [row for _, row in read_rows([lines, str(tmp_path / "b.json")])] == rows
+    assert [row for _, row in read_rows([str(tmp_path / "c.parquet")])] == rows
+    places, found = zip(*read_rows([str(folder)], streaming=True))
+    assert list(found) == rows
+    assert places[2] == f"{folder}, row 3"
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        list(read_rows([str(tmp_path / "d.jsonl")]))
+    with pytest.raises(ValueError, match="one folder or hub id"):
+        list(read_rows([lines, "openai/gsm8k"]))
+    (tmp_path / "e.json").write_text('{"question": 1}')
+    with pytest.raises(ValueError, match=r"use \.jsonl"):
+        list(read_rows([str(tmp_path / "e.json")]))
+
+
+def test_only_and_empty(tmp_path, bytes_of):
+    encode = Encoder(bytes_of("qwen"))
+    rows = [{**row, "type": f"{'GSM' if i % 3 else 'MATH'}_SV"} for i, row in enumerate(sums(6))]
+    path = write(tmp_path / "rows.jsonl", rows)
+    texts, _, (report,) = load_data(DataArguments([path], only="type=GSM"), encode)
+    assert (len(texts), report.filtered) == (4, 2)
+    with pytest.raises(ValueError, match=r"no row is left to train on.*6 left out by 'only'"):
+        load_data(DataArguments([path], only="type=X"), encode)
+    with pytest.raises(ValueError, match="no row is left to train on"):
+        load_data(DataArguments([write(tmp_path / "none.jsonl", [])]), encode)
+
+
+def test_encoded_texts_give_back_what_went_in():
+    examples = [{"input_ids": [5, 6, 7], "prompt_length": 1}, {"input_ids": [8], "prompt_length": 2}]
+    texts = EncodedTexts(examples)
+    assert (len(texts), texts[0], texts[1], texts[-1]) == (2, *examples, examples[1])
+    with pytest.raises(IndexError):
+        texts[2]
+
+
+def test_stream_is_shuffled_by_epoch_and_shared_by_workers(tmp_path, bytes_of, monkeypatch):
+    monkeypatch.setattr(data_module, "_CHUNK", 4)
+    encode = Encoder(bytes_of("qwen"), chat=False)
+    path = write(tmp_path / "rows.jsonl", sums(30))
+    stream, held_out, _ = load_data(
+        DataArguments([path], chat=False, streaming=True, shuffle_buffer=10, eval_fraction=0.2, max_eval_rows=2), encode
+    )
+    assert isinstance(stream, StreamedTexts)
+    assert len(held_out) == 2
+    whole, _, _ = load_data(DataArguments([path], chat=False, eval_fraction=0.2), encode)
+    texts = prompts(whole, encode.tokenizer)
+    first = prompts(stream, encode.tokenizer)
+    assert first == prompts(stream, encode.tokenizer)
+    assert first != texts
+    assert sorted(first) == sorted(texts)
+    stream.set_epoch(1)
+    second = prompts(stream, encode.tokenizer)
+    assert second != first
+    assert sorted(second) == sorted(texts)
+    both = list(DataLoader(stream, batch_size=None, num_workers=2))
+    assert sorted(prompts(both, encode.tokenizer)) == sorted(texts)
+
+
+def test_a_stream_says_what_it_skips(tmp_path, bytes_of, caplog):
+    encode = Encoder(bytes_of("qwen"))
+    path = write(tmp_path / "rows.jsonl", [*sums(1), *({"question": "x"} for _ in range(11))])
+    arguments = DataArguments([path], streaming=True, shuffle_buffer=0, bad_rows="skip")
+    stream, _, _ = load_data(arguments, encode)
+    assert len(list(stream)) == 1
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        f"{path}, line 2 is skipped: missing field (1 so far)",
+        f"{path}, line 11 is skipped: missing field (10 so far)",
+    ]
+    empty, _, _ = load_data(
+        DataArguments(
+            [write(tmp_path / "bad.jsonl", [{"question": "", "answer": "1"}])], streaming=True, bad_rows="skip"
+        ),
+        encode,
+    )
+    with pytest.raises(ValueError, match="no row is left"):
+        list(empty)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"data_format": "alpaca"}, "data_format must be one of auto, messages"),
+        ({"long_rows": "keep"}, "long_rows"),
+        ({"bad_rows": "keep"}, "bad_rows"),
+        ({"eval_fraction": 1.0}, "eval_fraction"),
+        ({"eval_fraction": 0.1, "eval_data": ["x.jsonl"]}, "give one of them"),
+        ({"only": "GSM"}, "COLUMN=PREFIX"),
+    ],
+)
+def test_wrong_arguments(change, says):
+    with pytest.raises(ValueError, match=says):
+        DataArguments(["x.jsonl"], **change)
+
+
+def test_formats_and_their_table_agree():
+    assert set(SAME) | {"text"} == set(FORMATS)

@@ -1,0 +1,49 @@
+"""The ops of a decode step for pytest-benchmark: `pytest tests/test_micro.py --benchmark-autosave` and so on.
+
+At the heads and vocabulary of Qwen3-4B on a GPU, with 15 rows behind 4,096 tokens; tiny on a CPU. These times hold the
+launch from Python; what a call takes inside a captured graph, `make gpu` measures.
+"""
+
+import pytest
+import torch
+
+from mtpkern.bench.decode_attention import Case, Shape
+from mtpkern.bench.kv_write import Case as WriteCase
+from mtpkern.bench.readout import Taken
+from mtpkern.compare import synchronize
+from mtpkern.kernels.decode_attention import decode_attention
+from mtpkern.kernels.kv_write import kv_write
+
+pytest.importorskip("pytest_benchmark")
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+
+
+def attention():
+    case = Case(Shape(1, 4096, 15) if CUDA else Shape(1, 40, 15, Hq=4, Hkv=2, D=16), DEVICE)
+    return case.attend(decode_attention)
+
+
+def write():
+    case = WriteCase(15, 1, 4096 if CUDA else 32, DEVICE)
+    keys = case.k.transpose(1, 2)
+    return lambda i: case.write(kv_write, keys)
+
+
+def taken():
+    return Taken(1, 151_936 if CUDA else 1000, DEVICE, ours=True)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [attention, write, lambda: taken().readout_, lambda: taken().advance_],
+    ids=["decode_attention", "kv_write", "readout", "advance"],
+)
+def test_op(benchmark, make):
+    action = make()
+
+    def call():
+        action(0)
+        synchronize(DEVICE)
+
+    benchmark.pedantic(call, rounds=200 if CUDA else 2, warmup_rounds=5 if CUDA else 1)

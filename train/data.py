@@ -1,0 +1,384 @@
+"""Data: sources of rows, what is skipped and held out, and the datasets that the trainer reads.
+
+    what is wrong                       what happens
+    no JSON, no object, a missing       an error with the row's number; with bad_rows "skip" a counted skip
+    field, no string, an empty string,
+    a wrong role, the mask token or
+    an EOS inside a text
+    longer than the window              long_rows: "skip" (counted), "error", or "cut" (counted); a text that is cut
+                                        inside its prompt has no answer left and is a counted skip (response_only)
+    no format or several match, no      an error
+    row is left, no such file
+
+Local files are read row by row rather than through Arrow, which refuses a file of mixed types without saying where.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+import re
+import unicodedata
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from mtpkern.train.formats import FORMATS, NO_ANSWER_LEFT, TOO_LONG, BadRow, Encoder, Message, messages_of, recognise
+
+logger = logging.getLogger(__name__)
+
+# Where a row stands ("problems.jsonl, line 3"), and the row, or what is wrong with it.
+Located = tuple[str, Any]
+
+# Rows that are tokenized in one call, which the tokenizer spreads over its threads.
+_CHUNK = 512
+# Rows that are looked at to recognise the format, so that one broken row in front does not hide it.
+_PEEK = 100
+
+
+@dataclass
+class DataArguments:
+    """Where the data lies and how it is read."""
+
+    train_data: list[str] = field(
+        metadata={"help": "Files (.jsonl, .json, .parquet), or a folder or hub id for datasets.load_dataset."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Split of a hub id."})
+    subset: str | None = field(default=None, metadata={"help": "Configuration of a hub id, such as 'main'."})
+    eval_data: list[str] | None = field(default=None, metadata={"help": "Held-out data, read like train_data."})
+    eval_split: str = field(default="test", metadata={"help": "Split of eval_data where that is a hub id."})
+    eval_fraction: float = field(
+        default=0.0, metadata={"help": "Share of the groups of train_data to hold out, by a hash of the group."}
+    )
+    group_field: str | None = field(
+        default=None, metadata={"help": "Rows equal in this column are held out together; the prompt unless given."}
+    )
+    max_eval_rows: int = field(default=1000, metadata={"help": "Held-out rows to keep at most."})
+    decode_rows: int = field(
+        default=0, metadata={"help": "Held-out rows to decode at every evaluation: accuracy and tokens per pass."}
+    )
+    decode_tokens: int = field(default=256, metadata={"help": "Tokens to decode at most for each of them."})
+    data_format: str = field(default="auto", metadata={"help": f"'auto' (by the columns), {', '.join(FORMATS)}."})
+    only: str | None = field(default=None, metadata={"help": "COLUMN=PREFIX: rows whose column begins so."})
+    chat: bool = field(default=True, metadata={"help": "Apply the chat template; false joins by separator."})
+    separator: str = field(default="\n\n", metadata={"help": "Between prompt and answer without a chat template."})
+    bad_rows: str = field(default="error", metadata={"help": "What a faulty row does: 'error' or 'skip' (counted)."})
+    long_rows: str = field(
+        default="skip", metadata={"help": "What a row beyond max_length does: 'skip' (counted), 'cut' or 'error'."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read while training; needs max_steps."})
+    shuffle_buffer: int = field(default=10_000, metadata={"help": "Rows among which a stream is shuffled; 0 for none."})
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("data_format", ("auto", *FORMATS)),
+            ("bad_rows", ("error", "skip")),
+            ("long_rows", ("skip", "cut", "error")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(f"eval_fraction must be at least 0 and below 1; got {self.eval_fraction}")
+        if self.eval_data and self.eval_fraction:
+            raise ValueError("eval_data and eval_fraction both name held-out rows; give one of them")
+        if self.only is not None and "=" not in self.only:
+            raise ValueError(f"only must be COLUMN=PREFIX, such as type=GSM; got {self.only!r}")
+
+
+@dataclass
+class Report:
+    """What became of the rows of one source: counts, and where the first skip of each kind stands.
+
+    With `live` the 1st, 10th, 100th ... skip of a kind is logged at once: a stream may never come to its end.
+    """
+
+    source: str
+    live: bool = False
+    rows: int = 0
+    used: int = 0
+    cut: int = 0
+    other_split: int = 0
+    filtered: int = 0
+    skipped: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def skip(self, kind: str, where: str) -> None:
+        """Count a skipped row."""
+        count, first = self.skipped.get(kind, (0, where))
+        self.skipped[kind] = count + 1, first
+        if self.live and re.fullmatch("10*", str(count + 1)):
+            logger.warning("%s is skipped: %s (%d so far)", where, kind, count + 1)
+
+    def __str__(self) -> str:
+        parts = [f"{self.used:,} used"]
+        if self.cut:
+            parts[0] += f" ({self.cut:,} of them cut)"
+        if self.other_split:
+            parts.append(f"{self.other_split:,} in the other split")
+        if self.filtered:
+            parts.append(f"{self.filtered:,} left out by 'only'")
+        parts += [f"{n:,} skipped, {kind} (first: {where})" for kind, (n, where) in sorted(self.skipped.items())]
+        return f"{self.source}: {self.rows:,} rows read; " + ", ".join(parts)
+
+
+def read_rows(
+    source: Sequence[str], *, split: str = "train", subset: str | None = None, streaming: bool = False
+) -> Iterator[Located]:
+    """Rows with the places where they stand: of local files in turn, or of a folder or hub id through `datasets`.
+
+    Raises FileNotFoundError for a file that is not there, ValueError for a mixture of files and ids and for a .json
+    file that is no list.
+
+        where, row = next(read_rows(["problems.jsonl"]))  # "problems.jsonl, line 1", {"question": ..., "answer": ...}
+    """
+    if len(source) == 1 and Path(source[0]).suffix not in _READERS:
+        from datasets import load_dataset
+
+        rows = load_dataset(source[0], subset, split=split, streaming=streaming)
+        yield from ((f"{source[0]}, row {number}", row) for number, row in enumerate(rows, 1))
+        return
+    for name in source:
+        path = Path(name)
+        if path.suffix not in _READERS:
+            raise ValueError(f"data must be files ({', '.join(_READERS)}) or one folder or hub id; got {list(source)}")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: there is no such file")
+        yield from _READERS[path.suffix](path)
+
+
+def _read_jsonl(path: Path) -> Iterator[Located]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                row = BadRow("no JSON", f"expected a JSON object ({error.msg}); got {line.strip()[:60]!r}")
+            yield f"{path}, line {number}", row
+
+
+def _read_json(path: Path) -> Iterator[Located]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: expected one JSON list of rows ({error.msg})") from None
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: expected a JSON list of rows, got {type(rows).__name__}; for one a line use .jsonl")
+    yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _read_parquet(path: Path) -> Iterator[Located]:
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path) as file:
+        rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Located]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+}
+
+
+def is_held_out(group: str, fraction: float) -> bool:
+    """Whether a group of rows is held out: a pure function of its text, up to case, Unicode form and white space.
+
+    The same in every process, and unmoved by rows that come before, between or after.
+
+        is_held_out("How many  apples?", 0.1) == is_held_out("how many apples?", 0.1)
+    """
+    normal = " ".join(unicodedata.normalize("NFKC", group).casefold().split())
+    digest = hashlib.blake2b(normal.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
+
+
+@dataclass(frozen=True)
+class Source:
+    """A named source of rows and the rules by which they become examples; each iteration starts anew.
+
+    held_out   False: without the rows that the hash holds out; True: only those; None: all
+    """
+
+    name: str
+    rows: Callable[[], Iterator[Located]]
+    encode: Encoder
+    arguments: DataArguments
+    held_out: bool | None = None
+
+    def examples(self, report: Report, part: tuple[int, int] = (0, 1)) -> Iterator[dict[str, Any]]:
+        """Examples as of `Encoder`; `report` fills meanwhile. part (i, n) takes every n-th row from row i on."""
+        rows = self.rows()
+        first = list(islice(rows, _PEEK))
+        data_format = self.arguments.data_format
+        if data_format == "auto" and first:
+            data_format = recognise({key for _, row in first if isinstance(row, Mapping) for key in row}, self.name)
+        rows = islice(chain(first, rows), part[0], None, part[1])
+        while chunk := list(islice(rows, _CHUNK)):
+            fates: list[list[Message] | BadRow | str] = []
+            for _, row in chunk:
+                try:
+                    messages = messages_of(row, data_format)
+                    fates.append(self._unwanted(row, messages) or messages)
+                except BadRow as fault:
+                    fates.append(fault)
+            encoded = iter(self.encode([fate for fate in fates if isinstance(fate, list)]))
+            for (where, _), fate in zip(chunk, fates):
+                report.rows += 1
+                example = next(encoded) if isinstance(fate, list) else fate
+                if isinstance(example, dict):
+                    report.used += 1
+                    report.cut += example.pop("cut", False)
+                    yield example
+                elif isinstance(example, BadRow):
+                    self._fault(example, where, report)
+                elif example == "filtered":
+                    report.filtered += 1
+                else:
+                    report.other_split += 1
+
+    def _unwanted(self, row: Mapping[str, Any], messages: list[Message]) -> str | None:
+        """Why a good row is not taken, None for one that is."""
+        args = self.arguments
+        if args.only is not None:
+            column, prefix = args.only.split("=", 1)
+            if not _column(row, column).startswith(prefix):
+                return "filtered"
+        if self.held_out is None:
+            return None
+        prompts = [message["content"] for message in messages if message["role"] == "user"]
+        group = _column(row, args.group_field) if args.group_field else [*prompts, messages[0]["content"]][0]
+        return None if is_held_out(group, args.eval_fraction) == self.held_out else "other split"
+
+    def _fault(self, fault: BadRow, where: str, report: Report) -> None:
+        by_length = fault.kind == NO_ANSWER_LEFT or (fault.kind == TOO_LONG and self.arguments.long_rows == "skip")
+        if not by_length and (self.arguments.bad_rows == "error" or fault.kind == TOO_LONG):
+            remedy = "set long_rows to skip or cut" if fault.kind == TOO_LONG else "mend the row or set bad_rows: skip"
+            raise ValueError(f"{where}: {fault}; {remedy}")
+        report.skip(fault.kind, where)
+
+
+def _column(row: Mapping[str, Any], name: str) -> str:
+    if not isinstance(row.get(name), str):
+        raise BadRow("missing field", f"expected a string in column {name!r}; got {row.get(name)!r:.60}")
+    return row[name]
+
+
+class EncodedTexts(Dataset[dict[str, Any]]):
+    """Examples in memory, four bytes a token: `texts[0]` is {"input_ids": list of int, "prompt_length": int}."""
+
+    def __init__(self, examples: Iterable[dict[str, Any]]) -> None:
+        self._ids = array("i")
+        self._ends = array("q", [0])
+        self._prompts = array("i")
+        for example in examples:
+            self._ids.extend(example["input_ids"])
+            self._ends.append(len(self._ids))
+            self._prompts.append(example["prompt_length"])
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        i = range(len(self))[i]
+        ids = self._ids[self._ends[i] : self._ends[i + 1]].tolist()
+        return {"input_ids": ids, "prompt_length": self._prompts[i]}
+
+
+class StreamedTexts(IterableDataset[dict[str, Any]]):
+    """Examples read while training, shuffled in a buffer by (seed, epoch, worker); a loader worker reads its share.
+
+    Raises ValueError, besides what reading raises, where a whole pass brings no example.
+    """
+
+    def __init__(self, source: Source, *, buffer: int, seed: int) -> None:
+        self.source = source
+        self.buffer = buffer
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Trainer says so before each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = get_worker_info()
+        part = (info.id, info.num_workers) if info else (0, 1)
+        report = Report(self.source.name, live=True)
+        examples = self.source.examples(report, part)
+        rng = random.Random(f"{self.seed} {self.epoch} {part[0]}")
+        waiting = list(islice(examples, self.buffer))
+        rng.shuffle(waiting)
+        for example in examples:
+            if waiting:
+                i = rng.randrange(len(waiting))
+                example, waiting[i] = waiting[i], example
+            yield example
+        yield from waiting
+        if not report.used and (report.rows or part[0] == 0):
+            raise ValueError(f"no row is left to train on. {report}")
+        logger.info("%s", report)
+
+
+def _source(
+    arguments: DataArguments, encode: Encoder, names: Sequence[str], split: str, held_out: bool | None
+) -> Source:
+    def rows() -> Iterator[Located]:
+        return read_rows(names, split=split, subset=arguments.subset, streaming=arguments.streaming)
+
+    return Source(", ".join(names), rows, encode, arguments, held_out)
+
+
+def load_held_out(
+    arguments: DataArguments, encode: Encoder, limit: int | None = None
+) -> tuple[EncodedTexts, Report] | None:
+    """Held-out examples, at most `limit` of them, and their report; None where the arguments hold nothing out.
+
+    Raises ValueError as `load_data`.
+    """
+    if arguments.eval_data:
+        return _load(_source(arguments, encode, arguments.eval_data, arguments.eval_split, None), "evaluate", limit)
+    if arguments.eval_fraction:
+        return _load(_source(arguments, encode, arguments.train_data, arguments.train_split, True), "evaluate", limit)
+    return None
+
+
+def _load(source: Source, purpose: str, limit: int | None = None) -> tuple[EncodedTexts, Report]:
+    report = Report(source.name)
+    texts = EncodedTexts(islice(source.examples(report), limit))
+    if not len(texts):
+        raise ValueError(f"no row is left to {purpose} on. {report}")
+    return texts, report
+
+
+def load_data(
+    arguments: DataArguments, encode: Encoder, *, seed: int = 0
+) -> tuple[EncodedTexts | StreamedTexts, EncodedTexts | None, list[Report]]:
+    """Training and held-out examples (None where none are asked for), and reports of what was read for them.
+
+    Raises ValueError for faulty data as the head of this file says.
+
+        train, held_out, reports = load_data(DataArguments(["problems.jsonl"]), Encoder(tokenizer))
+    """
+    training = _source(
+        arguments, encode, arguments.train_data, arguments.train_split, False if arguments.eval_fraction else None
+    )
+    train: EncodedTexts | StreamedTexts
+    reports = []
+    if arguments.streaming:
+        train = StreamedTexts(training, buffer=arguments.shuffle_buffer, seed=seed)
+    else:
+        train, report = _load(training, "train")
+        reports.append(report)
+    found = load_held_out(arguments, encode, arguments.max_eval_rows)
+    if found is None:
+        return train, None, reports
+    return train, found[0], [*reports, found[1]]

@@ -562,11 +562,8 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         )
     ctx.spent = True
     grad = grads[0]
-    scaled = [
-        # Detached: a gradient that no one else holds is kept by its leaf without a copy.
-        stored.mul_(grad).detach() if grad is not None and need else None
-        for stored, need in zip(ctx.saved_tensors, ctx.needs)
-    ]
+    stored = zip(ctx.saved_tensors, ctx.needs)
+    scaled = [gradient.mul_(grad) if grad is not None and need else None for gradient, need in stored]
     return (*scaled, *[None] * (len(ctx.needs_input_grad) - len(scaled)))
 
 

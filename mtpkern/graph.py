@@ -234,9 +234,9 @@ def explained_compilation(device: torch.device) -> Iterator[None]:
         if not type(error).__module__.startswith("triton."):
             raise
         raise RuntimeError(
-            f"a Triton kernel of mtpkern could not be compiled for {device}, or does not fit on it, and CUDA tensors have "
-            "no other form here: try another version of triton, report the device and the message, or decode on the CPU "
-            f"(model.cpu()). {_first_line(error)}"
+            f"a Triton kernel of mtpkern could not be compiled for {device}, or does not fit on it, and there is no "
+            "other form for CUDA tensors: try another version of triton, report the device and the message, or decode "
+            f"on the CPU (model.cpu()). {_first_line(error)}"
         ) from error
 
 

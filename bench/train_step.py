@@ -84,6 +84,14 @@ class DenseContext(SpanContext):
 
     dtype: torch.dtype = torch.bfloat16
 
+    def prepare(self, window: int | None) -> None:
+        """The additive mask [B, 1, T, T], made once a step."""
+        if None not in self.masks:
+            mask = span_mask(*self.layout.rule).unsqueeze(1)
+            self.masks[None] = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill_(
+                ~mask, -torch.inf
+            )
+
     def attend(
         self,
         layer: int,
@@ -101,18 +109,8 @@ class DenseContext(SpanContext):
             raise ValueError(f"expected full attention without cap and sinks; got {window=}, {softcap=}, {sinks=}")
         groups = query.shape[1] // key.shape[1]
         key, value = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (key, value))
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=self.bias, scale=scale)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=self.masks[None], scale=scale)
         return out.transpose(1, 2)
-
-    @property
-    def bias(self) -> Tensor:
-        """The additive mask [B, 1, T, T], made at the first layer of a step."""
-        if None not in self.masks:
-            layout = self.layout
-            mask = span_mask(layout.position, layout.prefix_end, layout.span_start).unsqueeze(1)
-            zero = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device)
-            self.masks[None] = zero.masked_fill_(~mask, float("-inf"))
-        return self.masks[None]
 
 
 def span_logits(model: PreTrainedModel, ids: Tensor, context: SpanContext, mask: int, all_rows: bool) -> Tensor:

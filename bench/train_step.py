@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from math import isnan
 from typing import Any
 
@@ -84,14 +84,6 @@ class DenseContext(SpanContext):
 
     dtype: torch.dtype = torch.bfloat16
 
-    def prepare(self, window: int | None) -> None:
-        """The additive mask [B, 1, T, T], made once a step."""
-        if None not in self.masks:
-            mask = span_mask(*self.layout.rule).unsqueeze(1)
-            self.masks[None] = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill_(
-                ~mask, -torch.inf
-            )
-
     def attend(
         self,
         layer: int,
@@ -109,8 +101,15 @@ class DenseContext(SpanContext):
             raise ValueError(f"expected full attention without cap and sinks; got {window=}, {softcap=}, {sinks=}")
         groups = query.shape[1] // key.shape[1]
         key, value = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (key, value))
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=self.masks[None], scale=scale)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=self.bias, scale=scale)
         return out.transpose(1, 2)
+
+    @cached_property
+    def bias(self) -> Tensor:
+        """The additive mask [B, 1, T, T], made at the first layer of a step."""
+        layout = self.layout
+        mask = span_mask(layout.position, layout.prefix_end, layout.span_start).unsqueeze(1)
+        return torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
 
 
 def span_logits(model: PreTrainedModel, ids: Tensor, context: SpanContext, mask: int, all_rows: bool) -> Tensor:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from mtpkern.train.arithmetic import build_tokenizer
+from mtpkern.train.evaluate import HeldOut
 from mtpkern.train.resume import newest_checkpoint
 from mtpkern.train.trainer import MTPCollator, MTPConfig, MTPTrainer
 
@@ -52,11 +54,12 @@ def trainer(path, seed=0, tied=False, **change):
     }
     return MTPTrainer(
         model=llama(seed, tied),
-        teacher=llama(3, tied),
+        teacher=None if change.get("lora_rank") else llama(3, tied),
         args=MTPConfig(str(path), **arguments | change),
         mask_token_id=MASK,
         train_dataset=rows(),
         eval_dataset=rows(5),
+        held_out=HeldOut([[1, 9, 10], [1, 12], [1, 20, 21, 22]], ["1", "2", "3"], build_tokenizer(), max_new_tokens=6),
         data_collator=MTPCollator(0),
     )
 
@@ -133,7 +136,7 @@ def run_engine(folder, tied, **change):
         evaluated = run.evaluate()
         run.save_model(str(folder / name))
         losses = [x["loss"] for x in run.state.log_history if "loss" in x]
-        results[name] = {"losses": losses, "eval_loss": evaluated["eval_loss"]}
+        results[name] = {"losses": losses} | {key: evaluated[f"eval_{key}"] for key in ("loss", "tokens_per_pass")}
         run.accelerator.wait_for_everyone()
     if run.args.process_index == 0:
         torch.save(results, folder / "results.pt")
@@ -149,6 +152,9 @@ def test_fsdp_equals_ddp_and_both_resume_exactly(tmp_path, tied):
             (tmp_path / name).mkdir(exist_ok=True)
         run_engine(tmp_path / "ddp", tied)
         run_engine(tmp_path / "fsdp", tied, fsdp=True, fsdp_config={"activation_checkpointing": True})
+        forget_engine()
+        with pytest.raises(ValueError, match="LoRA under FSDP"):
+            trainer(tmp_path / "lora", fsdp=True, lora_rank=2)
 
     in_two_processes(work)
     results = {name: torch.load(tmp_path / name / "results.pt") for name in ("ddp", "fsdp")}
@@ -164,6 +170,8 @@ def test_fsdp_equals_ddp_and_both_resume_exactly(tmp_path, tied):
         assert newest_checkpoint(tmp_path / name / "run") is not None
     for a, b in zip(results["ddp"]["whole"]["losses"], results["fsdp"]["whole"]["losses"]):
         assert a == pytest.approx(b, abs=1e-6)
+    ddp, fsdp = (results[name]["whole"]["tokens_per_pass"] for name in ("ddp", "fsdp"))
+    assert ddp == pytest.approx(fsdp)
     for key, weight in weights["ddp"].items():
         torch.testing.assert_close(weight, weights["fsdp"][key], rtol=0, atol=1e-6)
     start = llama(0, tied).state_dict()

@@ -338,6 +338,10 @@ class MTPTrainer(Trainer):
             raise ValueError(
                 "FSDP asked for, but accelerate has set up none (version 1, one process, or a CPU); omit it"
             )
+        if self.is_fsdp_enabled and isinstance(self.model, PeftModel):
+            raise ValueError(
+                "LoRA under FSDP is refused: its teacher's pass finds sharded weights; use DDP, without fsdp"
+            )
         if self.is_distributed_loading_by_transformers:
             raise ValueError("a model sharded by from_pretrained (tensor parallel) is refused; load it whole")
 
@@ -599,8 +603,6 @@ class MTPTrainer(Trainer):
                 super().save_model(output_dir, _internal_call=True)
             return
         core = self.accelerator.unwrap_model(self.model)
-        if isinstance(core, PeftModel) and self.is_fsdp_enabled:
-            raise ValueError("adapters are not merged under FSDP; resume the checkpoint in one process and save there")
         state: dict[str, Tensor] = {}
         if self.is_fsdp_enabled:
             # Gathered on rank 0, one after the other.

@@ -58,7 +58,7 @@ fmt: $(STAMP) ## Sort imports, mend what ruff can mend, format.
 checkpoint: $(STAMP) ## Train the shipped checkpoint again from nothing.
 	$(BIN)/python -m mtpkern.train.checkpoint
 
-aot: $(STAMP) ## Compile every kernel of decoding for five GPUs that need not be here: registers, spill, shared memory.
+aot: $(STAMP) ## Compile every kernel for five GPUs that need not be here: registers, spill, shared memory; fails over budget.
 	$(BIN)/python -m mtpkern.bench.aot --write
 
 # The machine's own python where its torch sees a GPU, as is: it may have no network. Else the virtual environment.

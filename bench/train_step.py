@@ -82,6 +82,8 @@ TINY_BATCHES = (Batch(2, 16, 3), Batch(2, 16, 3, checkpointing=True))
 class DenseContext(SpanContext):
     """Attention as transformers does it with a mask: keys and values repeated for their group."""
 
+    dtype: torch.dtype = torch.bfloat16
+
     def attend(
         self,
         layer: int,
@@ -108,7 +110,7 @@ class DenseContext(SpanContext):
         if None not in self.masks:
             layout = self.layout
             mask = span_mask(layout.position, layout.prefix_end, layout.span_start).unsqueeze(1)
-            zero = torch.zeros(mask.shape, dtype=torch.bfloat16, device=mask.device)
+            zero = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device)
             self.masks[None] = zero.masked_fill_(~mask, float("-inf"))
         return self.masks[None]
 
@@ -146,18 +148,19 @@ def plain_loss(
 
 
 class Trainee:
-    """Student, teacher, optimizer and a batch, and steps of training in one way or another."""
+    """Student, teacher and optimizer, and steps of training in one way or another; `dtype` is that of products."""
 
-    def __init__(self, settings: dict[str, Any], mask: int, eos: int, device: torch.device) -> None:
+    def __init__(self, settings: dict[str, Any], mask: int, eos: int, device: torch.device, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
         self.device = device
+        self.dtype = dtype
         self.mask = mask
         self.eos = torch.tensor([eos], device=device)
         config = AutoConfig.for_model("qwen3", **settings, eos_token_id=eos)
         with device:
             student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         self.student: PreTrainedModel = student.train()
-        self.teacher: PreTrainedModel = deepcopy(student).to(torch.bfloat16).requires_grad_(False).eval()
+        self.teacher: PreTrainedModel = deepcopy(student).to(dtype).requires_grad_(False).eval()
         self.optimizer = torch.optim.AdamW(student.parameters(), lr=0.0, fused=device.type == "cuda")
 
     @contextmanager
@@ -186,11 +189,16 @@ class Trainee:
         self.optimizer.step()
         return value
 
+    def autocast(self) -> torch.autocast:
+        """Products in `dtype`, where that is not the weights' own."""
+        narrow = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype if narrow else torch.bfloat16, enabled=narrow)
+
     def ours(self, tokens: Tensor, layout: Layout) -> Tensor:
         """Loss and gradients by mtpkern's ops."""
         context = SpanContext(layout)
         with attention_context(self.student, context):
-            with torch.autocast(self.device.type, torch.bfloat16):
+            with self.autocast():
                 sums = mtp_loss(
                     self.student, self.teacher, tokens, context, mask_token_id=self.mask, eos_token_ids=self.eos
                 )
@@ -200,9 +208,9 @@ class Trainee:
 
     def plain(self, tokens: Tensor, layout: Layout, all_rows: bool) -> Tensor:
         """Loss and gradients by plain torch."""
-        context = DenseContext(layout)
+        context = DenseContext(layout, dtype=self.dtype)
         with attention_context(self.student, context):
-            with torch.autocast(self.device.type, torch.bfloat16):
+            with self.autocast():
                 loss = plain_loss(
                     self.student,
                     self.teacher,
@@ -273,7 +281,11 @@ def measure_batch(trainee: Trainee, batch: Batch, rounds: int) -> Table:
 def measure(device: torch.device, quick: bool) -> Iterator[Table]:
     """A table a batch."""
     cuda = device.type == "cuda"
-    trainee = Trainee(QWEN3_06B, MASK, EOS, device) if cuda else Trainee(TINY, TINY_MASK, TINY_EOS, device)
+    if cuda:
+        trainee = Trainee(QWEN3_06B, MASK, EOS, device, torch.bfloat16)
+    else:
+        # In so small a model one argmax that rounding turns would change the loss by more than races allow.
+        trainee = Trainee(TINY, TINY_MASK, TINY_EOS, device, torch.float32)
     batches = BATCHES if cuda else TINY_BATCHES
     for batch in batches[:2] if quick else batches:
         yield measure_batch(trainee, batch, rounds=5 if quick else 15)

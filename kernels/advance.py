@@ -324,8 +324,50 @@ def advance(
         token, confidence = readout(logits, mask_token_id)
         advance(sequences, rows, token, confidence, threshold, stop_ids, k=8, verify=True, mask_token_id=mask_token_id)
     """
+    if torch.compiler.is_compiling():
+        state = *vars(sequences).values(), *vars(rows).values()
+        _advance_op(*state, token, confidence, threshold, stop_ids, k, verify, mask_token_id)
+        return
     form = advance_triton if token.is_cuda else advance_reference
     form(sequences, rows, token, confidence, threshold, stop_ids, k=k, verify=verify, mask_token_id=mask_token_id)
+
+
+@torch.library.custom_op(
+    "mtpkern::advance",
+    mutates_args=(
+        *("tokens", "length", "pending", "status", "passes", "blocks"),
+        *("row_seq", "row_position", "row_slot", "row_token", "row_start"),
+    ),
+)
+def _advance_op(
+    tokens: Tensor,
+    length: Tensor,
+    pending: Tensor,
+    limit: Tensor,
+    status: Tensor,
+    passes: Tensor,
+    blocks: Tensor,
+    row_seq: Tensor,
+    row_position: Tensor,
+    row_slot: Tensor,
+    row_token: Tensor,
+    row_start: Tensor,
+    token: Tensor,
+    confidence: Tensor,
+    threshold: Tensor,
+    stop_ids: Tensor,
+    k: int,
+    verify: bool,
+    mask_token_id: int,
+) -> None:
+    sequences = Sequences(tokens, length, pending, limit, status, passes, blocks)
+    rows = Rows(row_seq, row_position, row_slot, row_token, row_start)
+    advance(sequences, rows, token, confidence, threshold, stop_ids, k=k, verify=verify, mask_token_id=mask_token_id)
+
+
+@_advance_op.register_fake
+def _(*args: object) -> None:
+    pass
 
 
 def advance_reference(

@@ -385,6 +385,21 @@ def decode_attention(
 
         out = decode_attention(q, k_cache, v_cache, plan.seq, plan.slot, plan.start, max_rows=15, scale=D**-0.5)
     """
+    if torch.compiler.is_compiling():
+        return _decode_attention_op(
+            query,
+            k_cache,
+            v_cache,
+            row_seq,
+            row_slot,
+            row_start,
+            max_rows,
+            scale,
+            window,
+            softcap,
+            sinks,
+            batch_invariant,
+        )
     if query.is_cuda and query.dtype != torch.float64:
         return decode_attention_triton(
             query,
@@ -414,6 +429,42 @@ def decode_attention(
         sinks=sinks,
         memo=memo,
     )
+
+
+@torch.library.custom_op("mtpkern::decode_attention", mutates_args=())
+def _decode_attention_op(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    row_seq: Tensor,
+    row_slot: Tensor,
+    row_start: Tensor,
+    max_rows: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    batch_invariant: bool,
+) -> Tensor:
+    return decode_attention(
+        query,
+        k_cache,
+        v_cache,
+        row_seq,
+        row_slot,
+        row_start,
+        max_rows=max_rows,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        batch_invariant=batch_invariant,
+    )
+
+
+@_decode_attention_op.register_fake
+def _(query: Tensor, k_cache: Tensor, v_cache: Tensor, *args: object) -> Tensor:
+    return query.new_empty(*query.shape[:2], v_cache.shape[3])
 
 
 @dataclass(frozen=True)

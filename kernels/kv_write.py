@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 if find_spec("triton"):
@@ -92,10 +93,24 @@ def kv_write(k_cache: Tensor, v_cache: Tensor, key: Tensor, value: Tensor, row_s
 
         kv_write(k_cache, v_cache, key, value, torch.tensor([0, 0, 1]), torch.tensor([7, 8, 3]))
     """
-    if key.is_cuda:
+    if torch.compiler.is_compiling():
+        _kv_write_op(k_cache, v_cache, key, value, row_seq, row_slot)
+    elif key.is_cuda:
         kv_write_triton(k_cache, v_cache, key, value, row_seq, row_slot)
     else:
         kv_write_reference(k_cache, v_cache, key, value, row_seq, row_slot)
+
+
+@torch.library.custom_op("mtpkern::kv_write", mutates_args=("k_cache", "v_cache"))
+def _kv_write_op(
+    k_cache: Tensor, v_cache: Tensor, key: Tensor, value: Tensor, row_seq: Tensor, row_slot: Tensor
+) -> None:
+    kv_write(k_cache, v_cache, key, value, row_seq, row_slot)
+
+
+@_kv_write_op.register_fake
+def _(k_cache: Tensor, v_cache: Tensor, key: Tensor, value: Tensor, row_seq: Tensor, row_slot: Tensor) -> None:
+    pass
 
 
 def kv_write_reference(

@@ -100,9 +100,22 @@ def readout(logits: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
     >>> readout(torch.tensor([[0.0, 2.0, 9.0]]), mask_token_id=2)
     (tensor([1]), tensor([0.8808]))
     """
+    if torch.compiler.is_compiling():
+        return _readout_op(logits, mask_token_id)
     if logits.is_cuda:
         return readout_triton(logits, mask_token_id)
     return readout_reference(logits, mask_token_id)
+
+
+@torch.library.custom_op("mtpkern::readout", mutates_args=())
+def _readout_op(logits: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
+    return readout(logits, mask_token_id)
+
+
+@_readout_op.register_fake
+def _(logits: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
+    R, dtype = logits.shape[0], torch.promote_types(logits.dtype, torch.float32)
+    return logits.new_empty(R, dtype=torch.int64), logits.new_empty(R, dtype=dtype)
 
 
 def readout_reference(logits: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mtpkern import reference as reference
     from mtpkern.generation import MTPGenerateOutput as MTPGenerateOutput
     from mtpkern.generation import generate as generate
+    from mtpkern.graph import release_graphs as release_graphs
     from mtpkern.model import add_mask_token as add_mask_token
     from mtpkern.model import check as check
     from mtpkern.strategies import ConfAdapt as ConfAdapt
@@ -33,6 +34,7 @@ __all__ = [
     "check",
     "generate",
     "reference",
+    "release_graphs",
 ]
 
 _MODULE_OF = {
@@ -43,6 +45,7 @@ _MODULE_OF = {
     "add_mask_token": "mtpkern.model",
     "check": "mtpkern.model",
     "generate": "mtpkern.generation",
+    "release_graphs": "mtpkern.graph",
 }
 
 _OLDEST_TRANSFORMERS = "5.17"

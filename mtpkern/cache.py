@@ -25,12 +25,13 @@ class KVCache:
     different widths are right by construction.
     """
 
-    def __init__(self, capacity: int, rows: Rows, max_rows: int) -> None:
+    def __init__(self, capacity: int, rows: Rows, max_rows: int, *, batch_invariant: bool = False) -> None:
         self.capacity = capacity
         # Slots that hold anything, where the host knows: attention need not look behind them.
         self.slots = capacity
         self.rows = rows
         self.max_rows = max_rows
+        self.batch_invariant = batch_invariant
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         self.attended: set[int] = set()
         # What the layers of one pass share; whoever changes the rows empties it.
@@ -55,6 +56,17 @@ class KVCache:
             seq.flatten(),
             slot.flatten(),
         )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(x.nbytes for pair in self.layers.values() for x in pair)
+
+    def clear(self) -> None:
+        """Zero all buffers in place, whatever an earlier run has left there; they keep their addresses."""
+        for pair in self.layers.values():
+            for x in pair:
+                x.zero_()
 
     def attend(
         self,
@@ -87,25 +99,45 @@ class KVCache:
             window=window,
             softcap=softcap,
             sinks=sinks,
+            batch_invariant=self.batch_invariant,
             memo=self.memo,
         )[None]
 
 
 class PrefillCache(Cache):
-    """A transformers cache that stays empty to the model and hands every layer's keys and values to a `KVCache`.
+    """A transformers cache that hands every layer's keys and values to a `KVCache`, for a prompt in one or more chunks.
 
-    Empty, so the model's own masks are right for left padding and sliding layers; the scatter by `slot` [B, T] drops
-    the padding, so ragged prompts come out compact.
+    A chunk's keys are written to slot [B, T] int64 of all columns of the padded prompts (C for what is not to be kept),
+    of which `seen` have gone before. The model gets back the keys of all columns so far, in their places: the new ones
+    as they are in a first chunk, else gathered from the buffers, a layer at a time. So it runs its own attention, with
+    its own masks for left padding, sliding windows and sinks, on what a cache of transformers would hold, and no second
+    copy of the prompt's keys and values exists.
     """
 
     def __init__(self, kv: KVCache, slot: Tensor) -> None:
         super().__init__(layer_class_to_replicate=DynamicLayer)
         self.kv = kv
         self.slot = slot
+        self.seen = 0
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store [B, Hkv, T, D] keys and values of a layer; returns them as they are."""
-        self.kv.fill(layer_idx, key_states, value_states, self.slot)
-        return key_states, value_states
+        """Store a chunk's keys and values [B, Hkv, n, D]; returns those of all columns so far [B, Hkv, seen + n, D]."""
+        end = self.seen + key_states.shape[2]
+        self.kv.fill(layer_idx, key_states, value_states, self.slot[:, self.seen : end])
+        if not self.seen:
+            return key_states, value_states
+        slot = self.slot[:, :end]
+        seq = torch.arange(len(slot), device=slot.device)[:, None]
+        k_cache, v_cache = self.kv.layers[layer_idx]
+        return k_cache[seq, :, slot].transpose(1, 2), v_cache[seq, :, slot].transpose(1, 2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns before the chunk that runs."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
+        """Columns that a chunk's mask covers, and the first of them. Older versions of transformers pass positions."""
+        n = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.seen + n, 0

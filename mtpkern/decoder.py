@@ -1,12 +1,19 @@
 """Decoder: the device state of one decoding run, and its step.
 
 A step is one call of the unmodified model on R packed rows, then `readout`, then `advance`. Every tensor keeps its
-address from step to step, and nothing in a step waits for the host or depends on what it knows.
+address from step to step and from run to run, and nothing in a step waits for the host or depends on what it knows: so
+on a GPU the whole step is one CUDA graph (mtpkern.graph).
+
+Where the host waits for the device, in a run on a GPU: nowhere in `prefill` but where transformers looks whether a mask
+is needed at all (it does for prompts with padding), nowhere in `run` but for the poll's event, a few steps behind, and
+for the capture of a new graph.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +21,7 @@ from transformers import PreTrainedModel
 
 from mtpkern.attention import AttentionContext
 from mtpkern.cache import KVCache, PrefillCache
+from mtpkern.graph import StepGraph, compiled, wants_graph
 from mtpkern.kernels.advance import RUNNING, Rows, Sequences, advance
 from mtpkern.kernels.readout import readout
 from mtpkern.strategies import Strategy
@@ -25,6 +33,8 @@ FREE_ROWS_CPU = 16
 SLOT_STEP = 16
 # How many steps the host runs ahead of what it knows: enough to keep a GPU fed, few enough to waste.
 LAG = 3
+# Tokens of a prefill pass, over the whole batch: enough to keep a GPU busy, few enough for its memory.
+PREFILL_CHUNK = 8192
 
 
 def default_rows(strategy: Strategy, batch: int, device: torch.device) -> int:
@@ -38,6 +48,11 @@ def default_rows(strategy: Strategy, batch: int, device: torch.device) -> int:
     return min(most, max(batch * strategy.k, free)) if strategy.verify else most
 
 
+def places_for(stop_ids: Tensor) -> int:
+    """How many stop tokens a decoder has room for: the next multiple of four, so that few and fewer share a graph."""
+    return -(-len(stop_ids) // 4) * 4
+
+
 class Decoder:
     """Decodes B sequences side by side, each at its own pace.
 
@@ -49,6 +64,13 @@ class Decoder:
 
     capacity is the longest prompt + max_new_tokens or more; stop_ids [S] int64; rows is the row budget R of a step,
     from batch * k up.
+
+    use_graph: capture the step in a CUDA graph; None does where there is a CUDA device.
+    compile: send the model's forward through `torch.compile` (not the prefill), which fuses its small operations.
+    batch_invariant: no bit of the attention depends on what else is in the batch (see `decode_attention`); the model's
+        matrix products still depend on the number of rows.
+
+    `restart` prepares for another run of the same shape.
     """
 
     def __init__(
@@ -62,6 +84,9 @@ class Decoder:
         capacity: int,
         max_new_tokens: int,
         rows: int | None = None,
+        use_graph: bool | None = None,
+        compile: bool = False,
+        batch_invariant: bool = False,
     ) -> None:
         device = model.device
         if rows is None:
@@ -72,22 +97,49 @@ class Decoder:
                 "fewer could not hold every sequence's pending tokens; raise rows or lower k"
             )
         self.model = model
-        self.strategy = strategy
+        self.device = device
         self.mask_token_id = mask_token_id
-        self.max_new_tokens = max_new_tokens
-        self.stop_ids = stop_ids.to(device)
-        self.threshold = torch.tensor(strategy.threshold, device=device)
-        self.sequences = Sequences.allocate(batch, capacity, max_new_tokens, device)
-        # The rows of this pass, and those that the next is planned in: the same, or the first of them.
-        self.rows = self.plan = Rows.allocate(rows, batch, device)
-        self.most_rows = rows
-        self.cache = KVCache(capacity, self.rows, max_rows=2 * strategy.k - 1)
+        # A pass emits at least one token, so capacity bounds the passes of any run.
+        self.sequences = Sequences.allocate(batch, capacity, capacity, device)
+        # The rows of this pass, and those that the next is planned in: all, or the first of them.
+        self.all_rows = self.rows = self.plan = Rows.allocate(rows, batch, device)
+        self.cache = KVCache(capacity, self.rows, max_rows=2 * strategy.k - 1, batch_invariant=batch_invariant)
+        self.threshold = torch.zeros((), device=device)
+        self.stop_ids = torch.zeros(places_for(stop_ids), dtype=torch.int64, device=device)
+        self.graph = StepGraph(device) if wants_graph(use_graph, device) else None
+        self.fingerprint: tuple[Any, ...] | None = None
+        self._forward: Callable[..., Tensor] = compiled(_forward) if compile else _forward
+        self._begin(strategy, stop_ids, max_new_tokens)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state: keys, values, tokens. What a captured graph computes in between comes on top."""
+        return self.cache.nbytes + sum(x.nbytes for x in vars(self.sequences).values())
 
     @torch.inference_mode()
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def restart(self, strategy: Strategy, stop_ids: Tensor, max_new_tokens: int) -> None:
+        """Forget the last run, in place. What the step has baked in, k and verify, must be as before."""
+        assert (strategy.k, strategy.verify) == (self.strategy.k, self.strategy.verify)
+        for x in (*vars(self.sequences).values(), *vars(self.all_rows).values()):
+            x.zero_()
+        self.rows = self.plan = self.cache.rows = self.all_rows
+        self.cache.clear()
+        self.cache.slots, self.cache.max_rows = self.cache.capacity, 2 * strategy.k - 1
+        self._begin(strategy, stop_ids, max_new_tokens)
+
+    def _begin(self, strategy: Strategy, stop_ids: Tensor, max_new_tokens: int) -> None:
+        self.strategy = strategy
+        self.max_new_tokens = max_new_tokens
+        self.threshold.fill_(strategy.threshold)
+        self.stop_ids.fill_(-1)
+        self.stop_ids[: len(stop_ids)] = stop_ids.to(self.device)
+
+    @torch.inference_mode()
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, chunk: int = PREFILL_CHUNK) -> Tensor:
         """Run the left-padded prompts [B, T] with k - 1 masks behind them and take in their first predictions.
 
-        Uses the model's own attention. Returns the logits [B * k, V] that were read out.
+        Uses the model's own attention, on at most `chunk` tokens of all prompts together at a time; the masks come with
+        the last of them. Returns the logits [B * k, V] that were read out.
         """
         B, T = input_ids.shape
         k, capacity = self.strategy.k, self.cache.capacity
@@ -105,28 +157,30 @@ class Decoder:
         sequences.pending.fill_(1)
         self.rows.start.copy_(torch.arange(B + 1, device=input_ids.device) * k)
 
-        logits = self.model(
-            input_ids=torch.cat([input_ids, masks], dim=1),
-            attention_mask=None if attention_mask is None else seen,
-            position_ids=position,
-            past_key_values=PrefillCache(self.cache, slot),
-            use_cache=True,
-            logits_to_keep=k,
-        ).logits
+        columns = torch.cat([input_ids, masks], dim=1)
+        cache = PrefillCache(self.cache, slot)
+        n = max(1, chunk // B)
+        ends = [*range(n, T, n), T + k - 1]
+        for end in ends:
+            here = slice(cache.seen, end)
+            logits = self.model(
+                input_ids=columns[:, here],
+                attention_mask=None if attention_mask is None else seen[:, :end],
+                position_ids=position[:, here],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=k if end == ends[-1] else 1,
+            ).logits
+            cache.seen = end
         return self._take_in(logits[:, -k:].flatten(0, 1))
 
     @torch.inference_mode()
     def step(self, route: dict[str, AttentionContext]) -> Tensor:
         """One pass over the planned rows, inside `attention_context`; returns the rows' logits [R, V]."""
         self.cache.memo.clear()
-        logits = self.model(
-            input_ids=self.rows.token[None],
-            position_ids=self.rows.position[None],
-            past_key_values=None,
-            use_cache=False,
-            **route,
-        ).logits
-        return self._take_in(logits[0])
+        # A first pass runs as it is: it notes which layers attend, and what is wrong with a model it says plainly.
+        forward = self._forward if self.cache.attended else _forward
+        return self._take_in(forward(self.model, self.rows, route))
 
     def _take_in(self, logits: Tensor) -> Tensor:
         token, confidence = readout(logits, self.mask_token_id)
@@ -151,9 +205,12 @@ class Decoder:
             running = poll.running()
             if not running:
                 break
-            if poll.on_cpu:
-                self._fit(running)
-            self.step(route)
+            if self.graph is None:
+                if poll.on_cpu and self._forward is _forward:
+                    self._fit(running)
+                self.step(route)
+            else:
+                self.graph(partial(self.step, route))
             self.require_all_layers()
 
     def _fit(self, running: int) -> None:
@@ -165,8 +222,9 @@ class Decoder:
         length, start, cache = self.sequences.length, self.rows.start, self.cache
         cache.slots = min(cache.capacity, -(-(int(length.max()) + self.strategy.k - 1) // SLOT_STEP) * SLOT_STEP)
         cache.max_rows = int(start.diff().max())
-        share = -(-self.most_rows * running // len(length))
-        self.plan = self.rows.first(max(share, min(FREE_ROWS_CPU, self.most_rows)))
+        most = len(self.all_rows.seq)
+        share = -(-most * running // len(length))
+        self.plan = self.all_rows.first(max(share, min(FREE_ROWS_CPU, most)))
 
     def require_all_layers(self) -> None:
         """Raise ValueError where a layer that cached keys did not come to our attention function in a step."""
@@ -178,6 +236,17 @@ class Decoder:
             )
 
 
+def _forward(model: PreTrainedModel, rows: Rows, route: dict[str, AttentionContext]) -> Tensor:
+    """Logits [R, V] of packed rows."""
+    return model(
+        input_ids=rows.token[None],
+        position_ids=rows.position[None],
+        past_key_values=None,
+        use_cache=False,
+        **route,
+    ).logits[0]
+
+
 class _Poll:
     """Watches `status` [B] through copies that the device makes when it gets there; the host reads them late.
 
@@ -187,19 +256,22 @@ class _Poll:
     def __init__(self, status: Tensor) -> None:
         self.status = status
         self.on_cpu = status.device.type == "cpu"
-        self.copies: deque[tuple[Tensor, torch.Event]] = deque()
+        self.polls = 0
+        if not self.on_cpu:
+            # A ring: a copy has been read before its place is used again.
+            self.copies = torch.empty(LAG + 1, len(status), dtype=status.dtype, pin_memory=True)
+            self.events = [torch.Event(status.device) for _ in range(LAG + 1)]
 
     def running(self) -> int:
-        """How many sequences were running a few steps ago (on a CPU: are running now)."""
+        """How many sequences were running `LAG` steps ago (on a CPU: are running now)."""
         if self.on_cpu:
             return int((self.status == RUNNING).sum())
-        copy = torch.empty_like(self.status, device="cpu", pin_memory=True)
-        copy.copy_(self.status, non_blocking=True)
-        event = torch.Event(self.status.device)
-        event.record()
-        self.copies.append((copy, event))
-        if len(self.copies) <= LAG:
-            return len(copy)
-        copy, event = self.copies.popleft()
-        event.synchronize()
-        return int((copy == RUNNING).sum())
+        place = self.polls % (LAG + 1)
+        self.copies[place].copy_(self.status, non_blocking=True)
+        self.events[place].record()
+        self.polls += 1
+        if self.polls <= LAG:
+            return len(self.status)
+        place = self.polls % (LAG + 1)  # the oldest
+        self.events[place].synchronize()
+        return int((self.copies[place] == RUNNING).sum())

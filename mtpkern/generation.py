@@ -6,6 +6,7 @@ honoured here is refused by name before anything runs.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,8 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
 
 from mtpkern.attention import exclusive, routed
-from mtpkern.decoder import Decoder
+from mtpkern.decoder import PREFILL_CHUNK, Decoder, places_for
+from mtpkern.graph import kept_decoder, release_graphs, wants_graph
 from mtpkern.kernels.advance import FAULT, STOPPED
 from mtpkern.model import recorded_settings, require_decodable, resolve_mask_token
 from mtpkern.strategies import Strategy, Verified
@@ -54,6 +56,10 @@ def generate(
     strategy: Strategy | None = None,
     mask_token_id: int | None = None,
     rows: int | None = None,
+    use_graph: bool | None = None,
+    compile: bool = False,
+    batch_invariant: bool = False,
+    prefill_chunk: int = PREFILL_CHUNK,
     **kwargs: Any,
 ) -> Tensor | MTPGenerateOutput:
     """Generate from left-padded prompts input_ids [B, T]; returns [B, T + new] token ids, right-padded.
@@ -66,6 +72,13 @@ def generate(
         k_max that training has recorded, where none is given.
     mask_token_id: for checkpoints that do not record theirs.
     rows: the row budget of a pass, from B * k up; see `mtpkern.decoder.default_rows`.
+    use_graph: whether a pass is captured in a CUDA graph, which the next calls of a similar shape use again; None: on
+        every CUDA device. What is kept between calls: `release_graphs`.
+    compile: send the model's forward through `torch.compile`. Off, until a GPU has measured that it pays.
+    batch_invariant: no bit of the attention depends on what else is in the batch; the model's matrix products still
+        depend on the number of rows.
+    prefill_chunk: most prompt tokens that the model sees at once, over the whole batch; bounds the memory that long
+        prompts take, and changes no token.
 
     Raises ValueError, by name, for everything that is not honoured: sampling, beams, logits processors, stop strings,
     streamers, scores, a model of an unknown kind. RuntimeError where the model's logits hold NaN.
@@ -79,6 +92,9 @@ def generate(
         raise TypeError(f"strategy must be mtpkern.Static, ConfAdapt or Verified, got {strategy!r}")
     require_decodable(model)
     mask = resolve_mask_token(model, mask_token_id)
+    graph = wants_graph(use_graph, model.device)
+    if prefill_chunk < 1:
+        raise ValueError(f"prefill_chunk must be at least one token, got {prefill_chunk}; leave it out")
     if input_ids is None:
         input_ids = kwargs.pop("inputs", None)
     _refuse_arguments(kwargs)
@@ -100,7 +116,19 @@ def generate(
         # Again, because the model's own generation_config has come in.
         _refuse_settings(vars(generation_config))
         _refuse_prepared(logits_processor, stopping_criteria, model_kwargs)
-        return _decode(model, input_ids, strategy, mask, rows, generation_config, model_kwargs.get("attention_mask"))
+        return _decode(
+            model,
+            input_ids,
+            strategy,
+            generation_config,
+            model_kwargs.get("attention_mask"),
+            mask_token_id=mask,
+            use_graph=graph,
+            prefill_chunk=prefill_chunk,
+            rows=rows,
+            compile=compile,
+            batch_invariant=batch_invariant,
+        )
 
     return model.generate(input_ids, custom_generate=decode, **kwargs)
 
@@ -109,58 +137,97 @@ def _decode(
     model: PreTrainedModel,
     input_ids: Tensor,
     strategy: Strategy,
-    mask_token_id: int,
-    rows: int | None,
     generation_config: GenerationConfig,
     attention_mask: Tensor | None,
+    *,
+    mask_token_id: int,
+    use_graph: bool,
+    prefill_chunk: int,
+    **options: Any,
 ) -> Tensor | MTPGenerateOutput:
+    # The host looks at the prompts once: up to two copies to it, or from it, before anything runs.
+    host_ids, host_mask = input_ids.cpu(), None if attention_mask is None else attention_mask.to("cpu", torch.int64)
+    _require_prompts(host_ids, host_mask, mask_token_id)
+    B, T = input_ids.shape
+    prompts = [T] * B if host_mask is None else host_mask.sum(1).tolist()
+    if min(prompts) == T:
+        attention_mask = None  # without padding transformers need not look for it
     input_ids = input_ids.to(model.device, torch.int64)
     if attention_mask is not None:
         attention_mask = attention_mask.to(model.device, torch.int64)
-    _require_prompts(input_ids, attention_mask, mask_token_id)
-    B, T = input_ids.shape
+    stop_ids = _stop_ids(generation_config)
     max_new_tokens = generation_config.max_length - T
-    decoder = Decoder(
-        model,
-        strategy,
-        mask_token_id=mask_token_id,
-        stop_ids=_stop_ids(generation_config),
-        batch=B,
-        capacity=-(-(T + max_new_tokens) // _CAPACITY_STEP) * _CAPACITY_STEP,
-        max_new_tokens=max_new_tokens,
-        rows=rows,
-    )
-    # The prefill runs through the model's own attention, which a run beside it would have switched.
-    with exclusive(model):
-        decoder.prefill(input_ids, attention_mask)
+    shape = {
+        "batch": B,
+        "capacity": _capacity(T + max_new_tokens, use_graph),
+        "mask_token_id": mask_token_id,
+        **options,
+    }
+
+    def make() -> Decoder:
+        return Decoder(model, strategy, stop_ids=stop_ids, max_new_tokens=max_new_tokens, use_graph=use_graph, **shape)
+
+    key = (strategy.k, strategy.verify, places_for(stop_ids), *shape.values())
+    # The prefill runs through the model's own attention, which a run beside it would have switched. The results are
+    # read before another run may have the decoder.
+    with (
+        exclusive(model),
+        torch.accelerator.device_index(model.device.index),
+        kept_decoder(model, key, make) if use_graph else nullcontext(make()) as decoder,
+    ):
+        if use_graph:
+            decoder.restart(strategy, stop_ids, max_new_tokens)
+        _prefill(decoder, input_ids, attention_mask, prefill_chunk)
         with routed(model, decoder.cache) as route:
             decoder.run(route)
-
-    sequences = decoder.sequences
-    status, passes = sequences.status.tolist(), sequences.passes.tolist()
-    faulty = [b for b, s in enumerate(status) if s == FAULT]
-    if faulty:
-        raise RuntimeError(f"the model's logits hold NaN or inf for sequences {faulty}; check its weights and dtype")
-
-    # From compact sequences (slot = position) back to prompts with their padding and the new tokens behind them.
-    prompt = torch.full_like(sequences.length, T) if attention_mask is None else attention_mask.sum(1)
-    emitted = sequences.length - prompt
-    width = int(emitted.max())
-    o_new = torch.arange(width, device=input_ids.device)
-    new = sequences.tokens.gather(1, prompt[:, None] + o_new)
-    padding = generation_config._pad_token_tensor
-    new = new.masked_fill(o_new >= emitted[:, None], 0 if padding is None else padding)
-    output = torch.cat([input_ids, new], dim=1)
-    if not generation_config.return_dict_in_generate:
-        return output
-    counts = emitted.tolist()
+        sequences = decoder.sequences
+        # One copy to the host, behind all passes.
+        status, length, passes = torch.stack([sequences.status, sequences.length, sequences.passes]).tolist()
+        faulty = [b for b, s in enumerate(status) if s == FAULT]
+        if faulty:
+            raise RuntimeError(
+                f"the model's logits hold NaN or inf for sequences {faulty}; check its weights and dtype"
+            )
+        emitted = [end - start for end, start in zip(length, prompts)]
+        new = _new_tokens(decoder, attention_mask, T, max(emitted), generation_config._pad_token_tensor)
+        output = torch.cat([input_ids, new], dim=1)
+        if not generation_config.return_dict_in_generate:
+            return output
+        blocks = sequences.blocks[:, : max(passes)].tolist()
     return MTPGenerateOutput(
         sequences=output,
-        blocks=[row[:n] for row, n in zip(sequences.blocks.tolist(), passes)],
+        blocks=[row[:n] for row, n in zip(blocks, passes)],
         passes=passes,
-        tokens_per_pass=[n / p for n, p in zip(counts, passes)],
+        tokens_per_pass=[n / p for n, p in zip(emitted, passes)],
         finish_reasons=["stop" if s == STOPPED else "length" for s in status],
     )
+
+
+def _capacity(tokens: int, use_graph: bool) -> int:
+    """Slots for so many tokens. With a graph two sizes per octave, from 256, so that calls share theirs."""
+    step = max(256, 1 << (tokens - 1).bit_length() >> 2) if use_graph else _CAPACITY_STEP
+    return -(-tokens // step) * step
+
+
+def _prefill(decoder: Decoder, input_ids: Tensor, attention_mask: Tensor | None, chunk: int) -> None:
+    """Run the prefill; where memory is short, once more without what earlier calls have kept."""
+    try:
+        decoder.prefill(input_ids, attention_mask, chunk=chunk)
+        return
+    except torch.OutOfMemoryError:
+        if not release_graphs():
+            raise
+    # Outside of the handler, whose traceback holds on to what the first attempt has allocated.
+    decoder.prefill(input_ids, attention_mask, chunk=chunk)
+
+
+def _new_tokens(decoder: Decoder, attention_mask: Tensor | None, T: int, width: int, padding: Tensor | None) -> Tensor:
+    """From compact sequences (slot = position) back to what stands behind the prompts: [B, width], padded."""
+    sequences = decoder.sequences
+    prompt = torch.full_like(sequences.length, T) if attention_mask is None else attention_mask.sum(1)
+    o_new = prompt[:, None] + torch.arange(width, device=decoder.device)
+    new = sequences.tokens.gather(1, o_new)
+    return new.masked_fill(o_new >= sequences.length[:, None], 0 if padding is None else padding)
 
 
 def _stop_ids(generation_config: GenerationConfig) -> Tensor:

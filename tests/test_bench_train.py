@@ -36,6 +36,10 @@ def fake_gpu_memory(monkeypatch):
     monkeypatch.setattr(train_step, "peak_of", lambda step, device: float(3 << 30))
 
 
+def trainee_in(dtype):
+    return train_step.Trainee(train_step.TINY, train_step.TINY_MASK, train_step.TINY_EOS, CPU, dtype)
+
+
 def in_torch(rule, layout):
     """What FlexAttention computes from a rule, by a dense mask."""
     batch, rows = layout.position.shape
@@ -205,11 +209,10 @@ def test_readout_that_picks_wrong_is_an_error(monkeypatch):
 @pytest.mark.parametrize("all_rows", [False, True])
 def test_plain_step_is_the_same_training(all_rows):
     """In float32, without autocast: the loss and every gradient."""
-    trainee = train_step.Trainee(train_step.TINY, train_step.TINY_MASK, train_step.TINY_EOS, CPU)
+    trainee = trainee_in(torch.float32)
     batch = train_step.TINY_BATCHES[0]
     layout = batch.layout()
     tokens = torch.randint(1, trainee.mask, (batch.size, batch.tokens))
-    teacher = trainee.teacher.float()
     options = {"mask_token_id": trainee.mask, "eos_token_ids": trainee.eos}
 
     def gradients(context_of, loss_of):
@@ -221,15 +224,14 @@ def test_plain_step_is_the_same_training(all_rows):
         return loss.detach(), [x.grad.clone() for x in trainee.student.parameters()]
 
     def ours(context):
-        sums = mtp_loss(trainee.student, teacher, tokens, context, **options)
+        sums = mtp_loss(trainee.student, trainee.teacher, tokens, context, **options)
         return sums.span / sums.rows.sum()
 
     def plain(context):
-        context.masks[None] = context.bias.float()
-        return train_step.plain_loss(trainee.student, teacher, tokens, context, **options, all_rows=all_rows)
+        return train_step.plain_loss(trainee.student, trainee.teacher, tokens, context, **options, all_rows=all_rows)
 
     want, want_grads = gradients(SpanContext, ours)
-    loss, grads = gradients(train_step.DenseContext, plain)
+    loss, grads = gradients(lambda x: train_step.DenseContext(x, dtype=torch.float32), plain)
     torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
     for a, b in zip(grads, want_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()) + 1e-8)
@@ -244,6 +246,17 @@ def test_train_step_runs(fake_gpu_memory):
     assert "checkpointing" in checkpointed.caption
 
 
+def test_steps_run_under_autocast():
+    """As on a GPU: float32 weights and gradients, products in bfloat16."""
+    trainee = trainee_in(torch.bfloat16)
+    assert next(trainee.teacher.parameters()).dtype == torch.bfloat16
+    for batch in train_step.TINY_BATCHES:
+        with trainee.on(batch) as steps:
+            for step in steps.values():
+                assert step(0).isfinite()
+                assert all(x.grad.dtype == torch.float32 for x in trainee.student.parameters())
+
+
 def test_records_are_what_json_takes():
     """Spreads and numbers, nothing that the report cannot write."""
     for table in (*span_attention.measure(CPU, quick=True), *distill.measure(CPU, quick=True)):
@@ -252,10 +265,9 @@ def test_records_are_what_json_takes():
 
 
 def test_head_of_the_plain_step_bans_the_mask():
-    trainee = train_step.Trainee(train_step.TINY, train_step.TINY_MASK, train_step.TINY_EOS, CPU)
+    trainee = trainee_in(torch.float32)
     layout = train_step.TINY_BATCHES[0].layout()
-    context = train_step.DenseContext(layout)
-    context.masks[None] = context.bias.float()
+    context = train_step.DenseContext(layout, dtype=torch.float32)
     ids = layout.fill(torch.ones(2, 16, dtype=torch.long), trainee.mask)
     with torch.no_grad(), attention_context(trainee.student, context):
         some, all_ = (train_step.span_logits(trainee.student, ids, context, trainee.mask, x) for x in (False, True))

@@ -5,7 +5,10 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+import mtpkern
+from mtpkern import Verified
 from mtpkern.cache import KVCache, PrefillCache
+from mtpkern.decoder import Decoder
 from mtpkern.kernels.advance import Rows
 
 B, HKV, D, C = 2, 2, 4, 6
@@ -124,3 +127,53 @@ def test_to_the_model_the_prefill_cache_stays_empty(model_type: str, tiny: Any) 
     key = cache.kv.layers[0][0]
     assert key[1, :, :5].abs().sum((0, 2)).all()
     assert not key[1, :, 5:16].any()
+
+
+CHUNKED: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 5},
+    "gemma2": {"attention": "eager", "sliding_window": 5, "attn_logit_softcapping": 2.0},
+    "gpt_oss": {"attention": "eager", "sliding_window": 5, "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_a_prompt_in_chunks_is_the_prompt(name: str, tiny: Any) -> None:
+    """The logits that are read out, and the keys that the first step will find, whatever the chunks."""
+    model = tiny.model(name, **CHUNKED[name])
+
+    def prefill(chunk: int, **shape: Any) -> tuple[Tensor, list[Tensor]]:
+        strategy, stop_ids = Verified(3, threshold=0.2), torch.tensor([-1])
+        decoder = Decoder(
+            model, strategy, mask_token_id=tiny.mask, stop_ids=stop_ids, batch=2, use_graph=False, **shape
+        )
+        logits = decoder.prefill(ids, real, chunk=chunk)
+        return logits, [x[:, :, :-1] for pair in decoder.cache.layers.values() for x in pair]
+
+    for lengths in ((23, 9), (23, 23)):
+        ids, real = tiny.prompts(*lengths)
+        if lengths[0] == lengths[1]:
+            real = None
+        for shape in ({"capacity": 40, "max_new_tokens": 17}, {"capacity": 24, "max_new_tokens": 1}):
+            logits, buffers = prefill(1000, **shape)
+            for columns in (1, 7, 22, 23, 24):
+                again, found = prefill(2 * columns, **shape)
+                assert_close(again, logits)
+                assert_close(found, buffers)
+
+
+def test_generate_takes_prompts_in_chunks(tiny: Any) -> None:
+    model = tiny.model("mistral", sliding_window=4)
+    ids, real = tiny.prompts(13, 6)
+    seen: list[int] = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    options: dict[str, Any] = {"attention_mask": real, "max_new_tokens": 9, "strategy": Verified(3, threshold=0.2)}
+    expected = mtpkern.generate(model, ids, **options)
+    assert seen[0] == 15
+    seen.clear()
+    assert torch.equal(mtpkern.generate(model, ids, **options, prefill_chunk=11), expected)
+    assert seen[:3] == [5, 5, 5]  # the last three tokens, with two masks
+    with pytest.raises(ValueError, match="prefill_chunk must be at least one token, got 0"):
+        mtpkern.generate(model, ids, **options, prefill_chunk=0)

@@ -1,0 +1,279 @@
+"""The step as a CUDA graph: captured once, replayed until its model changes, kept for the next call.
+
+A graph holds addresses and plain numbers, not Python. So all that a step reads and writes belongs to its `Decoder`,
+which is kept together with its graph and given to the next call of the same shape; what differs from call to call
+(prompts, lengths, threshold, stop tokens) is written into the same tensors. What the graph has baked in of the model,
+the addresses of its weights and the settings of its modules, is compared before each call: see `fingerprint`.
+
+Memory: for each model the last `KEPT` decoders stay, as long as their keys, values and tokens take no more than
+`KEPT_SHARE` of the device's memory together; the graphs of a model share one pool for what a step computes in between.
+All goes with the model, or at `release_graphs()`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from mtpkern.decoder import Decoder
+
+# Decoders that stay for each model, and the share of the device's memory that their state may take.
+KEPT = 8
+KEPT_SHARE = 0.2
+# Of torch.compile.
+BACKEND = "inductor"
+# Steps that run as they are before the capture: the first compiles our kernels, the second what torch.compile makes of
+# the model, the third is like all that follow.
+WARM_UP = 3
+
+
+def wants_graph(use_graph: bool | None, device: torch.device) -> bool:
+    """Whether the step is captured: what was asked for, or None for wherever it can be. Raises ValueError on a CPU."""
+    if use_graph and device.type != "cuda":
+        raise ValueError(f"use_graph=True needs a model on a CUDA or ROCm device, got one on {device}; leave it out")
+    return device.type == "cuda" if use_graph is None else use_graph
+
+
+def compiled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`forward` through torch.compile, without a break and for fixed shapes.
+
+    Where torch.compile fails it goes on as it is, which a RuntimeWarning announces.
+    """
+    fast = torch.compile(forward, fullgraph=True, dynamic=False, backend=BACKEND)
+    failed = False
+
+    def call(*args: Any) -> Tensor:
+        nonlocal failed
+        if not failed:
+            try:
+                # One form for each model and shape in use; the usual limit of eight would end in an error.
+                with torch._dynamo.config.patch(recompile_limit=256):
+                    return fast(*args)
+            except Exception as error:
+                failed = True
+                warnings.warn(
+                    "torch.compile could not compile the model's forward, which runs uncompiled; leave out compile=True"
+                    f" or look into it: {_first_line(error)}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        return forward(*args)
+
+    return call
+
+
+class StepGraph:
+    """Runs a step as it is until it is warm, then captures it, then replays it.
+
+        graph = StepGraph(device)
+        graph(step)     # one real step each time, whichever way it runs
+
+    step reads and writes tensors that never move, and what it returns is not looked at. One that cannot be captured
+    goes on as it is, which a RuntimeWarning announces.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.warm = 0
+        self.refused = False
+        self.captured: CapturedStep | None = None
+        # A captured step of the same model, to share its memory pool.
+        self.beside: CapturedStep | None = None
+        # When the last run ended, on whatever stream it ran.
+        self.idle = torch.Event(device)
+
+    def __call__(self, step: Callable[[], object]) -> None:
+        """Run one step."""
+        if self.captured is None and self.warm == WARM_UP and not self.refused:
+            try:
+                self.captured = CapturedStep(step, self.device, self.beside)
+            except RuntimeError as error:  # out of memory is one, too
+                self.refused = True
+                _announce(error)
+            self.beside = None
+        if self.captured is not None:
+            self.captured.replay()
+        elif self.refused:
+            step()
+        else:
+            with on_side_stream(self.device):
+                step()
+            self.warm += 1
+
+
+class CapturedStep:
+    """A CUDA graph of one call of `step`; capturing runs nothing. Raises RuntimeError where it cannot be captured."""
+
+    # A capture that fails stays registered with torch's allocator, which asks the graph object about it later on.
+    failed: list[torch.cuda.CUDAGraph] = []
+
+    def __init__(self, step: Callable[[], object], device: torch.device, beside: CapturedStep | None) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        # Nothing that a step computes in between outlives it, and a model runs one step at a time: a pool can be
+        # shared. Only with a graph that lives, because torch forgets a pool whose last graph has gone.
+        pool = beside.graph.pool() if beside is not None else None
+        try:
+            with (
+                on_side_stream(device) as stream,
+                # Other threads may go on using the device meanwhile.
+                torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+            ):
+                step()
+        except RuntimeError:
+            self.failed.append(self.graph)
+            raise
+
+    def replay(self) -> None:
+        """Run the step."""
+        self.graph.replay()
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    # One for warm-up and capture of all graphs, so that libraries keep one workspace for them, outside of any pool.
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def on_side_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
+    """Run the block on a stream of its own, behind what was queued before and before what is queued after."""
+    here, side = torch.cuda.current_stream(device), _side_stream(device)
+    side.wait_stream(here)
+    # Leaving a capture that has failed does not bring the stream back; this does.
+    with torch.cuda.stream(side):
+        yield side
+    here.wait_stream(side)
+
+
+def _announce(error: Exception) -> None:
+    if isinstance(error, torch.OutOfMemoryError):
+        remedy = (
+            "decode fewer sequences, or free memory and call mtpkern.release_graphs(), which drops what earlier calls "
+            "have kept and lets the next one try again"
+        )
+    else:
+        remedy = "pass use_graph=False, or look for what waits for the device in the model's forward"
+    warnings.warn(
+        f"the decoding step could not be captured in a CUDA graph and runs without one, which is slower; {remedy}: "
+        f"{_first_line(error)}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+# What each model has kept, the last used at the end.
+_kept: WeakKeyDictionary[PreTrainedModel, OrderedDict[Hashable, Decoder]] = WeakKeyDictionary()
+
+
+@contextmanager
+def kept_decoder(model: PreTrainedModel, key: Hashable, make: Callable[[], Decoder]) -> Iterator[Decoder]:
+    """The decoder that an earlier call has left under this key, or a new one; kept again at the end of the block.
+
+    One that was captured before the model changed is dropped, and one whose run raised an error is not kept. The
+    caller holds the model (see `exclusive`) and starts the decoder's next run itself.
+    """
+    kept = _kept.setdefault(model, OrderedDict())
+    now = fingerprint(model)
+    for stale in [k for k, decoder in kept.items() if decoder.fingerprint != now]:
+        del kept[stale]
+    decoder = kept.pop(key, None) or make()
+    graph = decoder.graph
+    assert graph is not None, "a decoder without a graph is not worth keeping"
+    if decoder.fingerprint is None:
+        graph.beside = next((d.graph.captured for d in kept.values() if d.graph and d.graph.captured), None)
+    else:
+        graph.idle.wait()
+        decoder.model = model
+    yield decoder
+    if decoder.fingerprint is None:
+        # Now, because a model's first forward may change it.
+        decoder.fingerprint = fingerprint(model)
+    graph.idle.record()
+    del decoder.model  # or what is kept would keep its model
+    kept[key] = decoder
+    room = KEPT_SHARE * memory_of(decoder.device)
+    while len(kept) > KEPT or (len(kept) > 1 and sum(d.nbytes for d in kept.values()) > room):
+        kept.popitem(last=False)
+
+
+def release_graphs(model: PreTrainedModel | None = None) -> int:
+    """Drop the CUDA graphs and KV buffers that earlier calls of `generate` have kept, of one model or of all.
+
+    Returns how many were dropped. The memory goes back to torch, which returns it to the device at
+    `torch.cuda.empty_cache()`. The next call captures anew.
+
+        mtpkern.release_graphs(model)
+    """
+    dropped = 0
+    for kept in list(_kept.values()) if model is None else [_kept.get(model, OrderedDict())]:
+        dropped += len(kept)
+        kept.clear()
+    return dropped
+
+
+@cache
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory of a GPU."""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def fingerprint(model: PreTrainedModel) -> tuple[Any, ...]:
+    """What a captured step has baked in of its model; equal as long as the step may be replayed.
+
+    Of every module: which one it is, addresses and forms of its tensors, its hooks, its plain settings, and which other
+    objects it holds (a forward of its own, say). Of the configuration: its plain settings. Values of weights are read
+    anew at each replay and may change in place; a LoRA that is merged in place shows in the module's list of them.
+    """
+    facts = [_facts(vars(model.config)), _facts(vars(model.config.get_text_config(decoder=True)))]
+    # By hand, as a walk by torch's own means would take longer than several passes.
+    modules: list[torch.nn.Module | None] = [model]
+    while modules:
+        module = modules.pop()
+        if module is None:
+            continue
+        held = vars(module)
+        modules.extend(held["_modules"].values())
+        facts.append(id(module))
+        for name, value in held.items():
+            # Most of what a module holds is empty, and what is there says so by its name.
+            if name in _BOOKKEEPING or value is None or value is False or (isinstance(value, dict) and not value):
+                continue
+            facts += name, _facts(value)
+    return tuple(facts)
+
+
+# What torch keeps in every module and no forward depends on.
+_BOOKKEEPING = set(vars(torch.nn.Module())) - {
+    *("training", "_parameters", "_buffers"),
+    *("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"),
+}
+_PLAIN = {bool, int, float, str, torch.dtype, torch.device}
+
+
+def _facts(value: Any) -> Any:
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    if isinstance(value, Tensor):
+        if hasattr(value, "__tensor_flatten__"):  # a quantised or distributed tensor holds others
+            return tuple(_facts(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+        return value.data_ptr(), value.dtype, value.shape, value.stride()
+    if isinstance(value, dict):
+        return tuple((name, _facts(x)) for name, x in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_facts, value))
+    return id(value)

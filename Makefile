@@ -14,7 +14,7 @@ SOURCES := setup.py mtpkern kernels train bench tests
 OLDEST_PINS := transformers==5.17.0 huggingface_hub==1.33.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint types fmt checkpoint aot gpu test-oldest clean
+.PHONY: help install demo test check lint types fmt checkpoint ablate aot gpu test-oldest clean
 
 help: ## List the targets.
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -57,6 +57,13 @@ fmt: $(STAMP) ## Sort imports, mend what ruff can mend, format.
 
 checkpoint: $(STAMP) ## Train the shipped checkpoint again from nothing.
 	$(BIN)/python -m mtpkern.train.checkpoint
+
+# The start is the first phase of `make checkpoint`; ABLATE_ARGS="--steps 2000 --seeds 0 1 2" makes the runs longer.
+ABLATE_START ?= runs/checkpoint/teacher
+ABLATE_ARGS ?=
+
+ablate: $(STAMP) ## Compare the training recipe's switches at matched steps; goes on where it was stopped.
+	$(BIN)/python -m mtpkern.train.ablate --start $(ABLATE_START) $(ABLATE_ARGS)
 
 aot: $(STAMP) ## Compile every kernel for five GPUs that need not be here: registers, spill, shared memory; fails over budget.
 	$(BIN)/python -m mtpkern.bench.aot --write

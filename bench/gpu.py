@@ -45,6 +45,7 @@ class Part:
 
 PARTS = (
     Part("step", 80, 150),
+    Part("compiled", 100, 200),
     Part("decode_attention", 50, 75),
     Part("readout", 30, 40),
     Part("span_attention", 50, 75),

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from mtpkern.attention import attention_context
 from mtpkern.bench.harness import Spread
 from mtpkern.bench.report import Goal, Table, run
-from mtpkern.bench.timing import Action, free, peak, timed
+from mtpkern.bench.timing import Action, free, launches, peak, timed
 from mtpkern.decoder import Decoder
 from mtpkern.kernels.readout import readout
 from mtpkern.strategies import ConfAdapt, Static, Strategy
@@ -240,9 +240,15 @@ def pass_table(name: str, model: PreTrainedModel, quick: bool) -> Table:
     rows, records = [], []
     spent: dict[Point, Spread] = {}
     bodies: dict[Point, Spread] = {}
+    counted = ""
     syncs = float("nan")
     for group in points(name, device, quick):
-        found, syncs = _pass_times(model, group)
+        found, syncs, nodes = _pass_times(model, group)
+        if nodes is not None:
+            layers, beside = model.config.num_hidden_layers, nodes[0] - nodes[1]
+            counted = (
+                f" Of {nodes[0]} launches at batch {group[-1].B}, {beside} are beside the body, in {layers} layers."
+            )
         free(device)
         for at in group:
             spent[at], bodies[at] = found[f"{at} whole"], found[f"{at} body"]
@@ -256,7 +262,7 @@ def pass_table(name: str, model: PreTrainedModel, quick: bool) -> Table:
         f"bf16, random weights, µs in a graph, median (least–greatest); every row in use. Floor: weights, keys and "
         f"values read once, or the products; {peak(device).source}. body: the same rows through the model with an "
         "attention that returns its queries and no readout; ours: what the pass takes beyond that, which is attention, "
-        "KV write, readout and advance."
+        f"KV write, readout and advance.{counted}"
     )
     goals = _pass_goals(name, model, spent, bodies)
     if not isnan(syncs):
@@ -265,8 +271,13 @@ def pass_table(name: str, model: PreTrainedModel, quick: bool) -> Table:
     return Table(f"A pass of {name}", note, header, rows, records, goals)
 
 
-def _pass_times(model: PreTrainedModel, group: Sequence[Point]) -> tuple[dict[str, Spread], float]:
-    """Times of a group's passes, whole and body, and the host syncs of one; its caches are gone on return."""
+def _pass_times(
+    model: PreTrainedModel, group: Sequence[Point]
+) -> tuple[dict[str, Spread], float, tuple[int, int] | None]:
+    """Times of a group's passes; of the last one the host syncs, and the launches of the whole and of the body.
+
+    The group's caches are gone on return.
+    """
     stands: list[Stand] = []
     for at in group:
         stands.append(Stand(model, at, Static(at.k), share=stands[0] if stands else None))
@@ -275,7 +286,8 @@ def _pass_times(model: PreTrainedModel, group: Sequence[Point]) -> tuple[dict[st
         actions |= {f"{stand.at} whole": stand.step, f"{stand.at} body": stand.body}
     with attention_context(model, Body()):
         found = timed(actions, model.device, reset=partial(_reset, stands))
-        return found, host_syncs(stands[-1])
+        whole, body = (launches(action, model.device) for action in (stands[-1].step, stands[-1].body))
+        return found, host_syncs(stands[-1]), None if whole is None or body is None else (whole, body)
 
 
 def host_syncs(stand: Stand) -> float:

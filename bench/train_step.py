@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from math import isnan
 from typing import Any
 
@@ -104,15 +104,12 @@ class DenseContext(SpanContext):
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=self.bias, scale=scale)
         return out.transpose(1, 2)
 
-    @property
+    @cached_property
     def bias(self) -> Tensor:
         """The additive mask [B, 1, T, T], made at the first layer of a step."""
-        if None not in self.masks:
-            layout = self.layout
-            mask = span_mask(layout.position, layout.prefix_end, layout.span_start).unsqueeze(1)
-            zero = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device)
-            self.masks[None] = zero.masked_fill_(~mask, float("-inf"))
-        return self.masks[None]
+        layout = self.layout
+        mask = span_mask(layout.position, layout.prefix_end, layout.span_start).unsqueeze(1)
+        return torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
 
 
 def span_logits(model: PreTrainedModel, ids: Tensor, context: SpanContext, mask: int, all_rows: bool) -> Tensor:

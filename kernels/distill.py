@@ -164,8 +164,9 @@ if find_spec("triton"):
 BLOCK, WARPS = 4096, 8
 
 # Bytes of the logits alive at once, and of a part of d weight that is computed in a narrower dtype than it is summed
-# in. With the workspace of the matrix products they stay below 0.5 GiB.
-LOGITS, PARTIAL = 384 << 20, 64 << 20
+# in. With the workspace of the matrix products they stay below 0.5 GiB. The torch form's logits, about four copies of
+# them in float32, stay in a CPU's cache.
+LOGITS, PARTIAL, CACHE = 384 << 20, 64 << 20, 8 << 20
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ class Head:
         return self.finish(hidden @ self.weight.t())
 
     def finish(self, z: Tensor) -> Tensor:
-        """The logits [R, V] of a product [R, V], in at least float32."""
+        """The logits [R, V] of a product [R, V], in at least float32; they may take its place."""
         if self.bias is not None:
             z = z + self.bias
         z = z.to(torch.promote_types(z.dtype, torch.float32))
@@ -192,8 +193,8 @@ class Head:
         if self.softcap is not None:
             z = self.softcap * torch.tanh(z / self.softcap)
         if self.banned is not None:
-            # Not in place: autograd of the tanh keeps its result.
-            z = z.masked_fill(torch.arange(z.shape[-1], device=z.device) == self.banned, float("-inf"))
+            # A slice: a teacher may lack the token. No backward of the above keeps what is written over here.
+            z[:, self.banned : self.banned + 1] = float("-inf")
         return z
 
     def arguments(self) -> tuple[Tensor, Tensor | None, float, float | None, int | None]:
@@ -227,10 +228,9 @@ def _product_dtype(hidden: Tensor, head: Head) -> torch.dtype:
 
 
 def _chunk(rows: int, vocabulary: int, dtype: torch.dtype, triton: bool) -> int:
-    """Rows whose logits may live at once: equal parts of at most LOGITS bytes, but at least 128 rows."""
-    # The torch form holds about four copies of them in float32.
-    width = dtype.itemsize if triton else 16
-    most = max(LOGITS // (vocabulary * width) // 128, 1) * 128
+    """Rows whose logits may live at once: equal parts, of at least 128 rows where there are as many."""
+    room = LOGITS // dtype.itemsize if triton else CACHE // 16
+    most = max(room // vocabulary // 128, 1) * 128
     parts = max(-(-rows // most), 1)
     return max(-(-rows // (16 * parts)), 1) * 16
 
@@ -252,10 +252,12 @@ def _readout_rows_triton(z: Tensor, head: Head, token: Tensor, confidence: Tenso
 def _readout_rows_torch(z: Tensor, head: Head, token: Tensor, confidence: Tensor, entropy: Tensor) -> None:
     x = head.finish(z)
     top, token[:] = x.max(-1)
-    lse = x.logsumexp(-1)
-    confidence[:] = torch.exp(top - lse)
-    # 0 * -inf at a banned token is NaN: there the term is 0.
-    entropy[:] = lse - (torch.exp(x - lse.unsqueeze(-1)) * x.masked_fill(x.isinf(), 0)).sum(-1)
+    # From -inf on, where exp is 0 long since: 0 * -inf would be NaN.
+    x = (x - top.unsqueeze(-1)).clamp_(min=-1e4)
+    share = x.exp()
+    total = share.sum(-1)
+    confidence[:] = 1 / total
+    entropy[:] = total.log() - share.mul_(x).sum(-1) / total
 
 
 @torch.library.custom_op(
@@ -324,7 +326,7 @@ def distill_loss(
     teacher     (hidden [R, H'], Head [V', H']): soft targets instead, KL(teacher || student); frozen; the first
                 V' <= V tokens are the same
     row_weight  [R], default 1; rows of weight 0 give no loss and no gradient, and keep the graph connected
-    chunk       rows whose logits live at once; as many as LOGITS bytes hold unless given
+    chunk       rows whose logits live at once; on a GPU as many as LOGITS bytes hold unless given
 
     Its gradients are ready before backward, which scales them where they lie: a second backward through the same
     loss and second derivatives raise RuntimeError. Raises ValueError unless exactly one of target and teacher is
@@ -417,34 +419,30 @@ def _loss_rows_torch(
     need_grad: bool,
 ) -> None:
     x = head.finish(z)
-    lse = x.logsumexp(-1, keepdim=True)
-    grad = torch.exp(x - lse)
+    grad = x.log_softmax(-1)
     if target is not None:
         index = target.unsqueeze(-1)
-        losses = (lse - x.gather(-1, index)).squeeze(-1)
-        grad.scatter_add_(-1, index, grad.new_full((), -1.0).expand(index.shape))
+        losses = -grad.gather(-1, index).squeeze(-1)
+        grad.exp_().scatter_add_(-1, index, grad.new_full((), -1.0).expand(index.shape))
     else:
         assert teacher_z is not None
         assert teacher_head is not None
-        t = teacher_head.finish(teacher_z)
-        known = x[:, : t.shape[1]]
-        teacher_lse = t.logsumexp(-1, keepdim=True)
+        log_q = teacher_head.finish(teacher_z).log_softmax(-1)
         # The same operations on equal logits: a student equal to its teacher gets a gradient of exactly 0.
-        q = torch.exp(t - teacher_lse)
+        q, known = log_q.exp(), log_q.shape[1]
         # 0 * inf at a banned token is NaN: there q is 0 and the term is 0.
-        losses = (lse - teacher_lse).squeeze(-1) + torch.where(q > 0, q * (t - known), 0).sum(-1)
-        grad[:, : t.shape[1]] -= q
+        losses = log_q.sub_(grad[:, :known]).mul_(q).masked_fill_(q == 0, 0).sum(-1)
+        grad.exp_()[:, :known] -= q
     scale = row_weight.to(losses.dtype)
     # A row of weight 0 may be padding with infinite loss: select, do not multiply.
     loss.copy_(torch.where(scale != 0, losses * scale, 0))
     if not need_grad:
         return
-    scale = scale.unsqueeze(-1)
     if head.softcap is not None:
-        # d/dx c tanh(x / c) = 1 - tanh(x / c)^2
-        grad *= 1 - (x / head.softcap) ** 2
-    grad *= scale * head.logit_scale
-    z.copy_(grad.masked_fill_((scale == 0) | x.isinf(), 0))
+        # d/dx c tanh(x / c) = 1 - tanh(x / c)^2; at a banned token x is -inf and the gradient 0 already.
+        grad *= 1 - (x.masked_fill(x.isinf(), 0) / head.softcap) ** 2
+    scale = scale.unsqueeze(-1)
+    z.copy_(grad.mul_(scale * head.logit_scale).masked_fill_(scale == 0, 0))
 
 
 def _add_outer(total: Tensor, grad: Tensor, states: Tensor, first: bool) -> None:
@@ -564,11 +562,8 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         )
     ctx.spent = True
     grad = grads[0]
-    scaled = [
-        # Detached: a gradient that no one else holds is kept by its leaf without a copy.
-        stored.mul_(grad).detach() if grad is not None and need else None
-        for stored, need in zip(ctx.saved_tensors, ctx.needs)
-    ]
+    stored = zip(ctx.saved_tensors, ctx.needs)
+    scaled = [gradient.mul_(grad) if grad is not None and need else None for gradient, need in stored]
     return (*scaled, *[None] * (len(ctx.needs_input_grad) - len(scaled)))
 
 

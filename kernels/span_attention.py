@@ -457,7 +457,7 @@ def _shared_memory(device: torch.device) -> int:
 
 
 def _tiles(kernel: str, query: Tensor) -> Tiles:
-    """The table's tiles, with fewer stages where the device has not the memory for all of them."""
+    """The table's tiles, with fewer stages where the device has not the memory, and smaller where not for two."""
     columns, size = _columns(query), query.element_size()
     table = AMD_TILES if torch.version.hip else TILES
     tiles = next(tiles for limit, tiles in table[kernel, size].items() if columns <= limit)
@@ -466,6 +466,9 @@ def _tiles(kernel: str, query: Tensor) -> Tiles:
     passing = 2 * (tiles.rows if kernel == "dkdv" else tiles.keys)
     # 2 KiB for lse, delta and what reductions need.
     room = (_shared_memory(query.device) - 2048) // (columns * size) - stay
+    if tiles.stages > 1 and room < 2 * passing:
+        tiles = tiles._replace(rows=tiles.rows // 2) if kernel == "dkdv" else tiles._replace(keys=tiles.keys // 2)
+        passing //= 2
     return tiles._replace(stages=max(1, min(tiles.stages, room // passing)))
 
 

@@ -17,7 +17,7 @@ from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput,
 
 from mtpkern.attention import exclusive, routed
 from mtpkern.decoder import PREFILL_CHUNK, Decoder, places_for
-from mtpkern.graph import kept_decoder, release_graphs, wants_graph
+from mtpkern.graph import explained_compilation, kept_decoder, release_graphs, wants_graph
 from mtpkern.kernels.advance import FAULT, STOPPED
 from mtpkern.model import recorded_settings, require_decodable, resolve_mask_token
 from mtpkern.strategies import Strategy, Verified
@@ -172,6 +172,7 @@ def _decode(
     # read before another run may have the decoder.
     with (
         exclusive(model),
+        explained_compilation(model.device),
         torch.accelerator.device_index(model.device.index),
         kept_decoder(model, key, make) if use_graph else nullcontext(make()) as decoder,
     ):

@@ -225,6 +225,21 @@ def release_graphs(model: PreTrainedModel | None = None) -> int:
     return dropped
 
 
+@contextmanager
+def explained_compilation(device: torch.device) -> Iterator[None]:
+    """Turn what Triton raises about a kernel of ours that this device cannot have into a RuntimeError with a remedy."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith("triton."):
+            raise
+        raise RuntimeError(
+            f"a Triton kernel of mtpkern could not be compiled for {device}, or does not fit on it, and there is no "
+            "other form for CUDA tensors: try another version of triton, report the device and the message, or decode "
+            f"on the CPU (model.cpu()). {_first_line(error)}"
+        ) from error
+
+
 @cache
 def memory_of(device: torch.device) -> int:
     """Bytes of memory of a GPU."""

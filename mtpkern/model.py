@@ -89,8 +89,8 @@ def require_decodable(model: PreTrainedModel) -> None:
     name = type(model).__name__
     if recorded_settings(model).get("bidirectional"):
         raise ValueError(
-            f"{name} was trained with bidirectional=True: its masks expect to see those behind them, and a decoding pass "
-            "is causal; train without it, or measure it by its agreement"
+            f"{name} was trained with bidirectional=True: its masks expect to see those behind them, and a decoding "
+            "pass is causal; train without it, or measure it by its agreement"
         )
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:

@@ -538,13 +538,15 @@ def test_goals_of_the_step(no_device, monkeypatch, name, quick):
 
     def times(model, group):
         found = {f"{at} whole": flat(step.floor(model, at) / 0.8 + at.R) for at in group}
-        return found | {f"{at} body": flat(step.floor(model, at) / 0.8) for at in group}, 0.0
+        return found | {f"{at} body": flat(step.floor(model, at) / 0.8) for at in group}, 0.0, (700, 600)
 
     monkeypatch.setattr(step, "_pass_times", times)
     monkeypatch.setattr(
         step, "_tokens_times", lambda model, B, L, budgets: {"plain": flat(100), **{str(R): flat(R) for R in budgets}}
     )
-    found = goals([step.pass_table(name, model, quick)])
+    table = step.pass_table(name, model, quick)
+    assert "Of 700 launches at batch 16, 100 are beside the body, in 2 layers." in table.note
+    found = goals([table])
     assert found[f"{name}: host syncs in a step"] == (0, True)
     share = f"{name}, batch 1, 2k context, 15 rows: share of the floor"
     assert (share in found) == (name != "Qwen3-0.6B")
@@ -568,7 +570,7 @@ def test_the_floor_of_a_pass():
         assert step.floor(model, step.Point(16, 2048, 8, 128)) == pytest.approx(bytes / 1e12 * 1e6)
 
 
-@pytest.mark.parametrize("stem", ["decode_attention", "kv_write", "readout", "step"])
+@pytest.mark.parametrize("stem", ["compiled", "decode_attention", "kv_write", "readout", "step"])
 def test_dry_run(stem):
     """Every table of a benchmark at tiny shapes: no typo may wait for a GPU."""
     tables = list(import_module(f"mtpkern.bench.{stem}").measure(torch.device("cpu"), True))

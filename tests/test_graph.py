@@ -362,6 +362,17 @@ def test_a_step_that_cannot_be_captured_goes_on(
         assert_same(generate(tiny, model, 6, 4), expected)
 
 
+def test_a_kernel_that_does_not_compile(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = pytest.importorskip("triton.runtime.errors")
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise errors.OutOfResources(300_000, 232_448, "shared memory")
+
+    monkeypatch.setattr("mtpkern.decoder.readout", fail)
+    with pytest.raises(RuntimeError, match=r"kernel of mtpkern could not be compiled for cpu.*OutOfResources.*300000"):
+        generate(tiny, tiny.model("llama", num_hidden_layers=1), 4)
+
+
 def test_memory_that_was_kept_is_given_up_for_a_prefill(
     recorded: type[RecordedStep], tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -250,6 +250,25 @@ def test_lora_teaches_itself_and_saves_a_plain_model(tmp_path, dtype):
         assert not torch.allclose(loaded(ids).logits, base(ids).logits, **close)
 
 
+def test_anchor_and_support_reach_the_loss(tmp_path):
+    """The loss that is trained on is the mean of the spans' rows plus the weighted mean of the answers' rows."""
+    losses = {}
+    for name, change in {
+        "plain": {},
+        "until": {"loss_support": "until_fail"},
+        "anchor": {"anchor_kl_weight": 0.5},
+        "twice": {"anchor_kl_weight": 1.0},
+    }.items():
+        logs = trainer(tmp_path / name, teacher_target="gt", **change).evaluate()
+        losses[name] = logs["eval_loss"]
+        assert logs["eval_entropy_1"] > 0
+    assert losses["until"] < losses["plain"] < losses["anchor"]
+    assert losses["twice"] - losses["plain"] == pytest.approx(2 * (losses["anchor"] - losses["plain"]), rel=1e-4)
+    args = config(tmp_path, teacher_target="gt", anchor_kl_weight=1.0)
+    with pytest.raises(ValueError, match="anchor_kl_weight"):
+        MTPTrainer(model=llama(), args=args, mask_token_id=MASK)
+
+
 def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="needs teacher"):
         MTPTrainer(model=llama(), args=config(tmp_path), mask_token_id=MASK)
@@ -260,6 +279,8 @@ def test_refusals(tmp_path):
     for change, word in (
         ({"k_min": 5}, "k_min"),
         ({"teacher_target": "harder"}, "teacher_target"),
+        ({"loss_support": "some"}, "loss_support"),
+        ({"anchor_kl_weight": -1.0}, "anchor_kl_weight"),
         ({"spacing": "dense"}, "spacing"),
         ({"layout": "paper"}, "max_length"),
         ({"k_scope": "world"}, "k_scope"),

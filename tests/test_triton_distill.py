@@ -90,7 +90,7 @@ def test_float64_equals_the_reference(softcap):
 
 def test_rows_of_weight_zero_give_nothing():
     hidden, head, target, _, _ = case(torch.float32, banned=BANNED)
-    target[1] = BANNED  # a loss of infinity
+    target[1], target[2], target[3] = BANNED, -100, V  # losses of infinity
     weight = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0], device=DEVICE)
     loss, d_hidden, _ = gradients(distill_loss_triton, hidden, head, target, None, weight)
     assert loss.isfinite()
@@ -102,6 +102,45 @@ def test_teacher_equal_to_student_has_zero_soft_gradient():
     hidden, head, _, _, row_weight = case(torch.float32, banned=BANNED)
     _, *grads = gradients(distill_loss_triton, hidden, head, None, to((hidden, head), torch.float32), row_weight)
     assert all((g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("wrong", [-1, -100, V, V + 3])
+def test_a_target_that_does_not_exist_shows(wrong):
+    """Neither a read from another row nor a finite loss."""
+    hidden, head, target, _, _ = case(torch.float32)
+    target[3] = wrong
+    assert distill_loss_triton(hidden, head, target=target) == float("inf")
+
+
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 1), (1, 16), (3, 17), (7, 31), (13, 2)])
+def test_odd_sizes(rows, vocabulary):
+    """Rows and a vocabulary that fill no chunk and no block, one token alone, the last ones banned."""
+    generator = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, H, dtype=torch.float64, generator=generator).to(DEVICE).requires_grad_()
+    weight = torch.randn(vocabulary, H, dtype=torch.float64, generator=generator).to(DEVICE).requires_grad_()
+    head = Head(weight, banned=vocabulary - 1 if vocabulary > 1 else None)
+    target = torch.arange(rows, device=DEVICE) % max(vocabulary - 1, 1)
+    teacher = 2 * hidden.detach(), Head(weight.detach()[: max(vocabulary - 1, 1)])
+    weights = torch.ones(rows, dtype=torch.float64, device=DEVICE)
+    for pair in ((target, None), (None, teacher)):
+        want = gradients(distill_loss_reference, hidden, head, *pair, weights)
+        for a, b in zip(gradients(distill_loss_triton, hidden, head, *pair, weights, chunk=4), want):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    for a, b in zip(head_readout_triton(hidden, head, chunk=4), head_readout(hidden, head)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_repeats_bit_for_bit(kind):
+    """In whatever memory the buffers lie: what they held before is NaN, and a row ends within a block."""
+    hidden, head, target, teacher, row_weight = case(torch.float32, bias=True, softcap=3.0, banned=BANNED)
+    target, teacher = (target, None) if kind == "hard" else (None, teacher)
+    first = gradients(distill_loss_triton, hidden, head, target, teacher, row_weight, chunk=2)
+    for size in (1, 999):
+        elsewhere = torch.empty(size, device=DEVICE)
+        again = gradients(distill_loss_triton, hidden, head, target, teacher, row_weight, chunk=2)
+        assert all(torch.equal(a, b) for a, b in zip(first, again))
+        del elsewhere
 
 
 def test_no_rows_and_no_gradients():

@@ -159,7 +159,7 @@ def summarise(history: Sequence[dict[str, Any]], folder: str | Path) -> str:
 
 def _draw(found: dict[int, list[float]], path: Path) -> None:
     """One line a logged step, at most ten of them, the later the darker."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # type: ignore[import-not-found]  # of an extra
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="position in the span", ylabel="agreement with the target", ylim=(0, 1.02))

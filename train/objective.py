@@ -13,13 +13,13 @@ Source   arXiv 2602.06019, section on the online self-distillation objective
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mtpkern.attention import attention_context, routed
@@ -124,6 +124,29 @@ def backbone(model: PreTrainedModel, input_ids: Tensor, context: SpanContext) ->
     ).last_hidden_state
 
 
+@contextmanager
+def forward_as(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let model(...) run `forward`, so that the hooks of DDP and FSDP around the call fire as ever.
+
+    Inside it the weights of a sharded model are whole: its head can be read as a weight.
+    """
+    before = vars(model).get("forward")
+    setattr(model, "forward", forward)  # noqa: B010 (an attribute of the instance hides the method)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(model, "forward")
+        else:
+            setattr(model, "forward", before)  # noqa: B010
+
+
+def call_backbone(model: PreTrainedModel, input_ids: Tensor, context: SpanContext) -> Tensor:
+    """`backbone` as a call of the whole model, for one whose weights may be sharded."""
+    with forward_as(model, lambda: backbone(model, input_ids, context)):
+        return model()
+
+
 def gather_rows(hidden: Tensor, row: Tensor) -> Tensor:
     """The span rows [B * M * K, H] of hidden states [B, T, H]."""
     index = row.flatten(1).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
@@ -204,8 +227,9 @@ def mtp_loss(
     if teacher is None and anchor_rows is not None:
         raise ValueError("anchor_rows need a teacher; pass the frozen original model, or leave them out")
     layout = context.layout
-    head = head_of(student, mask_token_id)
     states = backbone(student, layout.fill(tokens, mask_token_id), context)
+    # Behind the backbone: where weights are sharded, its last norm has gathered the head's.
+    head = head_of(student, mask_token_id)
     hidden = gather_rows(states, layout.row)
     token, confidence, entropy = (x.view(layout.row.shape) for x in head_readout(hidden, head))
     valid = layout.valid if eos_padding else layout.valid & within_text(layout)
@@ -217,7 +241,7 @@ def mtp_loss(
         # A model that is its own teacher is held already.
         switch = attention_context if as_teacher is None else routed
         with torch.no_grad(), switch(teacher, scoring), (as_teacher or nullcontext)():
-            scored = backbone(teacher, layout.fill(tokens, token[..., :-1]), scoring)
+            scored = call_backbone(teacher, layout.fill(tokens, token[..., :-1]), scoring)
         teacher_head = head_of(teacher, mask_token_id)
     if target == "gt":
         label, keep = data_targets(tokens, layout, eos_token_ids)

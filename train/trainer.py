@@ -10,7 +10,7 @@ Source   arXiv 2602.06019, training details
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.trainer_pt_utils import AcceleratorConfig, LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from mtpkern.attention import attention_context
@@ -31,7 +33,7 @@ from mtpkern.model import record_settings, resolve_mask_token
 from mtpkern.train.evaluate import HeldOut, summarise
 from mtpkern.train.layout import Layout, build_layout, draw_k, draw_prefixes, pack
 from mtpkern.train.lora import add_lora, merged, plain_model
-from mtpkern.train.objective import MTPLoss, SpanContext, mtp_loss
+from mtpkern.train.objective import MTPLoss, SpanContext, forward_as, mtp_loss
 from mtpkern.train.resume import MARK, Endless, is_complete, mark_complete, newest_checkpoint, remove_checkpoint, rotate
 
 # Evaluation draws its spans from a stream of their own, the same for every batch and every evaluation.
@@ -95,11 +97,18 @@ class MTPConfig(TrainingArguments):
     )
     teacher_dtype: str | None = field(default=None, metadata={"help": "The teacher is cast to it; as loaded if None."})
     save_dtype: str = field(default="float32", metadata={"help": "Of the final checkpoint that save_model writes."})
+    data_seed: int | None = field(default=None, metadata={"help": "Of the data's order; seed unless given."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "DDP's search for weights without a gradient; every step here uses all."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Columns are the collator's business."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite is an error."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.data_seed is None:
+            # Else the order of the data hangs on whatever has been seeded last, and a resumed run may see another.
+            self.data_seed = self.seed
         if not 1 <= self.k_min <= self.k_max:
             raise ValueError(f"1 <= k_min <= k_max must hold; got k_min={self.k_min}, k_max={self.k_max}")
         for name, allowed in (
@@ -185,20 +194,6 @@ class MTPCollator:
         }
 
 
-@contextmanager
-def _forward_as(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let model(...) run `forward`, so that the hooks of DDP and FSDP around the call fire as ever."""
-    before = vars(model).get("forward")
-    setattr(model, "forward", forward)  # noqa: B010 (an attribute of the instance hides the method)
-    try:
-        yield
-    finally:
-        if before is None:
-            delattr(model, "forward")
-        else:
-            setattr(model, "forward", before)  # noqa: B010
-
-
 def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Floating-point tensors in another dtype; entries that share memory (tied embeddings) go on sharing it."""
     cast_tensors: dict[int, Tensor] = {}
@@ -251,6 +246,7 @@ class MTPTrainer(Trainer):
     """
 
     args: MTPConfig
+    train_dataset: Any
 
     def __init__(
         self,
@@ -286,6 +282,8 @@ class MTPTrainer(Trainer):
             teacher = teacher.requires_grad_(False).eval().to(args.device)
             if args.teacher_dtype is not None:
                 teacher = teacher.to(getattr(torch, args.teacher_dtype))
+            if self.is_fsdp_enabled:
+                teacher = fsdp2_prepare_model(self.accelerator, teacher)
         # With LoRA the student without its adapters.
         self.teacher = plain if isinstance(model, PeftModel) else teacher
         # Our loss is divided by the rows of the whole accumulated batch already.
@@ -339,6 +337,10 @@ class MTPTrainer(Trainer):
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise ValueError(
                 "FSDP asked for, but accelerate has set up none (version 1, one process, or a CPU); omit it"
+            )
+        if self.is_fsdp_enabled and isinstance(self.model, PeftModel):
+            raise ValueError(
+                "LoRA under FSDP is refused: its teacher's pass finds sharded weights; use DDP, without fsdp"
             )
         if self.is_distributed_loading_by_transformers:
             raise ValueError("a model sharded by from_pretrained (tensor parallel) is refused; load it whole")
@@ -460,7 +462,7 @@ class MTPTrainer(Trainer):
                     as_teacher=core.disable_adapter if isinstance(core, PeftModel) else None,
                 )
 
-        with _forward_as(core, forward):
+        with forward_as(core, forward):
             sums: MTPLoss = model(inputs["input_ids"], inputs["layout"], inputs["prefix_rows"])
         text = prefix_weight * sums.prefix + anchor_weight * sums.anchor
         loss = (sums.span / counts[0] + text / counts[1]) * self.accelerator.num_processes
@@ -538,6 +540,18 @@ class MTPTrainer(Trainer):
             self.train_dataset = Endless(self.train_dataset)
         return super().get_train_dataloader()
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """As Trainer's; sorting by length draws from the global state, which a run resumed in a later epoch has not."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+
+            def set_epoch(epoch: int) -> None:
+                if epoch > 0:
+                    sampler.generator = torch.Generator().manual_seed(cast(int, self.args.data_seed) + epoch)
+
+            sampler.set_epoch = set_epoch
+        return sampler
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """As Trainer.train; True resumes the newest complete checkpoint of output_dir.
 
@@ -584,17 +598,24 @@ class MTPTrainer(Trainer):
         The resumable checkpoints inside training keep float32 weights, or the adapters alone.
         """
         if _internal_call:
-            super().save_model(output_dir, _internal_call=True)
+            # FSDP's own files, which come next, hold all weights: no second copy of them.
+            if not self.is_fsdp_enabled:
+                super().save_model(output_dir, _internal_call=True)
             return
         core = self.accelerator.unwrap_model(self.model)
-        if isinstance(core, PeftModel) and self.is_fsdp_enabled:
-            raise ValueError("adapters are not merged under FSDP; resume the checkpoint in one process and save there")
-        state = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
+        state: dict[str, Tensor] = {}
+        if self.is_fsdp_enabled:
+            # Gathered on rank 0, one after the other.
+            whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            state = cast(dict[str, Tensor], get_model_state_dict(self.model, options=whole))
         if not self.args.should_save:
             return
         plain = merged(core) if isinstance(core, PeftModel) else core
         dtype = getattr(torch, self.args.save_dtype)
-        state = _cast(plain.state_dict() if state is None else state, dtype)
+        # A tied head that was gathered by itself is a copy of the embedding.
+        tied = plain.all_tied_weights_keys if plain.config.get_text_config().tie_word_embeddings else {}
+        state = {name: x for name, x in state.items() if name not in tied} or plain.state_dict()
+        state = _cast(state, dtype)
         folder = Path(output_dir or cast(str, self.args.output_dir))
         plain.save_pretrained(folder, state_dict=state)
         # The config as the saved weights are, not as they were while training, where the cache is off.

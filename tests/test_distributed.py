@@ -1,0 +1,178 @@
+"""DDP and FSDP2 over gloo, two processes on a CPU: one the same as the other, and both resumed exactly.
+
+The processes are forks: they need not import everything again.
+"""
+
+import os
+import signal
+import socket
+import time
+import traceback
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from mtpkern.train.arithmetic import build_tokenizer
+from mtpkern.train.evaluate import HeldOut
+from mtpkern.train.resume import newest_checkpoint
+from mtpkern.train.trainer import MTPCollator, MTPConfig, MTPTrainer
+
+V, MASK, EOS = 31, 30, 7
+SECONDS = 240
+
+
+def llama(seed=0, tied=False):
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"eos_token_id": EOS, "bos_token_id": 1, "pad_token_id": 0}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=V, tie_word_embeddings=tied, **shape, **ends))
+
+
+def rows(n=26):
+    texts = [[1, *(8 + (i + j) % 20 for j in range(6 + i % 7)), EOS] for i in range(n)]
+    return [{"input_ids": text, "prompt_length": 3} for text in texts]
+
+
+def trainer(path, seed=0, tied=False, **change):
+    arguments = {
+        "max_steps": 12,
+        "save_steps": 7,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "use_cpu": True,
+        "ddp_backend": "gloo",
+        "disable_tqdm": True,
+        "k_min": 2,
+        "k_max": 4,
+        "k_scope": "rank",
+        "num_spans": 2,
+        "prefix_weight": 0.5,
+        "teacher_target": "soft",
+    }
+    return MTPTrainer(
+        model=llama(seed, tied),
+        teacher=None if change.get("lora_rank") else llama(3, tied),
+        args=MTPConfig(str(path), **arguments | change),
+        mask_token_id=MASK,
+        train_dataset=rows(),
+        eval_dataset=rows(5),
+        held_out=HeldOut([[1, 9, 10], [1, 12], [1, 20, 21, 22]], ["1", "2", "3"], build_tokenizer(), max_new_tokens=6),
+        data_collator=MTPCollator(0),
+    )
+
+
+def let_accelerate_shard_on_a_cpu():
+    """accelerate takes FSDP for GPUs only, and sets up plain DDP on a CPU without a word."""
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+
+    original = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            # The first one's values go over the second one's every time that one is asked for.
+            PartialState._shared_state["distributed_type"] = self.distributed_type = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = init
+
+
+def forget_engine():
+    """accelerate keeps the engine of the last trainer."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+
+
+def in_two_processes(work):
+    """Run work(rank) in two forks that can talk; fails with what either of them says."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pids = []
+    for rank in range(2):
+        if pid := os.fork():
+            pids.append(pid)
+            continue
+        code = 1
+        try:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            from accelerate.state import PartialState
+
+            forget_engine()
+            PartialState._reset_state()
+            work(rank)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    deadline, codes = time.monotonic() + SECONDS, {}
+    while len(codes) < 2 and time.monotonic() < deadline and not any(codes.values()):
+        for pid in set(pids) - set(codes):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    for pid in set(pids) - set(codes):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert list(codes.values()) == [0, 0], "a process failed or took too long; its error stands above"
+
+
+def run_engine(folder, tied, **change):
+    """Twelve steps, then five of them again from the checkpoint of step 7; rank 0 leaves losses and weights."""
+    results = {}
+    for name, seed in (("whole", 0), ("rest", 9)):
+        forget_engine()
+        run = trainer(folder / "run", seed, tied, **change)
+        torch.manual_seed(seed + run.args.process_index)
+        run.train(resume_from_checkpoint=None if name == "whole" else str(folder / "run" / "checkpoint-7"))
+        evaluated = run.evaluate()
+        run.save_model(str(folder / name))
+        losses = [x["loss"] for x in run.state.log_history if "loss" in x]
+        results[name] = {"losses": losses} | {key: evaluated[f"eval_{key}"] for key in ("loss", "tokens_per_pass")}
+        run.accelerator.wait_for_everyone()
+    if run.args.process_index == 0:
+        torch.save(results, folder / "results.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_fsdp_equals_ddp_and_both_resume_exactly(tmp_path, tied):
+    def work(rank):
+        let_accelerate_shard_on_a_cpu()
+        for name in ("ddp", "fsdp"):
+            (tmp_path / name).mkdir(exist_ok=True)
+        run_engine(tmp_path / "ddp", tied)
+        run_engine(tmp_path / "fsdp", tied, fsdp=True, fsdp_config={"activation_checkpointing": True})
+        forget_engine()
+        with pytest.raises(ValueError, match="LoRA under FSDP"):
+            trainer(tmp_path / "lora", fsdp=True, lora_rank=2)
+
+    in_two_processes(work)
+    results = {name: torch.load(tmp_path / name / "results.pt") for name in ("ddp", "fsdp")}
+    weights = {}
+    for name, result in results.items():
+        assert len(result["whole"]["losses"]) == 12
+        assert result["whole"] == result["rest"]
+        whole, rest = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / name / part).state_dict() for part in ("whole", "rest")
+        )
+        assert all(torch.equal(whole[key], rest[key]) for key in whole)
+        weights[name] = whole
+        assert newest_checkpoint(tmp_path / name / "run") is not None
+    for a, b in zip(results["ddp"]["whole"]["losses"], results["fsdp"]["whole"]["losses"]):
+        assert a == pytest.approx(b, abs=1e-6)
+    ddp, fsdp = (results[name]["whole"]["tokens_per_pass"] for name in ("ddp", "fsdp"))
+    assert ddp == pytest.approx(fsdp)
+    for key, weight in weights["ddp"].items():
+        torch.testing.assert_close(weight, weights["fsdp"][key], rtol=0, atol=1e-6)
+    start = llama(0, tied).state_dict()
+    assert all((weights["ddp"][key] - start[key]).abs().max() > 1e-3 for key in start)

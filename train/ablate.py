@@ -1,0 +1,148 @@
+"""`make ablate`: the recipe's switches against one another on the word problems, at matched steps, over several seeds.
+
+Every variant starts from the same model, which is its frozen teacher too, sees the same problems in the same order and
+takes the same number of steps; it differs from "hard" in the settings that VARIANTS names. Afterwards it decodes
+held-out problems. A run that is there already is not repeated, and one that was stopped goes on from its newest
+complete checkpoint.
+
+`python -m mtpkern.train.ablate --start runs/checkpoint/teacher [--steps 600] [--seeds 0 1] [--only hard soft]` writes a
+table to `--out`/table.md and prints it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mtpkern.model import add_mask_token
+from mtpkern.strategies import ConfAdapt, Static, Strategy, Verified
+from mtpkern.train.arithmetic import problems, prompt
+from mtpkern.train.checkpoint import K_MAX, NUM_SPANS, examples
+from mtpkern.train.evaluate import HeldOut
+from mtpkern.train.resume import newest_checkpoint
+from mtpkern.train.trainer import MTPCollator, MTPConfig, MTPTrainer
+
+
+def variants(steps: int) -> dict[str, dict[str, Any]]:
+    """What each variant changes in the settings of "hard", the paper's default."""
+    return {
+        "hard": {},
+        "soft": {"teacher_target": "soft"},
+        "ground truth": {"teacher_target": "gt"},
+        "ground truth, then hard": {"gt_warmup_steps": steps * 3 // 4},
+        "anchor": {"anchor_kl_weight": 0.5},
+        "prefix loss": {"prefix_weight": 0.5},
+        "static k": {"k_min": K_MAX},
+        "until the first failure": {"loss_support": "until_fail"},
+        "half the spans": {"num_spans": NUM_SPANS // 2},
+        "twice the spans": {"num_spans": NUM_SPANS * 2},
+    }
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "k = 1": Static(1),
+    "ConfAdapt": ConfAdapt(K_MAX, 0.9),
+    "Verified": Verified(K_MAX, 0.6),
+}
+
+
+def run_variant(change: dict[str, Any], seed: int, work: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Train one variant, or take up where it stopped, and measure it; what was measured stands in result.json."""
+    done = work / "result.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    tokenizer = AutoTokenizer.from_pretrained(args.start)
+    model = AutoModelForCausalLM.from_pretrained(args.start, dtype=torch.float32)
+    teacher = AutoModelForCausalLM.from_pretrained(args.start, dtype=torch.float32)
+    add_mask_token(model, tokenizer)
+    settings = {
+        "max_steps": args.steps,
+        "per_device_train_batch_size": args.batch,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "warmup_stable_decay",
+        "warmup_steps": min(100, args.steps // 10),
+        "lr_scheduler_kwargs": {"num_decay_steps": int(0.4 * args.steps), "decay_type": "linear"},
+        "adam_beta2": 0.98,
+        "bf16": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "seed": seed,
+        "logging_steps": 25,
+        "save_steps": 100,
+        "save_total_limit": 1,
+        "k_max": K_MAX,
+        "num_spans": NUM_SPANS,
+        "spacing": "random",
+    }
+    trainer = MTPTrainer(
+        model=model,
+        teacher=teacher,
+        args=MTPConfig(str(work), **settings | change),
+        train_dataset=examples(tokenizer, args.steps * args.batch, seed),
+        eval_dataset=examples(tokenizer, args.problems, seed, "validation"),
+        data_collator=MTPCollator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=newest_checkpoint(work))
+    evaluated = trainer.evaluate()
+    result = {"agreeing prefix": evaluated["eval_agreeing_prefix"]}
+    held_out = list(problems("validation", args.problems, seed=0))
+    texts, answers = [prompt(p) for p in held_out], [str(p.result) for p in held_out]
+    for name, strategy in STRATEGIES.items():
+        counts = HeldOut(texts, answers, tokenizer, strategy=strategy, max_new_tokens=100).count(model)
+        n, right, tokens, passes = counts.tolist()
+        result |= {f"{name}: right": right / n, f"{name}: tokens per pass": tokens / passes}
+    work.mkdir(parents=True, exist_ok=True)
+    done.write_text(json.dumps(result))
+    return result
+
+
+def table(results: dict[str, list[dict[str, float]]]) -> str:
+    """Mean over the seeds, with the smallest and the largest where there are several, a row for each variant."""
+    columns = [name for name in next(iter(results.values()))[0] if name != "k = 1: tokens per pass"]
+    lines = ["| variant | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    for variant, runs in results.items():
+        cells = []
+        for column in columns:
+            values = [run[column] for run in runs]
+            spread = f" ({min(values):.3f}-{max(values):.3f})" if len(values) > 1 else ""
+            cells.append(f"{sum(values) / len(values):.3f}{spread}")
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run every variant with every seed, and write the table after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--start", type=Path, required=True, help="the model to start from: student and teacher")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablate"), help="runs, to stop and resume, and table.md")
+    parser.add_argument("--steps", type=int, default=600, help="steps of every variant")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="one run a seed")
+    parser.add_argument("--only", nargs="+", help="these variants, by name")
+    parser.add_argument("--batch", type=int, default=32, help="problems a step")
+    parser.add_argument("--problems", type=int, default=400, help="held-out problems")
+    args = parser.parse_args(argv)
+    chosen = variants(args.steps)
+    unknown = sorted(set(args.only or []) - set(chosen))
+    if unknown:
+        parser.error(f"unknown variants {', '.join(unknown)}; there are {', '.join(chosen)}")
+    if not (args.start / "config.json").exists():
+        parser.error(f"{args.start} holds no model: train one with `make checkpoint`, whose first phase is a start")
+    results: dict[str, list[dict[str, float]]] = {}
+    for seed, (name, change) in product(args.seeds, chosen.items()):
+        if args.only and name not in args.only:
+            continue
+        work = args.out / f"{name.replace(',', '').replace(' ', '-')}-{args.steps}-seed{seed}"
+        results.setdefault(name, []).append(run_variant(change, seed, work, args))
+        (args.out / "table.md").write_text(table(results))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -65,7 +65,7 @@ ABLATE_ARGS ?=
 ablate: $(STAMP) ## Compare the training recipe's switches at matched steps; goes on where it was stopped.
 	$(BIN)/python -m mtpkern.train.ablate --start $(ABLATE_START) $(ABLATE_ARGS)
 
-aot: $(STAMP) ## Compile every kernel of decoding for five GPUs that need not be here: registers, spill, shared memory.
+aot: $(STAMP) ## Compile every kernel for five GPUs that need not be here: registers, spill, shared memory; fails over budget.
 	$(BIN)/python -m mtpkern.bench.aot --write
 
 # The machine's own python where its torch sees a GPU, as is: it may have no network. Else the virtual environment.

@@ -291,7 +291,6 @@ def _noted(target: str, name: str, rows: int, bits: int, kernel: Any, seconds: f
         text = report = kernel.asm["amdgcn"]
         registers, spill = r"\.vgpr_count:\s+(\d+)", r"\.private_segment_fixed_size:\s+(\d+)"
         names = {"mfma": "v_mfma"}
-    counts = [int(re.findall(pattern, report)[-1]) for pattern in (registers, spill)]
     return Compiled(
         "",
         target,
@@ -300,8 +299,8 @@ def _noted(target: str, name: str, rows: int, bits: int, kernel: Any, seconds: f
         bits,
         kernel.metadata.num_warps,
         kernel.metadata.num_stages,
-        counts[0],
-        counts[1],
+        int(re.findall(registers, report)[-1]),
+        int(re.findall(spill, report)[-1]),
         kernel.metadata.shared,
         next((name for name, instruction in names.items() if instruction in text), "none"),
         re.search(r"(?:^|\s)(?:atom|red)\.\w|_atomic_", text) is not None,

@@ -54,21 +54,27 @@ BATCH = 32
 STATIC = "Static(1)"
 
 
+def label(strategy: Strategy) -> str:
+    """What the tables call it: `ConfAdapt(8, 0.9)`."""
+    return f"{type(strategy).__name__}({strategy.k}, {strategy.threshold})"
+
+
 class Bench:
     """A checkpoint and its problems, and the figures taken of them."""
 
-    def __init__(self, folder: Path, device: torch.device, k: int | None) -> None:
+    def __init__(self, folder: Path, device: torch.device) -> None:
         model, self.tokenizer = load(folder)
         self.model: PreTrainedModel = model.to(device)
-        self.k = k or min(model.config.mtpkern["k_max"], Verified.k)
+        self.k_max: int = model.config.mtpkern["k_max"]
+
+    def strategy(self, kind: type[ConfAdapt] | type[Verified], threshold: float | None = None) -> Strategy:
+        """A strategy with its default k, or with what was trained where that is less, and its default threshold."""
+        return kind(min(kind.k, self.k_max), kind.threshold if threshold is None else threshold)
 
     def sweep(self) -> dict[str, Strategy]:
         """All strategies of the accuracy table by their names."""
-        return {
-            STATIC: Static(1),
-            **{f"ConfAdapt({self.k}, {t})": ConfAdapt(self.k, t) for t in CONFADAPT},
-            **{f"Verified({self.k}, {t})": Verified(self.k, t) for t in VERIFIED},
-        }
+        ways = [self.strategy(ConfAdapt, t) for t in CONFADAPT] + [self.strategy(Verified, t) for t in VERIFIED]
+        return {STATIC: Static(1), **{label(s): s for s in ways}}
 
     def completions(self, held: Sequence[Problem], strategy: Strategy | None) -> list[Completion]:
         """Decode in large batches; tokens per pass are those of a batch of one, since no mask is saved."""
@@ -100,14 +106,14 @@ class Bench:
         figures = self.count(f"thresholds, {len(validation)} validation problems", validation, ways)
         floor = ACCURACY_KEPT * figures[STATIC].tally.accuracy
 
-        def best(kind: type[Strategy]) -> Strategy:
+        def best(kind: type[ConfAdapt] | type[Verified]) -> Strategy:
             rated = [
                 (figures[name].tally.tokens_per_pass, strategy)
                 for name, strategy in ways.items()
                 if isinstance(strategy, kind) and figures[name].tally.accuracy >= floor
             ]
             # Where no threshold keeps the accuracy, the most careful one stands.
-            return max(rated, key=lambda r: r[0])[1] if rated else kind(self.k, max(CONFADAPT))
+            return max(rated, key=lambda r: r[0])[1] if rated else self.strategy(kind, max(CONFADAPT))
 
         return best(ConfAdapt), best(Verified)
 
@@ -279,7 +285,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m mtpkern.bench.decode", description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", choices=PARTS, action="append", help="this part only; may be given again")
     parser.add_argument("--checkpoint", type=Path, default=ASSETS, help="folder with model, tokenizer, problems.jsonl")
-    parser.add_argument("--k", type=int, help="tokens predicted in one pass (default: what was trained, at most 8)")
     parser.add_argument("--problems", type=int, default=1000, help="held-out problems for accuracy")
     parser.add_argument("--validation", type=int, default=300, help="validation problems for choosing thresholds")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of timing")
@@ -292,12 +297,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = args.only or PARTS
     device = torch.device(args.device)
     facts = environment(device)
-    bench = Bench(args.checkpoint, device, args.k)
+    bench = Bench(args.checkpoint, device)
     held = read_problems(args.checkpoint / "problems.jsonl", args.problems)
     tables: list[Table] = []
-    data: dict[str, object] = {"k": bench.k}
-    confadapt: Strategy = ConfAdapt(bench.k)
-    verified: Strategy = Verified(bench.k)
+    data: dict[str, object] = {}
+    default = bench.strategy(ConfAdapt)
+    confadapt, verified = default, bench.strategy(Verified)
 
     if "accuracy" in parts or "speed" in parts:
         confadapt, verified = bench.choose(problems("validation", args.validation))
@@ -312,8 +317,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         data["accuracy"] = {name: f.record() for name, f in figures.items()}
     if "speed" in parts:
         ways: dict[str, Strategy | None] = {HF_GENERATE: None, STATIC: Static(1)}
-        for s in (ConfAdapt(bench.k), confadapt, verified):
-            ways[f"{type(s).__name__}({s.k}, {s.threshold})"] = s
+        for s in (default, confadapt, verified):
+            ways[label(s)] = s
         for batch in (1, 8):
             per_round = args.per_round * (1 if batch == 1 else 2)
             speed = bench.speed(held, ways, batch, args.rounds, per_round)

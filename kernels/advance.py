@@ -38,6 +38,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from mtpkern.kernels.form import takes_kernel
+
 RUNNING, STOPPED, LIMIT, FAULT = 0, 1, 2, 3
 
 
@@ -328,7 +330,7 @@ def advance(
         state = *vars(sequences).values(), *vars(rows).values()
         _advance_op(*state, token, confidence, threshold, stop_ids, k, verify, mask_token_id)
         return
-    form = advance_triton if token.is_cuda else advance_reference
+    form = advance_triton if takes_kernel(token) else advance_reference
     form(sequences, rows, token, confidence, threshold, stop_ids, k=k, verify=verify, mask_token_id=mask_token_id)
 
 

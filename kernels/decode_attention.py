@@ -38,6 +38,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtpkern.kernels.form import takes_kernel
+
 # Keys of a split in the batch-invariant mode, counted from slot 0.
 CHUNK = 256
 
@@ -400,7 +402,7 @@ def decode_attention(
             sinks,
             batch_invariant,
         )
-    if query.is_cuda and query.dtype != torch.float64:
+    if takes_kernel(query) and query.dtype != torch.float64:
         return decode_attention_triton(
             query,
             k_cache,

@@ -16,6 +16,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from mtpkern.kernels.form import takes_kernel
+
 if find_spec("triton"):
     import triton
     import triton.language as tl
@@ -95,7 +97,7 @@ def kv_write(k_cache: Tensor, v_cache: Tensor, key: Tensor, value: Tensor, row_s
     """
     if torch.compiler.is_compiling():
         _kv_write_op(k_cache, v_cache, key, value, row_seq, row_slot)
-    elif key.is_cuda:
+    elif takes_kernel(key):
         kv_write_triton(k_cache, v_cache, key, value, row_seq, row_slot)
     else:
         kv_write_reference(k_cache, v_cache, key, value, row_seq, row_slot)

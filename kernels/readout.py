@@ -24,6 +24,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from mtpkern.kernels.form import takes_kernel
+
 CHUNK = 4096
 
 if find_spec("triton"):
@@ -102,7 +104,7 @@ def readout(logits: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
     """
     if torch.compiler.is_compiling():
         return _readout_op(logits, mask_token_id)
-    if logits.is_cuda:
+    if takes_kernel(logits):
         return readout_triton(logits, mask_token_id)
     return readout_reference(logits, mask_token_id)
 

@@ -27,15 +27,16 @@ BATCH = 8
 MAX_NEW_TOKENS = 128
 
 
-def ways(k: int) -> dict[str, Strategy | None]:
-    """The rows of the table, by the name that the JSON line gives them."""
+def ways(k_max: int) -> dict[str, Strategy | None]:
+    """The rows of the table, by the name that the JSON line gives them; k is the default, at most `k_max`."""
+    k = min(ConfAdapt.k, k_max)
     return {
         HF_GENERATE: None,
         "static_1": Static(1),
         "confadapt_0.99": ConfAdapt(k, 0.99),
         "confadapt_0.9": ConfAdapt(k, 0.9),
         "confadapt_0.6": ConfAdapt(k, 0.6),
-        "verified": Verified(k),
+        "verified": Verified(min(Verified.k, k_max)),
     }
 
 
@@ -64,7 +65,7 @@ def demo(problems: int = 64, *, html: Path | None = None, folder: Path = ASSETS)
         model, tokenizer = load(folder)
         held_out = read_problems(folder / "problems.jsonl", problems)
         advance(1)
-    rows = ways(min(model.config.mtpkern["k_max"], Verified.k))
+    rows = ways(model.config.mtpkern["k_max"])
 
     console.print(
         Text.assemble(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput,
 
 from mtpkern.attention import exclusive, routed
 from mtpkern.decoder import PREFILL_CHUNK, Decoder, places_for
-from mtpkern.graph import explained_compilation, kept_decoder, release_graphs, wants_graph
+from mtpkern.graph import kept_decoder, release_graphs, wants_graph, without_kernels
 from mtpkern.kernels.advance import FAULT, STOPPED
 from mtpkern.model import recorded_settings, require_decodable, resolve_mask_token
 from mtpkern.strategies import Strategy, Verified
@@ -116,7 +117,8 @@ def generate(
         # Again, because the model's own generation_config has come in.
         _refuse_settings(vars(generation_config))
         _refuse_prepared(logits_processor, stopping_criteria, model_kwargs)
-        return _decode(
+        run = partial(
+            _decode,
             model,
             input_ids,
             strategy,
@@ -129,6 +131,12 @@ def generate(
             compile=compile,
             batch_invariant=batch_invariant,
         )
+        try:
+            return run()
+        except Exception as error:
+            if not without_kernels(error, model.device):
+                raise
+        return run()
 
     return model.generate(input_ids, custom_generate=decode, **kwargs)
 
@@ -172,7 +180,6 @@ def _decode(
     # read before another run may have the decoder.
     with (
         exclusive(model),
-        explained_compilation(model.device),
         torch.accelerator.device_index(model.device.index),
         kept_decoder(model, key, make) if use_graph else nullcontext(make()) as decoder,
     ):

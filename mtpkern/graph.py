@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mtpkern.kernels.form import go_without_kernels, has_kernels
+
 if TYPE_CHECKING:
     from mtpkern.decoder import Decoder
 
@@ -225,19 +227,19 @@ def release_graphs(model: PreTrainedModel | None = None) -> int:
     return dropped
 
 
-@contextmanager
-def explained_compilation(device: torch.device) -> Iterator[None]:
-    """Turn what Triton raises about a kernel of ours that this device cannot have into a RuntimeError with a remedy."""
-    try:
-        yield
-    except Exception as error:
-        if not type(error).__module__.startswith("triton."):
-            raise
-        raise RuntimeError(
-            f"a Triton kernel of mtpkern could not be compiled for {device}, or does not fit on it, and there is no "
-            "other form for CUDA tensors: try another version of triton, report the device and the message, or decode "
-            f"on the CPU (model.cpu()). {_first_line(error)}"
-        ) from error
+def without_kernels(error: Exception, device: torch.device) -> bool:
+    """Whether `error` is Triton's, about a kernel that this device cannot have: it then goes on without, announced."""
+    if not type(error).__module__.startswith("triton.") or not has_kernels(device):
+        return False
+    go_without_kernels(device)
+    warnings.warn(
+        f"a Triton kernel of mtpkern could not be compiled for {device}, or does not fit on it; decoding there takes "
+        "plain torch operations instead, which are slower. Try another version of triton, or report the device and "
+        f"the message: {_first_line(error)}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return True
 
 
 @cache

@@ -297,7 +297,7 @@ def figures(accuracy, tokens_per_pass):
 
 
 def test_choice_keeps_the_accuracy(checkpoint, monkeypatch):
-    bench = decode.Bench(checkpoint, torch.device("cpu"), k=4)
+    bench = decode.Bench(checkpoint, torch.device("cpu"))
 
     def count(label, held, ways):
         out = {}
@@ -314,12 +314,12 @@ def test_choice_keeps_the_accuracy(checkpoint, monkeypatch):
         return out
 
     monkeypatch.setattr(bench, "count", count)
-    assert bench.choose([]) == (ConfAdapt(4, 0.8), Verified(4, 0.4))
+    assert bench.choose([]) == (ConfAdapt(3, 0.8), Verified(3, 0.4))
 
 
 def test_identity_is_counted_by_tokens(checkpoint):
-    bench = decode.Bench(checkpoint, torch.device("cpu"), None)
-    assert bench.k == 3
+    bench = decode.Bench(checkpoint, torch.device("cpu"))
+    assert bench.strategy(Verified) == Verified(3)
     held = problems("test", 3)
     greedy = [Completion([1, 2, 3], [1, 1, 1])] * 3
     mixed = [Completion([1, 2, 3], [3]), Completion([1, 2], [2]), Completion([1, 2, 4], [2, 1])]

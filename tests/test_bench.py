@@ -360,7 +360,7 @@ def test_a_part_alone(checkpoint, tmp_path, capsys):
     options = ["--only", "step", "--problems", "8", "--rounds", "1", "--name", "part"]
     decode.main([*options, "--checkpoint", str(checkpoint), "--results", str(tmp_path)])
     record = json.loads((tmp_path / "part.json").read_text())
-    assert set(record) == {"environment", "k", "step"}
+    assert set(record) == {"environment", "step"}
     capsys.readouterr()
 
 

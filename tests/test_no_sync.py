@@ -6,7 +6,7 @@ a made-up accelerator, without memory behind them: what reads a value, moves dat
 a host tensor into a step has nothing to read; but transformers skips some of its checks on such tensors.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +28,16 @@ aten = torch.ops.aten
 # The one device type beside "cpu" and "meta" that every build of torch can slice a FakeTensor on: the C++ side of
 # indexing sets the current device first, and knows how to for those alone that it was built with.
 FAKE = "lazy:0"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def autocast_off_on_the_made_up_device() -> Iterator[None]:
+    """transformers 5.17 asks in every rotary embedding, and torch has no autocast for that device."""
+    ask = torch.is_autocast_enabled
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "is_autocast_enabled", lambda *device: device[:1] != ("lazy",) and ask(*device))
+        yield
+
 
 # Operations whose result, or its shape, the host has to know before it can go on.
 SYNCING = {

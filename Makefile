@@ -91,4 +91,4 @@ $(OLDEST)/.installed: constraints.txt pyproject.toml setup.py Makefile
 test-oldest: $(OLDEST)/.installed ## Run the tests of decoding on the oldest supported transformers.
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(OLDEST)/bin/python -m pytest -n auto --maxprocesses=4 $(PYTEST_ARGS) \
 	$(filter-out $(patsubst train/%.py,tests/test_%.py,$(wildcard train/*.py)) \
-	$(addprefix tests/test_,bench.py house.py readme.py),$(wildcard tests/test_*.py))
+	$(addprefix tests/test_,bench.py house.py readme.py cli_train.py distributed.py),$(wildcard tests/test_*.py))

@@ -436,8 +436,7 @@ def _accept(
     start = first + trusted + 1
     emitted_before = first + 1 if verify else length
     end = torch.minimum(start + 1 if verify else first + 1 + reach, limit)
-    emitted = position >= emitted_before
-    stop = (y[:, :, None] == stop_ids).any(2) & emitted
+    stop = (y[:, :, None] == stop_ids).any(2) & (position >= emitted_before)
     stop_end = torch.where(stop, position + 1, trash + 1).amin(1, keepdim=True)
     stopped = stop_end <= end
     # A faulty sequence ends where its emitted tokens end: the drafts of a verified one are dropped.

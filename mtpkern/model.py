@@ -59,7 +59,7 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def recorded_settings(model: PreTrainedModel) -> dict[str, int]:
-    """What training has recorded in the config: mask_token_id, k_max, version; empty for a model without."""
+    """What training has recorded in the config (mask_token_id, k_max, bidirectional, version); empty without."""
     return dict(getattr(model.config, CONFIG_KEY, None) or {})
 
 

@@ -5,7 +5,7 @@ takes the same number of steps; it differs from "hard" in the settings that VARI
 held-out problems. A run that is there already is not repeated, and one that was stopped goes on from its newest
 complete checkpoint.
 
-`python -m mtpkern.train.ablate --start runs/checkpoint/teacher [--steps 600] [--seeds 0 1] [--only hard soft]` writes a
+`python -m mtpkern.train.ablate --start runs/checkpoint/teacher [--steps 400] [--seeds 0 1] [--only hard soft]` writes a
 table to `--out`/table.md and prints it.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -43,6 +44,7 @@ def variants(steps: int) -> dict[str, dict[str, Any]]:
         "until the first failure": {"loss_support": "until_fail"},
         "half the spans": {"num_spans": NUM_SPANS // 2},
         "twice the spans": {"num_spans": NUM_SPANS * 2},
+        "the paper's stride": {"num_spans": None, "spacing": "stride"},
     }
 
 
@@ -65,7 +67,7 @@ def run_variant(change: dict[str, Any], seed: int, work: Path, args: argparse.Na
     settings = {
         "max_steps": args.steps,
         "per_device_train_batch_size": args.batch,
-        "learning_rate": 1e-3,
+        "learning_rate": 2e-3,
         "lr_scheduler_type": "warmup_stable_decay",
         "warmup_steps": min(100, args.steps // 10),
         "lr_scheduler_kwargs": {"num_decay_steps": int(0.4 * args.steps), "decay_type": "linear"},
@@ -122,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--start", type=Path, required=True, help="the model to start from: student and teacher")
     parser.add_argument("--out", type=Path, default=Path("runs/ablate"), help="runs, to stop and resume, and table.md")
-    parser.add_argument("--steps", type=int, default=600, help="steps of every variant")
+    parser.add_argument("--steps", type=int, default=400, help="steps of every variant")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="one run a seed")
     parser.add_argument("--only", nargs="+", help="these variants, by name")
     parser.add_argument("--batch", type=int, default=32, help="problems a step")
@@ -138,7 +140,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for seed, (name, change) in product(args.seeds, chosen.items()):
         if args.only and name not in args.only:
             continue
-        work = args.out / f"{name.replace(',', '').replace(' ', '-')}-{args.steps}-seed{seed}"
+        folder = "-".join(re.findall(r"\w+", name))
+        work = args.out / f"{folder}-{args.steps}-seed{seed}"
         results.setdefault(name, []).append(run_variant(change, seed, work, args))
         (args.out / "table.md").write_text(table(results))
     print(table(results))

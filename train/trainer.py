@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from mtpkern.attention import attention_context
 from mtpkern.model import record_settings, resolve_mask_token
+from mtpkern.train.compilation import CUDA_GRAPH_MODES, CompiledLayers
 from mtpkern.train.evaluate import HeldOut, summarise
 from mtpkern.train.layout import Layout, build_layout, draw_k, draw_prefixes, pack
 from mtpkern.train.lora import add_lora, merged, plain_model
@@ -102,10 +104,18 @@ class MTPConfig(TrainingArguments):
         default=False, metadata={"help": "DDP's search for weights without a gradient; every step here uses all."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Columns are the collator's business."})
+    torch_compile: bool = field(
+        default=False, metadata={"help": "Compile the decoder layers of student and teacher, for training steps alone."}
+    )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite is an error."})
 
     def __post_init__(self) -> None:
+        # The parents must not see it: TrainingArguments would switch TF32 on, which rounds rotary positions too.
+        compiler = self.torch_compile, self.torch_compile_backend, self.torch_compile_mode
+        self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
         super().__post_init__()
+        _, self.torch_compile_backend, self.torch_compile_mode = compiler
+        self.torch_compile = any(compiler)
         if self.data_seed is None:
             # Else the order of the data hangs on whatever has been seeded last, and a resumed run may see another.
             self.data_seed = self.seed
@@ -153,9 +163,10 @@ class MTPConfig(TrainingArguments):
                 )
         if self.fsdp and int((self.fsdp_config or {}).get("version", 2)) != 2:
             raise ValueError("FSDP version 1 is untested here and refused; set fsdp_config={'version': 2}")
-        if self.torch_compile:
+        if self.torch_compile_mode in CUDA_GRAPH_MODES:
             raise ValueError(
-                "torch_compile compiles the model's own forward, which training here does not call; omit it"
+                f"torch_compile_mode {self.torch_compile_mode!r} makes CUDA graphs, one for each of the many shapes of a "
+                "step, and is refused; use 'default' or 'max-autotune-no-cudagraphs'"
             )
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor has no meaning for self-distillation; set it to 0")
@@ -278,6 +289,8 @@ class MTPTrainer(Trainer):
         record_settings(plain, mask_token_id=self.mask_token_id, k_max=args.k_max, bidirectional=args.bidirectional)
         super().__init__(model=model, args=args, **kwargs)
         self._require_tested_engine()
+        # accelerate would compile the whole model, whose forward is another one in every step here.
+        self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
         if teacher is not None:
             teacher = teacher.requires_grad_(False).eval().to(args.device)
             if args.teacher_dtype is not None:
@@ -294,6 +307,7 @@ class MTPTrainer(Trainer):
             raise ValueError("the model's config names no eos_token_id, behind which spans end; set it")
         self.eos_token_ids = torch.tensor([eos] if isinstance(eos, int) else list(eos), device=args.device)
         self.held_out = held_out
+        self._layers: CompiledLayers | None = None
         self._sums: list[MTPLoss] = []
         self._seen = _Seen()
         # The first step with a loss that is not finite; on the device, so that no step waits for it.
@@ -342,6 +356,8 @@ class MTPTrainer(Trainer):
             raise ValueError(
                 "LoRA under FSDP is refused: its teacher's pass finds sharded weights; use DDP, without fsdp"
             )
+        if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO and not self.args.torch_compile:
+            raise ValueError("accelerate's dynamo_backend is refused; set it to 'no', and torch_compile=True here")
         if self.is_distributed_loading_by_transformers:
             raise ValueError("a model sharded by from_pretrained (tensor parallel) is refused; load it whole")
 
@@ -414,11 +430,23 @@ class MTPTrainer(Trainer):
         """One step under span attention, backward included: activation checkpointing runs the forward again there."""
         layout: Layout = inputs["layout"]
         self._seen.add(int(layout.valid.sum()), int(layout.lengths.sum()))
-        with self._span_attention(model, inputs) as inputs:
+        with self._span_attention(model, inputs) as inputs, self._compiled():
             loss = super().training_step(model, inputs, num_items_in_batch)
         step = torch.full_like(self._broken_step, self.state.global_step)
         self._broken_step = torch.where(loss.isfinite(), self._broken_step, torch.minimum(step, self._broken_step))
         return loss
+
+    def _compiled(self) -> AbstractContextManager:
+        """Decoder layers of student and teacher compiled inside it, where that is asked for."""
+        args = self.args
+        if not args.torch_compile:
+            return nullcontext()
+        if self._layers is None:
+            student = plain_model(self.accelerator.unwrap_model(self.model))
+            models = [student] if self.teacher is None or self.teacher is student else [student, self.teacher]
+            backend = args.torch_compile_backend or "inductor"
+            self._layers = CompiledLayers(*models, backend=backend, mode=args.torch_compile_mode)
+        return self._layers()
 
     @contextmanager
     def _span_attention(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:

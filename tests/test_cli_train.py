@@ -223,6 +223,45 @@ def test_mistakes_in_a_configuration(tmp_path, text, flags, says):
         parse([str(tmp_path / "c.yaml"), *flags])
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--streaming", "--max-steps", "9", "--train-sampling-strategy", "group_by_length"], "group_by_length"),
+        (["--decode-rows", "3"], "decode_rows needs held-out rows"),
+        (["--eval-strategy", "steps", "--eval-steps", "3"], "eval_strategy needs held-out rows"),
+        (["--eval-fraction", "0.1", "--decode-rows", "3", "--bidirectional"], "cannot decode a bidirectional"),
+        (["--lora-rank", "2", "--teacher", "t"], "with LoRA the teacher is the student"),
+        (["--lora-rank", "2", "--teacher-dtype", "bfloat16"], "teacher_dtype is of a second model"),
+        (["--teacher-target", "gt", "--teacher", "t"], "asks no teacher"),
+        (["--teacher-target", "gt", "--teacher-dtype", "bfloat16"], "needs none: leave teacher_dtype out"),
+        (["--lora-alpha", "8"], "lora_alpha needs lora_rank > 0"),
+        (["--lora-targets", "q_proj"], "lora_targets needs lora_rank > 0"),
+        (["--max-length", "1"], "max_length must be at least 2, for two tokens; got 1"),
+        (
+            ["--max-length", "30", "--layout", "paper", "--num-spans", "2"],
+            "at least 32, for two tokens and all 30 masks",
+        ),
+        (["--decode-rows", "-1"], "decode_rows must be at least 0"),
+    ],
+)
+def test_options_that_contradict_one_another(flags, says):
+    """Before anything is loaded: the model does not exist."""
+    with pytest.raises(ValueError, match=says):
+        parse(["--model", "m", "--train-data", "d.jsonl", "--output-dir", "out", "--use-cpu", *flags])
+
+
+def test_an_anchor_needs_a_teacher_whatever_the_target(tmp_path, checkpoint):
+    data, start = write(tmp_path / "rows.jsonl", GSM8K), checkpoint("llama")
+    common = ["--model", start, "--train-data", data, "--teacher-target", "gt", "--k-max", "3", *TINY]
+    common += ["--learning-rate", "1e-2", "--teacher", start]
+    saved = []
+    for weight in ("0.5", "5"):
+        out = tmp_path / weight
+        assert main(["train", *common, "--anchor-kl-weight", weight, "--max-steps", "3", "--output-dir", str(out)]) == 0
+        saved.append(AutoModelForCausalLM.from_pretrained(out))
+    assert not all(torch.equal(x, y) for x, y in zip(*(model.parameters() for model in saved)))
+
+
 def test_an_unknown_configuration(capsys):
     assert main(["train", "metamath"]) == 2
     assert "those are arithmetic, gsm8k, magpie, metamath-llama, metamath-qwen3" in capsys.readouterr().err

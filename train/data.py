@@ -84,6 +84,9 @@ class DataArguments:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        for name, least in (("max_eval_rows", 1), ("decode_rows", 0), ("decode_tokens", 1), ("shuffle_buffer", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"eval_fraction must be at least 0 and below 1; got {self.eval_fraction}")
         if self.eval_data and self.eval_fraction:

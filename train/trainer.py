@@ -130,8 +130,15 @@ class MTPConfig(TrainingArguments):
             raise ValueError(f"num_spans must be at least 1, or None for N // (2 * k_max); got {self.num_spans}")
         if self.span_offset is not None and (self.span_offset < 0 or self.spacing != "stride"):
             raise ValueError(f"span_offset must be at least 0 and needs spacing='stride'; got {self.span_offset}")
-        if self.layout == "paper" and self.max_length is None:
-            raise ValueError("layout='paper' counts masks into max_length; give max_length (the paper: 160)")
+        self._require_room()
+        for name, unset in (("lora_alpha", None), ("lora_targets", "all-linear")):
+            if not self.lora_rank and getattr(self, name) != unset:
+                raise ValueError(f"{name} needs lora_rank > 0; got {getattr(self, name)!r} and rank 0")
+        if self.teacher_dtype is not None and (self.lora_rank or not self.needs_teacher):
+            raise ValueError(
+                "teacher_dtype is of a second model; with LoRA the teacher is the student without its adapters, and "
+                "teacher_target 'gt' without an anchor needs none: leave teacher_dtype out"
+            )
         if self.lora_rank == 0 and self.student_dtype != "float32":
             raise ValueError(
                 f"student_dtype {self.student_dtype!r} needs lora_rank > 0: trained weights are float32; set bf16=True "
@@ -140,6 +147,26 @@ class MTPConfig(TrainingArguments):
         if self.packing and self.static_shape:
             raise ValueError("packing leaves out all padding, static_shape adds it; set one of them")
         self._refuse_untested()
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any part of the loss asks a teacher: the spans' target, or the anchor."""
+        return self.teacher_target != "gt" or self.anchor_kl_weight > 0
+
+    def _require_room(self) -> None:
+        """Raise ValueError for a max_length that leaves fewer than two tokens of a text."""
+        if self.max_length is None:
+            if self.layout == "paper":
+                raise ValueError("layout='paper' counts masks into max_length; give max_length (the paper: 160)")
+            return
+        masks = (self.num_spans or max(1, self.max_length // (2 * self.k_max))) * (self.k_max - 1)
+        least = 2 + (masks if self.layout == "paper" else 0)
+        if self.max_length < least:
+            counted = f" and all {masks} masks of the spans (layout='paper')" if self.layout == "paper" else ""
+            raise ValueError(
+                f"max_length must be at least {least}, for two tokens{counted}; got {self.max_length}: raise it"
+                + (", or lower num_spans or k_max" if counted else "")
+            )
 
     def _refuse_untested(self) -> None:
         """What TrainingArguments offer and this trainer would do wrong or ignore."""
@@ -305,11 +332,9 @@ class MTPTrainer(Trainer):
         adapted = isinstance(model, PeftModel)
         if adapted and teacher is not None:
             raise ValueError("with LoRA the teacher is the student without its adapters: leave teacher= out")
-        if teacher is None and not adapted:
-            if args.teacher_target != "gt":
-                raise ValueError(f"teacher_target {args.teacher_target!r} needs teacher=, the frozen original model")
-            if args.anchor_kl_weight:
-                raise ValueError("anchor_kl_weight needs teacher=, the frozen original model")
+        if teacher is None and not adapted and args.needs_teacher:
+            part = "anchor_kl_weight" if args.teacher_target == "gt" else f"teacher_target {args.teacher_target!r}"
+            raise ValueError(f"{part} needs teacher=, the frozen original model")
         narrow = {p.dtype for p in model.parameters() if p.requires_grad} - {torch.float32, torch.float64}
         if narrow:
             raise ValueError(f"trained weights must be float32; got {narrow}: load with dtype=torch.float32, bf16=True")

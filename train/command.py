@@ -364,7 +364,7 @@ def _to_decode(data: DataArguments, encode: Encoder, positions: int | None) -> H
     tokenizer = encode.tokenizer
     prompts, answers = [], []
     for i in range(len(found[0])):
-        ids, length = found[0][i].values()
+        ids, length = found[0][i]["input_ids"], found[0][i]["prompt_length"]
         prompts.append(ids[:length])
         answers.append(str(tokenizer.decode(ids[length:], skip_special_tokens=True)).strip())
     is_right = same_number if all("####" in answer for answer in answers) else _same_text

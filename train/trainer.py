@@ -31,7 +31,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from mtpkern.attention import attention_context
 from mtpkern.model import record_settings, resolve_mask_token
 from mtpkern.train.evaluate import HeldOut, summarise
-from mtpkern.train.layout import Layout, build_layout, draw_k, draw_prefixes, pack
+from mtpkern.train.layout import Layout, answer_ends, build_layout, draw_k, draw_within, pack
 from mtpkern.train.lora import add_lora, merged, plain_model
 from mtpkern.train.objective import MTPLoss, SpanContext, forward_as, mtp_loss
 from mtpkern.train.resume import MARK, Endless, is_complete, mark_complete, newest_checkpoint, remove_checkpoint, rotate
@@ -63,7 +63,9 @@ class MTPConfig(TrainingArguments):
         default="default", metadata={"help": "max_length counts the text's tokens, or with 'paper' the masks too."}
     )
     max_length: int | None = field(default=None, metadata={"help": "Longer texts are cut off; None cuts none."})
-    response_only: bool = field(default=True, metadata={"help": "No spans before the end of the prompt."})
+    response_only: bool = field(
+        default=True, metadata={"help": "Spans in answers only, in those of every turn; else anywhere in the text."}
+    )
     eos_padding: bool = field(
         default=True, metadata={"help": "Predictions behind the text's EOS count, with EOS as the data's token."}
     )
@@ -196,14 +198,18 @@ class MTPConfig(TrainingArguments):
 
 
 class MTPCollator:
-    """Right-pads {"input_ids": list, "prompt_length": int} to the longest text of the batch, or to a fixed length."""
+    """Right-pads {"input_ids": list, "prompt_length": int} to the longest text of the batch, or to a fixed length.
+
+    The answer is what stands behind the prompt; in a conversation "earlier_answers", a list of (start, end) in tokens,
+    names further ones inside it.
+    """
 
     def __init__(self, pad_token_id: int, pad_to: int | None = None) -> None:
         self.pad_token_id = pad_token_id
         self.pad_to = pad_to
 
     def __call__(self, batch: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """input_ids [B, N] int64, lengths and prompt_lengths as lists. Raises ValueError for a longer text.
+        """input_ids [B, N] int64; lengths, prompt_lengths and earlier_answers as lists. ValueError for a longer text.
 
         Lists stay on the host, where spans are drawn: reading tensors back from a GPU would wait for it.
         """
@@ -218,6 +224,7 @@ class MTPCollator:
             "input_ids": input_ids,
             "lengths": lengths,
             "prompt_lengths": [int(x["prompt_length"]) for x in batch],
+            "earlier_answers": [list(x.get("earlier_answers", ())) for x in batch],
         }
 
 
@@ -371,7 +378,7 @@ class MTPTrainer(Trainer):
             raise ValueError("a model sharded by from_pretrained (tensor parallel) is refused; load it whole")
 
     def plan(self, batch: dict[str, Any], *, k: int, step: int, micro_step: int) -> dict[str, Any]:
-        """The batch with its layout: a pure function of the batch's lengths, the seed, the step and the rank."""
+        """The batch with its layout: a pure function of where its answers lie, the seed, the step and the rank."""
         args = self.args
         tokens = batch["input_ids"]
         lengths, prompts = (torch.as_tensor(batch[name], device="cpu") for name in ("lengths", "prompt_lengths"))
@@ -381,15 +388,18 @@ class MTPTrainer(Trainer):
             limit -= num_spans * (k - 1)
         tokens = tokens[:, :limit]
         lengths = lengths.clamp(max=limit)
-        prefix = draw_prefixes(
-            lengths,
-            prompts,
+        end = answer_ends(lengths, prompts, batch["earlier_answers"], num_tokens=tokens.shape[1])
+        # Rows whose next token is an answer's.
+        answer = torch.cat([end[:, 1:] > 0, end.new_zeros(len(end), 1, dtype=torch.bool)], dim=1)
+        if not args.response_only:
+            end = answer_ends(lengths, torch.zeros_like(lengths), (), num_tokens=tokens.shape[1])
+        prefix = draw_within(
+            end > 0,
             k,
             num_spans,
             spacing=args.spacing,  # type: ignore[arg-type]
             offset=args.span_offset,
             counting="paper" if args.layout == "paper" else "tokens",
-            response_only=args.response_only,
             seed=args.seed,
             step=step,
             micro_step=micro_step,
@@ -401,11 +411,10 @@ class MTPTrainer(Trainer):
             lengths,
             k,
             num_tokens=tokens.shape[1],
+            end=end.gather(1, prefix),
             mask_rows=mask_rows,
             bidirectional=args.bidirectional,
         )
-        index = torch.arange(tokens.shape[1])
-        answer = (index >= prompts[:, None] - 1) & (index < lengths[:, None] - 1)
         if args.packing:
             layout, (tokens, answer) = pack(layout, tokens, answer)
         return {"input_ids": tokens, "layout": layout, "prefix_rows": answer}

@@ -50,7 +50,7 @@ PARTS = (
     Part("readout", 30, 40),
     Part("span_attention", 50, 75),
     Part("distill", 50, 60),
-    Part("train_step", 60, 75),
+    Part("train_step", 60, 150),
     Part("kv_write", 30, 40),
     Part("tiles", 0, 120),
 )

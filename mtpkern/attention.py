@@ -89,9 +89,7 @@ def mtpkern_attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     # Not through typing.cast, for which torch.compile would look at the number and compile every layer anew.
     layer: Any = module.layer_idx
-    out = context.attend(
-        layer, query, key, value, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux
-    )
+    out = context.attend(layer, query, key, value, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux)
     return out, None
 
 

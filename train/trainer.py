@@ -33,7 +33,7 @@ from mtpkern.attention import attention_context
 from mtpkern.model import record_settings, resolve_mask_token
 from mtpkern.train.compilation import CUDA_GRAPH_MODES, CompiledLayers
 from mtpkern.train.evaluate import HeldOut, summarise
-from mtpkern.train.layout import Layout, answer_ends, build_layout, draw_k, draw_within, pack
+from mtpkern.train.layout import Layout, answer_ends, build_layout, draw_k, draw_within, pack, send
 from mtpkern.train.lora import add_lora, merged, plain_model
 from mtpkern.train.objective import MTPLoss, SpanContext, forward_as, mtp_loss
 from mtpkern.train.resume import MARK, Endless, is_complete, mark_complete, newest_checkpoint, remove_checkpoint, rotate
@@ -108,6 +108,12 @@ class MTPConfig(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Columns are the collator's business."})
     torch_compile: bool = field(
         default=False, metadata={"help": "Compile the decoder layers of student and teacher, for training steps alone."}
+    )
+    torch_compile_backend: str | None = field(
+        default=None, metadata={"help": "Sets torch_compile; 'inductor' unless given."}
+    )
+    torch_compile_mode: str | None = field(
+        default=None, metadata={"help": "Sets torch_compile; modes that make CUDA graphs are refused."}
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite is an error."})
 
@@ -194,8 +200,8 @@ class MTPConfig(TrainingArguments):
             raise ValueError("FSDP version 1 is untested here and refused; set fsdp_config={'version': 2}")
         if self.torch_compile_mode in CUDA_GRAPH_MODES:
             raise ValueError(
-                f"torch_compile_mode {self.torch_compile_mode!r} makes CUDA graphs, one for each of the many shapes of a "
-                "step, and is refused; use 'default' or 'max-autotune-no-cudagraphs'"
+                f"torch_compile_mode {self.torch_compile_mode!r} makes CUDA graphs, one for each of the many shapes of "
+                "a step, and is refused; use 'default' or 'max-autotune-no-cudagraphs'"
             )
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor has no meaning for self-distillation; set it to 0")
@@ -206,6 +212,8 @@ class MTPConfig(TrainingArguments):
             raise ValueError("dispatch_batches and split_batches are refused: each rank reads its own batches")
         # None would mean True for streamed data.
         accelerator.dispatch_batches = False
+        # Else the host waits at every batch until the device has finished the step before.
+        accelerator.non_blocking = self.dataloader_pin_memory
 
 
 class MTPCollator:
@@ -455,7 +463,7 @@ class MTPTrainer(Trainer):
         """Planned span rows and answer rows [2] over the given micro-batches and all ranks."""
         rows = sum(int(plan["layout"].valid.sum()) for plan in plans)
         answers = sum(int(plan["prefix_rows"].sum()) for plan in plans)
-        counts = torch.tensor([rows, answers], dtype=torch.float32).to(device, non_blocking=True)
+        counts = send(torch.tensor([rows, answers], dtype=torch.float32), device)
         return self.accelerator.reduce(counts, "sum")
 
     def training_step(
@@ -486,7 +494,7 @@ class MTPTrainer(Trainer):
     def _span_attention(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         device = self.args.device
         context = SpanContext(inputs["layout"].to(device))
-        prefix_rows = inputs["prefix_rows"].to(device, non_blocking=True)
+        prefix_rows = send(inputs["prefix_rows"], device)
         with attention_context(plain_model(self.accelerator.unwrap_model(model)), context):
             yield {**inputs, "layout": context, "prefix_rows": prefix_rows}
 

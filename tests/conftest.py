@@ -75,6 +75,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Note each failure at once where MTPKERN_FAILURES names a file: a run that is killed sums nothing up."""
+    file = os.environ.get("MTPKERN_FAILURES")
+    if file and report.failed and "PYTEST_XDIST_WORKER" not in os.environ:  # the workers' reports come here, too
+        with open(file, "a") as out:
+            out.write(f"==== {report.nodeid} ({report.when})\n{report.longreprtext}\n{report.capstderr[-2000:]}\n")
+
+
 # So few tokens that drafts come true by chance every few passes.
 VOCABULARY = 16
 MASK = VOCABULARY - 1

@@ -1,0 +1,226 @@
+"""The whole training step against the method's definition, and every option of the method has its effect.
+
+The definition is written as slowly as possible: text by text, span by span, each pass a plain call of the model on one
+text with the positions and the 4-D mask written out. The trainer's step (plan, layout, span attention, fused loss, the
+counts over micro-batches, the optimizer) must give the same loss and the same new weights.
+"""
+
+import copy
+from dataclasses import fields
+
+import pytest
+import torch
+from torch.utils.data import RandomSampler
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, TrainingArguments
+
+from mtpkern.train.trainer import MTPCollator, MTPConfig, MTPTrainer
+
+V, MASK, EOS = 41, 40, 7
+# Stop tokens that a random model predicts often, so that spans end early.
+STOPS = [EOS, *range(30, 40)]
+SHAPE = {
+    "vocab_size": V,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "initializer_range": 0.3,
+    "eos_token_id": EOS,
+    "bos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+
+def llama(**change):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE, **change))
+
+
+def gemma():
+    torch.manual_seed(0)
+    layers = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE, **layers, final_logit_softcapping=3.0))
+
+
+def near(model, noise=0.04):
+    """A teacher that agrees with the student often, not always."""
+    teacher, generator = copy.deepcopy(model), torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p += noise * torch.randn(p.shape, generator=generator)
+    return teacher
+
+
+def texts():
+    """Of different lengths and prompts; the last two have one token of answer and none."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        {"input_ids": [1, *torch.randint(8, 30, (n - 2,), generator=generator).tolist(), EOS], "prompt_length": p}
+        for n, p in ((17, 4), (12, 3), (9, 8), (6, 6))
+    ]
+
+
+def config(path, **change):
+    settings = {
+        "max_steps": 1,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        # Plain gradient descent with rate 1: the step is the gradient.
+        "optim": "sgd",
+        "learning_rate": 1.0,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "k_min": 4,
+        "k_max": 4,
+        "num_spans": 3,
+        "span_offset": 1,
+    }
+    return MTPConfig(str(path), **settings | change)
+
+
+def trainer(path, model, teacher, **change):
+    model.generation_config.eos_token_id = STOPS
+    return MTPTrainer(
+        model=model,
+        teacher=teacher,
+        args=config(path, **change),
+        mask_token_id=MASK,
+        train_dataset=texts(),
+        data_collator=MTPCollator(0),
+    )
+
+
+def prefixes_of(n, prompt, args, k):
+    """Where the spans of a text of n tokens stand: a grid of period 2k, rolled around what may be a prefix."""
+    low = max(prompt, 1) if args.response_only else 1
+    period = k + 1 if args.layout == "paper" else 2 * k
+    room = n - low
+    found = sorted(low + (args.span_offset + m * period) % room for m in range(args.num_spans) if m * period < room)
+    # The first span that reaches the end of the text is its last.
+    return [i for i, before in zip(found, [-k, *found]) if before + k < n]
+
+
+def log_probabilities(model, ids, both_ways_from=None):
+    """[T, V] of one text, the mask token never predicted; rows from both_ways_from on see one another."""
+    total = len(ids)
+    visible = torch.ones(total, total, dtype=torch.bool).tril()
+    if both_ways_from is not None:
+        visible[both_ways_from:, both_ways_from:] = True
+    window = getattr(model.config, "sliding_window", None)
+    distance = torch.arange(total)[:, None] - torch.arange(total)
+    masks = {"full_attention": visible, "sliding_attention": visible & (distance < (window or total))}
+    masks = {name: torch.zeros(1, 1, total, total).masked_fill(~m, -1e9) for name, m in masks.items()}
+    mask = masks if window else masks["full_attention"]
+    position = torch.arange(total)[None]
+    z = model(torch.tensor([ids]), attention_mask=mask, position_ids=position, use_cache=False).logits[0]
+    return z.index_fill(1, torch.tensor(MASK), -1e9).log_softmax(-1)
+
+
+def divergence(q, p):
+    """KL(q || p) of log-probabilities, q the teacher's."""
+    return (q.exp() * (q - p)).sum()
+
+
+def definition(student, teacher, args, k):
+    """The loss of one step over all texts, and how many rows were dropped behind EOS or a miss."""
+    span = prefix = anchor = torch.zeros(())
+    rows = answers = dropped = 0
+    for text in texts():
+        ids, prompt = text["input_ids"], text["prompt_length"]
+        limit = args.max_length or len(ids)
+        if args.layout == "paper":
+            limit -= args.num_spans * (k - 1)
+        ids = ids[:limit]
+        n = len(ids)
+        for i in prefixes_of(n, prompt, args, k):
+            rows += k
+            own = log_probabilities(student, ids[:i] + [MASK] * (k - 1), i if args.bidirectional else None)[i - 1 :]
+            said = own.argmax(-1).tolist()
+            if args.teacher_target != "gt":
+                with torch.no_grad():
+                    scored = teacher(ids[:i] + said[: k - 1])[i - 1 :]
+            for j in range(k):
+                if i + j >= n and not args.eos_padding:
+                    dropped += k - j
+                    break
+                if args.teacher_target == "gt":
+                    if i + j >= n and ids[-1] not in STOPS:
+                        dropped += k - j
+                        break
+                    wanted = ids[min(i + j, n - 1)]
+                else:
+                    wanted = int(scored[j].argmax())
+                span = span + (divergence(scored[j], own[j]) if args.teacher_target == "soft" else -own[j, wanted])
+                ended = args.teacher_target != "gt" and said[j] in STOPS
+                missed = args.loss_support == "until_fail" and said[j] != wanted
+                if ended or missed:
+                    dropped += k - j - 1
+                    break
+        if n > prompt:
+            ours = log_probabilities(student, ids)
+            with torch.no_grad():
+                theirs = teacher(ids)
+            for t in range(prompt - 1, n - 1):
+                answers += 1
+                prefix = prefix - ours[t, ids[t + 1]]
+                anchor = anchor + divergence(theirs[t], ours[t])
+    text_loss = (args.prefix_weight * prefix + args.anchor_kl_weight * anchor) / answers
+    return span / rows + text_loss, dropped
+
+
+CASES = {
+    "the paper's": {},
+    "the paper's layout, whole text": {"layout": "paper", "max_length": 24, "response_only": False},
+    "soft, prefix loss and anchor": {"teacher_target": "soft", "prefix_weight": 0.3, "anchor_kl_weight": 0.7},
+    "data and anchor, until the first miss": {
+        "teacher_target": "gt",
+        "loss_support": "until_fail",
+        "anchor_kl_weight": 0.5,
+    },
+    "data, cut off": {"teacher_target": "gt", "max_length": 10, "k_min": 3, "k_max": 3, "span_offset": 4},
+    "until the first miss, both ways": {"loss_support": "until_fail", "bidirectional": True, "span_offset": 5},
+    "two spans at the end of a text, where the grid is rolled": {"span_offset": 8},
+    "soft, both ways, padded": {"teacher_target": "soft", "bidirectional": True, "static_shape": True, "k_max": 5},
+    "packed, nothing behind the text": {"packing": True, "eos_padding": False, "prefix_weight": 0.4},
+    "windows": {"model": gemma, "teacher_target": "soft", "loss_support": "until_fail", "anchor_kl_weight": 0.2},
+    "adapters": {"lora_rank": 2, "anchor_kl_weight": 0.5, "teacher_target": "soft"},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_is_the_definitions(tmp_path, name):
+    change = dict(CASES[name])
+    model = change.pop("model", llama)()
+    teacher = None if "lora_rank" in change else near(model)
+    run = trainer(tmp_path, model, teacher, **change)
+    slow = copy.deepcopy(run.model)
+
+    def teach(ids):
+        if teacher is not None:
+            return log_probabilities(teacher, ids)
+        with slow.disable_adapter():
+            return log_probabilities(slow, ids)
+
+    if teacher is None:
+        # Adapters that do something: else student and teacher are the same.
+        generator = torch.Generator().manual_seed(3)
+        for (parameter_name, p), q in zip(run.model.named_parameters(), slow.parameters()):
+            if "lora_B" in parameter_name:
+                p.data = 0.1 * torch.randn(p.shape, generator=generator)
+                q.data = p.data.clone()
+    want, dropped = definition(slow, teach, run.args, k=run.draw_k(0))
+    assert dropped
+    trained = {key: p for key, p in slow.named_parameters() if p.requires_grad}
+    grads = dict(zip(trained, torch.autograd.grad(want, list(trained.values()))))
+    run.train()
+    torch.testing.assert_close(run.state.log_history[0]["loss"], want.item(), rtol=1e-5, atol=1e-5)
+    for key, p in run.model.named_parameters():
+        if p.requires_grad:
+            assert grads[key].abs().max() > 1e-4
+            torch.testing.assert_close(p.detach(), trained[key].detach() - grads[key], rtol=1e-4, atol=2e-6, msg=key)

@@ -10,8 +10,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from torch.utils.data import RandomSampler
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from mtpkern.train.trainer import MTPCollator, MTPConfig, MTPTrainer
 
@@ -187,8 +186,15 @@ CASES = {
     "until the first miss, both ways": {"loss_support": "until_fail", "bidirectional": True, "span_offset": 5},
     "two spans at the end of a text, where the grid is rolled": {"span_offset": 8},
     "soft, both ways, padded": {"teacher_target": "soft", "bidirectional": True, "static_shape": True, "k_max": 5},
-    "packed, nothing behind the text": {"packing": True, "eos_padding": False, "prefix_weight": 0.4},
-    "windows": {"model": gemma, "teacher_target": "soft", "loss_support": "until_fail", "anchor_kl_weight": 0.2},
+    "packed, nothing behind the text": {
+        "packing": True,
+        "eos_padding": False,
+        "prefix_weight": 0.4,
+        "teacher_target": "gt",
+        "span_offset": 8,
+    },
+    # Spans longer than the window of 4.
+    "windows": {"model": gemma, "teacher_target": "soft", "anchor_kl_weight": 0.2, "k_min": 6, "k_max": 6},
     "adapters": {"lora_rank": 2, "anchor_kl_weight": 0.5, "teacher_target": "soft"},
 }
 
@@ -224,3 +230,162 @@ def test_a_step_is_the_definitions(tmp_path, name):
         if p.requires_grad:
             assert grads[key].abs().max() > 1e-4
             torch.testing.assert_close(p.detach(), trained[key].detach() - grads[key], rtol=1e-4, atol=2e-6, msg=key)
+
+
+def test_defaults_are_the_papers(tmp_path):
+    """Those of the method; where the project departs from the paper (layout, response_only) MTPConfig says so."""
+    args = MTPConfig(str(tmp_path), use_cpu=True)
+    paper = {
+        "k_min": 2,
+        "k_max": 16,
+        "k_scope": "step",
+        "num_spans": None,
+        "spacing": "stride",
+        "span_offset": None,
+        "teacher_target": "hard",
+        "loss_support": "all",
+        "gt_warmup_steps": 0,
+        "prefix_weight": 0,
+        "anchor_kl_weight": 0,
+        "bidirectional": False,
+        "eos_padding": True,
+    }
+    assert {name: getattr(args, name) for name in paper} == paper
+
+
+def test_the_papers_sequence_of_160_rows(tmp_path):
+    """Five spans, N / (2 k_max), at every k; at k = 16 that is 85 tokens and 75 masks."""
+    run = trainer(
+        tmp_path, llama(), near(llama()), layout="paper", max_length=160, k_min=2, k_max=16, num_spans=None,
+        span_offset=None, response_only=False,
+    )  # fmt: skip
+    batch = MTPCollator(0)([{"input_ids": [9] * 200, "prompt_length": 30}] * 3)
+    for k in range(2, 17):
+        plan = run.plan(batch, k=k, step=0, micro_step=0)
+        layout = plan["layout"]
+        assert plan["input_ids"].shape == (3, 160 - 5 * (k - 1))
+        assert layout.position.shape == (3, 160)
+        for prefix in layout.prefix.tolist():
+            room = plan["input_ids"].shape[1] - 1
+            gaps = [(b - a) % room for a, b in zip(prefix, [*prefix[1:], prefix[0]])]
+            # Spans that would stand behind the one that reaches the end are left out.
+            assert [gap for gap in gaps if gap != k + 1 and 0 not in prefix] in ([], [room - 4 * (k + 1)])
+            assert 0 not in prefix or prefix[prefix.index(0) - 1] >= plan["input_ids"].shape[1] - k
+        # Every sequence has an offset of its own.
+        assert len({tuple(prefix) for prefix in layout.prefix.tolist()}) == 3
+    assert plan["input_ids"].shape[1] == 85
+
+
+BASE = {"k_min": 2, "k_max": 6, "num_spans": 2, "span_offset": None, "max_length": 14}
+# One change for each option of the method; it must move the loss of the same steps on the same texts.
+CHANGES = [
+    {"k_min": 6},
+    {"k_max": 5},
+    {"k_scope": "rank"},
+    {"num_spans": 1},
+    {"spacing": "random"},
+    {"span_offset": 0},
+    {"layout": "paper"},
+    {"max_length": 11},
+    {"response_only": False},
+    {"eos_padding": False},
+    {"teacher_target": "soft"},
+    {"teacher_target": "gt"},
+    {"gt_warmup_steps": 2},
+    {"loss_support": "until_fail"},
+    {"prefix_weight": 0.1},
+    {"anchor_kl_weight": 0.1},
+    {"bidirectional": True},
+]
+# What has no effect on the loss of a step, and the test that sees the effect it has.
+ELSEWHERE = {
+    "static_shape": "test_shape_only",
+    "packing": "test_shape_only",
+    "lora_rank": "test_adapters_as_configured",
+    "lora_alpha": "test_adapters_as_configured",
+    "lora_targets": "test_adapters_as_configured",
+    "student_dtype": "test_trainer.py::test_lora_teaches_itself_and_saves_a_plain_model",
+    "teacher_dtype": "test_the_teacher_is_cast",
+    "save_dtype": "test_trainer.py::test_saved_in_another_dtype",
+    "data_seed": "test_order_of_the_data",
+    "ddp_find_unused_parameters": "test_distributed.py: every weight of DDP has a gradient",
+    "remove_unused_columns": "every test: the collator gets prompt_length",
+    "logging_nan_inf_filter": "test_trainer.py::test_loss_that_is_not_finite_stops_before_anything_is_saved",
+}
+
+
+def test_every_option_has_a_test():
+    ours = {f.name for f in fields(MTPConfig) if f.name in vars(MTPConfig)["__annotations__"]}
+    assert ours == {name for change in CHANGES for name in change} | set(ELSEWHERE)
+
+
+def step_losses(run, change):
+    """The losses of eight steps, without any update between them, and the rows of a text."""
+    # Not a new MTPConfig: that would take away accelerate's state from under the trainer.
+    before, run.args = run.args, copy.copy(run.args)
+    vars(run.args).update(change)
+    batch, found = MTPCollator(0)(texts()), []
+    run.model.train()
+    for step in range(8):
+        run.state.global_step = step
+        (plan,), counts = run.get_batch_samples(iter([batch]), 1, run.args.device)
+        with torch.no_grad(), run._span_attention(run.model, plan) as inputs:
+            found.append(run.compute_loss(run.model, inputs, num_items_in_batch=counts).item())
+    run.args = before
+    return found, plan["layout"].position.shape
+
+
+@pytest.fixture
+def plain_run(tmp_path):
+    run = trainer(tmp_path, llama(), near(llama()), **BASE)
+    return run, *step_losses(run, {})
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: " ".join(map(str, *change.items())))
+def test_an_option_changes_the_loss(plain_run, change):
+    run, plain, _ = plain_run
+    changed, _ = step_losses(run, change)
+    assert changed != pytest.approx(plain, rel=1e-3)
+    if change == {"gt_warmup_steps": 2}:
+        assert changed[2] == plain[2]
+
+
+@pytest.mark.parametrize("change", [{"static_shape": True}, {"packing": True}])
+def test_shape_only(plain_run, change):
+    run, plain, shape = plain_run
+    changed, other = step_losses(run, change)
+    assert other != shape
+    assert changed == pytest.approx(plain, rel=1e-5)
+
+
+def test_adapters_as_configured(tmp_path):
+    run = trainer(tmp_path, llama(), None, lora_rank=2, lora_alpha=3, lora_targets="q_proj, down_proj")
+    layers = {name: m for name, m in run.model.named_modules() if hasattr(m, "lora_A")}
+    assert {name.rpartition(".")[2] for name in layers} == {"q_proj", "down_proj"}
+    assert len(layers) == 4
+    for layer in layers.values():
+        assert layer.lora_A["default"].weight.shape[0] == 2
+        assert layer.scaling["default"] == 1.5
+    whole = trainer(tmp_path, llama(), None, lora_rank=2)
+    layers = {name: m for name, m in whole.model.named_modules() if hasattr(m, "lora_A")}
+    assert len(layers) == 14
+    assert {m.scaling["default"] for m in layers.values()} == {2.0}
+
+
+def test_the_teacher_is_cast(tmp_path):
+    for dtype, want in ((None, torch.float32), ("bfloat16", torch.bfloat16)):
+        run = trainer(tmp_path, llama(), near(llama()), teacher_dtype=dtype)
+        assert run.teacher.dtype == want
+        assert run.model.dtype == torch.float32
+        assert not any(p.requires_grad for p in run.teacher.parameters())
+
+
+def test_order_of_the_data(tmp_path):
+    def order(**change):
+        run = trainer(tmp_path, llama(), None, teacher_target="gt", **change)
+        torch.manual_seed(len(change))
+        return [length for batch in run.get_train_dataloader() for length in batch["lengths"]]
+
+    assert order() == order(data_seed=42) == order(seed=42)
+    assert order(data_seed=1) != order()
+    assert order(data_seed=1) == order(seed=1) == order(seed=5, data_seed=1)

@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,6 +151,40 @@ def test_a_kill_at_any_moment_leaves_the_last_whole_checkpoint(tmp_path, functio
         whole.train()
         assert same(whole, rest)
         assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-6"]
+
+
+def test_no_moment_of_a_run_leaves_less_than_the_last_save(tmp_path):
+    """Before every file that Python opens, renames or removes: what a kill would leave there and then."""
+    run = trainer(tmp_path, max_steps=6, save_steps=2, save_total_limit=1)
+    moments, looking = [], [False]
+
+    def look(event, arguments):
+        if looking[0] or event not in {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}:
+            return
+        path = str(arguments[0])
+        # Names in a folder that is being removed are relative to it.
+        if path.startswith("/") and not path.startswith(str(tmp_path)):
+            return
+        looking[0] = True
+        newest = newest_checkpoint(tmp_path)
+        files = newest and {path.name: path.stat().st_size for path in Path(newest).iterdir()}
+        moments.append((run.state.global_step, newest and int(newest.rpartition("-")[2]), files))
+        looking[0] = False
+
+    sys.addaudithook(look)
+    try:
+        run.train()
+    finally:
+        looking[0] = True  # a hook stays for good
+    assert len(moments) > 50
+    for step, newest, files in moments:
+        # Of the checkpoint of this very step nothing is promised while it is written.
+        last_save = (step - 1) // 2 * 2
+        assert (newest or 0) >= last_save
+        assert newest is None or {"model.safetensors", "optimizer.pt", "trainer_state.json"} <= files.keys()
+    assert {newest for _, newest, _ in moments} == {None, 2, 4, 6}
+    for checkpoint in (2, 4, 6):
+        assert len({tuple(sorted(files.items())) for _, newest, files in moments if newest == checkpoint}) == 1
 
 
 def test_what_counts_as_whole(tmp_path):

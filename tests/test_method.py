@@ -358,6 +358,26 @@ def test_shape_only(plain_run, change):
     assert changed == pytest.approx(plain, rel=1e-5)
 
 
+def test_spans_are_drawn_anew(tmp_path):
+    """For each step, micro-batch, rank and seed, and never from the global random state."""
+    run = trainer(tmp_path, llama(), near(llama()), **BASE | {"spacing": "random"})
+    batch = MTPCollator(0)(texts() * 3)
+
+    def draw(step=0, micro_step=0, **change):
+        before, run.args = run.args, copy.copy(run.args)
+        vars(run.args).update(change)
+        torch.manual_seed(step + micro_step)
+        prefix = run.plan(batch, k=3, step=step, micro_step=micro_step)["layout"].prefix
+        run.args = before
+        return prefix.tolist()
+
+    assert draw() == draw()
+    changed = [draw(), draw(step=1), draw(micro_step=1), draw(seed=1)]
+    assert len({str(x) for x in changed}) == 4
+    torch.manual_seed(9)
+    assert draw() == changed[0]
+
+
 def test_adapters_as_configured(tmp_path):
     run = trainer(tmp_path, llama(), None, lora_rank=2, lora_alpha=3, lora_targets="q_proj, down_proj")
     layers = {name: m for name, m in run.model.named_modules() if hasattr(m, "lora_A")}
@@ -366,8 +386,18 @@ def test_adapters_as_configured(tmp_path):
     for layer in layers.values():
         assert layer.lora_A["default"].weight.shape[0] == 2
         assert layer.scaling["default"] == 1.5
+    torch.manual_seed(1)
     whole = trainer(tmp_path, llama(), None, lora_rank=2)
+    torch.manual_seed(2)
+    again = trainer(tmp_path, llama(), None, lora_rank=2)
+    other = trainer(tmp_path, llama(), None, lora_rank=2, seed=1)
     layers = {name: m for name, m in whole.model.named_modules() if hasattr(m, "lora_A")}
+    for name in layers:
+        first, second, third = (
+            m.get_submodule(name).lora_A["default"].weight for m in (whole.model, again.model, other.model)
+        )
+        assert torch.equal(first, second)
+        assert not torch.equal(first, third)
     assert len(layers) == 14
     assert {m.scaling["default"] for m in layers.values()} == {2.0}
 

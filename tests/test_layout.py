@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mtpkern.kernels.span_mask import span_mask
-from mtpkern.train.layout import build_layout, draw_k, draw_prefixes, main, stride_prefixes
+from mtpkern.train.layout import answer_ends, build_layout, draw_k, draw_prefixes, draw_within, main, stride_prefixes
 
 
 @pytest.mark.parametrize(
@@ -146,3 +146,26 @@ def test_k_of_one_rank_and_a_fixed_offset():
     lengths, prompts = torch.tensor([30, 22]), torch.tensor([4, 2])
     prefix = draw_prefixes(lengths, prompts, 3, 4, offset=1, seed=0, step=0)
     assert prefix.tolist() == [[5, 11, 17, 23], [3, 9, 15, 21]]
+
+
+@pytest.mark.parametrize("options", [{"spacing": "random"}, {}, {"offset": 2}, {"counting": "paper"}])
+def test_several_answers_are_drawn_from_like_one(options):
+    """One answer gives the spans that it always gave; of several, all tokens are met, and none of the prompts'."""
+    met = set()
+    several = answer_ends(LENGTHS, PROMPTS, [[(2, 5), (7, 9)], [], [], []], num_tokens=41)
+    assert several[0].tolist() == [0, 0, 5, 5, 5, 0, 0, 9, 9, 0, *[40] * 30, 0]
+    for step in range(80):
+        common = options | {"seed": 1, "step": step}
+        one = draw_within(answer_ends(LENGTHS, PROMPTS, [], num_tokens=41) > 0, 4, 5, **common)
+        assert torch.equal(one, draw_prefixes(LENGTHS, PROMPTS, 4, 5, **common))
+        prefix = draw_within(several > 0, 4, 5, **common)
+        # Random keys are drawn for the whole batch, as wide as its widest answers.
+        assert torch.equal(prefix[1:], one[1:]) or options == {"spacing": "random"}
+        met.update(prefix[0].tolist())
+    assert met - {0} <= {2, 3, 4, 7, 8, *range(10, 40)}
+    assert "offset" in options or met >= {2, 3, 4, 7, 8, *range(10, 40)}
+
+
+def test_a_first_token_is_never_predicted_first():
+    ends = answer_ends(torch.tensor([3]), torch.tensor([0]), [], num_tokens=3)
+    assert draw_within(ends > 0, 2, 3, spacing="random", seed=0, step=0).tolist() == [[1, 2, 0]]

@@ -53,19 +53,23 @@ def near(model, noise=0.04):
 
 
 def texts():
-    """Of different lengths and prompts; the last two have one token of answer and none."""
+    """Of different lengths and prompts: two conversations of two answers, one token of answer, none."""
     generator = torch.Generator().manual_seed(1)
-    return [
+    rows = [
         {"input_ids": [1, *torch.randint(8, 30, (n - 2,), generator=generator).tolist(), EOS], "prompt_length": p}
-        for n, p in ((17, 4), (12, 3), (9, 8), (6, 6))
+        for n, p in ((17, 4), (12, 3), (18, 11), (16, 12), (9, 8), (6, 6))
     ]
+    for row, earlier in ((rows[2], (2, 8)), (rows[3], (3, 5))):
+        row["earlier_answers"] = [earlier]
+        row["input_ids"][earlier[1] - 1] = EOS
+    return rows
 
 
 def config(path, **change):
     settings = {
         "max_steps": 1,
         "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
+        "gradient_accumulation_steps": 3,
         # Plain gradient descent with rate 1: the step is the gradient.
         "optim": "sgd",
         "learning_rate": 1.0,
@@ -95,14 +99,19 @@ def trainer(path, model, teacher, **change):
     )
 
 
-def prefixes_of(n, prompt, args, k):
-    """Where the spans of a text of n tokens stand: a grid of period 2k, rolled around what may be a prefix."""
-    low = max(prompt, 1) if args.response_only else 1
+def answers_of(text, n):
+    """Of the first n tokens of a text those in answers: {index: index behind the answer's last}."""
+    ranges = [*text.get("earlier_answers", ()), (text["prompt_length"], n)]
+    return {t: min(end, n) for start, end in ranges for t in range(start, min(end, n))}
+
+
+def prefixes_of(may, args, k):
+    """Where spans stand: a grid of period 2k, rolled around the tokens that a span may predict first."""
     period = k + 1 if args.layout == "paper" else 2 * k
-    room = n - low
-    found = sorted(low + (args.span_offset + m * period) % room for m in range(args.num_spans) if m * period < room)
-    # The first span that reaches the end of the text is its last.
-    return [i for i, before in zip(found, [-k, *found]) if before + k < n]
+    grid = (m * period for m in range(args.num_spans) if m * period < len(may))
+    found = sorted((args.span_offset + at) % len(may) for at in grid)
+    # The first span that reaches the last of them is the text's last.
+    return [sorted(may)[i] for i, before in zip(found, [-k, *found]) if before + k < len(may)]
 
 
 def log_probabilities(model, ids, both_ways_from=None):
@@ -131,28 +140,31 @@ def definition(student, teacher, args, k):
     span = prefix = anchor = torch.zeros(())
     rows = answers = dropped = 0
     for text in texts():
-        ids, prompt = text["input_ids"], text["prompt_length"]
+        ids = text["input_ids"]
         limit = args.max_length or len(ids)
         if args.layout == "paper":
             limit -= args.num_spans * (k - 1)
         ids = ids[:limit]
         n = len(ids)
-        for i in prefixes_of(n, prompt, args, k):
+        answer = answers_of(text, n)
+        may = answer if args.response_only else dict.fromkeys(range(1, n), n)
+        for i in prefixes_of(may, args, k):
             rows += k
+            end = may[i]
             own = log_probabilities(student, ids[:i] + [MASK] * (k - 1), i if args.bidirectional else None)[i - 1 :]
             said = own.argmax(-1).tolist()
             if args.teacher_target != "gt":
                 with torch.no_grad():
                     scored = teacher(ids[:i] + said[: k - 1])[i - 1 :]
             for j in range(k):
-                if i + j >= n and not args.eos_padding:
+                if i + j >= end and not args.eos_padding:
                     dropped += k - j
                     break
                 if args.teacher_target == "gt":
-                    if i + j >= n and ids[-1] not in STOPS:
+                    if i + j >= end and ids[end - 1] not in STOPS:
                         dropped += k - j
                         break
-                    wanted = ids[min(i + j, n - 1)]
+                    wanted = ids[min(i + j, end - 1)]
                 else:
                     wanted = int(scored[j].argmax())
                 span = span + (divergence(scored[j], own[j]) if args.teacher_target == "soft" else -own[j, wanted])
@@ -161,14 +173,14 @@ def definition(student, teacher, args, k):
                 if ended or missed:
                     dropped += k - j - 1
                     break
-        if n > prompt:
-            ours = log_probabilities(student, ids)
-            with torch.no_grad():
-                theirs = teacher(ids)
-            for t in range(prompt - 1, n - 1):
-                answers += 1
-                prefix = prefix - ours[t, ids[t + 1]]
-                anchor = anchor + divergence(theirs[t], ours[t])
+        ours = log_probabilities(student, ids)
+        with torch.no_grad():
+            theirs = teacher(ids)
+        for t in answer:
+            # The row before a token predicts it.
+            answers += 1
+            prefix = prefix - ours[t - 1, ids[t]]
+            anchor = anchor + divergence(theirs[t - 1], ours[t - 1])
     text_loss = (args.prefix_weight * prefix + args.anchor_kl_weight * anchor) / answers
     return span / rows + text_loss, dropped
 

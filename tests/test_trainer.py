@@ -182,6 +182,30 @@ def test_plan_counts_masks_into_the_papers_length(tmp_path):
         assert plan["input_ids"].shape == (1, 16 - 2 * (k - 1))
 
 
+def test_spans_of_an_earlier_answer_end_with_it(tmp_path):
+    """Two answers in one text give the loss of two texts, the first of which ends with the first answer."""
+    first, second = [1, 8, 9, 10, 11, EOS], [12, 13, 14, 15, EOS]
+    row = {"input_ids": first + second, "prompt_length": 8}
+    both = {**row, "earlier_answers": [(2, 6)]}
+    change = {"num_spans": 20, "k_min": 4, "k_max": 4, "teacher_target": "gt", "prefix_weight": 0.5}
+    run = trainer(tmp_path, **change)
+    apart = [{"input_ids": first, "prompt_length": 2}, row]
+    sums = []
+    for rows in ([both], apart, [row]):
+        plan = run.plan(MTPCollator(0)(rows), k=4, step=0, micro_step=0)
+        counts = torch.tensor([1.0, 1.0])
+        with torch.no_grad(), run._span_attention(run.model, plan) as ready:
+            loss = run.compute_loss(run.model, run._prepare_inputs(ready), num_items_in_batch=counts)
+        sums.append((int(plan["layout"].valid[..., 0].sum()), int(plan["prefix_rows"].sum()), float(loss)))
+    assert sums[0] == (7, 7, pytest.approx(sums[1][2], rel=1e-5))
+    assert sums[1][:2] == (7, 7)
+    assert sums[2][:2] == (3, 3)
+    # With spans anywhere the whole text is one, as in the paper.
+    anywhere = trainer(tmp_path, response_only=False, **change).plan(MTPCollator(0)([both]), k=4, step=0, micro_step=0)
+    assert anywhere["layout"].end.unique().tolist() == [11]
+    assert int(anywhere["layout"].valid[..., 0].sum()) == 10
+
+
 def test_the_attention_switch_is_left_after_training(tmp_path):
     model = llama()
     before = copy.copy(model.config._attn_implementation)

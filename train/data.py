@@ -84,6 +84,9 @@ class DataArguments:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        for name, least in (("max_eval_rows", 1), ("decode_rows", 0), ("decode_tokens", 1), ("shuffle_buffer", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"eval_fraction must be at least 0 and below 1; got {self.eval_fraction}")
         if self.eval_data and self.eval_fraction:
@@ -104,6 +107,7 @@ class Report:
     rows: int = 0
     used: int = 0
     cut: int = 0
+    not_counted: int = 0
     other_split: int = 0
     filtered: int = 0
     skipped: dict[str, tuple[int, str]] = field(default_factory=dict)
@@ -119,6 +123,10 @@ class Report:
         parts = [f"{self.used:,} used"]
         if self.cut:
             parts[0] += f" ({self.cut:,} of them cut)"
+        if self.not_counted:
+            parts.append(
+                f"{self.not_counted:,} earlier answers not counted (the template gives them no end of their own)"
+            )
         if self.other_split:
             parts.append(f"{self.other_split:,} in the other split")
         if self.filtered:
@@ -237,6 +245,7 @@ class Source:
                 if isinstance(example, dict):
                     report.used += 1
                     report.cut += example.pop("cut", False)
+                    report.not_counted += example.pop("not_counted", 0)
                     yield example
                 elif isinstance(example, BadRow):
                     self._fault(example, where, report)
@@ -273,16 +282,23 @@ def _column(row: Mapping[str, Any], name: str) -> str:
 
 
 class EncodedTexts(Dataset[dict[str, Any]]):
-    """Examples in memory, four bytes a token: `texts[0]` is {"input_ids": list of int, "prompt_length": int}."""
+    """Examples in memory, four bytes a token: `texts[0]` is {"input_ids": list of int, "prompt_length": int}.
+
+    An example that came with "earlier_answers" has them again.
+    """
 
     def __init__(self, examples: Iterable[dict[str, Any]]) -> None:
         self._ids = array("i")
         self._ends = array("q", [0])
         self._prompts = array("i")
+        self._earlier = array("i")
+        self._earlier_ends = array("q", [0])
         for example in examples:
             self._ids.extend(example["input_ids"])
             self._ends.append(len(self._ids))
             self._prompts.append(example["prompt_length"])
+            self._earlier.extend(chain.from_iterable(example.get("earlier_answers", ())))
+            self._earlier_ends.append(len(self._earlier))
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -290,7 +306,9 @@ class EncodedTexts(Dataset[dict[str, Any]]):
     def __getitem__(self, i: int) -> dict[str, Any]:
         i = range(len(self))[i]
         ids = self._ids[self._ends[i] : self._ends[i + 1]].tolist()
-        return {"input_ids": ids, "prompt_length": self._prompts[i]}
+        earlier = self._earlier[self._earlier_ends[i] : self._earlier_ends[i + 1]].tolist()
+        example = {"input_ids": ids, "prompt_length": self._prompts[i]}
+        return example | ({"earlier_answers": list(zip(earlier[::2], earlier[1::2]))} if earlier else {})
 
 
 class StreamedTexts(IterableDataset[dict[str, Any]]):

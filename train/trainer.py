@@ -9,6 +9,9 @@ Source   arXiv 2602.06019, training details
 
 from __future__ import annotations
 
+# First, because transformers would not name what is missing.
+from mtpkern.train.extra import PeftModel, fsdp2_prepare_model  # isort: split
+
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +21,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader, IterableDataset, Sampler
@@ -31,7 +32,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from mtpkern.attention import attention_context
 from mtpkern.model import record_settings, resolve_mask_token
 from mtpkern.train.evaluate import HeldOut, summarise
-from mtpkern.train.layout import Layout, build_layout, draw_k, draw_prefixes, pack
+from mtpkern.train.layout import Layout, answer_ends, build_layout, draw_k, draw_within, pack
 from mtpkern.train.lora import add_lora, merged, plain_model
 from mtpkern.train.objective import MTPLoss, SpanContext, forward_as, mtp_loss
 from mtpkern.train.resume import MARK, Endless, is_complete, mark_complete, newest_checkpoint, remove_checkpoint, rotate
@@ -69,7 +70,9 @@ class MTPConfig(TrainingArguments):
         default="default", metadata={"help": "max_length counts the text's tokens, or with 'paper' the masks too."}
     )
     max_length: int | None = field(default=None, metadata={"help": "Longer texts are cut off; None cuts none."})
-    response_only: bool = field(default=True, metadata={"help": "No spans before the end of the prompt."})
+    response_only: bool = field(
+        default=True, metadata={"help": "Spans in answers only, in those of every turn; else anywhere in the text."}
+    )
     eos_padding: bool = field(
         default=True, metadata={"help": "Predictions behind the text's EOS count, with EOS as the data's token."}
     )
@@ -139,8 +142,15 @@ class MTPConfig(TrainingArguments):
             raise ValueError(f"num_spans must be at least 1, or None for N // (2 * k_max); got {self.num_spans}")
         if self.span_offset is not None and (self.span_offset < 0 or self.spacing != "stride"):
             raise ValueError(f"span_offset must be at least 0 and needs spacing='stride'; got {self.span_offset}")
-        if self.layout == "paper" and self.max_length is None:
-            raise ValueError("layout='paper' counts masks into max_length; give max_length (the paper: 160)")
+        self._require_room()
+        for name, unset in (("lora_alpha", None), ("lora_targets", "all-linear")):
+            if not self.lora_rank and getattr(self, name) != unset:
+                raise ValueError(f"{name} needs lora_rank > 0; got {getattr(self, name)!r} and rank 0")
+        if self.teacher_dtype is not None and (self.lora_rank or not self.needs_teacher):
+            raise ValueError(
+                "teacher_dtype is of a second model; with LoRA the teacher is the student without its adapters, and "
+                "teacher_target 'gt' without an anchor needs none: leave teacher_dtype out"
+            )
         if self.lora_rank == 0 and self.student_dtype != "float32":
             raise ValueError(
                 f"student_dtype {self.student_dtype!r} needs lora_rank > 0: trained weights are float32; set bf16=True "
@@ -149,6 +159,26 @@ class MTPConfig(TrainingArguments):
         if self.packing and self.static_shape:
             raise ValueError("packing leaves out all padding, static_shape adds it; set one of them")
         self._refuse_untested()
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any part of the loss asks a teacher: the spans' target, or the anchor."""
+        return self.teacher_target != "gt" or self.anchor_kl_weight > 0
+
+    def _require_room(self) -> None:
+        """Raise ValueError for a max_length that leaves fewer than two tokens of a text."""
+        if self.max_length is None:
+            if self.layout == "paper":
+                raise ValueError("layout='paper' counts masks into max_length; give max_length (the paper: 160)")
+            return
+        masks = (self.num_spans or max(1, self.max_length // (2 * self.k_max))) * (self.k_max - 1)
+        least = 2 + (masks if self.layout == "paper" else 0)
+        if self.max_length < least:
+            counted = f" and all {masks} masks of the spans (layout='paper')" if self.layout == "paper" else ""
+            raise ValueError(
+                f"max_length must be at least {least}, for two tokens{counted}; got {self.max_length}: raise it"
+                + (", or lower num_spans or k_max" if counted else "")
+            )
 
     def _refuse_untested(self) -> None:
         """What TrainingArguments offer and this trainer would do wrong or ignore."""
@@ -176,14 +206,18 @@ class MTPConfig(TrainingArguments):
 
 
 class MTPCollator:
-    """Right-pads {"input_ids": list, "prompt_length": int} to the longest text of the batch, or to a fixed length."""
+    """Right-pads {"input_ids": list, "prompt_length": int} to the longest text of the batch, or to a fixed length.
+
+    The answer is what stands behind the prompt; in a conversation "earlier_answers", a list of (start, end) in tokens,
+    names further ones inside it.
+    """
 
     def __init__(self, pad_token_id: int, pad_to: int | None = None) -> None:
         self.pad_token_id = pad_token_id
         self.pad_to = pad_to
 
     def __call__(self, batch: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """input_ids [B, N] int64, lengths and prompt_lengths as lists. Raises ValueError for a longer text.
+        """input_ids [B, N] int64; lengths, prompt_lengths and earlier_answers as lists. ValueError for a longer text.
 
         Lists stay on the host, where spans are drawn: reading tensors back from a GPU would wait for it.
         """
@@ -198,6 +232,7 @@ class MTPCollator:
             "input_ids": input_ids,
             "lengths": lengths,
             "prompt_lengths": [int(x["prompt_length"]) for x in batch],
+            "earlier_answers": [list(x.get("earlier_answers", ())) for x in batch],
         }
 
 
@@ -312,11 +347,9 @@ class MTPTrainer(Trainer):
         adapted = isinstance(model, PeftModel)
         if adapted and teacher is not None:
             raise ValueError("with LoRA the teacher is the student without its adapters: leave teacher= out")
-        if teacher is None and not adapted:
-            if args.teacher_target != "gt":
-                raise ValueError(f"teacher_target {args.teacher_target!r} needs teacher=, the frozen original model")
-            if args.anchor_kl_weight:
-                raise ValueError("anchor_kl_weight needs teacher=, the frozen original model")
+        if teacher is None and not adapted and args.needs_teacher:
+            part = "anchor_kl_weight" if args.teacher_target == "gt" else f"teacher_target {args.teacher_target!r}"
+            raise ValueError(f"{part} needs teacher=, the frozen original model")
         narrow = {p.dtype for p in model.parameters() if p.requires_grad} - {torch.float32, torch.float64}
         if narrow:
             raise ValueError(f"trained weights must be float32; got {narrow}: load with dtype=torch.float32, bf16=True")
@@ -353,7 +386,7 @@ class MTPTrainer(Trainer):
             raise ValueError("a model sharded by from_pretrained (tensor parallel) is refused; load it whole")
 
     def plan(self, batch: dict[str, Any], *, k: int, step: int, micro_step: int) -> dict[str, Any]:
-        """The batch with its layout: a pure function of the batch's lengths, the seed, the step and the rank."""
+        """The batch with its layout: a pure function of where its answers lie, the seed, the step and the rank."""
         args = self.args
         tokens = batch["input_ids"]
         lengths, prompts = (torch.as_tensor(batch[name], device="cpu") for name in ("lengths", "prompt_lengths"))
@@ -363,15 +396,18 @@ class MTPTrainer(Trainer):
             limit -= num_spans * (k - 1)
         tokens = tokens[:, :limit]
         lengths = lengths.clamp(max=limit)
-        prefix = draw_prefixes(
-            lengths,
-            prompts,
+        end = answer_ends(lengths, prompts, batch["earlier_answers"], num_tokens=tokens.shape[1])
+        # Rows whose next token is an answer's.
+        answer = torch.cat([end[:, 1:] > 0, end.new_zeros(len(end), 1, dtype=torch.bool)], dim=1)
+        if not args.response_only:
+            end = answer_ends(lengths, torch.zeros_like(lengths), (), num_tokens=tokens.shape[1])
+        prefix = draw_within(
+            end > 0,
             k,
             num_spans,
             spacing=args.spacing,  # type: ignore[arg-type]
             offset=args.span_offset,
             counting="paper" if args.layout == "paper" else "tokens",
-            response_only=args.response_only,
             seed=args.seed,
             step=step,
             micro_step=micro_step,
@@ -383,11 +419,10 @@ class MTPTrainer(Trainer):
             lengths,
             k,
             num_tokens=tokens.shape[1],
+            end=end.gather(1, prefix),
             mask_rows=mask_rows,
             bidirectional=args.bidirectional,
         )
-        index = torch.arange(tokens.shape[1])
-        answer = (index >= prompts[:, None] - 1) & (index < lengths[:, None] - 1)
         if args.packing:
             layout, (tokens, answer) = pack(layout, tokens, answer)
         return {"input_ids": tokens, "layout": layout, "prefix_rows": answer}

@@ -9,6 +9,9 @@ Source   arXiv 2602.06019, training details
 
 from __future__ import annotations
 
+# First, because transformers would not name what is missing.
+from mtpkern.train.extra import PeftModel, fsdp2_prepare_model  # isort: split
+
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +21,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor

@@ -48,10 +48,16 @@ class NotFiniteError(RuntimeError):
 
 @dataclass
 class MTPConfig(TrainingArguments):
-    """TrainingArguments and what multi-token prediction adds; defaults are the paper's.
+    """TrainingArguments and what multi-token prediction adds.
 
-    A constant k ("static k" in the paper's ablation) is k_min = k_max. Raises ValueError, with the remedy, for values
-    that contradict one another and for what nobody has tested: DeepSpeed, tensor and context parallelism, FSDP1.
+    Defaults of the method are the paper's but for two that suit other data: its sequences count masks into their
+    length (layout="paper") and its spans may stand in the prompt (response_only=False). Its optimizer settings stand
+    in the shipped configurations. A constant k ("static k" in the paper's ablation) is k_min = k_max. The loss is the
+    mean over all planned span rows of a step: a row that is dropped (behind an EOS, or behind a miss under
+    "until_fail") adds nothing, but counts.
+
+    Raises ValueError, with the remedy, for values that contradict one another and for what nobody has tested:
+    DeepSpeed, tensor and context parallelism, FSDP1.
 
         MTPConfig("out", k_max=16, teacher_target="hard", gt_warmup_steps=500, bf16=True, max_steps=2000)
     """
@@ -112,6 +118,9 @@ class MTPConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite is an error."})
 
     def __post_init__(self) -> None:
+        if self.deepspeed:
+            # Before transformers asks for its package.
+            raise ValueError("DeepSpeed, ZeRO-3 included, is untested here and refused; use FSDP2 (fsdp=True) or DDP")
         super().__post_init__()
         if self.data_seed is None:
             # Else the order of the data hangs on whatever has been seeded last, and a resumed run may see another.
@@ -177,8 +186,6 @@ class MTPConfig(TrainingArguments):
 
     def _refuse_untested(self) -> None:
         """What TrainingArguments offer and this trainer would do wrong or ignore."""
-        if self.deepspeed:
-            raise ValueError("DeepSpeed, ZeRO-3 included, is untested here and refused; use FSDP2 (fsdp=True) or DDP")
         parallel = self.parallelism_config
         for name in ("tp", "cp", "sp"):
             if parallel is not None and getattr(parallel, f"{name}_size", 1) > 1:

@@ -242,6 +242,9 @@ def test_mistakes_in_a_configuration(tmp_path, text, flags, says):
             "at least 32, for two tokens and all 30 masks",
         ),
         (["--decode-rows", "-1"], "decode_rows must be at least 0"),
+        (["--report-to", "foo", "bar"], "report_to names bar, foo, which is not installed or unknown"),
+        (["--lr-scheduler-kwargs", "3"], "lr_scheduler_kwargs must be names and values"),
+        (["--output-dir", __file__], "output_dir must be a folder"),
     ],
 )
 def test_options_that_contradict_one_another(flags, says):
@@ -335,6 +338,42 @@ def test_models_that_do_not_fit(tmp_path, checkpoint, bytes_of, capsys):
         f"mtpkern train: {data}, line 13: expected question and answer; answer missing; "
         "mend the row or set bad_rows: skip\n"
     )
+
+
+def test_what_goes_wrong_while_training_is_one_sentence(tmp_path, checkpoint, capsys):
+    data, start, out = write(tmp_path / "rows.jsonl", GSM8K), checkpoint("llama"), tmp_path / "out"
+    common = ["--model", start, "--k-max", "3", "--num-spans", "1", *TINY, "--output-dir", str(out)]
+
+    def fails(*flags):
+        assert main(["train", *common, *flags]) == 2
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        return said.splitlines()[-1]
+
+    said = fails("--train-data", data, "--learning-rate", "inf")
+    assert said.startswith("mtpkern train: the weights or loss of step 1 is not finite")
+    assert not list(out.glob("*"))
+    mixed = write(tmp_path / "mixed.jsonl", [*GSM8K, {"question": "x"}])
+    for workers in ("0", "1"):
+        flags = ["--streaming", "--shuffle-buffer", "2", "--max-steps", "30", "--dataloader-num-workers", workers]
+        said = fails("--train-data", mixed, *flags)
+        assert said.startswith(f"mtpkern train: {mixed}, line 13: expected question and answer; answer missing")
+    (out / "half").mkdir()
+    assert "is no checkpoint" in fails("--train-data", data, "--resume-from-checkpoint", str(out / "half"))
+    assert "no complete checkpoint" in fails("--train-data", data, "--resume-from-checkpoint", "true")
+    assert "no such file or folder" in fails("--train-data", data, "--model", "./nowhere")
+    assert "no such file or folder" in fails("--train-data", data, "--teacher", "./nowhere")
+    assert "config.json is missing" in fails("--train-data", data, "--model", str(out))
+    (out / "checkpoint-1").mkdir()
+    (out / "checkpoint-1" / "complete.json").write_text("{}")
+    assert "checkpoint-1 is there" in fails("--train-data", data, "--resume-from-checkpoint", "false")
+
+
+def test_a_run_without_evaluations_is_evaluated_at_its_end(tmp_path, checkpoint):
+    data, start, out = write(tmp_path / "rows.jsonl", GSM8K), checkpoint("llama"), tmp_path / "out"
+    flags = ["--train-data", data, "--eval-data", data, "--decode-rows", "2", "--decode-tokens", "3"]
+    assert main(["train", "--model", start, *flags, "--output-dir", str(out), *TINY]) == 0
+    assert "accuracy | tokens_per_pass" in (out / "summary.md").read_text()
 
 
 def test_two_processes_under_torchrun(tmp_path, checkpoint):

@@ -344,13 +344,34 @@ def test_every_source_gives_the_same_rows(tmp_path, monkeypatch):
     places, found = zip(*read_rows([str(folder)], streaming=True))
     assert list(found) == rows
     assert places[2] == f"{folder}, row 3"
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        list(read_rows([str(tmp_path / "d.jsonl")]))
+    for name in (tmp_path / "d.jsonl", tmp_path / "d", "a/b/c", "./d"):
+        with pytest.raises(FileNotFoundError, match="no such file"):
+            list(read_rows([str(name)]))
     with pytest.raises(ValueError, match="one folder or hub id"):
         list(read_rows([lines, "openai/gsm8k"]))
     (tmp_path / "e.json").write_text('{"question": 1}')
     with pytest.raises(ValueError, match=r"use \.jsonl"):
         list(read_rows([str(tmp_path / "e.json")]))
+
+
+def test_files_that_cannot_be_read(tmp_path, bytes_of):
+    """A file of another kind or encoding is an error that names it; a byte order mark is none."""
+    encode = Encoder(bytes_of("qwen"))
+    line = json.dumps(sums(1)[0]).encode()
+    for name, content, says in (
+        ("a.csv", b"question,answer", r"a.csv: a data file must be one of .jsonl, .json, .parquet"),
+        ("a.parquet", b"PAR1", "a.parquet: no whole parquet file"),
+        ("a.json", b"[\xe9]", "a.json: expected UTF-8"),
+        ("a.jsonl", line + b'\n{"question": "caf\xe9"}', "a.jsonl, line 2: expected UTF-8 text; got byte 0xe9 at 17"),
+        ("b.jsonl", b"hello\n[1]", "b.jsonl, line 1: expected a JSON object .* no format shows in the first 2 rows"),
+        ("c.jsonl", b"[1]", r"c.jsonl, line 1: expected an object with fields; got \[1\]"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=says):
+            load_data(DataArguments([str(tmp_path / name)]), encode)
+    for name, content in (("d.jsonl", line), ("d.json", b"[" + line + b"]")):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
+        assert len(load_data(DataArguments([str(tmp_path / name)]), encode)[0]) == 1
 
 
 def test_only_and_empty(tmp_path, bytes_of):

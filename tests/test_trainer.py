@@ -91,7 +91,12 @@ def test_it_learns_and_logs(tmp_path):
     assert after["eval_loss"] < 0.5 * before["eval_loss"]
     assert after["eval_agreeing_prefix"] > before["eval_agreeing_prefix"] + 1
     assert {f"eval_agreement_{j}" for j in range(1, 5)} <= after.keys()
-    assert run.evaluate()["eval_loss"] == after["eval_loss"]
+    # Evaluation has the same spans and the same target at every step.
+    run.state.global_step, run.args.gt_warmup_steps = 3, 9
+    run.args.teacher_target, run.teacher = "hard", llama(3)
+    hard = run.evaluate()
+    run.state.global_step, run.args.gt_warmup_steps = 7, 0
+    assert run.evaluate()["eval_loss"] == hard["eval_loss"] != after["eval_loss"]
     first = run.state.log_history[1]
     assert {"loss", "agreement", "agreeing_prefix", "agreement_1", "confidence_1"} <= first.keys()
 
@@ -228,8 +233,9 @@ def test_gt_warmup_is_a_schedule_inside_one_run(tmp_path):
     assert hard[0] != data_only[0]
 
 
-def test_loss_that_is_not_finite_stops_before_anything_is_saved(tmp_path):
-    run = trainer(tmp_path, learning_rate=1e30, save_steps=3, logging_steps=3)
+@pytest.mark.parametrize("logging_steps", [3, 50])
+def test_loss_that_is_not_finite_stops_before_anything_is_saved(tmp_path, logging_steps):
+    run = trainer(tmp_path, learning_rate=1e30, save_steps=3, logging_steps=logging_steps)
     with pytest.raises(RuntimeError, match=r"loss of step [23] is not finite.*learning_rate"):
         run.train()
     assert not list(tmp_path.glob("checkpoint-*"))
@@ -253,6 +259,7 @@ def test_lora_teaches_itself_and_saves_a_plain_model(tmp_path, dtype):
     student = llama().to(getattr(torch, dtype))
     base = copy.deepcopy(student)
     ids = torch.randint(8, 30, (2, 9))
+    ids[1, 5] = MASK
     options = {"lora_rank": 2, "student_dtype": dtype, "save_dtype": dtype, "k_min": 3, "k_max": 3}
     whole = trainer(tmp_path / "a", student=student, teacher=None, **options)
     whole.train()
@@ -315,6 +322,7 @@ def test_refusals(tmp_path):
         ({"gt_warmup_steps": -1}, "gt_warmup_steps"),
         ({"student_dtype": "bfloat16"}, "bf16=True"),
         ({"save_dtype": "float8"}, "save_dtype"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "ZeRO-3"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"average_tokens_across_devices": False}, "average_tokens"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches"),

@@ -9,6 +9,11 @@ Source   arXiv 2602.06019, training details (the shipped configurations)
 
 from __future__ import annotations
 
+# First, because transformers would not name what is missing.
+import mtpkern.train.extra  # noqa: F401
+
+# isort: split
+
 import json
 import sys
 import textwrap
@@ -28,15 +33,17 @@ from transformers import (
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProgressCallback,
     TrainingArguments,
 )
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from mtpkern.model import add_mask_token, recorded_settings
-from mtpkern.train.data import DataArguments, Report, load_data, load_held_out
+from mtpkern.train.data import BadData, DataArguments, Report, load_data, load_held_out, require_found
 from mtpkern.train.evaluate import HeldOut, same_number, summarise
 from mtpkern.train.formats import Encoder
-from mtpkern.train.resume import newest_checkpoint
-from mtpkern.train.trainer import MTPCollator, MTPConfig, MTPTrainer
+from mtpkern.train.resume import newest_checkpoint, require_whole
+from mtpkern.train.trainer import MTPCollator, MTPConfig, MTPTrainer, NotFiniteError
 
 CONFIGS = Path(__file__).parent / "configs"
 # What --help shows of TrainingArguments; --help-all names the rest.
@@ -73,6 +80,10 @@ _NAMES = list(_FIELDS)
 
 
 class _Parser(HfArgumentParser):
+    def add_argument(self, *names: Any, **options: Any) -> Any:
+        """Of a type that is one name or several, HfArgumentParser would take only one."""
+        return super().add_argument(*names, **options | ({"nargs": "+"} if "--report_to" in names else {}))
+
     def error(self, message: str) -> NoReturn:
         """A mistake is a ValueError like any other; argparse would print every option there is."""
         raise ValueError(message.replace("the following arguments are required", "missing"))
@@ -176,6 +187,7 @@ def parse(argv: Sequence[str]) -> Arguments:
 def _require_consistent(model: ModelArguments, data: DataArguments, config: MTPConfig) -> None:
     """Raise ValueError, before anything is loaded, for options of two groups that contradict one another."""
     held_out = bool(data.eval_data or data.eval_fraction)
+    absent = sorted({*config.report_to} - {*get_available_reporting_integrations()})
     strategy = config.train_sampling_strategy
     for wrong, says in (
         (data.streaming and config.max_steps <= 0, "streaming data have no known length; set max_steps"),
@@ -202,6 +214,18 @@ def _require_consistent(model: ModelArguments, data: DataArguments, config: MTPC
         (
             model.teacher is not None and not config.needs_teacher,
             "teacher_target 'gt' without anchor_kl_weight asks no teacher; leave teacher out",
+        ),
+        (
+            bool(absent),
+            f"report_to names {', '.join(absent)}, which is not installed or unknown; pip install it, or leave it out",
+        ),
+        (
+            isinstance(config.lr_scheduler_kwargs, str),
+            f"lr_scheduler_kwargs must be names and values, as JSON in a flag; got {config.lr_scheduler_kwargs!r}",
+        ),
+        (
+            Path(str(config.output_dir)).is_file(),
+            f"output_dir must be a folder; {config.output_dir} is a file",
         ),
     ):
         if wrong:
@@ -248,8 +272,8 @@ def load_student(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTra
     A checkpoint that records a mask token keeps it. Raises OSError for a name that leads nowhere, ValueError for a
     model whose embedding has fewer rows than the tokenizer has tokens, or for a tokenizer without EOS.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    tokenizer = _load(AutoTokenizer, name)
+    model = _load(AutoModelForCausalLM, name, dtype=dtype)
     rows = model.get_input_embeddings().num_embeddings
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:
@@ -264,6 +288,17 @@ def load_student(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTra
     return model, tokenizer
 
 
+def _load(kind: Any, name: str, **options: Any) -> Any:
+    """What `from_pretrained` loads; its errors name the checkpoint."""
+    require_found(name)
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise FileNotFoundError(f"{name}: there is no model in this folder, config.json is missing")
+    try:
+        return kind.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise OSError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
 def _stop_tokens(model: PreTrainedModel) -> list[int]:
     stops = model.generation_config.eos_token_id
     stops = model.config.eos_token_id if stops is None else stops
@@ -273,14 +308,14 @@ def _stop_tokens(model: PreTrainedModel) -> list[int]:
 def load_teacher(name: str, student: str, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
     """The frozen teacher. Raises ValueError where it is another model than the student's and speaks other tokens."""
     if name != student:
-        theirs, ours = AutoTokenizer.from_pretrained(name).get_vocab(), tokenizer.get_vocab()
+        theirs, ours = _load(AutoTokenizer, name).get_vocab(), tokenizer.get_vocab()
         other = [token for token, i in theirs.items() if ours.get(token) != i]
         if other:
             raise ValueError(
                 f"teacher {name} and student {student} must share a vocabulary; {len(other):,} tokens differ, such as "
                 f"{other[0]!r} ({theirs[other[0]]} and {ours.get(other[0])})"
             )
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    return _load(AutoModelForCausalLM, name, dtype=dtype)
 
 
 def train(model_arguments: ModelArguments, data: DataArguments, config: MTPConfig) -> list[Report]:
@@ -291,8 +326,14 @@ def train(model_arguments: ModelArguments, data: DataArguments, config: MTPConfi
         train(ModelArguments("my-model"), DataArguments(["problems.jsonl"]), MTPConfig("out", max_steps=100))
     """
     _require_consistent(model_arguments, data, config)
+    checkpoint = _checkpoint(config)
     name = model_arguments.model
     model, tokenizer = load_student(name, getattr(torch, config.student_dtype))
+    teacher = None
+    if config.needs_teacher and not config.lora_rank:
+        computed = "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32"
+        dtype = getattr(torch, config.teacher_dtype or computed)
+        teacher = load_teacher(model_arguments.teacher or name, name, tokenizer, dtype)
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     encode = Encoder(
         tokenizer,
@@ -307,11 +348,6 @@ def train(model_arguments: ModelArguments, data: DataArguments, config: MTPConfi
     train_dataset, eval_dataset, reports = load_data(data, encode, seed=config.seed)
     if config.process_index == 0:
         print(*reports, sep="\n", file=sys.stderr, flush=True)
-    teacher = None
-    if config.needs_teacher and not config.lora_rank:
-        computed = "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32"
-        dtype = getattr(torch, config.teacher_dtype or computed)
-        teacher = load_teacher(model_arguments.teacher or name, name, tokenizer, dtype)
     pad = tokenizer.pad_token_id
     trainer = MTPTrainer(
         model=model,
@@ -323,7 +359,6 @@ def train(model_arguments: ModelArguments, data: DataArguments, config: MTPConfi
         processing_class=tokenizer,
         held_out=_to_decode(data, encode, positions),
     )
-    checkpoint = _checkpoint(config)
     if checkpoint is not None and config.process_index == 0:
         print(f"going on from {checkpoint}", file=sys.stderr, flush=True)
     try:
@@ -332,11 +367,22 @@ def train(model_arguments: ModelArguments, data: DataArguments, config: MTPConfi
             trainer.evaluate()
             if config.process_index == 0:
                 summarise(trainer.state.log_history, config.output_dir)
+        trainer.save_model(config.output_dir)
+    except (BadData, NotFiniteError) as error:
+        _close_progress_bar(trainer)
+        # A loader's worker puts its traceback in front.
+        raise ValueError(str(error).strip().splitlines()[-1].split("BadData: ")[-1]) from error
     except (ValueError, TypeError, OSError):
-        traceback.print_exc()  # a mistake of the user's would have shown before
+        traceback.print_exc()  # any other mistake of the user's would have shown before
         raise
-    trainer.save_model(config.output_dir)
     return reports
+
+
+def _close_progress_bar(trainer: MTPTrainer) -> None:
+    """Trainer leaves it open where training fails, and it would be drawn once more behind the message."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+            callback.training_bar.close()
 
 
 def _checkpoint(config: MTPConfig) -> str | None:
@@ -345,6 +391,8 @@ def _checkpoint(config: MTPConfig) -> str | None:
     newest = newest_checkpoint(config.output_dir)
     # Every option is a string here, but some are meant as a switch.
     if asked is None or str(asked).lower() not in ("true", "false"):
+        if asked is not None:
+            require_whole(asked)
         return asked or newest
     if str(asked).lower() == "true" and newest is None:
         raise ValueError(f"resume_from_checkpoint: no complete checkpoint in {config.output_dir}; leave it out")

@@ -10,8 +10,7 @@ prefix' last row and at K-1 mask rows, which repeat the positions i .. i+K-2 of 
     padding                 0           0            its own index + 1
 
 A span may reach past the last token (EOS): it is padded out with EOS. With stride spacing the first span that reaches
-EOS is the last of its sample, because the next prefix would lie behind EOS; random prefixes are problems of their own,
-so each of them may reach EOS.
+the last token is the last of its sample; random prefixes are problems of their own, so each of them may reach it.
 
 Source   arXiv 2602.06019, section on training and the figures of the mask-replicated layout
 """
@@ -250,7 +249,8 @@ def draw_prefixes(
     lengths, prompt_lengths   [B] tokens, EOS included; a prefix lies in [prompt_length, length - 1] with
                               response_only, in [1, length - 1] without: at least one token is left to predict
     spacing                   "stride": a grid of period 2k (k+1 tokens with counting "paper") at a random offset,
-                              rolled around the range; "random": positions drawn without replacement
+                              rolled around the range, and no span behind the first that reaches the last token;
+                              "random": positions drawn without replacement
     offset                    of the first span of a stride, in tokens behind the range's start; drawn where None
 
     A pure function of its arguments. Raises ValueError for an unknown spacing. Source: arXiv 2602.06019.
@@ -278,7 +278,11 @@ def draw_prefixes(
     # Ascending, the missing ones last.
     end = torch.iinfo(torch.int64).max
     prefix = prefix.masked_fill(~exists, end).sort(dim=1).values
-    return prefix.masked_fill(prefix == end, 0)
+    missing = prefix == end
+    if spacing == "stride":
+        # Where the grid closes on itself, two spans stand nearer to each other than a period.
+        missing[:, 1:] |= prefix[:, :-1] >= lengths[:, None] - k
+    return prefix.masked_fill(missing, 0)
 
 
 def answer_ends(

@@ -9,6 +9,9 @@ Source   arXiv 2602.06019, training details
 
 from __future__ import annotations
 
+# First, because transformers would not name what is missing.
+from mtpkern.train.extra import DynamoBackend, PeftModel, TorchDynamoPlugin, fsdp2_prepare_model  # isort: split
+
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,14 +21,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import DynamoBackend, TorchDynamoPlugin
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import AcceleratorConfig, LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
@@ -36,19 +36,29 @@ from mtpkern.train.evaluate import HeldOut, summarise
 from mtpkern.train.layout import Layout, answer_ends, build_layout, draw_k, draw_within, pack, send
 from mtpkern.train.lora import add_lora, merged, plain_model
 from mtpkern.train.objective import MTPLoss, SpanContext, forward_as, mtp_loss
-from mtpkern.train.resume import MARK, Endless, is_complete, mark_complete, newest_checkpoint, remove_checkpoint, rotate
+from mtpkern.train.resume import Endless, mark_complete, newest_checkpoint, remove_checkpoint, require_whole, rotate
 
 # Evaluation draws its spans from a stream of their own, the same for every batch and every evaluation.
 _EVALUATION_STEP = -1
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+class NotFiniteError(RuntimeError):
+    """A loss or weights that are not numbers any more."""
+
+
 @dataclass
 class MTPConfig(TrainingArguments):
-    """TrainingArguments and what multi-token prediction adds; defaults are the paper's.
+    """TrainingArguments and what multi-token prediction adds.
 
-    A constant k ("static k" in the paper's ablation) is k_min = k_max. Raises ValueError, with the remedy, for values
-    that contradict one another and for what nobody has tested: DeepSpeed, tensor and context parallelism, FSDP1.
+    Defaults of the method are the paper's but for two that suit other data: its sequences count masks into their
+    length (layout="paper") and its spans may stand in the prompt (response_only=False). Its optimizer settings stand
+    in the shipped configurations. A constant k ("static k" in the paper's ablation) is k_min = k_max. The loss is the
+    mean over all planned span rows of a step: a row that is dropped (behind an EOS, or behind a miss under
+    "until_fail") adds nothing, but counts.
+
+    Raises ValueError, with the remedy, for values that contradict one another and for what nobody has tested:
+    DeepSpeed, tensor and context parallelism, FSDP1.
 
         MTPConfig("out", k_max=16, teacher_target="hard", gt_warmup_steps=500, bf16=True, max_steps=2000)
     """
@@ -118,6 +128,9 @@ class MTPConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite is an error."})
 
     def __post_init__(self) -> None:
+        if self.deepspeed:
+            # Before transformers asks for its package.
+            raise ValueError("DeepSpeed, ZeRO-3 included, is untested here and refused; use FSDP2 (fsdp=True) or DDP")
         # The parents must not see it: TrainingArguments would switch TF32 on, which rounds rotary positions too.
         compiler = self.torch_compile, self.torch_compile_backend, self.torch_compile_mode
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
@@ -188,8 +201,6 @@ class MTPConfig(TrainingArguments):
 
     def _refuse_untested(self) -> None:
         """What TrainingArguments offer and this trainer would do wrong or ignore."""
-        if self.deepspeed:
-            raise ValueError("DeepSpeed, ZeRO-3 included, is untested here and refused; use FSDP2 (fsdp=True) or DDP")
         parallel = self.parallelism_config
         for name in ("tp", "cp", "sp"):
             if parallel is not None and getattr(parallel, f"{name}_size", 1) > 1:
@@ -289,8 +300,8 @@ class MTPTrainer(Trainer):
     Batches come from `MTPCollator`. At the end of training a summary with the curves of agreement by position stands
     in output_dir. `save_model` writes a plain Hugging Face checkpoint, adapters merged, whose config
     records the mask token and k_max. Raises ValueError for a missing teacher, a teacher of another vocabulary, trained
-    weights below float32, and for arguments of Trainer that would have no effect here; RuntimeError during training
-    for a loss that is not finite.
+    weights below float32, and for arguments of Trainer that would have no effect here; NotFiniteError, a
+    RuntimeError, for a loss or weights that are not finite.
 
         trainer = MTPTrainer(model=model, teacher=teacher, args=MTPConfig("out", k_max=8), train_dataset=data,
                              data_collator=MTPCollator(tokenizer.pad_token_id), processing_class=tokenizer)
@@ -593,16 +604,29 @@ class MTPTrainer(Trainer):
                 self._seen = _Seen()
         super().log(logs, *args, **kwargs)
 
-    def _require_finite(self) -> None:
-        """Raise RuntimeError where the loss of any rank has not been finite; called by all ranks, before any save."""
+    def _require_finite(self, *, weights: bool = False, alone: bool = False) -> None:
+        """Raise NotFiniteError where the loss of any rank has not been finite; called by all ranks, before any save.
+
+        weights   look at the trained weights too: a gradient can break in the very step that is to be saved
+        alone     this rank may be the only one that calls
+        """
+        broken, what = self._broken_step, "loss"
+        if weights and bool(broken.isinf()) and not self._weights_are_finite():
+            broken, what = torch.full_like(broken, self.state.global_step - 1), "weights or loss"
         # Gathered, so that all ranks leave together.
-        step = float(self.accelerator.gather(self._broken_step.reshape(1)).min())
+        step = float(broken if alone else self.accelerator.gather(broken.reshape(1)).min())
         if step != float("inf"):
-            raise RuntimeError(
-                f"the loss of step {int(step) + 1} is not finite: expected a number; nothing has been saved since the "
-                "last checkpoint. Lower learning_rate, lengthen warmup_steps, or compute in bf16 instead of fp16; a "
-                "single bad batch shows with a different seed"
+            raise NotFiniteError(
+                f"the {what} of step {int(step) + 1} is not finite: expected a number; nothing has been saved since "
+                "the last checkpoint. Lower learning_rate, lengthen warmup_steps, or compute in bf16 instead of fp16; "
+                "a single bad batch shows with a different seed"
             )
+
+    def _weights_are_finite(self) -> bool:
+        trained = (p.detach() for p in self.model.parameters() if p.requires_grad)  # type: ignore[union-attr]
+        # Of a sharded weight each rank looks at its own part.
+        local = (p.to_local() if isinstance(p, DTensor) else p for p in trained)
+        return bool(torch.stack([p.isfinite().all() for p in local]).all())
 
     def get_train_dataloader(self) -> DataLoader:
         """As Trainer's; a stream begins again where it ends."""
@@ -632,11 +656,7 @@ class MTPTrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise ValueError(f"no complete checkpoint in {self.args.output_dir}: start without resuming")
         if isinstance(resume_from_checkpoint, str):
-            folder = Path(resume_from_checkpoint)
-            if ((folder / MARK).exists() and not is_complete(folder)) or not (folder / TRAINER_STATE_NAME).exists():
-                raise ValueError(
-                    f"{folder} is not a whole checkpoint: resume_from_checkpoint=True takes the newest whole"
-                )
+            require_whole(resume_from_checkpoint)
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.is_world_process_zero():
             summarise(self.state.log_history, cast(str, self.args.output_dir))
@@ -644,7 +664,7 @@ class MTPTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As Trainer's, but a kill at any moment leaves the last complete checkpoint findable."""
-        self._require_finite()
+        self._require_finite(weights=True)
         args, run = self.args, Path(self._get_output_dir(trial=trial))
         folder = run / f"checkpoint-{self.state.global_step}"
         if args.should_save and folder.exists():
@@ -672,6 +692,7 @@ class MTPTrainer(Trainer):
             if not self.is_fsdp_enabled:
                 super().save_model(output_dir, _internal_call=True)
             return
+        self._require_finite(weights=True, alone=not self.is_fsdp_enabled)
         core = self.accelerator.unwrap_model(self.model)
         state: dict[str, Tensor] = {}
         if self.is_fsdp_enabled:

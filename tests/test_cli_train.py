@@ -183,6 +183,7 @@ def test_flags_win_over_a_file(tmp_path):
         "num_spans": None,
         "lr_scheduler_kwargs": {"num_decay_steps": 7},
         "fsdp": True,
+        "report_to": ["none"],
     }
     (tmp_path / "c.json").write_text(json.dumps(values))
     # What YAML reads as a string.
@@ -194,6 +195,7 @@ def test_flags_win_over_a_file(tmp_path):
         assert (config.learning_rate, config.k_max, config.num_spans) == (3e-4, 5, None)
         assert config.lr_scheduler_kwargs == {"num_decay_steps": 7}
         assert config.fsdp is True
+        assert config.report_to == []
     (tmp_path / "c.yaml").write_text("\n".join([*lines, "fsdp: false"]).replace("fsdp: true", ""))
     assert not parse([str(tmp_path / "c.yaml")])[2].fsdp
 

@@ -52,7 +52,8 @@ _USUAL = (
 # fmt: on
 # Where this command does more than TrainingArguments say.
 _HELP = {
-    "output_dir": "Where checkpoints and the finished model go; checkpoints that are there already are gone on from.",
+    "output_dir": "For checkpoints and the final model, trainer_output unless given; a run goes on from what is there.",
+    "report_to": "Where curves go besides: one or more of tensorboard, wandb, trackio ..., as far as installed.",
     "resume_from_checkpoint": "The checkpoint to go on from; the newest whole one of output_dir unless given.",
     "max_length": "Longer texts are treated as long_rows says; the model's positions bound them in any case.",
 }

@@ -214,6 +214,10 @@ class MTPConfig(TrainingArguments):
                 f"torch_compile_mode {self.torch_compile_mode!r} makes CUDA graphs, one for each of the many shapes of "
                 "a step, and is refused; use 'default' or 'max-autotune-no-cudagraphs'"
             )
+        if self.use_liger_kernel:
+            raise ValueError("use_liger_kernel rewrites a forward that training here does not call; omit it")
+        if self.neftune_noise_alpha is not None:
+            raise ValueError("neftune_noise_alpha is untested here, and LoRA's teacher would see the noise; omit it")
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor has no meaning for self-distillation; set it to 0")
         if not self.average_tokens_across_devices:

@@ -409,7 +409,7 @@ class MTPTrainer(Trainer):
             )
         if self.is_fsdp_enabled and isinstance(self.model, PeftModel):
             raise ValueError(
-                "LoRA under FSDP is refused: its teacher's pass finds sharded weights; use DDP, without fsdp"
+                "LoRA under FSDP is refused: its head stays a shard, and saving cannot merge shards; use DDP"
             )
         if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO and not self.args.torch_compile:
             raise ValueError("accelerate's dynamo_backend is refused; set it to 'no', and torch_compile=True here")

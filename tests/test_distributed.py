@@ -155,6 +155,9 @@ def test_fsdp_equals_ddp_and_both_resume_exactly(tmp_path, tied):
         forget_engine()
         with pytest.raises(ValueError, match="LoRA under FSDP"):
             trainer(tmp_path / "lora", fsdp=True, lora_rank=2)
+        forget_engine()
+        with pytest.raises(ValueError, match="torch_compile under FSDP"):
+            trainer(tmp_path / "compiled", fsdp=True, torch_compile=True)
 
     in_two_processes(work)
     results = {name: torch.load(tmp_path / name / "results.pt") for name in ("ddp", "fsdp")}

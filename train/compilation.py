@@ -1,7 +1,7 @@
 """torch.compile for a training step: each decoder layer of student and teacher, and nothing else.
 
 Layers are alike: one form, made in the time of one layer, serves all of them. What lies around them stays as it is:
-hooks of DDP and FSDP, the embedding, head and loss, which are single ops already. Between the steps the layers have
+hooks of DDP, the embedding, head and loss, which are single ops already. Between the steps the layers have
 their own forward again, so that evaluation, decoding and saving know nothing of it.
 """
 

@@ -407,6 +407,8 @@ class MTPTrainer(Trainer):
             raise ValueError(
                 "FSDP asked for, but accelerate has set up none (version 1, one process, or a CPU); omit it"
             )
+        if self.is_fsdp_enabled and self.args.torch_compile:
+            raise ValueError("torch_compile under FSDP is untested here and refused; use DDP, or leave it out")
         if self.is_fsdp_enabled and isinstance(self.model, PeftModel):
             raise ValueError(
                 "LoRA under FSDP is refused: its head stays a shard, and saving cannot merge shards; use DDP"

@@ -429,6 +429,13 @@ def test_whole_tables_replace_short_ones(tmp_path):
     assert "quick" not in json.loads((tmp_path / "gpu.json").read_text())["environment"]
 
 
+def test_files_with_tests_for_a_gpu():
+    files = {Path(file).stem for file in gpu.test_files()}
+    assert files >= {"test_graph", "test_advance", "test_no_sync", "test_triton_decode", "test_triton_distill"}
+    assert files >= {"test_triton_span", "test_gpu_training", "test_kv_write", "test_readout", "test_decode_attention"}
+    assert not files & {"test_trainer", "test_evaluate", "test_resume", "test_cli_train"}  # not without peft
+
+
 def test_every_benchmark_of_an_op_or_step_is_a_part():
     measured = {p.stem for p in Path(gpu.__file__).parent.glob("*.py") if "def measure(" in p.read_text()}
     assert {part.name for part in gpu.PARTS} == measured

@@ -41,11 +41,16 @@ if find_spec("triton"):
     LOW = tl.constexpr(-1e38)
 
     @triton.jit
+    def _padded(V):
+        """Columns of a product's buffer: masked by them, an odd vocabulary is read and written 16 bytes at a time too."""
+        return tl.cdiv(V, 16) * 16
+
+    @triton.jit
     def _logits(head, z, o_v, DTYPE: tl.constexpr):
         """Logits of one row at o_v and the derivative of the cap; -inf at the banned token and from V on."""
         bias, V, logit_scale, softcap, banned = head
         m_v = o_v < V
-        x = tl.load(z + o_v, mask=m_v, other=0.0).to(DTYPE)
+        x = tl.load(z + o_v, mask=o_v < _padded(V), other=0.0).to(DTYPE)
         if bias is not None:
             x += tl.load(bias + o_v, mask=m_v, other=0.0).to(DTYPE)
         x *= logit_scale
@@ -67,7 +72,7 @@ if find_spec("triton"):
 
     @triton.jit
     def _readout_kernel(
-        z,  # [R, V], the product
+        z,  # [R, V], the product, in a `_buffer`
         head,  # bias [V], V, logit_scale, softcap, banned; None what there is not
         token,  # [R] int64, written
         confidence,  # [R], written
@@ -98,10 +103,10 @@ if find_spec("triton"):
 
     @triton.jit
     def _loss_kernel(
-        z,  # [R, V], the student's product; its gradient is written over it
+        z,  # [R, V], the student's product, in a `_buffer`; its gradient is written over it
         head,  # bias [V], V, logit_scale, softcap, banned; None what there is not
         target,  # [R] int64, or None
-        teacher_z,  # [R, V'], or None
+        teacher_z,  # [R, V'], in a `_buffer`, or None
         teacher_head,
         row_weight,  # [R]
         loss,  # [R], written
@@ -157,7 +162,7 @@ if find_spec("triton"):
                     grad -= tl.exp(t - teacher_lse)
                 grad = tl.where(weight != 0, grad * slope * head[2] * weight, 0.0)
                 grad = tl.where(x == float("-inf"), 0.0, grad)
-                tl.store(z + o_v, grad.to(z.dtype.element_ty), mask=o_v < head[1])
+                tl.store(z + o_v, grad.to(z.dtype.element_ty), mask=o_v < _padded(head[1]))
 
 
 # Logits that a program of those kernels holds at once, and its warps.
@@ -236,7 +241,7 @@ def _chunk(rows: int, vocabulary: int, dtype: torch.dtype, triton: bool) -> int:
 
 
 def _buffer(hidden: Tensor, rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
-    """Room for a product [rows, V], rows a multiple of 16 elements apart: aligned for any V."""
+    """Room for a product [rows, V], rows a multiple of 16 elements apart: aligned for any V; kernels touch all of it."""
     return hidden.new_empty(rows, -(-vocabulary // 16) * 16, dtype=dtype)[:, :vocabulary]
 
 

@@ -33,6 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mtpkern.kernels.form import on_device
+
 if find_spec("triton"):
     import triton
     import triton.language as tl
@@ -42,7 +44,7 @@ if find_spec("triton"):
 
     @triton.jit
     def _padded(V):
-        """Columns of a product's buffer: masked by them, an odd vocabulary is read and written 16 bytes at a time too."""
+        """Columns of a product's buffer: masked by them, an odd vocabulary is also read 16 bytes at a time."""
         return tl.cdiv(V, 16) * 16
 
     @triton.jit
@@ -241,7 +243,7 @@ def _chunk(rows: int, vocabulary: int, dtype: torch.dtype, triton: bool) -> int:
 
 
 def _buffer(hidden: Tensor, rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
-    """Room for a product [rows, V], rows a multiple of 16 elements apart: aligned for any V; kernels touch all of it."""
+    """Room for a product [rows, V], rows a multiple of 16 elements apart, aligned for any V; all is written."""
     return hidden.new_empty(rows, -(-vocabulary // 16) * 16, dtype=dtype)[:, :vocabulary]
 
 
@@ -249,9 +251,10 @@ _HEAD = "Tensor{1} {0}weight, Tensor? {0}bias, float {0}logit_scale, float? {0}s
 
 
 def _readout_rows_triton(z: Tensor, head: Head, token: Tensor, confidence: Tensor, entropy: Tensor) -> None:
-    _readout_kernel[(z.shape[0],)](
-        z, head.options(), token, confidence, entropy, z.stride(0), BLOCK=BLOCK, num_warps=WARPS
-    )
+    with on_device(z):
+        _readout_kernel[(z.shape[0],)](
+            z, head.options(), token, confidence, entropy, z.stride(0), BLOCK=BLOCK, num_warps=WARPS
+        )
 
 
 def _readout_rows_torch(z: Tensor, head: Head, token: Tensor, confidence: Tensor, entropy: Tensor) -> None:
@@ -397,20 +400,21 @@ def _loss_rows_triton(
     need_grad: bool,
 ) -> None:
     """Write a chunk's weighted losses [r], and over the product z [r, V] their gradient with respect to it."""
-    _loss_kernel[(z.shape[0],)](
-        z,
-        head.options(),
-        target,
-        teacher_z,
-        None if teacher_head is None else teacher_head.options(),
-        row_weight,
-        loss,
-        z.stride(0),
-        0 if teacher_z is None else teacher_z.stride(0),
-        NEED_GRAD=need_grad,
-        BLOCK=BLOCK,
-        num_warps=WARPS,
-    )
+    with on_device(z):
+        _loss_kernel[(z.shape[0],)](
+            z,
+            head.options(),
+            target,
+            teacher_z,
+            None if teacher_head is None else teacher_head.options(),
+            row_weight,
+            loss,
+            z.stride(0),
+            0 if teacher_z is None else teacher_z.stride(0),
+            NEED_GRAD=need_grad,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+        )
 
 
 def _loss_rows_torch(

@@ -37,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtpkern.kernels.form import on_device
 from mtpkern.kernels.span_mask import span_mask
 
 if find_spec("triton"):
@@ -523,24 +524,25 @@ def _forward(query, key, value, sinks, layout, scale, softcap, window):
     (batch, heads, rows, _), kv_heads = query.shape, key.shape[1]
     out, lse = _forward_fake(query)
     options = _options("forward", query, softcap)
-    _forward_kernel[batch * heads, triton.cdiv(rows, options["ROWS"])](
-        query,
-        key,
-        value,
-        sinks,
-        tuple(layout),
-        out,
-        lse,
-        *_strides(query, key, value, out.transpose(1, 2)),
-        rows,
-        heads,
-        heads // kv_heads,
-        scale,
-        softcap or 0.0,
-        window,
-        **options,
-        HAS_SINKS=sinks is not None,
-    )
+    with on_device(query):
+        _forward_kernel[batch * heads, triton.cdiv(rows, options["ROWS"])](
+            query,
+            key,
+            value,
+            sinks,
+            tuple(layout),
+            out,
+            lse,
+            *_strides(query, key, value, out.transpose(1, 2)),
+            rows,
+            heads,
+            heads // kv_heads,
+            scale,
+            softcap or 0.0,
+            window,
+            **options,
+            HAS_SINKS=sinks is not None,
+        )
     return out, lse
 
 
@@ -566,44 +568,46 @@ def _backward(query, key, value, out, lse, d_out, layout, scale, softcap, window
     tail = heads // kv_heads, scale, softcap or 0.0, window
 
     options = _options("dq", query, softcap)
-    _dq_kernel[batch * heads, triton.cdiv(rows, options["ROWS"])](
-        query,
-        key,
-        value,
-        layout,
-        out,
-        d_out,
-        lse,
-        delta,
-        d_query,
-        *_strides(query, key, value, out, d_out, d_query),
-        rows,
-        heads,
-        *tail,
-        **options,
-    )
+    with on_device(query):
+        _dq_kernel[batch * heads, triton.cdiv(rows, options["ROWS"])](
+            query,
+            key,
+            value,
+            layout,
+            out,
+            d_out,
+            lse,
+            delta,
+            d_query,
+            *_strides(query, key, value, out, d_out, d_query),
+            rows,
+            heads,
+            *tail,
+            **options,
+        )
     options = _options("dkdv", query, softcap)
     tiles = triton.cdiv(rows, options["KEYS"])
     plan = lse.new_empty(batch, tiles, 8, dtype=torch.int32)
     sizes = {name: options[name] for name in ("ROWS", "KEYS")}
-    _row_tiles_kernel[tiles, batch](layout, plan, rows, window, **sizes, TILES=1024 // sizes["ROWS"])
-    _dkdv_kernel[batch * kv_heads, tiles](
-        query,
-        key,
-        value,
-        layout,
-        plan,
-        d_out,
-        lse,
-        delta,
-        d_key,
-        d_value,
-        *_strides(query, key, value, d_out, d_key, d_value),
-        rows,
-        kv_heads,
-        *tail,
-        **options,
-    )
+    with on_device(query):
+        _row_tiles_kernel[tiles, batch](layout, plan, rows, window, **sizes, TILES=1024 // sizes["ROWS"])
+        _dkdv_kernel[batch * kv_heads, tiles](
+            query,
+            key,
+            value,
+            layout,
+            plan,
+            d_out,
+            lse,
+            delta,
+            d_key,
+            d_value,
+            *_strides(query, key, value, d_out, d_key, d_value),
+            rows,
+            kv_heads,
+            *tail,
+            **options,
+        )
     return d_query, d_key, d_value, delta
 
 

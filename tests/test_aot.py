@@ -200,5 +200,5 @@ print([len(re.findall(r"(?:ld|st)[.]global[.]b16", text)) for text in texts])
 
 @pytest.mark.slow
 def test_an_odd_vocabulary_is_read_16_bytes_at_a_time() -> None:
-    """Llama's with a mask token is odd: only single numbers, a row's weight and its target's logit, are 2 bytes wide."""
+    """Llama's with a mask token is odd. Only a row's weight and its target's logit are 2 bytes wide."""
     assert json.loads(without_interpreter(WIDE)) == [0, 2, 1]

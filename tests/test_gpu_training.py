@@ -313,3 +313,32 @@ def test_autocast_and_activation_checkpointing(name):
     for a, b, e in zip(again_grads, grads, exact_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()) + 1e-7)
         assert torch.nn.functional.cosine_similarity(b.flatten(), e.flatten(), dim=0) > 0.9
+
+
+def test_the_trainer_waits_for_the_device_only_to_log(tmp_path):
+    """Neither to fetch, plan or pack a batch nor in the step; the first steps, which compile, are not looked at."""
+    from transformers import TrainerCallback
+
+    from mtpkern.train.trainer import MTPCollator, MTPConfig, MTPTrainer
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            torch.cuda.set_sync_debug_mode("error" if 2 <= state.global_step < 6 else "default")
+
+    student, teacher = tiny_models("qwen3", eos_token_id=7)
+    rows = [{"input_ids": [1, *range(8, 18 + i % 4), 7], "prompt_length": 4} for i in range(64)]
+    arguments = {"learning_rate": 1e-3, "logging_steps": 100, "save_strategy": "no", "report_to": "none"}
+    arguments |= {"bf16": True, "packing": True, "disable_tqdm": True, "prefix_weight": 0.5, "k_max": 4, "num_spans": 3}
+    trainer = MTPTrainer(
+        model=student,
+        teacher=teacher,
+        args=MTPConfig(str(tmp_path), max_steps=7, per_device_train_batch_size=4, **arguments),
+        mask_token_id=60,
+        train_dataset=rows,
+        data_collator=MTPCollator(0),
+        callbacks=[Watch()],
+    )
+    try:
+        assert trainer.train().global_step == 7
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -32,7 +32,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from mtpkern.attention import attention_context
 from mtpkern.model import record_settings, resolve_mask_token
 from mtpkern.train.evaluate import HeldOut, summarise
-from mtpkern.train.layout import Layout, answer_ends, build_layout, draw_k, draw_within, pack
+from mtpkern.train.layout import Layout, answer_ends, build_layout, draw_k, draw_within, pack, to_device
 from mtpkern.train.lora import add_lora, merged, plain_model
 from mtpkern.train.objective import MTPLoss, SpanContext, forward_as, mtp_loss
 from mtpkern.train.resume import Endless, mark_complete, newest_checkpoint, remove_checkpoint, require_whole, rotate
@@ -207,6 +207,8 @@ class MTPConfig(TrainingArguments):
             raise ValueError("dispatch_batches and split_batches are refused: each rank reads its own batches")
         # None would mean True for streamed data.
         accelerator.dispatch_batches = False
+        # From page-locked memory no batch needs to wait until the step before it is over.
+        accelerator.non_blocking = self.dataloader_pin_memory
 
 
 class MTPCollator:
@@ -470,7 +472,7 @@ class MTPTrainer(Trainer):
     def _span_attention(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         device = self.args.device
         context = SpanContext(inputs["layout"].to(device))
-        prefix_rows = inputs["prefix_rows"].to(device, non_blocking=True)
+        prefix_rows = to_device(inputs["prefix_rows"], device)
         with attention_context(plain_model(self.accelerator.unwrap_model(model)), context):
             yield {**inputs, "layout": context, "prefix_rows": prefix_rows}
 

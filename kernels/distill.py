@@ -13,8 +13,7 @@ Shapes   hidden [R, H];  weight [V, H];  bias [V];  target, token [R] int64;  ro
 Memory   at most LOGITS bytes of logits of student and teacher together (at V = 152k in 2 bytes: 1,280 rows hard, 640
          soft), d hidden [R, H], d weight [V, H] of a trained head in its own dtype, PARTIAL bytes; where autocast
          makes the head narrower, a copy of it in autocast's dtype besides
-Traffic  behind the matrix product of a chunk the Triton form reads the logits twice and writes the gradient over them;
-         a row's second reading finds most of it in the L2 cache
+Traffic  behind the matrix product of a chunk the Triton form reads the logits twice and writes the gradient over them
 Ties     the lowest index wins
 Source   arXiv 2602.06019, section on the online self-distillation objective
 """

@@ -64,7 +64,7 @@ class Layout:
     def to(self, device: torch.device | str) -> Layout:
         """The same layout on a device."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: to_device(x, device) for n, x in tensors.items() if x is not None})
+        return replace(self, **{n: send(x, device) for n, x in tensors.items() if x is not None})
 
     def causal(self) -> Layout:
         """The same layout, of which every row sees its span up to itself: what a next-token model reads."""
@@ -82,13 +82,10 @@ class Layout:
         return torch.cat([tokens, ids], dim=1)
 
 
-def to_device(x: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor on a device, without waiting for the work that is queued there.
-
-    From ordinary memory a copy of more than 64 KiB to a GPU waits all the same, so that it goes through page-locked
-    memory, which torch keeps until the copy is over.
-    """
+def send(x: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on a device, without waiting for what is queued there: a copy from pinned memory runs by itself."""
     if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        # Contiguous first: an expanded tensor cannot be filled in pinned memory.
         x = x.contiguous().pin_memory()
     return x.to(device, non_blocking=True)
 
@@ -192,9 +189,9 @@ def pack(layout: Layout, *texts: Tensor) -> tuple[Layout, list[Tensor]]:
         end=(layout.end + first).flatten()[None],
         lengths=lengths.sum(0, keepdim=True),
     )
-    # By indices: a mask would let the host wait for a device that holds the texts.
-    kept = real.flatten().nonzero().squeeze(1)
-    return packed, [x.flatten()[to_device(kept, x.device)][None] for x in texts]
+    # Looked for here and not by the mask itself, which would make a device say how many there are.
+    index = real.flatten().nonzero().squeeze(1)
+    return packed, [x.flatten()[send(index, x.device)][None] for x in texts]
 
 
 def _expand(x: Tensor, like: Tensor) -> Tensor:

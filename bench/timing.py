@@ -180,7 +180,7 @@ def _in_turns(
                 cache.zero_()
             if reset is not None:
                 reset()
-            seconds = _seconds(run, device)
+            seconds = _seconds(run, device, behind=not flush)
             if i >= 0:
                 spent[name].append(seconds / n * 1e6)
     return {name: Spread.of(values) for name, values in spent.items()}
@@ -205,13 +205,19 @@ def _warm(action: Action, device: torch.device) -> float:
         return min(_seconds(lambda: action(0), device) for _ in range(2))
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds that the device spends on one run; the host's where the device is a CPU."""
+def _seconds(run: Callable[[], object], device: torch.device, *, behind: bool = False) -> float:
+    """Seconds that the device spends on one run; the host's where the device is a CPU.
+
+    With `behind` the run is queued behind half a millisecond of nothing, so that the time in which the host launches it
+    is not the device's: a graph's launch takes longer than a small kernel does.
+    """
     if device.type != "cuda":
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
     start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if behind:
+        torch.cuda._sleep(1_000_000)  # cycles
     start_event.record()
     run()
     end_event.record()

@@ -220,9 +220,10 @@ def test_missing_transformers_says_what_to_install(clone):
 @pytest.mark.parametrize("missing", ["accelerate", "peft"])
 def test_missing_extra_says_what_to_install(missing):
     without = f"import sys; sys.modules[{missing!r}] = None; import mtpkern.train"
-    last = run_python(f"{without}.trainer").stderr.strip().splitlines()[-1]
-    assert missing in last
-    assert "pip install 'mtpkern[train]'" in last
+    for module in ("trainer", "command"):
+        last = run_python(f"{without}.{module}").stderr.strip().splitlines()[-1]
+        assert missing in last
+        assert "pip install 'mtpkern[train]'" in last
     # What a machine with torch and transformers alone is to measure.
     assert run_python(f"{without}.objective, mtpkern.bench.span_attention, mtpkern.bench.train_step").returncode == 0
 

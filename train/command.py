@@ -9,6 +9,11 @@ Source   arXiv 2602.06019, training details (the shipped configurations)
 
 from __future__ import annotations
 
+# First, because transformers would not name what is missing.
+import mtpkern.train.extra  # noqa: F401
+
+# isort: split
+
 import json
 import sys
 import textwrap

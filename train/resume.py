@@ -59,13 +59,13 @@ def newest_checkpoint(output_dir: str | Path) -> str | None:
 def require_whole(folder: str | Path) -> None:
     """Raise ValueError for a folder that is no checkpoint, or one that was left half-written."""
     folder = Path(folder)
-    if not (folder / TRAINER_STATE_NAME).exists():
-        raise ValueError(f"{folder} is no checkpoint, {TRAINER_STATE_NAME} is missing; name a folder checkpoint-<step>")
     if (folder / MARK).exists() and not is_complete(folder):
         raise ValueError(
             f"{folder} is not a whole checkpoint, it was left half-written; resume_from_checkpoint=True takes the "
             "newest whole one"
         )
+    if not (folder / TRAINER_STATE_NAME).exists():
+        raise ValueError(f"{folder} is no checkpoint, {TRAINER_STATE_NAME} is missing; name a folder checkpoint-<step>")
 
 
 def remove_checkpoint(folder: Path) -> None:

@@ -138,6 +138,10 @@ def capturing(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any = Non
     """
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
     with on_side_stream(device) as stream:
+        # cuBLAS has one workspace a stream, which this graph would share with all others and with the warm-up, and lose
+        # when one of them goes (pytorch#193402) or torch.compile makes graphs of its own. So it gets one in its pool,
+        # and leaves none to the next.
+        torch._C._cuda_clearCublasWorkspaces()
         try:
             # Other threads may go on using the device meanwhile.
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
@@ -145,6 +149,8 @@ def capturing(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any = Non
         except BaseException:
             _clear_up(graph, stream, pool)
             raise
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
 
 
 # Captures that were broken off stay registered with torch's allocator of pinned memory, which asks their graphs later.
@@ -171,7 +177,7 @@ def _clear_up(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any)
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    # One for warm-up and capture of all graphs, so that libraries keep one workspace for them, outside of any pool.
+    # One for warm-up and capture of all graphs, so that libraries prepare once what they keep for a stream.
     return torch.cuda.Stream(device)
 
 

@@ -188,14 +188,13 @@ class FakeCuda:
                 cuda.now += self.seconds
 
         class Stream:
-            def __init__(self, device):
-                pass
+            device, device_index = "cpu", 0
 
             def wait_stream(self, other):
                 assert cuda.capturing is None
 
         @contextmanager
-        def graph(of):
+        def graph(of, **_):
             cuda.capturing = of
             cuda.streams.append("capture")
             try:
@@ -216,12 +215,16 @@ class FakeCuda:
         for name, value in {
             "Event": Event,
             "CUDAGraph": CUDAGraph,
-            "Stream": Stream,
             "graph": graph,
+            "graph_pool_handle": lambda: (0, 1),
             "stream": stream,
-            "current_stream": lambda device: Stream(device),
+            "current_stream": lambda device: Stream(),
+            "_sleep": lambda cycles: None,
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
+        for name in ("_cuda_clearCublasWorkspaces", "_cuda_endAllocateToPool", "_cuda_releasePool"):
+            monkeypatch.setattr(torch._C, name, lambda *_: None, raising=False)
+        monkeypatch.setattr("mtpkern.graph._side_stream", lambda device: Stream())
 
     def action(self, seconds, seen, fails=""):
         """An action that takes the device so long, and notes its arguments; it fails in a capture if told so."""

@@ -186,10 +186,13 @@ def on_side_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
     """Run the block on a stream of its own, behind what was queued before and before what is queued after."""
     here, side = torch.cuda.current_stream(device), _side_stream(device)
     side.wait_stream(here)
-    # Leaving a capture that has failed does not bring the stream back; this does.
-    with torch.cuda.stream(side):
-        yield side
-    here.wait_stream(side)
+    try:
+        # Leaving a capture that has failed does not bring the stream back; this does.
+        with torch.cuda.stream(side):
+            yield side
+    finally:
+        # After an error, too: what is dropped then is given to others while the side stream may still write to it.
+        here.wait_stream(side)
 
 
 def _announce(error: Exception) -> None:

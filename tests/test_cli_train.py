@@ -98,7 +98,8 @@ def test_a_shipped_configuration_trains_and_saves_a_plain_checkpoint(
     flags += ["--eval-data", data] if name == "gsm8k" else ["--eval-fraction", "0.2"]
     assert main(["train", name, *flags]) == 0
     report = capsys.readouterr().err
-    assert f"{data}: {len(rows)} rows read; " in report
+    assert f"training: {data}: {len(rows)} rows read; " in report
+    assert f"held out: {data}: {len(rows)} rows read; " in report
     assert says in report
     assert "tokens_per_pass" in (out / "summary.md").read_text()
 
@@ -183,6 +184,7 @@ def test_flags_win_over_a_file(tmp_path):
         "num_spans": None,
         "lr_scheduler_kwargs": {"num_decay_steps": 7},
         "fsdp": True,
+        "report_to": ["none"],
     }
     (tmp_path / "c.json").write_text(json.dumps(values))
     # What YAML reads as a string.
@@ -194,6 +196,7 @@ def test_flags_win_over_a_file(tmp_path):
         assert (config.learning_rate, config.k_max, config.num_spans) == (3e-4, 5, None)
         assert config.lr_scheduler_kwargs == {"num_decay_steps": 7}
         assert config.fsdp is True
+        assert config.report_to == []
     (tmp_path / "c.yaml").write_text("\n".join([*lines, "fsdp: false"]).replace("fsdp: true", ""))
     assert not parse([str(tmp_path / "c.yaml")])[2].fsdp
 
@@ -242,6 +245,9 @@ def test_mistakes_in_a_configuration(tmp_path, text, flags, says):
             "at least 32, for two tokens and all 30 masks",
         ),
         (["--decode-rows", "-1"], "decode_rows must be at least 0"),
+        (["--max-steps", "0"], "nothing would be trained"),
+        (["--num-train-epochs", "0"], "nothing would be trained"),
+        (["--per-device-train-batch-size", "0"], "per_device_train_batch_size must be at least 1"),
         (["--report-to", "foo", "bar"], "report_to names bar, foo, which is not installed or unknown"),
         (["--lr-scheduler-kwargs", "3"], "lr_scheduler_kwargs must be names and values"),
         (["--output-dir", __file__], "output_dir must be a folder"),

@@ -317,7 +317,9 @@ def test_held_out_groups(tmp_path, bytes_of):
     write(tmp_path / "rows.jsonl", [{"query": "x", "response": "y", "original_question": "z"}, *rows])
     assert set(prompts(load_data(arguments, encode)[1], encode.tokenizer)) >= set(prompts(held_out, encode.tokenizer))
     write(tmp_path / "rows.jsonl", [*rows[:3], {"query": "x", "response": "y"}])
-    with pytest.raises(ValueError, match=r"line 4: expected a string in column 'original_question'"):
+    with pytest.raises(
+        ValueError, match=r"line 4: expected a string in column 'original_question'; got columns query, resp"
+    ):
         load_data(arguments, encode)
 
 

@@ -546,7 +546,8 @@ def test_what_waits_around_a_generation(captures: list[Any], tiny: SimpleNamespa
             generate(tiny, model, 9, 4, eos_token_id=3)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    ours = [f"{w.filename}:{w.lineno}" for w in said if "synchronizing" in str(w.message) and "/mtpkern/" in w.filename]
+    waits = [f"{w.filename}:{w.lineno}" for w in said if "synchronizing" in str(w.message)]
+    ours = [place for place in waits if "/mtpkern/" in place and "/tests/" not in place]  # a clone has any name
     assert len(ours) <= 5, ours
 
 

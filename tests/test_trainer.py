@@ -322,6 +322,8 @@ def test_refusals(tmp_path):
         ({"save_dtype": "float8"}, "save_dtype"),
         ({"torch_compile": True}, "torch_compile"),
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "ZeRO-3"),
+        ({"use_liger_kernel": True}, "use_liger_kernel"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"average_tokens_across_devices": False}, "average_tokens"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches"),

@@ -57,7 +57,8 @@ _USUAL = (
 # fmt: on
 # Where this command does more than TrainingArguments say.
 _HELP = {
-    "output_dir": "Where checkpoints and the finished model go; checkpoints that are there already are gone on from.",
+    "output_dir": "For checkpoints and the final model, trainer_output unless given; a run goes on from what is there.",
+    "report_to": "Where curves go besides: one or more of tensorboard, wandb, trackio ..., as far as installed.",
     "resume_from_checkpoint": "The checkpoint to go on from; the newest whole one of output_dir unless given.",
     "max_length": "Longer texts are treated as long_rows says; the model's positions bound them in any case.",
 }
@@ -190,6 +191,11 @@ def _require_consistent(model: ModelArguments, data: DataArguments, config: MTPC
     absent = sorted({*config.report_to} - {*get_available_reporting_integrations()})
     strategy = config.train_sampling_strategy
     for wrong, says in (
+        (config.per_device_train_batch_size < 1, "per_device_train_batch_size must be at least 1"),
+        (
+            config.max_steps == 0 or (config.max_steps < 0 and config.num_train_epochs <= 0),
+            "nothing would be trained: give a positive max_steps, or num_train_epochs with max_steps -1",
+        ),
         (data.streaming and config.max_steps <= 0, "streaming data have no known length; set max_steps"),
         (
             data.streaming and strategy != "random",
@@ -347,7 +353,9 @@ def train(model_arguments: ModelArguments, data: DataArguments, config: MTPConfi
     )
     train_dataset, eval_dataset, reports = load_data(data, encode, seed=config.seed)
     if config.process_index == 0:
-        print(*reports, sep="\n", file=sys.stderr, flush=True)
+        purposes = [purpose for purpose in ("training", "held out") if purpose != "training" or not data.streaming]
+        for purpose, report in zip(purposes, reports):
+            print(f"{purpose}: {report}", file=sys.stderr, flush=True)
     pad = tokenizer.pad_token_id
     trainer = MTPTrainer(
         model=model,

@@ -306,7 +306,8 @@ class Source:
 
 def _column(row: Mapping[str, Any], name: str) -> str:
     if not isinstance(row.get(name), str):
-        raise BadRow("missing field", f"expected a string in column {name!r}; got {row.get(name)!r:.60}")
+        got = f"{row[name]!r:.60}" if name in row else f"columns {', '.join(map(str, row))}"
+        raise BadRow("missing field", f"expected a string in column {name!r}; got {got}")
     return row[name]
 
 

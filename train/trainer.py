@@ -198,6 +198,10 @@ class MTPConfig(TrainingArguments):
             raise ValueError(
                 "torch_compile compiles the model's own forward, which training here does not call; omit it"
             )
+        if self.use_liger_kernel:
+            raise ValueError("use_liger_kernel rewrites a forward that training here does not call; omit it")
+        if self.neftune_noise_alpha is not None:
+            raise ValueError("neftune_noise_alpha is untested here, and LoRA's teacher would see the noise; omit it")
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor has no meaning for self-distillation; set it to 0")
         if not self.average_tokens_across_devices:

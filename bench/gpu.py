@@ -52,7 +52,7 @@ PARTS = (
     Part("kv_write", 30, 40),
     Part("span_attention", 50, 75),
     Part("distill", 50, 60),
-    Part("train_step", 60, 75),
+    Part("train_step", 60, 150),
     Part("compiled", 100, 200),  # takes longest, and is the first to be missed least
     Part("tiles", 0, 120),
 )

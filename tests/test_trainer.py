@@ -7,12 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer
 
 from mtpkern.generation import generate
 from mtpkern.train.trainer import MTPCollator, MTPConfig, MTPTrainer
 
 V, MASK, EOS = 41, 40, 7
+aten = torch.ops.aten
 
 
 def llama(seed=0, **change):
@@ -320,7 +322,6 @@ def test_refusals(tmp_path):
         ({"gt_warmup_steps": -1}, "gt_warmup_steps"),
         ({"student_dtype": "bfloat16"}, "bf16=True"),
         ({"save_dtype": "float8"}, "save_dtype"),
-        ({"torch_compile": True}, "torch_compile"),
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "ZeRO-3"),
         ({"use_liger_kernel": True}, "use_liger_kernel"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
@@ -343,3 +344,41 @@ def test_refusals(tmp_path):
         MTPTrainer(model=llama(), args=config(tmp_path), teacher=llama(), mask_token_id=MASK, compute_metrics=len)
     with pytest.raises(ValueError, match="pad_to"):
         MTPCollator(0, pad_to=5)(data(1))
+
+
+class Watcher(TorchDispatchMode):
+    """Raises RuntimeError at an operation for whose result a GPU's host would have to wait.
+
+    It does not look into our own ops, which are watched on a GPU (tests/test_gpu_training.py).
+    """
+
+    WAITING = {*(aten._local_scalar_dense, aten.nonzero, aten.equal, aten.masked_select, aten._unique2, aten.bincount)}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        by_mask = func.overloadpacket in (aten.index, aten.index_put, aten.index_put_) and any(
+            x is not None and x.dtype == torch.bool for x in args[1]
+        )
+        if func.overloadpacket in self.WAITING or by_mask:
+            raise RuntimeError(f"{func} waits")
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("change", [{}, {"teacher_target": "soft", "packing": True}, {"lora_rank": 2}])
+def test_a_step_waits_for_no_result(tmp_path, monkeypatch, change):
+    """Forward, teacher, loss and backward; spans are drawn, counted and packed on the host before."""
+    options = {"prefix_weight": 0.5, "anchor_kl_weight": 0.5, "activation_checkpointing": True, **change}
+    run = trainer(tmp_path, teacher=None if "lora_rank" in change else "random", max_steps=2, **options)
+    step, seen = Trainer.training_step, []
+
+    def watched(*args):
+        with Watcher():
+            seen.append(step(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(Trainer, "training_step", watched)
+    run.train()
+    assert len(seen) == 2
+    monkeypatch.setattr("mtpkern.train.trainer.mtp_loss", lambda *args, **kwargs: torch.ones(2).sum().item())
+    with pytest.raises(RuntimeError, match="waits"):
+        run.train()

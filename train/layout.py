@@ -64,7 +64,7 @@ class Layout:
     def to(self, device: torch.device | str) -> Layout:
         """The same layout on a device."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: x.to(device, non_blocking=True) for n, x in tensors.items() if x is not None})
+        return replace(self, **{n: send(x, device) for n, x in tensors.items() if x is not None})
 
     def causal(self) -> Layout:
         """The same layout, of which every row sees its span up to itself: what a next-token model reads."""
@@ -80,6 +80,13 @@ class Layout:
         else:
             ids[:, : masks[0].numel()] = masks.flatten(1)
         return torch.cat([tokens, ids], dim=1)
+
+
+def send(x: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on a device, without waiting for what is queued there: a copy from pinned memory runs by itself."""
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def build_layout(
@@ -181,7 +188,9 @@ def pack(layout: Layout, *texts: Tensor) -> tuple[Layout, list[Tensor]]:
         end=(layout.end + first).flatten()[None],
         lengths=lengths.sum(0, keepdim=True),
     )
-    return packed, [x[real][None] for x in texts]
+    # Looked for here and not by the mask itself, which would make a device say how many there are.
+    index = real.flatten().nonzero().squeeze(1)
+    return packed, [x.flatten()[send(index, x.device)][None] for x in texts]
 
 
 def _expand(x: Tensor, like: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ Source   arXiv 2602.06019, training details
 from __future__ import annotations
 
 # First, because transformers would not name what is missing.
-from mtpkern.train.extra import PeftModel, fsdp2_prepare_model  # isort: split
+from mtpkern.train.extra import DynamoBackend, PeftModel, TorchDynamoPlugin, fsdp2_prepare_model  # isort: split
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,8 +31,9 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from mtpkern.attention import attention_context
 from mtpkern.model import record_settings, resolve_mask_token
+from mtpkern.train.compilation import CUDA_GRAPH_MODES, CompiledLayers
 from mtpkern.train.evaluate import HeldOut, summarise
-from mtpkern.train.layout import Layout, answer_ends, build_layout, draw_k, draw_within, pack
+from mtpkern.train.layout import Layout, answer_ends, build_layout, draw_k, draw_within, pack, send
 from mtpkern.train.lora import add_lora, merged, plain_model
 from mtpkern.train.objective import MTPLoss, SpanContext, forward_as, mtp_loss
 from mtpkern.train.resume import Endless, mark_complete, newest_checkpoint, remove_checkpoint, require_whole, rotate
@@ -115,13 +116,27 @@ class MTPConfig(TrainingArguments):
         default=False, metadata={"help": "DDP's search for weights without a gradient; every step here uses all."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Columns are the collator's business."})
+    torch_compile: bool = field(
+        default=False, metadata={"help": "Compile the decoder layers of student and teacher, for training steps alone."}
+    )
+    torch_compile_backend: str | None = field(
+        default=None, metadata={"help": "Sets torch_compile; 'inductor' unless given."}
+    )
+    torch_compile_mode: str | None = field(
+        default=None, metadata={"help": "Sets torch_compile; modes that make CUDA graphs are refused."}
+    )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite is an error."})
 
     def __post_init__(self) -> None:
         if self.deepspeed:
             # Before transformers asks for its package.
             raise ValueError("DeepSpeed, ZeRO-3 included, is untested here and refused; use FSDP2 (fsdp=True) or DDP")
+        # The parents must not see it: TrainingArguments would switch TF32 on, which rounds rotary positions too.
+        compiler = self.torch_compile, self.torch_compile_backend, self.torch_compile_mode
+        self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
         super().__post_init__()
+        _, self.torch_compile_backend, self.torch_compile_mode = compiler
+        self.torch_compile = any(compiler)
         if self.data_seed is None:
             # Else the order of the data hangs on whatever has been seeded last, and a resumed run may see another.
             self.data_seed = self.seed
@@ -194,9 +209,10 @@ class MTPConfig(TrainingArguments):
                 )
         if self.fsdp and int((self.fsdp_config or {}).get("version", 2)) != 2:
             raise ValueError("FSDP version 1 is untested here and refused; set fsdp_config={'version': 2}")
-        if self.torch_compile:
+        if self.torch_compile_mode in CUDA_GRAPH_MODES:
             raise ValueError(
-                "torch_compile compiles the model's own forward, which training here does not call; omit it"
+                f"torch_compile_mode {self.torch_compile_mode!r} makes CUDA graphs, one for each of the many shapes of "
+                "a step, and is refused; use 'default' or 'max-autotune-no-cudagraphs'"
             )
         if self.use_liger_kernel:
             raise ValueError("use_liger_kernel rewrites a forward that training here does not call; omit it")
@@ -211,6 +227,8 @@ class MTPConfig(TrainingArguments):
             raise ValueError("dispatch_batches and split_batches are refused: each rank reads its own batches")
         # None would mean True for streamed data.
         accelerator.dispatch_batches = False
+        # Else the host waits at every batch until the device has finished the step before.
+        accelerator.non_blocking = self.dataloader_pin_memory
 
 
 class MTPCollator:
@@ -328,6 +346,8 @@ class MTPTrainer(Trainer):
         record_settings(plain, mask_token_id=self.mask_token_id, k_max=args.k_max, bidirectional=args.bidirectional)
         super().__init__(model=model, args=args, **kwargs)
         self._require_tested_engine()
+        # accelerate would compile the whole model, whose forward is another one in every step here.
+        self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
         if teacher is not None:
             teacher = teacher.requires_grad_(False).eval().to(args.device)
             if args.teacher_dtype is not None:
@@ -344,6 +364,7 @@ class MTPTrainer(Trainer):
             raise ValueError("the model's config names no eos_token_id, behind which spans end; set it")
         self.eos_token_ids = torch.tensor([eos] if isinstance(eos, int) else list(eos), device=args.device)
         self.held_out = held_out
+        self._layers: CompiledLayers | None = None
         self._sums: list[MTPLoss] = []
         self._seen = _Seen()
         # The first step with a loss that is not finite; on the device, so that no step waits for it.
@@ -388,8 +409,10 @@ class MTPTrainer(Trainer):
             )
         if self.is_fsdp_enabled and isinstance(self.model, PeftModel):
             raise ValueError(
-                "LoRA under FSDP is refused: its teacher's pass finds sharded weights; use DDP, without fsdp"
+                "LoRA under FSDP is refused: its head stays a shard, and saving cannot merge shards; use DDP"
             )
+        if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO and not self.args.torch_compile:
+            raise ValueError("accelerate's dynamo_backend is refused; set it to 'no', and torch_compile=True here")
         if self.is_distributed_loading_by_transformers:
             raise ValueError("a model sharded by from_pretrained (tensor parallel) is refused; load it whole")
 
@@ -455,7 +478,7 @@ class MTPTrainer(Trainer):
         """Planned span rows and answer rows [2] over the given micro-batches and all ranks."""
         rows = sum(int(plan["layout"].valid.sum()) for plan in plans)
         answers = sum(int(plan["prefix_rows"].sum()) for plan in plans)
-        counts = torch.tensor([rows, answers], dtype=torch.float32).to(device, non_blocking=True)
+        counts = send(torch.tensor([rows, answers], dtype=torch.float32), device)
         return self.accelerator.reduce(counts, "sum")
 
     def training_step(
@@ -464,17 +487,29 @@ class MTPTrainer(Trainer):
         """One step under span attention, backward included: activation checkpointing runs the forward again there."""
         layout: Layout = inputs["layout"]
         self._seen.add(int(layout.valid.sum()), int(layout.lengths.sum()))
-        with self._span_attention(model, inputs) as inputs:
+        with self._span_attention(model, inputs) as inputs, self._compiled():
             loss = super().training_step(model, inputs, num_items_in_batch)
         step = torch.full_like(self._broken_step, self.state.global_step)
         self._broken_step = torch.where(loss.isfinite(), self._broken_step, torch.minimum(step, self._broken_step))
         return loss
 
+    def _compiled(self) -> AbstractContextManager:
+        """Decoder layers of student and teacher compiled inside it, where that is asked for."""
+        args = self.args
+        if not args.torch_compile:
+            return nullcontext()
+        if self._layers is None:
+            student = plain_model(self.accelerator.unwrap_model(self.model))
+            models = [student] if self.teacher is None or self.teacher is student else [student, self.teacher]
+            backend = args.torch_compile_backend or "inductor"
+            self._layers = CompiledLayers(*models, backend=backend, mode=args.torch_compile_mode)
+        return self._layers()
+
     @contextmanager
     def _span_attention(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         device = self.args.device
         context = SpanContext(inputs["layout"].to(device))
-        prefix_rows = inputs["prefix_rows"].to(device, non_blocking=True)
+        prefix_rows = send(inputs["prefix_rows"], device)
         with attention_context(plain_model(self.accelerator.unwrap_model(model)), context):
             yield {**inputs, "layout": context, "prefix_rows": prefix_rows}
 

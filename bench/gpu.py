@@ -50,7 +50,7 @@ PARTS = (
     Part("decode_attention", 50, 75),
     Part("readout", 30, 40),
     Part("kv_write", 30, 40),
-    Part("span_attention", 50, 75),
+    Part("span_attention", 75, 150),
     Part("distill", 50, 60),
     Part("train_step", 60, 150),
     Part("compiled", 100, 200),  # takes longest, and is the first to be missed least

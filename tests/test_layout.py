@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from mtpkern.kernels.span_mask import span_mask
-from mtpkern.train.layout import answer_ends, build_layout, draw_k, draw_prefixes, draw_within, main, stride_prefixes
+from mtpkern.train.layout import (
+    answer_ends,
+    build_layout,
+    draw_k,
+    draw_prefixes,
+    draw_within,
+    main,
+    pack,
+    stride_prefixes,
+)
 
 
 @pytest.mark.parametrize(
@@ -169,3 +178,10 @@ def test_several_answers_are_drawn_from_like_one(options):
 def test_a_first_token_is_never_predicted_first():
     ends = answer_ends(torch.tensor([3]), torch.tensor([0]), [], num_tokens=3)
     assert draw_within(ends > 0, 2, 3, spacing="random", seed=0, step=0).tolist() == [[1, 2, 0]]
+
+
+def test_packing_asks_for_no_value_of_the_texts():
+    """They lie on a GPU by then, for whose values the host would have to wait; meta tensors have none."""
+    layout = build_layout(torch.tensor([[2, 4], [3, 0]]), torch.tensor([6, 5]), 3, num_tokens=7)
+    _, (texts,) = pack(layout, torch.empty(2, 7, dtype=torch.int64, device="meta"))
+    assert texts.shape == (1, 11)

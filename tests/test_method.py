@@ -320,6 +320,7 @@ ELSEWHERE = {
     "teacher_dtype": "test_the_teacher_is_cast",
     "save_dtype": "test_trainer.py::test_saved_in_another_dtype",
     "data_seed": "test_order_of_the_data",
+    **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), "test_compilation.py"),
     "ddp_find_unused_parameters": "test_distributed.py: every weight of DDP has a gradient",
     "remove_unused_columns": "every test: the collator gets prompt_length",
     "logging_nan_inf_filter": "test_trainer.py::test_loss_that_is_not_finite_stops_before_anything_is_saved",

@@ -85,7 +85,8 @@ class Layout:
 def send(x: Tensor, device: torch.device | str) -> Tensor:
     """The tensor on a device, without waiting for what is queued there: a copy from pinned memory runs by itself."""
     if torch.device(device).type == "cuda" and x.device.type == "cpu":
-        x = x.pin_memory()
+        # Contiguous first: an expanded tensor cannot be filled in pinned memory.
+        x = x.contiguous().pin_memory()
     return x.to(device, non_blocking=True)
 
 

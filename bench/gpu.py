@@ -3,11 +3,12 @@
     make gpu                                    picks a python that has torch with CUDA; needs no network
     python bench/gpu.py --results FOLDER        the same by hand, also from a clone that is not installed
 
-First the tests marked `gpu`, then every benchmark on a short grid, then, while time is left, on its whole grid. Each
-runs in a process of its own with a limit, so that a hang or an illegal memory access takes nothing else along, and a
-cut leaves what was measured until then. What is there so far is always on paper: gpu.md and gpu.json in bench/results/
-and in the folder that --results names, the log of the tests beside them. The exit status is 1 where a test failed or
-a benchmark did, or its short grid was cut; goals that are not met are reported and change nothing.
+First the tests marked `gpu`, then every benchmark on a short grid, then the tests that are slow, then, while time is
+left, every benchmark on its whole grid. Each runs in a process of its own with a limit, so that a hang or an illegal
+memory access takes nothing else along, and a cut leaves what was measured until then. What is there so far is always on
+paper, in bench/results/ and in the folder that --results names: gpu.md and gpu.json, beside them gpu-tests.txt (what
+pytest said), gpu-failures.txt (each failure at once) and gpu-log.txt (what all others said). The exit status is 1 where
+a test failed or a benchmark did, or its short grid was cut; goals that are not met are reported and change nothing.
 
 Only the standard library is imported here until the package can be found.
 """
@@ -27,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -45,20 +47,22 @@ class Part:
 
 PARTS = (
     Part("step", 80, 150),
-    Part("compiled", 100, 200),
     Part("decode_attention", 50, 75),
     Part("readout", 30, 40),
-    Part("span_attention", 50, 75),
-    Part("distill", 50, 60),
-    Part("train_step", 60, 75),
     Part("kv_write", 30, 40),
+    Part("span_attention", 75, 150),
+    Part("distill", 50, 60),
+    Part("train_step", 60, 150),
+    Part("compiled", 100, 200),  # takes longest, and is the first to be missed least
     Part("tiles", 0, 120),
 )
-TESTS_LIMIT = 170.0
-TESTS, SHORT, WHOLE = "tests", "short grid", "whole grid"
-# What a process gets to end by itself once it is told to.
-GRACE = 15.0
-WORKERS = 8
+TESTS_LIMIT, SLOW_LIMIT = 170.0, 120.0
+TESTS, SLOW, SHORT, WHOLE = "tests", "slow tests", "short grid", "whole grid"
+# Of a single test, where pytest-timeout is installed: one that hangs must not take those behind it along.
+TEST_LIMIT = 100
+# What a process gets to end by itself once it is told to; pytest-xdist waits ten seconds for its workers.
+GRACE = 20.0
+WORKERS = 16
 
 
 @dataclass
@@ -73,7 +77,8 @@ class Outcome:
     @property
     def line(self) -> str:
         """In one line: `step (short): done, 31 s`."""
-        last = f": {self.said[-1]}" if self.said and (self.status.startswith("failed") or self.what == TESTS) else ""
+        telling = self.status.startswith("failed") or self.what in (TESTS, SLOW)
+        last = f": {self.said[-1]}" if self.said and telling else ""
         return f"{self.what}: {self.status}, {self.seconds:.0f} s{last}"
 
     @property
@@ -119,18 +124,33 @@ def supervise(what: str, command: Sequence[str], limit: float, *, cwd: Path, log
     return Outcome(what, status, time.monotonic() - start, lines[-40:])
 
 
-def run_tests(limit: float, *, cwd: Path, log: Path, **environment: str) -> Outcome:
-    """The tests marked `gpu`, side by side where pytest-xdist is installed. "skipped" where pytest is not."""
+def test_files() -> list[str]:
+    """The files with tests for a GPU; others may need packages that its machine has not."""
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    mark = re.compile(r"\bmark\.(gpu|kernel)\b|\"interpreter\"|, interpreter\b")
+    return [str(file) for file in files if mark.search(file.read_text(encoding="utf-8"))]
+
+
+def run_tests(what: str, limit: float, *, cwd: Path, log: Path, failures: Path, **environment: str) -> Outcome:
+    """The tests marked `gpu`: TESTS, side by side where pytest-xdist is installed, or SLOW, those that take a minute.
+
+    "skipped" where pytest is not installed. Each failure is in `failures` as soon as it is known (tests/conftest.py).
+    """
     if find_spec("pytest") is None:
-        return Outcome(TESTS, "skipped: pytest is not installed", 0.0)
-    command = [sys.executable, "-m", "pytest", str(ROOT / "tests"), "-c", str(ROOT / "pyproject.toml"), "-m", "gpu"]
-    command += ["-q", "-rfE", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
-    if find_spec("xdist") is not None:
-        command += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
-    outcome = supervise(TESTS, command, limit, cwd=cwd, log=log, OMP_NUM_THREADS="1", **environment)
+        return Outcome(what, "skipped: pytest is not installed", 0.0)
+    command = [sys.executable, "-m", "pytest", *test_files(), "-c", str(ROOT / "pyproject.toml")]
+    command += ["-m", "gpu and not slow" if what == TESTS else "gpu and slow"]
+    command += ["-q", "-rfE", "--tb=short", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
+    if find_spec("pytest_timeout") is not None:
+        # By a thread, which ends the process: a signal waits until a call to the driver returns.
+        command += [f"--timeout={TEST_LIMIT if what == TESTS else limit}", "--timeout-method=thread"]
+    if what == TESTS and find_spec("xdist") is not None:
+        command += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
+    environment |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "MTPKERN_FAILURES": str(failures)}
+    outcome = supervise(what, command, limit, cwd=cwd, log=log, **environment)
     outcome.said = [s for s in outcome.said if re.match(r"(FAILED|ERROR) |=*.*\b\d+ (passed|failed|skipped|error)", s)]
     if outcome.status == "failed with 5":
-        outcome.status = "skipped: no test is marked gpu"
+        outcome.status = f"skipped: none of the {what} is marked gpu"
     return outcome
 
 
@@ -167,7 +187,7 @@ class Results:
         return pages[0].read_text(encoding="utf-8")
 
     def _said(self) -> str:
-        spoke = [o for o in self.outcomes if o.said and (not o.well or o.what == TESTS)]
+        spoke = [o for o in self.outcomes if o.said and (not o.well or o.what in (TESTS, SLOW))]
         lines = [f"- {o.what}: `{line}`" for o in spoke for line in o.said[-12:]]
         return "\n".join(["Last words:", "", *lines]) if lines else "Nothing failed."
 
@@ -179,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="for all of it")
     parser.add_argument("--parts", nargs="+", choices=[p.name for p in PARTS], default=[p.name for p in PARTS])
     parser.add_argument("--no-tests", action="store_true", help="benchmarks only")
-    parser.add_argument("--results", type=Path, help="a further folder for gpu.md, gpu.json and gpu-tests.txt")
+    parser.add_argument("--results", type=Path, help="a further folder for all that is written")
     args = parser.parse_args(argv)
     end = time.monotonic() + args.minutes * 60
     dry_run = args.device == "cpu"
@@ -191,6 +211,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     print(f"python {sys.executable}, torch {torch.__version__}, CUDA {torch.version.cuda}, clone {ROOT}", flush=True)
+    print(
+        ", ".join(f"{d.name} {d.version}" for d in distributions() if d.name in ("triton", "transformers")), flush=True
+    )
     if not dry_run and not torch.cuda.is_available():
         print("this python's torch sees no GPU: nothing was run (--device cpu rehearses the benchmarks)")
         return 1
@@ -207,19 +230,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     environment = {"PYTHONPATH": str(links), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     environment["TOKENIZERS_PARALLELISM"] = "false"
 
+    tests, failures, logs, log = (work / f"gpu-{name}.txt" for name in ("tests", "failures", "log", "part"))
+
     def finish(outcome: Outcome) -> None:
         results.outcomes.append(outcome)
         results.write()
+        if log.exists():
+            to = tests if outcome.what in (TESTS, SLOW) else logs
+            with to.open("a") as out:
+                out.write(f"\n==== {outcome.line}\n{log.read_text(errors='replace')}")
+            log.unlink()
+        for folder in folders:
+            for file in (tests, failures, logs):
+                if file.exists() and folder != work:
+                    shutil.copy(file, folder)
         print(outcome.line, flush=True)
 
-    if not (args.no_tests or dry_run):
-        log = work / "gpu-tests.txt"
-        finish(run_tests(min(TESTS_LIMIT, args.minutes * 20), cwd=links, log=log, **environment))
-        for folder in folders:
-            if log.exists():
-                shutil.copy(log, folder)
+    def test(what: str, limit: float) -> None:
+        limit = min(limit, args.minutes * 20, end - time.monotonic() - GRACE)
+        if not (args.no_tests or dry_run) and limit > 10:
+            finish(run_tests(what, limit, cwd=links, log=log, failures=failures, **environment))
+
+    for folder in folders:
+        for file in (tests, failures, logs):
+            (folder / file.name).unlink(missing_ok=True)  # of an earlier run
+    test(TESTS, TESTS_LIMIT)
     parts = [part for part in PARTS if part.name in args.parts]
     for whole in (False, True):
+        if whole:
+            test(SLOW, SLOW_LIMIT)
         for part in parts:
             limit = part.whole if whole else part.quick
             if not limit:
@@ -231,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 continue
             command = [sys.executable, "-m", f"mtpkern.bench.{part.name}", "--device", args.device]
             command += ["--results", str(work / what)] + ([] if whole else ["--quick"])
-            outcome = supervise(what, command, min(limit, left), cwd=links, log=work / "log", **environment)
+            outcome = supervise(what, command, min(limit, left), cwd=links, log=log, **environment)
             results.take(part.name, work / what)
             finish(outcome)
         if dry_run:

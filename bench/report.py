@@ -115,7 +115,8 @@ def run(
     print(f"# {title}\n", flush=True)
     for table in measure(device, args.quick):
         print(table.markdown(), flush=True)
-        tables.append(table)
+        # A later table of the same caption knows more.
+        tables = [*(t for t in tables if t.caption != table.caption), table]
         if folder is not None:
             data = {"title": title, "dry_run": dry_run, "tables": [asdict(t) for t in tables]}
             write(name, title, facts, tables, data, folder)

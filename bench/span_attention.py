@@ -233,8 +233,13 @@ def disagreement(found: list[Tensor], right: list[Tensor], tolerance: float = 3e
     return ""
 
 
-def ways(shape: Shape, layout: Layout, inputs: list[Inputs]) -> tuple[dict[str, Way], list[str]]:
-    """All ways that run here and are right, and a line "name: why" for each other one. Ours must be right."""
+def ways(
+    shape: Shape, layout: Layout, inputs: list[Inputs], *, compiled: bool = True
+) -> tuple[dict[str, Way], list[str]]:
+    """All ways that run here and are right, and a line "name: why" for each other one. Ours must be right.
+
+    Without `compiled` those that torch.compile takes long for are left out, and a line says so.
+    """
     order = interleaved_order(layout)
     dtype = inputs[0].leaves[0].dtype
 
@@ -251,6 +256,9 @@ def ways(shape: Shape, layout: Layout, inputs: list[Inputs]) -> tuple[dict[str, 
     found: dict[str, Way] = {}
     skipped = []
     for name, make in makers.items():
+        if name in (FLEX, INTERLEAVED) and not compiled:
+            skipped.append(f"{name}: cut before it was compiled")
+            continue
         try:
             way = make()
             wrong = disagreement(way.sample(), right)
@@ -267,8 +275,8 @@ def ways(shape: Shape, layout: Layout, inputs: list[Inputs]) -> tuple[dict[str, 
     return found, skipped
 
 
-def measure_shape(shape: Shape, device: torch.device, rounds: int) -> Table:
-    """One shape's table."""
+def measure_shape(shape: Shape, device: torch.device, rounds: int, *, compiled: bool = True) -> Table:
+    """One shape's table, with the ways that have to be compiled or without."""
     torch.manual_seed(0)
     # A graph of its own for each shape: otherwise the compiled comparators run into the limit on recompilation.
     torch.compiler.reset()
@@ -277,7 +285,7 @@ def measure_shape(shape: Shape, device: torch.device, rounds: int) -> Table:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     size = torch.finfo(dtype).bits // 8 * shape.batch * rows * shape.dim * 2 * (shape.heads + shape.kv_heads)
     inputs = [Inputs.draw(shape, rows, dtype, device) for _ in range(copies(size, device))]
-    found, skipped = ways(shape, layout, inputs)
+    found, skipped = ways(shape, layout, inputs, compiled=compiled)
 
     passes = {}
     for name, call in (("forward", Way.forward), ("forward + backward", Way.both)):
@@ -340,11 +348,16 @@ def measure_shape(shape: Shape, device: torch.device, rounds: int) -> Table:
 
 
 def measure(device: torch.device, quick: bool) -> Iterator[Table]:
-    """A table a shape, the most telling first."""
-    shapes = SHAPES if device.type == "cuda" else TINY
-    for shape in shapes[:2] if quick else shapes:
-        yield measure_shape(shape, device, rounds=10 if quick else 30)
-        free(device)
+    """A table a shape, the most telling first; all of them without FlexAttention before any with it.
+
+    Compiling it takes tens of seconds a shape, and our own figures must not be cut with it.
+    """
+    cuda = device.type == "cuda"
+    shapes = SHAPES if cuda else TINY
+    for compiled in (False, True) if cuda else (True,):
+        for shape in shapes[:2] if quick else shapes:
+            yield measure_shape(shape, device, rounds=10 if quick else 30, compiled=compiled)
+            free(device)
 
 
 def main() -> None:

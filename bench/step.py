@@ -160,10 +160,14 @@ class Stand:
             # From the one pending token behind the prompt to the pattern's own course.
             self.advance_by(2)
             self.before = [x.clone() for x in self.state]
-            grown = self.advance_by(2)
-            if grown != [accepted] * 2:
-                raise RuntimeError(f"expected {accepted} tokens of every sequence in a pass, got {grown} at {at}")
-            self.reset()
+        grown = self.advance_by(2)
+        if accepted is not None and grown != [accepted] * 2:
+            raise RuntimeError(f"expected {accepted} tokens of every sequence in a pass, got {grown} at {at}")
+        # A sequence that has ended, in a fault say, would cost nothing and look fast.
+        used = int((rows.slot < cache.capacity).sum())
+        if accepted is None and used != at.R:
+            raise RuntimeError(f"expected all rows in use, got {used} of {at.R} at {at}")
+        self.reset()
 
     def reset(self) -> None:
         """Back to where the stand began."""

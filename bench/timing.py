@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mtpkern.bench.harness import Spread
 from mtpkern.compare import rotated, synchronize
+from mtpkern.graph import capturing, on_side_stream
 
 # Called with 0, 1, 2, ..., and takes that call's copy of its inputs: inputs[i % len(inputs)].
 Action = Callable[[int], object]
@@ -179,7 +180,7 @@ def _in_turns(
                 cache.zero_()
             if reset is not None:
                 reset()
-            seconds = _seconds(run, device)
+            seconds = _seconds(run, device, behind=not flush)
             if i >= 0:
                 spent[name].append(seconds / n * 1e6)
     return {name: Spread.of(values) for name, values in spent.items()}
@@ -190,40 +191,33 @@ def _captured(action: Action, calls: int, device: torch.device) -> _Run:
     single = _warm(action, device)
     calls = max(calls, min(_MOST_CALLS, int(_REPLAY / max(single, 1e-6)) + 1))
     graph = torch.cuda.CUDAGraph()
-    try:
-        # Leaving a capture that has failed does not bring the stream back; leaving this does.
-        with torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(graph):
-            for i in range(calls):
-                action(i)
-    except Exception:
-        _failed.append(graph)
-        raise
+    with capturing(graph, device):
+        for i in range(calls):
+            action(i)
     return graph.replay, calls
 
 
-# Captures that failed stay registered with torch's allocator, which asks their graphs about it later on.
-_failed: list[torch.cuda.CUDAGraph] = []
-
-
 def _warm(action: Action, device: torch.device) -> float:
-    """Call it on a side stream, as capture asks for: compilation, handles and workspaces belong before it."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
+    """Call it on the stream of the capture, as that asks for: compilation, handles and workspaces belong before it."""
+    with on_side_stream(device):
         for i in range(3):
             action(i)
-        seconds = min(_seconds(lambda: action(0), device) for _ in range(2))
-    torch.cuda.current_stream(device).wait_stream(stream)
-    return seconds
+        return min(_seconds(lambda: action(0), device) for _ in range(2))
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds that the device spends on one run; the host's where the device is a CPU."""
+def _seconds(run: Callable[[], object], device: torch.device, *, behind: bool = False) -> float:
+    """Seconds that the device spends on one run; the host's where the device is a CPU.
+
+    With `behind` the run is queued behind half a millisecond of nothing, so that the time in which the host launches it
+    is not the device's: a graph's launch takes longer than a small kernel does.
+    """
     if device.type != "cuda":
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
     start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if behind:
+        torch.cuda._sleep(1_000_000)  # cycles
     start_event.record()
     run()
     end_event.record()
@@ -240,7 +234,7 @@ def launches(action: Action, device: torch.device) -> int | None:
         return None
     _warm(action, device)
     graph = torch.cuda.CUDAGraph(keep_graph=True)
-    with torch.cuda.graph(graph):
+    with capturing(graph, device):
         action(0)
     nodes = ctypes.c_size_t()
     try:

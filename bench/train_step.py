@@ -3,7 +3,7 @@
 Random weights; float32 masters under bf16 autocast, a frozen bf16 teacher, hard targets, AdamW with a rate of 0: all
 the work, and every step starts from the same weights. Plain torch attends with scaled_dot_product_attention and an
 additive mask that all layers share, and makes full logits: of the span rows only, or of all rows, as calling the model
-does. A step's loss is compared before it is timed.
+does. The last table has our step with torch_compile beside itself. A step's loss is compared before it is timed.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ from mtpkern.bench.report import Goal, Table, run
 from mtpkern.bench.span_attention import paper_layout
 from mtpkern.bench.timing import free, race
 from mtpkern.kernels.span_mask import span_mask
+from mtpkern.train.compilation import CompiledLayers
 from mtpkern.train.layout import Layout
 from mtpkern.train.objective import SpanContext, backbone, gather_rows, head_of, mtp_loss
 
 OURS, SPAN_ROWS, ALL_ROWS = "mtpkern", "SDPA mask, logits of span rows", "SDPA mask, logits of all rows"
+COMPILED = "mtpkern, layers compiled"
+BACKEND = "inductor"
 GIB = 2**30
 
 QWEN3_06B: dict[str, Any] = {
@@ -57,16 +60,21 @@ TINY_MASK, TINY_EOS = 60, 0
 
 @dataclass(frozen=True)
 class Batch:
-    """B texts of N tokens with N // 2k spans of k; with activation checkpointing or without."""
+    """B texts of N tokens with N // 2k spans of k; with activation checkpointing or without.
+
+    `compiled` compares our step with itself under torch.compile, and not with plain torch.
+    """
 
     size: int
     tokens: int
     k: int = 16
     checkpointing: bool = False
+    compiled: bool = False
 
     def text(self) -> str:
         """As a caption names it."""
         how = ", activation checkpointing" if self.checkpointing else ""
+        how += ", with torch.compile" if self.compiled else ""
         return f"B = {self.size}, N = {self.tokens:,}, k = {self.k}{how}"
 
     def layout(self) -> Layout:
@@ -74,8 +82,8 @@ class Batch:
         return paper_layout(self.size, self.tokens, self.k)
 
 
-BATCHES = (Batch(8, 1024), Batch(32, 160), Batch(32, 1024, checkpointing=True))
-TINY_BATCHES = (Batch(2, 16, 3), Batch(2, 16, 3, checkpointing=True))
+BATCHES = (Batch(8, 1024), Batch(32, 160), Batch(32, 1024, checkpointing=True), Batch(8, 1024, compiled=True))
+TINY_BATCHES = (Batch(2, 16, 3), Batch(2, 16, 3, checkpointing=True), Batch(2, 16, 3, compiled=True))
 
 
 @dataclass
@@ -165,11 +173,15 @@ class Trainee:
         """The ways to make a step on a batch, by name."""
         layout = batch.layout().to(self.device)
         tokens = torch.randint(1, self.mask, (batch.size, batch.tokens), device=self.device)
+        ours = partial(self.ours, tokens, layout)
         loss: dict[str, Callable[[], Tensor]] = {
-            OURS: lambda: self.ours(tokens, layout),
+            OURS: ours,
             SPAN_ROWS: lambda: self.plain(tokens, layout, all_rows=False),
             ALL_ROWS: lambda: self.plain(tokens, layout, all_rows=True),
         }
+        if batch.compiled:
+            layers = CompiledLayers(self.student, self.teacher, backend=BACKEND)
+            loss = {OURS: ours, COMPILED: partial(self.within, layers, ours)}
         if batch.checkpointing:
             self.student.gradient_checkpointing_enable()
         try:
@@ -185,6 +197,12 @@ class Trainee:
         value = loss()
         self.optimizer.step()
         return value
+
+    @staticmethod
+    def within(layers: CompiledLayers, loss: Callable[[], Tensor]) -> Tensor:
+        """The loss, and its gradients, by compiled layers."""
+        with layers():
+            return loss()
 
     def autocast(self) -> torch.autocast:
         """Products in `dtype`, where that is not the weights' own."""
@@ -262,7 +280,7 @@ def measure_batch(trainee: Trainee, batch: Batch, rounds: int) -> Table:
     ]
     goals = []
     for name in times:
-        if name != OURS and not isnan(memory[name]):
+        if name in (SPAN_ROWS, ALL_ROWS) and not isnan(memory[name]):
             goals += [
                 Goal(f"tokens/s against {name}, {batch.text()}", 1.5, times[name].median / best, "x"),
                 Goal(f"memory against {name}, {batch.text()}", 0.6, memory[OURS] / memory[name], "x", at_most=True),

@@ -99,11 +99,12 @@ if find_spec("triton"):
 
         # Only where there is one split: the programs behind the last sequence clear the rows that no sequence owns.
         if b == B:
-            o_g = tl.arange(0, BLOCK_M)
-            m_g = (o_g < G)[:, None] & m_v
             for r in range(tl.load(row_start_ptr + B).to(tl.int32) + i_tile, R, TILES):
-                p_row = out_ptr + tl.full([BLOCK_M, 1], r, tl.int64) * s_out[1] + (h * G + o_g)[:, None] * s_out[2]
-                tl.store(p_row + o_v[None, :] * s_out[3], tl.zeros([BLOCK_M, BLOCK_V], tl.float32), mask=m_g)
+                p_row = out_ptr + tl.full([BLOCK_M, 1], r, tl.int64) * s_out[1]
+                for g in range(0, G, BLOCK_M):
+                    o_g = (g + tl.arange(0, BLOCK_M))[:, None]
+                    p_out = p_row + (h * G + o_g) * s_out[2] + o_v[None, :] * s_out[3]
+                    tl.store(p_out, tl.zeros([BLOCK_M, BLOCK_V], tl.float32), mask=(o_g < G) & m_v)
             return
 
         # The tile's rows: entry m is query head m % G of the sequence's row m // G.

@@ -13,8 +13,7 @@ Shapes   hidden [R, H];  weight [V, H];  bias [V];  target, token [R] int64;  ro
 Memory   at most LOGITS bytes of logits of student and teacher together (at V = 152k in 2 bytes: 1,280 rows hard, 640
          soft), d hidden [R, H], d weight [V, H] of a trained head in its own dtype, PARTIAL bytes; where autocast
          makes the head narrower, a copy of it in autocast's dtype besides
-Traffic  behind the matrix product of a chunk the Triton form reads the logits twice and writes the gradient over them;
-         a row's second reading finds most of it in the L2 cache
+Traffic  behind the matrix product of a chunk the Triton form reads the logits twice and writes the gradient over them
 Ties     the lowest index wins
 Source   arXiv 2602.06019, section on the online self-distillation objective
 """
@@ -33,6 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mtpkern.kernels.form import on_device
+
 if find_spec("triton"):
     import triton
     import triton.language as tl
@@ -41,11 +42,16 @@ if find_spec("triton"):
     LOW = tl.constexpr(-1e38)
 
     @triton.jit
+    def _padded(V):
+        """Columns of a product's buffer: masked by them, an odd vocabulary is also read 16 bytes at a time."""
+        return tl.cdiv(V, 16) * 16
+
+    @triton.jit
     def _logits(head, z, o_v, DTYPE: tl.constexpr):
         """Logits of one row at o_v and the derivative of the cap; -inf at the banned token and from V on."""
         bias, V, logit_scale, softcap, banned = head
         m_v = o_v < V
-        x = tl.load(z + o_v, mask=m_v, other=0.0).to(DTYPE)
+        x = tl.load(z + o_v, mask=o_v < _padded(V), other=0.0).to(DTYPE)
         if bias is not None:
             x += tl.load(bias + o_v, mask=m_v, other=0.0).to(DTYPE)
         x *= logit_scale
@@ -67,7 +73,7 @@ if find_spec("triton"):
 
     @triton.jit
     def _readout_kernel(
-        z,  # [R, V], the product
+        z,  # [R, V], the product, in a `_buffer`
         head,  # bias [V], V, logit_scale, softcap, banned; None what there is not
         token,  # [R] int64, written
         confidence,  # [R], written
@@ -98,10 +104,10 @@ if find_spec("triton"):
 
     @triton.jit
     def _loss_kernel(
-        z,  # [R, V], the student's product; its gradient is written over it
+        z,  # [R, V], the student's product, in a `_buffer`; its gradient is written over it
         head,  # bias [V], V, logit_scale, softcap, banned; None what there is not
         target,  # [R] int64, or None
-        teacher_z,  # [R, V'], or None
+        teacher_z,  # [R, V'], in a `_buffer`, or None
         teacher_head,
         row_weight,  # [R]
         loss,  # [R], written
@@ -157,7 +163,7 @@ if find_spec("triton"):
                     grad -= tl.exp(t - teacher_lse)
                 grad = tl.where(weight != 0, grad * slope * head[2] * weight, 0.0)
                 grad = tl.where(x == float("-inf"), 0.0, grad)
-                tl.store(z + o_v, grad.to(z.dtype.element_ty), mask=o_v < head[1])
+                tl.store(z + o_v, grad.to(z.dtype.element_ty), mask=o_v < _padded(head[1]))
 
 
 # Logits that a program of those kernels holds at once, and its warps.
@@ -236,7 +242,7 @@ def _chunk(rows: int, vocabulary: int, dtype: torch.dtype, triton: bool) -> int:
 
 
 def _buffer(hidden: Tensor, rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
-    """Room for a product [rows, V], rows a multiple of 16 elements apart: aligned for any V."""
+    """Room for a product [rows, V], rows a multiple of 16 elements apart, aligned for any V; all is written."""
     return hidden.new_empty(rows, -(-vocabulary // 16) * 16, dtype=dtype)[:, :vocabulary]
 
 
@@ -244,9 +250,10 @@ _HEAD = "Tensor{1} {0}weight, Tensor? {0}bias, float {0}logit_scale, float? {0}s
 
 
 def _readout_rows_triton(z: Tensor, head: Head, token: Tensor, confidence: Tensor, entropy: Tensor) -> None:
-    _readout_kernel[(z.shape[0],)](
-        z, head.options(), token, confidence, entropy, z.stride(0), BLOCK=BLOCK, num_warps=WARPS
-    )
+    with on_device(z):
+        _readout_kernel[(z.shape[0],)](
+            z, head.options(), token, confidence, entropy, z.stride(0), BLOCK=BLOCK, num_warps=WARPS
+        )
 
 
 def _readout_rows_torch(z: Tensor, head: Head, token: Tensor, confidence: Tensor, entropy: Tensor) -> None:
@@ -392,20 +399,21 @@ def _loss_rows_triton(
     need_grad: bool,
 ) -> None:
     """Write a chunk's weighted losses [r], and over the product z [r, V] their gradient with respect to it."""
-    _loss_kernel[(z.shape[0],)](
-        z,
-        head.options(),
-        target,
-        teacher_z,
-        None if teacher_head is None else teacher_head.options(),
-        row_weight,
-        loss,
-        z.stride(0),
-        0 if teacher_z is None else teacher_z.stride(0),
-        NEED_GRAD=need_grad,
-        BLOCK=BLOCK,
-        num_warps=WARPS,
-    )
+    with on_device(z):
+        _loss_kernel[(z.shape[0],)](
+            z,
+            head.options(),
+            target,
+            teacher_z,
+            None if teacher_head is None else teacher_head.options(),
+            row_weight,
+            loss,
+            z.stride(0),
+            0 if teacher_z is None else teacher_z.stride(0),
+            NEED_GRAD=need_grad,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+        )
 
 
 def _loss_rows_torch(

@@ -6,6 +6,8 @@ of every op of decoding from then on; whoever finds that out says so.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -28,3 +30,12 @@ def go_without_kernels(device: torch.device) -> None:
     go_without_kernels(torch.device("cuda", 0))
     """
     _without_kernels.add(device)
+
+
+def on_device(x: Tensor) -> AbstractContextManager:
+    """Where x lies on a GPU, a block in which that is the current one: Triton launches on no other.
+
+    with on_device(query):
+        _kernel[grid](query, ...)
+    """
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

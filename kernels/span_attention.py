@@ -37,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtpkern.kernels.form import on_device
 from mtpkern.kernels.span_mask import span_mask
 
 if find_spec("triton"):
@@ -394,10 +395,12 @@ if find_spec("triton"):
         dv = tl.zeros([KEYS, BD], tl.float32)
         for MASKED in tl.static_range(2):
             n = (f0 - a0) + (a1 - f1) + (g0 - b0) + (b1 - g1) if MASKED else (f1 - f0) + (g1 - g0)
-            # One loop over the group's query heads and their tiles, which the compiler pipelines across heads too.
-            for i in range(n * G):
-                g = (i // n).to(tl.int64)
-                i_m = _pick(i % n, a0, f0, f1, a1, b0, g0, g1) if MASKED else _pick(i % n, f0, f1, g0, g1, 0, 0, 0)
+            # One loop over the group's query heads and their tiles, which the compiler pipelines across heads too; the
+            # tile and its head are counted, as divisions would cost a tenth of the loop's instructions.
+            g = tl.full([], 0, tl.int64)
+            i = 0
+            for _ in range(n * G):
+                i_m = _pick(i, a0, f0, f1, a1, b0, g0, g1) if MASKED else _pick(i, f0, f1, g0, g1, 0, 0, 0)
                 m0 = i_m * ROWS
                 o_r = m0 + tl.arange(0, ROWS)
                 q = _load(query + g * s_q[1], m0, s_q[2], T, ROWS, D, BD, not MASKED)
@@ -415,6 +418,9 @@ if find_spec("triton"):
                     p = tl.where(_visible(_rule(layout, b * T, o_r, T, window), o_n, 0), p, 0.0)
                 dv = _accumulate(dv, p, do)
                 dk = _accumulate(dk, p * (_outer(v, do) - b_delta[None, :]) * slope, q)
+                i += 1
+                g += tl.where(i == n, 1, 0)
+                i = tl.where(i == n, 0, i)
         _store(d_key + b * s_dk[0] + h * s_dk[1], n0, s_dk[2], T, dk * scale, KEYS, D, BD)
         _store(d_value + b * s_dv[0] + h * s_dv[1], n0, s_dv[2], T, dv, KEYS, D, BD)
 
@@ -432,7 +438,7 @@ class Tiles(NamedTuple):
 # without tensor cores, exactly: for tests and small models.
 TILES = {
     ("forward", 2): {128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 8, 3)},
-    ("dq", 2): {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 32, 8, 3), 256: Tiles(64, 32, 8, 2)},
+    ("dq", 2): {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 8, 2)},
     ("dkdv", 2): {64: Tiles(64, 128, 8, 2), 128: Tiles(32, 128, 8, 2), 256: Tiles(32, 64, 8, 2)},
     ("forward", 4): {64: Tiles(32, 32, 8, 1), 128: Tiles(16, 32, 8, 1), 256: Tiles(16, 16, 8, 1)},
     ("dq", 4): {64: Tiles(32, 32, 8, 1), 256: Tiles(16, 16, 8, 1)},
@@ -518,24 +524,25 @@ def _forward(query, key, value, sinks, layout, scale, softcap, window):
     (batch, heads, rows, _), kv_heads = query.shape, key.shape[1]
     out, lse = _forward_fake(query)
     options = _options("forward", query, softcap)
-    _forward_kernel[batch * heads, triton.cdiv(rows, options["ROWS"])](
-        query,
-        key,
-        value,
-        sinks,
-        tuple(layout),
-        out,
-        lse,
-        *_strides(query, key, value, out.transpose(1, 2)),
-        rows,
-        heads,
-        heads // kv_heads,
-        scale,
-        softcap or 0.0,
-        window,
-        **options,
-        HAS_SINKS=sinks is not None,
-    )
+    with on_device(query):
+        _forward_kernel[batch * heads, triton.cdiv(rows, options["ROWS"])](
+            query,
+            key,
+            value,
+            sinks,
+            tuple(layout),
+            out,
+            lse,
+            *_strides(query, key, value, out.transpose(1, 2)),
+            rows,
+            heads,
+            heads // kv_heads,
+            scale,
+            softcap or 0.0,
+            window,
+            **options,
+            HAS_SINKS=sinks is not None,
+        )
     return out, lse
 
 
@@ -561,44 +568,46 @@ def _backward(query, key, value, out, lse, d_out, layout, scale, softcap, window
     tail = heads // kv_heads, scale, softcap or 0.0, window
 
     options = _options("dq", query, softcap)
-    _dq_kernel[batch * heads, triton.cdiv(rows, options["ROWS"])](
-        query,
-        key,
-        value,
-        layout,
-        out,
-        d_out,
-        lse,
-        delta,
-        d_query,
-        *_strides(query, key, value, out, d_out, d_query),
-        rows,
-        heads,
-        *tail,
-        **options,
-    )
+    with on_device(query):
+        _dq_kernel[batch * heads, triton.cdiv(rows, options["ROWS"])](
+            query,
+            key,
+            value,
+            layout,
+            out,
+            d_out,
+            lse,
+            delta,
+            d_query,
+            *_strides(query, key, value, out, d_out, d_query),
+            rows,
+            heads,
+            *tail,
+            **options,
+        )
     options = _options("dkdv", query, softcap)
     tiles = triton.cdiv(rows, options["KEYS"])
     plan = lse.new_empty(batch, tiles, 8, dtype=torch.int32)
     sizes = {name: options[name] for name in ("ROWS", "KEYS")}
-    _row_tiles_kernel[tiles, batch](layout, plan, rows, window, **sizes, TILES=1024 // sizes["ROWS"])
-    _dkdv_kernel[batch * kv_heads, tiles](
-        query,
-        key,
-        value,
-        layout,
-        plan,
-        d_out,
-        lse,
-        delta,
-        d_key,
-        d_value,
-        *_strides(query, key, value, d_out, d_key, d_value),
-        rows,
-        kv_heads,
-        *tail,
-        **options,
-    )
+    with on_device(query):
+        _row_tiles_kernel[tiles, batch](layout, plan, rows, window, **sizes, TILES=1024 // sizes["ROWS"])
+        _dkdv_kernel[batch * kv_heads, tiles](
+            query,
+            key,
+            value,
+            layout,
+            plan,
+            d_out,
+            lse,
+            delta,
+            d_key,
+            d_value,
+            *_strides(query, key, value, d_out, d_key, d_value),
+            rows,
+            kv_heads,
+            *tail,
+            **options,
+        )
     return d_query, d_key, d_value, delta
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from threading import Lock
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -87,9 +87,9 @@ def mtpkern_attention(
             f"{who} passes {', '.join(unknown)} to its attention, which mtpkern does not know how to honour"
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    out = context.attend(
-        cast(int, module.layer_idx), query, key, value, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux
-    )
+    # Not through typing.cast, for which torch.compile would look at the number and compile every layer anew.
+    layer: Any = module.layer_idx
+    out = context.attend(layer, query, key, value, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux)
     return out, None
 
 

@@ -50,6 +50,11 @@ class MTPGenerateOutput(GenerateDecoderOnlyOutput):
     finish_reasons: list[str] | None = None
 
 
+def default_strategy(model: PreTrainedModel) -> Strategy:
+    """Verified, with no more predictions than training has recorded: `default_strategy(model).k`."""
+    return Verified(k=min(recorded_settings(model).get("k_max", Verified.k), Verified.k))
+
+
 def generate(
     model: PreTrainedModel,
     input_ids: Tensor | None = None,
@@ -88,7 +93,7 @@ def generate(
         print(tokenizer.decode(output[0]))
     """
     if strategy is None:
-        strategy = Verified(k=min(recorded_settings(model).get("k_max", Verified.k), Verified.k))
+        strategy = default_strategy(model)
     elif not isinstance(strategy, Strategy):
         raise TypeError(f"strategy must be mtpkern.Static, ConfAdapt or Verified, got {strategy!r}")
     require_decodable(model)

@@ -116,33 +116,68 @@ class StepGraph:
 class CapturedStep:
     """A CUDA graph of one call of `step`; capturing runs nothing. Raises RuntimeError where it cannot be captured."""
 
-    # A capture that fails stays registered with torch's allocator, which asks the graph object about it later on.
-    failed: list[torch.cuda.CUDAGraph] = []
-
     def __init__(self, step: Callable[[], object], device: torch.device, beside: CapturedStep | None) -> None:
         self.graph = torch.cuda.CUDAGraph()
         # Nothing that a step computes in between outlives it, and a model runs one step at a time: a pool can be
         # shared. Only with a graph that lives, because torch forgets a pool whose last graph has gone.
-        pool = beside.graph.pool() if beside is not None else None
-        try:
-            with (
-                on_side_stream(device) as stream,
-                # Other threads may go on using the device meanwhile.
-                torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
-            ):
-                step()
-        except RuntimeError:
-            self.failed.append(self.graph)
-            raise
+        with capturing(self.graph, device, pool=None if beside is None else beside.graph.pool()):
+            step()
 
     def replay(self) -> None:
         """Run the step."""
         self.graph.replay()
 
 
+@contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any = None) -> Iterator[None]:
+    """Capture what the block queues, on the side stream; `torch.cuda.graph` that clears up where a capture fails.
+
+    with capturing(graph, x.device):
+        y = x + 1
+    graph.replay()
+    """
+    pool = torch.cuda.graph_pool_handle() if pool is None else pool
+    with on_side_stream(device) as stream:
+        # cuBLAS has one workspace a stream, which this graph would share with all others and with the warm-up, and lose
+        # when one of them goes (pytorch#193402) or torch.compile makes graphs of its own. So it gets one in its pool,
+        # and leaves none to the next.
+        torch._C._cuda_clearCublasWorkspaces()
+        try:
+            # Other threads may go on using the device meanwhile.
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                yield
+        except BaseException:
+            _clear_up(graph, stream, pool)
+            raise
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
+
+
+# Captures that were broken off stay registered with torch's allocator of pinned memory, which asks their graphs later.
+_broken: list[torch.cuda.CUDAGraph] = []
+
+
+def _clear_up(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any) -> None:
+    """Do what torch leaves undone where a capture is broken off, by a wait for the device say.
+
+    It would take the capture to go on: its allocator would give back no memory to the device where it is short of it,
+    none at all that several streams have used, and start no other capture in the same pool; and (until its generators
+    told captures apart) nothing could draw random numbers on the device, or replay another graph, before the next
+    capture that ends well.
+    """
+    try:
+        torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+    except RuntimeError:
+        return  # it has ended in order: an error of Python's leaves it whole
+    torch._C._cuda_releasePool(stream.device_index, pool)
+    _broken.append(graph)
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
+        torch.zeros((), device=stream.device)
+
+
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    # One for warm-up and capture of all graphs, so that libraries keep one workspace for them, outside of any pool.
+    # One for warm-up and capture of all graphs, so that libraries prepare once what they keep for a stream.
     return torch.cuda.Stream(device)
 
 
@@ -151,10 +186,13 @@ def on_side_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
     """Run the block on a stream of its own, behind what was queued before and before what is queued after."""
     here, side = torch.cuda.current_stream(device), _side_stream(device)
     side.wait_stream(here)
-    # Leaving a capture that has failed does not bring the stream back; this does.
-    with torch.cuda.stream(side):
-        yield side
-    here.wait_stream(side)
+    try:
+        # Leaving a capture that has failed does not bring the stream back; this does.
+        with torch.cuda.stream(side):
+            yield side
+    finally:
+        # After an error, too: what is dropped then is given to others while the side stream may still write to it.
+        here.wait_stream(side)
 
 
 def _announce(error: Exception) -> None:

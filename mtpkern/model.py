@@ -175,7 +175,7 @@ def check(
     )
     errors, equal, spread = [], [], []
     rows, sequences = decoder.rows, decoder.sequences
-    with exclusive(model):
+    with exclusive(model), torch.accelerator.device_index(model.device.index):
         decoder.prefill(input_ids, attention_mask)
         for _ in range(steps):
             seq, position, start = rows.seq.clone(), rows.position.clone(), rows.start.tolist()

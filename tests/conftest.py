@@ -14,7 +14,27 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def on_gpu(form: Callable[..., Any]) -> Callable[..., Any]:
+def laid_out(x: Tensor, device: str) -> Tensor:
+    """A copy of x on the device with the strides of x and as far from an address that is a multiple of 16 bytes.
+
+    `x.to(device)` would make gaps vanish, and with them what passes 2^31 and what is not aligned.
+    """
+    reach = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride())) if x.numel() else 0
+    offset = x.data_ptr() % 16 // x.element_size()
+    there = torch.empty(offset + reach, dtype=x.dtype, device=device).as_strided(x.shape, x.stride(), offset)
+    once(there).copy_(once(x))
+    return there
+
+
+def once(x: Tensor) -> Tensor:
+    """Each element of an expanded tensor once."""
+    for dim, stride in enumerate(x.stride()):
+        if stride == 0 and x.shape[dim] > 1:
+            x = x.narrow(dim, 0, 1)
+    return x
+
+
+def on_gpu(form: Callable[..., Any], device: str = "cuda") -> Callable[..., Any]:
     """The form with its tensors carried to the GPU and back, those that it changed in place included."""
 
     def carried(*args: Any, **kwargs: Any) -> Any:
@@ -22,13 +42,13 @@ def on_gpu(form: Callable[..., Any]) -> Callable[..., Any]:
 
         def carry(x: Any) -> Any:
             if isinstance(x, Tensor):
-                pairs.append((x, x.cuda()))
+                pairs.append((x, laid_out(x, device)))
                 return pairs[-1][1]
             return type(x)(**{f.name: carry(getattr(x, f.name)) for f in fields(x)}) if is_dataclass(x) else x
 
         result = form(*map(carry, args), **{name: carry(x) for name, x in kwargs.items()})
         for here, there in pairs:
-            here.copy_(there)
+            once(here).copy_(once(there))
         if isinstance(result, tuple):
             return tuple(x.cpu() for x in result)
         return result.cpu() if isinstance(result, Tensor) else result
@@ -53,6 +73,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         elif item.get_closest_marker("gpu") and not gpu:
             reason = "needs a CUDA or ROCm device; torch.cuda.is_available() is False"
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Note each failure at once where MTPKERN_FAILURES names a file: a run that is killed sums nothing up."""
+    file = os.environ.get("MTPKERN_FAILURES")
+    if file and report.failed and "PYTEST_XDIST_WORKER" not in os.environ:  # the workers' reports come here, too
+        with open(file, "a") as out:
+            out.write(f"==== {report.nodeid} ({report.when})\n{report.longreprtext}\n{report.capstderr[-2000:]}\n")
 
 
 # So few tokens that drafts come true by chance every few passes.

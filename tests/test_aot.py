@@ -179,3 +179,26 @@ def test_variants_do_not_grow_with_shapes() -> None:
     # One each: row strides are multiples of the head dimension, so that all shapes are equally aligned.
     assert [names.count(name) for name in spans] == [1, 1, 1]
     assert len(names) - len(spans) - names.count("_row_tiles_kernel") <= 8, names
+
+
+WIDE = """
+import re
+from mtpkern.bench import aot
+
+texts = []
+noted = aot._noted
+
+def note(target, name, rows, bits, kernel, seconds):
+    texts.append(kernel.asm["ptx"])
+    return noted(target, name, rows, bits, kernel, seconds)
+
+aot._noted = note
+aot.compile_case("distill bf16 V129", "sm_90")
+print([len(re.findall(r"(?:ld|st)[.]global[.]b16", text)) for text in texts])
+"""
+
+
+@pytest.mark.slow
+def test_an_odd_vocabulary_is_read_16_bytes_at_a_time() -> None:
+    """Llama's with a mask token is odd. Only a row's weight and its target's logit are 2 bytes wide."""
+    assert json.loads(without_interpreter(WIDE)) == [0, 2, 1]

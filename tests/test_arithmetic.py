@@ -21,6 +21,9 @@ from mtpkern.train.arithmetic import (
     prompt,
     split_of_numbers,
 )
+from mtpkern.train.command import read_config
+from mtpkern.train.data import DataArguments, load_data
+from mtpkern.train.formats import Encoder
 
 SPLITS = get_args(Split)
 
@@ -213,6 +216,19 @@ def test_lengths_fit_the_small_model(tokenizer):
 )
 def test_extract_answer(text, answer):
     assert extract_answer(text) == answer
+
+
+def test_written_rows_have_the_ids_of_encode(tokenizer, tmp_path, capsys):
+    folder = tmp_path / "made" / "here"
+    arithmetic.main(["--write", str(folder), "--problems", "600", "--held-out", "20", "--seed", "3"])
+    assert f"{folder / 'test.jsonl'}: 20 problems" in capsys.readouterr().out
+    values = read_config("arithmetic")
+    encoder = Encoder(tokenizer, chat=values["chat"], separator=values["separator"])
+    for split, n in (("train", 600), ("validation", 20), ("test", 20)):
+        arguments = DataArguments([str(folder / f"{split}.jsonl")])
+        texts, _, _ = load_data(arguments, encoder)
+        expected = [encode(problem, tokenizer) for problem in problems(split, n, seed=3)]
+        assert [tuple(texts[i].values()) for i in range(len(texts))] == expected
 
 
 def test_module_prints_problems(capsys):

@@ -188,14 +188,13 @@ class FakeCuda:
                 cuda.now += self.seconds
 
         class Stream:
-            def __init__(self, device):
-                pass
+            device, device_index = "cpu", 0
 
             def wait_stream(self, other):
                 assert cuda.capturing is None
 
         @contextmanager
-        def graph(of):
+        def graph(of, **_):
             cuda.capturing = of
             cuda.streams.append("capture")
             try:
@@ -216,12 +215,16 @@ class FakeCuda:
         for name, value in {
             "Event": Event,
             "CUDAGraph": CUDAGraph,
-            "Stream": Stream,
             "graph": graph,
+            "graph_pool_handle": lambda: (0, 1),
             "stream": stream,
-            "current_stream": lambda device: Stream(device),
+            "current_stream": lambda device: Stream(),
+            "_sleep": lambda cycles: None,
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
+        for name in ("_cuda_clearCublasWorkspaces", "_cuda_endAllocateToPool", "_cuda_releasePool"):
+            monkeypatch.setattr(torch._C, name, lambda *_: None, raising=False)
+        monkeypatch.setattr("mtpkern.graph._side_stream", lambda device: Stream())
 
     def action(self, seconds, seen, fails=""):
         """An action that takes the device so long, and notes its arguments; it fails in a capture if told so."""
@@ -427,6 +430,13 @@ def test_whole_tables_replace_short_ones(tmp_path):
     assert page.index("## A") < page.index("Error: boom") < page.index("## Goals")
     assert page.rstrip().endswith("| speed | ≥ 2 × | 3 × | yes |")
     assert "quick" not in json.loads((tmp_path / "gpu.json").read_text())["environment"]
+
+
+def test_files_with_tests_for_a_gpu():
+    files = {Path(file).stem for file in gpu.test_files()}
+    assert files >= {"test_graph", "test_advance", "test_no_sync", "test_triton_decode", "test_triton_distill"}
+    assert files >= {"test_triton_span", "test_gpu_training", "test_kv_write", "test_readout", "test_decode_attention"}
+    assert not files & {"test_trainer", "test_evaluate", "test_resume", "test_cli_train"}  # not without peft
 
 
 def test_every_benchmark_of_an_op_or_step_is_a_part():

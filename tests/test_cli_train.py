@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mtpkern
 from mtpkern.cli import main
+from mtpkern.train import arithmetic
+from mtpkern.train.checkpoint import K_MAX, NUM_SPANS, PREFIX_WEIGHT, common_arguments
 from mtpkern.train.command import help_text, load_student, load_teacher, parse, read_config, shipped_configs
 
 # Rows as the data sets have them: their columns, their order, their kinds of values.
@@ -96,7 +98,8 @@ def test_a_shipped_configuration_trains_and_saves_a_plain_checkpoint(
     flags += ["--eval-data", data] if name == "gsm8k" else ["--eval-fraction", "0.2"]
     assert main(["train", name, *flags]) == 0
     report = capsys.readouterr().err
-    assert f"{data}: {len(rows)} rows read; " in report
+    assert f"training: {data}: {len(rows)} rows read; " in report
+    assert f"held out: {data}: {len(rows)} rows read; " in report
     assert says in report
     assert "tokens_per_pass" in (out / "summary.md").read_text()
 
@@ -115,7 +118,7 @@ def test_a_shipped_configuration_trains_and_saves_a_plain_checkpoint(
 
 
 def test_shipped_configurations_are_the_papers():
-    assert shipped_configs() == ["gsm8k", "magpie", "metamath-llama", "metamath-qwen3"]
+    assert shipped_configs() == ["arithmetic", "gsm8k", "magpie", "metamath-llama", "metamath-qwen3"]
     for name in shipped_configs():
         parse([name, "--output-dir", "out", "--use-cpu"])
     paper = {
@@ -144,6 +147,32 @@ def test_shipped_configurations_are_the_papers():
     assert (magpie["max_length"], 4 * magpie["per_device_train_batch_size"]) == (1024, 16)
 
 
+def test_the_arithmetic_configuration_is_the_checkpoints_recipe(tmp_path, tiny, capsys):
+    values = read_config("arithmetic")
+    recipe = common_arguments(tmp_path, "warmup", 2e-3)
+    changed = {name for name in {*recipe} & {*values} if values[name] != recipe[name]}
+    # It has 2,000 steps instead of 2,400 and 300; YAML has 2e-3 as a string.
+    assert changed == {"max_steps", "lr_scheduler_kwargs", "learning_rate"}
+    assert (values["k_max"], values["num_spans"], values["prefix_weight"]) == (K_MAX, NUM_SPANS, PREFIX_WEIGHT)
+
+    tokenizer = arithmetic.build_tokenizer()
+    model = tiny.model("llama", vocab_size=len(tokenizer), num_hidden_layers=1)
+    del model.config.mtpkern
+    model.config.max_position_embeddings = 512
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    arithmetic.main(["--write", str(tmp_path / "rows"), "--problems", "40", "--held-out", "4"])
+    flags = ["--model", str(tmp_path / "teacher"), "--train-data", str(tmp_path / "rows" / "train.jsonl")]
+    flags += ["--eval-data", str(tmp_path / "rows" / "validation.jsonl"), "--output-dir", str(tmp_path / "out")]
+    flags += ["--max-steps", "3", "--gt-warmup-steps", "2", "--eval-steps", "3", "--warmup-steps", "1"]
+    flags += ["--lr-scheduler-kwargs", '{"num_decay_steps": 1}', "--decode-rows", "2", "--decode-tokens", "4"]
+    flags += ["--per-device-train-batch-size", "4"]
+    assert main(["train", "arithmetic", *flags]) == 0
+    assert "40 rows read; 40 used" in capsys.readouterr().err
+    assert "accuracy | tokens_per_pass" in (tmp_path / "out" / "summary.md").read_text()
+
+
 def test_flags_win_over_a_file(tmp_path):
     values = {
         "model": "m",
@@ -155,6 +184,7 @@ def test_flags_win_over_a_file(tmp_path):
         "num_spans": None,
         "lr_scheduler_kwargs": {"num_decay_steps": 7},
         "fsdp": True,
+        "report_to": ["none"],
     }
     (tmp_path / "c.json").write_text(json.dumps(values))
     # What YAML reads as a string.
@@ -166,6 +196,7 @@ def test_flags_win_over_a_file(tmp_path):
         assert (config.learning_rate, config.k_max, config.num_spans) == (3e-4, 5, None)
         assert config.lr_scheduler_kwargs == {"num_decay_steps": 7}
         assert config.fsdp is True
+        assert config.report_to == []
     (tmp_path / "c.yaml").write_text("\n".join([*lines, "fsdp: false"]).replace("fsdp: true", ""))
     assert not parse([str(tmp_path / "c.yaml")])[2].fsdp
 
@@ -195,9 +226,54 @@ def test_mistakes_in_a_configuration(tmp_path, text, flags, says):
         parse([str(tmp_path / "c.yaml"), *flags])
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--streaming", "--max-steps", "9", "--train-sampling-strategy", "group_by_length"], "group_by_length"),
+        (["--decode-rows", "3"], "decode_rows needs held-out rows"),
+        (["--eval-strategy", "steps", "--eval-steps", "3"], "eval_strategy needs held-out rows"),
+        (["--eval-fraction", "0.1", "--decode-rows", "3", "--bidirectional"], "cannot decode a bidirectional"),
+        (["--lora-rank", "2", "--teacher", "t"], "with LoRA the teacher is the student"),
+        (["--lora-rank", "2", "--teacher-dtype", "bfloat16"], "teacher_dtype is of a second model"),
+        (["--teacher-target", "gt", "--teacher", "t"], "asks no teacher"),
+        (["--teacher-target", "gt", "--teacher-dtype", "bfloat16"], "needs none: leave teacher_dtype out"),
+        (["--lora-alpha", "8"], "lora_alpha needs lora_rank > 0"),
+        (["--lora-targets", "q_proj"], "lora_targets needs lora_rank > 0"),
+        (["--max-length", "1"], "max_length must be at least 2, for two tokens; got 1"),
+        (
+            ["--max-length", "30", "--layout", "paper", "--num-spans", "2"],
+            "at least 32, for two tokens and all 30 masks",
+        ),
+        (["--decode-rows", "-1"], "decode_rows must be at least 0"),
+        (["--max-steps", "0"], "nothing would be trained"),
+        (["--num-train-epochs", "0"], "nothing would be trained"),
+        (["--per-device-train-batch-size", "0"], "per_device_train_batch_size must be at least 1"),
+        (["--report-to", "foo", "bar"], "report_to names bar, foo, which is not installed or unknown"),
+        (["--lr-scheduler-kwargs", "3"], "lr_scheduler_kwargs must be names and values"),
+        (["--output-dir", __file__], "output_dir must be a folder"),
+    ],
+)
+def test_options_that_contradict_one_another(flags, says):
+    """Before anything is loaded: the model does not exist."""
+    with pytest.raises(ValueError, match=says):
+        parse(["--model", "m", "--train-data", "d.jsonl", "--output-dir", "out", "--use-cpu", *flags])
+
+
+def test_an_anchor_needs_a_teacher_whatever_the_target(tmp_path, checkpoint):
+    data, start = write(tmp_path / "rows.jsonl", GSM8K), checkpoint("llama")
+    common = ["--model", start, "--train-data", data, "--teacher-target", "gt", "--k-max", "3", *TINY]
+    common += ["--learning-rate", "1e-2", "--teacher", start]
+    saved = []
+    for weight in ("0.5", "5"):
+        out = tmp_path / weight
+        assert main(["train", *common, "--anchor-kl-weight", weight, "--max-steps", "3", "--output-dir", str(out)]) == 0
+        saved.append(AutoModelForCausalLM.from_pretrained(out))
+    assert not all(torch.equal(x, y) for x, y in zip(*(model.parameters() for model in saved)))
+
+
 def test_an_unknown_configuration(capsys):
     assert main(["train", "metamath"]) == 2
-    assert "those are gsm8k, magpie, metamath-llama, metamath-qwen3" in capsys.readouterr().err
+    assert "those are arithmetic, gsm8k, magpie, metamath-llama, metamath-qwen3" in capsys.readouterr().err
 
 
 def test_help_is_short_and_help_all_is_whole(capsys):
@@ -268,6 +344,42 @@ def test_models_that_do_not_fit(tmp_path, checkpoint, bytes_of, capsys):
         f"mtpkern train: {data}, line 13: expected question and answer; answer missing; "
         "mend the row or set bad_rows: skip\n"
     )
+
+
+def test_what_goes_wrong_while_training_is_one_sentence(tmp_path, checkpoint, capsys):
+    data, start, out = write(tmp_path / "rows.jsonl", GSM8K), checkpoint("llama"), tmp_path / "out"
+    common = ["--model", start, "--k-max", "3", "--num-spans", "1", *TINY, "--output-dir", str(out)]
+
+    def fails(*flags):
+        assert main(["train", *common, *flags]) == 2
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        return said.splitlines()[-1]
+
+    said = fails("--train-data", data, "--learning-rate", "inf")
+    assert said.startswith("mtpkern train: the weights or loss of step 1 is not finite")
+    assert not list(out.glob("*"))
+    mixed = write(tmp_path / "mixed.jsonl", [*GSM8K, {"question": "x"}])
+    for workers in ("0", "1"):
+        flags = ["--streaming", "--shuffle-buffer", "2", "--max-steps", "30", "--dataloader-num-workers", workers]
+        said = fails("--train-data", mixed, *flags)
+        assert said.startswith(f"mtpkern train: {mixed}, line 13: expected question and answer; answer missing")
+    (out / "half").mkdir()
+    assert "is no checkpoint" in fails("--train-data", data, "--resume-from-checkpoint", str(out / "half"))
+    assert "no complete checkpoint" in fails("--train-data", data, "--resume-from-checkpoint", "true")
+    assert "no such file or folder" in fails("--train-data", data, "--model", "./nowhere")
+    assert "no such file or folder" in fails("--train-data", data, "--teacher", "./nowhere")
+    assert "config.json is missing" in fails("--train-data", data, "--model", str(out))
+    (out / "checkpoint-1").mkdir()
+    (out / "checkpoint-1" / "complete.json").write_text("{}")
+    assert "checkpoint-1 is there" in fails("--train-data", data, "--resume-from-checkpoint", "false")
+
+
+def test_a_run_without_evaluations_is_evaluated_at_its_end(tmp_path, checkpoint):
+    data, start, out = write(tmp_path / "rows.jsonl", GSM8K), checkpoint("llama"), tmp_path / "out"
+    flags = ["--train-data", data, "--eval-data", data, "--decode-rows", "2", "--decode-tokens", "3"]
+    assert main(["train", "--model", start, *flags, "--output-dir", str(out), *TINY]) == 0
+    assert "accuracy | tokens_per_pass" in (out / "summary.md").read_text()
 
 
 def test_two_processes_under_torchrun(tmp_path, checkpoint):

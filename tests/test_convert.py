@@ -86,6 +86,18 @@ def test_a_preset_fills_in_what_is_not_said(tmp_path, tiny, bytes_of, monkeypatc
     assert model.generation_config.eos_token_id == [7, 8]
 
 
+def test_nothing_half_written_is_left(tmp_path, tiny, bytes_of, monkeypatch):
+    publish(tmp_path / "published", tiny, bytes_of, eos_token_id=5)
+    kind = type(AutoTokenizer.from_pretrained(tmp_path / "published"))
+    with monkeypatch.context() as broken:
+        broken.setattr(kind, "save_pretrained", lambda self, folder: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            convert(str(tmp_path / "published"), tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+    convert(str(tmp_path / "published"), tmp_path / "plain")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "published"]
+
+
 def test_refusals(tmp_path, tiny, bytes_of, capsys):
     source, target = tmp_path / "published", tmp_path / "plain"
     publish(source, tiny, bytes_of)
@@ -97,6 +109,10 @@ def test_refusals(tmp_path, tiny, bytes_of, capsys):
         convert(str(source), target, stop_token_ids=[900])
     with pytest.raises(ValueError, match="preset must be one of"):
         convert(str(source), target, preset="gpt-2")
+    with pytest.raises(ValueError, match="k_max must be at least 1"):
+        convert(str(source), target, k_max=0)
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        convert(str(tmp_path / "nowhere"), target)
     assert not target.exists()
     target.mkdir()
     with pytest.raises(FileExistsError, match="new folder"):

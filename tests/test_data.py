@@ -65,12 +65,75 @@ def test_chat_template_gives_prompt_and_answer_with_one_eos(bytes_of, kind):
     assert ids[:length] == tokenizer(prompt, add_special_tokens=False).input_ids
 
 
-def test_earlier_turns_belong_to_the_prompt(bytes_of):
+MORE = [*TURNS, {"role": "user", "content": "And 2 + 2?"}, {"role": "assistant", "content": "It is 4."}]
+
+
+def earlier(example, tokenizer):
+    return [tokenizer.decode(example["input_ids"][a:b]) for a, b in example.get("earlier_answers", ())]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen"])
+def test_every_answer_of_a_conversation_counts(bytes_of, kind):
+    tokenizer = bytes_of(kind)
+    eos = tokenizer.eos_token
+    last = [*MORE, {"role": "user", "content": "Thanks."}, {"role": "assistant", "content": "Bye."}]
+    (example,) = Encoder(tokenizer)([last])
+    assert tokenizer.decode(halves(example)[1]) == f"Bye.{eos}"
+    assert earlier(example, tokenizer) == [f"{ANSWER}{eos}", f"It is 4.{eos}"]
+    # Each stands behind the very ids that decoding would feed for it.
+    for (start, _), n in zip(example["earlier_answers"], (1, 3)):
+        prompt = tokenizer.apply_chat_template(last[:n], tokenize=False, add_generation_prompt=True)
+        assert example["input_ids"][:start] == tokenizer(prompt, add_special_tokens=False).input_ids
+    assert EncodedTexts([example])[0] == example
+
+
+def test_earlier_answers_that_do_not_count(tmp_path, bytes_of):
     tokenizer = bytes_of("qwen")
-    more = [*TURNS, {"role": "user", "content": "And 2 + 2?"}, {"role": "assistant", "content": "4"}]
-    (example,) = Encoder(tokenizer)([more])
-    assert tokenizer.decode(example["input_ids"][example["prompt_length"] :]) == "4<|im_end|>"
-    assert tokenizer.decode(example["input_ids"]).count("<|im_end|>") == 4
+    encode = Encoder(tokenizer)
+    # By weight, or within a prompt.
+    light = messages_of({"messages": [MORE[0], {**MORE[1], "weight": 0}, *MORE[2:]]}, "messages")
+    prompt = messages_of({"prompt": MORE[:3], "completion": MORE[3:]}, "prompt-completion")
+    several = messages_of({"prompt": MORE[:1], "completion": MORE[1:]}, "prompt-completion")
+    for messages, answers in ((light, 0), (prompt, 0), (several, 1)):
+        (example,) = encode([messages])
+        assert tokenizer.decode(halves(example)[1]) == "It is 4.<|im_end|>"
+        assert len(earlier(example, tokenizer)) == answers
+        assert "not_counted" not in example
+    with pytest.raises(BadRow, match="weight must be 0 or 1; got 'no'"):
+        messages_of({"messages": [MORE[0], {**MORE[1], "weight": "no"}, *MORE[2:]]}, "messages")
+    with pytest.raises(BadRow, match="must not be 0"):
+        messages_of({"messages": [TURNS[0], {**TURNS[1], "weight": 0}]}, "messages")
+    # By the template, which leaves out an earlier answer's end, or begins it otherwise; or without one.
+    path = write(tmp_path / "rows.jsonl", [{"messages": MORE}, {"messages": TURNS}])
+    whole = tokenizer.chat_template
+    for template in (
+        whole.replace("<|im_end|>", "{{ '<|im_end|>' if loop.last or m['role'] == 'user' }}"),
+        whole.replace(
+            "{{ m['content'] }}", "{{ '!' if m['role'] == 'assistant' and not loop.last }}{{ m['content'] }}"
+        ),
+        None,
+    ):
+        tokenizer.chat_template = template or whole
+        texts, _, (report,) = load_data(DataArguments([path]), Encoder(tokenizer, chat=template is not None))
+        assert [earlier(texts[i], tokenizer) for i in range(2)] == [[], []]
+        assert (report.used, report.not_counted) == (2, 1)
+        assert "2 used, 1 earlier answers not counted" in str(report)
+
+
+def test_a_conversation_is_cut_inside_an_answer(bytes_of):
+    tokenizer = bytes_of("qwen")
+    (whole,) = Encoder(tokenizer)([MORE])
+    ((start, end),) = whole["earlier_answers"]
+    for window, ranges in ((start + 2, [(start, start + 2)]), (end + 1, [(start, end)])):
+        (example,) = Encoder(tokenizer, window=window, long_rows="cut")([MORE])
+        assert example == {
+            "input_ids": whole["input_ids"][:window],
+            "prompt_length": window,
+            "cut": True,
+            "earlier_answers": ranges,
+        }
+    (refused,) = Encoder(tokenizer, window=start, long_rows="cut")([MORE])
+    assert isinstance(refused, BadRow)
 
 
 @pytest.mark.parametrize(("kind", "front"), [("llama", "<|begin_of_text|>"), ("qwen", "")])
@@ -254,7 +317,9 @@ def test_held_out_groups(tmp_path, bytes_of):
     write(tmp_path / "rows.jsonl", [{"query": "x", "response": "y", "original_question": "z"}, *rows])
     assert set(prompts(load_data(arguments, encode)[1], encode.tokenizer)) >= set(prompts(held_out, encode.tokenizer))
     write(tmp_path / "rows.jsonl", [*rows[:3], {"query": "x", "response": "y"}])
-    with pytest.raises(ValueError, match=r"line 4: expected a string in column 'original_question'"):
+    with pytest.raises(
+        ValueError, match=r"line 4: expected a string in column 'original_question'; got columns query, resp"
+    ):
         load_data(arguments, encode)
 
 
@@ -281,13 +346,34 @@ def test_every_source_gives_the_same_rows(tmp_path, monkeypatch):
     places, found = zip(*read_rows([str(folder)], streaming=True))
     assert list(found) == rows
     assert places[2] == f"{folder}, row 3"
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        list(read_rows([str(tmp_path / "d.jsonl")]))
+    for name in (tmp_path / "d.jsonl", tmp_path / "d", "a/b/c", "./d"):
+        with pytest.raises(FileNotFoundError, match="no such file"):
+            list(read_rows([str(name)]))
     with pytest.raises(ValueError, match="one folder or hub id"):
         list(read_rows([lines, "openai/gsm8k"]))
     (tmp_path / "e.json").write_text('{"question": 1}')
     with pytest.raises(ValueError, match=r"use \.jsonl"):
         list(read_rows([str(tmp_path / "e.json")]))
+
+
+def test_files_that_cannot_be_read(tmp_path, bytes_of):
+    """A file of another kind or encoding is an error that names it; a byte order mark is none."""
+    encode = Encoder(bytes_of("qwen"))
+    line = json.dumps(sums(1)[0]).encode()
+    for name, content, says in (
+        ("a.csv", b"question,answer", r"a.csv: a data file must be one of .jsonl, .json, .parquet"),
+        ("a.parquet", b"PAR1", "a.parquet: no whole parquet file"),
+        ("a.json", b"[\xe9]", "a.json: expected UTF-8"),
+        ("a.jsonl", line + b'\n{"question": "caf\xe9"}', "a.jsonl, line 2: expected UTF-8 text; got byte 0xe9 at 17"),
+        ("b.jsonl", b"hello\n[1]", "b.jsonl, line 1: expected a JSON object .* no format shows in the first 2 rows"),
+        ("c.jsonl", b"[1]", r"c.jsonl, line 1: expected an object with fields; got \[1\]"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=says):
+            load_data(DataArguments([str(tmp_path / name)]), encode)
+    for name, content in (("d.jsonl", line), ("d.json", b"[" + line + b"]")):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
+        assert len(load_data(DataArguments([str(tmp_path / name)]), encode)[0]) == 1
 
 
 def test_only_and_empty(tmp_path, bytes_of):

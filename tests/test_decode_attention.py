@@ -142,7 +142,8 @@ def compare(form: Form, case: Case, **options: object) -> None:
     truth = attend(case, torch.float64, **options)
     eager = attend(case, case.query.dtype, **options)
     error, eager_error = ((x.double() - truth).abs().max().item() if x.numel() else 0.0 for x in (out, eager))
-    tiny = {torch.float64: 1e-13, torch.float32: 1e-6}.get(case.query.dtype, 1e-4)
+    # Three products of TF32 and approximate exponentials, on a GPU; a single product would be off by 1e-3.
+    tiny = {torch.float64: 1e-13, torch.float32: 5e-6}.get(case.query.dtype, 1e-4)
     assert error <= 2 * eager_error + tiny
     assert not out[case.slot == case.k_cache.shape[2] - 1].any()
     for x, before in zip((case.query, case.k_cache, case.v_cache), poisoned):
@@ -212,10 +213,10 @@ def test_by_hand(form: Form) -> None:
     case.query[:2] = 1.0
     case.k_cache[0, 0, :2, 0] = torch.tensor([0.0, math.log(3)])
     case.v_cache[0, 0, :2, 0] = torch.tensor([8.0, 4.0])
-    assert case.run(form).flatten().tolist() == pytest.approx([8.0, 5.0, 0.0])
+    assert case.run(form).flatten().tolist() == pytest.approx([8.0, 5.0, 0.0], rel=1e-5)
     # A sink of ln 4 halves the second row's weights and leaves a fifth of the first row's.
     sinks = torch.tensor([math.log(4)])
-    assert case.run(form, sinks=sinks).flatten().tolist() == pytest.approx([8 / 5, 2.5, 0.0])
+    assert case.run(form, sinks=sinks).flatten().tolist() == pytest.approx([8 / 5, 2.5, 0.0], rel=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -312,6 +313,14 @@ def test_more_rows_than_a_tile_holds(form: Form, splits: int, nan_in_new_tensors
     # 33 rows of 5 heads each: two tiles of 128, the second partly full; the short sequence leaves it empty.
     case = make_case([list(range(40, 73)), [3, 4]], capacity=80, heads=5, groups=5, dim=16, unused=40)
     compare(lambda *args, **options: form(*args, splits=splits, **options), case)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("form", [decode_attention_triton])
+def test_more_heads_of_a_row_than_a_tile_holds(form: Form, nan_in_new_tensors: None) -> None:
+    # 20 heads over one, in tiles of 16: unused rows are cleared in all of them.
+    case = make_case([[3, 4]], heads=20, groups=20, dim=128, capacity=9)
+    compare(lambda *args, **options: form(*args, splits=1, **options), case)
 
 
 @pytest.mark.kernel

@@ -11,6 +11,7 @@ import traceback
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mtpkern.train.arithmetic import build_tokenizer
@@ -133,6 +134,7 @@ def run_engine(folder, tied, **change):
         run = trainer(folder / "run", seed, tied, **change)
         torch.manual_seed(seed + run.args.process_index)
         run.train(resume_from_checkpoint=None if name == "whole" else str(folder / "run" / "checkpoint-7"))
+        assert run.is_fsdp_enabled == all(isinstance(p, DTensor) for p in run.model.parameters())
         evaluated = run.evaluate()
         run.save_model(str(folder / name))
         losses = [x["loss"] for x in run.state.log_history if "loss" in x]
@@ -155,6 +157,9 @@ def test_fsdp_equals_ddp_and_both_resume_exactly(tmp_path, tied):
         forget_engine()
         with pytest.raises(ValueError, match="LoRA under FSDP"):
             trainer(tmp_path / "lora", fsdp=True, lora_rank=2)
+        forget_engine()
+        with pytest.raises(ValueError, match="torch_compile under FSDP"):
+            trainer(tmp_path / "compiled", fsdp=True, torch_compile=True)
 
     in_two_processes(work)
     results = {name: torch.load(tmp_path / name / "results.pt") for name in ("ddp", "fsdp")}
@@ -176,3 +181,49 @@ def test_fsdp_equals_ddp_and_both_resume_exactly(tmp_path, tied):
         torch.testing.assert_close(weight, weights["fsdp"][key], rtol=0, atol=1e-6)
     start = llama(0, tied).state_dict()
     assert all((weights["ddp"][key] - start[key]).abs().max() > 1e-3 for key in start)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_two_processes_take_the_step_of_one(tmp_path):
+    """Rows weigh the same on every rank; one rank's first micro-batch has no answer and so no span at all."""
+    texts = rows(24)
+    for text in (texts[2], texts[3]):
+        text["prompt_length"] = len(text["input_ids"])
+
+    def train(path, batch, **change):
+        run = trainer(
+            path,
+            max_steps=3,
+            per_device_train_batch_size=batch,
+            # Plain gradient descent, and spans that depend on the text alone.
+            optim="sgd",
+            learning_rate=2.0,
+            max_grad_norm=0,
+            k_min=3,
+            span_offset=1,
+            k_max=3,
+            anchor_kl_weight=0.3,
+            train_sampling_strategy="sequential",
+            save_strategy="no",
+            **change,
+        )
+        run.train_dataset = texts
+        run.train()
+        run.accelerator.wait_for_everyone()
+        return run, [x["loss"] for x in run.state.log_history if "loss" in x]
+
+    def work(rank):
+        run, losses = train(tmp_path, 2)
+        if rank == 0:
+            weights = run.accelerator.unwrap_model(run.model).state_dict()
+            torch.save({"losses": losses, "weights": weights}, tmp_path / "two.pt")
+
+    in_two_processes(work)
+    two = torch.load(tmp_path / "two.pt")
+    run, losses = train(tmp_path, 4, ddp_backend=None)
+    assert two["losses"] == pytest.approx(losses, abs=1e-6)
+    start = llama().state_dict()
+    for key, weight in run.model.state_dict().items():
+        torch.testing.assert_close(two["weights"][key], weight, rtol=0, atol=1e-6)
+        assert (weight - start[key]).abs().max() > 2e-5  # twenty times what may differ

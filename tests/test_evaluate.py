@@ -1,11 +1,13 @@
 """Decoding while training, the score of an answer, and the summary with its curves."""
 
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import mtpkern
 from mtpkern import Static, generate
 from mtpkern.train.arithmetic import build_tokenizer, encode, problems, prompt
 from mtpkern.train.evaluate import HeldOut, curves, final_number, same_number, summarise
@@ -108,6 +110,17 @@ def test_trainer_decodes_held_out_prompts(tmp_path, change):
     assert seen[-1] == (new, "c")
     assert 1 <= scored[-1]["eval_tokens_per_pass"] <= 3
     assert not model.config.use_cache
+
+
+def test_tokens_per_pass_do_not_depend_on_the_batch():
+    """The default row budget would deal masks by batch size and device."""
+    assets = Path(mtpkern.__file__).parent / "assets"
+    tokenizer = AutoTokenizer.from_pretrained(assets)
+    model = AutoModelForCausalLM.from_pretrained(assets)
+    chosen = list(problems("validation", 4))
+    texts, answers = [prompt(p) for p in chosen], [str(p.result) for p in chosen]
+    counts = [HeldOut(texts, answers, tokenizer, max_new_tokens=64, batch_size=n).count(model) for n in (1, 4)]
+    assert counts[0].equal(counts[1])
 
 
 def test_held_out_must_match():

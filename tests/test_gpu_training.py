@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 from mtpkern.attention import attention_context
 from mtpkern.kernels import distill, span_attention
@@ -13,6 +13,7 @@ from mtpkern.kernels.distill import Head, distill_loss, distill_loss_reference, 
 from mtpkern.kernels.span_mask import span_mask
 from mtpkern.train.layout import build_layout, draw_prefixes
 from mtpkern.train.objective import SpanContext, mtp_loss
+from mtpkern.train.trainer import MTPCollator, MTPConfig, MTPTrainer
 
 pytestmark = pytest.mark.gpu
 
@@ -313,3 +314,41 @@ def test_autocast_and_activation_checkpointing(name):
     for a, b, e in zip(again_grads, grads, exact_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()) + 1e-7)
         assert torch.nn.functional.cosine_similarity(b.flatten(), e.flatten(), dim=0) > 0.9
+
+
+class WatchSteps(TrainerCallback):
+    """From the start of the fifth step to the end of the seventh, waiting for the device is an error."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 7:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"packing": True}, {"torch_compile": True}], ids=["plain", "packed", "compiled"]
+)
+def test_the_trainers_loop_waits_for_nothing(tmp_path, change):
+    """Between two logs: loading, drawing, micro-batches, clipping and optimizer; k and lengths differ every step."""
+    student, teacher = tiny_models("qwen3")
+    student.config.eos_token_id = 0
+    texts = [{"input_ids": [1 + (i + j) % 50 for j in range(20 + i % 9)], "prompt_length": 3} for i in range(64)]
+    options = {"max_steps": 8, "logging_steps": 8, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+    run = MTPTrainer(
+        model=student,
+        teacher=teacher,
+        args=MTPConfig(str(tmp_path), k_max=6, num_spans=3, bf16=True, save_strategy="no", **options, **change),
+        mask_token_id=60,
+        train_dataset=texts,
+        data_collator=MTPCollator(0),
+        callbacks=[WatchSteps()],
+    )
+    try:
+        run.train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert run.state.global_step == 8

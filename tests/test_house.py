@@ -219,11 +219,13 @@ def test_missing_transformers_says_what_to_install(clone):
 
 @pytest.mark.parametrize("missing", ["accelerate", "peft"])
 def test_missing_extra_says_what_to_install(missing):
-    last = (
-        run_python(f"import sys; sys.modules[{missing!r}] = None; import mtpkern.train").stderr.strip().splitlines()[-1]
-    )
-    assert missing in last
-    assert "pip install 'mtpkern[train]'" in last
+    without = f"import sys; sys.modules[{missing!r}] = None; import mtpkern.train"
+    for module in ("trainer", "command"):
+        last = run_python(f"{without}.{module}").stderr.strip().splitlines()[-1]
+        assert missing in last
+        assert "pip install 'mtpkern[train]'" in last
+    # What a machine with torch and transformers alone is to measure.
+    assert run_python(f"{without}.objective, mtpkern.bench.span_attention, mtpkern.bench.train_step").returncode == 0
 
 
 def test_bounds_and_pins_agree():

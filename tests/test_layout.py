@@ -1,13 +1,19 @@
 """The paper's figure examples, and the properties that every drawn layout must have."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from mtpkern.kernels.span_mask import span_mask
-from mtpkern.train.layout import build_layout, draw_k, draw_prefixes, stride_prefixes
+from mtpkern.train.layout import (
+    answer_ends,
+    build_layout,
+    draw_k,
+    draw_prefixes,
+    draw_within,
+    main,
+    pack,
+    stride_prefixes,
+)
 
 
 @pytest.mark.parametrize(
@@ -74,14 +80,23 @@ def test_drawn_prefixes(spacing, counting):
     assert seen == set(range(10, 40))
 
 
-def test_stride_keeps_its_period():
-    period = {"tokens": 8, "paper": 5}
-    for counting in ("tokens", "paper"):
-        for step in range(20):
-            prefix = draw_prefixes(LENGTHS[:1], PROMPTS[:1], 4, 3, counting=counting, seed=0, step=step)[0]
-            gaps = {int(g) % 30 for g in prefix.diff()}
-            # The grid is rolled around a range of 30 positions, so one gap may be what the roll leaves over.
-            assert period[counting] in gaps or len(gaps) == 2
+@pytest.mark.parametrize(("counting", "period"), [("tokens", 8), ("paper", 5)])
+def test_stride_keeps_its_period(counting, period):
+    """Three spans rolled around a range of 30 positions: two gaps are the period, the third is what it leaves over."""
+    starts = set()
+    for step in range(40):
+        prefix = draw_prefixes(LENGTHS[:1], PROMPTS[:1], 4, 3, counting=counting, seed=0, step=step)[0].tolist()
+        gaps = sorted((b - a) % 30 for a, b in zip(prefix, [*prefix[1:], prefix[0]]))
+        assert gaps == [period, period, 30 - 2 * period]
+        starts.add(prefix[0])
+    assert len(starts) > 5
+
+
+def test_no_span_behind_the_first_that_reaches_the_end():
+    """A range of 9 holds two spans a period of 8 apart; rolled, they stand side by side."""
+    lengths, prompts = torch.tensor([12]), torch.tensor([3])
+    drawn = [draw_prefixes(lengths, prompts, 4, 2, offset=offset, seed=0, step=0)[0].tolist() for offset in range(9)]
+    assert drawn == [[3, 11], [3, 4], [4, 5], [5, 6], [6, 7], [7, 8], [8, 0], [9, 0], [10, 0]]
 
 
 def test_spans_before_the_answer_only_where_asked():
@@ -128,9 +143,9 @@ def test_errors():
         draw_prefixes(lengths, lengths, 4, 5, spacing="dense", seed=0, step=0)
 
 
-def test_drawing_runs():
-    done = subprocess.run([sys.executable, "-m", "mtpkern.train.layout"], capture_output=True, text=True, check=True)
-    assert done.stdout.count("position") == 4
+def test_drawing_runs(capsys):
+    main()
+    assert capsys.readouterr().out.count("position") == 4
 
 
 def test_k_of_one_rank_and_a_fixed_offset():
@@ -140,3 +155,33 @@ def test_k_of_one_rank_and_a_fixed_offset():
     lengths, prompts = torch.tensor([30, 22]), torch.tensor([4, 2])
     prefix = draw_prefixes(lengths, prompts, 3, 4, offset=1, seed=0, step=0)
     assert prefix.tolist() == [[5, 11, 17, 23], [3, 9, 15, 21]]
+
+
+@pytest.mark.parametrize("options", [{"spacing": "random"}, {}, {"offset": 2}, {"counting": "paper"}])
+def test_several_answers_are_drawn_from_like_one(options):
+    """One answer gives the spans that it always gave; of several, all tokens are met, and none of the prompts'."""
+    met = set()
+    several = answer_ends(LENGTHS, PROMPTS, [[(2, 5), (7, 9)], [], [], []], num_tokens=41)
+    assert several[0].tolist() == [0, 0, 5, 5, 5, 0, 0, 9, 9, 0, *[40] * 30, 0]
+    for step in range(80):
+        common = options | {"seed": 1, "step": step}
+        one = draw_within(answer_ends(LENGTHS, PROMPTS, [], num_tokens=41) > 0, 4, 5, **common)
+        assert torch.equal(one, draw_prefixes(LENGTHS, PROMPTS, 4, 5, **common))
+        prefix = draw_within(several > 0, 4, 5, **common)
+        # Random keys are drawn for the whole batch, as wide as its widest answers.
+        assert torch.equal(prefix[1:], one[1:]) or options == {"spacing": "random"}
+        met.update(prefix[0].tolist())
+    assert met - {0} <= {2, 3, 4, 7, 8, *range(10, 40)}
+    assert "offset" in options or met >= {2, 3, 4, 7, 8, *range(10, 40)}
+
+
+def test_a_first_token_is_never_predicted_first():
+    ends = answer_ends(torch.tensor([3]), torch.tensor([0]), [], num_tokens=3)
+    assert draw_within(ends > 0, 2, 3, spacing="random", seed=0, step=0).tolist() == [[1, 2, 0]]
+
+
+def test_packing_asks_for_no_value_of_the_texts():
+    """They lie on a GPU by then, for whose values the host would have to wait; meta tensors have none."""
+    layout = build_layout(torch.tensor([[2, 4], [3, 0]]), torch.tensor([6, 5]), 3, num_tokens=7)
+    _, (texts,) = pack(layout, torch.empty(2, 7, dtype=torch.int64, device="meta"))
+    assert texts.shape == (1, 11)

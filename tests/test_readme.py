@@ -103,6 +103,26 @@ def test_links_lead_somewhere():
     assert not [link for link in links if not (ROOT / link).exists()]
 
 
+def test_the_papers_table_names_what_exists():
+    """Every row of docs/paper.md ends in functions and tests; each is found where the row says it is."""
+    rooms = ("mtpkern", "kernels", "train")
+    sources = "\n".join(path.read_text() for room in rooms for path in ROOT.glob(f"{room}/*.py"))
+    rows = [line for line in (ROOT / "docs/paper.md").read_text().splitlines() if re.match(r"\| .*`", line)]
+    assert len(rows) > 30
+    for row in rows:
+        *_, functions, tests = row.strip("| ").split(" | ")
+        file = ""
+        for name in re.findall(r"`([^`]+)`", tests):
+            file = name.partition("::")[0] if "::" in name else file
+            text = (ROOT / f"tests/test_{file}").read_text()
+            assert f"def {name.rpartition('::')[2]}(" in text, f"{name} in {row}"
+        assert file, row
+        for name in re.findall(r"`([\w.]+)`", functions):
+            last = name.rpartition(".")[2]
+            is_module = any((ROOT / room / f"{last}.py").exists() for room in rooms)
+            assert is_module or re.search(rf"^ *(def|class) {last}\b|^    {last}: ", sources, re.MULTILINE), (name, row)
+
+
 def test_snippets_run_and_print_what_the_readme_shows(monkeypatch):
     """All Python blocks in order, in one namespace, from the clone's root; the first one's output is shown below it."""
     monkeypatch.chdir(ROOT)

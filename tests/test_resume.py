@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,6 +151,52 @@ def test_a_kill_at_any_moment_leaves_the_last_whole_checkpoint(tmp_path, functio
         whole.train()
         assert same(whole, rest)
         assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-6"]
+
+
+def moments_of(run, folder):
+    """Before every file that Python opens, renames or removes: step, newest checkpoint, a digest of all its files."""
+    moments, looking = [], [False]
+
+    def look(event, arguments):
+        if looking[0] or event not in {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}:
+            return
+        path = str(arguments[0])
+        # Names in a folder that is being removed are relative to it.
+        if path.startswith("/") and not path.startswith(str(folder)):
+            return
+        looking[0] = True
+        newest = newest_checkpoint(folder)
+        files = newest and [(path.name, path.read_bytes()) for path in sorted(Path(newest).iterdir())]
+        moments.append((run.state.global_step, newest and int(newest.rpartition("-")[2]), hash(str(files))))
+        looking[0] = False
+
+    sys.addaudithook(look)
+    try:
+        run.train()
+    finally:
+        looking[0] = True  # a hook stays for good
+    return moments
+
+
+def test_no_moment_of_a_run_leaves_less_than_the_last_save(tmp_path):
+    moments = moments_of(trainer(tmp_path, max_steps=6, save_steps=2, save_total_limit=1), tmp_path)
+    assert len(moments) > 50
+    for step, newest, _ in moments:
+        # Nothing is promised of the checkpoint of this very step while it is written.
+        assert (newest or 0) >= (step - 1) // 2 * 2
+    assert {newest for _, newest, _ in moments} == {None, 2, 4, 6}
+    # What counts as whole is whole, and stays as it is.
+    for checkpoint in (2, 4, 6):
+        assert len({files for _, newest, files in moments if newest == checkpoint}) == 1
+
+
+def test_a_checkpoint_that_is_written_again_is_never_half_of_each(tmp_path):
+    trainer(tmp_path, max_steps=2, save_steps=2).train()
+    moments = moments_of(trainer(tmp_path, seed=5, max_steps=2, save_steps=2), tmp_path)
+    seen = [files for _, newest, files in moments if newest == 2]
+    assert len(set(seen)) == 2
+    assert None in [newest for _, newest, _ in moments]
+    assert seen == sorted(seen, key=seen.index)  # the old, then the new
 
 
 def test_what_counts_as_whole(tmp_path):

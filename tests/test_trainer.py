@@ -7,12 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer
 
 from mtpkern.generation import generate
 from mtpkern.train.trainer import MTPCollator, MTPConfig, MTPTrainer
 
 V, MASK, EOS = 41, 40, 7
+aten = torch.ops.aten
 
 
 def llama(seed=0, **change):
@@ -89,7 +91,12 @@ def test_it_learns_and_logs(tmp_path):
     assert after["eval_loss"] < 0.5 * before["eval_loss"]
     assert after["eval_agreeing_prefix"] > before["eval_agreeing_prefix"] + 1
     assert {f"eval_agreement_{j}" for j in range(1, 5)} <= after.keys()
-    assert run.evaluate()["eval_loss"] == after["eval_loss"]
+    # Evaluation has the same spans and the same target at every step.
+    run.state.global_step, run.args.gt_warmup_steps = 3, 9
+    run.args.teacher_target, run.teacher = "hard", llama(3)
+    hard = run.evaluate()
+    run.state.global_step, run.args.gt_warmup_steps = 7, 0
+    assert run.evaluate()["eval_loss"] == hard["eval_loss"] != after["eval_loss"]
     first = run.state.log_history[1]
     assert {"loss", "agreement", "agreeing_prefix", "agreement_1", "confidence_1"} <= first.keys()
 
@@ -177,6 +184,30 @@ def test_plan_counts_masks_into_the_papers_length(tmp_path):
         assert plan["input_ids"].shape == (1, 16 - 2 * (k - 1))
 
 
+def test_spans_of_an_earlier_answer_end_with_it(tmp_path):
+    """Two answers in one text give the loss of two texts, the first of which ends with the first answer."""
+    first, second = [1, 8, 9, 10, 11, EOS], [12, 13, 14, 15, EOS]
+    row = {"input_ids": first + second, "prompt_length": 8}
+    both = {**row, "earlier_answers": [(2, 6)]}
+    change = {"num_spans": 20, "k_min": 4, "k_max": 4, "teacher_target": "gt", "prefix_weight": 0.5}
+    run = trainer(tmp_path, **change)
+    apart = [{"input_ids": first, "prompt_length": 2}, row]
+    sums = []
+    for rows in ([both], apart, [row]):
+        plan = run.plan(MTPCollator(0)(rows), k=4, step=0, micro_step=0)
+        counts = torch.tensor([1.0, 1.0])
+        with torch.no_grad(), run._span_attention(run.model, plan) as ready:
+            loss = run.compute_loss(run.model, run._prepare_inputs(ready), num_items_in_batch=counts)
+        sums.append((int(plan["layout"].valid[..., 0].sum()), int(plan["prefix_rows"].sum()), float(loss)))
+    assert sums[0] == (7, 7, pytest.approx(sums[1][2], rel=1e-5))
+    assert sums[1][:2] == (7, 7)
+    assert sums[2][:2] == (3, 3)
+    # With spans anywhere the whole text is one, as in the paper.
+    anywhere = trainer(tmp_path, response_only=False, **change).plan(MTPCollator(0)([both]), k=4, step=0, micro_step=0)
+    assert anywhere["layout"].end.unique().tolist() == [11]
+    assert int(anywhere["layout"].valid[..., 0].sum()) == 10
+
+
 def test_the_attention_switch_is_left_after_training(tmp_path):
     model = llama()
     before = copy.copy(model.config._attn_implementation)
@@ -202,8 +233,9 @@ def test_gt_warmup_is_a_schedule_inside_one_run(tmp_path):
     assert hard[0] != data_only[0]
 
 
-def test_loss_that_is_not_finite_stops_before_anything_is_saved(tmp_path):
-    run = trainer(tmp_path, learning_rate=1e30, save_steps=3, logging_steps=3)
+@pytest.mark.parametrize("logging_steps", [3, 50])
+def test_loss_that_is_not_finite_stops_before_anything_is_saved(tmp_path, logging_steps):
+    run = trainer(tmp_path, learning_rate=1e30, save_steps=3, logging_steps=logging_steps)
     with pytest.raises(RuntimeError, match=r"loss of step [23] is not finite.*learning_rate"):
         run.train()
     assert not list(tmp_path.glob("checkpoint-*"))
@@ -227,6 +259,7 @@ def test_lora_teaches_itself_and_saves_a_plain_model(tmp_path, dtype):
     student = llama().to(getattr(torch, dtype))
     base = copy.deepcopy(student)
     ids = torch.randint(8, 30, (2, 9))
+    ids[1, 5] = MASK
     options = {"lora_rank": 2, "student_dtype": dtype, "save_dtype": dtype, "k_min": 3, "k_max": 3}
     whole = trainer(tmp_path / "a", student=student, teacher=None, **options)
     whole.train()
@@ -289,7 +322,9 @@ def test_refusals(tmp_path):
         ({"gt_warmup_steps": -1}, "gt_warmup_steps"),
         ({"student_dtype": "bfloat16"}, "bf16=True"),
         ({"save_dtype": "float8"}, "save_dtype"),
-        ({"torch_compile": True}, "torch_compile"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "ZeRO-3"),
+        ({"use_liger_kernel": True}, "use_liger_kernel"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"average_tokens_across_devices": False}, "average_tokens"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches"),
@@ -309,3 +344,41 @@ def test_refusals(tmp_path):
         MTPTrainer(model=llama(), args=config(tmp_path), teacher=llama(), mask_token_id=MASK, compute_metrics=len)
     with pytest.raises(ValueError, match="pad_to"):
         MTPCollator(0, pad_to=5)(data(1))
+
+
+class Watcher(TorchDispatchMode):
+    """Raises RuntimeError at an operation for whose result a GPU's host would have to wait.
+
+    It does not look into our own ops, which are watched on a GPU (tests/test_gpu_training.py).
+    """
+
+    WAITING = {*(aten._local_scalar_dense, aten.nonzero, aten.equal, aten.masked_select, aten._unique2, aten.bincount)}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        by_mask = func.overloadpacket in (aten.index, aten.index_put, aten.index_put_) and any(
+            x is not None and x.dtype == torch.bool for x in args[1]
+        )
+        if func.overloadpacket in self.WAITING or by_mask:
+            raise RuntimeError(f"{func} waits")
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("change", [{}, {"teacher_target": "soft", "packing": True}, {"lora_rank": 2}])
+def test_a_step_waits_for_no_result(tmp_path, monkeypatch, change):
+    """Forward, teacher, loss and backward; spans are drawn, counted and packed on the host before."""
+    options = {"prefix_weight": 0.5, "anchor_kl_weight": 0.5, "activation_checkpointing": True, **change}
+    run = trainer(tmp_path, teacher=None if "lora_rank" in change else "random", max_steps=2, **options)
+    step, seen = Trainer.training_step, []
+
+    def watched(*args):
+        with Watcher():
+            seen.append(step(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(Trainer, "training_step", watched)
+    run.train()
+    assert len(seen) == 2
+    monkeypatch.setattr("mtpkern.train.trainer.mtp_loss", lambda *args, **kwargs: torch.ones(2).sum().item())
+    with pytest.raises(RuntimeError, match="waits"):
+        run.train()

@@ -15,17 +15,22 @@ Levels   shipped  two or three steps of +, - and at most one small x, totals fro
 Tokens   one per word, digit or mark, two per name; a shipped problem has 75 to 155 (mean 107), of which its answer
          has 45 to 85 (mean 60)
 
-`python -m mtpkern.train.arithmetic` prints a few problems of each split with their token counts.
+`python -m mtpkern.train.arithmetic` prints a few problems of each split with their token counts; with `--write
+FOLDER` it writes them as rows for `mtpkern train` (the configuration `arithmetic`).
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import json
 import random
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
+from pathlib import Path
 from typing import Literal, get_args
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -347,14 +352,41 @@ def encode(problem: Problem, tokenizer: PreTrainedTokenizerFast) -> tuple[list[i
     return [*given, *answer, eos], len(given)
 
 
-def main() -> None:
-    """Print a few problems of each split with their token counts."""
+def row(problem: Problem) -> dict[str, str]:
+    """The problem as a row for `mtpkern train`, whose ids are those of `encode` with `chat: false, separator: ""`.
+
+    row(problem)  # {"prompt": "Question: ...\\nAnswer:", "completion": " ...\\n#### 21"}
+    """
+    return {"prompt": prompt(problem), "completion": f" {problem.answer}"}
+
+
+def main(argv: Sequence[str] = ()) -> None:
+    """Print a few problems of each split with their token counts, or write all splits as rows."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mtpkern.train.arithmetic", description="Print word problems, or write them for mtpkern train."
+    )
+    parser.add_argument("--write", type=Path, metavar="FOLDER", help="write train, validation and test.jsonl there")
+    parser.add_argument("--problems", type=int, default=64_000, help="of train.jsonl (%(default)s)")
+    parser.add_argument("--held-out", type=int, default=1000, help="of validation.jsonl and test.jsonl (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="0 is what the teacher has learned (%(default)s)")
+    parser.add_argument("--difficulty", choices=LEVELS, default="shipped", help="see the module (%(default)s)")
+    args = parser.parse_args(argv)
+    if args.write is not None:
+        args.write.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     for split in get_args(Split):
-        for problem in problems(split, 3):
+        if args.write is not None:
+            path = args.write / f"{split}.jsonl"
+            n = args.problems if split == "train" else args.held_out
+            rows = problems(split, n, seed=args.seed, difficulty=args.difficulty)
+            with path.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row(problem), ensure_ascii=False) + "\n" for problem in rows)
+            print(f"{path}: {n:,} problems")
+            continue
+        for problem in problems(split, 3, seed=args.seed, difficulty=args.difficulty):
             ids, length = encode(problem, tokenizer)
             print(f"[{split}: {length} + {len(ids) - length} tokens]\n{prompt(problem)} {problem.answer}\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

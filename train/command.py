@@ -9,6 +9,11 @@ Source   arXiv 2602.06019, training details (the shipped configurations)
 
 from __future__ import annotations
 
+# First, because transformers would not name what is missing.
+import mtpkern.train.extra  # noqa: F401
+
+# isort: split
+
 import json
 import sys
 import textwrap
@@ -28,15 +33,17 @@ from transformers import (
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProgressCallback,
     TrainingArguments,
 )
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from mtpkern.model import add_mask_token, recorded_settings
-from mtpkern.train.data import DataArguments, Report, load_data, load_held_out
-from mtpkern.train.evaluate import HeldOut, same_number
+from mtpkern.train.data import BadData, DataArguments, Report, load_data, load_held_out, require_found
+from mtpkern.train.evaluate import HeldOut, same_number, summarise
 from mtpkern.train.formats import Encoder
-from mtpkern.train.resume import newest_checkpoint
-from mtpkern.train.trainer import MTPCollator, MTPConfig, MTPTrainer
+from mtpkern.train.resume import newest_checkpoint, require_whole
+from mtpkern.train.trainer import MTPCollator, MTPConfig, MTPTrainer, NotFiniteError
 
 CONFIGS = Path(__file__).parent / "configs"
 # What --help shows of TrainingArguments; --help-all names the rest.
@@ -48,6 +55,13 @@ _USUAL = (
     "report_to", "seed", "use_cpu",
 )
 # fmt: on
+# Where this command does more than TrainingArguments say.
+_HELP = {
+    "output_dir": "For checkpoints and the final model, trainer_output unless given; a run goes on from what is there.",
+    "report_to": "Where curves go besides: one or more of tensorboard, wandb, trackio ..., as far as installed.",
+    "resume_from_checkpoint": "The checkpoint to go on from; the newest whole one of output_dir unless given.",
+    "max_length": "Longer texts are treated as long_rows says; the model's positions bound them in any case.",
+}
 
 
 @dataclass
@@ -67,6 +81,10 @@ _NAMES = list(_FIELDS)
 
 
 class _Parser(HfArgumentParser):
+    def add_argument(self, *names: Any, **options: Any) -> Any:
+        """Of a type that is one name or several, HfArgumentParser would take only one."""
+        return super().add_argument(*names, **options | ({"nargs": "+"} if "--report_to" in names else {}))
+
     def error(self, message: str) -> NoReturn:
         """A mistake is a ValueError like any other; argparse would print every option there is."""
         raise ValueError(message.replace("the following arguments are required", "missing"))
@@ -163,11 +181,61 @@ def parse(argv: Sequence[str]) -> Arguments:
     )
     if remaining:
         raise ValueError(f"unexpected {' '.join(remaining)!r}; expected one CONFIG and then --name value ...")
-    if data.streaming and config.max_steps <= 0:
-        raise ValueError("streaming data have no known length; set max_steps")
-    if data.decode_rows and not data.eval_data and not data.eval_fraction:
-        raise ValueError("decode_rows needs held-out rows; give eval_data or eval_fraction")
+    _require_consistent(model, data, config)
     return model, data, config
+
+
+def _require_consistent(model: ModelArguments, data: DataArguments, config: MTPConfig) -> None:
+    """Raise ValueError, before anything is loaded, for options of two groups that contradict one another."""
+    held_out = bool(data.eval_data or data.eval_fraction)
+    absent = sorted({*config.report_to} - {*get_available_reporting_integrations()})
+    strategy = config.train_sampling_strategy
+    for wrong, says in (
+        (config.per_device_train_batch_size < 1, "per_device_train_batch_size must be at least 1"),
+        (
+            config.max_steps == 0 or (config.max_steps < 0 and config.num_train_epochs <= 0),
+            "nothing would be trained: give a positive max_steps, or num_train_epochs with max_steps -1",
+        ),
+        (data.streaming and config.max_steps <= 0, "streaming data have no known length; set max_steps"),
+        (
+            data.streaming and strategy != "random",
+            f"streaming data have an order of their own; leave out train_sampling_strategy, which is {strategy!s}",
+        ),
+        (
+            not held_out and bool(data.decode_rows),
+            "decode_rows needs held-out rows; give eval_data or eval_fraction",
+        ),
+        (
+            not held_out and config.eval_strategy != "no",
+            "eval_strategy needs held-out rows; give eval_data or eval_fraction, or set eval_strategy: no",
+        ),
+        (
+            config.bidirectional and bool(data.decode_rows),
+            "mtpkern.generate cannot decode a bidirectional model; set decode_rows to 0",
+        ),
+        (
+            model.teacher is not None and config.lora_rank > 0,
+            "with LoRA the teacher is the student without its adapters; leave teacher out",
+        ),
+        (
+            model.teacher is not None and not config.needs_teacher,
+            "teacher_target 'gt' without anchor_kl_weight asks no teacher; leave teacher out",
+        ),
+        (
+            bool(absent),
+            f"report_to names {', '.join(absent)}, which is not installed or unknown; pip install it, or leave it out",
+        ),
+        (
+            isinstance(config.lr_scheduler_kwargs, str),
+            f"lr_scheduler_kwargs must be names and values, as JSON in a flag; got {config.lr_scheduler_kwargs!r}",
+        ),
+        (
+            Path(str(config.output_dir)).is_file(),
+            f"output_dir must be a folder; {config.output_dir} is a file",
+        ),
+    ):
+        if wrong:
+            raise ValueError(says)
 
 
 def help_text(everything: bool = False) -> str:
@@ -175,8 +243,10 @@ def help_text(everything: bool = False) -> str:
     lines = [
         "usage: mtpkern train [CONFIG] [--name value ...] | --help | --help-all",
         "",
-        "CONFIG is a .yaml or .json file of the names below, or a shipped one: " + ", ".join(shipped_configs()) + ".",
-        "Flags win over it. Under torchrun or accelerate launch: -m mtpkern.train [CONFIG] [--name value ...].",
+        "CONFIG is a .yaml or .json file of the names below, or a shipped one:",
+        f"  {', '.join(shipped_configs())}",
+        "Flags win over it; --no-name or --name false switches off.",
+        "Under torchrun or accelerate launch: -m mtpkern.train [CONFIG] [--name value ...].",
         "--help-all also names the options of transformers.TrainingArguments that are not shown here.",
     ]
     inherited = {f.name for f in fields(TrainingArguments)}
@@ -188,8 +258,8 @@ def help_text(everything: bool = False) -> str:
             hidden = [f.name for f in shown if f.name in inherited and f.name not in _USUAL]
             shown = sorted((f for f in shown if f.name not in hidden), key=lambda f: f.name in inherited)
         for f in shown:
-            text = " ".join(str(f.metadata.get("help", "")).replace("%%", "%").split())
-            if f.name in inherited:
+            text = _HELP.get(f.name) or " ".join(str(f.metadata.get("help", "")).replace("%%", "%").split())
+            if f.name in inherited and f.name not in _HELP:
                 text = text.split(". ")[0].rstrip(".") + "."
             default = "required" if f.default is MISSING else f"default {getattr(f.default, 'value', f.default)!r}"
             option = f"  --{f.name.replace('_', '-')}"
@@ -208,8 +278,8 @@ def load_student(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTra
     A checkpoint that records a mask token keeps it. Raises OSError for a name that leads nowhere, ValueError for a
     model whose embedding has fewer rows than the tokenizer has tokens, or for a tokenizer without EOS.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    tokenizer = _load(AutoTokenizer, name)
+    model = _load(AutoModelForCausalLM, name, dtype=dtype)
     rows = model.get_input_embeddings().num_embeddings
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:
@@ -224,6 +294,17 @@ def load_student(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTra
     return model, tokenizer
 
 
+def _load(kind: Any, name: str, **options: Any) -> Any:
+    """What `from_pretrained` loads; its errors name the checkpoint."""
+    require_found(name)
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise FileNotFoundError(f"{name}: there is no model in this folder, config.json is missing")
+    try:
+        return kind.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise OSError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
 def _stop_tokens(model: PreTrainedModel) -> list[int]:
     stops = model.generation_config.eos_token_id
     stops = model.config.eos_token_id if stops is None else stops
@@ -233,14 +314,14 @@ def _stop_tokens(model: PreTrainedModel) -> list[int]:
 def load_teacher(name: str, student: str, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
     """The frozen teacher. Raises ValueError where it is another model than the student's and speaks other tokens."""
     if name != student:
-        theirs, ours = AutoTokenizer.from_pretrained(name).get_vocab(), tokenizer.get_vocab()
+        theirs, ours = _load(AutoTokenizer, name).get_vocab(), tokenizer.get_vocab()
         other = [token for token, i in theirs.items() if ours.get(token) != i]
         if other:
             raise ValueError(
                 f"teacher {name} and student {student} must share a vocabulary; {len(other):,} tokens differ, such as "
                 f"{other[0]!r} ({theirs[other[0]]} and {ours.get(other[0])})"
             )
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    return _load(AutoModelForCausalLM, name, dtype=dtype)
 
 
 def train(model_arguments: ModelArguments, data: DataArguments, config: MTPConfig) -> list[Report]:
@@ -250,8 +331,15 @@ def train(model_arguments: ModelArguments, data: DataArguments, config: MTPConfi
 
         train(ModelArguments("my-model"), DataArguments(["problems.jsonl"]), MTPConfig("out", max_steps=100))
     """
+    _require_consistent(model_arguments, data, config)
+    checkpoint = _checkpoint(config)
     name = model_arguments.model
     model, tokenizer = load_student(name, getattr(torch, config.student_dtype))
+    teacher = None
+    if config.needs_teacher and not config.lora_rank:
+        computed = "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32"
+        dtype = getattr(torch, config.teacher_dtype or computed)
+        teacher = load_teacher(model_arguments.teacher or name, name, tokenizer, dtype)
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     encode = Encoder(
         tokenizer,
@@ -265,14 +353,9 @@ def train(model_arguments: ModelArguments, data: DataArguments, config: MTPConfi
     )
     train_dataset, eval_dataset, reports = load_data(data, encode, seed=config.seed)
     if config.process_index == 0:
-        print(*reports, sep="\n", file=sys.stderr, flush=True)
-    teacher = None
-    if config.lora_rank and model_arguments.teacher:
-        raise ValueError("with LoRA the teacher is the student without its adapters; leave teacher out")
-    if config.teacher_target != "gt" and not config.lora_rank:
-        computed = "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32"
-        dtype = getattr(torch, config.teacher_dtype or computed)
-        teacher = load_teacher(model_arguments.teacher or name, name, tokenizer, dtype)
+        purposes = [purpose for purpose in ("training", "held out") if purpose != "training" or not data.streaming]
+        for purpose, report in zip(purposes, reports):
+            print(f"{purpose}: {report}", file=sys.stderr, flush=True)
     pad = tokenizer.pad_token_id
     trainer = MTPTrainer(
         model=model,
@@ -284,18 +367,46 @@ def train(model_arguments: ModelArguments, data: DataArguments, config: MTPConfi
         processing_class=tokenizer,
         held_out=_to_decode(data, encode, positions),
     )
-    checkpoint = config.resume_from_checkpoint or newest_checkpoint(config.output_dir)
     if checkpoint is not None and config.process_index == 0:
         print(f"going on from {checkpoint}", file=sys.stderr, flush=True)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
         if eval_dataset is not None and config.eval_strategy == "no":
             trainer.evaluate()
+            if config.process_index == 0:
+                summarise(trainer.state.log_history, config.output_dir)
+        trainer.save_model(config.output_dir)
+    except (BadData, NotFiniteError) as error:
+        _close_progress_bar(trainer)
+        # A loader's worker puts its traceback in front.
+        raise ValueError(str(error).strip().splitlines()[-1].split("BadData: ")[-1]) from error
     except (ValueError, TypeError, OSError):
-        traceback.print_exc()  # a mistake of the user's would have shown before
+        traceback.print_exc()  # any other mistake of the user's would have shown before
         raise
-    trainer.save_model(config.output_dir)
     return reports
+
+
+def _close_progress_bar(trainer: MTPTrainer) -> None:
+    """Trainer leaves it open where training fails, and it would be drawn once more behind the message."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+            callback.training_bar.close()
+
+
+def _checkpoint(config: MTPConfig) -> str | None:
+    """Where a run goes on from: what resume_from_checkpoint names, else the newest complete checkpoint, if any."""
+    asked = config.resume_from_checkpoint
+    newest = newest_checkpoint(config.output_dir)
+    # Every option is a string here, but some are meant as a switch.
+    if asked is None or str(asked).lower() not in ("true", "false"):
+        if asked is not None:
+            require_whole(asked)
+        return asked or newest
+    if str(asked).lower() == "true" and newest is None:
+        raise ValueError(f"resume_from_checkpoint: no complete checkpoint in {config.output_dir}; leave it out")
+    if str(asked).lower() == "false" and newest is not None:
+        raise ValueError(f"resume_from_checkpoint is false, but {newest} is there; take another output_dir")
+    return newest
 
 
 def _to_decode(data: DataArguments, encode: Encoder, positions: int | None) -> HeldOut | None:
@@ -309,7 +420,7 @@ def _to_decode(data: DataArguments, encode: Encoder, positions: int | None) -> H
     tokenizer = encode.tokenizer
     prompts, answers = [], []
     for i in range(len(found[0])):
-        ids, length = found[0][i].values()
+        ids, length = found[0][i]["input_ids"], found[0][i]["prompt_length"]
         prompts.append(ids[:length])
         answers.append(str(tokenizer.decode(ids[length:], skip_special_tokens=True)).strip())
     is_right = same_number if all("####" in answer for answer in answers) else _same_text

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,14 +52,14 @@ def convert(
     stop_token_ids: Sequence[int] | None = None,
     k_max: int | None = None,
 ) -> int:
-    """Write the checkpoint `source` (a path or hub id) to the new folder `target`; returns the mask token's id.
+    """Write the checkpoint `source` (a path or hub id) to the new folder `target`, whole or not at all.
 
-    The mask token is the argument, the preset's, or else the tokenizer's <|mtp_special_token_0|>; stop tokens are the
-    argument, the preset's, or else those of the source. Weights keep their dtype.
+    Returns the mask token's id. That is the argument, the preset's, or else the tokenizer's <|mtp_special_token_0|>;
+    stop tokens are the argument, the preset's, or else those of the source. Weights keep their dtype.
 
-    Raises FileExistsError for a target that is there already, ValueError for a mask token that is unknown, is another
-    than the tokenizer's or lies outside the embedding, for weights that do not fit the architecture, and for a litgpt
-    checkpoint.
+    Raises FileExistsError for a target that is there already, FileNotFoundError for a source that is not, ValueError
+    for a mask token that is unknown, is another than the tokenizer's or lies outside the embedding, for weights that do
+    not fit the architecture, and for a litgpt checkpoint.
 
         convert("path/of/L3.1-8B-Magpie-MTP", Path("llama-mtp"), preset="llama-magpie")  # 128259
     """
@@ -66,11 +67,15 @@ def convert(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from mtpkern.model import record_settings, resolve_mask_token
+    from mtpkern.train.data import require_found
 
+    if k_max is not None and k_max < 1:
+        raise ValueError(f"k_max must be at least 1; got {k_max}")
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}")
     if target.exists():
         raise FileExistsError(f"{target} is there already; give a new folder")
+    require_found(source)
     if (Path(source) / "lit_model.pth").exists() and not (Path(source) / "config.json").exists():
         raise ValueError(f"{source} is a litgpt checkpoint; export it first: litgpt convert_from_litgpt")
     known = PRESETS[preset] if preset is not None else None
@@ -97,8 +102,11 @@ def convert(
     elif model.generation_config.eos_token_id is None:
         raise ValueError(f"{source} names no stop token; give --preset or --stop-token-ids")
     record_settings(model, mask_token_id=mask, k_max=k_max or (known.k_max if known else 16))
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    part = target.with_name(f"{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    part.rename(target)
     return mask
 
 

@@ -43,6 +43,10 @@ _CHUNK = 512
 _PEEK = 100
 
 
+class BadData(ValueError):
+    """Rows that cannot be trained on, found while reading: a stream may meet them late."""
+
+
 @dataclass
 class DataArguments:
     """Where the data lies and how it is read."""
@@ -84,6 +88,9 @@ class DataArguments:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        for name, least in (("max_eval_rows", 1), ("decode_rows", 0), ("decode_tokens", 1), ("shuffle_buffer", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"eval_fraction must be at least 0 and below 1; got {self.eval_fraction}")
         if self.eval_data and self.eval_fraction:
@@ -104,6 +111,7 @@ class Report:
     rows: int = 0
     used: int = 0
     cut: int = 0
+    not_counted: int = 0
     other_split: int = 0
     filtered: int = 0
     skipped: dict[str, tuple[int, str]] = field(default_factory=dict)
@@ -119,6 +127,9 @@ class Report:
         parts = [f"{self.used:,} used"]
         if self.cut:
             parts[0] += f" ({self.cut:,} of them cut)"
+        if self.not_counted:
+            reason = "no EOS ends them, or the template writes them otherwise"
+            parts.append(f"{self.not_counted:,} earlier answers not counted ({reason})")
         if self.other_split:
             parts.append(f"{self.other_split:,} in the other split")
         if self.filtered:
@@ -132,12 +143,15 @@ def read_rows(
 ) -> Iterator[Located]:
     """Rows with the places where they stand: of local files in turn, or of a folder or hub id through `datasets`.
 
-    Raises FileNotFoundError for a file that is not there, ValueError for a mixture of files and ids and for a .json
-    file that is no list.
+    Raises FileNotFoundError for a file that is not there, ValueError for a mixture of files and ids, a file of another
+    kind, a .json file that is no list and a .parquet file that is none.
 
         where, row = next(read_rows(["problems.jsonl"]))  # "problems.jsonl, line 1", {"question": ..., "answer": ...}
     """
     if len(source) == 1 and Path(source[0]).suffix not in _READERS:
+        if Path(source[0]).is_file():
+            raise ValueError(f"{source[0]}: a data file must be one of {', '.join(_READERS)}, by its name")
+        require_found(source[0])
         from datasets import load_dataset
 
         rows = load_dataset(source[0], subset, split=split, streaming=streaming)
@@ -152,32 +166,50 @@ def read_rows(
         yield from _READERS[path.suffix](path)
 
 
+def require_found(name: str) -> None:
+    """Raise FileNotFoundError for what can only be a local path, and is none: the hub would complain of its form."""
+    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"{name}: there is no such file or folder (a hub id has the form owner/name)")
+
+
 def _read_jsonl(path: Path) -> Iterator[Located]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
+            # Some editors put a byte order mark in front.
+            encoding = "utf-8-sig" if number == 1 else "utf-8"
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode(encoding))
+            except UnicodeDecodeError as error:
+                row = BadRow("no UTF-8", f"expected UTF-8 text; got byte {line[error.start]:#x} at {error.start}")
             except json.JSONDecodeError as error:
-                row = BadRow("no JSON", f"expected a JSON object ({error.msg}); got {line.strip()[:60]!r}")
+                got = line.strip().decode(encoding)[:60]
+                row = BadRow("no JSON", f"expected a JSON object ({error.msg}); got {got!r}")
             yield f"{path}, line {number}", row
 
 
 def _read_json(path: Path) -> Iterator[Located]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: expected one JSON list of rows ({error.msg})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text ({error}); convert it") from None
     if not isinstance(rows, list):
         raise ValueError(f"{path}: expected a JSON list of rows, got {type(rows).__name__}; for one a line use .jsonl")
     yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
 
 
 def _read_parquet(path: Path) -> Iterator[Located]:
+    from pyarrow import ArrowInvalid
     from pyarrow.parquet import ParquetFile
 
-    with ParquetFile(path) as file:
+    try:
+        file = ParquetFile(path)
+    except (ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path}: no whole parquet file ({error}); write it again") from None
+    with file:
         rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
         yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
 
@@ -220,7 +252,12 @@ class Source:
         first = list(islice(rows, _PEEK))
         data_format = self.arguments.data_format
         if data_format == "auto" and first:
-            data_format = recognise({key for _, row in first if isinstance(row, Mapping) for key in row}, self.name)
+            objects = [row for _, row in first if isinstance(row, Mapping)]
+            if not objects:
+                where, row = first[0]
+                fault = row if isinstance(row, BadRow) else f"expected an object with fields; got {row!r:.60}"
+                raise ValueError(f"{where}: {fault}; no format shows in the first {len(first)} rows")
+            data_format = recognise({key for row in objects for key in row}, self.name)
         rows = islice(chain(first, rows), part[0], None, part[1])
         while chunk := list(islice(rows, _CHUNK)):
             fates: list[list[Message] | BadRow | str] = []
@@ -237,6 +274,7 @@ class Source:
                 if isinstance(example, dict):
                     report.used += 1
                     report.cut += example.pop("cut", False)
+                    report.not_counted += example.pop("not_counted", 0)
                     yield example
                 elif isinstance(example, BadRow):
                     self._fault(example, where, report)
@@ -262,27 +300,35 @@ class Source:
         by_length = fault.kind == NO_ANSWER_LEFT or (fault.kind == TOO_LONG and self.arguments.long_rows == "skip")
         if not by_length and (self.arguments.bad_rows == "error" or fault.kind == TOO_LONG):
             remedy = "set long_rows to skip or cut" if fault.kind == TOO_LONG else "mend the row or set bad_rows: skip"
-            raise ValueError(f"{where}: {fault}; {remedy}")
+            raise BadData(f"{where}: {fault}; {remedy}")
         report.skip(fault.kind, where)
 
 
 def _column(row: Mapping[str, Any], name: str) -> str:
     if not isinstance(row.get(name), str):
-        raise BadRow("missing field", f"expected a string in column {name!r}; got {row.get(name)!r:.60}")
+        got = f"{row[name]!r:.60}" if name in row else f"columns {', '.join(map(str, row))}"
+        raise BadRow("missing field", f"expected a string in column {name!r}; got {got}")
     return row[name]
 
 
 class EncodedTexts(Dataset[dict[str, Any]]):
-    """Examples in memory, four bytes a token: `texts[0]` is {"input_ids": list of int, "prompt_length": int}."""
+    """Examples in memory, four bytes a token: `texts[0]` is {"input_ids": list of int, "prompt_length": int}.
+
+    An example that came with "earlier_answers" has them again.
+    """
 
     def __init__(self, examples: Iterable[dict[str, Any]]) -> None:
         self._ids = array("i")
         self._ends = array("q", [0])
         self._prompts = array("i")
+        self._earlier = array("i")
+        self._earlier_ends = array("q", [0])
         for example in examples:
             self._ids.extend(example["input_ids"])
             self._ends.append(len(self._ids))
             self._prompts.append(example["prompt_length"])
+            self._earlier.extend(chain.from_iterable(example.get("earlier_answers", ())))
+            self._earlier_ends.append(len(self._earlier))
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -290,7 +336,9 @@ class EncodedTexts(Dataset[dict[str, Any]]):
     def __getitem__(self, i: int) -> dict[str, Any]:
         i = range(len(self))[i]
         ids = self._ids[self._ends[i] : self._ends[i + 1]].tolist()
-        return {"input_ids": ids, "prompt_length": self._prompts[i]}
+        earlier = self._earlier[self._earlier_ends[i] : self._earlier_ends[i + 1]].tolist()
+        example = {"input_ids": ids, "prompt_length": self._prompts[i]}
+        return example | ({"earlier_answers": list(zip(earlier[::2], earlier[1::2]))} if earlier else {})
 
 
 class StreamedTexts(IterableDataset[dict[str, Any]]):
@@ -324,7 +372,7 @@ class StreamedTexts(IterableDataset[dict[str, Any]]):
             yield example
         yield from waiting
         if not report.used and (report.rows or part[0] == 0):
-            raise ValueError(f"no row is left to train on. {report}")
+            raise BadData(f"no row is left to train on. {report}")
         logger.info("%s", report)
 
 
@@ -355,7 +403,7 @@ def _load(source: Source, purpose: str, limit: int | None = None) -> tuple[Encod
     report = Report(source.name)
     texts = EncodedTexts(islice(source.examples(report), limit))
     if not len(texts):
-        raise ValueError(f"no row is left to {purpose} on. {report}")
+        raise BadData(f"no row is left to {purpose} on. {report}")
     return texts, report
 
 

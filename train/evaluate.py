@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mtpkern.compare import pad
-from mtpkern.generation import MTPGenerateOutput, generate
+from mtpkern.generation import MTPGenerateOutput, default_strategy, generate
 from mtpkern.strategies import Strategy
 
 
@@ -92,11 +92,14 @@ class HeldOut:
     def _count_batch(self, model: PreTrainedModel, batch: list[tuple[str | list[int], str]]) -> Tensor:
         ids = [self.tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt for prompt, _ in batch]
         inputs = pad(ids, model.device)
+        strategy = self.strategy or default_strategy(model)
         output = generate(
             model,
             inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
-            strategy=self.strategy,
+            strategy=strategy,
+            # All masks, so that tokens per pass tell of the model and not of the device and its row budget.
+            rows=len(ids) * (2 * strategy.k - 1),
             max_new_tokens=self.max_new_tokens,
             return_dict_in_generate=True,
         )

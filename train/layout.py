@@ -10,16 +10,16 @@ prefix' last row and at K-1 mask rows, which repeat the positions i .. i+K-2 of 
     padding                 0           0            its own index + 1
 
 A span may reach past the last token (EOS): it is padded out with EOS. With stride spacing the first span that reaches
-EOS is the last of its sample, because the next prefix would lie behind EOS; random prefixes are problems of their own,
-so each of them may reach EOS.
+the last token is the last of its sample; random prefixes are problems of their own, so each of them may reach it.
 
 Source   arXiv 2602.06019, section on training and the figures of the mask-replicated layout
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ class Layout:
     def to(self, device: torch.device | str) -> Layout:
         """The same layout on a device."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: x.to(device, non_blocking=True) for n, x in tensors.items() if x is not None})
+        return replace(self, **{n: send(x, device) for n, x in tensors.items() if x is not None})
 
     def causal(self) -> Layout:
         """The same layout, of which every row sees its span up to itself: what a next-token model reads."""
@@ -82,12 +82,21 @@ class Layout:
         return torch.cat([tokens, ids], dim=1)
 
 
+def send(x: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on a device, without waiting for what is queued there: a copy from pinned memory runs by itself."""
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        # Contiguous first: an expanded tensor cannot be filled in pinned memory.
+        x = x.contiguous().pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def build_layout(
     prefix: Tensor,
     lengths: Tensor,
     k: int,
     *,
     num_tokens: int,
+    end: Tensor | None = None,
     mask_rows: int | None = None,
     bidirectional: bool = False,
 ) -> Layout:
@@ -97,6 +106,7 @@ def build_layout(
     lengths        [B] tokens of each sequence, EOS included
     k              predictions of a span, at least 1
     num_tokens     N, the padded number of tokens
+    end            [B, M] index behind the last token of each span's text; the sequence's length where None
     mask_rows      reserved for masks, M * (k - 1) unless given: with M * (k_max - 1) the shape does not depend on k
     bidirectional  the masks of a span see one another in both directions; each sees its prefix as ever
 
@@ -137,7 +147,8 @@ def build_layout(
         span_end=span_end,
         row=row,
         prefix=prefix,
-        end=lengths[:, None].expand_as(prefix),
+        # Where there is no span too, `end - 1` is an index.
+        end=lengths[:, None].expand_as(prefix) if end is None else torch.where(prefix > 0, end, lengths[:, None]),
         lengths=lengths,
     )
 
@@ -178,7 +189,9 @@ def pack(layout: Layout, *texts: Tensor) -> tuple[Layout, list[Tensor]]:
         end=(layout.end + first).flatten()[None],
         lengths=lengths.sum(0, keepdim=True),
     )
-    return packed, [x[real][None] for x in texts]
+    # Looked for here and not by the mask itself, which would make a device say how many there are.
+    index = real.flatten().nonzero().squeeze(1)
+    return packed, [x.flatten()[send(index, x.device)][None] for x in texts]
 
 
 def _expand(x: Tensor, like: Tensor) -> Tensor:
@@ -237,7 +250,8 @@ def draw_prefixes(
     lengths, prompt_lengths   [B] tokens, EOS included; a prefix lies in [prompt_length, length - 1] with
                               response_only, in [1, length - 1] without: at least one token is left to predict
     spacing                   "stride": a grid of period 2k (k+1 tokens with counting "paper") at a random offset,
-                              rolled around the range; "random": positions drawn without replacement
+                              rolled around the range, and no span behind the first that reaches the last token;
+                              "random": positions drawn without replacement
     offset                    of the first span of a stride, in tokens behind the range's start; drawn where None
 
     A pure function of its arguments. Raises ValueError for an unknown spacing. Source: arXiv 2602.06019.
@@ -265,7 +279,46 @@ def draw_prefixes(
     # Ascending, the missing ones last.
     end = torch.iinfo(torch.int64).max
     prefix = prefix.masked_fill(~exists, end).sort(dim=1).values
-    return prefix.masked_fill(prefix == end, 0)
+    missing = prefix == end
+    if spacing == "stride":
+        # Where the grid closes on itself, two spans stand nearer to each other than a period.
+        missing[:, 1:] |= prefix[:, :-1] >= lengths[:, None] - k
+    return prefix.masked_fill(missing, 0)
+
+
+def answer_ends(
+    lengths: Tensor, prompt_lengths: Tensor, earlier: Sequence[Sequence[tuple[int, int]]], *, num_tokens: int
+) -> Tensor:
+    """[B, N] int64: for every token of an answer the index behind that answer's last, 0 for all other tokens.
+
+    lengths, prompt_lengths   [B] tokens; what stands behind the prompt is the last answer
+    earlier                   (start, end) of further answers of each sequence, in front of its prompt's end
+
+        answer_ends(torch.tensor([6]), torch.tensor([4]), [[(1, 3)]], num_tokens=7)  # [[0, 3, 3, 0, 6, 6, 0]]
+    """
+    index = torch.arange(num_tokens)
+    last = (index >= prompt_lengths[:, None]) & (index < lengths[:, None])
+    ends = lengths[:, None] * last
+    for row, length, ranges in zip(ends, lengths.tolist(), earlier):
+        for start, end in ranges:
+            row[start : min(end, length)] = min(end, length)
+    return ends
+
+
+def draw_within(among: Tensor, k: int, num_spans: int, **options: Any) -> Tensor:
+    """`draw_prefixes` for texts of which any tokens may count: [B, num_spans] int64.
+
+    among     [B, N] bool: the tokens that a span may predict first, counted through as if they stood in a row; the
+              very first token of a sequence is never one, since a prefix has at least one token
+    options   of `draw_prefixes`, but for `response_only`
+    """
+    among = among.clone()
+    among[:, :1] = False
+    count = among.sum(1)
+    nth = draw_prefixes(count + 1, torch.ones_like(count), k, num_spans, **options)
+    # The n-th token that counts, counted from 1.
+    index = (~among).int().argsort(dim=1, stable=True)
+    return index.gather(1, (nth - 1).clamp(min=0)).masked_fill(nth == 0, 0)
 
 
 def main() -> None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import copy
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
+
+from mtpkern.train.extra import LoraConfig, PeftModel, get_peft_model
 
 
 def add_lora(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import IterableDataset
+from transformers.trainer import TRAINER_STATE_NAME
 
 MARK = "complete.json"
 
@@ -53,6 +54,18 @@ def newest_checkpoint(output_dir: str | Path) -> str | None:
     trainer.train(resume_from_checkpoint=newest_checkpoint("out"))  # from there, or from the start
     """
     return next((str(path) for path in reversed(checkpoints(output_dir)) if is_complete(path)), None)
+
+
+def require_whole(folder: str | Path) -> None:
+    """Raise ValueError for a folder that is no checkpoint, or one that was left half-written."""
+    folder = Path(folder)
+    if (folder / MARK).exists() and not is_complete(folder):
+        raise ValueError(
+            f"{folder} is not a whole checkpoint, it was left half-written; resume_from_checkpoint=True takes the "
+            "newest whole one"
+        )
+    if not (folder / TRAINER_STATE_NAME).exists():
+        raise ValueError(f"{folder} is no checkpoint, {TRAINER_STATE_NAME} is missing; name a folder checkpoint-<step>")
 
 
 def remove_checkpoint(folder: Path) -> None:

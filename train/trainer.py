@@ -9,44 +9,56 @@ Source   arXiv 2602.06019, training details
 
 from __future__ import annotations
 
+# First, because transformers would not name what is missing.
+from mtpkern.train.extra import DynamoBackend, PeftModel, TorchDynamoPlugin, fsdp2_prepare_model  # isort: split
+
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import AcceleratorConfig, LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from mtpkern.attention import attention_context
 from mtpkern.model import record_settings, resolve_mask_token
+from mtpkern.train.compilation import CUDA_GRAPH_MODES, CompiledLayers
 from mtpkern.train.evaluate import HeldOut, summarise
-from mtpkern.train.layout import Layout, build_layout, draw_k, draw_prefixes, pack
+from mtpkern.train.layout import Layout, answer_ends, build_layout, draw_k, draw_within, pack, send
 from mtpkern.train.lora import add_lora, merged, plain_model
 from mtpkern.train.objective import MTPLoss, SpanContext, forward_as, mtp_loss
-from mtpkern.train.resume import MARK, Endless, is_complete, mark_complete, newest_checkpoint, remove_checkpoint, rotate
+from mtpkern.train.resume import Endless, mark_complete, newest_checkpoint, remove_checkpoint, require_whole, rotate
 
 # Evaluation draws its spans from a stream of their own, the same for every batch and every evaluation.
 _EVALUATION_STEP = -1
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+class NotFiniteError(RuntimeError):
+    """A loss or weights that are not numbers any more."""
+
+
 @dataclass
 class MTPConfig(TrainingArguments):
-    """TrainingArguments and what multi-token prediction adds; defaults are the paper's.
+    """TrainingArguments and what multi-token prediction adds.
 
-    A constant k ("static k" in the paper's ablation) is k_min = k_max. Raises ValueError, with the remedy, for values
-    that contradict one another and for what nobody has tested: DeepSpeed, tensor and context parallelism, FSDP1.
+    Defaults of the method are the paper's but for two that suit other data: its sequences count masks into their
+    length (layout="paper") and its spans may stand in the prompt (response_only=False). Its optimizer settings stand
+    in the shipped configurations. A constant k ("static k" in the paper's ablation) is k_min = k_max. The loss is the
+    mean over all planned span rows of a step: a row that is dropped (behind an EOS, or behind a miss under
+    "until_fail") adds nothing, but counts.
+
+    Raises ValueError, with the remedy, for values that contradict one another and for what nobody has tested:
+    DeepSpeed, tensor and context parallelism, FSDP1.
 
         MTPConfig("out", k_max=16, teacher_target="hard", gt_warmup_steps=500, bf16=True, max_steps=2000)
     """
@@ -63,7 +75,9 @@ class MTPConfig(TrainingArguments):
         default="default", metadata={"help": "max_length counts the text's tokens, or with 'paper' the masks too."}
     )
     max_length: int | None = field(default=None, metadata={"help": "Longer texts are cut off; None cuts none."})
-    response_only: bool = field(default=True, metadata={"help": "No spans before the end of the prompt."})
+    response_only: bool = field(
+        default=True, metadata={"help": "Spans in answers only, in those of every turn; else anywhere in the text."}
+    )
     eos_padding: bool = field(
         default=True, metadata={"help": "Predictions behind the text's EOS count, with EOS as the data's token."}
     )
@@ -102,10 +116,27 @@ class MTPConfig(TrainingArguments):
         default=False, metadata={"help": "DDP's search for weights without a gradient; every step here uses all."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Columns are the collator's business."})
+    torch_compile: bool = field(
+        default=False, metadata={"help": "Compile the decoder layers of student and teacher, for training steps alone."}
+    )
+    torch_compile_backend: str | None = field(
+        default=None, metadata={"help": "Sets torch_compile; 'inductor' unless given."}
+    )
+    torch_compile_mode: str | None = field(
+        default=None, metadata={"help": "Sets torch_compile; modes that make CUDA graphs are refused."}
+    )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite is an error."})
 
     def __post_init__(self) -> None:
+        if self.deepspeed:
+            # Before transformers asks for its package.
+            raise ValueError("DeepSpeed, ZeRO-3 included, is untested here and refused; use FSDP2 (fsdp=True) or DDP")
+        # The parents must not see it: TrainingArguments would switch TF32 on, which rounds rotary positions too.
+        compiler = self.torch_compile, self.torch_compile_backend, self.torch_compile_mode
+        self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
         super().__post_init__()
+        _, self.torch_compile_backend, self.torch_compile_mode = compiler
+        self.torch_compile = any(compiler)
         if self.data_seed is None:
             # Else the order of the data hangs on whatever has been seeded last, and a resumed run may see another.
             self.data_seed = self.seed
@@ -130,8 +161,15 @@ class MTPConfig(TrainingArguments):
             raise ValueError(f"num_spans must be at least 1, or None for N // (2 * k_max); got {self.num_spans}")
         if self.span_offset is not None and (self.span_offset < 0 or self.spacing != "stride"):
             raise ValueError(f"span_offset must be at least 0 and needs spacing='stride'; got {self.span_offset}")
-        if self.layout == "paper" and self.max_length is None:
-            raise ValueError("layout='paper' counts masks into max_length; give max_length (the paper: 160)")
+        self._require_room()
+        for name, unset in (("lora_alpha", None), ("lora_targets", "all-linear")):
+            if not self.lora_rank and getattr(self, name) != unset:
+                raise ValueError(f"{name} needs lora_rank > 0; got {getattr(self, name)!r} and rank 0")
+        if self.teacher_dtype is not None and (self.lora_rank or not self.needs_teacher):
+            raise ValueError(
+                "teacher_dtype is of a second model; with LoRA the teacher is the student without its adapters, and "
+                "teacher_target 'gt' without an anchor needs none: leave teacher_dtype out"
+            )
         if self.lora_rank == 0 and self.student_dtype != "float32":
             raise ValueError(
                 f"student_dtype {self.student_dtype!r} needs lora_rank > 0: trained weights are float32; set bf16=True "
@@ -141,10 +179,28 @@ class MTPConfig(TrainingArguments):
             raise ValueError("packing leaves out all padding, static_shape adds it; set one of them")
         self._refuse_untested()
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any part of the loss asks a teacher: the spans' target, or the anchor."""
+        return self.teacher_target != "gt" or self.anchor_kl_weight > 0
+
+    def _require_room(self) -> None:
+        """Raise ValueError for a max_length that leaves fewer than two tokens of a text."""
+        if self.max_length is None:
+            if self.layout == "paper":
+                raise ValueError("layout='paper' counts masks into max_length; give max_length (the paper: 160)")
+            return
+        masks = (self.num_spans or max(1, self.max_length // (2 * self.k_max))) * (self.k_max - 1)
+        least = 2 + (masks if self.layout == "paper" else 0)
+        if self.max_length < least:
+            counted = f" and all {masks} masks of the spans (layout='paper')" if self.layout == "paper" else ""
+            raise ValueError(
+                f"max_length must be at least {least}, for two tokens{counted}; got {self.max_length}: raise it"
+                + (", or lower num_spans or k_max" if counted else "")
+            )
+
     def _refuse_untested(self) -> None:
         """What TrainingArguments offer and this trainer would do wrong or ignore."""
-        if self.deepspeed:
-            raise ValueError("DeepSpeed, ZeRO-3 included, is untested here and refused; use FSDP2 (fsdp=True) or DDP")
         parallel = self.parallelism_config
         for name in ("tp", "cp", "sp"):
             if parallel is not None and getattr(parallel, f"{name}_size", 1) > 1:
@@ -153,10 +209,15 @@ class MTPConfig(TrainingArguments):
                 )
         if self.fsdp and int((self.fsdp_config or {}).get("version", 2)) != 2:
             raise ValueError("FSDP version 1 is untested here and refused; set fsdp_config={'version': 2}")
-        if self.torch_compile:
+        if self.torch_compile_mode in CUDA_GRAPH_MODES:
             raise ValueError(
-                "torch_compile compiles the model's own forward, which training here does not call; omit it"
+                f"torch_compile_mode {self.torch_compile_mode!r} makes CUDA graphs, one for each of the many shapes of "
+                "a step, and is refused; use 'default' or 'max-autotune-no-cudagraphs'"
             )
+        if self.use_liger_kernel:
+            raise ValueError("use_liger_kernel rewrites a forward that training here does not call; omit it")
+        if self.neftune_noise_alpha is not None:
+            raise ValueError("neftune_noise_alpha is untested here, and LoRA's teacher would see the noise; omit it")
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor has no meaning for self-distillation; set it to 0")
         if not self.average_tokens_across_devices:
@@ -166,17 +227,23 @@ class MTPConfig(TrainingArguments):
             raise ValueError("dispatch_batches and split_batches are refused: each rank reads its own batches")
         # None would mean True for streamed data.
         accelerator.dispatch_batches = False
+        # Else the host waits at every batch until the device has finished the step before.
+        accelerator.non_blocking = self.dataloader_pin_memory
 
 
 class MTPCollator:
-    """Right-pads {"input_ids": list, "prompt_length": int} to the longest text of the batch, or to a fixed length."""
+    """Right-pads {"input_ids": list, "prompt_length": int} to the longest text of the batch, or to a fixed length.
+
+    The answer is what stands behind the prompt; in a conversation "earlier_answers", a list of (start, end) in tokens,
+    names further ones inside it.
+    """
 
     def __init__(self, pad_token_id: int, pad_to: int | None = None) -> None:
         self.pad_token_id = pad_token_id
         self.pad_to = pad_to
 
     def __call__(self, batch: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """input_ids [B, N] int64, lengths and prompt_lengths as lists. Raises ValueError for a longer text.
+        """input_ids [B, N] int64; lengths, prompt_lengths and earlier_answers as lists. ValueError for a longer text.
 
         Lists stay on the host, where spans are drawn: reading tensors back from a GPU would wait for it.
         """
@@ -191,6 +258,7 @@ class MTPCollator:
             "input_ids": input_ids,
             "lengths": lengths,
             "prompt_lengths": [int(x["prompt_length"]) for x in batch],
+            "earlier_answers": [list(x.get("earlier_answers", ())) for x in batch],
         }
 
 
@@ -236,8 +304,8 @@ class MTPTrainer(Trainer):
     Batches come from `MTPCollator`. At the end of training a summary with the curves of agreement by position stands
     in output_dir. `save_model` writes a plain Hugging Face checkpoint, adapters merged, whose config
     records the mask token and k_max. Raises ValueError for a missing teacher, a teacher of another vocabulary, trained
-    weights below float32, and for arguments of Trainer that would have no effect here; RuntimeError during training
-    for a loss that is not finite.
+    weights below float32, and for arguments of Trainer that would have no effect here; NotFiniteError, a
+    RuntimeError, for a loss or weights that are not finite.
 
         trainer = MTPTrainer(model=model, teacher=teacher, args=MTPConfig("out", k_max=8), train_dataset=data,
                              data_collator=MTPCollator(tokenizer.pad_token_id), processing_class=tokenizer)
@@ -278,6 +346,8 @@ class MTPTrainer(Trainer):
         record_settings(plain, mask_token_id=self.mask_token_id, k_max=args.k_max, bidirectional=args.bidirectional)
         super().__init__(model=model, args=args, **kwargs)
         self._require_tested_engine()
+        # accelerate would compile the whole model, whose forward is another one in every step here.
+        self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
         if teacher is not None:
             teacher = teacher.requires_grad_(False).eval().to(args.device)
             if args.teacher_dtype is not None:
@@ -294,6 +364,7 @@ class MTPTrainer(Trainer):
             raise ValueError("the model's config names no eos_token_id, behind which spans end; set it")
         self.eos_token_ids = torch.tensor([eos] if isinstance(eos, int) else list(eos), device=args.device)
         self.held_out = held_out
+        self._layers: CompiledLayers | None = None
         self._sums: list[MTPLoss] = []
         self._seen = _Seen()
         # The first step with a loss that is not finite; on the device, so that no step waits for it.
@@ -305,11 +376,9 @@ class MTPTrainer(Trainer):
         adapted = isinstance(model, PeftModel)
         if adapted and teacher is not None:
             raise ValueError("with LoRA the teacher is the student without its adapters: leave teacher= out")
-        if teacher is None and not adapted:
-            if args.teacher_target != "gt":
-                raise ValueError(f"teacher_target {args.teacher_target!r} needs teacher=, the frozen original model")
-            if args.anchor_kl_weight:
-                raise ValueError("anchor_kl_weight needs teacher=, the frozen original model")
+        if teacher is None and not adapted and args.needs_teacher:
+            part = "anchor_kl_weight" if args.teacher_target == "gt" else f"teacher_target {args.teacher_target!r}"
+            raise ValueError(f"{part} needs teacher=, the frozen original model")
         narrow = {p.dtype for p in model.parameters() if p.requires_grad} - {torch.float32, torch.float64}
         if narrow:
             raise ValueError(f"trained weights must be float32; got {narrow}: load with dtype=torch.float32, bf16=True")
@@ -338,15 +407,19 @@ class MTPTrainer(Trainer):
             raise ValueError(
                 "FSDP asked for, but accelerate has set up none (version 1, one process, or a CPU); omit it"
             )
+        if self.is_fsdp_enabled and self.args.torch_compile:
+            raise ValueError("torch_compile under FSDP is untested here and refused; use DDP, or leave it out")
         if self.is_fsdp_enabled and isinstance(self.model, PeftModel):
             raise ValueError(
-                "LoRA under FSDP is refused: its teacher's pass finds sharded weights; use DDP, without fsdp"
+                "LoRA under FSDP is refused: its head stays a shard, and saving cannot merge shards; use DDP"
             )
+        if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO and not self.args.torch_compile:
+            raise ValueError("accelerate's dynamo_backend is refused; set it to 'no', and torch_compile=True here")
         if self.is_distributed_loading_by_transformers:
             raise ValueError("a model sharded by from_pretrained (tensor parallel) is refused; load it whole")
 
     def plan(self, batch: dict[str, Any], *, k: int, step: int, micro_step: int) -> dict[str, Any]:
-        """The batch with its layout: a pure function of the batch's lengths, the seed, the step and the rank."""
+        """The batch with its layout: a pure function of where its answers lie, the seed, the step and the rank."""
         args = self.args
         tokens = batch["input_ids"]
         lengths, prompts = (torch.as_tensor(batch[name], device="cpu") for name in ("lengths", "prompt_lengths"))
@@ -356,15 +429,18 @@ class MTPTrainer(Trainer):
             limit -= num_spans * (k - 1)
         tokens = tokens[:, :limit]
         lengths = lengths.clamp(max=limit)
-        prefix = draw_prefixes(
-            lengths,
-            prompts,
+        end = answer_ends(lengths, prompts, batch["earlier_answers"], num_tokens=tokens.shape[1])
+        # Rows whose next token is an answer's.
+        answer = torch.cat([end[:, 1:] > 0, end.new_zeros(len(end), 1, dtype=torch.bool)], dim=1)
+        if not args.response_only:
+            end = answer_ends(lengths, torch.zeros_like(lengths), (), num_tokens=tokens.shape[1])
+        prefix = draw_within(
+            end > 0,
             k,
             num_spans,
             spacing=args.spacing,  # type: ignore[arg-type]
             offset=args.span_offset,
             counting="paper" if args.layout == "paper" else "tokens",
-            response_only=args.response_only,
             seed=args.seed,
             step=step,
             micro_step=micro_step,
@@ -376,11 +452,10 @@ class MTPTrainer(Trainer):
             lengths,
             k,
             num_tokens=tokens.shape[1],
+            end=end.gather(1, prefix),
             mask_rows=mask_rows,
             bidirectional=args.bidirectional,
         )
-        index = torch.arange(tokens.shape[1])
-        answer = (index >= prompts[:, None] - 1) & (index < lengths[:, None] - 1)
         if args.packing:
             layout, (tokens, answer) = pack(layout, tokens, answer)
         return {"input_ids": tokens, "layout": layout, "prefix_rows": answer}
@@ -405,7 +480,7 @@ class MTPTrainer(Trainer):
         """Planned span rows and answer rows [2] over the given micro-batches and all ranks."""
         rows = sum(int(plan["layout"].valid.sum()) for plan in plans)
         answers = sum(int(plan["prefix_rows"].sum()) for plan in plans)
-        counts = torch.tensor([rows, answers], dtype=torch.float32).to(device, non_blocking=True)
+        counts = send(torch.tensor([rows, answers], dtype=torch.float32), device)
         return self.accelerator.reduce(counts, "sum")
 
     def training_step(
@@ -414,17 +489,29 @@ class MTPTrainer(Trainer):
         """One step under span attention, backward included: activation checkpointing runs the forward again there."""
         layout: Layout = inputs["layout"]
         self._seen.add(int(layout.valid.sum()), int(layout.lengths.sum()))
-        with self._span_attention(model, inputs) as inputs:
+        with self._span_attention(model, inputs) as inputs, self._compiled():
             loss = super().training_step(model, inputs, num_items_in_batch)
         step = torch.full_like(self._broken_step, self.state.global_step)
         self._broken_step = torch.where(loss.isfinite(), self._broken_step, torch.minimum(step, self._broken_step))
         return loss
 
+    def _compiled(self) -> AbstractContextManager:
+        """Decoder layers of student and teacher compiled inside it, where that is asked for."""
+        args = self.args
+        if not args.torch_compile:
+            return nullcontext()
+        if self._layers is None:
+            student = plain_model(self.accelerator.unwrap_model(self.model))
+            models = [student] if self.teacher is None or self.teacher is student else [student, self.teacher]
+            backend = args.torch_compile_backend or "inductor"
+            self._layers = CompiledLayers(*models, backend=backend, mode=args.torch_compile_mode)
+        return self._layers()
+
     @contextmanager
     def _span_attention(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         device = self.args.device
         context = SpanContext(inputs["layout"].to(device))
-        prefix_rows = inputs["prefix_rows"].to(device, non_blocking=True)
+        prefix_rows = send(inputs["prefix_rows"], device)
         with attention_context(plain_model(self.accelerator.unwrap_model(model)), context):
             yield {**inputs, "layout": context, "prefix_rows": prefix_rows}
 
@@ -523,16 +610,29 @@ class MTPTrainer(Trainer):
                 self._seen = _Seen()
         super().log(logs, *args, **kwargs)
 
-    def _require_finite(self) -> None:
-        """Raise RuntimeError where the loss of any rank has not been finite; called by all ranks, before any save."""
+    def _require_finite(self, *, weights: bool = False, alone: bool = False) -> None:
+        """Raise NotFiniteError where the loss of any rank has not been finite; called by all ranks, before any save.
+
+        weights   look at the trained weights too: a gradient can break in the very step that is to be saved
+        alone     this rank may be the only one that calls
+        """
+        broken, what = self._broken_step, "loss"
+        if weights and bool(broken.isinf()) and not self._weights_are_finite():
+            broken, what = torch.full_like(broken, self.state.global_step - 1), "weights or loss"
         # Gathered, so that all ranks leave together.
-        step = float(self.accelerator.gather(self._broken_step.reshape(1)).min())
+        step = float(broken if alone else self.accelerator.gather(broken.reshape(1)).min())
         if step != float("inf"):
-            raise RuntimeError(
-                f"the loss of step {int(step) + 1} is not finite: expected a number; nothing has been saved since the "
-                "last checkpoint. Lower learning_rate, lengthen warmup_steps, or compute in bf16 instead of fp16; a "
-                "single bad batch shows with a different seed"
+            raise NotFiniteError(
+                f"the {what} of step {int(step) + 1} is not finite: expected a number; nothing has been saved since "
+                "the last checkpoint. Lower learning_rate, lengthen warmup_steps, or compute in bf16 instead of fp16; "
+                "a single bad batch shows with a different seed"
             )
+
+    def _weights_are_finite(self) -> bool:
+        trained = (p.detach() for p in self.model.parameters() if p.requires_grad)  # type: ignore[union-attr]
+        # Of a sharded weight each rank looks at its own part.
+        local = (p.to_local() if isinstance(p, DTensor) else p for p in trained)
+        return bool(torch.stack([p.isfinite().all() for p in local]).all())
 
     def get_train_dataloader(self) -> DataLoader:
         """As Trainer's; a stream begins again where it ends."""
@@ -562,11 +662,7 @@ class MTPTrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise ValueError(f"no complete checkpoint in {self.args.output_dir}: start without resuming")
         if isinstance(resume_from_checkpoint, str):
-            folder = Path(resume_from_checkpoint)
-            if ((folder / MARK).exists() and not is_complete(folder)) or not (folder / TRAINER_STATE_NAME).exists():
-                raise ValueError(
-                    f"{folder} is not a whole checkpoint: resume_from_checkpoint=True takes the newest whole"
-                )
+            require_whole(resume_from_checkpoint)
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.is_world_process_zero():
             summarise(self.state.log_history, cast(str, self.args.output_dir))
@@ -574,7 +670,7 @@ class MTPTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As Trainer's, but a kill at any moment leaves the last complete checkpoint findable."""
-        self._require_finite()
+        self._require_finite(weights=True)
         args, run = self.args, Path(self._get_output_dir(trial=trial))
         folder = run / f"checkpoint-{self.state.global_step}"
         if args.should_save and folder.exists():
@@ -602,6 +698,7 @@ class MTPTrainer(Trainer):
             if not self.is_fsdp_enabled:
                 super().save_model(output_dir, _internal_call=True)
             return
+        self._require_finite(weights=True, alone=not self.is_fsdp_enabled)
         core = self.accelerator.unwrap_model(self.model)
         state: dict[str, Tensor] = {}
         if self.is_fsdp_enabled:

@@ -1,0 +1,60 @@
+"""torch.compile for a training step: each decoder layer of student and teacher, and nothing else.
+
+Layers are alike: one form, made in the time of one layer, serves all of them. What lies around them stays as it is:
+hooks of DDP, the embedding, head and loss, which are single ops already. Between the steps the layers have
+their own forward again, so that evaluation, decoding and saving know nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from mtpkern.train.objective import forward_as
+
+CUDA_GRAPH_MODES = {"reduce-overhead", "max-autotune"}
+# With gradients and without, adapters on and off, windows, a batch of one: torch's own limit of eight could end it.
+FORMS = 64
+
+
+class CompiledLayers:
+    """The decoder layers of models, compiled inside the context that a call opens.
+
+    models    of transformers
+    backend   of torch.compile
+    mode      of torch.compile; none that makes CUDA graphs, because a step's shape changes with k and the texts
+
+    Forms are made for any shape from the start. One for the first shape alone would round differently from the one
+    that later replaces it, and a resumed run would not equal an uninterrupted one. Raises ValueError for a model
+    without the layers that transformers checkpoints; a layer that cannot be compiled whole is torch's own error.
+
+        layers = CompiledLayers(student, teacher)
+        with layers():
+            mtp_loss(...).span.backward()
+    """
+
+    def __init__(self, *models: nn.Module, backend: str = "inductor", mode: str | None = None) -> None:
+        self.forwards = []
+        for model in models:
+            layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+            if not layers:
+                raise ValueError(
+                    f"{type(model).__name__} has no decoder layers of the kind that transformers can checkpoint: "
+                    "expected some to compile; leave out torch_compile"
+                )
+            for layer in layers:
+                compiled = torch.compile(layer.forward, dynamic=True, fullgraph=True, backend=backend, mode=mode)
+                self.forwards.append((layer, compiled))
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Keep it open around backward, in which activation checkpointing runs the layers again."""
+        with ExitStack() as stack:
+            stack.enter_context(torch._dynamo.config.patch(recompile_limit=FORMS))
+            for layer, compiled in self.forwards:
+                stack.enter_context(forward_as(layer, compiled))
+            yield

@@ -45,6 +45,11 @@ def variants(steps: int) -> dict[str, dict[str, Any]]:
         "half the spans": {"num_spans": NUM_SPANS // 2},
         "twice the spans": {"num_spans": NUM_SPANS * 2},
         "the paper's stride": {"num_spans": None, "spacing": "stride"},
+        "warm-up, anchor, first failure": {
+            "gt_warmup_steps": steps * 3 // 4,
+            "anchor_kl_weight": 0.5,
+            "loss_support": "until_fail",
+        },
     }
 
 

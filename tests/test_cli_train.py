@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mtpkern
@@ -378,13 +379,25 @@ def test_what_goes_wrong_while_training_is_one_sentence(tmp_path, checkpoint, ca
 def test_a_run_without_evaluations_is_evaluated_at_its_end(tmp_path, checkpoint):
     data, start, out = write(tmp_path / "rows.jsonl", GSM8K), checkpoint("llama"), tmp_path / "out"
     flags = ["--train-data", data, "--eval-data", data, "--decode-rows", "2", "--decode-tokens", "3"]
+    flags += ["--report-to", "tensorboard", "--logging-steps", "1"]
     assert main(["train", "--model", start, *flags, "--output-dir", str(out), *TINY]) == 0
     assert "accuracy | tokens_per_pass" in (out / "summary.md").read_text()
+    curves = EventAccumulator(str(next(out.glob("runs/*"))))
+    curves.Reload()
+    assert {"train/agreeing_prefix", "eval/agreeing_prefix", "eval/tokens_per_pass"} <= {*curves.Tags()["scalars"]}
 
 
-def test_two_processes_under_torchrun(tmp_path, checkpoint):
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+        ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"],
+    ],
+    ids=["torchrun", "accelerate"],
+)
+def test_launched(tmp_path, checkpoint, launcher):
     data, out = write(tmp_path / "rows.jsonl", GSM8K), tmp_path / "out"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, "-m", *launcher]
     command += ["-m", "mtpkern.train", "gsm8k", "--model", checkpoint("qwen"), "--train-data", data]
     command += ["--eval-data", data, "--output-dir", str(out), *TINY]
     result = subprocess.run(

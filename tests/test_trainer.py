@@ -184,6 +184,13 @@ def test_plan_counts_masks_into_the_papers_length(tmp_path):
         assert plan["input_ids"].shape == (1, 16 - 2 * (k - 1))
 
 
+@pytest.mark.parametrize(("change", "spans"), [({}, 8), ({"spacing": "stride"}, 4), ({"layout": "paper"}, 4)])
+def test_spans_unless_given(tmp_path, change, spans):
+    run = trainer(tmp_path, **{"num_spans": None, "spacing": "random", "max_length": 32, "k_max": 4} | change)
+    batch = MTPCollator(0)([{"input_ids": list(range(8, 40)), "prompt_length": 2}])
+    assert run.plan(batch, k=2, step=0, micro_step=0)["layout"].prefix.shape == (1, spans)
+
+
 def test_spans_of_an_earlier_answer_end_with_it(tmp_path):
     """Two answers in one text give the loss of two texts, the first of which ends with the first answer."""
     first, second = [1, 8, 9, 10, 11, EOS], [12, 13, 14, 15, EOS]

@@ -66,7 +66,10 @@ class MTPConfig(TrainingArguments):
     k_min: int = field(default=2, metadata={"help": "Smallest number of predictions of a span."})
     k_max: int = field(default=16, metadata={"help": "Largest; k is drawn anew each step, uniform on k_min..k_max."})
     k_scope: str = field(default="step", metadata={"help": "Who shares a k: all ranks of a 'step', or each 'rank'."})
-    num_spans: int | None = field(default=None, metadata={"help": "Spans a sequence; N // (2 * k_max) unless given."})
+    num_spans: int | None = field(
+        default=None,
+        metadata={"help": "Spans a sequence; unless given the paper's N // (2 * k_max), N // k_max where 'random'."},
+    )
     spacing: str = field(default="stride", metadata={"help": "'stride' of 2k at an offset, or 'random'."})
     span_offset: int | None = field(
         default=None, metadata={"help": "Offset in tokens of the first span of a stride; drawn anew unless given."}
@@ -158,7 +161,7 @@ class MTPConfig(TrainingArguments):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
         if self.num_spans is not None and self.num_spans < 1:
-            raise ValueError(f"num_spans must be at least 1, or None for N // (2 * k_max); got {self.num_spans}")
+            raise ValueError(f"num_spans must be at least 1, or None for a number by max_length; got {self.num_spans}")
         if self.span_offset is not None and (self.span_offset < 0 or self.spacing != "stride"):
             raise ValueError(f"span_offset must be at least 0 and needs spacing='stride'; got {self.span_offset}")
         self._require_room()
@@ -184,13 +187,24 @@ class MTPConfig(TrainingArguments):
         """Whether any part of the loss asks a teacher: the spans' target, or the anchor."""
         return self.teacher_target != "gt" or self.anchor_kl_weight > 0
 
+    def spans_of(self, num_tokens: int) -> int:
+        """How many spans a text padded to `num_tokens` gets, where they exist: `MTPConfig("out").spans_of(512) == 16`.
+
+        Random positions get twice the paper's share, which paid in the ablation (docs/log.md), unless the masks count
+        into the length.
+        """
+        if self.num_spans is not None:
+            return self.num_spans
+        period = self.k_max if self.spacing == "random" and self.layout == "default" else 2 * self.k_max
+        return max(1, num_tokens // period)
+
     def _require_room(self) -> None:
         """Raise ValueError for a max_length that leaves fewer than two tokens of a text."""
         if self.max_length is None:
             if self.layout == "paper":
                 raise ValueError("layout='paper' counts masks into max_length; give max_length (the paper: 160)")
             return
-        masks = (self.num_spans or max(1, self.max_length // (2 * self.k_max))) * (self.k_max - 1)
+        masks = self.spans_of(self.max_length) * (self.k_max - 1)
         least = 2 + (masks if self.layout == "paper" else 0)
         if self.max_length < least:
             counted = f" and all {masks} masks of the spans (layout='paper')" if self.layout == "paper" else ""
@@ -424,7 +438,7 @@ class MTPTrainer(Trainer):
         tokens = batch["input_ids"]
         lengths, prompts = (torch.as_tensor(batch[name], device="cpu") for name in ("lengths", "prompt_lengths"))
         limit = args.max_length or tokens.shape[1]
-        num_spans = args.num_spans or max(1, limit // (2 * args.k_max))
+        num_spans = args.spans_of(limit)
         if args.layout == "paper":
             limit -= num_spans * (k - 1)
         tokens = tokens[:, :limit]

@@ -44,7 +44,7 @@ def paper_layout(batch: int, tokens: int, k: int) -> Layout:
     """B texts of N tokens without a prompt, each with N // 2k spans of k; every span exists. On the CPU."""
     lengths = torch.full((batch,), tokens)
     start = torch.zeros_like(lengths)
-    prefix = draw_prefixes(lengths, start, k, tokens // (2 * k), response_only=False, seed=0, step=0)
+    prefix = draw_prefixes(lengths, start, k, tokens // (2 * k), seed=0, step=0)
     return build_layout(prefix, lengths, k, num_tokens=tokens)
 
 

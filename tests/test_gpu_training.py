@@ -32,7 +32,7 @@ def no_sync():
 
 def rule_of(lengths, k, spans, tokens, *, step=0):
     lengths = torch.tensor(lengths)
-    prefix = draw_prefixes(lengths, lengths * 0, k, spans, response_only=False, spacing="random", seed=0, step=step)
+    prefix = draw_prefixes(lengths, lengths * 0, k, spans, spacing="random", seed=0, step=step)
     layout = build_layout(prefix, lengths, k, num_tokens=tokens).to(DEVICE)
     return layout.position, layout.prefix_end, layout.span_start
 

@@ -239,7 +239,6 @@ def draw_prefixes(
     spacing: Spacing = "stride",
     offset: int | None = None,
     counting: Counting = "tokens",
-    response_only: bool = True,
     seed: int,
     step: int,
     micro_step: int = 0,
@@ -247,8 +246,8 @@ def draw_prefixes(
 ) -> Tensor:
     """Draw the prefixes of a batch: [B, num_spans] int64, ascending where they exist, 0 where one does not.
 
-    lengths, prompt_lengths   [B] tokens, EOS included; a prefix lies in [prompt_length, length - 1] with
-                              response_only, in [1, length - 1] without: at least one token is left to predict
+    lengths, prompt_lengths   [B] tokens, EOS included; a prefix lies in [prompt_length, length - 1], at least 1: at
+                              least one token is left to predict
     spacing                   "stride": a grid of period 2k (k+1 tokens with counting "paper") at a random offset,
                               rolled around the range, and no span behind the first that reaches the last token;
                               "random": positions drawn without replacement
@@ -259,7 +258,7 @@ def draw_prefixes(
     if spacing not in ("stride", "random"):
         raise ValueError(f"spacing must be 'stride' or 'random'; got {spacing!r}")
     generator = _generator(seed, step, micro_step, rank, 1)
-    low = prompt_lengths.clamp(min=1) if response_only else torch.ones_like(lengths)
+    low = prompt_lengths.clamp(min=1)
     room = (lengths - low).clamp(min=0)
     span = torch.arange(num_spans)
     if spacing == "stride":
@@ -310,7 +309,7 @@ def draw_within(among: Tensor, k: int, num_spans: int, **options: Any) -> Tensor
 
     among     [B, N] bool: the tokens that a span may predict first, counted through as if they stood in a row; the
               very first token of a sequence is never one, since a prefix has at least one token
-    options   of `draw_prefixes`, but for `response_only`
+    options   of `draw_prefixes`
     """
     among = among.clone()
     among[:, :1] = False

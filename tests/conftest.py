@@ -142,14 +142,17 @@ def tiny() -> SimpleNamespace:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def bfloat16_in_the_interpreter() -> None:
-    """Triton's interpreter keeps bfloat16 as bits, which it would multiply as integers and cut off in casts.
+def products_and_bfloat16_in_the_interpreter() -> None:
+    """Triton's interpreter multiplies by numpy's matmul, and keeps bfloat16 as bits.
 
-    Here casts round to nearest even and products are those of the numbers, as on a GPU. All other arithmetic of two
+    How matmul rounds hangs on the processor, and on some a row's bits hang on its place in the tile: here products are
+    summed over k in order, which is the same everywhere. Bits it would multiply as integers and cut off in casts: here
+    casts round to nearest even and products are those of the numbers, as on a GPU. All other arithmetic of two
     bfloat16, which our kernels do in float32, is refused instead of being done on the bits.
     """
     if not find_spec("triton") or os.environ.get("TRITON_INTERPRET") != "1":
         return
+    import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
     from triton.runtime.interpreter import TensorHandle
@@ -166,15 +169,18 @@ def bfloat16_in_the_interpreter() -> None:
         return TensorHandle(bits.numpy().view("uint16"), tl.bfloat16)
 
     builder = interpreter.InterpreterBuilder
-    cast_impl, create_dot = builder.cast_impl, builder.create_dot
+    cast_impl = builder.cast_impl
 
     def cast(self: Any, x: Any, to: Any) -> Any:
         if to.scalar == tl.bfloat16:
             return x if is_bfloat16(x) else narrow(x.data)
         return cast_impl(self, wide(x), to)
 
-    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return create_dot(self, wide(a), wide(b), *rest)
+    def dot(self: Any, a: Any, b: Any, sums: Any, *precision: Any) -> Any:
+        """sums + a b: [..., M, N] + [..., M, K] [..., K, N]. No operation here adds and multiplies at once."""
+        a, b = wide(a).data.swapaxes(-1, -2)[..., None], wide(b).data[..., None, :]
+        terms = np.multiply(a, b, dtype=sums.data.dtype, order="C")  # [..., K, M, N]: k outside is added in order
+        return TensorHandle(terms.sum(-3, dtype=terms.dtype) + sums.data, sums.dtype.scalar)
 
     def refusing(operation: Callable[..., Any]) -> Callable[..., Any]:
         def refuse(self: Any, *handles: Any) -> Any:

@@ -1,4 +1,4 @@
-"""bfloat16 in Triton's interpreter, as conftest.py teaches it: what the tests of the kernels lean on."""
+"""Products and bfloat16 in Triton's interpreter, as conftest.py teaches it: what the tests of the kernels lean on."""
 
 import pytest
 import torch
@@ -18,9 +18,10 @@ def _cast_kernel(x_ptr, y_ptr, N: tl.constexpr):
 
 
 @triton.jit
-def _dot_kernel(a_ptr, b_ptr, y_ptr, N: tl.constexpr):
-    o = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
-    tl.store(y_ptr + o, tl.dot(tl.load(a_ptr + o), tl.load(b_ptr + o)))
+def _dot_kernel(a_ptr, b_ptr, y_ptr, M: tl.constexpr, K: tl.constexpr, N: tl.constexpr):
+    o_m, o_k, o_n = tl.arange(0, M)[:, None], tl.arange(0, K), tl.arange(0, N)[None, :]
+    p_y = y_ptr + o_m * N + o_n
+    tl.store(p_y, tl.dot(tl.load(a_ptr + o_m * K + o_k[None, :]), tl.load(b_ptr + o_k[:, None] * N + o_n), tl.load(p_y)))
 
 
 @triton.jit
@@ -46,11 +47,19 @@ def test_casts_are_those_of_torch(wide: torch.dtype) -> None:
     torch.testing.assert_close(back, x.bfloat16().to(wide), rtol=0, atol=0, equal_nan=True)
 
 
-def test_products_are_those_of_the_numbers() -> None:
-    a, b = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
-    y = torch.empty(16, 16)
-    _dot_kernel[(1,)](a, b, y, N=16)
-    torch.testing.assert_close(y, a.float() @ b.float())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("M", "K", "N"), [(16, 16, 16), (32, 128, 16), (64, 16, 64)])
+def test_products_are_summed_in_order(dtype: torch.dtype, M: int, K: int, N: int) -> None:
+    """To the bit, on every processor: no product is rounded by its row's place in the tile."""
+    generator = torch.Generator().manual_seed(0)
+    a, b, y = (torch.randn(*shape, generator=generator) for shape in ((M, K), (K, N), (M, N)))
+    a, b = a.to(dtype), b.to(dtype)
+    expected = a[:, :1].float() * b[:1].float()
+    for k in range(1, K):
+        expected += a[:, k : k + 1].float() * b[k : k + 1].float()
+    expected += y
+    _dot_kernel[(1,)](a, b, y, M=M, K=K, N=N)
+    assert torch.equal(y, expected)
 
 
 def test_other_arithmetic_is_refused() -> None:

@@ -65,8 +65,11 @@ ABLATE_ARGS ?=
 ablate: $(STAMP) ## Compare the training recipe's switches at matched steps; goes on where it was stopped.
 	$(BIN)/python -m mtpkern.train.ablate --start $(ABLATE_START) $(ABLATE_ARGS)
 
+# AOT_ARGS=--write keeps the table in bench/results/; AOT_ARGS="--cases readout --verbose" prints a line a kernel.
+AOT_ARGS ?=
+
 aot: $(STAMP) ## Compile every kernel for five GPUs that need not be here: registers, spill, shared memory; fails over budget.
-	$(BIN)/python -m mtpkern.bench.aot --write
+	OMP_NUM_THREADS=1 $(BIN)/python -m mtpkern.bench.aot $(AOT_ARGS)
 
 # The machine's own python where its torch sees a GPU, as is: it may have no network. Else the virtual environment.
 # `make gpu GPU_ARGS="--results FOLDER"` writes there as well.

@@ -1,19 +1,18 @@
 """What the compiler makes of every kernel of ours, for GPUs that need not be there.
 
-    python -m mtpkern.bench.aot                                     every case for every target
-    python -m mtpkern.bench.aot --targets sm_90 --cases readout     some of them
-    python -m mtpkern.bench.aot --write                             and keep the table in bench/results/
+    python -m mtpkern.bench.aot                                             every case for every target
+    python -m mtpkern.bench.aot --targets sm_90 --cases readout --verbose   some of them, a line a kernel
+    python -m mtpkern.bench.aot --write                                     and keep the table in bench/results/
 
 The launchers run as they do in use, but on CPU tensors: Triton compiles what they launch, with their own tile sizes
 and specialised on their own arguments, and nothing is launched. Registers, spill and shared memory are what ptxas and
-the AMD compiler report. Every kernel has a budget (see `over_budget`); the exit status is 1 where one is exceeded. The
-last line of the output is JSON. Triton keeps what it compiled, so a second run takes seconds.
+the AMD compiler report. Every kernel has a budget (see `over_budget`), by version of Triton where they differ; what
+exceeds one is printed, and the exit status is 1. Triton keeps what it compiled, so a second run takes seconds.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -377,32 +376,48 @@ def _lasting(fields: list[tuple[str, Any]]) -> dict[str, Any]:
     return {name: value for name, value in fields if name not in ("code", "seconds")}
 
 
+def fault_lines(one: Compiled) -> list[str]:
+    """A line for each budget that a kernel exceeds: which kernel, for which GPU, in which form, and by how much."""
+    form = f"{one.num_warps} warps, {one.num_stages} stages" + f", tile of {one.rows} rows" * bool(one.rows)
+    used = f"{one.registers} registers, {one.spill} bytes spilled, {one.shared_memory} bytes of shared memory"
+    return [f"{one.case}, {one.kernel}, {one.target}: {fault} [{form}; {used}]" for fault in over_budget(one)]
+
+
 def main() -> int:
-    """Compile, print a line a kernel as it comes, then all of it as JSON; 1 where a kernel exceeds its budget."""
+    """Compile, print what is over budget as it comes, then one line; 1 where a kernel exceeds its budget."""
     parser = argparse.ArgumentParser(prog="python -m mtpkern.bench.aot", description="What the compiler reports.")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--cases", nargs="+", default=[""], metavar="NAME", help="beginnings of the names of cases")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: the cores)")
+    parser.add_argument("--verbose", action="store_true", help="print a line for every kernel")
     parser.add_argument("--write", action="store_true", help="write bench/results/aot.md and aot.json")
     arguments = parser.parse_args()
     cases = [case for case in CASES if case.startswith(tuple(arguments.cases))]
     if not cases:
         parser.error(f"no case begins with {' or '.join(arguments.cases)}; there are: {', '.join(CASES)}")
+    if arguments.write and (len(cases) < len(CASES) or set(arguments.targets) != set(TARGETS)):
+        parser.error("--write keeps the table of every case and target; leave out --cases and --targets, or --write")
 
     compiled: list[Compiled] = []
+    exceeded: list[str] = []
     for kernels in compile_all(cases, arguments.targets, arguments.jobs):
         for one in kernels:
             compiled.append(one)
-            numbers = (one.num_warps, one.num_stages, one.registers, one.spill, one.shared_memory)
-            print(one.case, one.target, one.kernel, *numbers, one.matrix, *over_budget(one), sep=" | ", flush=True)
-    compiled = distinct(compiled)
+            if arguments.verbose:
+                numbers = (one.num_warps, one.num_stages, one.registers, one.spill, one.shared_memory)
+                print(one.case, one.target, one.kernel, *numbers, one.matrix, f"{one.seconds} s", sep=" | ", flush=True)
+            for line in fault_lines(one):
+                exceeded.append(line)
+                print(line, flush=True)
     if arguments.write:
         facts = environment(torch.device("cpu")) | {"triton": version("triton")}
+        different = distinct(compiled)
         # What differs from run to run stays out.
-        data = {"kernels": [asdict(one, dict_factory=_lasting) for one in compiled]}
-        write("aot", "Ahead-of-time compilation", facts, tables(compiled, arguments.targets), data)
-    print(json.dumps([asdict(one) for one in compiled]))
-    return int(any(map(over_budget, compiled)))
+        data = {"kernels": [asdict(one, dict_factory=_lasting) for one in different]}
+        print("wrote", write("aot", "Ahead-of-time compilation", facts, tables(different, arguments.targets), data))
+    what = f"{len(compiled)} kernels of {len(cases)} cases for {', '.join(arguments.targets)}, triton {version('triton')}"
+    print(f"{what}: {len(exceeded)} over budget" if exceeded else f"{what}: all within budget")
+    return int(bool(exceeded))
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from mtpkern.kernels.distill import (
 R, H, V, BANNED = 37, 6, 19, 11
 
 
-def case(dtype=torch.float64, bias=True, **options):
-    generator = torch.Generator().manual_seed(0)
+def case(dtype=torch.float64, bias=True, seed=0, **options):
+    generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(R, H, dtype=dtype, generator=generator).requires_grad_()
     weight = torch.randn(V, H, dtype=dtype, generator=generator).requires_grad_()
     b = torch.randn(V, dtype=dtype, generator=generator).requires_grad_() if bias else None
@@ -271,12 +271,16 @@ def test_operators_are_registered_rightly():
 
 
 def test_bfloat16_error_is_that_of_the_reference():
-    hidden, head, target, _, _ = case(dtype=torch.float32, bias=False)
-    truth = distill_loss_reference(hidden.double(), Head(head.weight.double()), target=target)
-    with torch.autocast("cpu", torch.bfloat16):
-        ours = distill_loss(hidden, head, target=target)
-        eager = distill_loss_reference(hidden, head, target=target)
-    assert abs(ours - truth) <= 2 * abs(eager - truth) + 1e-4 * abs(truth)
+    """Over 8 draws: a loss is one number, which the reference may hit by luck."""
+    errors = []
+    for seed in range(8):
+        hidden, head, target, _, _ = case(dtype=torch.float32, bias=False, seed=seed)
+        truth = distill_loss_reference(hidden.double(), Head(head.weight.double()), target=target)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = [form(hidden, head, target=target) for form in (distill_loss, distill_loss_reference)]
+        errors.append([(loss / truth - 1).item() for loss in losses])
+    ours, eager = torch.tensor(errors).square().mean(0).sqrt()
+    assert ours <= 2 * eager + 1e-4
 
 
 def test_errors():

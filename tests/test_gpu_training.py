@@ -68,9 +68,9 @@ def eager(query, key, value, *rule, scale, window=None, softcap=None, sinks=None
 
 
 def assert_error_is_that_of_eager(names, truth, theirs, ours, dtype):
+    """Over a whole tensor at once: a greatest error hangs on the draw."""
     for name, t, e, o in zip(names, truth, theirs, ours, strict=True):
-        allowed = 2 * (e.double() - t).abs().max() + 2 * torch.finfo(dtype).eps * t.abs().max()
-        assert (o.double() - t).abs().max() <= allowed, name
+        assert (o - t).norm() <= 2 * (e - t).norm() + 2 * torch.finfo(dtype).eps * t.norm(), name
 
 
 @pytest.mark.usefixtures("nan_in_new_tensors")
@@ -86,8 +86,13 @@ def test_span_attention_errs_like_eager(dtype, dim, options):
     theirs = gradients(eager, leaves, d_out, rule, **options)
     ours = gradients(span_attention.span_attention, leaves, d_out, rule, **options)
     assert all(x.dtype == dtype for x in ours)
-    names = ("out", "dq", "dk", "dv", "dsinks")[: len(ours)]
-    assert_error_is_that_of_eager(names, truth, theirs, ours, dtype)
+    assert_error_is_that_of_eager(("out", "dq", "dk", "dv"), truth[:4], theirs[:4], ours[:4], dtype)
+    if len(ours) == 5:
+        # A number a head, sums that eager may hit by luck: one unit in the last place of what is summed, as in
+        # test_triton_span.py.
+        one_sign = d_out.double().abs() * truth[0].sign()
+        summed = gradients(span_attention.span_attention_reference, leaves, one_sign, rule, torch.float64, **options)[4]
+        assert ((ours[4] - truth[4]).abs() <= torch.finfo(dtype).eps * summed.abs()).all()
 
 
 def loss_case(dtype, rows, vocabulary, width, *, soft, **options):

@@ -74,8 +74,8 @@ def test_error_is_that_of_eager(kind, options, dtype):
     eager = gradients(distill_loss_reference, hidden, head, target, teacher, row_weight)
     ours = gradients(distill_loss_triton, hidden, head, target, teacher, row_weight, chunk=2)
     for name, t, e, o in zip(("loss", "d_hidden", "d_weight", "d_bias"), truth, eager, ours):
-        allowed = 2 * (e.double() - t).abs().max() + 4 * torch.finfo(dtype).eps * t.abs().max()
-        assert (o.double() - t).abs().max() <= allowed, name
+        # Over a whole tensor at once: a greatest error hangs on the draw.
+        assert (o - t).norm() <= 2 * (e - t).norm() + 4 * torch.finfo(dtype).eps * t.norm(), name
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

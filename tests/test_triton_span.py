@@ -116,6 +116,26 @@ def gradients(form, leaves, d_out, rule, dtype=None, **options):
     return [out.detach(), *torch.autograd.grad(out, leaves, d_out.to(out.dtype))]
 
 
+def assert_errs_like_eager(leaves, d_out, rule, **options):
+    """Against float64, ours and eager's, over a whole tensor at once: a greatest error hangs on the draw.
+
+    The sinks' gradients are a number a head, -sum_r p_r (d_out . out)_r, which any draw can make eager hit by luck:
+    they may err by one unit in the last place of what is summed, sum_rd p_r |d_out_rd out_rd|.
+    """
+    truth = gradients(span_attention_reference, leaves, d_out, rule, torch.float64, **options)
+    theirs = gradients(eager, leaves, d_out, rule, **options)
+    ours = gradients(span_attention_triton, leaves, d_out, rule, **options)
+    eps = torch.finfo(d_out.dtype).eps
+    for name, t, e, o in zip(("out", "dq", "dk", "dv"), truth, theirs, ours):
+        assert o.dtype == d_out.dtype
+        assert (o - t).norm() <= 2 * (e - t).norm() + 2 * eps * t.norm(), name
+    if len(leaves) == 4:
+        one_sign = d_out.double().abs() * truth[0].sign()
+        summed = gradients(span_attention_reference, leaves, one_sign, rule, torch.float64, **options)[4].abs()
+        assert ours[4].dtype == d_out.dtype
+        assert ((ours[4] - truth[4]).abs() <= eps * summed).all()
+
+
 @pytest.mark.parametrize(
     ("layout", "tiles", "heads", "dim", "dtype", "options", "sinks"),
     [
@@ -137,13 +157,7 @@ def test_error_is_that_of_eager(monkeypatch, layout, tiles, heads, dim, dtype, o
     rule = tuple(x.to(DEVICE) for x in LAYOUTS[layout]())
     leaves, d_out = draw(rule, *heads, dim, dtype, sinks)
     options = {"scale": dim**-0.5, **options}
-    truth = gradients(span_attention_reference, leaves, d_out, rule, torch.float64, **options)
-    theirs = gradients(eager, leaves, d_out, rule, **options)
-    ours = gradients(span_attention_triton, leaves, d_out, rule, **options)
-    for name, t, e, o in zip(("out", "dq", "dk", "dv", "dsinks"), truth, theirs, ours):
-        assert o.dtype == dtype
-        allowed = 2 * (e.double() - t).abs().max() + 2 * torch.finfo(dtype).eps * t.abs().max()
-        assert (o.double() - t).abs().max() <= allowed, name
+    assert_errs_like_eager(leaves, d_out, rule, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -152,12 +166,7 @@ def test_the_tiles_that_are_shipped(dtype):
     layout = build_layout(torch.tensor([[40, 100, 149]]), torch.tensor([150]), 16, num_tokens=150)
     rule = tuple(x.to(DEVICE) for x in (layout.position, layout.prefix_end, layout.span_start))
     leaves, d_out = draw(rule, 1, 1, 64, dtype)
-    truth = gradients(span_attention_reference, leaves, d_out, rule, torch.float64, scale=0.125)
-    theirs = gradients(eager, leaves, d_out, rule, scale=0.125)
-    ours = gradients(span_attention_triton, leaves, d_out, rule, scale=0.125)
-    for name, t, e, o in zip(("out", "dq", "dk", "dv"), truth, theirs, ours):
-        allowed = 2 * (e.double() - t).abs().max() + 2 * torch.finfo(dtype).eps * t.abs().max()
-        assert (o.double() - t).abs().max() <= allowed, name
+    assert_errs_like_eager(leaves, d_out, rule, scale=0.125)
 
 
 def test_rows_that_see_nothing_give_zero_whatever_they_hold(monkeypatch):

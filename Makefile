@@ -65,7 +65,8 @@ ABLATE_ARGS ?=
 ablate: $(STAMP) ## Compare the training recipe's switches at matched steps; goes on where it was stopped.
 	$(BIN)/python -m mtpkern.train.ablate --start $(ABLATE_START) $(ABLATE_ARGS)
 
-# AOT_ARGS=--write keeps the table in bench/results/; AOT_ARGS="--cases readout --verbose" prints a line a kernel.
+# AOT_ARGS=--changed takes from the table in bench/results what is as it was and fails where that lacks a kernel;
+# AOT_ARGS="--changed --write" brings the table up to date; AOT_ARGS="--cases readout --verbose" prints a line a kernel.
 AOT_ARGS ?=
 
 aot: $(STAMP) ## Compile every kernel for five GPUs that need not be here: registers, spill, shared memory; fails over budget.

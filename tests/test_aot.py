@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import pytest
 
 from mtpkern.bench import aot
+from mtpkern.bench.report import RESULTS
 
 pytestmark = pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed")
 
@@ -84,8 +86,7 @@ def test_a_budget_that_is_exceeded_is_named() -> None:
         shared_memory=16,
         matrix="none",
         atomics=False,
-        code="",
-        seconds=0.0,
+        source="",
     )
     assert not aot.over_budget(good)
     product = replace(good, rows=64, bits=16, matrix="wgmma")
@@ -101,12 +102,107 @@ def test_a_budget_that_is_exceeded_is_named() -> None:
     ):
         assert sum(word in fault for fault in aot.over_budget(bad)) == 1, bad
     for (case, kernel), spill in aot.SPILL.items():
-        for target, allowed in spill.items():
+        for target, allowed in ((target, aot.of_this_version(budget)) for target, budget in spill.items()):
             one = replace(good, case=case, kernel=kernel, target=target, spill=allowed)
             assert not aot.over_budget(one)
             assert aot.over_budget(replace(one, spill=allowed + 1))
     # A budget for a case that is no more would hold nothing.
     assert all(any(name.startswith(case) for name in aot.CASES) for case, _ in aot.SPILL)
+
+
+COMMAND = """
+import sys
+from dataclasses import replace
+from mtpkern.bench import aot
+
+good = aot.TARGETS["sm_90"]
+aot.write = None  # a call that nobody asked for would fail
+
+def run(*arguments, room=good.shared_memory):
+    print(f"--- {arguments[6:]} {room}")
+    aot.TARGETS["sm_90"] = replace(good, shared_memory=room)
+    sys.argv = ["aot", *arguments]
+    print(aot.main())
+
+what = "--cases", "kv_write bf16 D64", "--targets", "sm_90", "--jobs", "1"
+run(*what)
+run(*what, room=-1)
+before = aot.compile_case("kv_write bf16 D64", "sm_90")
+aot._noted = None  # nor is anything compiled
+aot.committed = lambda: {one.source: replace(one, spill=24) for one in before}
+run(*what, "--changed")
+aot.committed = lambda: {one.source: one for one in before}
+run(*what, "--changed")
+"""
+
+LACKING = """
+import sys
+from dataclasses import replace
+from mtpkern.bench import aot
+
+(one,) = aot.compile_case("kv_write bf16 D64", "sm_90")
+aot.committed = lambda: {"other": replace(one, source="other")}
+sys.argv = ["aot", "--cases", "kv_write bf16 D64", "--targets", "sm_90", "--jobs", "1", "--changed"]
+print(aot.main())
+"""
+
+
+def test_the_command_says_what_is_over_budget_and_writes_nothing_unasked() -> None:
+    runs = [text.splitlines()[1:] for text in without_interpreter(COMMAND).split("--- ")[1:]]
+    good, planted, known_to_spill, known = runs
+    for lines in (good, known):
+        assert len(lines) == 2, lines
+        assert lines[0].startswith("1 kernels of 1 cases for sm_90, triton ")
+        assert ": all within budget" in lines[0]
+        assert lines[1] == "0"
+    for lines, fault in ((planted, "takes 0 bytes of shared memory of -1"), (known_to_spill, "spills 24 bytes")):
+        assert len(lines) == 3, lines
+        assert lines[0].startswith(f"kv_write bf16 D64, _kv_write_kernel, sm_90: {fault}")
+        assert all(word in lines[0] for word in ("4 warps", "registers", "bytes spilled", "of shared memory"))
+        assert ": 1 over budget" in lines[1]
+        assert lines[2] == "1"
+
+
+def test_a_kernel_that_the_table_lacks_is_compiled_and_named() -> None:
+    summary, lacking, status = without_interpreter(LACKING).splitlines()
+    assert ": all within budget" in summary
+    assert lacking.startswith("bench/results/aot.md lacks 1 of these and has 0 others: make aot")
+    assert status == "1"
+
+
+def test_a_part_is_not_written_over_the_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", ["aot", "--write", "--targets", "sm_90"])
+    with pytest.raises(SystemExit) as exit:
+        aot.main()
+    assert exit.value.code == 2
+    assert "--write keeps the table of every case and target" in capsys.readouterr().err
+
+
+def test_the_committed_table_agrees_with_the_budgets() -> None:
+    """That it is of today's kernels, `make aot AOT_ARGS=--changed` holds, which compiles what the table lacks."""
+    record = json.loads((RESULTS / "aot.json").read_text(encoding="utf-8"))
+    compiled = [aot.Compiled(**one) for one in record["kernels"]]
+    page = (RESULTS / "aot.md").read_text(encoding="utf-8")
+    for table in aot.tables(compiled, list(aot.TARGETS)):
+        assert table.markdown() in page
+    assert f"- triton: {record['environment']['triton']}" in page
+    assert {one.case for one in compiled} <= set(aot.CASES)
+    for case, kernels in KERNELS.items():
+        op = case.split()[0]
+        for target in aot.TARGETS:
+            named = {one.kernel for one in compiled if one.case.split()[0] == op and one.target == target}
+            assert named >= set(kernels), (op, target)
+    if record["environment"]["triton"] == version("triton"):
+        assert not [fault for one in compiled for fault in aot.over_budget(one)]
+        for (case, kernel), spill in aot.SPILL.items():
+            for target, budget in spill.items():
+                found = [
+                    one.spill
+                    for one in compiled
+                    if one.case.startswith(case) and one.kernel == kernel and one.target == target
+                ]
+                # A case whose kernel is that of an earlier one is not in the table.
+                assert not found or max(found) >= aot.of_this_version(budget), (case, kernel, target)
 
 
 PLANTED = """

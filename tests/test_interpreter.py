@@ -21,7 +21,9 @@ def _cast_kernel(x_ptr, y_ptr, N: tl.constexpr):
 def _dot_kernel(a_ptr, b_ptr, y_ptr, M: tl.constexpr, K: tl.constexpr, N: tl.constexpr):
     o_m, o_k, o_n = tl.arange(0, M)[:, None], tl.arange(0, K), tl.arange(0, N)[None, :]
     p_y = y_ptr + o_m * N + o_n
-    tl.store(p_y, tl.dot(tl.load(a_ptr + o_m * K + o_k[None, :]), tl.load(b_ptr + o_k[:, None] * N + o_n), tl.load(p_y)))
+    tl.store(
+        p_y, tl.dot(tl.load(a_ptr + o_m * K + o_k[None, :]), tl.load(b_ptr + o_k[:, None] * N + o_n), tl.load(p_y))
+    )
 
 
 @triton.jit

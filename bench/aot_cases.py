@@ -1,0 +1,123 @@
+"""What mtpkern.bench.aot compiles: every kernel's launcher, called as models call it.
+
+CASES["kv_write bf16 D128"]()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+
+from mtpkern.kernels.advance import Rows, Sequences, advance_triton
+from mtpkern.kernels.decode_attention import decode_attention_triton
+from mtpkern.kernels.distill import Head, distill_loss_triton, head_readout_triton
+from mtpkern.kernels.kv_write import kv_write_triton
+from mtpkern.kernels.readout import readout_triton
+from mtpkern.kernels.span_attention import span_attention_triton
+
+
+def decode_attention_case(dtype: torch.dtype, D: int, rows: int, **options: Any) -> None:
+    """Decode attention of `rows` rows a sequence at the heads of Qwen3-4B and Llama-3.1-8B: 32 over 8."""
+    B, Hq, Hkv, C = 2, 32, 8, 1024
+    query = torch.empty(1, Hq, B * rows, D, dtype=dtype)[0].transpose(0, 1)
+    cache = torch.empty(B, Hkv, C + 1, D, dtype=dtype)
+    index = torch.zeros(B * rows, dtype=torch.int64)
+    start = torch.zeros(B + 1, dtype=torch.int64)
+    decode_attention_triton(query, cache, cache, index, index, start, max_rows=rows, scale=D**-0.5, **options)
+
+
+def advance_case(B: int, k: int, verify: bool) -> None:
+    """`advance` for B sequences with all rows that they can use."""
+    R = B * (2 * k - 1)
+    sequences = Sequences.allocate(B, 256, 128, torch.device("cpu"))
+    rows = Rows.allocate(R, B, torch.device("cpu"))
+    token = torch.zeros(R, dtype=torch.int64)
+    threshold, stop_ids = torch.tensor(0.5), torch.tensor([2, 3])
+    advance_triton(sequences, rows, token, torch.zeros(R), threshold, stop_ids, k=k, verify=verify, mask_token_id=1)
+
+
+def readout_case(dtype: torch.dtype, V: int) -> None:
+    """The readout of two rows."""
+    readout_triton(torch.empty(2, V, dtype=dtype), V - 1)
+
+
+def kv_write_case(dtype: torch.dtype, D: int) -> None:
+    """The write of 15 rows as a model hands them over: [1, Hkv, R, D], transposed."""
+    new = torch.empty(8, 15, D, dtype=dtype).transpose(0, 1)
+    cache = torch.empty(1, 8, 257, D, dtype=dtype)
+    index = torch.zeros(15, dtype=torch.int64)
+    kv_write_triton(cache, cache, new, new, index, index)
+
+
+def span_attention_case(dtype: torch.dtype, D: int, *, sinks: bool = False, **options: Any) -> None:
+    """Span attention of one sequence, 32 heads over 8, forward and backward."""
+    T = 160
+    query, key = (torch.empty(1, T, H, D, dtype=dtype).transpose(1, 2).requires_grad_() for H in (32, 8))
+    rule = [torch.zeros(1, T, dtype=torch.int32)] * 3
+    if sinks:
+        options["sinks"] = torch.zeros(32, dtype=dtype)
+    span_attention_triton(query, key, key, *rule, scale=D**-0.5, **options).sum().backward()
+
+
+def distill_case(dtype: torch.dtype, V: int, **options: Any) -> None:
+    """The head's readout, its hard loss and its soft loss, with gradients."""
+    hidden = torch.zeros(16, 16, dtype=dtype).requires_grad_()
+    head = Head(torch.zeros(V, 16, dtype=dtype), banned=V - 1, **options)
+    head_readout_triton(hidden, head)
+    distill_loss_triton(hidden, head, target=torch.zeros(16, dtype=torch.int64))
+    distill_loss_triton(hidden, head, teacher=(hidden.detach(), head))
+
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_DIMS = (64, 80, 96, 128, 256)
+
+# With 4 query heads a KV head, k = 1, 4, 8 and 16 fill tiles of 16, 32, 64 and 128 rows in the narrow types. Tiles go
+# by the padded head dimension and the bytes of an element, so that not every pair has to be there.
+_SHAPES = {
+    "bf16": [*product((64, 128, 256), (1, 4, 8, 16)), (80, 8), (96, 8)],
+    "fp16": [(128, 8), (256, 8)],
+    "fp32": [(64, 1), *product(_DIMS, (8,))],
+}
+CASES: dict[str, Callable[[], object]] = {
+    **{
+        f"decode_attention {name} D{D} k{k}": partial(decode_attention_case, _DTYPES[name], D, 2 * k - 1)
+        for name, shapes in _SHAPES.items()
+        for D, k in shapes
+    },
+    "decode_attention bf16 D128 k8 one split": partial(decode_attention_case, torch.bfloat16, 128, 15, splits=1),
+    "decode_attention bf16 D128 k8 batch-invariant": partial(
+        decode_attention_case, torch.bfloat16, 128, 15, batch_invariant=True
+    ),
+    "decode_attention bf16 D64 k8 window, sinks": partial(
+        decode_attention_case, torch.bfloat16, 64, 15, window=128, sinks=torch.zeros(32, dtype=torch.bfloat16)
+    ),
+    "decode_attention bf16 D256 k8 window, softcap": partial(
+        decode_attention_case, torch.bfloat16, 256, 15, window=512, softcap=50.0
+    ),
+    **{
+        f"advance B{B} k{k} {'verified' if verify else 'unverified'}": partial(advance_case, B, k, verify)
+        for B, k in ((1, 8), (16, 8), (128, 8), (1024, 16))
+        for verify in (True, False)
+    },
+    **{
+        f"readout {name} V{V}": partial(readout_case, dtype, V)
+        for name, dtype in _DTYPES.items()
+        for V in (151_936, 128_257)  # the second is odd: Llama-3.1 and one mask token
+    },
+    **{f"kv_write bf16 D{D}": partial(kv_write_case, torch.bfloat16, D) for D in _DIMS},
+    "kv_write fp32 D128": partial(kv_write_case, torch.float32, 128),
+    **{
+        f"span_attention {name} D{D}": partial(span_attention_case, dtype, D)
+        for name, dtype in _DTYPES.items()
+        for D in {"bf16": _DIMS, "fp16": (128,), "fp32": (64, 128, 256)}[name]
+    },
+    "span_attention bf16 D64 sinks": partial(span_attention_case, torch.bfloat16, 64, sinks=True),
+    "span_attention bf16 D256 softcap": partial(span_attention_case, torch.bfloat16, 256, softcap=50.0),
+    **{f"distill {name} V144": partial(distill_case, dtype, 144) for name, dtype in _DTYPES.items()},
+    "distill bf16 V129": partial(distill_case, torch.bfloat16, 129),  # odd, as above
+    "distill bf16 V144 softcap": partial(distill_case, torch.bfloat16, 144, softcap=30.0),
+}

@@ -66,7 +66,7 @@ K = 8
 ACCEPTED = 3
 _PROMPT = 8
 # Passes that the device state has room for between two resets: warming up, and the calls of one graph.
-_PASSES = 24
+PASSES = 24
 
 
 def build(name: str, device: torch.device) -> PreTrainedModel:
@@ -109,8 +109,8 @@ class Stand:
     tokens a second set would fit no GPU.
 
     `accepted` imposes on ConfAdapt how many tokens a pass keeps of every sequence: the readout runs as it is, then so
-    many predictions are made sure and the others not, which adds a few small launches to the pass. Other
-    options are the decoder's.
+    many predictions are made sure and the others not, which adds a few small launches to the pass. `room` is how many
+    tokens may come before a reset. Other options are the decoder's.
     """
 
     def __init__(
@@ -121,12 +121,12 @@ class Stand:
         *,
         accepted: int | None = None,
         share: Stand | None = None,
+        room: int = PASSES * 16,
         **options: Any,
     ) -> None:
         self.at = at
         self.model = model
         self.accepted = accepted
-        room = _PASSES * 16
         assert share is None or (share.at.B, share.at.L) == (at.B, at.L)
         self.decoder = Decoder(
             model,

@@ -366,7 +366,9 @@ def test_checkpointing_by_its_new_and_its_former_name(tmp_path, name):
     """transformers 5.17 knows the former alone, 5.23 asks for the new one."""
     off = config(tmp_path)
     assert (off.activation_checkpointing, off.gradient_checkpointing) == (False, False)
-    run = trainer(tmp_path, **{name: True, f"{name}_kwargs": '{"use_reentrant": false}'}, max_steps=1, save_strategy="no")
+    run = trainer(
+        tmp_path, **{name: True, f"{name}_kwargs": '{"use_reentrant": false}'}, max_steps=1, save_strategy="no"
+    )
     args = run.args
     assert args.activation_checkpointing is args.gradient_checkpointing is True
     assert args.activation_checkpointing_kwargs == args.gradient_checkpointing_kwargs == {"use_reentrant": False}

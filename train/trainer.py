@@ -211,6 +211,12 @@ class MTPConfig(TrainingArguments):
         self._refuse_untested()
 
     @property
+    def device(self) -> torch.device:
+        """As TrainingArguments'; a rank on a CPU gets it without an index, to which torch.load could restore nothing."""
+        device: torch.device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether any part of the loss asks a teacher: the spans' target, or the anchor."""
         return self.teacher_target != "gt" or self.anchor_kl_weight > 0

@@ -27,15 +27,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
 
 
 # Seconds that each may take, in the order in which they run; a first call ends within nine minutes.
@@ -66,6 +67,8 @@ PREFLIGHT, TESTS, SLOW, SHORT, WHOLE = "pre-flight", "tests", "slow tests", "sho
 TEST_LIMIT = 100
 # What a process gets to end by itself once it is told to; pytest-xdist waits ten seconds for its workers.
 GRACE = 20.0
+# Characters of what one process says that are kept: results have to fit through narrow doors.
+MOST_LOG = 1 << 20
 # The exit status of the pre-flight where a kernel is wrong.
 WRONG = 3
 # Processes that test: more would only wait for one another's slices of the one GPU.
@@ -110,7 +113,7 @@ def supervise(what: str, command: Sequence[str], limit: float, *, cwd: Path, log
 
     supervise("sleep", ["sleep", "9"], 1.0, cwd=Path("."), log=Path("log")).status  # "cut"
     """
-    start = time.monotonic()
+    start = monotonic()
     with log.open("w") as out:
         process = subprocess.Popen(
             command, cwd=cwd, env={**os.environ, **environment}, stdout=out, stderr=out, start_new_session=True
@@ -128,7 +131,7 @@ def supervise(what: str, command: Sequence[str], limit: float, *, cwd: Path, log
                 os.killpg(process.pid, signal.SIGKILL)  # workers that were left behind, too
             process.wait()
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return Outcome(what, status, time.monotonic() - start, lines[-40:])
+    return Outcome(what, status, monotonic() - start, lines[-40:])
 
 
 def test_files() -> list[str]:
@@ -168,7 +171,7 @@ def known_peak(told: Path) -> dict[str, str]:
 
 
 class Results:
-    """Tables of all parts so far; those of the whole grid replace those of the short one by their captions."""
+    """Tables of all parts so far; a whole grid that was cut may say less than the short one, so both stay."""
 
     def __init__(self, folders: Sequence[Path], title: str) -> None:
         self.folders = folders
@@ -177,20 +180,23 @@ class Results:
         self.facts: dict[str, str] = {}
         self.outcomes: list[Outcome] = []
 
-    def take(self, part: str, folder: Path) -> None:
+    def take(self, part: str, folder: Path, grid: str) -> None:
         """Take in what a part has written, all of it or until it was cut."""
         page = folder / f"{part}.json"
         if page.exists():
             record = json.loads(page.read_text(encoding="utf-8"))
             self.facts = self.facts or {k: v for k, v in record["environment"].items() if k not in ("command", "quick")}
-            self.tables |= {(part, table["caption"]): table for table in record["tables"]}
+            for table in record["tables"]:
+                caption = f"{table['caption']}, {grid}" if grid == WHOLE else table["caption"]
+                self.tables[part, caption] = table | {"caption": caption}
 
     def write(self) -> str:
         """Write gpu.md and gpu.json to every folder; returns the page."""
         from mtpkern.bench.report import GOALS_HEADER, Goal, Table, write
 
         tables = [Table(**{**t, "goals": [Goal(**g) for g in t["goals"]]}) for t in self.tables.values()]
-        goals = [goal for table in tables for goal in table.goals]
+        # What the whole grid says of a goal goes over what the short one said.
+        goals = list({goal.what: goal for table in tables for goal in table.goals}.values())
         runs = [(o.what, o.status, f"{o.seconds:.0f}") for o in self.outcomes]
         met = f"{sum(g.met for g in goals)} of {len(goals)} met, on the shapes that were measured."
         tables.append(Table("What ran", self._said(), ("what", "how it ended", "s"), runs))
@@ -216,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-tests", action="store_true", help="no pre-flight either")
     parser.add_argument("--results", type=Path, help="a further folder for all that is written")
     args = parser.parse_args(argv)
-    end = time.monotonic() + args.minutes * 60
+    end = monotonic() + args.minutes * 60
     dry_run = args.device == "cpu"
 
     work = Path(tempfile.mkdtemp(prefix="mtpkern-gpu-"))
@@ -235,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     folders = [args.results] if args.results else []
     if not dry_run:
-        folders.insert(0, ROOT / "bench" / "results")
+        folders.insert(0, RESULTS)
     elif not folders:
         folders.append(work)
     for folder in folders:
@@ -249,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tests, failures, logs, log = (work / f"gpu-{name}.txt" for name in ("tests", "failures", "log", "part"))
 
     def left() -> float:
-        return end - time.monotonic() - GRACE
+        return end - monotonic() - GRACE
 
     def finish(outcome: Outcome) -> None:
         results.outcomes.append(outcome)
@@ -257,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if log.exists():
             to = tests if outcome.what in (TESTS, SLOW) else logs
             with to.open("a") as out:
-                out.write(f"\n==== {outcome.line}\n{log.read_text(errors='replace')}")
+                out.write(f"\n==== {outcome.line}\n{log.read_text(errors='replace')[-MOST_LOG:]}")
             log.unlink()
         for folder in folders:
             for file in (told, tests, failures, logs):
@@ -267,7 +273,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def module(name: str, what: str, limit: float, *options: str) -> Outcome:
         command = [sys.executable, "-m", f"mtpkern.bench.{name}", "--device", args.device, *options]
-        return supervise(what, command, min(limit, left()), cwd=links, log=log, **environment)
+        # The limits are a GPU's.
+        limit = left() if dry_run else min(limit, left())
+        return supervise(what, command, limit, cwd=links, log=log, **environment)
 
     def preflight() -> bool:
         """Whether no kernel has turned out wrong; what else goes wrong there stops nothing."""
@@ -288,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return
         folder = work / what
         outcome = module(name, what, limit, "--results", str(folder), *(["--quick"] if grid == SHORT else []))
-        results.take(name, folder)
+        results.take(name, folder, grid)
         finish(outcome)
 
     for folder in folders:

@@ -270,7 +270,7 @@ def _least(BLOCK_M: int, BLOCK_N: int) -> int:
 
 
 def _splits(heads: int, C: int, least: int, processors: int) -> int:
-    """How many splits of C slots, of at least so many keys, give each processor two programs; heads: B * Hkv * tiles."""
+    """How many splits of C slots, of so many keys or more, give a processor two programs; heads: B * Hkv * tiles."""
     return max(1, min(triton.cdiv(2 * processors, heads), C // least, 64))
 
 

@@ -134,7 +134,7 @@ class MTPConfig(TrainingArguments):
         default=False, metadata={"help": "DDP's search for weights without a gradient; every step here uses all."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Columns are the collator's business."})
-    # As transformers 5.23 has them; 5.17 knows the former names alone (gradient_checkpointing), which all versions take.
+    # As transformers 5.23 has them; 5.17 knows the former names alone, which all versions take.
     activation_checkpointing: bool | None = field(
         default=None,
         metadata={
@@ -212,7 +212,7 @@ class MTPConfig(TrainingArguments):
 
     @property
     def device(self) -> torch.device:
-        """As TrainingArguments'; a rank on a CPU gets it without an index, to which torch.load could restore nothing."""
+        """As TrainingArguments'; a rank on a CPU gets it without an index, to which torch.load cannot restore."""
         device: torch.device = super().device
         return torch.device("cpu") if device.type == "cpu" else device
 

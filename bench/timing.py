@@ -258,7 +258,7 @@ def kernels_by_name(action: Action, device: torch.device) -> list[tuple[str, int
     cuda = device.type == "cuda"
     replay = _captured(action, 1, device)[0] if cuda else partial(action, 0)
     kind = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[kind]) as profile:
+    with torch.profiler.profile(activities=[kind], acc_events=True) as profile:
         replay()
         synchronize(device)
     events = [

@@ -244,7 +244,10 @@ WRONG_KERNELS = {
     "readout": ("readout.readout", lambda logits, mask: tuple(x + 1 for x in readout_reference(logits, mask))),
     "advance": ("readout.advance", lambda sequences, rows, *rest, **options: sequences.length.add_(1)),
     "decode_attention": ("decode_attention.decode_attention", lambda query, *rest, **options: query),
-    "span_attention": ("span_attention.span_attention", lambda q, k, v, *rule, scale: 1.1 * q.transpose(1, 2)),
+    "span_attention": (
+        "span_attention.span_attention",
+        lambda q, k, v, *rule, scale: (q + 0 * (k + v).sum()).transpose(1, 2),
+    ),
     "distill_loss": ("distill.distill_loss", lambda hidden, head, **options: (hidden @ head.weight.t()).sum()),
     "head_readout": (
         "head_readout",
@@ -256,8 +259,11 @@ WRONG_KERNELS = {
 @pytest.mark.parametrize("kernel", WRONG_KERNELS)
 def test_preflight_stops_where_a_kernel_is_wrong(tmp_path, monkeypatch, kernel):
     """And where the shipped checkpoint writes something else; a step that merely fails stops nothing."""
-    monkeypatch.setattr(preflight, "machine", lambda device: 1 / 0)
-    preflight.machine.__name__ = "machine"
+
+    def fail(device):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(preflight, "machine", fail)
     monkeypatch.setattr(preflight, "compiled", lambda device: {})
     name, wrong = WRONG_KERNELS[kernel]
     monkeypatch.setattr(f"mtpkern.bench.preflight.{name}", wrong)

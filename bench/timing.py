@@ -9,6 +9,7 @@ between events, the cache flushed before each. On a CPU the clock is the host's:
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import time
@@ -296,5 +297,6 @@ def difference(found: list[Tensor], right: list[Tensor], tolerance: float) -> st
 def free(device: torch.device) -> None:
     """Give the memory of dropped tensors and graphs back before the next shape."""
     synchronize(device)
+    gc.collect()  # what torch.compile leaves behind holds on to itself
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -75,8 +75,8 @@ def distill_case(dtype: torch.dtype, V: int, **options: Any) -> None:
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _DIMS = (64, 80, 96, 128, 256)
 
-# With 4 query heads a KV head, k = 1, 4, 8 and 16 fill tiles of 16, 32, 64 and 128 rows in the narrow types. Tiles go
-# by the padded head dimension and the bytes of an element, so that not every pair has to be there.
+# With 4 query heads a KV head, k = 1, 4, 8 and 16 fill tiles of 16, 32, 64 and twice 64 rows in the narrow types (128
+# at D 256). Tiles go by the padded head dimension and the bytes of an element, so that not every pair has to be there.
 _SHAPES = {
     "bf16": [*product((64, 128, 256), (1, 4, 8, 16)), (80, 8), (96, 8)],
     "fp16": [(128, 8), (256, 8)],

@@ -7,9 +7,10 @@ call it, and writes bench/results/compiled.{md,json}. Compiling takes most of th
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import groupby
 from typing import Any
 from unittest.mock import patch
 
@@ -17,52 +18,74 @@ import torch
 from transformers import PreTrainedModel
 
 from mtpkern.attention import attention_context
-from mtpkern.bench.harness import interleaved
+from mtpkern.bench.harness import Spread, interleaved
 from mtpkern.bench.report import Goal, Table, run
-from mtpkern.bench.step import Body, Point, Stand, build, floor
-from mtpkern.bench.timing import Action, free, peak, reason, timed
+from mtpkern.bench.step import Body, Point, Stand, build, floor, reset
+from mtpkern.bench.timing import free, peak, reason, timed
 from mtpkern.generation import generate
 from mtpkern.strategies import Static
 
+PLAIN, COMPILED = "as it is", "compiled"
 
-def pass_table(name: str, model: PreTrainedModel, points: list[Point]) -> Table:
-    """Passes of a model as it is and compiled, in turns; the first point is token by token."""
-    device = model.device
-    stands: dict[tuple[Point, bool], Stand] = {}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", RuntimeWarning)
-        for at in points:
-            for on in (False, True):
-                stands[at, on] = Stand(model, at, Static(at.k), compile=on)
-        actions: dict[str, Action] = {str(key): stand.step for key, stand in stands.items()}
 
-        def reset() -> None:
-            for stand in stands.values():
-                stand.reset()
+def times(model: PreTrainedModel, points: Sequence[Point]) -> Iterator[tuple[Point, dict[str, Spread], list[str]]]:
+    """Of passes of one batch and context: each point, its times as it is and compiled, in turns, and what failed.
 
-        with attention_context(model, Body()):
-            found = timed(actions, device, reset=reset)
-    # A forward that cannot be compiled runs as it is, and a warning says so.
-    skipped = sorted({f"compiled: {w.message}" for w in caught if issubclass(w.category, RuntimeWarning)})
-    rows, records, goals = [], [], []
+    All share one set of caches, which is gone with the last point.
+    """
+    first: Stand | None = None
     for at in points:
-        plain, fused = found[str((at, False))], found[str((at, True))]
-        least = floor(model, at)
-        shares = [least / spread.median for spread in (plain, fused)]
-        cells = (plain.text(0), fused.text(0), f"{plain.median / fused.median:.2f}", f"{least:.0f}")
-        rows.append((str(at.B), str(at.L), str(at.R), *cells, *(f"{share:.0%}" for share in shares)))
-        records.append({**vars(at), "us": plain, "compiled_us": fused, "floor_us": least})
-        if at.B == 1 and at.R > 1 and not skipped:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", RuntimeWarning)
+            plain = Stand(model, at, Static(at.k), share=first)
+            first = first or plain
+            fused = Stand(model, at, Static(at.k), share=first, compile=True)
+            with attention_context(model, Body()):
+                found = timed(
+                    {PLAIN: plain.step, COMPILED: fused.step}, model.device, reset=partial(reset, [plain, fused])
+                )
+        # A forward that cannot be compiled runs as it is, and a warning says so.
+        yield at, found, [f"{COMPILED}: {w.message}" for w in caught if issubclass(w.category, RuntimeWarning)]
+
+
+def pass_tables(name: str, model: PreTrainedModel, points: Sequence[Point]) -> Iterator[Table]:
+    """The table so far, after each point; points of one batch and context stand together."""
+    device = model.device
+    rows, records, skipped = [], [], set()
+    fused: dict[Point, float] = {}
+    for _, group in groupby(points, key=lambda at: (at.B, at.L)):
+        for at, found, failed in times(model, list(group)):
+            skipped |= set(failed)
+            plain, fast = found[PLAIN], found[COMPILED]
+            if not failed:
+                fused[at] = fast.median
+            least = floor(model, at)
+            shares = (f"{least / spread.median:.0%}" for spread in (plain, fast))
+            cells = (plain.text(0), fast.text(0), f"{plain.median / fast.median:.2f}", f"{least:.0f}")
+            rows.append((str(at.B), str(at.L), str(at.R), *cells, *shares))
+            records.append({**vars(at), "us": plain, "compiled_us": fast, "floor_us": least})
+            note = (
+                "bf16, random weights, µs in a graph, median (least–greatest); every row in use. compiled: the model's "
+                "forward through torch.compile before the capture. Floor: weights, keys and values read once; "
+                f"{peak(device).source}."
+            )
+            header = ("batch", "context", "rows", "pass", "compiled", "ratio", "floor", "share", "share, compiled")
+            goals = _goals(name, model, fused)
+            yield Table(f"A pass of {name}, compiled", note, header, [*rows], [*records], goals, sorted(skipped))
+        free(device)
+
+
+def _goals(name: str, model: PreTrainedModel, fused: Mapping[Point, float]) -> list[Goal]:
+    """What 15 rows of one text may cost, where those and the pass token by token have been compiled."""
+    one = next((us for at, us in fused.items() if (at.B, at.R) == (1, 1)), None)
+    goals = []
+    for at, us in fused.items():
+        if (at.B, at.R) == (1, 15):
             what = f"{name}, batch 1, 2k context, compiled"
-            one = found[str((points[0], True))].median
-            goals.append(Goal(f"{what}: {at.R} rows over 1", 1.15, fused.median / one, "×", at_most=True))
-            goals.append(Goal(f"{what}, {at.R} rows: share of the floor", 80, shares[1] * 100, "%"))
-    note = (
-        "bf16, random weights, µs in a graph, median (least–greatest); every row in use. compiled: the model's forward "
-        f"through torch.compile before the capture. Floor: weights, keys and values read once; {peak(device).source}."
-    )
-    header = ("batch", "context", "rows", "pass", "compiled", "ratio", "floor", "share", "share, compiled")
-    return Table(f"A pass of {name}, compiled", note, header, rows, records, goals, skipped)
+            goals.append(Goal(f"{what}, 15 rows: share of the floor", 80, floor(model, at) / us * 100, "%"))
+            if one is not None:
+                goals.append(Goal(f"{what}: 15 rows over 1", 1.15, us / one, "×", at_most=True))
+    return goals
 
 
 def generate_table(name: str, model: PreTrainedModel) -> Table:
@@ -96,15 +119,22 @@ def generate_table(name: str, model: PreTrainedModel) -> Table:
     return Table(f"Token by token with {name}", note, ("way", "ms", "tokens/s"), rows, records, skipped=skipped)
 
 
-def measure(device: torch.device, quick: bool) -> Iterator[Table]:
-    """Qwen3-4B compiled; unless quick, Hugging Face's generate, larger batches and Llama-3.1-8B."""
+def grid(device: torch.device) -> list[Point]:
+    """The most telling first, because compiling one takes long: k = 8 at batch 1, and token by token."""
     cpu = device.type == "cpu"
     L = 24 if cpu else 2048
-    points = [Point(1, L, 1, 1), Point(1, L, 8, 15)]
+    one = [Point(1, L, 8, 15), Point(1, L, 1, 1), Point(1, L, 12, 23)]
+    wide = [(16, 12, 192), (16, 1, 16), (64, 4, 256), (64, 1, 64)]
+    return [*one[:2], Point(2, L, 3, 6)] if cpu else [*one, *(Point(B, L, k, R) for B, k, R in wide)]
+
+
+def measure(device: torch.device, quick: bool) -> Iterator[Table]:
+    """Qwen3-4B compiled at batch 1, 16 and 64; unless quick, Hugging Face's generate, and Llama-3.1-8B."""
+    cpu = device.type == "cpu"
     # To rehearse, tracing is enough; a CPU's code would need a C++ compiler.
     with patch("mtpkern.graph.BACKEND", "eager") if cpu else nullcontext():
         model = build("Qwen3-4B", device)
-        yield pass_table("Qwen3-4B", model, points)
+        yield from pass_tables("Qwen3-4B", model, grid(device))
         if quick and not cpu:
             return
         yield generate_table("Qwen3-4B", model)
@@ -112,7 +142,7 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
         free(device)
         if cpu:
             return
-        yield pass_table("Llama-3.1-8B", build("Llama-3.1-8B", device), points)
+        yield from pass_tables("Llama-3.1-8B", build("Llama-3.1-8B", device), grid(device)[:2])
 
 
 def main() -> None:

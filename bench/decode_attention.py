@@ -23,6 +23,8 @@ from mtpkern.bench.timing import Action, copies, drawn, free, peak, race
 from mtpkern.kernels.decode_attention import decode_attention, decode_attention_triton
 
 OURS, UNSPLIT, INVARIANT = "ours", "one split", "batch-invariant"
+# Beside the split rule's own choice, in the short grid.
+SPLITS = (4, 8, 16, 33)
 SDPA, FLASH, FLEX = "SDPA, mask", "flash-attn", "FlexAttention"
 
 
@@ -132,16 +134,24 @@ def deferred(make: Callable[[], Action]) -> Action:
     return call
 
 
-def times(shape: Shape, device: torch.device, *, flex: bool) -> tuple[dict[str, Spread], list[str]]:
+def times(
+    shape: Shape, device: torch.device, *, flex: bool, splits: Sequence[int] = ()
+) -> tuple[dict[str, Spread], list[str]]:
     """Microseconds of each way at a shape, and what was left out."""
     case = Case(shape, device)
     ours = {OURS: case.attend(decode_attention), INVARIANT: case.attend(decode_attention, batch_invariant=True)}
     theirs: dict[str, Action] = {SDPA: case.sdpa, FLASH: deferred(case.flash)}
     if device.type == "cuda":
-        ours[UNSPLIT] = case.attend(decode_attention_triton, splits=1)
+        for n in (1, *splits):
+            ours[in_splits(n)] = case.attend(decode_attention_triton, splits=n)
     if flex:
         theirs[FLEX] = deferred(case.flex)
     return race(ours, theirs, device, calls=case.n)
+
+
+def in_splits(n: int) -> str:
+    """As a column is named: `in_splits(8)` is "8 splits"."""
+    return UNSPLIT if n == 1 else f"{n} splits"
 
 
 def grid(device: torch.device, quick: bool) -> list[Shape]:
@@ -157,27 +167,30 @@ def grid(device: torch.device, quick: bool) -> list[Shape]:
 
 
 def measure(device: torch.device, quick: bool) -> Iterator[Table]:
-    """The grid; then, unless quick, other widths of heads."""
-    yield _table("Decode attention", grid(device, quick), device, flex_at=_flex_at(device, quick))
+    """The grid, a row at a time; then, unless quick, other widths of heads."""
+    yield from _tables("Decode attention", grid(device, quick), device, quick)
     if device.type == "cuda" and not quick:
         others = [(16, 8, 128), (32, 8, 64), (64, 8, 128), (32, 32, 128), (16, 8, 256), (32, 8, 80), (32, 8, 96)]
         shapes = [Shape(16, 4096, 15, *heads) for heads in others]
-        yield _table("Decode attention, other heads", shapes, device, flex_at=set())
+        yield from _tables("Decode attention, other heads", shapes, device, quick)
 
 
-def _flex_at(device: torch.device, quick: bool) -> set[tuple[int, int, int]]:
+def _with_flex(s: Shape, device: torch.device, quick: bool) -> bool:
     # It compiles anew for every shape, for seconds.
     if device.type == "cpu":
-        return {(2, 24, 3)}
-    return {(4, 16384, 15)} if quick else {(1, 4096, 15), (4, 16384, 15), (16, 4096, 15)}
+        return (s.B, s.L, s.W) == (2, 24, 3)
+    at = {(1, 4096, 15), (4, 16384, 15), (16, 4096, 15)}
+    return not quick and (s.Hq, s.Hkv, s.D) == (32, 8, 128) and (s.B, s.L, s.W) in at
 
 
-def _table(caption: str, shapes: Sequence[Shape], device: torch.device, flex_at: set[tuple[int, int, int]]) -> Table:
-    ways = [OURS, UNSPLIT, INVARIANT, SDPA, FLASH, FLEX]
+def _tables(caption: str, shapes: Sequence[Shape], device: torch.device, quick: bool) -> Iterator[Table]:
+    """The table so far, after each shape."""
+    splits = SPLITS if quick else ()
+    ways = [OURS, *map(in_splits, (1, *splits)), INVARIANT, SDPA, FLASH, FLEX]
     rows, records, skipped = [], [], []
     spent: dict[Shape, dict[str, Spread]] = {}
     for s in shapes:
-        spent[s], left_out = times(s, device, flex=(s.B, s.L, s.W) in flex_at)
+        spent[s], left_out = times(s, device, flex=_with_flex(s, device, quick), splits=splits)
         free(device)
         skipped += left_out
         floor = peak(device).floor(bytes=s.bytes, flops=s.flops)
@@ -186,12 +199,12 @@ def _table(caption: str, shapes: Sequence[Shape], device: torch.device, flex_at:
         heads = f"{s.Hq}/{s.Hkv}/{s.D}"
         rows.append((str(s.B), str(s.L), str(s.W), heads, *cells, f"{floor:.1f}", f"{share:.0%}"))
         records.append({**vars(s), "us": spent[s], "floor_us": floor, "share_of_bandwidth": share})
-    note = (
-        "One layer, bf16, µs in a graph, median (least–greatest). Floor: keys and values read once, or both products, "
-        f"whichever takes longer; {peak(device).source}. heads: query heads, KV heads, head width."
-    )
-    header = ("batch", "context", "rows each", "heads", *ways, "floor", "share of bandwidth")
-    return Table(caption, note, header, rows, records, _goals(spent, device), _grouped(skipped, len(shapes)))
+        note = (
+            "One layer, bf16, µs in a graph, median (least–greatest). Floor: keys and values read once, or both "
+            f"products, whichever takes longer; {peak(device).source}. heads: query heads, KV heads, head width."
+        )
+        header = ("batch", "context", "rows each", "heads", *ways, "floor", "share of bandwidth")
+        yield Table(caption, note, header, [*rows], [*records], _goals(spent, device), _grouped(skipped, len(rows)))
 
 
 def _goals(spent: Mapping[Shape, Mapping[str, Spread]], device: torch.device) -> list[Goal]:

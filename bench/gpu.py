@@ -3,12 +3,14 @@
     make gpu                                    picks a python that has torch with CUDA; needs no network
     python bench/gpu.py --results FOLDER        the same by hand, also from a clone that is not installed
 
-First the tests marked `gpu`, then every benchmark on a short grid, then the tests that are slow, then, while time is
-left, every benchmark on its whole grid. Each runs in a process of its own with a limit, so that a hang or an illegal
-memory access takes nothing else along, and a cut leaves what was measured until then. What is there so far is always on
-paper, in bench/results/ and in the folder that --results names: gpu.md and gpu.json, beside them gpu-tests.txt (what
-pytest said), gpu-failures.txt (each failure at once) and gpu-log.txt (what all others said). The exit status is 1 where
-a test failed or a benchmark did, or its short grid was cut; goals that are not met are reported and change nothing.
+First the pre-flight (bench/preflight.py), which stops all that is timed where a kernel is wrong, then the tests marked
+`gpu`, then the most telling benchmarks on a short grid; then, while time is left, every benchmark on its whole grid and
+the tests that are slow. Each runs in a process of its own with a limit, so that a hang or an illegal memory access
+takes nothing else along, and a cut leaves the rows that were measured until then. What is there so far is always on
+paper, in bench/results/ and in the folder that --results names: gpu.md and gpu.json, beside them gpu-preflight.jsonl (a
+line a step), gpu-tests.txt (what pytest said), gpu-failures.txt (each failure at once) and gpu-log.txt (what all others
+said). The exit status is 1 where a test failed or a benchmark did, or its short grid was cut; goals that are not met
+are reported and change nothing.
 
 Only the standard library is imported here until the package can be found.
 """
@@ -25,44 +27,52 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
 
 
-@dataclass(frozen=True)
-class Part:
-    """A benchmark, and the seconds that its short and its whole grid may take; 0 leaves a grid out."""
-
-    name: str
-    quick: float
-    whole: float
-
-
-PARTS = (
-    Part("step", 80, 150),
-    Part("decode_attention", 50, 75),
-    Part("readout", 30, 40),
-    Part("kv_write", 30, 40),
-    Part("span_attention", 75, 150),
-    Part("distill", 50, 60),
-    Part("train_step", 60, 150),
-    Part("compiled", 100, 200),  # takes longest, and is the first to be missed least
-    Part("tiles", 0, 120),
-)
-TESTS_LIMIT, SLOW_LIMIT = 170.0, 120.0
-TESTS, SLOW, SHORT, WHOLE = "tests", "slow tests", "short grid", "whole grid"
+# Seconds that each may take, in the order in which they run; a first call ends within nine minutes.
+PREFLIGHT_LIMIT, TESTS_LIMIT = 80.0, 130.0
+SHORT_LIMITS = {
+    "compiled": 90.0,
+    "decode_attention": 45.0,
+    "span_attention": 25.0,
+    "train_step": 45.0,
+    "distill": 25.0,
+    "readout": 20.0,
+}
+# While time is left. First FlexAttention, and the tiles that are not shipped.
+WHOLE_LIMITS = {
+    "span_attention": 150.0,
+    "tiles": 120.0,
+    "step": 240.0,
+    "compiled": 300.0,
+    "decode_attention": 90.0,
+    "train_step": 150.0,
+    "distill": 60.0,
+    "readout": 40.0,
+    "kv_write": 40.0,
+}
+SLOW_LIMIT = 120.0
+PREFLIGHT, TESTS, SLOW, SHORT, WHOLE = "pre-flight", "tests", "slow tests", "short grid", "whole grid"
 # Of a single test, where pytest-timeout is installed: one that hangs must not take those behind it along.
 TEST_LIMIT = 100
 # What a process gets to end by itself once it is told to; pytest-xdist waits ten seconds for its workers.
 GRACE = 20.0
-WORKERS = 16
+# Characters of what one process says that are kept: results have to fit through narrow doors.
+MOST_LOG = 1 << 20
+# The exit status of the pre-flight where a kernel is wrong.
+WRONG = 3
+# Processes that test: more would only wait for one another's slices of the one GPU.
+WORKERS = 8
 
 
 @dataclass
@@ -77,7 +87,7 @@ class Outcome:
     @property
     def line(self) -> str:
         """In one line: `step (short): done, 31 s`."""
-        telling = self.status.startswith("failed") or self.what in (TESTS, SLOW)
+        telling = self.status.startswith("failed") or self.what in (PREFLIGHT, TESTS, SLOW)
         last = f": {self.said[-1]}" if self.said and telling else ""
         return f"{self.what}: {self.status}, {self.seconds:.0f} s{last}"
 
@@ -103,7 +113,7 @@ def supervise(what: str, command: Sequence[str], limit: float, *, cwd: Path, log
 
     supervise("sleep", ["sleep", "9"], 1.0, cwd=Path("."), log=Path("log")).status  # "cut"
     """
-    start = time.monotonic()
+    start = monotonic()
     with log.open("w") as out:
         process = subprocess.Popen(
             command, cwd=cwd, env={**os.environ, **environment}, stdout=out, stderr=out, start_new_session=True
@@ -121,7 +131,7 @@ def supervise(what: str, command: Sequence[str], limit: float, *, cwd: Path, log
                 os.killpg(process.pid, signal.SIGKILL)  # workers that were left behind, too
             process.wait()
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return Outcome(what, status, time.monotonic() - start, lines[-40:])
+    return Outcome(what, status, monotonic() - start, lines[-40:])
 
 
 def test_files() -> list[str]:
@@ -154,8 +164,14 @@ def run_tests(what: str, limit: float, *, cwd: Path, log: Path, failures: Path, 
     return outcome
 
 
+def known_peak(told: Path) -> dict[str, str]:
+    """What the pre-flight has measured of the device, as the environment that tells the others (bench/timing.py)."""
+    lines = told.read_text(encoding="utf-8").splitlines() if told.exists() else []
+    return next(({"MTPKERN_PEAK": json.dumps(x["peak"])} for x in map(json.loads, lines) if "peak" in x), {})
+
+
 class Results:
-    """Tables of all parts so far; those of the whole grid replace those of the short one by their captions."""
+    """Tables of all parts so far; a whole grid that was cut may say less than the short one, so both stay."""
 
     def __init__(self, folders: Sequence[Path], title: str) -> None:
         self.folders = folders
@@ -164,20 +180,23 @@ class Results:
         self.facts: dict[str, str] = {}
         self.outcomes: list[Outcome] = []
 
-    def take(self, part: str, folder: Path) -> None:
+    def take(self, part: str, folder: Path, grid: str) -> None:
         """Take in what a part has written, all of it or until it was cut."""
         page = folder / f"{part}.json"
         if page.exists():
             record = json.loads(page.read_text(encoding="utf-8"))
             self.facts = self.facts or {k: v for k, v in record["environment"].items() if k not in ("command", "quick")}
-            self.tables |= {(part, table["caption"]): table for table in record["tables"]}
+            for table in record["tables"]:
+                caption = f"{table['caption']}, {grid}" if grid == WHOLE else table["caption"]
+                self.tables[part, caption] = table | {"caption": caption}
 
     def write(self) -> str:
         """Write gpu.md and gpu.json to every folder; returns the page."""
         from mtpkern.bench.report import GOALS_HEADER, Goal, Table, write
 
         tables = [Table(**{**t, "goals": [Goal(**g) for g in t["goals"]]}) for t in self.tables.values()]
-        goals = [goal for table in tables for goal in table.goals]
+        # What the whole grid says of a goal goes over what the short one said.
+        goals = list({goal.what: goal for table in tables for goal in table.goals}.values())
         runs = [(o.what, o.status, f"{o.seconds:.0f}") for o in self.outcomes]
         met = f"{sum(g.met for g in goals)} of {len(goals)} met, on the shapes that were measured."
         tables.append(Table("What ran", self._said(), ("what", "how it ended", "s"), runs))
@@ -197,11 +216,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python bench/gpu.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cuda", help="cpu rehearses, without the tests")
     parser.add_argument("--minutes", type=float, default=9.0, help="for all of it")
-    parser.add_argument("--parts", nargs="+", choices=[p.name for p in PARTS], default=[p.name for p in PARTS])
-    parser.add_argument("--no-tests", action="store_true", help="benchmarks only")
+    parser.add_argument(
+        "--parts", nargs="+", choices=WHOLE_LIMITS, default=list(WHOLE_LIMITS), help="benchmarks to run"
+    )
+    parser.add_argument("--no-tests", action="store_true", help="no pre-flight either")
     parser.add_argument("--results", type=Path, help="a further folder for all that is written")
     args = parser.parse_args(argv)
-    end = time.monotonic() + args.minutes * 60
+    end = monotonic() + args.minutes * 60
     dry_run = args.device == "cpu"
 
     work = Path(tempfile.mkdtemp(prefix="mtpkern-gpu-"))
@@ -220,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     folders = [args.results] if args.results else []
     if not dry_run:
-        folders.insert(0, ROOT / "bench" / "results")
+        folders.insert(0, RESULTS)
     elif not folders:
         folders.append(work)
     for folder in folders:
@@ -230,7 +251,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     environment = {"PYTHONPATH": str(links), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     environment["TOKENIZERS_PARALLELISM"] = "false"
 
+    told = work / "gpu-preflight.jsonl"
     tests, failures, logs, log = (work / f"gpu-{name}.txt" for name in ("tests", "failures", "log", "part"))
+
+    def left() -> float:
+        return end - monotonic() - GRACE
 
     def finish(outcome: Outcome) -> None:
         results.outcomes.append(outcome)
@@ -238,43 +263,56 @@ def main(argv: Sequence[str] | None = None) -> int:
         if log.exists():
             to = tests if outcome.what in (TESTS, SLOW) else logs
             with to.open("a") as out:
-                out.write(f"\n==== {outcome.line}\n{log.read_text(errors='replace')}")
+                out.write(f"\n==== {outcome.line}\n{log.read_text(errors='replace')[-MOST_LOG:]}")
             log.unlink()
         for folder in folders:
-            for file in (tests, failures, logs):
+            for file in (told, tests, failures, logs):
                 if file.exists() and folder != work:
                     shutil.copy(file, folder)
         print(outcome.line, flush=True)
 
+    def module(name: str, what: str, limit: float, *options: str) -> Outcome:
+        command = [sys.executable, "-m", f"mtpkern.bench.{name}", "--device", args.device, *options]
+        # The limits are a GPU's.
+        limit = left() if dry_run else min(limit, left())
+        return supervise(what, command, limit, cwd=links, log=log, **environment)
+
+    def preflight() -> bool:
+        """Whether no kernel has turned out wrong; what else goes wrong there stops nothing."""
+        outcome = module("preflight", PREFLIGHT, PREFLIGHT_LIMIT, "--results", str(told))
+        finish(outcome)
+        environment.update(known_peak(told))
+        return outcome.status != f"failed with {WRONG}"
+
     def test(what: str, limit: float) -> None:
-        limit = min(limit, args.minutes * 20, end - time.monotonic() - GRACE)
+        limit = min(limit, left())
         if not (args.no_tests or dry_run) and limit > 10:
             finish(run_tests(what, limit, cwd=links, log=log, failures=failures, **environment))
 
+    def benchmark(name: str, grid: str, limit: float) -> None:
+        what = f"{name}, {grid}"
+        if left() < 10:
+            finish(Outcome(what, "skipped: no time left", 0.0))
+            return
+        folder = work / what
+        outcome = module(name, what, limit, "--results", str(folder), *(["--quick"] if grid == SHORT else []))
+        results.take(name, folder, grid)
+        finish(outcome)
+
     for folder in folders:
-        for file in (tests, failures, logs):
+        for file in (told, tests, failures, logs):
             (folder / file.name).unlink(missing_ok=True)  # of an earlier run
+    right = args.no_tests or preflight()
     test(TESTS, TESTS_LIMIT)
-    parts = [part for part in PARTS if part.name in args.parts]
-    for whole in (False, True):
-        if whole:
-            test(SLOW, SLOW_LIMIT)
-        for part in parts:
-            limit = part.whole if whole else part.quick
-            if not limit:
-                continue
-            what = f"{part.name}, {WHOLE if whole else SHORT}"
-            left = end - time.monotonic() - GRACE
-            if left < 10:
-                finish(Outcome(what, "skipped: no time left", 0.0))
-                continue
-            command = [sys.executable, "-m", f"mtpkern.bench.{part.name}", "--device", args.device]
-            command += ["--results", str(work / what)] + ([] if whole else ["--quick"])
-            outcome = supervise(what, command, min(limit, left), cwd=links, log=log, **environment)
-            results.take(part.name, work / what)
-            finish(outcome)
-        if dry_run:
-            break
+    if right:
+        for name, limit in SHORT_LIMITS.items():
+            if name in args.parts:
+                benchmark(name, SHORT, limit)
+        for name, limit in WHOLE_LIMITS.items():
+            # A rehearsal's shapes are tiny in either grid.
+            if name in args.parts and not (dry_run and name in SHORT_LIMITS):
+                benchmark(name, WHOLE, limit)
+        test(SLOW, SLOW_LIMIT)
 
     print(results.write())
     print("written: " + ", ".join(str(folder / "gpu.md") for folder in folders))

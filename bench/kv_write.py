@@ -83,7 +83,7 @@ def times(rows: int, batch: int, capacity: int, device: torch.device) -> tuple[d
 
 
 def measure(device: torch.device, quick: bool) -> Iterator[Table]:
-    """Row counts from one token to a large batch."""
+    """Row counts from one token to a large batch: the table so far, after each."""
     grid = [(1, 1), (15, 1), (60, 4), (240, 16), (960, 64)]
     if device.type == "cpu":
         grid = [(1, 1), (6, 2)]
@@ -101,13 +101,13 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
         records.append({"rows": R, "batch": batch, "us": spent, "at_most_saved_us_a_pass": saved})
         if R == 15:
             goals.append(Goal("KV write of 15 rows", 3, spent[OURS].median, "µs", at_most=True))
-    note = (
-        "Heads of Qwen3-4B: 32 query, 8 KV, width 128; bf16; µs a layer in a graph, median (least–greatest). Last "
-        "column: what a kernel that did norm and rotary in the write's own time would save, µs a pass of "
-        f"{LAYERS} layers."
-    )
-    header = ("rows of sequences", *ways, "saved at most")
-    yield Table("KV write", note, header, rows, records, goals, sorted(set(skipped)))
+        note = (
+            "Heads of Qwen3-4B: 32 query, 8 KV, width 128; bf16; µs a layer in a graph, median (least–greatest). Last "
+            "column: what a kernel that did norm and rotary in the write's own time would save, µs a pass of "
+            f"{LAYERS} layers."
+        )
+        header = ("rows of sequences", *ways, "saved at most")
+        yield Table("KV write", note, header, [*rows], [*records], [*goals], sorted(set(skipped)))
 
 
 def main() -> None:

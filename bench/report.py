@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,13 +78,20 @@ def write(
 
     write("decode", "Decoding", environment(device), [table], {"accuracy": {...}})
     """
-    folder.mkdir(parents=True, exist_ok=True)
     facts = "\n".join(f"- {key}: {value}" for key, value in environment.items())
-    page = folder / f"{name}.md"
-    page.write_text(f"# {title}\n\n{facts}\n\n" + "\n".join(t.markdown() for t in tables), encoding="utf-8")
     record = json.dumps({"environment": environment, **_fields(data)}, indent=1, default=as_json)
-    (folder / f"{name}.json").write_text(record + "\n", encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    page = folder / f"{name}.md"
+    _replace(page, f"# {title}\n\n{facts}\n\n" + "\n".join(t.markdown() for t in tables))
+    _replace(folder / f"{name}.json", record + "\n")
     return page
+
+
+def _replace(file: Path, text: str) -> None:
+    # In one step: whoever is cut while writing leaves what was there before.
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, file)
 
 
 def run(
@@ -92,10 +100,11 @@ def run(
     measure: Callable[[torch.device, bool], Iterable[Table]],
     argv: Sequence[str] | None = None,
 ) -> None:
-    """The command line of a benchmark: measure, print each table as it comes, and write all so far after each.
+    """The command line of a benchmark: measure, write all so far after each table, print each once it is whole.
 
-    `measure(device, quick)` yields tables. quick says that the grids should take seconds; on a CPU they are tiny in any
-    case, and the page says that it is a dry run and is written only where --results names a folder.
+    `measure(device, quick)` yields tables; one may come again and again under the same caption, each time with another
+    row, so that a run that is cut keeps the rows it has. quick says that the grids should take seconds; on a CPU they
+    are tiny in any case, and the page says that it is a dry run and is written only where --results names a folder.
 
         def main() -> None:
             run("readout", "Readout", measure)
@@ -113,13 +122,18 @@ def run(
     facts = {**environment(device), "quick": str(args.quick)}
     tables: list[Table] = []
     print(f"# {title}\n", flush=True)
-    for table in measure(device, args.quick):
-        print(table.markdown(), flush=True)
-        # A later table of the same caption knows more.
-        tables = [*(t for t in tables if t.caption != table.caption), table]
-        if folder is not None:
-            data = {"title": title, "dry_run": dry_run, "tables": [asdict(t) for t in tables]}
-            write(name, title, facts, tables, data, folder)
+    try:
+        for table in measure(device, args.quick):
+            if tables and tables[-1].caption != table.caption:
+                print(tables[-1].markdown(), flush=True)
+            # A later table of the same caption knows more.
+            tables = [*(t for t in tables if t.caption != table.caption), table]
+            if folder is not None:
+                data = {"title": title, "dry_run": dry_run, "tables": [asdict(t) for t in tables]}
+                write(name, title, facts, tables, data, folder)
+    finally:
+        if tables:
+            print(tables[-1].markdown(), flush=True)
 
 
 def _fields(data: object) -> dict[str, object]:

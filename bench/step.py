@@ -66,7 +66,7 @@ K = 8
 ACCEPTED = 3
 _PROMPT = 8
 # Passes that the device state has room for between two resets: warming up, and the calls of one graph.
-_PASSES = 24
+PASSES = 24
 
 
 def build(name: str, device: torch.device) -> PreTrainedModel:
@@ -105,11 +105,12 @@ class Stand:
 
     The prompt is short; length and positions are then moved up and the caches filled with noise, which costs the
     same to read as text. Static(k) accepts everything, so that each pass brings k pending tokens and as many masks as
-    the rows hold. Another stand of the same B and L may share the caches of the first.
+    the rows hold. A stand of the same B and L may share the caches of another, from its prefill on: at 16 texts of 16k
+    tokens a second set would fit no GPU.
 
     `accepted` imposes on ConfAdapt how many tokens a pass keeps of every sequence: the readout runs as it is, then so
-    many predictions are made sure and the others not, which adds a few small launches to the pass. Other
-    options are the decoder's.
+    many predictions are made sure and the others not, which adds a few small launches to the pass. `room` is how many
+    tokens may come before a reset. Other options are the decoder's.
     """
 
     def __init__(
@@ -120,12 +121,13 @@ class Stand:
         *,
         accepted: int | None = None,
         share: Stand | None = None,
+        room: int = PASSES * 16,
         **options: Any,
     ) -> None:
-        room = _PASSES * 16
         self.at = at
         self.model = model
         self.accepted = accepted
+        assert share is None or (share.at.B, share.at.L) == (at.B, at.L)
         self.decoder = Decoder(
             model,
             strategy,
@@ -137,6 +139,8 @@ class Stand:
             rows=at.R,
             **options,
         )
+        if share is not None:
+            self.decoder.cache.layers = share.decoder.cache.layers
         prompt = torch.randint(2, model.config.vocab_size, (at.B, _PROMPT), device=model.device)
         self.decoder.prefill(prompt)
         cache, sequences, rows = self.decoder.cache, self.decoder.sequences, self.decoder.rows
@@ -145,8 +149,6 @@ class Stand:
                 for buffers in cache.layers.values():
                     for buffer in buffers:
                         buffer.normal_()
-            else:
-                cache.layers = share.decoder.cache.layers
             up = at.L - _PROMPT
             for place in (sequences.length, sequences.limit):
                 place.add_(up)
@@ -238,8 +240,8 @@ def points(name: str, device: torch.device, quick: bool) -> list[list[Point]]:
     return groups
 
 
-def pass_table(name: str, model: PreTrainedModel, quick: bool) -> Table:
-    """Passes of a model: time, floor, and what ours takes of it."""
+def pass_tables(name: str, model: PreTrainedModel, quick: bool) -> Iterator[Table]:
+    """Passes of a model: time, floor, and what ours takes of it; the table so far, after each batch and context."""
     device = model.device
     rows, records = [], []
     spent: dict[Point, Spread] = {}
@@ -262,17 +264,17 @@ def pass_table(name: str, model: PreTrainedModel, quick: bool) -> Table:
             cells = (spent[at].text(0), f"{over:.2f}", f"{least:.0f}", f"{least / spent[at].median:.0%}")
             rows.append((str(at.B), str(at.L), str(at.R), *cells, bodies[at].text(0), f"{ours:.1%}"))
             records.append({**vars(at), "us": spent[at], "body_us": bodies[at], "floor_us": least, "ours": ours})
-    note = (
-        f"bf16, random weights, µs in a graph, median (least–greatest); every row in use. Floor: weights, keys and "
-        f"values read once, or the products; {peak(device).source}. body: the same rows through the model with an "
-        "attention that returns its queries and no readout; ours: what the pass takes beyond that, which is attention, "
-        f"KV write, readout and advance.{counted}"
-    )
-    goals = _pass_goals(name, model, spent, bodies)
-    if not isnan(syncs):
-        goals.append(Goal(f"{name}: host syncs in a step", 0, syncs, "", at_most=True))
-    header = ("batch", "context", "rows", "pass", "× token by token", "floor", "share", "body", "ours")
-    return Table(f"A pass of {name}", note, header, rows, records, goals)
+        note = (
+            f"bf16, random weights, µs in a graph, median (least–greatest); every row in use. Floor: weights, keys and "
+            f"values read once, or the products; {peak(device).source}. body: the same rows through the model with an "
+            "attention that returns its queries and no readout; ours: what the pass takes beyond that, which is "
+            f"attention, KV write, readout and advance.{counted}"
+        )
+        goals = _pass_goals(name, model, spent, bodies)
+        if not isnan(syncs):
+            goals.append(Goal(f"{name}: host syncs in a step", 0, syncs, "", at_most=True))
+        header = ("batch", "context", "rows", "pass", "× token by token", "floor", "share", "body", "ours")
+        yield Table(f"A pass of {name}", note, header, [*rows], [*records], goals)
 
 
 def _pass_times(
@@ -289,7 +291,7 @@ def _pass_times(
     for stand in stands:
         actions |= {f"{stand.at} whole": stand.step, f"{stand.at} body": stand.body}
     with attention_context(model, Body()):
-        found = timed(actions, model.device, reset=partial(_reset, stands))
+        found = timed(actions, model.device, reset=partial(reset, stands))
         whole, body = (launches(action, model.device) for action in (stands[-1].step, stands[-1].body))
         return found, host_syncs(stands[-1]), None if whole is None or body is None else (whole, body)
 
@@ -310,7 +312,8 @@ def host_syncs(stand: Stand) -> float:
     return float(sum("called a synchronizing" in str(w.message) for w in caught))
 
 
-def _reset(stands: Sequence[Stand]) -> None:
+def reset(stands: Sequence[Stand]) -> None:
+    """Put all of them back to where they began."""
     for stand in stands:
         stand.reset()
 
@@ -331,8 +334,11 @@ def _pass_goals(
     return goals
 
 
-def tokens_table(name: str, model: PreTrainedModel, quick: bool) -> Table:
-    """Tokens per second at an imposed acceptance, over token by token, for row budgets from B * k to B * (2k - 1)."""
+def tokens_tables(name: str, model: PreTrainedModel, quick: bool) -> Iterator[Table]:
+    """Tokens per second at an imposed acceptance, over token by token, for row budgets from B * k to B * (2k - 1).
+
+    The table so far, after each batch.
+    """
     device = model.device
     cpu = device.type == "cpu"
     batches, L = ((2,), 24) if cpu else ((16,), 2048) if quick else ((16, 1, 4, 64), 2048)
@@ -354,12 +360,12 @@ def tokens_table(name: str, model: PreTrainedModel, quick: bool) -> Table:
         if B == 16 and name == "Llama-3.1-8B":
             what = f"{name}, batch 16, k = {K}, {ACCEPTED} tokens a pass: tokens/s over token by token, best budget"
             goals.append(Goal(what, 2.0, max(ratios), "×"))
-    note = (
-        f"{L} tokens of context, k = {K}, bf16, random weights; µs a pass in a graph, median (least–greatest). The "
-        f"acceptance of {ACCEPTED} tokens a pass is imposed. Token by token is Static(1) by the same code."
-    )
-    header = ("batch", "decoding", "rows", "pass", "tokens/s", "ratio")
-    return Table(f"Tokens per second of {name}", note, header, rows, records, goals)
+        note = (
+            f"{L} tokens of context, k = {K}, bf16, random weights; µs a pass in a graph, median (least–greatest). The "
+            f"acceptance of {ACCEPTED} tokens a pass is imposed. Token by token is Static(1) by the same code."
+        )
+        header = ("batch", "decoding", "rows", "pass", "tokens/s", "ratio")
+        yield Table(f"Tokens per second of {name}", note, header, [*rows], [*records], [*goals])
 
 
 def _tokens_times(model: PreTrainedModel, B: int, L: int, budgets: Sequence[int]) -> dict[str, Spread]:
@@ -368,16 +374,16 @@ def _tokens_times(model: PreTrainedModel, B: int, L: int, budgets: Sequence[int]
     stands = [Stand(model, Point(B, L, K, R), ConfAdapt(K, 0.5), accepted=ACCEPTED, share=plain) for R in budgets]
     actions: dict[str, Action] = {"plain": plain.step, **{str(stand.at.R): stand.step for stand in stands}}
     with attention_context(model, Body()):
-        return timed(actions, model.device, reset=partial(_reset, [plain, *stands]))
+        return timed(actions, model.device, reset=partial(reset, [plain, *stands]))
 
 
 def measure(device: torch.device, quick: bool) -> Iterator[Table]:
     """Passes of each model; tokens per second of the largest."""
     for name in CONFIGS:
         model = build(name, device)
-        yield pass_table(name, model, quick)
+        yield from pass_tables(name, model, quick)
         if name == "Llama-3.1-8B":
-            yield tokens_table(name, model, quick)
+            yield from tokens_tables(name, model, quick)
         del model
         free(device)
 

@@ -9,10 +9,13 @@ between events, the cache flushed before each. On a CPU the clock is the host's:
 from __future__ import annotations
 
 import ctypes
+import gc
+import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import count
 
 import torch
@@ -52,7 +55,10 @@ STATED = {"NVIDIA H200": Peak(4.3e12, 790e12, "stated for the NVIDIA H200: 4.3 T
 
 @cache
 def peak(device: torch.device) -> Peak:
-    """The device's peak, stated where its name is known, or measured by one copy and one matrix product."""
+    """The device's peak: told by the pre-flight, or stated where its name is known, or measured."""
+    told = os.environ.get("MTPKERN_PEAK")
+    if told:
+        return Peak(**json.loads(told))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     if name in STATED:
         return STATED[name]
@@ -133,18 +139,18 @@ def race(
         try:
             output = _outputs(action(0))
             right = output if right is None else right
-            difference = "" if tolerance is None else _difference(output, right, tolerance)
+            wrong = "" if tolerance is None else difference(output, right, tolerance)
             del output
-            if not difference:
+            if not wrong:
                 runs[name] = _prepared(action, calls, device, graph)
         except Exception as error:  # whatever a foreign library raises, it must not take our figures along
             if name in ours:
                 raise
-            difference = reason(error)
-        if difference and name in ours:
-            raise RuntimeError(f"{name} differs from {next(iter(ours))}: {difference}")
-        if difference:
-            skipped.append(f"{name}: {difference}")
+            wrong = reason(error)
+        if wrong and name in ours:
+            raise RuntimeError(f"{name} differs from {next(iter(ours))}: {wrong}")
+        if wrong:
+            skipped.append(f"{name}: {wrong}")
     return _in_turns(runs, device, rounds, None, flush=not graph), skipped
 
 
@@ -245,6 +251,24 @@ def launches(action: Action, device: torch.device) -> int | None:
     return None if failed else nodes.value
 
 
+def kernels_by_name(action: Action, device: torch.device) -> list[tuple[str, int, float]]:
+    """What one call runs on the device, its graph replayed: names, how often, microseconds in all; the longest first.
+
+    On a CPU torch's operations instead.
+    """
+    cuda = device.type == "cuda"
+    replay = _captured(action, 1, device)[0] if cuda else partial(action, 0)
+    kind = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[kind], acc_events=True) as profile:
+        replay()
+        synchronize(device)
+    events = [
+        (event.key[:100], event.count, round(event.self_device_time_total if cuda else event.self_cpu_time_total, 1))
+        for event in profile.key_averages()
+    ]
+    return sorted(events, key=lambda event: -event[2])
+
+
 def reason(error: BaseException) -> str:
     """An exception in one line: `reason(ValueError("no"))` is "ValueError: no"."""
     lines = str(error).strip().splitlines()
@@ -257,7 +281,8 @@ def _outputs(value: object) -> list[Tensor]:
     return [out for part in value for out in _outputs(part)] if isinstance(value, (tuple, list)) else []
 
 
-def _difference(found: list[Tensor], right: list[Tensor], tolerance: float) -> str:
+def difference(found: list[Tensor], right: list[Tensor], tolerance: float) -> str:
+    """What is wrong with outputs, where one is off by more than `tolerance` of its greatest magnitude; else nothing."""
     if len(found) != len(right):
         return f"{len(found)} outputs instead of {len(right)}"
     for a, b in zip(found, right, strict=True):
@@ -272,5 +297,6 @@ def _difference(found: list[Tensor], right: list[Tensor], tolerance: float) -> s
 def free(device: torch.device) -> None:
     """Give the memory of dropped tensors and graphs back before the next shape."""
     synchronize(device)
+    gc.collect()  # what torch.compile leaves behind holds on to itself
     if device.type == "cuda":
         torch.cuda.empty_cache()

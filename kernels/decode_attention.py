@@ -80,6 +80,7 @@ if find_spec("triton"):
         BLOCK_D: tl.constexpr,
         BLOCK_V: tl.constexpr,
         CHUNK: tl.constexpr,  # keys of a split from slot 0 on; 0 divides what the tile sees among n_splits
+        LEAST: tl.constexpr,  # keys of such a split, a multiple of BLOCK_N
         SPLIT: tl.constexpr,
         HAS_WINDOW: tl.constexpr,
         HAS_SOFTCAP: tl.constexpr,
@@ -128,7 +129,8 @@ if find_spec("triton"):
             high = tl.minimum((i_split + 1) * CHUNK, end)
             low = tl.maximum(i_split * CHUNK, low)
         else:
-            share = tl.cdiv(tl.cdiv(end - low, BLOCK_N), n_splits) * BLOCK_N
+            # Fewer keys than LEAST would take less traffic to read than their partial sums to write and read again.
+            share = tl.maximum(tl.cdiv(tl.cdiv(end - low, BLOCK_N), n_splits) * BLOCK_N, LEAST)
             low += i_split * share
             high = tl.minimum(low + share, end)
         if low >= high:
@@ -254,10 +256,22 @@ def _tile(entries: int, D: int, element_size: int, shared_memory: int) -> tuple[
     else:
         # The queries' tile stays in shared memory.
         most, light = (64 << 10 if large else 32 << 10) // (D * element_size), 8192 if large else 2048
-    BLOCK_M = max(16, min(triton.next_power_of_2(entries), most, 128))
+    # With more than 64 entries a program would have a processor's shared memory to itself, where `_splits` counts on
+    # two; heads of 256 fill it in any case, and read the keys once for 128.
+    BLOCK_M = max(16, min(triton.next_power_of_2(entries), most, 64 if D <= 128 else 128))
     BLOCK_N = max(16, min(128, 16384 // D) // element_size)
     num_warps = 8 if BLOCK_M == 128 or light < BLOCK_M * D else 4
     return BLOCK_M, BLOCK_N, num_warps, 3 if shared_memory >= 160 << 10 else 2
+
+
+def _least(BLOCK_M: int, BLOCK_N: int) -> int:
+    """Keys that a split takes at least: twice the tile's entries, in whole blocks."""
+    return triton.cdiv(2 * BLOCK_M, BLOCK_N) * BLOCK_N
+
+
+def _splits(heads: int, C: int, least: int, processors: int) -> int:
+    """How many splits of C slots, of so many keys or more, give a processor two programs; heads: B * Hkv * tiles."""
+    return max(1, min(triton.cdiv(2 * processors, heads), C // least, 64))
 
 
 def decode_attention_triton(
@@ -286,12 +300,11 @@ def decode_attention_triton(
     BLOCK_M, BLOCK_N, num_warps, num_stages = _tile(
         max_rows * G, max(BLOCK_D, BLOCK_V), query.element_size(), shared_memory
     )
-    TILES = triton.cdiv(max_rows * G, BLOCK_M)
+    TILES, least = triton.cdiv(max_rows * G, BLOCK_M), _least(BLOCK_M, BLOCK_N)
     if batch_invariant:
         splits = triton.cdiv(C, CHUNK)
     elif splits is None:
-        # Two programs for each processor.
-        splits = min(triton.cdiv(2 * processors, B * Hkv * TILES), triton.cdiv(C, BLOCK_N), 64)
+        splits = _splits(B * Hkv * TILES, C, least, processors)
 
     # One pass of TF32 would lose half of float32's digits, three keep nearly all, but their parts of the widest heads
     # fit no register file. AMD multiplies float32 as it is.
@@ -333,6 +346,7 @@ def decode_attention_triton(
         BLOCK_D=BLOCK_D,
         BLOCK_V=BLOCK_V,
         CHUNK=CHUNK if batch_invariant else 0,
+        LEAST=least,
         SPLIT=split,
         HAS_WINDOW=window is not None,
         HAS_SOFTCAP=softcap is not None,

@@ -1,25 +1,24 @@
 """The decoding benchmark: it runs whole on a tiny model, and its arithmetic is right."""
 
 import json
-import os
-import sys
-import time
+import weakref
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from importlib import import_module
-from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mtpkern
-from mtpkern.bench import decode, decode_attention, gpu, kv_write, readout, report, step, timing
+from mtpkern.bench import compiled, decode, decode_attention, kv_write, readout, report, step, timing
 from mtpkern.bench.harness import Spread, environment, interleaved
 from mtpkern.bench.problems import problems
 from mtpkern.bench.report import Goal, Table, run, write
-from mtpkern.bench.timing import Peak, copies, race, timed
+from mtpkern.bench.timing import Peak, copies, kernels_by_name, peak, race, timed
+from mtpkern.cache import KVCache
 from mtpkern.compare import HF_GENERATE, Completion, Tally, rotated
 from mtpkern.strategies import ConfAdapt, Static, Verified
 from mtpkern.train.arithmetic import build_tokenizer
@@ -282,6 +281,22 @@ def test_floor_is_the_larger_of_the_two():
     assert machine.floor(bytes=2e6, flops=1e9) == pytest.approx(10)
 
 
+def test_a_peak_that_was_told_is_not_measured_again(monkeypatch):
+    monkeypatch.setenv("MTPKERN_PEAK", json.dumps(asdict(H200)))
+    peak.cache_clear()
+    try:
+        assert peak(torch.device("cpu")) == H200
+    finally:
+        peak.cache_clear()
+
+
+def test_what_a_call_runs_by_name():
+    found = kernels_by_name(lambda i: torch.ones(4, 4) @ torch.ones(4, 4), torch.device("cpu"))
+    times = [us for _, _, us in found]
+    assert times == sorted(times, reverse=True)
+    assert ("aten::ones", 2) in [(name, count) for name, count, _ in found]
+
+
 def test_report(tmp_path):
     table = Table("Speed", "In ms.", ("way", "ms"), [("a", "1"), ("b", "2")])
     page = write("x", "Title", {"torch": "2"}, [table], {"a": Spread(1, 1, 1)}, tmp_path)
@@ -367,99 +382,6 @@ def test_a_part_alone(checkpoint, tmp_path, capsys):
     capsys.readouterr()
 
 
-def test_a_process_that_stays_is_cut_with_its_children(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "GRACE", 0.2)
-    child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
-    parent = (
-        "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', sys.argv[1]]); print(p.pid, flush=True)"
-    )
-    limit, said = 0.5, []
-    while not said:  # a busy machine may need longer to start it
-        limit *= 2
-        command = [sys.executable, "-c", f"{parent}; {child}", child]
-        outcome = gpu.supervise("it", command, limit, cwd=tmp_path, log=tmp_path / "log")
-        said = outcome.said
-    assert outcome.status == "cut"
-    assert not outcome.well
-    assert wait_for_death(int(said[-1]))
-
-
-def wait_for_death(pid):
-    for _ in range(100):  # until init has reaped it
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.1)
-    return False
-
-
-def test_how_a_process_ended(tmp_path):
-    def ended(code):
-        return gpu.supervise("x", [sys.executable, "-c", code], 60, cwd=tmp_path, log=tmp_path / "log", WORD="yes")
-
-    assert ended("import os; print(os.environ['WORD'])").line.startswith("x: done, ")
-    failed = ended("raise RuntimeError('illegal access')")
-    assert failed.status == "failed with 1"
-    assert failed.line.endswith("RuntimeError: illegal access")
-    assert not failed.well
-    assert ended("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)").status == "failed with -11"
-    assert gpu.Outcome(f"x, {gpu.WHOLE}", "cut", 1).well
-    assert not gpu.Outcome(gpu.TESTS, "cut", 1).well
-
-
-def test_whole_tables_replace_short_ones(tmp_path):
-    def part(folder, *tables):
-        write("readout", "", {"torch": "2", "quick": "x"}, [], {"tables": [asdict(t) for t in tables]}, folder)
-
-    def table(caption, text, goals=()):
-        return Table(caption, "", ("n",), [(text,)], goals=goals)
-
-    results = gpu.Results([tmp_path], "Title")
-    results.outcomes.append(gpu.Outcome("step, short grid", "failed with 1", 2, ["Error: boom"]))
-    part(tmp_path / "short", table("A", "short A"), table("B", "short B", [Goal("speed", 2, 3, "×")]))
-    part(tmp_path / "whole", table("A", "whole A", [Goal("time", 2, 3, "µs", at_most=True)]))
-    results.take("readout", tmp_path / "short")
-    results.take("readout", tmp_path / "whole")
-    results.take("step", tmp_path / "nothing")
-    page = results.write()
-    assert "whole A" in page
-    assert "short A" not in page
-    assert "short B" in page
-    assert "1 of 2 met" in page
-    assert page.index("## A") < page.index("Error: boom") < page.index("## Goals")
-    assert page.rstrip().endswith("| speed | ≥ 2 × | 3 × | yes |")
-    assert "quick" not in json.loads((tmp_path / "gpu.json").read_text())["environment"]
-
-
-def test_files_with_tests_for_a_gpu():
-    files = {Path(file).stem for file in gpu.test_files()}
-    assert files >= {"test_graph", "test_advance", "test_no_sync", "test_triton_decode", "test_triton_distill"}
-    assert files >= {"test_triton_span", "test_gpu_training", "test_kv_write", "test_readout", "test_decode_attention"}
-    assert not files & {"test_trainer", "test_evaluate", "test_resume", "test_cli_train"}  # not without peft
-
-
-def test_every_benchmark_of_an_op_or_step_is_a_part():
-    measured = {p.stem for p in Path(gpu.__file__).parent.glob("*.py") if "def measure(" in p.read_text()}
-    assert {part.name for part in gpu.PARTS} == measured
-
-
-def test_everything_in_one_command_rehearsed(tmp_path, capsys, monkeypatch):
-    """From a clone that nobody installed, and without this installation."""
-    monkeypatch.setattr(gpu, "PARTS", (gpu.Part("kv_write", 200, 200),))
-    assert gpu.main(["--device", "cpu", "--minutes", "5", "--parts", "kv_write", "--results", str(tmp_path)]) == 0
-    record = json.loads((tmp_path / "gpu.json").read_text())
-    assert [o["status"] for o in record["runs"]] == ["done"]
-    assert "DRY RUN" in (tmp_path / "gpu.md").read_text().splitlines()[0]
-    assert "KV write" in capsys.readouterr().out
-
-
-def test_no_gpu_is_said(capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main([]) == 1
-    assert "sees no GPU" in capsys.readouterr().out
-
-
 CUDA = torch.device("cuda")
 H200 = Peak(4e12, 800e12, "made up")
 
@@ -484,14 +406,21 @@ def goals(tables):
 
 @pytest.mark.parametrize("quick", [True, False])
 def test_goals_of_decode_attention(no_device, monkeypatch, quick):
-    def times(shape, device, *, flex):
+    def times(shape, device, *, flex, splits):
         spread = flat(shape.bytes / 4e12 * 1e6 / (0.9 if shape.W < 8 else 0.85) + (1 if shape.L <= 4096 else 0))
         ways = {decode_attention.OURS: spread, decode_attention.UNSPLIT: flat(spread.median * 6)}
         return ways, ["flash-attn: not there"]
 
     monkeypatch.setattr(decode_attention, "times", times)
     tables = list(decode_attention.measure(CUDA, quick))
-    assert len(tables) == (1 if quick else 2)
+    # A table a row, each with all rows so far.
+    captions = [table.caption for table in tables]
+    assert len(set(captions)) == (1 if quick else 2)
+    assert [len(table.rows) for table in tables[: captions.count(captions[0])]] == list(
+        range(1, captions.count(captions[0]) + 1)
+    )
+    whole = tables[captions.count(captions[0]) - 1]
+    assert ("33 splits" in whole.header) == quick
     found = goals(tables)
     assert len(found) == 4
     share, met = found["decode attention, B·L ≥ 64k, k ≤ 8: least share of bandwidth"]
@@ -504,7 +433,7 @@ def test_goals_of_decode_attention(no_device, monkeypatch, quick):
     cost, met = found["decode attention, 15 rows over 1 row: greatest"]
     assert cost == pytest.approx(0.9 / 0.85, rel=1e-2)
     assert met
-    assert tables[0].skipped == [f"flash-attn: not there ({len(tables[0].rows)} of {len(tables[0].rows)} shapes)"]
+    assert whole.skipped == [f"flash-attn: not there ({len(whole.rows)} of {len(whole.rows)} shapes)"]
 
 
 def test_goals_of_readout(no_device, monkeypatch):
@@ -532,7 +461,7 @@ def test_goals_of_kv_write(no_device, monkeypatch):
     ways = {kv_write.OURS: 2, kv_write.TORCH: 9, kv_write.ROTARY: 8, kv_write.NORM: 8, kv_write.ALL: 18}
     times = {way: flat(x) for way, x in ways.items()}
     monkeypatch.setattr(kv_write, "times", lambda *_: (times, ["compiled: no"]))
-    (table,) = kv_write.measure(CUDA, quick=True)
+    *_, table = kv_write.measure(CUDA, quick=True)
     assert goals([table]) == {"KV write of 15 rows": (2, True)}
     assert table.records[0]["at_most_saved_us_a_pass"] == 16 * 36
     assert table.skipped == ["compiled: no"]
@@ -554,7 +483,7 @@ def test_goals_of_the_step(no_device, monkeypatch, name, quick):
     monkeypatch.setattr(
         step, "_tokens_times", lambda model, B, L, budgets: {"plain": flat(100), **{str(R): flat(R) for R in budgets}}
     )
-    table = step.pass_table(name, model, quick)
+    *_, table = step.pass_tables(name, model, quick)
     assert "Of 700 launches at batch 16, 100 are beside the body, in 2 layers." in table.note
     found = goals([table])
     assert found[f"{name}: host syncs in a step"] == (0, True)
@@ -563,7 +492,7 @@ def test_goals_of_the_step(no_device, monkeypatch, name, quick):
     assert (f"{name}, batch 1, 2k context: 15 rows over 1" in found) == (name == "Qwen3-4B")
     if name == "Llama-3.1-8B":
         monkeypatch.setattr(type(model), "device", CUDA)
-        found = goals([step.tokens_table(name, model, quick)])
+        found = goals(step.tokens_tables(name, model, quick))
         assert list(found.values()) == [(pytest.approx(3 * 100 / 128), True)]
 
 
@@ -578,6 +507,65 @@ def test_the_floor_of_a_pass():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "peak", lambda device: machine)
         assert step.floor(model, step.Point(16, 2048, 8, 128)) == pytest.approx(bytes / 1e12 * 1e6)
+
+
+@pytest.fixture
+def most_kv(monkeypatch):
+    """The most bytes of keys and values that have existed at once, as a list that grows."""
+    alive, most = {}, [0]
+    fill = KVCache.fill
+
+    def filled(cache, layer, *args):
+        fill(cache, layer, *args)
+        for x in cache.layers[layer]:
+            if id(x) not in alive:
+                alive[id(x)] = x.nbytes
+                weakref.finalize(x, alive.pop, id(x))
+        most.append(sum(alive.values()))
+
+    monkeypatch.setattr(KVCache, "fill", filled)
+    return most
+
+
+def test_stands_of_a_batch_have_one_set_of_caches(most_kv):
+    """At 16 texts of 16k tokens two sets would not fit beside the weights, not even while a second stand is built."""
+    cpu = torch.device("cpu")
+    model = step.build("Llama-3.1-8B", cpu)
+    config = model.config
+    token = 2 * 4 * config.num_hidden_layers // 2 * config.num_key_value_heads * config.head_dim
+
+    def one(B, L):
+        return B * (L + step.PASSES * 16 + 1) * token
+
+    list(step.pass_tables("Llama-3.1-8B", model, quick=False))
+    assert max(most_kv) == max(one(1, 32), one(2, 24))
+    most_kv[:] = [0]
+    list(step.tokens_tables("Llama-3.1-8B", model, quick=False))
+    assert max(most_kv) == one(2, 24)
+    most_kv[:] = [0]
+    with patch("mtpkern.graph.BACKEND", "eager"):
+        list(compiled.pass_tables("Llama-3.1-8B", model, [step.Point(1, 24, 2, 3), step.Point(2, 24, 2, 5)]))
+    assert max(most_kv) == one(2, 24)
+
+
+def test_a_run_that_is_cut_keeps_its_rows(tmp_path, capsys):
+    """Also of a table that is not whole; and half a file is never there."""
+
+    def measure(device, quick):
+        yield Table("A", "", ("n",), [("1",)])
+        yield Table("A", "", ("n",), [("1",), ("2",)])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run("x", "Title", measure, ["--device", "cpu", "--results", str(tmp_path)])
+    (table,) = json.loads((tmp_path / "x.json").read_text())["tables"]
+    assert table["rows"] == [["1"], ["2"]]
+    printed = capsys.readouterr().out
+    assert printed.count("## A") == 1
+    assert "| 2 |" in printed
+    with pytest.raises(TypeError, match="cannot write"):
+        write("x", "Title", {}, [], {"object": object()}, tmp_path)
+    assert json.loads((tmp_path / "x.json").read_text())["tables"] == [table]
 
 
 @pytest.mark.parametrize("stem", ["compiled", "decode_attention", "kv_write", "readout", "step"])

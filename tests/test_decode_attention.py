@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mtpkern.kernels import decode_attention as module
 from mtpkern.kernels.decode_attention import decode_attention, decode_attention_reference, decode_attention_triton
 
 KERNEL = pytest.param(decode_attention_triton, marks=pytest.mark.kernel)
@@ -306,11 +307,64 @@ def test_splits(form: Form, splits: int | str, window: int | None, nan_in_new_te
     compare(lambda *args, **options: form(*args, **how, **options), case, window=window, sinks=sinks)
 
 
+@pytest.mark.parametrize("k", [1, 4, 8, 12, 16])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_two_programs_fit_a_processor(k: int, dim: int) -> None:
+    """Of an H100 or H200, in bf16 at 4 query heads a KV head: the split rule counts on two."""
+    pytest.importorskip("triton")
+    BLOCK_M, BLOCK_N, _, num_stages = module._tile((2 * k - 1) * 4, dim, 2, 227 << 10)
+    taken = 2 * dim * (BLOCK_M + 2 * num_stages * BLOCK_N)
+    assert BLOCK_M <= 64
+    assert 2 * (taken + 1024) <= 228 << 10
+
+
+@pytest.mark.parametrize("k", [1, 8, 12])
+@pytest.mark.parametrize(
+    ("B", "C"), [(1, 100), (1, 1024), (1, 2048), (1, 1 << 17), (16, 2048), (64, 512), (512, 1 << 15)]
+)
+def test_splits_fill_the_processors_and_are_not_too_short(k: int, B: int, C: int) -> None:
+    pytest.importorskip("triton")
+    BLOCK_M, BLOCK_N, _, _ = module._tile((2 * k - 1) * 4, 128, 2, 227 << 10)
+    least = module._least(BLOCK_M, BLOCK_N)
+    programs = B * 8 * -(-(2 * k - 1) * 4 // BLOCK_M)
+    splits = module._splits(programs, C, least, 132)
+    assert least >= 2 * BLOCK_M
+    assert least % BLOCK_N == 0
+    assert 1 <= splits <= 64
+    assert splits == 1 or C / splits >= least
+    # Either two programs a processor, or no more splits are long enough, or there is one beyond need.
+    assert splits * programs >= 2 * 132 or C / (splits + 1) < least or splits == 64
+    assert splits == 1 or (splits - 1) * programs < 2 * 132
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("form", [decode_attention_triton])
+@pytest.mark.parametrize("length", [40, 140, 290])
+def test_a_short_text_takes_few_splits(form: Form, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many a captured graph provides: those without keys write nothing but that."""
+    case = make_case([list(range(length - 5, length))], heads=16, groups=16, capacity=299, dim=16)
+    taken = []
+
+    class Merge:
+        def __getitem__(self, grid: object) -> Callable[..., object]:
+            def launch(part: Tensor, lse: Tensor, *args: object, **options: object) -> object:
+                taken.append(int(lse[:, 0, 0].isfinite().sum()))
+                return merge[grid](part, lse, *args, **options)
+
+            return launch
+
+    merge = module._merge_kernel
+    monkeypatch.setattr(module, "_merge_kernel", Merge())
+    compare(lambda *args, **options: form(*args, splits=9, **options), case)
+    # 5 rows of 16 heads in tiles of 64: 128 keys a split.
+    assert taken == [-(-length // 128)]
+
+
 @pytest.mark.kernel
 @pytest.mark.parametrize("form", [decode_attention_triton])
 @pytest.mark.parametrize("splits", [1, 3])
 def test_more_rows_than_a_tile_holds(form: Form, splits: int, nan_in_new_tensors: None) -> None:
-    # 33 rows of 5 heads each: two tiles of 128, the second partly full; the short sequence leaves it empty.
+    # 33 rows of 5 heads each: three tiles of 64, the last partly full; the short sequence leaves two of them empty.
     case = make_case([list(range(40, 73)), [3, 4]], capacity=80, heads=5, groups=5, dim=16, unused=40)
     compare(lambda *args, **options: form(*args, splits=splits, **options), case)
 

@@ -47,6 +47,21 @@ class NotFiniteError(RuntimeError):
     """A loss or weights that are not numbers any more."""
 
 
+@contextmanager
+def _former_names(args: MTPConfig) -> Iterator[None]:
+    """Around TrainingArguments' checks: where they know only gradient_checkpointing, it stands for the new name."""
+    if hasattr(TrainingArguments, "activation_checkpointing"):
+        yield
+        return
+    names = {f"activation_checkpointing{end}": f"gradient_checkpointing{end}" for end in ("", "_kwargs")}
+    for new, old in names.items():
+        if getattr(args, new) is not None:
+            setattr(args, old, getattr(args, new))
+    yield
+    for new, old in names.items():
+        setattr(args, new, getattr(args, old))
+
+
 @dataclass
 class MTPConfig(TrainingArguments):
     """TrainingArguments and what multi-token prediction adds.
@@ -119,6 +134,18 @@ class MTPConfig(TrainingArguments):
         default=False, metadata={"help": "DDP's search for weights without a gradient; every step here uses all."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Columns are the collator's business."})
+    # As transformers 5.23 has them; 5.17 knows the former names alone, which all versions take.
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Run layers again in backward instead of keeping all they compute.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of activation_checkpointing, as transformers lists them."}
+    )
     torch_compile: bool = field(
         default=False, metadata={"help": "Compile the decoder layers of student and teacher, for training steps alone."}
     )
@@ -137,7 +164,8 @@ class MTPConfig(TrainingArguments):
         # The parents must not see it: TrainingArguments would switch TF32 on, which rounds rotary positions too.
         compiler = self.torch_compile, self.torch_compile_backend, self.torch_compile_mode
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
-        super().__post_init__()
+        with _former_names(self):
+            super().__post_init__()
         _, self.torch_compile_backend, self.torch_compile_mode = compiler
         self.torch_compile = any(compiler)
         if self.data_seed is None:
@@ -181,6 +209,12 @@ class MTPConfig(TrainingArguments):
         if self.packing and self.static_shape:
             raise ValueError("packing leaves out all padding, static_shape adds it; set one of them")
         self._refuse_untested()
+
+    @property
+    def device(self) -> torch.device:
+        """As TrainingArguments'; a rank on a CPU gets it without an index, to which torch.load cannot restore."""
+        device: torch.device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
 
     @property
     def needs_teacher(self) -> bool:
@@ -370,8 +404,8 @@ class MTPTrainer(Trainer):
                 teacher = fsdp2_prepare_model(self.accelerator, teacher)
         # With LoRA the student without its adapters.
         self.teacher = plain if isinstance(model, PeftModel) else teacher
-        # Our loss is divided by the rows of the whole accumulated batch already.
-        self.loss_is_scaled_for_ga = True
+        # Our loss is divided by the rows of the whole accumulated batch already; 5.17 asks for it by the second name.
+        self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         eos = plain.generation_config.eos_token_id if plain.generation_config else None
         eos = plain.config.eos_token_id if eos is None else eos
         if eos is None:
@@ -429,7 +463,7 @@ class MTPTrainer(Trainer):
             )
         if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO and not self.args.torch_compile:
             raise ValueError("accelerate's dynamo_backend is refused; set it to 'no', and torch_compile=True here")
-        if self.is_distributed_loading_by_transformers:
+        if getattr(plain_model(cast(nn.Module, self.model)), "_device_mesh", None) is not None:
             raise ValueError("a model sharded by from_pretrained (tensor parallel) is refused; load it whole")
 
     def plan(self, batch: dict[str, Any], *, k: int, step: int, micro_step: int) -> dict[str, Any]:

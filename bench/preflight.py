@@ -1,0 +1,307 @@
+"""Pre-flight: what a new GPU has to show before its minutes are spent, most of it in about 80 seconds.
+
+    python -m mtpkern.bench.preflight --results preflight.jsonl
+
+    machine     versions; peaks of copy and product, which bench/gpu.py hands on to the benchmarks
+    compiled    every kernel family compiled for this GPU, side by side; Triton keeps it for what follows
+    kernels     each kernel once at head width 128 in bf16, against its torch form
+    checkpoint  the shipped model generates what it does on a CPU: with a graph and without, batch 1 and 3, unwarned
+    passes      Qwen3-4B with random weights, batch 1: a pass and its body by rows; its graph, kernels by name
+    layers      the same passes with each decoder layer compiled, attention kept out
+
+Each step ends with a line of JSON, printed and written at once. A step that fails says so and the next one runs; but
+where a kernel is wrong all ends there, with the exit status 3: no time of a wrong result is worth having. On a CPU
+everything runs with tiny shapes, to rehearse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from mtpkern.attention import NAME, attention_context, mtpkern_attention
+from mtpkern.bench import decode_attention, distill, kv_write, readout, span_attention, step
+from mtpkern.bench.harness import as_json, environment
+from mtpkern.bench.timing import Action, difference, free, kernels_by_name, launches, peak, reason, timed
+from mtpkern.compare import encode, read_problems
+from mtpkern.demo import ASSETS, load
+from mtpkern.generation import generate
+from mtpkern.kernels.decode_attention import decode_attention_reference
+from mtpkern.kernels.distill import Head, head_readout
+from mtpkern.kernels.kv_write import kv_write as write
+from mtpkern.kernels.kv_write import kv_write_reference
+from mtpkern.strategies import Static, Verified
+from mtpkern.train.objective import forward_as
+
+WRONG = 3
+# Beginnings of the names of ahead-of-time cases; a rehearsal takes the last alone.
+FAMILIES = (
+    *("decode_attention bf16 D128", "span_attention bf16 D128", "distill bf16 V144"),
+    *("advance B1 ", "advance B16 ", "readout bf16", "kv_write bf16 D128"),
+)
+PROCESSES = 12
+MODEL = "Qwen3-4B"
+# Of one text, from the most: the first pass makes the caches of all.
+ROWS, ROWS_COMPILED = (384, 256, 192, 128, 64, 24, 16, 1), (128, 16, 1)
+
+Facts = dict[str, Any]
+
+
+class WrongKernelError(Exception):
+    """A kernel whose result is not what its torch form computes."""
+
+
+def machine(device: torch.device) -> Facts:
+    """Hardware and versions, and what the device can do at most."""
+    return {**environment(device), "peak": asdict(peak(device))}
+
+
+def target(device: torch.device) -> str:
+    """The GPU as ahead-of-time compilation names it: "sm_90"; that one too for a CPU."""
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def compiled(device: torch.device) -> Facts:
+    """Every family by `mtpkern.bench.aot` in a process of its own, which knows nothing of the device."""
+    cases = FAMILIES if device.type == "cuda" else FAMILIES[-1:]
+    command = [sys.executable, "-m", "mtpkern.bench.aot", "--targets", target(device), "--cases", *cases]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    jobs = str(min(PROCESSES, os.cpu_count() or 1))
+    done = subprocess.run([*command, "--jobs", jobs], env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1):  # 1: over budget, which costs speed and nothing else
+        raise RuntimeError(f"ahead-of-time compilation ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+    return {"target": target(device), "kernels": done.stdout.count(f" | {target(device)} | ")}
+
+
+def _require(what: str, found: Sequence[Tensor], right: Sequence[Tensor], tolerance: float = 2e-2) -> None:
+    """Raise WrongKernelError where an output is off by more than the tolerance, of its greatest magnitude."""
+    wrong = difference(list(found), list(right), tolerance)
+    if wrong:
+        raise WrongKernelError(f"{what}: {wrong}")
+
+
+def check_decode_attention(device: torch.device) -> None:
+    """Split by the rule, in other ways, and batch-invariant."""
+    small = device.type == "cpu"
+    shape = decode_attention.Shape(2, 40, 3, 4, 2, 16) if small else decode_attention.Shape(2, 1500, 23)
+    case = decode_attention.Case(shape, device)
+    wide = [x[0].float() for x in (case.q, case.k, case.v)]
+    options = {"max_rows": shape.W, "scale": shape.D**-0.5}
+    right = decode_attention_reference(*wide, case.seq, case.slot, case.start, **options)
+    ways = {"": case.attend(decode_attention.decode_attention)}
+    ways[", batch-invariant"] = case.attend(decode_attention.decode_attention, batch_invariant=True)
+    for n in () if small else (1, 3):
+        ways[f", {n} splits"] = case.attend(decode_attention.decode_attention_triton, splits=n)
+    for name, attend in ways.items():
+        _require(f"decode_attention{name}", [attend(0)], [right])  # type: ignore[list-item]
+
+
+def check_kv_write(device: torch.device) -> None:
+    """To the bit."""
+    case = kv_write.Case(15, 1, 64, device)
+    caches = case.k_cache, case.v_cache
+    key = case.k.transpose(1, 2)
+    found = [x.clone() for x in case.write(write, key)]
+    for x in caches:
+        x.zero_()
+    slots = (slice(None), slice(None), case.slot)
+    right = [x[slots] for x in case.write(kv_write_reference, key)]
+    _require("kv_write", [x[slots] for x in found], right, 0.0)
+
+
+def check_readout(device: torch.device) -> None:
+    """Readout and advance together over five passes: tokens and plans to the bit."""
+    V = 1000 if device.type == "cpu" else readout.V
+    ours, torchs = (readout.Taken(3, V, device, ours=ours) for ours in (True, False))
+    _require("readout", ours.readout_(0)[:1], torchs.readout_(0)[:1], 0.0)
+    _require("readout, confidence", ours.readout_(0)[1:], torchs.readout_(0)[1:], 1e-3)
+    for i in range(5):
+        found, right = ours.both(i), torchs.both(i)
+        state = [(*plan, *vars(form.sequences).values()) for plan, form in ((found, ours), (right, torchs))]
+        _require(f"advance, pass {i + 1}", *state, 0.0)
+
+
+def check_span_attention(device: torch.device) -> None:
+    """Output and gradients."""
+    small = device.type == "cpu"
+    shape = span_attention.TINY[0] if small else span_attention.Shape(2, 256)
+    layout = shape.layout().to(device)
+    dtype = torch.float32 if small else torch.bfloat16
+    inputs = span_attention.Inputs.draw(shape, layout.position.shape[1], dtype, device)
+    way = span_attention.Way(span_attention.with_ours(layout), [inputs])
+    wrong = span_attention.disagreement(way.sample(), span_attention.truth(layout, inputs))
+    if wrong:
+        raise WrongKernelError(f"span_attention: {wrong}")
+
+
+def check_distill(device: torch.device) -> None:
+    """The loss and its gradients with hard and soft targets, and the readout of the head."""
+    small = device.type == "cpu"
+    R, V, H = (24, 50, 16) if small else (256, distill.VOCABULARY, 1024)
+    dtype = torch.float32 if small else torch.bfloat16
+    for soft in (False, True):
+        inputs = distill.Inputs.draw(distill.Case(R, V, H, soft, trained=True), dtype, device)
+        right = distill.step(partial(distill.all_logits, dtype=torch.float32), inputs)
+        _require(f"distill_loss, {'soft' if soft else 'hard'}", distill.step(distill.ours, inputs), right)
+    head, hidden = Head(inputs.weight.detach()), inputs.hidden.detach()
+    z = head.logits(hidden)
+    token, confidence, _ = head_readout(hidden, head)
+    # Of equal logits a product in another order may prefer another.
+    _require("head_readout", [z.gather(-1, token[:, None])[:, 0]], [z.amax(-1)], 1e-2)
+    _require("head_readout, confidence", [confidence], [z.softmax(-1).amax(-1)], 2e-2)
+
+
+CHECKS: dict[str, Callable[[torch.device], None]] = {
+    "kv_write": check_kv_write,
+    "readout and advance": check_readout,
+    "decode_attention": check_decode_attention,
+    "span_attention": check_span_attention,
+    "distill": check_distill,
+}
+
+
+def kernels(device: torch.device) -> Facts:
+    """Seconds of each check, compilation included."""
+    torch.manual_seed(0)
+    seconds = {}
+    for name, check in CHECKS.items():
+        start = time.perf_counter()
+        check(device)
+        seconds[name] = round(time.perf_counter() - start, 2)
+    return {"right": seconds}
+
+
+def checkpoint(device: torch.device) -> Facts:
+    """Tokens of the shipped model against those of a CPU, and what was warned of."""
+    model, tokenizer = load(ASSETS)
+    prompts = [problem.prompt for problem in read_problems(ASSETS / "problems.jsonl", 3)]
+    k = min(Verified.k, model.config.mtpkern["k_max"])
+
+    def tokens(use_graph: bool) -> list[Tensor]:
+        asked = {"strategy": Verified(k), "max_new_tokens": 24, "use_graph": use_graph}
+        batches = (encode(tokenizer, prompts[:n], model.device) for n in (1, 3))
+        return [generate(model, **batch, **asked).cpu() for batch in batches]
+
+    right = tokens(False)
+    model.to(device)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ways = {"without a graph": False} if device.type == "cpu" else {"graph": True, "without a graph": False}
+        for name, use_graph in ways.items():
+            for batch, found, expected in zip((1, 3), tokens(use_graph), right, strict=True):
+                if not torch.equal(found, expected):
+                    raise WrongKernelError(f"the shipped checkpoint at batch {batch}, {name}: not the CPU's tokens")
+    return {"equal": list(ways), "warnings": sorted({str(w.message)[:300] for w in caught})}
+
+
+@contextmanager
+def layers_compiled(model: nn.Module) -> Iterator[None]:
+    """Each decoder layer through torch.compile for fixed shapes, with a break at attention; else as it was."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    # To rehearse, tracing is enough; a CPU's code would need a C++ compiler.
+    backend = "eager" if next(model.parameters()).device.type == "cpu" else "inductor"
+    with ExitStack() as stack:
+        stack.enter_context(torch._dynamo.config.patch(recompile_limit=64))
+        # A layer's number and its caches stay out of the form, so that one serves all layers.
+        AttentionInterface.register(NAME, torch.compiler.disable(mtpkern_attention))
+        stack.callback(AttentionInterface.register, NAME, mtpkern_attention)
+        for layer in layers:
+            stack.enter_context(forward_as(layer, torch.compile(layer.forward, dynamic=False, backend=backend)))
+        yield
+
+
+def rows_table(model: Any, rows: Sequence[int], *, bodies: bool) -> tuple[Facts, Action]:
+    """Microseconds of a pass by its rows, and of its body where asked for; and the last pass but one itself.
+
+    Of one text, in the middle of it; rows are made many by a large k.
+    """
+    device = model.device
+    L = 24 if device.type == "cpu" else 2048
+    stands: list[step.Stand] = []
+    whole, body = {}, {}
+    for R in rows:
+        at = step.Point(1, L, R // 2 + 1, R)
+        share = stands[0] if stands else None
+        stand = step.Stand(model, at, Static(at.k), share=share, room=step.PASSES * (rows[0] // 2 + 1))
+        stands.append(stand)
+        actions: dict[str, Action] = {"whole": stand.step, **({"body": stand.body} if bodies else {})}
+        with attention_context(model, step.Body()):
+            found = timed(actions, device, rounds=10, reset=stand.reset)
+        whole[R] = round(found["whole"].median, 1)
+        if bodies:
+            body[R] = round(found["body"].median, 1)
+    stands[-2].reset()
+    facts = {"us_by_rows": whole, "floor_us": round(step.floor(model, step.Point(1, L, 1, 1)), 1)}
+    return facts | ({"body_us_by_rows": body} if bodies else {}), stands[-2].step
+
+
+def _profiled(model: Any, action: Action) -> Facts:
+    with attention_context(model, step.Body()):
+        return {"nodes": launches(action, model.device), "kernels": kernels_by_name(action, model.device)[:15]}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the steps; 0, 1 where one failed, 3 where a kernel is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m mtpkern.bench.preflight", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--results", type=Path, help="a file for the lines of JSON")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    rows, fewer = ((9, 4, 1), (4, 1)) if device.type == "cpu" else (ROWS, ROWS_COMPILED)
+    models: list[Any] = []
+
+    def passes(device: torch.device) -> Facts:
+        torch.manual_seed(0)
+        models.append(step.build(MODEL, device))
+        facts, action = rows_table(models[0], rows, bodies=True)
+        return {"model": MODEL, **facts, **_profiled(models[0], action)}
+
+    def layers(device: torch.device) -> Facts:
+        free(device)
+        with layers_compiled(models[0]):
+            facts, action = rows_table(models[0], fewer, bodies=False)
+            return {"model": MODEL, **facts, **_profiled(models[0], action)}
+
+    status = 0
+    for make in (machine, compiled, kernels, checkpoint, passes, layers):
+        start = time.perf_counter()
+        try:
+            facts = make(device)
+        except WrongKernelError as error:
+            status, facts = WRONG, {"wrong": str(error)}
+        except Exception as error:  # what fails here may still be measured elsewhere
+            status, facts = 1, {"failed": reason(error)}
+        seconds = round(time.perf_counter() - start, 1)
+        line = json.dumps({"step": make.__name__, "seconds": seconds, **facts}, default=as_json)
+        print(line, flush=True)
+        if args.results:
+            with args.results.open("a", encoding="utf-8") as out:
+                out.write(line + "\n")
+        if status == WRONG:
+            break
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

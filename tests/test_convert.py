@@ -98,10 +98,10 @@ def test_nothing_half_written_is_left(tmp_path, tiny, bytes_of, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "published"]
 
 
-def test_refusals(tmp_path, tiny, bytes_of, capsys):
+def test_refusals(tmp_path, tiny, bytes_of):
     source, target = tmp_path / "published", tmp_path / "plain"
     publish(source, tiny, bytes_of)
-    with pytest.raises(ValueError, match=r"is token 262, not 128259"):
+    with pytest.raises(ValueError, match=r"mask token is 262, not 128259"):
         convert(str(source), target, preset="llama-magpie")
     with pytest.raises(ValueError, match="names no stop token"):
         convert(str(source), target)
@@ -120,8 +120,10 @@ def test_refusals(tmp_path, tiny, bytes_of, capsys):
 
     other = tmp_path / "other"
     publish(other, tiny, bytes_of, special=False, eos_token_id=5)
-    assert main(["convert", str(other), str(tmp_path / "x")]) == 2
-    assert "give --mask-token-id or --preset" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no mask token to go with k_max"):
+        convert(str(other), tmp_path / "x", k_max=4)
+    with pytest.raises(ValueError, match="dtype must be one of auto, float32"):
+        convert(str(other), tmp_path / "x", dtype="int8")
     with pytest.raises(ValueError, match="0 to 383, got 384"):
         convert(str(other), tmp_path / "x", mask_token_id=384)
     config = json.loads((other / "config.json").read_text())

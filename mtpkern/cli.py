@@ -138,17 +138,14 @@ def read_rows(path: Path) -> list[Row]:
 
         read_rows(Path("prompts.jsonl"))[0].fields["prompt"]
     """
+    from mtpkern.rows import BadRow, read_lines
+
     rows = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path}, row {number}"
-            try:
-                fields = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: expected a JSON object, got {line.strip()[:40]!r} ({error.msg})") from None
-            rows.append(_row(where, fields))
+    for number, fields in read_lines(path):
+        where = f"{path}, row {number}"
+        if isinstance(fields, BadRow):
+            raise ValueError(f"{where}: {fields}")
+        rows.append(_row(where, fields))
     if not rows:
         raise ValueError(f'{path}: expected at least one row such as {{"prompt": "..."}}; got none')
     return rows
@@ -202,8 +199,10 @@ def _load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenize
 
 def _encode(tokenizer: PreTrainedTokenizerBase, row: Row, *, chat: bool) -> list[int]:
     """The token ids of a row's prompt; its special tokens come from the chat template, where one is applied."""
+    from mtpkern.rows import own_bos
+
     if not chat and "messages" not in row.fields:
-        ids = tokenizer(row.fields["prompt"]).input_ids
+        ids = tokenizer(own_bos(tokenizer, row.fields["prompt"])).input_ids
     elif tokenizer.chat_template is None:
         raise ValueError(f"{row.where}: needs a chat template and the tokenizer has none; give plain prompts")
     else:

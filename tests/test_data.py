@@ -7,7 +7,8 @@ from torch.utils.data import DataLoader
 
 from mtpkern.train import data as data_module
 from mtpkern.train.data import DataArguments, EncodedTexts, StreamedTexts, is_held_out, load_data, read_rows
-from mtpkern.train.formats import FORMATS, BadRow, Encoder, messages_of, recognise
+from mtpkern.rows import BadRow
+from mtpkern.train.formats import FORMATS, Encoder, conversation_of, messages_of, recognise
 
 QUESTION, ANSWER = "What is 1 + 1?", "It is 2.\n#### 2"
 TURNS = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
@@ -240,7 +241,7 @@ def test_a_bad_row_is_an_error_with_its_place_or_a_counted_skip(tmp_path, bytes_
         ([], "expected a list"),
         ("hello", "expected a list"),
         (["hello"], r"messages\[0\]"),
-        ([{"role": "robot", "content": "x"}], "role must be system, user, assistant; got 'robot'"),
+        ([{"role": "robot", "content": "x"}], "role must be system, user, assistant, tool; got 'robot'"),
         ([{"role": ["user"], "content": "x"}], "role must be"),
         ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\].content: expected a string"),
         (TURNS[:1], "the assistant last; got user"),
@@ -256,7 +257,7 @@ def test_wrong_messages(turns, says):
 
 
 def test_wrong_sharegpt_roles():
-    with pytest.raises(BadRow, match="from must be system, human, gpt; got 'bing'"):
+    with pytest.raises(BadRow, match="from must be system, human, gpt, tool; got 'bing'"):
         messages_of({"conversations": [{"from": "bing", "value": "x"}]}, "conversations")
 
 
@@ -364,7 +365,11 @@ def test_files_that_cannot_be_read(tmp_path, bytes_of):
         ("a.csv", b"question,answer", r"a.csv: a data file must be one of .jsonl, .json, .parquet"),
         ("a.parquet", b"PAR1", "a.parquet: no whole parquet file"),
         ("a.json", b"[\xe9]", "a.json: expected UTF-8"),
-        ("a.jsonl", line + b'\n{"question": "caf\xe9"}', "a.jsonl, line 2: expected UTF-8 text; got byte 0xe9 at 17"),
+        (
+            "a.jsonl",
+            line + b'\n{"question": "caf\xe9"}',
+            r"a.jsonl, line 2: expected a JSON object, got .*\(no UTF-8: byte 0xe9 at 17\)",
+        ),
         ("b.jsonl", b"hello\n[1]", "b.jsonl, line 1: expected a JSON object .* no format shows in the first 2 rows"),
         ("c.jsonl", b"[1]", r"c.jsonl, line 1: expected an object with fields; got \[1\]"),
     ):

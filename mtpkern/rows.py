@@ -103,7 +103,7 @@ def shown(value: Any) -> str:
         text = value[:61] if isinstance(value, str) else value
         text = repr(text)
     except (RecursionError, ValueError):  # nested too deeply, or a number of thousands of digits
-        return f"a {type(value).__name__} that cannot be shown"
+        return f"<{type(value).__name__}>"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -29,6 +29,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ def convert(
     k_max: int | None = None,
     dtype: str = "auto",
 ) -> int | None:
-    """Write the checkpoint `source` (a path, a GGUF's path, or a hub id) to the new folder `target`, whole or not at all.
+    """Write the checkpoint `source` (a path or hub id, or a GGUF) to the new folder `target`, whole or not at all.
 
     Returns the mask token's id: the argument, the preset's, what the source records, or else the tokenizer's
     <|mtp_special_token_0|>; None for a source that has none. Stop tokens are the argument, the preset's, or else those
@@ -182,10 +183,8 @@ def _require_floats(model: PreTrainedModel, source: str) -> None:
         return
     method = getattr(quantizer.quantization_config.quant_method, "value", quantizer.quantization_config.quant_method)
     if not _is_plain(model):
-        try:
+        with suppress(NotImplementedError):
             model.dequantize()
-        except NotImplementedError:
-            pass
         if not _is_plain(model):
             raise ValueError(
                 f"{source}: transformers cannot turn weights quantised by {method} into floats here; give the "

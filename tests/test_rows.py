@@ -39,14 +39,14 @@ def test_a_faulty_line_is_named_or_skipped(tmp_path, bytes_of, capsys, line):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join([*good, line]))
     encode = Encoder(bytes_of("qwen"))
-    with pytest.raises(BadData, match="rows.jsonl, line 4: "):
+    with pytest.raises(BadData, match=r"rows\.jsonl, line 4: "):
         load_data(DataArguments([str(path)]), encode)
     texts, _, (report,) = load_data(DataArguments([str(path)], bad_rows="skip"), encode)
     assert len(texts) == 3
     assert [count for count, _ in report.skipped.values()] == [1]
     # The same as prompts, and in a file that is one list.
     path.write_bytes(b'{"prompt": "x"}\n' + line.replace(b"question", b"prompt"))
-    with pytest.raises(ValueError, match="rows.jsonl, row 2: expected"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl, row 2: expected"):
         read_prompts(path)
     whole = path.with_suffix(".json")
     whole.write_bytes(b"[" + b", ".join([*good, line]) + b"]")

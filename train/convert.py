@@ -124,6 +124,9 @@ def convert(
     try:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
+        for file in part.glob("*config.json"):
+            values = json.loads(file.read_text(encoding="utf-8"))
+            file.write_text(json.dumps(_without_auto_map(values), indent=2, ensure_ascii=False), encoding="utf-8")
         part.rename(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -138,78 +141,109 @@ def _load(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
     from mtpkern.train.gguf import gguf_of, mend_tokenizer, metadata, stop_tokens
 
     path = gguf_of(source)
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
+    folder = source if path is None else str(path.parent)
+    options: dict[str, Any] = {"trust_remote_code": False}
     if path is not None:
         described = metadata(path)
-        folder = str(path.parent)
-        tokenizer = _tokenizer(folder, gguf_file=path.name)
+        options["gguf_file"] = path.name
+    tokenizer = _tokenizer(folder, **options)
+    if path is not None:
         mend_tokenizer(tokenizer, described)
-        options |= {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
-    else:
-        folder = source
-        tokenizer = _tokenizer(folder)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if isinstance(getattr(config, "quantization_config", None), dict):
-            config.quantization_config["dequantize"] = True
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    method = None if path is None else "gguf"
+    try:
+        if path is None:
+            config = AutoConfig.from_pretrained(folder, **options)
+            if isinstance(getattr(config, "quantization_config", None), dict):
+                method = config.quantization_config.get("quant_method", "a method without a name")
+                config.quantization_config["dequantize"] = True
             options["config"] = config
-    model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+        model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+    except ValueError as error:
+        if _asks_for_code(error):
+            raise ValueError(f"{source} is an architecture of its own code, which convert does not run") from error
+        raise
     wrong = {name: sorted(loading[name]) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(wrong.values()):
         raise ValueError(f"{source}: the weights do not fit {type(model).__name__}: {wrong}")
-    _require_floats(model, source)
+    if method is not None:
+        model = _in_floats(model, method, source)
     if path is not None:
         model.generation_config.eos_token_id = stop_tokens(tokenizer, described) or None
-    if hasattr(model.config, "auto_map"):
-        del model.config.auto_map
     return model, tokenizer
 
 
 def _tokenizer(folder: str, **options: Any) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
+    """The tokenizer as transformers knows it; where its class is custom code, as tokenizer.json describes it."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
-    # What it was loaded with is saved again.
-    tokenizer.init_kwargs.pop("auto_map", None)
-    return tokenizer
+    try:
+        return AutoTokenizer.from_pretrained(folder, **options)
+    except ValueError as error:
+        if not _asks_for_code(error):
+            raise
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder}: its tokenizer is code of its own, which convert does not run, and there is no tokenizer.json"
+        ) from error
 
 
-def _require_floats(model: PreTrainedModel, source: str) -> None:
-    """Take the quantiser off, its weights turned into floats where loading has not done so already.
+def _asks_for_code(error: ValueError) -> bool:
+    return "trust_remote_code" in str(error)
+
+
+def _without_auto_map(value: Any) -> Any:
+    """A JSON value without the names of custom code, at any depth."""
+    if isinstance(value, dict):
+        return {name: _without_auto_map(x) for name, x in value.items() if name != "auto_map"}
+    return [_without_auto_map(x) for x in value] if isinstance(value, list) else value
+
+
+def _in_floats(model: PreTrainedModel, method: str, source: str) -> PreTrainedModel:
+    """The model without its quantiser, its weights turned into floats where loading has not done so already.
 
     Raises ValueError where transformers cannot.
     """
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is None:
-        return
-    method = getattr(quantizer.quantization_config.quant_method, "value", quantizer.quantization_config.quant_method)
-    if not _is_plain(model):
-        with suppress(NotImplementedError):
+    plain = _plain(model)
+    if plain is None:
+        with suppress(NotImplementedError, ValueError):  # which it does not offer for all, or has tried already
             model.dequantize()
-        if not _is_plain(model):
-            raise ValueError(
-                f"{source}: transformers cannot turn weights quantised by {method} into floats here; give the "
-                "checkpoint that was quantised"
-            )
-    # Loading leaves these behind although the weights are floats, and saving refuses for it.
-    model.hf_quantizer = None
-    for of, name in ((model, "quantization_method"), (model.config, "quantization_config")):
-        if hasattr(of, name):
-            delattr(of, name)
+        plain = _plain(model)
+    if plain is None:
+        raise ValueError(
+            f"{source}: transformers cannot turn weights quantised by {method} into floats here; give the checkpoint "
+            "that was quantised"
+        )
+    return plain
 
 
-def _is_plain(model: PreTrainedModel) -> bool:
-    """Whether the weights are those of the architecture, by name and shape, and floats of at least two bytes."""
+def _plain(model: PreTrainedModel) -> PreTrainedModel | None:
+    """A model of the same architecture and weights that knows of no quantiser, only to be saved.
+
+    What was loaded quantised is saved quantised, or not at all, even when its weights are floats by now. None where
+    they are no floats of at least two bytes, or others than those of the architecture.
+    """
+    import torch
+
     config = deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    import torch
-
     with torch.device("meta"):
-        expected = type(model)(config).state_dict()
-    found = model.state_dict()
-    return {name: x.shape for name, x in expected.items()} == {name: x.shape for name, x in found.items()} and all(
-        x.is_floating_point() and x.itemsize >= 2 for name, x in found.items() if expected[name].is_floating_point()
-    )
+        plain = type(model)(config)
+    expected, found = plain.state_dict(), model.state_dict()
+    if {name: x.shape for name, x in expected.items()} != {name: x.shape for name, x in found.items()}:
+        return None
+    if any(
+        expected[name].is_floating_point() and (x.itemsize < 2 or not x.is_floating_point())
+        for name, x in found.items()
+    ):
+        return None
+    plain.load_state_dict(found, assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain
 
 
 def _mask_of(tokenizer: PreTrainedTokenizerBase, wanted: int | None, recorded: int | None, source: str) -> int | None:

@@ -125,8 +125,8 @@ def convert(
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
         for file in part.glob("*config.json"):
-            values = json.loads(file.read_text(encoding="utf-8"))
-            file.write_text(json.dumps(_without_auto_map(values), indent=2, ensure_ascii=False), encoding="utf-8")
+            values = _without_auto_map(json.loads(file.read_text(encoding="utf-8")))
+            file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         part.rename(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)

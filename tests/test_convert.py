@@ -288,8 +288,9 @@ def write_gguf(path, tiny, bytes_of, *, pre="smollm", eot=True):
     """A tiny llama as llama.cpp writes one, its matrices in Q8_0: returns the model that it is, and its tokenizer."""
     gguf = pytest.importorskip("gguf")
     tokenizer = bytes_of("qwen")
-    model = tiny.model("llama", vocab_size=260, hidden_size=32, intermediate_size=64, eos_token_id=256)
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    model = tiny.model("llama", vocab_size=261, hidden_size=32, intermediate_size=64, eos_token_id=256)
+    vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    vocabulary.append("ĠĠ")  # a list of one merge is none, to some readers
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
     writer.add_block_count(2)
@@ -301,12 +302,15 @@ def write_gguf(path, tiny, bytes_of, *, pre="smollm", eot=True):
     writer.add_rope_dimension_count(8)
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_vocab_size(260)
+    writer.add_vocab_size(261)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
-    writer.add_token_list([token for token, _ in vocabulary])
-    writer.add_token_types([3 if token.startswith("<|") else 1 for token, _ in vocabulary])
-    writer.add_token_merges(["Ċ Ċ"])
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([3 if token.startswith("<|") else 1 for token in vocabulary])
+    writer.add_token_merges(["Ċ Ċ", "Ġ Ġ"])
+    # As in SmolLM2's: BOS is the begin of a turn, which is not put in front.
+    writer.add_bos_token_id(tokenizer.convert_tokens_to_ids("<|im_start|>"))
+    writer.add_add_bos_token(False)
     # The template ends an answer with <|im_end|>; that is all that says so.
     writer.add_eos_token_id(tokenizer.convert_tokens_to_ids("<|endoftext|>"))
     if eot:

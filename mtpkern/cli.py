@@ -138,17 +138,14 @@ def read_rows(path: Path) -> list[Row]:
 
         read_rows(Path("prompts.jsonl"))[0].fields["prompt"]
     """
+    from mtpkern.rows import BadRow, read_lines
+
     rows = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path}, row {number}"
-            try:
-                fields = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: expected a JSON object, got {line.strip()[:40]!r} ({error.msg})") from None
-            rows.append(_row(where, fields))
+    for number, fields in read_lines(path):
+        where = f"{path}, row {number}"
+        if isinstance(fields, BadRow):
+            raise ValueError(f"{where}: {fields}")
+        rows.append(_row(where, fields))
     if not rows:
         raise ValueError(f'{path}: expected at least one row such as {{"prompt": "..."}}; got none')
     return rows
@@ -196,14 +193,16 @@ def _load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenize
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = torch.device(args.device or accelerator or "cpu")
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval()
-    return model, AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, trust_remote_code=False).to(device).eval()
+    return model, AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, row: Row, *, chat: bool) -> list[int]:
     """The token ids of a row's prompt; its special tokens come from the chat template, where one is applied."""
+    from mtpkern.rows import own_bos
+
     if not chat and "messages" not in row.fields:
-        ids = tokenizer(row.fields["prompt"]).input_ids
+        ids = tokenizer(own_bos(tokenizer, row.fields["prompt"])).input_ids
     elif tokenizer.chat_template is None:
         raise ValueError(f"{row.where}: needs a chat template and the tokenizer has none; give plain prompts")
     else:

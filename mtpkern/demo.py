@@ -46,8 +46,8 @@ def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise FileNotFoundError(
             f"no checkpoint in {folder}: expected config.json there; make one with: make checkpoint"
         )
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+    return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def demo(problems: int = 64, *, html: Path | None = None, folder: Path = ASSETS) -> None:

@@ -143,6 +143,8 @@ def generate(
                 raise
         return run()
 
+    if model.generation_config.suppress_tokens == [mask]:
+        kwargs["suppress_tokens"] = None  # as training records it for other decoders; ours never emits it
     return model.generate(input_ids, custom_generate=decode, **kwargs)
 
 

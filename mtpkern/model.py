@@ -25,7 +25,11 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
     The token's rows of the embedding and the unembedding are drawn from a normal distribution with the mean and
     variance, per dimension, of the rows in use (arXiv 2602.06019); a fixed generator makes them the same every time.
-    The id is recorded in `model.config.mtpkern`, which `save_pretrained` keeps and no custom code is needed for.
+    Where the embedding has no free row for it, it grows to a multiple of 64 rows, which matrix products are laid out
+    for. The rows behind the mask token's are the mean of those in use, so that their logit is the mean of the others'
+    and never the greatest.
+    The id is recorded in `model.config.mtpkern`, which `save_pretrained` keeps and no custom code is needed for, and
+    in the generation config's `suppress_tokens`, so that no other decoder emits it.
 
     Raises ValueError where the model has neither a free row nor an embedding that can be resized.
 
@@ -38,10 +42,11 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     if mask_token_id == recorded_settings(model).get("mask_token_id"):
         return mask_token_id  # the rows are there, and perhaps trained
     others = min(used, mask_token_id)
-    embedding = model.get_input_embeddings()
-    if mask_token_id >= embedding.num_embeddings:
+    added = slice(0)
+    if mask_token_id >= model.get_input_embeddings().num_embeddings:
         # Its own initialisation of new rows has almost no variance, and a padded matrix gets none at all: see below.
-        model.resize_token_embeddings(mask_token_id + 1, mean_resizing=False)
+        model.resize_token_embeddings(mask_token_id + 1, pad_to_multiple_of=64, mean_resizing=False)
+        added = slice(mask_token_id + 1, None)
     matrices = [model.get_input_embeddings().weight]
     head = model.get_output_embeddings()
     if head is None:
@@ -54,6 +59,13 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
             rows = weight[:others].float()
             noise = torch.randn(rows.shape[1], generator=generator).to(rows.device)
             weight[mask_token_id] = (rows.mean(0) + noise * rows.std(0)).to(weight.dtype)
+            weight[added] = rows.mean(0).to(weight.dtype)
+        bias = getattr(head, "bias", None)
+        if bias is not None:
+            bias[added] = bias[:others].float().mean().to(bias.dtype)
+    if model.generation_config is not None:
+        suppressed = model.generation_config.suppress_tokens or []
+        model.generation_config.suppress_tokens = sorted({*suppressed, mask_token_id})
     record_settings(model, mask_token_id=mask_token_id)
     return mask_token_id
 

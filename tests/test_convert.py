@@ -1,13 +1,17 @@
-"""`mtpkern convert`: a synthetic checkpoint of the published shape becomes a plain one that `generate` decodes."""
+"""`mtpkern convert`: synthetic checkpoints of the published shape, quantised ones and GGUFs become plain ones."""
 
+import ast
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mtpkern
 from mtpkern.cli import main
+from mtpkern.train import convert as module
 from mtpkern.train.convert import PRESETS, convert
 
 
@@ -73,8 +77,6 @@ def test_presets_are_what_the_model_cards_say():
 
 
 def test_a_preset_fills_in_what_is_not_said(tmp_path, tiny, bytes_of, monkeypatch, capsys):
-    from mtpkern.train import convert as module
-
     publish(tmp_path / "published", tiny, bytes_of, special=False, eos_token_id=5)
     preset = module.Preset(mask_token_id=300, stop_token_ids=(7, 8), prompts="so", k_max=9)
     monkeypatch.setitem(module.PRESETS, "llama-magpie", preset)
@@ -98,10 +100,10 @@ def test_nothing_half_written_is_left(tmp_path, tiny, bytes_of, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "published"]
 
 
-def test_refusals(tmp_path, tiny, bytes_of, capsys):
+def test_refusals(tmp_path, tiny, bytes_of):
     source, target = tmp_path / "published", tmp_path / "plain"
     publish(source, tiny, bytes_of)
-    with pytest.raises(ValueError, match=r"is token 262, not 128259"):
+    with pytest.raises(ValueError, match=r"mask token is 262, not 128259"):
         convert(str(source), target, preset="llama-magpie")
     with pytest.raises(ValueError, match="names no stop token"):
         convert(str(source), target)
@@ -120,8 +122,10 @@ def test_refusals(tmp_path, tiny, bytes_of, capsys):
 
     other = tmp_path / "other"
     publish(other, tiny, bytes_of, special=False, eos_token_id=5)
-    assert main(["convert", str(other), str(tmp_path / "x")]) == 2
-    assert "give --mask-token-id or --preset" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no mask token to go with k_max"):
+        convert(str(other), tmp_path / "x", k_max=4)
+    with pytest.raises(ValueError, match="dtype must be one of auto, float32"):
+        convert(str(other), tmp_path / "x", dtype="int8")
     with pytest.raises(ValueError, match="0 to 383, got 384"):
         convert(str(other), tmp_path / "x", mask_token_id=384)
     config = json.loads((other / "config.json").read_text())
@@ -134,3 +138,270 @@ def test_refusals(tmp_path, tiny, bytes_of, capsys):
     (litgpt / "lit_model.pth").touch()
     with pytest.raises(ValueError, match="litgpt convert_from_litgpt"):
         convert(str(litgpt), tmp_path / "x")
+
+
+# Custom code
+
+
+@pytest.mark.parametrize("custom_class", [True, False])
+def test_code_of_model_and_tokenizer_is_neither_run_nor_kept(tmp_path, tiny, bytes_of, monkeypatch, custom_class):
+    source, target, marker = tmp_path / "published", tmp_path / "plain", tmp_path / "marker"
+    tokenizer = publish(source, tiny, bytes_of, eos_token_id=5)
+    code = f"open({str(marker)!r}, 'w')\nclass Custom: pass\ndef generate(model, **options): pass\n"
+    (source / "custom_generate").mkdir()
+    for name in ("configuration_llama.py", "modeling_llama.py", "tokenization.py", "custom_generate/generate.py"):
+        (source / name).write_text(code)
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        values = json.loads((source / name).read_text())
+        values["auto_map"] = {"AutoTokenizer": ["tokenization.Custom", None], "GenerationConfig": "tokenization.Custom"}
+        if custom_class and name == "tokenizer_config.json":
+            values["tokenizer_class"] = "Custom"
+        (source / name).write_text(json.dumps(values))
+    # On a terminal transformers would ask whether to run it.
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run custom code"))
+    convert(str(source), target)
+    assert not marker.exists()
+    assert not list(target.rglob("*.py"))
+    assert not [
+        path for path in target.glob("*.json") if "auto_map" in path.read_text() or "Custom" in path.read_text()
+    ]
+    plain = AutoTokenizer.from_pretrained(target)
+    assert plain("1 + 1?").input_ids == tokenizer("1 + 1?").input_ids
+    assert AutoModelForCausalLM.from_pretrained(target).generation_config.eos_token_id == 5
+
+
+def test_an_architecture_of_its_own_code_is_refused(tmp_path, tiny, bytes_of):
+    source = tmp_path / "published"
+    publish(source, tiny, bytes_of, eos_token_id=5)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of"}))
+    with pytest.raises(ValueError, match="an architecture of its own code, which convert does not run"):
+        convert(str(source), tmp_path / "x")
+    (source / "tokenizer.json").unlink()
+    values = json.loads((source / "tokenizer_config.json").read_text())
+    values |= {"auto_map": {"AutoTokenizer": ["tokenization.Custom", None]}, "tokenizer_class": "Custom"}
+    (source / "tokenizer_config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="its tokenizer is code of its own"):
+        convert(str(source), tmp_path / "x")
+
+
+def test_no_checkpoint_is_loaded_with_its_code():
+    """Every from_pretrained of the library says that it trusts no custom code."""
+    calls = 0
+    for folder in (Path(mtpkern.__file__).parent, Path(module.__file__).parent):
+        for path in folder.glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "from_pretrained":
+                    given = [keyword.arg for keyword in node.keywords]
+                    # Or hands on options, of a function whose own calls say it.
+                    assert "trust_remote_code" in given or path.name == "convert.py", f"{path}:{node.lineno}"
+                    calls += 1
+    assert calls > 8
+
+
+# Plain sources, quantised ones, GGUF
+
+
+def test_a_plain_source_gets_no_mask_token(tmp_path, tiny, bytes_of, capsys):
+    """One's own model in another dtype; `mtpkern train` adds the token."""
+    source, target = tmp_path / "own", tmp_path / "plain"
+    publish(source, tiny, bytes_of, special=False, eos_token_id=5)
+    assert main(["convert", str(source), str(target), "--dtype", "float32"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"checkpoint": str(target), "mask_token_id": None}
+    model = AutoModelForCausalLM.from_pretrained(target)
+    assert not hasattr(model.config, "mtpkern")
+    assert model.dtype == torch.float32
+    assert model.generation_config.suppress_tokens is None
+
+
+def test_what_training_has_recorded_is_kept(tmp_path, tiny, bytes_of):
+    source, target = tmp_path / "trained", tmp_path / "plain"
+    publish(source, tiny, bytes_of, special=False, eos_token_id=5)
+    config = json.loads((source / "config.json").read_text())
+    recorded = {"mask_token_id": 300, "k_max": 7, "version": 1}
+    (source / "config.json").write_text(json.dumps(config | {"mtpkern": recorded}))
+    assert convert(str(source), target) == 300
+    model = AutoModelForCausalLM.from_pretrained(target)
+    assert model.config.mtpkern == recorded
+    assert model.generation_config.suppress_tokens == [300]
+    with pytest.raises(ValueError, match="mask token is 300, not 5"):
+        convert(str(source), tmp_path / "x", mask_token_id=5)
+
+
+def assert_unquantised(model):
+    assert [getattr(model, name, None) or None for name in ("hf_quantizer", "is_quantized")] == [None, None]
+    assert not hasattr(model.config, "quantization_config")
+
+
+def test_quantised_weights_become_floats(tmp_path, tiny, bytes_of):
+    """A checkpoint of float8 blocks, as DeepSeek's and Qwen's are published."""
+    source, target = tmp_path / "fp8", tmp_path / "plain"
+    publish(source, tiny, bytes_of, special=False, eos_token_id=5)
+    weights = load_file(source / "model.safetensors")
+    expected = {}
+    for name in [name for name in weights if "_proj" in name]:
+        x = weights[name].float()
+        rows, columns = x.shape
+        blocks = x.unflatten(0, (-1, 8)).unflatten(2, (-1, 8))
+        scale = blocks.abs().amax((1, 3)) / 448
+        q = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+        expected[name] = (q.float() * scale[:, None, :, None]).reshape(rows, columns)
+        weights[name] = q.reshape(rows, columns)
+        weights[f"{name}_scale_inv"] = scale
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    quantisation = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [8, 8], "fmt": "e4m3"}
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
+    convert(str(source), target)
+    assert "quantization_config" not in json.loads((target / "config.json").read_text())
+    found = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).state_dict()
+    for name, x in expected.items():
+        assert torch.allclose(found[name], x, rtol=0.02), name  # in bfloat16
+    model = AutoModelForCausalLM.from_pretrained(target)
+    assert_unquantised(model)
+    assert model.dtype == torch.bfloat16
+
+
+def test_what_cannot_become_floats_is_refused(tmp_path, tiny, bytes_of, monkeypatch):
+    source = tmp_path / "source"
+    publish(source, tiny, bytes_of, special=False, eos_token_id=5)
+    config = json.loads((source / "config.json").read_text())
+    quantisation = {"quant_method": "fp8", "weight_block_size": [8, 8]}
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
+    load = AutoModelForCausalLM.from_pretrained
+
+    def packed(folder, config, **options):
+        del config.quantization_config
+        model, info = load(folder, config=config, **options)
+        weight = model.model.layers[0].mlp.up_proj.weight
+        weight.requires_grad_(False)
+        weight.data = weight.data.to(torch.float8_e4m3fn)
+        return model, info
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", packed)
+    with pytest.raises(ValueError, match="cannot turn weights quantised by fp8 into floats"):
+        convert(str(source), tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+
+
+def write_gguf(path, tiny, bytes_of, *, pre="smollm", eot=True):
+    """A tiny llama as llama.cpp writes one, its matrices in Q8_0: returns the model that it is, and its tokenizer."""
+    gguf = pytest.importorskip("gguf")
+    tokenizer = bytes_of("qwen")
+    model = tiny.model("llama", vocab_size=261, hidden_size=32, intermediate_size=64, eos_token_id=256)
+    vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    vocabulary.append("ĠĠ")  # a list of one merge is none, to some readers
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_block_count(2)
+    writer.add_context_length(128)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(8)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(261)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([3 if token.startswith("<|") else 1 for token in vocabulary])
+    writer.add_token_merges(["Ċ Ċ", "Ġ Ġ"])
+    # As in SmolLM2's: BOS is the begin of a turn, which is not put in front.
+    writer.add_bos_token_id(tokenizer.convert_tokens_to_ids("<|im_start|>"))
+    writer.add_add_bos_token(False)
+    # The template ends an answer with <|im_end|>; that is all that says so.
+    writer.add_eos_token_id(tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+    if eot:
+        writer.add_eot_token_id(tokenizer.convert_tokens_to_ids("<|im_start|>"))
+    writer.add_chat_template(tokenizer.chat_template)
+    heads = {"attn_q": 4, "attn_k": 2}
+    names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
+    names |= {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+    names |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    state = model.state_dict()
+    for name, x in state.items():
+        parts = name.split(".")
+        if "layers" in parts:
+            theirs = f"blk.{parts[2]}.{names[parts[-2]]}"
+        else:
+            theirs = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}[parts[-2]]
+        data = x.numpy()
+        if data.ndim == 1:
+            writer.add_tensor(f"{theirs}.weight", data)
+            continue
+        n = heads.get(theirs.rpartition(".")[2])
+        if n:  # llama.cpp turns neighbours, transformers halves
+            data = data.reshape(n, 2, -1, data.shape[1]).swapaxes(1, 2).reshape(data.shape)
+        kind = gguf.GGMLQuantizationType.Q8_0
+        packed = gguf.quantize(data, kind)
+        back = gguf.dequantize(packed, kind)
+        if n:
+            back = back.reshape(n, -1, 2, data.shape[1]).swapaxes(1, 2).reshape(data.shape)
+        x.copy_(torch.from_numpy(back.copy()))
+        writer.add_tensor(f"{theirs}.weight", packed, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("given", ["file", "folder"])
+def test_a_gguf_becomes_plain(tmp_path, tiny, bytes_of, capsys, given):
+    folder, target = tmp_path / "folder", tmp_path / "plain"
+    folder.mkdir()
+    model, tokenizer = write_gguf(folder / "tiny.Q8_0.gguf", tiny, bytes_of)
+    source = folder if given == "folder" else folder / "tiny.Q8_0.gguf"
+    assert main(["convert", str(source), str(target)]) == 0
+    assert json.loads(capsys.readouterr().out) == {"checkpoint": str(target), "mask_token_id": None}
+    plain = AutoModelForCausalLM.from_pretrained(target)
+    assert_unquantised(plain)
+    assert plain.dtype == torch.float32
+    for name in ("config.json", "tokenizer_config.json"):
+        assert "gguf" not in (target / name).read_text().lower()
+    for (name, x), (other, y) in zip(plain.state_dict().items(), model.state_dict().items(), strict=True):
+        assert name == other
+        assert x.equal(y), name
+    again = AutoTokenizer.from_pretrained(target)
+    assert again.chat_template == tokenizer.chat_template
+    turns = [{"role": "user", "content": "Hello there"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert again(text, add_special_tokens=False).input_ids == tokenizer(text, add_special_tokens=False).input_ids
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    assert plain.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids(names)
+    # What is plain can be trained: it is given its mask token, saved and decoded.
+    mtpkern.add_mask_token(plain, again)
+    plain.save_pretrained(target)
+    ids = torch.tensor([[65, 66, 67]])
+    assert mtpkern.generate(AutoModelForCausalLM.from_pretrained(target), ids, max_new_tokens=4).shape[1] > 3
+
+
+def test_digits_stand_alone_where_the_file_says_so(tmp_path, tiny, bytes_of):
+    for pre, alone in (("smollm", True), ("gpt-2", False)):
+        write_gguf(tmp_path / f"{pre}.gguf", tiny, bytes_of, pre=pre, eot=False)
+        convert(str(tmp_path / f"{pre}.gguf"), tmp_path / pre, dtype="bfloat16")
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / pre)
+        words = [word for word, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a  12")]
+        assert words == (["a", "ĠĠ", "1", "2"] if alone else ["a", "Ġ", "Ġ12"])
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / pre)
+        assert model.dtype == torch.bfloat16
+        assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+
+
+def test_ggufs_that_cannot_be_read(tmp_path, monkeypatch):
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=r"expected one GGUF; got a.gguf, b.gguf: give the path of one"):
+        convert(str(tmp_path), tmp_path / "x")
+    with monkeypatch.context() as without:
+        without.setattr("mtpkern.train.gguf.find_spec", lambda name: None)
+        with pytest.raises(
+            ImportError, match=r"a.gguf: reading a GGUF needs gguf; run: pip install 'mtpkern\[train,gguf\]'"
+        ):
+            convert(str(tmp_path / "a.gguf"), tmp_path / "x")
+    pytest.importorskip("gguf")
+    with pytest.raises(ValueError, match=r"a.gguf: no whole GGUF"):
+        convert(str(tmp_path / "a.gguf"), tmp_path / "x")
+    assert not (tmp_path / "x").exists()

@@ -5,9 +5,12 @@ import json
 import pytest
 from torch.utils.data import DataLoader
 
+import mtpkern
+from mtpkern.cli import main
+from mtpkern.rows import BadRow
 from mtpkern.train import data as data_module
 from mtpkern.train.data import DataArguments, EncodedTexts, StreamedTexts, is_held_out, load_data, read_rows
-from mtpkern.train.formats import FORMATS, BadRow, Encoder, messages_of, recognise
+from mtpkern.train.formats import FORMATS, Encoder, conversation_of, messages_of, recognise
 
 QUESTION, ANSWER = "What is 1 + 1?", "It is 2.\n#### 2"
 TURNS = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
@@ -17,6 +20,7 @@ SAME = {
     "prompt-completion": {"prompt": QUESTION, "completion": ANSWER},
     "query-response": {"query": QUESTION, "response": ANSWER, "type": "GSM_SV", "original_question": "1 + 1?"},
     "question-answer": {"question": QUESTION, "answer": ANSWER},
+    "generated": {"prompt": QUESTION, "text": ANSWER, "tokens": [1, 2], "blocks": [1, 1], "tokens_per_pass": 1.0},
 }
 
 
@@ -44,6 +48,80 @@ def test_other_shapes_of_a_row():
     assert messages_of(lists, "prompt-completion") == [*lists["prompt"], TURNS[1]]
     assert recognise({"text": "x", "source": "y"}) == "text"
     assert messages_of({"text": ANSWER}, "text") == [TURNS[1]]
+    # A message of one part is its text; what further parts would be, each template decides otherwise.
+    (part,) = messages_of(
+        {"messages": [{**TURNS[0], "content": [{"type": "text", "text": QUESTION}]}, TURNS[1]]}, "messages"
+    )[:1]
+    assert part == TURNS[0]
+    for odd in ([{"type": "text", "text": "a"}] * 2, [{"type": "image", "text": "a"}], []):
+        with pytest.raises(BadRow, match=r"messages\[0\].content: expected a string"):
+            messages_of({"messages": [{**TURNS[0], "content": odd}, TURNS[1]]}, "messages")
+
+
+def test_what_generate_writes_is_read(tmp_path, tiny, bytes_of, capsys):
+    """Prompts of both kinds through `mtpkern generate --file`: the text is their answer, and a cut one has no EOS."""
+    tokenizer = bytes_of("qwen")
+    model = tiny.model("llama", vocab_size=320, eos_token_id=tokenizer.eos_token_id)
+    del model.config.mtpkern
+    mtpkern.add_mask_token(model, tokenizer)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    given = [{"prompt": QUESTION, "id": 1}, {"messages": [{"role": "system", "content": "Brief."}, TURNS[0]]}]
+    file, out = write(tmp_path / "in.jsonl", given), tmp_path / "out.jsonl"
+    command = ["generate", str(tmp_path / "model"), "--file", file, "--output", str(out), "--max-new-tokens", "6"]
+    assert main(command) == 0
+    capsys.readouterr()
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    # This model's bytes are no text; what matters is where the parts of a row go.
+    for row, finished in zip(rows, (False, True)):
+        row |= {"text": f"It is {len(row)}.", "finished": finished}
+    texts, _, (report,) = load_data(DataArguments([write(out, rows)]), Encoder(tokenizer))
+    template = tokenizer.apply_chat_template
+    for text, row, end in zip(texts, rows, ("", "<|im_end|>")):
+        messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+        prompt, answer = (tokenizer.decode(part) for part in halves(text))
+        assert prompt == template(messages, tokenize=False, add_generation_prompt=True)
+        assert answer == row["text"] + end
+    assert "2 used (of them 1 unfinished, without an EOS)" in str(report)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("mark", [{"finished": False}, {"finish_reason": "length"}])
+def test_an_unfinished_answer_has_no_eos(bytes_of, chat, mark):
+    for kind in ("llama", "qwen"):
+        tokenizer = bytes_of(kind)
+        encode = Encoder(tokenizer, chat=chat)
+        row = {"kind": "x", "messages": MORE}
+        whole, cut = encode([conversation_of(row, "messages"), conversation_of(row | mark, "messages")])
+        assert cut["unfinished"]
+        assert "unfinished" not in whole
+        assert whole["input_ids"] == [*cut["input_ids"], tokenizer.eos_token_id]
+        assert cut["prompt_length"] == whole["prompt_length"]
+        # The earlier answers have come to their end.
+        assert cut.get("earlier_answers") == whole.get("earlier_answers")
+        (text,) = encode([conversation_of({"text": ANSWER} | mark, "text")])
+        assert tokenizer.decode(text["input_ids"], skip_special_tokens=True) == ANSWER
+        assert tokenizer.eos_token_id not in text["input_ids"]
+    # A template that writes something between answer and EOS, or trims the answer.
+    tokenizer = bytes_of("qwen")
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "</s> <|im_end|>").replace(
+        "m['content']", "m['content'] | trim"
+    )
+    turns = [TURNS[0], {"role": "assistant", "content": f" {ANSWER} "}]
+    (cut,) = Encoder(tokenizer)([conversation_of({"messages": turns} | mark, "messages")])
+    assert tokenizer.decode(halves(cut)[1]) == ANSWER
+
+
+def test_other_columns_may_stand_beside_generated_ones():
+    row = {"text": "x", "tokens": [], "blocks": []}
+    assert recognise(row | {"messages": [], "kind": 1}) == "generated"
+    assert recognise(row) == "text"  # whose prompt is not there
+    with pytest.raises(ValueError, match="match question-answer and generated; choose one"):
+        recognise(row | {"prompt": "x", "question": "x", "answer": "x"})
+    with pytest.raises(BadRow, match="with either prompt or messages"):
+        messages_of(row | {"prompt": "x", "messages": [TURNS[0]]}, "generated")
+    with pytest.raises(BadRow, match="finished: expected true or false; got 'no'"):
+        conversation_of({"text": "x", "finished": "no"}, "text")
 
 
 def test_none_or_two_formats_are_refused():
@@ -240,7 +318,7 @@ def test_a_bad_row_is_an_error_with_its_place_or_a_counted_skip(tmp_path, bytes_
         ([], "expected a list"),
         ("hello", "expected a list"),
         (["hello"], r"messages\[0\]"),
-        ([{"role": "robot", "content": "x"}], "role must be system, user, assistant; got 'robot'"),
+        ([{"role": "robot", "content": "x"}], "role must be system, user, assistant, tool; got 'robot'"),
         ([{"role": ["user"], "content": "x"}], "role must be"),
         ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\].content: expected a string"),
         (TURNS[:1], "the assistant last; got user"),
@@ -256,7 +334,7 @@ def test_wrong_messages(turns, says):
 
 
 def test_wrong_sharegpt_roles():
-    with pytest.raises(BadRow, match="from must be system, human, gpt; got 'bing'"):
+    with pytest.raises(BadRow, match="from must be system, human, gpt, tool; got 'bing'"):
         messages_of({"conversations": [{"from": "bing", "value": "x"}]}, "conversations")
 
 
@@ -364,8 +442,12 @@ def test_files_that_cannot_be_read(tmp_path, bytes_of):
         ("a.csv", b"question,answer", r"a.csv: a data file must be one of .jsonl, .json, .parquet"),
         ("a.parquet", b"PAR1", "a.parquet: no whole parquet file"),
         ("a.json", b"[\xe9]", "a.json: expected UTF-8"),
-        ("a.jsonl", line + b'\n{"question": "caf\xe9"}', "a.jsonl, line 2: expected UTF-8 text; got byte 0xe9 at 17"),
-        ("b.jsonl", b"hello\n[1]", "b.jsonl, line 1: expected a JSON object .* no format shows in the first 2 rows"),
+        (
+            "a.jsonl",
+            line + b'\n{"question": "caf\xe9"}',
+            r"a.jsonl, line 2: expected a JSON object, got .*\(no UTF-8: byte 0xe9 at 17\)",
+        ),
+        ("b.jsonl", b"hello\n[1]", "b.jsonl, line 1: expected a JSON object, .* no format shows in the first 2 rows"),
         ("c.jsonl", b"[1]", r"c.jsonl, line 1: expected an object with fields; got \[1\]"),
     ):
         (tmp_path / name).write_bytes(content)

@@ -41,18 +41,54 @@ def weights(model: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_add_mask_token_adds_one_row(tied: bool, tiny: Any) -> None:
+def test_add_mask_token_pads_to_a_multiple_of_64(tied: bool, tiny: Any) -> None:
     model, tokenizer = untrained(tiny, tie_word_embeddings=tied), word_tokenizer()
     before = [w.clone() for w in weights(model)]
     mask = mtpkern.add_mask_token(model, tokenizer)
     assert mask == WORDS == len(tokenizer) - 1
-    assert model.config.vocab_size == WORDS + 1
+    assert model.config.vocab_size == 64
     assert (weights(model)[0] is weights(model)[1]) == tied
     for old, new in zip(before, weights(model)):
-        assert new.shape == (WORDS + 1, 32)
+        assert new.shape == (64, 32)
         assert new[:WORDS].equal(old)
+        assert not new[WORDS].equal(old.mean(0))
     assert recorded_settings(model) == {"mask_token_id": mask, "version": 1}
     assert resolve_mask_token(model) == mask
+
+
+def test_padding_is_never_the_greatest_and_the_mask_token_suppressed(tiny: Any) -> None:
+    """Rows of zeros, or of a fresh initialisation, would win wherever all other logits are negative."""
+    model = untrained(tiny)
+    prompts, _ = tiny.prompts(8, 8, 8, 8, 8, 8)
+    prompts = prompts.clamp(1, WORDS - 1)
+    with torch.no_grad():
+        head = model.get_output_embeddings().weight
+        states = model.model(prompts).last_hidden_state
+        direction = states.mean((0, 1))
+        head -= 100 * direction / direction.norm() ** 2  # every logit far below 0
+    mtpkern.add_mask_token(model, word_tokenizer())
+    with torch.no_grad():
+        logits = model(prompts).logits
+    assert (logits[..., :WORDS].mean(-1) < -10).any()
+    assert logits[..., WORDS + 1 :].amax(-1).lt(logits[..., :WORDS].amax(-1)).all()
+    # The mask token's own logit may be the greatest, but no decoder emits it.
+    with torch.no_grad():
+        model.get_output_embeddings().weight[WORDS] = model.get_output_embeddings().weight[3] * 50
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    model.generation_config.suppress_tokens = None
+    assert (model.generate(prompts, **options)[:, 8:] == WORDS).any()
+    model.generation_config.suppress_tokens = [WORDS]
+    theirs = model.generate(prompts, **options)
+    assert not (theirs == WORDS).any()
+    assert mtpkern.generate(model, prompts, **options).equal(theirs)
+
+
+def test_suppressed_tokens_are_kept_and_saved(tiny: Any, tmp_path: Path) -> None:
+    model = untrained(tiny)
+    model.generation_config.suppress_tokens = [5]
+    mask = mtpkern.add_mask_token(model, word_tokenizer())
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text())["suppress_tokens"] == [5, mask]
 
 
 def test_spare_rows_of_a_padded_vocabulary_are_used(tiny: Any) -> None:
@@ -112,7 +148,7 @@ def test_a_tokenizer_that_knows_the_token_beside_a_model_that_does_not(tiny: Any
     other = untrained(tiny)
     assert mtpkern.add_mask_token(other, tokenizer) == mask
     assert len(tokenizer) == WORDS + 1
-    assert weights(other)[0].shape[0] == WORDS + 1
+    assert weights(other)[0].shape[0] == 64
     assert resolve_mask_token(other) == mask
 
 

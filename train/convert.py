@@ -1,10 +1,22 @@
-"""`mtpkern convert SRC DST`: the paper's published checkpoints as plain ones of ours.
+"""`mtpkern convert SRC DST`: a plain checkpoint of what is none: a GGUF, quantised weights, or custom code beside them.
 
-What is published (arXiv 2602.06019) is a Hugging Face checkpoint whose weights are those of an ordinary Llama or Qwen3.
-Beside them lies custom code that its config names (auto_map), which mtpkern does not run; the tokenizer has 32 tokens
+The result is safetensors of floats, a tokenizer and a generation config, for which nothing is needed but transformers.
+
+    source                         what becomes of it
+    a .gguf file, or a folder      floats (--dtype: others than the file's own); tokenizer, chat template and stop
+    with one                       tokens come out of the file
+    quantised weights              floats, where transformers can turn them into such
+    the paper's published          the same weights with mask token, k_max and stop tokens recorded
+    checkpoints (--preset)
+    any other                      the same weights
+
+Custom code is neither run nor kept: no *.py, and no auto_map in config or tokenizer. A source without a mask token is
+given none: `mtpkern train` adds it.
+
+What the paper's authors published (arXiv 2602.06019) is a Hugging Face checkpoint whose weights are those of an
+ordinary Llama or Qwen3. Beside them lies custom code that its config names (auto_map); the tokenizer has 32 tokens
 <|mtp_special_token_i|>, of which the first is the mask token; the config says nothing of the mask token, nor the
-generation config of all the tokens at which these models stop. The result has the same weights, records the mask token
-and k_max in its config, names the stop tokens, and needs no custom code.
+generation config of all the tokens at which these models stop.
 
     preset           mask token  stop tokens      prompts
     llama-magpie     128259      128009, 128001   chat template
@@ -17,14 +29,17 @@ import argparse
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PUBLISHED_MASK = "<|mtp_special_token_0|>"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -51,47 +66,50 @@ def convert(
     mask_token_id: int | None = None,
     stop_token_ids: Sequence[int] | None = None,
     k_max: int | None = None,
-) -> int:
-    """Write the checkpoint `source` (a path or hub id) to the new folder `target`, whole or not at all.
+    dtype: str = "auto",
+) -> int | None:
+    """Write the checkpoint `source` (a path or hub id, or a GGUF) to the new folder `target`, whole or not at all.
 
-    Returns the mask token's id. That is the argument, the preset's, or else the tokenizer's <|mtp_special_token_0|>;
-    stop tokens are the argument, the preset's, or else those of the source. Weights keep their dtype.
+    Returns the mask token's id: the argument, the preset's, what the source records, or else the tokenizer's
+    <|mtp_special_token_0|>; None for a source that has none. Stop tokens are the argument, the preset's, or else those
+    of the source. Weights keep their dtype where `dtype` ("float32", "bfloat16", "float16") asks for no other.
 
-    Raises FileExistsError for a target that is there already, FileNotFoundError for a source that is not, ValueError
-    for a mask token that is unknown, is another than the tokenizer's or lies outside the embedding, for weights that do
-    not fit the architecture, and for a litgpt checkpoint.
+    Raises FileExistsError for a target that is there already, FileNotFoundError for a source that is not, ImportError
+    for a GGUF without the package that reads it, ValueError for a mask token that is another than the tokenizer's or
+    lies outside the embedding, for weights that do not fit the architecture or cannot be turned into floats, and for a
+    litgpt checkpoint.
 
         convert("path/of/L3.1-8B-Magpie-MTP", Path("llama-mtp"), preset="llama-magpie")  # 128259
+        convert("SmolLM2-135M-Instruct.Q4_1.gguf", Path("smollm2"))  # None
     """
     # Imported here, so that --help and a mistyped option answer at once.
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from mtpkern.model import record_settings, resolve_mask_token
+    from mtpkern.model import record_settings, recorded_settings, resolve_mask_token
     from mtpkern.train.data import require_found
 
     if k_max is not None and k_max < 1:
         raise ValueError(f"k_max must be at least 1; got {k_max}")
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     if target.exists():
         raise FileExistsError(f"{target} is there already; give a new folder")
     require_found(source)
     if (Path(source) / "lit_model.pth").exists() and not (Path(source) / "config.json").exists():
         raise ValueError(f"{source} is a litgpt checkpoint; export it first: litgpt convert_from_litgpt")
     known = PRESETS[preset] if preset is not None else None
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    model, tokenizer = _load(source, dtype)
+    recorded = recorded_settings(model)
     wanted = mask_token_id if mask_token_id is not None else known.mask_token_id if known else None
-    mask = _mask_of(tokenizer, wanted, source)
-    # Custom code is not trusted: the architecture is one that transformers has.
-    model, loading = AutoModelForCausalLM.from_pretrained(
-        source, dtype="auto", trust_remote_code=False, output_loading_info=True
-    )
-    wrong = {name: sorted(loading[name]) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    if any(wrong.values()):
-        raise ValueError(f"{source}: the weights do not fit {type(model).__name__}: {wrong}")
-    resolve_mask_token(model, mask)
-    if hasattr(model.config, "auto_map"):
-        del model.config.auto_map
+    mask = _mask_of(tokenizer, wanted, recorded.get("mask_token_id"), source)
+    if mask is not None:
+        resolve_mask_token(model, mask)
+        record_settings(model, mask_token_id=mask, k_max=k_max or (known.k_max if known else recorded.get("k_max", 16)))
+        # Other decoders know of no mask token.
+        suppressed = model.generation_config.suppress_tokens or []
+        model.generation_config.suppress_tokens = sorted({*suppressed, mask})
+    elif k_max is not None:
+        raise ValueError(f"{source} has no mask token to go with k_max; give --mask-token-id, or leave --k-max out")
     model.config.use_cache = True
     stops = list(stop_token_ids or (known.stop_token_ids if known else ()))
     if stops:
@@ -101,21 +119,137 @@ def convert(
         model.generation_config.eos_token_id = stops
     elif model.generation_config.eos_token_id is None:
         raise ValueError(f"{source} names no stop token; give --preset or --stop-token-ids")
-    record_settings(model, mask_token_id=mask, k_max=k_max or (known.k_max if known else 16))
     part = target.with_name(f"{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    part.rename(target)
+    try:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        for file in part.glob("*config.json"):
+            values = _without_auto_map(json.loads(file.read_text(encoding="utf-8")))
+            file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return mask
 
 
-def _mask_of(tokenizer: PreTrainedTokenizerBase, wanted: int | None, source: str) -> int:
-    theirs = tokenizer.get_vocab().get(PUBLISHED_MASK)
-    if wanted is None and theirs is None:
-        raise ValueError(f"{source}: the tokenizer has no {PUBLISHED_MASK}; give --mask-token-id or --preset")
+def _load(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer in floats, without custom code: the architecture is one that transformers has."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.quantization_config import GgufConfig
+
+    from mtpkern.train.gguf import gguf_of, mend_tokenizer, metadata, stop_tokens
+
+    path = gguf_of(source)
+    folder = source if path is None else str(path.parent)
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if path is not None:
+        described = metadata(path)
+        options["gguf_file"] = path.name
+    tokenizer = _tokenizer(folder, **options)
+    if path is not None:
+        mend_tokenizer(tokenizer, described)
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    method = None if path is None else "gguf"
+    try:
+        if path is None:
+            config = AutoConfig.from_pretrained(folder, **options)
+            if isinstance(getattr(config, "quantization_config", None), dict):
+                method = config.quantization_config.get("quant_method", "a method without a name")
+                config.quantization_config["dequantize"] = True
+            options["config"] = config
+        model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+    except ValueError as error:
+        if _asks_for_code(error):
+            raise ValueError(f"{source} is an architecture of its own code, which convert does not run") from error
+        raise
+    wrong = {name: sorted(loading[name]) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if any(wrong.values()):
+        raise ValueError(f"{source}: the weights do not fit {type(model).__name__}: {wrong}")
+    if method is not None:
+        model = _in_floats(model, method, source)
+    if path is not None:
+        model.generation_config.eos_token_id = stop_tokens(tokenizer, described) or None
+    return model, tokenizer
+
+
+def _tokenizer(folder: str, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer as transformers knows it; where its class is custom code, as tokenizer.json describes it."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, **options)
+    except ValueError as error:
+        if not _asks_for_code(error):
+            raise
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder}: its tokenizer is code of its own, which convert does not run, and there is no tokenizer.json"
+        ) from error
+
+
+def _asks_for_code(error: ValueError) -> bool:
+    return "trust_remote_code" in str(error)
+
+
+def _without_auto_map(value: Any) -> Any:
+    """A JSON value without the names of custom code, at any depth."""
+    if isinstance(value, dict):
+        return {name: _without_auto_map(x) for name, x in value.items() if name != "auto_map"}
+    return [_without_auto_map(x) for x in value] if isinstance(value, list) else value
+
+
+def _in_floats(model: PreTrainedModel, method: str, source: str) -> PreTrainedModel:
+    """The model without its quantiser, its weights turned into floats where loading has not done so already.
+
+    Raises ValueError where transformers cannot.
+    """
+    plain = _plain(model)
+    if plain is None:
+        with suppress(NotImplementedError, ValueError):  # which it does not offer for all, or has tried already
+            model.dequantize()
+        plain = _plain(model)
+    if plain is None:
+        raise ValueError(
+            f"{source}: transformers cannot turn weights quantised by {method} into floats here; give the checkpoint "
+            "that was quantised"
+        )
+    return plain
+
+
+def _plain(model: PreTrainedModel) -> PreTrainedModel | None:
+    """A model of the same architecture and weights that knows of no quantiser, only to be saved.
+
+    What was loaded quantised is saved quantised, or not at all, even when its weights are floats by now. None where
+    they are no floats of at least two bytes, or others than those of the architecture.
+    """
+    import torch
+
+    config = deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        plain = type(model)(config)
+    expected, found = plain.state_dict(), model.state_dict()
+    if {name: x.shape for name, x in expected.items()} != {name: x.shape for name, x in found.items()}:
+        return None
+    if any(
+        expected[name].is_floating_point() and (x.itemsize < 2 or not x.is_floating_point())
+        for name, x in found.items()
+    ):
+        return None
+    plain.load_state_dict(found, assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain
+
+
+def _mask_of(tokenizer: PreTrainedTokenizerBase, wanted: int | None, recorded: int | None, source: str) -> int | None:
+    theirs = tokenizer.get_vocab().get(PUBLISHED_MASK) if recorded is None else recorded
     if wanted is not None and theirs is not None and wanted != theirs:
-        raise ValueError(f"{source}: {PUBLISHED_MASK} is token {theirs}, not {wanted}; leave the id or the preset out")
+        raise ValueError(f"{source}: its mask token is {theirs}, not {wanted}; leave the id or the preset out")
     return theirs if wanted is None else wanted
 
 
@@ -124,12 +258,13 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="mtpkern convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", metavar="SRC", help="path or hub id of the published checkpoint")
+    parser.add_argument("source", metavar="SRC", help="a GGUF, a checkpoint's folder, or a hub id")
     parser.add_argument("target", metavar="DST", type=Path, help="a new folder")
     parser.add_argument("--preset", choices=sorted(PRESETS), help="what is known of a published checkpoint")
     parser.add_argument("--mask-token-id", type=int, metavar="ID", help="where neither preset nor tokenizer tell")
     parser.add_argument("--stop-token-ids", type=int, nargs="+", metavar="ID", help="tokens that end an answer")
     parser.add_argument("--k-max", type=int, metavar="K", help="predictions that it was trained for (default 16)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as they are)")
     args = parser.parse_args(argv)
     mask = convert(
         args.source,
@@ -138,6 +273,7 @@ def main(argv: Sequence[str]) -> None:
         mask_token_id=args.mask_token_id,
         stop_token_ids=args.stop_token_ids,
         k_max=args.k_max,
+        dtype=args.dtype,
     )
     result = {"checkpoint": str(args.target), "mask_token_id": mask}
     if args.preset:

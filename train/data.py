@@ -3,8 +3,10 @@
     what is wrong                       what happens
     no JSON, no object, a missing       an error with the row's number; with bad_rows "skip" a counted skip
     field, no string, an empty string,
-    a wrong role, the mask token or
-    an EOS inside a text
+    a wrong role, the mask token, BOS
+    or EOS inside a text, a field that
+    the chat template does not read, a
+    text that no tokenizer takes
     longer than the window              long_rows: "skip" (counted), "error", or "cut" (counted); a text that is cut
                                         inside its prompt has no answer left and is a counted skip (response_only)
     no format or several match, no      an error
@@ -16,7 +18,6 @@ Local files are read row by row rather than through Arrow, which refuses a file 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import random
 import re
@@ -30,7 +31,16 @@ from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from mtpkern.train.formats import FORMATS, NO_ANSWER_LEFT, TOO_LONG, BadRow, Encoder, Message, messages_of, recognise
+from mtpkern.rows import BadRow, parse, read_lines, shown
+from mtpkern.train.formats import (
+    FORMATS,
+    NO_ANSWER_LEFT,
+    TOO_LONG,
+    Conversation,
+    Encoder,
+    conversation_of,
+    recognise,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -111,10 +121,22 @@ class Report:
     rows: int = 0
     used: int = 0
     cut: int = 0
+    unfinished: int = 0
     not_counted: int = 0
     other_split: int = 0
     filtered: int = 0
+    unread: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def take(self, example: dict[str, Any]) -> dict[str, Any]:
+        """Count an example that is used; returns it without what was only to be counted."""
+        self.used += 1
+        self.cut += example.pop("cut", False)
+        self.unfinished += example.pop("unfinished", False)
+        self.not_counted += example.pop("not_counted", 0)
+        for name in example.pop("unread", ()):
+            self.unread[name] = self.unread.get(name, 0) + 1
+        return example
 
     def skip(self, kind: str, where: str) -> None:
         """Count a skipped row."""
@@ -125,8 +147,9 @@ class Report:
 
     def __str__(self) -> str:
         parts = [f"{self.used:,} used"]
-        if self.cut:
-            parts[0] += f" ({self.cut:,} of them cut)"
+        kinds = {"cut": self.cut, "unfinished, without an EOS": self.unfinished}
+        if any(kinds.values()):
+            parts[0] += f" (of them {', '.join(f'{count:,} {kind}' for kind, count in kinds.items() if count)})"
         if self.not_counted:
             reason = "no EOS ends them, or the template writes them otherwise"
             parts.append(f"{self.not_counted:,} earlier answers not counted ({reason})")
@@ -134,6 +157,9 @@ class Report:
             parts.append(f"{self.other_split:,} in the other split")
         if self.filtered:
             parts.append(f"{self.filtered:,} left out by 'only'")
+        if self.unread:
+            names = ", ".join(f"{name} (in {count:,} rows)" for name, count in sorted(self.unread.items()))
+            parts.append(f"fields of messages that the chat template does not read: {names}")
         parts += [f"{n:,} skipped, {kind} (first: {where})" for kind, (n, where) in sorted(self.skipped.items())]
         return f"{self.source}: {self.rows:,} rows read; " + ", ".join(parts)
 
@@ -155,7 +181,7 @@ def read_rows(
         from datasets import load_dataset
 
         rows = load_dataset(source[0], subset, split=split, streaming=streaming)
-        yield from ((f"{source[0]}, row {number}", row) for number, row in enumerate(rows, 1))
+        yield from ((f"{source[0]}, row {number}", _without_nulls(row)) for number, row in enumerate(rows, 1))
         return
     for name in source:
         path = Path(name)
@@ -173,27 +199,14 @@ def require_found(name: str) -> None:
 
 
 def _read_jsonl(path: Path) -> Iterator[Located]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            # Some editors put a byte order mark in front.
-            encoding = "utf-8-sig" if number == 1 else "utf-8"
-            try:
-                row = json.loads(line.decode(encoding))
-            except UnicodeDecodeError as error:
-                row = BadRow("no UTF-8", f"expected UTF-8 text; got byte {line[error.start]:#x} at {error.start}")
-            except json.JSONDecodeError as error:
-                got = line.strip().decode(encoding)[:60]
-                row = BadRow("no JSON", f"expected a JSON object ({error.msg}); got {got!r}")
-            yield f"{path}, line {number}", row
+    yield from ((f"{path}, line {number}", row) for number, row in read_lines(path))
 
 
 def _read_json(path: Path) -> Iterator[Located]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: expected one JSON list of rows ({error.msg})") from None
+        rows = parse(path.read_text(encoding="utf-8-sig"), "one JSON list of rows")
+    except BadRow as fault:
+        raise ValueError(f"{path}: {fault}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected UTF-8 text ({error}); convert it") from None
     if not isinstance(rows, list):
@@ -202,16 +215,30 @@ def _read_json(path: Path) -> Iterator[Located]:
 
 
 def _read_parquet(path: Path) -> Iterator[Located]:
-    from pyarrow import ArrowInvalid
+    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
+    number = 0
     try:
-        file = ParquetFile(path)
-    except (ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path}: no whole parquet file ({error}); write it again") from None
-    with file:
-        rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
-        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", _without_nulls(row)
+    except (ArrowException, OSError, ValueError) as error:
+        where = f" behind row {number}" if number else ""
+        raise ValueError(f"{path}: no whole parquet file{where} ({error}); write it again") from None
+
+
+def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without the nulls inside its columns: Arrow gives every message the fields of all others."""
+
+    def bare(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: bare(x) for name, x in value.items() if x is not None}
+        return [bare(x) for x in value] if isinstance(value, list) else value
+
+    return {name: bare(value) for name, value in row.items()}
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Located]]] = {
@@ -255,27 +282,24 @@ class Source:
             objects = [row for _, row in first if isinstance(row, Mapping)]
             if not objects:
                 where, row = first[0]
-                fault = row if isinstance(row, BadRow) else f"expected an object with fields; got {row!r:.60}"
+                fault = row if isinstance(row, BadRow) else f"expected an object with fields; got {shown(row)}"
                 raise ValueError(f"{where}: {fault}; no format shows in the first {len(first)} rows")
             data_format = recognise({key for row in objects for key in row}, self.name)
         rows = islice(chain(first, rows), part[0], None, part[1])
         while chunk := list(islice(rows, _CHUNK)):
-            fates: list[list[Message] | BadRow | str] = []
+            fates: list[Conversation | BadRow | str] = []
             for _, row in chunk:
                 try:
-                    messages = messages_of(row, data_format)
-                    fates.append(self._unwanted(row, messages) or messages)
+                    conversation = conversation_of(row, data_format)
+                    fates.append(self._unwanted(row, conversation) or conversation)
                 except BadRow as fault:
                     fates.append(fault)
-            encoded = iter(self.encode([fate for fate in fates if isinstance(fate, list)]))
+            encoded = iter(self.encode([fate for fate in fates if isinstance(fate, Conversation)]))
             for (where, _), fate in zip(chunk, fates):
                 report.rows += 1
-                example = next(encoded) if isinstance(fate, list) else fate
+                example = next(encoded) if isinstance(fate, Conversation) else fate
                 if isinstance(example, dict):
-                    report.used += 1
-                    report.cut += example.pop("cut", False)
-                    report.not_counted += example.pop("not_counted", 0)
-                    yield example
+                    yield report.take(example)
                 elif isinstance(example, BadRow):
                     self._fault(example, where, report)
                 elif example == "filtered":
@@ -283,7 +307,7 @@ class Source:
                 else:
                     report.other_split += 1
 
-    def _unwanted(self, row: Mapping[str, Any], messages: list[Message]) -> str | None:
+    def _unwanted(self, row: Mapping[str, Any], conversation: Conversation) -> str | None:
         """Why a good row is not taken, None for one that is."""
         args = self.arguments
         if args.only is not None:
@@ -292,6 +316,7 @@ class Source:
                 return "filtered"
         if self.held_out is None:
             return None
+        messages = conversation.messages
         prompts = [message["content"] for message in messages if message["role"] == "user"]
         group = _column(row, args.group_field) if args.group_field else [*prompts, messages[0]["content"]][0]
         return None if is_held_out(group, args.eval_fraction) == self.held_out else "other split"
@@ -306,7 +331,7 @@ class Source:
 
 def _column(row: Mapping[str, Any], name: str) -> str:
     if not isinstance(row.get(name), str):
-        got = f"{row[name]!r:.60}" if name in row else f"columns {', '.join(map(str, row))}"
+        got = shown(row[name]) if name in row else f"columns {', '.join(map(str, row))}"
         raise BadRow("missing field", f"expected a string in column {name!r}; got {got}")
     return row[name]
 

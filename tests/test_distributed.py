@@ -202,6 +202,8 @@ def test_two_processes_take_the_step_of_one(tmp_path):
             max_grad_norm=0,
             k_min=3,
             span_offset=1,
+            # The longest text; else a region is as wide as the micro-batch makes it.
+            max_length=14,
             k_max=3,
             anchor_kl_weight=0.3,
             train_sampling_strategy="sequential",

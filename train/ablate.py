@@ -26,7 +26,7 @@ from mtpkern.model import add_mask_token
 from mtpkern.strategies import ConfAdapt, Static, Strategy, Verified
 from mtpkern.train.arithmetic import problems, prompt
 from mtpkern.train.checkpoint import K_MAX, NUM_SPANS, examples
-from mtpkern.train.evaluate import HeldOut
+from mtpkern.train.evaluate import HeldOut, figures
 from mtpkern.train.resume import newest_checkpoint
 from mtpkern.train.trainer import MTPCollator, MTPConfig, MTPTrainer
 
@@ -103,8 +103,12 @@ def run_variant(change: dict[str, Any], seed: int, work: Path, args: argparse.Na
     texts, answers = [prompt(p) for p in held_out], [str(p.result) for p in held_out]
     for name, strategy in STRATEGIES.items():
         counts = HeldOut(texts, answers, tokenizer, strategy=strategy, max_new_tokens=100).count(model)
-        n, right, tokens, passes = counts.tolist()
-        result |= {f"{name}: right": right / n, f"{name}: tokens per pass": tokens / passes}
+        found = figures(counts)
+        result |= {
+            f"{name}: right": found["accuracy"],
+            f"{name}: tokens per pass": found["tokens_per_pass"],
+            f"{name}: effective k": found["effective_k"],
+        }
     work.mkdir(parents=True, exist_ok=True)
     done.write_text(json.dumps(result))
     return result
@@ -112,7 +116,9 @@ def run_variant(change: dict[str, Any], seed: int, work: Path, args: argparse.Na
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
     """Mean over the seeds, with the smallest and the largest where there are several, a row for each variant."""
-    columns = [name for name in next(iter(results.values()))[0] if name != "k = 1: tokens per pass"]
+    # One token a pass is one token a pass.
+    left_out = {"k = 1: tokens per pass", "k = 1: effective k"}
+    columns = [name for name in next(iter(results.values()))[0] if name not in left_out]
     lines = ["| variant | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     for variant, runs in results.items():
         cells = []

@@ -33,7 +33,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from mtpkern.attention import attention_context
 from mtpkern.model import record_settings, resolve_mask_token
 from mtpkern.train.compilation import CUDA_GRAPH_MODES, CompiledLayers
-from mtpkern.train.evaluate import HeldOut, summarise
+from mtpkern.train.evaluate import HeldOut, figures, summarise
 from mtpkern.train.layout import Counting, Layout, answer_ends, build_layout, draw_k, draw_within, pack, send, tokens_apart
 from mtpkern.train.lora import add_lora, merged, plain_model
 from mtpkern.train.objective import MTPLoss, SpanContext, forward_as, mtp_loss
@@ -53,8 +53,8 @@ class MTPConfig(TrainingArguments):
     """TrainingArguments and what multi-token prediction adds.
 
     Defaults of the method are the paper's but for two that suit other data: its sequences count masks into their
-    length (layout="paper") and its spans may stand in the prompt (response_only=False). Its optimizer settings stand
-    in the shipped configurations. A constant k ("static k" in the paper's ablation) is k_min = k_max. The loss is the
+    length (layout="paper") and its spans may stand in the prompt (response_only=False). What its authors' own runs add
+    to its text (k and offset for each rank) stands in the shipped configurations, as its optimizer settings do. A constant k ("static k" in the paper's ablation) is k_min = k_max. The loss is the
     mean over all planned span rows of a step: a row that is dropped (behind an EOS, or behind a miss under
     "until_fail") adds nothing, but counts.
 
@@ -359,7 +359,7 @@ class MTPTrainer(Trainer):
     model, teacher   the student with float32 weights; its frozen original, not needed for teacher_target "gt", and
                      not accepted with LoRA, whose teacher is the student without its adapters
     mask_token_id    of the student; read from its config unless given
-    held_out         prompts to decode at every evaluation: accuracy and tokens per pass
+    held_out         prompts to decode at every evaluation: accuracy, tokens per pass and effective k
 
     Batches come from `MTPCollator`. At the end of training a summary with the curves of agreement by position stands
     in output_dir. `save_model` writes a plain Hugging Face checkpoint, adapters merged, whose config
@@ -661,8 +661,7 @@ class MTPTrainer(Trainer):
         sums = held_out.count(plain_model(self.accelerator.unwrap_model(self.model)), rank, ranks)
         if not alone:
             sums = self.accelerator.reduce(sums.float().to(self.args.device), "sum")
-        problems, right, tokens, passes = sums.tolist()
-        return {"eval_accuracy": right / problems, "eval_tokens_per_pass": tokens / passes}
+        return {f"eval_{name}": value for name, value in figures(sums).items()}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add agreement by position, agreeing-prefix length, confidence, entropy and throughput since the last log."""

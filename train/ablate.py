@@ -45,6 +45,9 @@ def variants(steps: int) -> dict[str, dict[str, Any]]:
         "half the spans": {"num_spans": NUM_SPANS // 2},
         "twice the spans": {"num_spans": NUM_SPANS * 2},
         "the paper's stride": {"num_spans": None, "spacing": "stride"},
+        # A region for each of as many spans; what falls on the prompt is none, so that 5.4 of 12 are left of a problem.
+        "stride": {"spacing": "stride"},
+        "as many as the stride, at random": {"num_spans": 5},
         "warm-up, anchor, first failure": {
             "gt_warmup_steps": steps * 3 // 4,
             "anchor_kl_weight": 0.5,

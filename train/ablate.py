@@ -80,7 +80,7 @@ def run_variant(change: dict[str, Any], seed: int, work: Path, args: argparse.Na
         "warmup_steps": min(100, args.steps // 10),
         "lr_scheduler_kwargs": {"num_decay_steps": int(0.4 * args.steps), "decay_type": "linear"},
         "adam_beta2": 0.98,
-        "bf16": True,
+        "bf16": not args.float32,
         "use_cpu": not torch.cuda.is_available(),
         "seed": seed,
         "logging_steps": 25,
@@ -143,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", help="these variants, by name")
     parser.add_argument("--batch", type=int, default=32, help="problems a step")
     parser.add_argument("--problems", type=int, default=400, help="held-out problems")
+    parser.add_argument("--float32", action="store_true", help="not bf16, which some CPUs compute a hundredfold slower")
     args = parser.parse_args(argv)
     chosen = variants(args.steps)
     unknown = sorted(set(args.only or []) - set(chosen))

@@ -69,7 +69,7 @@ class Bench:
         self.k_max: int = model.config.mtpkern["k_max"]
 
     def strategy(self, kind: type[ConfAdapt] | type[Verified], threshold: float | None = None) -> Strategy:
-        """ConfAdapt with k = 8, or what was trained where that is less, Verified with its own k; the default threshold."""
+        """ConfAdapt with k = 8 or what was trained where that is less, Verified with its own; the default threshold."""
         k = min(8, self.k_max) if kind is ConfAdapt else kind().for_model(self.k_max).k
         return kind(k, kind.threshold if threshold is None else threshold)
 
@@ -243,9 +243,10 @@ def accuracy_table(figures: Mapping[str, Figures]) -> Table:
         )
     n = next(iter(figures.values())).tally.problems
     note = (
-        f"{n} held-out problems. Tokens per pass = tokens emitted / passes, the prefill counted; effective k = mean "
-        "over problems of each one's mean k, its last pass left out, ± standard deviation over problems (the paper's "
-        "Eff. k); identical = the same tokens as Hugging Face's greedy generate; the last column is how often a pass emitted how many tokens."
+        f"{n} held-out problems. Tokens per pass = tokens emitted / passes, the prefill counted; effective k (Eff. k "
+        "in the paper) = mean over problems of each one's mean k, its last pass left out, ± standard deviation over "
+        "problems; identical = the same tokens as Hugging Face's greedy generate; the last column is how often a pass "
+        "emitted how many tokens."
     )
     return Table("Accuracy and tokens per pass", note, HEADER, rows)
 

@@ -43,9 +43,9 @@ class Completion:
 
 
 def sample_k(blocks: Sequence[int]) -> float:
-    """The mean k of one sample: tokens that its passes emitted, but for the last, which a stop token or the limit trims.
+    """The mean k of one sample: tokens that a pass emitted, without the last, which a stop token or the limit trims.
 
-    A sample of one pass has that one's. Tokens per pass of several samples are counted in two ways, which differ where samples differ:
+    A sample of one pass has that one's. Tokens per pass of several samples are counted in two ways:
 
         tokens per pass   pooled: all tokens / all passes, so that long samples weigh more; what the time goes by
         effective k       the paper's "Eff. k": the mean over samples of each one's mean k, ± its standard deviation

@@ -28,7 +28,7 @@ MAX_NEW_TOKENS = 128
 
 
 def ways(k_max: int) -> dict[str, Strategy | None]:
-    """The rows of the table, by the name that the JSON line gives them; no k is above `k_max`, ConfAdapt's none above 8."""
+    """The rows of the table, by the name that the JSON line gives them; k is at most `k_max`, ConfAdapt's at most 8."""
     k = min(8, k_max)
     return {
         HF_GENERATE: None,

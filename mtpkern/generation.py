@@ -51,7 +51,7 @@ class MTPGenerateOutput(GenerateDecoderOnlyOutput):
 
 
 def strategy_for(model: PreTrainedModel, strategy: Strategy | None = None) -> Strategy:
-    """The strategy, Verified unless given, with the k that suits the model where it has none: `strategy_for(model).k`."""
+    """The strategy, Verified unless given, with the model's k where it has none of its own: `strategy_for(model).k`."""
     return (strategy or Verified()).for_model(recorded_settings(model).get("k_max"))
 
 

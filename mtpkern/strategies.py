@@ -24,9 +24,7 @@ class Strategy:
     largest_k: ClassVar[int | None]
 
     def __post_init__(self) -> None:
-        if self.k is None:
-            pass
-        elif isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
+        if isinstance(self.k, bool) or not isinstance(self.k, int | None) or (self.k is not None and self.k < 1):
             raise ValueError(f"{type(self).__name__}: k must be a whole number of tokens from 1 up, got {self.k!r}")
         # Every confidence is above -1: that is Static, and nobody else may ask for it.
         if not (0.0 <= self.threshold <= 1.0 or isinstance(self, Static)):
@@ -42,7 +40,7 @@ class Strategy:
             ConfAdapt(threshold=0.8).for_model(16)  # ConfAdapt(k=16, threshold=0.8)
             Verified().for_model(16)                # Verified(k=12, threshold=0.6)
         """
-        if self.k is not None:
+        if self.k:
             return self
         return replace(self, k=self.unrecorded_k if k_max is None else min(k_max, self.largest_k or k_max))
 
@@ -51,7 +49,7 @@ class Strategy:
 class Static(Strategy):
     """Keep all k predictions of every pass. k = 1 is ordinary greedy decoding; more is fast and careless.
 
-    Without k it is 4, or what the model was trained for where that is less: nothing is checked, so that each more costs.
+    Without k it is 4, or what the model was trained for where that is less: every further token costs accuracy.
 
         mtpkern.generate(model, ids, strategy=mtpkern.Static(1))
     """

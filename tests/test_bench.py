@@ -365,7 +365,11 @@ def test_the_whole_benchmark(checkpoint, tmp_path, capsys, monkeypatch):
         if not name.startswith("ConfAdapt"):
             assert figures["identical_to_hf_greedy"] == figures["problems"] == 4
     for way in ("Static(1)", HF_GENERATE):
-        assert [accuracy[way][name] for name in ("tokens_per_pass", "effective_k", "effective_k_deviation")] == [1, 1, 0]
+        assert [accuracy[way][name] for name in ("tokens_per_pass", "effective_k", "effective_k_deviation")] == [
+            1,
+            1,
+            0,
+        ]
     for batch in (1, 8):
         assert record[f"speed_batch_{batch}"][HF_GENERATE]["ratio"]["median"] == 1
     step = record["step"]["batch 8"]

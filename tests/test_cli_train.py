@@ -144,7 +144,12 @@ def test_shipped_configurations_are_the_papers():
         "separator": "\n\n",
     }
     _, _, config = parse(["metamath-llama", "--output-dir", "out", "--use-cpu"])
-    assert (config.learning_rate, config.weight_decay, config.adam_beta2, config.max_grad_norm) == (1e-5, 0.01, 0.999, 1)
+    assert (config.learning_rate, config.weight_decay, config.adam_beta2, config.max_grad_norm) == (
+        1e-5,
+        0.01,
+        0.999,
+        1,
+    )
     # On four GPUs.
     assert 4 * config.per_device_train_batch_size * config.gradient_accumulation_steps == 128
     magpie = read_config("magpie")
@@ -154,7 +159,7 @@ def test_shipped_configurations_are_the_papers():
     # What the configurations' comments offer besides: the authors' optimizer and precision, and the ablations.
     offered = "--adam-beta2 0.95 --weight-decay 0.1 --no-bf16 --pure-bf16 --prefix-weight 1 --prefix-scope all"
     for name in ("metamath-llama", "metamath-qwen3", "magpie"):
-        with pytest.warns(UserWarning, match="1e-5 .* never move"):
+        with pytest.warns(UserWarning, match="1e-5 .* never moved"):
             _, _, config = parse([name, "--output-dir", "out", "--use-cpu", *offered.split()])
         assert (config.adam_beta2, config.weight_decay, config.student_dtype) == (0.95, 0.1, "bfloat16")
         parse([name, "--output-dir", "out", "--use-cpu", "--bidirectional", "--decode-rows", "0"])

@@ -310,7 +310,7 @@ def test_anchor_and_support_reach_the_loss(tmp_path):
 
 
 def test_pure_bf16_trains_and_freezes(tmp_path):
-    """Asked for by name, with a warning: at 1e-5 hardly a weight moves, at a high rate it learns and resumes exactly."""
+    """Asked for by name, with a warning: at 1e-5 hardly a weight moves; at a high rate it learns, resumed exactly."""
 
     def run(name, lr, resume=None, **change):
         change = {"weight_decay": 0.1, "learning_rate": lr, **change}
@@ -321,21 +321,22 @@ def test_pure_bf16_trains_and_freezes(tmp_path):
         same = {key: (after[key] == before[key]).float().mean().item() for key in after if "mlp" in key}
         return made, after, max(same.values()), min(same.values())
 
-    with pytest.warns(UserWarning, match="at 1e-5 .* never move.*; learning_rate here is 1e-05"):
+    with pytest.warns(UserWarning, match="at 1e-5 .* never moved.*; learning_rate here is 1e-05"):
         made, _, _, still = run("frozen", 1e-5, pure_bf16=True)
     assert made.model.dtype == torch.bfloat16
     assert still > 0.9
     _, _, still, _ = run("float", 1e-5)
     assert still < 0.1
 
-    with pytest.warns(UserWarning, match="learning_rate here is 0.01"):
+    with pytest.warns(UserWarning, match=r"learning_rate here is 0\.01"):
         made, whole, still, _ = run("whole", 1e-2, pure_bf16=True)
+    with pytest.warns(UserWarning, match="pure_bf16"):
         _, rest, _, _ = run("rest", 1e-2, str(tmp_path / "whole" / "checkpoint-2"), pure_bf16=True)
     assert still < 0.5
     assert all(torch.equal(whole[key], rest[key]) for key in whole)
     losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="load with dtype=torch.bfloat16"):
+    with pytest.warns(UserWarning, match="pure_bf16"), pytest.raises(ValueError, match=r"dtype=torch\.bfloat16"):
         trainer(tmp_path, pure_bf16=True)
 
 

@@ -77,7 +77,8 @@ class Layout:
     def to(self, device: torch.device | str) -> Layout:
         """The same layout on a device."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: send(x, device) for n, x in values.items() if isinstance(x, Tensor)})
+        moved: dict[str, Any] = {n: send(x, device) for n, x in values.items() if isinstance(x, Tensor)}
+        return replace(self, **moved)
 
     def causal(self) -> Layout:
         """The same layout, of which every row sees its span up to itself: what a next-token model reads."""

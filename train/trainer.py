@@ -253,7 +253,7 @@ class MTPConfig(TrainingArguments):
 
     def _accept_pure_bf16(self) -> None:
         """The student is bfloat16, its trained weights too; say what that costs. ValueError with other precisions."""
-        others = {"lora_rank": self.lora_rank, "bf16": self.bf16, "fp16": self.fp16, "fsdp": self.fsdp}
+        others = {"lora_rank": self.lora_rank, "bf16": self.bf16, "fp16": self.fp16}
         given = [name for name, value in others.items() if value]
         if given or self.student_dtype == "float16":
             raise ValueError(

@@ -157,7 +157,7 @@ def test_shipped_configurations_are_the_papers():
     assert magpie["train_data"] == ["Magpie-Align/Magpie-Pro-MT-300K-v0.1", "Magpie-Align/Magpie-Reasoning-V1-150K"]
     assert {key: magpie[key] for key in ("k_scope", "offset_scope")} == {"k_scope": "rank", "offset_scope": "rank"}
     # What the configurations' comments offer besides: the authors' optimizer and precision, and the ablations.
-    offered = "--adam-beta2 0.95 --weight-decay 0.1 --no-bf16 --pure-bf16 --prefix-weight 1 --prefix-scope all"
+    offered = "--adam-beta2 0.95 --weight-decay 0.1 --bf16 false --pure-bf16 --prefix-weight 1 --prefix-scope all"
     for name in ("metamath-llama", "metamath-qwen3", "magpie"):
         with pytest.warns(UserWarning, match="1e-5 .* never moved"):
             _, _, config = parse([name, "--output-dir", "out", "--use-cpu", *offered.split()])

@@ -202,7 +202,7 @@ def test_spans_of_an_earlier_answer_end_with_it(tmp_path):
     sums = []
     for rows in ([both], apart, [row]):
         plan = run.plan(MTPCollator(0)(rows), k=4, step=0, micro_step=0)
-        counts = torch.tensor([1.0, 1.0])
+        counts = torch.ones(3)
         with torch.no_grad(), run._span_attention(run.model, plan) as ready:
             loss = run.compute_loss(run.model, run._prepare_inputs(ready), num_items_in_batch=counts)
         sums.append((int(plan["layout"].valid[..., 0].sum()), int(plan["prefix_rows"].sum()), float(loss)))

@@ -52,6 +52,7 @@ VERIFIED = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 ACCURACY_KEPT = 0.97
 BATCH = 32
 STATIC = "Static(1)"
+HEADER = ("way", "right", "tokens a pass", "effective k", "identical", "blocks")
 
 
 def label(strategy: Strategy) -> str:
@@ -68,8 +69,9 @@ class Bench:
         self.k_max: int = model.config.mtpkern["k_max"]
 
     def strategy(self, kind: type[ConfAdapt] | type[Verified], threshold: float | None = None) -> Strategy:
-        """A strategy with its default k, or with what was trained where that is less, and its default threshold."""
-        return kind(min(kind.k, self.k_max), kind.threshold if threshold is None else threshold)
+        """ConfAdapt with k = 8 or what was trained where that is less, Verified with its own; the default threshold."""
+        k = min(8, self.k_max) if kind is ConfAdapt else kind().for_model(self.k_max).k
+        return kind(k, kind.threshold if threshold is None else threshold)
 
     def sweep(self) -> dict[str, Strategy]:
         """All strategies of the accuracy table by their names."""
@@ -215,6 +217,8 @@ class Figures:
             "accuracy": tally.accuracy,
             "standard_error": tally.standard_error,
             "tokens_per_pass": tally.tokens_per_pass,
+            "effective_k": tally.effective_k[0],
+            "effective_k_deviation": tally.effective_k[1],
             "tokens": tally.tokens,
             "passes": tally.passes,
             "identical_to_hf_greedy": self.identical,
@@ -232,16 +236,19 @@ def accuracy_table(figures: Mapping[str, Figures]) -> Table:
                 name,
                 f"{f.tally.accuracy:.2%} ± {f.tally.standard_error:.2%}",
                 f"{f.tally.tokens_per_pass:.3f}",
+                f"{f.tally.effective_k[0]:.2f} ± {f.tally.effective_k[1]:.2f}",
                 f"{f.identical} of {f.tally.problems}",
                 share,
             )
         )
     n = next(iter(figures.values())).tally.problems
     note = (
-        f"{n} held-out problems. Tokens per pass = tokens emitted / passes, the prefill counted; identical = the same "
-        "tokens as Hugging Face's greedy generate; the last column is how often a pass emitted how many tokens."
+        f"{n} held-out problems. Tokens per pass = tokens emitted / passes, the prefill counted; effective k (Eff. k "
+        "in the paper) = mean over problems of each one's mean k, its last pass left out, ± standard deviation over "
+        "problems; identical = the same tokens as Hugging Face's greedy generate; the last column is how often a pass "
+        "emitted how many tokens."
     )
-    return Table("Accuracy and tokens per pass", note, ("way", "right", "tokens a pass", "identical", "blocks"), rows)
+    return Table("Accuracy and tokens per pass", note, HEADER, rows)
 
 
 def speed_table(batch: int, speed: Mapping[str, Mapping[str, Spread]], rounds: int, per_round: int) -> Table:

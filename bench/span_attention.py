@@ -1,6 +1,6 @@
 """Span attention, forward and backward, against FlexAttention and SDPA with a dense mask, and against its floor.
 
-The layout is the paper's: N tokens, N // 2k spans at a stride of 2k from a random offset, T = N + spans (k - 1) rows.
+The layout is the paper's: N tokens, N // 2k spans, N/M tokens apart from a random offset, T = N + spans (k - 1) rows.
 FlexAttention runs it in two orders: ours, and the interleaved order of the paper's figure, where the masks of a span
 stand behind their prefix and a row sees what is behind it, if that is a token or belongs to its own span. Its BlockMask
 is made once, and its making timed apart. SDPA gets an additive mask, made once, and keys and values repeated for their
@@ -29,7 +29,7 @@ from mtpkern.bench.report import Goal, Table, run
 from mtpkern.bench.timing import Action, copies, free, peak, race, reason, timed
 from mtpkern.kernels.span_attention import span_attention, span_attention_reference
 from mtpkern.kernels.span_mask import span_mask
-from mtpkern.train.layout import Layout, build_layout, draw_prefixes
+from mtpkern.train.layout import Layout, build_layout, draw_prefixes, tokens_apart
 
 OURS = "mtpkern"
 FLEX, INTERLEAVED, SDPA = "FlexAttention, our order", "FlexAttention, interleaved", "SDPA, dense mask"
@@ -43,8 +43,8 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 def paper_layout(batch: int, tokens: int, k: int) -> Layout:
     """B texts of N tokens without a prompt, each with N // 2k spans of k; every span exists. On the CPU."""
     lengths = torch.full((batch,), tokens)
-    start = torch.zeros_like(lengths)
-    prefix = draw_prefixes(lengths, start, k, tokens // (2 * k), seed=0, step=0)
+    start, spans = torch.zeros_like(lengths), tokens // (2 * k)
+    prefix = draw_prefixes(lengths, start, k, spans, apart=tokens_apart(tokens, spans, k), seed=0, step=0)
     return build_layout(prefix, lengths, k, num_tokens=tokens)
 
 

@@ -28,15 +28,15 @@ MAX_NEW_TOKENS = 128
 
 
 def ways(k_max: int) -> dict[str, Strategy | None]:
-    """The rows of the table, by the name that the JSON line gives them; k is the default, at most `k_max`."""
-    k = min(ConfAdapt.k, k_max)
+    """The rows of the table, by the name that the JSON line gives them; k is at most `k_max`, ConfAdapt's at most 8."""
+    k = min(8, k_max)
     return {
         HF_GENERATE: None,
         "static_1": Static(1),
         "confadapt_0.99": ConfAdapt(k, 0.99),
         "confadapt_0.9": ConfAdapt(k, 0.9),
         "confadapt_0.6": ConfAdapt(k, 0.6),
-        "verified": Verified(min(Verified.k, k_max)),
+        "verified": Verified().for_model(k_max),
     }
 
 

@@ -50,9 +50,9 @@ class MTPGenerateOutput(GenerateDecoderOnlyOutput):
     finish_reasons: list[str] | None = None
 
 
-def default_strategy(model: PreTrainedModel) -> Strategy:
-    """Verified, with no more predictions than training has recorded: `default_strategy(model).k`."""
-    return Verified(k=min(recorded_settings(model).get("k_max", Verified.k), Verified.k))
+def strategy_for(model: PreTrainedModel, strategy: Strategy | None = None) -> Strategy:
+    """The strategy, Verified unless given, with the model's k where it has none of its own: `strategy_for(model).k`."""
+    return (strategy or Verified()).for_model(recorded_settings(model).get("k_max"))
 
 
 def generate(
@@ -74,8 +74,8 @@ def generate(
     eos_token_id (one or several), pad_token_id, generation_config and return_dict_in_generate mean what they mean
     there. With return_dict_in_generate=True the result is an `MTPGenerateOutput`.
 
-    strategy: `Verified` (default; the checkpoint's own greedy output), `ConfAdapt` or `Static`. Its k is at most the
-        k_max that training has recorded, where none is given.
+    strategy: `Verified` (default; the checkpoint's own greedy output), `ConfAdapt` or `Static`. Without a k each takes
+        one from the k_max that training has recorded (`Strategy.for_model`); one that is given stays.
     mask_token_id: for checkpoints that do not record theirs.
     rows: the row budget of a pass, from B * k up; see `mtpkern.decoder.default_rows`.
     use_graph: whether a pass is captured in a CUDA graph, which the next calls of a similar shape use again; None: on
@@ -92,11 +92,10 @@ def generate(
         output = mtpkern.generate(model, **tokenizer("Two and two is", return_tensors="pt"), max_new_tokens=64)
         print(tokenizer.decode(output[0]))
     """
-    if strategy is None:
-        strategy = default_strategy(model)
-    elif not isinstance(strategy, Strategy):
+    if not isinstance(strategy, Strategy | None):
         raise TypeError(f"strategy must be mtpkern.Static, ConfAdapt or Verified, got {strategy!r}")
     require_decodable(model)
+    strategy = strategy_for(model, strategy)
     mask = resolve_mask_token(model, mask_token_id)
     graph = wants_graph(use_graph, model.device)
     if prefill_chunk < 1:

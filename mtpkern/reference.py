@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mtpkern.model import recorded_settings
 from mtpkern.strategies import Strategy
 
 
@@ -31,6 +32,7 @@ def decode(
         assert sum(blocks) == len(tokens)
     """
     stops = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
+    strategy = strategy.for_model(recorded_settings(model).get("k_max"))
     k, threshold = strategy.k, strategy.threshold
     prompt = input_ids.tolist()
     certain: list[int] = []  # emitted

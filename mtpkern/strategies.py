@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 
@@ -10,17 +10,21 @@ from typing import ClassVar
 class Strategy:
     """A rule of acceptance; use `Static`, `ConfAdapt` or `Verified`.
 
-    k is the number of tokens that one pass predicts. A prediction counts as sure when its confidence (top-1
-    probability) is above `threshold`. A strategy that verifies keeps sure predictions as drafts only, and emits them
-    once the next pass, which is fed with them anyway, has come to the same tokens.
+    k is the number of tokens that one pass predicts; left out, `mtpkern.generate` takes it from the model
+    (`for_model`). A prediction counts as sure when its confidence (top-1 probability) is above `threshold`. A strategy
+    that verifies keeps sure predictions as drafts only, and emits them once the next pass, which is fed with them
+    anyway, has come to the same tokens.
     """
 
     k: int
     threshold: float
     verify: ClassVar[bool] = False
+    # Where no k is given: that of a model which records no k_max, and the largest for one that does.
+    unrecorded_k: ClassVar[int]
+    largest_k: ClassVar[int | None]
 
     def __post_init__(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
+        if isinstance(self.k, bool) or not isinstance(self.k, int | None) or (self.k is not None and self.k < 1):
             raise ValueError(f"{type(self).__name__}: k must be a whole number of tokens from 1 up, got {self.k!r}")
         # Every confidence is above -1: that is Static, and nobody else may ask for it.
         if not (0.0 <= self.threshold <= 1.0 or isinstance(self, Static)):
@@ -28,16 +32,33 @@ class Strategy:
                 f"{type(self).__name__}: threshold must be a probability from 0 to 1, got {self.threshold!r}"
             )
 
+    def for_model(self, k_max: int | None) -> Strategy:
+        """With a k in any case: the one that was given, else what suits a model that was trained for k_max predictions.
+
+        k_max: as training has recorded it, None where it has not.
+
+            ConfAdapt(threshold=0.8).for_model(16)  # ConfAdapt(k=16, threshold=0.8)
+            Verified().for_model(16)                # Verified(k=12, threshold=0.6)
+        """
+        if self.k:
+            return self
+        return replace(self, k=self.unrecorded_k if k_max is None else min(k_max, self.largest_k or k_max))
+
 
 @dataclass(frozen=True)
 class Static(Strategy):
     """Keep all k predictions of every pass. k = 1 is ordinary greedy decoding; more is fast and careless.
 
-    mtpkern.generate(model, ids, strategy=mtpkern.Static(1))
+    Without k it is 4, or what the model was trained for where that is less: every further token costs accuracy.
+
+        mtpkern.generate(model, ids, strategy=mtpkern.Static(1))
     """
 
-    k: int = 4
+    # None until it is fitted to a model, which the rest of the library need not know.
+    k: int = None  # type: ignore[assignment]
     threshold: float = -1.0
+    unrecorded_k: ClassVar[int] = 4
+    largest_k: ClassVar[int | None] = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,13 +70,16 @@ class Static(Strategy):
 class ConfAdapt(Strategy):
     """Keep the longest prefix of predictions with confidence above the threshold, at least one (arXiv 2602.06019).
 
-    The knob between speed and quality: a lower threshold keeps more tokens, and more of them wrong.
+    The knob between speed and quality: a lower threshold keeps more tokens, and more of them wrong. Without k it is all
+    that the model was trained for, or 8 where the model does not say: the threshold alone decides what is kept.
 
-        mtpkern.generate(model, ids, strategy=mtpkern.ConfAdapt(k=8, threshold=0.95))
+        mtpkern.generate(model, ids, strategy=mtpkern.ConfAdapt(threshold=0.95))
     """
 
-    k: int = 8
+    k: int = None  # type: ignore[assignment]
     threshold: float = 0.9
+    unrecorded_k: ClassVar[int] = 8
+    largest_k: ClassVar[int | None] = None
 
 
 @dataclass(frozen=True)
@@ -63,11 +87,14 @@ class Verified(Strategy):
     """Emit exactly what the checkpoint's own greedy decoding emits, several tokens a pass.
 
     Predictions above the threshold become drafts. The next pass has to be fed with them anyway; its outputs at their
-    places confirm them or put the model's own token there. The threshold changes the speed only, never the output.
+    places confirm them or put the model's own token there. The threshold changes the speed only, never the output; so
+    does k, which is 12 unless given, or what the model was trained for where that is less.
 
         mtpkern.generate(model, ids, strategy=mtpkern.Verified(k=8, threshold=0.5))
     """
 
-    k: int = 12
+    k: int = None  # type: ignore[assignment]
     threshold: float = 0.6
+    unrecorded_k: ClassVar[int] = 12
+    largest_k: ClassVar[int | None] = 12
     verify: ClassVar[bool] = True

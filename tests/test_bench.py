@@ -19,7 +19,7 @@ from mtpkern.bench.problems import problems
 from mtpkern.bench.report import Goal, Table, run, write
 from mtpkern.bench.timing import Peak, copies, kernels_by_name, peak, race, timed
 from mtpkern.cache import KVCache
-from mtpkern.compare import HF_GENERATE, Completion, Tally, rotated
+from mtpkern.compare import HF_GENERATE, Completion, Tally, rotated, sample_k
 from mtpkern.strategies import ConfAdapt, Static, Verified
 from mtpkern.train.arithmetic import build_tokenizer
 
@@ -76,6 +76,22 @@ def test_tally():
     assert tally.standard_error == pytest.approx((0.75 * 0.25 / 4) ** 0.5)
     assert tally.tokens_per_pass == pytest.approx(8 / 6)
     assert tally.tokens_per_second == 4
+    assert tally.sample_ks == [2, 1, 1, 2]
+    assert tally.effective_k == (1.5, pytest.approx((1 / 3) ** 0.5))
+
+
+def test_tokens_per_pass_in_two_ways():
+    """The worked example: pooled, the long sample weighs more; Eff. k is a mean over samples, last passes left out."""
+    tally, samples = Tally(), [[4, 4, 4, 1], [2, 1]]
+    assert [sample_k(blocks) for blocks in samples] == [4, 2]
+    tally.add([Completion([0] * sum(blocks), blocks) for blocks in samples], right=0, seconds=1)
+    assert tally.tokens_per_pass == pytest.approx(16 / 6)
+    assert tally.effective_k == (3, pytest.approx(2**0.5))
+    # A sample of one pass has nothing else; of one sample there is no deviation.
+    assert sample_k([3]) == 3
+    alone = Tally()
+    alone.add([Completion([0] * 3, [3])], right=0, seconds=1)
+    assert alone.effective_k == (3, 0)
 
 
 def test_environment_names_what_is_needed_to_repeat():
@@ -345,6 +361,7 @@ def test_identity_is_counted_by_tokens(checkpoint):
     assert result.identical == 1
     assert result.blocks == {3: 1, 2: 2, 1: 1}
     assert result.record()["tokens_per_pass"] == 2
+    assert result.record()["effective_k"] == pytest.approx((3 + 2 + 2) / 3)
 
 
 def test_the_whole_benchmark(checkpoint, tmp_path, capsys, monkeypatch):
@@ -362,7 +379,12 @@ def test_the_whole_benchmark(checkpoint, tmp_path, capsys, monkeypatch):
     for name, figures in accuracy.items():
         if not name.startswith("ConfAdapt"):
             assert figures["identical_to_hf_greedy"] == figures["problems"] == 4
-    assert accuracy["Static(1)"]["tokens_per_pass"] == accuracy[HF_GENERATE]["tokens_per_pass"] == 1
+    for way in ("Static(1)", HF_GENERATE):
+        assert [accuracy[way][name] for name in ("tokens_per_pass", "effective_k", "effective_k_deviation")] == [
+            1,
+            1,
+            0,
+        ]
     for batch in (1, 8):
         assert record[f"speed_batch_{batch}"][HF_GENERATE]["ratio"]["median"] == 1
     step = record["step"]["batch 8"]

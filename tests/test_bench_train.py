@@ -67,7 +67,7 @@ def test_floors_are_those_of_the_design(shape, forward, backward):
 
 def test_interleaved_order_is_that_of_the_paper():
     """18 rows: 4 tokens, 2 masks, and so on; a span's masks stand behind its prefix."""
-    layout = build_layout(torch.tensor([stride_prefixes(3, 3, counting="paper")]), torch.tensor([12]), 3, num_tokens=12)
+    layout = build_layout(torch.tensor([stride_prefixes(18, 3, 3)]), torch.tensor([12]), 3, num_tokens=12)
     masks = (span_attention.interleaved_order(layout)[0] >= 12).int().tolist()
     assert masks == [0, 0, 0, 0, 1, 1] * 3
 

@@ -127,6 +127,9 @@ def test_shipped_configurations_are_the_papers():
         "max_length": 160,
         "k_min": 2,
         "k_max": 16,
+        # As the authors' runs drew them.
+        "k_scope": "rank",
+        "offset_scope": "rank",
         "teacher_target": "hard",
         "max_steps": 100_000,
         "warmup_steps": 2000,
@@ -141,11 +144,25 @@ def test_shipped_configurations_are_the_papers():
         "separator": "\n\n",
     }
     _, _, config = parse(["metamath-llama", "--output-dir", "out", "--use-cpu"])
-    assert (config.learning_rate, config.weight_decay, config.adam_beta2) == (1e-5, 0.01, 0.999)
+    assert (config.learning_rate, config.weight_decay, config.adam_beta2, config.max_grad_norm) == (
+        1e-5,
+        0.01,
+        0.999,
+        1,
+    )
     # On four GPUs.
     assert 4 * config.per_device_train_batch_size * config.gradient_accumulation_steps == 128
     magpie = read_config("magpie")
     assert (magpie["max_length"], 4 * magpie["per_device_train_batch_size"]) == (1024, 16)
+    assert magpie["train_data"] == ["Magpie-Align/Magpie-Pro-MT-300K-v0.1", "Magpie-Align/Magpie-Reasoning-V1-150K"]
+    assert {key: magpie[key] for key in ("k_scope", "offset_scope")} == {"k_scope": "rank", "offset_scope": "rank"}
+    # What the configurations' comments offer besides: the authors' optimizer and precision, and the ablations.
+    offered = "--adam-beta2 0.95 --weight-decay 0.1 --bf16 false --pure-bf16 --prefix-weight 1 --prefix-scope all"
+    for name in ("metamath-llama", "metamath-qwen3", "magpie"):
+        with pytest.warns(UserWarning, match="1e-5 .* never moved"):
+            _, _, config = parse([name, "--output-dir", "out", "--use-cpu", *offered.split()])
+        assert (config.adam_beta2, config.weight_decay, config.student_dtype) == (0.95, 0.1, "bfloat16")
+        parse([name, "--output-dir", "out", "--use-cpu", "--bidirectional", "--decode-rows", "0"])
 
 
 def test_the_arithmetic_configuration_is_the_checkpoints_recipe(tmp_path, tiny, capsys):

@@ -427,8 +427,13 @@ def test_every_source_gives_the_same_rows(tmp_path, monkeypatch):
     for name in (tmp_path / "d.jsonl", tmp_path / "d", "a/b/c", "./d"):
         with pytest.raises(FileNotFoundError, match="no such file"):
             list(read_rows([str(name)]))
-    with pytest.raises(ValueError, match="one folder or hub id"):
-        list(read_rows([lines, "openai/gsm8k"]))
+    # Several sets, of any kind, are one.
+    again = tmp_path / "again"
+    again.mkdir()
+    write(again / "train.jsonl", rows[:2])
+    places, found = zip(*read_rows([str(folder), str(again), lines]))
+    assert list(found) == rows + rows[:2] + rows[:3]
+    assert places[7] == f"{again}, row 1"
     (tmp_path / "e.json").write_text('{"question": 1}')
     with pytest.raises(ValueError, match=r"use \.jsonl"):
         list(read_rows([str(tmp_path / "e.json")]))

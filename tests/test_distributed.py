@@ -54,7 +54,7 @@ def trainer(path, seed=0, tied=False, **change):
         "teacher_target": "soft",
     }
     return MTPTrainer(
-        model=llama(seed, tied),
+        model=llama(seed, tied).to(torch.bfloat16 if change.get("pure_bf16") else None),
         teacher=None if change.get("lora_rank") else llama(3, tied),
         args=MTPConfig(str(path), **arguments | change),
         mask_token_id=MASK,
@@ -185,6 +185,25 @@ def test_fsdp_equals_ddp_and_both_resume_exactly(tmp_path, tied):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_bfloat16_weights_under_fsdp(tmp_path):
+    """Shards stay bfloat16: the losses are DDP's, and both resume exactly."""
+
+    def work(rank):
+        let_accelerate_shard_on_a_cpu()
+        for name in ("ddp", "fsdp"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            run_engine(tmp_path / name, False, pure_bf16=True, fsdp=name == "fsdp")
+
+    in_two_processes(work)
+    ddp, fsdp = (torch.load(tmp_path / name / "results.pt") for name in ("ddp", "fsdp"))
+    assert ddp["whole"] == ddp["rest"]
+    assert fsdp["whole"] == fsdp["rest"]
+    assert ddp["whole"]["losses"] == pytest.approx(fsdp["whole"]["losses"], abs=2e-2)
+    assert ddp["whole"]["losses"][0] == pytest.approx(fsdp["whole"]["losses"][0], abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_two_processes_take_the_step_of_one(tmp_path):
     """Rows weigh the same on every rank; one rank's first micro-batch has no answer and so no span at all."""
     texts = rows(24)
@@ -202,6 +221,8 @@ def test_two_processes_take_the_step_of_one(tmp_path):
             max_grad_norm=0,
             k_min=3,
             span_offset=1,
+            # The longest text; else a region is as wide as the micro-batch makes it.
+            max_length=14,
             k_max=3,
             anchor_kl_weight=0.3,
             train_sampling_strategy="sequential",

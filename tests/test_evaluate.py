@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import mtpkern
 from mtpkern import Static, generate
 from mtpkern.train.arithmetic import build_tokenizer, encode, problems, prompt
-from mtpkern.train.evaluate import HeldOut, curves, final_number, same_number, summarise
+from mtpkern.train.evaluate import HeldOut, curves, figures, final_number, same_number, summarise
 from mtpkern.train.trainer import MTPCollator, MTPConfig, MTPTrainer
 
 
@@ -35,6 +35,18 @@ def test_same_number():
     assert not same_number("#### 8", "7")
     assert not same_number("8", "8")
     assert not same_number("no number", "none either")
+
+
+def test_figures_of_sums_over_batches_and_ranks():
+    """Two problems of blocks [4, 4, 4, 1] and [2, 1], one of them right: as mtpkern.compare.Tally counts them."""
+    found = figures(torch.tensor([2, 1, 16, 6, 4 + 2, 16 + 4]))
+    assert found == {
+        "accuracy": 0.5,
+        "tokens_per_pass": pytest.approx(16 / 6),
+        "effective_k": 3,
+        "effective_k_deviation": pytest.approx(2**0.5),
+    }
+    assert figures(torch.tensor([1, 0, 3, 1, 3, 9]))["effective_k_deviation"] == 0
 
 
 HISTORY = [
@@ -109,6 +121,8 @@ def test_trainer_decodes_held_out_prompts(tmp_path, change):
     new = tokenizer.decode(output.sequences[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     assert seen[-1] == (new, "c")
     assert 1 <= scored[-1]["eval_tokens_per_pass"] <= 3
+    assert scored[-1]["eval_tokens_per_pass"] <= scored[-1]["eval_effective_k"] <= 3
+    assert "tokens_per_pass | effective_k | effective_k_deviation |" in (tmp_path / "summary.md").read_text()
     assert not model.config.use_cache
 
 
@@ -120,7 +134,17 @@ def test_tokens_per_pass_do_not_depend_on_the_batch():
     chosen = list(problems("validation", 4))
     texts, answers = [prompt(p) for p in chosen], [str(p.result) for p in chosen]
     counts = [HeldOut(texts, answers, tokenizer, max_new_tokens=64, batch_size=n).count(model) for n in (1, 4)]
-    assert counts[0].equal(counts[1])
+    torch.testing.assert_close(counts[0], counts[1], rtol=1e-12, atol=0)
+    # Each problem's k without its last pass, beside all tokens over all passes.
+    outputs = [
+        generate(model, **tokenizer(text, return_tensors="pt"), max_new_tokens=64, return_dict_in_generate=True)
+        for text in texts
+    ]
+    ks = [sum(row[:-1]) / len(row[:-1]) for output in outputs for row in output.blocks]
+    found = figures(counts[0])
+    assert found["effective_k"] == pytest.approx(sum(ks) / 4)
+    assert found["effective_k_deviation"] == pytest.approx(torch.tensor(ks).std().item())
+    assert found["tokens_per_pass"] < found["effective_k"]
 
 
 def test_held_out_must_match():

@@ -70,7 +70,7 @@ def test_output_equals_greedy_generate(limits: dict[str, Any], model: Any, input
     assert output.tolist() == expected.tolist()
 
 
-def test_default_strategy_is_verified_with_the_recorded_k(
+def test_a_strategy_without_k_decodes_with_the_recorded_one(
     model: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
@@ -83,9 +83,17 @@ def test_default_strategy_is_verified_with_the_recorded_k(
     for k_max in (5, 16):
         model.config.mtpkern["k_max"] = k_max
         mtpkern.generate(model, **inputs, max_new_tokens=2)
+    adaptive = [ConfAdapt(threshold=0.5), ConfAdapt(3, 0.5), Static(), Verified(threshold=0.5)]
+    for strategy in adaptive:
+        mtpkern.generate(model, **inputs, strategy=strategy, max_new_tokens=2)
     del model.config.mtpkern["k_max"]
     mtpkern.generate(model, **inputs, max_new_tokens=2)
-    assert seen == [Verified(k=5), Verified(k=12), Verified(k=12)]
+    mtpkern.generate(model, **inputs, strategy=ConfAdapt(), max_new_tokens=2)
+    assert seen == [
+        *(Verified(k=5), Verified(k=12)),
+        *(ConfAdapt(16, 0.5), ConfAdapt(3, 0.5), Static(4), Verified(12, 0.5)),
+        *(Verified(k=12), ConfAdapt(k=8)),
+    ]
 
 
 @every_strategy

@@ -13,6 +13,7 @@ from mtpkern.train.layout import (
     main,
     pack,
     stride_prefixes,
+    tokens_apart,
 )
 
 
@@ -20,14 +21,16 @@ from mtpkern.train.layout import (
     ("prefixes", "k", "num_tokens", "rows", "positions"),
     [
         # 18 rows, three spans, first prefix of 4: offsets 0 and -2.
-        (stride_prefixes(3, 3, counting="paper"), 3, 12, 18, [4, 5, 8, 9, 12, 13]),
-        (stride_prefixes(3, 3, offset=-2, counting="paper"), 3, 12, 18, [2, 3, 6, 7, 10, 11]),
-        # 12 rows, one span.
-        ([4], 3, 10, 12, [4, 5]),
-        ([2], 5, 8, 12, [2, 3, 4, 5]),
+        ([4, 8, 12], 3, 12, 18, [4, 5, 8, 9, 12, 13]),
+        ([2, 6, 10], 3, 12, 18, [2, 3, 6, 7, 10, 11]),
+        # 12 rows: two regions of 6, first prefix of 4 at k = 3, of 2 at k = 5.
+        ([4, 8], 3, 8, 12, [4, 5, 8, 9]),
+        ([2, 4], 5, 4, 12, [2, 3, 4, 5, 4, 5, 6, 7]),
     ],
 )
 def test_figures(prefixes, k, num_tokens, rows, positions):
+    offset = -2 if prefixes[0] == 2 and k == 3 else 0
+    assert stride_prefixes(rows, len(prefixes), k, offset=offset) == prefixes
     layout = build_layout(torch.tensor([prefixes]), torch.tensor([num_tokens]), k, num_tokens=num_tokens)
     assert layout.position.shape == (1, rows)
     assert layout.position[0].tolist() == [*range(num_tokens), *positions]
@@ -40,6 +43,54 @@ def test_figures(prefixes, k, num_tokens, rows, positions):
             assert mask[row].nonzero().flatten().tolist() == [*range(prefix), *own[: j + 1]]
     for token in range(num_tokens):
         assert mask[token].nonzero().flatten().tolist() == list(range(token + 1))
+
+
+@pytest.mark.parametrize(
+    ("k", "prefixes", "num_tokens"),
+    [
+        (2, [21, 52, 83, 114, 145], 155),
+        (8, [15, 40, 65, 90, 115], 125),
+        (16, [7, 24, 41, 58, 75], 85),
+    ],
+)
+def test_the_papers_run(k, prefixes, num_tokens):
+    """N = 160, M = 5, as the authors' code lays them out: 32 rows a region at every k; here at offset -10."""
+    assert stride_prefixes(160, 5, k, offset=-10) == prefixes
+    assert num_tokens == 160 - 5 * (k - 1)
+    apart = tokens_apart(160, 5, k, counting="paper")
+    assert apart == 32 - (k - 1)
+    # The same places drawn, where the offset is counted from the first place that a prefix may have.
+    lengths, options = torch.tensor([num_tokens]), {"apart": apart, "seed": 0, "step": 0}
+    assert draw_prefixes(lengths, 0 * lengths, k, 5, offset=prefixes[0] - 1, **options)[0].tolist() == prefixes
+    layout = build_layout(torch.tensor([prefixes]), lengths, k, num_tokens=num_tokens)
+    assert layout.position.shape == (1, 160)
+    masks = layout.position[0, num_tokens:].view(5, k - 1)
+    assert masks.tolist() == [list(range(i, i + k - 1)) for i in prefixes]
+    drawn = [draw_prefixes(lengths, 0 * lengths, k, 5, **options | {"step": s})[0].tolist() for s in range(400)]
+    assert {row[0] for row in drawn} == set(range(1, apart + 1))
+    for row in drawn:
+        # At offset 0 the last of them stands behind the whole text, which leaves nothing to predict.
+        assert row == [i if i < num_tokens else 0 for i in range(row[0], row[0] + 5 * apart, apart)]
+
+
+def test_a_bidirectional_span_begins_with_its_prefix_last_row():
+    """The first prediction is made in sight of the masks; the token's own row, which others read, sees tokens only."""
+    layout = build_layout(torch.tensor([[1, 3, 0]]), torch.tensor([4]), 3, num_tokens=4, bidirectional=True)
+    assert layout.row[0, :2].tolist() == [[4, 5, 6], [7, 8, 9]]
+    assert layout.position[0].tolist() == [0, 1, 2, 3, 0, 1, 2, 2, 3, 4, 0, 0, 0]
+    mask = span_mask(*layout.rule)[0]
+    seen = [row.nonzero().flatten().tolist() for row in mask]
+    assert seen == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], *[[4, 5, 6]] * 3, *[[0, 1, 7, 8, 9]] * 3, [], [], []]
+    # The teacher reads the copy and the span behind it as text.
+    seen = [row.nonzero().flatten().tolist() for row in span_mask(*layout.causal().rule)[0, 7:10]]
+    assert seen == [[0, 1, 7], [0, 1, 7, 8], [0, 1, 7, 8, 9]]
+    # A window counts positions.
+    seen = [row.nonzero().flatten().tolist() for row in span_mask(*layout.causal().rule, window=2)[0, 7:10]]
+    assert seen == [[1, 7], [7, 8], [8, 9]]
+    tokens = torch.tensor([[10, 11, 12, 13]])
+    assert layout.fill(tokens, 99).tolist() == [[10, 11, 12, 13, 10, 99, 99, 12, 99, 99, 10, 99, 99]]
+    spans = torch.tensor([[[21, 22], [31, 32], [0, 0]]])
+    assert layout.causal().fill(tokens, spans)[0, 4:10].tolist() == [10, 21, 22, 12, 31, 32]
 
 
 def test_fill_puts_the_span_tokens_behind_their_prefix():
@@ -63,12 +114,11 @@ def test_static_shape_only_adds_padding():
 LENGTHS, PROMPTS = torch.tensor([40, 25, 12, 9]), torch.tensor([10, 3, 11, 9])
 
 
-@pytest.mark.parametrize("spacing", ["stride", "random"])
-@pytest.mark.parametrize("counting", ["tokens", "paper"])
-def test_drawn_prefixes(spacing, counting):
+@pytest.mark.parametrize("options", [{"spacing": "random"}, {"apart": 6}, {"apart": 6, "offset_scope": "rank"}])
+def test_drawn_prefixes(options):
     k, seen = 4, set()
     for step in range(60):
-        prefix = draw_prefixes(LENGTHS, PROMPTS, k, 5, spacing=spacing, counting=counting, seed=1, step=step)
+        prefix = draw_prefixes(LENGTHS, PROMPTS, k, 5, **options, seed=1, step=step)
         assert prefix.shape == (4, 5)
         for row, length, prompt in zip(prefix.tolist(), LENGTHS.tolist(), PROMPTS.tolist()):
             drawn = [i for i in row if i]
@@ -80,23 +130,43 @@ def test_drawn_prefixes(spacing, counting):
     assert seen == set(range(10, 40))
 
 
-@pytest.mark.parametrize(("counting", "period"), [("tokens", 8), ("paper", 5)])
-def test_stride_keeps_its_period(counting, period):
-    """Three spans rolled around a range of 30 positions: two gaps are the period, the third is what it leaves over."""
-    starts = set()
-    for step in range(40):
-        prefix = draw_prefixes(LENGTHS[:1], PROMPTS[:1], 4, 3, counting=counting, seed=0, step=step)[0].tolist()
-        gaps = sorted((b - a) % 30 for a, b in zip(prefix, [*prefix[1:], prefix[0]]))
-        assert gaps == [period, period, 30 - 2 * period]
-        starts.add(prefix[0])
-    assert len(starts) > 5
+def test_stride_keeps_its_period():
+    """Every text has its own offset; one that is shorter than the period has one span all the same."""
+    lengths, prompts = torch.tensor([40, 40, 14]), torch.tensor([10, 10, 9])
+    starts = []
+    for step in range(60):
+        prefix = draw_prefixes(lengths, prompts, 4, 4, apart=8, seed=0, step=step)
+        starts.append(prefix[:, 0].tolist())
+        for row in prefix[:2].tolist():
+            assert row == [i if i < 40 else 0 for i in range(row[0], row[0] + 32, 8)]
+        assert prefix[2, 1:].tolist() == [0, 0, 0]
+    first, second, short = zip(*starts)
+    assert set(first) == set(second) == set(range(10, 18))
+    assert first != second
+    assert set(short) == set(range(9, 14))
+
+
+def test_an_offset_for_all_texts_of_a_rank():
+    """One a step, the same in all micro-batches, another on every rank."""
+
+    def draw(**change):
+        options = {"apart": 8, "offset_scope": "rank", "seed": 0, "step": 0, "rank": 0}
+        return draw_prefixes(LENGTHS[:1].repeat(6), PROMPTS[:1].repeat(6), 4, 4, **options | change)
+
+    offsets = [draw(step=step, rank=rank)[:, 0] - 10 for step in range(40) for rank in (0, 1)]
+    assert all(len(set(x.tolist())) == 1 for x in offsets)
+    ranks = [int(x[0]) for x in offsets[::2]], [int(x[0]) for x in offsets[1::2]]
+    assert set(ranks[0]) == set(ranks[1]) == set(range(8))
+    assert ranks[0] != ranks[1]
+    assert torch.equal(draw(micro_step=3), draw())
 
 
 def test_no_span_behind_the_first_that_reaches_the_end():
-    """A range of 9 holds two spans a period of 8 apart; rolled, they stand side by side."""
+    """In a range of 9, spans of 4 predictions a period of 2 apart; an offset is taken modulo the period."""
     lengths, prompts = torch.tensor([12]), torch.tensor([3])
-    drawn = [draw_prefixes(lengths, prompts, 4, 2, offset=offset, seed=0, step=0)[0].tolist() for offset in range(9)]
-    assert drawn == [[3, 11], [3, 4], [4, 5], [5, 6], [6, 7], [7, 8], [8, 0], [9, 0], [10, 0]]
+    options = {"apart": 2, "seed": 0, "step": 0}
+    drawn = [draw_prefixes(lengths, prompts, 4, 6, offset=offset, **options)[0].tolist() for offset in range(3)]
+    assert drawn == [[3, 5, 7, 9, 0, 0], [4, 6, 8, 0, 0, 0], [3, 5, 7, 9, 0, 0]]
 
 
 def test_without_a_prompt_spans_stand_anywhere():
@@ -151,11 +221,11 @@ def test_k_of_one_rank_and_a_fixed_offset():
     assert draws[0] != draws[1]
     assert draws[0] == [draw_k(2, 16, seed=0, step=step, rank=0) for step in range(20)]
     lengths, prompts = torch.tensor([30, 22]), torch.tensor([4, 2])
-    prefix = draw_prefixes(lengths, prompts, 3, 4, offset=1, seed=0, step=0)
+    prefix = draw_prefixes(lengths, prompts, 3, 4, apart=6, offset=1, seed=0, step=0)
     assert prefix.tolist() == [[5, 11, 17, 23], [3, 9, 15, 21]]
 
 
-@pytest.mark.parametrize("options", [{"spacing": "random"}, {}, {"offset": 2}, {"counting": "paper"}])
+@pytest.mark.parametrize("options", [{"spacing": "random"}, {"apart": 7}, {"apart": 7, "offset": 2}])
 def test_several_answers_are_drawn_from_like_one(options):
     """One answer gives the spans that it always gave; of several, all tokens are met, and none of the prompts'."""
     met = set()

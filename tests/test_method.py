@@ -83,6 +83,8 @@ def config(path, **change):
         "k_max": 4,
         "num_spans": 3,
         "span_offset": 1,
+        # As the longest text: nothing is cut, and the width of a region does not hang on what a micro-batch holds.
+        "max_length": 18,
     }
     return MTPConfig(str(path), **settings | change)
 
@@ -106,10 +108,10 @@ def answers_of(text, n):
 
 
 def prefixes_of(may, args, k):
-    """Where spans stand: a grid of period 2k, rolled around the tokens that a span may predict first."""
-    period = k + 1 if args.layout == "paper" else 2 * k
-    grid = (m * period for m in range(args.num_spans) if m * period < len(may))
-    found = sorted((args.span_offset + at) % len(may) for at in grid)
+    """Where spans stand: one for each region of N/M rows, counted through the tokens that a span may predict first."""
+    apart = args.max_length // args.num_spans - (k - 1 if args.layout == "paper" else 0)
+    first = args.span_offset % max(1, min(apart, len(may)))
+    found = [first + m * apart for m in range(args.num_spans) if first + m * apart < len(may)]
     # The first span that reaches the last of them is the text's last.
     return [sorted(may)[i] for i, before in zip(found, [-k, *found]) if before + k < len(may)]
 
@@ -138,7 +140,7 @@ def divergence(q, p):
 def definition(student, teacher, args, k):
     """The loss of one step over all texts, and how many rows were dropped behind EOS or a miss."""
     span = prefix = anchor = torch.zeros(())
-    rows = answers = dropped = 0
+    rows = answers = prefixes = dropped = 0
     for text in texts():
         ids = text["input_ids"]
         limit = args.max_length or len(ids)
@@ -151,7 +153,7 @@ def definition(student, teacher, args, k):
         for i in prefixes_of(may, args, k):
             rows += k
             end = may[i]
-            own = log_probabilities(student, ids[:i] + [MASK] * (k - 1), i if args.bidirectional else None)[i - 1 :]
+            own = log_probabilities(student, ids[:i] + [MASK] * (k - 1), i - 1 if args.bidirectional else None)[i - 1 :]
             said = own.argmax(-1).tolist()
             if args.teacher_target != "gt":
                 with torch.no_grad():
@@ -179,9 +181,11 @@ def definition(student, teacher, args, k):
         for t in answer:
             # The row before a token predicts it.
             answers += 1
-            prefix = prefix - ours[t - 1, ids[t]]
             anchor = anchor + divergence(theirs[t - 1], ours[t - 1])
-    text_loss = (args.prefix_weight * prefix + args.anchor_kl_weight * anchor) / answers
+        for t in answer if args.prefix_scope == "answer" else range(1, n):
+            prefixes += 1
+            prefix = prefix - ours[t - 1, ids[t]]
+    text_loss = args.prefix_weight * prefix / prefixes + args.anchor_kl_weight * anchor / answers
     return span / rows + text_loss, dropped
 
 
@@ -196,7 +200,12 @@ CASES = {
     },
     "data, cut off": {"teacher_target": "gt", "max_length": 10, "k_min": 3, "k_max": 3, "span_offset": 4},
     "until the first miss, both ways": {"loss_support": "until_fail", "bidirectional": True, "span_offset": 5},
-    "two spans at the end of a text, where the grid is rolled": {"span_offset": 8},
+    "regions narrower than a span": {"num_spans": 6, "span_offset": 8},
+    "prefix loss on the prompt too, anchor on the answer": {
+        "prefix_scope": "all",
+        "prefix_weight": 0.6,
+        "anchor_kl_weight": 0.3,
+    },
     "soft, both ways, padded": {"teacher_target": "soft", "bidirectional": True, "static_shape": True, "k_max": 5},
     "packed, nothing behind the text": {
         "packing": True,
@@ -254,6 +263,7 @@ def test_defaults_are_the_papers(tmp_path):
         "num_spans": None,
         "spacing": "stride",
         "span_offset": None,
+        "offset_scope": "sequence",
         "teacher_target": "hard",
         "loss_support": "all",
         "gt_warmup_steps": 0,
@@ -278,13 +288,11 @@ def test_the_papers_sequence_of_160_rows(tmp_path):
         assert plan["input_ids"].shape == (3, 160 - 5 * (k - 1))
         assert layout.position.shape == (3, 160)
         for prefix in layout.prefix.tolist():
-            room = plan["input_ids"].shape[1] - 1
-            gaps = [(b - a) % room for a, b in zip(prefix, [*prefix[1:], prefix[0]])]
-            # Spans that would stand behind the one that reaches the end are left out.
-            assert [gap for gap in gaps if gap != k + 1 and 0 not in prefix] in ([], [room - 4 * (k + 1)])
-            assert 0 not in prefix or prefix[prefix.index(0) - 1] >= plan["input_ids"].shape[1] - k
+            apart, tokens = 32 - (k - 1), plan["input_ids"].shape[1]
+            assert 1 <= prefix[0] <= apart
+            assert prefix == [i if i < tokens else 0 for i in range(prefix[0], prefix[0] + 5 * apart, apart)]
         # Every sequence has an offset of its own.
-        assert len({tuple(prefix) for prefix in layout.prefix.tolist()}) == 3
+        assert len({tuple(prefix) for prefix in layout.prefix.tolist()}) > 1
     assert plan["input_ids"].shape[1] == 85
 
 
@@ -297,6 +305,7 @@ CHANGES = [
     {"num_spans": 1},
     {"spacing": "random"},
     {"span_offset": 0},
+    {"offset_scope": "rank"},
     {"layout": "paper"},
     {"max_length": 11},
     {"response_only": False},
@@ -311,6 +320,8 @@ CHANGES = [
 ]
 # What has no effect on the loss of a step, and the test that sees the effect it has.
 ELSEWHERE = {
+    "prefix_scope": "test_a_step_is_the_definitions",
+    "pure_bf16": "test_trainer.py::test_pure_bf16_trains_and_freezes",
     "static_shape": "test_shape_only",
     "packing": "test_shape_only",
     "lora_rank": "test_adapters_as_configured",

@@ -56,10 +56,10 @@ def run(student, teacher, tokens, context, **options):
         return mtp_loss(student, teacher, tokens, context, **options)
 
 
-@pytest.mark.parametrize("make", [llama, gemma])
-def test_text_rows_equal_a_plain_causal_forward(make):
+@pytest.mark.parametrize(("make", "bidirectional"), [(llama, False), (gemma, False), (llama, True)])
+def test_text_rows_equal_a_plain_causal_forward(make, bidirectional):
     model = make()
-    tokens, context = batch()
+    tokens, context = batch(bidirectional=bidirectional)
     with torch.no_grad(), attention_context(model, context):
         states = backbone(model, context.layout.fill(tokens, MASK), context)
     for b, n in enumerate((14, 11)):
@@ -99,9 +99,9 @@ def test_k1_student_is_teacher(make):
 
 
 def both_ways(prefix, total):
-    """Additive mask [1, 1, T, T]: causal, but rows behind the prefix see all of one another."""
+    """Additive mask [1, 1, T, T]: causal, but the prefix' last row and the rows behind it see all of one another."""
     visible = torch.ones(total, total, dtype=torch.bool).tril()
-    visible[prefix:, prefix:] = True
+    visible[prefix - 1 :, prefix - 1 :] = True
     return torch.zeros(1, 1, total, total).masked_fill(~visible, float("-inf"))
 
 
@@ -162,7 +162,7 @@ def test_packed_texts_have_the_loss_of_separate_ones(make, target, bidirectional
     answer = (torch.arange(15) >= 4) & (torch.arange(15) < context.layout.lengths[:, None] - 1)
     packed, (text, rows) = pack(context.layout, tokens, answer)
     assert text.shape == (1, 25)
-    assert packed.position.shape == (1, 25 + 2 * 9)
+    assert packed.position.shape == (1, 25 + 2 * (12 if bidirectional else 9))
 
     def step(tokens, context, rows):
         options = {"target": target, "prefix_rows": rows, "eos_padding": target == "gt"}

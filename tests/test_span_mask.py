@@ -27,16 +27,16 @@ def brute_force(position, prefix_end, span_start, span_end, window, document_sta
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_rule_of_layouts(window, bidirectional):
     prefix, lengths = torch.tensor([[2, 5, 0], [1, 3, 6]]), torch.tensor([7, 8])
-    layout = build_layout(prefix, lengths, 4, num_tokens=9, mask_rows=11, bidirectional=bidirectional)
+    layout = build_layout(prefix, lengths, 4, num_tokens=9, mask_rows=13, bidirectional=bidirectional)
     got = span_mask(*layout.rule, window=window)
     for b in range(2):
         rule = [x[b].tolist() for x in layout.rule[:3]]
-        # Behind a mask of a span at prefix i with j masks stand 3 - j rows of it.
-        end = [r + 1 for r in range(20)]
-        for row, exists in zip(layout.row[b, :, 1:].tolist(), (prefix[b] > 0).tolist()):
+        # All rows of a span, the copy of its prefix' last among them, see as far as the last of them.
+        end = [r + 1 for r in range(22)]
+        for row, exists in zip(layout.row[b].tolist(), (prefix[b] > 0).tolist()):
             for r in row if bidirectional and exists else ():
                 end[r] = row[-1] + 1
-        assert torch.equal(got[b], brute_force(*rule, end, window, [0] * 20))
+        assert torch.equal(got[b], brute_force(*rule, end, window, [0] * 22))
 
 
 @pytest.mark.parametrize("window", [None, 1, 2, 4])

@@ -8,12 +8,25 @@ from mtpkern.strategies import Strategy
 
 
 def test_defaults_and_how_they_are_written() -> None:
-    assert Static(4) == Static()
-    assert ConfAdapt(k=8, threshold=0.9) == ConfAdapt()
-    assert Verified(k=12, threshold=0.6) == Verified()
+    assert Static(4) == Static(k=4)
+    assert ConfAdapt(8, 0.9) == ConfAdapt(k=8)
+    assert Verified(k=12, threshold=0.6) == Verified(12)
     assert ConfAdapt(8, 0.9) != Verified(8, 0.9)
     assert [s.verify for s in (Static(), ConfAdapt(), Verified())] == [False, False, True]
     assert all(isinstance(s, Strategy) for s in (Static(), ConfAdapt(), Verified()))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "unrecorded", "k2", "k16"),
+    [(Static(), 4, 2, 4), (ConfAdapt(threshold=0.8), 8, 2, 16), (Verified(threshold=0.8), 12, 2, 12)],
+    ids=str,
+)
+def test_a_k_that_is_left_out_is_the_models(strategy: Strategy, unrecorded: int, k2: int, k16: int) -> None:
+    """ConfAdapt decodes with all that a checkpoint was trained for; one that is given stays, trained for or not."""
+    assert [strategy.for_model(k_max).k for k_max in (None, 2, 16)] == [unrecorded, k2, k16]
+    assert {strategy.for_model(k_max).threshold for k_max in (None, 2, 16)} == {strategy.threshold}
+    given = type(strategy)(k=6)
+    assert [given.for_model(k_max) for k_max in (None, 2, 16)] == [given] * 3
 
 
 def test_strategies_are_values() -> None:
@@ -29,7 +42,7 @@ def test_any_whole_k(kind: Any, k: int) -> None:
 
 
 @pytest.mark.parametrize("kind", [Static, ConfAdapt, Verified])
-@pytest.mark.parametrize("k", [0, -1, 2.0, "4", None, True])
+@pytest.mark.parametrize("k", [0, -1, 2.0, "4", True])
 def test_k_must_be_a_whole_number_from_1(kind: Any, k: Any) -> None:
     with pytest.raises(ValueError, match=rf"{kind.__name__}: k must be a whole number .* got {k!r}"):
         kind(k=k)

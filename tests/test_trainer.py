@@ -205,7 +205,7 @@ def test_spans_of_an_earlier_answer_end_with_it(tmp_path):
     sums = []
     for rows in ([both], apart, [row]):
         plan = run.plan(MTPCollator(0)(rows), k=4, step=0, micro_step=0)
-        counts = torch.tensor([1.0, 1.0])
+        counts = torch.ones(3)
         with torch.no_grad(), run._span_attention(run.model, plan) as ready:
             loss = run.compute_loss(run.model, run._prepare_inputs(ready), num_items_in_batch=counts)
         sums.append((int(plan["layout"].valid[..., 0].sum()), int(plan["prefix_rows"].sum()), float(loss)))
@@ -312,6 +312,37 @@ def test_anchor_and_support_reach_the_loss(tmp_path):
         MTPTrainer(model=llama(), args=args, mask_token_id=MASK)
 
 
+def test_pure_bf16_trains_and_freezes(tmp_path):
+    """Asked for by name, with a warning: at 1e-5 hardly a weight moves; at a high rate it learns, resumed exactly."""
+
+    def run(name, lr, resume=None, **change):
+        change = {"weight_decay": 0.1, "learning_rate": lr, **change}
+        made = trainer(tmp_path / name, llama().to(torch.bfloat16 if "pure_bf16" in change else None), **change)
+        before = copy.deepcopy(made.model.state_dict())
+        made.train(resume_from_checkpoint=resume)
+        after = made.model.state_dict()
+        same = {key: (after[key] == before[key]).float().mean().item() for key in after if "mlp" in key}
+        return made, after, max(same.values()), min(same.values())
+
+    with pytest.warns(UserWarning, match="at 1e-5 .* never moved.*; learning_rate here is 1e-05"):
+        made, _, _, still = run("frozen", 1e-5, pure_bf16=True)
+    assert made.model.dtype == torch.bfloat16
+    assert still > 0.9
+    _, _, still, _ = run("float", 1e-5)
+    assert still < 0.1
+
+    with pytest.warns(UserWarning, match=r"learning_rate here is 0\.01"):
+        made, whole, still, _ = run("whole", 1e-2, pure_bf16=True)
+    with pytest.warns(UserWarning, match="pure_bf16"):
+        _, rest, _, _ = run("rest", 1e-2, str(tmp_path / "whole" / "checkpoint-2"), pure_bf16=True)
+    assert still < 0.5
+    assert all(torch.equal(whole[key], rest[key]) for key in whole)
+    losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    with pytest.warns(UserWarning, match="pure_bf16"), pytest.raises(ValueError, match=r"dtype=torch\.bfloat16"):
+        trainer(tmp_path, pure_bf16=True)
+
+
 def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="needs teacher"):
         MTPTrainer(model=llama(), args=config(tmp_path), mask_token_id=MASK)
@@ -327,6 +358,14 @@ def test_refusals(tmp_path):
         ({"spacing": "dense"}, "spacing"),
         ({"layout": "paper"}, "max_length"),
         ({"k_scope": "world"}, "k_scope"),
+        ({"offset_scope": "world"}, "offset_scope"),
+        ({"offset_scope": "rank"}, "spacing='stride'"),
+        ({"offset_scope": "rank", "spacing": "stride", "span_offset": 0}, "no span_offset"),
+        ({"prefix_scope": "some"}, "prefix_scope"),
+        ({"prefix_scope": "all"}, "prefix_weight"),
+        ({"pure_bf16": True, "bf16": True}, "leave out bf16, or"),
+        ({"pure_bf16": True, "lora_rank": 2}, "leave out lora_rank, or"),
+        ({"pure_bf16": True, "student_dtype": "float16"}, "leave out student_dtype float16, or"),
         ({"num_spans": 0}, "num_spans"),
         ({"span_offset": 3}, "spacing='stride'"),
         ({"gt_warmup_steps": -1}, "gt_warmup_steps"),

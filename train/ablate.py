@@ -26,7 +26,7 @@ from mtpkern.model import add_mask_token
 from mtpkern.strategies import ConfAdapt, Static, Strategy, Verified
 from mtpkern.train.arithmetic import problems, prompt
 from mtpkern.train.checkpoint import K_MAX, NUM_SPANS, examples
-from mtpkern.train.evaluate import HeldOut
+from mtpkern.train.evaluate import HeldOut, figures
 from mtpkern.train.resume import newest_checkpoint
 from mtpkern.train.trainer import MTPCollator, MTPConfig, MTPTrainer
 
@@ -45,6 +45,9 @@ def variants(steps: int) -> dict[str, dict[str, Any]]:
         "half the spans": {"num_spans": NUM_SPANS // 2},
         "twice the spans": {"num_spans": NUM_SPANS * 2},
         "the paper's stride": {"num_spans": None, "spacing": "stride"},
+        # A region for each of as many spans; what falls on the prompt is none, so that 5.4 of 12 are left of a problem.
+        "stride": {"spacing": "stride"},
+        "as many as the stride, at random": {"num_spans": 5},
         "warm-up, anchor, first failure": {
             "gt_warmup_steps": steps * 3 // 4,
             "anchor_kl_weight": 0.5,
@@ -77,7 +80,7 @@ def run_variant(change: dict[str, Any], seed: int, work: Path, args: argparse.Na
         "warmup_steps": min(100, args.steps // 10),
         "lr_scheduler_kwargs": {"num_decay_steps": int(0.4 * args.steps), "decay_type": "linear"},
         "adam_beta2": 0.98,
-        "bf16": True,
+        "bf16": not args.float32,
         "use_cpu": not torch.cuda.is_available(),
         "seed": seed,
         "logging_steps": 25,
@@ -103,8 +106,12 @@ def run_variant(change: dict[str, Any], seed: int, work: Path, args: argparse.Na
     texts, answers = [prompt(p) for p in held_out], [str(p.result) for p in held_out]
     for name, strategy in STRATEGIES.items():
         counts = HeldOut(texts, answers, tokenizer, strategy=strategy, max_new_tokens=100).count(model)
-        n, right, tokens, passes = counts.tolist()
-        result |= {f"{name}: right": right / n, f"{name}: tokens per pass": tokens / passes}
+        found = figures(counts)
+        result |= {
+            f"{name}: right": found["accuracy"],
+            f"{name}: tokens per pass": found["tokens_per_pass"],
+            f"{name}: effective k": found["effective_k"],
+        }
     work.mkdir(parents=True, exist_ok=True)
     done.write_text(json.dumps(result))
     return result
@@ -112,7 +119,9 @@ def run_variant(change: dict[str, Any], seed: int, work: Path, args: argparse.Na
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
     """Mean over the seeds, with the smallest and the largest where there are several, a row for each variant."""
-    columns = [name for name in next(iter(results.values()))[0] if name != "k = 1: tokens per pass"]
+    # One token a pass is one token a pass.
+    left_out = {"k = 1: tokens per pass", "k = 1: effective k"}
+    columns = [name for name in next(iter(results.values()))[0] if name not in left_out]
     lines = ["| variant | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     for variant, runs in results.items():
         cells = []
@@ -134,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", help="these variants, by name")
     parser.add_argument("--batch", type=int, default=32, help="problems a step")
     parser.add_argument("--problems", type=int, default=400, help="held-out problems")
+    parser.add_argument("--float32", action="store_true", help="not bf16, which some CPUs compute a hundredfold slower")
     args = parser.parse_args(argv)
     chosen = variants(args.steps)
     unknown = sorted(set(args.only or []) - set(chosen))

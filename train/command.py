@@ -337,7 +337,7 @@ def train(model_arguments: ModelArguments, data: DataArguments, config: MTPConfi
     model, tokenizer = load_student(name, getattr(torch, config.student_dtype))
     teacher = None
     if config.needs_teacher and not config.lora_rank:
-        computed = "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32"
+        computed = "bfloat16" if config.bf16 or config.pure_bf16 else "float16" if config.fp16 else "float32"
         dtype = getattr(torch, config.teacher_dtype or computed)
         teacher = load_teacher(model_arguments.teacher or name, name, tokenizer, dtype)
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -62,7 +62,7 @@ class DataArguments:
     """Where the data lies and how it is read."""
 
     train_data: list[str] = field(
-        metadata={"help": "Files (.jsonl, .json, .parquet), or a folder or hub id for datasets.load_dataset."}
+        metadata={"help": "Files (.jsonl, .json, .parquet), folders or hub ids for datasets.load_dataset, one or more."}
     )
     train_split: str = field(default="train", metadata={"help": "Split of a hub id."})
     subset: str | None = field(default=None, metadata={"help": "Configuration of a hub id, such as 'main'."})
@@ -167,29 +167,31 @@ class Report:
 def read_rows(
     source: Sequence[str], *, split: str = "train", subset: str | None = None, streaming: bool = False
 ) -> Iterator[Located]:
-    """Rows with the places where they stand: of local files in turn, or of a folder or hub id through `datasets`.
+    """Rows with the places where they stand: of each source in turn, folders and hub ids through `datasets`.
 
-    Raises FileNotFoundError for a file that is not there, ValueError for a mixture of files and ids, a file of another
-    kind, a .json file that is no list and a .parquet file that is none.
+    Raises FileNotFoundError for a file that is not there, ValueError for a file of another kind, a .json file that is
+    no list and a .parquet file that is none.
 
         where, row = next(read_rows(["problems.jsonl"]))  # "problems.jsonl, line 1", {"question": ..., "answer": ...}
     """
-    if len(source) == 1 and Path(source[0]).suffix not in _READERS:
-        if Path(source[0]).is_file():
-            raise ValueError(f"{source[0]}: a data file must be one of {', '.join(_READERS)}, by its name")
-        require_found(source[0])
-        from datasets import load_dataset
-
-        rows = load_dataset(source[0], subset, split=split, streaming=streaming)
-        yield from ((f"{source[0]}, row {number}", _without_nulls(row)) for number, row in enumerate(rows, 1))
-        return
     for name in source:
         path = Path(name)
-        if path.suffix not in _READERS:
-            raise ValueError(f"data must be files ({', '.join(_READERS)}) or one folder or hub id; got {list(source)}")
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: there is no such file")
-        yield from _READERS[path.suffix](path)
+        if path.suffix in _READERS:
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: there is no such file")
+            yield from _READERS[path.suffix](path)
+        elif path.is_file():
+            raise ValueError(f"{name}: a data file must be one of {', '.join(_READERS)}, by its name")
+        else:
+            yield from _read_dataset(name, split, subset, streaming)
+
+
+def _read_dataset(name: str, split: str, subset: str | None, streaming: bool) -> Iterator[Located]:
+    require_found(name)
+    from datasets import load_dataset
+
+    rows = load_dataset(name, subset, split=split, streaming=streaming)
+    yield from ((f"{name}, row {number}", _without_nulls(row)) for number, row in enumerate(rows, 1))
 
 
 def require_found(name: str) -> None:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mtpkern.compare import pad
-from mtpkern.generation import MTPGenerateOutput, default_strategy, generate
+from mtpkern.compare import pad, sample_k
+from mtpkern.generation import MTPGenerateOutput, generate, strategy_for
 from mtpkern.strategies import Strategy
 
 
@@ -63,7 +63,7 @@ class HeldOut:
     Raises ValueError for lists that are empty or do not match.
 
         held_out = HeldOut(["Question: 2 + 2?\\nAnswer:"], ["4"], tokenizer)
-        MTPTrainer(..., held_out=held_out)  # logs eval_accuracy and eval_tokens_per_pass
+        MTPTrainer(..., held_out=held_out)  # logs eval_accuracy, eval_tokens_per_pass and eval_effective_k
     """
 
     prompts: Sequence[str | list[int]]
@@ -81,9 +81,12 @@ class HeldOut:
             )
 
     def count(self, model: PreTrainedModel, rank: int = 0, ranks: int = 1) -> Tensor:
-        """Decode every prompt of this rank: [problems, right answers, tokens emitted, passes], float64 on the CPU."""
+        """Decode every prompt of this rank: sums that `figures` takes, over all ranks, float64 on the CPU.
+
+        They are [problems, right answers, tokens emitted, passes, mean k of each problem, its square].
+        """
         mine = list(zip(self.prompts, self.answers))[rank::ranks]
-        sums = torch.zeros(4, dtype=torch.float64)
+        sums = torch.zeros(6, dtype=torch.float64)
         with _as_loaded(model), torch.no_grad():
             for i in range(0, len(mine), self.batch_size):
                 sums += self._count_batch(model, mine[i : i + self.batch_size])
@@ -92,7 +95,7 @@ class HeldOut:
     def _count_batch(self, model: PreTrainedModel, batch: list[tuple[str | list[int], str]]) -> Tensor:
         ids = [self.tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt for prompt, _ in batch]
         inputs = pad(ids, model.device)
-        strategy = self.strategy or default_strategy(model)
+        strategy = strategy_for(model, self.strategy)
         output = generate(
             model,
             inputs["input_ids"],
@@ -111,7 +114,25 @@ class HeldOut:
             self.is_right(self.tokenizer.decode(row[:n], skip_special_tokens=True), answer)
             for row, n, (_, answer) in zip(new, emitted, batch)
         )
-        return torch.tensor([len(batch), right, sum(emitted), sum(map(len, output.blocks))], dtype=torch.float64)
+        passes, ks = sum(map(len, output.blocks)), [sample_k(blocks) for blocks in output.blocks]
+        sums = [len(batch), right, sum(emitted), passes, sum(ks), sum(k * k for k in ks)]
+        return torch.tensor(sums, dtype=torch.float64)
+
+
+def figures(sums: Tensor) -> dict[str, float]:
+    """What the sums of `HeldOut.count` say: accuracy, and tokens per pass in both ways (mtpkern.compare.sample_k).
+
+    figures(torch.tensor([2, 1, 16, 6, 4 + 2, 16 + 4]))["effective_k"]  # 3.0, and 16 / 6 tokens per pass
+    """
+    n, right, tokens, passes, k, square = sums.tolist()
+    # Rounding may leave less than nothing.
+    variance = max(0.0, square - k * k / n) / max(1.0, n - 1)
+    return {
+        "accuracy": right / n,
+        "tokens_per_pass": tokens / passes,
+        "effective_k": k / n,
+        "effective_k_deviation": variance**0.5,
+    }
 
 
 def curves(history: Sequence[dict[str, Any]]) -> dict[int, list[float]]:
@@ -130,7 +151,10 @@ def curves(history: Sequence[dict[str, Any]]) -> dict[int, list[float]]:
     return found
 
 
-_COLUMNS = ("eval_loss", "eval_agreement", "eval_agreeing_prefix", "eval_accuracy", "eval_tokens_per_pass")
+_COLUMNS = (
+    *("eval_loss", "eval_agreement", "eval_agreeing_prefix", "eval_accuracy"),
+    *("eval_tokens_per_pass", "eval_effective_k", "eval_effective_k_deviation"),
+)
 
 
 def summarise(history: Sequence[dict[str, Any]], folder: str | Path) -> str:

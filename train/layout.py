@@ -9,8 +9,16 @@ prefix' last row and at K-1 mask rows, which repeat the positions i .. i+K-2 of 
     mask j of span at i     i + j       i            the span's first row
     padding                 0           0            its own index + 1
 
-A span may reach past the last token (EOS): it is padded out with EOS. With stride spacing the first span that reaches
-the last token is the last of its sample; random prefixes are problems of their own, so each of them may reach it.
+Where a span is bidirectional, its prefix' last row sees its masks too. That row is laid out once more, at the head of
+the span, and makes the span's first prediction; the token's own row sees tokens only, as everywhere:
+
+    copy of token i - 1     i - 1       i - 1        its own index
+    mask j of span at i     i + j       i - 1        the copy's index
+
+With stride spacing a sequence of N rows falls into M regions of N/M rows, whatever k is: each holds the k-1 masks of
+one span, so that N/M - (k-1) tokens lie between spans. A span may reach past the last token (EOS): it is padded out
+with EOS. The first span of a stride that reaches the last token is the last of its sample; random prefixes are problems
+of their own, so each of them may reach it.
 
 Source   arXiv 2602.06019, section on training and the figures of the mask-replicated layout
 """
@@ -28,14 +36,18 @@ from mtpkern.kernels.span_mask import draw_mask
 
 Spacing = Literal["stride", "random"]
 Counting = Literal["tokens", "paper"]
+OffsetScope = Literal["sequence", "rank"]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The rows of a batch of B sequences of N tokens with M spans of K predictions; T = N + mask rows.
+    """The rows of a batch of B sequences of N tokens with M spans of K predictions; T = N + span rows.
+
+    A span has K - 1 rows of masks behind the tokens; a bidirectional one begins with a copy of its prefix' last row.
 
     position, prefix_end, span_start   [B, T] int32, see mtpkern.kernels.span_mask
     span_end                           [B, T] int32 where the rows of a span see one another in both directions
+    bidirectional                      whether spans begin with such a copy, which stays where span_end is left out
     row                                [B, M, K] int64: the row that makes prediction j of span m
     prefix                             [B, M] int64: tokens before each span, 0 where there is no span
     end                                [B, M] int64: the index behind the last token, EOS, of each span's text
@@ -50,6 +62,7 @@ class Layout:
     end: Tensor
     lengths: Tensor
     span_end: Tensor | None = None
+    bidirectional: bool = False
 
     @property
     def rule(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -63,8 +76,9 @@ class Layout:
 
     def to(self, device: torch.device | str) -> Layout:
         """The same layout on a device."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: send(x, device) for n, x in tensors.items() if x is not None})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {n: send(x, device) for n, x in values.items() if isinstance(x, Tensor)}
+        return replace(self, **moved)
 
     def causal(self) -> Layout:
         """The same layout, of which every row sees its span up to itself: what a next-token model reads."""
@@ -73,12 +87,16 @@ class Layout:
     def fill(self, tokens: Tensor, masks: Tensor | int) -> Tensor:
         """Input ids [B, T]: `tokens` [B, N], then in the mask rows one id, or `masks` [B, M, K-1]."""
         batch, total = self.position.shape
-        extra = total - tokens.shape[1]
-        ids = tokens.new_zeros(batch, extra)
+        _, spans, k = self.row.shape
+        ids = tokens.new_zeros(batch, total - tokens.shape[1])
         if isinstance(masks, int):
             ids.fill_(masks)
-        else:
-            ids[:, : masks[0].numel()] = masks.flatten(1)
+        width = k - 1 + self.bidirectional
+        rows = ids[:, : spans * width].view(batch, spans, width)
+        if self.bidirectional:
+            rows[..., 0] = tokens.gather(1, (self.prefix - 1).clamp(min=0))
+        if not isinstance(masks, int):
+            rows[..., width - k + 1 :] = masks
         return torch.cat([tokens, ids], dim=1)
 
 
@@ -107,44 +125,54 @@ def build_layout(
     k              predictions of a span, at least 1
     num_tokens     N, the padded number of tokens
     end            [B, M] index behind the last token of each span's text; the sequence's length where None
-    mask_rows      reserved for masks, M * (k - 1) unless given: with M * (k_max - 1) the shape does not depend on k
-    bidirectional  the masks of a span see one another in both directions; each sees its prefix as ever
+    mask_rows      reserved for spans, M * (k - 1) unless given: with M * (k_max - 1) the shape does not depend on k
+    bidirectional  the masks of a span and its prefix' last row see one another in both directions; one row a span more
 
     Raises ValueError for impossible sizes. Source: arXiv 2602.06019, the figures of the layout.
 
         build_layout(torch.tensor([[4, 8, 12]]), torch.tensor([12]), 3, num_tokens=12).position.shape  # [1, 18]
     """
     spans = prefix.shape[1]
-    used = spans * (k - 1)
+    # Rows of a span behind the tokens: its masks, and where they are seen from it a copy of its prefix' last row.
+    copies = int(bidirectional)
+    width = k - 1 + copies
+    used = spans * width
     mask_rows = used if mask_rows is None else mask_rows
     if k < 1 or mask_rows < used:
-        raise ValueError(f"k must be at least 1 and mask_rows at least M * (k - 1) = {used}; got {k} and {mask_rows}")
+        per_span = "k" if bidirectional else "(k - 1)"
+        raise ValueError(
+            f"k must be at least 1 and mask_rows at least M * {per_span} = {used}; got {k} and {mask_rows}"
+        )
     if int(lengths.max()) > num_tokens:
         raise ValueError(f"num_tokens must be at least the longest length {int(lengths.max())}; got {num_tokens}")
     exists = (prefix > 0).unsqueeze(-1)
-    step = torch.arange(k)
-    # Predictions of a span: its prefix' last row, then its masks.
-    first = num_tokens + torch.arange(spans) * (k - 1)
-    row = torch.cat([(prefix - 1).clamp(min=0).unsqueeze(-1), _expand(first[:, None] + step[:-1], prefix)], dim=-1)
+    step = torch.arange(width)
+    first = num_tokens + torch.arange(spans) * width
+    # Predictions of a span: its prefix' last row, or the copy of it, then its masks.
+    row = _expand(first[:, None] + step, prefix)
+    if not bidirectional:
+        row = torch.cat([(prefix - 1).clamp(min=0).unsqueeze(-1), row], dim=-1)
 
     token = torch.arange(num_tokens).expand(len(prefix), -1)
     real = token < lengths[:, None]
-    mask_position = (prefix.unsqueeze(-1) + step[:-1]).masked_fill(~exists, 0)
-    mask_end = prefix.unsqueeze(-1).expand_as(mask_position)
+    seen = prefix.unsqueeze(-1) - copies
+    mask_position = (seen + step).masked_fill(~exists, 0)
+    mask_end = seen.masked_fill(~exists, 0).expand_as(mask_position)
     own = first[:, None].expand_as(mask_position)
-    own = torch.where(exists, own, row[..., 1:] + 1)
+    own = torch.where(exists, own, row[..., k - width :] + 1)
     spare = torch.zeros(len(prefix), mask_rows - used, dtype=torch.int64)
     spare_row = num_tokens + used + torch.arange(mask_rows - used).expand_as(spare)
     span_start = torch.cat([token + 1, own.flatten(1), spare_row + 1], dim=1).int()
     span_end = None
     if bidirectional:
-        stop = torch.where(exists, first[:, None] + k - 1, own)
+        stop = torch.where(exists, first[:, None] + width, own)
         span_end = torch.cat([token + 1, stop.flatten(1), spare_row + 1], dim=1).int()
     return Layout(
         position=torch.cat([token * real, mask_position.flatten(1), spare], dim=1).int(),
         prefix_end=torch.cat([(token + 1) * real, mask_end.flatten(1), spare], dim=1).int(),
         span_start=span_start,
         span_end=span_end,
+        bidirectional=bidirectional,
         row=row,
         prefix=prefix,
         # Where there is no span too, `end - 1` is an index.
@@ -166,7 +194,8 @@ def pack(layout: Layout, *texts: Tensor) -> tuple[Layout, list[Tensor]]:
     """
     lengths, N = layout.lengths, texts[0].shape[1]
     batch, spans, k = layout.row.shape
-    used = spans * (k - 1)
+    width = k - 1 + layout.bidirectional
+    used = spans * width
     first = (lengths.cumsum(0) - lengths)[:, None]
     total = int(lengths.sum())
     # How far the masks of each sequence move.
@@ -178,12 +207,13 @@ def pack(layout: Layout, *texts: Tensor) -> tuple[Layout, list[Tensor]]:
         return torch.cat([tokens[real], masks.flatten()])[None].to(x.dtype)
 
     exists = layout.prefix > 0
-    row = torch.cat([layout.row[..., :1] + first[..., None], layout.row[..., 1:] + shift[..., None]], dim=-1)
+    row = layout.row + torch.where(layout.row < N, first[..., None], shift[..., None])
     packed = Layout(
         position=join(layout.position, 0, 0),
-        prefix_end=join(layout.prefix_end, first, first * exists.repeat_interleave(k - 1, dim=1)),
+        prefix_end=join(layout.prefix_end, first, first * exists.repeat_interleave(width, dim=1)),
         span_start=join(layout.span_start, first, shift),
         span_end=None if layout.span_end is None else join(layout.span_end, first, shift),
+        bidirectional=layout.bidirectional,
         row=row.flatten(0, 1)[None],
         prefix=((layout.prefix + first) * exists).flatten()[None],
         end=(layout.end + first).flatten()[None],
@@ -198,16 +228,30 @@ def _expand(x: Tensor, like: Tensor) -> Tensor:
     return x.expand(like.shape[0], *x.shape)
 
 
-def stride_prefixes(num_spans: int, k: int, *, offset: int = 0, counting: Counting = "tokens") -> list[int]:
-    """Prefix lengths of spans a period of 2k apart, the first behind k + 1 + offset tokens.
+def tokens_apart(num_rows: int, num_spans: int, k: int, *, counting: Counting = "tokens") -> int:
+    """Tokens between neighbouring spans of a stride: M regions share N rows evenly, whatever k is; at least 1.
 
-    With counting "paper" a period counts the span's k-1 masks too, so that k+1 tokens lie between prefixes.
+    num_rows   N of the sequence, padding included: its tokens, or with counting "paper" the spans' masks too, so that
+               N/M - (k-1) tokens are left of a region
 
-        stride_prefixes(3, 3, counting="paper")             # [4, 8, 12]: 18 rows, of which 12 are tokens
-        stride_prefixes(3, 3, offset=-2, counting="paper")  # [2, 6, 10]
+        tokens_apart(160, 5, 16, counting="paper")  # 17
     """
-    period = k + 1 if counting == "paper" else 2 * k
-    return [k + 1 + offset + m * period for m in range(num_spans)]
+    return max(1, num_rows // num_spans - (k - 1 if counting == "paper" else 0))
+
+
+def stride_prefixes(
+    num_rows: int, num_spans: int, k: int, *, offset: int = 0, counting: Counting = "paper"
+) -> list[int]:
+    """Prefix lengths of one span a region: with offset 0 each stands behind all the tokens of its region.
+
+    num_rows, counting   as `tokens_apart` takes them
+    offset               in tokens, from 1 - tokens_apart(...) to 0
+
+        stride_prefixes(18, 3, 3)             # [4, 8, 12]: 18 rows, of which 12 are tokens
+        stride_prefixes(18, 3, 3, offset=-2)  # [2, 6, 10]
+    """
+    apart = tokens_apart(num_rows, num_spans, k, counting=counting)
+    return [(m + 1) * apart + offset for m in range(num_spans)]
 
 
 def _generator(*parts: int) -> torch.Generator:
@@ -237,8 +281,9 @@ def draw_prefixes(
     num_spans: int,
     *,
     spacing: Spacing = "stride",
+    apart: int = 1,
     offset: int | None = None,
-    counting: Counting = "tokens",
+    offset_scope: OffsetScope = "sequence",
     seed: int,
     step: int,
     micro_step: int = 0,
@@ -248,25 +293,34 @@ def draw_prefixes(
 
     lengths, prompt_lengths   [B] tokens, EOS included; a prefix lies in [prompt_length, length - 1], at least 1: at
                               least one token is left to predict
-    spacing                   "stride": a grid of period 2k (k+1 tokens with counting "paper") at a random offset,
-                              rolled around the range, and no span behind the first that reaches the last token;
-                              "random": positions drawn without replacement
-    offset                    of the first span of a stride, in tokens behind the range's start; drawn where None
+    spacing                   "stride": a grid at a random offset, and no span behind the first that reaches the last
+                              token; "random": positions drawn without replacement
+    apart                     tokens between the spans of a stride (`tokens_apart`)
+    offset                    of the first span of a stride, in tokens behind the range's start, modulo the grid's
+                              period; drawn where None, so that every place is as likely as any other
+    offset_scope              who shares a drawn offset: a "sequence" has its own, or all sequences of a "rank" in all
+                              micro-batches of a step have one
 
     A pure function of its arguments. Raises ValueError for an unknown spacing. Source: arXiv 2602.06019.
     """
     if spacing not in ("stride", "random"):
         raise ValueError(f"spacing must be 'stride' or 'random'; got {spacing!r}")
-    generator = _generator(seed, step, micro_step, rank, 1)
+    together = offset_scope == "rank" and spacing == "stride"
+    generator = _generator(seed, step, 0 if together else micro_step, rank, 1)
     low = prompt_lengths.clamp(min=1)
     room = (lengths - low).clamp(min=0)
     span = torch.arange(num_spans)
     if spacing == "stride":
-        period = k + 1 if counting == "paper" else 2 * k
-        first = (torch.rand(len(lengths), generator=generator) * room).long()
-        first = first if offset is None else torch.full_like(room, offset)
-        prefix = low[:, None] + (first[:, None] + span * period) % room.clamp(min=1)[:, None]
-        exists = span * period < room[:, None]
+        # A range that is shorter than the period has one span all the same.
+        period = room.clamp(min=1, max=apart)
+        if offset is not None:
+            first = torch.full_like(room, offset) % period
+        elif together:
+            first = torch.randint(apart, (), generator=generator) % period
+        else:
+            first = (torch.rand(len(lengths), generator=generator) * period).long()
+        prefix = (low + first)[:, None] + span * apart
+        exists = prefix < lengths[:, None]
     else:
         width = int(room.max()) if len(room) else 0
         key = torch.rand(len(lengths), width, generator=generator)
@@ -280,7 +334,7 @@ def draw_prefixes(
     prefix = prefix.masked_fill(~exists, end).sort(dim=1).values
     missing = prefix == end
     if spacing == "stride":
-        # Where the grid closes on itself, two spans stand nearer to each other than a period.
+        # Regions may be narrower than k.
         missing[:, 1:] |= prefix[:, :-1] >= lengths[:, None] - k
     return prefix.masked_fill(missing, 0)
 
@@ -322,15 +376,10 @@ def draw_within(among: Tensor, k: int, num_spans: int, **options: Any) -> Tensor
 
 def main() -> None:
     """Draw the four examples of the paper's figures."""
-    examples = (
-        ("18 rows, k = 3, three spans, offset 0", stride_prefixes(3, 3, counting="paper"), 3, 12),
-        ("18 rows, k = 3, three spans, offset -2", stride_prefixes(3, 3, offset=-2, counting="paper"), 3, 12),
-        ("12 rows, k = 3, a prefix of 4", [4], 3, 10),
-        ("12 rows, k = 5, a prefix of 2", [2], 5, 8),
-    )
-    for title, prefixes, k, num_tokens in examples:
-        lengths = torch.tensor([num_tokens])
-        layout = build_layout(torch.tensor([prefixes]), lengths, k, num_tokens=num_tokens)
+    for rows, spans, k, offset in ((18, 3, 3, 0), (18, 3, 3, -2), (12, 2, 3, 0), (12, 2, 5, 0)):
+        prefixes, num_tokens = stride_prefixes(rows, spans, k, offset=offset), rows - spans * (k - 1)
+        layout = build_layout(torch.tensor([prefixes]), torch.tensor([num_tokens]), k, num_tokens=num_tokens)
+        title = f"{rows} rows, k = {k}, {spans} regions of {rows // spans} rows, offset {offset}"
         print(title, draw_mask(layout.position[0], layout.prefix_end[0], layout.span_start[0]), sep="\n", end="\n\n")
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from mtpkern.train.extra import DynamoBackend, PeftModel, TorchDynamoPlugin, fsdp2_prepare_model  # isort: split
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
@@ -32,8 +33,18 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from mtpkern.attention import attention_context
 from mtpkern.model import record_settings, resolve_mask_token
 from mtpkern.train.compilation import CUDA_GRAPH_MODES, CompiledLayers
-from mtpkern.train.evaluate import HeldOut, summarise
-from mtpkern.train.layout import Layout, answer_ends, build_layout, draw_k, draw_within, pack, send
+from mtpkern.train.evaluate import HeldOut, figures, summarise
+from mtpkern.train.layout import (
+    Counting,
+    Layout,
+    answer_ends,
+    build_layout,
+    draw_k,
+    draw_within,
+    pack,
+    send,
+    tokens_apart,
+)
 from mtpkern.train.lora import add_lora, merged, plain_model
 from mtpkern.train.objective import MTPLoss, SpanContext, forward_as, mtp_loss
 from mtpkern.train.resume import Endless, mark_complete, newest_checkpoint, remove_checkpoint, require_whole, rotate
@@ -67,10 +78,10 @@ class MTPConfig(TrainingArguments):
     """TrainingArguments and what multi-token prediction adds.
 
     Defaults of the method are the paper's but for two that suit other data: its sequences count masks into their
-    length (layout="paper") and its spans may stand in the prompt (response_only=False). Its optimizer settings stand
-    in the shipped configurations. A constant k ("static k" in the paper's ablation) is k_min = k_max. The loss is the
-    mean over all planned span rows of a step: a row that is dropped (behind an EOS, or behind a miss under
-    "until_fail") adds nothing, but counts.
+    length (layout="paper") and its spans may stand in the prompt (response_only=False). What its authors' own runs add
+    to its text (k and offset for each rank) stands in the shipped configurations, as the optimizer's settings do. A
+    constant k ("static k" in the paper's ablation) is k_min = k_max. The loss is the mean over all planned span rows of
+    a step: a row that is dropped (behind an EOS, or behind a miss under "until_fail") adds nothing, but counts.
 
     Raises ValueError, with the remedy, for values that contradict one another and for what nobody has tested:
     DeepSpeed, tensor and context parallelism, FSDP1.
@@ -85,9 +96,17 @@ class MTPConfig(TrainingArguments):
         default=None,
         metadata={"help": "Spans a sequence; unless given the paper's N // (2 * k_max), N // k_max where 'random'."},
     )
-    spacing: str = field(default="stride", metadata={"help": "'stride' of 2k at an offset, or 'random'."})
+    spacing: str = field(
+        default="stride", metadata={"help": "'stride' (a span in every N / num_spans rows, at an offset), or 'random'."}
+    )
     span_offset: int | None = field(
         default=None, metadata={"help": "Offset in tokens of the first span of a stride; drawn anew unless given."}
+    )
+    offset_scope: str = field(
+        default="sequence",
+        metadata={
+            "help": "Who shares a drawn offset: a 'sequence' has its own, or all of a 'rank' in a step have one."
+        },
     )
     layout: str = field(
         default="default", metadata={"help": "max_length counts the text's tokens, or with 'paper' the masks too."}
@@ -106,7 +125,12 @@ class MTPConfig(TrainingArguments):
     loss_support: str = field(
         default="all", metadata={"help": "'all' rows of a span, or 'until_fail': to the first that misses its target."}
     )
-    prefix_weight: float = field(default=0.0, metadata={"help": "Weight of a next-token loss on the answer's rows."})
+    prefix_weight: float = field(
+        default=0.0, metadata={"help": "Weight of a next-token loss on the data's tokens, in the rows of prefix_scope."}
+    )
+    prefix_scope: str = field(
+        default="answer", metadata={"help": "Tokens of the next-token loss: the 'answer', or 'all', the prompt's too."}
+    )
     anchor_kl_weight: float = field(
         default=0.0,
         metadata={"help": "Weight of the teacher's KL on the answer's rows; keeps plain decoding as it was."},
@@ -126,6 +150,12 @@ class MTPConfig(TrainingArguments):
     )
     student_dtype: str = field(
         default="float32", metadata={"help": "Of the loaded student; bfloat16 only for weights that LoRA freezes."}
+    )
+    pure_bf16: bool = field(
+        default=False,
+        metadata={
+            "help": "Train bfloat16 weights without float32 ones beside them: at a low rate most of them freeze."
+        },
     )
     teacher_dtype: str | None = field(default=None, metadata={"help": "The teacher is cast to it; as loaded if None."})
     save_dtype: str = field(default="float32", metadata={"help": "Of the final checkpoint that save_model writes."})
@@ -179,6 +209,8 @@ class MTPConfig(TrainingArguments):
             ("spacing", ("stride", "random")),
             ("layout", ("default", "paper")),
             ("k_scope", ("step", "rank")),
+            ("offset_scope", ("sequence", "rank")),
+            ("prefix_scope", ("answer", "all")),
             ("student_dtype", DTYPES),
             ("teacher_dtype", (None, *DTYPES)),
             ("save_dtype", DTYPES),
@@ -192,6 +224,10 @@ class MTPConfig(TrainingArguments):
             raise ValueError(f"num_spans must be at least 1, or None for a number by max_length; got {self.num_spans}")
         if self.span_offset is not None and (self.span_offset < 0 or self.spacing != "stride"):
             raise ValueError(f"span_offset must be at least 0 and needs spacing='stride'; got {self.span_offset}")
+        if self.offset_scope != "sequence" and (self.span_offset is not None or self.spacing != "stride"):
+            raise ValueError("offset_scope is of drawn offsets: it needs spacing='stride' and no span_offset")
+        if self.prefix_scope != "answer" and not self.prefix_weight:
+            raise ValueError("prefix_scope is of the prefix loss; give prefix_weight, or leave prefix_scope out")
         self._require_room()
         for name, unset in (("lora_alpha", None), ("lora_targets", "all-linear")):
             if not self.lora_rank and getattr(self, name) != unset:
@@ -201,10 +237,12 @@ class MTPConfig(TrainingArguments):
                 "teacher_dtype is of a second model; with LoRA the teacher is the student without its adapters, and "
                 "teacher_target 'gt' without an anchor needs none: leave teacher_dtype out"
             )
-        if self.lora_rank == 0 and self.student_dtype != "float32":
+        if self.pure_bf16:
+            self._accept_pure_bf16()
+        elif self.lora_rank == 0 and self.student_dtype != "float32":
             raise ValueError(
                 f"student_dtype {self.student_dtype!r} needs lora_rank > 0: trained weights are float32; set bf16=True "
-                "to compute in bfloat16"
+                "to compute in bfloat16, or pure_bf16=True to train bfloat16 weights all the same"
             )
         if self.packing and self.static_shape:
             raise ValueError("packing leaves out all padding, static_shape adds it; set one of them")
@@ -246,6 +284,23 @@ class MTPConfig(TrainingArguments):
                 f"max_length must be at least {least}, for two tokens{counted}; got {self.max_length}: raise it"
                 + (", or lower num_spans or k_max" if counted else "")
             )
+
+    def _accept_pure_bf16(self) -> None:
+        """The student is bfloat16, its trained weights too; say what that costs. ValueError with other precisions."""
+        others = {"lora_rank": self.lora_rank, "bf16": self.bf16, "fp16": self.fp16}
+        given = [name for name, value in others.items() if value]
+        if given or self.student_dtype == "float16":
+            raise ValueError(
+                f"pure_bf16 trains all weights in bfloat16; leave out {', '.join(given) or 'student_dtype float16'}, "
+                "or pure_bf16"
+            )
+        self.student_dtype = "bfloat16"
+        warnings.warn(
+            "pure_bf16: bfloat16 keeps 8 bits of a weight and AdamW's steps are as large as the learning rate, so that "
+            "at 1e-5 98 % of a small model's never moved in 300 steps (docs/log.md); learning_rate here is "
+            f"{self.learning_rate:g}. bf16=True computes in bfloat16 beside float32 weights, a much hotter run at that",
+            stacklevel=2,
+        )
 
     def _refuse_untested(self) -> None:
         """What TrainingArguments offer and this trainer would do wrong or ignore."""
@@ -321,6 +376,11 @@ def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return result
 
 
+def _rows_before(end: Tensor) -> Tensor:
+    """[B, N] bool: the rows that predict the tokens of `answer_ends`, each the row before its token."""
+    return torch.cat([end[:, 1:] > 0, end.new_zeros(len(end), 1, dtype=torch.bool)], dim=1)
+
+
 class _Seen:
     """What a rank has trained on since the last log, and since when."""
 
@@ -347,7 +407,7 @@ class MTPTrainer(Trainer):
     model, teacher   the student with float32 weights; its frozen original, not needed for teacher_target "gt", and
                      not accepted with LoRA, whose teacher is the student without its adapters
     mask_token_id    of the student; read from its config unless given
-    held_out         prompts to decode at every evaluation: accuracy and tokens per pass
+    held_out         prompts to decode at every evaluation: accuracy, tokens per pass and effective k
 
     Batches come from `MTPCollator`. At the end of training a summary with the curves of agreement by position stands
     in output_dir. `save_model` writes a plain Hugging Face checkpoint, adapters merged, whose config
@@ -427,9 +487,13 @@ class MTPTrainer(Trainer):
         if teacher is None and not adapted and args.needs_teacher:
             part = "anchor_kl_weight" if args.teacher_target == "gt" else f"teacher_target {args.teacher_target!r}"
             raise ValueError(f"{part} needs teacher=, the frozen original model")
-        narrow = {p.dtype for p in model.parameters() if p.requires_grad} - {torch.float32, torch.float64}
-        if narrow:
-            raise ValueError(f"trained weights must be float32; got {narrow}: load with dtype=torch.float32, bf16=True")
+        trained = {p.dtype for p in model.parameters() if p.requires_grad}
+        if args.pure_bf16 and trained != {torch.bfloat16}:
+            raise ValueError(f"pure_bf16 trains bfloat16 weights; got {trained}: load with dtype=torch.bfloat16")
+        if not args.pure_bf16 and trained - {torch.float32, torch.float64}:
+            raise ValueError(
+                f"trained weights must be float32; got {trained}: load with dtype=torch.float32, bf16=True"
+            )
         frozen = {p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()}
         if adapted and frozen - {getattr(torch, args.student_dtype)}:
             raise ValueError(
@@ -473,28 +537,32 @@ class MTPTrainer(Trainer):
         lengths, prompts = (torch.as_tensor(batch[name], device="cpu") for name in ("lengths", "prompt_lengths"))
         limit = args.max_length or tokens.shape[1]
         num_spans = args.spans_of(limit)
-        if args.layout == "paper":
+        counting: Counting = "paper" if args.layout == "paper" else "tokens"
+        apart = tokens_apart(limit, num_spans, k, counting=counting)
+        if counting == "paper":
             limit -= num_spans * (k - 1)
         tokens = tokens[:, :limit]
         lengths = lengths.clamp(max=limit)
         end = answer_ends(lengths, prompts, batch["earlier_answers"], num_tokens=tokens.shape[1])
-        # Rows whose next token is an answer's.
-        answer = torch.cat([end[:, 1:] > 0, end.new_zeros(len(end), 1, dtype=torch.bool)], dim=1)
+        whole = answer_ends(lengths, torch.zeros_like(lengths), (), num_tokens=tokens.shape[1])
+        anchor_rows = _rows_before(end)
+        prefix_rows = _rows_before(whole) if args.prefix_scope == "all" else anchor_rows
         if not args.response_only:
-            end = answer_ends(lengths, torch.zeros_like(lengths), (), num_tokens=tokens.shape[1])
+            end = whole
         prefix = draw_within(
             end > 0,
             k,
             num_spans,
             spacing=args.spacing,  # type: ignore[arg-type]
+            apart=apart,
             offset=args.span_offset,
-            counting="paper" if args.layout == "paper" else "tokens",
+            offset_scope=args.offset_scope,
             seed=args.seed,
             step=step,
             micro_step=micro_step,
             rank=args.process_index,
         )
-        mask_rows = num_spans * (args.k_max - 1) if args.static_shape else None
+        mask_rows = num_spans * (args.k_max - 1 + args.bidirectional) if args.static_shape else None
         layout = build_layout(
             prefix,
             lengths,
@@ -505,8 +573,8 @@ class MTPTrainer(Trainer):
             bidirectional=args.bidirectional,
         )
         if args.packing:
-            layout, (tokens, answer) = pack(layout, tokens, answer)
-        return {"input_ids": tokens, "layout": layout, "prefix_rows": answer}
+            layout, (tokens, prefix_rows, anchor_rows) = pack(layout, tokens, prefix_rows, anchor_rows)
+        return {"input_ids": tokens, "layout": layout, "prefix_rows": prefix_rows, "anchor_rows": anchor_rows}
 
     def draw_k(self, step: int) -> int:
         """k of a step on this rank."""
@@ -517,7 +585,7 @@ class MTPTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
-        """Attach plans to the micro-batches of a step; count span and answer rows over all of them and all ranks."""
+        """Attach plans to the micro-batches of a step; count their rows over all of them and all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         step = self.state.global_step
         k = self.draw_k(step)
@@ -525,10 +593,10 @@ class MTPTrainer(Trainer):
         return plans, self._count(plans, device)
 
     def _count(self, plans: list[dict[str, Any]], device: torch.device) -> Tensor:
-        """Planned span rows and answer rows [2] over the given micro-batches and all ranks."""
-        rows = sum(int(plan["layout"].valid.sum()) for plan in plans)
-        answers = sum(int(plan["prefix_rows"].sum()) for plan in plans)
-        counts = send(torch.tensor([rows, answers], dtype=torch.float32), device)
+        """Planned span, prefix and anchor rows [3] over the given micro-batches and all ranks."""
+        rows = [(plan["layout"].valid, plan["prefix_rows"], plan["anchor_rows"]) for plan in plans]
+        sums = [float(sum(int(x.sum()) for x in kind)) for kind in zip(*rows)] or [0.0] * 3
+        counts = send(torch.tensor(sums), device)
         return self.accelerator.reduce(counts, "sum")
 
     def training_step(
@@ -559,9 +627,9 @@ class MTPTrainer(Trainer):
     def _span_attention(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         device = self.args.device
         context = SpanContext(inputs["layout"].to(device))
-        prefix_rows = send(inputs["prefix_rows"], device)
+        rows = {name: send(inputs[name], device) for name in ("prefix_rows", "anchor_rows")}
         with attention_context(plain_model(self.accelerator.unwrap_model(model)), context):
-            yield {**inputs, "layout": context, "prefix_rows": prefix_rows}
+            yield {**inputs, "layout": context, **rows}
 
     def _target(self) -> str:
         """What the student learns now: the data's tokens first, where a warm-up asks for it. Evaluation has one aim."""
@@ -580,7 +648,7 @@ class MTPTrainer(Trainer):
         counts = torch.as_tensor(num_items_in_batch, device=self.args.device).clamp(min=1)
         prefix_weight, anchor_weight = self.args.prefix_weight, self.args.anchor_kl_weight
 
-        def forward(tokens: Tensor, context: SpanContext, prefix_rows: Tensor) -> MTPLoss:
+        def forward(tokens: Tensor, context: SpanContext, prefix_rows: Tensor, anchor_rows: Tensor) -> MTPLoss:
             with self.accelerator.autocast():
                 return mtp_loss(
                     plain_model(core),
@@ -592,15 +660,15 @@ class MTPTrainer(Trainer):
                     target=self._target(),  # type: ignore[arg-type]
                     loss_support=self.args.loss_support,  # type: ignore[arg-type]
                     prefix_rows=prefix_rows if prefix_weight else None,
-                    anchor_rows=prefix_rows if anchor_weight else None,
+                    anchor_rows=anchor_rows if anchor_weight else None,
                     eos_padding=self.args.eos_padding,
                     as_teacher=core.disable_adapter if isinstance(core, PeftModel) else None,
                 )
 
         with forward_as(core, forward):
-            sums: MTPLoss = model(inputs["input_ids"], inputs["layout"], inputs["prefix_rows"])
-        text = prefix_weight * sums.prefix + anchor_weight * sums.anchor
-        loss = (sums.span / counts[0] + text / counts[1]) * self.accelerator.num_processes
+            sums: MTPLoss = model(*(inputs[n] for n in ("input_ids", "layout", "prefix_rows", "anchor_rows")))
+        text = prefix_weight * sums.prefix / counts[1] + anchor_weight * sums.anchor / counts[2]
+        loss = (sums.span / counts[0] + text) * self.accelerator.num_processes
         # Kept for the next log; the graph must not live that long.
         scalars = {name: getattr(sums, name).detach() for name in ("span", "prefix", "anchor")}
         self._sums.append(replace(sums, **scalars))
@@ -643,8 +711,7 @@ class MTPTrainer(Trainer):
         sums = held_out.count(plain_model(self.accelerator.unwrap_model(self.model)), rank, ranks)
         if not alone:
             sums = self.accelerator.reduce(sums.float().to(self.args.device), "sum")
-        problems, right, tokens, passes = sums.tolist()
-        return {"eval_accuracy": right / problems, "eval_tokens_per_pass": tokens / passes}
+        return {f"eval_{name}": value for name, value in figures(sums).items()}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add agreement by position, agreeing-prefix length, confidence, entropy and throughput since the last log."""

@@ -681,29 +681,34 @@ def span_attention(
     sinks: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Attend under the span rule: [B, T, Hq, D], differentiable in query, key, value and sinks.
+    """Attend under the span rule: [B, Tq, Hq, D], differentiable in query, key, value and sinks.
 
-    query, key, value                  [B, Hq, T, D] and twice [B, Hkv, T, D]; Hkv divides Hq
+    query, key, value                  [B, Hq, Tq, D] and twice [B, Hkv, T, D]; Hkv divides Hq. Queries are the last Tq
+                                       of the T rows, usually all: with fewer, the keys in front of them come from
+                                       another pass, are constants, and get no gradient
     position, prefix_end, span_start   [B, T] integers (mtpkern.kernels.span_mask)
     span_end                           [B, T], for rows that see further than themselves: spans without order
     scale                              factor on the dot products, usually D ** -0.5
     window, softcap, sinks             sliding window in positions; logit cap; one extra logit [Hq] a head
-    mask                               span_mask of the rule with this window, where the caller has it already
+    mask                               the last Tq rows of span_mask of the rule with this window, where the caller has
+                                       them already
 
     Raises ValueError for shapes that do not fit. Source: arXiv 2602.06019.
 
         out = span_attention(q, k, v, layout.position, layout.prefix_end, layout.span_start, scale=q.shape[-1] ** -0.5)
     """
-    batch, heads, rows, dim = query.shape
-    if key.shape != value.shape or key.shape[0] != batch or key.shape[2:] != (rows, dim) or heads % key.shape[1]:
+    batch, heads, queries, dim = query.shape
+    rows = key.shape[2]
+    fits = key.shape[0] == batch and key.shape[3] == dim and queries <= rows and heads % key.shape[1] == 0
+    if key.shape != value.shape or not fits:
         raise ValueError(
-            "key and value must be [B, Hkv, T, D] beside query [B, Hq, T, D], Hkv dividing Hq; got "
+            "key and value must be [B, Hkv, T, D] beside query [B, Hq, Tq, D], Hkv dividing Hq and Tq at most T; got "
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
         )
     if position.shape != (batch, rows):
         raise ValueError(f"position must be [B, T] = {(batch, rows)}; got {tuple(position.shape)}")
     rule = position, prefix_end, span_start, span_end
-    if query.is_cuda and dim <= MAX_HEAD_DIM and query.dtype != torch.float64:
+    if query.is_cuda and queries == rows and dim <= MAX_HEAD_DIM and query.dtype != torch.float64:
         return span_attention_triton(query, key, value, *rule, scale=scale, window=window, softcap=softcap, sinks=sinks)
     return span_attention_reference(
         query, key, value, *rule, scale=scale, window=window, softcap=softcap, sinks=sinks, mask=mask
@@ -730,10 +735,11 @@ def span_attention_reference(
     Written out with softmax and batched products of [T, T] weights: on a CPU in bfloat16 forward and backward take a
     third of the time of scaled_dot_product_attention with this mask.
     """
-    if mask is None:
-        mask = span_mask(position, prefix_end, span_start, span_end, window=window)
-    query, key, value = _as_autocast(query, key, value)
     batch, heads, rows, dim = query.shape
+    before = key.shape[2] - rows
+    if mask is None:
+        mask = span_mask(position, prefix_end, span_start, span_end, window=window)[:, before:]
+    query, key, value = _as_autocast(query, key, value)
     kv_heads = key.shape[1]
     # Half the lowest finite number, not -inf: a row without keys must give 0, not 0 / 0, and no sum may reach -inf.
     hidden = torch.finfo(query.dtype).min / 2
@@ -745,11 +751,25 @@ def span_attention_reference(
         key, value = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
     # The query heads that share a key/value head are further rows of it.
     q = query.reshape(batch * kv_heads, -1, dim)
-    k, v = key.flatten(0, 1), value.flatten(0, 1)
-    bias = bias.reshape(len(q), -1, k.shape[1])
-    if softcap is None:
-        score = torch.baddbmm(bias, q, k.mT, alpha=scale)
-    else:
-        score = bias + softcap * torch.tanh(torch.bmm(q, k.mT) * (scale / softcap))
-    out = torch.bmm(score.softmax(-1), v).view(batch, heads, rows, dim).transpose(1, 2)
+    bias = bias.reshape(len(q), -1, key.shape[2])
+    # Constants apart from keys that get a gradient, which would else be computed for both.
+    parts = [(before, True), (key.shape[2] - before, False)] if before else [(key.shape[2], False)]
+    ends = 0
+    score, values = [], []
+    for n, constant in parts:
+        k, v = (x[:, :, ends : ends + n].flatten(0, 1) for x in (key, value))
+        k, v = (k.detach(), v.detach()) if constant else (k, v)
+        here = bias[..., ends : ends + n]
+        if softcap is None:
+            score.append(torch.baddbmm(here, q, k.mT, alpha=scale))
+        else:
+            score.append(here + softcap * torch.tanh(torch.bmm(q, k.mT) * (scale / softcap)))
+        values.append(v)
+        ends += n
+    weight = (score[0] if len(score) == 1 else torch.cat(score, dim=-1)).softmax(-1)
+    weights = weight.split([n for n, _ in parts], dim=-1)
+    out = torch.bmm(weights[0], values[0])
+    if before:
+        out = torch.baddbmm(out, weights[1], values[1])
+    out = out.view(batch, heads, rows, dim).transpose(1, 2)
     return out.masked_fill(~mask.any(-1)[..., None, None], 0.0)

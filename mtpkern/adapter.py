@@ -19,11 +19,13 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -68,8 +70,9 @@ class Gate:
     Closed, which it is wherever no block of this thread has opened it, adapters add nothing.
     """
 
-    def __init__(self, mask_token_id: int, row: nn.Parameter) -> None:
-        self.mask_token_id = mask_token_id
+    def __init__(self, settings: GatedSettings, row: nn.Parameter) -> None:
+        self.settings = settings
+        self.mask_token_id = settings.mask_token_id
         self.row = row
         # A training pass, whose rows are masks all of them; seen by all threads, because activation checkpointing runs
         # the forward again in one of autograd's.
@@ -173,8 +176,7 @@ def attach(model: PeftModel, row: nn.Parameter, adapter: str = "default") -> Gat
     found = gate_of(base)
     if found is not None:
         return found
-    settings = settings_of(model.peft_config[adapter])
-    gate = Gate(settings.mask_token_id, row)
+    gate = Gate(settings_of(model.peft_config[adapter]), row)
     model.register_parameter("mask_row", row)
     for module in base.modules():
         if isinstance(module, LoraLayer) and adapter in module.lora_A:
@@ -184,6 +186,19 @@ def attach(model: PeftModel, row: nn.Parameter, adapter: str = "default") -> Gat
     embedding.register_forward_hook(gate.embed_mask_tokens)
     base.mtpkern_gate = gate
     return gate
+
+
+def adopt(model: nn.Module) -> None:
+    """Attach the gate of an adapter that peft itself has loaded; nothing for any other model."""
+    configs = getattr(model, "peft_config", None) or {}
+    for name in [name for name, config in configs.items() if is_gated(config)]:
+        if gate_of(model) is None:
+            base = model.get_base_model()  # type: ignore[operator]
+            require_gateable(configs[name])
+            require_base(base, settings_of(configs[name]), f"adapter {name!r}")
+            row = row_of(configs[name]).requires_grad_(False)
+            row.data = row.data.to(base.device)
+            attach(model, row, name)  # type: ignore[arg-type]
 
 
 def marked(settings: GatedSettings, row: Tensor) -> dict[str, Any]:
@@ -262,6 +277,32 @@ def load_adapter(model: PreTrainedModel, path: str | Path, *, dtype: torch.dtype
             parameter.requires_grad_(False)
             parameter.data = parameter.data.to(model.device, dtype or model.dtype)
     return peft_model
+
+
+def save_adapter(model: PeftModel, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write a gated adapter's folder: peft's config with our mark, and its weights, in `dtype` or as they are.
+
+    save_adapter(peft_model, "adapter", dtype=torch.bfloat16)
+    """
+    from peft import get_peft_model_state_dict
+
+    name = model.active_adapter
+    record_row(model)
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    state = {key: x.detach().to("cpu", dtype or x.dtype).contiguous() for key, x in state.items()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = copy(model.peft_config[name])
+    config.inference_mode = True
+    config.save_pretrained(str(folder), auto_mapping_dict=config.auto_mapping)
+
+
+def record_row(model: PeftModel) -> None:
+    """Bring the mask token's row, as trained by now, into the config that peft saves."""
+    for config in model.peft_config.values():
+        if is_gated(config):
+            config.auto_mapping = marked(settings_of(config), model.mask_row)
 
 
 def require_gateable(config: LoraConfig | Any) -> None:

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mtpkern.train import ablate
 from mtpkern.train.arithmetic import build_tokenizer
-from mtpkern.train.trainer import MTPConfig
+from mtpkern.train.config import MTPConfig
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ import mtpkern
 from mtpkern.cli import main
 from mtpkern.train import arithmetic
 from mtpkern.train.checkpoint import K_MAX, NUM_SPANS, PREFIX_WEIGHT, common_arguments
-from mtpkern.train.command import help_text, load_student, load_teacher, parse, read_config, shipped_configs
+from mtpkern.train.command import load_student, load_teacher
+from mtpkern.train.options import help_text, parse, read_config, shipped_configs
 
 # Rows as the data sets have them: their columns, their order, their kinds of values.
 METAMATH = [

@@ -8,9 +8,11 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mtpkern.train.arithmetic import build_tokenizer
+from mtpkern.train.collator import MTPCollator
 from mtpkern.train.compilation import CompiledLayers
+from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import HeldOut
-from mtpkern.train.trainer import MTPCollator, MTPConfig, MTPTrainer
+from mtpkern.train.trainer import MTPTrainer
 
 V, MASK, EOS = 41, 40, 7
 

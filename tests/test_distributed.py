@@ -15,9 +15,11 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mtpkern.train.arithmetic import build_tokenizer
+from mtpkern.train.collator import MTPCollator
+from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import HeldOut
 from mtpkern.train.resume import newest_checkpoint
-from mtpkern.train.trainer import MTPCollator, MTPConfig, MTPTrainer
+from mtpkern.train.trainer import MTPTrainer
 
 V, MASK, EOS = 31, 30, 7
 SECONDS = 240

@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import mtpkern
 from mtpkern import Static, generate
 from mtpkern.train.arithmetic import build_tokenizer, encode, problems, prompt
+from mtpkern.train.collator import MTPCollator
+from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import HeldOut, curves, final_number, same_number, summarise
-from mtpkern.train.trainer import MTPCollator, MTPConfig, MTPTrainer
+from mtpkern.train.trainer import MTPTrainer
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,11 @@ from mtpkern.attention import attention_context
 from mtpkern.kernels import distill, span_attention
 from mtpkern.kernels.distill import Head, distill_loss, distill_loss_reference, head_readout
 from mtpkern.kernels.span_mask import span_mask
+from mtpkern.train.collator import MTPCollator
+from mtpkern.train.config import MTPConfig
 from mtpkern.train.layout import build_layout, draw_prefixes
 from mtpkern.train.objective import SpanContext, mtp_loss
-from mtpkern.train.trainer import MTPCollator, MTPConfig, MTPTrainer
+from mtpkern.train.trainer import MTPTrainer
 
 pytestmark = pytest.mark.gpu
 

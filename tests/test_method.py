@@ -12,7 +12,9 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
-from mtpkern.train.trainer import MTPCollator, MTPConfig, MTPTrainer
+from mtpkern.train.collator import MTPCollator
+from mtpkern.train.config import MTPConfig
+from mtpkern.train.trainer import MTPTrainer
 
 V, MASK, EOS = 41, 40, 7
 # Stop tokens that a random model predicts often, so that spans end early.

@@ -12,8 +12,10 @@ from torch.utils.data import IterableDataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mtpkern.train import trainer as trainer_module
+from mtpkern.train.collator import MTPCollator
+from mtpkern.train.config import MTPConfig
 from mtpkern.train.resume import Endless, checkpoints, is_complete, mark_complete, newest_checkpoint
-from mtpkern.train.trainer import MTPCollator, MTPConfig, MTPTrainer
+from mtpkern.train.trainer import MTPTrainer
 
 V, MASK, EOS = 31, 30, 7
 

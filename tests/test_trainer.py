@@ -11,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer
 
 from mtpkern.generation import generate
-from mtpkern.train.trainer import MTPCollator, MTPConfig, MTPTrainer
+from mtpkern.train.collator import MTPCollator
+from mtpkern.train.config import MTPConfig
+from mtpkern.train.trainer import MTPTrainer
 
 V, MASK, EOS = 41, 40, 7
 aten = torch.ops.aten

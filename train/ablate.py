@@ -26,9 +26,11 @@ from mtpkern.model import add_mask_token
 from mtpkern.strategies import ConfAdapt, Static, Strategy, Verified
 from mtpkern.train.arithmetic import problems, prompt
 from mtpkern.train.checkpoint import K_MAX, NUM_SPANS, examples
+from mtpkern.train.collator import MTPCollator
+from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import HeldOut
 from mtpkern.train.resume import newest_checkpoint
-from mtpkern.train.trainer import MTPCollator, MTPConfig, MTPTrainer
+from mtpkern.train.trainer import MTPTrainer
 
 
 def variants(steps: int) -> dict[str, dict[str, Any]]:

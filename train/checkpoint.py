@@ -34,8 +34,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from mtpkern.model import add_mask_token
 from mtpkern.train.arithmetic import Split, build_tokenizer, encode, problems
+from mtpkern.train.collator import MTPCollator
+from mtpkern.train.config import MTPConfig
 from mtpkern.train.resume import newest_checkpoint
-from mtpkern.train.trainer import MTPCollator, MTPConfig, MTPTrainer
+from mtpkern.train.trainer import MTPTrainer
 
 SEED = 0
 BATCH = 32

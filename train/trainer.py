@@ -10,13 +10,14 @@ Source   arXiv 2602.06019, training details
 from __future__ import annotations
 
 # First, because transformers would not name what is missing.
-from mtpkern.train.extra import DynamoBackend, PeftModel, TorchDynamoPlugin, fsdp2_prepare_model  # isort: split
+from mtpkern.train.extra import PeftModel, TorchDynamoPlugin, fsdp2_prepare_model  # isort: split
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,255 +26,28 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler
-from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_pt_utils import AcceleratorConfig, LengthGroupedSampler
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from mtpkern.attention import attention_context
 from mtpkern.model import record_settings, resolve_mask_token
-from mtpkern.train.compilation import CUDA_GRAPH_MODES, CompiledLayers
+from mtpkern.train.checks import require_sound, require_tested_engine
+from mtpkern.train.compilation import CompiledLayers
+from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import HeldOut, summarise
 from mtpkern.train.layout import Layout, answer_ends, build_layout, draw_k, draw_within, pack, send
 from mtpkern.train.lora import add_lora, merged, plain_model
+from mtpkern.train.metrics import Seen, span_statistics
 from mtpkern.train.objective import MTPLoss, SpanContext, forward_as, mtp_loss
 from mtpkern.train.resume import Endless, mark_complete, newest_checkpoint, remove_checkpoint, require_whole, rotate
 
 # Evaluation draws its spans from a stream of their own, the same for every batch and every evaluation.
 _EVALUATION_STEP = -1
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 class NotFiniteError(RuntimeError):
     """A loss or weights that are not numbers any more."""
-
-
-@dataclass
-class MTPConfig(TrainingArguments):
-    """TrainingArguments and what multi-token prediction adds.
-
-    Defaults of the method are the paper's but for two that suit other data: its sequences count masks into their
-    length (layout="paper") and its spans may stand in the prompt (response_only=False). Its optimizer settings stand
-    in the shipped configurations. A constant k ("static k" in the paper's ablation) is k_min = k_max. The loss is the
-    mean over all planned span rows of a step: a row that is dropped (behind an EOS, or behind a miss under
-    "until_fail") adds nothing, but counts.
-
-    Raises ValueError, with the remedy, for values that contradict one another and for what nobody has tested:
-    DeepSpeed, tensor and context parallelism, FSDP1.
-
-        MTPConfig("out", k_max=16, teacher_target="hard", gt_warmup_steps=500, bf16=True, max_steps=2000)
-    """
-
-    k_min: int = field(default=2, metadata={"help": "Smallest number of predictions of a span."})
-    k_max: int = field(default=16, metadata={"help": "Largest; k is drawn anew each step, uniform on k_min..k_max."})
-    k_scope: str = field(default="step", metadata={"help": "Who shares a k: all ranks of a 'step', or each 'rank'."})
-    num_spans: int | None = field(
-        default=None,
-        metadata={"help": "Spans a sequence; unless given the paper's N // (2 * k_max), N // k_max where 'random'."},
-    )
-    spacing: str = field(default="stride", metadata={"help": "'stride' of 2k at an offset, or 'random'."})
-    span_offset: int | None = field(
-        default=None, metadata={"help": "Offset in tokens of the first span of a stride; drawn anew unless given."}
-    )
-    layout: str = field(
-        default="default", metadata={"help": "max_length counts the text's tokens, or with 'paper' the masks too."}
-    )
-    max_length: int | None = field(default=None, metadata={"help": "Longer texts are cut off; None cuts none."})
-    response_only: bool = field(
-        default=True, metadata={"help": "Spans in answers only, in those of every turn; else anywhere in the text."}
-    )
-    eos_padding: bool = field(
-        default=True, metadata={"help": "Predictions behind the text's EOS count, with EOS as the data's token."}
-    )
-    teacher_target: str = field(default="hard", metadata={"help": "'hard', 'soft', or 'gt' (no teacher pass)."})
-    gt_warmup_steps: int = field(
-        default=0, metadata={"help": "First steps that learn the data's tokens, without a teacher pass."}
-    )
-    loss_support: str = field(
-        default="all", metadata={"help": "'all' rows of a span, or 'until_fail': to the first that misses its target."}
-    )
-    prefix_weight: float = field(default=0.0, metadata={"help": "Weight of a next-token loss on the answer's rows."})
-    anchor_kl_weight: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the teacher's KL on the answer's rows; keeps plain decoding as it was."},
-    )
-    static_shape: bool = field(default=False, metadata={"help": "Reserve mask rows for k_max at every k."})
-    packing: bool = field(
-        default=False, metadata={"help": "A micro-batch is one row without padding; for GPUs, whose kernel skips."}
-    )
-    bidirectional: bool = field(
-        default=False,
-        metadata={"help": "Masks of a span see one another both ways: an ablation that mtpkern.generate refuses."},
-    )
-    lora_rank: int = field(default=0, metadata={"help": "Rank of LoRA adapters; 0 trains all parameters."})
-    lora_alpha: float | None = field(default=None, metadata={"help": "LoRA's scale; twice the rank unless given."})
-    lora_targets: str = field(
-        default="all-linear", metadata={"help": "Modules with adapters, separated by commas, or 'all-linear'."}
-    )
-    student_dtype: str = field(
-        default="float32", metadata={"help": "Of the loaded student; bfloat16 only for weights that LoRA freezes."}
-    )
-    teacher_dtype: str | None = field(default=None, metadata={"help": "The teacher is cast to it; as loaded if None."})
-    save_dtype: str = field(default="float32", metadata={"help": "Of the final checkpoint that save_model writes."})
-    data_seed: int | None = field(default=None, metadata={"help": "Of the data's order; seed unless given."})
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "DDP's search for weights without a gradient; every step here uses all."}
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Columns are the collator's business."})
-    torch_compile: bool = field(
-        default=False, metadata={"help": "Compile the decoder layers of student and teacher, for training steps alone."}
-    )
-    torch_compile_backend: str | None = field(
-        default=None, metadata={"help": "Sets torch_compile; 'inductor' unless given."}
-    )
-    torch_compile_mode: str | None = field(
-        default=None, metadata={"help": "Sets torch_compile; modes that make CUDA graphs are refused."}
-    )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite is an error."})
-
-    def __post_init__(self) -> None:
-        if self.deepspeed:
-            # Before transformers asks for its package.
-            raise ValueError("DeepSpeed, ZeRO-3 included, is untested here and refused; use FSDP2 (fsdp=True) or DDP")
-        # The parents must not see it: TrainingArguments would switch TF32 on, which rounds rotary positions too.
-        compiler = self.torch_compile, self.torch_compile_backend, self.torch_compile_mode
-        self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
-        super().__post_init__()
-        _, self.torch_compile_backend, self.torch_compile_mode = compiler
-        self.torch_compile = any(compiler)
-        if self.data_seed is None:
-            # Else the order of the data hangs on whatever has been seeded last, and a resumed run may see another.
-            self.data_seed = self.seed
-        if not 1 <= self.k_min <= self.k_max:
-            raise ValueError(f"1 <= k_min <= k_max must hold; got k_min={self.k_min}, k_max={self.k_max}")
-        for name, allowed in (
-            ("teacher_target", ("hard", "soft", "gt")),
-            ("loss_support", ("all", "until_fail")),
-            ("spacing", ("stride", "random")),
-            ("layout", ("default", "paper")),
-            ("k_scope", ("step", "rank")),
-            ("student_dtype", DTYPES),
-            ("teacher_dtype", (None, *DTYPES)),
-            ("save_dtype", DTYPES),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {getattr(self, name)!r}")
-        for name in ("gt_warmup_steps", "lora_rank", "prefix_weight", "anchor_kl_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
-        if self.num_spans is not None and self.num_spans < 1:
-            raise ValueError(f"num_spans must be at least 1, or None for a number by max_length; got {self.num_spans}")
-        if self.span_offset is not None and (self.span_offset < 0 or self.spacing != "stride"):
-            raise ValueError(f"span_offset must be at least 0 and needs spacing='stride'; got {self.span_offset}")
-        self._require_room()
-        for name, unset in (("lora_alpha", None), ("lora_targets", "all-linear")):
-            if not self.lora_rank and getattr(self, name) != unset:
-                raise ValueError(f"{name} needs lora_rank > 0; got {getattr(self, name)!r} and rank 0")
-        if self.teacher_dtype is not None and (self.lora_rank or not self.needs_teacher):
-            raise ValueError(
-                "teacher_dtype is of a second model; with LoRA the teacher is the student without its adapters, and "
-                "teacher_target 'gt' without an anchor needs none: leave teacher_dtype out"
-            )
-        if self.lora_rank == 0 and self.student_dtype != "float32":
-            raise ValueError(
-                f"student_dtype {self.student_dtype!r} needs lora_rank > 0: trained weights are float32; set bf16=True "
-                "to compute in bfloat16"
-            )
-        if self.packing and self.static_shape:
-            raise ValueError("packing leaves out all padding, static_shape adds it; set one of them")
-        self._refuse_untested()
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether any part of the loss asks a teacher: the spans' target, or the anchor."""
-        return self.teacher_target != "gt" or self.anchor_kl_weight > 0
-
-    def spans_of(self, num_tokens: int) -> int:
-        """How many spans a text padded to `num_tokens` gets, where they exist: `MTPConfig("out").spans_of(512) == 16`.
-
-        Random positions get twice the paper's share, which paid in the ablation (docs/log.md), unless the masks count
-        into the length.
-        """
-        if self.num_spans is not None:
-            return self.num_spans
-        period = self.k_max if self.spacing == "random" and self.layout == "default" else 2 * self.k_max
-        return max(1, num_tokens // period)
-
-    def _require_room(self) -> None:
-        """Raise ValueError for a max_length that leaves fewer than two tokens of a text."""
-        if self.max_length is None:
-            if self.layout == "paper":
-                raise ValueError("layout='paper' counts masks into max_length; give max_length (the paper: 160)")
-            return
-        masks = self.spans_of(self.max_length) * (self.k_max - 1)
-        least = 2 + (masks if self.layout == "paper" else 0)
-        if self.max_length < least:
-            counted = f" and all {masks} masks of the spans (layout='paper')" if self.layout == "paper" else ""
-            raise ValueError(
-                f"max_length must be at least {least}, for two tokens{counted}; got {self.max_length}: raise it"
-                + (", or lower num_spans or k_max" if counted else "")
-            )
-
-    def _refuse_untested(self) -> None:
-        """What TrainingArguments offer and this trainer would do wrong or ignore."""
-        parallel = self.parallelism_config
-        for name in ("tp", "cp", "sp"):
-            if parallel is not None and getattr(parallel, f"{name}_size", 1) > 1:
-                raise ValueError(
-                    f"{name}_size > 1 in parallelism_config is untested here and refused; use FSDP2 or DDP"
-                )
-        if self.fsdp and int((self.fsdp_config or {}).get("version", 2)) != 2:
-            raise ValueError("FSDP version 1 is untested here and refused; set fsdp_config={'version': 2}")
-        if self.torch_compile_mode in CUDA_GRAPH_MODES:
-            raise ValueError(
-                f"torch_compile_mode {self.torch_compile_mode!r} makes CUDA graphs, one for each of the many shapes of "
-                "a step, and is refused; use 'default' or 'max-autotune-no-cudagraphs'"
-            )
-        if self.use_liger_kernel:
-            raise ValueError("use_liger_kernel rewrites a forward that training here does not call; omit it")
-        if self.neftune_noise_alpha is not None:
-            raise ValueError("neftune_noise_alpha is untested here, and LoRA's teacher would see the noise; omit it")
-        if self.label_smoothing_factor:
-            raise ValueError("label_smoothing_factor has no meaning for self-distillation; set it to 0")
-        if not self.average_tokens_across_devices:
-            raise ValueError("average_tokens_across_devices=False would weigh rows by rank; leave it True")
-        accelerator = cast(AcceleratorConfig, self.accelerator_config)
-        if accelerator.dispatch_batches or accelerator.split_batches:
-            raise ValueError("dispatch_batches and split_batches are refused: each rank reads its own batches")
-        # None would mean True for streamed data.
-        accelerator.dispatch_batches = False
-        # Else the host waits at every batch until the device has finished the step before.
-        accelerator.non_blocking = self.dataloader_pin_memory
-
-
-class MTPCollator:
-    """Right-pads {"input_ids": list, "prompt_length": int} to the longest text of the batch, or to a fixed length.
-
-    The answer is what stands behind the prompt; in a conversation "earlier_answers", a list of (start, end) in tokens,
-    names further ones inside it.
-    """
-
-    def __init__(self, pad_token_id: int, pad_to: int | None = None) -> None:
-        self.pad_token_id = pad_token_id
-        self.pad_to = pad_to
-
-    def __call__(self, batch: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """input_ids [B, N] int64; lengths, prompt_lengths and earlier_answers as lists. ValueError for a longer text.
-
-        Lists stay on the host, where spans are drawn: reading tensors back from a GPU would wait for it.
-        """
-        lengths = [len(x["input_ids"]) for x in batch]
-        longest = max(lengths)
-        if self.pad_to is not None and longest > self.pad_to:
-            raise ValueError(f"texts must have at most pad_to = {self.pad_to} tokens; got {longest}: cut or raise it")
-        input_ids = torch.full((len(batch), self.pad_to or longest), self.pad_token_id)
-        for i, x in enumerate(batch):
-            input_ids[i, : len(x["input_ids"])] = torch.tensor(x["input_ids"])
-        return {
-            "input_ids": input_ids,
-            "lengths": lengths,
-            "prompt_lengths": [int(x["prompt_length"]) for x in batch],
-            "earlier_answers": [list(x.get("earlier_answers", ())) for x in batch],
-        }
 
 
 def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -285,26 +59,6 @@ def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
             x = cast_tensors.setdefault(x.data_ptr(), x.to(dtype))
         result[name] = x
     return result
-
-
-class _Seen:
-    """What a rank has trained on since the last log, and since when."""
-
-    def __init__(self) -> None:
-        self.rows = self.tokens = 0
-        self.since = time.perf_counter()
-
-    def add(self, rows: int, tokens: int) -> None:
-        self.rows += rows
-        self.tokens += tokens
-
-    def rates(self) -> dict[str, float]:
-        """Span rows and tokens a second on this rank and, on a GPU, the peak of memory in GiB."""
-        seconds = time.perf_counter() - self.since
-        rates = {"rows_per_second": self.rows / seconds, "tokens_per_second": self.tokens / seconds}
-        if torch.cuda.is_available():
-            rates["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        return rates
 
 
 class MTPTrainer(Trainer):
@@ -351,7 +105,7 @@ class MTPTrainer(Trainer):
                 targets=args.lora_targets,
                 seed=args.seed,
             )
-        self._require_sound(model, teacher, args)
+        require_sound(model, teacher, args)
         for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics", "model_init"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} would have no effect: the loss is fixed and no logits are gathered; omit it")
@@ -359,7 +113,7 @@ class MTPTrainer(Trainer):
             raise ValueError("held-out prompts cannot be decoded with bidirectional=True; leave held_out= out")
         record_settings(plain, mask_token_id=self.mask_token_id, k_max=args.k_max, bidirectional=args.bidirectional)
         super().__init__(model=model, args=args, **kwargs)
-        self._require_tested_engine()
+        require_tested_engine(self)
         # accelerate would compile the whole model, whose forward is another one in every step here.
         self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
         if teacher is not None:
@@ -380,57 +134,9 @@ class MTPTrainer(Trainer):
         self.held_out = held_out
         self._layers: CompiledLayers | None = None
         self._sums: list[MTPLoss] = []
-        self._seen = _Seen()
+        self._seen = Seen()
         # The first step with a loss that is not finite; on the device, so that no step waits for it.
         self._broken_step = torch.tensor(torch.inf, device=args.device)
-
-    @staticmethod
-    def _require_sound(model: nn.Module, teacher: PreTrainedModel | None, args: MTPConfig) -> None:
-        """Raise ValueError for a student and a teacher that do not fit together or the configuration."""
-        adapted = isinstance(model, PeftModel)
-        if adapted and teacher is not None:
-            raise ValueError("with LoRA the teacher is the student without its adapters: leave teacher= out")
-        if teacher is None and not adapted and args.needs_teacher:
-            part = "anchor_kl_weight" if args.teacher_target == "gt" else f"teacher_target {args.teacher_target!r}"
-            raise ValueError(f"{part} needs teacher=, the frozen original model")
-        narrow = {p.dtype for p in model.parameters() if p.requires_grad} - {torch.float32, torch.float64}
-        if narrow:
-            raise ValueError(f"trained weights must be float32; got {narrow}: load with dtype=torch.float32, bf16=True")
-        frozen = {p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()}
-        if adapted and frozen - {getattr(torch, args.student_dtype)}:
-            raise ValueError(
-                f"the frozen weights are {', '.join(map(str, frozen))}, student_dtype is {args.student_dtype!r}: load "
-                "the model in that dtype, or set student_dtype to its own"
-            )
-        if teacher is not None:
-            ours, theirs = (m.get_output_embeddings().weight.shape[0] for m in (plain_model(model), teacher))
-            # add_mask_token may have given the student rows that the teacher lacks; the banned mask token is one.
-            if abs(ours - theirs) > 1:
-                raise ValueError(
-                    f"student and teacher must share a vocabulary; got {ours} and {theirs} rows: load both from one "
-                    "checkpoint, then add the mask token to the student"
-                )
-
-    def _require_tested_engine(self) -> None:
-        """Raise ValueError for engines chosen from outside (accelerate launch, the number of GPUs) and untested."""
-        if self.is_deepspeed_enabled:
-            raise ValueError("DeepSpeed, ZeRO-3 included, is untested here and refused; use FSDP2 or DDP")
-        if self.args.n_gpu > 1:
-            raise ValueError("several GPUs in one process are refused; start one process a GPU: torchrun or accelerate")
-        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
-            raise ValueError(
-                "FSDP asked for, but accelerate has set up none (version 1, one process, or a CPU); omit it"
-            )
-        if self.is_fsdp_enabled and self.args.torch_compile:
-            raise ValueError("torch_compile under FSDP is untested here and refused; use DDP, or leave it out")
-        if self.is_fsdp_enabled and isinstance(self.model, PeftModel):
-            raise ValueError(
-                "LoRA under FSDP is refused: its head stays a shard, and saving cannot merge shards; use DDP"
-            )
-        if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO and not self.args.torch_compile:
-            raise ValueError("accelerate's dynamo_backend is refused; set it to 'no', and torch_compile=True here")
-        if self.is_distributed_loading_by_transformers:
-            raise ValueError("a model sharded by from_pretrained (tensor parallel) is refused; load it whole")
 
     def plan(self, batch: dict[str, Any], *, k: int, step: int, micro_step: int) -> dict[str, Any]:
         """The batch with its layout: a pure function of where its answers lie, the seed, the step and the rank."""
@@ -617,11 +323,18 @@ class MTPTrainer(Trainer):
         self._require_finite()
         if self._sums:
             evaluated = any(name.startswith("eval_") for name in logs)
-            for name, value in self._statistics().items():
+            statistics = span_statistics(
+                self._sums,
+                k_max=self.args.k_max,
+                device=self.args.device,
+                reduce=partial(self.accelerator.reduce, reduction="sum"),
+            )
+            self._sums.clear()
+            for name, value in statistics.items():
                 logs["eval_" + name if evaluated else name] = value
             if not evaluated:
                 logs.update(self._seen.rates())
-                self._seen = _Seen()
+                self._seen = Seen()
         super().log(logs, *args, **kwargs)
 
     def _require_finite(self, *, weights: bool = False, alone: bool = False) -> None:
@@ -735,24 +448,3 @@ class MTPTrainer(Trainer):
         config.save_pretrained(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-
-    def _statistics(self) -> dict[str, float]:
-        """Means over the collected batches and all ranks; rows of different k are padded to k_max."""
-        table = torch.zeros(5, max(2, self.args.k_max), device=self.args.device)
-        for sums in self._sums:
-            k = len(sums.rows)
-            table[0, :k] += sums.agree.detach()
-            table[1, :k] += sums.rows.detach()
-            table[2, :k] += sums.confidence.detach()
-            table[3, :k] += sums.entropy.detach()
-            table[4, 0] += sums.agreeing_prefix.detach()
-            table[4, 1] += sums.spans.detach()
-        self._sums.clear()
-        agree, rows, confidence, entropy, other = self.accelerator.reduce(table, "sum").tolist()
-        logs = {"agreement": sum(agree) / max(1.0, sum(rows)), "agreeing_prefix": other[0] / max(1.0, other[1])}
-        for j, n in enumerate(rows):
-            if n:
-                logs[f"agreement_{j + 1}"] = agree[j] / n
-                logs[f"confidence_{j + 1}"] = confidence[j] / n
-                logs[f"entropy_{j + 1}"] = entropy[j] / n
-        return logs

@@ -1,0 +1,115 @@
+"""What is checked before the first step, so that no hours are lost to what could have been known."""
+
+from __future__ import annotations
+
+# First, because transformers would not name what is missing.
+from mtpkern.train.extra import DynamoBackend, PeftModel  # isort: split
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+from mtpkern.train.config import ModelArguments, MTPConfig
+from mtpkern.train.data import DataArguments
+from mtpkern.train.lora import plain_model
+
+
+def require_consistent(model: ModelArguments, data: DataArguments, config: MTPConfig) -> None:
+    """Raise ValueError, before anything is loaded, for options of two groups that contradict one another."""
+    held_out = bool(data.eval_data or data.eval_fraction)
+    absent = sorted({*config.report_to} - {*get_available_reporting_integrations()})
+    strategy = config.train_sampling_strategy
+    for wrong, says in (
+        (config.per_device_train_batch_size < 1, "per_device_train_batch_size must be at least 1"),
+        (
+            config.max_steps == 0 or (config.max_steps < 0 and config.num_train_epochs <= 0),
+            "nothing would be trained: give a positive max_steps, or num_train_epochs with max_steps -1",
+        ),
+        (data.streaming and config.max_steps <= 0, "streaming data have no known length; set max_steps"),
+        (
+            data.streaming and strategy != "random",
+            f"streaming data have an order of their own; leave out train_sampling_strategy, which is {strategy!s}",
+        ),
+        (
+            not held_out and bool(data.decode_rows),
+            "decode_rows needs held-out rows; give eval_data or eval_fraction",
+        ),
+        (
+            not held_out and config.eval_strategy != "no",
+            "eval_strategy needs held-out rows; give eval_data or eval_fraction, or set eval_strategy: no",
+        ),
+        (
+            config.bidirectional and bool(data.decode_rows),
+            "mtpkern.generate cannot decode a bidirectional model; set decode_rows to 0",
+        ),
+        (
+            model.teacher is not None and config.lora_rank > 0,
+            "with LoRA the teacher is the student without its adapters; leave teacher out",
+        ),
+        (
+            model.teacher is not None and not config.needs_teacher,
+            "teacher_target 'gt' without anchor_kl_weight asks no teacher; leave teacher out",
+        ),
+        (
+            bool(absent),
+            f"report_to names {', '.join(absent)}, which is not installed or unknown; pip install it, or leave it out",
+        ),
+        (
+            isinstance(config.lr_scheduler_kwargs, str),
+            f"lr_scheduler_kwargs must be names and values, as JSON in a flag; got {config.lr_scheduler_kwargs!r}",
+        ),
+        (
+            Path(str(config.output_dir)).is_file(),
+            f"output_dir must be a folder; {config.output_dir} is a file",
+        ),
+    ):
+        if wrong:
+            raise ValueError(says)
+
+
+def require_sound(model: nn.Module, teacher: PreTrainedModel | None, args: MTPConfig) -> None:
+    """Raise ValueError for a student and a teacher that do not fit together or the configuration."""
+    adapted = isinstance(model, PeftModel)
+    if adapted and teacher is not None:
+        raise ValueError("with LoRA the teacher is the student without its adapters: leave teacher= out")
+    if teacher is None and not adapted and args.needs_teacher:
+        part = "anchor_kl_weight" if args.teacher_target == "gt" else f"teacher_target {args.teacher_target!r}"
+        raise ValueError(f"{part} needs teacher=, the frozen original model")
+    narrow = {p.dtype for p in model.parameters() if p.requires_grad} - {torch.float32, torch.float64}
+    if narrow:
+        raise ValueError(f"trained weights must be float32; got {narrow}: load with dtype=torch.float32, bf16=True")
+    frozen = {p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()}
+    if adapted and frozen - {getattr(torch, args.student_dtype)}:
+        raise ValueError(
+            f"the frozen weights are {', '.join(map(str, frozen))}, student_dtype is {args.student_dtype!r}: load "
+            "the model in that dtype, or set student_dtype to its own"
+        )
+    if teacher is not None:
+        ours, theirs = (m.get_output_embeddings().weight.shape[0] for m in (plain_model(model), teacher))
+        # add_mask_token may have given the student rows that the teacher lacks; the banned mask token is one.
+        if abs(ours - theirs) > 1:
+            raise ValueError(
+                f"student and teacher must share a vocabulary; got {ours} and {theirs} rows: load both from one "
+                "checkpoint, then add the mask token to the student"
+            )
+
+
+def require_tested_engine(trainer: Trainer) -> None:
+    """Raise ValueError for engines chosen from outside (accelerate launch, the number of GPUs) and untested."""
+    if trainer.is_deepspeed_enabled:
+        raise ValueError("DeepSpeed, ZeRO-3 included, is untested here and refused; use FSDP2 or DDP")
+    if trainer.args.n_gpu > 1:
+        raise ValueError("several GPUs in one process are refused; start one process a GPU: torchrun or accelerate")
+    if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
+        raise ValueError("FSDP asked for, but accelerate has set up none (version 1, one process, or a CPU); omit it")
+    if trainer.is_fsdp_enabled and trainer.args.torch_compile:
+        raise ValueError("torch_compile under FSDP is untested here and refused; use DDP, or leave it out")
+    if trainer.is_fsdp_enabled and isinstance(trainer.model, PeftModel):
+        raise ValueError("LoRA under FSDP is refused: its head stays a shard, and saving cannot merge shards; use DDP")
+    if trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO and not trainer.args.torch_compile:
+        raise ValueError("accelerate's dynamo_backend is refused; set it to 'no', and torch_compile=True here")
+    if trainer.is_distributed_loading_by_transformers:
+        raise ValueError("a model sharded by from_pretrained (tensor parallel) is refused; load it whole")

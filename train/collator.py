@@ -1,0 +1,39 @@
+"""Batches: examples of different lengths, padded on the right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+class MTPCollator:
+    """Right-pads {"input_ids": list, "prompt_length": int} to the longest text of the batch, or to a fixed length.
+
+    The answer is what stands behind the prompt; in a conversation "earlier_answers", a list of (start, end) in tokens,
+    names further ones inside it.
+    """
+
+    def __init__(self, pad_token_id: int, pad_to: int | None = None) -> None:
+        self.pad_token_id = pad_token_id
+        self.pad_to = pad_to
+
+    def __call__(self, batch: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """input_ids [B, N] int64; lengths, prompt_lengths and earlier_answers as lists. ValueError for a longer text.
+
+        Lists stay on the host, where spans are drawn: reading tensors back from a GPU would wait for it.
+        """
+        lengths = [len(x["input_ids"]) for x in batch]
+        longest = max(lengths)
+        if self.pad_to is not None and longest > self.pad_to:
+            raise ValueError(f"texts must have at most pad_to = {self.pad_to} tokens; got {longest}: cut or raise it")
+        input_ids = torch.full((len(batch), self.pad_to or longest), self.pad_token_id)
+        for i, x in enumerate(batch):
+            input_ids[i, : len(x["input_ids"])] = torch.tensor(x["input_ids"])
+        return {
+            "input_ids": input_ids,
+            "lengths": lengths,
+            "prompt_lengths": [int(x["prompt_length"]) for x in batch],
+            "earlier_answers": [list(x.get("earlier_answers", ())) for x in batch],
+        }

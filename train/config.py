@@ -1,0 +1,229 @@
+"""What a training run is configured by: which model, and MTPConfig, TrainingArguments for multi-token prediction.
+
+Source   arXiv 2602.06019, training details
+"""
+
+from __future__ import annotations
+
+# First, because transformers would not name what is missing.
+import mtpkern.train.extra  # noqa: F401
+
+# isort: split
+
+from dataclasses import dataclass, field
+from typing import cast
+
+from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
+
+from mtpkern.train.compilation import CUDA_GRAPH_MODES
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained."""
+
+    model: str = field(metadata={"help": "The checkpoint to train: a path or hub id."})
+    teacher: str | None = field(
+        default=None, metadata={"help": "The frozen teacher; the checkpoint to train unless given."}
+    )
+
+
+@dataclass
+class MTPConfig(TrainingArguments):
+    """TrainingArguments and what multi-token prediction adds.
+
+    Defaults of the method are the paper's but for two that suit other data: its sequences count masks into their
+    length (layout="paper") and its spans may stand in the prompt (response_only=False). Its optimizer settings stand
+    in the shipped configurations. A constant k ("static k" in the paper's ablation) is k_min = k_max. The loss is the
+    mean over all planned span rows of a step: a row that is dropped (behind an EOS, or behind a miss under
+    "until_fail") adds nothing, but counts.
+
+    Raises ValueError, with the remedy, for values that contradict one another and for what nobody has tested:
+    DeepSpeed, tensor and context parallelism, FSDP1.
+
+        MTPConfig("out", k_max=16, teacher_target="hard", gt_warmup_steps=500, bf16=True, max_steps=2000)
+    """
+
+    k_min: int = field(default=2, metadata={"help": "Smallest number of predictions of a span."})
+    k_max: int = field(default=16, metadata={"help": "Largest; k is drawn anew each step, uniform on k_min..k_max."})
+    k_scope: str = field(default="step", metadata={"help": "Who shares a k: all ranks of a 'step', or each 'rank'."})
+    num_spans: int | None = field(
+        default=None,
+        metadata={"help": "Spans a sequence; unless given the paper's N // (2 * k_max), N // k_max where 'random'."},
+    )
+    spacing: str = field(default="stride", metadata={"help": "'stride' of 2k at an offset, or 'random'."})
+    span_offset: int | None = field(
+        default=None, metadata={"help": "Offset in tokens of the first span of a stride; drawn anew unless given."}
+    )
+    layout: str = field(
+        default="default", metadata={"help": "max_length counts the text's tokens, or with 'paper' the masks too."}
+    )
+    max_length: int | None = field(default=None, metadata={"help": "Longer texts are cut off; None cuts none."})
+    response_only: bool = field(
+        default=True, metadata={"help": "Spans in answers only, in those of every turn; else anywhere in the text."}
+    )
+    eos_padding: bool = field(
+        default=True, metadata={"help": "Predictions behind the text's EOS count, with EOS as the data's token."}
+    )
+    teacher_target: str = field(default="hard", metadata={"help": "'hard', 'soft', or 'gt' (no teacher pass)."})
+    gt_warmup_steps: int = field(
+        default=0, metadata={"help": "First steps that learn the data's tokens, without a teacher pass."}
+    )
+    loss_support: str = field(
+        default="all", metadata={"help": "'all' rows of a span, or 'until_fail': to the first that misses its target."}
+    )
+    prefix_weight: float = field(default=0.0, metadata={"help": "Weight of a next-token loss on the answer's rows."})
+    anchor_kl_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the teacher's KL on the answer's rows; keeps plain decoding as it was."},
+    )
+    static_shape: bool = field(default=False, metadata={"help": "Reserve mask rows for k_max at every k."})
+    packing: bool = field(
+        default=False, metadata={"help": "A micro-batch is one row without padding; for GPUs, whose kernel skips."}
+    )
+    bidirectional: bool = field(
+        default=False,
+        metadata={"help": "Masks of a span see one another both ways: an ablation that mtpkern.generate refuses."},
+    )
+    lora_rank: int = field(default=0, metadata={"help": "Rank of LoRA adapters; 0 trains all parameters."})
+    lora_alpha: float | None = field(default=None, metadata={"help": "LoRA's scale; twice the rank unless given."})
+    lora_targets: str = field(
+        default="all-linear", metadata={"help": "Modules with adapters, separated by commas, or 'all-linear'."}
+    )
+    student_dtype: str = field(
+        default="float32", metadata={"help": "Of the loaded student; bfloat16 only for weights that LoRA freezes."}
+    )
+    teacher_dtype: str | None = field(default=None, metadata={"help": "The teacher is cast to it; as loaded if None."})
+    save_dtype: str = field(default="float32", metadata={"help": "Of the final checkpoint that save_model writes."})
+    data_seed: int | None = field(default=None, metadata={"help": "Of the data's order; seed unless given."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "DDP's search for weights without a gradient; every step here uses all."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Columns are the collator's business."})
+    torch_compile: bool = field(
+        default=False, metadata={"help": "Compile the decoder layers of student and teacher, for training steps alone."}
+    )
+    torch_compile_backend: str | None = field(
+        default=None, metadata={"help": "Sets torch_compile; 'inductor' unless given."}
+    )
+    torch_compile_mode: str | None = field(
+        default=None, metadata={"help": "Sets torch_compile; modes that make CUDA graphs are refused."}
+    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite is an error."})
+
+    def __post_init__(self) -> None:
+        if self.deepspeed:
+            # Before transformers asks for its package.
+            raise ValueError("DeepSpeed, ZeRO-3 included, is untested here and refused; use FSDP2 (fsdp=True) or DDP")
+        # The parents must not see it: TrainingArguments would switch TF32 on, which rounds rotary positions too.
+        compiler = self.torch_compile, self.torch_compile_backend, self.torch_compile_mode
+        self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
+        super().__post_init__()
+        _, self.torch_compile_backend, self.torch_compile_mode = compiler
+        self.torch_compile = any(compiler)
+        if self.data_seed is None:
+            # Else the order of the data hangs on whatever has been seeded last, and a resumed run may see another.
+            self.data_seed = self.seed
+        if not 1 <= self.k_min <= self.k_max:
+            raise ValueError(f"1 <= k_min <= k_max must hold; got k_min={self.k_min}, k_max={self.k_max}")
+        for name, allowed in (
+            ("teacher_target", ("hard", "soft", "gt")),
+            ("loss_support", ("all", "until_fail")),
+            ("spacing", ("stride", "random")),
+            ("layout", ("default", "paper")),
+            ("k_scope", ("step", "rank")),
+            ("student_dtype", DTYPES),
+            ("teacher_dtype", (None, *DTYPES)),
+            ("save_dtype", DTYPES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {getattr(self, name)!r}")
+        for name in ("gt_warmup_steps", "lora_rank", "prefix_weight", "anchor_kl_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
+        if self.num_spans is not None and self.num_spans < 1:
+            raise ValueError(f"num_spans must be at least 1, or None for a number by max_length; got {self.num_spans}")
+        if self.span_offset is not None and (self.span_offset < 0 or self.spacing != "stride"):
+            raise ValueError(f"span_offset must be at least 0 and needs spacing='stride'; got {self.span_offset}")
+        self._require_room()
+        for name, unset in (("lora_alpha", None), ("lora_targets", "all-linear")):
+            if not self.lora_rank and getattr(self, name) != unset:
+                raise ValueError(f"{name} needs lora_rank > 0; got {getattr(self, name)!r} and rank 0")
+        if self.teacher_dtype is not None and (self.lora_rank or not self.needs_teacher):
+            raise ValueError(
+                "teacher_dtype is of a second model; with LoRA the teacher is the student without its adapters, and "
+                "teacher_target 'gt' without an anchor needs none: leave teacher_dtype out"
+            )
+        if self.lora_rank == 0 and self.student_dtype != "float32":
+            raise ValueError(
+                f"student_dtype {self.student_dtype!r} needs lora_rank > 0: trained weights are float32; set bf16=True "
+                "to compute in bfloat16"
+            )
+        if self.packing and self.static_shape:
+            raise ValueError("packing leaves out all padding, static_shape adds it; set one of them")
+        self._refuse_untested()
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any part of the loss asks a teacher: the spans' target, or the anchor."""
+        return self.teacher_target != "gt" or self.anchor_kl_weight > 0
+
+    def spans_of(self, num_tokens: int) -> int:
+        """How many spans a text padded to `num_tokens` gets, where they exist: `MTPConfig("out").spans_of(512) == 16`.
+
+        Random positions get twice the paper's share, which paid in the ablation (docs/log.md), unless the masks count
+        into the length.
+        """
+        if self.num_spans is not None:
+            return self.num_spans
+        period = self.k_max if self.spacing == "random" and self.layout == "default" else 2 * self.k_max
+        return max(1, num_tokens // period)
+
+    def _require_room(self) -> None:
+        """Raise ValueError for a max_length that leaves fewer than two tokens of a text."""
+        if self.max_length is None:
+            if self.layout == "paper":
+                raise ValueError("layout='paper' counts masks into max_length; give max_length (the paper: 160)")
+            return
+        masks = self.spans_of(self.max_length) * (self.k_max - 1)
+        least = 2 + (masks if self.layout == "paper" else 0)
+        if self.max_length < least:
+            counted = f" and all {masks} masks of the spans (layout='paper')" if self.layout == "paper" else ""
+            raise ValueError(
+                f"max_length must be at least {least}, for two tokens{counted}; got {self.max_length}: raise it"
+                + (", or lower num_spans or k_max" if counted else "")
+            )
+
+    def _refuse_untested(self) -> None:
+        """What TrainingArguments offer and this trainer would do wrong or ignore."""
+        parallel = self.parallelism_config
+        for name in ("tp", "cp", "sp"):
+            if parallel is not None and getattr(parallel, f"{name}_size", 1) > 1:
+                raise ValueError(
+                    f"{name}_size > 1 in parallelism_config is untested here and refused; use FSDP2 or DDP"
+                )
+        if self.fsdp and int((self.fsdp_config or {}).get("version", 2)) != 2:
+            raise ValueError("FSDP version 1 is untested here and refused; set fsdp_config={'version': 2}")
+        if self.torch_compile_mode in CUDA_GRAPH_MODES:
+            raise ValueError(
+                f"torch_compile_mode {self.torch_compile_mode!r} makes CUDA graphs, one for each of the many shapes of "
+                "a step, and is refused; use 'default' or 'max-autotune-no-cudagraphs'"
+            )
+        if self.use_liger_kernel:
+            raise ValueError("use_liger_kernel rewrites a forward that training here does not call; omit it")
+        if self.neftune_noise_alpha is not None:
+            raise ValueError("neftune_noise_alpha is untested here, and LoRA's teacher would see the noise; omit it")
+        if self.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor has no meaning for self-distillation; set it to 0")
+        if not self.average_tokens_across_devices:
+            raise ValueError("average_tokens_across_devices=False would weigh rows by rank; leave it True")
+        accelerator = cast(AcceleratorConfig, self.accelerator_config)
+        if accelerator.dispatch_batches or accelerator.split_batches:
+            raise ValueError("dispatch_batches and split_batches are refused: each rank reads its own batches")
+        # None would mean True for streamed data.
+        accelerator.dispatch_batches = False
+        # Else the host waits at every batch until the device has finished the step before.
+        accelerator.non_blocking = self.dataloader_pin_memory

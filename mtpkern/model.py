@@ -60,7 +60,7 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def recorded_settings(model: PreTrainedModel) -> dict[str, int]:
-    """What training has recorded (mask_token_id, k_max, bidirectional, version), in the config or in a gated adapter."""
+    """What training has recorded (mask_token_id, k_max, bidirectional, version) in the config or a gated adapter."""
     gate = gate_of(model)
     if gate is not None:
         return {"mask_token_id": gate.mask_token_id, "k_max": gate.settings.k_max}

@@ -1,4 +1,4 @@
-"""Training of a gated adapter against its definition: one joint pass of all rows, the adapters in the mask rows only."""
+"""Training of a gated adapter against its definition: one joint pass of all rows, adapters in the mask rows only."""
 
 import pytest
 import torch

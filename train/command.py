@@ -42,8 +42,9 @@ def load_student(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model to train and its tokenizer, with a mask token and the tokenizer's EOS among the stop tokens.
 
-    A checkpoint that records a mask token keeps it; the base of a gated adapter stays as it is. Raises OSError for a name that leads nowhere, ValueError for a
-    model whose embedding has fewer rows than the tokenizer has tokens, or for a tokenizer without EOS.
+    A checkpoint that records a mask token keeps it; the base of a gated adapter stays as it is. Raises OSError for a
+    name that leads nowhere, ValueError for a model whose embedding has fewer rows than the tokenizer has tokens, or for
+    a tokenizer without EOS.
     """
     tokenizer = _load(AutoTokenizer, name)
     model = _load(AutoModelForCausalLM, name, dtype=dtype)

@@ -102,8 +102,8 @@ class MTPTrainer(Trainer):
         self.mask_token_id = resolve_mask_token(plain, mask_token_id)
         if not self.gated == args.gated == (gate_of(plain) is not None):
             raise ValueError(
-                "GatedTrainer, gated=True and a gated adapter (add_gated_lora, or lora_rank on a plain model) go together; "
-                f"got {type(self).__name__}, gated={args.gated} and a model with{'out' * (gate_of(plain) is None)} a gate"
+                "GatedTrainer, gated=True and a gated adapter (add_gated_lora, or lora_rank on a plain model) go "
+                f"together; got {type(self).__name__}, gated={args.gated}, a model with gate: {gate_of(plain)}"
             )
         require_sound(model, teacher, args)
         for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics", "model_init"):

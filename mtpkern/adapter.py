@@ -227,7 +227,7 @@ def row_of(config: Any) -> nn.Parameter:
 
 
 def digest(model: PreTrainedModel) -> str:
-    """A digest of a model's weights: shapes and samples of each in bfloat16, so that the dtype of loading does not count.
+    """A digest of a model's weights: shapes, and samples in bfloat16 so that the dtype of loading is no matter.
 
     digest(model) == digest(the_same_checkpoint_loaded_in_another_dtype)
     """

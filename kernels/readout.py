@@ -97,7 +97,7 @@ def readout_triton(logits: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
 
 
 def readout(logits: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
-    """Token [R] and confidence [R] of logits [R, V]; the mask token is left out.
+    """Token [R] and confidence [R] of logits [R, V]; the mask token, where it is among them, is left out.
 
     >>> readout(torch.tensor([[0.0, 2.0, 9.0]]), mask_token_id=2)
     (tensor([1]), tensor([0.8808]))
@@ -123,7 +123,7 @@ def _(logits: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
 def readout_reference(logits: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
     """`readout` in plain torch; computes in float32, or in float64 for float64 logits."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-    z[:, mask_token_id] = -torch.inf
+    z[:, mask_token_id : mask_token_id + 1] = -torch.inf  # behind the vocabulary there is nothing to leave out
     top, token = z.max(dim=-1)
     confidence = z.sub_(top[:, None]).exp_().sum(dim=-1).reciprocal()
     return token.masked_fill(confidence.isnan(), -1), confidence

@@ -16,7 +16,8 @@ lengths, offsets and k are data that no kernel is compiled for. Sums run in a fi
 give equal bits. Any layout is computed rightly; spans sorted by prefix make the loops short.
 
 Shapes   query [B, Hq, T, D];  key, value [B, Hkv, T, D];  position, prefix_end, span_start, span_end [B, T]
-         sinks [Hq];  out [B, T, Hq, D];  lse, delta [B, Hq, T] float32
+         sinks [Hq];  out [B, T, Hq, D];  lse, delta [B, Hq, T] float32. Queries may be the last of the rows alone, their
+         first key that of row `before`: the keys in front are constants (a prefix that another pass has read)
 Traffic  forward reads q, k, v and writes out, 2 T D (Hq + Hkv) elements a sequence, backward twice that; the torch
          form builds the mask [B, T, T] and weights [B, Hq, T, T] besides
 FLOPs    4 Hq D a visible pair forward, 10 Hq D backward; the Triton form computes scores and do . v twice, 14 Hq D.
@@ -157,20 +158,21 @@ if find_spec("triton"):
         d = c - (c1 - c0)
         return tl.where(b < 0, a0 + i, tl.where(c < 0, b0 + b, tl.where(d < 0, c0 + c, d0 + d)))
 
-    @triton.jit(do_not_specialize=["T", "window"])
+    @triton.jit(do_not_specialize=["T", "before", "window"])
     def _forward_kernel(
-        query,  # [B, Hq, T, D]
+        query,  # [B, Hq, T - before, D]
         key,  # [B, Hkv, T, D]
         value,  # [B, Hkv, T, D]
         sinks,  # [Hq]
         layout,  # position, prefix_end, span_start, perhaps span_end: each [B, T] int32
-        out,  # [B, T, Hq, D], written
-        lse,  # [B, Hq, T] float32, written
+        out,  # [B, T - before, Hq, D], written
+        lse,  # [B, Hq, T - before] float32, written
         s_q,  # strides of B, H, T, as all that follow
         s_k,
         s_v,
         s_o,
         T,
+        before,
         Hq,
         G,
         scale,
@@ -185,15 +187,16 @@ if find_spec("triton"):
     ):
         # The last rows see the longest prefixes: they start first, or one of them would be left alone at the end.
         m0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS
+        N = T - before
         b = (tl.program_id(0) // Hq).to(tl.int64)
         h = (tl.program_id(0) % Hq).to(tl.int64)
         key += b * s_k[0] + h // G * s_k[1]
         value += b * s_v[0] + h // G * s_v[1]
 
-        o_r = m0 + tl.arange(0, ROWS)
-        rule = _rule(layout, b * T, o_r, T, window)
+        o_m = m0 + tl.arange(0, ROWS)
+        rule = _rule(layout, b * T, before + o_m, T, window)
         p0, f0, f1, p1, s0, s1 = _key_tiles(rule, KEYS)
-        q = _load(query + b * s_q[0] + h * s_q[1], m0, s_q[2], T, ROWS, D, BD, False)
+        q = _load(query + b * s_q[0] + h * s_q[1], m0, s_q[2], N, ROWS, D, BD, False)
         if HAS_SINKS:
             m = tl.zeros([ROWS], tl.float32) + tl.load(sinks + h).to(tl.float32) * LOG2_E
             l = tl.full([ROWS], 1.0, tl.float32)
@@ -220,22 +223,22 @@ if find_spec("triton"):
         sees = _sees(rule)
         l = tl.where(sees, l, 1.0)
         sums = tl.where(sees[:, None], sums * (1 / l)[:, None], 0.0)
-        _store(out + b * s_o[0] + h * s_o[1], m0, s_o[2], T, sums, ROWS, D, BD)
+        _store(out + b * s_o[0] + h * s_o[1], m0, s_o[2], N, sums, ROWS, D, BD)
         # +inf makes the p of a row that sees nothing 0 in backward.
         b_lse = tl.where(sees, m + tl.log2(l), float("inf"))
-        tl.store(lse + (b * Hq + h) * T + o_r, b_lse, mask=o_r < T)
+        tl.store(lse + (b * Hq + h) * N + o_m, b_lse, mask=o_m < N)
 
-    @triton.jit(do_not_specialize=["T", "window"])
+    @triton.jit(do_not_specialize=["T", "before", "window"])
     def _dq_kernel(
-        query,  # [B, Hq, T, D]
+        query,  # [B, Hq, T - before, D]
         key,  # [B, Hkv, T, D]
         value,  # [B, Hkv, T, D]
         layout,  # position, prefix_end, span_start, perhaps span_end: each [B, T] int32
-        out,  # [B, T, Hq, D]
-        d_out,  # [B, T, Hq, D]
-        lse,  # [B, Hq, T] float32
-        delta,  # [B, Hq, T] float32, written
-        d_query,  # [B, Hq, T, D], written
+        out,  # [B, T - before, Hq, D]
+        d_out,  # [B, T - before, Hq, D]
+        lse,  # [B, Hq, T - before] float32
+        delta,  # [B, Hq, T - before] float32, written
+        d_query,  # [B, Hq, T - before, D], written
         s_q,  # strides of B, H, T, as all that follow
         s_k,
         s_v,
@@ -243,6 +246,7 @@ if find_spec("triton"):
         s_do,
         s_dq,
         T,
+        before,
         Hq,
         G,
         scale,
@@ -255,21 +259,22 @@ if find_spec("triton"):
         HAS_SOFTCAP: tl.constexpr,
     ):
         m0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS
+        N = T - before
         b = (tl.program_id(0) // Hq).to(tl.int64)
         h = (tl.program_id(0) % Hq).to(tl.int64)
         key += b * s_k[0] + h // G * s_k[1]
         value += b * s_v[0] + h // G * s_v[1]
 
-        o_r = m0 + tl.arange(0, ROWS)
-        rule = _rule(layout, b * T, o_r, T, window)
+        o_m = m0 + tl.arange(0, ROWS)
+        rule = _rule(layout, b * T, before + o_m, T, window)
         p0, f0, f1, p1, s0, s1 = _key_tiles(rule, KEYS)
-        do = _load(d_out + b * s_do[0] + h * s_do[1], m0, s_do[2], T, ROWS, D, BD, False)
-        o = _load(out + b * s_o[0] + h * s_o[1], m0, s_o[2], T, ROWS, D, BD, False)
+        do = _load(d_out + b * s_do[0] + h * s_do[1], m0, s_do[2], N, ROWS, D, BD, False)
+        o = _load(out + b * s_o[0] + h * s_o[1], m0, s_o[2], N, ROWS, D, BD, False)
         b_delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-        b_lse = tl.load(lse + (b * Hq + h) * T + o_r, mask=o_r < T, other=float("inf"))
-        tl.store(delta + (b * Hq + h) * T + o_r, b_delta, mask=o_r < T)
+        b_lse = tl.load(lse + (b * Hq + h) * N + o_m, mask=o_m < N, other=float("inf"))
+        tl.store(delta + (b * Hq + h) * N + o_m, b_delta, mask=o_m < N)
 
-        q = _load(query + b * s_q[0] + h * s_q[1], m0, s_q[2], T, ROWS, D, BD, False)
+        q = _load(query + b * s_q[0] + h * s_q[1], m0, s_q[2], N, ROWS, D, BD, False)
         dq = tl.zeros([ROWS, BD], tl.float32)
         for MASKED in tl.static_range(2):
             for i in range((f0 - p0) + (p1 - f1) + (s1 - s0) if MASKED else f1 - f0):
@@ -282,7 +287,7 @@ if find_spec("triton"):
                     p = tl.where(_visible(rule, n0 + tl.arange(0, KEYS), 1), p, 0.0)
                 dq = _accumulate(dq, p * (_outer(do, v) - b_delta[:, None]) * slope, k)
         dq = tl.where(_sees(rule)[:, None], dq * scale, 0.0)
-        _store(d_query + b * s_dq[0] + h * s_dq[1], m0, s_dq[2], T, dq, ROWS, D, BD)
+        _store(d_query + b * s_dq[0] + h * s_dq[1], m0, s_dq[2], N, dq, ROWS, D, BD)
 
     @triton.jit
     def _extend(a0, a1, f0, f1, o_t, member, sees_all):
@@ -293,11 +298,12 @@ if find_spec("triton"):
         f1 = tl.minimum(f1, tl.min(tl.where(((member & sees_all) == 0) & (o_t > f0), o_t, FAR), 0))
         return a0, a1, f0, f1
 
-    @triton.jit(do_not_specialize=["T", "window"])
+    @triton.jit(do_not_specialize=["T", "before", "window"])
     def _row_tiles_kernel(
         layout,  # position, prefix_end, span_start, perhaps span_end: each [B, T] int32
         plan,  # [B, tiles of keys, 8] int32, written
         T,
+        before,
         window,
         ROWS: tl.constexpr,
         KEYS: tl.constexpr,
@@ -305,16 +311,17 @@ if find_spec("triton"):
     ):
         """Tiles of rows that see a tile of keys: tokens [a0, a1), of them [f0, f1) all of it; spans [b0, b1), [g0, g1).
 
-        Written in the order a0, f0, f1, a1, b0, g0, g1, b1. One launch for all heads: it reads the layout only.
+        Written in the order a0, f0, f1, a1, b0, g0, g1, b1. One launch for all heads: it reads the layout only. Rows
+        and keys are counted from `before`, in front of which there are no queries and keys are constants.
         """
         b = tl.program_id(1).to(tl.int64)
-        n0 = tl.program_id(0) * KEYS
+        n0 = before + tl.program_id(0) * KEYS
         n1 = tl.minimum(n0 + KEYS, T)
         a0, a1, f0, f1 = FAR, 0, FAR, FAR
         b0, b1, g0, g1 = FAR, 0, FAR, FAR
-        for t in range(0, tl.cdiv(T, ROWS), TILES):
+        for t in range(0, tl.cdiv(T - before, ROWS), TILES):
             o_t = t + tl.arange(0, TILES)
-            o_r = o_t[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+            o_r = before + o_t[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
             lower, end, own, stop = _rule(layout, b * T, o_r, T, window)
             prefix = (lower < end) & (lower < n1) & (end > n0)
             span = (own < stop) & (own < n1) & (stop > n0)
@@ -340,18 +347,18 @@ if find_spec("triton"):
         tl.store(plan + 6, tl.minimum(tl.maximum(g1, b0), b1))
         tl.store(plan + 7, b1)
 
-    @triton.jit(do_not_specialize=["T", "window"])
+    @triton.jit(do_not_specialize=["T", "before", "window"])
     def _dkdv_kernel(
-        query,  # [B, Hq, T, D]
+        query,  # [B, Hq, T - before, D]
         key,  # [B, Hkv, T, D]
         value,  # [B, Hkv, T, D]
         layout,  # position, prefix_end, span_start, perhaps span_end: each [B, T] int32
         plan,  # [B, tiles of keys, 8] int32
-        d_out,  # [B, T, Hq, D]
-        lse,  # [B, Hq, T] float32
-        delta,  # [B, Hq, T] float32
-        d_key,  # [B, Hkv, T, D], written
-        d_value,  # [B, Hkv, T, D], written
+        d_out,  # [B, T - before, Hq, D]
+        lse,  # [B, Hq, T - before] float32
+        delta,  # [B, Hq, T - before] float32
+        d_key,  # [B, Hkv, T, D], written from `before` on
+        d_value,  # [B, Hkv, T, D], written from `before` on
         s_q,  # strides of B, H, T, as all that follow
         s_k,
         s_v,
@@ -359,6 +366,7 @@ if find_spec("triton"):
         s_dk,
         s_dv,
         T,
+        before,
         Hkv,
         G,
         scale,
@@ -371,13 +379,14 @@ if find_spec("triton"):
         HAS_SOFTCAP: tl.constexpr,
     ):
         # The first keys, seen by the most rows, start first.
-        n0 = tl.program_id(1) * KEYS
+        n0 = before + tl.program_id(1) * KEYS
+        N = T - before
         b = (tl.program_id(0) // Hkv).to(tl.int64)
         h = (tl.program_id(0) % Hkv).to(tl.int64)
         query += b * s_q[0] + h * G * s_q[1]
         d_out += b * s_do[0] + h * G * s_do[1]
-        lse += (b * Hkv + h) * G * T
-        delta += (b * Hkv + h) * G * T
+        lse += (b * Hkv + h) * G * N
+        delta += (b * Hkv + h) * G * N
         plan += (b * tl.num_programs(1) + tl.program_id(1)) * 8
         a0 = tl.load(plan)
         f0 = tl.load(plan + 1)
@@ -402,20 +411,20 @@ if find_spec("triton"):
             for _ in range(n * G):
                 i_m = _pick(i, a0, f0, f1, a1, b0, g0, g1) if MASKED else _pick(i, f0, f1, g0, g1, 0, 0, 0)
                 m0 = i_m * ROWS
-                o_r = m0 + tl.arange(0, ROWS)
-                q = _load(query + g * s_q[1], m0, s_q[2], T, ROWS, D, BD, not MASKED)
-                do = _load(d_out + g * s_do[1], m0, s_do[2], T, ROWS, D, BD, not MASKED)
+                o_m = m0 + tl.arange(0, ROWS)
+                q = _load(query + g * s_q[1], m0, s_q[2], N, ROWS, D, BD, not MASKED)
+                do = _load(d_out + g * s_do[1], m0, s_do[2], N, ROWS, D, BD, not MASKED)
                 if MASKED:
-                    b_lse = tl.load(lse + g * T + o_r, mask=o_r < T, other=float("inf"))
-                    b_delta = tl.load(delta + g * T + o_r, mask=o_r < T, other=0.0)
+                    b_lse = tl.load(lse + g * N + o_m, mask=o_m < N, other=float("inf"))
+                    b_delta = tl.load(delta + g * N + o_m, mask=o_m < N, other=0.0)
                 else:
-                    b_lse = tl.load(lse + g * T + o_r)
-                    b_delta = tl.load(delta + g * T + o_r)
+                    b_lse = tl.load(lse + g * N + o_m)
+                    b_delta = tl.load(delta + g * N + o_m)
                 # Scores stand [keys, rows], so that no product needs p transposed.
                 s, slope = _logits(_outer(k, q), scale, softcap, HAS_SOFTCAP)
                 p = tl.exp2(s - b_lse[None, :])
                 if MASKED:
-                    p = tl.where(_visible(_rule(layout, b * T, o_r, T, window), o_n, 0), p, 0.0)
+                    p = tl.where(_visible(_rule(layout, b * T, before + o_m, T, window), o_n, 0), p, 0.0)
                 dv = _accumulate(dv, p, do)
                 dk = _accumulate(dk, p * (_outer(v, do) - b_delta[None, :]) * slope, q)
                 i += 1
@@ -523,11 +532,11 @@ def _like(x: Tensor) -> Tensor:
 def _forward(query, key, value, sinks, layout, scale, softcap, window):
     """`out` [B, T, Hq, D] and `lse`: one op to torch.compile, which looks no further."""
     query, key, value = map(_addressable, (query, key, value))
-    (batch, heads, rows, _), kv_heads = query.shape, key.shape[1]
+    (batch, heads, queries, _), (_, kv_heads, rows, _) = query.shape, key.shape
     out, lse = _forward_fake(query)
     options = _options("forward", query, softcap)
     with on_device(query):
-        _forward_kernel[batch * heads, triton.cdiv(rows, options["ROWS"])](
+        _forward_kernel[batch * heads, triton.cdiv(queries, options["ROWS"])](
             query,
             key,
             value,
@@ -537,6 +546,7 @@ def _forward(query, key, value, sinks, layout, scale, softcap, window):
             lse,
             *_strides(query, key, value, out.transpose(1, 2)),
             rows,
+            rows - queries,
             heads,
             heads // kv_heads,
             scale,
@@ -565,13 +575,16 @@ def _backward(query, key, value, out, lse, d_out, layout, scale, softcap, window
     d_query, d_key, d_value, delta = _backward_fake(query, key, value, out, lse)
     out, d_out = out.transpose(1, 2), d_out.transpose(1, 2)
     query, key, value, d_out = map(_addressable, (query, key, value, d_out))
-    (batch, heads, rows, _), kv_heads = query.shape, key.shape[1]
+    (batch, heads, queries, _), (_, kv_heads, rows, _) = query.shape, key.shape
+    before = rows - queries
+    for x in (d_key, d_value):
+        x[:, :, :before].zero_()
     layout = tuple(layout)
     tail = heads // kv_heads, scale, softcap or 0.0, window
 
     options = _options("dq", query, softcap)
     with on_device(query):
-        _dq_kernel[batch * heads, triton.cdiv(rows, options["ROWS"])](
+        _dq_kernel[batch * heads, triton.cdiv(queries, options["ROWS"])](
             query,
             key,
             value,
@@ -583,16 +596,17 @@ def _backward(query, key, value, out, lse, d_out, layout, scale, softcap, window
             d_query,
             *_strides(query, key, value, out, d_out, d_query),
             rows,
+            before,
             heads,
             *tail,
             **options,
         )
     options = _options("dkdv", query, softcap)
-    tiles = triton.cdiv(rows, options["KEYS"])
+    tiles = triton.cdiv(queries, options["KEYS"])
     plan = lse.new_empty(batch, tiles, 8, dtype=torch.int32)
     sizes = {name: options[name] for name in ("ROWS", "KEYS")}
     with on_device(query):
-        _row_tiles_kernel[tiles, batch](layout, plan, rows, window, **sizes, TILES=1024 // sizes["ROWS"])
+        _row_tiles_kernel[tiles, batch](layout, plan, rows, before, window, **sizes, TILES=1024 // sizes["ROWS"])
         _dkdv_kernel[batch * kv_heads, tiles](
             query,
             key,
@@ -606,6 +620,7 @@ def _backward(query, key, value, out, lse, d_out, layout, scale, softcap, window
             d_value,
             *_strides(query, key, value, d_out, d_key, d_value),
             rows,
+            before,
             kv_heads,
             *tail,
             **options,
@@ -683,23 +698,28 @@ def span_attention(
     sinks: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Attend under the span rule: [B, T, Hq, D], differentiable in query, key, value and sinks.
+    """Attend under the span rule: [B, Tq, Hq, D], differentiable in query, key, value and sinks.
 
-    query, key, value                  [B, Hq, T, D] and twice [B, Hkv, T, D]; Hkv divides Hq
+    query, key, value                  [B, Hq, Tq, D] and twice [B, Hkv, T, D]; Hkv divides Hq. Queries are the last Tq
+                                       of the T rows, usually all: with fewer, the keys in front of them come from
+                                       another pass, are constants, and get no gradient
     position, prefix_end, span_start   [B, T] integers (mtpkern.kernels.span_mask)
     span_end                           [B, T], for rows that see further than themselves: spans without order
     scale                              factor on the dot products, usually D ** -0.5
     window, softcap, sinks             sliding window in positions; logit cap; one extra logit [Hq] a head
-    mask                               span_mask of the rule with this window, where the caller has it already
+    mask                               the last Tq rows of span_mask of the rule with this window, where the caller has
+                                       them already
 
     Raises ValueError for shapes that do not fit. Source: arXiv 2602.06019.
 
         out = span_attention(q, k, v, layout.position, layout.prefix_end, layout.span_start, scale=q.shape[-1] ** -0.5)
     """
-    batch, heads, rows, dim = query.shape
-    if key.shape != value.shape or key.shape[0] != batch or key.shape[2:] != (rows, dim) or heads % key.shape[1]:
+    batch, heads, queries, dim = query.shape
+    rows = key.shape[2]
+    fits = key.shape[0] == batch and key.shape[3] == dim and queries <= rows and heads % key.shape[1] == 0
+    if key.shape != value.shape or not fits:
         raise ValueError(
-            "key and value must be [B, Hkv, T, D] beside query [B, Hq, T, D], Hkv dividing Hq; got "
+            "key and value must be [B, Hkv, T, D] beside query [B, Hq, Tq, D], Hkv dividing Hq and Tq at most T; got "
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
         )
     if position.shape != (batch, rows):
@@ -732,10 +752,11 @@ def span_attention_reference(
     Written out with softmax and batched products of [T, T] weights: on a CPU in bfloat16 forward and backward take a
     third of the time of scaled_dot_product_attention with this mask.
     """
-    if mask is None:
-        mask = span_mask(position, prefix_end, span_start, span_end, window=window)
-    query, key, value = _as_autocast(query, key, value)
     batch, heads, rows, dim = query.shape
+    before = key.shape[2] - rows
+    if mask is None:
+        mask = span_mask(position, prefix_end, span_start, span_end, window=window)[:, before:]
+    query, key, value = _as_autocast(query, key, value)
     kv_heads = key.shape[1]
     # Half the lowest finite number, not -inf: a row without keys must give 0, not 0 / 0, and no sum may reach -inf.
     hidden = torch.finfo(query.dtype).min / 2
@@ -747,11 +768,25 @@ def span_attention_reference(
         key, value = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
     # The query heads that share a key/value head are further rows of it.
     q = query.reshape(batch * kv_heads, -1, dim)
-    k, v = key.flatten(0, 1), value.flatten(0, 1)
-    bias = bias.reshape(len(q), -1, k.shape[1])
-    if softcap is None:
-        score = torch.baddbmm(bias, q, k.mT, alpha=scale)
-    else:
-        score = bias + softcap * torch.tanh(torch.bmm(q, k.mT) * (scale / softcap))
-    out = torch.bmm(score.softmax(-1), v).view(batch, heads, rows, dim).transpose(1, 2)
+    bias = bias.reshape(len(q), -1, key.shape[2])
+    # Constants apart from keys that get a gradient, which would else be computed for both.
+    parts = [(before, True), (key.shape[2] - before, False)] if before else [(key.shape[2], False)]
+    ends = 0
+    score, values = [], []
+    for n, constant in parts:
+        k, v = (x[:, :, ends : ends + n].flatten(0, 1) for x in (key, value))
+        k, v = (k.detach(), v.detach()) if constant else (k, v)
+        here = bias[..., ends : ends + n]
+        if softcap is None:
+            score.append(torch.baddbmm(here, q, k.mT, alpha=scale))
+        else:
+            score.append(here + softcap * torch.tanh(torch.bmm(q, k.mT) * (scale / softcap)))
+        values.append(v)
+        ends += n
+    weight = (score[0] if len(score) == 1 else torch.cat(score, dim=-1)).softmax(-1)
+    weights = weight.split([n for n, _ in parts], dim=-1)
+    out = torch.bmm(weights[0], values[0])
+    if before:
+        out = torch.baddbmm(out, weights[1], values[1])
+    out = out.view(batch, heads, rows, dim).transpose(1, 2)
     return out.masked_fill(~mask.any(-1)[..., None, None], 0.0)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mtpkern import reference as reference
+    from mtpkern.adapter import load_adapter as load_adapter
     from mtpkern.generation import MTPGenerateOutput as MTPGenerateOutput
     from mtpkern.generation import generate as generate
     from mtpkern.graph import release_graphs as release_graphs
@@ -33,6 +34,7 @@ __all__ = [
     "add_mask_token",
     "check",
     "generate",
+    "load_adapter",
     "reference",
     "release_graphs",
 ]
@@ -45,6 +47,7 @@ _MODULE_OF = {
     "add_mask_token": "mtpkern.model",
     "check": "mtpkern.model",
     "generate": "mtpkern.generation",
+    "load_adapter": "mtpkern.adapter",
     "release_graphs": "mtpkern.graph",
 }
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mtpkern.adapter import gated
 from mtpkern.attention import AttentionContext
 from mtpkern.cache import KVCache, PrefillCache
 from mtpkern.graph import StepGraph, compiled, wants_graph
@@ -163,14 +164,15 @@ class Decoder:
         ends = [*range(n, T, n), T + k - 1]
         for end in ends:
             here = slice(cache.seen, end)
-            logits = self.model(
-                input_ids=columns[:, here],
-                attention_mask=None if attention_mask is None else seen[:, :end],
-                position_ids=position[:, here],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=k if end == ends[-1] else 1,
-            ).logits
+            with gated(self.model, columns[:, here]):
+                logits = self.model(
+                    input_ids=columns[:, here],
+                    attention_mask=None if attention_mask is None else seen[:, :end],
+                    position_ids=position[:, here],
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=k if end == ends[-1] else 1,
+                ).logits
             cache.seen = end
         return self._take_in(logits[:, -k:].flatten(0, 1))
 
@@ -238,13 +240,15 @@ class Decoder:
 
 def _forward(model: PreTrainedModel, rows: Rows, route: dict[str, AttentionContext]) -> Tensor:
     """Logits [R, V] of packed rows."""
-    return model(
-        input_ids=rows.token[None],
-        position_ids=rows.position[None],
-        past_key_values=None,
-        use_cache=False,
-        **route,
-    ).logits[0]
+    input_ids = rows.token[None]
+    with gated(model, input_ids):
+        return model(
+            input_ids=input_ids,
+            position_ids=rows.position[None],
+            past_key_values=None,
+            use_cache=False,
+            **route,
+        ).logits[0]
 
 
 class _Poll:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
 
+from mtpkern.adapter import adopt
 from mtpkern.attention import exclusive, routed
 from mtpkern.decoder import PREFILL_CHUNK, Decoder, places_for
 from mtpkern.graph import kept_decoder, release_graphs, wants_graph, without_kernels
@@ -92,6 +93,7 @@ def generate(
         output = mtpkern.generate(model, **tokenizer("Two and two is", return_tensors="pt"), max_new_tokens=64)
         print(tokenizer.decode(output[0]))
     """
+    adopt(model)
     if not isinstance(strategy, Strategy | None):
         raise TypeError(f"strategy must be mtpkern.Static, ConfAdapt or Verified, got {strategy!r}")
     require_decodable(model)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mtpkern.adapter import gate_of
 from mtpkern.attention import exclusive, routed
 from mtpkern.decoder import Decoder
 from mtpkern.strategies import Static
@@ -71,7 +72,10 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def recorded_settings(model: PreTrainedModel) -> dict[str, int]:
-    """What training has recorded in the config (mask_token_id, k_max, bidirectional, version); empty without."""
+    """What training has recorded (mask_token_id, k_max, bidirectional, version) in the config or a gated adapter."""
+    gate = gate_of(model)
+    if gate is not None:
+        return {"mask_token_id": gate.mask_token_id, "k_max": gate.settings.k_max}
     return dict(getattr(model.config, CONFIG_KEY, None) or {})
 
 
@@ -82,6 +86,14 @@ def record_settings(model: PreTrainedModel, **settings: int) -> None:
 
 def resolve_mask_token(model: PreTrainedModel, mask_token_id: int | None = None) -> int:
     """The mask token's id: the argument, or what the config records. Raises ValueError for none or one out of range."""
+    gate = gate_of(model)
+    if gate is not None:
+        if mask_token_id not in (None, gate.mask_token_id):
+            raise ValueError(
+                f"the model's gated adapter has mask token {gate.mask_token_id}, got mask_token_id={mask_token_id}; "
+                "leave it out"
+            )
+        return gate.mask_token_id
     if mask_token_id is None:
         mask_token_id = recorded_settings(model).get("mask_token_id")
     if mask_token_id is None:

@@ -106,6 +106,24 @@ def test_large_scores_do_not_overflow():
     assert out.isfinite().all()
 
 
+@pytest.mark.parametrize("softcap", [None, 0.8])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_the_last_rows_alone(softcap, with_sinks):
+    """Queries of the masks only: their rows and gradients, with the keys of the tokens as constants."""
+    q, k, v, rule = case()
+    sinks = torch.linspace(-1, 1, 4, dtype=torch.float64) if with_sinks else None
+    options = {"scale": SCALE, "window": 4, "softcap": softcap, "sinks": sinks}
+    constant = [torch.cat([x[:, :, :9].detach(), x[:, :, 9:]], dim=2) for x in (k, v)]
+    whole = span_attention(q, *constant, *rule, **options)[:, 9:]
+    part = span_attention(q[:, :, 9:], k, v, *rule, **options)
+    torch.testing.assert_close(part, whole, rtol=1e-12, atol=1e-12)
+    wanted = torch.autograd.grad(whole.square().sum(), (q, k, v))
+    for x, got, want in zip((q, k, v), torch.autograd.grad(part.square().sum(), (q, k, v)), wanted):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+        assert x is q or not got[:, :, :9].any()
+    assert not wanted[0][:, :, :9].any()
+
+
 def test_errors():
     q, k, v, rule = case()
     with pytest.raises(ValueError, match="Hkv"):

@@ -31,16 +31,20 @@ from mtpkern.train.config import ModelArguments, MTPConfig
 from mtpkern.train.data import BadData, DataArguments, Report, load_data, load_held_out, require_found
 from mtpkern.train.evaluate import HeldOut, same_number, summarise
 from mtpkern.train.formats import Encoder
+from mtpkern.train.gated_trainer import GatedTrainer
 from mtpkern.train.options import help_text, parse
 from mtpkern.train.resume import newest_checkpoint, require_whole
 from mtpkern.train.trainer import MTPTrainer, NotFiniteError
 
 
-def load_student(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_student(
+    name: str, dtype: torch.dtype, *, gated: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model to train and its tokenizer, with a mask token and the tokenizer's EOS among the stop tokens.
 
-    A checkpoint that records a mask token keeps it. Raises OSError for a name that leads nowhere, ValueError for a
-    model whose embedding has fewer rows than the tokenizer has tokens, or for a tokenizer without EOS.
+    A checkpoint that records a mask token keeps it; the base of a gated adapter stays as it is. Raises OSError for a
+    name that leads nowhere, ValueError for a model whose embedding has fewer rows than the tokenizer has tokens, or for
+    a tokenizer without EOS.
     """
     tokenizer = _load(AutoTokenizer, name)
     model = _load(AutoModelForCausalLM, name, dtype=dtype)
@@ -48,7 +52,7 @@ def load_student(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTra
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:
         raise ValueError(f"{name}: the tokenizer has ids up to {highest}, the model only {rows} rows; give a pair")
-    if "mask_token_id" not in recorded_settings(model):
+    if not gated and "mask_token_id" not in recorded_settings(model):
         add_mask_token(model, tokenizer)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{name}: the tokenizer has no EOS token, so no answer would ever end; set its eos_token")
@@ -98,19 +102,21 @@ def train(model_arguments: ModelArguments, data: DataArguments, config: MTPConfi
     require_consistent(model_arguments, data, config)
     checkpoint = _checkpoint(config)
     name = model_arguments.model
-    model, tokenizer = load_student(name, getattr(torch, config.student_dtype))
+    model, tokenizer = load_student(name, getattr(torch, config.student_dtype), gated=config.gated)
     teacher = None
     if config.needs_teacher and not config.lora_rank:
         computed = "bfloat16" if config.bf16 or config.pure_bf16 else "float16" if config.fp16 else "float32"
         dtype = getattr(torch, config.teacher_dtype or computed)
         teacher = load_teacher(model_arguments.teacher or name, name, tokenizer, dtype)
+    rows = model.get_input_embeddings().weight.shape[0]
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     encode = Encoder(
         tokenizer,
         chat=data.chat,
         separator=data.separator,
         eos_token_ids=_stop_tokens(model),
-        mask_token_id=recorded_settings(model)["mask_token_id"],
+        # A gated adapter's is the first id behind the vocabulary.
+        mask_token_id=rows if config.gated else recorded_settings(model)["mask_token_id"],
         window=min(filter(None, (config.max_length, positions)), default=None),
         long_rows=data.long_rows,
         response_only=config.response_only,
@@ -121,7 +127,7 @@ def train(model_arguments: ModelArguments, data: DataArguments, config: MTPConfi
         for purpose, report in zip(purposes, reports):
             print(f"{purpose}: {report}", file=sys.stderr, flush=True)
     pad = tokenizer.pad_token_id
-    trainer = MTPTrainer(
+    trainer = (GatedTrainer if config.gated else MTPTrainer)(
         model=model,
         teacher=teacher,
         args=config,

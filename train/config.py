@@ -95,12 +95,18 @@ class MTPConfig(TrainingArguments):
     eos_padding: bool = field(
         default=True, metadata={"help": "Predictions behind the text's EOS count, with EOS as the data's token."}
     )
-    teacher_target: str = field(default="hard", metadata={"help": "'hard', 'soft', or 'gt' (no teacher pass)."})
+    teacher_target: str | None = field(
+        default=None, metadata={"help": "'hard', 'soft', or 'gt' (no teacher pass); 'hard' unless given, gated 'gt'."}
+    )
     gt_warmup_steps: int = field(
         default=0, metadata={"help": "First steps that learn the data's tokens, without a teacher pass."}
     )
-    loss_support: str = field(
-        default="all", metadata={"help": "'all' rows of a span, or 'until_fail': to the first that misses its target."}
+    loss_support: str | None = field(
+        default=None,
+        metadata={
+            "help": "'all' rows of a span, or 'until_fail': to the first that misses its target; unless given 'all', "
+            "gated 'until_fail'."
+        },
     )
     prefix_weight: float = field(
         default=0.0, metadata={"help": "Weight of a next-token loss on the data's tokens, in the rows of prefix_scope."}
@@ -119,6 +125,13 @@ class MTPConfig(TrainingArguments):
     bidirectional: bool = field(
         default=False,
         metadata={"help": "Masks of a span see one another both ways: an ablation that mtpkern.generate refuses."},
+    )
+    gated: bool = field(
+        default=False,
+        metadata={
+            "help": "Adapters that act on mask rows only, for the original model's own tokens; needs lora_rank, and "
+            "texts that the model wrote itself unless teacher_target is 'hard' or 'soft'."
+        },
     )
     lora_rank: int = field(default=0, metadata={"help": "Rank of LoRA adapters; 0 trains all parameters."})
     lora_alpha: float | None = field(default=None, metadata={"help": "LoRA's scale; twice the rank unless given."})
@@ -178,6 +191,10 @@ class MTPConfig(TrainingArguments):
         if self.data_seed is None:
             # Else the order of the data hangs on whatever has been seeded last, and a resumed run may see another.
             self.data_seed = self.seed
+        if self.teacher_target is None:
+            self.teacher_target = "gt" if self.gated else "hard"
+        if self.loss_support is None:
+            self.loss_support = "until_fail" if self.gated else "all"
         if not 1 <= self.k_min <= self.k_max:
             raise ValueError(f"1 <= k_min <= k_max must hold; got k_min={self.k_min}, k_max={self.k_max}")
         for name, allowed in (
@@ -221,9 +238,26 @@ class MTPConfig(TrainingArguments):
                 f"student_dtype {self.student_dtype!r} needs lora_rank > 0: trained weights are float32; set bf16=True "
                 "to compute in bfloat16, or pure_bf16=True to train bfloat16 weights all the same"
             )
+        if self.gated:
+            self._require_gateable()
         if self.packing and self.static_shape:
             raise ValueError("packing leaves out all padding, static_shape adds it; set one of them")
         self._refuse_untested()
+
+    def _require_gateable(self) -> None:
+        """Raise ValueError for options that mean nothing where the text's own rows are those of the frozen model."""
+        for wrong, says in (
+            (self.lora_rank == 0, "gated adapters are LoRA: give lora_rank, such as 16"),
+            (self.k_min < 2, "the first prediction of a gated span is the base's own: k_min must be at least 2"),
+            (
+                self.prefix_weight > 0 or self.anchor_kl_weight > 0,
+                "prefix_weight and anchor_kl_weight are losses on rows that gated adapters do not change; leave them 0",
+            ),
+            (self.bidirectional, "bidirectional spans cannot be decoded, and gated adapters are for decoding; omit it"),
+            (self.torch_compile, "torch_compile of gated adapters is untested and refused; leave it out"),
+        ):
+            if wrong:
+                raise ValueError(says)
 
     @property
     def device(self) -> torch.device:

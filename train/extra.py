@@ -6,8 +6,16 @@ Not datasets: only sources on the hub need it, and say so.
 try:
     from accelerate.utils import DynamoBackend, TorchDynamoPlugin
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 except ModuleNotFoundError as error:
     raise ImportError(f"mtpkern.train needs {error.name}; run: pip install 'mtpkern[train]'") from error
 
-__all__ = ["DynamoBackend", "LoraConfig", "PeftModel", "TorchDynamoPlugin", "fsdp2_prepare_model", "get_peft_model"]
+__all__ = [
+    "DynamoBackend",
+    "LoraConfig",
+    "PeftConfig",
+    "PeftModel",
+    "TorchDynamoPlugin",
+    "fsdp2_prepare_model",
+    "get_peft_model",
+]

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from mtpkern.adapter import GatedSettings, attach, digest, marked, require_gateable, row_of
 from mtpkern.train.extra import LoraConfig, PeftModel, get_peft_model
 
 
@@ -52,6 +53,52 @@ def add_lora(
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
+    return peft_model
+
+
+def add_gated_lora(
+    model: PreTrainedModel,
+    *,
+    rank: int,
+    k_max: int,
+    alpha: float | None = None,
+    targets: str = "all-linear",
+    chat: bool | None = None,
+    seed: int = 0,
+) -> PeftModel:
+    """As `add_lora`, but the adapters act on mask rows only, and the model's matrices stay as they are.
+
+    The mask token is the first id behind the vocabulary; its embedding, the parameter `mask_row` [H] of the result, is
+    drawn with the mean and the variance of the embedding's rows. k_max and chat are recorded in the adapter's folder.
+
+        peft_model = add_gated_lora(model, rank=16, k_max=8)
+    """
+    embedding = model.get_input_embeddings()
+    weight = embedding.weight.detach().float()
+    # Some models scale what the embedding gives; the row takes the place of the scaled one.
+    scale = torch.as_tensor(getattr(embedding, "embed_scale", 1.0)).float().to(weight.device)
+    noise = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(len(weight))).to(weight.device)
+    row = (weight.mean(0) + noise * weight.std(0)) * scale
+    settings = GatedSettings(
+        mask_token_id=len(weight), k_max=k_max, base=model.name_or_path, digest=digest(model), chat=chat
+    )
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
+        target_modules=targets if targets == "all-linear" else [part.strip() for part in targets.split(",")],
+        # A token that never comes: to peft itself the adapter is off.
+        alora_invocation_tokens=[settings.mask_token_id],
+        auto_mapping=marked(settings, row),
+        task_type="CAUSAL_LM",
+    )
+    require_gateable(config)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        peft_model = get_peft_model(model, config)
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
+    attach(peft_model, row_of(config).to(weight.device))
     return peft_model
 
 

@@ -98,8 +98,8 @@ class MTPLoss:
     entropy: Tensor
 
 
-def head_of(model: PreTrainedModel, mask_token_id: int) -> Head:
-    """The model's language-model head as plain tensors, the mask token banned; its modules are not called.
+def head_of(model: PreTrainedModel, mask_token_id: int | None) -> Head:
+    """The model's language-model head as plain tensors, its mask token, if it has one, banned; no module is called.
 
     Source of the scale and cap: the config fields of Cohere, Granite and Gemma.
     """

@@ -30,7 +30,8 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from mtpkern.attention import attention_context
+from mtpkern.adapter import gate_of
+from mtpkern.attention import AttentionContext, attention_context
 from mtpkern.model import record_settings, resolve_mask_token
 from mtpkern.train.checks import require_sound, require_tested_engine
 from mtpkern.train.compilation import CompiledLayers
@@ -98,6 +99,7 @@ class MTPTrainer(Trainer):
 
     args: MTPConfig
     train_dataset: Any
+    gated = False
 
     def __init__(
         self,
@@ -110,15 +112,13 @@ class MTPTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         plain = plain_model(model)
-        self.mask_token_id = resolve_mask_token(plain, mask_token_id)
         if args.lora_rank and not isinstance(model, PeftModel):
-            model = add_lora(
-                plain,
-                self.mask_token_id,
-                rank=args.lora_rank,
-                alpha=args.lora_alpha,
-                targets=args.lora_targets,
-                seed=args.seed,
+            model = self._adapted(plain, mask_token_id, args)
+        self.mask_token_id = resolve_mask_token(plain, mask_token_id)
+        if not self.gated == args.gated == (gate_of(plain) is not None):
+            raise ValueError(
+                "GatedTrainer, gated=True and a gated adapter (add_gated_lora, or lora_rank on a plain model) go "
+                f"together; got {type(self).__name__}, gated={args.gated}, a model with gate: {gate_of(plain)}"
             )
         require_sound(model, teacher, args)
         for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics", "model_init"):
@@ -126,7 +126,8 @@ class MTPTrainer(Trainer):
                 raise ValueError(f"{name} would have no effect: the loss is fixed and no logits are gathered; omit it")
         if args.bidirectional and held_out is not None:
             raise ValueError("held-out prompts cannot be decoded with bidirectional=True; leave held_out= out")
-        record_settings(plain, mask_token_id=self.mask_token_id, k_max=args.k_max, bidirectional=args.bidirectional)
+        if gate_of(plain) is None:
+            record_settings(plain, mask_token_id=self.mask_token_id, k_max=args.k_max, bidirectional=args.bidirectional)
         super().__init__(model=model, args=args, **kwargs)
         require_tested_engine(self)
         # accelerate would compile the whole model, whose forward is another one in every step here.
@@ -152,6 +153,17 @@ class MTPTrainer(Trainer):
         self._seen = Seen()
         # The first step with a loss that is not finite; on the device, so that no step waits for it.
         self._broken_step = torch.tensor(torch.inf, device=args.device)
+
+    def _adapted(self, plain: PreTrainedModel, mask_token_id: int | None, args: MTPConfig) -> PeftModel:
+        """The model with the adapters that the configuration asks for."""
+        return add_lora(
+            plain,
+            resolve_mask_token(plain, mask_token_id),
+            rank=args.lora_rank,
+            alpha=args.lora_alpha,
+            targets=args.lora_targets,
+            seed=args.seed,
+        )
 
     def plan(self, batch: dict[str, Any], *, k: int, step: int, micro_step: int) -> dict[str, Any]:
         """The batch with its layout: a pure function of where its answers lie, the seed, the step and the rank."""
@@ -217,17 +229,22 @@ class MTPTrainer(Trainer):
 
     def _count(self, plans: list[dict[str, Any]], device: torch.device) -> Tensor:
         """Planned span, prefix and anchor rows [3] over the given micro-batches and all ranks."""
-        rows = [(plan["layout"].valid, plan["prefix_rows"], plan["anchor_rows"]) for plan in plans]
+        rows = [(self._loss_rows(plan["layout"]), plan["prefix_rows"], plan["anchor_rows"]) for plan in plans]
         sums = [float(sum(int(x.sum()) for x in kind)) for kind in zip(*rows)] or [0.0] * 3
         counts = send(torch.tensor(sums), device)
         return self.accelerator.reduce(counts, "sum")
+
+    @staticmethod
+    def _loss_rows(layout: Layout) -> Tensor:
+        """[B, M, K] bool: the predictions of a layout that may have a loss."""
+        return layout.valid
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """One step under span attention, backward included: activation checkpointing runs the forward again there."""
         layout: Layout = inputs["layout"]
-        self._seen.add(int(layout.valid.sum()), int(layout.lengths.sum()))
+        self._seen.add(int(self._loss_rows(layout).sum()), int(layout.lengths.sum()))
         with self._span_attention(model, inputs) as inputs, self._compiled():
             loss = super().training_step(model, inputs, num_items_in_batch)
         step = torch.full_like(self._broken_step, self.state.global_step)
@@ -249,10 +266,14 @@ class MTPTrainer(Trainer):
     @contextmanager
     def _span_attention(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         device = self.args.device
-        context = SpanContext(inputs["layout"].to(device))
+        context = self._context(inputs["layout"].to(device))
         rows = {name: send(inputs[name], device) for name in ("prefix_rows", "anchor_rows")}
         with attention_context(plain_model(self.accelerator.unwrap_model(model)), context):
             yield {**inputs, "layout": context, **rows}
+
+    def _context(self, layout: Layout) -> AttentionContext:
+        """The attention of a step's layout."""
+        return SpanContext(layout)
 
     def _target(self) -> str:
         """What the student learns now: the data's tokens first, where a warm-up asks for it. Evaluation has one aim."""
@@ -271,31 +292,38 @@ class MTPTrainer(Trainer):
         counts = torch.as_tensor(num_items_in_batch, device=self.args.device).clamp(min=1)
         prefix_weight, anchor_weight = self.args.prefix_weight, self.args.anchor_kl_weight
 
-        def forward(tokens: Tensor, context: SpanContext, prefix_rows: Tensor, anchor_rows: Tensor) -> MTPLoss:
+        def forward(tokens: Tensor, context: Any, **rows: Tensor) -> MTPLoss:
             with self.accelerator.autocast():
-                return mtp_loss(
-                    plain_model(core),
-                    self.teacher,
-                    tokens,
-                    context,
-                    mask_token_id=self.mask_token_id,
-                    eos_token_ids=self.eos_token_ids,
-                    target=self._target(),  # type: ignore[arg-type]
-                    loss_support=self.args.loss_support,  # type: ignore[arg-type]
-                    prefix_rows=prefix_rows if prefix_weight else None,
-                    anchor_rows=anchor_rows if anchor_weight else None,
-                    eos_padding=self.args.eos_padding,
-                    as_teacher=core.disable_adapter if isinstance(core, PeftModel) else None,
-                )
+                return self._loss_sums(core, tokens, context, **rows)
 
         with forward_as(core, forward):
-            sums: MTPLoss = model(*(inputs[n] for n in ("input_ids", "layout", "prefix_rows", "anchor_rows")))
+            rows = {name: inputs[name] for name in ("prefix_rows", "anchor_rows")}
+            sums: MTPLoss = model(inputs["input_ids"], inputs["layout"], **rows)
         text = prefix_weight * sums.prefix / counts[1] + anchor_weight * sums.anchor / counts[2]
         loss = (sums.span / counts[0] + text) * self.accelerator.num_processes
         # Kept for the next log; the graph must not live that long.
         scalars = {name: getattr(sums, name).detach() for name in ("span", "prefix", "anchor")}
         self._sums.append(replace(sums, **scalars))
         return (loss, sums) if return_outputs else loss
+
+    def _loss_sums(
+        self, core: nn.Module, tokens: Tensor, context: Any, *, prefix_rows: Tensor, anchor_rows: Tensor
+    ) -> MTPLoss:
+        """The objective, inside the one wrapped call of the model."""
+        return mtp_loss(
+            plain_model(core),
+            self.teacher,
+            tokens,
+            context,
+            mask_token_id=self.mask_token_id,
+            eos_token_ids=self.eos_token_ids,
+            target=self._target(),  # type: ignore[arg-type]
+            loss_support=self.args.loss_support,  # type: ignore[arg-type]
+            prefix_rows=prefix_rows if self.args.prefix_weight else None,
+            anchor_rows=anchor_rows if self.args.anchor_kl_weight else None,
+            eos_padding=self.args.eos_padding,
+            as_teacher=core.disable_adapter if isinstance(core, PeftModel) else None,
+        )
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None

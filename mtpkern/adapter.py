@@ -1,0 +1,328 @@
+"""The gated adapter: LoRA that acts on the rows of mask tokens only; every other row is the original model's own.
+
+Prompt, accepted tokens and drafts run through the frozen weights, so the KV cache holds what the original model would
+have put there, and what `Verified` emits is the original model's greedy output. Adapted are the mask rows of a pass
+alone: `Gate` says which those are, and closed, as it is outside of mtpkern, the model is the original to the last bit.
+
+The adapter is peft's: its LoRA layers, and its folder, whose config also says that it is gated, for which base, and
+holds the one embedding row that has no place in the base: the mask token is the first id behind the vocabulary, so
+neither matrix is resized, no tokenizer changes and no prompt can hold it. peft reads the folder as an adapter that its
+invocation token switches on, and since that token never comes, plain peft gives the base.
+
+Source   gated LoRA: Samragh et al., arXiv 2507.11851; LoRA on mask rows only: I-DLM's R-ISD, arXiv 2604.11035
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from copy import copy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+MARK = "mtpkern"
+VERSION = 1
+# Variants of LoRA whose update is more than a product of two matrices, and what else peft can do to a layer.
+_UNGATEABLE = (
+    *("use_dora", "lora_bias", "modules_to_save", "target_parameters"),
+    *("trainable_token_indices", "layer_replication"),
+)
+# Elements of each weight that the digest of a base reads.
+_SAMPLE = 64
+
+
+@dataclass(frozen=True)
+class GatedSettings:
+    """What the folder of a gated adapter records beside peft's own settings.
+
+    mask_token_id   the first id behind the base's vocabulary
+    k_max           predictions of a pass that it was trained for
+    base, digest    the base's name, and a digest of its weights
+    chat            whether prompts were rendered by the chat template; None where nobody said
+    """
+
+    mask_token_id: int
+    k_max: int
+    base: str
+    digest: str
+    chat: bool | None = None
+    version: int = VERSION
+
+
+class Gate:
+    """Which rows of the running pass are adapted, and the embedding row of the mask token [H]; one for a model.
+
+    with gate.open(input_ids == gate.mask_token_id):
+        logits = model(input_ids=input_ids, ...).logits
+
+    Closed, which it is wherever no block of this thread has opened it, adapters add nothing.
+    """
+
+    def __init__(self, settings: GatedSettings, row: nn.Parameter) -> None:
+        self.settings = settings
+        self.mask_token_id = settings.mask_token_id
+        self.row = row
+        # A training pass, whose rows are masks all of them; seen by all threads, because activation checkpointing runs
+        # the forward again in one of autograd's.
+        self.all_rows = False
+
+    @property
+    def rows(self) -> Tensor | bool:
+        """The adapted rows [B, T] bool of this thread's pass; True for all, False for none."""
+        if self.all_rows:
+            return True
+        opened = _opened.get()
+        return opened[1] if opened is not None and opened[0] is self else False
+
+    @contextmanager
+    def open(self, rows: Tensor) -> Iterator[None]:
+        """Adapt these rows [B, T] of the passes inside the block."""
+        token = _opened.set((self, rows))
+        try:
+            yield
+        finally:
+            _opened.reset(token)
+
+    @contextmanager
+    def open_for_training(self) -> Iterator[None]:
+        """Adapt all rows inside the block, which stays open around backward; other threads see it too."""
+        self.all_rows = True
+        try:
+            yield
+        finally:
+            self.all_rows = False
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """Adapt none inside the block, which is the base's own part of a training pass."""
+        before, self.all_rows = self.all_rows, False
+        try:
+            yield
+        finally:
+            self.all_rows = before
+
+    def hide_mask_tokens(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Before the embedding: it has no row for the mask token, so any other stands in."""
+        ids = args[0]
+        return (ids.masked_fill(ids == self.mask_token_id, 0), *args[1:])
+
+    def embed_mask_tokens(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Behind the embedding: the mask token's own row in its place."""
+        rows = self.rows
+        if rows is False:
+            return output
+        row = self.row.to(output.dtype).expand_as(output)
+        return row if rows is True else torch.where(rows.unsqueeze(-1), row, output)  # type: ignore[union-attr]
+
+
+_opened: ContextVar[tuple[Gate, Tensor] | None] = ContextVar("mtpkern_gate", default=None)
+
+
+class _GatedLora:
+    """What a LoRA layer of peft does in place of its plain update: one object for all layers of a model."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """result [B, T, N] of the base's layer for x [B, T, H], with the update in its gated rows."""
+        rows = self.gate.rows
+        if rows is False:
+            return result
+        a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        if rows is True:
+            return result + b(a(module.lora_dropout[active_adapter](x))) * module.scaling[active_adapter]
+        update = b(a(x[rows])) * module.scaling[active_adapter]
+        result[rows] += update.to(result.dtype)
+        return result
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError("a gated adapter acts on mask rows only and cannot be merged into the weights; keep it apart")
+
+    merge_safe = merge_unsafe = unmerge = _refuse
+
+
+def gate_of(model: nn.Module) -> Gate | None:
+    """The gate of a model that carries a gated adapter, None for any other."""
+    return getattr(model, "mtpkern_gate", None)
+
+
+def gated(model: nn.Module, input_ids: Tensor) -> AbstractContextManager[None]:
+    """A block in which the model's gate, where it has one, is open for the mask tokens among input_ids [B, T]."""
+    gate = gate_of(model)
+    return nullcontext() if gate is None else gate.open(input_ids == gate.mask_token_id)
+
+
+def attach(model: PeftModel, row: nn.Parameter, adapter: str = "default") -> Gate:
+    """Put the gate of a gated adapter before peft's layers; doing it twice changes nothing.
+
+    row   the mask token's embedding [H], which becomes the parameter `mask_row` of the peft model
+    """
+    from peft.tuners.lora import LoraLayer
+
+    base = model.get_base_model()
+    found = gate_of(base)
+    if found is not None:
+        return found
+    gate = Gate(settings_of(model.peft_config[adapter]), row)
+    model.register_parameter("mask_row", row)
+    for module in base.modules():
+        if isinstance(module, LoraLayer) and adapter in module.lora_A:
+            module.lora_variant[adapter] = _GatedLora(gate)
+    embedding = base.get_input_embeddings()
+    embedding.register_forward_pre_hook(gate.hide_mask_tokens)
+    embedding.register_forward_hook(gate.embed_mask_tokens)
+    base.mtpkern_gate = gate
+    return gate
+
+
+def adopt(model: nn.Module) -> None:
+    """Attach the gate of an adapter that peft itself has loaded; nothing for any other model."""
+    configs = getattr(model, "peft_config", None) or {}
+    for name in [name for name, config in configs.items() if is_gated(config)]:
+        if gate_of(model) is None:
+            base = model.get_base_model()  # type: ignore[operator]
+            require_gateable(configs[name])
+            require_base(base, settings_of(configs[name]), f"adapter {name!r}")
+            row = row_of(configs[name]).requires_grad_(False)
+            row.data = row.data.to(base.device)
+            attach(model, row, name)  # type: ignore[arg-type]
+
+
+def marked(settings: GatedSettings, row: Tensor) -> dict[str, Any]:
+    """What a LoraConfig carries as `auto_mapping`: the settings and the mask token's row, in float32."""
+    data = row.detach().float().cpu().contiguous().numpy().tobytes()
+    return {MARK: {**asdict(settings), "mask_row": base64.b64encode(data).decode("ascii")}}
+
+
+def is_gated(config: Any) -> bool:
+    """Whether a config of peft is that of a gated adapter."""
+    return MARK in (getattr(config, "auto_mapping", None) or {})
+
+
+def settings_of(config: Any) -> GatedSettings:
+    """What a gated adapter has recorded. Raises ValueError for a newer version than this one knows."""
+    values = {name: x for name, x in config.auto_mapping[MARK].items() if name != "mask_row"}
+    if values.get("version", VERSION) > VERSION:
+        raise ValueError(f"the gated adapter has version {values['version']}, this mtpkern knows {VERSION}: upgrade it")
+    return GatedSettings(**values)
+
+
+def row_of(config: Any) -> nn.Parameter:
+    """The mask token's row [H] float32 that a gated adapter has recorded."""
+    data = bytearray(base64.b64decode(config.auto_mapping[MARK]["mask_row"]))
+    return nn.Parameter(torch.frombuffer(data, dtype=torch.float32).clone())
+
+
+def digest(model: PreTrainedModel) -> str:
+    """A digest of a model's weights: shapes, and samples in bfloat16 so that the dtype of loading is no matter.
+
+    digest(model) == digest(the_same_checkpoint_loaded_in_another_dtype)
+    """
+    hash_ = hashlib.blake2b(digest_size=16)
+    for name, weight in sorted(model.state_dict().items()):
+        name = name.replace(".base_layer.", ".")
+        if "lora_" in name or not weight.is_floating_point():
+            continue
+        flat = weight.flatten()
+        step = max(1, len(flat) // _SAMPLE)
+        hash_.update(f"{name} {tuple(weight.shape)}".encode())
+        hash_.update(flat[::step][:_SAMPLE].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return hash_.hexdigest()
+
+
+def load_adapter(model: PreTrainedModel, path: str | Path, *, dtype: torch.dtype | None = None) -> PeftModel:
+    """Give a model the gated adapter of a folder or hub id; `mtpkern.generate` then decodes several tokens a pass.
+
+    The model's own weights stay what they are, and so does what `generate` emits: `Verified`, the default, writes the
+    original model's greedy output.
+
+    dtype   of the adapter's weights; that of the model unless given
+
+    Raises ValueError for an adapter that is not gated, is gated but for another base, or changes more than linear
+    layers; ImportError without peft. The model gets peft's layers in place, as by `PeftModel.from_pretrained`.
+
+        model = mtpkern.load_adapter(AutoModelForCausalLM.from_pretrained("base"), "adapter")
+        ids = mtpkern.generate(model, **inputs, max_new_tokens=256)
+    """
+    try:
+        from peft import PeftConfig, PeftModel
+    except ModuleNotFoundError as error:
+        raise ImportError("mtpkern.load_adapter needs peft; run: pip install peft") from error
+
+    config = PeftConfig.from_pretrained(str(path))
+    if not is_gated(config):
+        raise ValueError(
+            f"{path} is not a gated adapter of mtpkern: expected its mark in adapter_config.json; load it with "
+            "peft.PeftModel.from_pretrained, or train one with mtpkern train --gated"
+        )
+    require_gateable(config)
+    require_base(model, settings_of(config), str(path))
+    peft_model = PeftModel.from_pretrained(model, str(path)).eval()
+    attach(peft_model, row_of(config))
+    for name, parameter in peft_model.named_parameters():
+        if "lora_" in name or name == "mask_row":
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.to(model.device, dtype or model.dtype)
+    return peft_model
+
+
+def save_adapter(model: PeftModel, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write a gated adapter's folder: peft's config with our mark, and its weights, in `dtype` or as they are.
+
+    save_adapter(peft_model, "adapter", dtype=torch.bfloat16)
+    """
+    from peft import get_peft_model_state_dict
+
+    name = model.active_adapter
+    record_row(model)
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    state = {key: x.detach().to("cpu", dtype or x.dtype).contiguous() for key, x in state.items()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = copy(model.peft_config[name])
+    config.inference_mode = True
+    config.save_pretrained(str(folder), auto_mapping_dict=config.auto_mapping)
+
+
+def record_row(model: PeftModel) -> None:
+    """Bring the mask token's row, as trained by now, into the config that peft saves."""
+    for config in model.peft_config.values():
+        if is_gated(config):
+            config.auto_mapping = marked(settings_of(config), model.mask_row)
+
+
+def require_gateable(config: LoraConfig | Any) -> None:
+    """Raise ValueError for what peft offers and a gate cannot hold: anything but plain LoRA on linear layers."""
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind != "LORA":
+        raise ValueError(f"only LoRA can be gated; got an adapter of type {kind}")
+    changed = [name for name in _UNGATEABLE if getattr(config, name, None)]
+    if changed:
+        raise ValueError(f"a gated adapter is plain LoRA on linear layers; got one with {', '.join(changed)}")
+
+
+def require_base(model: PreTrainedModel, settings: GatedSettings, path: str) -> None:
+    """Raise ValueError where a model is not the base that an adapter was trained for."""
+    if getattr(model, "is_quantized", False):
+        return  # its weights are stored otherwise: nothing to compare
+    rows = model.get_input_embeddings().weight.shape[0]
+    found = digest(model)
+    if rows != settings.mask_token_id or found != settings.digest:
+        raise ValueError(
+            f"{path} was trained for {settings.base} ({settings.mask_token_id} tokens, weights {settings.digest}), got "
+            f"a model with {rows} tokens and weights {found}: load the base unchanged, without add_mask_token"
+        )

@@ -1,0 +1,101 @@
+"""The gated adapter in decoding: the original model's own tokens, whatever stands in the adapter."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+import mtpkern
+from mtpkern.adapter import digest, gate_of, save_adapter
+from mtpkern.train.lora import add_gated_lora
+
+ARCHITECTURES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 6},
+    "gemma2": {"sliding_window": 6, "attention": "eager"},
+    "gemma3_text": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": {},
+    "olmo2": {},
+    "granite": {"embedding_multiplier": 2.0},
+    "cohere": {},
+}
+
+
+def pair(tiny, kind="llama", seed=0, **settings):
+    """A base, and the same with an adapter that changes its mask rows."""
+    settings = {**ARCHITECTURES[kind], **settings}
+    base = tiny.model(kind, seed=seed, **settings)
+    del base.config.mtpkern
+    peft_model = add_gated_lora(copy.deepcopy(base), rank=4, k_max=5).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.3, generator=generator)
+    return base, peft_model
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_verified_writes_the_originals_greedy_output(tiny, kind):
+    base, peft_model = pair(tiny, kind)
+    ids, mask = tiny.prompts(7, 4, 9)
+    for rows in (slice(0, 1), slice(0, 3)):
+        inputs = {"input_ids": ids[rows], "attention_mask": mask[rows]}
+        want = base.generate(**inputs, do_sample=False, max_new_tokens=24)
+        for strategy in (None, mtpkern.Verified(4, 0.0), mtpkern.Static(1)):
+            out = mtpkern.generate(peft_model, **inputs, strategy=strategy, max_new_tokens=24)
+            assert out.equal(want), (kind, strategy)
+
+
+def test_mask_rows_are_those_of_the_adapted_model(tiny):
+    """What the masks propose is what a model with all rows adapted there would: Static shows it."""
+    _, peft_model = pair(tiny)
+    ids, mask = tiny.prompts(7, 4)
+    inputs = {"input_ids": ids, "attention_mask": mask, "strategy": mtpkern.Static(4), "max_new_tokens": 16}
+    with_adapter = mtpkern.generate(peft_model, **inputs)
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    assert not with_adapter.equal(mtpkern.generate(peft_model, **inputs))
+
+
+def test_folder(tiny, tmp_path):
+    base, peft_model = pair(tiny)
+    ids, mask = tiny.prompts(7, 4)
+    inputs = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 16, "return_dict_in_generate": True}
+    want = mtpkern.generate(peft_model, **inputs)
+    save_adapter(peft_model, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["auto_mapping"]["mtpkern"]["k_max"] == 5
+    loaded = mtpkern.load_adapter(copy.deepcopy(base), tmp_path)
+    got = mtpkern.generate(loaded, **inputs)
+    assert got.sequences.equal(want.sequences)
+    assert got.blocks == want.blocks
+
+    from peft import PeftModel
+
+    by_peft = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()
+    assert by_peft(ids).logits.equal(base(ids).logits)
+    again = mtpkern.generate(by_peft, **inputs)
+    assert again.sequences.equal(want.sequences)
+    assert again.blocks == want.blocks
+    assert gate_of(by_peft) is not None
+
+
+def test_refuses_other_bases_and_merging(tiny, tmp_path):
+    base, peft_model = pair(tiny)
+    save_adapter(peft_model, tmp_path)
+    with pytest.raises(ValueError, match="was trained for"):
+        mtpkern.load_adapter(tiny.model("llama", seed=3), tmp_path)
+    with pytest.raises(ValueError, match="cannot be merged"):
+        peft_model.merge_and_unload()
+
+
+def test_digest_does_not_depend_on_the_dtype(tiny):
+    base = tiny.model("llama")
+    for parameter in base.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    assert digest(base) == digest(copy.deepcopy(base).bfloat16())

@@ -1,0 +1,156 @@
+"""Training of a gated adapter against its definition: one joint pass of all rows, adapters in the mask rows only."""
+
+import pytest
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+
+from mtpkern.adapter import gate_of
+from mtpkern.attention import attention_context
+from mtpkern.train.gated import BehindPrefixContext, gated_loss
+from mtpkern.train.layout import build_layout
+from mtpkern.train.lora import add_gated_lora
+from mtpkern.train.objective import SpanContext, backbone, gather_rows
+
+V, EOS = 61, 7
+TINY = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.3,
+    "eos_token_id": EOS,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+}
+EOS_IDS = torch.tensor([EOS])
+K = 4
+
+
+def llama(**change):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**TINY, **change)).eval()
+
+
+def tied():
+    return llama(tie_word_embeddings=True)
+
+
+def gemma():
+    torch.manual_seed(0)
+    window = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**TINY, **window)).eval()
+
+
+def adapted(make):
+    """A model with adapters that do something, and its untouched twin."""
+    peft_model = add_gated_lora(make(), rank=4, k_max=K)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.2, generator=generator)
+    return peft_model, make()
+
+
+def batch(**options):
+    torch.manual_seed(1)
+    lengths = torch.tensor([14, 11])
+    tokens = torch.randint(10, 59, (2, 15))
+    for b, n in enumerate(lengths):
+        tokens[b, n - 1] = EOS
+        tokens[b, n:] = 0
+    prefix = torch.tensor([[3, 8, 12], [2, 6, 0]])
+    return tokens, build_layout(prefix, lengths, K, num_tokens=15, **options)
+
+
+def run(peft_model, tokens, layout, **options):
+    model = peft_model.get_base_model()
+    context = BehindPrefixContext(layout)
+    with attention_context(model, context), gate_of(model).open_for_training():
+        sums = gated_loss(model, tokens, context, eos_token_ids=EOS_IDS, **options)
+        sums.span.backward()
+    return sums
+
+
+def gradients(peft_model):
+    found = {name: p.grad for name, p in peft_model.named_parameters() if p.requires_grad}
+    for p in peft_model.parameters():
+        p.grad = None
+    return found
+
+
+def joint(peft_model, tokens, layout, **options):
+    """All rows in one pass with autograd through everything, and the loss written out."""
+    model = peft_model.get_base_model()
+    gate = gate_of(model)
+    context = SpanContext(layout)
+    ids = layout.fill(tokens, gate.mask_token_id)
+    with attention_context(model, context), gate.open(ids == gate.mask_token_id):
+        states = backbone(model, ids, context)
+    logits = (gather_rows(states, layout.row) @ model.get_output_embeddings().weight.T).view(*layout.row.shape, -1)
+    said = logits.argmax(-1)
+    if options.get("target", "gt") == "gt":
+        index = layout.prefix.unsqueeze(-1) + torch.arange(K)
+        label = tokens.gather(1, torch.minimum(index, layout.end.unsqueeze(-1) - 1).flatten(1)).view_as(index)
+        keep = layout.valid.clone()
+        log_q = None
+    else:
+        fed = layout.fill(tokens, said[..., :-1])
+        with torch.no_grad(), attention_context(model, context):
+            scored = gather_rows(backbone(model, fed, context), layout.row)
+            log_q = (scored @ model.get_output_embeddings().weight.T).log_softmax(-1).view_as(logits)
+        label = log_q.argmax(-1)
+        keep = layout.valid & ((said == EOS).cumsum(-1) - (said == EOS).int() == 0)
+    agree = (said == label)[..., 1:] & keep[..., 1:]
+    support = keep[..., 1:]
+    if options.get("loss_support", "until_fail") == "until_fail":
+        right_before = torch.cat([torch.ones_like(agree[..., :1]), agree[..., :-1]], dim=-1).cumprod(-1).bool()
+        support = support & right_before
+    log_p = logits[..., 1:, :].log_softmax(-1)
+    if options.get("target") == "soft":
+        losses = (log_q[..., 1:, :].exp() * (log_q[..., 1:, :] - log_p)).sum(-1)
+    else:
+        losses = -log_p.gather(-1, label[..., 1:, None]).squeeze(-1)
+    loss = losses[support].sum()
+    loss.backward()
+    return loss, agree, keep[..., 1:]
+
+
+@pytest.mark.parametrize("make", [llama, tied, gemma])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"loss_support": "all"},
+        {"target": "hard", "loss_support": "all"},
+        {"target": "hard"},
+        {"target": "soft", "loss_support": "all"},
+    ],
+)
+def test_equals_one_joint_pass(make, options):
+    peft_model, _ = adapted(make)
+    tokens, layout = batch()
+    loss, agree, keep = joint(peft_model, tokens, layout, **options)
+    wanted = gradients(peft_model)
+    sums = run(peft_model, tokens, layout, **options)
+    torch.testing.assert_close(sums.span, loss, rtol=1e-5, atol=1e-5)
+    assert sums.rows[1:].tolist() == keep.float().sum((0, 1)).tolist()
+    assert sums.agree[1:].tolist() == agree.float().sum((0, 1)).tolist()
+    assert sums.rows[0] == sums.agree[0] == 0
+    found = gradients(peft_model)
+    assert found.keys() == wanted.keys()
+    assert found["mask_row"].abs().sum() > 0
+    for name, x in found.items():
+        torch.testing.assert_close(x, wanted[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("make", [llama, tied, gemma])
+def test_a_closed_gate_is_the_base(make):
+    peft_model, base = adapted(make)
+    tokens = torch.randint(1, V, (2, 9))
+    want = base(tokens).logits
+    assert torch.equal(peft_model.get_base_model()(tokens).logits, want)
+    assert torch.equal(peft_model(tokens).logits, want)

@@ -1,0 +1,221 @@
+"""Training of a gated adapter: the prefix once and without gradient, then the mask rows alone behind it.
+
+    prefix pass    the tokens, adapters off           -> keys and values of every layer, hidden states; no gradient
+    mask pass      the mask rows, all of them adapted -> each sees the prefix' keys up to its own, and its own span
+    scoring pass   y'_1 .. y'_{K-1} in the masks' places, adapters off, no gradient; for "hard" and "soft" only
+
+Nothing that the adapter changes reaches the prefix, so its keys and values are constants which student and teacher
+share, and no second model is held. Row 1 of a span is the base's own prediction: it has no loss and no place in the
+means, but an agreeing prefix counts it. On the base's own greedy text the argmax of the teacher is the data as long as
+the rows before were right, so "gt" with "until_fail" needs no scoring pass and learns the same.
+
+Source   gated LoRA: arXiv 2507.11851; adapters on mask rows behind a shared prefix: arXiv 2604.11035
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mtpkern.adapter import gate_of
+from mtpkern.attention import AttentionContext, routed
+from mtpkern.kernels.distill import distill_loss, head_readout
+from mtpkern.kernels.span_attention import span_attention
+from mtpkern.kernels.span_mask import span_mask
+from mtpkern.train.layout import Layout
+from mtpkern.train.objective import MTPLoss, Support, Target, data_targets, head_of, until_fail, within_text
+
+
+@dataclass
+class PrefixContext:
+    """Attention of the prefix pass: tokens under the span rule, their keys and values kept.
+
+    layout   of the batch; the first `num_tokens` of its rows run
+    layers   by layer: keys and values [B, Hkv, N, D]
+    """
+
+    layout: Layout
+    num_tokens: int
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Causal attention of one layer: [B, N, Hq, D] (mtpkern.attention.AttentionContext)."""
+        self.layers[layer] = key, value
+        rule = [x[:, : self.num_tokens] for x in self.layout.causal().rule if x is not None]
+        return span_attention(
+            query,
+            key,
+            value,
+            *rule,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            mask=_mask(self.masks, rule, window, 0),
+        )
+
+
+@dataclass
+class BehindPrefixContext:
+    """Attention of the rows behind the tokens: each sees the prefix' keys up to its own prefix' end, and its own span.
+
+    layout   of the batch
+    layers   what a prefix pass has kept; constants
+    """
+
+    layout: Layout
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Span attention of the last rows of one layer: [B, T - N, Hq, D] (mtpkern.attention.AttentionContext)."""
+        before = self.layers[layer]
+        rule = [x for x in self.layout.rule if x is not None]
+        return span_attention(
+            query,
+            torch.cat([before[0], key], dim=2),
+            torch.cat([before[1], value], dim=2),
+            *rule,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            mask=_mask(self.masks, rule, window, before[0].shape[2]),
+        )
+
+
+def _mask(masks: dict[int | None, Tensor], rule: list[Tensor], window: int | None, first: int) -> Tensor | None:
+    """The rows from `first` on of the mask with this window, which layers share; None where a kernel needs none."""
+    if rule[0].is_cuda:
+        return None
+    if window not in masks:
+        masks[window] = span_mask(*rule, window=window)[:, first:]
+    return masks[window]
+
+
+def gated_loss(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    context: BehindPrefixContext,
+    *,
+    eos_token_ids: Tensor,
+    target: Target = "gt",
+    loss_support: Support = "until_fail",
+    eos_padding: bool = True,
+) -> MTPLoss:
+    """The loss sums of one batch, of the adapters and the mask token's row; the gate is open for training around it.
+
+    model          carries a gated adapter (`mtpkern.train.lora.add_gated_lora`); its weights are frozen
+    tokens         [B, N] int64, right-padded
+    context        of the batch's layout, at least two predictions a span; the prefix' keys are put into it. The caller
+                   keeps it and the gate open around backward
+    eos_token_ids, target, loss_support, eos_padding   as of `mtpkern.train.objective.mtp_loss`
+
+    Rows and agreement of the result leave out row 1 of the spans, which is the base's own. Raises ValueError for a
+    model without a gate. Source: arXiv 2507.11851.
+
+        context = BehindPrefixContext(layout)
+        with attention_context(model, context), gate_of(model).open_for_training():
+            sums = gated_loss(model, tokens, context, eos_token_ids=eos)
+            (sums.span / sums.rows.sum()).backward()
+    """
+    gate = gate_of(model)
+    if gate is None:
+        raise ValueError(f"{type(model).__name__} carries no gated adapter; give it one with add_gated_lora")
+    layout, N = context.layout, tokens.shape[1]
+    k = layout.row.shape[-1]
+    if k < 2:
+        raise ValueError(f"a span must have at least two predictions, of which the first is the base's own; got {k}")
+    prefix = PrefixContext(layout, N)
+    with gate.closed(), torch.no_grad(), routed(model, prefix):
+        text = _states(model, tokens, layout.position[:, :N], prefix)
+    context.layers.update(prefix.layers)
+
+    ids = tokens.new_full((len(tokens), layout.position.shape[1] - N), gate.mask_token_id)
+    positions = layout.position[:, N:]
+    states = _states(model, ids, positions, context)
+    head = head_of(model, None)
+    rows = (layout.row[..., 1:] - N).flatten(1)
+    hidden = _pick(states, rows)
+    token, confidence, entropy = (x.view(layout.row[..., 1:].shape) for x in head_readout(hidden, head))
+    valid = layout.valid if eos_padding else layout.valid & within_text(layout)
+
+    wanted = None
+    if target == "gt":
+        label, keep = data_targets(tokens, layout, eos_token_ids)
+        label, keep = label[..., 1:], (keep & valid)[..., 1:]
+    else:
+        with gate.closed(), torch.no_grad():
+            own = head_readout(_pick(text, layout.row[..., 0]), head).token.view(layout.prefix.shape)
+            said = torch.cat([own.unsqueeze(-1), token], dim=-1)
+            fed = layout.fill(tokens, said[..., :-1])[:, N:]
+            wanted = _pick(_states(model, fed, positions, context), rows)
+            label = head_readout(wanted, head).token.view_as(token)
+        ended = torch.isin(said, eos_token_ids).int()
+        keep = (valid & (ended.cumsum(-1) == ended))[..., 1:]
+    agree = (token == label) & keep
+    weight = (keep & until_fail(agree) if loss_support == "until_fail" else keep).flatten().float()
+    if not weight.is_cuda:
+        # Rows without weight need no second product with the head; a device would have to be asked which they are.
+        some = weight.nonzero().squeeze(1)
+        hidden, label, weight = hidden[some], label.flatten()[some], weight[some]
+        wanted = None if wanted is None else wanted[some]
+    if target == "soft":
+        loss = distill_loss(hidden, head, teacher=(wanted, head), row_weight=weight)
+    else:
+        loss = distill_loss(hidden, head, target=label.flatten(), row_weight=weight)
+
+    def by_position(x: Tensor) -> Tensor:
+        return torch.cat([x.new_zeros(1, dtype=torch.float32), x.float().sum((0, 1))])
+
+    exists = layout.valid[..., 0]
+    zero = loss.new_zeros(())
+    return MTPLoss(
+        span=loss,
+        prefix=zero,
+        anchor=zero,
+        agree=by_position(agree),
+        rows=by_position(keep),
+        agreeing_prefix=((1 + agree.float().cumprod(-1).sum(-1)) * exists).sum(),
+        spans=exists.float().sum(),
+        confidence=by_position(confidence * keep),
+        entropy=by_position(entropy * keep),
+    )
+
+
+def _states(model: PreTrainedModel, input_ids: Tensor, position: Tensor, context: AttentionContext) -> Tensor:
+    """Final hidden states [B, T, H] of rows at these positions."""
+    return model.base_model(
+        input_ids=input_ids, position_ids=position.long(), use_cache=False, mtpkern=context
+    ).last_hidden_state
+
+
+def _pick(states: Tensor, row: Tensor) -> Tensor:
+    """Rows [B, n] of hidden states [B, T, H]: [B * n, H]."""
+    return states.gather(1, row.unsqueeze(-1).expand(-1, -1, states.shape[-1])).flatten(0, 1)

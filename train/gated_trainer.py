@@ -1,0 +1,111 @@
+"""MTPTrainer for a gated adapter: the objective of mtpkern.train.gated, and checkpoints that are adapter folders."""
+
+from __future__ import annotations
+
+# First, because transformers would not name what is missing.
+from mtpkern.train.extra import PeftConfig, PeftModel  # isort: split
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mtpkern.adapter import Gate, gate_of, record_row, row_of, save_adapter
+from mtpkern.attention import AttentionContext
+from mtpkern.train.config import MTPConfig
+from mtpkern.train.gated import BehindPrefixContext, gated_loss
+from mtpkern.train.layout import Layout
+from mtpkern.train.lora import add_gated_lora, plain_model
+from mtpkern.train.objective import MTPLoss
+from mtpkern.train.trainer import MTPTrainer
+
+
+class GatedTrainer(MTPTrainer):
+    """MTPTrainer of adapters that act on mask rows only; its arguments, with MTPConfig(gated=True, lora_rank=...).
+
+    model   the plain base, or one with a gated adapter, which then goes on learning
+
+    Checkpoints are adapter folders, and `save_model` writes one, in save_dtype: `mtpkern.load_adapter` reads them.
+    Texts should be the base's own greedy answers (`mtpkern generate`), since the default target is the text itself.
+
+        trainer = GatedTrainer(model=base, args=MTPConfig("out", gated=True, lora_rank=16, k_max=8), train_dataset=data,
+                               data_collator=MTPCollator(tokenizer.pad_token_id))
+        trainer.train()
+        trainer.save_model("adapter")
+    """
+
+    gated = True
+
+    def _adapted(self, plain: PreTrainedModel, mask_token_id: int | None, args: MTPConfig) -> PeftModel:
+        return add_gated_lora(
+            plain,
+            rank=args.lora_rank,
+            alpha=args.lora_alpha,
+            targets=args.lora_targets,
+            k_max=args.k_max,
+            seed=args.seed,
+        )
+
+    @property
+    def gate(self) -> Gate:
+        """The gate of the model in training."""
+        return cast(Gate, gate_of(self._core()))
+
+    def _core(self) -> PreTrainedModel:
+        return plain_model(self.accelerator.unwrap_model(self.model))
+
+    @staticmethod
+    def _loss_rows(layout: Layout) -> Tensor:
+        """The first row of a span is the base's own."""
+        return layout.valid[..., 1:]
+
+    def _context(self, layout: Layout) -> AttentionContext:
+        return BehindPrefixContext(layout)
+
+    @contextmanager
+    def _span_attention(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        with super()._span_attention(model, inputs) as inputs, self.gate.open_for_training():
+            yield inputs
+
+    def _loss_sums(self, core: nn.Module, tokens: Tensor, context: Any, **rows: Tensor) -> MTPLoss:
+        return gated_loss(
+            plain_model(core),
+            tokens,
+            context,
+            eos_token_ids=self.eos_token_ids,
+            target=self._target(),  # type: ignore[arg-type]
+            loss_support=self.args.loss_support,  # type: ignore[arg-type]
+            eos_padding=self.args.eos_padding,
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        record_row(self.accelerator.unwrap_model(self.model))
+        super()._save(output_dir, state_dict=state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model=model)
+        self._load_row(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_row(cast(str, self.state.best_model_checkpoint))
+
+    def _load_row(self, folder: str) -> None:
+        """The mask token's row, which peft does not know."""
+        row = row_of(PeftConfig.from_pretrained(folder))
+        with torch.no_grad():
+            self.gate.row.copy_(row)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter's folder in save_dtype; the resumable checkpoints inside training are float32."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+            return
+        self._require_finite(weights=True, alone=True)
+        if self.args.should_save:
+            core = cast(PeftModel, self.accelerator.unwrap_model(self.model))
+            folder = output_dir or cast(str, self.args.output_dir)
+            save_adapter(core, folder, dtype=getattr(torch, self.args.save_dtype))

@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+from mtpkern.output import json_line, printable, whole_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,15 +58,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             importlib.import_module(_HANDED_ON[handed_on][0]).main(words[1:])
     except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"mtpkern {args.command}: {error}", file=sys.stderr)
+        print(f"mtpkern {args.command}: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))  # it quotes what was typed, or what a pattern of the shell has found
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mtpkern", description="Several tokens per forward pass.")
+    parser = _Parser(prog="mtpkern", description="Several tokens per forward pass.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="the shipped checkpoint solves held-out problems, with wall-clock ratios")
@@ -139,15 +144,16 @@ def read_rows(path: Path) -> list[Row]:
         read_rows(Path("prompts.jsonl"))[0].fields["prompt"]
     """
     rows = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             where = f"{path}, row {number}"
             try:
                 fields = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: expected a JSON object, got {line.strip()[:40]!r} ({error.msg})") from None
+            except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number or a depth beyond Python's
+                got = line.strip()[:40].decode(errors="replace")
+                raise ValueError(f"{where}: expected a JSON object, got {got!r} ({error})") from None
             rows.append(_row(where, fields))
     if not rows:
         raise ValueError(f'{path}: expected at least one row such as {{"prompt": "..."}}; got none')
@@ -196,19 +202,23 @@ def _load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenize
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = torch.device(args.device or accelerator or "cpu")
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval()
-    return model, AutoTokenizer.from_pretrained(args.model)
+    # Code that comes with a checkpoint is not run, and nobody is asked whether it may.
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, trust_remote_code=False).to(device).eval()
+    return model, AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, row: Row, *, chat: bool) -> list[int]:
     """The token ids of a row's prompt; its special tokens come from the chat template, where one is applied."""
-    if not chat and "messages" not in row.fields:
-        ids = tokenizer(row.fields["prompt"]).input_ids
-    elif tokenizer.chat_template is None:
-        raise ValueError(f"{row.where}: needs a chat template and the tokenizer has none; give plain prompts")
-    else:
-        text = tokenizer.apply_chat_template(row.messages, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(str(text), add_special_tokens=False).input_ids
+    try:
+        if not chat and "messages" not in row.fields:
+            ids = tokenizer(row.fields["prompt"]).input_ids
+        elif tokenizer.chat_template is None:
+            raise ValueError("needs a chat template and the tokenizer has none; give plain prompts")
+        else:
+            text = tokenizer.apply_chat_template(row.messages, tokenize=False, add_generation_prompt=True)
+            ids = tokenizer(str(text), add_special_tokens=False).input_ids
+    except Exception as error:  # a template and a tokenizer raise what they like
+        raise ValueError(f"{row.where}: {error}") from error
     if not ids:
         raise ValueError(f"{row.where}: the prompt has no tokens; give one with text in it")
     return ids
@@ -245,7 +255,7 @@ def _write(
     text = str(tokenizer.decode(completion.tokens, skip_special_tokens=True))
     rate = len(completion.tokens) / len(completion.blocks)
     values = (text, completion.tokens, completion.blocks, round(rate, 3))
-    line = json.dumps(row.fields | dict(zip(RESULT_FIELDS, values, strict=True)), ensure_ascii=False)
+    line = json_line(row.fields | dict(zip(RESULT_FIELDS, values, strict=True)))
     if output is not None:
         print(line, file=output)
     if args.show:
@@ -258,30 +268,10 @@ def _write(
         console.print(show.terminal(parts, colour=show.coloured(console)))
         console.print(f"{show.sizes(completion.blocks)}, {rate:.2f} a pass", style="dim")
     elif args.prompt is not None:
-        print(text)
+        # A program that reads the text gets it as it is; a terminal would obey it.
+        print(printable(text) if sys.stdout.isatty() else text)
     elif output is None:
         print(line)
-
-
-@contextmanager
-def whole_file(path: Path | None) -> Iterator[TextIO | None]:
-    """A file that appears at `path` complete or not at all; None where there is no path.
-
-    with whole_file(Path("out.jsonl")) as out:
-        out.write("...")
-    """
-    if path is None:
-        yield None
-        return
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent}; make it first")
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with draft.open("w", encoding="utf-8") as file:
-            yield file
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _quiet() -> None:

@@ -65,9 +65,9 @@ def run_variant(change: dict[str, Any], seed: int, work: Path, args: argparse.Na
     done = work / "result.json"
     if done.exists():
         return json.loads(done.read_text())
-    tokenizer = AutoTokenizer.from_pretrained(args.start)
-    model = AutoModelForCausalLM.from_pretrained(args.start, dtype=torch.float32)
-    teacher = AutoModelForCausalLM.from_pretrained(args.start, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(args.start, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(args.start, dtype=torch.float32, trust_remote_code=False)
+    teacher = AutoModelForCausalLM.from_pretrained(args.start, dtype=torch.float32, trust_remote_code=False)
     add_mask_token(model, tokenizer)
     settings = {
         "max_steps": args.steps,

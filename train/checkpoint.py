@@ -153,8 +153,8 @@ def train_teacher(work: Path, learning_rate: float) -> None:
 
 def publish(work: Path, out: Path) -> None:
     """Copy the last phase's model and tokenizer to `out`, and the curves of all phases to curves.json."""
-    tokenizer = AutoTokenizer.from_pretrained(work / "distill")
-    model = AutoModelForCausalLM.from_pretrained(work / "distill", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(work / "distill", trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(work / "distill", dtype=torch.float32, trust_remote_code=False)
     # Trainer turns the cache off in the config while it trains.
     model.config.use_cache = True
     model.save_pretrained(out)
@@ -168,9 +168,13 @@ def train_mtp(work: Path, phase: str, start: str, target: str, learning_rate: fl
     out = work / phase
     if (out / "model.safetensors").exists():
         return
-    tokenizer = AutoTokenizer.from_pretrained(work / start)
-    model = AutoModelForCausalLM.from_pretrained(work / start, dtype=torch.float32)
-    teacher = AutoModelForCausalLM.from_pretrained(work / start, dtype=torch.float32) if target != "gt" else None
+    tokenizer = AutoTokenizer.from_pretrained(work / start, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(work / start, dtype=torch.float32, trust_remote_code=False)
+    teacher = (
+        AutoModelForCausalLM.from_pretrained(work / start, dtype=torch.float32, trust_remote_code=False)
+        if target != "gt"
+        else None
+    )
     add_mask_token(model, tokenizer)
     trainer = MTPTrainer(
         model=model,

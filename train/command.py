@@ -300,7 +300,7 @@ def _load(kind: Any, name: str, **options: Any) -> Any:
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise FileNotFoundError(f"{name}: there is no model in this folder, config.json is missing")
     try:
-        return kind.from_pretrained(name, **options)
+        return kind.from_pretrained(name, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         raise OSError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from error
 

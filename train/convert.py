@@ -79,7 +79,7 @@ def convert(
     if (Path(source) / "lit_model.pth").exists() and not (Path(source) / "config.json").exists():
         raise ValueError(f"{source} is a litgpt checkpoint; export it first: litgpt convert_from_litgpt")
     known = PRESETS[preset] if preset is not None else None
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     wanted = mask_token_id if mask_token_id is not None else known.mask_token_id if known else None
     mask = _mask_of(tokenizer, wanted, source)
     # Custom code is not trusted: the architecture is one that transformers has.

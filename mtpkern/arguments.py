@@ -252,17 +252,16 @@ def whole_number(name: str, value: Any, *, least: int | None = None) -> int:
         whole_number("max_new_tokens", 3.0, least=1)  # 3
     """
     expected = f"{name} must be a whole number" + (f" of at least {least}" if least is not None else "")
-    if isinstance(value, float) and value.is_integer():
-        number = int(value)
-    elif isinstance(value, float):
-        raise ValueError(f"{expected}, got {value!r}")
-    else:
-        try:
-            number = operator.index(value)
-        except TypeError:
-            number = None
-        if number is None or isinstance(value, bool):
-            raise TypeError(f"{expected}, got {value!r}")
+    if isinstance(value, float):
+        if not value.is_integer():
+            raise ValueError(f"{expected}, got {value!r}")
+        value = int(value)
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(f"{expected}, got {value!r}")
     if least is not None and number < least:
         raise ValueError(f"{expected}, got {value!r}")
     return number
@@ -287,7 +286,7 @@ def _asked(generation_config: GenerationConfig | None, file: GenerationConfig) -
     if not isinstance(generation_config, GenerationConfig):
         raise TypeError(f"generation_config must be a GenerationConfig, got {type(generation_config).__name__}")
     given = {name: value for name, value in vars(generation_config).items() if not name.startswith("_")}
-    # Some files carry names that transformers knows nothing of; a config made from such a file asks for nothing by them.
+    # Some files carry names that transformers does not know; a config made from such a file asks for nothing by them.
     known = vars(GenerationConfig())
     return {n: v for n, v in given.items() if v is not None and (n in known or getattr(file, n, None) != v)}
 
@@ -310,7 +309,7 @@ def _checked(name: str, value: Any) -> Any:
 
 
 def _refuse_arguments(arguments: dict[str, Any]) -> None:
-    """Refuse what is no field of GenerationConfig: arguments of transformers' generate, of models, and misspelt ones."""
+    """Refuse what is no field of GenerationConfig: an argument of their generate, of a model, or a misspelt one."""
     for name, value in arguments.items():
         empty = value is None or (isinstance(value, (list, tuple)) and not value)
         if not empty and name not in _INERT_ARGUMENTS and not (name == "synced_gpus" and value is False):

@@ -83,7 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser(
         "generate",
         help="decode prompts with any checkpoint",
-        description="Greedy decoding. --prompt prints the text; --file prints one JSON object a row.",
+        description="Greedy decoding. --prompt prints the text, with control characters as escapes on a terminal and "
+        "as it is anywhere else; --file prints one JSON object a row.",
     )
     generate.add_argument("model", metavar="MODEL", help="a checkpoint's path or hub id")
     source = generate.add_mutually_exclusive_group(required=True)
@@ -99,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--device", help="such as cpu or cuda:0 (default: the accelerator, if there is one)")
     generate.add_argument("--chat", action="store_true", help="apply the chat template to plain prompts too")
     generate.add_argument("--show", action="store_true", help="print the text as blocks, one colour a pass")
-    generate.add_argument("--output", type=Path, metavar="FILE", help="write JSONL there, whole or not at all")
+    generate.add_argument(
+        "--output", type=Path, metavar="FILE", help="write JSONL there: a file whole or not at all, a pipe line by line"
+    )
     generate.set_defaults(run=_generate)
 
     for name, (_, text) in _HANDED_ON.items():
@@ -133,6 +136,8 @@ def _generate(args: argparse.Namespace) -> None:
             completions = _complete(model, tokenizer, rows[batch], prompts[batch], strategy, args)
             for row, completion in zip(rows[batch], completions, strict=True):
                 _write(tokenizer, row, completion, args, output)
+            if output is not None:
+                output.flush()  # who reads a pipe waits for it
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -203,8 +208,17 @@ def _load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenize
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = torch.device(args.device or accelerator or "cpu")
     # Code that comes with a checkpoint is not run, and nobody is asked whether it may.
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, trust_remote_code=False).to(device).eval()
-    return model, AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{args.model} needs code of its own, which this command does not run; if you trust it, load the model in "
+            "Python and call mtpkern.generate"
+        ) from error
+    return model.to(device).eval(), tokenizer
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, row: Row, *, chat: bool) -> list[int]:

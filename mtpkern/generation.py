@@ -16,8 +16,14 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from mtpkern.arguments import read_arguments, require_bool, require_prepared, require_prompts, warn_of_left_out
-from mtpkern.arguments import whole_number
+from mtpkern.arguments import (
+    read_arguments,
+    require_bool,
+    require_prepared,
+    require_prompts,
+    warn_of_left_out,
+    whole_number,
+)
 from mtpkern.attention import exclusive, routed
 from mtpkern.decoder import PREFILL_CHUNK, Decoder, places_for
 from mtpkern.graph import kept_decoder, release_graphs, wants_graph, without_kernels

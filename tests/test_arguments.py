@@ -67,12 +67,12 @@ def test_every_field_is_inert_or_refused_by_name(name: str, shared: Any, inputs:
         for given in ({name: value}, {"generation_config": config}):
             try:
                 _, settings, left_out = read_arguments(GenerationConfig(), inputs["input_ids"], given)
-                assert (settings, left_out) == ({}, {})
                 outcomes.add("accepted")
             except ValueError as error:
-                assert f"mtpkern.generate does not support {name}={value!r};" in str(error)
-                outcomes.add("refused")
-        assert len(outcomes) == 1, value
+                outcomes.add(str(error).partition(";")[0])
+                continue
+            assert (settings, left_out) == ({}, {})
+        assert outcomes in ({"accepted"}, {f"mtpkern.generate does not support {name}={value!r}"})
         (accepted if outcomes == {"accepted"} else refused).append(value)
     ours = mtpkern.generate(shared, **inputs, max_new_tokens=NEW, **{name: accepted[0] if accepted else None})
     for value in accepted:
@@ -129,7 +129,7 @@ def test_a_field_of_a_later_transformers_is_refused(shared: Any, inputs: Any, mo
 
 
 def test_a_name_that_transformers_does_not_know_is_refused_in_a_config_too(shared: Any, inputs: Any) -> None:
-    with pytest.raises(ValueError, match="tempreature=0.5"):
+    with pytest.raises(ValueError, match=r"tempreature=0\.5"):
         mtpkern.generate(shared, **inputs, generation_config=GenerationConfig(max_new_tokens=4, tempreature=0.5))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import socket
 import stat
 import subprocess
@@ -97,7 +98,7 @@ def test_a_pipe_is_written_directly(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     read = []
-    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
     reader.start()
     write(pipe)
     reader.join(timeout=10)
@@ -113,6 +114,7 @@ def test_a_device_is_written_directly(tmp_path):
     link = tmp_path / "link"
     link.symlink_to(device)
     write(link)
+    assert select.select([master], [], [], 10)[0], "nothing has come"
     assert os.read(master, 100).split() == [b"new"]
     assert os.ttyname(slave) == device
     assert stat.S_ISCHR(os.stat(device).st_mode)

@@ -28,6 +28,8 @@ _HANDED_ON = {
     "convert": ("mtpkern.train.convert", "make a plain checkpoint of one that the paper's authors published"),
 }
 RESULT_FIELDS = ("text", "tokens", "blocks", "tokens_per_pass")
+# Other columns are handed through, but these are known to change what a chat template writes.
+_TEMPLATE_FIELDS = ("tools", "documents", "system", "chat_template_kwargs")
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,12 @@ def _row(where: str, fields: Any) -> Row:
     taken = [name for name in RESULT_FIELDS if name in fields]
     if taken:
         raise ValueError(f"{where}: has {', '.join(taken)}, which the result would overwrite; rename it")
+    steering = [name for name in _TEMPLATE_FIELDS if fields.get(name)]
+    if steering:
+        raise ValueError(
+            f"{where}: has {', '.join(steering)}, which would change the prompt and is not supported; render the prompt "
+            "yourself and give it as prompt, or rename the column"
+        )
     if "prompt" in fields:
         if not isinstance(fields["prompt"], str) or not fields["prompt"]:
             raise ValueError(f"{where}: prompt must be a string with text in it; got {fields['prompt']!r}")
@@ -233,6 +241,9 @@ def _encode(tokenizer: PreTrainedTokenizerBase, row: Row, *, chat: bool) -> list
             ids = tokenizer(str(text), add_special_tokens=False).input_ids
     except Exception as error:  # a template and a tokenizer raise what they like
         raise ValueError(f"{row.where}: {error}") from error
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        ids = ids[1:]  # the text brings its own
     if not ids:
         raise ValueError(f"{row.where}: the prompt has no tokens; give one with text in it")
     return ids

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import mtpkern
 from mtpkern.bench.problems import HELD_OUT, problems
-from mtpkern.cli import main
+from mtpkern.cli import Row, _encode, main
 from mtpkern.compare import HF_GENERATE, Completion, Problem, Tally, extract_answer, pad, read_problems
 from mtpkern.demo import ASSETS, summary
 from mtpkern.train.arithmetic import build_tokenizer
@@ -171,6 +171,8 @@ def test_show_marks_the_blocks(checkpoint, capsys):
         ('{"messages": []}', "row 3: messages must be a list"),
         ('{"prompt": "x", "tokens": [1]}', "row 3: has tokens, which the result would overwrite"),
         ('{"prompt": "x", "n": ' + "9" * 5000 + "}", 'row 3: expected a JSON object, got \'{"prompt": "x", "n": 999'),
+        ('{"messages": [{"role": "user", "content": "x"}], "tools": [{}]}', "row 3: has tools, which would change"),
+        ('{"prompt": "x", "system": "be brief", "tools": []}', "row 3: has system, which would change"),
         ("[" * 100_000, "row 3: expected a JSON object, got"),
         ('{"prompt": "\udcff"}', "row 3: expected a JSON object, got .*(utf-8|UTF-8)"),
     ],
@@ -361,6 +363,13 @@ def test_a_template_that_refuses_names_the_row(checkpoint, tmp_path, capsys):
     file = write_jsonl(tmp_path / "in.jsonl", [{"messages": [{"role": "user", "content": "x"}]}])
     assert main(["generate", str(folder), "--file", str(file)]) == 2
     assert "row 1: only users speak" in capsys.readouterr().err
+
+
+def test_text_that_brings_its_own_bos_gets_no_second(bytes_of):
+    tokenizer = bytes_of("llama")
+    one = _encode(tokenizer, Row("row 1", {"prompt": "Hi"}), chat=False)
+    assert one[0] == tokenizer.bos_token_id
+    assert one == _encode(tokenizer, Row("row 1", {"prompt": f"{tokenizer.bos_token}Hi"}), chat=False)
 
 
 def test_an_interrupt_leaves_no_draft(checkpoint, tmp_path, capsys, monkeypatch):

@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+from mtpkern.output import json_line, printable, whole_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +28,8 @@ _HANDED_ON = {
     "convert": ("mtpkern.train.convert", "make a plain checkpoint of one that the paper's authors published"),
 }
 RESULT_FIELDS = ("text", "tokens", "blocks", "tokens_per_pass")
+# Other columns are handed through, but these are known to change what a chat template writes.
+_TEMPLATE_FIELDS = ("tools", "documents", "system", "chat_template_kwargs")
 
 
 @dataclass(frozen=True)
@@ -58,15 +60,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             importlib.import_module(_HANDED_ON[handed_on][0]).main(words[1:])
     except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"mtpkern {args.command}: {error}", file=sys.stderr)
+        print(f"mtpkern {args.command}: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))  # it quotes what was typed, or what a pattern of the shell has found
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mtpkern", description="Several tokens per forward pass.")
+    parser = _Parser(prog="mtpkern", description="Several tokens per forward pass.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="the shipped checkpoint solves held-out problems, with wall-clock ratios")
@@ -78,7 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser(
         "generate",
         help="decode prompts with any checkpoint",
-        description="Greedy decoding. --prompt prints the text; --file prints one JSON object a row.",
+        description="Greedy decoding. --prompt prints the text, with control characters as escapes on a terminal and "
+        "as it is anywhere else; --file prints one JSON object a row.",
     )
     generate.add_argument("model", metavar="MODEL", help="a checkpoint's path or hub id")
     source = generate.add_mutually_exclusive_group(required=True)
@@ -94,7 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--device", help="such as cpu or cuda:0 (default: the accelerator, if there is one)")
     generate.add_argument("--chat", action="store_true", help="apply the chat template to plain prompts too")
     generate.add_argument("--show", action="store_true", help="print the text as blocks, one colour a pass")
-    generate.add_argument("--output", type=Path, metavar="FILE", help="write JSONL there, whole or not at all")
+    generate.add_argument(
+        "--output", type=Path, metavar="FILE", help="write JSONL there: a file whole or not at all, a pipe line by line"
+    )
     generate.set_defaults(run=_generate)
 
     for name, (_, text) in _HANDED_ON.items():
@@ -128,6 +138,8 @@ def _generate(args: argparse.Namespace) -> None:
             completions = _complete(model, tokenizer, rows[batch], prompts[batch], strategy, args)
             for row, completion in zip(rows[batch], completions, strict=True):
                 _write(tokenizer, row, completion, args, output)
+            if output is not None:
+                output.flush()  # who reads a pipe waits for it
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -158,6 +170,12 @@ def _row(where: str, fields: Any) -> Row:
     taken = [name for name in RESULT_FIELDS if name in fields]
     if taken:
         raise ValueError(f"{where}: has {', '.join(taken)}, which the result would overwrite; rename it")
+    steering = [name for name in _TEMPLATE_FIELDS if fields.get(name)]
+    if steering:
+        raise ValueError(
+            f"{where}: has {', '.join(steering)}, which would change the prompt and is not supported; render the prompt "
+            "yourself and give it as prompt, or rename the column"
+        )
     if "prompt" in fields:
         if not isinstance(fields["prompt"], str) or not fields["prompt"]:
             raise ValueError(f"{where}: prompt must be a string with text in it; got {fields['prompt']!r}")
@@ -193,21 +211,34 @@ def _load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenize
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = torch.device(args.device or accelerator or "cpu")
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, trust_remote_code=False).to(device).eval()
-    return model, AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    # Code that comes with a checkpoint is not run, and nobody is asked whether it may.
+    try:
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{args.model} needs code of its own, which this command does not run; if you trust it, load the model in "
+            "Python and call mtpkern.generate"
+        ) from error
+    return model.to(device).eval(), tokenizer
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, row: Row, *, chat: bool) -> list[int]:
     """The token ids of a row's prompt; its special tokens come from the chat template, where one is applied."""
     from mtpkern.rows import own_bos
 
-    if not chat and "messages" not in row.fields:
-        ids = tokenizer(own_bos(tokenizer, row.fields["prompt"])).input_ids
-    elif tokenizer.chat_template is None:
-        raise ValueError(f"{row.where}: needs a chat template and the tokenizer has none; give plain prompts")
-    else:
-        text = tokenizer.apply_chat_template(row.messages, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(str(text), add_special_tokens=False).input_ids
+    try:
+        if not chat and "messages" not in row.fields:
+            ids = tokenizer(own_bos(tokenizer, row.fields["prompt"])).input_ids
+        elif tokenizer.chat_template is None:
+            raise ValueError("needs a chat template and the tokenizer has none; give plain prompts")
+        else:
+            text = tokenizer.apply_chat_template(row.messages, tokenize=False, add_generation_prompt=True)
+            ids = tokenizer(str(text), add_special_tokens=False).input_ids
+    except Exception as error:  # a template and a tokenizer raise what they like
+        raise ValueError(f"{row.where}: {error}") from error
     if not ids:
         raise ValueError(f"{row.where}: the prompt has no tokens; give one with text in it")
     return ids
@@ -244,7 +275,7 @@ def _write(
     text = str(tokenizer.decode(completion.tokens, skip_special_tokens=True))
     rate = len(completion.tokens) / len(completion.blocks)
     values = (text, completion.tokens, completion.blocks, round(rate, 3))
-    line = json.dumps(row.fields | dict(zip(RESULT_FIELDS, values, strict=True)), ensure_ascii=False)
+    line = json_line(row.fields | dict(zip(RESULT_FIELDS, values, strict=True)))
     if output is not None:
         print(line, file=output)
     if args.show:
@@ -257,30 +288,10 @@ def _write(
         console.print(show.terminal(parts, colour=show.coloured(console)))
         console.print(f"{show.sizes(completion.blocks)}, {rate:.2f} a pass", style="dim")
     elif args.prompt is not None:
-        print(text)
+        # A program that reads the text gets it as it is; a terminal would obey it.
+        print(printable(text) if sys.stdout.isatty() else text)
     elif output is None:
         print(line)
-
-
-@contextmanager
-def whole_file(path: Path | None) -> Iterator[TextIO | None]:
-    """A file that appears at `path` complete or not at all; None where there is no path.
-
-    with whole_file(Path("out.jsonl")) as out:
-        out.write("...")
-    """
-    if path is None:
-        yield None
-        return
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent}; make it first")
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with draft.open("w", encoding="utf-8") as file:
-            yield file
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _quiet() -> None:

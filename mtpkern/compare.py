@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mtpkern.arguments import plain_greedy
 from mtpkern.generation import MTPGenerateOutput, generate
 from mtpkern.strategies import Strategy
 
@@ -157,7 +158,8 @@ def ours(model: PreTrainedModel, inputs: Mapping[str, Tensor], **options: Any) -
 
 def hugging_face(model: PreTrainedModel, inputs: Mapping[str, Tensor], **options: Any) -> list[Completion]:
     """Decode one batch with the model's own greedy `generate`; as `ours`, but every block has one token."""
-    rows = model.generate(**inputs, do_sample=False, **options)[:, inputs["input_ids"].shape[1] :].tolist()
+    settings = {**plain_greedy(model.generation_config), "do_sample": False, **options}
+    rows = model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :].tolist()
     stops = options.get("eos_token_id", model.generation_config.eos_token_id)
     stops = {stops} if isinstance(stops, int) else set(stops or ())
     completions = []

@@ -10,6 +10,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from rich.console import Console
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from mtpkern import show
 from mtpkern.compare import HF_GENERATE, Completion, Problem, Tally, compare, count_right, encode, read_problems, timed
+from mtpkern.output import printable, whole_file
 from mtpkern.strategies import ConfAdapt, Static, Strategy, Verified
 
 ASSETS = Path(__file__).parent / "assets"
@@ -60,6 +62,16 @@ def demo(problems: int = 64, *, html: Path | None = None, folder: Path = ASSETS)
     """
     if problems < 1:
         raise ValueError(f"problems must be at least 1; got {problems}")
+    # Opened first: a place that cannot be written is known before anything runs.
+    with whole_file(html) as page:
+        result = _run(problems, folder, page)
+    if html is not None:
+        print(f"\nwritten: {printable(str(html))}")
+    print(json.dumps(result), flush=True)
+
+
+def _run(problems: int, folder: Path, page: TextIO | None) -> dict[str, object]:
+    """The demo up to its summary, which is returned."""
     console = Console(highlight=False)
     with show.progress("loading the checkpoint", 1) as advance:
         model, tokenizer = load(folder)
@@ -96,10 +108,9 @@ def demo(problems: int = 64, *, html: Path | None = None, folder: Path = ASSETS)
     title = f"{problems} held-out problems, {where}"
     table = _table(rows, single, batched)
     console.print(_rich_table(title, table))
-    if html is not None:
-        html.write_text(_page(tokenizer, pictures, title, table), encoding="utf-8")
-        console.print(f"\nwritten: {html}")
-    print(json.dumps(summary(single, batched)), flush=True)
+    if page is not None:
+        page.write(_page(tokenizer, pictures, title, table))
+    return summary(single, batched)
 
 
 def summary(single: Mapping[str, Tally], batched: Mapping[str, Tally]) -> dict[str, object]:
@@ -159,7 +170,7 @@ def _picture(
         for cell in cells:
             grid.add_row(cell)
     outer = Table.grid(expand=console.is_terminal)
-    outer.add_row(Text(problem.prompt, style="italic"))
+    outer.add_row(Text(printable(problem.prompt), style="italic"))
     outer.add_row(grid)
     outer.add_row("")
     return outer

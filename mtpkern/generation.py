@@ -13,10 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from mtpkern.adapter import adopt
+from mtpkern.arguments import (
+    read_arguments,
+    require_bool,
+    require_prepared,
+    require_prompts,
+    warn_of_left_out,
+    whole_number,
+)
 from mtpkern.attention import exclusive, routed
 from mtpkern.decoder import PREFILL_CHUNK, Decoder, places_for
 from mtpkern.graph import kept_decoder, release_graphs, wants_graph, without_kernels
@@ -26,15 +34,6 @@ from mtpkern.strategies import Strategy, Verified
 
 # Capacities are rounded up, so that runs of similar length share their shapes.
 _CAPACITY_STEP = 16
-
-# Fields of GenerationConfig that are honoured, or that say nothing where nothing is sampled or searched.
-_HONOURED = {
-    *("max_length", "max_new_tokens", "eos_token_id", "pad_token_id", "bos_token_id", "return_dict_in_generate"),
-    *("transformers_version", "use_cache", "disable_compile"),
-}
-_ONLY_WITH_SAMPLING = {
-    *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
-}
 
 
 @dataclass
@@ -73,7 +72,8 @@ def generate(
 
     A drop-in for greedy `model.generate(input_ids, **kwargs)`: attention_mask, max_new_tokens, max_length,
     eos_token_id (one or several), pad_token_id, generation_config and return_dict_in_generate mean what they mean
-    there. With return_dict_in_generate=True the result is an `MTPGenerateOutput`.
+    there. With return_dict_in_generate=True the result is an `MTPGenerateOutput`. Of the model's own generation_config
+    the limits and token ids count; it may sample, this does not (`mtpkern.arguments`).
 
     strategy: `Verified` (default; the checkpoint's own greedy output), `ConfAdapt` or `Static`. Without a k each takes
         one from the k_max that training has recorded (`Strategy.for_model`); one that is given stays.
@@ -87,30 +87,38 @@ def generate(
     prefill_chunk: most prompt tokens that the model sees at once, over the whole batch; bounds the memory that long
         prompts take, and changes no token.
 
-    Raises ValueError, by name, for everything that is not honoured: sampling, beams, logits processors, stop strings,
-    streamers, scores, a model of an unknown kind. RuntimeError where the model's logits hold NaN.
+    Raises ValueError or TypeError, by name, for everything in the call that is not honoured: sampling, beams, logits
+    processors, stop strings, streamers, scores, a model of an unknown kind. RuntimeError where the model's logits hold
+    NaN. Warns of what the model's own generation_config asks for and greedy decoding leaves out.
 
         output = mtpkern.generate(model, **tokenizer("Two and two is", return_tensors="pt"), max_new_tokens=64)
         print(tokenizer.decode(output[0]))
     """
+    if getattr(kwargs.get("custom_generate"), "__module__", None) == __name__:
+        # Our own call has come back, through a generate (of a class, or of what an adapter wraps) that leads here.
+        kwargs.setdefault("inputs", input_ids)
+        return GenerationMixin.generate(model, **kwargs)
     adopt(model)
     if not isinstance(strategy, Strategy | None):
         raise TypeError(f"strategy must be mtpkern.Static, ConfAdapt or Verified, got {strategy!r}")
     require_decodable(model)
     strategy = strategy_for(model, strategy)
     mask = resolve_mask_token(model, mask_token_id)
+    for name, value in (("compile", compile), ("batch_invariant", batch_invariant)):
+        require_bool(name, value)
+    if use_graph is not None:
+        require_bool("use_graph", use_graph)
     graph = wants_graph(use_graph, model.device)
-    if prefill_chunk < 1:
-        raise ValueError(f"prefill_chunk must be at least one token, got {prefill_chunk}; leave it out")
-    if input_ids is None:
-        input_ids = kwargs.pop("inputs", None)
-    _refuse_arguments(kwargs)
-    if not isinstance(input_ids, Tensor):
-        raise TypeError(
-            f"input_ids must be a tensor [B, T], got {type(input_ids).__name__}; unpack encodings: **inputs"
-        )
-    if input_ids.ndim != 2 or 0 in input_ids.shape:
-        raise ValueError(f"input_ids must be [B, T] with at least one token, got shape {list(input_ids.shape)}")
+    prefill_chunk = whole_number("prefill_chunk", prefill_chunk, least=1)
+    rows = None if rows is None else whole_number("rows", rows, least=1)
+    file = getattr(model, "generation_config", None)
+    if file is None:
+        raise ValueError(f"{type(model).__name__} cannot generate; load the model with AutoModelForCausalLM")
+    input_ids, settings, left_out = read_arguments(file, input_ids, kwargs)
+    if left_out.get("suppress_tokens") == [mask]:
+        del left_out["suppress_tokens"]  # as training records it for other decoders; ours never emits it
+    warn_of_left_out(type(model).__name__, left_out, stacklevel=2)
+    reached = False
 
     def decode(
         model: PreTrainedModel,
@@ -120,9 +128,9 @@ def generate(
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> Tensor | MTPGenerateOutput:
-        # Again, because the model's own generation_config has come in.
-        _refuse_settings(vars(generation_config))
-        _refuse_prepared(logits_processor, stopping_criteria, model_kwargs)
+        nonlocal reached
+        reached = True
+        require_prepared(generation_config, logits_processor, stopping_criteria, model_kwargs)
         run = partial(
             _decode,
             model,
@@ -144,9 +152,15 @@ def generate(
                 raise
         return run()
 
-    if model.generation_config.suppress_tokens == [mask]:
-        kwargs["suppress_tokens"] = None  # as training records it for other decoders; ours never emits it
-    return model.generate(input_ids, custom_generate=decode, **kwargs)
+    # The class's own: the instance's may be this function. What torch.compile wraps has none, and hands on.
+    own = getattr(type(model), "generate", None)
+    output = (model.generate if own is None else partial(own, model))(input_ids, custom_generate=decode, **settings)
+    if not reached:
+        raise ValueError(
+            f"{type(model).__name__}.generate decodes in its own way and hands nothing on to transformers' generate, "
+            "so mtpkern.generate cannot take its place; use model.generate"
+        )
+    return output
 
 
 def _decode(
@@ -162,10 +176,11 @@ def _decode(
     **options: Any,
 ) -> Tensor | MTPGenerateOutput:
     # The host looks at the prompts once: up to two copies to it, or from it, before anything runs.
-    host_ids, host_mask = input_ids.cpu(), None if attention_mask is None else attention_mask.to("cpu", torch.int64)
-    _require_prompts(host_ids, host_mask, mask_token_id)
+    host_ids, host_mask = input_ids.cpu(), None if attention_mask is None else attention_mask.cpu()
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    require_prompts(host_ids, host_mask, mask_token_id=mask_token_id, vocabulary=vocabulary)
     B, T = input_ids.shape
-    prompts = [T] * B if host_mask is None else host_mask.sum(1).tolist()
+    prompts = [T] * B if host_mask is None else host_mask.long().sum(1).tolist()
     if min(prompts) == T:
         attention_mask = None  # without padding transformers need not look for it
     input_ids = input_ids.to(model.device, torch.int64)
@@ -250,75 +265,3 @@ def _stop_ids(generation_config: GenerationConfig) -> Tensor:
     """Stop tokens [S]; -1, which is no token, where there is none."""
     stops = generation_config._eos_token_tensor
     return torch.tensor([-1]) if stops is None else torch.as_tensor(stops).flatten()
-
-
-def _require_prompts(input_ids: Tensor, attention_mask: Tensor | None, mask_token_id: int) -> None:
-    if attention_mask is not None:
-        if attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, got "
-                f"{tuple(attention_mask.shape)}"
-            )
-        if (attention_mask.diff(dim=1) < 0).any() or not attention_mask[:, -1].all():
-            raise ValueError("prompts must be padded on the left: set tokenizer.padding_side = 'left'")
-    # Left padding may consist of any id; a mask token among the words would be read as a question.
-    words = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -1)
-    if (words == mask_token_id).any():
-        raise ValueError(f"the prompt holds the mask token {mask_token_id}, which stands for a token to be predicted")
-
-
-_REFUSED_ARGUMENTS = (
-    *("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "assistant_model", "streamer"),
-    *("negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate", "past_key_values"),
-    *("position_ids", "inputs_embeds", "tokenizer", "assistant_tokenizer", "logits_to_keep", "cache_implementation"),
-)
-
-
-def _refuse_arguments(kwargs: dict[str, Any]) -> None:
-    """Refuse what transformers would digest, or reject in words of its own, before we could see it."""
-    for name in _REFUSED_ARGUMENTS:
-        value = kwargs.get(name)
-        if value is not None and not (isinstance(value, list) and not value):
-            raise ValueError(f"mtpkern.generate does not support {name}; leave it out, or use model.generate")
-    if kwargs.get("synced_gpus"):
-        raise ValueError("mtpkern.generate does not support synced_gpus; gather the model on one device")
-    generation_config = kwargs.get("generation_config")
-    _refuse_settings({**(vars(generation_config) if generation_config is not None else {}), **kwargs})
-
-
-def _refuse_settings(settings: dict[str, Any]) -> None:
-    """Refuse every setting of a generation config that would change the output and is not honoured."""
-    if settings.get("do_sample"):
-        raise ValueError("mtpkern.generate is greedy: pass do_sample=False, or use model.generate to sample")
-    if settings.get("use_cache") is False:
-        raise ValueError("mtpkern.generate always caches keys and values: leave out use_cache=False")
-    defaults = GenerationConfig._get_default_generation_params()
-    refused = []
-    for name in vars(GenerationConfig()):
-        if name in _HONOURED or name in _ONLY_WITH_SAMPLING or name.startswith("_"):
-            continue
-        value = settings.get(name)
-        if value is not None and value is not False and value != defaults.get(name):
-            refused.append(f"{name}={value!r}")
-    if refused:
-        raise ValueError(
-            f"mtpkern.generate does not support {', '.join(refused)}; leave it out of the call and of the model's "
-            "generation_config, or use model.generate"
-        )
-
-
-def _refuse_prepared(
-    logits_processor: LogitsProcessorList, stopping_criteria: StoppingCriteriaList, model_kwargs: dict[str, Any]
-) -> None:
-    """Refuse what transformers has made of the call, where it would change the output and is not honoured."""
-    for what, items, known in (
-        ("logits processor", logits_processor, ()),
-        ("stopping criterion", stopping_criteria, (MaxLengthCriteria, EosTokenCriteria)),
-    ):
-        for item in items:
-            if not isinstance(item, known):
-                raise ValueError(f"mtpkern.generate does not support the {what} {type(item).__name__}")
-    honoured = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
-    for name, value in model_kwargs.items():
-        if name not in honoured and value is not None and value is not False:
-            raise ValueError(f"mtpkern.generate does not support the model argument {name}; leave it out")

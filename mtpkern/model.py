@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mtpkern.adapter import gate_of
+from mtpkern.arguments import whole_number
 from mtpkern.attention import exclusive, routed
 from mtpkern.decoder import Decoder
 from mtpkern.strategies import Static
@@ -101,6 +102,7 @@ def resolve_mask_token(model: PreTrainedModel, mask_token_id: int | None = None)
             f"{type(model).__name__} records no mask token in its config: pass mask_token_id= for a checkpoint trained "
             "elsewhere, or train one with mtpkern.train"
         )
+    mask_token_id = whole_number("mask_token_id", mask_token_id)
     # The weight's shape, because peft's wrapper of an embedding has no num_embeddings.
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if not 0 <= mask_token_id < vocabulary:

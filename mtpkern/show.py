@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
+from mtpkern.output import printable
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -53,8 +55,11 @@ def pieces(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], blocks: Se
 def terminal(parts: Sequence[str], *, colour: bool) -> Text:
     """The blocks as text for rich: one background a block, or "|" between them where `colour` is off.
 
-    rich.print(terminal(["She", " has 12"], colour=True))
+    Control characters are shown as escapes: what a model writes does not steer the terminal.
+
+        rich.print(terminal(["She", " has 12"], colour=True))
     """
+    parts = [printable(part) for part in parts]
     if not colour:
         return Text("|".join(parts))
     return Text.assemble(*((part, f"black on {LIGHT[i % len(LIGHT)]}") for i, part in enumerate(parts)))

@@ -27,7 +27,8 @@ class Strategy:
         if isinstance(self.k, bool) or not isinstance(self.k, int | None) or (self.k is not None and self.k < 1):
             raise ValueError(f"{type(self).__name__}: k must be a whole number of tokens from 1 up, got {self.k!r}")
         # Every confidence is above -1: that is Static, and nobody else may ask for it.
-        if not (0.0 <= self.threshold <= 1.0 or isinstance(self, Static)):
+        number = isinstance(self.threshold, (int, float))
+        if not (isinstance(self, Static) or (number and 0.0 <= self.threshold <= 1.0)):
             raise ValueError(
                 f"{type(self).__name__}: threshold must be a probability from 0 to 1, got {self.threshold!r}"
             )

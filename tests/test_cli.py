@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -11,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import mtpkern
 from mtpkern.bench.problems import HELD_OUT, problems
-from mtpkern.cli import main
-from mtpkern.compare import HF_GENERATE, Problem, Tally, extract_answer, pad, read_problems
+from mtpkern.cli import Row, _encode, main
+from mtpkern.compare import HF_GENERATE, Completion, Problem, Tally, extract_answer, pad, read_problems
 from mtpkern.demo import ASSETS, summary
 from mtpkern.train.arithmetic import build_tokenizer
 
@@ -55,12 +57,12 @@ def read_jsonl(text):
     return [json.loads(line) for line in text.splitlines()]
 
 
-def greedy(checkpoint, prompt, new):
+def greedy(checkpoint, prompt, new, **options):
     """What the model's own generate writes, one prompt at a time."""
     tokenizer = build_tokenizer()
     model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     ids = torch.tensor([tokenizer(prompt).input_ids])
-    return model.generate(ids, do_sample=False, max_new_tokens=new)[0, ids.shape[1] :].tolist()
+    return model.generate(ids, do_sample=False, max_new_tokens=new, **options)[0, ids.shape[1] :].tolist()
 
 
 def test_extract_answer():
@@ -168,11 +170,16 @@ def test_show_marks_the_blocks(checkpoint, capsys):
         ('{"messages": [{"role": "user"}]}', "row 3: messages must be a list"),
         ('{"messages": []}', "row 3: messages must be a list"),
         ('{"prompt": "x", "tokens": [1]}', "row 3: has tokens, which the result would overwrite"),
+        ('{"prompt": "x", "n": ' + "9" * 5000 + "}", 'row 3: expected a JSON object, got \'{"prompt": "x", "n": 999'),
+        ('{"messages": [{"role": "user", "content": "x"}], "tools": [{}]}', "row 3: has tools, which would change"),
+        ('{"prompt": "x", "system": "be brief", "tools": []}', "row 3: has system, which would change"),
+        ("[" * 100_000, "row 3: expected a JSON object, got"),
+        ('{"prompt": "\udcff"}', "row 3: expected a JSON object, got .*(utf-8|UTF-8)"),
     ],
 )
 def test_a_bad_row_is_named_before_the_model_is_loaded(tmp_path, capsys, line, message):
     file = tmp_path / "in.jsonl"
-    file.write_text(f'{{"prompt": "x"}}\n\n{line}\n')
+    file.write_text(f'{{"prompt": "x"}}\n\n{line}\n', encoding="utf-8", errors="surrogateescape")
     assert main(["generate", str(tmp_path / "no-model"), "--file", str(file)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -245,8 +252,135 @@ def test_missing_things_are_named(tmp_path, capsys):
     assert str(tmp_path) in capsys.readouterr().err
     assert main(["generate", str(tmp_path), "--prompt", "x", "--output", str(tmp_path / "no" / "out")]) == 2
     assert "there is no folder" in capsys.readouterr().err
+    # Before the model is looked for.
+    for command in (
+        ["generate", "no-model", "--prompt", "x", "--output"],
+        ["demo", "--checkpoint", "no-model", "--html"],
+    ):
+        assert main([*command, str(tmp_path)]) == 2
+        assert f"{tmp_path}: expected a file to write to, this is a folder" in capsys.readouterr().err
     assert main(["demo", "--checkpoint", str(tmp_path)]) == 2
     assert "make checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "warned"),
+    [
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 3, 5]}, None),
+        (
+            {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1},
+            "repetition_pen",
+        ),
+        ({"cache_implementation": "hybrid", "eos_token_id": 2, "pad_token_id": 0}, None),
+        ({"stop_strings": ["apples"], "eos_token_id": 2}, "stop_strings"),
+    ],
+    ids=["Llama-3.1", "Qwen2.5", "gemma-2", "stop strings"],
+)
+def test_a_checkpoint_whose_file_samples_is_decoded_greedily(checkpoint, tmp_path, capsys, values, warned):
+    folder, output = tmp_path / "instruct", tmp_path / "out.jsonl"
+    shutil.copytree(checkpoint, folder)
+    (folder / "generation_config.json").write_text(json.dumps(values))
+    prompt = problems("test", 1)[0].prompt
+    command = ["generate", str(folder), "--prompt", prompt, "--max-new-tokens", "12", "--output", str(output)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert main(command) == 0, capsys.readouterr().err
+    said = " ".join(str(w.message) for w in caught)
+    assert (warned in said) if warned else "mtpkern" not in said
+    tokens = greedy(checkpoint, prompt, 12, eos_token_id=values.get("eos_token_id", build_tokenizer().eos_token_id))
+    assert read_jsonl(output.read_text())[0]["tokens"] == tokens
+
+
+# What a model or a file could do to the terminal
+
+STEERS = "\x1b[2Ja\r\x9b31m\u202eb\x07"
+
+
+@pytest.fixture
+def steering(checkpoint, monkeypatch):
+    """The checkpoint's model writes what would clear the screen and turn text around."""
+    tokens = [5, 6]
+    monkeypatch.setattr("mtpkern.compare.ours", lambda *args, **kwargs: [Completion(tokens, [1, 1])])
+    kind = type(build_tokenizer())
+    monkeypatch.setattr(kind, "decode", lambda self, ids, **kwargs: STEERS[: len(STEERS) * len(ids) // 2])
+    return checkpoint
+
+
+def steers(text):
+    return set(text) & set(STEERS) - set("[2Ja31mb")
+
+
+@pytest.mark.parametrize("options", ["", "--show", "--output"])
+def test_text_of_a_model_does_not_steer_the_terminal(steering, options, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "out.jsonl"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLORTERM", "truecolor")  # rich keeps a style as it first shows it
+    command = ["generate", str(steering), "--prompt", "Ba has 3 eggs.", *options.split()]
+    assert main([*command, str(output)] if options == "--output" else command) == 0
+    out, err = capsys.readouterr()
+    out = re.sub("\x1b\\[[0-9;]*m", "", out)  # colours of our own
+    assert not steers(out + err)
+    assert r"a\r\x9b31m" in out.replace("|", "")
+    if output.exists():
+        line = output.read_text(encoding="utf-8")
+        assert not steers(line)
+        assert json.loads(line)["text"] == STEERS
+
+
+def test_rows_are_printed_without_control_characters(steering, tmp_path, capsys):
+    file = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "Ba has 3 eggs.", "id": STEERS}])
+    assert main(["generate", str(steering), "--file", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert not steers(out)
+    assert (json.loads(out)["text"], json.loads(out)["id"]) == (STEERS, STEERS)
+
+
+def test_a_program_that_reads_the_text_gets_it_as_it_is(steering, capsys):
+    assert main(["generate", str(steering), "--prompt", "Ba has 3 eggs."]) == 0
+    assert capsys.readouterr().out == STEERS + "\n"
+
+
+def test_errors_quote_without_steering(tmp_path, capsys):
+    file = tmp_path / f"in{STEERS}.jsonl"
+    for text in (f'{{"prompt": "{STEERS}', json.dumps({STEERS: 1}), json.dumps({"prompt": {"x": STEERS}})):
+        file.write_text(text, encoding="utf-8")
+        assert main(["generate", "no-model", "--file", str(file)]) == 2
+        assert main(["generate", STEERS, "--prompt", "x"]) == 2
+        out, err = capsys.readouterr()
+        assert err
+        assert not steers(out + err)
+    with pytest.raises(SystemExit):
+        main(["generate", "no-model", "--prompt", "x", f"--{STEERS}"])
+    assert not steers(capsys.readouterr().err)
+
+
+def test_a_template_that_refuses_names_the_row(checkpoint, tmp_path, capsys):
+    folder = tmp_path / "strict"
+    shutil.copytree(checkpoint, folder)
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('only users speak') }}"
+    tokenizer.save_pretrained(folder)
+    file = write_jsonl(tmp_path / "in.jsonl", [{"messages": [{"role": "user", "content": "x"}]}])
+    assert main(["generate", str(folder), "--file", str(file)]) == 2
+    assert "row 1: only users speak" in capsys.readouterr().err
+
+
+def test_text_that_brings_its_own_bos_gets_no_second(bytes_of):
+    tokenizer = bytes_of("llama")
+    one = _encode(tokenizer, Row("row 1", {"prompt": "Hi"}), chat=False)
+    assert one[0] == tokenizer.bos_token_id
+    assert one == _encode(tokenizer, Row("row 1", {"prompt": f"{tokenizer.bos_token}Hi"}), chat=False)
+
+
+def test_an_interrupt_leaves_no_draft(checkpoint, tmp_path, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        assert len(list(tmp_path.iterdir())) == 1  # the draft is there
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mtpkern.compare.ours", interrupt)
+    command = ["generate", str(checkpoint), "--prompt", "Ba has 3 eggs.", "--output", str(tmp_path / "out.jsonl")]
+    assert main(command) == 130
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_demo(checkpoint, tmp_path, capsys, monkeypatch):

@@ -62,6 +62,16 @@ def test_terminal_with_colour_changes_the_background_at_each_block():
     assert "[b]figs[/b]" in text
 
 
+@pytest.mark.parametrize("colour", [False, True])
+def test_blocks_do_not_steer_the_terminal(colour):
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system="truecolor" if colour else None)
+    console.print(show.terminal(["a\x1b[2J\r", "b\x9b\u202e"], colour=colour))
+    shown = console.file.getvalue()
+    assert "\x1b[2J" not in shown
+    assert not set(shown) & set("\r\x9b\u202e")
+    assert r"a\x1b[2J\r" in shown
+
+
 def test_no_color_is_respected(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     assert not show.coloured(Console(force_terminal=True, color_system="truecolor"))

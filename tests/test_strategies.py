@@ -49,8 +49,8 @@ def test_k_must_be_a_whole_number_from_1(kind: Any, k: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", [ConfAdapt, Verified])
-@pytest.mark.parametrize("threshold", [-1.0, -0.1, 1.1, 90, float("nan")])
-def test_threshold_must_be_a_probability(kind: Any, threshold: float) -> None:
+@pytest.mark.parametrize("threshold", [-1.0, -0.1, 1.1, 90, float("nan"), "0.5", None])
+def test_threshold_must_be_a_probability(kind: Any, threshold: Any) -> None:
     with pytest.raises(ValueError, match=f"{kind.__name__}: threshold must be a probability"):
         kind(threshold=threshold)
     assert (kind(threshold=0).threshold, kind(threshold=1.0).threshold) == (0, 1.0)

@@ -81,7 +81,7 @@ def _plain_attention(module: torch.nn.Module) -> Callable[..., Any]:
     name = plain_name(getattr(module, "config", None))
     if name in (None, NAME):
         raise RuntimeError(
-            f"attention {NAME!r} is mtpkern's own and runs only inside mtpkern.generate or a block of attention_context; "
+            f"attention {NAME!r} is mtpkern's own and runs only inside mtpkern.generate or attention_context; "
             "load the model with attn_implementation='sdpa' or 'eager'"
         )
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
@@ -116,12 +116,12 @@ def exclusive(model: PreTrainedModel, *, wait: bool = True) -> Iterator[None]:
         turn = _turns.setdefault(model, _Turn())
     if turn.thread == get_ident():
         raise RuntimeError(
-            f"this {type(model).__name__} is already running inside mtpkern, in this very thread: end that run (or leave "
-            "its attention_context) before the next begins"
+            f"this {type(model).__name__} is already running inside mtpkern, in this very thread: end that run, or "
+            "leave its attention_context, before the next begins"
         )
     if not turn.lock.acquire(blocking=wait):
         raise RuntimeError(
-            f"this {type(model).__name__} is already running inside mtpkern, in another thread; run one call at a time, "
+            f"this {type(model).__name__} is already running inside mtpkern, in another thread; run one call at a time "
             "or leave out wait=False to wait in line"
         )
     try:

@@ -1,8 +1,8 @@
-"""What a config answers when transformers asks it for the attention function: ours in a routed thread, its own elsewhere.
+"""What a config answers when transformers asks for the attention function: ours in a routed thread, its own elsewhere.
 
-Configs are shared: by threads that use one model, by models that were built from one config. So nothing is written into
-them. For the length of a block a config's class is a subclass that differs in one property, `_attn_implementation`,
-which looks up whether this thread has the block open. Copies, pickles, comparisons and JSON are those of the plain class.
+Configs are shared: by threads that use one model, by models that were built from one config. So nothing is
+written into them. For the length of a block a config's class is a subclass that differs in one property, which looks up whether
+this thread has the block open: `_attn_implementation`. Copies, pickles, comparisons and JSON are those of the plain class.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def plain_name(config: PreTrainedConfig | None) -> str | None:
     return getattr(config, "_attn_implementation_internal", None)
 
 
-# To torch.compile the answer is a constant of what it compiles, which is looked up anew for each class of the config and
-# each set of keyword arguments, so for each side of a block.
+# To torch.compile the answer is a constant of what it compiles, which it looks up anew for each class of the config and
+# each set of keyword arguments: inside of a block and outside.
 @torch.compiler.assume_constant_result
 def asks(config: PreTrainedConfig) -> bool:
     """Whether the one who asks is routed: this thread has a block open, or is autograd's at work for one.

@@ -101,7 +101,10 @@ def test_one_run_at_a_time(model: Any, tiny: Any) -> None:
     order: list[str] = []
 
     def refused() -> None:
-        with pytest.raises(RuntimeError, match="in another thread; run one call at a time"), exclusive(model, wait=False):
+        with (
+            pytest.raises(RuntimeError, match="in another thread; run one call at a time"),
+            exclusive(model, wait=False),
+        ):
             pass
         order.append("refused")
 

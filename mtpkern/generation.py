@@ -131,6 +131,8 @@ def generate(
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> Tensor | MTPGenerateOutput:
+        if not model_kwargs.get("mm_encoder_outputs", True):
+            del model_kwargs["mm_encoder_outputs"]  # of a model that could see images, and has been given none
         # Again, because the model's own generation_config has come in.
         _refuse_settings(vars(generation_config))
         _refuse_prepared(logits_processor, stopping_criteria, model_kwargs)

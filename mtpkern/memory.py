@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import torch
 from transformers import PreTrainedModel
@@ -19,18 +20,31 @@ def kv_bytes(model: PreTrainedModel, batch: int, capacity: int) -> int | None:
     kv_bytes(model, batch=8, capacity=4096)
     """
     config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_attention_heads", None)
-    layers, kv_heads = getattr(config, "num_hidden_layers", None), getattr(config, "num_key_value_heads", None) or heads
-    hidden = getattr(config, "hidden_size", None)
-    if not all(isinstance(x, int) and x > 0 for x in (heads, layers, kv_heads, hidden)):
+    layers = getattr(config, "num_hidden_layers", None)
+    if not _is_size(layers):
         return None
-    if isinstance(getattr(config, "kv_lora_rank", None), int):
-        # Latent attention, whose keys and values are unfolded for all heads before they are cached.
-        kv_heads, widths = heads, config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
-    else:
-        widths = 2 * (getattr(config, "head_dim", None) or hidden // heads)
-    kv_heads = max(1, kv_heads // (getattr(model, "tp_size", None) or 1))
-    return batch * (capacity + 1) * layers * kv_heads * widths * model.dtype.itemsize
+    # Newer versions of transformers know configurations whose layers differ, and refuse to speak of them as one.
+    each = [_elements_of(x) for x in getattr(config, "per_layer_config", None) or [config] * layers]
+    if None in each or len(each) != layers:
+        return None
+    shards = getattr(model, "tp_size", None) or 1
+    return batch * (capacity + 1) * sum(x for x in each if x) * model.dtype.itemsize // shards
+
+
+def _elements_of(config: Any) -> int | None:
+    """Elements of a token's key and value in one layer."""
+    heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if not (_is_size(heads) and _is_size(hidden) and _is_size(kv_heads)):
+        return None
+    if _is_size(getattr(config, "kv_lora_rank", None)):
+        # Latent attention, whose keys and values are unfolded for all heads before they are kept.
+        return heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+    return kv_heads * 2 * (getattr(config, "head_dim", None) or hidden // heads)
+
+
+def _is_size(x: Any) -> TypeGuard[int]:
+    return isinstance(x, int) and x > 0
 
 
 def available_memory(device: torch.device) -> int | None:

@@ -6,6 +6,7 @@ decoding, with all that the model prepares for it.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -127,13 +128,15 @@ def _fault(model: PreTrainedModel, mask_token_id: int) -> str | None:
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # a model may fail in any way where it is called as it was not meant to be
+        if isinstance(error, ValueError) and str(error).startswith(type(model).__name__):
+            return str(error).partition(": ")[2].rstrip(".")
         return f"a trial of it ended in {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     if report.ok:
         return None
     return (
-        f"its logits differ by up to {report.max_error:.3g} from its own forward on the whole text and by up "
-        f"to {report.against_generate:.3g} from its own greedy decoding, where {report.tolerance:.3g} would be rounding "
-        f"(the logits' standard deviation is {report.scale:.3g}); {report.agreement:.0%} of {report.rows} argmaxes agree"
+        f"its logits differ by up to {report.max_error:.3g} from its own forward on the whole text, and by up to "
+        f"{report.against_generate:.3g} from its own greedy decoding, where {report.tolerance:.3g} would be rounding "
+        f"(standard deviation {report.scale:.3g}); {report.agreement:.0%} of {report.rows} argmaxes agree"
     )
 
 
@@ -224,6 +227,15 @@ def _step(model: PreTrainedModel, decoder: Decoder) -> Tensor:
         return decoder.step(route)
 
 
+def _recomputed(model: PreTrainedModel, text: Tensor) -> Tensor:
+    """Logits [n, V] of a text [1, n], without a cache."""
+    positions = {}
+    # Some models count positions in ways of their own unless they are told.
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        positions["position_ids"] = torch.arange(text.shape[1], device=text.device)[None]
+    return model(text, use_cache=False, **positions).logits[0]
+
+
 def _difference(a: Tensor, b: Tensor) -> float:
     """The largest; equal infinities do not differ."""
     return torch.where(a == b, 0.0, (a - b).abs().float()).max().item()
@@ -245,7 +257,7 @@ def _against_recomputation(
             for b in range(len(input_ids)):
                 of_b = slice(start[b], start[b + 1])
                 texts[b, length[b] :] = mask_token_id
-                full = model(texts[b : b + 1, : int(position[of_b][-1]) + 1], use_cache=False).logits[0, position[of_b]]
+                full = _recomputed(model, texts[b : b + 1, : int(position[of_b][-1]) + 1])[position[of_b]]
                 errors.append(_difference(logits[of_b], full))
                 spread.append(full[full.isfinite()].float().std().item())
                 equal.append((logits[of_b].argmax(-1) == full.argmax(-1)).float())
@@ -273,7 +285,7 @@ def _against_generate(
             differences += [_difference(logits[b], expected[b]) for b in range(B) if same[b]]
             for b in range(B):
                 text = theirs.sequences[b : b + 1, : T + i][:, attention_mask[b].argmax() :]
-                noise.append(_difference(expected[b], model(text, use_cache=False).logits[0, -1].to(logits.dtype)))
+                noise.append(_difference(expected[b], _recomputed(model, text)[-1].to(logits.dtype)))
             # From a token on that differs, which nearly equal logits allow, there is nothing to compare.
             same &= (
                 decoder.sequences.tokens.gather(1, decoder.sequences.length[:, None] - 1)[:, 0]

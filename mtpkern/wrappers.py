@@ -45,8 +45,9 @@ def unwrapped(model: Any, arguments: dict[str, Any]) -> PreTrainedModel:
         )
     peft = sys.modules.get("peft")
     if peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
-        plain = model.get_base_model() if not model.active_peft_config.is_prompt_learning else model.base_model
-        _require_row_wise(name, model.peft_config, model.active_adapters)
+        mixed = isinstance(model, peft.PeftMixedModel)
+        _require_row_wise(name, model.peft_config, model.active_adapter if mixed else model.active_adapters)
+        plain = model.base_model.model if mixed else model.get_base_model()
         if not isinstance(plain, PreTrainedModel):
             raise TypeError(f"{name} wraps {type(plain).__name__}; expected a PreTrainedModel in it")
         if model.generation_config is not plain.generation_config:

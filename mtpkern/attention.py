@@ -8,7 +8,10 @@ training one that holds a layout of spans (mtpkern.train.objective).
 Neither model nor settings are modified: for the length of the block the config answers through a class of its own
 (mtpkern.routing), in this thread "mtpkern", in all others what it always did.
 
-The name is registered as an attention function only, not as a mask function: transformers then builds no mask, and
+For models of latent attention, which cache one thing and attend to another, `captured` takes during the prefill what
+the model's own attention works on.
+
+"mtpkern" is registered as an attention function only, not as a mask function: transformers then builds no mask, and
 skips the checks on packed sequences that would wait for the device.
 """
 
@@ -23,9 +26,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from mtpkern.routing import NAME, AttentionContext, plain_name, route_of, routed_config
+from mtpkern.routing import CAPTURE, NAME, AttentionContext, plain_name, route_of, routed_config
 
 # Keyword tensors that transformers hands to every attention function and that hold nothing our rows do not know.
 _KNOWN_TENSORS = {"position_ids", "cache_position", "position_embeddings"}
@@ -90,7 +93,22 @@ def _plain_attention(module: torch.nn.Module) -> Callable[..., Any]:
     return plain
 
 
+def capturing_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> Any:
+    """The layer's own attention; the context of the block gets its key and value [B, Hkv, T, D] besides."""
+    route_of(module.config).take(module.layer_idx, key, value)
+    return _plain_attention(module)(module, query, key, value, attention_mask, **kwargs)
+
+
+def _plain_mask(*args: Any, config: Any, **kwargs: Any) -> Any:
+    """The mask for the model's own attention."""
+    return AttentionMaskInterface()[plain_name(config)](*args, config=config, **kwargs)
+
+
 AttentionInterface.register(NAME, mtpkern_attention)
+AttentionInterface.register(CAPTURE, capturing_attention)
+AttentionMaskInterface.register(CAPTURE, _plain_mask)
 
 
 class _Turn:
@@ -137,6 +155,13 @@ def routed(model: PreTrainedModel, context: AttentionContext) -> Iterator[dict[s
     """`attention_context` for those who already hold the model."""
     with routed_config(model.config.get_text_config(decoder=True), context):
         yield {"mtpkern": context}
+
+
+@contextmanager
+def captured(model: PreTrainedModel, context: Any) -> Iterator[None]:
+    """Inside the block `context.take(layer, key, value)` gets what the model's own attention works on."""
+    with routed_config(model.config.get_text_config(decoder=True), context, CAPTURE):
+        yield
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from mtpkern.kernels.advance import Rows
 from mtpkern.kernels.decode_attention import decode_attention
@@ -210,3 +210,33 @@ class PrefillCache(Cache):
         """Columns that a chunk's mask covers, and the first of them. Older versions of transformers pass positions."""
         n = query_length if isinstance(query_length, int) else query_length.shape[0]
         return self.seen + n, 0
+
+
+class CapturedPrefill(DynamicCache):
+    """The prefill's cache of a model of latent attention, and the context of `captured` that fills a `KVCache`.
+
+    Such a model caches what its keys and values are made from. So it keeps that to itself, here, until the prefill is
+    over, and what its layers attend to is stored as it gets there.
+    """
+
+    def __init__(self, kv: KVCache, slot: Tensor) -> None:
+        super().__init__()
+        self.kv = kv
+        self.slot = slot.clamp(max=kv.held)
+        self.seen = 0
+        self.brought: set[int] = set()
+
+    def next_chunk(self, end: int) -> None:
+        """The chunk that ran has ended at this column."""
+        self.seen = end
+        self.brought.clear()
+
+    def take(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Store a chunk's keys and values; they come [B, Hkv, seen + n, D], behind those of all columns before."""
+        if layer in self.brought:
+            raise ValueError(
+                f"{self.kv.model_name}: layer {layer} calls attention more than once in a pass; mtpkern decodes models "
+                "whose layers do so once"
+            )
+        self.brought.add(layer)
+        self.kv.fill(layer, key[:, :, self.seen :], value[:, :, self.seen :], self.slot[:, self.seen : key.shape[2]])

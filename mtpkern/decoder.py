@@ -12,6 +12,7 @@ the capture of a new graph, and without a graph where the buffers may have to gr
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,8 +20,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mtpkern.attention import AttentionContext
-from mtpkern.cache import KVCache, PrefillCache
+from mtpkern.attention import AttentionContext, captured
+from mtpkern.cache import CapturedPrefill, KVCache, PrefillCache
 from mtpkern.graph import StepGraph, compiled, wants_graph
 from mtpkern.kernels.advance import RUNNING, Rows, Sequences, advance
 from mtpkern.kernels.readout import readout
@@ -169,19 +170,22 @@ class Decoder:
         self.rows.start.copy_(torch.arange(B + 1, device=input_ids.device) * k)
 
         columns = torch.cat([input_ids, masks], dim=1)
-        cache = PrefillCache(self.cache, slot)
+        # Latent attention is told by the rank that keys and values are folded to.
+        latent = getattr(self.model.config.get_text_config(decoder=True), "kv_lora_rank", None) is not None
+        cache = (CapturedPrefill if latent else PrefillCache)(self.cache, slot)
         n = max(1, chunk // B)
         ends = [*range(n, T, n), T + k - 1]
         for end in ends:
             here = slice(cache.seen, end)
-            logits = self.model(
-                input_ids=columns[:, here],
-                attention_mask=None if attention_mask is None else seen[:, :end],
-                position_ids=position[:, here],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=k if end == ends[-1] else 1,
-            ).logits
+            with captured(self.model, cache) if latent else nullcontext():
+                logits = self.model(
+                    input_ids=columns[:, here],
+                    attention_mask=None if attention_mask is None else seen[:, :end],
+                    position_ids=position[:, here],
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=k if end == ends[-1] else 1,
+                ).logits
             cache.next_chunk(end)
         self._require_cached()
         return self._take_in(logits[:, -k:].flatten(0, 1))

@@ -108,3 +108,9 @@ def require_decodable(model: PreTrainedModel) -> None:
         raise ValueError(
             f"{name} caps its attention logits, which 'sdpa' ignores: load it with attn_implementation='eager'"
         )
+    own = config._attn_implementation
+    if getattr(config, "kv_lora_rank", None) is not None and own not in ("sdpa", "eager"):
+        raise ValueError(
+            f"{name} has latent attention, prefilled through 'sdpa' or 'eager' only, and was loaded with {own!r}; "
+            "load it with attn_implementation='sdpa'"
+        )

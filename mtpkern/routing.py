@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+# The names that a config answers in a block: of our attention, and of the model's own with its keys and values taken.
 NAME = "mtpkern"
+CAPTURE = "mtpkern_capture"
 
 
 class AttentionContext(Protocol):
@@ -44,8 +46,9 @@ class AttentionContext(Protocol):
 class _Block:
     """A block that is open."""
 
-    def __init__(self, context: AttentionContext) -> None:
+    def __init__(self, context: Any, name: str) -> None:
         self.context = context
+        self.name = name
         self.trains = torch.is_grad_enabled()
         # Whether the model hands its keyword arguments on to its layers, as far as seen.
         self.bare = False
@@ -58,9 +61,9 @@ _lock = Lock()
 
 
 @contextmanager
-def routed_config(config: PreTrainedConfig, context: AttentionContext) -> Iterator[None]:
-    """Have the config answer `NAME` to this thread inside the block, and its layers find `context`."""
-    block = _Block(context)
+def routed_config(config: PreTrainedConfig, context: Any, name: str = NAME) -> Iterator[None]:
+    """Have the config answer `name` to this thread inside the block, and its layers find `context`."""
+    block = _Block(context, name)
     _enter(config, block)
     token = _here.set({**_here.get({}), id(config): block})
     try:
@@ -87,7 +90,7 @@ def _leave(config: PreTrainedConfig, block: _Block) -> None:
             config.__class__ = type(config).__bases__[0]
 
 
-def route_of(config: PreTrainedConfig | None) -> AttentionContext | None:
+def route_of(config: PreTrainedConfig | None) -> Any:
     """The context for a layer that has been handed none: of the block that this thread, or its backward, runs in."""
     block = _here.get({}).get(id(config))
     if block is not None:
@@ -105,15 +108,17 @@ def plain_name(config: PreTrainedConfig | None) -> str | None:
 # To torch.compile the answer is a constant of what it compiles, which it looks up anew for each class of the config and
 # each set of keyword arguments: inside of a block and outside.
 @torch.compiler.assume_constant_result
-def asks(config: PreTrainedConfig) -> bool:
-    """Whether the one who asks is routed: this thread has a block open, or is autograd's at work for one.
+def asks(config: PreTrainedConfig) -> str | None:
+    """The name for the one who asks, if routed: this thread has a block open, or is autograd's at work for one.
 
-    Autograd's threads know nothing of whose backward they run. There the answer is yes for all, and the attention
+    Autograd's threads know nothing of whose backward they run. There the answer is ours for all, and the attention
     function looks at what the layer has been called with: only a routed forward has brought a context.
     """
-    if id(config) in _here.get({}):
-        return True
-    return _in_backward() and any(block.trains for block in _everywhere.get(id(config), ()))
+    block = _here.get({}).get(id(config))
+    if block is not None:
+        return block.name
+    trains = _in_backward() and any(block.trains for block in _everywhere.get(id(config), ()))
+    return NAME if trains else None
 
 
 def _in_backward() -> bool:
@@ -126,7 +131,7 @@ def _answering(plain: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     own: Any = plain._attn_implementation
 
     def answer(self: PreTrainedConfig) -> str | None:
-        return NAME if asks(self) else own.fget(self)
+        return asks(self) or own.fget(self)
 
     def equal(self: PreTrainedConfig, other: object) -> bool:
         return as_plain(self) == as_plain(other)

@@ -26,7 +26,7 @@ from mtpkern.wrappers import unwrapped
 # What tests/test_architectures.py compares token by token, by the model_type of the config.
 TESTED = {
     *("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3", "granite", "gpt_neox"),
-    *("qwen3_moe", "gpt_oss", "cohere", "cohere2"),
+    *("qwen3_moe", "gpt_oss", "cohere", "cohere2", "deepseek_v3"),
 }
 # Prompts of a check are longer than the model's sliding window where that is no longer than this many tokens.
 WINDOW = 1024

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from mtpkern.generation import generate as generate
     from mtpkern.graph import release_graphs as release_graphs
     from mtpkern.model import add_mask_token as add_mask_token
-    from mtpkern.model import check as check
     from mtpkern.strategies import ConfAdapt as ConfAdapt
     from mtpkern.strategies import Static as Static
     from mtpkern.strategies import Verified as Verified
+    from mtpkern.verify import check as check
 
     __version__: str
 
@@ -45,7 +45,7 @@ _MODULE_OF = {
     "Static": "mtpkern.strategies",
     "Verified": "mtpkern.strategies",
     "add_mask_token": "mtpkern.model",
-    "check": "mtpkern.model",
+    "check": "mtpkern.verify",
     "generate": "mtpkern.generation",
     "load_adapter": "mtpkern.adapter",
     "release_graphs": "mtpkern.graph",

@@ -1,51 +1,34 @@
 """The attention function that transformers calls, and the switch that makes it call ours.
 
-A Hugging Face model looks its attention function up by the name in its config. `attention_context(model, context)`
-puts the name "mtpkern" there for the length of a `with` block; inside it every attention layer hands its rotated
-queries, keys and values to `context.attend(...)`. Decoding brings a context that writes the KV cache and reads it
-(mtpkern.cache), training one that holds a layout of spans (mtpkern.train.objective). The model is not modified.
+A Hugging Face model looks its attention function up by the name that its config answers. Inside a `with` block of
+`attention_context(model, context)` that name is "mtpkern", and every attention layer hands its rotated queries, keys
+and values to `context.attend(...)`. Decoding brings a context that writes the KV cache and reads it (mtpkern.cache),
+training one that holds a layout of spans (mtpkern.train.objective).
 
-The name is registered as an attention function only, not as a mask function: transformers then builds no mask, and
+Neither model nor settings are modified: for the length of the block the config answers through a class of its own
+(mtpkern.routing), in this thread "mtpkern", in all others what it always did.
+
+For models of latent attention, which cache one thing and attend to another, `captured` takes during the prefill what
+the model's own attention works on.
+
+"mtpkern" is registered as an attention function only, not as a mask function: transformers then builds no mask, and
 skips the checks on packed sequences that would wait for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from threading import Lock
-from typing import Any, Protocol
+from threading import Lock, get_ident
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-NAME = "mtpkern"
-
-
-class AttentionContext(Protocol):
-    """What a pass brings along: the one object that knows which keys a row sees."""
-
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        """Attend with query [B, Hq, T, D] to key and value [B, Hkv, T, D] of this pass; returns [B, T, Hq, D]."""
-        ...
-
-
-# Models that do not forward keyword arguments to their attention layers (StableLM, Nemotron) find the context here.
-_current: ContextVar[AttentionContext | None] = ContextVar("mtpkern_context", default=None)
+from mtpkern.routing import CAPTURE, NAME, AttentionContext, plain_name, route_of, routed_config
 
 # Keyword tensors that transformers hands to every attention function and that hold nothing our rows do not know.
 _KNOWN_TENSORS = {"position_ids", "cache_position", "position_embeddings"}
@@ -71,9 +54,12 @@ def mtpkern_attention(
     Raises ValueError where the model asks for something that the context would silently drop: a mask of its own,
     attention dropout, a tensor argument that nobody here knows.
     """
-    context = mtpkern if mtpkern is not None else _current.get()
+    context = mtpkern if mtpkern is not None else route_of(getattr(module, "config", None))
     if context is None:
-        raise RuntimeError(f"attention {NAME!r} runs only inside mtpkern; reset the model's attn_implementation")
+        plain = _plain_attention(module)
+        options = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux, **kwargs}
+        given = {name: value for name, value in options.items() if value is not None}
+        return plain(module, query, key, value, attention_mask, dropout=dropout, **given)
     who = type(module).__name__
     if attention_mask is not None:
         raise ValueError(
@@ -93,38 +79,89 @@ def mtpkern_attention(
     return out, None
 
 
-AttentionInterface.register(NAME, mtpkern_attention)
+def _plain_attention(module: torch.nn.Module) -> Callable[..., Any]:
+    """The attention function of a layer that nobody routes, but whose config has answered as if: see `routing.asks`."""
+    name = plain_name(getattr(module, "config", None))
+    if name in (None, NAME):
+        raise RuntimeError(
+            f"attention {NAME!r} is mtpkern's own and runs only inside mtpkern.generate or attention_context; "
+            "load the model with attn_implementation='sdpa' or 'eager'"
+        )
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    plain = AttentionInterface().get(name, eager)
+    assert plain is not None, f"{type(module).__name__} has no {name} attention"
+    return plain
 
-_locks: WeakKeyDictionary[PreTrainedModel, Lock] = WeakKeyDictionary()
+
+def capturing_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> Any:
+    """The layer's own attention; the context of the block gets its key and value [B, Hkv, T, D] besides."""
+    route_of(module.config).take(module.layer_idx, key, value)
+    return _plain_attention(module)(module, query, key, value, attention_mask, **kwargs)
+
+
+def _plain_mask(*args: Any, config: Any, **kwargs: Any) -> Any:
+    """The mask for the model's own attention."""
+    return AttentionMaskInterface()[plain_name(config)](*args, config=config, **kwargs)
+
+
+AttentionInterface.register(NAME, mtpkern_attention)
+AttentionInterface.register(CAPTURE, capturing_attention)
+AttentionMaskInterface.register(CAPTURE, _plain_mask)
+
+
+class _Turn:
+    """Whose turn a model's run is."""
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+        self.thread: int | None = None
+
+
+_turns: WeakKeyDictionary[torch.nn.Module, _Turn] = WeakKeyDictionary()
+_turns_lock = Lock()
 
 
 @contextmanager
-def exclusive(model: PreTrainedModel) -> Iterator[None]:
-    """Keep the model to one run: its config is shared. Raises RuntimeError where another run holds it already."""
-    lock = _locks.setdefault(model, Lock())
-    if not lock.acquire(blocking=False):
+def exclusive(model: PreTrainedModel, *, wait: bool = True) -> Iterator[None]:
+    """Keep the model to one run, which has its buffers, graphs and hooks to itself; others wait in line.
+
+    Raises RuntimeError where the same thread holds the model already, which would wait for itself, and with wait=False
+    where any other does.
+    """
+    with _turns_lock:
+        turn = _turns.setdefault(model, _Turn())
+    if turn.thread == get_ident():
         raise RuntimeError(
-            "this model is already running inside mtpkern; its config is shared, so run one call at a time"
+            f"this {type(model).__name__} is already running inside mtpkern, in this very thread: end that run, or "
+            "leave its attention_context, before the next begins"
+        )
+    if not turn.lock.acquire(blocking=wait):
+        raise RuntimeError(
+            f"this {type(model).__name__} is already running inside mtpkern, in another thread; run one call at a time "
+            "or leave out wait=False to wait in line"
         )
     try:
+        turn.thread = get_ident()
         yield
     finally:
-        lock.release()
+        turn.thread = None
+        turn.lock.release()
 
 
 @contextmanager
 def routed(model: PreTrainedModel, context: AttentionContext) -> Iterator[dict[str, AttentionContext]]:
     """`attention_context` for those who already hold the model."""
-    config = model.config.get_text_config(decoder=True)
-    # The private attribute, because the public setter validates and re-dispatches for a millisecond or two.
-    before = config._attn_implementation_internal
-    token = _current.set(context)
-    try:
-        config._attn_implementation_internal = NAME
+    with routed_config(model.config.get_text_config(decoder=True), context):
         yield {"mtpkern": context}
-    finally:
-        config._attn_implementation_internal = before
-        _current.reset(token)
+
+
+@contextmanager
+def captured(model: PreTrainedModel, context: Any) -> Iterator[None]:
+    """Inside the block `context.take(layer, key, value)` gets what the model's own attention works on."""
+    with routed_config(model.config.get_text_config(decoder=True), context, CAPTURE):
+        yield
 
 
 @contextmanager
@@ -134,9 +171,10 @@ def attention_context(model: PreTrainedModel, context: AttentionContext) -> Iter
         with attention_context(model, context) as route:
             logits = model(input_ids=ids, position_ids=positions, use_cache=False, **route).logits
 
-    The keyword survives activation checkpointing, whose second forward runs after the block has been left in another
-    thread; the attention name must then still be ours, so training keeps the block open around backward.
-    Raises RuntimeError when the same model is already inside such a block: its config is shared.
+    Only calls of this thread are routed; others run the model as it is. The exception is activation checkpointing,
+    whose second forward autograd may run in a thread of its own: a block that was opened where gradients are recorded
+    covers it, and training keeps it open around backward.
+    Another run of the same model is waited for; raises RuntimeError where this thread has one open itself.
     """
     with exclusive(model), routed(model, context) as route:
         yield route

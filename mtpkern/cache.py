@@ -3,6 +3,8 @@
 Slot = position: a token's key and value stand where the token stands in its own text, whatever padding came before
 it. Nothing is ever removed: the next pass overwrites the slots that masks and dropped drafts have used, and until
 then no row sees them.
+
+Without a CUDA graph, which needs fixed addresses, the buffers hold what is in use and grow as the texts do.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from mtpkern.kernels.advance import Rows
 from mtpkern.kernels.decode_attention import decode_attention
@@ -19,32 +21,47 @@ from mtpkern.kernels.kv_write import kv_write
 
 
 class KVCache:
-    """Keys and values [B, Hkv, C + 1, D] of every layer; slot C is trash. The attention context of a decoding step.
+    """Keys and values [B, Hkv, H + 1, D] of every layer; slot H is trash. The attention context of a decoding step.
+
+    H = `held` slots are there, C = `capacity` at most: `reserve` makes more. Rows know the trash slot as C.
 
     Buffers are made from the first keys that arrive, so local heads under tensor parallelism and models with layers of
     different widths are right by construction.
     """
 
-    def __init__(self, capacity: int, rows: Rows, max_rows: int, *, batch_invariant: bool = False) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        rows: Rows,
+        max_rows: int,
+        *,
+        held: int | None = None,
+        batch_invariant: bool = False,
+        model_name: str = "the model",
+    ) -> None:
         self.capacity = capacity
+        self.held = capacity if held is None else min(held, capacity)
         # Slots that hold anything, where the host knows: attention need not look behind them.
-        self.slots = capacity
+        self.slots = self.held
         self.rows = rows
         self.max_rows = max_rows
         self.batch_invariant = batch_invariant
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         self.attended: set[int] = set()
+        # Whether a whole pass has shown that every layer attends to what it has cached, once.
+        self.proven = False
+        self.model_name = model_name
         # What the layers of one pass share; whoever changes the rows empties it.
         self.memo: dict = {}
 
     def fill(self, layer: int, key: Tensor, value: Tensor, slot: Tensor) -> None:
-        """Store the prefill's key and value [B, Hkv, T, D] at slot [B, T] int64 (C for what is not to be kept)."""
+        """Store the prefill's key and value [B, Hkv, T, D] at slot [B, T] int64 (H for what is not to be kept)."""
         if layer not in self.layers:
             B, Hkv, _, D = key.shape
             # Zeros, because a reference that multiplies by zero weights must not meet NaN.
             self.layers[layer] = (
-                key.new_zeros(B, Hkv, self.capacity + 1, D),
-                value.new_zeros(B, Hkv, self.capacity + 1, value.shape[-1]),
+                key.new_zeros(B, Hkv, self.held + 1, D),
+                value.new_zeros(B, Hkv, self.held + 1, value.shape[-1]),
             )
         k_cache, v_cache = self.layers[layer]
         seq = torch.arange(slot.shape[0], device=slot.device)[:, None].expand_as(slot)
@@ -56,6 +73,17 @@ class KVCache:
             seq.flatten(),
             slot.flatten(),
         )
+
+    def reserve(self, slots: int) -> None:
+        """Make room for so many slots: new buffers of twice the size or more, a layer at a time."""
+        if slots <= self.held:
+            return
+        assert slots <= self.capacity
+        held = min(self.capacity, max(slots, 2 * self.held))
+        for layer, pair in self.layers.items():
+            self.layers[layer] = (_grown(pair[0], self.held, held), _grown(pair[1], self.held, held))
+            del pair
+        self.held = held
 
     @property
     def nbytes(self) -> int:
@@ -81,18 +109,18 @@ class KVCache:
         sinks: Tensor | None,
     ) -> Tensor:
         """Write key and value [1, Hkv, R, D] of this pass, then attend with query [1, Hq, R, D]: [1, R, Hq, D]."""
-        if layer not in self.layers:
-            raise ValueError(f"attention layer {layer} runs in a decoding step but cached nothing during the prefill")
-        self.attended.add(layer)
+        if not self.proven:
+            self._require_as_cached(layer, key, value)
         k_cache, v_cache = self.layers[layer]
         rows = self.rows
-        kv_write(k_cache, v_cache, key[0].transpose(0, 1), value[0].transpose(0, 1), rows.seq, rows.slot)
+        slot = rows.slot if self.held == self.capacity else rows.slot.clamp(max=self.held)
+        kv_write(k_cache, v_cache, key[0].transpose(0, 1), value[0].transpose(0, 1), rows.seq, slot)
         return decode_attention(
             query[0].transpose(0, 1),
             k_cache[:, :, : self.slots + 1],
             v_cache[:, :, : self.slots + 1],
             rows.seq,
-            rows.slot,
+            slot,
             rows.start,
             max_rows=self.max_rows,
             scale=scale,
@@ -102,6 +130,34 @@ class KVCache:
             batch_invariant=self.batch_invariant,
             memo=self.memo,
         )[None]
+
+    def _require_as_cached(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Raise ValueError where a layer of a first pass does not attend, once, to the like of what it has cached."""
+        if layer not in self.layers:
+            raise ValueError(
+                f"{self.model_name}: attention layer {layer} runs in a decoding step but cached nothing during the "
+                "prefill; mtpkern decodes models that attend to what they cache"
+            )
+        if layer in self.attended:
+            raise ValueError(
+                f"{self.model_name}: layer {layer} calls attention more than once in a pass; mtpkern decodes models "
+                "whose layers do so once, on the keys and values that they cache"
+            )
+        self.attended.add(layer)
+        for name, x, cached in zip(("keys", "values"), (key, value), self.layers[layer]):
+            here, there = (x.shape[1], x.shape[3]), (cached.shape[1], cached.shape[3])
+            if here != there:
+                raise ValueError(
+                    f"{self.model_name}: layer {layer} attends to {name} of {here[0]} heads of {here[1]}, but has "
+                    f"cached {there[0]} heads of {there[1]}; mtpkern decodes models that attend to what they cache"
+                )
+
+
+def _grown(x: Tensor, held: int, more: int) -> Tensor:
+    """x [B, Hkv, held + 1, D] with room for `more` slots, the trash behind them."""
+    grown = x.new_zeros(*x.shape[:2], more + 1, x.shape[3])
+    grown[:, :, :held] = x[:, :, :held]
+    return grown
 
 
 class PrefillCache(Cache):
@@ -117,14 +173,27 @@ class PrefillCache(Cache):
     def __init__(self, kv: KVCache, slot: Tensor) -> None:
         super().__init__(layer_class_to_replicate=DynamicLayer)
         self.kv = kv
-        self.slot = slot
+        self.slot = slot.clamp(max=kv.held)
         self.seen = 0
+        # Layers that have brought this chunk.
+        self.brought: set[int] = set()
+
+    def next_chunk(self, end: int) -> None:
+        """The chunk that ran has ended at this column."""
+        self.seen = end
+        self.brought.clear()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Store a chunk's keys and values [B, Hkv, n, D]; returns those of all columns so far [B, Hkv, seen + n, D]."""
         end = self.seen + key_states.shape[2]
+        if layer_idx in self.brought:
+            raise ValueError(
+                f"{self.kv.model_name}: layer {layer_idx} caches keys more than once in a pass; mtpkern decodes models "
+                "whose layers do so once"
+            )
+        self.brought.add(layer_idx)
         self.kv.fill(layer_idx, key_states, value_states, self.slot[:, self.seen : end])
         if not self.seen:
             return key_states, value_states
@@ -141,3 +210,33 @@ class PrefillCache(Cache):
         """Columns that a chunk's mask covers, and the first of them. Older versions of transformers pass positions."""
         n = query_length if isinstance(query_length, int) else query_length.shape[0]
         return self.seen + n, 0
+
+
+class CapturedPrefill(DynamicCache):
+    """The prefill's cache of a model of latent attention, and the context of `captured` that fills a `KVCache`.
+
+    Such a model caches what its keys and values are made from. So it keeps that to itself, here, until the prefill is
+    over, and what its layers attend to is stored as it gets there.
+    """
+
+    def __init__(self, kv: KVCache, slot: Tensor) -> None:
+        super().__init__()
+        self.kv = kv
+        self.slot = slot.clamp(max=kv.held)
+        self.seen = 0
+        self.brought: set[int] = set()
+
+    def next_chunk(self, end: int) -> None:
+        """The chunk that ran has ended at this column."""
+        self.seen = end
+        self.brought.clear()
+
+    def take(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Store a chunk's keys and values; they come [B, Hkv, seen + n, D], behind those of all columns before."""
+        if layer in self.brought:
+            raise ValueError(
+                f"{self.kv.model_name}: layer {layer} calls attention more than once in a pass; mtpkern decodes models "
+                "whose layers do so once"
+            )
+        self.brought.add(layer)
+        self.kv.fill(layer, key[:, :, self.seen :], value[:, :, self.seen :], self.slot[:, self.seen : key.shape[2]])

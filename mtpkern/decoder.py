@@ -5,13 +5,14 @@ address from step to step and from run to run, and nothing in a step waits for t
 on a GPU the whole step is one CUDA graph (mtpkern.graph).
 
 Where the host waits for the device, in a run on a GPU: nowhere in `prefill` but where transformers looks whether a mask
-is needed at all (it does for prompts with padding), nowhere in `run` but for the poll's event, a few steps behind, and
-for the capture of a new graph.
+is needed at all (it does for prompts with padding), nowhere in `run` but for the poll's event, a few steps behind, for
+the capture of a new graph, and without a graph where the buffers may have to grow: each time they may have filled up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,8 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mtpkern.adapter import gated
-from mtpkern.attention import AttentionContext
-from mtpkern.cache import KVCache, PrefillCache
+from mtpkern.attention import AttentionContext, captured
+from mtpkern.cache import CapturedPrefill, KVCache, PrefillCache
 from mtpkern.graph import StepGraph, compiled, wants_graph
 from mtpkern.kernels.advance import RUNNING, Rows, Sequences, advance
 from mtpkern.kernels.readout import readout
@@ -30,6 +31,8 @@ from mtpkern.strategies import Strategy
 # Up to this many rows a pass is bound by reading the weights, so that rows are nearly free; on a CPU each row costs.
 FREE_ROWS = 192
 FREE_ROWS_CPU = 16
+# Slots for new tokens that are there from the start, where the buffers may grow.
+FIRST_SLOTS = 512
 # Slots that attention reads are rounded up to whole vectors.
 SLOT_STEP = 16
 # How many steps the host runs ahead of what it knows: enough to keep a GPU fed, few enough to waste.
@@ -104,10 +107,19 @@ class Decoder:
         self.sequences = Sequences.allocate(batch, capacity, capacity, device)
         # The rows of this pass, and those that the next is planned in: all, or the first of them.
         self.all_rows = self.rows = self.plan = Rows.allocate(rows, batch, device)
-        self.cache = KVCache(capacity, self.rows, max_rows=2 * strategy.k - 1, batch_invariant=batch_invariant)
+        self.graph = StepGraph(device) if wants_graph(use_graph, device) else None
+        self.cache = KVCache(
+            capacity,
+            self.rows,
+            max_rows=2 * strategy.k - 1,
+            held=None if self.graph else capacity - max_new_tokens + 2 * strategy.k + FIRST_SLOTS,
+            batch_invariant=batch_invariant,
+            model_name=type(model).__name__,
+        )
+        # A bound on the slots in use, where the host knows no better.
+        self._reach = capacity - max_new_tokens
         self.threshold = torch.zeros((), device=device)
         self.stop_ids = torch.zeros(places_for(stop_ids), dtype=torch.int64, device=device)
-        self.graph = StepGraph(device) if wants_graph(use_graph, device) else None
         self.fingerprint: tuple[Any, ...] | None = None
         self._forward: Callable[..., Tensor] = compiled(_forward) if compile else _forward
         self._begin(strategy, stop_ids, max_new_tokens)
@@ -159,12 +171,14 @@ class Decoder:
         self.rows.start.copy_(torch.arange(B + 1, device=input_ids.device) * k)
 
         columns = torch.cat([input_ids, masks], dim=1)
-        cache = PrefillCache(self.cache, slot)
+        # Latent attention is told by the rank that keys and values are folded to.
+        latent = getattr(self.model.config.get_text_config(decoder=True), "kv_lora_rank", None) is not None
+        cache = (CapturedPrefill if latent else PrefillCache)(self.cache, slot)
         n = max(1, chunk // B)
         ends = [*range(n, T, n), T + k - 1]
         for end in ends:
             here = slice(cache.seen, end)
-            with gated(self.model, columns[:, here]):
+            with captured(self.model, cache) if latent else nullcontext(), gated(self.model, columns[:, here]):
                 logits = self.model(
                     input_ids=columns[:, here],
                     attention_mask=None if attention_mask is None else seen[:, :end],
@@ -173,16 +187,21 @@ class Decoder:
                     use_cache=True,
                     logits_to_keep=k if end == ends[-1] else 1,
                 ).logits
-            cache.seen = end
+            cache.next_chunk(end)
+        self._require_cached()
         return self._take_in(logits[:, -k:].flatten(0, 1))
 
     @torch.inference_mode()
     def step(self, route: dict[str, AttentionContext]) -> Tensor:
         """One pass over the planned rows, inside `attention_context`; returns the rows' logits [R, V]."""
         self.cache.memo.clear()
+        if self.cache.proven:
+            return self._take_in(self._forward(self.model, self.rows, route))
         # A first pass runs as it is: it notes which layers attend, and what is wrong with a model it says plainly.
-        forward = self._forward if self.cache.attended else _forward
-        return self._take_in(forward(self.model, self.rows, route))
+        self.cache.attended.clear()
+        logits = _forward(self.model, self.rows, route)
+        self._require_attended()
+        return self._take_in(logits)
 
     def _take_in(self, logits: Tensor) -> Tensor:
         token, confidence = readout(logits, self.mask_token_id)
@@ -210,10 +229,11 @@ class Decoder:
             if self.graph is None:
                 if poll.on_cpu and self._forward is _forward:
                     self._fit(running)
+                else:
+                    self._reserve()
                 self.step(route)
             else:
                 self.graph(partial(self.step, route))
-            self.require_all_layers()
 
     def _fit(self, running: int) -> None:
         """On a CPU, where rows and slots cost and the state is known: bring what the running sequences need, no more.
@@ -223,19 +243,44 @@ class Decoder:
         """
         length, start, cache = self.sequences.length, self.rows.start, self.cache
         cache.slots = min(cache.capacity, -(-(int(length.max()) + self.strategy.k - 1) // SLOT_STEP) * SLOT_STEP)
+        cache.reserve(cache.slots)
         cache.max_rows = int(start.diff().max())
         most = len(self.all_rows.seq)
         share = -(-most * running // len(length))
         self.plan = self.all_rows.first(max(share, min(FREE_ROWS_CPU, most)))
 
-    def require_all_layers(self) -> None:
-        """Raise ValueError where a layer that cached keys did not come to our attention function in a step."""
+    def _reserve(self) -> None:
+        """Keep room for the next pass where the host does not know how far the sequences are.
+
+        It asks once they may have come to the end of what there is. Attention looks at all slots there are, so that
+        torch.compile meets few shapes.
+        """
+        cache, k = self.cache, self.strategy.k
+        self._reach += k  # tokens of a pass, at most; the masks behind them come on top
+        if min(cache.capacity, self._reach + k) > cache.held:
+            self._reach = int(self.sequences.length.max()) + k
+            cache.reserve(min(cache.capacity, self._reach + k))
+            cache.slots = cache.held
+
+    def _require_cached(self) -> None:
+        """Raise ValueError where the layers that have cached keys are not those that the config tells of."""
+        expected = getattr(self.model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+        cached = sorted(self.cache.layers)
+        if cached != list(range(expected if isinstance(expected, int) else len(cached))) or not cached:
+            raise ValueError(
+                f"{type(self.model).__name__}: of {expected} layers, {len(cached)} cached keys and values during the "
+                f"prefill ({cached}); mtpkern decodes models all of whose layers do"
+            )
+
+    def _require_attended(self) -> None:
+        """Raise ValueError where a layer that cached keys did not come to our attention function in the first step."""
         missed = sorted(self.cache.layers.keys() - self.cache.attended)
         if missed:
             raise ValueError(
                 f"{type(self.model).__name__}: attention layers {missed} cached keys during the prefill but did not "
                 "call the attention interface in a decoding step; this architecture cannot be decoded by mtpkern"
             )
+        self.cache.proven = True
 
 
 def _forward(model: PreTrainedModel, rows: Rows, route: dict[str, AttentionContext]) -> Tensor:

@@ -6,7 +6,8 @@ honoured here is refused by name before anything runs.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,10 +28,13 @@ from mtpkern.arguments import (
 )
 from mtpkern.attention import exclusive, routed
 from mtpkern.decoder import PREFILL_CHUNK, Decoder, places_for
-from mtpkern.graph import kept_decoder, release_graphs, wants_graph, without_kernels
+from mtpkern.graph import is_kept, kept_bytes, kept_decoder, release_graphs, wants_graph, without_kernels
 from mtpkern.kernels.advance import FAULT, STOPPED
+from mtpkern.memory import fits_at_once, require_room
 from mtpkern.model import recorded_settings, require_decodable, resolve_mask_token
 from mtpkern.strategies import Strategy, Verified
+from mtpkern.verify import require_verified
+from mtpkern.wrappers import unwrapped
 
 # Capacities are rounded up, so that runs of similar length share their shapes.
 _CAPACITY_STEP = 16
@@ -66,6 +70,8 @@ def generate(
     compile: bool = False,
     batch_invariant: bool = False,
     prefill_chunk: int = PREFILL_CHUNK,
+    wait: bool = True,
+    check_model: bool = True,
     **kwargs: Any,
 ) -> Tensor | MTPGenerateOutput:
     """Generate from left-padded prompts input_ids [B, T]; returns [B, T + new] token ids, right-padded.
@@ -86,6 +92,11 @@ def generate(
         depend on the number of rows.
     prefill_chunk: most prompt tokens that the model sees at once, over the whole batch; bounds the memory that long
         prompts take, and changes no token.
+    wait: whether a call waits for another thread's that runs the same model; False: RuntimeError.
+    check_model: compare a model of a class that the tests do not cover with its own forward and greedy decoding, once
+        in a process, and refuse it with what differs; see `mtpkern.check`.
+
+    model may be a PeftModel whose adapters act in its layers, row by row.
 
     Raises ValueError or TypeError, by name, for everything in the call that is not honoured: sampling, beams, logits
     processors, stop strings, streamers, scores, a model of an unknown kind. RuntimeError where the model's logits hold
@@ -94,13 +105,10 @@ def generate(
         output = mtpkern.generate(model, **tokenizer("Two and two is", return_tensors="pt"), max_new_tokens=64)
         print(tokenizer.decode(output[0]))
     """
-    if getattr(kwargs.get("custom_generate"), "__module__", None) == __name__:
-        # Our own call has come back, through a generate (of a class, or of what an adapter wraps) that leads here.
-        kwargs.setdefault("inputs", input_ids)
-        return GenerationMixin.generate(model, **kwargs)
     adopt(model)
     if not isinstance(strategy, Strategy | None):
         raise TypeError(f"strategy must be mtpkern.Static, ConfAdapt or Verified, got {strategy!r}")
+    model = unwrapped(model, kwargs)
     require_decodable(model)
     strategy = strategy_for(model, strategy)
     mask = resolve_mask_token(model, mask_token_id)
@@ -118,7 +126,6 @@ def generate(
     if left_out.get("suppress_tokens") == [mask]:
         del left_out["suppress_tokens"]  # as training records it for other decoders; ours never emits it
     warn_of_left_out(type(model).__name__, left_out, stacklevel=2)
-    reached = False
 
     def decode(
         model: PreTrainedModel,
@@ -128,8 +135,8 @@ def generate(
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> Tensor | MTPGenerateOutput:
-        nonlocal reached
-        reached = True
+        if not model_kwargs.get("mm_encoder_outputs", True):
+            del model_kwargs["mm_encoder_outputs"]  # of a model that could see images, and has been given none
         require_prepared(generation_config, logits_processor, stopping_criteria, model_kwargs)
         run = partial(
             _decode,
@@ -141,6 +148,8 @@ def generate(
             mask_token_id=mask,
             use_graph=graph,
             prefill_chunk=prefill_chunk,
+            wait=wait,
+            check_model=check_model,
             rows=rows,
             compile=compile,
             batch_invariant=batch_invariant,
@@ -152,15 +161,8 @@ def generate(
                 raise
         return run()
 
-    # The class's own: the instance's may be this function. What torch.compile wraps has none, and hands on.
-    own = getattr(type(model), "generate", None)
-    output = (model.generate if own is None else partial(own, model))(input_ids, custom_generate=decode, **settings)
-    if not reached:
-        raise ValueError(
-            f"{type(model).__name__}.generate decodes in its own way and hands nothing on to transformers' generate, "
-            "so mtpkern.generate cannot take its place; use model.generate"
-        )
-    return output
+    # Not through the instance, whose generate may be this function.
+    return GenerationMixin.generate(model, input_ids, custom_generate=decode, **settings)
 
 
 def _decode(
@@ -173,6 +175,8 @@ def _decode(
     mask_token_id: int,
     use_graph: bool,
     prefill_chunk: int,
+    wait: bool,
+    check_model: bool,
     **options: Any,
 ) -> Tensor | MTPGenerateOutput:
     # The host looks at the prompts once: up to two copies to it, or from it, before anything runs.
@@ -188,26 +192,24 @@ def _decode(
         attention_mask = attention_mask.to(model.device, torch.int64)
     stop_ids = _stop_ids(generation_config)
     max_new_tokens = generation_config.max_length - T
-    shape = {
-        "batch": B,
-        "capacity": _capacity(T + max_new_tokens, use_graph),
-        "mask_token_id": mask_token_id,
-        **options,
-    }
-
-    def make() -> Decoder:
-        return Decoder(model, strategy, stop_ids=stop_ids, max_new_tokens=max_new_tokens, use_graph=use_graph, **shape)
-
-    key = (strategy.k, strategy.verify, places_for(stop_ids), *shape.values())
-    # The prefill runs through the model's own attention, which a run beside it would have switched. The results are
-    # read before another run may have the decoder.
+    # The prefill runs through the model's own attention, and the results are read before another run may have the
+    # decoder.
     with (
-        exclusive(model),
+        exclusive(model, wait=wait),
         torch.accelerator.device_index(model.device.index),
-        kept_decoder(model, key, make) if use_graph else nullcontext(make()) as decoder,
+        _decoder(
+            model,
+            strategy,
+            stop_ids,
+            tokens=generation_config.max_length,
+            max_new_tokens=max_new_tokens,
+            mask_token_id=mask_token_id,
+            use_graph=use_graph,
+            check_model=check_model,
+            batch=B,
+            **options,
+        ) as decoder,
     ):
-        if use_graph:
-            decoder.restart(strategy, stop_ids, max_new_tokens)
         _prefill(decoder, input_ids, attention_mask, prefill_chunk)
         with routed(model, decoder.cache) as route:
             decoder.run(route)
@@ -232,6 +234,52 @@ def _decode(
         tokens_per_pass=[n / p for n, p in zip(emitted, passes)],
         finish_reasons=["stop" if s == STOPPED else "length" for s in status],
     )
+
+
+@contextmanager
+def _decoder(
+    model: PreTrainedModel,
+    strategy: Strategy,
+    stop_ids: Tensor,
+    *,
+    tokens: int,
+    max_new_tokens: int,
+    mask_token_id: int,
+    use_graph: bool,
+    check_model: bool,
+    **options: Any,
+) -> Iterator[Decoder]:
+    """A decoder that is ready to run, for a model that decodes right and where there is room for it.
+
+    With a graph one that an earlier call has left, or that is kept for the next.
+    """
+    if check_model:
+        require_verified(model, mask_token_id)
+
+    def shape(capacity: int) -> dict[str, Any]:
+        return {"capacity": capacity, "mask_token_id": mask_token_id, **options}
+
+    def make(use_graph: bool) -> Decoder:
+        return Decoder(
+            model,
+            strategy,
+            stop_ids=stop_ids,
+            max_new_tokens=max_new_tokens,
+            use_graph=use_graph,
+            **shape(_capacity(tokens, use_graph)),
+        )
+
+    capacity = _capacity(tokens, use_graph)
+    key = (strategy.k, strategy.verify, places_for(stop_ids), *shape(capacity).values())
+    if not (use_graph and is_kept(model, key)):
+        require_room(model, options["batch"], tokens, kept=kept_bytes(model.device))
+        use_graph = use_graph and fits_at_once(model, options["batch"], capacity)
+    if not use_graph:
+        yield make(False)
+        return
+    with kept_decoder(model, key, partial(make, True)) as decoder:
+        decoder.restart(strategy, stop_ids, max_new_tokens)
+        yield decoder
 
 
 def _capacity(tokens: int, use_graph: bool) -> int:

@@ -250,6 +250,16 @@ def kept_decoder(model: PreTrainedModel, key: Hashable, make: Callable[[], Decod
         kept.popitem(last=False)
 
 
+def is_kept(model: PreTrainedModel, key: Hashable) -> bool:
+    """Whether an earlier call has left a decoder under this key."""
+    return key in _kept.get(model, ())
+
+
+def kept_bytes(device: torch.device) -> int:
+    """Bytes of keys, values and tokens that earlier calls have left on a device, of all models."""
+    return sum(d.nbytes for kept in list(_kept.values()) for d in list(kept.values()) if d.device == device)
+
+
 def release_graphs(model: PreTrainedModel | None = None) -> int:
     """Drop the CUDA graphs and KV buffers that earlier calls of `generate` have kept, of one model or of all.
 

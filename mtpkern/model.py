@@ -1,18 +1,12 @@
-"""The one adapter to a Hugging Face model: its mask token, what it must be like, and a check that it decodes right."""
+"""The one adapter to a Hugging Face model: its mask token, and what it must be like."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mtpkern.adapter import gate_of
 from mtpkern.arguments import whole_number
-from mtpkern.attention import exclusive, routed
-from mtpkern.decoder import Decoder
-from mtpkern.strategies import Static
 
 MASK_TOKEN = "<|mtp|>"
 CONFIG_KEY = "mtpkern"
@@ -141,82 +135,9 @@ def require_decodable(model: PreTrainedModel) -> None:
         raise ValueError(
             f"{name} caps its attention logits, which 'sdpa' ignores: load it with attn_implementation='eager'"
         )
-
-
-@dataclass(frozen=True)
-class CheckReport:
-    """How a model's packed steps compare with full recomputation: rows compared, error of logits, equal argmaxes.
-
-    `max_error` is the largest absolute difference of two logits; `scale` the standard deviation of the logits, to
-    read it by; `agreement` the share of rows with the same argmax.
-    """
-
-    rows: int
-    max_error: float
-    scale: float
-    agreement: float
-
-    @property
-    def ok(self) -> bool:
-        """In float32, differences are rounding: below a thousandth of the logits' spread, and every argmax equal."""
-        return self.max_error <= 1e-3 * self.scale and self.agreement == 1.0
-
-
-@torch.no_grad()
-def check(
-    model: PreTrainedModel,
-    input_ids: Tensor | None = None,
-    *,
-    mask_token_id: int | None = None,
-    k: int = 4,
-    steps: int = 4,
-) -> CheckReport:
-    """Compare packed decoding steps with full recomputation, for an architecture that nobody has tried.
-
-    Decodes `steps` passes of Static(k) from two prompts of different length (or from input_ids [1, T]) and recomputes
-    every pass without cache through the model's own attention. Meant for float32; in bfloat16 judge `max_error`
-    yourself.
-
-        assert mtpkern.check(AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)).ok
-    """
-    require_decodable(model)
-    mask_token_id = resolve_mask_token(model, mask_token_id)
-    if input_ids is None:
-        vocabulary = model.get_input_embeddings().num_embeddings
-        # Longer than the windows of small test models; a fixed draw, so that a failure can be looked at again.
-        input_ids = torch.randint(vocabulary, (2, 40), generator=torch.Generator().manual_seed(0)).to(model.device)
-        attention_mask = torch.ones_like(input_ids)
-        attention_mask[1, :13] = 0
-    else:
-        attention_mask = torch.ones_like(input_ids)
-    B, T = input_ids.shape
-    decoder = Decoder(
-        model,
-        Static(k),
-        mask_token_id=mask_token_id,
-        stop_ids=torch.tensor([-1]),
-        batch=B,
-        capacity=T + k * (steps + 1),
-        max_new_tokens=k * (steps + 1),
-    )
-    errors, equal, spread = [], [], []
-    rows, sequences = decoder.rows, decoder.sequences
-    with exclusive(model), torch.accelerator.device_index(model.device.index):
-        decoder.prefill(input_ids, attention_mask)
-        for _ in range(steps):
-            seq, position, start = rows.seq.clone(), rows.position.clone(), rows.start.tolist()
-            texts = sequences.tokens.clone()
-            for b in range(B):
-                texts[b, int(sequences.length[b]) :] = mask_token_id
-            with routed(model, decoder.cache) as route:
-                logits = decoder.step(route)
-            for b in range(B):
-                of_b = slice(start[b], start[b + 1])
-                assert (seq[of_b] == b).all()
-                full = model(texts[b : b + 1, : int(position[of_b][-1]) + 1], use_cache=False).logits[0, position[of_b]]
-                errors.append((logits[of_b] - full).abs().max().item())
-                spread.append(full.float().std().item())
-                equal.append((logits[of_b].argmax(-1) == full.argmax(-1)).float())
-    decoder.require_all_layers()
-    agreement = torch.cat(equal)
-    return CheckReport(len(agreement), max(errors), sum(spread) / len(spread), agreement.mean().item())
+    own = config._attn_implementation
+    if getattr(config, "kv_lora_rank", None) is not None and own not in ("sdpa", "eager"):
+        raise ValueError(
+            f"{name} has latent attention, prefilled through 'sdpa' or 'eager' only, and was loaded with {own!r}; "
+            "load it with attn_implementation='sdpa'"
+        )

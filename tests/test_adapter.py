@@ -86,7 +86,7 @@ def test_folder(tiny, tmp_path):
 
 
 def test_refuses_other_bases_and_merging(tiny, tmp_path):
-    base, peft_model = pair(tiny)
+    _, peft_model = pair(tiny)
     save_adapter(peft_model, tmp_path)
     with pytest.raises(ValueError, match="was trained for"):
         mtpkern.load_adapter(tiny.model("llama", seed=3), tmp_path)

@@ -10,6 +10,7 @@ from torch import Tensor
 import mtpkern
 import mtpkern.cache
 import mtpkern.decoder
+import mtpkern.verify
 from mtpkern import ConfAdapt, Static, Verified, reference
 from mtpkern.strategies import Strategy
 
@@ -51,6 +52,23 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "cohere": {"logit_scale": 0.5},
     "cohere2": {"logit_scale": 0.5, **_SLIDING},
+    # Latent attention, with keys and values of different width.
+    "deepseek_v3": {
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 6,
+        "head_dim": 4,
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 24,
+        **_EXPERTS,
+    },
 }
 
 # Strategy and prompt lengths: all k from 1 to 5, all batch sizes from 1 to 4, thresholds from "keep all" to "keep one".
@@ -63,6 +81,10 @@ CASES: list[tuple[Strategy, tuple[int, ...]]] = [
     (Verified(k=5, threshold=0.0), (9, 4, 12, 7)),
     (Verified(k=3, threshold=0.3), (6, 11)),
 ]
+
+
+def test_what_is_tested_is_what_generate_trusts() -> None:
+    assert set(ARCHITECTURES) == mtpkern.verify.TESTED
 
 
 def slow(model: Any, ids: Tensor, real: Tensor, strategy: Strategy, rows: int | None = None) -> list[tuple[Any, Any]]:

@@ -58,7 +58,7 @@ def test_defaults_of_a_layer_that_asks_for_nothing() -> None:
 
 
 def test_outside_of_a_context_it_does_not_run() -> None:
-    with pytest.raises(RuntimeError, match="runs only inside mtpkern"):
+    with pytest.raises(RuntimeError, match=r"runs only inside mtpkern.*load the model with attn_implementation='sdpa'"):
         mtpkern_attention(module, q, k, v, None)
 
 
@@ -98,39 +98,53 @@ def test_the_switch_is_undone_after_an_exception(model: Any) -> None:
 
 
 def test_one_run_at_a_time(model: Any, tiny: Any) -> None:
-    errors: list[str] = []
+    order: list[str] = []
 
-    def second() -> None:
-        try:
-            with attention_context(model, Recording()):
-                pass
-        except RuntimeError as error:
-            errors.append(str(error))
+    def refused() -> None:
+        with (
+            pytest.raises(RuntimeError, match="in another thread; run one call at a time"),
+            exclusive(model, wait=False),
+        ):
+            pass
+        order.append("refused")
 
+    def waits() -> None:
+        with attention_context(model, Recording()):
+            order.append("second")
+
+    threads = [Thread(target=refused), Thread(target=waits)]
     with exclusive(model):
-        second()
-        thread = Thread(target=second)
-        thread.start()
-        thread.join()
+        # In its own thread a run would wait for itself for ever.
+        with pytest.raises(RuntimeError, match="in this very thread"), attention_context(model, Recording()):
+            pass
+        for thread in threads:
+            thread.start()
+        threads[0].join()
         # Another model is free, and the holder may route its own.
         other = tiny.model("llama")
         with attention_context(other, Recording()), routed(model, Recording()):
             assert model.config._attn_implementation == other.config._attn_implementation == NAME
-    assert len(errors) == 2
-    assert all("one call at a time" in error for error in errors)
-    with attention_context(model, Recording()):
+        order.append("first")
+    threads[1].join()
+    assert order == ["refused", "first", "second"]
+
+
+def test_a_run_that_raises_lets_the_next_begin(model: Any) -> None:
+    with pytest.raises(KeyError), exclusive(model):
+        raise KeyError
+    with exclusive(model, wait=False):
         pass
 
 
 def test_a_forgotten_model_takes_its_lock_along(tiny: Any) -> None:
     import gc
 
-    from mtpkern.attention import _locks
+    from mtpkern.attention import _turns
 
     model = tiny.model("llama")
     with attention_context(model, Recording()):
-        assert model in _locks
-    held = len(_locks)
+        assert model in _turns
+    held = len(_turns)
     del model
     gc.collect()
-    assert len(_locks) < held
+    assert len(_turns) < held

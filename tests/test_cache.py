@@ -28,6 +28,7 @@ def rows_of(*slots: tuple[int, ...], trash: int = 0) -> Rows:
 
 def attend(cache: KVCache, layer: int, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
     options = {"scale": 0.5, "window": None, "softcap": None, "sinks": None, **kwargs}
+    cache.attended.clear()  # each call is a pass
     return cache.attend(layer, q, k, v, **options)
 
 
@@ -108,6 +109,49 @@ def test_a_layer_that_cached_nothing() -> None:
         attend(cache, 7, torch.ones(1, 2, 2, D), torch.ones(1, 2, 2, D), torch.ones(1, 2, 2, D))
 
 
+def test_a_layer_that_attends_twice_or_to_other_shapes_is_refused() -> None:
+    cache = KVCache(C, rows_of((2,), (2,)), max_rows=1, model_name="OddForCausalLM")
+    cache.fill(0, torch.ones(B, HKV, 2, D), torch.ones(B, HKV, 2, D), torch.tensor([[0, 1], [0, 1]]))
+    options: dict[str, Any] = {"scale": 0.5, "window": None, "softcap": None, "sinks": None}
+    query, new = torch.ones(1, HKV, 2, D), torch.ones(1, HKV, 2, D)
+    cache.attend(0, query, new, new, **options)
+    with pytest.raises(ValueError, match="OddForCausalLM: layer 0 calls attention more than once in a pass"):
+        cache.attend(0, query, new, new, **options)
+    cache.attended.clear()
+    with pytest.raises(ValueError, match=r"layer 0 attends to values of 1 heads of 8, but has cached 2 heads of 4"):
+        cache.attend(0, query, new, torch.ones(1, 1, 2, 8), **options)
+
+
+def test_a_layer_that_caches_twice_is_refused() -> None:
+    cache = PrefillCache(KVCache(C, rows_of((2,), (2,)), max_rows=1), torch.tensor([[0, 1], [0, 1]]))
+    x = torch.ones(B, HKV, 1, D)
+    cache.update(x, x, 0)
+    with pytest.raises(ValueError, match="layer 0 caches keys more than once in a pass"):
+        cache.update(x, x, 0)
+    cache.next_chunk(1)
+    cache.update(x, x, 0)
+
+
+def test_buffers_grow_and_keep_what_they_hold() -> None:
+    rows = rows_of((3,), (1,), trash=1)
+    cache = KVCache(50, rows, max_rows=1, held=4)
+    rows.slot[-1] = 50
+    key = torch.randn(B, HKV, 3, D)
+    cache.fill(0, key, -key, torch.tensor([[0, 1, 2], [4, 4, 0]]))
+    assert cache.layers[0][0].shape == (B, HKV, 5, D)
+    new = torch.randn(1, HKV, 3, D)
+    before = attend(cache, 0, new.repeat_interleave(2, 1), new, new)
+    cache.reserve(4)
+    assert cache.held == 4
+    for slots, held in ((5, 8), (30, 30), (31, 50)):
+        cache.reserve(slots)
+        cache.slots = cache.held
+        assert cache.held == held
+        assert cache.layers[0][0].shape == (B, HKV, held + 1, D)
+        assert_close(cache.layers[0][0][0, :, :3], key[0], rtol=0, atol=0)
+        assert_close(attend(cache, 0, new.repeat_interleave(2, 1), new, new), before)
+
+
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])
 def test_to_the_model_the_prefill_cache_stays_empty(model_type: str, tiny: Any) -> None:
     """So the model's own masks are those of a pass without cache: its logits are the same."""
@@ -134,6 +178,15 @@ CHUNKED: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 5},
     "gemma2": {"attention": "eager", "sliding_window": 5, "attn_logit_softcapping": 2.0},
     "gpt_oss": {"attention": "eager", "sliding_window": 5, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "minicpm3": {
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 6,
+        "head_dim": 4,
+        "num_key_value_heads": 4,
+    },
 }
 
 

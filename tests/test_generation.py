@@ -1,6 +1,7 @@
 """generate() in the place of model.generate: the same shapes, limits and stops; everything else refused by name."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -297,7 +298,7 @@ def test_a_second_call_at_the_same_time_is_refused(busy_pass: int, in_thread: bo
 
     def second() -> None:
         try:
-            mtpkern.generate(model, **inputs, max_new_tokens=7)
+            mtpkern.generate(model, **inputs, max_new_tokens=7, wait=not in_thread)
         except RuntimeError as error:
             errors.append(str(error))
 
@@ -315,9 +316,32 @@ def test_a_second_call_at_the_same_time_is_refused(busy_pass: int, in_thread: bo
     model.lm_head.register_forward_hook(interfere)
     output = mtpkern.generate(model, **inputs, strategy=Static(3), max_new_tokens=7)
     assert len(errors) == 1
-    assert "one call at a time" in errors[0]
+    assert ("in another thread; run one call at a time" if in_thread else "in this very thread") in errors[0]
     assert output.equal(expected)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_calls_from_a_pool_of_threads_wait_in_line(model: Any, inputs: Any) -> None:
+    """One of them fails in its first pass, which takes nothing from the others."""
+    expected = mtpkern.generate(model, **inputs, strategy=Static(3), max_new_tokens=7)
+    calls = 0
+
+    def fail_once(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyError("planted")
+
+    model.lm_head.register_forward_hook(fail_once)
+
+    def call(_: int) -> Tensor:
+        return mtpkern.generate(model, **inputs, strategy=Static(3), max_new_tokens=7)
+
+    with ThreadPoolExecutor(8) as pool:
+        results = [pool.submit(call, i) for i in range(8)]
+    failed = [x for x in results if x.exception() is not None]
+    assert [type(x.exception()) for x in failed] == [KeyError]
+    assert all(x.result().equal(expected) for x in results if x not in failed)
 
 
 @pytest.mark.parametrize("failing_pass", [1, 2])

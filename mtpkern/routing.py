@@ -1,0 +1,163 @@
+"""What a config answers when transformers asks for the attention function: ours in a routed thread, its own elsewhere.
+
+Configs are shared: by threads that use one model, by models that were built from one config. So nothing is written
+into them. For the length of a block a config's class is a subclass that differs in one property, which looks up whether
+this thread has the block open: `_attn_implementation`. Copies, pickles, comparisons and JSON are those of the plain
+class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from threading import Lock
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+# The names that a config answers in a block: of our attention, and of the model's own with its keys and values taken.
+NAME = "mtpkern"
+CAPTURE = "mtpkern_capture"
+
+
+class AttentionContext(Protocol):
+    """What a pass brings along: the one object that knows which keys a row sees."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Attend with query [B, Hq, T, D] to key and value [B, Hkv, T, D] of this pass; returns [B, T, Hq, D]."""
+        ...
+
+
+class _Block:
+    """A block that is open."""
+
+    def __init__(self, context: Any, name: str) -> None:
+        self.context = context
+        self.name = name
+        self.trains = torch.is_grad_enabled()
+        # Whether the model hands its keyword arguments on to its layers, as far as seen.
+        self.bare = False
+
+
+# The blocks that this thread has open, and those of all threads, by the config's id: the innermost of a config last.
+_here: ContextVar[dict[int, _Block]] = ContextVar("mtpkern_blocks")
+_everywhere: dict[int, list[_Block]] = {}
+_lock = Lock()
+
+
+@contextmanager
+def routed_config(config: PreTrainedConfig, context: Any, name: str = NAME) -> Iterator[None]:
+    """Have the config answer `name` to this thread inside the block, and its layers find `context`."""
+    block = _Block(context, name)
+    _enter(config, block)
+    token = _here.set({**_here.get({}), id(config): block})
+    try:
+        yield
+    finally:
+        _here.reset(token)
+        _leave(config, block)
+
+
+def _enter(config: PreTrainedConfig, block: _Block) -> None:
+    with _lock:
+        blocks = _everywhere.setdefault(id(config), [])
+        blocks.append(block)
+        if len(blocks) == 1:
+            config.__class__ = _answering(type(config))
+
+
+def _leave(config: PreTrainedConfig, block: _Block) -> None:
+    with _lock:
+        blocks = _everywhere[id(config)]
+        blocks.remove(block)
+        if not blocks:
+            del _everywhere[id(config)]
+            config.__class__ = type(config).__bases__[0]
+
+
+def route_of(config: PreTrainedConfig | None) -> Any:
+    """The context for a layer that has been handed none: of the block that this thread, or its backward, runs in."""
+    block = _here.get({}).get(id(config))
+    if block is not None:
+        block.bare = True
+    elif _in_backward():
+        block = next((x for x in reversed(_everywhere.get(id(config), [])) if x.trains and x.bare), None)
+    return None if block is None else block.context
+
+
+def plain_name(config: PreTrainedConfig | None) -> str | None:
+    """The attention function that a config names where nobody is routed."""
+    return getattr(config, "_attn_implementation_internal", None)
+
+
+# To torch.compile the answer is a constant of what it compiles, which it looks up anew for each class of the config and
+# each set of keyword arguments: inside of a block and outside.
+@torch.compiler.assume_constant_result
+def asks(config: PreTrainedConfig) -> str | None:
+    """The name for the one who asks, if routed: this thread has a block open, or is autograd's at work for one.
+
+    Autograd's threads know nothing of whose backward they run. There the answer is ours for all, and the attention
+    function looks at what the layer has been called with: only a routed forward has brought a context.
+    """
+    block = _here.get({}).get(id(config))
+    if block is not None:
+        return block.name
+    trains = _in_backward() and any(block.trains for block in _everywhere.get(id(config), ()))
+    return NAME if trains else None
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+@cache
+def _answering(plain: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The subclass of a config's class that answers by the thread; to pickle and copy it is the plain one."""
+    own: Any = plain._attn_implementation
+
+    def answer(self: PreTrainedConfig) -> str | None:
+        return asks(self) or own.fget(self)
+
+    def equal(self: PreTrainedConfig, other: object) -> bool:
+        return as_plain(self) == as_plain(other)
+
+    def as_plain(config: Any) -> Any:
+        if not isinstance(config, routing):
+            return config
+        same = object.__new__(plain)
+        same.__dict__.update(vars(config))
+        return same
+
+    def reduce(self: PreTrainedConfig, protocol: Any) -> tuple[Any, ...]:
+        return object.__new__, (plain,), dict(vars(self))
+
+    routing: type[PreTrainedConfig] = type(
+        plain.__name__,
+        (plain,),
+        {
+            "__module__": plain.__module__,
+            "__qualname__": plain.__qualname__,
+            "__doc__": plain.__doc__,
+            "__init__": plain.__init__,
+            "__eq__": equal,
+            "__hash__": plain.__hash__,
+            "__reduce_ex__": reduce,
+            "_attn_implementation": property(answer, own.fset),
+        },
+    )
+    return routing

@@ -1,0 +1,299 @@
+"""Does a model decode right? `check` compares it with itself; `require_verified` does where nobody has tried its kind.
+
+Two truths: the model's own forward on the whole text, without a cache or a neighbour, and transformers' own greedy
+decoding, with all that the model prepares for it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import GenerationMixin
+
+from mtpkern.adapter import gated
+from mtpkern.attention import exclusive, routed
+from mtpkern.decoder import Decoder
+from mtpkern.model import require_decodable, resolve_mask_token
+from mtpkern.strategies import Static
+from mtpkern.wrappers import unwrapped
+
+# What tests/test_architectures.py compares token by token, by the model_type of the config.
+TESTED = {
+    *("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3", "granite", "gpt_neox"),
+    *("qwen3_moe", "gpt_oss", "cohere", "cohere2", "deepseek_v3"),
+}
+# Prompts of a check are longer than the model's sliding window where that is no longer than this many tokens.
+WINDOW = 1024
+WINDOW_QUICK = 128
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """How a model's packed steps compare with full recomputation: rows compared, error of logits, equal argmaxes.
+
+    `max_error` is the largest absolute difference of two logits; `scale` the standard deviation of the logits, to
+    read it by; `agreement` the share of rows with the same argmax. `noise` is how far transformers' own greedy decoding
+    is from the same recomputation, and `against_generate` how far ours is from it. `not_covered` says, in words, what
+    the comparison could not tell.
+    """
+
+    rows: int
+    max_error: float
+    scale: float
+    agreement: float
+    noise: float
+    against_generate: float
+    exact: bool
+    not_covered: tuple[str, ...]
+
+    @property
+    def tolerance(self) -> float:
+        """Of a logit: in float32 rounding, in less what transformers' own two ways differ by, and a margin."""
+        if self.exact:
+            return 1e-3 * self.scale
+        return min(max(0.05 * self.scale, 4 * self.noise), 0.5 * self.scale)
+
+    @property
+    def ok(self) -> bool:
+        """Every logit within the tolerance and, in float32, every argmax equal."""
+        near = max(self.max_error, self.against_generate) <= self.tolerance
+        return near and (self.agreement == 1.0 or not self.exact)
+
+
+def check(
+    model: PreTrainedModel,
+    input_ids: Tensor | None = None,
+    *,
+    mask_token_id: int | None = None,
+    k: int = 4,
+    steps: int = 4,
+) -> CheckReport:
+    """Compare packed decoding steps with full recomputation, for an architecture that nobody has tried.
+
+    Decodes `steps` passes of Static(k) from two prompts of different length (or from input_ids [B, T]) and recomputes
+    every pass without cache through the model's own attention; then compares passes of Static(1) with the logits of
+    transformers' own greedy decoding. Meant for float32; in bfloat16 rounding hides small faults.
+
+        report = mtpkern.check(AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32))
+        assert report.ok, report
+    """
+    plain = unwrapped(model, {})
+    require_decodable(plain)
+    mask_token_id = resolve_mask_token(plain, mask_token_id)
+    with exclusive(plain):
+        return _compare(plain, input_ids, mask_token_id, k, steps, WINDOW)
+
+
+_verdicts: dict[Any, str | None] = {}
+_verdicts_of_one: WeakKeyDictionary[PreTrainedModel, str | None] = WeakKeyDictionary()
+_lock = Lock()
+
+
+def require_verified(model: PreTrainedModel, mask_token_id: int) -> None:
+    """Raise ValueError for a model of a kind that the tests do not cover and that a quick `check` finds decoding wrong.
+
+    Once in a process for each class (and attention function); for a model whose forward has been replaced or hooked on
+    the instance, once for that model. The caller holds the model.
+    """
+    own = "forward" in vars(model) or "prepare_inputs_for_generation" in vars(model)
+    own = own or bool(model._forward_hooks or model._forward_pre_hooks)
+    kind, config = type(model), model.config.get_text_config(decoder=True)
+    if not own and kind.__module__.startswith("transformers.models.") and model.config.model_type in TESTED:
+        return
+    verdicts: Any = _verdicts_of_one if own else _verdicts
+    key: Any = model if own else (kind, config._attn_implementation)
+    with _lock:
+        known, fault = key in verdicts, verdicts.get(key)
+    if not known:
+        fault = _fault(model, mask_token_id)
+        with _lock:
+            verdicts[key] = fault
+    if fault is not None:
+        raise ValueError(
+            f"mtpkern cannot decode {kind.__name__}: {fault}. Use model.generate; check_model=False skips this check, "
+            "and mtpkern.check(model) in float32 tells more"
+        )
+
+
+def _fault(model: PreTrainedModel, mask_token_id: int) -> str | None:
+    """What a quick check finds wrong, in words; None for nothing."""
+    try:
+        report = _compare(model, None, mask_token_id, k=3, steps=2, window=WINDOW_QUICK)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # a model may fail in any way where it is called as it was not meant to be
+        if isinstance(error, ValueError) and str(error).startswith(type(model).__name__):
+            return str(error).partition(": ")[2].rstrip(".")
+        return f"a trial of it ended in {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    if report.ok:
+        return None
+    return (
+        f"its logits differ by up to {report.max_error:.3g} from its own forward on the whole text, and by up to "
+        f"{report.against_generate:.3g} from its own greedy decoding, where {report.tolerance:.3g} would be rounding "
+        f"(standard deviation {report.scale:.3g}); {report.agreement:.0%} of {report.rows} argmaxes agree"
+    )
+
+
+@torch.no_grad()
+def _compare(
+    model: PreTrainedModel, input_ids: Tensor | None, mask_token_id: int, k: int, steps: int, window: int
+) -> CheckReport:
+    not_covered = []
+    if input_ids is None:
+        input_ids, attention_mask = _prompts(model, mask_token_id, window, k * (steps + 1))
+    else:
+        attention_mask = torch.ones_like(input_ids)
+    T = input_ids.shape[1]
+    widest = _window(model)
+    if widest is not None and widest >= T:
+        not_covered.append(f"its sliding window of {widest} tokens, as the prompts have {T}: pass longer input_ids")
+    exact = model.dtype in (torch.float32, torch.float64)
+    if not exact:
+        not_covered.append(f"faults smaller than the rounding of {model.dtype}: load it in float32")
+    if len(input_ids) == 1:
+        not_covered.append("prompts of different length side by side")
+    errors, spread, equal = _against_recomputation(model, input_ids, attention_mask, mask_token_id, k, steps)
+    noise, theirs = _against_generate(model, input_ids, attention_mask, mask_token_id, steps + 1)
+    return CheckReport(
+        rows=len(equal),
+        max_error=max(errors),
+        scale=sum(spread) / len(spread),
+        agreement=equal.mean().item(),
+        noise=noise,
+        against_generate=theirs,
+        exact=exact,
+        not_covered=tuple(not_covered),
+    )
+
+
+def _window(model: PreTrainedModel) -> int | None:
+    config = model.config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None)
+    used = getattr(config, "use_sliding_window", True) and "sliding_attention" in (
+        getattr(config, "layer_types", None) or ["sliding_attention"]
+    )
+    return window if used and isinstance(window, int) and window > 0 else None
+
+
+def _prompts(model: PreTrainedModel, mask_token_id: int, window: int, new: int) -> tuple[Tensor, Tensor]:
+    """Two prompts of ordinary tokens, one shorter and padded on the left, and their mask [2, T]."""
+    config = model.config.get_text_config(decoder=True)
+    T = 40
+    widest = _window(model)
+    if widest is not None and widest <= window:
+        T = max(T, widest + 8)
+    most = getattr(config, "max_position_embeddings", None)
+    if isinstance(most, int) and most > 0:
+        # Some count positions from behind the pad id.
+        T = max(4, min(T, most - new - 2))
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    # Tokens with a meaning of their own, padding and images say, change what a model makes of a text.
+    special = {x for name, x in vars(config).items() if name.endswith("token_id") and isinstance(x, int)}
+    ordinary = torch.ones(vocabulary, dtype=torch.bool)
+    ordinary[[x for x in {*special, mask_token_id} if 0 <= x < vocabulary]] = False
+    words = ordinary.nonzero()[:, 0]
+    # A fixed draw, so that a failure can be looked at again.
+    drawn = torch.randint(len(words), (2, T), generator=torch.Generator().manual_seed(0))
+    attention_mask = torch.ones(2, T, dtype=torch.int64)
+    attention_mask[1, : T // 3] = 0
+    pad = getattr(config, "pad_token_id", None)
+    input_ids = words[drawn].masked_fill(attention_mask == 0, pad if isinstance(pad, int) and pad >= 0 else 0)
+    return input_ids.to(model.device), attention_mask.to(model.device)
+
+
+def _decoder(model: PreTrainedModel, input_ids: Tensor, mask_token_id: int, k: int, steps: int) -> Decoder:
+    B, T = input_ids.shape
+    new = k * (steps + 1)
+    return Decoder(
+        model,
+        Static(k),
+        mask_token_id=mask_token_id,
+        stop_ids=torch.tensor([-1]),
+        batch=B,
+        capacity=T + new,
+        max_new_tokens=new,
+        use_graph=False,
+    )
+
+
+def _step(model: PreTrainedModel, decoder: Decoder) -> Tensor:
+    with routed(model, decoder.cache) as route:
+        return decoder.step(route)
+
+
+def _recomputed(model: PreTrainedModel, text: Tensor) -> Tensor:
+    """Logits [n, V] of a text [1, n], without a cache."""
+    positions = {}
+    # Some models count positions in ways of their own unless they are told.
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        positions["position_ids"] = torch.arange(text.shape[1], device=text.device)[None]
+    with gated(model, text):
+        return model(text, use_cache=False, **positions).logits[0]
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """The largest; equal infinities do not differ."""
+    return torch.where(a == b, 0.0, (a - b).abs().float()).max().item()
+
+
+def _against_recomputation(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, mask_token_id: int, k: int, steps: int
+) -> tuple[list[float], list[float], Tensor]:
+    """Of every pass: the largest error of a logit, the spread of the logits, and which argmaxes are equal."""
+    errors, equal, spread = [], [], []
+    decoder = _decoder(model, input_ids, mask_token_id, k, steps)
+    rows, sequences = decoder.rows, decoder.sequences
+    with torch.accelerator.device_index(model.device.index):
+        decoder.prefill(input_ids, attention_mask)
+        for _ in range(steps):
+            position, start = rows.position.clone(), rows.start.tolist()
+            texts, length = sequences.tokens.clone(), sequences.length.tolist()
+            logits = _step(model, decoder)
+            for b in range(len(input_ids)):
+                of_b = slice(start[b], start[b + 1])
+                texts[b, length[b] :] = mask_token_id
+                full = _recomputed(model, texts[b : b + 1, : int(position[of_b][-1]) + 1])[position[of_b]]
+                errors.append(_difference(logits[of_b], full))
+                spread.append(full[full.isfinite()].float().std().item())
+                equal.append((logits[of_b].argmax(-1) == full.argmax(-1)).float())
+    return errors, spread, torch.cat(equal)
+
+
+def _against_generate(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, mask_token_id: int, new: int
+) -> tuple[float, float]:
+    """The largest difference of a logit between greedy decoding by transformers and full recomputation, and ours."""
+    B, T = input_ids.shape
+    settings = GenerationConfig(
+        max_new_tokens=new, do_sample=False, return_dict_in_generate=True, output_logits=True, pad_token_id=0
+    )
+    theirs = GenerationMixin.generate(
+        model, input_ids, attention_mask=attention_mask, generation_config=settings, eos_token_id=None
+    )
+    decoder = _decoder(model, input_ids, mask_token_id, 1, new)
+    differences, noise = [], []
+    with torch.accelerator.device_index(model.device.index):
+        logits = decoder.prefill(input_ids, attention_mask)
+        same = torch.ones(B, dtype=torch.bool, device=model.device)
+        for i, expected in enumerate(theirs.logits):
+            expected = expected.to(logits.dtype)
+            differences += [_difference(logits[b], expected[b]) for b in range(B) if same[b]]
+            for b in range(B):
+                text = theirs.sequences[b : b + 1, : T + i][:, attention_mask[b].argmax() :]
+                noise.append(_difference(expected[b], _recomputed(model, text)[-1].to(logits.dtype)))
+            # From a token on that differs, which nearly equal logits allow, there is nothing to compare.
+            same &= (
+                decoder.sequences.tokens.gather(1, decoder.sequences.length[:, None] - 1)[:, 0]
+                == theirs.sequences[:, T + i]
+            )
+            if i + 1 == len(theirs.logits) or not same.any():
+                break
+            logits = _step(model, decoder)
+    return max(noise), max(differences)

@@ -1,0 +1,109 @@
+"""From what a caller passes to the model that decodes: what stands around it is honoured exactly, or refused by name.
+
+A decoding step is a call of the model itself on packed rows of several sequences. So what adapts its layers row by row
+(LoRA and its kin) is honoured; what wraps its `forward` or `generate` would be passed over, and is refused.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.generation import GenerationMixin
+
+from mtpkern.adapter import is_gated
+
+# Adapters of peft whose whole effect lies in the model's layers and falls on each row by itself.
+_ROW_WISE = {
+    *("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "LN_TUNING", "VERA", "FOURIERFT", "HRA", "VBLORA"),
+    *("MISS", "RANDLORA", "TRAINABLE_TOKENS", "SHIRA", "C3A", "WAVEFT", "OSF", "DELORA", "GRALORA", "ROAD"),
+}
+# What peft takes from a call before the model sees it.
+_ADAPTER_ARGUMENTS = ("adapter_names", "alora_offsets", "task_ids")
+
+
+def unwrapped(model: Any, arguments: dict[str, Any]) -> PreTrainedModel:
+    """The model that decodes, from itself or from a PeftModel around it; `arguments` are those of the call.
+
+    Raises ValueError, with the reason, for everything around a model that decoding would pass over: virtual tokens,
+    adapters that act by row or by place, compiled and distributed wrappers, a `generate` of the class's own, weights
+    that move. TypeError for what is no model of transformers.
+
+        plain = unwrapped(peft_model, {})
+    """
+    name = type(model).__name__
+    for argument in _ADAPTER_ARGUMENTS:
+        if arguments.get(argument) is not None:
+            raise ValueError(
+                f"mtpkern.generate does not support {argument}: its passes hold rows of several sequences; set one "
+                "adapter with set_adapter and decode the sequences of each by themselves"
+            )
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            f"{name} wraps a model that torch.compile has compiled, which decoding would pass over; pass the model "
+            "itself (model._orig_mod), with compile=True if its passes shall be compiled"
+        )
+    peft = sys.modules.get("peft")
+    if peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
+        mixed = isinstance(model, peft.PeftMixedModel)
+        _require_row_wise(name, model.peft_config, model.active_adapter if mixed else model.active_adapters)
+        plain = model.base_model.model if mixed else model.get_base_model()
+        if not isinstance(plain, PreTrainedModel):
+            raise TypeError(f"{name} wraps {type(plain).__name__}; expected a PreTrainedModel in it")
+        if model.generation_config is not plain.generation_config:
+            raise ValueError(
+                f"{name} has a generation_config of its own beside that of {type(plain).__name__}; pass it as "
+                "generation_config="
+            )
+    elif isinstance(model, PreTrainedModel):
+        plain = model
+        adapters = getattr(model, "peft_config", None)
+        if adapters:
+            _require_row_wise(name, adapters, model.active_adapters())
+    elif isinstance(getattr(model, "module", None), torch.nn.Module):
+        raise ValueError(f"{name} wraps the model, and has no generate of its own; pass the model in it: model.module")
+    else:
+        raise TypeError(f"model must be a PreTrainedModel of transformers or a PeftModel around one, got {name}")
+    _require_plain(plain)
+    return plain
+
+
+def _require_row_wise(name: str, configs: dict[str, Any], active: Any) -> None:
+    """Refuse active adapters whose effect is not that of layers on each row by itself."""
+    for adapter in [active] if isinstance(active, str) else active:
+        config = configs[adapter]
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        if config.is_prompt_learning:
+            why = f"{kind} puts virtual tokens before the prompt"
+        elif kind not in _ROW_WISE:
+            why = f"{kind} is not known to act in the layers alone, on each row by itself"
+        elif getattr(config, "alora_invocation_tokens", None) and not is_gated(config):
+            why = "alora_invocation_tokens activate it by place, from a token of the prompt on"
+        elif getattr(config, "arrow_config", None):
+            why = "arrow_config routes between adapters"
+        else:
+            continue
+        raise ValueError(
+            f"mtpkern does not support the adapter {adapter!r} of {name}: {why}; merge it into the weights where peft "
+            "can (merge_and_unload), or use model.generate"
+        )
+
+
+def _require_plain(model: PreTrainedModel) -> None:
+    """Refuse a model whose class generates in a way of its own, or whose weights are not where it runs."""
+    name = type(model).__name__
+    if type(model).generate is not GenerationMixin.generate:
+        raise ValueError(
+            f"{name} has a generate() of its own, which mtpkern.generate would pass over; use model.generate, or "
+            "decode with a class that inherits transformers'"
+        )
+    device = model.device
+    hook = getattr(model, "_hf_hook", None)
+    if any(p.device != device or p.is_meta for p in model.parameters()) or type(hook).__name__ == "CpuOffload":
+        where = ", ".join(sorted({str(p.device) for p in model.parameters()}))
+        raise ValueError(
+            f"{name} has weights that are moved while it runs, or lie on several devices ({where}); load it whole on "
+            "one device: device_map={'': device}"
+        )

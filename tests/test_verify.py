@@ -1,0 +1,137 @@
+"""Models that nobody has tried are compared with themselves before they decode."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import mtpkern
+import mtpkern.verify
+from mtpkern import Static
+
+TINY = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+
+
+def untried(model_type: str, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **{**TINY, "bos_token_id": 1, "eos_token_id": None, **settings})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.normal_(0, 1.5 * p.shape[-1] ** -0.5)
+    return model
+
+
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The classes that were compared; nothing is remembered from other tests."""
+    seen: list[str] = []
+    compare = mtpkern.verify._compare
+    monkeypatch.setattr(mtpkern.verify, "_verdicts", {})
+    monkeypatch.setattr(
+        mtpkern.verify,
+        "_compare",
+        lambda model, *a, **kw: (seen.append(type(model).__name__), compare(model, *a, **kw))[1],
+    )
+    return seen
+
+
+def decode(model: Any, **options: Any) -> Tensor:
+    return mtpkern.generate(
+        model, torch.tensor([[3, 4, 5]]), strategy=Static(2), mask_token_id=31, max_new_tokens=5, **options
+    )
+
+
+def test_an_untried_class_is_compared_once_in_a_process(compared: list[str], tiny: Any) -> None:
+    for _ in range(2):
+        decode(untried("starcoder2"))
+    assert compared == ["Starcoder2ForCausalLM"]
+    decode(untried("olmo"), check_model=False)
+    mtpkern.generate(tiny.model("llama"), torch.tensor([[3, 4, 5]]), max_new_tokens=5)
+    assert compared == ["Starcoder2ForCausalLM"]
+    decode(untried("olmo"))
+    assert compared == ["Starcoder2ForCausalLM", "OlmoForCausalLM"]
+
+
+def test_a_refusal_is_remembered_and_says_what_differs(compared: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = mtpkern.cache.decode_attention
+    monkeypatch.setattr(
+        mtpkern.cache, "decode_attention", lambda *a, **kw: attend(*a, **{**kw, "scale": kw["scale"] * 1.5})
+    )
+    model = untried("starcoder2")
+    before = model.config.to_json_string()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"cannot decode Starcoder2ForCausalLM: its logits differ by up to \d"):
+            decode(model)
+    assert len(compared) == 1
+    assert model.config.to_json_string() == before
+    assert decode(model, check_model=False).shape == (1, 8)
+    assert not mtpkern.check(model, mask_token_id=31).ok
+
+
+def test_keys_that_are_changed_behind_the_cache_are_found(compared: list[str]) -> None:
+    """The prefill attends to other keys than it has cached, a step to those that it caches."""
+    from transformers.models.starcoder2 import modeling_starcoder2
+
+    class Doubling(modeling_starcoder2.Starcoder2Attention):
+        def forward(self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+            return super().forward(
+                hidden_states, *args, past_key_values=past_key_values and _Behind(past_key_values), **kwargs
+            )
+
+    class _Behind:
+        def __init__(self, cache: Any) -> None:
+            self.cache = cache
+
+        def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            key, value = self.cache.update(key, value, *args, **kwargs)
+            return key * 1.5, value
+
+    model = untried("starcoder2")
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = Doubling
+    with pytest.raises(ValueError, match="cannot decode Starcoder2ForCausalLM: its logits differ"):
+        decode(model)
+
+
+def test_the_pad_id_is_no_word(tiny: Any) -> None:
+    """A roberta counts positions from behind it; with one among the words every position would differ."""
+    model = untried("roberta", is_decoder=True, pad_token_id=1, bos_token_id=0)
+    ids, real = mtpkern.verify._prompts(model, 31, 128, 20)
+    assert not ((ids == 1) & (real == 1)).any()
+    assert not (ids == 31).any()
+    report = mtpkern.check(model, mask_token_id=31)
+    assert report.ok, report
+
+
+def test_prompts_go_past_the_window_or_the_report_says_so(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("mistral", sliding_window=50)
+    assert mtpkern.verify._prompts(model, 15, 128, 20)[0].shape[1] > 50
+    assert mtpkern.check(model).not_covered == ()
+    monkeypatch.setattr(mtpkern.verify, "WINDOW", 49)
+    report = mtpkern.check(model)
+    assert report.ok
+    assert report.not_covered == ("its sliding window of 50 tokens, as the prompts have 40: pass longer input_ids",)
+    one = mtpkern.check(model, tiny.prompts(60)[0])
+    assert one.not_covered == ("prompts of different length side by side",)
+    # Positions that a model does not have are not asked for.
+    short = tiny.model("llama", max_position_embeddings=32)
+    assert mtpkern.verify._prompts(short, 15, 128, 20)[0].shape[1] == 10
+
+
+def test_in_bfloat16_rounding_is_no_fault(tiny: Any) -> None:
+    report = mtpkern.check(tiny.model("llama").to(torch.bfloat16))
+    assert report.ok, report
+    assert any("bfloat16" in what for what in report.not_covered)
+    assert 0 < report.max_error <= report.tolerance

@@ -87,7 +87,7 @@ class Outcome:
     @property
     def line(self) -> str:
         """In one line: `step (short): done, 31 s`."""
-        telling = self.status.startswith("failed") or self.what in (PREFLIGHT, TESTS, SLOW)
+        telling = self.status.startswith("failed") or self.what in (TESTS, SLOW)
         last = f": {self.said[-1]}" if self.said and telling else ""
         return f"{self.what}: {self.status}, {self.seconds:.0f} s{last}"
 

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -245,6 +246,23 @@ def test_bounds_and_pins_agree():
         assert pin.version in requirement.specifier, f"{requirement.name}: {pin} is not {requirement.specifier}"
     bound = next(str(requirement.specifier) for requirement in asked if requirement.name == "transformers")
     assert bound == f">={mtpkern._OLDEST_TRANSFORMERS}"
+
+
+def test_the_oldest_set_is_what_is_promised():
+    """`make test-oldest` pins the lower bounds of pyproject.toml, and differs from the tested set where it says so."""
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    text = (ROOT / "constraints-oldest.txt").read_text()
+    oldest = {x.name: x for x in map(Requirement, re.findall(r"(?m)^[^#\n]+?(?=\s*(?:#|$))", text))}
+    tested = (ROOT / "constraints.txt").read_text()
+    for name in oldest:
+        assert f"\n{name}==" in tested, f"{name} is spelled otherwise in constraints.txt, and would stay in"
+    for bound in map(Requirement, project["dependencies"]):
+        if bound.name != "rich":
+            (least,) = bound.specifier
+            assert least.operator == ">="
+            assert str(oldest[bound.name].specifier) in (f"=={least.version}", f"=={least.version}.0")
 
 
 def test_wheel_holds_the_four_rooms(tmp_path):

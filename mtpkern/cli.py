@@ -172,8 +172,8 @@ def _row(where: str, fields: Any) -> Row:
     steering = [name for name in _TEMPLATE_FIELDS if fields.get(name)]
     if steering:
         raise ValueError(
-            f"{where}: has {', '.join(steering)}, which would change the prompt and is not supported; render the "
-            "prompt yourself and give it as prompt, or rename the column"
+            f"{where}: has {', '.join(steering)}, which would change the prompt and is not supported; render it "
+            "yourself and give the text as prompt, or rename the column"
         )
     if "prompt" in fields:
         if not isinstance(fields["prompt"], str) or not fields["prompt"]:

@@ -228,5 +228,5 @@ def test_generate_takes_prompts_in_chunks(tiny: Any) -> None:
     seen.clear()
     assert torch.equal(mtpkern.generate(model, ids, **options, prefill_chunk=11), expected)
     assert seen[:3] == [5, 5, 5]  # the last three tokens, with two masks
-    with pytest.raises(ValueError, match="prefill_chunk must be at least one token, got 0"):
+    with pytest.raises(ValueError, match="prefill_chunk must be a whole number of at least 1, got 0"):
         mtpkern.generate(model, ids, **options, prefill_chunk=0)

@@ -136,7 +136,7 @@ def run_until_killed(path, function, nth):
         # Four calls a checkpoint: arguments, optimizer, scheduler, random state.
         ((torch, "save"), 5, "checkpoint-2"),
         ((torch, "save"), 8, "checkpoint-2"),
-        ((os, "replace"), 2, "checkpoint-2"),
+        ((os, "replace"), 4, "checkpoint-2"),
         ((trainer_module, "rotate"), 2, "checkpoint-4"),
         ((shutil, "rmtree"), 1, "checkpoint-4"),
     ],

@@ -23,10 +23,10 @@ import re
 import unicodedata
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
@@ -154,15 +154,18 @@ def read_rows(
         require_found(source[0])
         from datasets import load_dataset
 
-        rows = load_dataset(source[0], subset, split=split, streaming=streaming)
+        try:
+            rows = load_dataset(source[0], subset, split=split, streaming=streaming)
+        except OSError as error:
+            raise OSError(f"{source[0]} cannot be read: {' '.join(str(error).split())}") from error
         yield from ((f"{source[0]}, row {number}", row) for number, row in enumerate(rows, 1))
         return
-    for name in source:
-        path = Path(name)
+    for path in map(Path, source):
         if path.suffix not in _READERS:
             raise ValueError(f"data must be files ({', '.join(_READERS)}) or one folder or hub id; got {list(source)}")
         if not path.is_file():
             raise FileNotFoundError(f"{path}: there is no such file")
+    for path in map(Path, source):
         yield from _READERS[path.suffix](path)
 
 
@@ -333,6 +336,12 @@ class EncodedTexts(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._prompts)
 
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all examples in their order: `EncodedTexts([]).fingerprint`."""
+        parts = (self._ids, self._ends, self._prompts, self._earlier, self._earlier_ends)
+        return hashlib.blake2b(b"".join(hashlib.blake2b(part).digest() for part in parts), digest_size=8).hexdigest()
+
     def __getitem__(self, i: int) -> dict[str, Any]:
         i = range(len(self))[i]
         ids = self._ids[self._ends[i] : self._ends[i + 1]].tolist()
@@ -430,3 +439,27 @@ def load_data(
     if found is None:
         return train, None, reports
     return train, found[0], [*reports, found[1]]
+
+
+def require_readable(arguments: DataArguments) -> None:
+    """Look at the first rows of every source, without a tokenizer. Raises as `load_data` for what is wrong there.
+
+    require_readable(DataArguments(["problems.jsonl"]))
+    """
+
+    def unread(batch: Sequence[list[Message]]) -> list[dict[str, Any] | BadRow]:
+        return [{} for _ in batch]
+
+    sources: list[tuple[Sequence[str], str]] = [(arguments.train_data, arguments.train_split)]
+    sources += [(arguments.eval_data, arguments.eval_split)] if arguments.eval_data else []
+    for names, split in sources:
+        files = all(Path(name).suffix in _READERS for name in names)
+        report = Report(", ".join(names))
+        for part in [[name] for name in names] if files else [names]:
+            held_out = False if arguments.eval_fraction else None
+            whole = _source(arguments, cast(Encoder, unread), part, split, held_out)
+            first = replace(whole, rows=lambda whole=whole: islice(whole.rows(), _PEEK))  # type: ignore[misc]
+            for _ in first.examples(report):
+                pass
+        if not report.rows:
+            raise BadData(f"no row is left to read. {report}")

@@ -21,7 +21,8 @@ except ImportError:  # Windows
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
-_held: set[Path] = set()
+# By process, too: a fork inherits the set, but no lock.
+_held: set[tuple[int, Path]] = set()
 
 
 @contextmanager
@@ -35,7 +36,8 @@ def alone_in(folder: str | Path) -> Iterator[None]:
             trainer.train()
     """
     path = Path(folder).resolve() / LOCK
-    if path in _held:
+    mine = os.getpid(), path
+    if mine in _held:
         yield
         return
     try:
@@ -60,8 +62,8 @@ def alone_in(folder: str | Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        _held.add(path)
+        _held.add(mine)
         try:
             yield
         finally:
-            _held.discard(path)
+            _held.discard(mine)

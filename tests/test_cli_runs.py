@@ -12,7 +12,7 @@ from mtpkern.train import checks, command
 from mtpkern.train.options import parse
 
 ROWS = [{"question": f"How many are {i} and 1?", "answer": f"They are {i + 1}.\n#### {i + 1}"} for i in range(8)]
-TINY = ["--use-cpu", "--k-max", "3", "--num-spans", "2", "--per-device-train-batch-size", "2", "--disable-tqdm"]
+TINY = ["--use-cpu", "--k-max", "3", "--num-spans", "2", "--per-device-train-batch-size", "2"]
 
 
 def write(path, rows):

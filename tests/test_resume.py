@@ -71,6 +71,7 @@ def trainer(path, dataset=None, seed=0, **change):
         args=MTPConfig(str(path), **arguments | change),
         mask_token_id=MASK,
         train_dataset=dataset or rows(),
+        eval_dataset=rows(4),
         data_collator=MTPCollator(0),
     )
 
@@ -262,6 +263,16 @@ def files_of(folder):
     }
 
 
+class Rates(TrainerCallback):
+    """The learning rates that the optimizer has had, which a log may tell otherwise."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
+        self.seen.append(optimizer.param_groups[0]["lr"])
+
+
 class StopAt(TrainerCallback):
     def __init__(self, step):
         self.step = step
@@ -319,9 +330,7 @@ def test_what_is_no_difference_leaves_the_run_what_it_is(tmp_path, kind):
     common = {"lr_scheduler_type": "constant", "save_steps": 3}
 
     def make(path, seed=0, **change):
-        run = trainer(path, seed=seed, **common | change)
-        run.eval_dataset = rows(4)
-        return run
+        return trainer(path, seed=seed, **common | change)
 
     whole = make(tmp_path / "whole", **{**first, **then, "save_strategy": "no"})
     whole.train()
@@ -349,7 +358,7 @@ def test_what_is_no_difference_leaves_the_run_what_it_is(tmp_path, kind):
         {"lr_scheduler_type": "linear"},
         {"weight_decay": 0.1},
         {"data_seed": 3},
-        {"seed": 3, "data_seed": 42},
+        {"max_grad_norm": 0.5},
         {"teacher_target": "soft"},
         {"train_sampling_strategy": "sequential"},
         {"ignore_data_skip": True},
@@ -406,7 +415,8 @@ def test_an_allowed_change_takes_effect_and_is_recorded(tmp_path, checkpoint_of_
 @pytest.mark.parametrize("schedule", ["linear", "constant"])
 def test_a_schedule_that_follows_the_number_of_steps_is_said(tmp_path, caplog, schedule):
     trainer(tmp_path, max_steps=4, lr_scheduler_type=schedule).train()
-    run = trainer(tmp_path, max_steps=8, lr_scheduler_type=schedule)
+    run, had = trainer(tmp_path, max_steps=8, lr_scheduler_type=schedule), Rates()
+    run.add_callback(had)
     run.train(resume_from_checkpoint=True)
     said = (
         "lr_scheduler_type linear follows the number of steps: those up to 4 had the rates of a run of 4, from here on"
@@ -415,6 +425,7 @@ def test_a_schedule_that_follows_the_number_of_steps_is_said(tmp_path, caplog, s
     rates = [x["learning_rate"] for x in run.state.log_history if "learning_rate" in x]
     expected = [1e-2 * f for f in (1, 0.75, 0.5, 0.25, 0.5, 0.375, 0.25, 0.125)] if schedule == "linear" else [1e-2] * 8
     assert rates == pytest.approx(expected)
+    assert had.seen == rates[4:]
 
 
 def test_an_evaluation_that_fails_costs_no_training(tmp_path, monkeypatch):
@@ -428,9 +439,7 @@ def test_an_evaluation_that_fails_costs_no_training(tmp_path, monkeypatch):
     }
 
     def make(path, seed=0, **change):
-        run = trainer(path, seed=seed, **options | change)
-        run.eval_dataset = rows(4)
-        return run
+        return trainer(path, seed=seed, **options | change)
 
     def fail(*args, **kwargs):
         raise RuntimeError("out of memory")
@@ -464,7 +473,6 @@ def test_the_best_is_kept_though_it_is_saved_before_it_is_evaluated(tmp_path, mo
     monkeypatch.setattr(MTPTrainer, "evaluation_loop", score)
     options = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 4, "save_total_limit": 2}
     run = trainer(tmp_path, load_best_model_at_end=True, lr_scheduler_type="constant", **options)
-    run.eval_dataset = rows(4)
     run.train()
     assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
     assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]

@@ -83,7 +83,7 @@ def require_sources(model: ModelArguments, data: DataArguments) -> None:
     for name in filter(None, (model.model, model.teacher)):
         load(AutoConfig, name)
         folder = Path(name)
-        if folder.is_dir() and not any(folder.glob(f"*{end}") for end in (".safetensors", ".bin", ".index.json")):
+        if folder.is_dir() and not any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir()):
             raise FileNotFoundError(f"{name}: there are no weights in this folder; give a whole checkpoint")
 
 

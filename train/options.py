@@ -50,6 +50,8 @@ Arguments = tuple[ModelArguments, DataArguments, MTPConfig]
 _GROUPS = {"Model": ModelArguments, "Data": DataArguments, "Multi-token prediction and training": MTPConfig}
 _FIELDS = {f.name: f for group in _GROUPS.values() for f in fields(group) if f.init}
 _NAMES = list(_FIELDS)
+# Words for true and false where a switch is meant; YAML 1.1 took them so everywhere.
+_SWITCHES = {"yes": True, "on": True, "no": False, "off": False}
 _HINTS = {name: hint for group in _GROUPS.values() for name, hint in get_type_hints(group).items()}
 # transformers types it as a text, but means a switch.
 _HINTS["fsdp"] = bool | str | None
@@ -128,9 +130,10 @@ def read_config(name: str) -> dict[str, Any]:
     for key, value in values.items():
         hint = _HINTS[key]
         if value is not None and not _fits(value, hint):
-            raise ValueError(
-                f"{path}: {key} must be {_said(hint)}; got {value!r} ({type(value).__name__}): {_remedy(value, hint)}"
-            )
+            got = f"{value!r} ({type(value).__name__})"
+            raise ValueError(f"{path}: {key} must be {_said(hint)}; got {got}: {_remedy(value, hint)}")
+        if bool in (hint, *get_args(hint)) and isinstance(value, str):
+            values[key] = _SWITCHES.get(value.lower(), value)
     return values
 
 
@@ -148,7 +151,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint is bool and isinstance(value, str):
-        return value.lower() in ("yes", "no", "on", "off")
+        return value.lower() in _SWITCHES
     kind = get_origin(hint) or hint
     return not isinstance(kind, type) or isinstance(value, kind)
 
@@ -248,7 +251,8 @@ def help_text(everything: bool = False) -> str:
             text = _HELP.get(f.name) or " ".join(str(f.metadata.get("help", "")).replace("%%", "%").split())
             if f.name in inherited and f.name not in _HELP:
                 text = text.split(". ")[0].rstrip(".") + "."
-            default = "required" if f.default is MISSING else f"default {getattr(f.default, 'value', f.default)!r}"
+            value = f.default if f.default_factory is MISSING else f.default_factory()
+            default = "required" if value is MISSING else f"default {getattr(value, 'value', value)!r}"
             option = f"  --{f.name.replace('_', '-')}"
             wrapped = textwrap.wrap(f"{text} ({default})", 84)
             lines.append(f"{option:<34} {wrapped[0]}" if len(option) < 34 else f"{option}\n{'':<34} {wrapped[0]}")

@@ -562,6 +562,7 @@ class MTPTrainer(Trainer):
         schedule.base_lrs = bases
         for group, kept, base, rate in zip(optimizer.param_groups, groups, bases, schedule.lr_lambdas):
             group.update(kept, lr=base * rate(schedule.last_epoch))
+        schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As Trainer's, but a kill at any moment leaves the last complete checkpoint findable.

@@ -152,3 +152,76 @@ def test_tokens_per_pass_do_not_depend_on_the_batch():
 def test_held_out_must_match():
     with pytest.raises(ValueError, match="as many"):
         HeldOut(["a"], [], build_tokenizer())
+
+
+def decoding_trainer(path, held_out, tokenizer, **change):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    pairs = [encode(problem, tokenizer) for problem in problems("train", 4)]
+    data = [{"input_ids": ids, "prompt_length": n} for ids, n in pairs]
+    options = {"use_cpu": True, "disable_tqdm": True, "teacher_target": "gt", "k_max": 4, "max_steps": 2}
+    options |= {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 2, "per_device_train_batch_size": 4}
+    return MTPTrainer(
+        model=LlamaForCausalLM(
+            LlamaConfig(vocab_size=len(tokenizer) + 1, max_position_embeddings=200, **shape, **ends)
+        ),
+        args=MTPConfig(str(path), **options | change),
+        mask_token_id=len(tokenizer),
+        train_dataset=data,
+        eval_dataset=data[:2],
+        data_collator=MTPCollator(tokenizer.pad_token_id),
+        held_out=held_out,
+    )
+
+
+def test_decoding_is_greedy_whatever_the_models_file_asks_for(tmp_path):
+    """Settings of published instruct models: Llama 3.1, Qwen3, Qwen2.5 and Gemma at once."""
+    tokenizer = build_tokenizer()
+    held_out = HeldOut([prompt(p) for p in problems("validation", 2)], ["a", "b"], tokenizer, max_new_tokens=5)
+    sums = []
+    for asked in ({}, {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.1}):
+        run = decoding_trainer(tmp_path, held_out, tokenizer)
+        settings = run.model.generation_config
+        settings.update(**asked, cache_implementation="hybrid" if asked else None)
+        sums.append(held_out.count(run.model))
+        assert run.model.generation_config is settings
+    assert sums[0].equal(sums[1])
+
+
+def test_a_decoding_that_fails_costs_no_training(tmp_path, caplog):
+    tokenizer = build_tokenizer()
+
+    def fails(answer, expected):
+        raise RuntimeError("no judge")
+
+    held_out = HeldOut([prompt(p) for p in problems("validation", 1)], ["a"], tokenizer, fails, max_new_tokens=5)
+    run = decoding_trainer(
+        tmp_path, held_out, tokenizer, load_best_model_at_end=True, metric_for_best_model="accuracy", save_steps=1
+    )
+    run.train()
+    assert run.state.global_step == 2
+    assert "held-out prompts were not decoded: RuntimeError: no judge" in caplog.text
+    scored = [entry for entry in run.state.log_history if "eval_loss" in entry]
+    assert len(scored) == 2
+    assert all(entry["eval_accuracy"] != entry["eval_accuracy"] for entry in scored)
+    assert "nan" in (tmp_path / "summary.md").read_text()
+
+
+def test_what_cannot_be_decoded_fails_before_the_first_step(tmp_path, monkeypatch):
+    tokenizer = build_tokenizer()
+    texts = [prompt(p) for p in problems("validation", 1)]
+    with pytest.raises(
+        ValueError, match=r"and the 190 to decode must fit the model's 200 positions: lower decode_tokens"
+    ):
+        decoding_trainer(tmp_path, HeldOut(texts, ["a"], tokenizer, max_new_tokens=190), tokenizer)
+    run = decoding_trainer(tmp_path, HeldOut(texts, ["a"], tokenizer, max_new_tokens=5), tokenizer)
+
+    def refuse(*args, **kwargs):
+        raise ValueError("this model cannot be decoded")
+
+    monkeypatch.setattr("mtpkern.train.evaluate.generate", refuse)
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        run.train()
+    assert run.state.global_step == 0
+    assert not list(tmp_path.glob("checkpoint-*"))

@@ -332,6 +332,7 @@ ELSEWHERE = {
     "student_dtype": "test_trainer.py::test_lora_teaches_itself_and_saves_a_plain_model",
     "teacher_dtype": "test_the_teacher_is_cast",
     "save_dtype": "test_trainer.py::test_saved_in_another_dtype",
+    "allow_changes": "test_resume.py::test_an_allowed_change_takes_effect_and_is_recorded",
     "data_seed": "test_order_of_the_data",
     **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), "test_compilation.py"),
     "ddp_find_unused_parameters": "test_distributed.py: every weight of DDP has a gradient",

@@ -6,15 +6,15 @@ from __future__ import annotations
 from mtpkern.train.extra import DynamoBackend, PeftModel  # isort: split
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import AutoConfig, PreTrainedModel, Trainer
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from mtpkern.train.config import ModelArguments, MTPConfig
-from mtpkern.train.data import DataArguments
+from mtpkern.train.data import DataArguments, require_found, require_readable
 from mtpkern.train.lora import plain_model
 
 
@@ -23,6 +23,8 @@ def require_consistent(model: ModelArguments, data: DataArguments, config: MTPCo
     held_out = bool(data.eval_data or data.eval_fraction)
     absent = sorted({*config.report_to} - {*get_available_reporting_integrations()})
     strategy = config.train_sampling_strategy
+    out = Path(str(config.output_dir))
+    files = [str(path) for path in (out, *out.parents) if path.is_file()]
     for wrong, says in (
         (config.per_device_train_batch_size < 1, "per_device_train_batch_size must be at least 1"),
         (
@@ -63,12 +65,40 @@ def require_consistent(model: ModelArguments, data: DataArguments, config: MTPCo
             f"lr_scheduler_kwargs must be names and values, as JSON in a flag; got {config.lr_scheduler_kwargs!r}",
         ),
         (
-            Path(str(config.output_dir)).is_file(),
-            f"output_dir must be a folder; {config.output_dir} is a file",
+            bool(files),
+            f"output_dir must be a folder; {', '.join(files)} is a file",
         ),
     ):
         if wrong:
             raise ValueError(says)
+
+
+def require_sources(model: ModelArguments, data: DataArguments) -> None:
+    """Look at what a run is made of before any weights are loaded: the first rows of the data, and whose models exist.
+
+    Raises ValueError or OSError for a source that is missing or cannot be reached, for other columns than expected, and
+    for a folder without weights.
+    """
+    require_readable(data)
+    for name in filter(None, (model.model, model.teacher)):
+        load(AutoConfig, name)
+        folder = Path(name)
+        if folder.is_dir() and not any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir()):
+            raise FileNotFoundError(f"{name}: there are no weights in this folder; give a whole checkpoint")
+
+
+def load(kind: Any, name: str, **options: Any) -> Any:
+    """What `kind.from_pretrained` loads, never with code of its own; errors name the checkpoint.
+
+    load(AutoTokenizer, "my-model")
+    """
+    require_found(name)
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise FileNotFoundError(f"{name}: there is no model in this folder, config.json is missing")
+    try:
+        return kind.from_pretrained(name, trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
+        raise OSError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
 def require_sound(model: nn.Module, teacher: PreTrainedModel | None, args: MTPConfig) -> None:

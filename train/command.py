@@ -10,9 +10,9 @@ import mtpkern.train.extra  # noqa: F401
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,15 +24,18 @@ from transformers import (
     ProgressCallback,
 )
 
-from mtpkern.model import add_mask_token, recorded_settings
-from mtpkern.train.checks import require_consistent
+from mtpkern.model import add_mask_token, recorded_settings, require_decodable
+from mtpkern.train.checks import load, require_consistent, require_sources
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.config import ModelArguments, MTPConfig
-from mtpkern.train.data import BadData, DataArguments, Report, load_data, load_held_out, require_found
+from mtpkern.train.data import BadData, DataArguments, Report, load_data, load_held_out
+from mtpkern.train.disk import DiskFull
 from mtpkern.train.evaluate import HeldOut, same_number, summarise
 from mtpkern.train.formats import Encoder
 from mtpkern.train.gated_trainer import GatedTrainer
+from mtpkern.train.lock import alone_in
 from mtpkern.train.options import help_text, parse
+from mtpkern.train.record import OtherRun, Record, options_of, origin_of
 from mtpkern.train.resume import newest_checkpoint, require_whole
 from mtpkern.train.trainer import MTPTrainer, NotFiniteError
 
@@ -46,8 +49,8 @@ def load_student(
     name that leads nowhere, ValueError for a model whose embedding has fewer rows than the tokenizer has tokens, or for
     a tokenizer without EOS.
     """
-    tokenizer = _load(AutoTokenizer, name)
-    model = _load(AutoModelForCausalLM, name, dtype=dtype)
+    tokenizer = load(AutoTokenizer, name)
+    model = load(AutoModelForCausalLM, name, dtype=dtype)
     rows = model.get_input_embeddings().num_embeddings
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:
@@ -62,17 +65,6 @@ def load_student(
     return model, tokenizer
 
 
-def _load(kind: Any, name: str, **options: Any) -> Any:
-    """What `from_pretrained` loads; its errors name the checkpoint."""
-    require_found(name)
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise FileNotFoundError(f"{name}: there is no model in this folder, config.json is missing")
-    try:
-        return kind.from_pretrained(name, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
-        raise OSError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from error
-
-
 def _stop_tokens(model: PreTrainedModel) -> list[int]:
     stops = model.generation_config.eos_token_id
     stops = model.config.eos_token_id if stops is None else stops
@@ -82,27 +74,69 @@ def _stop_tokens(model: PreTrainedModel) -> list[int]:
 def load_teacher(name: str, student: str, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
     """The frozen teacher. Raises ValueError where it is another model than the student's and speaks other tokens."""
     if name != student:
-        theirs, ours = _load(AutoTokenizer, name).get_vocab(), tokenizer.get_vocab()
+        theirs, ours = load(AutoTokenizer, name).get_vocab(), tokenizer.get_vocab()
         other = [token for token, i in theirs.items() if ours.get(token) != i]
         if other:
             raise ValueError(
                 f"teacher {name} and student {student} must share a vocabulary; {len(other):,} tokens differ, such as "
                 f"{other[0]!r} ({theirs[other[0]]} and {ours.get(other[0])})"
             )
-    return _load(AutoModelForCausalLM, name, dtype=dtype)
+    return load(AutoModelForCausalLM, name, dtype=dtype)
 
 
 def train(model_arguments: ModelArguments, data: DataArguments, config: MTPConfig) -> list[Report]:
     """Train and save a plain Hugging Face checkpoint with its tokenizer to config.output_dir; returns data reports.
 
-    A run that finds checkpoints in output_dir goes on from the newest.
+    A run that finds checkpoints in output_dir goes on from the newest, if they are of the same run; one that has ended
+    there does nothing. What can be checked is, before any weights are loaded.
 
         train(ModelArguments("my-model"), DataArguments(["problems.jsonl"]), MTPConfig("out", max_steps=100))
     """
     require_consistent(model_arguments, data, config)
+    require_sources(model_arguments, data)
+    with alone_in(config.output_dir) if config.process_index == 0 else nullcontext():
+        origin = origin_of(model_arguments, data, config)
+        if _has_ended(config, {**options_of(config, stream=data.streaming), **origin}):
+            return []
+        return _train(model_arguments, data, config, origin)
+
+
+def _has_ended(config: MTPConfig, recipe: dict[str, Any]) -> bool:
+    """Whether nothing is left to do in output_dir. Raises ValueError where what is there is of another run."""
+    end, checkpoint = Record.read(config.output_dir), newest_checkpoint(config.output_dir)
+    asked = str(config.resume_from_checkpoint or "true").lower()
+    if end is None or not end.saved or asked not in ("true", "false"):
+        return False
+    if end.covers(config):
+        end.require_same(recipe, config.allow_changes, config.output_dir)
+        if config.process_index == 0:
+            print(
+                f"{config.output_dir} holds the model of this run, which has ended at step {end.step}: nothing is left "
+                "to train; raise max_steps to go on, or take another output_dir",
+                file=sys.stderr,
+            )
+        return True
+    if checkpoint is None:
+        raise ValueError(
+            f"{config.output_dir} holds the model of a run that has ended at step {end.step}, and no checkpoint to go "
+            f"on from; take another output_dir (and --model {config.output_dir}, if that model is to be trained on)"
+        )
+    return False
+
+
+def _train(
+    model_arguments: ModelArguments, data: DataArguments, config: MTPConfig, origin: dict[str, Any]
+) -> list[Report]:
     checkpoint = _checkpoint(config)
+    before = Record.read(checkpoint) if checkpoint else None
+    if before is not None:
+        # Again in the trainer, which knows more; here no weights have been loaded yet.
+        recipe = {**options_of(config, stream=data.streaming), **origin}
+        before.require_same(recipe, config.allow_changes, str(checkpoint))
     name = model_arguments.model
     model, tokenizer = load_student(name, getattr(torch, config.student_dtype), gated=config.gated)
+    if not config.bidirectional:
+        require_decodable(model)
     teacher = None
     if config.needs_teacher and not config.lora_rank:
         computed = "bfloat16" if config.bf16 or config.pure_bf16 else "float16" if config.fp16 else "float32"
@@ -136,16 +170,24 @@ def train(model_arguments: ModelArguments, data: DataArguments, config: MTPConfi
         data_collator=MTPCollator(tokenizer.eos_token_id if pad is None else pad),
         processing_class=tokenizer,
         held_out=_to_decode(data, encode, positions),
+        origin=origin,
     )
     if checkpoint is not None and config.process_index == 0:
         print(f"going on from {checkpoint}", file=sys.stderr, flush=True)
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        newest = checkpoint is not None and checkpoint == newest_checkpoint(config.output_dir)
+        trainer.train(resume_from_checkpoint=newest or checkpoint)
+        # Before anything that can fail.
+        trainer.save_model(config.output_dir)
         if eval_dataset is not None and config.eval_strategy == "no":
             trainer.evaluate()
             if config.process_index == 0:
                 summarise(trainer.state.log_history, config.output_dir)
-        trainer.save_model(config.output_dir)
+        if config.process_index == 0:
+            trainer.record(saved=True).write(config.output_dir)
+    except (DiskFull, OtherRun):
+        _close_progress_bar(trainer)
+        raise
     except (BadData, NotFiniteError) as error:
         _close_progress_bar(trainer)
         # A loader's worker puts its traceback in front.

@@ -149,6 +149,12 @@ class MTPConfig(TrainingArguments):
     )
     teacher_dtype: str | None = field(default=None, metadata={"help": "The teacher is cast to it; as loaded if None."})
     save_dtype: str = field(default="float32", metadata={"help": "Of the final checkpoint that save_model writes."})
+    allow_changes: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Options in which a run may go on from a checkpoint other than it was; else they are refused."
+        },
+    )
     data_seed: int | None = field(default=None, metadata={"help": "Of the data's order; seed unless given."})
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "DDP's search for weights without a gradient; every step here uses all."}

@@ -24,10 +24,10 @@ import re
 import unicodedata
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
@@ -174,11 +174,14 @@ def read_rows(
 
         where, row = next(read_rows(["problems.jsonl"]))  # "problems.jsonl, line 1", {"question": ..., "answer": ...}
     """
+    files = [Path(name) for name in source if Path(name).suffix in _READERS]
+    for path in files:
+        # Before any is read: hours may lie between the first and the last.
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: there is no such file")
     for name in source:
         path = Path(name)
-        if path.suffix in _READERS:
-            if not path.is_file():
-                raise FileNotFoundError(f"{path}: there is no such file")
+        if path in files:
             yield from _READERS[path.suffix](path)
         elif path.is_file():
             raise ValueError(f"{name}: a data file must be one of {', '.join(_READERS)}, by its name")
@@ -190,7 +193,10 @@ def _read_dataset(name: str, split: str, subset: str | None, streaming: bool) ->
     require_found(name)
     from datasets import load_dataset
 
-    rows = load_dataset(name, subset, split=split, streaming=streaming)
+    try:
+        rows = load_dataset(name, subset, split=split, streaming=streaming)
+    except OSError as error:
+        raise OSError(f"{name} cannot be read: {' '.join(str(error).split())}") from error
     yield from ((f"{name}, row {number}", _without_nulls(row)) for number, row in enumerate(rows, 1))
 
 
@@ -360,6 +366,12 @@ class EncodedTexts(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._prompts)
 
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all examples in their order: `EncodedTexts([]).fingerprint`."""
+        parts = (self._ids, self._ends, self._prompts, self._earlier, self._earlier_ends)
+        return hashlib.blake2b(b"".join(hashlib.blake2b(part).digest() for part in parts), digest_size=8).hexdigest()
+
     def __getitem__(self, i: int) -> dict[str, Any]:
         i = range(len(self))[i]
         ids = self._ids[self._ends[i] : self._ends[i + 1]].tolist()
@@ -457,3 +469,27 @@ def load_data(
     if found is None:
         return train, None, reports
     return train, found[0], [*reports, found[1]]
+
+
+def require_readable(arguments: DataArguments) -> None:
+    """Look at the first rows of every source, without a tokenizer. Raises as `load_data` for what is wrong there.
+
+    require_readable(DataArguments(["problems.jsonl"]))
+    """
+
+    def unread(batch: Sequence[Conversation]) -> list[dict[str, Any] | BadRow]:
+        return [{} for _ in batch]
+
+    sources: list[tuple[Sequence[str], str]] = [(arguments.train_data, arguments.train_split)]
+    sources += [(arguments.eval_data, arguments.eval_split)] if arguments.eval_data else []
+    for names, split in sources:
+        files = all(Path(name).suffix in _READERS for name in names)
+        report = Report(", ".join(names))
+        for part in [[name] for name in names] if files else [names]:
+            held_out = False if arguments.eval_fraction else None
+            whole = _source(arguments, cast(Encoder, unread), part, split, held_out)
+            first = replace(whole, rows=lambda whole=whole: islice(whole.rows(), _PEEK))  # type: ignore[misc]
+            for _ in first.examples(report):
+                pass
+        if not report.rows:
+            raise BadData(f"no row is left to read. {report}")

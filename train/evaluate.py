@@ -9,17 +9,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mtpkern.compare import pad, sample_k
 from mtpkern.generation import MTPGenerateOutput, generate, strategy_for
+from mtpkern.model import require_decodable
 from mtpkern.strategies import Strategy
 
 
@@ -37,13 +38,21 @@ def same_number(answer: str, expected: str) -> bool:
 
 @contextmanager
 def _as_loaded(model: PreTrainedModel) -> Iterator[None]:
-    """The model as it decodes: in evaluation mode, cache on, its own forward instead of one cast by accelerate."""
+    """The model as it decodes: in evaluation mode, cache on, its own forward instead of one cast by accelerate.
+
+    Of its generation settings (those of published models sample, penalise repetition) only the tokens count: what is
+    measured is greedy.
+    """
     training, cache, forward = model.training, model.config.use_cache, vars(model).pop("forward", None)
+    settings = model.generation_config
+    tokens = {name: getattr(settings, name, None) for name in ("eos_token_id", "pad_token_id", "bos_token_id")}
+    model.generation_config = GenerationConfig(**tokens)
     model.config.use_cache = True
     model.eval()
     try:
         yield
     finally:
+        model.generation_config = settings
         model.config.use_cache = cache
         model.train(training)
         if forward is not None:
@@ -80,6 +89,26 @@ class HeldOut:
                 f"prompts and answers must be as many, at least one; got {len(self.prompts)} and {len(self.answers)}"
             )
 
+    def require_fit(self, model: PreTrainedModel) -> None:
+        """Raise ValueError for a model that cannot be decoded, or prompts that its positions do not hold."""
+        with _as_loaded(model):
+            require_decodable(model)
+        positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        longest = max(len(self._ids(prompt)) for prompt in self.prompts)
+        if positions is not None and longest + self.max_new_tokens > positions:
+            raise ValueError(
+                f"a held-out prompt of {longest} tokens and the {self.max_new_tokens} to decode must fit the model's "
+                f"{positions} positions: lower decode_tokens (max_new_tokens), or leave long prompts out"
+            )
+
+    def try_out(self, model: PreTrainedModel) -> None:
+        """Decode a token of the first prompt, so that what cannot be decoded fails before the first step."""
+        first = replace(self, prompts=self.prompts[:1], answers=self.answers[:1], max_new_tokens=1)
+        replace(first, is_right=lambda answer, expected: False).count(model)
+
+    def _ids(self, prompt: str | list[int]) -> list[int]:
+        return self.tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
+
     def count(self, model: PreTrainedModel, rank: int = 0, ranks: int = 1) -> Tensor:
         """Decode every prompt of this rank: sums that `figures` takes, over all ranks, float64 on the CPU.
 
@@ -93,7 +122,7 @@ class HeldOut:
         return sums
 
     def _count_batch(self, model: PreTrainedModel, batch: list[tuple[str | list[int], str]]) -> Tensor:
-        ids = [self.tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt for prompt, _ in batch]
+        ids = [self._ids(prompt) for prompt, _ in batch]
         inputs = pad(ids, model.device)
         strategy = strategy_for(model, self.strategy)
         output = generate(

@@ -113,3 +113,10 @@ def merged(model: PeftModel) -> PreTrainedModel:
     merged(peft_model).save_pretrained("out")
     """
     return copy.deepcopy(model).merge_and_unload()
+
+
+def adapters_of(model: PeftModel) -> dict[str, dict]:
+    """The settings of every adapter by its name, without what says where it lies and with what it was made."""
+    passing = {"base_model_name_or_path", "revision", "inference_mode", "peft_version"}
+    configs = {name: config.to_dict() for name, config in model.peft_config.items()}
+    return {name: {k: v for k, v in config.items() if k not in passing} for name, config in configs.items()}

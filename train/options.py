@@ -1,8 +1,8 @@
 """The options of `mtpkern train`: a configuration, flags that win over it, and the help.
 
 A configuration is a .yaml or .json file of names and values, or the name of one that is shipped. Values of a file
-become flags too, so that both are converted and checked by the same parser: `1e-5`, a string in YAML, is a number
-here. null means the default.
+become flags too, so that both are converted and checked by the same parser; the types in a file are checked besides.
+null means the default.
 
 Source   arXiv 2602.06019, training details (the shipped configurations)
 """
@@ -10,12 +10,15 @@ Source   arXiv 2602.06019, training details (the shipped configurations)
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
+from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn
+from types import NoneType, UnionType
+from typing import Any, ClassVar, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
@@ -47,6 +50,21 @@ Arguments = tuple[ModelArguments, DataArguments, MTPConfig]
 _GROUPS = {"Model": ModelArguments, "Data": DataArguments, "Multi-token prediction and training": MTPConfig}
 _FIELDS = {f.name: f for group in _GROUPS.values() for f in fields(group) if f.init}
 _NAMES = list(_FIELDS)
+# Words for true and false where a switch is meant; YAML 1.1 took them so everywhere.
+_SWITCHES = {"yes": True, "on": True, "no": False, "off": False}
+_HINTS = {name: hint for group in _GROUPS.values() for name, hint in get_type_hints(group).items()}
+# transformers types it as a text, but means a switch.
+_HINTS["fsdp"] = bool | str | None
+
+
+# What YAML 1.1 reads otherwise: the pattern, and with what it may begin.
+_REPLACED = {
+    "tag:yaml.org,2002:bool": (r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    "tag:yaml.org,2002:float": (
+        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf)|\.(?:nan|NaN))$",
+        "-+0123456789.",
+    ),
+}
 
 
 class _Parser(HfArgumentParser):
@@ -60,7 +78,12 @@ class _Parser(HfArgumentParser):
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a name that stands twice, of which YAML would silently take the last."""
+    """YAML 1.2, where `1e-5` is a number and `no` a word; a name that stands twice is refused, YAML takes the last."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in found if tag not in _REPLACED]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value]
@@ -68,6 +91,10 @@ class _Loader(yaml.SafeLoader):
         if twice:
             raise ValueError(f"line {node.start_mark.line + 1}: {', '.join(twice)} given twice; keep one")
         return super().construct_mapping(node, deep)
+
+
+for _tag, (_pattern, _first) in _REPLACED.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(_pattern), list(_first))
 
 
 def shipped_configs() -> list[str]:
@@ -100,7 +127,54 @@ def read_config(name: str) -> dict[str, Any]:
     unknown = [str(key) for key in values if key not in _NAMES]
     if unknown:
         raise ValueError(f"{path}: {_unknown(unknown)}")
+    for key, value in values.items():
+        hint = _HINTS[key]
+        if value is not None and not _fits(value, hint):
+            got = f"{value!r} ({type(value).__name__})"
+            raise ValueError(f"{path}: {key} must be {_said(hint)}; got {got}: {_remedy(value, hint)}")
+        if bool in (hint, *get_args(hint)) and isinstance(value, str):
+            values[key] = _SWITCHES.get(value.lower(), value)
     return values
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of a file is of an option's type; one text may stand for a list, a whole number for a real."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if get_origin(hint) is list:
+        items = value if isinstance(value, list) else [value]
+        return all(_fits(item, get_args(hint)[0]) for item in items)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return isinstance(value, str)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is bool and isinstance(value, str):
+        return value.lower() in _SWITCHES
+    kind = get_origin(hint) or hint
+    return not isinstance(kind, type) or isinstance(value, kind)
+
+
+def _said(hint: Any) -> str:
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "names and values"}
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(dict.fromkeys(_said(part) for part in get_args(hint) if part is not NoneType))
+    if get_origin(hint) is list:
+        return f"a list, each {_said(get_args(hint)[0])}"
+    return words.get(get_origin(hint) or hint, "a text")
+
+
+def _remedy(value: Any, hint: Any) -> str:
+    if isinstance(value, list):
+        return "give one value without brackets" if "a list" not in _said(hint) else "mend its items"
+    return (
+        "leave the quotes out"
+        if isinstance(value, str)
+        else "put a text in quotes"
+        if "a text" in _said(hint)
+        else "mend it"
+    )
 
 
 def _unknown(names: Iterable[str]) -> str:
@@ -177,7 +251,8 @@ def help_text(everything: bool = False) -> str:
             text = _HELP.get(f.name) or " ".join(str(f.metadata.get("help", "")).replace("%%", "%").split())
             if f.name in inherited and f.name not in _HELP:
                 text = text.split(". ")[0].rstrip(".") + "."
-            default = "required" if f.default is MISSING else f"default {getattr(f.default, 'value', f.default)!r}"
+            value = f.default if f.default_factory is MISSING else f.default_factory()
+            default = "required" if value is MISSING else f"default {getattr(value, 'value', value)!r}"
             option = f"  --{f.name.replace('_', '-')}"
             wrapped = textwrap.wrap(f"{text} ({default})", 84)
             lines.append(f"{option:<34} {wrapped[0]}" if len(option) < 34 else f"{option}\n{'':<34} {wrapped[0]}")

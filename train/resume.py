@@ -1,6 +1,6 @@
 """Resuming: checkpoints that a kill at any moment leaves findable, and streams that begin again without end.
 
-A checkpoint is complete once it holds `complete.json`, the sizes of its files, which is written last and removed
+A checkpoint is complete once it holds `complete.json`, the digests of its files, which is written last and removed
 first. Whatever a killed run leaves behind, `newest_checkpoint` finds the last one that is whole.
 """
 
@@ -10,7 +10,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from hashlib import sha256
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,27 +22,72 @@ from torch.utils.data import IterableDataset
 from transformers.trainer import TRAINER_STATE_NAME
 
 MARK = "complete.json"
+# Bytes of a file that one thread digests at a time.
+_PART = 1 << 24
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARK)
-    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """The digest of each file: of its parts' digests, which several threads take; of large files that is the time."""
+    with ThreadPoolExecutor() as pool:
+        parts = {
+            name: [
+                pool.submit(_digest, folder / name, i) for i in range(0, max(1, (folder / name).stat().st_size), _PART)
+            ]
+            for name in names
+        }
+        return {name: sha256(b"".join(f.result() for f in found)).hexdigest() for name, found in parts.items()}
+
+
+def _digest(path: Path, start: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(start)
+        return sha256(file.read(_PART)).digest()
+
+
+def _mark(folder: Path, known: dict[str, list[str]]) -> None:
+    part = folder / f"{MARK}.part"
+    part.write_text(json.dumps(known))
+    os.replace(part, folder / MARK)
 
 
 def mark_complete(folder: Path) -> None:
     """Declare a checkpoint whole; every rank must have finished writing."""
-    part = folder / f"{MARK}.part"
-    part.write_text(json.dumps(_sizes(folder)))
-    os.replace(part, folder / MARK)
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARK)
+    found = digests(folder, [str(path.relative_to(folder)) for path in files])
+    _mark(folder, {name: [digest] for name, digest in found.items()})
+
+
+def renew(folder: Path, name: str, text: str) -> None:
+    """Replace a file of a whole checkpoint, which stays whole at every moment: its mark knows both in between."""
+    part = folder / f"{name}.part"
+    part.write_text(text)
+    known = json.loads((folder / MARK).read_text())
+    after = list(digests(folder, [part.name]).values())
+    _mark(folder, {**known, name: [*known[name], *after]})
+    os.replace(part, folder / name)
+    _mark(folder, {**known, name: after})
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the checkpoint has its mark, and every file the size that it had then."""
+    """Whether the checkpoint has its mark, and every file is what it was then."""
     try:
-        marked = json.loads((folder / MARK).read_text())
+        mark = (folder / MARK).read_text()
+        stats = {name: (folder / name).stat() for name in json.loads(mark)}
     except (OSError, ValueError):
         return False
-    return marked.items() <= _sizes(folder).items()
+    return _matches(folder, mark, tuple((name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats.items()))
+
+
+@lru_cache(maxsize=64)
+def _matches(folder: Path, mark: str, files: tuple[tuple[str, int, int, int], ...]) -> bool:
+    """Whether digests are those of the mark: once for files that nobody has touched since, as of a hundred GiB."""
+    try:
+        found = digests(folder, [name for name, *_ in files])
+    except OSError:
+        return False
+    # Marks of before knew sizes.
+    known = json.loads(mark)
+    return all(found[n] in known[n] if isinstance(known[n], list) else size == known[n] for n, size, *_ in files)
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -61,8 +109,8 @@ def require_whole(folder: str | Path) -> None:
     folder = Path(folder)
     if (folder / MARK).exists() and not is_complete(folder):
         raise ValueError(
-            f"{folder} is not a whole checkpoint, it was left half-written; resume_from_checkpoint=True takes the "
-            "newest whole one"
+            f"{folder} is not a whole checkpoint, it was left half-written or changed since; "
+            "resume_from_checkpoint=True takes the newest whole one"
         )
     if not (folder / TRAINER_STATE_NAME).exists():
         raise ValueError(f"{folder} is no checkpoint, {TRAINER_STATE_NAME} is missing; name a folder checkpoint-<step>")

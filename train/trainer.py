@@ -12,11 +12,13 @@ from __future__ import annotations
 # First, because transformers would not name what is missing.
 from mtpkern.train.extra import PeftModel, TorchDynamoPlugin, fsdp2_prepare_model  # isort: split
 
+import json
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -25,8 +27,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset, Sampler
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
@@ -36,6 +41,7 @@ from mtpkern.model import record_settings, resolve_mask_token
 from mtpkern.train.checks import require_sound, require_tested_engine
 from mtpkern.train.compilation import CompiledLayers
 from mtpkern.train.config import MTPConfig
+from mtpkern.train.disk import DiskFull, checkpoint_bytes, full_disk_named, require_space, written_whole
 from mtpkern.train.evaluate import HeldOut, figures, summarise
 from mtpkern.train.layout import (
     Counting,
@@ -48,10 +54,22 @@ from mtpkern.train.layout import (
     send,
     tokens_apart,
 )
-from mtpkern.train.lora import add_lora, merged, plain_model
+from mtpkern.train.lock import alone_in
+from mtpkern.train.lora import adapters_of, add_lora, merged, plain_model
 from mtpkern.train.metrics import Seen, span_statistics
 from mtpkern.train.objective import MTPLoss, SpanContext, forward_as, mtp_loss
-from mtpkern.train.resume import Endless, mark_complete, newest_checkpoint, remove_checkpoint, require_whole, rotate
+from mtpkern.train.record import Record, fingerprint, options_of, report_rates
+from mtpkern.train.resume import (
+    Endless,
+    mark_complete,
+    newest_checkpoint,
+    remove_checkpoint,
+    renew,
+    require_whole,
+    rotate,
+)
+
+logger = logging.getLogger(__name__)
 
 # Evaluation draws its spans from a stream of their own, the same for every batch and every evaluation.
 _EVALUATION_STEP = -1
@@ -84,6 +102,8 @@ class MTPTrainer(Trainer):
                      not accepted with LoRA, whose teacher is the student without its adapters
     mask_token_id    of the student; read from its config unless given
     held_out         prompts to decode at every evaluation: accuracy, tokens per pass and effective k
+    origin           what else the run is made of, by name, such as where model and data come from: a checkpoint records
+                     it, beside the options and the data's fingerprint, and goes on only with the same
 
     Batches come from `MTPCollator`. At the end of training a summary with the curves of agreement by position stands
     in output_dir. `save_model` writes a plain Hugging Face checkpoint, adapters merged, whose config
@@ -109,6 +129,7 @@ class MTPTrainer(Trainer):
         teacher: PreTrainedModel | None = None,
         mask_token_id: int | None = None,
         held_out: HeldOut | None = None,
+        origin: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         plain = plain_model(model)
@@ -126,6 +147,8 @@ class MTPTrainer(Trainer):
                 raise ValueError(f"{name} would have no effect: the loss is fixed and no logits are gathered; omit it")
         if args.bidirectional and held_out is not None:
             raise ValueError("held-out prompts cannot be decoded with bidirectional=True; leave held_out= out")
+        if held_out is not None:
+            held_out.require_fit(plain)
         if gate_of(plain) is None:
             record_settings(plain, mask_token_id=self.mask_token_id, k_max=args.k_max, bidirectional=args.bidirectional)
         super().__init__(model=model, args=args, **kwargs)
@@ -148,6 +171,13 @@ class MTPTrainer(Trainer):
             raise ValueError("the model's config names no eos_token_id, behind which spans end; set it")
         self.eos_token_ids = torch.tensor([eos] if isinstance(eos, int) else list(eos), device=args.device)
         self.held_out = held_out
+        self.origin = dict(origin or {})
+        # The record that a resumed run goes on from, what it changes, and whether it had come to its end.
+        self._before: Record | None = None
+        self._changed: dict[str, list[Any]] = {}
+        self._ended = False
+        self._recipe: dict[str, Any] = {}
+        self._resumed_at = 0
         self._layers: CompiledLayers | None = None
         self._sums: list[MTPLoss] = []
         self._seen = Seen()
@@ -337,16 +367,61 @@ class MTPTrainer(Trainer):
         return loss.detach(), None, None
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As Trainer.evaluate, with the span statistics of the evaluation batches."""
+        """As Trainer.evaluate, with the span statistics of the evaluation batches; training does not notice."""
         self._require_finite()
         training_sums, self._sums = self._sums, []
         start = time.perf_counter()
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
         try:
-            return super().evaluate(*args, **kwargs)
+            with torch.random.fork_rng(devices):
+                return super().evaluate(*args, **kwargs)
         finally:
             self._sums = training_sums
             # Evaluation is no part of training's throughput.
             self._seen.since += time.perf_counter() - start
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Any, grad_norm: Any, model: nn.Module, trial: Any, *rest: Any, **kwargs: Any
+    ) -> None:
+        """As Trainer's, but a step is saved before it is evaluated: what goes wrong there costs no training.
+
+        Evaluation comes first only where it says what is saved (save_strategy "best") or sets the learning rate; then,
+        and where the step was not to be saved, one that fails has it saved. Not with several ranks, of which the
+        others would wait for ever.
+        """
+        args, saves = self.args, self.control.should_save
+        decides = args.save_strategy == "best" or args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        saves_first = self.control.should_evaluate and saves and not decides
+        if saves_first:
+            self.control.should_evaluate = False
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *rest, **kwargs)
+            self.control.should_evaluate = True
+        evaluates = self.control.should_evaluate
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *rest, **kwargs)
+        except (NotFiniteError, DiskFull):
+            raise
+        except Exception:
+            if evaluates and not saves_first and args.save_strategy != "no" and args.world_size == 1:
+                self._save_checkpoint(model, trial)
+            raise
+        if saves_first:
+            self._note_evaluation(Path(self._get_output_dir(trial=trial)))
+
+    def _note_evaluation(self, run: Path) -> None:
+        """Put what an evaluation has found into the checkpoint of its step, the best from now on where it is."""
+        state, folder = self.state, run / f"checkpoint-{self.state.global_step}"
+        if state.best_global_step == state.global_step:
+            state.best_model_checkpoint = str(folder)
+        if not self.args.should_save:
+            return
+        for item in (*self.callback_handler.callbacks, self.control):
+            name = type(item).__name__
+            if isinstance(item, ExportableState) and not isinstance(state.stateful_callbacks.get(name), list):
+                state.stateful_callbacks[name] = item.state()
+        if not self.args.save_only_model:
+            renew(folder, TRAINER_STATE_NAME, json.dumps(asdict(state), indent=2, sort_keys=True) + "\n")
+        rotate(run, self.args.save_total_limit, state.best_model_checkpoint)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As Trainer's, and the held-out prompts decoded: among its metrics they are logged and choose the best."""
@@ -359,7 +434,12 @@ class MTPTrainer(Trainer):
         # Shards of FSDP are gathered in every pass, so that all ranks must make the same passes.
         alone = self.is_fsdp_enabled
         ranks, rank = (1, 0) if alone else (self.args.world_size, self.args.process_index)
-        sums = held_out.count(plain_model(self.accelerator.unwrap_model(self.model)), rank, ranks)
+        try:
+            sums = held_out.count(plain_model(self.accelerator.unwrap_model(self.model)), rank, ranks)
+        except Exception as error:
+            # What has been trained is worth more than a figure that any checkpoint gives later.
+            logger.warning("no accuracy, held-out prompts were not decoded: %s: %s", type(error).__name__, error)
+            sums = torch.full((6,), torch.nan)
         if not alone:
             sums = self.accelerator.reduce(sums.float().to(self.args.device), "sum")
         return {f"eval_{name}": value for name, value in figures(sums).items()}
@@ -428,21 +508,113 @@ class MTPTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """As Trainer.train; True resumes the newest complete checkpoint of output_dir.
 
-        Raises ValueError where there is none, or where the given one was left half-written.
+        A resumed run that had ended, and is asked for no more steps than before, trains and writes nothing; the model
+        is then that of its checkpoint. Raises ValueError where there is no checkpoint, where the given one was left
+        half-written, where it is of a run with other settings than `args.allow_changes` names, and where another
+        process writes to output_dir; DiskFull where not even two checkpoints fit.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = newest_checkpoint(cast(str, self.args.output_dir))
-            if resume_from_checkpoint is None:
-                raise ValueError(f"no complete checkpoint in {self.args.output_dir}: start without resuming")
-        if isinstance(resume_from_checkpoint, str):
-            require_whole(resume_from_checkpoint)
-        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        if self.is_world_process_zero():
-            summarise(self.state.log_history, cast(str, self.args.output_dir))
+        output_dir = cast(str, self.args.output_dir)
+        with alone_in(output_dir) if self.is_world_process_zero() else nullcontext():
+            newest = resume_from_checkpoint is True
+            if newest:
+                resume_from_checkpoint = newest_checkpoint(output_dir)
+                if resume_from_checkpoint is None:
+                    raise ValueError(f"no complete checkpoint in {output_dir}: start without resuming")
+            self._recipe, self._before, self._changed, self._ended = self._made_of(), None, {}, False
+            if isinstance(resume_from_checkpoint, str):
+                self._go_on_from(resume_from_checkpoint, newest)
+            if self._ended:
+                # Those that draw a bar or write to a tracker, too, would begin.
+                handler = self.callback_handler
+                callbacks, handler.callbacks = handler.callbacks, []
+                try:
+                    return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                finally:
+                    handler.callbacks = callbacks
+            if self.held_out is not None and not self.is_fsdp_enabled:
+                self.held_out.try_out(plain_model(self.accelerator.unwrap_model(self.model)))
+            if self.is_world_process_zero():
+                require_space(output_dir, cast(nn.Module, self.model), self.args)
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            if self.is_world_process_zero():
+                self.record().write(output_dir)
+                summarise(self.state.log_history, output_dir)
         return result
 
+    def _made_of(self) -> dict[str, Any]:
+        """What makes this run what it is, as far as it is known here; `origin` adds the rest."""
+        recipe = options_of(self.args, stream=isinstance(self.train_dataset, IterableDataset))
+        recipe |= {"train_dataset": fingerprint(self.train_dataset), "mask_token_id": self.mask_token_id}
+        if isinstance(self.model, PeftModel) and not self.args.lora_rank:
+            recipe["adapters"] = adapters_of(self.model)
+        return {**recipe, **self.origin}
+
+    def record(self, *, saved: bool = False) -> Record:
+        """The run at this step, to be written into a folder: `trainer.record(saved=True).write("out")`."""
+        before = self._before.changes if self._before else []
+        changes = [*before, {"step": self._resumed_at, **self._changed}] if self._changed else before
+        epochs = self.args.num_train_epochs if self.args.max_steps <= 0 else None
+        return Record(self._recipe, self.state.global_step, self.state.max_steps, epochs, changes, saved)
+
+    def _go_on_from(self, checkpoint: str, newest: bool) -> None:
+        """Compare a checkpoint's record with this run, and see whether it had come to the end that is asked for."""
+        require_whole(checkpoint)
+        self._resumed_at = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
+        last = self._resumed_at
+        if newest:
+            # A run that a callback has stopped ended earlier than was asked for.
+            end = Record.read(cast(str, self.args.output_dir))
+            last = max(last, end.max_steps if end else 0)
+        wanted = self.args.max_steps
+        if wanted <= 0:
+            wanted = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        self._ended = wanted <= last
+        self._before = Record.read(checkpoint)
+        if self._before is None:
+            logger.warning("%s records no settings: nobody can see whether they are the same", checkpoint)
+            return
+        self._changed = self._before.require_same(self._recipe, self.args.allow_changes, checkpoint)
+        self._before.report_versions()
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, which looks for the end only behind a step: one that had ended would train another."""
+        if self._ended:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """As Trainer's, which would log, evaluate and save as often as the checkpoint says, whatever is asked for."""
+        result = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)
+        if self._before is not None and not self._ended and self._before.max_steps != max_steps:
+            report_rates(self.args, self._before.max_steps, max_steps, self.state.global_step)
+        return result
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As Trainer's; rates, decay and the like are those of now, which Trainer would take from the checkpoint."""
+        optimizer, schedule = self.optimizer, self.lr_scheduler
+        assert optimizer is not None
+        groups = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+        bases = list(getattr(schedule, "base_lrs", ()))
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if not isinstance(schedule, LambdaLR):
+            if "learning_rate" in self._changed:
+                raise ValueError(
+                    f"learning_rate cannot change under lr_scheduler_type {self.args.lr_scheduler_type!s}, which goes "
+                    "on from the rate that it has reached; leave it as it was"
+                )
+            return
+        schedule.base_lrs = bases
+        for group, kept, base, rate in zip(optimizer.param_groups, groups, bases, schedule.lr_lambdas):
+            group.update(kept, lr=base * rate(schedule.last_epoch))
+        schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As Trainer's, but a kill at any moment leaves the last complete checkpoint findable."""
+        """As Trainer's, but a kill at any moment leaves the last complete checkpoint findable.
+
+        Raises DiskFull, with the half-written checkpoint removed.
+        """
         self._require_finite(weights=True)
         args, run = self.args, Path(self._get_output_dir(trial=trial))
         folder = run / f"checkpoint-{self.state.global_step}"
@@ -452,13 +624,20 @@ class MTPTrainer(Trainer):
         # Trainer would delete older checkpoints before this one counts.
         limit, args.save_total_limit = args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)
+            with full_disk_named(run, checkpoint_bytes(cast(nn.Module, self.model), args)):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if args.should_save:
+                    self.record().write(folder)
+                    if not args.save_only_model:
+                        mark_complete(folder)
+        except DiskFull:
+            if args.should_save:
+                remove_checkpoint(folder)
+            raise
         finally:
             args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
         if args.should_save:
-            if not args.save_only_model:
-                mark_complete(folder)
             rotate(run, limit, self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -487,10 +666,12 @@ class MTPTrainer(Trainer):
         state = {name: x for name, x in state.items() if name not in tied} or plain.state_dict()
         state = _cast(state, dtype)
         folder = Path(output_dir or cast(str, self.args.output_dir))
-        plain.save_pretrained(folder, state_dict=state)
         # The config as the saved weights are, not as they were while training, where the cache is off.
         config = deepcopy(plain.config)
         config.use_cache, config.dtype = True, dtype
-        config.save_pretrained(folder)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
+        needed = sum(x.numel() * x.element_size() for x in state.values())
+        with full_disk_named(folder, needed), written_whole(folder) as part:
+            plain.save_pretrained(part, state_dict=state)
+            config.save_pretrained(part)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(part)

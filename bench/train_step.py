@@ -32,7 +32,6 @@ from mtpkern.train.objective import SpanContext, backbone, gather_rows, head_of,
 
 OURS, SPAN_ROWS, ALL_ROWS = "mtpkern", "SDPA mask, logits of span rows", "SDPA mask, logits of all rows"
 COMPILED = "mtpkern, layers compiled"
-BACKEND = "inductor"
 GIB = 2**30
 
 QWEN3_06B: dict[str, Any] = {
@@ -180,7 +179,9 @@ class Trainee:
             ALL_ROWS: lambda: self.plain(tokens, layout, all_rows=True),
         }
         if batch.compiled:
-            layers = CompiledLayers(self.student, self.teacher, backend=BACKEND)
+            # To rehearse, tracing is enough; a CPU's code would need a C++ compiler.
+            backend = "inductor" if self.device.type == "cuda" else "eager"
+            layers = CompiledLayers(self.student, self.teacher, backend=backend)
             loss = {OURS: ours, COMPILED: partial(self.within, layers, ours)}
         if batch.checkpointing:
             self.student.gradient_checkpointing_enable()

@@ -28,7 +28,9 @@ def rows_of(*slots: tuple[int, ...], trash: int = 0) -> Rows:
 
 def attend(cache: KVCache, layer: int, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
     options = {"scale": 0.5, "window": None, "softcap": None, "sinks": None, **kwargs}
-    cache.attended.clear()  # each call is a pass
+    # Each call is a pass.
+    cache.attended.clear()
+    cache.memo.clear()
     return cache.attend(layer, q, k, v, **options)
 
 
@@ -179,8 +181,13 @@ CHUNKED: dict[str, dict[str, Any]] = {
     "gemma2": {"attention": "eager", "sliding_window": 5, "attn_logit_softcapping": 2.0},
     "gpt_oss": {"attention": "eager", "sliding_window": 5, "num_local_experts": 4, "num_experts_per_tok": 2},
     "minicpm3": {
-        "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6,
-        "head_dim": 4, "num_key_value_heads": 4,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 6,
+        "head_dim": 4,
+        "num_key_value_heads": 4,
     },
 }
 

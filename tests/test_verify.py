@@ -12,8 +12,13 @@ import mtpkern.verify
 from mtpkern import Static
 
 TINY = {
-    "vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
 }
 
 
@@ -129,4 +134,5 @@ def test_in_bfloat16_rounding_is_no_fault(tiny: Any) -> None:
     report = mtpkern.check(tiny.model("llama").to(torch.bfloat16))
     assert report.ok, report
     assert any("bfloat16" in what for what in report.not_covered)
-    assert 0 < report.max_error <= report.tolerance
+    assert report.max_error <= report.tolerance < report.scale
+    assert report.noise > 0

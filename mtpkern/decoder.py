@@ -26,6 +26,7 @@ from mtpkern.cache import CapturedPrefill, KVCache, PrefillCache
 from mtpkern.graph import StepGraph, compiled, wants_graph
 from mtpkern.kernels.advance import RUNNING, Rows, Sequences, advance
 from mtpkern.kernels.readout import readout
+from mtpkern.model import has_latent_attention
 from mtpkern.strategies import Strategy
 
 # Up to this many rows a pass is bound by reading the weights, so that rows are nearly free; on a CPU each row costs.
@@ -171,8 +172,7 @@ class Decoder:
         self.rows.start.copy_(torch.arange(B + 1, device=input_ids.device) * k)
 
         columns = torch.cat([input_ids, masks], dim=1)
-        # Latent attention is told by the rank that keys and values are folded to.
-        latent = getattr(self.model.config.get_text_config(decoder=True), "kv_lora_rank", None) is not None
+        latent = has_latent_attention(self.model)
         cache = (CapturedPrefill if latent else PrefillCache)(self.cache, slot)
         n = max(1, chunk // B)
         ends = [*range(n, T, n), T + k - 1]

@@ -9,6 +9,8 @@ from typing import Any, TypeGuard
 import torch
 from transformers import PreTrainedModel
 
+from mtpkern.model import layer_configs
+
 # Buffers of fixed addresses, which a CUDA graph needs, are made at once: at most this share of what is free.
 FIXED_SHARE = 0.5
 _CGROUP = Path("/sys/fs/cgroup")
@@ -19,13 +21,8 @@ def kv_bytes(model: PreTrainedModel, batch: int, capacity: int) -> int | None:
 
     kv_bytes(model, batch=8, capacity=4096)
     """
-    config = model.config.get_text_config(decoder=True)
-    layers = getattr(config, "num_hidden_layers", None)
-    if not _is_size(layers):
-        return None
-    # Newer versions of transformers know configurations whose layers differ, and refuse to speak of them as one.
-    each = [_elements_of(x) for x in getattr(config, "per_layer_config", None) or [config] * layers]
-    if None in each or len(each) != layers:
+    each = [_elements_of(config) for config in layer_configs(model)]
+    if None in each:
         return None
     shards = getattr(model, "tp_size", None) or 1
     return batch * (capacity + 1) * sum(x for x in each if x) * model.dtype.itemsize // shards

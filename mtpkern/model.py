@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mtpkern.adapter import gate_of
 from mtpkern.arguments import whole_number
@@ -104,6 +104,21 @@ def resolve_mask_token(model: PreTrainedModel, mask_token_id: int | None = None)
     return mask_token_id
 
 
+def layer_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The text config as each layer sees it.
+
+    Newer versions of transformers know configurations whose layers differ, and refuse to speak of them as one.
+    """
+    config = model.config.get_text_config(decoder=True)
+    layers = getattr(config, "num_hidden_layers", 1)
+    return list(getattr(config, "per_layer_config", None) or [config] * (layers if isinstance(layers, int) else 1))
+
+
+def has_latent_attention(model: PreTrainedModel) -> bool:
+    """Whether the model caches what keys and values are made from: told by the rank that they are folded to."""
+    return any(getattr(config, "kv_lora_rank", None) is not None for config in layer_configs(model))
+
+
 def require_decodable(model: PreTrainedModel) -> None:
     """Raise ValueError, with the reason, for a model that this project would decode wrong."""
     name = type(model).__name__
@@ -136,7 +151,7 @@ def require_decodable(model: PreTrainedModel) -> None:
             f"{name} caps its attention logits, which 'sdpa' ignores: load it with attn_implementation='eager'"
         )
     own = config._attn_implementation
-    if getattr(config, "kv_lora_rank", None) is not None and own not in ("sdpa", "eager"):
+    if has_latent_attention(model) and own not in ("sdpa", "eager"):
         raise ValueError(
             f"{name} has latent attention, prefilled through 'sdpa' or 'eager' only, and was loaded with {own!r}; "
             "load it with attn_implementation='sdpa'"

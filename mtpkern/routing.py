@@ -78,7 +78,8 @@ def _enter(config: PreTrainedConfig, block: _Block) -> None:
         blocks = _everywhere.setdefault(id(config), [])
         blocks.append(block)
         if len(blocks) == 1:
-            config.__class__ = _answering(type(config))
+            kind: Any = type(config)
+            config.__class__ = _answering(kind)
 
 
 def _leave(config: PreTrainedConfig, block: _Block) -> None:

@@ -28,7 +28,9 @@ def rows_of(*slots: tuple[int, ...], trash: int = 0) -> Rows:
 
 def attend(cache: KVCache, layer: int, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
     options = {"scale": 0.5, "window": None, "softcap": None, "sinks": None, **kwargs}
-    cache.attended.clear()  # each call is a pass
+    # Each call is a pass.
+    cache.attended.clear()
+    cache.memo.clear()
     return cache.attend(layer, q, k, v, **options)
 
 

@@ -134,4 +134,5 @@ def test_in_bfloat16_rounding_is_no_fault(tiny: Any) -> None:
     report = mtpkern.check(tiny.model("llama").to(torch.bfloat16))
     assert report.ok, report
     assert any("bfloat16" in what for what in report.not_covered)
-    assert 0 < report.max_error <= report.tolerance
+    assert report.max_error <= report.tolerance < report.scale
+    assert report.noise > 0

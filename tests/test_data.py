@@ -82,7 +82,7 @@ def test_what_generate_writes_is_read(tmp_path, tiny, bytes_of, capsys):
         prompt, answer = (tokenizer.decode(part) for part in halves(text))
         assert prompt == template(messages, tokenize=False, add_generation_prompt=True)
         assert answer == row["text"] + end
-    assert "2 used (of them 1 unfinished, without an EOS)" in str(report)
+    assert "2 used (1 of them unfinished, without an EOS)" in str(report)
 
 
 @pytest.mark.parametrize("chat", [True, False])

@@ -149,7 +149,7 @@ class Report:
         parts = [f"{self.used:,} used"]
         kinds = {"cut": self.cut, "unfinished, without an EOS": self.unfinished}
         if any(kinds.values()):
-            parts[0] += f" (of them {', '.join(f'{count:,} {kind}' for kind, count in kinds.items() if count)})"
+            parts[0] += f" ({', '.join(f'{count:,} of them {kind}' for kind, count in kinds.items() if count)})"
         if self.not_counted:
             reason = "no EOS ends them, or the template writes them otherwise"
             parts.append(f"{self.not_counted:,} earlier answers not counted ({reason})")

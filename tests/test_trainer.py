@@ -108,8 +108,11 @@ def test_gradient_accumulation_equals_one_batch(tmp_path):
     rows = data(4)
     losses, models = [], []
     for size, steps in ((4, 1), (1, 4)):
+        student = llama()
+        # Whether a model's own forward counts items is no matter: the loss is not its own.
+        student.accepts_loss_kwargs = False
         run = MTPTrainer(
-            model=llama(),
+            model=student,
             args=config(
                 tmp_path / str(size),
                 per_device_train_batch_size=size,
@@ -349,10 +352,30 @@ def test_refusals(tmp_path):
         trainer(tmp_path, teacher=None, lora_rank=2, student_dtype="bfloat16")
     with pytest.raises(ValueError, match="share a vocabulary"):
         trainer(tmp_path, teacher=llama(vocab_size=V + 9))
+    sharded = llama()
+    sharded._device_mesh = "that from_pretrained laid it over"
+    with pytest.raises(ValueError, match="sharded by from_pretrained"):
+        trainer(tmp_path, sharded)
     with pytest.raises(ValueError, match="compute_metrics"):
         MTPTrainer(model=llama(), args=config(tmp_path), teacher=llama(), mask_token_id=MASK, compute_metrics=len)
     with pytest.raises(ValueError, match="pad_to"):
         MTPCollator(0, pad_to=5)(data(1))
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+def test_checkpointing_by_its_new_and_its_former_name(tmp_path, name):
+    """transformers 5.17 knows the former alone, 5.23 asks for the new one."""
+    off = config(tmp_path)
+    assert (off.activation_checkpointing, off.gradient_checkpointing) == (False, False)
+    run = trainer(
+        tmp_path, **{name: True, f"{name}_kwargs": '{"use_reentrant": false}'}, max_steps=1, save_strategy="no"
+    )
+    args = run.args
+    assert args.activation_checkpointing is args.gradient_checkpointing is True
+    assert args.activation_checkpointing_kwargs == args.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    run.train()
+    assert run.model.model.layers[0].gradient_checkpointing
 
 
 class Watcher(TorchDispatchMode):

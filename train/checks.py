@@ -6,7 +6,7 @@ from __future__ import annotations
 from mtpkern.train.extra import DynamoBackend, PeftModel  # isort: split
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -142,5 +142,5 @@ def require_tested_engine(trainer: Trainer) -> None:
         raise ValueError("LoRA under FSDP is refused: its head stays a shard, and saving cannot merge shards; use DDP")
     if trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO and not trainer.args.torch_compile:
         raise ValueError("accelerate's dynamo_backend is refused; set it to 'no', and torch_compile=True here")
-    if trainer.is_distributed_loading_by_transformers:
+    if getattr(plain_model(cast(nn.Module, trainer.model)), "_device_mesh", None) is not None:
         raise ValueError("a model sharded by from_pretrained (tensor parallel) is refused; load it whole")

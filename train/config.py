@@ -10,9 +10,12 @@ import mtpkern.train.extra  # noqa: F401
 
 # isort: split
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
+import torch
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
@@ -29,6 +32,21 @@ class ModelArguments:
     teacher: str | None = field(
         default=None, metadata={"help": "The frozen teacher; the checkpoint to train unless given."}
     )
+
+
+@contextmanager
+def _former_names(args: MTPConfig) -> Iterator[None]:
+    """Around TrainingArguments' checks: where they know only gradient_checkpointing, it stands for the new name."""
+    if hasattr(TrainingArguments, "activation_checkpointing"):
+        yield
+        return
+    names = {f"activation_checkpointing{end}": f"gradient_checkpointing{end}" for end in ("", "_kwargs")}
+    for new, old in names.items():
+        if getattr(args, new) is not None:
+            setattr(args, old, getattr(args, new))
+    yield
+    for new, old in names.items():
+        setattr(args, new, getattr(args, old))
 
 
 @dataclass
@@ -109,6 +127,18 @@ class MTPConfig(TrainingArguments):
         default=False, metadata={"help": "DDP's search for weights without a gradient; every step here uses all."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Columns are the collator's business."})
+    # As transformers 5.23 has them; 5.17 knows the former names alone, which all versions take.
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Run layers again in backward instead of keeping all they compute.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of activation_checkpointing, as transformers lists them."}
+    )
     torch_compile: bool = field(
         default=False, metadata={"help": "Compile the decoder layers of student and teacher, for training steps alone."}
     )
@@ -127,7 +157,8 @@ class MTPConfig(TrainingArguments):
         # The parents must not see it: TrainingArguments would switch TF32 on, which rounds rotary positions too.
         compiler = self.torch_compile, self.torch_compile_backend, self.torch_compile_mode
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
-        super().__post_init__()
+        with _former_names(self):
+            super().__post_init__()
         _, self.torch_compile_backend, self.torch_compile_mode = compiler
         self.torch_compile = any(compiler)
         if self.data_seed is None:
@@ -171,6 +202,12 @@ class MTPConfig(TrainingArguments):
         if self.packing and self.static_shape:
             raise ValueError("packing leaves out all padding, static_shape adds it; set one of them")
         self._refuse_untested()
+
+    @property
+    def device(self) -> torch.device:
+        """As TrainingArguments'; a rank on a CPU gets it without an index, to which torch.load cannot restore."""
+        device: torch.device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
 
     @property
     def needs_teacher(self) -> bool:

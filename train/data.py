@@ -24,6 +24,7 @@ import unicodedata
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, cast
@@ -154,10 +155,7 @@ def read_rows(
         require_found(source[0])
         from datasets import load_dataset
 
-        try:
-            rows = load_dataset(source[0], subset, split=split, streaming=streaming)
-        except OSError as error:
-            raise OSError(f"{source[0]} cannot be read: {' '.join(str(error).split())}") from error
+        rows = load_dataset(source[0], subset, split=split, streaming=streaming)
         yield from ((f"{source[0]}, row {number}", row) for number, row in enumerate(rows, 1))
         return
     for path in map(Path, source):
@@ -447,7 +445,7 @@ def require_readable(arguments: DataArguments) -> None:
     require_readable(DataArguments(["problems.jsonl"]))
     """
 
-    def unread(batch: Sequence[list[Message]]) -> list[dict[str, Any] | BadRow]:
+    def unread(batch: Sequence[Any]) -> list[dict[str, Any]]:
         return [{} for _ in batch]
 
     sources: list[tuple[Sequence[str], str]] = [(arguments.train_data, arguments.train_split)]
@@ -457,9 +455,15 @@ def require_readable(arguments: DataArguments) -> None:
         report = Report(", ".join(names))
         for part in [[name] for name in names] if files else [names]:
             held_out = False if arguments.eval_fraction else None
-            whole = _source(arguments, cast(Encoder, unread), part, split, held_out)
-            first = replace(whole, rows=lambda whole=whole: islice(whole.rows(), _PEEK))  # type: ignore[misc]
-            for _ in first.examples(report):
+            source = _source(arguments, cast(Encoder, unread), part, split, held_out)
+            try:
+                first = list(islice(source.rows(), _PEEK))
+            except OSError as error:
+                if files:
+                    raise
+                # Those of the hub have several lines and no name.
+                raise OSError(f"{report.source} cannot be read: {' '.join(str(error).split())}") from error
+            for _ in replace(source, rows=partial(iter, first)).examples(report):
                 pass
         if not report.rows:
             raise BadData(f"no row is left to read. {report}")

@@ -147,8 +147,8 @@ class MTPTrainer(Trainer):
                 teacher = fsdp2_prepare_model(self.accelerator, teacher)
         # With LoRA the student without its adapters.
         self.teacher = plain if isinstance(model, PeftModel) else teacher
-        # Our loss is divided by the rows of the whole accumulated batch already.
-        self.loss_is_scaled_for_ga = True
+        # Our loss is divided by the rows of the whole accumulated batch already; 5.17 asks for it by the second name.
+        self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         eos = plain.generation_config.eos_token_id if plain.generation_config else None
         eos = plain.config.eos_token_id if eos is None else eos
         if eos is None:

@@ -332,6 +332,8 @@ ELSEWHERE = {
     "student_dtype": "test_trainer.py::test_lora_teaches_itself_and_saves_a_plain_model",
     "teacher_dtype": "test_the_teacher_is_cast",
     "save_dtype": "test_trainer.py::test_saved_in_another_dtype",
+    "activation_checkpointing": "test_trainer.py::test_checkpointing_by_its_new_and_its_former_name",
+    "activation_checkpointing_kwargs": "test_trainer.py::test_checkpointing_by_its_new_and_its_former_name",
     "allow_changes": "test_resume.py::test_an_allowed_change_takes_effect_and_is_recorded",
     "data_seed": "test_order_of_the_data",
     **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), "test_compilation.py"),

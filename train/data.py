@@ -25,6 +25,7 @@ import unicodedata
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, cast
@@ -487,9 +488,15 @@ def require_readable(arguments: DataArguments) -> None:
         report = Report(", ".join(names))
         for part in [[name] for name in names] if files else [names]:
             held_out = False if arguments.eval_fraction else None
-            whole = _source(arguments, cast(Encoder, unread), part, split, held_out)
-            first = replace(whole, rows=lambda whole=whole: islice(whole.rows(), _PEEK))  # type: ignore[misc]
-            for _ in first.examples(report):
+            source = _source(arguments, cast(Encoder, unread), part, split, held_out)
+            try:
+                first = list(islice(source.rows(), _PEEK))
+            except OSError as error:
+                if files:
+                    raise
+                # Those of the hub have several lines and no name.
+                raise OSError(f"{report.source} cannot be read: {' '.join(str(error).split())}") from error
+            for _ in replace(source, rows=partial(iter, first)).examples(report):
                 pass
         if not report.rows:
             raise BadData(f"no row is left to read. {report}")

@@ -39,7 +39,7 @@ def checkpoint_bytes(model: nn.Module, args: MTPConfig) -> int:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     saved = trained if args.lora_rank else sum(p.numel() for p in model.parameters())
     moments = (
-        2 if getattr(args.optim, "value", args.optim).startswith("adamw_torch") and not args.save_only_model else 0
+        2 if str(getattr(args.optim, "value", args.optim)).startswith("adamw_torch") and not args.save_only_model else 0
     )
     return 4 * (saved + moments * trained)
 

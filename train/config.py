@@ -74,7 +74,8 @@ class MTPConfig(TrainingArguments):
         metadata={"help": "Spans a sequence; unless given the paper's N // (2 * k_max), N // k_max where 'random'."},
     )
     spacing: str = field(
-        default="stride", metadata={"help": "'stride' (a span in every N / num_spans rows, at an offset), or 'random'."}
+        default="stride",
+        metadata={"help": "'stride' (one in every N / num_spans rows; what falls on a prompt is none), or 'random'."},
     )
     span_offset: int | None = field(
         default=None, metadata={"help": "Offset in tokens of the first span of a stride; drawn anew unless given."}

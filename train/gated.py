@@ -187,6 +187,7 @@ def gated_loss(
         hidden, label, weight = hidden[some], label.flatten()[some], weight[some]
         wanted = None if wanted is None else wanted[some]
     if target == "soft":
+        assert wanted is not None
         loss = distill_loss(hidden, head, teacher=(wanted, head), row_weight=weight)
     else:
         loss = distill_loss(hidden, head, target=label.flatten(), row_weight=weight)

@@ -98,7 +98,9 @@ def add_gated_lora(
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
-    attach(peft_model, row_of(config).to(weight.device))
+    row = row_of(config)
+    row.data = row.data.to(weight.device)
+    attach(peft_model, row)
     return peft_model
 
 

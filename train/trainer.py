@@ -308,7 +308,7 @@ class MTPTrainer(Trainer):
     def _target(self) -> str:
         """What the student learns now: the data's tokens first, where a warm-up asks for it. Evaluation has one aim."""
         warming_up = self.model.training and self.state.global_step < self.args.gt_warmup_steps
-        return "gt" if warming_up else self.args.teacher_target
+        return "gt" if warming_up else cast(str, self.args.teacher_target)
 
     def compute_loss(
         self,

@@ -6,22 +6,22 @@ Siblings are layers that read the same x (q, k, v; gate, up): their matrices A l
 their ranks, and one pair of launches serves them all.
 
 Shapes   x [R, H];  gate [R] bool, int8 or uint8;  a [M, H];  for each sibling i: y_i [R, N_i], b_i [N_i, r_i], s_i
-Traffic  A and B once, x and y in the gated rows, and partial sums of x A^T, at most 64 * M bytes a gated row: at up to
-         64 rows the bytes of A and B (at rank 32 1.6 % of Qwen3-4B's weights) and the latency of two launches
+Traffic  A and B once, x and y in the gated rows, and partial sums of x A^T, at most 64 * M bytes a gated row: up to 32
+         rows the bytes of A and B (at rank 32 1.6 % of Qwen3-4B's weights) and the latency of two launches
 Gate     a row with gate 0 is neither read nor written, so that nothing in A, B or x can reach it
 Rounding sums in float32; between the products x A^T is rounded to B's dtype, the sum with y once
 Source   arXiv 2507.11851 (gated LoRA), 2604.11035 (residual adapters on mask rows)
 
 The first launch (shrink) makes x A^T. A pass has few rows and A has few, so H is split among programs, in chunks that
 follow from H alone; the second launch (expand) adds their sums up in order: no atomics, and a row has the same bits
-whatever its company. Where rows alone fill a GPU, one program takes all chunks, in the same order. Tiles have 64 rows
-whatever R, for the same reason, and because up to 64 rows then read A and B once.
+whatever its company. Where rows alone fill a GPU, one program takes all chunks, in the same order. Tiles have 32 rows
+whatever R, for the same reason: for one sequence's 15 they cost no more than 16 would, and 512 read A and B 16 times.
 
-A tile without a gated row returns before it reads a weight. Gated rows are not gathered into fewer tiles: up to 64 rows
-there is one tile anyway, and above, a second reading of A and B comes from the L2 cache (0.9 MB for q, k, v of
-Qwen3-4B), which takes less than a prefix sum over the gate at the head of either launch would. In one launch instead of
-two, every program of the expansion would compute x A^T for itself: 0.24 MB (q, k, v) to 0.9 MB (down) a processor, 6 to
-22 us from L2, where a launch takes about 2. Programs that wait for one another within a launch would need atomics.
+A tile without a gated row returns before it reads a weight. Gated rows are not gathered into fewer tiles: up to 32 rows
+there is one tile anyway, and above, a further reading of A and B comes from the L2 cache (0.9 MB for q, k, v of
+Qwen3-4B, 0.2 us), which takes less than a prefix sum over the gate at the head of either launch would. In one launch
+instead of two, every program of the expansion would compute x A^T for itself: 0.24 MB (q, k, v) to 0.9 MB (down) a
+processor, 6 to 22 us from L2, where a launch takes about 2. Programs that wait for one another would need atomics.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -104,6 +104,7 @@ if find_spec("triton"):
         Ns,
         ranks,
         CHUNKS: tl.constexpr,  # n
+        GROUP: tl.constexpr,
         BLOCK_R: tl.constexpr,
         BLOCK_N: tl.constexpr,
         BLOCK_K: tl.constexpr,
@@ -132,21 +133,25 @@ if find_spec("triton"):
                     p_b = b_ptrs[i] + o_n[:, None] * s_bs[i][0] + o_k[None, :] * s_bs[i][1]
                     b = tl.load(p_b, mask=m_n[:, None] & m_k[None, :], other=0.0)
                     h = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
-                    for j in tl.static_range(CHUNKS):
-                        p_h = h_ptr + j * s_h[0] + o_k[None, :] * s_h[2]
-                        h += tl.load(p_h, mask=gated[:, None] & m_k[None, :], other=0.0).to(tl.float32)
+                    # In order, and as many at once under way as there are registers for.
+                    for first in range(0, CHUNKS, GROUP):
+                        for j in tl.static_range(GROUP):
+                            m_h = gated[:, None] & m_k[None, :] & (first + j < CHUNKS)
+                            p_h = h_ptr + (first + j) * s_h[0] + o_k[None, :] * s_h[2]
+                            h += tl.load(p_h, mask=m_h, other=0.0).to(tl.float32)
                     acc = tl.dot(h.to(b.dtype), b.T, acc, input_precision=PRECISION)
                 tl.store(p_y, y + acc * scales[i], mask=m_y)
             i_tile -= n_tiles
             h_ptr += ranks[i] * s_h[2]
 
 
-BLOCK_R = 32
+# Chosen by what the compiler reports (python -m mtpkern.bench.aot), not by timing.
+BLOCK_R, BLOCK_M, BLOCK_N, BLOCK_K = 32, 32, 64, 32
 
 
 def _chunk(H: int) -> int:
     """Elements of a chunk of H: a multiple of every block size, at most CHUNKS of them."""
-    return max(CHUNK, 128 * -(-H // (128 * CHUNKS)))
+    return max(CHUNK, 64 * -(-H // (64 * CHUNKS)))
 
 
 def _precision(dtype: torch.dtype) -> str | None:
@@ -160,7 +165,6 @@ def shrink_triton(x: Tensor, gate: Tensor, a: Tensor) -> Tensor:
     n = triton.cdiv(H, _chunk(H))
     split = R <= SPLIT_ROWS
     h = x.new_empty(n if split else 1, R, M, dtype=torch.float32)
-    BLOCK_M = 32
     _shrink_kernel[(triton.cdiv(R, BLOCK_R), triton.cdiv(M, BLOCK_M), len(h))](
         x,
         gate,
@@ -177,9 +181,9 @@ def shrink_triton(x: Tensor, gate: Tensor, a: Tensor) -> Tensor:
         CHUNKS=1 if split else n,
         BLOCK_R=BLOCK_R,
         BLOCK_M=BLOCK_M,
-        BLOCK_H=256 // a.element_size(),
+        BLOCK_H=128 // a.element_size(),
         PRECISION=_precision(a.dtype),
-        num_stages=3,
+        num_stages=5,
     )
     return h
 
@@ -193,7 +197,6 @@ def expand_triton(
     """
     R = h.shape[1]
     Ns, ranks = tuple(b.shape[0] for b in bs), tuple(b.shape[1] for b in bs)
-    BLOCK_N = 64
     _expand_kernel[(triton.cdiv(R, BLOCK_R), sum(triton.cdiv(N, BLOCK_N) for N in Ns))](
         h,
         gate,
@@ -208,9 +211,10 @@ def expand_triton(
         Ns,
         ranks,
         CHUNKS=h.shape[0],
+        GROUP=min(16 // bs[0].element_size(), h.shape[0]),
         BLOCK_R=BLOCK_R,
         BLOCK_N=BLOCK_N,
-        BLOCK_K=max(16, min(64, triton.next_power_of_2(max(ranks)))),
+        BLOCK_K=BLOCK_K,
         PRECISION=_precision(bs[0].dtype),
         num_stages=1,
     )
@@ -280,9 +284,8 @@ def gated_lora_reference(
     On a CPU the gated rows alone are computed. Elsewhere all are, because the host would have to wait for their number.
     """
     dtype = torch.promote_types(x.dtype, a.dtype)
-    rows = None
-    if x.device.type == "cpu":
-        rows = torch.tensor([r for r, g in enumerate(gate.tolist()) if g], dtype=torch.int64)
+    rows = _gated_rows(gate)
+    if rows is not None:
         if not len(rows):
             return
         x = x.index_select(0, rows)
@@ -294,6 +297,13 @@ def gated_lora_reference(
             y.copy_(torch.where(gate[:, None] != 0, after, y))
         else:
             y.index_copy_(0, rows, after)
+
+
+def _gated_rows(gate: Tensor) -> Tensor | None:
+    """The rows with a gate, where the host need not wait to know them."""
+    if gate.device.type != "cpu":
+        return None
+    return torch.tensor([r for r, g in enumerate(gate.tolist()) if g], dtype=torch.int64)
 
 
 def _require_fitting(

@@ -41,6 +41,7 @@ from mtpkern.kernels import decode_attention, span_attention
 from mtpkern.kernels.advance import Rows, Sequences, advance_triton
 from mtpkern.kernels.decode_attention import decode_attention_triton
 from mtpkern.kernels.distill import Head, distill_loss_triton, head_readout_triton
+from mtpkern.kernels.gated_lora import gated_lora_triton
 from mtpkern.kernels.kv_write import kv_write_triton
 from mtpkern.kernels.readout import readout_triton
 from mtpkern.kernels.span_attention import span_attention_triton
@@ -119,6 +120,21 @@ def kv_write_case(dtype: torch.dtype, D: int) -> None:
     kv_write_triton(cache, cache, new, new, index, index)
 
 
+def gated_lora_case(
+    dtype: torch.dtype,
+    adapter: torch.dtype,
+    r: int,
+    rows: int = 15,
+    H: int = 2560,
+    widths: tuple[int, ...] = (4096, 1024),
+) -> None:
+    """The adapter of two siblings; more of them add code, but no registers."""
+    a = torch.empty(len(widths) * r, H, dtype=adapter)
+    outs, bs = [torch.empty(rows, N, dtype=dtype) for N in widths], [torch.empty(N, r, dtype=adapter) for N in widths]
+    gate = torch.empty(rows, dtype=torch.bool)
+    gated_lora_triton(outs, torch.empty(rows, H, dtype=dtype), gate, a, bs, [2.0] * len(widths))
+
+
 def span_attention_case(dtype: torch.dtype, D: int, *, sinks: bool = False, **options: Any) -> None:
     """Span attention of one sequence, 32 heads over 8, forward and backward."""
     T = 160
@@ -176,6 +192,12 @@ CASES: dict[str, Callable[[], object]] = {
     },
     **{f"kv_write bf16 D{D}": partial(kv_write_case, torch.bfloat16, D) for D in _DIMS},
     "kv_write fp32 D128": partial(kv_write_case, torch.float32, 128),
+    **{f"gated_lora {name} r32": partial(gated_lora_case, dtype, dtype, 32) for name, dtype in _DTYPES.items()},
+    "gated_lora bf16, adapter fp32": partial(gated_lora_case, torch.bfloat16, torch.float32, 32),
+    "gated_lora bf16 r12, odd widths": partial(
+        gated_lora_case, torch.bfloat16, torch.bfloat16, 12, 15, 2561, (1001, 7)
+    ),
+    "gated_lora bf16 r32, 8,192 rows": partial(gated_lora_case, torch.bfloat16, torch.bfloat16, 32, 8192, 14_336),
     **{
         f"span_attention {name} D{D}": partial(span_attention_case, dtype, D)
         for name, dtype in _DTYPES.items()
@@ -189,7 +211,14 @@ CASES: dict[str, Callable[[], object]] = {
 }
 
 # The rows of a kernel's matrix products, by the name of its launch option.
-_MATRIX_ROWS = {"_attend_kernel": "BLOCK_M", "_forward_kernel": "ROWS", "_dq_kernel": "ROWS", "_dkdv_kernel": "KEYS"}
+_MATRIX_ROWS = {
+    "_shrink_kernel": "BLOCK_R",
+    "_expand_kernel": "BLOCK_R",
+    "_attend_kernel": "BLOCK_M",
+    "_forward_kernel": "ROWS",
+    "_dq_kernel": "ROWS",
+    "_dkdv_kernel": "KEYS",
+}
 
 # Bytes a thread that may be spilled, by the beginning of the case, the kernel and the target; elsewhere none.
 SPILL: dict[tuple[str, str], dict[str, int]] = {

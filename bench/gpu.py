@@ -50,6 +50,7 @@ PARTS = (
     Part("decode_attention", 50, 75),
     Part("readout", 30, 40),
     Part("kv_write", 30, 40),
+    Part("gated_lora", 30, 60),
     Part("span_attention", 75, 150),
     Part("distill", 50, 60),
     Part("train_step", 60, 150),

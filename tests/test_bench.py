@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mtpkern
-from mtpkern.bench import decode, decode_attention, gpu, kv_write, readout, report, step, timing
+from mtpkern.bench import decode, decode_attention, gated_lora, gpu, kv_write, readout, report, step, timing
 from mtpkern.bench.harness import Spread, environment, interleaved
 from mtpkern.bench.problems import problems
 from mtpkern.bench.report import Goal, Table, run, write
@@ -471,9 +471,9 @@ def flat(x):
 @pytest.fixture
 def no_device(monkeypatch):
     """The grids of a GPU without one: what is timed is made up by the test."""
-    for module in (decode_attention, kv_write, readout, step):
+    for module in (decode_attention, gated_lora, kv_write, readout, step):
         monkeypatch.setattr(module, "free", lambda device: None)
-    for module in (decode_attention, readout, step):
+    for module in (decode_attention, gated_lora, readout, step):
         monkeypatch.setattr(module, "peak", lambda device: H200)
     monkeypatch.setattr(readout, "launches", lambda action, device: 3)
 
@@ -538,6 +538,25 @@ def test_goals_of_kv_write(no_device, monkeypatch):
     assert table.skipped == ["compiled: no"]
 
 
+def test_goals_of_gated_lora(no_device, monkeypatch):
+    """Four groups that take 1.5 us more each: 36 layers, of the 2,010 us that 8.04 GB take."""
+
+    class NoDevice:
+        adapter_bytes = 4e6
+
+        def __init__(self, *_):
+            pass
+
+    ways = {way: flat(20 if way == gated_lora.BASE else 21.5) for way in gated_lora.WAYS[:-1]}
+    monkeypatch.setattr(gated_lora, "Case", NoDevice)
+    monkeypatch.setattr(gated_lora, "times", lambda *_: (ways, ["joined: no"]))
+    (table,) = gated_lora.measure(CUDA, quick=True)
+    (found,) = goals([table]).values()
+    assert found == (pytest.approx(100 * 36 * 6 / 2010), False)
+    assert table.rows[4][-2] == "nan %"
+    assert table.skipped == ["joined: no"]
+
+
 @pytest.mark.parametrize("quick", [True, False])
 @pytest.mark.parametrize("name", step.CONFIGS)
 def test_goals_of_the_step(no_device, monkeypatch, name, quick):
@@ -580,7 +599,7 @@ def test_the_floor_of_a_pass():
         assert step.floor(model, step.Point(16, 2048, 8, 128)) == pytest.approx(bytes / 1e12 * 1e6)
 
 
-@pytest.mark.parametrize("stem", ["compiled", "decode_attention", "kv_write", "readout", "step"])
+@pytest.mark.parametrize("stem", ["compiled", "decode_attention", "gated_lora", "kv_write", "readout", "step"])
 def test_dry_run(stem):
     """Every table of a benchmark at tiny shapes: no typo may wait for a GPU."""
     tables = list(import_module(f"mtpkern.bench.{stem}").measure(torch.device("cpu"), True))

@@ -239,6 +239,8 @@ SPILL: dict[tuple[str, str], dict[str, int]] = {
             ("fp16 D128", 88, 0),
         )
     },
+    # Where nothing is aligned, each element has an address of its own.
+    ("gated_lora bf16 r12, odd widths", "_expand_kernel"): {"sm_90": 16, "sm_100": 24},
     ("span_attention bf16 D64", "_forward_kernel"): {"sm_100": 8},
     # With a soft cap; without one 8 and 160.
     ("span_attention bf16 D256", "_dq_kernel"): {"sm_90": 48},

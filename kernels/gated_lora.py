@@ -216,6 +216,7 @@ def expand_triton(
         BLOCK_N=BLOCK_N,
         BLOCK_K=BLOCK_K,
         PRECISION=_precision(bs[0].dtype),
+        num_warps=8,
         num_stages=1,
     )
 
@@ -279,31 +280,38 @@ def _(outs: list[Tensor], x: Tensor, gate: Tensor, a: Tensor, bs: list[Tensor], 
 def gated_lora_reference(
     outs: Sequence[Tensor], x: Tensor, gate: Tensor, a: Tensor, bs: Sequence[Tensor], scales: Sequence[float]
 ) -> None:
-    """`gated_lora` in plain torch, any dtype: products in the dtype of a, or that of x where it is the wider.
+    """`gated_lora` in plain torch; computes in float32, or in float64 for float64 inputs.
 
-    On a CPU the gated rows alone are computed. Elsewhere all are, because the host would have to wait for their number.
+    On a CPU the gated rows alone are computed, where casting a narrow adapter costs less than multiplying it does.
+    Elsewhere all are, because the host would have to wait for their number.
     """
-    dtype = torch.promote_types(x.dtype, a.dtype)
+    dtype = torch.promote_types(x.dtype, torch.float32)
     rows = _gated_rows(gate)
     if rows is not None:
-        if not len(rows):
-            return
-        x = x.index_select(0, rows)
+        x = x[rows]
+    if not len(x):
+        return
     h = x.to(dtype) @ a.to(dtype).T
-    for y, h_i, b, scale in zip(outs, h.split([b.shape[1] for b in bs], dim=1), bs, scales, strict=True):
-        before = y if rows is None else y.index_select(0, rows)
+    first = 0
+    for y, b, scale in zip(outs, bs, scales):
+        h_i = h[:, first : first + b.shape[1]]
+        first += b.shape[1]
+        before = y if rows is None else y[rows]
         after = torch.addmm(before.to(dtype), h_i, b.to(dtype).T, alpha=scale).to(y.dtype)
         if rows is None:
             y.copy_(torch.where(gate[:, None] != 0, after, y))
         else:
-            y.index_copy_(0, rows, after)
+            y[rows] = after
 
 
-def _gated_rows(gate: Tensor) -> Tensor | None:
-    """The rows with a gate, where the host need not wait to know them."""
+def _gated_rows(gate: Tensor) -> Tensor | slice | None:
+    """The gated rows, where the host need not wait to know them; one sequence's are a slice, which costs no copy."""
     if gate.device.type != "cpu":
         return None
-    return torch.tensor([r for r, g in enumerate(gate.tolist()) if g], dtype=torch.int64)
+    rows = gate.numpy().nonzero()[0]
+    if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return torch.from_numpy(rows)
 
 
 def _require_fitting(

@@ -83,13 +83,22 @@ class Compiled:
 
 
 # The rows of a kernel's matrix products, by the name of its launch option.
-_MATRIX_ROWS = {"_attend_kernel": "BLOCK_M", "_forward_kernel": "ROWS", "_dq_kernel": "ROWS", "_dkdv_kernel": "KEYS"}
+_MATRIX_ROWS = {
+    "_shrink_kernel": "BLOCK_R",
+    "_expand_kernel": "BLOCK_R",
+    "_attend_kernel": "BLOCK_M",
+    "_forward_kernel": "ROWS",
+    "_dq_kernel": "ROWS",
+    "_dkdv_kernel": "KEYS",
+}
 
 # Bytes a thread that may be spilled, by the beginning of the case, the kernel and the target; elsewhere none. A pair is
 # for Triton 3.6 and for 3.7: what the two allot differs by tens of bytes either way, with equal tiles.
 SPILL: dict[tuple[str, str], dict[str, int | tuple[int, int]]] = {
     # Beside 56 registers: a stack, not a want of registers. One launch a step.
     ("advance B16 k8 verified", "_advance_kernel"): {"sm_80": 8},
+    # Where nothing is aligned, each element has an address of its own.
+    ("gated_lora bf16 r12, odd widths", "_expand_kernel"): {"sm_90": 16, "sm_100": 24},
     # Ampere's and Ada's products take both factors from registers, Hopper's from shared memory: the tiles are Hopper's,
     # whose 64 keys wgmma wants. In dQ before and behind its loops but for 9 of 540 instructions.
     **{

@@ -15,6 +15,7 @@ import torch
 from mtpkern.kernels.advance import Rows, Sequences, advance_triton
 from mtpkern.kernels.decode_attention import decode_attention_triton
 from mtpkern.kernels.distill import Head, distill_loss_triton, head_readout_triton
+from mtpkern.kernels.gated_lora import gated_lora_triton
 from mtpkern.kernels.kv_write import kv_write_triton
 from mtpkern.kernels.readout import readout_triton
 from mtpkern.kernels.span_attention import span_attention_triton
@@ -51,6 +52,21 @@ def kv_write_case(dtype: torch.dtype, D: int) -> None:
     cache = torch.empty(1, 8, 257, D, dtype=dtype)
     index = torch.zeros(15, dtype=torch.int64)
     kv_write_triton(cache, cache, new, new, index, index)
+
+
+def gated_lora_case(
+    dtype: torch.dtype,
+    adapter: torch.dtype,
+    r: int,
+    rows: int = 15,
+    H: int = 2560,
+    widths: tuple[int, ...] = (4096, 1024),
+) -> None:
+    """The adapter of two siblings; more of them add code, but no registers."""
+    a = torch.empty(len(widths) * r, H, dtype=adapter)
+    outs, bs = [torch.empty(rows, N, dtype=dtype) for N in widths], [torch.empty(N, r, dtype=adapter) for N in widths]
+    gate = torch.empty(rows, dtype=torch.bool)
+    gated_lora_triton(outs, torch.empty(rows, H, dtype=dtype), gate, a, bs, [2.0] * len(widths))
 
 
 def span_attention_case(dtype: torch.dtype, D: int, *, sinks: bool = False, **options: Any) -> None:
@@ -110,6 +126,12 @@ CASES: dict[str, Callable[[], object]] = {
     },
     **{f"kv_write bf16 D{D}": partial(kv_write_case, torch.bfloat16, D) for D in _DIMS},
     "kv_write fp32 D128": partial(kv_write_case, torch.float32, 128),
+    **{f"gated_lora {name} r32": partial(gated_lora_case, dtype, dtype, 32) for name, dtype in _DTYPES.items()},
+    "gated_lora bf16, adapter fp32": partial(gated_lora_case, torch.bfloat16, torch.float32, 32),
+    "gated_lora bf16 r12, odd widths": partial(
+        gated_lora_case, torch.bfloat16, torch.bfloat16, 12, 15, 2561, (1001, 7)
+    ),
+    "gated_lora bf16 r32, 8,192 rows": partial(gated_lora_case, torch.bfloat16, torch.bfloat16, 32, 8192, 14_336),
     **{
         f"span_attention {name} D{D}": partial(span_attention_case, dtype, D)
         for name, dtype in _DTYPES.items()

@@ -60,6 +60,7 @@ WHOLE_LIMITS = {
     "distill": 60.0,
     "readout": 40.0,
     "kv_write": 40.0,
+    "gated_lora": 60.0,
 }
 SLOW_LIMIT = 120.0
 PREFLIGHT, TESTS, SLOW, SHORT, WHOLE = "pre-flight", "tests", "slow tests", "short grid", "whole grid"

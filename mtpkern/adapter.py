@@ -29,6 +29,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mtpkern.kernels.gated_lora import gated_lora
+
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
@@ -141,11 +143,12 @@ class _GatedLora:
         rows = self.gate.rows
         if rows is False:
             return result
-        a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        a, b, scale = (part[active_adapter] for part in (module.lora_A, module.lora_B, module.scaling))
         if rows is True:
-            return result + b(a(module.lora_dropout[active_adapter](x))) * module.scaling[active_adapter]
-        update = b(a(x[rows])) * module.scaling[active_adapter]
-        result[rows] += update.to(result.dtype)
+            return result + b(a(module.lora_dropout[active_adapter](x))) * scale
+        # peft has cast x to the adapter's dtype.
+        x = x.to(result.dtype)
+        gated_lora([result.flatten(0, -2)], x.flatten(0, -2), rows.flatten(), a.weight, [b.weight], scale)
         return result
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:

@@ -44,6 +44,8 @@ def on_gpu(form: Callable[..., Any], device: str = "cuda") -> Callable[..., Any]
             if isinstance(x, Tensor):
                 pairs.append((x, laid_out(x, device)))
                 return pairs[-1][1]
+            if isinstance(x, list):
+                return [carry(y) for y in x]
             return type(x)(**{f.name: carry(getattr(x, f.name)) for f in fields(x)}) if is_dataclass(x) else x
 
         result = form(*map(carry, args), **{name: carry(x) for name, x in kwargs.items()})

@@ -22,6 +22,7 @@ KERNELS = {
     "advance B16 k8 verified": ["_advance_kernel"],
     "readout bf16 V151936": ["_chunk_kernel", "_merge_kernel"],
     "kv_write bf16 D128": ["_kv_write_kernel"],
+    "gated_lora bf16 r32": ["_shrink_kernel", "_expand_kernel"],
     "span_attention bf16 D128": ["_forward_kernel", "_dq_kernel", "_row_tiles_kernel", "_dkdv_kernel"],
     "distill bf16 V144": ["_readout_kernel", "_loss_kernel", "_loss_kernel"],
 }

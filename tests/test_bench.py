@@ -590,7 +590,7 @@ def test_a_run_that_is_cut_keeps_its_rows(tmp_path, capsys):
     assert json.loads((tmp_path / "x.json").read_text())["tables"] == [table]
 
 
-@pytest.mark.parametrize("stem", ["compiled", "decode_attention", "kv_write", "readout", "step"])
+@pytest.mark.parametrize("stem", ["compiled", "decode_attention", "gated_lora", "kv_write", "readout", "step"])
 def test_dry_run(stem):
     """Every table of a benchmark at tiny shapes: no typo may wait for a GPU."""
     tables = list(import_module(f"mtpkern.bench.{stem}").measure(torch.device("cpu"), True))

@@ -15,6 +15,7 @@ from mtpkern.kernels.advance import Rows, Sequences
 
 # Importing the ops registers them.
 from mtpkern.kernels.decode_attention import decode_attention
+from mtpkern.kernels.gated_lora import gated_lora
 from mtpkern.kernels.kv_write import kv_write
 from mtpkern.kernels.readout import readout
 
@@ -31,6 +32,9 @@ def draw(*shape: int) -> Tensor:
 def arguments(name: str) -> tuple[Any, ...]:
     if name == "readout":
         return draw(R, 9), 3
+    if name == "gated_lora":
+        gate = torch.tensor([False, True, True, False, False])
+        return [draw(R, 7), draw(R, 3)], draw(R, 6), gate, draw(4, 6), [draw(7, 2), draw(3, 2)], [0.5, 2.0]
     caches = draw(B, HKV, C + 1, D), draw(B, HKV, C + 1, D + 2)
     if name == "kv_write":
         return *caches, draw(R, HKV, D), draw(R, HKV, D + 2), SEQ, torch.tensor([2, 3, 1, 4, C])
@@ -45,7 +49,7 @@ def arguments(name: str) -> tuple[Any, ...]:
     return *vars(sequences).values(), *vars(rows).values(), *read, torch.tensor(0.5), torch.tensor([-1]), 2, True, 8
 
 
-@pytest.mark.parametrize("name", ["readout", "kv_write", "decode_attention", "advance"])
+@pytest.mark.parametrize("name", ["readout", "kv_write", "gated_lora", "decode_attention", "advance"])
 def test_what_is_declared_is_what_happens(name: str) -> None:
     op = getattr(torch.ops.mtpkern, name).default
     torch.library.opcheck(op, arguments(name), test_utils=("test_schema", "test_faketensor"))
@@ -99,5 +103,6 @@ def test_eager_calls_do_not_go_through_the_dispatcher() -> None:
     with Watcher():
         readout(*arguments("readout"))
         kv_write(*arguments("kv_write"))
+        gated_lora(*arguments("gated_lora"))
         *tensors, max_rows, scale, window, softcap, sinks, _ = arguments("decode_attention")
         decode_attention(*tensors, max_rows=max_rows, scale=scale, window=window, softcap=softcap, sinks=sinks)

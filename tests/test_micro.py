@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from mtpkern.bench.decode_attention import Case, Shape
+from mtpkern.bench.gated_lora import GROUPS, RANK
+from mtpkern.bench.gated_lora import Case as AdapterCase
 from mtpkern.bench.kv_write import Case as WriteCase
 from mtpkern.bench.readout import Taken
 from mtpkern.compare import synchronize
@@ -30,14 +32,19 @@ def write():
     return lambda i: case.write(kv_write, keys)
 
 
+def adapter():
+    hidden, widths = GROUPS["q, k, v"] if CUDA else (40, (24, 8, 8))
+    return AdapterCase(15, hidden, widths, RANK, DEVICE).ours
+
+
 def taken():
     return Taken(1, 151_936 if CUDA else 1000, DEVICE, ours=True)
 
 
 @pytest.mark.parametrize(
     "make",
-    [attention, write, lambda: taken().readout_, lambda: taken().advance_],
-    ids=["decode_attention", "kv_write", "readout", "advance"],
+    [attention, write, adapter, lambda: taken().readout_, lambda: taken().advance_],
+    ids=["decode_attention", "kv_write", "gated_lora", "readout", "advance"],
 )
 def test_op(benchmark, make):
     action = make()

@@ -1,0 +1,359 @@
+"""Gated LoRA: the low-rank update of a linear layer's outputs on the mask rows of a pass, and on no others.
+
+    y_r += gate_r * s * (x_r A^T) B^T
+
+Siblings are layers that read the same x (q, k, v; gate, up): their matrices A lie on top of one another, M = sum of
+their ranks, and one pair of launches serves them all.
+
+Shapes   x [R, H];  gate [R] bool, int8 or uint8;  a [M, H];  for each sibling i: y_i [R, N_i], b_i [N_i, r_i], s_i
+Traffic  A and B once, x and y in the gated rows, and partial sums of x A^T, at most 64 * M bytes a gated row: up to 32
+         rows the bytes of A and B (at rank 32 1.6 % of Qwen3-4B's weights) and the latency of two launches
+Gate     a row with gate 0 is neither read nor written, so that nothing in A, B or x can reach it
+Rounding sums in float32; between the products x A^T is rounded to B's dtype, the sum with y once
+Source   arXiv 2507.11851 (gated LoRA), 2604.11035 (residual adapters on mask rows)
+
+The first launch (shrink) makes x A^T. A pass has few rows and A has few, so H is split among programs, in chunks that
+follow from H alone; the second launch (expand) adds their sums up in order: no atomics, and a row has the same bits
+whatever its company. Where rows alone fill a GPU, one program takes all chunks, in the same order. Tiles have 32 rows
+whatever R, for the same reason: for one sequence's 15 they cost no more than 16 would, and 512 read A and B 16 times.
+
+A tile without a gated row returns before it reads a weight. Gated rows are not gathered into fewer tiles: up to 32 rows
+there is one tile anyway, and above, a further reading of A and B comes from the L2 cache (0.9 MB for q, k, v of
+Qwen3-4B, 0.2 us), which takes less than a prefix sum over the gate at the head of either launch would. In one launch
+instead of two, every program of the expansion would compute x A^T for itself: 0.24 MB (q, k, v) to 0.9 MB (down) a
+processor, 6 to 22 us from L2, where a launch takes about 2. Programs that wait for one another would need atomics.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from mtpkern.kernels.form import takes_kernel
+
+# Of H: the least elements of a chunk, and the most chunks.
+CHUNK, CHUNKS = 256, 16
+# Up to so many rows each chunk has programs of its own; above, the partial sums would take memory for nothing.
+SPLIT_ROWS = 512
+
+if find_spec("triton"):
+    import triton
+    import triton.language as tl
+
+    @triton.jit(do_not_specialize=["R"])
+    def _shrink_kernel(
+        x_ptr,  # [R, H]
+        gate_ptr,  # [R]
+        a_ptr,  # [M, H]
+        h_ptr,  # [n, R, M], the sums of one chunk each, or of all where n = 1
+        s_x,  # the strides of each, as tuples
+        s_gate,
+        s_a,
+        s_h,
+        R,
+        H,
+        M,
+        chunk,
+        CHUNKS: tl.constexpr,  # that this program takes
+        BLOCK_R: tl.constexpr,
+        BLOCK_M: tl.constexpr,
+        BLOCK_H: tl.constexpr,
+        PRECISION: tl.constexpr,
+    ):
+        i_chunk = tl.program_id(2)
+        # R * H can pass 2^31, and so can R * M.
+        o_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+        gated = tl.load(gate_ptr + o_r * s_gate[0], mask=o_r < R, other=0) != 0
+        if tl.max(gated.to(tl.int32), 0) == 0:
+            return
+
+        o_m = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+        m_m = o_m < M
+        o_h = tl.arange(0, BLOCK_H)
+        x_ptr += o_r[:, None] * s_x[0]
+        a_ptr += o_m[:, None] * s_a[0]
+        total = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
+        for i in range(i_chunk, i_chunk + CHUNKS):
+            acc = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
+            for h in range(i * chunk, tl.minimum((i + 1) * chunk, H), BLOCK_H):
+                o = (h + o_h).to(tl.int64)[None, :]
+                x = tl.load(x_ptr + o * s_x[1], mask=gated[:, None] & (o < H), other=0.0)
+                a = tl.load(a_ptr + o * s_a[1], mask=m_m[:, None] & (o < H), other=0.0)
+                acc = tl.dot(x.to(a.dtype), a.T, acc, input_precision=PRECISION)
+            total += acc
+        p_h = h_ptr + i_chunk.to(tl.int64) * s_h[0] + o_r[:, None] * s_h[1] + o_m[None, :] * s_h[2]
+        tl.store(p_h, total, mask=gated[:, None] & m_m[None, :])
+
+    @triton.jit(do_not_specialize=["R"])
+    def _expand_kernel(
+        h_ptr,  # [n, R, M]; x A^T is the sum of the n
+        gate_ptr,  # [R]
+        b_ptrs,  # of each sibling [N, r]
+        y_ptrs,  # of each sibling [R, N]
+        scales,
+        s_h,
+        s_gate,
+        s_bs,
+        s_ys,
+        R,
+        Ns,
+        ranks,
+        CHUNKS: tl.constexpr,  # n
+        GROUP: tl.constexpr,
+        BLOCK_R: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+        PRECISION: tl.constexpr,
+    ):
+        o_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+        gated = tl.load(gate_ptr + o_r * s_gate[0], mask=o_r < R, other=0) != 0
+        if tl.max(gated.to(tl.int32), 0) == 0:
+            return
+        h_ptr += o_r[:, None] * s_h[1]
+
+        # The tiles of all siblings stand in one row: this program's lies in one of them.
+        i_tile = tl.program_id(1)
+        for i in tl.static_range(len(y_ptrs)):
+            n_tiles = tl.cdiv(Ns[i], BLOCK_N)
+            if (i_tile >= 0) & (i_tile < n_tiles):
+                o_n = (i_tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+                m_n = o_n < Ns[i]
+                m_y = gated[:, None] & m_n[None, :]
+                p_y = y_ptrs[i] + o_r[:, None] * s_ys[i][0] + o_n[None, :] * s_ys[i][1]
+                y = tl.load(p_y, mask=m_y, other=0.0).to(tl.float32)
+                acc = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+                for k in range(0, ranks[i], BLOCK_K):
+                    o_k = k + tl.arange(0, BLOCK_K)
+                    m_k = o_k < ranks[i]
+                    p_b = b_ptrs[i] + o_n[:, None] * s_bs[i][0] + o_k[None, :] * s_bs[i][1]
+                    b = tl.load(p_b, mask=m_n[:, None] & m_k[None, :], other=0.0)
+                    h = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+                    # In order, and as many at once under way as there are registers for.
+                    for first in range(0, CHUNKS, GROUP):
+                        for j in tl.static_range(GROUP):
+                            m_h = gated[:, None] & m_k[None, :] & (first + j < CHUNKS)
+                            p_h = h_ptr + (first + j) * s_h[0] + o_k[None, :] * s_h[2]
+                            h += tl.load(p_h, mask=m_h, other=0.0).to(tl.float32)
+                    acc = tl.dot(h.to(b.dtype), b.T, acc, input_precision=PRECISION)
+                tl.store(p_y, y + acc * scales[i], mask=m_y)
+            i_tile -= n_tiles
+            h_ptr += ranks[i] * s_h[2]
+
+
+# Chosen by what the compiler reports (python -m mtpkern.bench.aot), not by timing.
+BLOCK_R, BLOCK_M, BLOCK_N, BLOCK_K = 32, 32, 64, 32
+
+
+def _chunk(H: int) -> int:
+    """Elements of a chunk of H: a multiple of every block size, at most CHUNKS of them."""
+    return max(CHUNK, 64 * -(-H // (64 * CHUNKS)))
+
+
+def _precision(dtype: torch.dtype) -> str | None:
+    """One pass of TF32 would lose half of float32's digits, three keep nearly all; AMD multiplies float32 as it is."""
+    return None if dtype != torch.float32 else "ieee" if torch.version.hip else "tf32x3"
+
+
+def shrink_triton(x: Tensor, gate: Tensor, a: Tensor) -> Tensor:
+    """x A^T of the gated rows in one launch: [n, R, M] float32, to be summed over n; nothing in the other rows."""
+    (R, H), M = x.shape, a.shape[0]
+    n = triton.cdiv(H, _chunk(H))
+    split = R <= SPLIT_ROWS
+    h = x.new_empty(n if split else 1, R, M, dtype=torch.float32)
+    _shrink_kernel[(triton.cdiv(R, BLOCK_R), triton.cdiv(M, BLOCK_M), len(h))](
+        x,
+        gate,
+        a,
+        h,
+        x.stride(),
+        gate.stride(),
+        a.stride(),
+        h.stride(),
+        R,
+        H,
+        M,
+        _chunk(H),
+        CHUNKS=1 if split else n,
+        BLOCK_R=BLOCK_R,
+        BLOCK_M=BLOCK_M,
+        BLOCK_H=128 // a.element_size(),
+        PRECISION=_precision(a.dtype),
+        num_stages=5,
+    )
+    return h
+
+
+def expand_triton(
+    outs: Sequence[Tensor], h: Tensor, gate: Tensor, bs: Sequence[Tensor], scales: Sequence[float]
+) -> None:
+    """Add s_i * h_i B_i^T to the gated rows of each y_i in one launch; h [n, R, M], any dtype, is summed over n.
+
+    It may come from elsewhere: where A stands below the base's weight in one buffer, the base's product has it, too.
+    """
+    R = h.shape[1]
+    Ns, ranks = tuple(b.shape[0] for b in bs), tuple(b.shape[1] for b in bs)
+    _expand_kernel[(triton.cdiv(R, BLOCK_R), sum(triton.cdiv(N, BLOCK_N) for N in Ns))](
+        h,
+        gate,
+        tuple(bs),
+        tuple(outs),
+        tuple(scales),
+        h.stride(),
+        gate.stride(),
+        tuple(b.stride() for b in bs),
+        tuple(y.stride() for y in outs),
+        R,
+        Ns,
+        ranks,
+        CHUNKS=h.shape[0],
+        GROUP=min(16 // bs[0].element_size(), h.shape[0]),
+        BLOCK_R=BLOCK_R,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+        PRECISION=_precision(bs[0].dtype),
+        num_warps=8,
+        num_stages=1,
+    )
+
+
+def gated_lora_triton(
+    outs: Sequence[Tensor], x: Tensor, gate: Tensor, a: Tensor, bs: Sequence[Tensor], scales: Sequence[float]
+) -> None:
+    """`gated_lora` in two launches."""
+    if len(x):
+        gate = gate.view(torch.uint8)
+        expand_triton(outs, shrink_triton(x, gate, a), gate, bs, scales)
+
+
+def gated_lora(
+    outs: Sequence[Tensor],
+    x: Tensor,
+    gate: Tensor,
+    a: Tensor,
+    bs: Sequence[Tensor],
+    scale: float | Sequence[float],
+) -> None:
+    """Add the adapter of sibling layers to their outputs, in place, in the rows whose gate is not 0.
+
+    outs: y_i [R, N_i] of each sibling, any strides; they must not overlap.
+    x: what the siblings read, [R, H], in the dtype of the outputs.
+    gate: [R] bool, int8 or uint8, on the device: it is read there, nobody waits for it.
+    a: the siblings' A on top of one another, [r_1 + r_2 + ..., H], in float32 or in the dtype of x.
+    bs: B_i [N_i, r_i] of each sibling, in the dtype of a.
+    scale: lora_alpha / rank, one for all or one for each sibling.
+
+    There is no backward: adapters are trained as modules. ValueError where a shape, a dtype or a device does not fit.
+
+    >>> y, x = torch.zeros(2, 3), torch.ones(2, 4)
+    >>> gated_lora([y], x, torch.tensor([False, True]), torch.ones(1, 4), [torch.ones(3, 1)], scale=0.5)
+    >>> y
+    tensor([[0., 0., 0.],
+            [2., 2., 2.]])
+    """
+    scales = [float(scale)] * len(outs) if isinstance(scale, int | float) else [float(s) for s in scale]
+    _require_fitting(outs, x, gate, a, bs, scales)
+    if torch.compiler.is_compiling():
+        _gated_lora_op(list(outs), x, gate, a, list(bs), scales)
+    elif takes_kernel(x) and x.dtype != torch.float64:
+        gated_lora_triton(outs, x, gate, a, bs, scales)
+    else:
+        gated_lora_reference(outs, x, gate, a, bs, scales)
+
+
+@torch.library.custom_op("mtpkern::gated_lora", mutates_args=("outs",))
+def _gated_lora_op(
+    outs: list[Tensor], x: Tensor, gate: Tensor, a: Tensor, bs: list[Tensor], scales: list[float]
+) -> None:
+    gated_lora(outs, x, gate, a, bs, scales)
+
+
+@_gated_lora_op.register_fake
+def _(outs: list[Tensor], x: Tensor, gate: Tensor, a: Tensor, bs: list[Tensor], scales: list[float]) -> None:
+    pass
+
+
+def gated_lora_reference(
+    outs: Sequence[Tensor], x: Tensor, gate: Tensor, a: Tensor, bs: Sequence[Tensor], scales: Sequence[float]
+) -> None:
+    """`gated_lora` in plain torch; computes in float32, or in float64 for float64 inputs.
+
+    On a CPU the gated rows alone are computed, where casting a narrow adapter costs less than multiplying it does.
+    Elsewhere all are, because the host would have to wait for their number.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    rows = _gated_rows(gate)
+    if rows is not None:
+        x = x[rows]
+    if not len(x):
+        return
+    h = x.to(dtype) @ a.to(dtype).T
+    first = 0
+    for y, b, scale in zip(outs, bs, scales):
+        h_i = h[:, first : first + b.shape[1]]
+        first += b.shape[1]
+        before = y if rows is None else y[rows]
+        after = torch.addmm(before.to(dtype), h_i, b.to(dtype).T, alpha=scale).to(y.dtype)
+        if rows is None:
+            y.copy_(torch.where(gate[:, None] != 0, after, y))
+        else:
+            y[rows] = after
+
+
+def _gated_rows(gate: Tensor) -> Tensor | slice | None:
+    """The gated rows, where the host need not wait to know them; one sequence's are a slice, which costs no copy."""
+    if gate.device.type != "cpu":
+        return None
+    rows = gate.numpy().nonzero()[0]
+    if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return torch.from_numpy(rows)
+
+
+def _require_fitting(
+    outs: Sequence[Tensor],
+    x: Tensor,
+    gate: Tensor,
+    a: Tensor,
+    bs: Sequence[Tensor],
+    scales: Sequence[float],
+) -> None:
+    """ValueError where a kernel would read or write what is not there, or something else than was meant."""
+    if not len(outs) == len(bs) == len(scales) or not outs:
+        raise ValueError(
+            f"gated_lora: outs, bs and scale want one entry for each sibling, got {len(outs)}, {len(bs)} and "
+            f"{len(scales)}"
+        )
+    if x.dim() != 2 or a.dim() != 2 or a.shape[1] != x.shape[1]:
+        raise ValueError(f"gated_lora: x [R, H] and a [M, H] expected, got {tuple(x.shape)} and {tuple(a.shape)}")
+    R = x.shape[0]
+    if gate.shape != (R,) or gate.dtype not in (torch.bool, torch.uint8, torch.int8):
+        raise ValueError(
+            f"gated_lora: gate must be [R] = [{R}] of bool, uint8 or int8, got {tuple(gate.shape)} of {gate.dtype}"
+        )
+    if a.dtype not in (torch.float32, x.dtype):
+        raise ValueError(f"gated_lora: a must be float32 or {x.dtype}, as x is, got {a.dtype}; cast the adapter")
+    for i, (y, b) in enumerate(zip(outs, bs)):
+        if b.dim() != 2 or y.shape != (R, b.shape[0]):
+            raise ValueError(
+                f"gated_lora: sibling {i}: b [N, r] and an output [R, N] with R = {R} expected, got {tuple(b.shape)} "
+                f"and {tuple(y.shape)}"
+            )
+        if y.dtype != x.dtype or b.dtype != a.dtype:
+            raise ValueError(
+                f"gated_lora: sibling {i}: the output must be {x.dtype}, as x is, and b {a.dtype}, as a is, got "
+                f"{y.dtype} and {b.dtype}"
+            )
+    if sum(b.shape[1] for b in bs) != a.shape[0]:
+        raise ValueError(
+            f"gated_lora: a must have a row for each rank of each sibling, {' + '.join(str(b.shape[1]) for b in bs)}, "
+            f"got {a.shape[0]}"
+        )
+    if any(t.device != x.device for t in (gate, a, *outs, *bs)):
+        raise ValueError(f"gated_lora: all tensors must be on {x.device}, where x is")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, a, *outs, *bs)):
+        raise ValueError("gated_lora has no backward: call it under torch.no_grad(), and train the adapter as a module")

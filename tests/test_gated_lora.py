@@ -1,0 +1,357 @@
+"""Gated LoRA against float64: gated rows get the update, no other row is touched, whatever stands anywhere."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mtpkern.kernels import gated_lora as module
+from mtpkern.kernels.gated_lora import expand_triton, gated_lora, gated_lora_reference, gated_lora_triton
+
+TRITON = pytest.param(gated_lora_triton, marks=pytest.mark.kernel)
+FORMS = [gated_lora, gated_lora_reference, TRITON]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+H = 263  # a prime, and two chunks
+RANKS, WIDTHS, SCALES = (12, 8, 24), (70, 33, 64), [0.5, 2.0, -1.25]
+
+Form = Callable[..., None]
+Operands = tuple[list[Tensor], Tensor, Tensor, Tensor, list[Tensor], list[float]]
+
+# Uninitialised memory is NaN, so that reading what nobody has written shows.
+pytestmark = [pytest.mark.usefixtures("interpreter")] if not torch.cuda.is_available() else []
+
+
+def draw(
+    R: int,
+    dtype: torch.dtype = torch.float32,
+    adapter: torch.dtype | None = None,
+    *,
+    ranks: Sequence[int] = RANKS,
+    widths: Sequence[int] = WIDTHS,
+    hidden: int = H,
+    seed: int = 0,
+) -> Operands:
+    """Outputs, x, a gate on every other row, A, the B and the scales."""
+    generator = torch.Generator().manual_seed(1000 * R + seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    adapter = adapter or dtype
+    outs = [normal(R, N).to(dtype) for N in widths]
+    a = (normal(sum(ranks), hidden) * hidden**-0.5).to(adapter)
+    bs = [normal(N, r).to(adapter) for N, r in zip(widths, ranks)]
+    gate = torch.arange(R) % 2 == 0
+    return outs, normal(R, hidden).to(dtype), gate, a, bs, SCALES[: len(widths)]
+
+
+def truth(
+    outs: list[Tensor], x: Tensor, gate: Tensor, a: Tensor, bs: list[Tensor], scales: list[float]
+) -> list[Tensor]:
+    """In float64, row by row and sibling by sibling."""
+    result, first = [y.double() for y in outs], 0
+    for y, b, scale in zip(result, bs, scales):
+        a_i = a[first : first + b.shape[1]].double()
+        for r in range(len(x)):
+            if gate[r]:
+                y[r] += scale * (b.double() @ (a_i @ x[r].double()))
+        first += b.shape[1]
+    return result
+
+
+def eager(
+    outs: list[Tensor], x: Tensor, gate: Tensor, a: Tensor, bs: list[Tensor], scales: list[float]
+) -> list[Tensor]:
+    """As a LoRA layer of peft computes it, in the dtypes at hand."""
+    result, first = [], 0
+    for y, b, scale in zip(outs, bs, scales):
+        h = x.to(a.dtype) @ a[first : first + b.shape[1]].T
+        result.append(torch.where(gate[:, None] != 0, y + ((h @ b.T) * scale).to(y.dtype), y))
+        first += b.shape[1]
+    return result
+
+
+def run(form: Form, operands: Operands) -> list[Tensor]:
+    """The outputs; those of `operands` are left as they are."""
+    outs = [y.clone() for y in operands[0]]
+    form(outs, *operands[1:])
+    return outs
+
+
+def compare(form: Form, operands: Operands, tolerance: float = 1e-5) -> list[Tensor]:
+    before = [t.clone() for t in (operands[1], operands[2], operands[3], *operands[4])]
+    got, gate = run(form, operands), operands[2] != 0
+    for y, expected, was in zip(got, truth(*operands), operands[0]):
+        torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=10 * tolerance)
+        assert torch.equal(bits(y[~gate]), bits(was[~gate]))
+    for t, was in zip((operands[1], operands[2], operands[3], *operands[4]), before):
+        assert torch.equal(t, was)
+    return got
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("R", [1, 2, 15, 16, 17, 63, 64, 65, 200])
+def test_equals_float64(form: Form, R: int) -> None:
+    compare(form, draw(R))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("adapter", ["as x", "float32"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_worse_than_twice_the_same_dtype_eager(form: Form, dtype: torch.dtype, adapter: str) -> None:
+    error, eager_error = 0.0, 0.0
+    for seed in range(3):
+        operands = draw(17, dtype, torch.float32 if adapter == "float32" else None, seed=seed)
+        for y, theirs, right in zip(run(form, operands), eager(*operands), truth(*operands)):
+            error += (y.double() - right).square().sum().item()
+            eager_error += (theirs.double() - right).square().sum().item()
+    assert error**0.5 <= 2 * eager_error**0.5
+
+
+def test_float64_is_computed_in_float64() -> None:
+    for form in (gated_lora, gated_lora_reference):
+        compare(form, draw(5, torch.float64), tolerance=1e-13)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("ranks", [(8,), (16,), (48,), (96, 1), (128, 32)], ids=str)
+def test_ranks(form: Form, ranks: tuple[int, ...]) -> None:
+    compare(form, draw(3, ranks=ranks, widths=WIDTHS[: len(ranks)]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("hidden", "widths"), [(1, (1,)), (64, (128, 16, 16)), (256, (8,)), (4111, (37,))], ids=str)
+def test_sizes(form: Form, hidden: int, widths: tuple[int, ...]) -> None:
+    compare(form, draw(5, ranks=RANKS[: len(widths)], widths=widths, hidden=hidden))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("which", "dtype"),
+    [("none", torch.bool), ("all", torch.bool), ("first", torch.int8), ("last", torch.uint8), ("one tile", torch.bool)],
+)
+def test_gates(form: Form, which: str, dtype: torch.dtype) -> None:
+    outs, x, _, *adapter = draw(70)
+    gate = torch.zeros(70, dtype=dtype)
+    rows = {"none": slice(0), "all": slice(None), "first": slice(1), "last": slice(69, 70), "one tile": slice(32, 64)}
+    gate[rows[which]] = -1 if dtype == torch.int8 else 1
+    compare(form, (outs, x, gate, *adapter))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nothing_reaches_a_row_without_gate(form: Form, value: float) -> None:
+    outs, x, gate, a, bs, scales = draw(34)
+    for y in outs:
+        y[~gate] = torch.nan
+    poisoned = (outs, x, gate, torch.full_like(a, value), [torch.full_like(b, value) for b in bs], scales)
+    for y, was in zip(run(form, poisoned), outs):
+        assert torch.equal(bits(y[~gate]), bits(was[~gate]))
+        assert y[gate].isnan().all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nan_of_a_row_without_gate_goes_nowhere(form: Form) -> None:
+    outs, x, gate, *adapter = draw(34)
+    expected = run(form, (outs, x, gate, *adapter))
+    x[~gate] = torch.nan
+    for y, right in zip(run(form, (outs, x, gate, *adapter)), expected):
+        assert torch.equal(y, right)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nan_stays_in_its_sibling_and_its_column(form: Form) -> None:
+    outs, x, gate, a, bs, scales = draw(5)
+    expected = run(form, (outs, x, gate, a, bs, scales))
+    a[RANKS[0]] = torch.nan  # the first row of the second sibling's
+    bs[2][63] = torch.nan
+    got = run(form, (outs, x, gate, a, bs, scales))
+    assert torch.equal(got[0], expected[0])
+    assert got[1][gate].isnan().all()
+    assert torch.equal(got[2][:, :63], expected[2][:, :63])
+    assert got[2][gate, 63].isnan().all()
+
+
+@pytest.mark.parametrize("form", [TRITON])
+def test_a_row_without_gate_is_not_even_written(form: Form) -> None:
+    """All rows lie in one place: a row that got its old values back would undo the gated one."""
+    outs, x, _, *adapter = draw(5)
+    gate = torch.tensor([False, True, False, False, False])
+    together = [y[:1].expand(5, -1) for y in outs]
+    expected = [right[1] for right in truth(together, x, gate, *adapter)]
+    form(together, x, gate, *adapter)
+    for y, right in zip(together, expected):
+        torch.testing.assert_close(y[0].double(), right, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", [TRITON])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_of_a_row_depend_on_no_other(form: Form, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    operands = draw(67, dtype, ranks=(12,), widths=(33,), hidden=521)  # three chunks
+    outs, x, gate, *adapter = operands
+    together = run(form, operands)
+    assert all(map(torch.equal, run(form, operands), together))
+    # Each row keeps its place in its tile: numpy's products, which the interpreter takes, differ from place to place.
+    for rows in (slice(0, 1), slice(32, 67), slice(64, 65)):
+        alone = run(form, ([y[rows] for y in outs], x[rows], gate[rows], *adapter))
+        assert all(torch.equal(y, whole[rows]) for y, whole in zip(alone, together))
+    # Nor on whether a chunk has a program of its own.
+    monkeypatch.setattr(module, "SPLIT_ROWS", 0)
+    assert all(map(torch.equal, run(form, operands), together))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_strides(form: Form) -> None:
+    """As siblings that are one product have them; and whatever else a view may be."""
+    outs, x, gate, a, bs, scales = draw(9)
+    joint = torch.cat(outs, dim=1)
+    views = list(joint.split(WIDTHS, dim=1))
+    expected = truth(outs, x, gate, a, bs, scales)
+    form(views, x, gate, a, bs, scales)
+    torch.testing.assert_close(joint.double(), torch.cat(expected, dim=1), rtol=1e-5, atol=1e-4)
+
+    wide = torch.stack([x, x + 1], dim=1)
+    flags = torch.stack([gate, ~gate], dim=1)
+    turned = [y.t().contiguous().t() for y in outs]
+    form(turned, wide[:, 0], flags[:, 0], a.t().contiguous().t(), [b.t().contiguous().t() for b in bs], scales)
+    for y, right in zip(turned, expected):
+        torch.testing.assert_close(y.double(), right, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_rows(form: Form) -> None:
+    compare(form, draw(0))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("far", ["y", "x", "a", "b"])
+def test_offsets_pass_32_bits(form: Form, far: str) -> None:
+    """Rows 2^30 elements apart: only what is touched takes memory."""
+    torch.use_deterministic_algorithms(False)  # which would fill it
+    outs, x, gate, a, bs, scales = draw(3, torch.float16, ranks=(3,), widths=(3,), hidden=16)
+    near = {"y": outs[0], "x": x, "a": a, "b": bs[0]}
+    apart = torch.empty(2**31 + 16, dtype=torch.float16).as_strided(near[far].shape, (2**30, 1))
+    apart.copy_(near[far])
+    t = {**near, far: apart}
+    (expected,) = truth(outs, x, gate, a, bs, scales)
+    form([t["y"]], t["x"], gate, t["a"], [t["b"]], scales)
+    torch.testing.assert_close(t["y"].double(), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("form", FORMS[1:2])
+def test_where_the_host_would_have_to_wait_all_rows_are_computed(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+    operands = draw(17)
+    expected = compare(form, operands)
+    monkeypatch.setattr(module, "_gated_rows", lambda gate: None)
+    for y, right in zip(compare(form, operands), expected):
+        torch.testing.assert_close(y, right, rtol=1e-5, atol=1e-5)
+
+
+def test_no_form_waits_for_the_device() -> None:
+    """On a device without memory nothing can be read."""
+    outs, x, gate, a, bs, scales = draw(3)
+    with FakeTensorMode() as mode:
+        outs, bs = ([mode.from_tensor(t).to("meta") for t in ts] for ts in (outs, bs))
+        x, gate, a = (mode.from_tensor(t).to("meta") for t in (x, gate, a))
+        gated_lora(outs, x, gate, a, bs, scales)
+
+
+@pytest.mark.parametrize("form", [pytest.param(expand_triton, marks=pytest.mark.kernel)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_base_product_may_bring_the_first_half(form: Form, dtype: torch.dtype) -> None:
+    """A below the base's weight in one buffer: one product gives y and x A^T, side by side in its rows."""
+    outs, x, gate, a, bs, scales = draw(17, dtype)
+    h = (x.double() @ a.double().T).to(dtype)
+    joint = torch.cat([*outs, h], dim=1)
+    *views, h_view = joint.split([*WIDTHS, sum(RANKS)], dim=1)
+    expected = [right.clone() for right in truth(outs, x, gate, a, bs, scales)]
+    form(views, h_view[None], gate.view(torch.uint8), bs, scales)
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(joint[:, : sum(WIDTHS)].double(), torch.cat(expected, 1), rtol=tolerance, atol=tolerance)
+
+
+def test_two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    names: list[str] = []
+    run_class = type(module._shrink_kernel)  # of the interpreter, or of the compiler where there is a GPU
+    run = run_class.run
+
+    def noted(self: Any, *args: Any, **options: Any) -> Any:
+        names.append(self.fn.__name__)
+        return run(self, *args, **options)
+
+    monkeypatch.setattr(run_class, "run", noted)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    outs, x, gate, a, bs, scales = draw(15)
+    outs, bs = ([t.to(device) for t in ts] for ts in (outs, bs))
+    gated_lora_triton(outs, x.to(device), gate.to(device), a.to(device), bs, scales)
+    assert names == ["_shrink_kernel", "_expand_kernel"]
+
+
+def test_one_scale_for_all() -> None:
+    operands = draw(4)
+    one, each = ([y.clone() for y in operands[0]] for _ in range(2))
+    gated_lora(one, *operands[1:5], scale=0.25)
+    gated_lora(each, *operands[1:5], scale=[0.25] * 3)
+    assert all(map(torch.equal, one, each))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale": [1.0]}, "one entry for each sibling, got 3, 3 and 1"),
+        ({"outs": [], "bs": [], "scale": 1.0}, "one entry for each sibling, got 0, 0 and 0"),
+        ({"x": torch.zeros(1, 4, H)}, "x [R, H] and a [M, H] expected, got (1, 4, 263)"),
+        ({"a": torch.zeros(44, 7)}, "expected, got (4, 263) and (44, 7)"),
+        ({"a": torch.zeros(43, H)}, "12 + 8 + 24, got 43"),
+        ({"gate": torch.zeros(3, dtype=torch.bool)}, "gate must be [R] = [4] of bool"),
+        ({"gate": torch.zeros(4)}, "of bool, uint8 or int8, got (4,) of torch.float32"),
+        (
+            {"a": torch.zeros(44, H, dtype=torch.float16)},
+            "a must be float32 or torch.float32, as x is, got torch.float16",
+        ),
+        ({"outs": [torch.zeros(4, 70), torch.zeros(4, 33), torch.zeros(3, 64)]}, "sibling 2: b [N, r] and an output"),
+        (
+            {"outs": [torch.zeros(4, 70).half(), torch.zeros(4, 33), torch.zeros(4, 64)]},
+            "sibling 0: the output must be",
+        ),
+        (
+            {"bs": [torch.zeros(70, 12), torch.zeros(33, 8), torch.zeros(64, 24).half()]},
+            "sibling 2: the output must be",
+        ),
+        ({"gate": torch.zeros(4, dtype=torch.bool, device="meta")}, "all tensors must be on cpu"),
+        ({"a": torch.zeros(44, H, requires_grad=True)}, "no backward"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
+    outs, x, gate, a, bs, scales = draw(4)
+    arguments = {"outs": outs, "x": x, "gate": gate, "a": a, "bs": bs, "scale": scales}
+    before = [y.clone() for y in outs]
+    with pytest.raises(ValueError, match=r"^gated_lora") as raised:
+        gated_lora(**{**arguments, **change})
+    assert message in str(raised.value)
+    assert all(map(torch.equal, outs, before))
+
+
+def test_compiled_whole() -> None:
+    """No break in the graph; outputs that are views of one product included."""
+    _, x, gate, a, bs, scales = draw(6)
+    weight = torch.randn(sum(WIDTHS), H, generator=torch.Generator().manual_seed(0))
+
+    def layer(x: Tensor, gate: Tensor) -> Tensor:
+        joint = x @ weight.T
+        gated_lora(list(joint.split(WIDTHS, dim=1)), x, gate, a, bs, scales)
+        return joint.sigmoid()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, gate), layer(x, gate))
+    torch.testing.assert_close(compiled(x, ~gate), layer(x, ~gate))
+    torch._dynamo.reset()

@@ -15,13 +15,14 @@ Source   arXiv 2507.11851 (gated LoRA), 2604.11035 (residual adapters on mask ro
 The first launch (shrink) makes x A^T. A pass has few rows and A has few, so H is split among programs, in chunks that
 follow from H alone; the second launch (expand) adds their sums up in order: no atomics, and a row has the same bits
 whatever its company. Where rows alone fill a GPU, one program takes all chunks, in the same order. Tiles have 32 rows
-whatever R, for the same reason: for one sequence's 15 they cost no more than 16 would, and 512 read A and B 16 times.
+whatever R, for the same reason: few enough for one sequence's 15, and 512 read A and B no more than 16 times.
 
 A tile without a gated row returns before it reads a weight. Gated rows are not gathered into fewer tiles: up to 32 rows
 there is one tile anyway, and above, a further reading of A and B comes from the L2 cache (0.9 MB for q, k, v of
 Qwen3-4B, 0.2 us), which takes less than a prefix sum over the gate at the head of either launch would. In one launch
 instead of two, every program of the expansion would compute x A^T for itself: 0.24 MB (q, k, v) to 0.9 MB (down) a
 processor, 6 to 22 us from L2, where a launch takes about 2. Programs that wait for one another would need atomics.
+(All times here are estimates for an H100: bench/gated_lora.py measures them where there is a GPU.)
 """
 
 # mypy: disable-error-code="no-untyped-def"

@@ -69,7 +69,8 @@ def test_budgets(target: str) -> None:
             assert one.registers > 0
     if target == "sm_90":
         products = {one.case: one.matrix for kernels in compiled.values() for one in kernels if one.rows}
-        assert products.pop("decode_attention bf16 D128 k1") == "mma.sync"  # 16 rows are too few for wgmma
+        # 16 and 32 rows are too few for wgmma.
+        assert {products.pop(few) for few in ("decode_attention bf16 D128 k1", "gated_lora bf16 r32")} == {"mma.sync"}
         assert set(products.values()) == {"wgmma"}
 
 

@@ -32,7 +32,8 @@ def decode(
         assert sum(blocks) == len(tokens)
     """
     stops = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
-    strategy = strategy.for_model(recorded_settings(model).get("k_max"))
+    if not strategy.k:
+        strategy = strategy.for_model(recorded_settings(model).get("k_max"))
     k, threshold = strategy.k, strategy.threshold
     prompt = input_ids.tolist()
     certain: list[int] = []  # emitted

@@ -138,10 +138,8 @@ def test_tokens_per_pass_do_not_depend_on_the_batch():
     counts = [HeldOut(texts, answers, tokenizer, max_new_tokens=64, batch_size=n).count(model) for n in (1, 4)]
     torch.testing.assert_close(counts[0], counts[1], rtol=1e-12, atol=0)
     # Each problem's k without its last pass, beside all tokens over all passes.
-    outputs = [
-        generate(model, **tokenizer(text, return_tensors="pt"), max_new_tokens=64, return_dict_in_generate=True)
-        for text in texts
-    ]
+    options = {"rows": 2 * 12 - 1, "max_new_tokens": 64, "return_dict_in_generate": True}
+    outputs = [generate(model, **tokenizer(text, return_tensors="pt"), **options) for text in texts]
     ks = [sum(row[:-1]) / len(row[:-1]) for output in outputs for row in output.blocks]
     found = figures(counts[0])
     assert found["effective_k"] == pytest.approx(sum(ks) / 4)

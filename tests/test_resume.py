@@ -507,6 +507,6 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr("mtpkern.train.disk._free", lambda folder: 1000)
     run = trainer(tmp_path / "new")
-    with pytest.raises(DiskFull, match=r"0.00 GiB are free, two checkpoints of"):
+    with pytest.raises(DiskFull, match=r"0.00 MiB are free, two checkpoints of"):
         run.train()
     assert run.state.global_step == 0

@@ -27,8 +27,8 @@ def _free(folder: str | Path) -> int:
     return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:,.2f} GiB"
+def _said(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 1 << 30 else f"{size / 2**20:,.2f} MiB"
 
 
 def checkpoint_bytes(model: nn.Module, args: MTPConfig) -> int:
@@ -53,9 +53,9 @@ def require_space(folder: str | Path, model: nn.Module, args: MTPConfig) -> None
     final = sum(p.numel() for p in model.parameters()) * (4 if args.save_dtype == "float32" else 2)
     free = _free(folder)
     if free < 2 * checkpoint + final:
-        parts = f"two checkpoints of {_gib(checkpoint)} and " if checkpoint else ""
+        parts = f"two checkpoints of {_said(checkpoint)} and " if checkpoint else ""
         raise DiskFull(
-            f"{folder}: {_gib(free)} are free, {parts}a final model of {_gib(final)} must fit; free some, or take "
+            f"{folder}: {_said(free)} are free, {parts}a final model of {_said(final)} must fit; free some, or take "
             "another output_dir"
         )
 
@@ -76,7 +76,7 @@ def full_disk_named(folder: str | Path, needed: int) -> Iterator[None]:
         if not full and not (free < needed and any(words in str(error) for words in _CUT_OFF)):
             raise
         raise DiskFull(
-            f"{folder}: the disk is full; about {_gib(needed)} are needed, {_gib(free)} are free; free some and start "
+            f"{folder}: the disk is full; about {_said(needed)} are needed, {_said(free)} are free; free some and start "
             "again: a run goes on from its newest whole checkpoint"
         ) from error
 

@@ -106,9 +106,8 @@ def check_decode_attention(device: torch.device) -> None:
     small = device.type == "cpu"
     shape = decode_attention.Shape(2, 40, 3, 4, 2, 16) if small else decode_attention.Shape(2, 1500, 23)
     case = decode_attention.Case(shape, device)
-    wide = [x[0].float() for x in (case.q, case.k, case.v)]
-    options = {"max_rows": shape.W, "scale": shape.D**-0.5}
-    right = decode_attention_reference(*wide, case.seq, case.slot, case.start, **options)
+    q, k, v = (x[0].float() for x in (case.q, case.k, case.v))
+    right = decode_attention_reference(q, k, v, case.seq, case.slot, case.start, max_rows=shape.W, scale=shape.D**-0.5)
     ways = {"": case.attend(decode_attention.decode_attention)}
     ways[", batch-invariant"] = case.attend(decode_attention.decode_attention, batch_invariant=True)
     for n in () if small else (1, 3):
@@ -137,9 +136,8 @@ def check_readout(device: torch.device) -> None:
     _require("readout", ours.readout_(0)[:1], torchs.readout_(0)[:1], 0.0)
     _require("readout, confidence", ours.readout_(0)[1:], torchs.readout_(0)[1:], 1e-3)
     for i in range(5):
-        found, right = ours.both(i), torchs.both(i)
-        state = [(*plan, *vars(form.sequences).values()) for plan, form in ((found, ours), (right, torchs))]
-        _require(f"advance, pass {i + 1}", *state, 0.0)
+        found, right = ((*form.both(i), *vars(form.sequences).values()) for form in (ours, torchs))
+        _require(f"advance, pass {i + 1}", found, right, 0.0)
 
 
 def check_span_attention(device: torch.device) -> None:
@@ -199,9 +197,9 @@ def checkpoint(device: torch.device) -> Facts:
     k = min(Verified.k, model.config.mtpkern["k_max"])
 
     def tokens(use_graph: bool) -> list[Tensor]:
-        asked = {"strategy": Verified(k), "max_new_tokens": 24, "use_graph": use_graph}
-        batches = (encode(tokenizer, prompts[:n], model.device) for n in (1, 3))
-        return [generate(model, **batch, **asked).cpu() for batch in batches]
+        asked: dict[str, Any] = {"strategy": Verified(k), "max_new_tokens": 24, "use_graph": use_graph}
+        batches: Iterator[Any] = (encode(tokenizer, prompts[:n], model.device) for n in (1, 3))
+        return [generate(model, **asked, **batch).cpu() for batch in batches]
 
     right = tokens(False)
     model.to(device)

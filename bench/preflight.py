@@ -41,7 +41,7 @@ from mtpkern.bench.harness import as_json, environment
 from mtpkern.bench.timing import Action, difference, free, kernels_by_name, launches, peak, reason, timed
 from mtpkern.compare import encode, read_problems
 from mtpkern.demo import ASSETS, load
-from mtpkern.generation import generate
+from mtpkern.generation import generate, strategy_for
 from mtpkern.kernels.decode_attention import decode_attention_reference
 from mtpkern.kernels.distill import Head, head_readout
 from mtpkern.kernels.kv_write import kv_write as write
@@ -194,10 +194,10 @@ def checkpoint(device: torch.device) -> Facts:
     """Tokens of the shipped model against those of a CPU, and what was warned of."""
     model, tokenizer = load(ASSETS)
     prompts = [problem.prompt for problem in read_problems(ASSETS / "problems.jsonl", 3)]
-    k = min(Verified.k, model.config.mtpkern["k_max"])
+    strategy = strategy_for(model, Verified())
 
     def tokens(use_graph: bool) -> list[Tensor]:
-        asked: dict[str, Any] = {"strategy": Verified(k), "max_new_tokens": 24, "use_graph": use_graph}
+        asked: dict[str, Any] = {"strategy": strategy, "max_new_tokens": 24, "use_graph": use_graph}
         batches: Iterator[Any] = (encode(tokenizer, prompts[:n], model.device) for n in (1, 3))
         return [generate(model, **asked, **batch).cpu() for batch in batches]
 

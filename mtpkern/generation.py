@@ -105,6 +105,10 @@ def generate(
         output = mtpkern.generate(model, **tokenizer("Two and two is", return_tensors="pt"), max_new_tokens=64)
         print(tokenizer.decode(output[0]))
     """
+    if getattr(kwargs.get("custom_generate"), "__module__", None) == __name__:
+        # Our own call has come back, through a class's generate that leads here.
+        kwargs.setdefault("inputs", input_ids)
+        return GenerationMixin.generate(model, **kwargs)
     adopt(model)
     if not isinstance(strategy, Strategy | None):
         raise TypeError(f"strategy must be mtpkern.Static, ConfAdapt or Verified, got {strategy!r}")
@@ -126,6 +130,7 @@ def generate(
     if left_out.get("suppress_tokens") == [mask]:
         del left_out["suppress_tokens"]  # as training records it for other decoders; ours never emits it
     warn_of_left_out(type(model).__name__, left_out, stacklevel=2)
+    reached = False
 
     def decode(
         model: PreTrainedModel,
@@ -135,6 +140,8 @@ def generate(
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> Tensor | MTPGenerateOutput:
+        nonlocal reached
+        reached = True
         if not model_kwargs.get("mm_encoder_outputs", True):
             del model_kwargs["mm_encoder_outputs"]  # of a model that could see images, and has been given none
         require_prepared(generation_config, logits_processor, stopping_criteria, model_kwargs)
@@ -161,8 +168,15 @@ def generate(
                 raise
         return run()
 
-    # Not through the instance, whose generate may be this function.
-    return GenerationMixin.generate(model, input_ids, custom_generate=decode, **settings)
+    # Not through the instance, whose generate may be this function. A class's own is called, and what it does around
+    # the call is done; it has to lead to transformers'.
+    output = type(model).generate(model, input_ids, custom_generate=decode, **settings)
+    if not reached:
+        raise ValueError(
+            f"{type(model).__name__}.generate decodes in its own way and hands nothing on to transformers' generate, "
+            "so mtpkern.generate cannot take its place; use model.generate"
+        )
+    return output
 
 
 def _decode(

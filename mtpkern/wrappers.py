@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.generation import GenerationMixin
 
 from mtpkern.adapter import is_gated
 
@@ -28,8 +27,8 @@ def unwrapped(model: Any, arguments: dict[str, Any]) -> PreTrainedModel:
     """The model that decodes, from itself or from a PeftModel around it; `arguments` are those of the call.
 
     Raises ValueError, with the reason, for everything around a model that decoding would pass over: virtual tokens,
-    adapters that act by row or by place, compiled and distributed wrappers, a `generate` of the class's own, weights
-    that move. TypeError for what is no model of transformers.
+    adapters that act by row or by place, compiled and distributed wrappers, weights that move. TypeError for what is
+    no model of transformers.
 
         plain = unwrapped(peft_model, {})
     """
@@ -92,13 +91,8 @@ def _require_row_wise(name: str, configs: dict[str, Any], active: Any) -> None:
 
 
 def _require_plain(model: PreTrainedModel) -> None:
-    """Refuse a model whose class generates in a way of its own, or whose weights are not where it runs."""
+    """Refuse a model whose weights are not where it runs."""
     name = type(model).__name__
-    if type(model).generate is not GenerationMixin.generate:
-        raise ValueError(
-            f"{name} has a generate() of its own, which mtpkern.generate would pass over; use model.generate, or "
-            "decode with a class that inherits transformers'"
-        )
     device = model.device
     hook = getattr(model, "_hf_hook", None)
     if any(p.device != device or p.is_meta for p in model.parameters()) or type(hook).__name__ == "CpuOffload":

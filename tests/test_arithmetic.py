@@ -21,9 +21,9 @@ from mtpkern.train.arithmetic import (
     prompt,
     split_of_numbers,
 )
-from mtpkern.train.command import read_config
 from mtpkern.train.data import DataArguments, load_data
 from mtpkern.train.formats import Encoder
+from mtpkern.train.options import read_config
 
 SPLITS = get_args(Split)
 

@@ -15,7 +15,7 @@ import pytest
 import tomllib
 
 from mtpkern.cli import main
-from mtpkern.train.command import parse
+from mtpkern.train.options import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

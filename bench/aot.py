@@ -115,7 +115,7 @@ SPILL: dict[tuple[str, str], dict[str, int | tuple[int, int]]] = {
         )
     },
     **{
-        (f"span_attention {case}", "_dkdv_kernel"): spill
+        (f"span_attention {case}", "_dkdv_kernel"): {**spill}
         for case, spill in (
             ("bf16 D80", {"sm_80": 16, "sm_89": 16}),
             ("bf16 D96", {"sm_80": 16, "sm_89": 16}),

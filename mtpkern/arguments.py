@@ -48,20 +48,15 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "early_stopping": (True, "never"),
     "cache_implementation": ("dynamic", "hybrid"),
     **dict.fromkeys(("output_attentions", "output_hidden_states", "output_logits"), (False,)),
-    **dict.fromkeys(("renormalize_logits", "token_healing", "is_assistant", "use_mtp"), (False,)),
+    "renormalize_logits": (False, True),  # log-softmax keeps the order; scores are refused by their own name
+    **dict.fromkeys(("token_healing", "is_assistant", "use_mtp"), (False,)),
     **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "stop_strings"), ([], ())),
     "sequence_bias": ({}, []),
 }
 # What a file may ask for without changing a token: how, with what memory, and what is reported of it.
 _ONLY_HOW = {
     *("do_sample", "use_cache", "cache_implementation", "compile_config", "prefill_chunk_size"),
-    *(
-        "continuous_batching_config",
-        "renormalize_logits",
-        "prompt_lookup_num_tokens",
-        "assistant_early_exit",
-        "use_mtp",
-    ),
+    *("continuous_batching_config", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"),
     *("output_attentions", "output_hidden_states", "output_scores", "output_logits"),
 }
 # Arguments of generate that are no fields of GenerationConfig and mean nothing without others, which are refused.

@@ -116,7 +116,8 @@ def generate(
     require_decodable(model)
     strategy = strategy_for(model, strategy)
     mask = resolve_mask_token(model, mask_token_id)
-    for name, value in (("compile", compile), ("batch_invariant", batch_invariant)):
+    options = {"compile": compile, "batch_invariant": batch_invariant, "wait": wait, "check_model": check_model}
+    for name, value in options.items():
         require_bool(name, value)
     if use_graph is not None:
         require_bool("use_graph", use_graph)

@@ -76,8 +76,8 @@ def full_disk_named(folder: str | Path, needed: int) -> Iterator[None]:
         if not full and not (free < needed and any(words in str(error) for words in _CUT_OFF)):
             raise
         raise DiskFull(
-            f"{folder}: the disk is full; about {_said(needed)} are needed, {_said(free)} are free; free some and start "
-            "again: a run goes on from its newest whole checkpoint"
+            f"{folder}: the disk is full; about {_said(needed)} are needed, {_said(free)} are free; free some and "
+            "start again: a run goes on from its newest whole checkpoint"
         ) from error
 
 

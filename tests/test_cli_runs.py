@@ -121,6 +121,27 @@ def test_other_data_or_model_are_refused_before_weights_are_loaded(tmp_path, sta
     assert [sorted(change) for change in changes] == [["model", "separator", "step", "train_data", "train_dataset"]]
 
 
+def test_a_damaged_checkpoint_is_no_reason_to_start_anew(tmp_path, start, capsys):
+    data, out = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "out"
+    flags = ["train", "--model", str(start), "--train-data", data, "--output-dir", str(out), *TINY, "--save-steps", "1"]
+    flags += ["--lr-scheduler-type", "constant"]
+    assert main([*flags, "--max-steps", "2"]) == 0
+    for step in (2, 1):
+        file = out / f"checkpoint-{step}" / "optimizer.pt"
+        content = bytearray(file.read_bytes())
+        content[-20] ^= 1
+        file.write_bytes(content)
+        assert main([*flags, "--max-steps", "3"]) == (0 if step == 2 else 2)
+        said = capsys.readouterr().err
+        if step == 2:
+            assert "checkpoint-2 changed since it was written and is passed over" in said
+            assert f"going on from {out / 'checkpoint-1'}" in said
+            for later in (2, 3):
+                (out / f"checkpoint-{later}" / "complete.json").unlink()
+            (out / "run.json").unlink()
+    assert "checkpoint-1 changed since it was written, and no whole checkpoint is left; bring it back" in said
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from mtpkern.train import resume
-from mtpkern.train import trainer as trainer_module
+from mtpkern.train import run as run_module
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.disk import DiskFull
@@ -142,7 +142,7 @@ def run_until_killed(path, function, nth):
         ((torch, "save"), 5, "checkpoint-2"),
         ((torch, "save"), 8, "checkpoint-2"),
         ((os, "replace"), 4, "checkpoint-2"),
-        ((trainer_module, "rotate"), 2, "checkpoint-4"),
+        ((run_module, "rotate"), 2, "checkpoint-4"),
         ((shutil, "rmtree"), 1, "checkpoint-4"),
     ],
 )

@@ -36,8 +36,9 @@ from mtpkern.train.gated_trainer import GatedTrainer
 from mtpkern.train.lock import alone_in
 from mtpkern.train.options import help_text, parse
 from mtpkern.train.record import OtherRun, Record, options_of, origin_of
-from mtpkern.train.resume import newest_checkpoint, require_whole
-from mtpkern.train.trainer import MTPTrainer, NotFiniteError
+from mtpkern.train.resume import damaged, newest_checkpoint, require_whole
+from mtpkern.train.run import NotFiniteError
+from mtpkern.train.trainer import MTPTrainer
 
 
 def load_student(
@@ -209,6 +210,14 @@ def _checkpoint(config: MTPConfig) -> str | None:
     """Where a run goes on from: what resume_from_checkpoint names, else the newest complete checkpoint, if any."""
     asked = config.resume_from_checkpoint
     newest = newest_checkpoint(config.output_dir)
+    broken = [folder.name for folder in damaged(config.output_dir)]
+    if broken and newest is None and asked is None:
+        raise ValueError(
+            f"{config.output_dir}: {', '.join(broken)} changed since it was written, and no whole checkpoint is left; "
+            "bring it back, or remove it to start anew"
+        )
+    if broken and config.process_index == 0:
+        print(f"{', '.join(broken)} changed since it was written and is passed over", file=sys.stderr, flush=True)
     # Every option is a string here, but some are meant as a switch.
     if asked is None or str(asked).lower() not in ("true", "false"):
         if asked is not None:

@@ -104,6 +104,11 @@ def newest_checkpoint(output_dir: str | Path) -> str | None:
     return next((str(path) for path in reversed(checkpoints(output_dir)) if is_complete(path)), None)
 
 
+def damaged(output_dir: str | Path) -> list[Path]:
+    """Checkpoints that were whole and are not any more; what a killed run leaves half-written is none of them."""
+    return [folder for folder in checkpoints(output_dir) if (folder / MARK).exists() and not is_complete(folder)]
+
+
 def require_whole(folder: str | Path) -> None:
     """Raise ValueError for a folder that is no checkpoint, or one that was left half-written."""
     folder = Path(folder)

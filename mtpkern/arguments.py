@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import operator
 import warnings
+from copy import copy
 from numbers import Number
 from typing import Any
 
@@ -104,6 +105,7 @@ def read_arguments(
         value = asked[name] if given else getattr(file, name, None)
         if given or value is not None:
             settings[name] = _checked(name, value)
+    _require_valid(file)
     return input_ids, settings, left_out
 
 
@@ -284,6 +286,17 @@ def _asked(generation_config: GenerationConfig | None, file: GenerationConfig) -
     # Some files carry names that transformers does not know; a config made from such a file asks for nothing by them.
     known = vars(GenerationConfig())
     return {n: v for n, v in given.items() if v is not None and (n in known or getattr(file, n, None) != v)}
+
+
+def _require_valid(file: GenerationConfig) -> None:
+    """Refuse a file that contradicts itself: transformers looks before it takes what a call says instead."""
+    try:
+        copy(file).update()
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"the model's generation_config must be one that transformers takes, got this of it: {error} "
+            "Set the field in model.generation_config"
+        ) from None
 
 
 def _checked(name: str, value: Any) -> Any:

@@ -26,7 +26,7 @@ from mtpkern.cache import CapturedPrefill, KVCache, PrefillCache
 from mtpkern.graph import StepGraph, compiled, wants_graph
 from mtpkern.kernels.advance import RUNNING, Rows, Sequences, advance
 from mtpkern.kernels.readout import readout
-from mtpkern.model import has_latent_attention
+from mtpkern.model import has_latent_attention, learned_positions
 from mtpkern.strategies import Strategy
 
 # Up to this many rows a pass is bound by reading the weights, so that rows are nearly free; on a CPU each row costs.
@@ -119,6 +119,9 @@ class Decoder:
         )
         # A bound on the slots in use, where the host knows no better.
         self._reach = capacity - max_new_tokens
+        # Masks may stand behind the last position that a model has learned; what they predict is never emitted.
+        learned = learned_positions(model, needed=capacity + 2 * strategy.k)
+        self.last_position = None if learned is None else learned - 1
         self.threshold = torch.zeros((), device=device)
         self.stop_ids = torch.zeros(places_for(stop_ids), dtype=torch.int64, device=device)
         self.fingerprint: tuple[Any, ...] | None = None
@@ -167,6 +170,7 @@ class Decoder:
         sequences.tokens.scatter_(1, slot[:, :T], input_ids)
         sequences.length.copy_(real.sum(1))
         sequences.limit.copy_(sequences.length + self.max_new_tokens)
+        told = position if self.last_position is None else position.clamp(max=self.last_position)
         # To `advance` the last prompt token is the one pending token, and this pass is like any other.
         sequences.pending.fill_(1)
         self.rows.start.copy_(torch.arange(B + 1, device=input_ids.device) * k)
@@ -182,7 +186,7 @@ class Decoder:
                 logits = self.model(
                     input_ids=columns[:, here],
                     attention_mask=None if attention_mask is None else seen[:, :end],
-                    position_ids=position[:, here],
+                    position_ids=told[:, here],
                     past_key_values=cache,
                     use_cache=True,
                     logits_to_keep=k if end == ends[-1] else 1,
@@ -196,10 +200,10 @@ class Decoder:
         """One pass over the planned rows, inside `attention_context`; returns the rows' logits [R, V]."""
         self.cache.memo.clear()
         if self.cache.proven:
-            return self._take_in(self._forward(self.model, self.rows, route))
+            return self._take_in(self._forward(self.model, self.rows, route, self.last_position))
         # A first pass runs as it is: it notes which layers attend, and what is wrong with a model it says plainly.
         self.cache.attended.clear()
-        logits = _forward(self.model, self.rows, route)
+        logits = _forward(self.model, self.rows, route, self.last_position)
         self._require_attended()
         return self._take_in(logits)
 
@@ -283,13 +287,15 @@ class Decoder:
         self.cache.proven = True
 
 
-def _forward(model: PreTrainedModel, rows: Rows, route: dict[str, AttentionContext]) -> Tensor:
-    """Logits [R, V] of packed rows."""
-    input_ids = rows.token[None]
+def _forward(
+    model: PreTrainedModel, rows: Rows, route: dict[str, AttentionContext], last_position: int | None
+) -> Tensor:
+    """Logits [R, V] of packed rows; the model is told of no position behind the last, unless that is None."""
+    input_ids, position = rows.token[None], rows.position[None]
     with gated(model, input_ids):
         return model(
             input_ids=input_ids,
-            position_ids=rows.position[None],
+            position_ids=position if last_position is None else position.clamp(max=last_position),
             past_key_values=None,
             use_cache=False,
             **route,

@@ -31,7 +31,7 @@ from mtpkern.decoder import PREFILL_CHUNK, Decoder, places_for
 from mtpkern.graph import is_kept, kept_bytes, kept_decoder, release_graphs, wants_graph, without_kernels
 from mtpkern.kernels.advance import FAULT, STOPPED
 from mtpkern.memory import fits_at_once, require_room
-from mtpkern.model import recorded_settings, require_decodable, resolve_mask_token
+from mtpkern.model import learned_positions, recorded_settings, require_decodable, resolve_mask_token
 from mtpkern.strategies import Strategy, Verified
 from mtpkern.verify import require_verified
 from mtpkern.wrappers import unwrapped
@@ -206,7 +206,14 @@ def _decode(
     if attention_mask is not None:
         attention_mask = attention_mask.to(model.device, torch.int64)
     stop_ids = _stop_ids(generation_config)
-    max_new_tokens = generation_config.max_length - T
+    longest, asked = max(prompts), generation_config.max_length - T
+    max_new_tokens = asked
+    positions = learned_positions(model, needed=longest + asked - 1)  # the last token is never fed
+    if positions is not None:
+        # As theirs: an answer that stops in time is as good as any, one that does not is an error, once it is there.
+        max_new_tokens = positions - longest + 1
+        if max_new_tokens < 1:
+            raise ValueError(_past_positions(model, positions, longest, asked))
     # The prefill runs through the model's own attention, and the results are read before another run may have the
     # decoder.
     with (
@@ -216,7 +223,7 @@ def _decode(
             model,
             strategy,
             stop_ids,
-            tokens=generation_config.max_length,
+            tokens=T + max_new_tokens,
             max_new_tokens=max_new_tokens,
             mask_token_id=mask_token_id,
             use_graph=use_graph,
@@ -236,6 +243,8 @@ def _decode(
             raise RuntimeError(
                 f"the model's logits hold NaN or inf for sequences {faulty}; check its weights and dtype"
             )
+        if positions is not None and any(s != STOPPED for s in status):
+            raise ValueError(_past_positions(model, positions, longest, asked))
         emitted = [end - start for end, start in zip(length, prompts)]
         new = _new_tokens(decoder, attention_mask, T, max(emitted), generation_config._pad_token_tensor)
         output = torch.cat([input_ids, new], dim=1)
@@ -248,6 +257,14 @@ def _decode(
         passes=passes,
         tokens_per_pass=[n / p for n, p in zip(emitted, passes)],
         finish_reasons=["stop" if s == STOPPED else "length" for s in status],
+    )
+
+
+def _past_positions(model: PreTrainedModel, positions: int, prompt: int, new: int) -> str:
+    return (
+        f"{type(model).__name__} has learned {positions} positions, which must hold the text: got a prompt of {prompt} "
+        f"tokens that has come to no end within them, with max_new_tokens={new} (max_length={prompt + new}); lower "
+        "the limit or shorten the prompt"
     )
 
 

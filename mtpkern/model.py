@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.nn import Embedding
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mtpkern.adapter import gate_of
@@ -11,6 +12,8 @@ from mtpkern.arguments import whole_number
 MASK_TOKEN = "<|mtp|>"
 CONFIG_KEY = "mtpkern"
 CONFIG_VERSION = 1
+# What transformers calls an embedding of positions.
+_POSITIONS = {"wpe", "position_embeddings", "embed_positions"}
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 # These rescale their frequencies by the longest position of the batch: results would depend on what decodes beside.
 _BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
@@ -112,6 +115,22 @@ def layer_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
     config = model.config.get_text_config(decoder=True)
     layers = getattr(config, "num_hidden_layers", 1)
     return list(getattr(config, "per_layer_config", None) or [config] * (layers if isinstance(layers, int) else 1))
+
+
+def learned_positions(model: PreTrainedModel, *, needed: int) -> int | None:
+    """How many positions the model has learned a row for each, where these are fewer than are needed.
+
+    None where they suffice, or where positions are computed and have no end.
+    """
+    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if not isinstance(most, int) or needed <= most:
+        return None
+    for name, module in model.named_modules():
+        if isinstance(module, Embedding) and name.rpartition(".")[2] in _POSITIONS:
+            # Some leave their first rows unused. Another number of rows is that of a tower beside the decoder.
+            if module.num_embeddings - getattr(module, "offset", 0) == most:
+                return most
+    return None
 
 
 def has_latent_attention(model: PreTrainedModel) -> bool:

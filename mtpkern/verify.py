@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from math import isfinite
 from threading import Lock
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
 
 from mtpkern.adapter import gated
+from mtpkern.arguments import plain_greedy
 from mtpkern.attention import exclusive, routed
 from mtpkern.decoder import Decoder
 from mtpkern.model import require_decodable, resolve_mask_token
@@ -91,30 +93,36 @@ def check(
         return _compare(plain, input_ids, mask_token_id, k, steps, WINDOW)
 
 
-_verdicts: dict[Any, str | None] = {}
-_verdicts_of_one: WeakKeyDictionary[PreTrainedModel, str | None] = WeakKeyDictionary()
+# Classes, and single models, that decode right; models that do not, and why.
+_verified: set[Any] = set()
+_verified_models: WeakSet[PreTrainedModel] = WeakSet()
+_faults: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
 _lock = Lock()
 
 
 def require_verified(model: PreTrainedModel, mask_token_id: int) -> None:
     """Raise ValueError for a model of a kind that the tests do not cover and that a quick `check` finds decoding wrong.
 
-    Once in a process for each class (and attention function); for a model whose forward has been replaced or hooked on
-    the instance, once for that model. The caller holds the model.
+    Once in a process for each class (and attention function) that decodes right; once for each model that does not, of
+    which another may have sound weights, or whose forward has been replaced or hooked on the instance. The caller holds
+    the model.
     """
     own = "forward" in vars(model) or "prepare_inputs_for_generation" in vars(model)
     own = own or bool(model._forward_hooks or model._forward_pre_hooks)
     kind, config = type(model), model.config.get_text_config(decoder=True)
     if not own and kind.__module__.startswith("transformers.models.") and model.config.model_type in TESTED:
         return
-    verdicts: Any = _verdicts_of_one if own else _verdicts
+    verified: Any = _verified_models if own else _verified
     key: Any = model if own else (kind, config._attn_implementation)
     with _lock:
-        known, fault = key in verdicts, verdicts.get(key)
+        known, fault = key in verified or model in _faults, _faults.get(model)
     if not known:
         fault = _fault(model, mask_token_id)
         with _lock:
-            verdicts[key] = fault
+            if fault is None:
+                verified.add(key)
+            else:
+                _faults[model] = fault
     if fault is not None:
         raise ValueError(
             f"mtpkern cannot decode {kind.__name__}: {fault}. Use model.generate; check_model=False skips this check, "
@@ -134,6 +142,8 @@ def _fault(model: PreTrainedModel, mask_token_id: int) -> str | None:
         return f"a trial of it ended in {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     if report.ok:
         return None
+    if not isfinite(report.max_error + report.against_generate):
+        return "its logits hold NaN or inf; check its weights and dtype"
     return (
         f"its logits differ by up to {report.max_error:.3g} from its own forward on the whole text, and by up to "
         f"{report.against_generate:.3g} from its own greedy decoding, where {report.tolerance:.3g} would be rounding "
@@ -271,11 +281,11 @@ def _against_generate(
 ) -> tuple[float, float]:
     """The largest difference of a logit between greedy decoding by transformers and full recomputation, and ours."""
     B, T = input_ids.shape
-    settings = GenerationConfig(
-        max_new_tokens=new, do_sample=False, return_dict_in_generate=True, output_logits=True, pad_token_id=0
-    )
+    # What the model's own file asks for, beams or stop strings, is no question of its kind.
+    settings: dict[str, Any] = plain_greedy(model.generation_config)
+    settings |= {"max_new_tokens": new, "return_dict_in_generate": True, "output_logits": True}
     theirs = GenerationMixin.generate(
-        model, input_ids, attention_mask=attention_mask, generation_config=settings, eos_token_id=None
+        model, input_ids, attention_mask=attention_mask, **settings, pad_token_id=0, eos_token_id=None
     )
     decoder = _decoder(model, input_ids, mask_token_id, 1, new)
     differences, noise = [], []

@@ -117,7 +117,9 @@ class Call:
         kwargs = self._with(self.plain | (self.inert if inert else {}))
         if self.mask is not None:
             kwargs["attention_mask"] = self.real
-        return {"suppress_tokens": [MASK], "do_sample": False} | {n: x for n, x in kwargs.items() if x is not None}
+        # Without a max_length of the call's transformers knows what to do; with None it does not.
+        kwargs = {n: x for n, x in kwargs.items() if x is not None or n in self.plain and n != "max_length"}
+        return kwargs | {"suppress_tokens": [MASK], "do_sample": False}
 
     def _with(self, values: dict[str, Any]) -> dict[str, Any]:
         kwargs = {name: x for name, x in values.items() if name not in self.in_config}
@@ -137,7 +139,7 @@ class Call:
 
 def draw(rng: Random, *, adapters: bool = True) -> Call:
     batch = rng.randint(1, 4)
-    longest = rng.choice([1, 3, 5, 8, 12, 12, 30])
+    longest = rng.choice([1, 3, 5, 8, 12, 12, 30, 30, 124])  # of the 128 positions that a tiny model has
     lengths = [longest, *(rng.randint(1, longest) for _ in range(batch - 1))]
     ids = torch.tensor([[PAD] * (longest - n) + rng.choices(WORDS, k=n) for n in lengths])
     real = (ids != PAD).long()
@@ -184,10 +186,11 @@ def _draw_limits(call: Call, rng: Random, longest: int) -> None:
         (2, {"max_new_tokens": n, "max_length": 4}, {"max_new_tokens": n, "max_length": 4}, False),
         (2, {"max_new_tokens": float(n)}, {"max_new_tokens": n}, False),
         (1, {"max_new_tokens": torch.tensor(n)}, {"max_new_tokens": n}, False),
-        (1, {"max_new_tokens": None, "max_length": longest + n}, {"max_length": longest + n}, False),
+        (1, {"max_new_tokens": None, "max_length": longest + n}, {"max_new_tokens": None, "max_length": longest + n}, False),
         (1, {"max_new_tokens": n, "max_length": None}, {"max_new_tokens": n}, False),
         (1, {}, {}, False),
         (0.4, {"max_new_tokens": 130}, {"max_new_tokens": 130}, False),
+        (0.5, {"max_length": 129}, {"max_length": 129}, False),
         (0.5, {"max_length": longest}, {}, True),
         (0.5, {"max_length": max(1, longest - 2), "max_new_tokens": None}, {}, True),
         (1, {name: wrong}, {}, True),
@@ -198,7 +201,7 @@ def _draw_limits(call: Call, rng: Random, longest: int) -> None:
         call.faults["limit"] = tuple(call.fields)
     if not call.fields and rng.random() < 0.7:
         call.file |= rng.choice([{"max_new_tokens": n}, {"max_length": longest + n}, {"max_new_tokens": float(n)}])
-    if rng.random() < 0.05:
+    if not faulty and rng.random() < 0.05:
         call.file |= {"max_new_tokens": 2}
 
 
@@ -278,6 +281,8 @@ def _draw_fields(call: Call, rng: Random) -> None:
     """What greedy decoding does without, in the call and in the model's file, and what it cannot do."""
     if rng.random() < 0.35:
         call.file |= dict(rng.sample(ASKING, rng.randint(1, 3)) + rng.sample(SAMPLING, rng.randint(0, 2)))
+    if call.file.get("num_return_sequences") and not call.file.get("do_sample") and call.file.get("num_beams") != 2:
+        call.faults["file"] = ("model.generation_config",)  # which transformers does not take for greedy decoding, either
     if rng.random() < 0.5:
         call.inert |= dict(rng.sample(INERT, rng.randint(1, 3)))
     if rng.random() < 0.15:
@@ -438,7 +443,7 @@ def outcome(model: Any, call: Call, *, refused: bool) -> Outcome:
     if state(subject) != before:
         return Outcome("something is left changed", found.text, False)
     for key, value in shown.items():
-        same = value.equal(given[key]) if isinstance(value, Tensor) and value.device.type != "meta" else True
+        same = value.equal(given[key]) if isinstance(value, Tensor) and "nan" not in str(value) else True
         if not same or (not isinstance(value, Tensor) and _looks(value) != _looks(given[key])):
             return Outcome("an argument is changed", key, False)
     return found
@@ -469,8 +474,9 @@ def fuzz(model: Any, seed: str, calls: int, *, of_refused: int = 2) -> list[tupl
     plain.mask, plain.fields, plain.plain = plain.real, {"max_new_tokens": 4}, {"max_new_tokens": 4}
     plain.options = {"mask_token_id": MASK, "input_ids": plain.ids, "attention_mask": plain.real}
     plain.file = {"pad_token_id": PAD}
+    greedy(model, plain)  # some settle on another way of theirs in their first call
     first = outcome(model, plain, refused=False)
-    refused = first.kind == "refused what is due" and type(model).__name__ in first.text
+    refused = first.kind != "HF's tokens" and type(model).__name__ in first.text
     if refused:
         first = Outcome("error: a model that is refused", first.text, True)
     found = [(f"{seed} plain", first)]

@@ -38,7 +38,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The classes that were compared; nothing is remembered from other tests."""
     seen: list[str] = []
     compare = mtpkern.verify._compare
-    monkeypatch.setattr(mtpkern.verify, "_verdicts", {})
+    monkeypatch.setattr(mtpkern.verify, "_verified", set())
     monkeypatch.setattr(
         mtpkern.verify,
         "_compare",

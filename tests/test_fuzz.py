@@ -43,7 +43,8 @@ INERT: list[tuple[str, Any]] = [
     *(("suppress_tokens", None), ("suppress_tokens", []), ("begin_suppress_tokens", []), ("bad_words_ids", None)),
     *(("bad_words_ids", []), ("stop_strings", None), ("stop_strings", []), ("sequence_bias", None)),
     *(("use_cache", True), ("use_cache", None), ("cache_implementation", "dynamic"), ("cache_implementation", None)),
-    *(("output_scores", False), ("output_logits", False), ("output_attentions", False), ("output_hidden_states", False)),
+    *(("output_scores", False), ("output_logits", False)),
+    *(("output_attentions", False), ("output_hidden_states", False)),
     *(("decoder_start_token_id", 3), ("bos_token_id", 1), ("bos_token_id", None), ("num_assistant_tokens", 4)),
     *(("max_matching_ngram_size", 2), ("assistant_confidence_threshold", 0.3), ("diversity_penalty", 0.0)),
     *(("forced_bos_token_id", None), ("forced_eos_token_id", None), ("exponential_decay_length_penalty", None)),
@@ -186,7 +187,12 @@ def _draw_limits(call: Call, rng: Random, longest: int) -> None:
         (2, {"max_new_tokens": n, "max_length": 4}, {"max_new_tokens": n, "max_length": 4}, False),
         (2, {"max_new_tokens": float(n)}, {"max_new_tokens": n}, False),
         (1, {"max_new_tokens": torch.tensor(n)}, {"max_new_tokens": n}, False),
-        (1, {"max_new_tokens": None, "max_length": longest + n}, {"max_new_tokens": None, "max_length": longest + n}, False),
+        (
+            1,
+            {"max_new_tokens": None, "max_length": longest + n},
+            {"max_new_tokens": None, "max_length": longest + n},
+            False,
+        ),
         (1, {"max_new_tokens": n, "max_length": None}, {"max_new_tokens": n}, False),
         (1, {}, {}, False),
         (0.4, {"max_new_tokens": 130}, {"max_new_tokens": 130}, False),
@@ -282,7 +288,9 @@ def _draw_fields(call: Call, rng: Random) -> None:
     if rng.random() < 0.35:
         call.file |= dict(rng.sample(ASKING, rng.randint(1, 3)) + rng.sample(SAMPLING, rng.randint(0, 2)))
     if call.file.get("num_return_sequences") and not call.file.get("do_sample") and call.file.get("num_beams") != 2:
-        call.faults["file"] = ("model.generation_config",)  # which transformers does not take for greedy decoding, either
+        call.faults["file"] = (
+            "model.generation_config",
+        )  # which transformers does not take for greedy decoding, either
     if rng.random() < 0.5:
         call.inert |= dict(rng.sample(INERT, rng.randint(1, 3)))
     if rng.random() < 0.15:
@@ -403,8 +411,12 @@ class Outcome:
 
 
 # Errors of code that came to something it did not expect, and advice of others that cannot be followed here.
-_FOREIGN = re.compile(r"size of tensor|out of range in self|expected scalar|has no attribute|unexpected keyword|object is")
-_EXPECTED = re.compile(r"must|needs|is in |expected|support|cannot|is set to|wraps|are two names|was |is an? |has |hold|whole number")
+_FOREIGN = re.compile(
+    r"size of tensor|out of range in self|expected scalar|has no attribute|unexpected keyword|object is"
+)
+_EXPECTED = re.compile(
+    r"must|needs|is in |expected|support|cannot|is set to|wraps|are two names|was |is an? |has |hold|whole number"
+)
 _REMEDY = re.compile(r"; |: |, got |\buse\b|\bpass\b|\bset\b|\bleave\b|\bload\b|consider")
 
 

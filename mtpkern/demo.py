@@ -18,12 +18,11 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from mtpkern import show
+from mtpkern import ASSETS, show
 from mtpkern.compare import HF_GENERATE, Completion, Problem, Tally, compare, count_right, encode, read_problems, timed
 from mtpkern.output import printable, whole_file
 from mtpkern.strategies import ConfAdapt, Static, Strategy, Verified
 
-ASSETS = Path(__file__).parent / "assets"
 PICTURES = 3
 BATCH = 8
 MAX_NEW_TOKENS = 128

@@ -34,7 +34,7 @@ from mtpkern.train.evaluate import HeldOut, same_number, summarise
 from mtpkern.train.formats import Encoder
 from mtpkern.train.gated_trainer import GatedTrainer
 from mtpkern.train.lock import alone_in
-from mtpkern.train.options import help_text, parse
+from mtpkern.train.options import first_steps, help_text, parse
 from mtpkern.train.record import OtherRun, Record, options_of, origin_of
 from mtpkern.train.resume import newest_checkpoint, require_whole
 from mtpkern.train.trainer import MTPTrainer, NotFiniteError
@@ -248,4 +248,10 @@ def main(argv: Sequence[str]) -> None:
     if not argv or {"-h", "--help", "--help-all"} & set(argv):
         print(help_text("--help-all" in argv))
         return
-    train(*parse(argv))
+    try:
+        train(*parse(argv))
+    except FileNotFoundError as error:
+        before = first_steps(argv[0])
+        if not before:
+            raise
+        raise FileNotFoundError("\n  ".join([f"{error}. {argv[0]} needs what these make:", *before])) from error

@@ -151,6 +151,15 @@ def test_a_wrong_type_in_a_file(tmp_path, text, says):
         parse([str(tmp_path / "c.yaml"), "--model", "m", "--train-data", "d.jsonl", "--use-cpu"])
 
 
+def test_a_configuration_that_is_no_utf_8_is_named(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_bytes("model: Königsberg\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"c.yaml: expected UTF-8 text"):
+        parse([str(file)])
+    file.write_text("model: m\ntrain_data: d.jsonl\nuse_cpu: true\n", encoding="utf-8-sig")
+    assert parse([str(file)])[0].model == "m"
+
+
 def test_right_types_in_a_file(tmp_path):
     text = "model: m\ntrain_data: a.jsonl\nuse_cpu: yes\nlearning_rate: 1e-5\nweight_decay: 1\nnum_spans: null\n"
     text += (

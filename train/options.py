@@ -129,7 +129,10 @@ def read_config(name: str) -> dict[str, Any]:
                 f"(those are {', '.join(shipped_configs())})"
             )
         path = CONFIGS / f"{name}.yaml"
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text ({error}); convert it") from None
     try:
         values = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:

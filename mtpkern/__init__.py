@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import re
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "ASSETS",
     "ConfAdapt",
     "MTPGenerateOutput",
     "Static",
@@ -38,6 +40,9 @@ __all__ = [
     "reference",
     "release_graphs",
 ]
+
+# The folder of the small checkpoint that comes along, with its tokenizer and held-out problems.
+ASSETS = Path(__file__).parent / "assets"
 
 _MODULE_OF = {
     "ConfAdapt": "mtpkern.strategies",

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+from mtpkern.answers import RESULT_FIELDS, answers_file
 from mtpkern.output import json_line, printable, whole_file
 
 if TYPE_CHECKING:
@@ -26,7 +31,6 @@ _HANDED_ON = {
     "train": ("mtpkern.train.command", "train a checkpoint for multi-token prediction"),
     "convert": ("mtpkern.train.convert", "make a plain checkpoint of one that the paper's authors published"),
 }
-RESULT_FIELDS = ("text", "tokens", "blocks", "tokens_per_pass")
 # Other columns are handed through, but these are known to change what a chat template writes.
 _TEMPLATE_FIELDS = ("tools", "documents", "system", "chat_template_kwargs")
 
@@ -47,6 +51,8 @@ class Row:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, or 2 with a message on stderr where the user can help.
 
+    130 after an interrupt, and 141 where the reader of a pipe, such as `head`, has left.
+
     main(["demo", "--problems", "16"])
     """
     words = list(sys.argv[1:] if argv is None else argv)
@@ -58,6 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.run(args)
         else:
             importlib.import_module(_HANDED_ON[handed_on][0]).main(words[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Else Python would complain once more when it flushes stdout at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"mtpkern {args.command}: {printable(str(error))}", file=sys.stderr)
         return 2
@@ -73,19 +84,22 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="mtpkern", description="Several tokens per forward pass.")
+    parser.add_argument("--version", action="version", version=f"mtpkern {version('mtpkern')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="the shipped checkpoint solves held-out problems, with wall-clock ratios")
     demo.add_argument("--problems", type=_positive, default=64, metavar="N", help="problems in the table (default 64)")
     demo.add_argument("--html", type=Path, metavar="FILE", help="write the coloured blocks as a page")
     demo.add_argument("--checkpoint", type=Path, metavar="DIR", help="a folder like the shipped one")
+    demo.add_argument("--json", action="store_true", help="print the figures as one JSON object, and nothing else")
     demo.set_defaults(run=_demo)
 
     generate = commands.add_parser(
         "generate",
         help="decode prompts with any checkpoint",
         description="Greedy decoding. --prompt prints the text, with control characters as escapes on a terminal and "
-        "as it is anywhere else; --file prints one JSON object a row.",
+        "as it is anywhere else; --file prints one JSON object a row. With --file an --output grows row by row, and "
+        "the same command again goes on behind those that are there.",
     )
     generate.add_argument("model", metavar="MODEL", help="a checkpoint's path or hub id")
     source = generate.add_mutually_exclusive_group(required=True)
@@ -96,13 +110,15 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--threshold", type=float, help="confidence above which a token counts as sure, 0 to 1")
     generate.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="(default 256)")
     generate.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="(default 8)")
-    generate.add_argument("--mask-token-id", type=int, metavar="ID", help="where the checkpoint does not record it")
+    generate.add_argument(
+        "--mask-token-id", type=int, metavar="ID", help="where the checkpoint does not record it; --k 1 needs none"
+    )
     generate.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     generate.add_argument("--device", help="such as cpu or cuda:0 (default: the accelerator, if there is one)")
     generate.add_argument("--chat", action="store_true", help="apply the chat template to plain prompts too")
-    generate.add_argument("--show", action="store_true", help="print the text as blocks, one colour a pass")
+    generate.add_argument("--show", action="store_true", help="print prompt and text, in blocks, one colour a pass")
     generate.add_argument(
-        "--output", type=Path, metavar="FILE", help="write JSONL there: a file whole or not at all, a pipe line by line"
+        "--output", type=Path, metavar="FILE", help="write JSONL there, with --prompt whole or not at all"
     )
     generate.set_defaults(run=_generate)
 
@@ -121,7 +137,7 @@ def _demo(args: argparse.Namespace) -> None:
     _quiet()
     from mtpkern.demo import ASSETS, demo
 
-    demo(args.problems, html=args.html, folder=args.checkpoint or ASSETS)
+    demo(args.problems, html=args.html, folder=args.checkpoint or ASSETS, as_json=args.json)
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -129,16 +145,56 @@ def _generate(args: argparse.Namespace) -> None:
     rows = [_row("--prompt", {"prompt": args.prompt})] if args.file is None else read_rows(args.file)
     _quiet()
     strategy = _strategy(args)
-    with whole_file(args.output) as output:
-        model, tokenizer = _load(args)
-        prompts = [_encode(tokenizer, row, chat=args.chat) for row in rows]
+    if args.file is None or args.output is None:
+        with whole_file(args.output) as output:
+            _decode_rows(rows, strategy, args, output)
+        return
+    with answers_file(args.output, [row.fields for row in rows]) as (done, output):
+        if done:
+            print(
+                f"{printable(str(args.output))} has the first {done} of {len(rows)} answers already, which stay as "
+                "they are, whatever options wrote them",
+                file=sys.stderr,
+            )
+        if done < len(rows):
+            _decode_rows(rows[done:], strategy, args, output)
+
+
+def _decode_rows(
+    rows: Sequence[Row], strategy: Strategy | None, args: argparse.Namespace, output: TextIO | None
+) -> None:
+    from mtpkern import show
+    from mtpkern.loading import device_of, load, require_model
+
+    require_model(args.model)
+    model, tokenizer = load(args.model, args.dtype, device_of(args.device))
+    if strategy is None or strategy.k != 1:
+        _require_mask_token(model, args)
+    prompts = [_encode(tokenizer, row, chat=args.chat) for row in rows]
+    # Rows that appear on a terminal tell by themselves how far things are.
+    hidden = args.file is not None and (output is not None or not sys.stdout.isatty()) and not args.show
+    with show.progress(f"{len(rows)} prompts", len(rows)) if hidden else nullcontext(lambda done: None) as advance:
         for i in range(0, len(rows), args.batch_size):
             batch = slice(i, i + args.batch_size)
             completions = _complete(model, tokenizer, rows[batch], prompts[batch], strategy, args)
-            for row, completion in zip(rows[batch], completions, strict=True):
+            for row, completion in zip(rows[batch], completions):
                 _write(tokenizer, row, completion, args, output)
-            if output is not None:
-                output.flush()  # who reads a pipe waits for it
+                # Who reads a pipe waits for it, and what is in the file is not lost.
+                (output or sys.stdout).flush()
+            advance(min(i + args.batch_size, len(rows)))
+
+
+def _require_mask_token(model: PreTrainedModel, args: argparse.Namespace) -> None:
+    from mtpkern.model import resolve_mask_token
+
+    if args.mask_token_id is None:
+        try:
+            resolve_mask_token(model)
+        except ValueError:
+            raise ValueError(
+                f"{args.model} records no mask token: decode it one token a pass with --strategy static --k 1, give "
+                "--mask-token-id for a checkpoint trained elsewhere, or train it with mtpkern train"
+            ) from None
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -193,6 +249,8 @@ def _strategy(args: argparse.Namespace) -> Strategy | None:
     """The strategy of the options; None (the library's default) where nothing is asked for."""
     from mtpkern.strategies import ConfAdapt, Static, Verified
 
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        raise ValueError(f"--threshold must be a probability from 0 to 1, got {args.threshold}")
     given = {name: value for name in ("k", "threshold") if (value := getattr(args, name)) is not None}
     if args.strategy == "static":
         if args.threshold is not None:
@@ -201,27 +259,6 @@ def _strategy(args: argparse.Namespace) -> Strategy | None:
     if args.strategy == "confadapt":
         return ConfAdapt(**given)
     return Verified(**given) if given else None
-
-
-def _load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = torch.device(args.device or accelerator or "cpu")
-    # Code that comes with a checkpoint is not run, and nobody is asked whether it may.
-    try:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise ValueError(
-            f"{args.model} needs code of its own, which this command does not run; if you trust it, load the model in "
-            "Python and call mtpkern.generate"
-        ) from error
-    return model.to(device).eval(), tokenizer
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, row: Row, *, chat: bool) -> list[int]:
@@ -250,17 +287,31 @@ def _complete(
     prompts: Sequence[list[int]],
     strategy: Strategy | None,
     args: argparse.Namespace,
-) -> list[Completion]:
+) -> Iterator[Completion]:
+    """The completions of a batch; where it fails those of each row alone, so that one bad row takes none along.
+
+    Raises ValueError that names the row.
+    """
+    import torch
+
     from mtpkern.compare import ours, pad
 
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "mask_token_id": args.mask_token_id}
     if model.generation_config.eos_token_id is None:
         options["eos_token_id"] = tokenizer.eos_token_id
     try:
-        return ours(model, pad(prompts, model.device), strategy=strategy, **options)
-    except ValueError as error:
-        span = rows[0].where if len(rows) == 1 else f"{rows[0].where} to {rows[-1].where}"
-        raise ValueError(f"{span}: {error}") from error
+        completions = ours(model, pad(prompts, model.device), strategy=strategy, **options)
+    except (ValueError, RuntimeError) as error:
+        if len(rows) == 1:
+            if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+                raise RuntimeError(f"{rows[0].where}: {error}") from error
+            text = re.sub("mask_token_id|max_new_tokens", lambda match: f"--{match[0].replace('_', '-')}", str(error))
+            raise ValueError(f"{rows[0].where}: {text}") from error
+    else:
+        yield from completions
+        return
+    for row, prompt in zip(rows, prompts):
+        yield from _complete(model, tokenizer, [row], [prompt], strategy, args)
 
 
 def _write(
@@ -273,7 +324,7 @@ def _write(
     """One result: JSONL to the file or, for --file, to stdout; as text or blocks to stdout."""
     text = str(tokenizer.decode(completion.tokens, skip_special_tokens=True))
     rate = len(completion.tokens) / len(completion.blocks)
-    values = (text, completion.tokens, completion.blocks, round(rate, 3))
+    values = (text, completion.tokens, completion.blocks, round(rate, 3), completion.finished)
     line = json_line(row.fields | dict(zip(RESULT_FIELDS, values, strict=True)))
     if output is not None:
         print(line, file=output)
@@ -283,6 +334,10 @@ def _write(
         from mtpkern import show
 
         console = Console(highlight=False)
+        prompt = row.messages[-1]["content"]
+        console.print(
+            printable(prompt if args.file is None else f"{row.where}: {prompt}"), style="italic", markup=False
+        )
         parts = show.pieces(tokenizer, completion.tokens, completion.blocks)
         console.print(show.terminal(parts, colour=show.coloured(console)))
         console.print(f"{show.sizes(completion.blocks)}, {rate:.2f} a pass", style="dim")

@@ -37,10 +37,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Completion:
-    """The emitted tokens of one sequence (its stop token included) and how many of them each pass emitted."""
+    """The emitted tokens of one sequence (its stop token included) and how many of them each pass emitted.
+
+    finished: False where the limit cut it
+    """
 
     tokens: list[int]
     blocks: list[int]
+    finished: bool = True
 
 
 def sample_k(blocks: Sequence[int]) -> float:
@@ -152,8 +156,12 @@ def ours(model: PreTrainedModel, inputs: Mapping[str, Tensor], **options: Any) -
     out = generate(model, **{**inputs, **options}, return_dict_in_generate=True)
     assert isinstance(out, MTPGenerateOutput)
     assert out.blocks is not None
+    assert out.finish_reasons is not None
     rows = out.sequences[:, inputs["input_ids"].shape[1] :].tolist()
-    return [Completion(row[: sum(blocks)], blocks) for row, blocks in zip(rows, out.blocks, strict=True)]
+    return [
+        Completion(row[: sum(blocks)], blocks, reason == "stop")
+        for row, blocks, reason in zip(rows, out.blocks, out.finish_reasons, strict=True)
+    ]
 
 
 def hugging_face(model: PreTrainedModel, inputs: Mapping[str, Tensor], **options: Any) -> list[Completion]:
@@ -166,7 +174,7 @@ def hugging_face(model: PreTrainedModel, inputs: Mapping[str, Tensor], **options
     for row in rows:
         # Behind the first stop token there is only padding.
         end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
-        completions.append(Completion(row[:end], [1] * end))
+        completions.append(Completion(row[:end], [1] * end, bool(stops & set(row))))
     return completions
 
 

@@ -18,12 +18,11 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from mtpkern import show
+from mtpkern import ASSETS, show
 from mtpkern.compare import HF_GENERATE, Completion, Problem, Tally, compare, count_right, encode, read_problems, timed
 from mtpkern.output import printable, whole_file
 from mtpkern.strategies import ConfAdapt, Static, Strategy, Verified
 
-ASSETS = Path(__file__).parent / "assets"
 PICTURES = 3
 BATCH = 8
 MAX_NEW_TOKENS = 128
@@ -52,11 +51,12 @@ def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def demo(problems: int = 64, *, html: Path | None = None, folder: Path = ASSETS) -> None:
-    """Run the demo and print it; the last line of stdout is one JSON object.
+def demo(problems: int = 64, *, html: Path | None = None, folder: Path = ASSETS, as_json: bool = False) -> None:
+    """Run the demo and print it.
 
     problems: how many held-out problems the table counts; html: where to write the picture as a page; folder: a
-    checkpoint with its problems.jsonl. Colours follow the terminal and NO_COLOR; progress goes to stderr.
+    checkpoint with its problems.jsonl; as_json: print the figures as one JSON object and nothing else. Colours
+    follow the terminal and NO_COLOR; progress goes to stderr.
 
         demo(16)
     """
@@ -64,15 +64,15 @@ def demo(problems: int = 64, *, html: Path | None = None, folder: Path = ASSETS)
         raise ValueError(f"problems must be at least 1; got {problems}")
     # Opened first: a place that cannot be written is known before anything runs.
     with whole_file(html) as page:
-        result = _run(problems, folder, page)
-    if html is not None:
+        result = _run(problems, folder, page, Console(highlight=False, quiet=as_json))
+    if as_json:
+        print(json.dumps(result), flush=True)
+    elif html is not None:
         print(f"\nwritten: {printable(str(html))}")
-    print(json.dumps(result), flush=True)
 
 
-def _run(problems: int, folder: Path, page: TextIO | None) -> dict[str, object]:
+def _run(problems: int, folder: Path, page: TextIO | None, console: Console) -> dict[str, object]:
     """The demo up to its summary, which is returned."""
-    console = Console(highlight=False)
     with show.progress("loading the checkpoint", 1) as advance:
         model, tokenizer = load(folder)
         held_out = read_problems(folder / "problems.jsonl", problems)
@@ -114,7 +114,7 @@ def _run(problems: int, folder: Path, page: TextIO | None) -> dict[str, object]:
 
 
 def summary(single: Mapping[str, Tally], batched: Mapping[str, Tally]) -> dict[str, object]:
-    """What the last line holds: per way tokens per pass, accuracy, and tokens per second over Hugging Face's generate.
+    """What --json prints: per way tokens per pass, accuracy, and tokens per second over Hugging Face's generate.
 
     summary(tallies, batched)["speedup_vs_hf_generate"]["verified"]
     """
@@ -176,7 +176,7 @@ def _picture(
     return outer
 
 
-HEADER = ("way of decoding", "right", "tokens a pass", "tokens/s", "× HF generate")
+HEADER = ("way of decoding", "right", "tokens/pass", "tokens/s", "× HF")
 
 
 def _label(strategy: Strategy | None) -> str:
@@ -222,5 +222,5 @@ def _page(
         body.append("</div>")
     head = "".join(f"<th>{escape(name)}</th>" for name in HEADER)
     lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
-    body.append(f"<table><caption>{escape(title)}</caption><tr>{head}</tr>\n{lines}</table>")
+    body.append(f'<div class="wide"><table><caption>{escape(title)}</caption><tr>{head}</tr>\n{lines}</table></div>')
     return show.page("Several tokens per pass", "\n".join(body))

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from mtpkern.adapter import adopt
+from mtpkern.adapter import adopt, gate_of
 from mtpkern.arguments import (
     read_arguments,
     require_bool,
@@ -31,7 +31,7 @@ from mtpkern.decoder import PREFILL_CHUNK, Decoder, places_for
 from mtpkern.graph import is_kept, kept_bytes, kept_decoder, release_graphs, wants_graph, without_kernels
 from mtpkern.kernels.advance import FAULT, STOPPED
 from mtpkern.memory import fits_at_once, require_room
-from mtpkern.model import learned_positions, recorded_settings, require_decodable, resolve_mask_token
+from mtpkern.model import learned_positions, mask_token_for, recorded_settings, require_decodable
 from mtpkern.strategies import Strategy, Verified
 from mtpkern.verify import require_verified
 from mtpkern.wrappers import unwrapped
@@ -83,7 +83,7 @@ def generate(
 
     strategy: `Verified` (default; the checkpoint's own greedy output), `ConfAdapt` or `Static`. Without a k each takes
         one from the k_max that training has recorded (`Strategy.for_model`); one that is given stays.
-    mask_token_id: for checkpoints that do not record theirs.
+    mask_token_id: for checkpoints that do not record theirs; k = 1 needs none, so any model decodes with `Static(1)`.
     rows: the row budget of a pass, from B * k up; see `mtpkern.decoder.default_rows`.
     use_graph: whether a pass is captured in a CUDA graph, which the next calls of a similar shape use again; None: on
         every CUDA device. What is kept between calls: `release_graphs`.
@@ -115,7 +115,7 @@ def generate(
     model = unwrapped(model, kwargs)
     require_decodable(model)
     strategy = strategy_for(model, strategy)
-    mask = resolve_mask_token(model, mask_token_id)
+    mask = mask_token_for(model, strategy.k, mask_token_id)
     options = {"compile": compile, "batch_invariant": batch_invariant, "wait": wait, "check_model": check_model}
     for name, value in options.items():
         require_bool(name, value)
@@ -286,7 +286,9 @@ def _decoder(
     With a graph one that an earlier call has left, or that is kept for the next.
     """
     if check_model:
-        require_verified(model, mask_token_id)
+        # Where the model has none, any token stands for the masks of a trial.
+        known = gate_of(model) is not None or mask_token_id < model.get_input_embeddings().weight.shape[0]
+        require_verified(model, mask_token_id if known else 0)
 
     def shape(capacity: int) -> dict[str, Any]:
         return {"capacity": capacity, "mask_token_id": mask_token_id, **options}

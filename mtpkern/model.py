@@ -97,7 +97,7 @@ def resolve_mask_token(model: PreTrainedModel, mask_token_id: int | None = None)
     if mask_token_id is None:
         raise ValueError(
             f"{type(model).__name__} records no mask token in its config: pass mask_token_id= for a checkpoint trained "
-            "elsewhere, or train one with mtpkern.train"
+            "elsewhere, train one with mtpkern.train, or decode one token a pass with strategy=mtpkern.Static(1)"
         )
     mask_token_id = whole_number("mask_token_id", mask_token_id)
     # The weight's shape, because peft's wrapper of an embedding has no num_embeddings.
@@ -105,6 +105,18 @@ def resolve_mask_token(model: PreTrainedModel, mask_token_id: int | None = None)
     if not 0 <= mask_token_id < vocabulary:
         raise ValueError(f"mask_token_id must be a token of the model, 0 to {vocabulary - 1}, got {mask_token_id}")
     return mask_token_id
+
+
+def mask_token_for(model: PreTrainedModel, k: int, mask_token_id: int | None = None) -> int:
+    """The mask token for decoding k tokens a pass: `resolve_mask_token`, but one token a pass asks for no mask.
+
+    A model that records none, and is given none, then gets the first id behind its vocabulary, which nothing emits.
+
+        mask_token_for(untrained, 1)  # 32000, where untrained has 32000 tokens
+    """
+    if k == 1 and mask_token_id is None and "mask_token_id" not in recorded_settings(model):
+        return int(model.get_input_embeddings().weight.shape[0])
+    return resolve_mask_token(model, mask_token_id)
 
 
 def layer_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
@@ -126,10 +138,11 @@ def learned_positions(model: PreTrainedModel, *, needed: int) -> int | None:
     if not isinstance(most, int) or needed <= most:
         return None
     for name, module in model.named_modules():
-        if isinstance(module, Embedding) and name.rpartition(".")[2] in _POSITIONS:
-            # Some leave their first rows unused. Another number of rows is that of a tower beside the decoder.
-            if module.num_embeddings - getattr(module, "offset", 0) == most:
-                return most
+        if not isinstance(module, Embedding) or name.rpartition(".")[2] not in _POSITIONS:
+            continue
+        # Some leave their first rows unused. Another number of rows is that of a tower beside the decoder.
+        if module.num_embeddings - getattr(module, "offset", 0) == most:
+            return most
     return None
 
 

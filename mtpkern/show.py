@@ -106,14 +106,22 @@ def page(title: str, body: str) -> str:
 <style>
 body {{ font: 1rem/1.6 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
   background: #fff; color: #111 }}
-.pair {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 0 2rem }}
+.pair {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 0 2rem }}
 .blocks {{ white-space: pre-wrap; overflow-wrap: anywhere; line-height: 2 }}
 .blocks span {{ padding: .15em 0; border-right: 2px solid transparent; border-radius: .2em }}
 .blocks sub {{ font-size: .65em; padding: 0 .2em }}
 .question {{ white-space: pre-wrap; border-left: .25rem solid #888; padding-left: 1rem }}
+.wide {{ overflow-x: auto }}
+h1, h2 {{ line-height: 1.3; overflow-wrap: anywhere }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
 th, td {{ padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #8888 }}
 th:first-child, td:first-child {{ text-align: left }}
+caption {{ text-align: left }}
+@media (max-width: 40rem) {{
+th, td {{ padding: .2rem .3rem }}
+table {{ font-size: .8rem }}
+h1 {{ font-size: 1.5rem }}
+}}
 {light}
 @media (prefers-color-scheme: dark) {{
 body {{ background: #111; color: #eee }}
@@ -138,7 +146,8 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """
     console = Console(stderr=True)
     if console.is_terminal:
-        with Progress(console=console, transient=True) as bar:
+        # Text for stdout goes there, and not through the bar to stderr.
+        with Progress(console=console, transient=True, redirect_stdout=False) as bar:
             task = bar.add_task(label, total=total)
             yield lambda done: bar.update(task, completed=done)
         return

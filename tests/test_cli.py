@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from mtpkern.cli import Row, _encode, main
 from mtpkern.compare import HF_GENERATE, Completion, Problem, Tally, extract_answer, pad, read_problems
 from mtpkern.demo import ASSETS, summary
 from mtpkern.train.arithmetic import build_tokenizer
+from mtpkern.train.formats import conversation_of
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}Answer:"
 
@@ -150,12 +152,18 @@ def test_chat_applies_the_template(checkpoint, tmp_path, capsys):
     assert plain[1]["tokens"] == greedy(checkpoint, "Ba has 3 eggs.", 6)
 
 
-def test_show_marks_the_blocks(checkpoint, capsys):
+def test_show_names_the_prompt_and_marks_the_blocks(checkpoint, tmp_path, capsys):
     command = ["generate", str(checkpoint), "--prompt", "Ba has 3 eggs.", "--max-new-tokens", "6", "--show"]
     assert main([*command, "--strategy", "static", "--k", "3"]) == 0
     out = capsys.readouterr().out
     assert out.count("|") >= 1
+    assert out.splitlines()[0] == "Ba has 3 eggs."
     assert out.splitlines()[-1] == "3 3 = 6 tokens in 2 passes, 3.00 a pass"
+    file = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "Ba has 3 eggs."}, {"prompt": "[b]Ba has 4"}])
+    assert main([*command[:2], "--file", str(file), *command[4:]]) == 0
+    out = capsys.readouterr().out.replace("\n", "")
+    assert "in.jsonl, row 1: Ba has 3 eggs." in out
+    assert "in.jsonl, row 2: [b]Ba has 4" in out
 
 
 @pytest.mark.parametrize(
@@ -213,43 +221,113 @@ def test_wrong_numbers_are_refused(options, capsys):
     capsys.readouterr()
 
 
-def test_nothing_half_done_is_left(checkpoint, tmp_path, capsys):
-    """The third row cannot be decoded (no template); the old output stays as it was, and no draft beside it."""
+def test_a_row_that_cannot_be_encoded_is_named_before_any_is_decoded(checkpoint, tmp_path, capsys):
+    """The third row has no template; what another program has put at the output is refused and stays as it was."""
     bare = tmp_path / "bare"
     LlamaForCausalLM.from_pretrained(checkpoint).save_pretrained(bare)
     build_tokenizer().save_pretrained(bare)
     rows = [{"prompt": "Ba has 3 eggs."}] * 2 + [{"messages": [{"role": "user", "content": "x"}]}]
     file = write_jsonl(tmp_path / "in.jsonl", rows)
     output = tmp_path / "out.jsonl"
-    output.write_text("before")
     before = sorted(p.name for p in tmp_path.iterdir())
-    assert main(["generate", str(bare), "--file", str(file), "--output", str(output)]) == 2
+    command = ["generate", str(bare), "--file", str(file), "--output", str(output)]
+    assert main(command) == 2
     assert "row 3: needs a chat template" in capsys.readouterr().err
-    assert output.read_text() == "before"
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+    output.write_text("before")
+    assert main(command) == 2
+    assert "line 1 is no answer to row 1" in capsys.readouterr().err
+    assert output.read_text() == "before"
 
 
-def test_an_error_half_way_leaves_no_draft(checkpoint, tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def one_bad(monkeypatch):
+    """A batch with the sixth row in it fails; `calls` counts the rows that were decoded."""
     calls = []
 
-    def ours(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 2:
-            raise ValueError("no room")
-        return original(*args, **kwargs)
+    def ours(model, inputs, **options):
+        completions = original(model, inputs, **options)
+        if faulty and len(calls) <= 5 < len(calls) + len(completions):
+            raise ValueError("max_new_tokens: no room")
+        calls.extend(completions)
+        return completions
 
-    original = mtpkern.compare.ours
+    original, faulty = mtpkern.compare.ours, [True]
     monkeypatch.setattr("mtpkern.compare.ours", ours)
-    file = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "Ba has 3 eggs."}] * 4)
-    command = ["generate", str(checkpoint), "--file", str(file), "--batch-size", "2", "--max-new-tokens", "4"]
-    assert main([*command, "--output", str(tmp_path / "out.jsonl")]) == 2
-    assert "row 3 to" in capsys.readouterr().err
-    assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+    return calls, faulty
+
+
+def test_one_bad_row_loses_none_and_the_same_command_goes_on(checkpoint, tmp_path, capsys, one_bad):
+    calls, faulty = one_bad
+    file = write_jsonl(tmp_path / "in.jsonl", [{"prompt": f"Ba has {i} eggs.", "id": i} for i in range(9)])
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    command = ["generate", str(checkpoint), "--file", str(file), "--batch-size", "4", "--max-new-tokens", "4"]
+    assert main([*command, "--output", str(output)]) == 2
+    assert "row 6: --max-new-tokens: no room" in capsys.readouterr().err
+    # The row before it in its batch is there.
+    assert [row["id"] for row in read_jsonl(output.read_text())] == [0, 1, 2, 3, 4]
+    with output.open("a") as half:
+        half.write('{"prompt": "Ba has 5 e')
+    faulty.clear()
+    calls.clear()
+    assert main([*command, "--output", str(output)]) == 0
+    said = capsys.readouterr().err
+    assert "has the first 5 of 9 answers already" in said
+    assert "4 prompts: 4 of 4" in said
+    assert len(calls) == 4
+    assert main([*command, "--output", str(whole)]) == 0
+    assert output.read_text() == whole.read_text()
+    # All there: no model is looked for.
+    assert main(["generate", "./nowhere", *command[2:], "--output", str(output)]) == 0
+    assert output.read_text() == whole.read_text()
+    for rows in ([{"prompt": "another", "id": 0}], [{"prompt": "Ba has 0 eggs.", "id": 1}]):
+        write_jsonl(file, rows)
+        assert main([*command, "--output", str(output)]) == 2
+        assert "line 1 is no answer to row 1" in capsys.readouterr().err
+        assert output.read_text() == whole.read_text()
+
+
+def test_what_the_limit_cut_is_marked(checkpoint, tmp_path, capsys):
+    prompt = problems("test", 1)[0].prompt
+    file = write_jsonl(tmp_path / "in.jsonl", [{"prompt": prompt}])
+    command = ["generate", str(checkpoint), "--file", str(file), "--max-new-tokens"]
+    assert main([*command, "6"]) == 0
+    (cut,) = read_jsonl(capsys.readouterr().out)
+    assert (len(cut["tokens"]), cut["finished"]) == (6, False)
+    assert not conversation_of(cut, "generated").finished
+    # The same model with its third token as a stop.
+    folder = tmp_path / "stops"
+    shutil.copytree(checkpoint, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": cut["tokens"][2]}))
+    assert main(["generate", str(folder), *command[2:], "6"]) == 0
+    (whole,) = read_jsonl(capsys.readouterr().out)
+    assert whole["tokens"] == cut["tokens"][: cut["tokens"].index(cut["tokens"][2]) + 1]
+    assert whole["finished"]
+
+
+def test_an_untrained_model_is_decoded_one_token_a_pass(checkpoint, tmp_path, capsys):
+    plain = tmp_path / "plain"
+    shutil.copytree(checkpoint, plain)
+    config = json.loads((plain / "config.json").read_text())
+    del config["mtpkern"]
+    (plain / "config.json").write_text(json.dumps(config))
+    (plain / "generation_config.json").write_text(json.dumps({"eos_token_id": build_tokenizer().eos_token_id}))
+    prompt, output = "Ba has 3 eggs.", tmp_path / "out.jsonl"
+    command = ["generate", str(plain), "--prompt", prompt, "--max-new-tokens", "12", "--output", str(output)]
+    for strategy in ("static", "confadapt", "verified"):
+        assert main([*command, "--strategy", strategy, "--k", "1"]) == 0
+        assert read_jsonl(output.read_text())[0]["tokens"] == greedy(plain, prompt, 12)
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "--strategy static --k 1, give --mask-token-id" in capsys.readouterr().err
 
 
 def test_missing_things_are_named(tmp_path, capsys):
     assert main(["generate", str(tmp_path), "--prompt", "x"]) == 2
-    assert str(tmp_path) in capsys.readouterr().err
+    assert f"{tmp_path}: there is no model in this folder" in capsys.readouterr().err
+    for name in ("./nope", str(tmp_path / "nope"), "a/b/c"):
+        assert main(["generate", name, "--prompt", "x"]) == 2
+        assert f"{name}: there is no such file or folder" in capsys.readouterr().err
     assert main(["generate", str(tmp_path), "--prompt", "x", "--output", str(tmp_path / "no" / "out")]) == 2
     assert "there is no folder" in capsys.readouterr().err
     # Before the model is looked for.
@@ -388,7 +466,13 @@ def test_demo(checkpoint, tmp_path, capsys, monkeypatch):
     page = tmp_path / "blocks.html"
     assert main(["demo", "--checkpoint", str(checkpoint), "--problems", "2", "--html", str(page)]) == 0
     out, err = capsys.readouterr()
-    result = json.loads(out.splitlines()[-1])
+    assert "Verified(4, 0.6), batch 8" in out
+    assert "{" not in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "2 of 2" in err
+    assert page.read_text(encoding="utf-8").count('class="blocks"') == 4
+    assert main(["demo", "--checkpoint", str(checkpoint), "--problems", "2", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
     ways = ["hf_generate", "static_1", "confadapt_0.99", "confadapt_0.9", "confadapt_0.6", "verified"]
     for figure in ("tokens_per_pass", "accuracy", "speedup_vs_hf_generate"):
         assert list(result[figure]) == ways
@@ -398,9 +482,6 @@ def test_demo(checkpoint, tmp_path, capsys, monkeypatch):
     assert result["tokens_per_pass"]["verified"] >= 1
     assert result["speedup_vs_hf_generate"]["hf_generate"] == 1
     assert all(0 <= a <= 1 for a in result["accuracy"].values())
-    assert "Verified(4, 0.6)" in out
-    assert "2 of 2" in err
-    assert page.read_text(encoding="utf-8").count('class="blocks"') == 4
 
 
 def test_summary_divides_tokens_per_second():
@@ -414,6 +495,30 @@ def test_summary_divides_tokens_per_second():
         "speedup_vs_hf_generate": {HF_GENERATE: 1.0, "verified": 3.0},
         "speedup_vs_hf_generate_batch_8": {HF_GENERATE: 1.0, "verified": 1.0},
     }
+
+
+def test_devices_that_are_not_here(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    for device in ("cuda", "cuda:3", "mps", "meta"):
+        assert main(["generate", str(checkpoint), "--prompt", "x", "--device", device]) == 2
+        assert f"--device {device}: torch finds no such device here; this machine has cpu" in capsys.readouterr().err
+    assert main(["generate", str(checkpoint), "--prompt", "x", "--device", "gpu"]) == 2
+    assert "--device gpu: there is no such kind of device" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out == f"mtpkern {mtpkern.__version__}\n"
+
+
+def test_a_reader_that_leaves():
+    """As `| head` does: no traceback, no message, and not the status of success."""
+    code = "import sys, mtpkern.cli as c; c._demo = lambda args: print('x' * 100_000); sys.exit(c.main(['demo']))"
+    command = f"set -o pipefail; {shlex.join([sys.executable, '-c', code])} | true"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (141, "")
 
 
 def test_help_needs_no_model_library():

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mtpkern
 from mtpkern.cli import main
-from mtpkern.train import checks, command
+from mtpkern.train import arithmetic, checks, command
 from mtpkern.train.options import parse
 
 ROWS = [{"question": f"How many are {i} and 1?", "answer": f"They are {i + 1}.\n#### {i + 1}"} for i in range(8)]
@@ -172,6 +172,15 @@ def test_a_wrong_type_in_a_file(tmp_path, text, says):
         parse([str(tmp_path / "c.yaml"), "--model", "m", "--train-data", "d.jsonl", "--use-cpu"])
 
 
+def test_a_configuration_that_is_no_utf_8_is_named(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_bytes("model: Königsberg\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"c.yaml: expected UTF-8 text"):
+        parse([str(file)])
+    file.write_text("model: m\ntrain_data: d.jsonl\nuse_cpu: true\n", encoding="utf-8-sig")
+    assert parse([str(file)])[0].model == "m"
+
+
 def test_right_types_in_a_file(tmp_path):
     text = "model: m\ntrain_data: a.jsonl\nuse_cpu: yes\nlearning_rate: 1e-5\nweight_decay: 1\nnum_spans: null\n"
     text += (
@@ -234,6 +243,26 @@ def test_what_is_missing_is_said_before_weights_are_loaded(
     assert says in said
     assert "Traceback" not in said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_configuration_says_what_must_exist_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "arithmetic", "--output-dir", "out"]) == 2
+    said = capsys.readouterr().err
+    assert "runs/problems/train.jsonl: there is no such file" in said
+    *_, teacher, data = said.splitlines()
+    assert (teacher.split()[2], data.split()[2:4]) == (
+        "mtpkern.train.checkpoint",
+        ["mtpkern.train.arithmetic", "--write"],
+    )
+    # Where the problems are there, the teacher is missed.
+    arithmetic.main(["--write", "runs/problems", "--problems", "2", "--held-out", "1"])
+    assert main(["train", "arithmetic", "--output-dir", "out"]) == 2
+    said = capsys.readouterr().err
+    assert "runs/checkpoint/teacher" in said
+    assert said.endswith(f"{teacher}\n{data}\n")
+    assert main(["train", "gsm8k", "--train-data", "nowhere.jsonl"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_a_folder_that_another_run_writes_to_is_refused(tmp_path, start, capsys, monkeypatch, no_weights):

@@ -119,7 +119,7 @@ class Call:
         if self.mask is not None:
             kwargs["attention_mask"] = self.real
         # Without a max_length of the call's transformers knows what to do; with None it does not.
-        kwargs = {n: x for n, x in kwargs.items() if x is not None or n in self.plain and n != "max_length"}
+        kwargs = {n: x for n, x in kwargs.items() if x is not None or (n in self.plain and n != "max_length")}
         return kwargs | {"suppress_tokens": [MASK], "do_sample": False}
 
     def _with(self, values: dict[str, Any]) -> dict[str, Any]:

@@ -376,6 +376,32 @@ def test_output_and_model_are_as_good_for_training_as_before(model: Any, inputs:
 # What it refuses
 
 
+@pytest.mark.parametrize("strategy", [Static(1), ConfAdapt(1, 0.5), Verified(1)], ids=lambda s: type(s).__name__)
+def test_one_token_a_pass_needs_no_mask_token(strategy: Strategy, model: Any, inputs: Any, tiny: Any) -> None:
+    del model.config.mtpkern
+    theirs = model.generate(**inputs, max_new_tokens=9, do_sample=False)
+    assert mtpkern.generate(model, **inputs, strategy=strategy, max_new_tokens=9).equal(theirs)
+    # What would be the mask token is a token like any other: it may be emitted, and stand in a prompt.
+    with torch.no_grad():
+        model.lm_head.weight[tiny.mask] = 3 * model.lm_head.weight.abs().max()
+    inputs["input_ids"][:, -1] = tiny.mask
+    theirs = model.generate(**inputs, max_new_tokens=9, do_sample=False)
+    assert mtpkern.generate(model, **inputs, strategy=strategy, max_new_tokens=9).equal(theirs)
+    with pytest.raises(ValueError, match=r"strategy=mtpkern.Static\(1\)"):
+        mtpkern.generate(model, **inputs, max_new_tokens=9)
+
+
+def test_one_token_a_pass_without_mask_token_of_a_class_that_no_test_covers(model: Any, inputs: Any) -> None:
+    class Own(type(model)):  # type: ignore[misc]
+        pass
+
+    own = Own(model.config).eval()
+    own.load_state_dict(model.state_dict())
+    del own.config.mtpkern
+    theirs = own.generate(**inputs, max_new_tokens=5, do_sample=False)
+    assert mtpkern.generate(own, **inputs, strategy=Static(1), max_new_tokens=5).equal(theirs)
+
+
 def test_a_strategy_must_be_one(model: Any, inputs: Any) -> None:
     for wrong in ("static", Static, 4):
         with pytest.raises(TypeError, match="Static, ConfAdapt or Verified"):

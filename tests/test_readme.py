@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import tomllib
 
+import mtpkern
 from mtpkern.cli import main
+from mtpkern.train.evaluate import same_number
 from mtpkern.train.options import parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +28,8 @@ def blocks(text: str, language: str) -> list[str]:
     """The fenced blocks in a language."""
     return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
 
+
+EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
 
 COMMANDS = [line for text in (README, CONTRIBUTING) for block in blocks(text, "sh") for line in block.splitlines()]
 
@@ -40,7 +44,7 @@ def check_training(words: list[str]) -> None:
     """Raise AssertionError where the configuration or a flag of `mtpkern train` is none."""
     with tempfile.TemporaryDirectory() as folder:
         own = Path(folder) / "my.yaml"
-        own.write_text(CONFIGURATION)
+        own.write_text("model: m\n" + CONFIGURATION)
         try:
             parse([*(str(own) if word == own.name else word for word in words), "--use-cpu"])
         except (ValueError, OSError) as error:
@@ -49,7 +53,7 @@ def check_training(words: list[str]) -> None:
 
 def check_command(command: str) -> None:
     """Raise AssertionError where a shell command of the text names what does not exist."""
-    words = shlex.split(command)
+    words = shlex.split(re.sub(r"^\w+=\$\((.*)\)$", r"\1", command))
     if words[0] == "torchrun" or words[:2] == ["accelerate", "launch"]:
         at = words.index("-m")
         assert words[at + 1] == "mtpkern.train", command
@@ -64,6 +68,14 @@ def check_command(command: str) -> None:
         assert result.returncode == 0, result.stderr
         offered = set(re.findall(r"--[a-z][a-z-]*", result.stdout))
         assert {word.split("=")[0] for word in words if word.startswith("--")} <= offered, command
+    elif words[:2] == ["pip", "install"]:
+        place, _, extras = words[-1].partition("[")
+        assert [*words[2:-1], place] == ["-e", "."], command
+        assert set(filter(None, extras.rstrip("]").split(","))) <= EXTRAS, command
+    elif words[:2] == ["python", "-c"]:
+        assert run(sys.executable, *words[1:]).returncode == 0, command
+    elif words[0] == "head":
+        pass  # it runs below
     elif words[:2] == ["python", "-m"]:
         assert importlib.util.find_spec(words[2]), command
     else:
@@ -85,6 +97,9 @@ def test_commands_exist(command):
         "mtpkern solve",
         "mtpkern demo --page x",
         "python -m mtpkern.train.nothing",
+        'X=$(python -c "import mtpkern; print(mtpkern.ASSET)")',
+        "pip install mtpkern",
+        "pip install -e '.[trian]'",
         "rm x",
     ],
 )
@@ -94,8 +109,9 @@ def test_a_wrong_command_is_found(command):
 
 
 def test_extras_exist():
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert set(re.findall(r"mtpkern\[(\w+)\]", README + CONTRIBUTING)) <= set(extras)
+    assert set(re.findall(r"pip install -e '\.\[(\w+)\]'", README + CONTRIBUTING)) <= EXTRAS
+    # Nothing of that name is to be had from PyPI.
+    assert not re.findall(r"pip install '?mtpkern", README + CONTRIBUTING)
 
 
 def test_links_lead_somewhere():
@@ -123,29 +139,52 @@ def test_the_papers_table_names_what_exists():
             assert is_module or re.search(rf"^ *(def|class) {last}\b|^    {last}: ", sources, re.MULTILINE), (name, row)
 
 
-def test_snippets_run_and_print_what_the_readme_shows(monkeypatch):
-    """All Python blocks in order, in one namespace, from the clone's root; the first one's output is shown below it."""
-    monkeypatch.chdir(ROOT)
+def walk(folder: Path) -> list[tuple[str, str]]:
+    """Every block of the README from top to bottom, in a folder: what stands in it, and what was printed before.
+
+    Python runs in one namespace; of the shell what decodes, trains on the reader's own file, or makes files for that.
+    """
     namespace: dict[str, object] = {}
-    printed = []
-    for snippet in blocks(README, "python"):
+    shown, printed = [], ""
+    for language, block in re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE):
+        if language == "text":
+            shown.append((block, printed))
+        elif language in ("yaml", "json"):
+            (folder / {"yaml": "my.yaml", "json": "my.jsonl"}[language]).write_text(block)
         with contextlib.redirect_stdout(io.StringIO()) as output:
-            exec(compile(snippet, "README.md", "exec"), namespace)
-        printed.append(output.getvalue())
-    (shown,) = blocks(README, "text")
-    assert printed[0] == shown
+            if language == "python":
+                exec(compile(block, "README.md", "exec"), namespace)
+            for line in block.splitlines() if language == "sh" else ():
+                line = line.replace("$MODEL", str(mtpkern.ASSETS))
+                if line.startswith(("mtpkern generate", "mtpkern train my.yaml")):
+                    brief = ["--max-steps", "2", "--use-cpu"] if line.startswith("mtpkern train") else []
+                    assert main([*shlex.split(line)[1:], *brief]) == 0, line
+                elif line.startswith("head"):
+                    subprocess.run(line, shell=True, check=True, cwd=folder)
+        printed = output.getvalue()
+    return shown
 
 
-def test_the_configuration_trains(tmp_path, monkeypatch):
-    (tmp_path / "my.yaml").write_text(CONFIGURATION)
-    (row,) = blocks(README, "json")
-    (tmp_path / "my.jsonl").write_text(row)
-    (tmp_path / "mtpkern").symlink_to(ROOT / "mtpkern")
+def bare(text: str) -> list[str]:
+    return [line.rstrip() for line in text.splitlines()]
+
+
+def test_the_readme_in_an_empty_folder(tmp_path, monkeypatch):
+    """It runs there, prints what it shows, and what it shows is right."""
     monkeypatch.chdir(tmp_path)
-    (command,) = (line for line in COMMANDS if line.startswith("mtpkern train my.yaml"))
-    assert main([*shlex.split(command)[1:], "--max-steps", "3", "--use-cpu"]) == 0
-    saved = json.loads((tmp_path / "runs/mine/config.json").read_text())
-    assert saved["mtpkern"]["k_max"] == 12
+    shown = walk(tmp_path)
+    assert len(shown) == 2
+    for text, printed in shown:
+        assert bare(text) == bare(printed)
+    assert "35 + 16 = 51" in shown[0][0]
+    assert "#### 51" in shown[0][0]
+    assert "41 + 20 = 61" in shown[1][0].replace("|", "")
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    right = [same_number(answer["text"], str(answer["result"])) for answer in answers]
+    assert len(right) == 10
+    assert sum(right) >= 9
+    for name in ("mine", "library"):
+        assert json.loads((tmp_path / f"runs/{name}/config.json").read_text())["mtpkern"]["k_max"] == 12
 
 
 def test_no_figure_is_missing():

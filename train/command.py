@@ -7,6 +7,7 @@ import mtpkern.train.extra  # noqa: F401
 
 # isort: split
 
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     ProgressCallback,
 )
 
@@ -34,7 +36,8 @@ from mtpkern.train.evaluate import HeldOut, same_number, summarise
 from mtpkern.train.formats import Encoder
 from mtpkern.train.gated_trainer import GatedTrainer
 from mtpkern.train.lock import alone_in
-from mtpkern.train.options import help_text, parse
+from mtpkern.train.options import first_steps, help_text, parse
+from mtpkern.train.progress import TableCallback
 from mtpkern.train.record import OtherRun, Record, options_of, origin_of
 from mtpkern.train.resume import damaged, newest_checkpoint, require_whole
 from mtpkern.train.run import NotFiniteError
@@ -173,6 +176,9 @@ def _train(
         held_out=_to_decode(data, encode, positions),
         origin=origin,
     )
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(TableCallback())
     if checkpoint is not None and config.process_index == 0:
         print(f"going on from {checkpoint}", file=sys.stderr, flush=True)
     try:
@@ -186,6 +192,7 @@ def _train(
                 summarise(trainer.state.log_history, config.output_dir)
         if config.process_index == 0:
             trainer.record(saved=True).write(config.output_dir)
+            print(_next_step(model_arguments, data, config), flush=True)
     except (DiskFull, OtherRun):
         _close_progress_bar(trainer)
         raise
@@ -197,6 +204,23 @@ def _train(
         traceback.print_exc()  # any other mistake of the user's would have shown before
         raise
     return reports
+
+
+def _next_step(model_arguments: ModelArguments, data: DataArguments, config: MTPConfig) -> str:
+    """Where the model lies, and how it is decoded."""
+    folder = str(config.output_dir)
+    if config.bidirectional:
+        return f"the model is in {folder}; bidirectional, it cannot be decoded"
+    if config.gated:
+        return (
+            f"the adapter is in {folder}; in Python, with the model loaded from {model_arguments.model}:\n"
+            f'  model = mtpkern.load_adapter(model, "{folder}")\n'
+            "  ids = mtpkern.generate(model, **inputs, max_new_tokens=256)"
+        )
+    chat = " --chat" if data.chat else ""
+    return (
+        f"the model is in {folder}; to decode with it:\n  mtpkern generate {shlex.quote(folder)}{chat} --prompt '...'"
+    )
 
 
 def _close_progress_bar(trainer: MTPTrainer) -> None:
@@ -257,4 +281,10 @@ def main(argv: Sequence[str]) -> None:
     if not argv or {"-h", "--help", "--help-all"} & set(argv):
         print(help_text("--help-all" in argv))
         return
-    train(*parse(argv))
+    try:
+        train(*parse(argv))
+    except FileNotFoundError as error:
+        before = first_steps(argv[0])
+        if not before:
+            raise
+        raise FileNotFoundError("\n  ".join([f"{error}. {argv[0]} needs what these make:", *before])) from error

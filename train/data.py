@@ -32,6 +32,7 @@ from typing import Any, cast
 
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from mtpkern.loading import require_found
 from mtpkern.rows import BadRow, parse, read_lines, shown
 from mtpkern.train.formats import (
     FORMATS,
@@ -199,12 +200,6 @@ def _read_dataset(name: str, split: str, subset: str | None, streaming: bool) ->
     except OSError as error:
         raise OSError(f"{name} cannot be read: {' '.join(str(error).split())}") from error
     yield from ((f"{name}, row {number}", _without_nulls(row)) for number, row in enumerate(rows, 1))
-
-
-def require_found(name: str) -> None:
-    """Raise FileNotFoundError for what can only be a local path, and is none: the hub would complain of its form."""
-    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise FileNotFoundError(f"{name}: there is no such file or folder (a hub id has the form owner/name)")
 
 
 def _read_jsonl(path: Path) -> Iterator[Located]:

@@ -102,6 +102,18 @@ def shipped_configs() -> list[str]:
     return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
+def first_steps(name: str) -> list[str]:
+    """The commands that a shipped configuration names before its own, which make what it reads; none for any other.
+
+    first_steps("arithmetic")[-1]  # "python -m mtpkern.train.arithmetic --write runs/problems"
+    """
+    if name not in shipped_configs():
+        return []
+    lines = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    commands = [line.removeprefix("#   ") for line in lines if line.startswith("#   ")]
+    return [command for command in commands if f" train {name}" not in command and f".train {name}" not in command]
+
+
 def read_config(name: str) -> dict[str, Any]:
     """The values of a .yaml or .json file, or of a shipped configuration.
 
@@ -117,7 +129,10 @@ def read_config(name: str) -> dict[str, Any]:
                 f"(those are {', '.join(shipped_configs())})"
             )
         path = CONFIGS / f"{name}.yaml"
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text ({error}); convert it") from None
     try:
         values = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:

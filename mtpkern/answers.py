@@ -1,0 +1,75 @@
+"""Answers to a file of prompts, appended row by row: a run that was stopped goes on behind the last whole one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from mtpkern.output import json_line, whole_file
+
+RESULT_FIELDS = ("text", "tokens", "blocks", "tokens_per_pass", "finished")
+
+
+@contextmanager
+def answers_file(path: Path, asked: Sequence[dict[str, Any]]) -> Iterator[tuple[int, TextIO]]:
+    """How many of the rows `asked` have their answer at `path` already, and the file to which those of the others go.
+
+    The answers that are there must be to the first rows, field by field; half a line, of a run that was killed, is cut
+    off. A pipe or a device holds none. Raises ValueError for a file that holds anything else, OSError for a place that
+    cannot be written; both before anything is changed.
+
+        with answers_file(Path("out.jsonl"), [{"prompt": "1 + 1?"}]) as (done, file):
+            ...
+    """
+    if path.exists() and not path.is_file():
+        with whole_file(path) as file:
+            assert file is not None
+            yield 0, file
+        return
+    if not path.exists():
+        with whole_file(path):
+            pass  # a place that cannot be written is known at once, and from here on the file is there
+    elif not os.access(path, os.W_OK):
+        raise PermissionError(f"{path}: this file may not be written; give another name or change its mode")
+    done, size = _read(path, asked)
+    if size < path.stat().st_size:
+        os.truncate(path, size)
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            yield done, file
+    finally:
+        if path.stat().st_size == 0:
+            path.unlink()
+
+
+def _begins(half: bytes, asked: dict[str, Any]) -> bool:
+    """Whether half a line, which may end inside a character, is the beginning of the answer to a row."""
+    text, whole = half.decode(errors="ignore"), json_line(asked)[:-1]
+    return whole.startswith(text) or text.startswith(whole)
+
+
+def _read(path: Path, asked: Sequence[dict[str, Any]]) -> tuple[int, int]:
+    """How many whole lines there are, and their bytes. Raises ValueError for one that is no answer to its row."""
+    done = size = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            if not line.endswith(b"\n") and done < len(asked) and _begins(line, asked[done]):
+                break
+            try:
+                row = json.loads(line)
+                before = {name: value for name, value in row.items() if name not in RESULT_FIELDS}
+                same = done < len(asked) and before == asked[done] and len(row) > len(before)
+            except (ValueError, AttributeError):
+                same = False
+            if not same:
+                raise ValueError(
+                    f"{path}: line {done + 1} is no answer to row {done + 1} of the prompts, so this is no file of a "
+                    "run that was stopped; give another --output, or remove it"
+                )
+            done += 1
+            size += len(line)
+    return done, size

@@ -1,0 +1,75 @@
+"""A checkpoint named on the command line: looked for, loaded, put on a device; mistakes are said in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def require_found(name: str) -> None:
+    """Raise FileNotFoundError for what can only be a local path, and is none: the hub would complain of its form."""
+    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"{name}: there is no such file or folder (a hub id has the form owner/name)")
+
+
+def require_model(name: str) -> None:
+    """Raise OSError for a local path that holds no model."""
+    require_found(name)
+    path = Path(name)
+    if path.is_file():
+        raise NotADirectoryError(f"{name}: expected a checkpoint's folder or hub id, this is a file")
+    if path.is_dir() and not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
+        raise FileNotFoundError(f"{name}: there is no model in this folder, config.json is missing")
+
+
+def device_of(name: str | None = None) -> torch.device:
+    """The device of that name; without one the accelerator, if there is one. ValueError for a device that is not here.
+
+    device_of("cuda:0")
+    """
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name is None:
+        return accelerator or torch.device("cpu")
+    count = 0 if accelerator is None else torch.accelerator.device_count()
+    here = "cpu" if accelerator is None else f"cpu and {accelerator.type}:0 to {accelerator.type}:{count - 1}"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: there is no such kind of device; this machine has {here}") from None
+    if device.type != "cpu" and (
+        accelerator is None or device.type != accelerator.type or (device.index or 0) >= count
+    ):
+        raise ValueError(f"--device {name}: torch finds no such device here; this machine has {here}")
+    return device
+
+
+def load(name: str, dtype: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model, in evaluation mode, and tokenizer of a checkpoint's path or hub id; code that comes with it is not run.
+
+    dtype: "auto" or a name in torch. Raises OSError for what cannot be loaded, ValueError for what needs its own code.
+
+        model, tokenizer = load("my-model", "float32", torch.device("cpu"))
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    require_model(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" not in str(error):
+            raise OSError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"{name} needs code of its own, which this command does not run; if you trust it, load the model in "
+            "Python and call mtpkern.generate"
+        ) from error
+    return model.to(device).eval(), tokenizer

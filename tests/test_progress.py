@@ -1,0 +1,48 @@
+"""What `mtpkern train` prints: a table that fits a terminal, and at the end how to decode the model."""
+
+import json
+import shlex
+
+import pytest
+
+from mtpkern.cli import main
+from mtpkern.train.progress import heading, table_row
+
+ROWS = [{"question": f"How many are {i} and 1?", "answer": f"They are {i + 1}.\n#### {i + 1}"} for i in range(8)]
+
+
+def test_a_row_stands_under_its_heading():
+    logs = {"loss": 1.25, "agreement": 0.5, "agreement_2": 0.1, "tokens_per_second": 1234567.0, "learning_rate": 1e-5}
+    row = table_row("20000", logs)
+    assert row.split() == ["20000", "1.25", "50.0%", "1.00e-05", "1234567"]
+    assert row.index("50.0%") + 5 == heading().index("agree") + 5
+    assert max(len(row), len(heading())) <= 80
+    assert table_row("held out", {"eval_loss": 2.0, "eval_accuracy": 0.975}).split() == ["held", "out", "2", "97.5%"]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_run_prints_a_table_and_how_to_go_on(tmp_path, tiny, bytes_of, capsys, gated):
+    tokenizer = bytes_of("llama")
+    model = tiny.model("llama", vocab_size=len(tokenizer), num_hidden_layers=1, max_position_embeddings=512)
+    del model.config.mtpkern
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    data, out = tmp_path / "rows.jsonl", tmp_path / "out folder"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    flags = ["--model", str(tmp_path / "start"), "--train-data", str(data), "--output-dir", str(out), "--no-chat"]
+    flags += ["--eval-data", str(data), "--eval-strategy", "steps", "--eval-steps", "2", "--logging-steps", "1"]
+    flags += ["--use-cpu", "--k-max", "3", "--num-spans", "2", "--max-steps", "2", "--report-to", "none"]
+    assert main(["train", *flags, *(["--gated", "--lora-rank", "2"] if gated else [])]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == heading()
+    assert [line.split()[0] for line in lines[1:6]] == ["1", "2", "held", "2", "mean"]
+    assert "{" not in "".join(lines)
+    assert max(map(len, lines[:6])) <= 80
+    assert str(out) in lines[6]
+    if gated:
+        assert f'mtpkern.load_adapter(model, "{out}")' in lines[7]
+        return
+    words = shlex.split(lines[7])
+    assert words[:3] == ["mtpkern", "generate", str(out)]
+    assert main([*words[1:], "--max-new-tokens", "3"]) == 0

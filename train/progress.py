@@ -1,0 +1,114 @@
+"""What a run prints while it trains: a bar on a terminal, a row of a table for each log, and a line at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+
+# Of a log: its name there, of an evaluation behind "eval_"; the heading; how it is written.
+COLUMNS = (
+    ("loss", "loss", "{:.4g}"),
+    ("agreement", "agree", "{:.1%}"),
+    ("agreeing_prefix", "prefix", "{:.2f}"),
+    ("accuracy", "right", "{:.1%}"),
+    ("tokens_per_pass", "tok/pass", "{:.2f}"),
+    ("learning_rate", "rate", "{:.2e}"),
+    ("grad_norm", "grad", "{:.3g}"),
+    ("tokens_per_second", "tok/s", "{:.0f}"),
+)
+_WIDTH = 9
+
+
+def table_row(where: str, logs: Mapping[str, Any]) -> str:
+    """A row of at most 80 columns; what a log does not have is left blank.
+
+    table_row("50/2000", {"loss": 1.25, "agreement": 0.5})  # "50/2000           1.25    50.0%"
+    """
+    cells = []
+    for name, _, form in COLUMNS:
+        value = logs.get(name, logs.get(f"eval_{name}", logs.get(f"train_{name}")))
+        text = "" if value is None else form.format(float(value))
+        cells.append(f"{text:>{_WIDTH - 1}}")
+    return " ".join([f"{where:<8}"[:8].ljust(8), *cells]).rstrip()
+
+
+def heading() -> str:
+    """The heading of the table."""
+    return " ".join([f"{'step':<8}", *(f"{title:>{_WIDTH - 1}}" for _, title, _ in COLUMNS)])
+
+
+class TableCallback(ProgressCallback):
+    """In the place of transformers' ProgressCallback, whose lines hold every number of a log.
+
+    What is left out of the table is in the log history, in `report_to` and, of evaluations, in summary.md.
+
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(TableCallback())
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.headed = False
+
+    def _draws(self, args: TrainingArguments) -> bool:
+        return Console(stderr=True).is_terminal and not args.disable_tqdm
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin the bar."""
+        self.current_step = state.global_step
+        if self._draws(args):
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin or move the bar of an evaluation."""
+        if self._draws(args):
+            super().on_prediction_step(args, state, control, **kwargs)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Print a row."""
+        logs = kwargs.get("logs") or {}
+        if not state.is_world_process_zero:
+            return
+        if any(name.startswith("eval_") for name in logs):
+            where = "held out"
+        elif "train_runtime" in logs:
+            self._say(f"{state.global_step:,} steps, the last of them in {_duration(float(logs['train_runtime']))}")
+            where = "mean"
+        else:
+            where = str(state.global_step)
+        if not self.headed:
+            self._say(heading())
+            self.headed = True
+        self._say(table_row(where, logs))
+
+    def _say(self, line: str) -> None:
+        if self.training_bar is None:
+            print(line, flush=True)
+        else:
+            self.training_bar.write(line)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the bar."""
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, rest = divmod(rest, 60)
+    parts = [f"{hours} h" if hours else "", f"{minutes} min" if hours or minutes else "", f"{rest} s"]
+    return " ".join(filter(None, parts))

@@ -60,7 +60,11 @@ def unwrapped(model: Any, arguments: dict[str, Any]) -> PreTrainedModel:
         plain = model
         adapters = getattr(model, "peft_config", None)
         if adapters:
-            _require_row_wise(name, adapters, model.active_adapters())
+            from peft.tuners.tuners_utils import BaseTunerLayer
+
+            # By the layers, because who injected them (transformers, or a PeftModel around) keeps his own record.
+            layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+            _require_row_wise(name, adapters, sorted({a for layer in layers for a in layer.active_adapters}))
     elif isinstance(getattr(model, "module", None), torch.nn.Module):
         raise ValueError(f"{name} wraps the model, and has no generate of its own; pass the model in it: model.module")
     else:

@@ -65,6 +65,7 @@ def test_adapters_in_the_layers_are_honoured(kind: str, model: Any, tiny: Any) -
     expected = theirs(adapted, tiny)
     assert not expected.equal(plain)
     assert ours(adapted, tiny).equal(expected)
+    assert ours(adapted.get_base_model(), tiny).equal(expected)
     if kind == "lora":
         with adapted.disable_adapter():
             assert ours(adapted, tiny).equal(plain)

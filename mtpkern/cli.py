@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from mtpkern.answers import RESULT_FIELDS, answers_file
-from mtpkern.output import json_line, printable, whole_file
+from mtpkern.output import json_line, piped, printable, whole_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,22 +58,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     handed_on = words[0] if words and words[0] in _HANDED_ON else None
     # Such a command has a parser of its own.
     args = _parser().parse_args(words) if handed_on is None else argparse.Namespace(command=handed_on)
-    try:
+
+    def run() -> None:
         if handed_on is None:
             args.run(args)
         else:
             importlib.import_module(_HANDED_ON[handed_on][0]).main(words[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Else Python would complain once more when it flushes stdout at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+
+    try:
+        return piped(run)
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"mtpkern {args.command}: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 class _Parser(argparse.ArgumentParser):

@@ -7,8 +7,9 @@ import os
 import re
 import shutil
 import stat
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,6 +25,21 @@ def printable(text: str) -> str:
     printable("\\x1b[2J two\\r\\n")  # the escapes in letters: \\x1b[2J two\\r, then a newline
     """
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def piped(run: Callable[[], int | None]) -> int:
+    """The exit status of `run`: what it returns, 0 for None, 141 where the reader of its output, as `head`, has left.
+
+    sys.exit(piped(main))
+    """
+    try:
+        status = run()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Else Python would complain once more when it flushes stdout at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return status or 0
 
 
 def json_line(value: Any) -> str:

@@ -521,6 +521,13 @@ def test_a_reader_that_leaves():
     assert (result.returncode, result.stderr) == (141, "")
 
 
+@pytest.mark.parametrize("module", ["arithmetic", "layout"])
+def test_a_program_whose_reader_leaves(module):
+    command = f"set -o pipefail; {sys.executable} -u -m mtpkern.train.{module} | true"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
 def test_help_needs_no_model_library():
     code = "import sys, mtpkern.cli; mtpkern.cli._parser(); print({'torch', 'transformers'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

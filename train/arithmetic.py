@@ -36,6 +36,8 @@ from typing import Literal, get_args
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from mtpkern.output import piped
+
 Split = Literal["train", "validation", "test"]
 
 
@@ -389,4 +391,4 @@ def main(argv: Sequence[str] = ()) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(piped(lambda: main(sys.argv[1:])))

@@ -193,7 +193,7 @@ def _train(
         if config.process_index == 0:
             trainer.record(saved=True).write(config.output_dir)
             print(_next_step(model_arguments, data, config), flush=True)
-    except (DiskFull, OtherRun):
+    except (DiskFull, OtherRun, BrokenPipeError):
         _close_progress_bar(trainer)
         raise
     except (BadData, NotFiniteError) as error:

@@ -25,6 +25,7 @@ Source   arXiv 2602.06019, section on training and the figures of the mask-repli
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -33,6 +34,7 @@ import torch
 from torch import Tensor
 
 from mtpkern.kernels.span_mask import draw_mask
+from mtpkern.output import piped
 
 Spacing = Literal["stride", "random"]
 Counting = Literal["tokens", "paper"]
@@ -384,4 +386,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(piped(main))

@@ -84,7 +84,7 @@ class TableCallback(ProgressCallback):
         if any(name.startswith("eval_") for name in logs):
             where = "held out"
         elif "train_runtime" in logs:
-            self._say(f"{state.global_step:,} steps, the last of them in {_duration(float(logs['train_runtime']))}")
+            self._say(f"{state.global_step:,} steps; this run took {_duration(float(logs['train_runtime']))}")
             where = "mean"
         else:
             where = str(state.global_step)

@@ -292,7 +292,7 @@ def _require_valid(file: GenerationConfig) -> None:
     """Refuse a file that contradicts itself: transformers looks before it takes what a call says instead."""
     try:
         copy(file).update()
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"the model's generation_config must be one that transformers takes, got this of it: {error} "
             "Set the field in model.generation_config"

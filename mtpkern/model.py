@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.nn import Embedding
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -130,19 +131,20 @@ def layer_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
 
 
 def learned_positions(model: PreTrainedModel, *, needed: int) -> int | None:
-    """How many positions the model has learned a row for each, where these are fewer than are needed.
+    """How many positions the model has a row for each of, learned as a rule, where these are fewer than are needed.
 
-    None where they suffice, or where positions are computed and have no end.
+    None where they suffice, or where positions are computed as they come and have no end.
     """
     most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if not isinstance(most, int) or needed <= most:
         return None
     for name, module in model.named_modules():
-        if not isinstance(module, Embedding) or name.rpartition(".")[2] not in _POSITIONS:
-            continue
-        # Some leave their first rows unused. Another number of rows is that of a tower beside the decoder.
-        if module.num_embeddings - getattr(module, "offset", 0) == most:
-            return most
+        if isinstance(module, Embedding) and name.rpartition(".")[2] in _POSITIONS:
+            # Some leave their first rows unused. Another number of rows is that of a tower beside the decoder.
+            if module.num_embeddings - getattr(module, "offset", 0) == most:
+                return most
+        elif isinstance(getattr(module, "pos_encoding", None), Tensor):
+            return len(module.pos_encoding)  # computed, once and for all
     return None
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from math import isfinite
 from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -22,6 +21,7 @@ from mtpkern.adapter import gated
 from mtpkern.arguments import plain_greedy
 from mtpkern.attention import exclusive, routed
 from mtpkern.decoder import Decoder
+from mtpkern.kernels.advance import FAULT
 from mtpkern.model import require_decodable, resolve_mask_token
 from mtpkern.strategies import Static
 from mtpkern.wrappers import unwrapped
@@ -142,8 +142,6 @@ def _fault(model: PreTrainedModel, mask_token_id: int) -> str | None:
         return f"a trial of it ended in {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     if report.ok:
         return None
-    if not isfinite(report.max_error + report.against_generate):
-        return "its logits hold NaN or inf; check its weights and dtype"
     return (
         f"its logits differ by up to {report.max_error:.3g} from its own forward on the whole text, and by up to "
         f"{report.against_generate:.3g} from its own greedy decoding, where {report.tolerance:.3g} would be rounding "
@@ -266,6 +264,8 @@ def _against_recomputation(
             position, start = rows.position.clone(), rows.start.tolist()
             texts, length = sequences.tokens.clone(), sequences.length.tolist()
             logits = _step(model, decoder)
+            if (sequences.status == FAULT).any():
+                raise ValueError(f"{type(model).__name__}: its logits hold NaN or inf; check its weights and dtype")
             for b in range(len(input_ids)):
                 of_b = slice(start[b], start[b + 1])
                 texts[b, length[b] :] = mask_token_id

@@ -252,6 +252,14 @@ def test_what_only_the_models_file_asks_for_is_greedy(name: str, model: Any, inp
         assert mtpkern.generate(model, **inputs, max_new_tokens=12, **without).equal(plain)
 
 
+def test_a_file_that_contradicts_itself_is_named(model: Any, inputs: Any) -> None:
+    model.generation_config.num_return_sequences = 2
+    with pytest.raises(ValueError, match=r"^the model's generation_config must be .*num_return_sequences.* Set the"):
+        mtpkern.generate(model, **inputs, max_new_tokens=NEW)
+    model.generation_config.do_sample = True
+    assert mtpkern.generate(model, **inputs, max_new_tokens=NEW).shape == (2, 6 + NEW)
+
+
 def test_limits_of_the_models_file_count(model: Any, inputs: Any) -> None:
     model.generation_config = GenerationConfig(max_new_tokens=3.0, do_sample=True)
     assert mtpkern.generate(model, **inputs).shape == (2, 9)

@@ -450,3 +450,28 @@ def test_a_mask_token_among_the_words(with_mask: bool, model: Any, tiny: Any) ->
 def test_training_mode(model: Any, inputs: Any) -> None:
     with pytest.raises(ValueError, match=r"model\.eval\(\)"):
         mtpkern.generate(model.train(), **inputs, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "opt"])
+@pytest.mark.parametrize("prompt", [28, 32])
+def test_up_to_the_last_learned_position(model_type: str, prompt: int, tiny: Any) -> None:
+    """Masks may stand behind it; an answer that stops in time is theirs, one that does not is an error that says so."""
+    model = tiny.model(model_type, max_position_embeddings=32, **EXTRA[model_type])
+    ids, real = tiny.prompts(prompt, 9)
+    inputs = {"input_ids": ids, "attention_mask": real}
+    for new in range(1, 34 - prompt):
+        theirs = greedy(model, tiny.mask, **inputs, max_new_tokens=new)
+        for strategy in (Verified(6, threshold=0.0), Static(1)):
+            assert mtpkern.generate(model, **inputs, max_new_tokens=new, strategy=strategy).equal(theirs)
+    stops = list(range(tiny.mask))
+    assert mtpkern.generate(model, **inputs, max_new_tokens=99, eos_token_id=stops).shape == (2, prompt + 1)
+    with pytest.raises(ValueError, match=f"has learned 32 positions.* prompt of {prompt} tokens.*max_new_tokens=99"):
+        mtpkern.generate(model, **inputs, max_new_tokens=99)
+    with pytest.raises(ValueError, match="has learned 32 positions"):
+        mtpkern.generate(model, tiny.prompts(33)[0], max_new_tokens=1)
+
+
+EXTRA = {
+    "gpt2": {"n_head": 4, "n_layer": 2, "n_embd": 32, "n_positions": 32},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+}

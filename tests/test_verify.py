@@ -80,6 +80,25 @@ def test_a_refusal_is_remembered_and_says_what_differs(compared: list[str], monk
     assert not mtpkern.check(model, mask_token_id=31).ok
 
 
+def test_a_models_file_and_weights_say_nothing_of_its_kind(compared: list[str]) -> None:
+    """Beams and the like in a file change transformers' tokens, but ours is greedy; NaN is one model's fault."""
+    broken = untried("starcoder2")
+    with torch.no_grad():
+        broken.lm_head.weight.fill_(torch.nan)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="cannot decode Starcoder2ForCausalLM: its logits hold NaN or inf"):
+            decode(broken)
+    assert len(compared) == 1
+    model = untried("starcoder2")
+    expected = decode(model, check_model=False)
+    model.generation_config.update(num_beams=3, repetition_penalty=1.5, stop_strings=["a"], penalty_alpha=0.6, top_k=4)
+    hooks = [len(m._forward_hooks) for m in model.modules()]
+    model.generation_config.output_attentions = True
+    assert decode(model).equal(expected)
+    assert [len(m._forward_hooks) for m in model.modules()] == hooks
+    assert len(compared) == 2
+
+
 def test_keys_that_are_changed_behind_the_cache_are_found(compared: list[str]) -> None:
     """The prefill attends to other keys than it has cached, a step to those that it caches."""
     from transformers.models.starcoder2 import modeling_starcoder2

@@ -199,12 +199,7 @@ def _draw_limits(call: Call, rng: Random, longest: int) -> None:
         (2, {"max_new_tokens": n, "max_length": 4}, {"max_new_tokens": n, "max_length": 4}, False),
         (2, {"max_new_tokens": float(n)}, {"max_new_tokens": n}, False),
         (1, {"max_new_tokens": torch.tensor(n)}, {"max_new_tokens": n}, False),
-        (
-            1,
-            {"max_new_tokens": None, "max_length": longest + n},
-            {"max_new_tokens": None, "max_length": longest + n},
-            False,
-        ),
+        (1, only_length, only_length, False),
         (1, {"max_new_tokens": n, "max_length": None}, {"max_new_tokens": n}, False),
         (1, {}, {}, False),
         (0.4, {"max_new_tokens": 130}, {"max_new_tokens": 130}, False),

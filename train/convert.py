@@ -142,7 +142,7 @@ def _load(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
 
     path = gguf_of(source)
     folder = source if path is None else str(path.parent)
-    options: dict[str, Any] = {"trust_remote_code": False}
+    options: dict[str, Any] = {}
     if path is not None:
         described = metadata(path)
         options["gguf_file"] = path.name
@@ -153,12 +153,14 @@ def _load(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
     method = None if path is None else "gguf"
     try:
         if path is None:
-            config = AutoConfig.from_pretrained(folder, **options)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
             if isinstance(getattr(config, "quantization_config", None), dict):
                 method = config.quantization_config.get("quant_method", "a method without a name")
                 config.quantization_config["dequantize"] = True
             options["config"] = config
-        model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, trust_remote_code=False, **options
+        )
     except ValueError as error:
         if _asks_for_code(error):
             raise ValueError(f"{source} is an architecture of its own code, which convert does not run") from error
@@ -178,12 +180,12 @@ def _tokenizer(folder: str, **options: Any) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        return AutoTokenizer.from_pretrained(folder, **options)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     except ValueError as error:
         if not _asks_for_code(error):
             raise
     try:
-        return PreTrainedTokenizerFast.from_pretrained(folder, **options)
+        return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder}: its tokenizer is code of its own, which convert does not run, and there is no tokenizer.json"

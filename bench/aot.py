@@ -126,8 +126,13 @@ SPILL: dict[tuple[str, str], dict[str, tuple[int, int]]] = {
     # spill four times as much.
     ("span_attention bf16 D256", "_dq_kernel"): {"sm_90": (8, 8)},
     ("span_attention bf16 D256", "_dkdv_kernel"): {"sm_80": (8, 8), "sm_90": (216, 160), "gfx942": (44, 0)},
-    ("span_attention bf16 D256 softcap", "_dq_kernel"): {"sm_90": (48, 48)},
-    ("span_attention bf16 D256 softcap", "_dkdv_kernel"): {"sm_80": (24, 24), "sm_89": (8, 8), "sm_90": (232, 200)},
+    ("span_attention bf16 D256 softcap", "_dq_kernel"): {"sm_90": (48, 48), "sm_100": (24, 0)},
+    ("span_attention bf16 D256 softcap", "_dkdv_kernel"): {
+        "sm_80": (32, 24),
+        "sm_89": (16, 8),
+        "sm_90": (232, 200),
+        "gfx942": (60, 0),
+    },
     # Exact products without tensor cores hold a row and a column of 256 in registers, whatever the tile: half the warps
     # or twice the rows spill ten times that.
     ("span_attention fp32 D64", "_forward_kernel"): {"sm_100": (8, 0)},

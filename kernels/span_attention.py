@@ -16,8 +16,8 @@ lengths, offsets and k are data that no kernel is compiled for. Sums run in a fi
 give equal bits. Any layout is computed rightly; spans sorted by prefix make the loops short.
 
 Shapes   query [B, Hq, T, D];  key, value [B, Hkv, T, D];  position, prefix_end, span_start, span_end [B, T]
-         sinks [Hq];  out [B, T, Hq, D];  lse, delta [B, Hq, T] float32. The torch form takes the last of the rows alone,
-         too: the keys in front are constants then (a prefix that another pass has read)
+         sinks [Hq];  out [B, T, Hq, D];  lse, delta [B, Hq, T] float32. The torch form also takes the last rows alone:
+         the keys in front are constants then (a prefix that another pass has read)
 Traffic  forward reads q, k, v and writes out, 2 T D (Hq + Hkv) elements a sequence, backward twice that; the torch
          form builds the mask [B, T, T] and weights [B, Hq, T, T] besides
 FLOPs    4 Hq D a visible pair forward, 10 Hq D backward; the Triton form computes scores and do . v twice, 14 Hq D.

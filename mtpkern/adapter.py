@@ -144,8 +144,9 @@ class _GatedLora:
         if rows is False:
             return result
         a, b, scale = (part[active_adapter] for part in (module.lora_A, module.lora_B, module.scaling))
-        if rows is True:
-            return result + b(a(module.lora_dropout[active_adapter](x))) * scale
+        if rows is True or torch.is_grad_enabled():  # the op has no backward
+            update = b(a(module.lora_dropout[active_adapter](x))) * scale
+            return result + (update if rows is True else torch.where(rows.unsqueeze(-1), update, 0.0))
         # peft has cast x to the adapter's dtype.
         x = x.to(result.dtype)
         gated_lora([result.flatten(0, -2)], x.flatten(0, -2), rows.flatten(), a.weight, [b.weight], scale)

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from mtpkern.model import add_mask_token, recorded_settings, require_decodable
+from mtpkern.train import smollm2
 from mtpkern.train.checks import load, require_consistent, require_sources
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.config import ModelArguments, MTPConfig
@@ -282,7 +283,13 @@ def main(argv: Sequence[str]) -> None:
         print(help_text("--help-all" in argv))
         return
     try:
-        train(*parse(argv))
+        # The one configuration whose model and data the command itself makes.
+        if argv[0] == "smollm2":
+            arguments = parse([argv[0], *smollm2.plan().options, *argv[1:]])
+            smollm2.prepare()
+            train(*arguments)
+        else:
+            train(*parse(argv))
     except FileNotFoundError as error:
         before = first_steps(argv[0])
         if not before:

@@ -1,0 +1,208 @@
+"""A real model with its gated adapter: the original's own tokens, several a pass, beside the original's own generate.
+
+`python -m mtpkern.bench.real` (also `make real`) takes SmolLM2-135M-Instruct, which it makes a plain checkpoint of
+where runs/smollm2/base is not there, and the adapter that comes along. It shows some answers in coloured blocks, then a
+row for each kind of prompt and batch size: how many answers are the original's token for token, tokens a pass, and the
+time against Hugging Face's `generate` of the original, which is another instance of the model, in turns.
+
+The prompts are held out: no template of a problem and no subject of an instruction among them occurs in training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from mtpkern import ASSETS, load_adapter, show
+from mtpkern.bench.harness import environment
+from mtpkern.bench.report import Table, write
+from mtpkern.compare import Completion, batches, ours, pad, timed
+from mtpkern.output import printable
+from mtpkern.rows import read_lines
+from mtpkern.strategies import Verified
+from mtpkern.train import smollm2
+
+ADAPTER = ASSETS / "smollm2"
+HEADER = ("prompts", "identical", "tokens a pass", "× HF generate", "by batch")
+
+
+@dataclass
+class Count:
+    """What one kind of prompt has added up to, decoded in batches of one size.
+
+    ratios   of each batch: the original's seconds over ours, for the same tokens
+    """
+
+    prompts: int = 0
+    identical: int = 0
+    tokens: int = 0
+    passes: int = 0
+    seconds: float = 0.0
+    original_seconds: float = 0.0
+    original_tokens: int = 0
+    ratios: list[float] = field(default_factory=list)
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens emitted over passes made, the prefill among them."""
+        return self.tokens / self.passes
+
+    @property
+    def ratio(self) -> float:
+        """Tokens a second of ours over those of Hugging Face's generate."""
+        return (self.tokens / self.seconds) / (self.original_tokens / self.original_seconds)
+
+    def add(self, theirs: Sequence[Completion], got: Sequence[Completion], original: float, seconds: float) -> None:
+        """Count one batch in."""
+        self.prompts += len(got)
+        self.tokens += sum(len(c.tokens) for c in got)
+        self.passes += sum(len(c.blocks) for c in got)
+        self.original_tokens += sum(len(c.tokens) for c in theirs)
+        self.seconds += seconds
+        self.original_seconds += original
+        self.ratios.append(original / seconds)
+
+    def row(self, name: str) -> tuple[str, ...]:
+        """As the table shows it."""
+        spread = f"{min(self.ratios):.2f}-{max(self.ratios):.2f}, median {median(self.ratios):.2f}"
+        cells = (f"{self.identical} of {self.prompts}", f"{self.tokens_per_pass:.2f}", f"{self.ratio:.2f}", spread)
+        return (name, *cells)
+
+
+def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, n: int | None) -> list[tuple[str, list[int]]]:
+    """Kind and token ids of the first n prompts (all for None) of a JSONL file with `kind` and `messages`."""
+    found = []
+    for _, row in read_lines(path):
+        assert isinstance(row, dict)
+        text = tokenizer.apply_chat_template(row["messages"], tokenize=False, add_generation_prompt=True)
+        found.append((row["kind"], tokenizer(str(text), add_special_tokens=False).input_ids))
+    if n is not None and len(found) < n:
+        raise ValueError(f"{path} holds {len(found)} prompts; expected at least {n}: ask for fewer")
+    return found[:n]
+
+
+def measure(
+    original: PreTrainedModel,
+    adapted: torch.nn.Module,
+    prompts: Sequence[tuple[str, list[int]]],
+    strategy: Verified,
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    reference: dict[int, list[int]],
+) -> Iterator[tuple[str, list[Completion], Count]]:
+    """Decode the prompts in both ways, in turns; for each batch its kind, our completions and the kind's counts so far.
+
+    reference   number of a prompt -> the original's tokens, which the first batch size fills in
+    """
+    counts: dict[str, Count] = {}
+    for kind in dict.fromkeys(kind for kind, _ in prompts):
+        numbered = [(i, ids) for i, (its, ids) in enumerate(prompts) if its == kind]
+        for turn, batch in enumerate(batches(numbered, batch_size)):
+            inputs = pad([ids for _, ids in batch], original.device)
+            options = {"max_new_tokens": max_new_tokens}
+            if turn == 0:
+                ours(adapted, inputs, strategy=strategy, max_new_tokens=4)  # type: ignore[arg-type]
+            if turn % 2:
+                got, seconds = timed(adapted, inputs, strategy, **options)  # type: ignore[arg-type]
+            theirs, theirs_seconds = timed(original, inputs, None, **options)
+            if not turn % 2:
+                got, seconds = timed(adapted, inputs, strategy, **options)  # type: ignore[arg-type]
+            count = counts.setdefault(kind, Count())
+            count.add(theirs, got, theirs_seconds, seconds)
+            for (i, _), one, other in zip(batch, got, theirs):
+                count.identical += one.tokens == reference.setdefault(i, other.tokens)
+            yield kind, got, count
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Show answers, measure, print the table and, where asked, write it."""
+    parser = argparse.ArgumentParser(prog="python -m mtpkern.bench.real", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--base", type=Path, help="the original (default: runs/smollm2/base, made at need)")
+    parser.add_argument("--adapter", type=Path, default=ADAPTER, help="its gated adapter (default: the shipped one)")
+    parser.add_argument("--prompts", type=Path, default=ADAPTER / "prompts.jsonl", help="JSONL with kind and messages")
+    parser.add_argument("--number", type=int, metavar="N", help="the first N of them (default: all)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[1], metavar="N")
+    parser.add_argument("--k", type=int, default=4)
+    parser.add_argument("--threshold", type=float, default=0.3)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--show", type=int, default=3, metavar="N", help="answers shown in coloured blocks (default 3)")
+    parser.add_argument("--results", type=Path, help="folder for real.md and real.json")
+    args = parser.parse_args(argv)
+
+    base = args.base or smollm2.base()
+    dtype = getattr(torch, args.dtype)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    original, plain = (
+        AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False).to(args.device).eval()
+        for _ in range(2)
+    )
+    adapted = load_adapter(plain, args.adapter)
+    prompts = read_prompts(args.prompts, tokenizer, args.number)
+    strategy = Verified(args.k, args.threshold)
+    console = Console(highlight=False)
+    reference: dict[int, list[int]] = {}
+    rows, records = [], []
+    for size in args.batch_size:
+        done = 0
+        last: dict[str, Count] = {}
+        run = measure(
+            original,
+            adapted,
+            prompts,
+            strategy,
+            batch_size=size,
+            max_new_tokens=args.max_new_tokens,
+            reference=reference,
+        )
+        with show.progress(f"{len(prompts)} prompts, {size} at a time", len(prompts)) as progress:
+            for kind, completions, count in run:
+                last[kind] = count
+                shown = completions if size == args.batch_size[0] else []
+                for completion in shown[: max(0, args.show - done)]:
+                    _show(console, tokenizer, prompts[done][1], completion)
+                done += len(completions)
+                progress(done)
+        for kind, count in last.items():
+            name = f"{kind}, batch {size}"
+            rows.append(count.row(name))
+            records.append({"prompts": kind, "batch_size": size, **asdict(count)})
+    facts: Mapping[str, str] = environment(torch.device(args.device)) | {
+        "dtype": args.dtype,
+        "new tokens": f"at most {args.max_new_tokens}",
+        "strategy": f"Verified({args.k}, {args.threshold})",
+        "threads": str(torch.get_num_threads()),
+    }
+    note = (
+        "Identical: the tokens of Hugging Face's greedy generate of the original, decoded "
+        f"{args.batch_size[0]} at a time. Times include the prefill; the last column has the ratios of single batches."
+    )
+    table = Table("SmolLM2-135M-Instruct with its gated adapter", note, HEADER, rows, records)
+    print(table.markdown())
+    if args.results is not None:
+        print("written:", write("real", "The original model's own tokens", facts, [table], {"rows": records}, args.results))
+    else:
+        print(json.dumps(facts))
+
+
+def _show(console: Console, tokenizer: PreTrainedTokenizerBase, prompt: list[int], completion: Completion) -> None:
+    """Question and answer, a colour a pass."""
+    question = str(tokenizer.decode(prompt, skip_special_tokens=True)).strip()
+    console.print(printable(question.removesuffix("assistant").strip().splitlines()[-1]), style="italic", markup=False)
+    parts = show.pieces(tokenizer, completion.tokens, completion.blocks)
+    console.print(show.terminal(parts, colour=show.coloured(console)))
+    console.print(show.sizes(completion.blocks) + "\n", style="dim")
+
+
+if __name__ == "__main__":
+    main()

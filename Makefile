@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 SOURCES := setup.py mtpkern kernels train bench tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint types fmt checkpoint ablate aot gpu test-oldest clean
+.PHONY: help install demo real test check lint types fmt checkpoint ablate aot gpu test-oldest clean
 
 help: ## List the targets.
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -51,6 +51,11 @@ types: $(STAMP)
 fmt: $(STAMP) ## Sort imports, mend what ruff can mend, format.
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+# REAL_ARGS="--number 20 --batch-size 1 8" for fewer prompts, or eight at a time as well.
+REAL_ARGS ?=
+real: $(STAMP) ## SmolLM2-135M-Instruct with its gated adapter: its own answers several tokens a pass, beside its own generate.
+	$(BIN)/python -m mtpkern.bench.real $(REAL_ARGS)
 
 checkpoint: $(STAMP) ## Train the shipped checkpoint again from nothing.
 	$(BIN)/python -m mtpkern.train.checkpoint

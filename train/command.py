@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,13 +27,16 @@ from transformers import (
     ProgressCallback,
 )
 
+from mtpkern.grading import expected_answer, is_right
 from mtpkern.model import add_mask_token, recorded_settings, require_decodable
+from mtpkern.rows import shown
+from mtpkern.strategies import name_of, strategy_of
 from mtpkern.train.checks import load, require_consistent, require_sources
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.config import ModelArguments, MTPConfig
 from mtpkern.train.data import BadData, DataArguments, Report, load_data, load_held_out
 from mtpkern.train.disk import DiskFull
-from mtpkern.train.evaluate import HeldOut, same_number, summarise
+from mtpkern.train.evaluate import HeldOut, summarise
 from mtpkern.train.formats import Encoder
 from mtpkern.train.gated_trainer import GatedTrainer
 from mtpkern.train.lock import alone_in
@@ -255,7 +259,7 @@ def _checkpoint(config: MTPConfig) -> str | None:
 
 
 def _to_decode(data: DataArguments, encode: Encoder, positions: int | None) -> HeldOut | None:
-    """The first held-out rows as prompts; right is the same `#### n`, or the same text where answers have none."""
+    """The first held-out rows as prompts. Raises ValueError for an answer_rule that finds nothing in their answers."""
     # Answers are wanted whole here, however short the texts are that training sees.
     whole = copy(encode)
     whole.window, whole.long_rows = positions, "skip"
@@ -268,12 +272,20 @@ def _to_decode(data: DataArguments, encode: Encoder, positions: int | None) -> H
         ids, length = found[0][i]["input_ids"], found[0][i]["prompt_length"]
         prompts.append(ids[:length])
         answers.append(str(tokenizer.decode(ids[length:], skip_special_tokens=True)).strip())
-    is_right = same_number if all("####" in answer for answer in answers) else _same_text
-    return HeldOut(prompts, answers, tokenizer, is_right=is_right, max_new_tokens=data.decode_tokens)
-
-
-def _same_text(answer: str, expected: str) -> bool:
-    return answer.strip() == expected
+    empty = [x for x in answers if data.answer_rule != "auto" and expected_answer(x, data.answer_rule) is None]
+    if empty:
+        raise ValueError(
+            f"answer_rule {data.answer_rule} finds nothing to compare with in {len(empty)} of {len(answers)} held-out "
+            f"answers, such as {shown(empty[0])}; take another rule, or auto"
+        )
+    return HeldOut(
+        prompts,
+        answers,
+        tokenizer,
+        is_right=partial(is_right, rule=data.answer_rule),
+        strategies={name_of(text): strategy_of(text) for text in data.decode_strategies},
+        max_new_tokens=data.decode_tokens,
+    )
 
 
 def main(argv: Sequence[str]) -> None:

@@ -32,8 +32,10 @@ from typing import Any, cast
 
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from mtpkern.grading import RULES
 from mtpkern.loading import require_found
 from mtpkern.rows import BadRow, parse, read_lines, shown
+from mtpkern.strategies import strategy_of
 from mtpkern.train.formats import (
     FORMATS,
     NO_ANSWER_LEFT,
@@ -81,6 +83,20 @@ class DataArguments:
         default=0, metadata={"help": "Held-out rows to decode at every evaluation: accuracy and tokens per pass."}
     )
     decode_tokens: int = field(default=256, metadata={"help": "Tokens to decode at most for each of them."})
+    decode_strategies: list[str] = field(
+        default_factory=lambda: ["verified"],
+        metadata={
+            "help": "Ways to decode them, as NAME[:K][:THRESHOLD]: verified, static:1, confadapt:0.9 ... Figures bear "
+            "their names; the first's also stand without, and choose the best checkpoint."
+        },
+    )
+    answer_rule: str = field(
+        default="auto",
+        metadata={
+            "help": "What makes a decoded answer right: the same number behind '####' (hashes), the same result behind "
+            "'The answer is' (answer-is), the same last-number, the same text (exact); 'auto' goes by each row's answer."
+        },
+    )
     data_format: str = field(default="auto", metadata={"help": f"'auto' (by the columns), {', '.join(FORMATS)}."})
     only: str | None = field(default=None, metadata={"help": "COLUMN=PREFIX: rows whose column begins so."})
     chat: bool = field(default=True, metadata={"help": "Apply the chat template; false joins by separator."})
@@ -97,12 +113,20 @@ class DataArguments:
             ("data_format", ("auto", *FORMATS)),
             ("bad_rows", ("error", "skip")),
             ("long_rows", ("skip", "cut", "error")),
+            ("answer_rule", RULES),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
         for name, least in (("max_eval_rows", 1), ("decode_rows", 0), ("decode_tokens", 1), ("shuffle_buffer", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
+        for text in self.decode_strategies:
+            try:
+                strategy_of(text)
+            except ValueError as error:
+                raise ValueError(f"decode_strategies: {error}") from None
+        if not self.decode_strategies:
+            raise ValueError("decode_strategies is empty; leave it out for verified, or set decode_rows to 0")
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"eval_fraction must be at least 0 and below 1; got {self.eval_fraction}")
         if self.eval_data and self.eval_fraction:

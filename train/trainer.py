@@ -36,7 +36,7 @@ from mtpkern.train.checks import require_sound, require_tested_engine
 from mtpkern.train.compilation import CompiledLayers
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.disk import full_disk_named, written_whole
-from mtpkern.train.evaluate import HeldOut, figures
+from mtpkern.train.evaluate import HeldOut
 from mtpkern.train.layout import (
     Counting,
     Layout,
@@ -81,7 +81,7 @@ class MTPTrainer(RunTrainer):
     model, teacher   the student with float32 weights; its frozen original, not needed for teacher_target "gt", and
                      not accepted with LoRA, whose teacher is the student without its adapters
     mask_token_id    of the student; read from its config unless given
-    held_out         prompts to decode at every evaluation: accuracy, tokens per pass and effective k
+    held_out         prompts to decode at every evaluation: accuracy, tokens per pass and effective k of each strategy
     origin           what else the run is made of, by name, such as where model and data come from: a checkpoint records
                      it, beside the options and the data's fingerprint, and goes on only with the same
 
@@ -369,10 +369,10 @@ class MTPTrainer(RunTrainer):
         except Exception as error:
             # What has been trained is worth more than a figure that any checkpoint gives later.
             logger.warning("no accuracy, held-out prompts were not decoded: %s: %s", type(error).__name__, error)
-            sums = torch.full((6,), torch.nan)
+            sums = torch.full((len(held_out.strategies), 6), torch.nan)
         if not alone:
             sums = self.accelerator.reduce(sums.float().to(self.args.device), "sum")
-        return {f"eval_{name}": value for name, value in figures(sums).items()}
+        return {f"eval_{name}": value for name, value in held_out.metrics(sums).items()}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add agreement by position, agreeing-prefix length, confidence, entropy and throughput since the last log."""

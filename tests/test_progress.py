@@ -52,8 +52,7 @@ def test_a_run_prints_a_table_and_how_to_go_on(tmp_path, tiny, bytes_of, capsys,
     assert max(map(len, lines[:6])) <= 80
     assert str(out) in lines[6]
     if gated:
-        assert f'mtpkern.load_adapter(model, "{out}")' in lines[7]
-        return
+        assert f'mtpkern.load_adapter(model, "{out}")' in lines[8]
     words = shlex.split(lines[7])
     assert words[:3] == ["mtpkern", "generate", str(out)]
     assert main([*words[1:], "--max-new-tokens", "3"]) == 0

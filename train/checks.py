@@ -73,18 +73,19 @@ def require_consistent(model: ModelArguments, data: DataArguments, config: MTPCo
             raise ValueError(says)
 
 
-def require_sources(model: ModelArguments, data: DataArguments) -> None:
+def require_sources(model: ModelArguments, data: DataArguments) -> set[str]:
     """Look at what a run is made of before any weights are loaded: the first rows of the data, and whose models exist.
 
-    Raises ValueError or OSError for a source that is missing or cannot be reached, for other columns than expected, and
-    for a folder without weights.
+    Returns the formats of the training data. Raises ValueError or OSError for a source that is missing or cannot be
+    reached, for other columns than expected, and for a folder without weights.
     """
-    require_readable(data)
+    formats = require_readable(data)
     for name in filter(None, (model.model, model.teacher)):
         load(AutoConfig, name)
         folder = Path(name)
         if folder.is_dir() and not any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir()):
             raise FileNotFoundError(f"{name}: there are no weights in this folder; give a whole checkpoint")
+    return formats
 
 
 def load(kind: Any, name: str, **options: Any) -> Any:

@@ -28,7 +28,8 @@ from transformers import (
 )
 
 from mtpkern.grading import expected_answer, is_right
-from mtpkern.model import add_mask_token, recorded_settings, require_decodable
+from mtpkern.loading import quiet
+from mtpkern.model import add_mask_token, record_settings, recorded_settings, require_decodable
 from mtpkern.rows import shown
 from mtpkern.strategies import name_of, strategy_of
 from mtpkern.train.checks import load, require_consistent, require_sources
@@ -101,12 +102,12 @@ def train(model_arguments: ModelArguments, data: DataArguments, config: MTPConfi
         train(ModelArguments("my-model"), DataArguments(["problems.jsonl"]), MTPConfig("out", max_steps=100))
     """
     require_consistent(model_arguments, data, config)
-    require_sources(model_arguments, data)
+    formats = require_sources(model_arguments, data)
     with alone_in(config.output_dir) if config.process_index == 0 else nullcontext():
         origin = origin_of(model_arguments, data, config)
         if _has_ended(config, {**options_of(config, stream=data.streaming), **origin}):
             return []
-        return _train(model_arguments, data, config, origin)
+        return _train(model_arguments, data, config, origin, formats)
 
 
 def _has_ended(config: MTPConfig, recipe: dict[str, Any]) -> bool:
@@ -133,7 +134,11 @@ def _has_ended(config: MTPConfig, recipe: dict[str, Any]) -> bool:
 
 
 def _train(
-    model_arguments: ModelArguments, data: DataArguments, config: MTPConfig, origin: dict[str, Any]
+    model_arguments: ModelArguments,
+    data: DataArguments,
+    config: MTPConfig,
+    origin: dict[str, Any],
+    formats: set[str],
 ) -> list[Report]:
     checkpoint = _checkpoint(config)
     before = Record.read(checkpoint) if checkpoint else None
@@ -180,6 +185,9 @@ def _train(
         held_out=_to_decode(data, encode, positions),
         origin=origin,
     )
+    if formats != {"text"}:  # whose rows have no prompt
+        prompting = {"chat": True} if data.chat else {"chat": False, "separator": data.separator}
+        record_settings(model, **prompting)
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(TableCallback())
@@ -196,7 +204,7 @@ def _train(
                 summarise(trainer.state.log_history, config.output_dir)
         if config.process_index == 0:
             trainer.record(saved=True).write(config.output_dir)
-            print(_next_step(model_arguments, data, config), flush=True)
+            print(_next_step(model_arguments, config), flush=True)
     except (DiskFull, OtherRun, BrokenPipeError):
         _close_progress_bar(trainer)
         raise
@@ -210,21 +218,18 @@ def _train(
     return reports
 
 
-def _next_step(model_arguments: ModelArguments, data: DataArguments, config: MTPConfig) -> str:
+def _next_step(model_arguments: ModelArguments, config: MTPConfig) -> str:
     """Where the model lies, and how it is decoded."""
     folder = str(config.output_dir)
     if config.bidirectional:
         return f"the model is in {folder}; bidirectional, it cannot be decoded"
     if config.gated:
         return (
-            f"the adapter is in {folder}; in Python, with the model loaded from {model_arguments.model}:\n"
-            f'  model = mtpkern.load_adapter(model, "{folder}")\n'
-            "  ids = mtpkern.generate(model, **inputs, max_new_tokens=256)"
+            f"the adapter is in {folder}, for {model_arguments.model}; to decode with it, here or in Python:\n"
+            f"  mtpkern generate {shlex.quote(folder)} --prompt '...'\n"
+            f'  model = mtpkern.load_adapter(model, "{folder}")'
         )
-    chat = " --chat" if data.chat else ""
-    return (
-        f"the model is in {folder}; to decode with it:\n  mtpkern generate {shlex.quote(folder)}{chat} --prompt '...'"
-    )
+    return f"the model is in {folder}; to decode with it:\n  mtpkern generate {shlex.quote(folder)} --prompt '...'"
 
 
 def _close_progress_bar(trainer: MTPTrainer) -> None:
@@ -293,6 +298,7 @@ def main(argv: Sequence[str]) -> None:
     if not argv or {"-h", "--help", "--help-all"} & set(argv):
         print(help_text("--help-all" in argv))
         return
+    quiet()
     try:
         train(*parse(argv))
     except FileNotFoundError as error:

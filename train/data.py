@@ -94,7 +94,7 @@ class DataArguments:
         default="auto",
         metadata={
             "help": "What makes a decoded answer right: the same number behind '####' (hashes), the same result behind "
-            "'The answer is' (answer-is), the same last-number, the same text (exact); 'auto' goes by each row's answer."
+            "'The answer is' (answer-is), the same last-number, the same text (exact); 'auto' goes by each row."
         },
     )
     data_format: str = field(default="auto", metadata={"help": f"'auto' (by the columns), {', '.join(FORMATS)}."})
@@ -144,6 +144,7 @@ class Report:
 
     source: str
     live: bool = False
+    data_format: str | None = None
     rows: int = 0
     used: int = 0
     cut: int = 0
@@ -313,6 +314,7 @@ class Source:
                 fault = row if isinstance(row, BadRow) else f"expected an object with fields; got {shown(row)}"
                 raise ValueError(f"{where}: {fault}; no format shows in the first {len(first)} rows")
             data_format = recognise({key for row in objects for key in row}, self.name)
+        report.data_format = data_format
         rows = islice(chain(first, rows), part[0], None, part[1])
         while chunk := list(islice(rows, _CHUNK)):
             fates: list[Conversation | BadRow | str] = []
@@ -491,11 +493,14 @@ def load_data(
     return train, found[0], [*reports, found[1]]
 
 
-def require_readable(arguments: DataArguments) -> None:
-    """Look at the first rows of every source, without a tokenizer. Raises as `load_data` for what is wrong there.
+def require_readable(arguments: DataArguments) -> set[str]:
+    """Look at the first rows of every source, without a tokenizer; returns the formats of those to train on.
 
-    require_readable(DataArguments(["problems.jsonl"]))
+    Raises as `load_data` for what is wrong there.
+
+        require_readable(DataArguments(["problems.jsonl"]))  # {"question-answer"}
     """
+    formats = set()
 
     def unread(batch: Sequence[Conversation]) -> list[dict[str, Any] | BadRow]:
         return [{} for _ in batch]
@@ -517,5 +522,8 @@ def require_readable(arguments: DataArguments) -> None:
                 raise OSError(f"{report.source} cannot be read: {' '.join(str(error).split())}") from error
             for _ in replace(source, rows=partial(iter, first)).examples(report):
                 pass
+            if names is arguments.train_data and report.data_format:
+                formats.add(report.data_format)
         if not report.rows:
             raise BadData(f"no row is left to read. {report}")
+    return formats

@@ -204,7 +204,8 @@ def strategies_in(logs: Mapping[str, Any]) -> list[str]:
 def summarise(history: Sequence[dict[str, Any]], folder: str | Path) -> str:
     """Write summary.md, a row for every evaluation, and agreement.png to the folder; returns the text.
 
-    Where it was decoded in several ways, a second table has a row for each of them. Without matplotlib there is no picture, and the summary says how to get it.
+    Where it was decoded in several ways, a second table has a row for each of them. Without matplotlib there is no
+    picture, and the summary says how to get it.
     """
     folder = Path(folder)
     rows = [entry for entry in history if "eval_loss" in entry]

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from mtpkern.adapter import gate_of
 from mtpkern.attention import AttentionContext, attention_context
@@ -130,7 +130,8 @@ class MTPTrainer(RunTrainer):
         if held_out is not None:
             held_out.require_fit(plain)
         if gate_of(plain) is None:
-            record_settings(plain, mask_token_id=self.mask_token_id, k_max=args.k_max, bidirectional=args.bidirectional)
+            record_settings(plain, mask_token_id=self.mask_token_id, bidirectional=args.bidirectional)
+        record_settings(plain, k_max=args.k_max)
         super().__init__(model=model, args=args, origin=origin, **kwargs)
         require_tested_engine(self)
         # accelerate would compile the whole model, whose forward is another one in every step here.
@@ -338,6 +339,20 @@ class MTPTrainer(RunTrainer):
             ready = self._prepare_inputs(ready)
             loss = self.compute_loss(model, ready, num_items_in_batch=counts)
         return loss.detach(), None, None
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As RunTrainer.train; what is saved meanwhile records that its run has not ended."""
+        self._record_finished(False)
+        result = super().train(*args, **kwargs)
+        self._record_finished(True)
+        return result
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._record_finished(self.state.global_step >= self.state.max_steps)
+        super()._save_checkpoint(model, trial)
+
+    def _record_finished(self, finished: bool) -> None:
+        record_settings(plain_model(self.accelerator.unwrap_model(self.model)), finished=finished)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As Trainer.evaluate, with the span statistics of the evaluation batches; training does not notice."""

@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return piped(run)
     except (ValueError, TypeError, OSError, ImportError) as error:
         said = str(error) if handed_on else _in_flags(str(error))
-        print(f"mtpkern {args.command}: {printable(said)}", file=sys.stderr)
+        # At once: several ranks may say it.
+        sys.stderr.write(f"mtpkern {args.command}: {printable(said)}\n")
         return 2
     except KeyboardInterrupt:
         return 130

@@ -288,6 +288,13 @@ def test_options_that_contradict_one_another(flags, says):
         parse(["--model", "m", "--train-data", "d.jsonl", "--output-dir", "out", "--use-cpu", *flags])
 
 
+def test_a_share_that_holds_nothing_out_says_so(tmp_path, checkpoint, capsys):
+    """1 % of the few groups of a small file, as metamath-llama asks."""
+    flags = ["--model", checkpoint("llama"), "--train-data", write(tmp_path / "rows.jsonl", METAMATH[:3])]
+    assert main(["train", "metamath-llama", *flags, "--bf16", "false", "--output-dir", str(tmp_path / "o"), *TINY]) == 2
+    assert "eval_fraction 0.01 may hold out none of few groups: raise it" in capsys.readouterr().err
+
+
 def test_an_anchor_needs_a_teacher_whatever_the_target(tmp_path, checkpoint):
     data, start = write(tmp_path / "rows.jsonl", GSM8K), checkpoint("llama")
     common = ["--model", start, "--train-data", data, "--teacher-target", "gt", "--k-max", "3", *TINY]

@@ -221,6 +221,25 @@ def test_a_decoding_that_fails_costs_no_training(tmp_path, caplog):
     assert "nan" in (tmp_path / "summary.md").read_text()
 
 
+def test_the_best_checkpoint_by_one_strategys_figure(tmp_path):
+    """The first evaluation is right under static_1 alone, the second under the first strategy."""
+    tokenizer, judged = build_tokenizer(), []
+
+    def is_right(answer, expected):
+        judged.append(answer)
+        return (len(judged) - 1) % 4 in (1, 2)
+
+    ways = {"static_2": Static(2), "static_1": Static(1)}
+    held_out = HeldOut([prompt(p) for p in problems("validation", 1)], ["a"], tokenizer, is_right, ways, 3)
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy_static_1", "save_steps": 1}
+    run = decoding_trainer(tmp_path, held_out, tokenizer, **best)
+    run._try_out = lambda: None
+    run.train()
+    scored = [entry for entry in run.state.log_history if "eval_loss" in entry]
+    assert [(entry["eval_accuracy"], entry["eval_accuracy_static_1"]) for entry in scored] == [(0, 1), (1, 0)]
+    assert run.state.best_model_checkpoint.endswith("checkpoint-1")
+
+
 def test_what_cannot_be_decoded_fails_before_the_first_step(tmp_path, monkeypatch):
     tokenizer = build_tokenizer()
     texts = [prompt(p) for p in problems("validation", 1)]

@@ -1,4 +1,4 @@
-"""Prompts are put to a model as in its training, which its checkpoint records; a flag that says otherwise is warned of."""
+"""Prompts are put to a model as in its training, which its checkpoint records; a flag that says otherwise warns."""
 
 import json
 

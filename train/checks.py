@@ -5,6 +5,7 @@ from __future__ import annotations
 # First, because transformers would not name what is missing.
 from mtpkern.train.extra import DynamoBackend, PeftModel  # isort: split
 
+import logging
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,8 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from mtpkern.train.config import ModelArguments, MTPConfig
 from mtpkern.train.data import DataArguments, require_found, require_readable
 from mtpkern.train.lora import plain_model
+
+logger = logging.getLogger(__name__)
 
 
 def require_consistent(model: ModelArguments, data: DataArguments, config: MTPConfig) -> None:
@@ -139,6 +142,10 @@ def require_tested_engine(trainer: Trainer) -> None:
         raise ValueError("several GPUs in one process are refused; start one process a GPU: torchrun or accelerate")
     if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
         raise ValueError("FSDP asked for, but accelerate has set up none (version 1, one process, or a CPU); omit it")
+    if trainer.args.fsdp and not trainer.is_fsdp_enabled and trainer.is_world_process_zero():
+        logger.warning(
+            "fsdp has no effect on this device, where accelerate shards nothing: every rank holds all weights"
+        )
     if trainer.is_fsdp_enabled and trainer.args.torch_compile:
         raise ValueError("torch_compile under FSDP is untested here and refused; use DDP, or leave it out")
     if trainer.is_fsdp_enabled and isinstance(trainer.model, PeftModel):

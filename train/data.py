@@ -456,7 +456,12 @@ def load_held_out(
     if arguments.eval_data:
         return _load(_source(arguments, encode, arguments.eval_data, arguments.eval_split, None), "evaluate", limit)
     if arguments.eval_fraction:
-        return _load(_source(arguments, encode, arguments.train_data, arguments.train_split, True), "evaluate", limit)
+        source = _source(arguments, encode, arguments.train_data, arguments.train_split, True)
+        try:
+            return _load(source, "evaluate", limit)
+        except BadData as error:
+            share = f"eval_fraction {arguments.eval_fraction}"
+            raise BadData(f"{error}; {share} may hold out none of few groups: raise it, or give eval_data") from None
     return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,13 @@ def strategy_of(text: str) -> Strategy:
             f"as they are wanted, such as static:1, confadapt:0.9 or verified:8:0.6; got {text!r}"
         )
     name, k, threshold = match.groups()
-    kind = {"verified": Verified, "confadapt": ConfAdapt, "static": Static}[name]
-    given = {"k": k and int(k), "threshold": threshold and float(threshold)}
-    return kind(**{option: value for option, value in given.items() if value is not None})
+    kinds: dict[str, type[Strategy]] = {"verified": Verified, "confadapt": ConfAdapt, "static": Static}
+    given: dict[str, Any] = {}
+    if k is not None:
+        given["k"] = int(k)
+    if threshold is not None:
+        given["threshold"] = float(threshold)
+    return kinds[name](**given)
 
 
 def name_of(text: str) -> str:

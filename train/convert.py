@@ -281,7 +281,7 @@ def main(argv: Sequence[str]) -> None:
         k_max=args.k_max,
         dtype=args.dtype,
     )
-    result = {"checkpoint": str(args.target), "mask_token_id": mask}
+    result: dict[str, Any] = {"checkpoint": str(args.target), "mask_token_id": mask}
     if args.preset:
         result["prompts"] = PRESETS[args.preset].prompts
     print(json.dumps(result))

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from copy import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,8 @@ class GatedSettings:
     k_max           predictions of a pass that it was trained for
     base, digest    the base's name, and a digest of its weights
     chat            whether prompts were rendered by the chat template; None where nobody said
+    separator       behind a prompt where they were not
+    finished        whether the run that made it had ended
     """
 
     mask_token_id: int
@@ -60,6 +62,8 @@ class GatedSettings:
     base: str
     digest: str
     chat: bool | None = None
+    separator: str | None = None
+    finished: bool | None = None
     version: int = VERSION
 
 
@@ -79,6 +83,10 @@ class Gate:
         # A training pass, whose rows are masks all of them; seen by all threads, because activation checkpointing runs
         # the forward again in one of autograd's.
         self.all_rows = False
+
+    def record(self, **settings: Any) -> None:
+        """Change what the adapter's folder will record."""
+        self.settings = replace(self.settings, **settings)
 
     @property
     def rows(self) -> Tensor | bool:
@@ -303,10 +311,11 @@ def save_adapter(model: PeftModel, folder: str | Path, *, dtype: torch.dtype | N
 
 
 def record_row(model: PeftModel) -> None:
-    """Bring the mask token's row, as trained by now, into the config that peft saves."""
+    """Bring the mask token's row, as trained by now, and what the gate records into the config that peft saves."""
+    gate = gate_of(model.get_base_model())
     for config in model.peft_config.values():
-        if is_gated(config):
-            config.auto_mapping = marked(settings_of(config), model.mask_row)
+        if gate is not None and is_gated(config):
+            config.auto_mapping = marked(gate.settings, model.mask_row)
 
 
 def require_gateable(config: LoraConfig | Any) -> None:

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from mtpkern.compare import Completion
+    from mtpkern.prompting import Prompting
     from mtpkern.strategies import Strategy
 
 # Commands of the house next door, which this one does not import: a name is looked up when it is called for.
@@ -42,9 +43,9 @@ class Row:
     fields: dict[str, Any]
 
     @property
-    def messages(self) -> list[dict[str, str]]:
-        """The chat; a plain prompt is what the user says."""
-        return self.fields.get("messages") or [{"role": "user", "content": self.fields["prompt"]}]
+    def question(self) -> str:
+        """What stands last in it."""
+        return self.fields["messages"][-1]["content"] if "messages" in self.fields else self.fields["prompt"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,10 +69,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return piped(run)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"mtpkern {args.command}: {printable(str(error))}", file=sys.stderr)
+        said = str(error) if handed_on else _in_flags(str(error))
+        # At once: several ranks may say it.
+        sys.stderr.write(f"mtpkern {args.command}: {printable(said)}\n")
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _in_flags(message: str) -> str:
+    """A message of the library as the command line says it: parameters are flags, or can be set in Python alone."""
+    message = message.replace("strategy=mtpkern.Static(1)", "--strategy static:1")
+    message = re.sub(
+        r"\b(mask_token_id|max_new_tokens)\b(?:=(\w+)|=)?",
+        lambda match: f"--{match[1].replace('_', '-')}" + (f" {match[2]}" if match[2] else ""),
+        message,
+    )
+    return re.sub(
+        r"\b(?:check_model|attn_implementation|device_map)=(?:'\w+'|\{.*?\}|\w+)", r"\g<0> (in Python)", message
+    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -88,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--problems", type=_positive, default=64, metavar="N", help="problems in the table (default 64)")
     demo.add_argument("--html", type=Path, metavar="FILE", help="write the coloured blocks as a page")
     demo.add_argument("--checkpoint", type=Path, metavar="DIR", help="a folder like the shipped one")
+    demo.add_argument("--base", metavar="MODEL", help="of a gated adapter, where its base is not where it was")
     demo.add_argument("--json", action="store_true", help="print the figures as one JSON object, and nothing else")
     demo.set_defaults(run=_demo)
 
@@ -98,12 +115,17 @@ def _parser() -> argparse.ArgumentParser:
         "as it is anywhere else; --file prints one JSON object a row. With --file an --output grows row by row, and "
         "the same command again goes on behind those that are there.",
     )
-    generate.add_argument("model", metavar="MODEL", help="a checkpoint's path or hub id")
+    generate.add_argument("model", metavar="MODEL", help="path or hub id of a checkpoint, or of a gated adapter")
     source = generate.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="the prompt itself")
     source.add_argument("--file", type=Path, help='JSONL: {"prompt": "..."} or {"messages": [...]} in each row')
-    generate.add_argument("--strategy", choices=("verified", "confadapt", "static"), default="verified")
-    generate.add_argument("--k", type=_positive, help="tokens predicted in one pass")
+    generate.add_argument(
+        "--strategy",
+        default="verified",
+        metavar="NAME[:K][:THRESHOLD]",
+        help="verified (default), confadapt or static, as in static:1, confadapt:0.9 or verified:8:0.6",
+    )
+    generate.add_argument("--k", type=_positive, help="tokens predicted in one pass, as in --strategy")
     generate.add_argument("--threshold", type=float, help="confidence above which a token counts as sure, 0 to 1")
     generate.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="(default 256)")
     generate.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="(default 8)")
@@ -112,7 +134,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     generate.add_argument("--device", help="such as cpu or cuda:0 (default: the accelerator, if there is one)")
-    generate.add_argument("--chat", action="store_true", help="apply the chat template to plain prompts too")
+    generate.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="apply the chat template or not; unless given as in the training of MODEL, else to messages alone",
+    )
+    generate.add_argument("--separator", metavar="TEXT", help="what follows a prompt; unless given as in its training")
+    generate.add_argument("--base", metavar="MODEL", help="of a gated adapter, where its base is not where it was")
     generate.add_argument("--show", action="store_true", help="print prompt and text, in blocks, one colour a pass")
     generate.add_argument(
         "--output", type=Path, metavar="FILE", help="write JSONL there, with --prompt whole or not at all"
@@ -131,16 +159,20 @@ def _positive(text: str) -> int:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    _quiet()
+    from mtpkern.loading import quiet
+
+    quiet()
     from mtpkern.demo import ASSETS, demo
 
-    demo(args.problems, html=args.html, folder=args.checkpoint or ASSETS, as_json=args.json)
+    demo(args.problems, html=args.html, folder=args.checkpoint or ASSETS, base=args.base, as_json=args.json)
 
 
 def _generate(args: argparse.Namespace) -> None:
     # What can be checked without the model is checked before it is loaded.
+    from mtpkern.loading import quiet
+
     rows = [_row("--prompt", {"prompt": args.prompt})] if args.file is None else read_rows(args.file)
-    _quiet()
+    quiet()
     strategy = _strategy(args)
     if args.file is None or args.output is None:
         with whole_file(args.output) as output:
@@ -157,17 +189,21 @@ def _generate(args: argparse.Namespace) -> None:
             _decode_rows(rows[done:], strategy, args, output)
 
 
-def _decode_rows(
-    rows: Sequence[Row], strategy: Strategy | None, args: argparse.Namespace, output: TextIO | None
-) -> None:
+def _decode_rows(rows: Sequence[Row], strategy: Strategy, args: argparse.Namespace, output: TextIO | None) -> None:
     from mtpkern import show
     from mtpkern.loading import device_of, load, require_model
+    from mtpkern.model import recorded_settings
+    from mtpkern.prompting import Prompting, warnings_of
 
     require_model(args.model)
-    model, tokenizer = load(args.model, args.dtype, device_of(args.device))
-    if strategy is None or strategy.k != 1:
+    model, tokenizer = load(args.model, args.dtype, device_of(args.device), base=args.base)
+    if strategy.k != 1:
         _require_mask_token(model, args)
-    prompts = [_encode(tokenizer, row, chat=args.chat) for row in rows]
+    recorded = recorded_settings(model)
+    prompting = Prompting.of(recorded, args.chat, args.separator)
+    for warning in warnings_of(recorded, prompting):
+        print(f"mtpkern generate: warning: {printable(args.model)}: {printable(warning)}", file=sys.stderr)
+    prompts = [_encode(tokenizer, row, prompting) for row in rows]
     # Rows that appear on a terminal tell by themselves how far things are.
     hidden = args.file is not None and (output is not None or not sys.stdout.isatty()) and not args.show
     with show.progress(f"{len(rows)} prompts", len(rows)) if hidden else nullcontext(lambda done: None) as advance:
@@ -242,34 +278,28 @@ def _row(where: str, fields: Any) -> Row:
     return Row(where, fields)
 
 
-def _strategy(args: argparse.Namespace) -> Strategy | None:
-    """The strategy of the options; None (the library's default) where nothing is asked for."""
-    from mtpkern.strategies import ConfAdapt, Static, Verified
+def _strategy(args: argparse.Namespace) -> Strategy:
+    """The strategy of the options."""
+    from mtpkern.strategies import Static, strategy_of
 
+    try:
+        strategy = strategy_of(args.strategy)
+    except ValueError as error:
+        raise ValueError(f"--strategy: {error}") from None
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise ValueError(f"--threshold must be a probability from 0 to 1, got {args.threshold}")
     given = {name: value for name in ("k", "threshold") if (value := getattr(args, name)) is not None}
-    if args.strategy == "static":
-        if args.threshold is not None:
-            raise ValueError("--strategy static keeps every token and takes no --threshold; use confadapt or verified")
-        return Static(**given)
-    if args.strategy == "confadapt":
-        return ConfAdapt(**given)
-    return Verified(**given) if given else None
+    if isinstance(strategy, Static) and args.threshold is not None:
+        raise ValueError("--strategy static keeps every token and takes no --threshold; use confadapt or verified")
+    if given and ":" in args.strategy:
+        raise ValueError(f"--strategy {args.strategy} says k or threshold by itself; leave out --k and --threshold")
+    return replace(strategy, **given)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, row: Row, *, chat: bool) -> list[int]:
-    """The token ids of a row's prompt; its special tokens come from the chat template, where one is applied."""
-    from mtpkern.rows import own_bos
-
+def _encode(tokenizer: PreTrainedTokenizerBase, row: Row, prompting: Prompting) -> list[int]:
+    """The token ids of a row's prompt. Raises ValueError that names the row."""
     try:
-        if not chat and "messages" not in row.fields:
-            ids = tokenizer(own_bos(tokenizer, row.fields["prompt"])).input_ids
-        elif tokenizer.chat_template is None:
-            raise ValueError("needs a chat template and the tokenizer has none; give plain prompts")
-        else:
-            text = tokenizer.apply_chat_template(row.messages, tokenize=False, add_generation_prompt=True)
-            ids = tokenizer(str(text), add_special_tokens=False).input_ids
+        ids = prompting.encode(tokenizer, row.fields)
     except Exception as error:  # a template and a tokenizer raise what they like
         raise ValueError(f"{row.where}: {error}") from error
     if not ids:
@@ -282,7 +312,7 @@ def _complete(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     prompts: Sequence[list[int]],
-    strategy: Strategy | None,
+    strategy: Strategy,
     args: argparse.Namespace,
 ) -> Iterator[Completion]:
     """The completions of a batch; where it fails those of each row alone, so that one bad row takes none along.
@@ -302,8 +332,7 @@ def _complete(
         if len(rows) == 1:
             if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
                 raise RuntimeError(f"{rows[0].where}: {error}") from error
-            text = re.sub("mask_token_id|max_new_tokens", lambda match: f"--{match[0].replace('_', '-')}", str(error))
-            raise ValueError(f"{rows[0].where}: {text}") from error
+            raise ValueError(f"{rows[0].where}: {error}") from error
     else:
         yield from completions
         return
@@ -331,7 +360,7 @@ def _write(
         from mtpkern import show
 
         console = Console(highlight=False)
-        prompt = row.messages[-1]["content"]
+        prompt = row.question
         console.print(
             printable(prompt if args.file is None else f"{row.where}: {prompt}"), style="italic", markup=False
         )
@@ -343,13 +372,6 @@ def _write(
         print(printable(text) if sys.stdout.isatty() else text)
     elif output is None:
         print(line)
-
-
-def _quiet() -> None:
-    """No progress bars of others between ours."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

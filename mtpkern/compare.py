@@ -8,7 +8,6 @@ up does so for all of them.
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mtpkern.arguments import plain_greedy
 from mtpkern.generation import MTPGenerateOutput, generate
+from mtpkern.grading import is_right
 from mtpkern.strategies import Strategy
 
 HF_GENERATE = "hf_generate"
@@ -122,12 +122,6 @@ def read_problems(path: Path, n: int | None = None) -> list[Problem]:
     return problems[:n]
 
 
-def extract_answer(text: str) -> str | None:
-    """The number behind the first `####`, None where there is none: `extract_answer("8 - 3 = 5\\n#### 5")` is "5"."""
-    match = re.search(r"####\s*(-?\d+)", text)
-    return match.group(1) if match else None
-
-
 def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
     """Token ids of the prompts as `generate` takes them: input_ids and attention_mask [B, T], padded on the left.
 
@@ -203,9 +197,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def count_right(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], completions: list[Completion]) -> int:
-    """How many completions end in their problem's result, exactly."""
+    """How many completions end in `####` and their problem's result."""
     texts = [str(tokenizer.decode(c.tokens, skip_special_tokens=True)) for c in completions]
-    return sum(extract_answer(text) == str(p.result) for text, p in zip(texts, problems, strict=True))
+    return sum(is_right(text, f"#### {p.result}") for text, p in zip(texts, problems, strict=True))
 
 
 def compare(

@@ -16,10 +16,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mtpkern import ASSETS, show
 from mtpkern.compare import HF_GENERATE, Completion, Problem, Tally, compare, count_right, encode, read_problems, timed
+from mtpkern.loading import load as load_named
+from mtpkern.model import recorded_settings
 from mtpkern.output import printable, whole_file
 from mtpkern.strategies import ConfAdapt, Static, Strategy, Verified
 
@@ -41,22 +43,31 @@ def ways(k_max: int) -> dict[str, Strategy | None]:
     }
 
 
-def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model (float32, evaluation mode) and tokenizer of a checkpoint folder; FileNotFoundError where there is none."""
-    if not (folder / "config.json").is_file():
+def load(folder: Path, base: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model (float32, evaluation mode, on the CPU) and tokenizer of a checkpoint's folder or a gated adapter's.
+
+    Raises FileNotFoundError where there is none, and as `mtpkern.loading.load`.
+    """
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise FileNotFoundError(
             f"no checkpoint in {folder}: expected config.json there; make one with: make checkpoint"
         )
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
-    return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return load_named(str(folder), "float32", torch.device("cpu"), base=base)
 
 
-def demo(problems: int = 64, *, html: Path | None = None, folder: Path = ASSETS, as_json: bool = False) -> None:
+def demo(
+    problems: int = 64,
+    *,
+    html: Path | None = None,
+    folder: Path = ASSETS,
+    base: str | None = None,
+    as_json: bool = False,
+) -> None:
     """Run the demo and print it.
 
     problems: how many held-out problems the table counts; html: where to write the picture as a page; folder: a
-    checkpoint with its problems.jsonl; as_json: print the figures as one JSON object and nothing else. Colours
-    follow the terminal and NO_COLOR; progress goes to stderr.
+    checkpoint, or gated adapter upon `base`, with its problems.jsonl; as_json: print the figures as one JSON object and
+    nothing else. Colours follow the terminal and NO_COLOR; progress goes to stderr.
 
         demo(16)
     """
@@ -64,20 +75,25 @@ def demo(problems: int = 64, *, html: Path | None = None, folder: Path = ASSETS,
         raise ValueError(f"problems must be at least 1; got {problems}")
     # Opened first: a place that cannot be written is known before anything runs.
     with whole_file(html) as page:
-        result = _run(problems, folder, page, Console(highlight=False, quiet=as_json))
+        result = _run(problems, folder, base, page, Console(highlight=False, quiet=as_json))
     if as_json:
         print(json.dumps(result), flush=True)
     elif html is not None:
         print(f"\nwritten: {printable(str(html))}")
 
 
-def _run(problems: int, folder: Path, page: TextIO | None, console: Console) -> dict[str, object]:
+def _run(problems: int, folder: Path, base: str | None, page: TextIO | None, console: Console) -> dict[str, object]:
     """The demo up to its summary, which is returned."""
     with show.progress("loading the checkpoint", 1) as advance:
-        model, tokenizer = load(folder)
+        model, tokenizer = load(folder, base)
         held_out = read_problems(folder / "problems.jsonl", problems)
         advance(1)
-    rows = ways(model.config.mtpkern["k_max"])
+    k_max = recorded_settings(model).get("k_max")
+    if k_max is None:
+        raise ValueError(
+            f"{folder} records no k_max: expected a checkpoint that mtpkern train has made, or the shipped"
+        )
+    rows = ways(k_max)
 
     console.print(
         Text.assemble(

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mtpkern.adapter import GatedSettings
 
 
 def require_found(name: str) -> None:
@@ -49,22 +52,73 @@ def device_of(name: str | None = None) -> torch.device:
     return device
 
 
-def load(name: str, dtype: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def quiet() -> None:
+    """No progress bars of transformers between the lines of a command: it says itself how far things are."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def load(
+    name: str, dtype: str, device: torch.device, *, base: str | None = None
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Model, in evaluation mode, and tokenizer of a checkpoint's path or hub id; code that comes with it is not run.
 
-    dtype: "auto" or a name in torch. Raises OSError for what cannot be loaded, ValueError for what needs its own code.
+    A gated adapter is loaded upon the base that it records, or upon the folder or hub id `base`, and has its tokenizer.
+
+    dtype: "auto" or a name in torch. Raises OSError for what cannot be loaded, ValueError for what needs its own code,
+    for a base that is not the adapter's, and for one that is given to a whole checkpoint.
 
         model, tokenizer = load("my-model", "float32", torch.device("cpu"))
     """
+    require_model(name)
+    settings = _adapter_settings(name)
+    if settings is None:
+        if base is not None:
+            raise ValueError(f"--base is for a gated adapter, {name} is a model of its own; leave --base out")
+        model, tokenizer = _load(name, dtype)
+        return model.to(device).eval(), tokenizer
+    from mtpkern.adapter import load_adapter
+
+    found = base or settings.base
+    try:
+        require_model(found)
+        model, tokenizer = _load(found, dtype)
+    except OSError as error:
+        if base is not None:
+            raise
+        raise OSError(f"{name} is an adapter, and its base is not there: {error}; name its place by --base") from error
+    try:
+        return load_adapter(model.to(device).eval(), name), tokenizer
+    except ValueError as error:
+        raise ValueError(f"{error}; --base names another one") from error
+
+
+def _adapter_settings(name: str) -> GatedSettings | None:
+    """What a gated adapter's folder or hub id records; None for anything else."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    if (Path(name) / "config.json").is_file() or find_adapter_config_file(name) is None:
+        return None
+    try:
+        from peft import PeftConfig
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{name} is an adapter, which needs peft; run: pip install peft") from error
+    from mtpkern.adapter import is_gated, settings_of
+
+    config = PeftConfig.from_pretrained(name)
+    return settings_of(config) if is_gated(config) else None
+
+
+def _load(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    require_model(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), trust_remote_code=False
         )
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         if "trust_remote_code" not in str(error):
             raise OSError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from error
@@ -72,4 +126,3 @@ def load(name: str, dtype: str, device: torch.device) -> tuple[PreTrainedModel, 
             f"{name} needs code of its own, which this command does not run; if you trust it, load the model in "
             "Python and call mtpkern.generate"
         ) from error
-    return model.to(device).eval(), tokenizer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import Embedding
@@ -70,16 +72,29 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return mask_token_id
 
 
-def recorded_settings(model: PreTrainedModel) -> dict[str, int]:
-    """What training has recorded (mask_token_id, k_max, bidirectional, version) in the config or a gated adapter."""
+def recorded_settings(model: PreTrainedModel) -> dict[str, Any]:
+    """What training has recorded in the config or a gated adapter; what nobody has said is not there.
+
+        mask_token_id, k_max, bidirectional, version
+        chat        whether prompts were rendered by the chat template
+        separator   what stood behind a prompt where they were not
+        finished    whether the run that made the checkpoint had ended
+
+    recorded_settings(model).get("k_max")
+    """
     gate = gate_of(model)
     if gate is not None:
-        return {"mask_token_id": gate.mask_token_id, "k_max": gate.settings.k_max}
+        ours = ("mask_token_id", "k_max", "chat", "separator", "finished")
+        return {name: value for name in ours if (value := getattr(gate.settings, name)) is not None}
     return dict(getattr(model.config, CONFIG_KEY, None) or {})
 
 
-def record_settings(model: PreTrainedModel, **settings: int) -> None:
-    """Record settings in the model's config, beside those already there."""
+def record_settings(model: PreTrainedModel, **settings: Any) -> None:
+    """Record settings, beside those already there, in the model's config or the gated adapter that it carries."""
+    gate = gate_of(model)
+    if gate is not None:
+        gate.record(**settings)
+        return
     setattr(model.config, CONFIG_KEY, {**recorded_settings(model), **settings, "version": CONFIG_VERSION})
 
 

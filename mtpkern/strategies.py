@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -99,3 +100,34 @@ class Verified(Strategy):
     unrecorded_k: ClassVar[int] = 12
     largest_k: ClassVar[int | None] = 12
     verify: ClassVar[bool] = True
+
+
+_WRITTEN = re.compile(r"(verified|confadapt|static)(?::(\d+))?(?::(\d*\.\d+))?")
+
+
+def strategy_of(text: str) -> Strategy:
+    """The strategy that a command line or a configuration writes as NAME[:K][:THRESHOLD], the threshold with a point.
+
+    What is left out is the default: k comes from the model. Raises ValueError for anything else.
+
+        strategy_of("verified"), strategy_of("static:1"), strategy_of("confadapt:0.9"), strategy_of("confadapt:16:0.9")
+    """
+    match = _WRITTEN.fullmatch(text)
+    if match is None:
+        raise ValueError(
+            "a strategy is written verified, confadapt or static, then its k and its threshold (with a point) as far "
+            f"as they are wanted, such as static:1, confadapt:0.9 or verified:8:0.6; got {text!r}"
+        )
+    name, k, threshold = match.groups()
+    kinds: dict[str, type[Strategy]] = {"verified": Verified, "confadapt": ConfAdapt, "static": Static}
+    given: dict[str, Any] = {}
+    if k is not None:
+        given["k"] = int(k)
+    if threshold is not None:
+        given["threshold"] = float(threshold)
+    return kinds[name](**given)
+
+
+def name_of(text: str) -> str:
+    """The name of a strategy so written among metrics: `name_of("confadapt:16:0.9")` is "confadapt_16_0.9"."""
+    return text.replace(":", "_")

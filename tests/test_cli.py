@@ -14,9 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import mtpkern
 from mtpkern.bench.problems import HELD_OUT, problems
-from mtpkern.cli import Row, _encode, main
-from mtpkern.compare import HF_GENERATE, Completion, Problem, Tally, extract_answer, pad, read_problems
+from mtpkern.cli import main
+from mtpkern.compare import HF_GENERATE, Completion, Problem, Tally, pad, read_problems
 from mtpkern.demo import ASSETS, summary
+from mtpkern.prompting import Prompting
 from mtpkern.train.arithmetic import build_tokenizer
 from mtpkern.train.formats import conversation_of
 
@@ -65,12 +66,6 @@ def greedy(checkpoint, prompt, new, **options):
     model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     ids = torch.tensor([tokenizer(prompt).input_ids])
     return model.generate(ids, do_sample=False, max_new_tokens=new, **options)[0, ids.shape[1] :].tolist()
-
-
-def test_extract_answer():
-    assert extract_answer("8 - 3 = 5\n#### 5") == "5"
-    assert extract_answer("#### -12 #### 7") == "-12"
-    assert extract_answer("so 5") is None
 
 
 def test_pad_is_on_the_left():
@@ -445,9 +440,9 @@ def test_a_template_that_refuses_names_the_row(checkpoint, tmp_path, capsys):
 
 def test_text_that_brings_its_own_bos_gets_no_second(bytes_of):
     tokenizer = bytes_of("llama")
-    one = _encode(tokenizer, Row("row 1", {"prompt": "Hi"}), chat=False)
+    one = Prompting().encode(tokenizer, {"prompt": "Hi"})
     assert one[0] == tokenizer.bos_token_id
-    assert one == _encode(tokenizer, Row("row 1", {"prompt": f"{tokenizer.bos_token}Hi"}), chat=False)
+    assert one == Prompting().encode(tokenizer, {"prompt": f"{tokenizer.bos_token}Hi"})
 
 
 def test_an_interrupt_leaves_no_draft(checkpoint, tmp_path, capsys, monkeypatch):

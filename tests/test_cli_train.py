@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mtpkern
 from mtpkern.cli import main
+from mtpkern.grading import is_right
 from mtpkern.train import arithmetic
 from mtpkern.train.checkpoint import K_MAX, NUM_SPANS, PREFIX_WEIGHT, common_arguments
 from mtpkern.train.command import load_student, load_teacher
@@ -103,7 +104,10 @@ def test_a_shipped_configuration_trains_and_saves_a_plain_checkpoint(
     assert f"training: {data}: {len(rows)} rows read; " in report
     assert f"held out: {data}: {len(rows)} rows read; " in report
     assert says in report
-    assert "tokens_per_pass" in (out / "summary.md").read_text()
+    summary = (out / "summary.md").read_text()
+    assert "tokens_per_pass" in summary
+    # The paper's decode as its authors do, at all that the model was trained for, beside one token a pass.
+    assert ("| confadapt_0.9 |" in summary and "| static_1 |" in summary) == (name != "gsm8k")
 
     tokenizer = AutoTokenizer.from_pretrained(out)
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
@@ -268,6 +272,8 @@ def test_mistakes_in_a_configuration(tmp_path, text, flags, says):
             "at least 32, for two tokens and all 30 masks",
         ),
         (["--decode-rows", "-1"], "decode_rows must be at least 0"),
+        (["--decode-strategies", "static:1", "confadapt:2:3"], "decode_strategies: .* got 'confadapt:2:3'"),
+        (["--answer-rule", "gsm8k"], "answer_rule must be one of auto, hashes, answer-is, last-number, exact"),
         (["--max-steps", "0"], "nothing would be trained"),
         (["--num-train-epochs", "0"], "nothing would be trained"),
         (["--per-device-train-batch-size", "0"], "per_device_train_batch_size must be at least 1"),
@@ -280,6 +286,13 @@ def test_options_that_contradict_one_another(flags, says):
     """Before anything is loaded: the model does not exist."""
     with pytest.raises(ValueError, match=says):
         parse(["--model", "m", "--train-data", "d.jsonl", "--output-dir", "out", "--use-cpu", *flags])
+
+
+def test_a_share_that_holds_nothing_out_says_so(tmp_path, checkpoint, capsys):
+    """1 % of the few groups of a small file, as metamath-llama asks."""
+    flags = ["--model", checkpoint("llama"), "--train-data", write(tmp_path / "rows.jsonl", METAMATH[:3])]
+    assert main(["train", "metamath-llama", *flags, "--bf16", "false", "--output-dir", str(tmp_path / "o"), *TINY]) == 2
+    assert "eval_fraction 0.01 may hold out none of few groups: raise it" in capsys.readouterr().err
 
 
 def test_an_anchor_needs_a_teacher_whatever_the_target(tmp_path, checkpoint):
@@ -407,6 +420,26 @@ def test_a_run_without_evaluations_is_evaluated_at_its_end(tmp_path, checkpoint)
     curves = EventAccumulator(str(next(out.glob("runs/*"))))
     curves.Reload()
     assert {"train/agreeing_prefix", "eval/agreeing_prefix", "eval/tokens_per_pass"} <= {*curves.Tags()["scalars"]}
+
+
+def test_answers_are_judged_by_a_rule(tmp_path, checkpoint, capsys, monkeypatch):
+    """MetaMathQA's MATH half ends in LaTeX: counted by what each row's own answer holds, or by one rule for all."""
+    ends = ["#### 3\nThe answer is: 3", "The answer is: \\frac{1}{2}", "4 apples"]
+    rows = [{"query": f"What is {i}?", "response": f"It is {end}"} for i, end in enumerate(ends)]
+    data, start, out = write(tmp_path / "rows.jsonl", rows), checkpoint("llama"), tmp_path / "out"
+    said = iter(["#### 3", "The answer is: $\\dfrac12$.", "It is 4 apples"])
+
+    def said_instead(answer, expected, rule):
+        return is_right(next(said), expected, rule)
+
+    monkeypatch.setattr("mtpkern.train.command.is_right", said_instead)
+    monkeypatch.setattr("mtpkern.train.evaluate.HeldOut.try_out", lambda *args: None)
+    flags = ["train", "--model", start, "--train-data", data, "--eval-data", data, "--decode-rows", "9", *TINY]
+    flags += ["--decode-tokens", "2", "--decode-strategies", "static:1", "--output-dir", str(out), "--no-chat"]
+    assert main(flags) == 0
+    assert "100.0%" in capsys.readouterr().out
+    assert main([*flags, "--output-dir", str(tmp_path / "other"), "--answer-rule", "hashes"]) == 2
+    assert "answer_rule hashes finds nothing to compare with in 2 of 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -76,13 +76,13 @@ def test_presets_are_what_the_model_cards_say():
 
 def test_a_preset_fills_in_what_is_not_said(tmp_path, tiny, bytes_of, monkeypatch, capsys):
     publish(tmp_path / "published", tiny, bytes_of, special=False, eos_token_id=5)
-    preset = module.Preset(mask_token_id=300, stop_token_ids=(7, 8), prompts="so", k_max=9)
+    preset = module.Preset(mask_token_id=300, stop_token_ids=(7, 8), prompts={"chat": True}, k_max=9)
     monkeypatch.setitem(module.PRESETS, "llama-magpie", preset)
     target = tmp_path / "plain"
     assert main(["convert", str(tmp_path / "published"), str(target), "--preset", "llama-magpie"]) == 0
-    assert json.loads(capsys.readouterr().out)["prompts"] == "so"
+    assert json.loads(capsys.readouterr().out)["prompts"] == {"chat": True}
     model = AutoModelForCausalLM.from_pretrained(target)
-    assert model.config.mtpkern == {"mask_token_id": 300, "k_max": 9, "version": 1}
+    assert model.config.mtpkern == {"mask_token_id": 300, "k_max": 9, "version": 1, "chat": True}
     assert model.generation_config.eos_token_id == [7, 8]
 
 

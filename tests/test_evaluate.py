@@ -8,35 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import mtpkern
-from mtpkern import Static, generate
+from mtpkern import ConfAdapt, Static, Verified, generate
 from mtpkern.train.arithmetic import build_tokenizer, encode, problems, prompt
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.config import MTPConfig
-from mtpkern.train.evaluate import HeldOut, curves, figures, final_number, same_number, summarise
+from mtpkern.train.evaluate import HeldOut, curves, figures, summarise
 from mtpkern.train.trainer import MTPTrainer
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("so it is\n#### 42", 42),
-        ("#### 1 or rather #### -1,250", -1250),
-        ("#### $3.50", 3.5),
-        ("42", None),
-        ("#### none", None),
-        ("", None),
-    ],
-)
-def test_final_number(text, number):
-    assert final_number(text) == number
-
-
-def test_same_number():
-    assert same_number("therefore #### 1250.0", "1,250")
-    assert same_number("#### 7", "long worked answer #### 7")
-    assert not same_number("#### 8", "7")
-    assert not same_number("8", "8")
-    assert not same_number("no number", "none either")
 
 
 def test_figures_of_sums_over_batches_and_ranks():
@@ -49,6 +26,17 @@ def test_figures_of_sums_over_batches_and_ranks():
         "effective_k_deviation": pytest.approx(2**0.5),
     }
     assert figures(torch.tensor([1, 0, 3, 1, 3, 9]))["effective_k_deviation"] == 0
+
+
+def test_figures_of_several_strategies_bear_their_names():
+    ways = {"confadapt_0.9": ConfAdapt(threshold=0.9), "static_1": Static(1)}
+    held_out = HeldOut(["a", "b"], ["1", "2"], build_tokenizer(), strategies=ways)
+    found = held_out.metrics(torch.tensor([[2, 1, 16, 6, 6, 20], [2, 2, 18, 18, 2, 2]]))
+    assert (found["accuracy"], found["accuracy_confadapt_0.9"], found["accuracy_static_1"]) == (0.5, 0.5, 1)
+    assert (found["tokens_per_pass"], found["tokens_per_pass_static_1"]) == (pytest.approx(16 / 6), 1)
+    assert len(found) == 3 * 4
+    with pytest.raises(ValueError, match="at least one way to decode"):
+        HeldOut(["a"], ["1"], build_tokenizer(), strategies={})
 
 
 HISTORY = [
@@ -64,6 +52,12 @@ def test_summary(tmp_path, monkeypatch):
     monkeypatch.setattr("mtpkern.train.evaluate.find_spec", lambda name: None)
     text = summarise(HISTORY, tmp_path)
     assert "| step | loss | accuracy | tokens_per_pass |" in text
+    assert "decoding" not in text
+    ways = {"eval_accuracy_verified": 0.5, "eval_tokens_per_pass_verified": 2.0, "eval_accuracy_static_1": 0.75}
+    both = summarise([*HISTORY[:2], {**HISTORY[2], **ways}], tmp_path)
+    assert "| step | decoding | accuracy | tokens_per_pass | effective_k | effective_k_deviation |" in both
+    assert "| 20 | verified | 0.5 | 2 |  |  |\n| 20 | static_1 | 0.75 |  |  |  |\n" in both
+    text = summarise(HISTORY, tmp_path)
     assert "| 20 | 1.25 | 0.5 |  |" in text
     assert "pip install 'mtpkern[plot]'" in text
     assert (tmp_path / "summary.md").read_text() == text
@@ -90,7 +84,8 @@ def test_trainer_decodes_held_out_prompts(tmp_path, change):
         seen.append((answer, expected))
         return expected == "b"
 
-    held_out = HeldOut(texts, ["a", "b", "c"], tokenizer, is_right, Static(3), max_new_tokens=7, batch_size=2)
+    ways = {"static_3": Static(3), "static_1": Static(1)}
+    held_out = HeldOut(texts, ["a", "b", "c"], tokenizer, is_right, ways, max_new_tokens=7, batch_size=2)
     pairs = [encode(problem, tokenizer) for problem in problems("train", 4)]
     data = [{"input_ids": ids, "prompt_length": n} for ids, n in pairs]
     trainer = MTPTrainer(
@@ -113,7 +108,10 @@ def test_trainer_decodes_held_out_prompts(tmp_path, change):
     trainer.train()
     scored = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
     assert len(scored) == 2
-    assert all(entry["eval_accuracy"] == pytest.approx(1 / 3) for entry in scored)
+    for name in ("", "_static_3", "_static_1"):
+        assert all(entry[f"eval_accuracy{name}"] == pytest.approx(1 / 3) for entry in scored)
+    assert scored[-1]["eval_tokens_per_pass_static_1"] == 1
+    assert scored[-1]["eval_tokens_per_pass_static_3"] == scored[-1]["eval_tokens_per_pass"]
     assert "accuracy" in (tmp_path / "summary.md").read_text()
     # What was decoded last is what the trained model decodes now.
     trainer.save_model(str(tmp_path / "plain"))
@@ -121,7 +119,7 @@ def test_trainer_decodes_held_out_prompts(tmp_path, change):
     inputs = tokenizer(texts[2], return_tensors="pt")
     output = generate(plain, **inputs, strategy=Static(3), max_new_tokens=7, return_dict_in_generate=True)
     new = tokenizer.decode(output.sequences[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-    assert seen[-1] == (new, "c")
+    assert seen[-2] == (new, "c")
     assert 1 <= scored[-1]["eval_tokens_per_pass"] <= 3
     assert scored[-1]["eval_tokens_per_pass"] <= scored[-1]["eval_effective_k"] <= 3
     assert "tokens_per_pass | effective_k | effective_k_deviation |" in (tmp_path / "summary.md").read_text()
@@ -141,10 +139,27 @@ def test_tokens_per_pass_do_not_depend_on_the_batch():
     options = {"rows": 2 * 12 - 1, "max_new_tokens": 64, "return_dict_in_generate": True}
     outputs = [generate(model, **tokenizer(text, return_tensors="pt"), **options) for text in texts]
     ks = [sum(row[:-1]) / len(row[:-1]) for output in outputs for row in output.blocks]
-    found = figures(counts[0])
+    found = figures(counts[0][0])
     assert found["effective_k"] == pytest.approx(sum(ks) / 4)
     assert found["effective_k_deviation"] == pytest.approx(torch.tensor(ks).std().item())
     assert found["tokens_per_pass"] < found["effective_k"]
+
+
+def test_confadapt_without_k_takes_the_recorded_one():
+    """Each strategy decodes with what it has been asked, and ConfAdapt with all that the model was trained for."""
+    assets = Path(mtpkern.__file__).parent / "assets"
+    tokenizer = AutoTokenizer.from_pretrained(assets)
+    model = AutoModelForCausalLM.from_pretrained(assets)
+    seen = []
+    texts = [prompt(p) for p in problems("validation", 2)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "mtpkern.train.evaluate.generate", lambda *a, **k: seen.append(k["strategy"]) or generate(*a, **k)
+        )
+        ways = {"confadapt": ConfAdapt(), "confadapt_3_0.5": ConfAdapt(3, 0.5), "verified": Verified()}
+        sums = HeldOut(texts, ["1", "2"], tokenizer, strategies=ways, max_new_tokens=4).count(model)
+    assert seen == [ConfAdapt(12, 0.9), ConfAdapt(3, 0.5), Verified(12, 0.6)]
+    assert sums.shape == (3, 6)
 
 
 def test_held_out_must_match():
@@ -204,6 +219,25 @@ def test_a_decoding_that_fails_costs_no_training(tmp_path, caplog):
     assert len(scored) == 2
     assert all(entry["eval_accuracy"] != entry["eval_accuracy"] for entry in scored)
     assert "nan" in (tmp_path / "summary.md").read_text()
+
+
+def test_the_best_checkpoint_by_one_strategys_figure(tmp_path):
+    """The first evaluation is right under static_1 alone, the second under the first strategy."""
+    tokenizer, judged = build_tokenizer(), []
+
+    def is_right(answer, expected):
+        judged.append(answer)
+        return (len(judged) - 1) % 4 in (1, 2)
+
+    ways = {"static_2": Static(2), "static_1": Static(1)}
+    held_out = HeldOut([prompt(p) for p in problems("validation", 1)], ["a"], tokenizer, is_right, ways, 3)
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy_static_1", "save_steps": 1}
+    run = decoding_trainer(tmp_path, held_out, tokenizer, **best)
+    run._try_out = lambda: None
+    run.train()
+    scored = [entry for entry in run.state.log_history if "eval_loss" in entry]
+    assert [(entry["eval_accuracy"], entry["eval_accuracy_static_1"]) for entry in scored] == [(0, 1), (1, 0)]
+    assert run.state.best_model_checkpoint.endswith("checkpoint-1")
 
 
 def test_what_cannot_be_decoded_fails_before_the_first_step(tmp_path, monkeypatch):

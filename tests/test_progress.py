@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from mtpkern.cli import main
-from mtpkern.train.progress import heading, table_row
+from mtpkern.train.progress import heading, strategy_rows, table_row
 
 ROWS = [{"question": f"How many are {i} and 1?", "answer": f"They are {i + 1}.\n#### {i + 1}"} for i in range(8)]
 
@@ -18,6 +18,17 @@ def test_a_row_stands_under_its_heading():
     assert row.index("50.0%") + 5 == heading().index("agree") + 5
     assert max(len(row), len(heading())) <= 80
     assert table_row("held out", {"eval_loss": 2.0, "eval_accuracy": 0.975}).split() == ["held", "out", "2", "97.5%"]
+
+
+def test_a_row_for_each_way_of_decoding():
+    logs = {"eval_loss": 2.0, "eval_accuracy": 0.5, "eval_accuracy_verified": 0.5}
+    assert strategy_rows(logs) == []
+    logs |= {"eval_accuracy_confadapt_16_0.95": 0.25, "eval_tokens_per_pass_confadapt_16_0.95": 4.5}
+    first, second = strategy_rows(logs)
+    assert first.split() == ["verified", "50.0%"]
+    assert second.split() == ["confadapt_16_0.95", "25.0%", "4.50"]
+    assert second.index("25.0%") == heading().index("right")
+    assert second.index("4.50") + 4 == heading().index("tok/pass") + 8
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -41,8 +52,7 @@ def test_a_run_prints_a_table_and_how_to_go_on(tmp_path, tiny, bytes_of, capsys,
     assert max(map(len, lines[:6])) <= 80
     assert str(out) in lines[6]
     if gated:
-        assert f'mtpkern.load_adapter(model, "{out}")' in lines[7]
-        return
+        assert f'mtpkern.load_adapter(model, "{out}")' in lines[8]
     words = shlex.split(lines[7])
     assert words[:3] == ["mtpkern", "generate", str(out)]
     assert main([*words[1:], "--max-new-tokens", "3"]) == 0

@@ -16,7 +16,7 @@ import tomllib
 
 import mtpkern
 from mtpkern.cli import main
-from mtpkern.train.evaluate import same_number
+from mtpkern.grading import is_right
 from mtpkern.train.options import parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -180,7 +180,7 @@ def test_the_readme_in_an_empty_folder(tmp_path, monkeypatch):
     assert "#### 51" in shown[0][0]
     assert "41 + 20 = 61" in shown[1][0].replace("|", "")
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    right = [same_number(answer["text"], str(answer["result"])) for answer in answers]
+    right = [is_right(answer["text"], f"#### {answer['result']}") for answer in answers]
     assert len(right) == 10
     assert sum(right) >= 9
     for name in ("mine", "library"):

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from mtpkern import ConfAdapt, Static, Verified
-from mtpkern.strategies import Strategy
+from mtpkern.strategies import Strategy, name_of, strategy_of
 
 
 def test_defaults_and_how_they_are_written() -> None:
@@ -61,3 +61,38 @@ def test_static_has_no_threshold() -> None:
     assert Static(3).threshold < 0
     with pytest.raises(ValueError, match="Static has no threshold"):
         Static(3, threshold=0.9)
+
+
+@pytest.mark.parametrize(
+    ("text", "strategy"),
+    [
+        ("verified", Verified()),
+        ("verified:8", Verified(8)),
+        ("verified:8:0.5", Verified(8, 0.5)),
+        ("confadapt:.95", ConfAdapt(threshold=0.95)),
+        ("confadapt:1.0", ConfAdapt(threshold=1.0)),
+        ("confadapt:1", ConfAdapt(1)),
+        ("confadapt:16:0.9", ConfAdapt(16, 0.9)),
+        ("static:1", Static(1)),
+    ],
+)
+def test_as_a_command_line_writes_them(text: str, strategy: Strategy) -> None:
+    assert strategy_of(text) == strategy
+    assert name_of(text) == text.replace(":", "_")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("greedy", "such as static:1, confadapt:0.9 or verified:8:0.6; got 'greedy'"),
+        ("confadapt:0.9:16", "its k and its threshold"),
+        ("confadapt:", "got 'confadapt:'"),
+        ("confadapt:-1", "got 'confadapt:-1'"),
+        ("verified:0", "k must be a whole number"),
+        ("verified:1.5", "threshold must be a probability"),
+        ("static:0.5", "Static has no threshold"),
+    ],
+)
+def test_what_is_written_wrong(text: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        strategy_of(text)

@@ -105,10 +105,10 @@ def run_variant(change: dict[str, Any], seed: int, work: Path, args: argparse.Na
     evaluated = trainer.evaluate()
     result = {"agreeing prefix": evaluated["eval_agreeing_prefix"]}
     held_out = list(problems("validation", args.problems, seed=0))
-    texts, answers = [prompt(p) for p in held_out], [str(p.result) for p in held_out]
+    texts, answers = [prompt(p) for p in held_out], [f"#### {p.result}" for p in held_out]
     for name, strategy in STRATEGIES.items():
-        counts = HeldOut(texts, answers, tokenizer, strategy=strategy, max_new_tokens=100).count(model)
-        found = figures(counts)
+        counts = HeldOut(texts, answers, tokenizer, strategies={name: strategy}, max_new_tokens=100).count(model)
+        found = figures(counts[0])
         result |= {
             f"{name}: right": found["accuracy"],
             f"{name}: tokens per pass": found["tokens_per_pass"],

@@ -283,12 +283,6 @@ def prompt(problem: Problem) -> str:
     return f"Question: {problem.question}\nAnswer:"
 
 
-def extract_answer(text: str) -> str | None:
-    """The number behind the first `####`, None where there is none: `extract_answer("... #### 17") == "17"`."""
-    match = re.search(r"####\s*(-?\d+)", text)
-    return match.group(1) if match else None
-
-
 BOS, EOS, PAD, UNK = "<|bos|>", "<|eos|>", "<|pad|>", "<|unk|>"
 # Written with Metaspace's mark for a space. A name has no entry of its own: it falls into its two syllables.
 _PIECES = r"\n####▁|\nAnswer:|▁Question:|▁[+\-×÷=]▁|▁?[A-Za-z]+|\d|▁|[.,?]"

@@ -5,6 +5,7 @@ from __future__ import annotations
 # First, because transformers would not name what is missing.
 from mtpkern.train.extra import DynamoBackend, PeftModel  # isort: split
 
+import logging
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,8 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from mtpkern.train.config import ModelArguments, MTPConfig
 from mtpkern.train.data import DataArguments, require_found, require_readable
 from mtpkern.train.lora import plain_model
+
+logger = logging.getLogger(__name__)
 
 
 def require_consistent(model: ModelArguments, data: DataArguments, config: MTPConfig) -> None:
@@ -73,18 +76,19 @@ def require_consistent(model: ModelArguments, data: DataArguments, config: MTPCo
             raise ValueError(says)
 
 
-def require_sources(model: ModelArguments, data: DataArguments) -> None:
+def require_sources(model: ModelArguments, data: DataArguments) -> set[str]:
     """Look at what a run is made of before any weights are loaded: the first rows of the data, and whose models exist.
 
-    Raises ValueError or OSError for a source that is missing or cannot be reached, for other columns than expected, and
-    for a folder without weights.
+    Returns the formats of the training data. Raises ValueError or OSError for a source that is missing or cannot be
+    reached, for other columns than expected, and for a folder without weights.
     """
-    require_readable(data)
+    formats = require_readable(data)
     for name in filter(None, (model.model, model.teacher)):
         load(AutoConfig, name)
         folder = Path(name)
         if folder.is_dir() and not any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir()):
             raise FileNotFoundError(f"{name}: there are no weights in this folder; give a whole checkpoint")
+    return formats
 
 
 def load(kind: Any, name: str, **options: Any) -> Any:
@@ -138,6 +142,10 @@ def require_tested_engine(trainer: Trainer) -> None:
         raise ValueError("several GPUs in one process are refused; start one process a GPU: torchrun or accelerate")
     if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
         raise ValueError("FSDP asked for, but accelerate has set up none (version 1, one process, or a CPU); omit it")
+    if trainer.args.fsdp and not trainer.is_fsdp_enabled and trainer.is_world_process_zero():
+        logger.warning(
+            "fsdp has no effect on this device, where accelerate shards nothing: every rank holds all weights"
+        )
     if trainer.is_fsdp_enabled and trainer.args.torch_compile:
         raise ValueError("torch_compile under FSDP is untested here and refused; use DDP, or leave it out")
     if trainer.is_fsdp_enabled and isinstance(trainer.model, PeftModel):

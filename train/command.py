@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,14 +27,18 @@ from transformers import (
     ProgressCallback,
 )
 
-from mtpkern.model import add_mask_token, recorded_settings, require_decodable
+from mtpkern.grading import expected_answer, is_right
+from mtpkern.loading import quiet
+from mtpkern.model import add_mask_token, record_settings, recorded_settings, require_decodable
+from mtpkern.rows import shown
+from mtpkern.strategies import name_of, strategy_of
 from mtpkern.train import smollm2
 from mtpkern.train.checks import load, require_consistent, require_sources
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.config import ModelArguments, MTPConfig
 from mtpkern.train.data import BadData, DataArguments, Report, load_data, load_held_out
 from mtpkern.train.disk import DiskFull
-from mtpkern.train.evaluate import HeldOut, same_number, summarise
+from mtpkern.train.evaluate import HeldOut, summarise
 from mtpkern.train.formats import Encoder
 from mtpkern.train.gated_trainer import GatedTrainer
 from mtpkern.train.lock import alone_in
@@ -98,12 +103,12 @@ def train(model_arguments: ModelArguments, data: DataArguments, config: MTPConfi
         train(ModelArguments("my-model"), DataArguments(["problems.jsonl"]), MTPConfig("out", max_steps=100))
     """
     require_consistent(model_arguments, data, config)
-    require_sources(model_arguments, data)
+    formats = require_sources(model_arguments, data)
     with alone_in(config.output_dir) if config.process_index == 0 else nullcontext():
         origin = origin_of(model_arguments, data, config)
         if _has_ended(config, {**options_of(config, stream=data.streaming), **origin}):
             return []
-        return _train(model_arguments, data, config, origin)
+        return _train(model_arguments, data, config, origin, formats)
 
 
 def _has_ended(config: MTPConfig, recipe: dict[str, Any]) -> bool:
@@ -130,7 +135,11 @@ def _has_ended(config: MTPConfig, recipe: dict[str, Any]) -> bool:
 
 
 def _train(
-    model_arguments: ModelArguments, data: DataArguments, config: MTPConfig, origin: dict[str, Any]
+    model_arguments: ModelArguments,
+    data: DataArguments,
+    config: MTPConfig,
+    origin: dict[str, Any],
+    formats: set[str],
 ) -> list[Report]:
     checkpoint = _checkpoint(config)
     before = Record.read(checkpoint) if checkpoint else None
@@ -177,6 +186,9 @@ def _train(
         held_out=_to_decode(data, encode, positions),
         origin=origin,
     )
+    if formats != {"text"}:  # whose rows have no prompt
+        prompting = {"chat": True} if data.chat else {"chat": False, "separator": data.separator}
+        record_settings(model, **prompting)
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(TableCallback())
@@ -193,7 +205,7 @@ def _train(
                 summarise(trainer.state.log_history, config.output_dir)
         if config.process_index == 0:
             trainer.record(saved=True).write(config.output_dir)
-            print(_next_step(model_arguments, data, config), flush=True)
+            print(_next_step(model_arguments, config), flush=True)
     except (DiskFull, OtherRun, BrokenPipeError):
         _close_progress_bar(trainer)
         raise
@@ -207,21 +219,18 @@ def _train(
     return reports
 
 
-def _next_step(model_arguments: ModelArguments, data: DataArguments, config: MTPConfig) -> str:
+def _next_step(model_arguments: ModelArguments, config: MTPConfig) -> str:
     """Where the model lies, and how it is decoded."""
     folder = str(config.output_dir)
     if config.bidirectional:
         return f"the model is in {folder}; bidirectional, it cannot be decoded"
     if config.gated:
         return (
-            f"the adapter is in {folder}; in Python, with the model loaded from {model_arguments.model}:\n"
-            f'  model = mtpkern.load_adapter(model, "{folder}")\n'
-            "  ids = mtpkern.generate(model, **inputs, max_new_tokens=256)"
+            f"the adapter is in {folder}, for {model_arguments.model}; to decode with it, here or in Python:\n"
+            f"  mtpkern generate {shlex.quote(folder)} --prompt '...'\n"
+            f'  model = mtpkern.load_adapter(model, "{folder}")'
         )
-    chat = " --chat" if data.chat else ""
-    return (
-        f"the model is in {folder}; to decode with it:\n  mtpkern generate {shlex.quote(folder)}{chat} --prompt '...'"
-    )
+    return f"the model is in {folder}; to decode with it:\n  mtpkern generate {shlex.quote(folder)} --prompt '...'"
 
 
 def _close_progress_bar(trainer: MTPTrainer) -> None:
@@ -256,7 +265,7 @@ def _checkpoint(config: MTPConfig) -> str | None:
 
 
 def _to_decode(data: DataArguments, encode: Encoder, positions: int | None) -> HeldOut | None:
-    """The first held-out rows as prompts; right is the same `#### n`, or the same text where answers have none."""
+    """The first held-out rows as prompts. Raises ValueError for an answer_rule that finds nothing in their answers."""
     # Answers are wanted whole here, however short the texts are that training sees.
     whole = copy(encode)
     whole.window, whole.long_rows = positions, "skip"
@@ -269,12 +278,20 @@ def _to_decode(data: DataArguments, encode: Encoder, positions: int | None) -> H
         ids, length = found[0][i]["input_ids"], found[0][i]["prompt_length"]
         prompts.append(ids[:length])
         answers.append(str(tokenizer.decode(ids[length:], skip_special_tokens=True)).strip())
-    is_right = same_number if all("####" in answer for answer in answers) else _same_text
-    return HeldOut(prompts, answers, tokenizer, is_right=is_right, max_new_tokens=data.decode_tokens)
-
-
-def _same_text(answer: str, expected: str) -> bool:
-    return answer.strip() == expected
+    empty = [x for x in answers if data.answer_rule != "auto" and expected_answer(x, data.answer_rule) is None]
+    if empty:
+        raise ValueError(
+            f"answer_rule {data.answer_rule} finds nothing to compare with in {len(empty)} of {len(answers)} held-out "
+            f"answers, such as {shown(empty[0])}; take another rule, or auto"
+        )
+    return HeldOut(
+        prompts,
+        answers,
+        tokenizer,
+        is_right=partial(is_right, rule=data.answer_rule),
+        strategies={name_of(text): strategy_of(text) for text in data.decode_strategies},
+        max_new_tokens=data.decode_tokens,
+    )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -282,6 +299,7 @@ def main(argv: Sequence[str]) -> None:
     if not argv or {"-h", "--help", "--help-all"} & set(argv):
         print(help_text("--help-all" in argv))
         return
+    quiet()
     try:
         # The one configuration whose model and data the command itself makes.
         if argv[0] == "smollm2":

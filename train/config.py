@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.utils import is_torch_bf16_gpu_available
 
 from mtpkern.train.compilation import CUDA_GRAPH_MODES
 
@@ -188,6 +189,12 @@ class MTPConfig(TrainingArguments):
         if self.deepspeed:
             # Before transformers asks for its package.
             raise ValueError("DeepSpeed, ZeRO-3 included, is untested here and refused; use FSDP2 (fsdp=True) or DDP")
+        if (self.bf16 or self.bf16_full_eval) and not self.use_cpu and not is_torch_bf16_gpu_available():
+            # transformers would ask for use_cpu alone, and on most CPUs that is slow.
+            raise ValueError(
+                "bf16 needs a GPU that computes in bfloat16, and torch finds none here; to train on the CPU set "
+                "use_cpu: true and bf16: false (--use-cpu --bf16 false)"
+            )
         # The parents must not see it: TrainingArguments would switch TF32 on, which rounds rotary positions too.
         compiler = self.torch_compile, self.torch_compile_backend, self.torch_compile_mode
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None

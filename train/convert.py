@@ -35,6 +35,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtpkern.loading import quiet
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -44,17 +46,17 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Preset:
-    """What the config of a published checkpoint leaves unsaid."""
+    """What the config of a published checkpoint leaves unsaid; prompts as `mtpkern.model.recorded_settings` says."""
 
     mask_token_id: int
     stop_token_ids: tuple[int, ...]
-    prompts: str
+    prompts: dict[str, Any]
     k_max: int = 16
 
 
 PRESETS = {
-    "llama-magpie": Preset(128259, (128009, 128001), "with the chat template (mtpkern generate --chat)"),
-    "qwen3-4b": Preset(151669, (151645, 151643), "without chat template: the question and a blank line"),
+    "llama-magpie": Preset(128259, (128009, 128001), {"chat": True}),
+    "qwen3-4b": Preset(151669, (151645, 151643), {"chat": False, "separator": "\n\n"}),
 }
 
 
@@ -105,6 +107,7 @@ def convert(
     if mask is not None:
         resolve_mask_token(model, mask)
         record_settings(model, mask_token_id=mask, k_max=k_max or (known.k_max if known else recorded.get("k_max", 16)))
+        record_settings(model, **(known.prompts if known else {}))
         # Other decoders know of no mask token.
         suppressed = model.generation_config.suppress_tokens or []
         model.generation_config.suppress_tokens = sorted({*suppressed, mask})
@@ -268,6 +271,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--k-max", type=int, metavar="K", help="predictions that it was trained for (default 16)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as they are)")
     args = parser.parse_args(argv)
+    quiet()
     mask = convert(
         args.source,
         args.target,
@@ -277,7 +281,7 @@ def main(argv: Sequence[str]) -> None:
         k_max=args.k_max,
         dtype=args.dtype,
     )
-    result = {"checkpoint": str(args.target), "mask_token_id": mask}
+    result: dict[str, Any] = {"checkpoint": str(args.target), "mask_token_id": mask}
     if args.preset:
         result["prompts"] = PRESETS[args.preset].prompts
     print(json.dumps(result))

@@ -32,8 +32,10 @@ from typing import Any, cast
 
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from mtpkern.grading import RULES
 from mtpkern.loading import require_found
 from mtpkern.rows import BadRow, parse, read_lines, shown
+from mtpkern.strategies import strategy_of
 from mtpkern.train.formats import (
     FORMATS,
     NO_ANSWER_LEFT,
@@ -81,6 +83,20 @@ class DataArguments:
         default=0, metadata={"help": "Held-out rows to decode at every evaluation: accuracy and tokens per pass."}
     )
     decode_tokens: int = field(default=256, metadata={"help": "Tokens to decode at most for each of them."})
+    decode_strategies: list[str] = field(
+        default_factory=lambda: ["verified"],
+        metadata={
+            "help": "Ways to decode them, as NAME[:K][:THRESHOLD]: verified, static:1, confadapt:0.9 ... Figures bear "
+            "their names; the first's also stand without, and choose the best checkpoint."
+        },
+    )
+    answer_rule: str = field(
+        default="auto",
+        metadata={
+            "help": "What makes a decoded answer right: the same number behind '####' (hashes), the same result behind "
+            "'The answer is' (answer-is), the same last-number, the same text (exact); 'auto' goes by each row."
+        },
+    )
     data_format: str = field(default="auto", metadata={"help": f"'auto' (by the columns), {', '.join(FORMATS)}."})
     only: str | None = field(default=None, metadata={"help": "COLUMN=PREFIX: rows whose column begins so."})
     chat: bool = field(default=True, metadata={"help": "Apply the chat template; false joins by separator."})
@@ -97,12 +113,20 @@ class DataArguments:
             ("data_format", ("auto", *FORMATS)),
             ("bad_rows", ("error", "skip")),
             ("long_rows", ("skip", "cut", "error")),
+            ("answer_rule", RULES),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
         for name, least in (("max_eval_rows", 1), ("decode_rows", 0), ("decode_tokens", 1), ("shuffle_buffer", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
+        for text in self.decode_strategies:
+            try:
+                strategy_of(text)
+            except ValueError as error:
+                raise ValueError(f"decode_strategies: {error}") from None
+        if not self.decode_strategies:
+            raise ValueError("decode_strategies is empty; leave it out for verified, or set decode_rows to 0")
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"eval_fraction must be at least 0 and below 1; got {self.eval_fraction}")
         if self.eval_data and self.eval_fraction:
@@ -120,6 +144,7 @@ class Report:
 
     source: str
     live: bool = False
+    data_format: str | None = None
     rows: int = 0
     used: int = 0
     cut: int = 0
@@ -289,6 +314,7 @@ class Source:
                 fault = row if isinstance(row, BadRow) else f"expected an object with fields; got {shown(row)}"
                 raise ValueError(f"{where}: {fault}; no format shows in the first {len(first)} rows")
             data_format = recognise({key for row in objects for key in row}, self.name)
+        report.data_format = data_format
         rows = islice(chain(first, rows), part[0], None, part[1])
         while chunk := list(islice(rows, _CHUNK)):
             fates: list[Conversation | BadRow | str] = []
@@ -430,7 +456,12 @@ def load_held_out(
     if arguments.eval_data:
         return _load(_source(arguments, encode, arguments.eval_data, arguments.eval_split, None), "evaluate", limit)
     if arguments.eval_fraction:
-        return _load(_source(arguments, encode, arguments.train_data, arguments.train_split, True), "evaluate", limit)
+        source = _source(arguments, encode, arguments.train_data, arguments.train_split, True)
+        try:
+            return _load(source, "evaluate", limit)
+        except BadData as error:
+            share = f"eval_fraction {arguments.eval_fraction}"
+            raise BadData(f"{error}; {share} may hold out none of few groups: raise it, or give eval_data") from None
     return None
 
 
@@ -467,11 +498,14 @@ def load_data(
     return train, found[0], [*reports, found[1]]
 
 
-def require_readable(arguments: DataArguments) -> None:
-    """Look at the first rows of every source, without a tokenizer. Raises as `load_data` for what is wrong there.
+def require_readable(arguments: DataArguments) -> set[str]:
+    """Look at the first rows of every source, without a tokenizer; returns the formats of those to train on.
 
-    require_readable(DataArguments(["problems.jsonl"]))
+    Raises as `load_data` for what is wrong there.
+
+        require_readable(DataArguments(["problems.jsonl"]))  # {"question-answer"}
     """
+    formats = set()
 
     def unread(batch: Sequence[Conversation]) -> list[dict[str, Any] | BadRow]:
         return [{} for _ in batch]
@@ -493,5 +527,8 @@ def require_readable(arguments: DataArguments) -> None:
                 raise OSError(f"{report.source} cannot be read: {' '.join(str(error).split())}") from error
             for _ in replace(source, rows=partial(iter, first)).examples(report):
                 pass
+            if names is arguments.train_data and report.data_format:
+                formats.add(report.data_format)
         if not report.rows:
             raise BadData(f"no row is left to read. {report}")
+    return formats

@@ -7,9 +7,9 @@ yields, and how many answers are right, when the model decodes. `HeldOut` measur
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from mtpkern.compare import pad, sample_k
 from mtpkern.generation import MTPGenerateOutput, generate, strategy_for
+from mtpkern.grading import is_right
 from mtpkern.model import require_decodable
-from mtpkern.strategies import Strategy
-
-
-def final_number(text: str) -> float | None:
-    """The number behind the last `####`, thousands separated or not: `final_number("... #### 1,250") == 1250.0`."""
-    found = re.findall(r"####\s*\$?(-?[\d,]*\.?\d+)", text)
-    return float(found[-1].replace(",", "")) if found else None
-
-
-def same_number(answer: str, expected: str) -> bool:
-    """Whether an answer ends in the expected `#### n`; `expected` may be the bare number too."""
-    wanted = final_number(expected if "####" in expected else f"#### {expected}")
-    return wanted is not None and final_number(answer) == wanted
+from mtpkern.strategies import Strategy, Verified
 
 
 @contextmanager
@@ -65,21 +54,23 @@ class HeldOut:
 
     prompts, answers  texts or token ids as the model is given them, and what is right for each
     tokenizer         encodes texts with its special tokens and decodes what is new
-    is_right          of the decoded text and the expected answer; compares `#### n` unless given
-    strategy          of `mtpkern.generate`; Verified unless given
+    is_right          of the decoded text and the expected answer; by the rules of mtpkern.grading unless given
+    strategies        of `mtpkern.generate`, by the names that their figures bear; Verified unless given
     batch_size        prompts decoded at a time
 
     Raises ValueError for lists that are empty or do not match.
 
         held_out = HeldOut(["Question: 2 + 2?\\nAnswer:"], ["4"], tokenizer)
         MTPTrainer(..., held_out=held_out)  # logs eval_accuracy, eval_tokens_per_pass and eval_effective_k
+        ways = {"verified": Verified(), "confadapt_0.9": ConfAdapt(threshold=0.9)}
+        HeldOut(..., strategies=ways)       # and eval_accuracy_verified, eval_accuracy_confadapt_0.9 ...
     """
 
     prompts: Sequence[str | list[int]]
     answers: Sequence[str]
     tokenizer: PreTrainedTokenizerBase
-    is_right: Callable[[str, str], bool] = same_number
-    strategy: Strategy | None = None
+    is_right: Callable[[str, str], bool] = is_right
+    strategies: Mapping[str, Strategy] = field(default_factory=lambda: {"verified": Verified()})
     max_new_tokens: int = 256
     batch_size: int = 8
 
@@ -88,6 +79,8 @@ class HeldOut:
             raise ValueError(
                 f"prompts and answers must be as many, at least one; got {len(self.prompts)} and {len(self.answers)}"
             )
+        if not self.strategies:
+            raise ValueError("strategies must name at least one way to decode; leave it out for Verified alone")
 
     def require_fit(self, model: PreTrainedModel) -> None:
         """Raise ValueError for a model that cannot be decoded, or prompts that its positions do not hold."""
@@ -110,21 +103,35 @@ class HeldOut:
         return self.tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
 
     def count(self, model: PreTrainedModel, rank: int = 0, ranks: int = 1) -> Tensor:
-        """Decode every prompt of this rank: sums that `figures` takes, over all ranks, float64 on the CPU.
+        """Decode every prompt of this rank in every way: sums of which `metrics` takes those of all ranks.
 
-        They are [problems, right answers, tokens emitted, passes, mean k of each problem, its square].
+        A row of float64 on the CPU for each strategy: [problems, right answers, tokens emitted, passes, mean k of each
+        problem, its square].
         """
         mine = list(zip(self.prompts, self.answers))[rank::ranks]
-        sums = torch.zeros(6, dtype=torch.float64)
+        sums = torch.zeros(len(self.strategies), 6, dtype=torch.float64)
         with _as_loaded(model), torch.no_grad():
             for i in range(0, len(mine), self.batch_size):
-                sums += self._count_batch(model, mine[i : i + self.batch_size])
+                for row, strategy in zip(sums, self.strategies.values()):
+                    row += self._count_batch(model, mine[i : i + self.batch_size], strategy)
         return sums
 
-    def _count_batch(self, model: PreTrainedModel, batch: list[tuple[str | list[int], str]]) -> Tensor:
+    def metrics(self, sums: Tensor) -> dict[str, float]:
+        """The figures of all strategies, the strategy's name behind each; those of the first stand without it, too.
+
+        They are what choosing the best checkpoint (metric_for_best_model: accuracy) and the tables go by.
+        """
+        found = figures(sums[0])
+        for name, row in zip(self.strategies, sums):
+            found |= {f"{figure}_{name}": value for figure, value in figures(row).items()}
+        return found
+
+    def _count_batch(
+        self, model: PreTrainedModel, batch: list[tuple[str | list[int], str]], strategy: Strategy
+    ) -> Tensor:
         ids = [self._ids(prompt) for prompt, _ in batch]
         inputs = pad(ids, model.device)
-        strategy = strategy_for(model, self.strategy)
+        strategy = strategy_for(model, strategy)
         output = generate(
             model,
             inputs["input_ids"],
@@ -149,7 +156,7 @@ class HeldOut:
 
 
 def figures(sums: Tensor) -> dict[str, float]:
-    """What the sums of `HeldOut.count` say: accuracy, and tokens per pass in both ways (mtpkern.compare.sample_k).
+    """What a strategy's sums of `HeldOut.count` say: accuracy, tokens per pass in both ways (mtpkern.compare.sample_k).
 
     figures(torch.tensor([2, 1, 16, 6, 4 + 2, 16 + 4]))["effective_k"]  # 3.0, and 16 / 6 tokens per pass
     """
@@ -180,25 +187,32 @@ def curves(history: Sequence[dict[str, Any]]) -> dict[int, list[float]]:
     return found
 
 
-_COLUMNS = (
-    *("eval_loss", "eval_agreement", "eval_agreeing_prefix", "eval_accuracy"),
-    *("eval_tokens_per_pass", "eval_effective_k", "eval_effective_k_deviation"),
-)
+_DECODED = ("accuracy", "tokens_per_pass", "effective_k", "effective_k_deviation")
+_COLUMNS = ("loss", "agreement", "agreeing_prefix", *_DECODED)
+
+
+def strategies_in(logs: Mapping[str, Any]) -> list[str]:
+    """The names of the strategies whose figures are in the logs of an evaluation, if there are several; else none.
+
+    strategies_in({"eval_accuracy": 0.5, "eval_accuracy_verified": 0.5, "eval_accuracy_static_1": 0.5})
+    # ["verified", "static_1"]
+    """
+    names = [key.removeprefix("eval_accuracy_") for key in logs if key.startswith("eval_accuracy_")]
+    return names if len(names) > 1 else []
 
 
 def summarise(history: Sequence[dict[str, Any]], folder: str | Path) -> str:
     """Write summary.md, a row for every evaluation, and agreement.png to the folder; returns the text.
 
-    Without matplotlib there is no picture, and the summary says how to get it.
+    Where it was decoded in several ways, a second table has a row for each of them. Without matplotlib there is no
+    picture, and the summary says how to get it.
     """
     folder = Path(folder)
     rows = [entry for entry in history if "eval_loss" in entry]
-    columns = [name for name in _COLUMNS if any(name in row for row in rows)]
-    lines = ["| step | " + " | ".join(name.removeprefix("eval_") for name in columns) + " |"] if rows else []
-    lines += ["|---|" + "---|" * len(columns)] if rows else []
-    for row in rows:
-        cells = (f"{row[name]:.4g}" if name in row else "" for name in columns)
-        lines.append(f"| {row['step']} | " + " | ".join(cells) + " |")
+    columns = [name for name in _COLUMNS if any(f"eval_{name}" in row for row in rows)]
+    lines = _table(["step", *columns], [[f"{row['step']}", *_cells(row, columns)] for row in rows])
+    ways = [[f"{row['step']}", way, *_cells(row, _DECODED, f"_{way}")] for row in rows for way in strategies_in(row)]
+    lines += ["", *_table(["step", "decoding", *_DECODED], ways)] if ways else []
     found = curves(history)
     if not found:
         lines.append("Nothing was logged: no agreement to draw.")
@@ -211,6 +225,16 @@ def summarise(history: Sequence[dict[str, Any]], folder: str | Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.md").write_text(text, encoding="utf-8")
     return text
+
+
+def _cells(logs: Mapping[str, Any], names: Sequence[str], end: str = "") -> list[str]:
+    return [f"{logs[key]:.4g}" if (key := f"eval_{name}{end}") in logs else "" for name in names]
+
+
+def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table; none where it has no rows."""
+    lines = [heading, ["---"] * len(heading), *rows] if rows else []
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def _draw(found: dict[int, list[float]], path: Path) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
+from mtpkern.train.evaluate import strategies_in
+
 # Of a log: its name there, of an evaluation behind "eval_"; the heading; how it is written.
 COLUMNS = (
     ("loss", "loss", "{:.4g}"),
@@ -20,6 +22,8 @@ COLUMNS = (
     ("tokens_per_second", "tok/s", "{:.0f}"),
 )
 _WIDTH = 9
+# Up to the first figure of decoding.
+_NAME = 8 + 3 * _WIDTH
 
 
 def table_row(where: str, logs: Mapping[str, Any]) -> str:
@@ -38,6 +42,20 @@ def table_row(where: str, logs: Mapping[str, Any]) -> str:
 def heading() -> str:
     """The heading of the table."""
     return " ".join([f"{'step':<8}", *(f"{title:>{_WIDTH - 1}}" for _, title, _ in COLUMNS)])
+
+
+def strategy_rows(logs: Mapping[str, Any]) -> list[str]:
+    """A row for each way in which held-out prompts were decoded, if these are several.
+
+    strategy_rows({"eval_accuracy_verified": 0.5, "eval_accuracy_static_1": 0.4})[1]  # "  static_1 ...   40.0%"
+    """
+    lines = []
+    for name in strategies_in(logs):
+        line = table_row("", {key: logs.get(f"eval_{key}_{name}") for key in ("accuracy", "tokens_per_pass")})
+        # The name may reach into the columns that such a row leaves blank.
+        where = f"  {name}"[:_NAME].ljust(_NAME)
+        lines.append(where + line[_NAME:])
+    return lines
 
 
 class TableCallback(ProgressCallback):
@@ -91,7 +109,11 @@ class TableCallback(ProgressCallback):
         if not self.headed:
             self._say(heading())
             self.headed = True
-        self._say(table_row(where, logs))
+        ways = strategy_rows(logs)
+        # Then each has its own row, and the first's figures stand there.
+        hidden = ("eval_accuracy", "eval_tokens_per_pass") if ways else ()
+        for line in [table_row(where, {n: x for n, x in logs.items() if n not in hidden}), *ways]:
+            self._say(line)
 
     def _say(self, line: str) -> None:
         if self.training_bar is None:

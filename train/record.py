@@ -51,7 +51,10 @@ _FREE_OPTIONS = {
 }
 # fmt: on
 _FREE_BEGINNINGS = ("logging_", "log_", "eval_", "save_", "hub_", "trackio_")
-_EVALUATION_DATA = ("eval_data", "eval_split", "max_eval_rows", "decode_rows", "decode_tokens")
+_EVALUATION_DATA = (
+    *("eval_data", "eval_split", "max_eval_rows"),
+    *("decode_rows", "decode_tokens", "decode_strategies", "answer_rule"),
+)
 _OF_MODELS = (".safetensors", ".bin", ".json", ".model", ".jinja")
 # Bytes at each end of a file of weights that tell it from others, next to its size: all of it would take minutes.
 _ENDS = 1 << 20

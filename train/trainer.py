@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from mtpkern.adapter import gate_of
 from mtpkern.attention import AttentionContext, attention_context
@@ -36,7 +36,7 @@ from mtpkern.train.checks import require_sound, require_tested_engine
 from mtpkern.train.compilation import CompiledLayers
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.disk import full_disk_named, written_whole
-from mtpkern.train.evaluate import HeldOut, figures
+from mtpkern.train.evaluate import HeldOut
 from mtpkern.train.layout import (
     Counting,
     Layout,
@@ -81,7 +81,7 @@ class MTPTrainer(RunTrainer):
     model, teacher   the student with float32 weights; its frozen original, not needed for teacher_target "gt", and
                      not accepted with LoRA, whose teacher is the student without its adapters
     mask_token_id    of the student; read from its config unless given
-    held_out         prompts to decode at every evaluation: accuracy, tokens per pass and effective k
+    held_out         prompts to decode at every evaluation: accuracy, tokens per pass and effective k of each strategy
     origin           what else the run is made of, by name, such as where model and data come from: a checkpoint records
                      it, beside the options and the data's fingerprint, and goes on only with the same
 
@@ -130,7 +130,8 @@ class MTPTrainer(RunTrainer):
         if held_out is not None:
             held_out.require_fit(plain)
         if gate_of(plain) is None:
-            record_settings(plain, mask_token_id=self.mask_token_id, k_max=args.k_max, bidirectional=args.bidirectional)
+            record_settings(plain, mask_token_id=self.mask_token_id, bidirectional=args.bidirectional)
+        record_settings(plain, k_max=args.k_max)
         super().__init__(model=model, args=args, origin=origin, **kwargs)
         require_tested_engine(self)
         # accelerate would compile the whole model, whose forward is another one in every step here.
@@ -339,6 +340,20 @@ class MTPTrainer(RunTrainer):
             loss = self.compute_loss(model, ready, num_items_in_batch=counts)
         return loss.detach(), None, None
 
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As RunTrainer.train; what is saved meanwhile records that its run has not ended."""
+        self._record_finished(False)
+        result = super().train(*args, **kwargs)
+        self._record_finished(True)
+        return result
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._record_finished(self.state.global_step >= self.state.max_steps)
+        super()._save_checkpoint(model, trial)
+
+    def _record_finished(self, finished: bool) -> None:
+        record_settings(plain_model(self.accelerator.unwrap_model(self.model)), finished=finished)
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As Trainer.evaluate, with the span statistics of the evaluation batches; training does not notice."""
         self._require_finite()
@@ -369,10 +384,10 @@ class MTPTrainer(RunTrainer):
         except Exception as error:
             # What has been trained is worth more than a figure that any checkpoint gives later.
             logger.warning("no accuracy, held-out prompts were not decoded: %s: %s", type(error).__name__, error)
-            sums = torch.full((6,), torch.nan)
+            sums = torch.full((len(held_out.strategies), 6), torch.nan)
         if not alone:
             sums = self.accelerator.reduce(sums.float().to(self.args.device), "sum")
-        return {f"eval_{name}": value for name, value in figures(sums).items()}
+        return {f"eval_{name}": value for name, value in held_out.metrics(sums).items()}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add agreement by position, agreeing-prefix length, confidence, entropy and throughput since the last log."""

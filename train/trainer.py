@@ -38,7 +38,6 @@ from mtpkern.train.config import MTPConfig
 from mtpkern.train.disk import full_disk_named, written_whole
 from mtpkern.train.evaluate import HeldOut, figures
 from mtpkern.train.layout import (
-    Counting,
     Layout,
     answer_ends,
     build_layout,
@@ -100,6 +99,7 @@ class MTPTrainer(RunTrainer):
     args: MTPConfig
     train_dataset: Any
     gated = False
+    draw = staticmethod(draw_within)
 
     def __init__(
         self,
@@ -174,20 +174,23 @@ class MTPTrainer(RunTrainer):
         tokens = batch["input_ids"]
         lengths, prompts = (torch.as_tensor(batch[name], device="cpu") for name in ("lengths", "prompt_lengths"))
         limit = args.max_length or tokens.shape[1]
-        num_spans = args.spans_of(limit)
-        counting: Counting = "paper" if args.layout == "paper" else "tokens"
-        apart = tokens_apart(limit, num_spans, k, counting=counting)
-        if counting == "paper":
-            limit -= num_spans * (k - 1)
+        # At most; with the paper's layout, whose rows are as many whatever is in them, of every text.
+        most, apart = args.spans_of(limit), None
+        if args.layout == "paper":
+            if not args.response_only:
+                apart = tokens_apart(limit, most, k, counting="paper")
+            limit -= most * (k - 1)
         tokens = tokens[:, :limit]
         lengths = lengths.clamp(max=limit)
+        by_length = torch.tensor([args.spans_of(n) for n in lengths.tolist()])
+        num_spans = most if args.layout == "paper" else by_length
         end = answer_ends(lengths, prompts, batch["earlier_answers"], num_tokens=tokens.shape[1])
         whole = answer_ends(lengths, torch.zeros_like(lengths), (), num_tokens=tokens.shape[1])
         anchor_rows = _rows_before(end)
         prefix_rows = _rows_before(whole) if args.prefix_scope == "all" else anchor_rows
         if not args.response_only:
             end = whole
-        prefix = draw_within(
+        prefix = self.draw(
             end > 0,
             k,
             num_spans,
@@ -200,7 +203,7 @@ class MTPTrainer(RunTrainer):
             micro_step=micro_step,
             rank=args.process_index,
         )
-        mask_rows = num_spans * (args.k_max - 1 + args.bidirectional) if args.static_shape else None
+        mask_rows = most * (args.k_max - 1 + args.bidirectional) if args.static_shape else None
         layout = build_layout(
             prefix,
             lengths,

@@ -181,7 +181,7 @@ def curves(history: Sequence[dict[str, Any]]) -> dict[int, list[float]]:
 
 
 _COLUMNS = (
-    *("eval_loss", "eval_agreement", "eval_agreeing_prefix", "eval_accuracy"),
+    *("eval_loss", "eval_agreement", "eval_agreeing_prefix", "eval_original_agreement", "eval_accuracy"),
     *("eval_tokens_per_pass", "eval_effective_k", "eval_effective_k_deviation"),
 )
 

@@ -318,16 +318,16 @@ def draw_prefixes(
     span = torch.arange(most)
     if spacing == "stride":
         # Of a region in parts of a token, `count` of them, so that every place is as likely as any other.
-        width = torch.maximum(room, count) if apart is None else apart * count
+        region = torch.maximum(room, count) if apart is None else apart * count
         # A range that is shorter than a region has one span all the same.
-        period = torch.minimum(width, (room * count).clamp(min=1))
+        period = torch.minimum(region, (room * count).clamp(min=1))
         if offset is not None:
             first = offset * count % period
         elif together:
-            first = (torch.rand((), generator=generator) * width).long() % period
+            first = (torch.rand((), generator=generator) * region).long() % period
         else:
             first = (torch.rand(len(lengths), generator=generator) * period).long()
-        prefix = low[:, None] + (first[:, None] + span * width[:, None]) // count[:, None]
+        prefix = low[:, None] + (first[:, None] + span * region[:, None]) // count[:, None]
         exists = (prefix < lengths[:, None]) & (span < count[:, None])
     else:
         width = int(room.max()) if len(room) else 0

@@ -190,7 +190,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = Table("SmolLM2-135M-Instruct with its gated adapter", note, HEADER, rows, records)
     print(table.markdown())
     if args.results is not None:
-        print("written:", write("real", "The original model's own tokens", facts, [table], {"rows": records}, args.results))
+        title = "The original model's own tokens"
+        print("written:", write("real", title, facts, [table], {"rows": records}, args.results))
     else:
         print(json.dumps(facts))
 

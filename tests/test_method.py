@@ -7,6 +7,7 @@ counts over micro-batches, the optimizer) must give the same loss and the same n
 
 import copy
 from dataclasses import fields
+from fractions import Fraction
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def config(path, **change):
         "k_max": 4,
         "num_spans": 3,
         "span_offset": 1,
-        # As the longest text: nothing is cut, and the width of a region does not hang on what a micro-batch holds.
+        # As the longest text: nothing is cut.
         "max_length": 18,
     }
     return MTPConfig(str(path), **settings | change)
@@ -110,10 +111,17 @@ def answers_of(text, n):
 
 
 def prefixes_of(may, args, k):
-    """Where spans stand: one for each region of N/M rows, counted through the tokens that a span may predict first."""
-    apart = args.max_length // args.num_spans - (k - 1 if args.layout == "paper" else 0)
+    """Where spans stand: one for each region, counted through the tokens that a span may predict first.
+
+    M regions share these evenly; in the paper's sequences each has N/M rows, masks included.
+    """
+    if args.layout == "paper" and not args.response_only:
+        apart = Fraction(args.max_length // args.num_spans - (k - 1))
+    else:
+        apart = max(Fraction(1), Fraction(len(may), args.num_spans))
     first = args.span_offset % max(1, min(apart, len(may)))
     found = [first + m * apart for m in range(args.num_spans) if first + m * apart < len(may)]
+    found = [int(i) for i in found]
     # The first span that reaches the last of them is the text's last.
     return [sorted(may)[i] for i, before in zip(found, [-k, *found]) if before + k < len(may)]
 

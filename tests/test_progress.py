@@ -14,7 +14,7 @@ ROWS = [{"question": f"How many are {i} and 1?", "answer": f"They are {i + 1}.\n
 def test_a_row_stands_under_its_heading():
     logs = {"loss": 1.25, "agreement": 0.5, "agreement_2": 0.1, "tokens_per_second": 1234567.0, "learning_rate": 1e-5}
     row = table_row("20000", logs)
-    assert row.split() == ["20000", "1.25", "50.0%", "1.00e-05", "1234567"]
+    assert row.split() == ["20000", "1.25", "50.0%", "1.0e-05", "1234567"]
     assert row.index("50.0%") + 5 == heading().index("agree") + 5
     assert max(len(row), len(heading())) <= 80
     assert table_row("held out", {"eval_loss": 2.0, "eval_accuracy": 0.975}).split() == ["held", "out", "2", "97.5%"]

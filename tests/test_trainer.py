@@ -196,6 +196,26 @@ def test_spans_unless_given(tmp_path, change, spans):
     assert run.plan(batch, k=2, step=0, micro_step=0)["layout"].prefix.shape == (1, spans)
 
 
+def test_spans_follow_each_texts_own_length(tmp_path):
+    """Not max_length, nor the longest text beside it; and a stride loses none of them on a prompt."""
+    rows = [{"input_ids": [1, *[9] * (n - 2), EOS], "prompt_length": p} for n, p in ((24, 4), (50, 40), (9, 2), (5, 4))]
+    for spacing, counts in (("stride", [3, 6, 1, 1]), ("random", [6, 10, 2, 1])):
+        run = trainer(tmp_path, num_spans=None, k_max=4, spacing=spacing, max_length=500)
+        met = set()
+        for step in range(40):
+            prefix = run.plan(MTPCollator(0)(rows), k=2, step=step, micro_step=0)["layout"].prefix
+            assert prefix.shape[1] == max(counts)
+            # The text's last token may end a stride a span early.
+            found = (prefix > 0).sum(1).tolist()
+            assert all(n - (spacing == "stride") <= m <= n for m, n in zip(found[:2], counts)), found
+            assert found[2:] == counts[2:]
+            met.update(prefix[0].tolist())
+        assert met - {0} == set(range(4, 24))
+    # Mask rows that do not hang on the texts.
+    run = trainer(tmp_path, num_spans=None, k_max=4, max_length=64, static_shape=True)
+    assert run.plan(MTPCollator(0)(rows), k=2, step=0, micro_step=0)["layout"].position.shape == (4, 50 + 16 * 3)
+
+
 def test_spans_of_an_earlier_answer_end_with_it(tmp_path):
     """Two answers in one text give the loss of two texts, the first of which ends with the first answer."""
     first, second = [1, 8, 9, 10, 11, EOS], [12, 13, 14, 15, EOS]

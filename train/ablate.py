@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mtpkern.model import add_mask_token
@@ -47,8 +48,8 @@ def variants(steps: int) -> dict[str, dict[str, Any]]:
         "half the spans": {"num_spans": NUM_SPANS // 2},
         "twice the spans": {"num_spans": NUM_SPANS * 2},
         "the paper's stride": {"num_spans": None, "spacing": "stride"},
-        # A region for each of as many spans; what falls on the prompt is none, so that 5.4 of 12 are left of a problem.
-        "stride": {"spacing": "stride"},
+        "stride": {"num_spans": 5, "spacing": "stride"},
+        "clumped stride": {"num_spans": 5, "spacing": "stride"},
         "as many as the stride, at random": {"num_spans": 5},
         "warm-up, anchor, first failure": {
             "gt_warmup_steps": steps * 3 // 4,
@@ -58,6 +59,28 @@ def variants(steps: int) -> dict[str, dict[str, Any]]:
     }
 
 
+class ClumpedTrainer(MTPTrainer):
+    """The stride as it was before regions had a fixed width: 2k apart from a drawn place, rolled around the answer."""
+
+    @staticmethod
+    def draw(  # type: ignore[override]  # of draw_within's options those that it had
+        among: Tensor, k: int, num_spans: Tensor, *, seed: int, step: int, micro_step: int, rank: int, **_: Any
+    ) -> Tensor:
+        """[B, M] prefixes of as many of the tokens that count as fit a period of 2k."""
+        generator = torch.Generator().manual_seed(abs(hash((seed, step, micro_step, rank))))
+        room, span = among.sum(1, keepdim=True), torch.arange(int(num_spans.max()))
+        first = (torch.rand(room.shape, generator=generator) * room).long()
+        nth = (first + 2 * k * span) % room.clamp(min=1)
+        nth = nth.masked_fill(2 * k * span >= room, among.shape[1]).sort(dim=1).values
+        missing = nth >= room
+        # No span behind the first that reaches the last token.
+        missing[:, 1:] |= nth[:, :-1] + 1 >= room + 1 - k
+        index = (~among).int().argsort(dim=1, stable=True)
+        return index.gather(1, nth.clamp(max=among.shape[1] - 1)).masked_fill(missing, 0)
+
+
+TRAINERS = {"clumped stride": ClumpedTrainer}
+
 STRATEGIES: dict[str, Strategy] = {
     "k = 1": Static(1),
     "ConfAdapt": ConfAdapt(K_MAX, 0.9),
@@ -65,11 +88,12 @@ STRATEGIES: dict[str, Strategy] = {
 }
 
 
-def run_variant(change: dict[str, Any], seed: int, work: Path, args: argparse.Namespace) -> dict[str, float]:
+def run_variant(name: str, seed: int, work: Path, args: argparse.Namespace) -> dict[str, float]:
     """Train one variant, or take up where it stopped, and measure it; what was measured stands in result.json."""
     done = work / "result.json"
     if done.exists():
         return json.loads(done.read_text())
+    change = variants(args.steps)[name]
     tokenizer = AutoTokenizer.from_pretrained(args.start, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(args.start, dtype=torch.float32, trust_remote_code=False)
     teacher = AutoModelForCausalLM.from_pretrained(args.start, dtype=torch.float32, trust_remote_code=False)
@@ -92,7 +116,7 @@ def run_variant(change: dict[str, Any], seed: int, work: Path, args: argparse.Na
         "num_spans": NUM_SPANS,
         "spacing": "random",
     }
-    trainer = MTPTrainer(
+    trainer = TRAINERS.get(name, MTPTrainer)(
         model=model,
         teacher=teacher,
         args=MTPConfig(str(work), **settings | change),
@@ -106,13 +130,13 @@ def run_variant(change: dict[str, Any], seed: int, work: Path, args: argparse.Na
     result = {"agreeing prefix": evaluated["eval_agreeing_prefix"]}
     held_out = list(problems("validation", args.problems, seed=0))
     texts, answers = [prompt(p) for p in held_out], [f"#### {p.result}" for p in held_out]
-    for name, strategy in STRATEGIES.items():
-        counts = HeldOut(texts, answers, tokenizer, strategies={name: strategy}, max_new_tokens=100).count(model)
+    for decoder, strategy in STRATEGIES.items():
+        counts = HeldOut(texts, answers, tokenizer, strategies={decoder: strategy}, max_new_tokens=100).count(model)
         found = figures(counts[0])
         result |= {
-            f"{name}: right": found["accuracy"],
-            f"{name}: tokens per pass": found["tokens_per_pass"],
-            f"{name}: effective k": found["effective_k"],
+            f"{decoder}: right": found["accuracy"],
+            f"{decoder}: tokens per pass": found["tokens_per_pass"],
+            f"{decoder}: effective k": found["effective_k"],
         }
     work.mkdir(parents=True, exist_ok=True)
     done.write_text(json.dumps(result))
@@ -154,12 +178,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (args.start / "config.json").exists():
         parser.error(f"{args.start} holds no model: train one with `make checkpoint`, whose first phase is a start")
     results: dict[str, list[dict[str, float]]] = {}
-    for seed, (name, change) in product(args.seeds, chosen.items()):
+    for seed, name in product(args.seeds, chosen):
         if args.only and name not in args.only:
             continue
         folder = "-".join(re.findall(r"\w+", name))
         work = args.out / f"{folder}-{args.steps}-seed{seed}"
-        results.setdefault(name, []).append(run_variant(change, seed, work, args))
+        results.setdefault(name, []).append(run_variant(name, seed, work, args))
         (args.out / "table.md").write_text(table(results))
     print(table(results))
 

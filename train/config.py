@@ -72,11 +72,13 @@ class MTPConfig(TrainingArguments):
     k_scope: str = field(default="step", metadata={"help": "Who shares a k: all ranks of a 'step', or each 'rank'."})
     num_spans: int | None = field(
         default=None,
-        metadata={"help": "Spans a sequence; unless given the paper's N // (2 * k_max), N // k_max where 'random'."},
+        metadata={
+            "help": "Spans a text; unless given, of its N tokens, the paper's N // (2 * k_max), N // k_max if 'random'."
+        },
     )
     spacing: str = field(
         default="stride",
-        metadata={"help": "'stride' (one in every N / num_spans rows; what falls on a prompt is none), or 'random'."},
+        metadata={"help": "'stride' (num_spans regions share the tokens that count, a span in each), or 'random'."},
     )
     span_offset: int | None = field(
         default=None, metadata={"help": "Offset in tokens of the first span of a stride; drawn anew unless given."}
@@ -285,7 +287,7 @@ class MTPConfig(TrainingArguments):
         return self.teacher_target != "gt" or self.anchor_kl_weight > 0
 
     def spans_of(self, num_tokens: int) -> int:
-        """How many spans a text padded to `num_tokens` gets, where they exist: `MTPConfig("out").spans_of(512) == 16`.
+        """How many spans a text of `num_tokens` gets, where they exist: `MTPConfig("out").spans_of(512) == 16`.
 
         Random positions get twice the paper's share, which paid in the ablation (docs/log.md), unless the masks count
         into the length.

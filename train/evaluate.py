@@ -188,7 +188,7 @@ def curves(history: Sequence[dict[str, Any]]) -> dict[int, list[float]]:
 
 
 _DECODED = ("accuracy", "tokens_per_pass", "effective_k", "effective_k_deviation")
-_COLUMNS = ("loss", "agreement", "agreeing_prefix", *_DECODED)
+_COLUMNS = ("loss", "agreement", "agreeing_prefix", "original_agreement", *_DECODED)
 
 
 def strategies_in(logs: Mapping[str, Any]) -> list[str]:

@@ -280,10 +280,10 @@ def draw_prefixes(
     lengths: Tensor,
     prompt_lengths: Tensor,
     k: int,
-    num_spans: int,
+    num_spans: int | Tensor,
     *,
     spacing: Spacing = "stride",
-    apart: int = 1,
+    apart: int | None = None,
     offset: int | None = None,
     offset_scope: OffsetScope = "sequence",
     seed: int,
@@ -291,13 +291,15 @@ def draw_prefixes(
     micro_step: int = 0,
     rank: int = 0,
 ) -> Tensor:
-    """Draw the prefixes of a batch: [B, num_spans] int64, ascending where they exist, 0 where one does not.
+    """Draw the prefixes of a batch: [B, M] int64, ascending where they exist, 0 where one does not.
 
     lengths, prompt_lengths   [B] tokens, EOS included; a prefix lies in [prompt_length, length - 1], at least 1: at
                               least one token is left to predict
+    num_spans                 of every text, or [B] of each; M is the largest
     spacing                   "stride": a grid at a random offset, and no span behind the first that reaches the last
                               token; "random": positions drawn without replacement
-    apart                     tokens between the spans of a stride (`tokens_apart`)
+    apart                     tokens between the spans of a stride (`tokens_apart`); unless given, as many regions as
+                              the text has spans share its range evenly, so that none of them is lost
     offset                    of the first span of a stride, in tokens behind the range's start, modulo the grid's
                               period; drawn where None, so that every place is as likely as any other
     offset_scope              who shares a drawn offset: a "sequence" has its own, or all sequences of a "rank" in all
@@ -311,26 +313,30 @@ def draw_prefixes(
     generator = _generator(seed, step, 0 if together else micro_step, rank, 1)
     low = prompt_lengths.clamp(min=1)
     room = (lengths - low).clamp(min=0)
-    span = torch.arange(num_spans)
+    count = torch.as_tensor(num_spans).expand_as(room)
+    most = int(count.max())
+    span = torch.arange(most)
     if spacing == "stride":
-        # A range that is shorter than the period has one span all the same.
-        period = room.clamp(min=1, max=apart)
+        # Of a region in parts of a token, `count` of them, so that every place is as likely as any other.
+        region = torch.maximum(room, count) if apart is None else apart * count
+        # A range that is shorter than a region has one span all the same.
+        period = torch.minimum(region, (room * count).clamp(min=1))
         if offset is not None:
-            first = torch.full_like(room, offset) % period
+            first = offset * count % period
         elif together:
-            first = torch.randint(apart, (), generator=generator) % period
+            first = (torch.rand((), generator=generator) * region).long() % period
         else:
             first = (torch.rand(len(lengths), generator=generator) * period).long()
-        prefix = (low + first)[:, None] + span * apart
-        exists = prefix < lengths[:, None]
+        prefix = low[:, None] + (first[:, None] + span * region[:, None]) // count[:, None]
+        exists = (prefix < lengths[:, None]) & (span < count[:, None])
     else:
         width = int(room.max()) if len(room) else 0
         key = torch.rand(len(lengths), width, generator=generator)
         key = key.masked_fill(torch.arange(width) >= room[:, None], 2.0)
-        drawn = key.argsort(dim=1)[:, :num_spans]
-        prefix = torch.zeros(len(lengths), num_spans, dtype=torch.int64)
+        drawn = key.argsort(dim=1)[:, :most]
+        prefix = torch.zeros(len(lengths), most, dtype=torch.int64)
         prefix[:, : drawn.shape[1]] = low[:, None] + drawn
-        exists = span < room[:, None]
+        exists = span < torch.minimum(room, count)[:, None]
     # Ascending, the missing ones last.
     end = torch.iinfo(torch.int64).max
     prefix = prefix.masked_fill(~exists, end).sort(dim=1).values
@@ -360,8 +366,8 @@ def answer_ends(
     return ends
 
 
-def draw_within(among: Tensor, k: int, num_spans: int, **options: Any) -> Tensor:
-    """`draw_prefixes` for texts of which any tokens may count: [B, num_spans] int64.
+def draw_within(among: Tensor, k: int, num_spans: int | Tensor, **options: Any) -> Tensor:
+    """`draw_prefixes` for texts of which any tokens may count: [B, M] int64.
 
     among     [B, N] bool: the tokens that a span may predict first, counted through as if they stood in a row; the
               very first token of a sequence is never one, since a prefix has at least one token

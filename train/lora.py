@@ -121,4 +121,8 @@ def adapters_of(model: PeftModel) -> dict[str, dict]:
     """The settings of every adapter by its name, without what says where it lies and with what it was made."""
     passing = {"base_model_name_or_path", "revision", "inference_mode", "peft_version"}
     configs = {name: config.to_dict() for name, config in model.peft_config.items()}
-    return {name: {k: v for k, v in config.items() if k not in passing} for name, config in configs.items()}
+    # Sets have no order, and no place in a JSON file.
+    return {
+        name: {k: sorted(v) if isinstance(v, set) else v for k, v in config.items() if k not in passing}
+        for name, config in configs.items()
+    }

@@ -15,18 +15,28 @@ class Seen:
     """What a rank has trained on since the last log, and since when."""
 
     def __init__(self) -> None:
-        self.rows = self.tokens = 0
+        self.texts = self.span_rows = self.tokens = 0
         self.since = time.perf_counter()
 
-    def add(self, rows: int, tokens: int) -> None:
+    def add(self, texts: int, span_rows: int, tokens: int) -> None:
         """Count a micro-batch."""
-        self.rows += rows
+        self.texts += texts
+        self.span_rows += span_rows
         self.tokens += tokens
 
     def rates(self) -> dict[str, float]:
-        """Span rows and tokens a second on this rank and, on a GPU, the peak of memory in GiB."""
+        """What this rank has trained on a second and, on a GPU, the peak of memory in GiB.
+
+        texts_per_second      rows of the data
+        span_rows_per_second  predictions of spans that may have a loss
+        tokens_per_second     of the texts, without the masks of their spans
+        """
         seconds = time.perf_counter() - self.since
-        rates = {"rows_per_second": self.rows / seconds, "tokens_per_second": self.tokens / seconds}
+        rates = {
+            "texts_per_second": self.texts / seconds,
+            "span_rows_per_second": self.span_rows / seconds,
+            "tokens_per_second": self.tokens / seconds,
+        }
         if torch.cuda.is_available():
             rates["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return rates

@@ -10,20 +10,22 @@ from transformers import ProgressCallback, TrainerControl, TrainerState, Trainin
 
 from mtpkern.train.evaluate import strategies_in
 
-# Of a log: its name there, of an evaluation behind "eval_"; the heading; how it is written.
+# Of a log: its name there, of an evaluation behind "eval_"; the heading; how it is written. "orig" shows the damage of
+# training, plain decoding's tokens that are still the original model's; "tok/s" are tokens of texts, without masks.
 COLUMNS = (
     ("loss", "loss", "{:.4g}"),
     ("agreement", "agree", "{:.1%}"),
     ("agreeing_prefix", "prefix", "{:.2f}"),
+    ("original_agreement", "orig", "{:.1%}"),
     ("accuracy", "right", "{:.1%}"),
-    ("tokens_per_pass", "tok/pass", "{:.2f}"),
-    ("learning_rate", "rate", "{:.2e}"),
+    ("tokens_per_pass", "tok/fwd", "{:.2f}"),
+    ("learning_rate", "rate", "{:.1e}"),
     ("grad_norm", "grad", "{:.3g}"),
     ("tokens_per_second", "tok/s", "{:.0f}"),
 )
-_WIDTH = 9
+_WIDTH = 8
 # Up to the first figure of decoding.
-_NAME = 8 + 3 * _WIDTH
+_NAME = 8 + 4 * _WIDTH
 
 
 def table_row(where: str, logs: Mapping[str, Any]) -> str:

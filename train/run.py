@@ -24,7 +24,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.disk import DiskFull, checkpoint_bytes, full_disk_named, require_space
@@ -73,6 +73,9 @@ class RunTrainer(Trainer):
             recipe["adapters"] = adapters_of(self.model)
         return {**recipe, **self.origin}
 
+    def _note_start(self) -> None:
+        """What is noted of the model that the run starts from, before a checkpoint's weights take its place."""
+
     def _try_out(self) -> None:
         """What is tried before the first step."""
 
@@ -89,6 +92,9 @@ class RunTrainer(Trainer):
         others would wait for ever.
         """
         args, saves = self.args, self.control.should_save
+        if args.logging_strategy == IntervalStrategy.STEPS and self.state.global_step >= self.state.max_steps:
+            # Trainer saves and evaluates the last step; a run shorter than logging_steps would show nothing.
+            self.control.should_log = True
         decides = args.save_strategy == "best" or args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
         saves_first = self.control.should_evaluate and saves and not decides
         if saves_first:
@@ -158,6 +164,7 @@ class RunTrainer(Trainer):
             self._recipe, self._before, self._changed, self._ended = self._made_of(), None, {}, False
             if isinstance(resume_from_checkpoint, str):
                 self._go_on_from(resume_from_checkpoint, newest)
+            self._note_start()
             if self._ended:
                 # Those that draw a bar or write to a tracker, too, would begin.
                 handler = self.callback_handler

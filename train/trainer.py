@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,7 +39,6 @@ from mtpkern.train.config import MTPConfig
 from mtpkern.train.disk import full_disk_named, written_whole
 from mtpkern.train.evaluate import HeldOut
 from mtpkern.train.layout import (
-    Counting,
     Layout,
     answer_ends,
     build_layout,
@@ -51,6 +51,7 @@ from mtpkern.train.layout import (
 from mtpkern.train.lora import add_lora, merged, plain_model
 from mtpkern.train.metrics import Seen, span_statistics
 from mtpkern.train.objective import MTPLoss, SpanContext, forward_as, mtp_loss
+from mtpkern.train.original import Original
 from mtpkern.train.run import NotFiniteError, RunTrainer
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,10 @@ class MTPTrainer(RunTrainer):
     origin           what else the run is made of, by name, such as where model and data come from: a checkpoint records
                      it, beside the options and the data's fingerprint, and goes on only with the same
 
+    With held-out texts every evaluation also measures the damage of training, eval_original_agreement: the share of
+    their answers' tokens that the model, decoding plainly (k = 1), predicts as the model did that the run started from
+    (with LoRA its base). Not under FSDP.
+
     Batches come from `MTPCollator`. At the end of training a summary with the curves of agreement by position stands
     in output_dir. `save_model` writes a plain Hugging Face checkpoint, adapters merged, whose config
     records the mask token and k_max. Raises ValueError for a missing teacher, a teacher of another vocabulary, trained
@@ -100,6 +105,7 @@ class MTPTrainer(RunTrainer):
     args: MTPConfig
     train_dataset: Any
     gated = False
+    draw = staticmethod(draw_within)
 
     def __init__(
         self,
@@ -153,6 +159,7 @@ class MTPTrainer(RunTrainer):
         self.eos_token_ids = torch.tensor([eos] if isinstance(eos, int) else list(eos), device=args.device)
         self.held_out = held_out
         self._layers: CompiledLayers | None = None
+        self._original: Original | None = None
         self._sums: list[MTPLoss] = []
         self._seen = Seen()
         # The first step with a loss that is not finite; on the device, so that no step waits for it.
@@ -175,11 +182,12 @@ class MTPTrainer(RunTrainer):
         tokens = batch["input_ids"]
         lengths, prompts = (torch.as_tensor(batch[name], device="cpu") for name in ("lengths", "prompt_lengths"))
         limit = args.max_length or tokens.shape[1]
-        num_spans = args.spans_of(limit)
-        counting: Counting = "paper" if args.layout == "paper" else "tokens"
-        apart = tokens_apart(limit, num_spans, k, counting=counting)
-        if counting == "paper":
-            limit -= num_spans * (k - 1)
+        # At most; with the paper's layout, whose rows are as many whatever is in them, of every text.
+        most, apart = args.spans_of(limit), None
+        if args.layout == "paper":
+            if not args.response_only:
+                apart = tokens_apart(limit, most, k, counting="paper")
+            limit -= most * (k - 1)
         tokens = tokens[:, :limit]
         lengths = lengths.clamp(max=limit)
         end = answer_ends(lengths, prompts, batch["earlier_answers"], num_tokens=tokens.shape[1])
@@ -188,7 +196,11 @@ class MTPTrainer(RunTrainer):
         prefix_rows = _rows_before(whole) if args.prefix_scope == "all" else anchor_rows
         if not args.response_only:
             end = whole
-        prefix = draw_within(
+        num_spans: int | Tensor = most
+        if args.layout != "paper":
+            by_length = torch.tensor([args.spans_of(n) for n in lengths.tolist()])
+            num_spans = torch.minimum(by_length, (end > 0).sum(1)).clamp(min=1)
+        prefix = self.draw(
             end > 0,
             k,
             num_spans,
@@ -201,7 +213,7 @@ class MTPTrainer(RunTrainer):
             micro_step=micro_step,
             rank=args.process_index,
         )
-        mask_rows = num_spans * (args.k_max - 1 + args.bidirectional) if args.static_shape else None
+        mask_rows = most * (args.k_max - 1 + args.bidirectional) if args.static_shape else None
         layout = build_layout(
             prefix,
             lengths,
@@ -213,7 +225,8 @@ class MTPTrainer(RunTrainer):
         )
         if args.packing:
             layout, (tokens, prefix_rows, anchor_rows) = pack(layout, tokens, prefix_rows, anchor_rows)
-        return {"input_ids": tokens, "layout": layout, "prefix_rows": prefix_rows, "anchor_rows": anchor_rows}
+        rows = {"prefix_rows": prefix_rows, "anchor_rows": anchor_rows}
+        return {"input_ids": tokens, "layout": layout, "texts": len(lengths), **rows}
 
     def draw_k(self, step: int) -> int:
         """k of a step on this rank."""
@@ -248,7 +261,7 @@ class MTPTrainer(RunTrainer):
     ) -> Tensor:
         """One step under span attention, backward included: activation checkpointing runs the forward again there."""
         layout: Layout = inputs["layout"]
-        self._seen.add(int(self._loss_rows(layout).sum()), int(layout.lengths.sum()))
+        self._seen.add(inputs["texts"], int(self._loss_rows(layout).sum()), int(layout.lengths.sum()))
         with self._span_attention(model, inputs) as inputs, self._compiled():
             loss = super().training_step(model, inputs, num_items_in_batch)
         step = torch.full_like(self._broken_step, self.state.global_step)
@@ -358,22 +371,46 @@ class MTPTrainer(RunTrainer):
         """As Trainer.evaluate, with the span statistics of the evaluation batches; training does not notice."""
         self._require_finite()
         training_sums, self._sums = self._sums, []
-        start = time.perf_counter()
+        start, since = time.perf_counter(), self._seen.since
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices):
                 return super().evaluate(*args, **kwargs)
         finally:
             self._sums = training_sums
-            # Evaluation is no part of training's throughput.
-            self._seen.since += time.perf_counter() - start
+            # Evaluation is no part of training's throughput; of several data sets each calls this inside it.
+            self._seen.since = since + time.perf_counter() - start
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As Trainer's, and the held-out prompts decoded: among its metrics they are logged and choose the best."""
         output = super().evaluation_loop(*args, **kwargs)
+        if self._original is not None:
+            core = plain_model(self.accelerator.unwrap_model(self.model))
+            sums = self._original.agreement(core, args[0] if args else kwargs["dataloader"])
+            agree, rows = self.accelerator.reduce(sums.float().to(self.args.device), "sum").tolist()
+            if rows:
+                output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_original_agreement"] = agree / rows
         if self.held_out is not None:
             output.metrics.update(self._decode_held_out(self.held_out))
         return output
+
+    def _note_start(self) -> None:
+        # Shards of FSDP are not there yet.
+        if self._original is not None or self.eval_dataset is None or self.is_fsdp_enabled:
+            return
+        core = self.accelerator.unwrap_model(self.model)
+        names: list[Any] = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else [None]
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        # The mask token of a gated adapter is no row of the head, and on a text's own rows its adapters are off.
+        banned, base = (None, nullcontext()) if self.gated else (self.mask_token_id, self._as_base(core))
+        with torch.random.fork_rng(devices), base:
+            batches = chain.from_iterable(self.get_eval_dataloader(name) for name in names)
+            limit = self.args.max_length
+            self._original = Original(plain_model(core), batches, mask_token_id=banned, max_length=limit)
+
+    @staticmethod
+    def _as_base(core: nn.Module) -> AbstractContextManager:
+        return core.disable_adapter() if isinstance(core, PeftModel) else nullcontext()
 
     def _decode_held_out(self, held_out: HeldOut) -> dict[str, float]:
         # Shards of FSDP are gathered in every pass, so that all ranks must make the same passes.

@@ -28,7 +28,7 @@ def test_a_row_for_each_way_of_decoding():
     assert first.split() == ["verified", "50.0%"]
     assert second.split() == ["confadapt_16_0.95", "25.0%", "4.50"]
     assert second.index("25.0%") == heading().index("right")
-    assert second.index("4.50") + 4 == heading().index("tok/pass") + 8
+    assert second.index("4.50") + 4 == heading().index("tok/fwd") + 7
 
 
 @pytest.mark.parametrize("gated", [False, True])

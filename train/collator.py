@@ -21,7 +21,9 @@ class MTPCollator:
         self.pad_to = pad_to
 
     def __call__(self, batch: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """input_ids [B, N] int64; lengths, prompt_lengths, earlier_answers and digests as lists. ValueError for a longer text.
+        """input_ids [B, N] int64; lengths, prompt_lengths, earlier_answers and digests of the ids, as lists.
+
+        Raises ValueError for a longer text than pad_to.
 
         Lists stay on the host, where spans are drawn: reading tensors back from a GPU would wait for it.
         """

@@ -137,8 +137,8 @@ class MTPConfig(TrainingArguments):
     prefix_memory: float = field(
         default=0.0,
         metadata={
-            "help": "GiB for the keys and values of texts under a gated adapter's frozen model, kept for the whole run; "
-            "0 computes them anew in each step."
+            "help": "GiB of the model's memory, on each rank, for what a gated adapter's frozen model makes of texts: "
+            "kept for the whole run; 0 computes it anew in each step."
         },
     )
     lora_rank: int = field(default=0, metadata={"help": "Rank of LoRA adapters; 0 trains all parameters."})

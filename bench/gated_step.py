@@ -4,7 +4,7 @@ SmolLM2-135M's shape with random weights, float32, one thread, rank 16 on all li
 first miss: the recipe's step of 256 mask rows from 4 texts. The joint pass is the definition (tests/test_gated.py):
 tokens and masks in one pass with autograd through all rows, adapters gated by row, the loss by the same ops. Losses are
 compared before anything is timed; time is that of the process, in turns, and counts the optimizer's step. The peak of
-memory is that of a process of its own which makes a few steps in one way, weights and Python included.
+memory is that of a process of its own which makes two steps in one way, weights and Python included.
 
     python -m mtpkern.bench.gated_step
 """
@@ -141,10 +141,10 @@ def seconds(work: Trainee, rounds: int) -> dict[str, Spread]:
 
 
 def peaks(way: str, tiny: bool) -> tuple[int, int]:
-    """The process' greatest resident bytes after three steps in one way, and before them: run it in a new process."""
+    """The process' greatest resident bytes after two steps in one way, and before them: run it in a new process."""
     work = trainee(tiny)
     before = _resident()
-    for _ in range(3):
+    for _ in range(2):
         work.step(way)
     return _resident(), before
 
@@ -188,9 +188,10 @@ def measure(tiny: bool, rounds: int, peaks_of: Callable[[str, bool], tuple[int, 
     ]
     header = ("way", "rows/s", "s a step", "of joint", "peak MiB", "of joint", "MiB over weights")
     note = (
-        f"{work.rows} mask rows behind {len(work.texts)} texts of {tokens} tokens, K = {K}; median (range) of {rounds} "
-        f"steps, seconds of the process. Kept prefixes take {work.kept.bytes / tokens / 1024:.0f} KiB a token, those "
-        "of this batch alone are in its peak."
+        f"{work.rows} mask rows behind {len(work.texts)} texts of {tokens} tokens, padded to "
+        f"{work.tokens.shape[1]} each, K = {K}; median (range) of {rounds} "
+        f"steps, seconds of the process. Kept prefixes take {work.kept.bytes / tokens / 1024:.0f} KiB a token; those "
+        "of this batch are in its peak, those of all texts come on top."
     )
     return Table("Gated training step", note, header, rows, records, goals)
 
@@ -198,7 +199,7 @@ def measure(tiny: bool, rounds: int, peaks_of: Callable[[str, bool], tuple[int, 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m mtpkern.bench.gated_step", description="Gated training step")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, to rehearse on: its figures say nothing")
     parser.add_argument("--results", type=Path, help="folder of the result files (default: bench/results; tiny: none)")
     parser.add_argument("--peak", choices=WAYS, help=argparse.SUPPRESS)

@@ -59,6 +59,14 @@ def texts_of(layout: Layout, num_tokens: int, names: Sequence[bytes] | None = No
     ]
 
 
+# A longer cut of the same text is another; a text without a name is known by its place in the batch.
+Key = tuple[bytes | Text, int]
+
+
+def _key(text: Text) -> Key:
+    return text.name or text, len(text)
+
+
 @dataclass
 class PrefixContext:
     """Attention of the prefix pass: texts in one row, each causal by itself, their keys and values kept.
@@ -114,8 +122,7 @@ class Prefixes:
         self.max_bytes = max_bytes
         self.states = states
         self.bytes = 0
-        # By name and length: a longer cut of the same text is another.
-        self._kept: dict[tuple[bytes, int], tuple[Tensor, ...]] = {}
+        self._kept: dict[Key, tuple[Tensor, ...]] = {}
         # By layer: Hkv, and D of keys and values.
         self._shapes: dict[int, tuple[int, int, int]] = {}
 
@@ -127,20 +134,16 @@ class Prefixes:
 
         Only texts that are not kept are run. The caller has closed the model's gate.
         """
-        found: dict[Text, tuple[Tensor, ...]] = {}
+        keys = [_key(text) for text in texts]
+        found = {key: self._kept[key] for key in keys if key in self._kept}
         # Of a text that comes twice one runs.
-        new: dict[tuple[bytes | Text, int], Text] = {}
-        for text in texts:
-            if text.name is not None and (text.name, len(text)) in self._kept:
-                found[text] = self._kept[text.name, len(text)]
-            else:
-                new.setdefault((text.name or text, len(text)), text)
+        new = list({key: text for key, text in zip(keys, texts) if key not in found}.values())
         alone = tokens.device.type == "cpu"
-        for group in [[text] for text in new.values()] if alone else [list(new.values())] if new else []:
+        for group in [[text] for text in new] if alone else [new] if new else []:
             whole = self._run(model, tokens, group)
             for text, parts in zip(group, zip(*(x.split([len(text) for text in group]) for x in whole))):
-                found[text] = self._keep(text, parts, copied=not alone)
-        batch = [found[text] if text in found else found[new[text.name or text, len(text)]] for text in texts]
+                found[_key(text)] = self._keep(text, parts, copied=not alone)
+        batch = [found[key] for key in keys]
         laid_out = [x.new_zeros(*tokens.shape, x.shape[-1]) for x in batch[0]]
         for text, parts in zip(texts, batch):
             for x, part in zip(laid_out, parts):
@@ -165,8 +168,8 @@ class Prefixes:
             return parts
         self.bytes += size
         # A part of a whole pass would keep all of that.
-        self._kept[text.name, len(text)] = tuple(x.clone() for x in parts) if copied else parts
-        return self._kept[text.name, len(text)]
+        self._kept[_key(text)] = tuple(x.clone() for x in parts) if copied else parts
+        return self._kept[_key(text)]
 
     def _layers(self, rows: Tensor) -> Layers:
         """Views of keys and values [B, Hkv, N, D] by layer."""

@@ -121,7 +121,7 @@ def test_refuses(tiny, tmp_path):
     quantised.is_quantized = True
     with pytest.raises(ValueError, match="quantised"):
         trainer(tiny, tmp_path, quantised)
-    with pytest.raises(ValueError, match="prefix_memory .* gated"):
+    with pytest.raises(ValueError, match=r"prefix_memory .* gated"):
         MTPConfig(str(tmp_path), prefix_memory=1.0)
     args = MTPConfig(str(tmp_path), gated=True, lora_rank=4, k_max=4, use_cpu=True, report_to="none")
     model = base(tiny)

@@ -153,8 +153,12 @@ class _GatedLora:
             return result
         a, b, scale = (part[active_adapter] for part in (module.lora_A, module.lora_B, module.scaling))
         if rows is True or torch.is_grad_enabled():  # the op has no backward
-            update = b(a(module.lora_dropout[active_adapter](x))) * scale
-            return result + (update if rows is True else torch.where(rows.unsqueeze(-1), update, 0.0))
+            low = a(module.lora_dropout[active_adapter](x))
+            if rows is not True:
+                low = torch.where(rows.unsqueeze(-1), low, 0.0)
+            # Added by the product itself: nothing else of the update's size is made, or kept for backward.
+            base = result.to(low.dtype)
+            return torch.addmm(base.flatten(0, -2), low.flatten(0, -2), b.weight.T, alpha=scale).view_as(result)
         # peft has cast x to the adapter's dtype.
         x = x.to(result.dtype)
         gated_lora([result.flatten(0, -2)], x.flatten(0, -2), rows.flatten(), a.weight, [b.weight], scale)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.nn.attention import flex_attention
 
 from mtpkern.attention import attention_context
-from mtpkern.bench import distill, span_attention, tiles, train_step
+from mtpkern.bench import distill, gated_step, span_attention, tiles, train_step
 from mtpkern.bench.distill import Case, Inputs
 from mtpkern.bench.harness import Spread
 from mtpkern.bench.span_attention import FLEX, INTERLEAVED, OURS, SDPA, Shape
@@ -305,3 +305,23 @@ def test_a_candidate_reaches_the_launcher_and_leaves_the_table_alone(monkeypatch
     assert before == kernels.TILES
     taken = [next(x for limit, x in table.items() if shape.dim <= limit) for table in seen]
     assert taken == [x for x in tiles.CANDIDATES["dkdv"] if x != shipped]
+
+
+def test_ways_of_a_gated_step(monkeypatch):
+    """One loss in all of them, and the one that keeps prefixes makes one pass a step."""
+    table = gated_step.measure(True, 1, gated_step.peaks)
+    assert [row[0] for row in table.rows] == list(gated_step.WAYS)
+    assert len(table.goals) == 2
+    work = gated_step.trainee(tiny=True)
+    passes = []
+    work.model.base_model.register_forward_pre_hook(lambda *args: passes.append(1))
+    work.step(gated_step.KEPT)
+    count = {}
+    for way in gated_step.WAYS:
+        passes.clear()
+        work.step(way)
+        count[way] = len(passes)
+    assert count == {gated_step.KEPT: 1, gated_step.EACH: 3, gated_step.JOINT: 1}
+    monkeypatch.setattr(work, "_joint", lambda: 1.0)
+    with pytest.raises(ValueError, match="one loss"):
+        gated_step.seconds(work, 1)

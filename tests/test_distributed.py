@@ -18,6 +18,7 @@ from mtpkern.train.arithmetic import build_tokenizer
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import HeldOut
+from mtpkern.train.gated_trainer import GatedTrainer
 from mtpkern.train.resume import newest_checkpoint
 from mtpkern.train.trainer import MTPTrainer
 
@@ -250,3 +251,76 @@ def test_two_processes_take_the_step_of_one(tmp_path):
     for key, weight in run.model.state_dict().items():
         torch.testing.assert_close(two["weights"][key], weight, rtol=0, atol=1e-6)
         assert (weight - start[key]).abs().max() > 2e-5  # twenty times what may differ
+
+
+def gated_trainer(path, batch, **change):
+    """Plain gradient descent, on spans that depend on the text alone; some texts have no answer and so no span."""
+    texts = rows(16)
+    for text in texts[2:4]:
+        text["prompt_length"] = len(text["input_ids"])
+    arguments = {
+        "gated": True,
+        "lora_rank": 2,
+        "teacher_target": "hard",
+        "loss_support": "all",
+        "k_min": 3,
+        "k_max": 3,
+        "num_spans": 2,
+        "span_offset": 1,
+        "max_length": 14,
+        "max_steps": 3,
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": 2,
+        "train_sampling_strategy": "sequential",
+        "optim": "sgd",
+        "learning_rate": 2.0,
+        "max_grad_norm": 0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "prefix_memory": 0.001,
+        "use_cpu": True,
+        "ddp_backend": "gloo",
+        "disable_tqdm": True,
+    }
+    args = MTPConfig(str(path), **arguments | change)
+    model = llama()
+    with torch.no_grad():
+        # Else so little depends on any query that its adapter would not move in three steps.
+        for weight in model.parameters():
+            weight *= 10 if weight.dim() > 1 else 1
+    return GatedTrainer(model=model, args=args, train_dataset=texts, data_collator=MTPCollator(0))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_two_processes_take_the_gated_step_of_one(tmp_path):
+    """Adapters and the mask token's row, with prefixes kept on each rank; FSDP is refused by name."""
+
+    def trained(run):
+        run.train()
+        losses = [x["loss"] for x in run.state.log_history if "loss" in x]
+        return losses, {name: p.detach() for name, p in run.model.named_parameters() if p.requires_grad}
+
+    def work(rank):
+        run = gated_trainer(tmp_path, 2)
+        losses, weights = trained(run)
+        if rank == 0:
+            # Three steps of two batches of two texts.
+            assert len(run.prefixes) > 4
+            weights = {name.removeprefix("module."): x for name, x in weights.items()}
+            torch.save({"losses": losses, "weights": weights}, tmp_path / "two.pt")
+        run.accelerator.wait_for_everyone()
+        forget_engine()
+        let_accelerate_shard_on_a_cpu()
+        with pytest.raises(ValueError, match="LoRA under FSDP"):
+            gated_trainer(tmp_path / "fsdp", 2, fsdp=True)
+
+    in_two_processes(work)
+    two = torch.load(tmp_path / "two.pt")
+    run = gated_trainer(tmp_path, 4, ddp_backend=None)
+    start = {name: p.detach().clone() for name, p in run.model.named_parameters() if p.requires_grad}
+    losses, weights = trained(run)
+    assert two["losses"] == pytest.approx(losses, abs=1e-6)
+    assert two["weights"].keys() == weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(two["weights"][name], weight, rtol=0, atol=1e-6)
+        assert (weight - start[name]).abs().max() > 2e-5  # twenty times what may differ

@@ -7,9 +7,10 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 from mtpkern.adapter import gate_of
 from mtpkern.attention import attention_context
 from mtpkern.train.gated import BehindPrefixContext, gated_loss
-from mtpkern.train.layout import build_layout
+from mtpkern.train.layout import build_layout, pack
 from mtpkern.train.lora import add_gated_lora
-from mtpkern.train.objective import SpanContext, backbone, gather_rows
+from mtpkern.train.objective import SpanContext, backbone, gather_rows, within_text
+from mtpkern.train.prefix import Prefixes, texts_of
 
 V, EOS = 61, 7
 TINY = {
@@ -55,7 +56,8 @@ def adapted(make):
     return peft_model, make()
 
 
-def batch(**options):
+def batch(shape="padded"):
+    """Two texts with five spans, one of which is missing: padded, with spare mask rows, or packed in one row."""
     torch.manual_seed(1)
     lengths = torch.tensor([14, 11])
     tokens = torch.randint(10, 59, (2, 15))
@@ -63,12 +65,15 @@ def batch(**options):
         tokens[b, n - 1] = EOS
         tokens[b, n:] = 0
     prefix = torch.tensor([[3, 8, 12], [2, 6, 0]])
-    return tokens, build_layout(prefix, lengths, K, num_tokens=15, **options)
+    layout = build_layout(prefix, lengths, K, num_tokens=15, mask_rows=15 if shape == "static" else None)
+    if shape == "packed":
+        layout, (tokens,) = pack(layout, tokens)
+    return tokens, layout
 
 
-def run(peft_model, tokens, layout, **options):
+def run(peft_model, tokens, layout, texts=None, **options):
     model = peft_model.get_base_model()
-    context = BehindPrefixContext(layout)
+    context = BehindPrefixContext(layout, texts)
     with attention_context(model, context), gate_of(model).open_for_training():
         sums = gated_loss(model, tokens, context, eos_token_ids=EOS_IDS, **options)
         sums.span.backward()
@@ -104,6 +109,8 @@ def joint(peft_model, tokens, layout, **options):
             log_q = (scored @ model.get_output_embeddings().weight.T).log_softmax(-1).view_as(logits)
         label = log_q.argmax(-1)
         keep = layout.valid & ((said == EOS).cumsum(-1) - (said == EOS).int() == 0)
+    if not options.get("eos_padding", True):
+        keep &= within_text(layout)
     agree = (said == label)[..., 1:] & keep[..., 1:]
     support = keep[..., 1:]
     if options.get("loss_support", "until_fail") == "until_fail":
@@ -119,6 +126,35 @@ def joint(peft_model, tokens, layout, **options):
     return loss, agree, keep[..., 1:]
 
 
+def assert_equal(peft_model, sums, want):
+    """Sums and gradients are those of the joint pass."""
+    (loss, agree, keep), wanted = want
+    torch.testing.assert_close(sums.span, loss, rtol=1e-5, atol=1e-5)
+    assert sums.rows[1:].tolist() == keep.float().sum((0, 1)).tolist()
+    assert sums.agree[1:].tolist() == agree.float().sum((0, 1)).tolist()
+    assert sums.rows[0] == sums.agree[0] == 0
+    found = gradients(peft_model)
+    assert found.keys() == wanted.keys()
+    assert found["mask_row"].abs().sum() > 0
+    for name, x in found.items():
+        torch.testing.assert_close(x, wanted[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def assert_equals_one_joint_pass(make, shape, options):
+    """With nothing kept, with one of two texts kept, and with both."""
+    peft_model, _ = adapted(make)
+    tokens, layout = batch(shape)
+    want = joint(peft_model, tokens, layout, **options), gradients(peft_model)
+    assert_equal(peft_model, run(peft_model, tokens, layout, **options), want)
+    texts = texts_of(layout, tokens.shape[1], [b"first", b"second"])
+    prefixes = Prefixes(2**30, states=options.get("target", "gt") != "gt")
+    with gate_of(peft_model.get_base_model()).closed():
+        prefixes.of(peft_model.get_base_model(), tokens, texts[:1])
+    for kept in (1, 2):
+        assert len(prefixes) == kept
+        assert_equal(peft_model, run(peft_model, tokens, layout, texts, prefixes=prefixes, **options), want)
+
+
 @pytest.mark.parametrize("make", [llama, tied, gemma])
 @pytest.mark.parametrize(
     "options",
@@ -131,20 +167,15 @@ def joint(peft_model, tokens, layout, **options):
     ],
 )
 def test_equals_one_joint_pass(make, options):
-    peft_model, _ = adapted(make)
-    tokens, layout = batch()
-    loss, agree, keep = joint(peft_model, tokens, layout, **options)
-    wanted = gradients(peft_model)
-    sums = run(peft_model, tokens, layout, **options)
-    torch.testing.assert_close(sums.span, loss, rtol=1e-5, atol=1e-5)
-    assert sums.rows[1:].tolist() == keep.float().sum((0, 1)).tolist()
-    assert sums.agree[1:].tolist() == agree.float().sum((0, 1)).tolist()
-    assert sums.rows[0] == sums.agree[0] == 0
-    found = gradients(peft_model)
-    assert found.keys() == wanted.keys()
-    assert found["mask_row"].abs().sum() > 0
-    for name, x in found.items():
-        torch.testing.assert_close(x, wanted[name], rtol=1e-4, atol=1e-5, msg=name)
+    assert_equals_one_joint_pass(make, "padded", options)
+
+
+@pytest.mark.parametrize("shape", ["static", "packed"])
+@pytest.mark.parametrize("target", ["gt", "hard", "soft"])
+def test_every_layout_equals_one_joint_pass(shape, target):
+    options = {"target": target, "loss_support": "all"}
+    assert_equals_one_joint_pass(gemma, shape, options)
+    assert_equals_one_joint_pass(gemma, shape, {**options, "eos_padding": False})
 
 
 @pytest.mark.parametrize("make", [llama, tied, gemma])

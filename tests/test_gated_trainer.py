@@ -63,11 +63,21 @@ def test_learns_and_leaves_the_base_as_it_was(tiny, tmp_path):
     assert all(torch.equal(x, before[name]) for name, x in after.items())
 
 
-def test_resumes_to_the_bit(tiny, tmp_path):
-    whole = trainer(tiny, tmp_path / "whole")
+def test_resumes_to_the_bit_and_keeping_prefixes_changes_none(tiny, tmp_path):
+    """The whole run keeps nothing, the resumed one more than the one that it goes on from."""
+    options = {"teacher_target": "hard", "gt_warmup_steps": 1, "max_steps": 4, "save_steps": 2}
+    whole = trainer(tiny, tmp_path / "whole", **options)
     whole.train()
-    trainer(tiny, tmp_path / "part", max_steps=3).train()
-    again = trainer(tiny, tmp_path / "part")
+    assert len(whole.prefixes) == 0
+    part = trainer(tiny, tmp_path / "part", prefix_memory=0.01, **{**options, "max_steps": 2})
+    passes = []
+    part.model.get_base_model().base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: passes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    part.train()
+    # Each of the three texts once and alone, masks in both steps, scores of them in the second.
+    assert (len(part.prefixes), sorted(passes)) == (3, [1, 1, 1, 4, 4, 4])
+    again = trainer(tiny, tmp_path / "part", prefix_memory=0.02, **options)
     again.train(resume_from_checkpoint=True)
     want, got = trained(whole), trained(again)
     assert "mask_row" in want
@@ -103,10 +113,35 @@ def test_refuses(tiny, tmp_path):
         ({"prefix_weight": 0.5}, "prefix_weight"),
         ({"anchor_kl_weight": 0.5}, "anchor"),
         ({"bidirectional": True}, "bidirectional"),
+        ({"prefix_memory": -1.0}, "prefix_memory"),
     ):
         with pytest.raises(ValueError, match=says):
             trainer(tiny, tmp_path, **options)
+    quantised = base(tiny)
+    quantised.is_quantized = True
+    with pytest.raises(ValueError, match="quantised"):
+        trainer(tiny, tmp_path, quantised)
+    with pytest.raises(ValueError, match=r"prefix_memory .* gated"):
+        MTPConfig(str(tmp_path), prefix_memory=1.0)
     args = MTPConfig(str(tmp_path), gated=True, lora_rank=4, k_max=4, use_cpu=True, report_to="none")
     model = base(tiny)
     with pytest.raises(ValueError, match="go together"):
         MTPTrainer(model=model, mask_token_id=40, args=args, train_dataset=data(), data_collator=MTPCollator(0))
+
+
+@pytest.mark.parametrize("options", [{"student_dtype": "bfloat16"}, {"bf16": True}], ids=["weights", "autocast"])
+def test_a_bfloat16_base_learns_what_a_float32_one_does(tiny, tmp_path, options):
+    """The same numbers in both, adapters in float32."""
+    narrow = base(tiny).bfloat16()
+    wide = trainer(tiny, tmp_path / "wide", base(tiny).bfloat16().float(), max_steps=2, logging_steps=1)
+    wide.train()
+    student = narrow if "student_dtype" in options else base(tiny).bfloat16().float()
+    run = trainer(tiny, tmp_path / "run", student, max_steps=2, prefix_memory=0.01, logging_steps=1, **options)
+    run.train()
+    assert {p.dtype for p in run.model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in student.model.layers.parameters() if not p.requires_grad} == {student.dtype}
+    losses = [[x["loss"] for x in r.state.log_history if "loss" in x] for r in (run, wide)]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+    run.save_model(str(tmp_path / "adapter"))
+    for dtype in (torch.bfloat16, torch.float32):
+        mtpkern.load_adapter(base(tiny).bfloat16().to(dtype), tmp_path / "adapter")

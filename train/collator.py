@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ class MTPCollator:
         self.pad_to = pad_to
 
     def __call__(self, batch: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """input_ids [B, N] int64; lengths, prompt_lengths and earlier_answers as lists. ValueError for a longer text.
+        """input_ids [B, N] int64; lengths, prompt_lengths, earlier_answers and digests of the ids, as lists.
+
+        Raises ValueError for a longer text than pad_to.
 
         Lists stay on the host, where spans are drawn: reading tensors back from a GPU would wait for it.
         """
@@ -31,9 +34,11 @@ class MTPCollator:
         input_ids = torch.full((len(batch), self.pad_to or longest), self.pad_token_id)
         for i, x in enumerate(batch):
             input_ids[i, : len(x["input_ids"])] = torch.tensor(x["input_ids"])
+        texts = zip(input_ids, lengths)
         return {
             "input_ids": input_ids,
             "lengths": lengths,
             "prompt_lengths": [int(x["prompt_length"]) for x in batch],
             "earlier_answers": [list(x.get("earlier_answers", ())) for x in batch],
+            "digests": [blake2b(ids[:n].numpy().tobytes(), digest_size=16).digest() for ids, n in texts],
         }

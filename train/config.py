@@ -137,6 +137,13 @@ class MTPConfig(TrainingArguments):
             "texts that the model wrote itself unless teacher_target is 'hard' or 'soft'."
         },
     )
+    prefix_memory: float = field(
+        default=0.0,
+        metadata={
+            "help": "GiB of the model's memory, on each rank, for what a gated adapter's frozen model makes of texts: "
+            "kept for the whole run; 0 computes it anew in each step."
+        },
+    )
     lora_rank: int = field(default=0, metadata={"help": "Rank of LoRA adapters; 0 trains all parameters."})
     lora_alpha: float | None = field(default=None, metadata={"help": "LoRA's scale; twice the rank unless given."})
     lora_targets: str = field(
@@ -227,7 +234,7 @@ class MTPConfig(TrainingArguments):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {getattr(self, name)!r}")
-        for name in ("gt_warmup_steps", "lora_rank", "prefix_weight", "anchor_kl_weight"):
+        for name in ("gt_warmup_steps", "lora_rank", "prefix_weight", "anchor_kl_weight", "prefix_memory"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
         if self.num_spans is not None and self.num_spans < 1:
@@ -256,6 +263,8 @@ class MTPConfig(TrainingArguments):
             )
         if self.gated:
             self._require_gateable()
+        elif self.prefix_memory:
+            raise ValueError("prefix_memory keeps what only gated adapters leave as it is; set gated, or leave it out")
         if self.packing and self.static_shape:
             raise ValueError("packing leaves out all padding, static_shape adds it; set one of them")
         self._refuse_untested()

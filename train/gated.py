@@ -1,6 +1,7 @@
 """Training of a gated adapter: the prefix once and without gradient, then the mask rows alone behind it.
 
-    prefix pass    the tokens, adapters off           -> keys and values of every layer, hidden states; no gradient
+    prefix pass    the tokens, adapters off           -> keys and values of every layer, hidden states; no gradient;
+                   for texts of which they are not kept (mtpkern.train.prefix)
     mask pass      the mask rows, all of them adapted -> each sees the prefix' keys up to its own, and its own span
     scoring pass   y'_1 .. y'_{K-1} in the masks' places, adapters off, no gradient; for "hard" and "soft" only
 
@@ -21,53 +22,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mtpkern.adapter import gate_of
-from mtpkern.attention import AttentionContext, routed
 from mtpkern.kernels.distill import distill_loss, head_readout
 from mtpkern.kernels.span_attention import span_attention
-from mtpkern.kernels.span_mask import span_mask
 from mtpkern.train.layout import Layout
 from mtpkern.train.objective import MTPLoss, Support, Target, data_targets, head_of, until_fail, within_text
-
-
-@dataclass
-class PrefixContext:
-    """Attention of the prefix pass: tokens under the span rule, their keys and values kept.
-
-    layout   of the batch; the first `num_tokens` of its rows run
-    layers   by layer: keys and values [B, Hkv, N, D]
-    """
-
-    layout: Layout
-    num_tokens: int
-    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    masks: dict[int | None, Tensor] = field(default_factory=dict)
-
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        """Causal attention of one layer: [B, N, Hq, D] (mtpkern.attention.AttentionContext)."""
-        self.layers[layer] = key, value
-        rule = [x[:, : self.num_tokens] for x in self.layout.causal().rule if x is not None]
-        return span_attention(
-            query,
-            key,
-            value,
-            *rule,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
-            mask=_mask(self.masks, rule, window, 0),
-        )
+from mtpkern.train.prefix import Layers, Prefixes, Text, hidden_states, shared_mask, texts_of
 
 
 @dataclass
@@ -75,11 +34,13 @@ class BehindPrefixContext:
     """Attention of the rows behind the tokens: each sees the prefix' keys up to its own prefix' end, and its own span.
 
     layout   of the batch
-    layers   what a prefix pass has kept; constants
+    texts    of the batch; read from the layout, which then lies on the host, unless given
+    layers   the prefix' keys and values by layer [B, Hkv, N, D]; constants
     """
 
     layout: Layout
-    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    texts: list[Text] | None = None
+    layers: Layers = field(default_factory=dict)
     masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     def attend(
@@ -106,17 +67,8 @@ class BehindPrefixContext:
             window=window,
             softcap=softcap,
             sinks=sinks,
-            mask=_mask(self.masks, rule, window, before[0].shape[2]),
+            mask=shared_mask(self.masks, rule, window, before[0].shape[2]),
         )
-
-
-def _mask(masks: dict[int | None, Tensor], rule: list[Tensor], window: int | None, first: int) -> Tensor | None:
-    """The rows from `first` on of the mask with this window, which layers share; None where a kernel needs none."""
-    if rule[0].is_cuda:
-        return None
-    if window not in masks:
-        masks[window] = span_mask(*rule, window=window)[:, first:]
-    return masks[window]
 
 
 def gated_loss(
@@ -128,6 +80,7 @@ def gated_loss(
     target: Target = "gt",
     loss_support: Support = "until_fail",
     eos_padding: bool = True,
+    prefixes: Prefixes | None = None,
 ) -> MTPLoss:
     """The loss sums of one batch, of the adapters and the mask token's row; the gate is open for training around it.
 
@@ -136,6 +89,7 @@ def gated_loss(
     context        of the batch's layout, at least two predictions a span; the prefix' keys are put into it. The caller
                    keeps it and the gate open around backward
     eos_token_ids, target, loss_support, eos_padding   as of `mtpkern.train.objective.mtp_loss`
+    prefixes       what is kept of texts from step to step, with states for "hard" and "soft"; nothing where None
 
     Rows and agreement of the result leave out row 1 of the spans, which is the base's own. Raises ValueError for a
     model without a gate. Source: arXiv 2507.11851.
@@ -152,14 +106,15 @@ def gated_loss(
     k = layout.row.shape[-1]
     if k < 2:
         raise ValueError(f"a span must have at least two predictions, of which the first is the base's own; got {k}")
-    prefix = PrefixContext(layout, N)
-    with gate.closed(), torch.no_grad(), routed(model, prefix):
-        text = _states(model, tokens, layout.position[:, :N], prefix)
-    context.layers.update(prefix.layers)
+    if prefixes is None:
+        prefixes = Prefixes(states=target != "gt")
+    texts = texts_of(layout, N) if context.texts is None else context.texts
+    with gate.closed():
+        context.layers, text = prefixes.of(model, tokens, texts)
 
     ids = tokens.new_full((len(tokens), layout.position.shape[1] - N), gate.mask_token_id)
     positions = layout.position[:, N:]
-    states = _states(model, ids, positions, context)
+    states = hidden_states(model, ids, positions, context)
     head = head_of(model, None)
     rows = (layout.row[..., 1:] - N).flatten(1)
     hidden = _pick(states, rows)
@@ -171,11 +126,12 @@ def gated_loss(
         label, keep = data_targets(tokens, layout, eos_token_ids)
         label, keep = label[..., 1:], (keep & valid)[..., 1:]
     else:
+        assert text is not None
         with gate.closed(), torch.no_grad():
             own = head_readout(_pick(text, layout.row[..., 0]), head).token.view(layout.prefix.shape)
             said = torch.cat([own.unsqueeze(-1), token], dim=-1)
             fed = layout.fill(tokens, said[..., :-1])[:, N:]
-            wanted = _pick(_states(model, fed, positions, context), rows)
+            wanted = _pick(hidden_states(model, fed, positions, context), rows)
             label = head_readout(wanted, head).token.view_as(token)
         ended = torch.isin(said, eos_token_ids).int()
         keep = (valid & (ended.cumsum(-1) == ended))[..., 1:]
@@ -208,13 +164,6 @@ def gated_loss(
         confidence=by_position(confidence * keep),
         entropy=by_position(entropy * keep),
     )
-
-
-def _states(model: PreTrainedModel, input_ids: Tensor, position: Tensor, context: AttentionContext) -> Tensor:
-    """Final hidden states [B, T, H] of rows at these positions."""
-    return model.base_model(
-        input_ids=input_ids, position_ids=position.long(), use_cache=False, mtpkern=context
-    ).last_hidden_state
 
 
 def _pick(states: Tensor, row: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from mtpkern.train.gated import BehindPrefixContext, gated_loss
 from mtpkern.train.layout import Layout
 from mtpkern.train.lora import add_gated_lora, plain_model
 from mtpkern.train.objective import MTPLoss
+from mtpkern.train.prefix import Prefixes, texts_of
 from mtpkern.train.trainer import MTPTrainer
 
 
@@ -38,6 +39,10 @@ class GatedTrainer(MTPTrainer):
     """
 
     gated = True
+
+    def __init__(self, model: PreTrainedModel | PeftModel, *, args: MTPConfig, **kwargs: Any) -> None:
+        super().__init__(model, args=args, **kwargs)
+        self.prefixes = Prefixes(int(args.prefix_memory * 2**30), states=args.needs_teacher)
 
     def _adapted(self, plain: PreTrainedModel, mask_token_id: int | None, args: MTPConfig) -> PeftModel:
         return add_gated_lora(
@@ -62,8 +67,14 @@ class GatedTrainer(MTPTrainer):
         """The first row of a span is the base's own."""
         return layout.valid[..., 1:]
 
-    def _context(self, layout: Layout) -> AttentionContext:
-        return BehindPrefixContext(layout)
+    def plan(self, batch: dict[str, Any], **draw: Any) -> dict[str, Any]:
+        """As MTPTrainer's, and where the texts stand, with the digests by which they are known again."""
+        planned = super().plan(batch, **draw)
+        texts = texts_of(planned["layout"], planned["input_ids"].shape[1], batch.get("digests"))
+        return {**planned, "texts": texts}
+
+    def _context(self, inputs: dict[str, Any]) -> AttentionContext:
+        return BehindPrefixContext(inputs["layout"].to(self.args.device), inputs["texts"])
 
     @contextmanager
     def _span_attention(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -79,6 +90,7 @@ class GatedTrainer(MTPTrainer):
             target=self._target(),  # type: ignore[arg-type]
             loss_support=self.args.loss_support,  # type: ignore[arg-type]
             eos_padding=self.args.eos_padding,
+            prefixes=self.prefixes,
         )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

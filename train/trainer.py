@@ -283,14 +283,14 @@ class MTPTrainer(RunTrainer):
     @contextmanager
     def _span_attention(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         device = self.args.device
-        context = self._context(inputs["layout"].to(device))
+        context = self._context(inputs)
         rows = {name: send(inputs[name], device) for name in ("prefix_rows", "anchor_rows")}
         with attention_context(plain_model(self.accelerator.unwrap_model(model)), context):
             yield {**inputs, "layout": context, **rows}
 
-    def _context(self, layout: Layout) -> AttentionContext:
-        """The attention of a step's layout."""
-        return SpanContext(layout)
+    def _context(self, inputs: dict[str, Any]) -> AttentionContext:
+        """The attention of a plan."""
+        return SpanContext(inputs["layout"].to(self.args.device))
 
     def _target(self) -> str:
         """What the student learns now: the data's tokens first, where a warm-up asks for it. Evaluation has one aim."""

@@ -1,0 +1,220 @@
+"""A training step of a gated adapter on a CPU: kept prefixes, a prefix pass in each step, one joint pass of all rows.
+
+SmolLM2-135M's shape with random weights, float32, one thread, rank 16 on all linear layers, ground truth until the
+first miss: the recipe's step of 256 mask rows from 4 texts. The joint pass is the definition (tests/test_gated.py):
+tokens and masks in one pass with autograd through all rows, adapters gated by row, the loss by the same ops. Losses are
+compared before anything is timed; time is that of the process, in turns, and counts the optimizer's step. The peak of
+memory is that of a process of its own which makes two steps in one way, weights and Python included.
+
+    python -m mtpkern.bench.gated_step
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mtpkern.adapter import gate_of
+from mtpkern.attention import attention_context
+from mtpkern.bench.harness import Spread, environment
+from mtpkern.bench.report import RESULTS, Goal, Table, write
+from mtpkern.compare import rotated
+from mtpkern.kernels.distill import distill_loss, head_readout
+from mtpkern.train.gated import BehindPrefixContext, gated_loss
+from mtpkern.train.layout import Layout, build_layout
+from mtpkern.train.lora import add_gated_lora
+from mtpkern.train.objective import SpanContext, backbone, data_targets, gather_rows, head_of, until_fail
+from mtpkern.train.prefix import Prefixes, texts_of
+
+KEPT, EACH, JOINT = "prefix kept", "prefix pass in each step", "one joint pass of all rows"
+WAYS = (KEPT, EACH, JOINT)
+MIB = 2**20
+EOS = 2
+
+SMOLLM2: dict[str, Any] = {
+    "vocab_size": 49_152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+TINY = SMOLLM2 | {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+# Tokens of the texts of a step: 703, as the probe's had (docs/log.md).
+LENGTHS, TINY_LENGTHS = (231, 187, 160, 125), (14, 11)
+K, SPANS = 5, 16
+
+
+class Trainee:
+    """A model with a gated adapter, one batch, and a step of training in each way."""
+
+    def __init__(self, settings: dict[str, Any], lengths: tuple[int, ...], spans: int) -> None:
+        torch.manual_seed(0)
+        config = AutoConfig.for_model("llama", **settings, eos_token_id=EOS, bos_token_id=1, pad_token_id=0)
+        peft_model = add_gated_lora(AutoModelForCausalLM.from_config(config, dtype=torch.float32), rank=16, k_max=K)
+        self.model = peft_model.get_base_model()
+        gate = gate_of(self.model)
+        assert gate is not None
+        self.gate = gate
+        self.trained = [p for p in peft_model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=0.0)
+        self.tokens = torch.randint(3, settings["vocab_size"], (len(lengths), max(lengths)))
+        self.layout = self._layout(lengths, spans)
+        self.rows = int(self.layout.valid[..., 1:].sum())
+        names = [bytes([i]) for i in range(len(lengths))]
+        self.texts = texts_of(self.layout, self.tokens.shape[1], names)
+        self.kept = Prefixes(2**40)
+        self.eos = torch.tensor([EOS])
+
+    def _layout(self, lengths: tuple[int, ...], spans: int) -> Layout:
+        """Spans at random places behind the first fifth of each text."""
+        for row, n in zip(self.tokens, lengths):
+            row[n - 1], row[n:] = EOS, 0
+        drawn = [(n // 5 + torch.randperm(n - n // 5 - K)[:spans]).sort().values for n in lengths]
+        return build_layout(torch.stack(drawn), torch.tensor(lengths), K, num_tokens=self.tokens.shape[1])
+
+    def step(self, way: str) -> float:
+        """Forward, backward and optimizer; the loss, the same at every call and in every way."""
+        self.optimizer.zero_grad()
+        loss = self._joint() if way == JOINT else self._behind_prefix(self.kept if way == KEPT else None)
+        self.optimizer.step()
+        return loss
+
+    def _behind_prefix(self, kept: Prefixes | None) -> float:
+        context = BehindPrefixContext(self.layout, self.texts)
+        with attention_context(self.model, context), self.gate.open_for_training():
+            sums = gated_loss(self.model, self.tokens, context, eos_token_ids=self.eos, prefixes=kept)
+            (sums.span / self.rows).backward()
+        return float(sums.span.detach()) / self.rows
+
+    def _joint(self) -> float:
+        layout, context = self.layout, SpanContext(self.layout)
+        ids = layout.fill(self.tokens, self.gate.mask_token_id)
+        with attention_context(self.model, context), self.gate.open(ids == self.gate.mask_token_id):
+            states = backbone(self.model, ids, context)
+            hidden, head = gather_rows(states, layout.row[..., 1:]), head_of(self.model, None)
+            label, keep = (x[..., 1:] for x in data_targets(self.tokens, layout, self.eos))
+            agree = (head_readout(hidden, head).token.view_as(label) == label) & keep
+            some = (keep & until_fail(agree)).flatten().nonzero().squeeze(1)
+            loss = distill_loss(hidden[some], head, target=label.flatten()[some]) / self.rows
+            loss.backward()
+        return float(loss.detach())
+
+
+def trainee(tiny: bool) -> Trainee:
+    """On SmolLM2's shape, or a tiny one to rehearse on."""
+    return Trainee(TINY, TINY_LENGTHS, 2) if tiny else Trainee(SMOLLM2, LENGTHS, SPANS)
+
+
+def seconds(work: Trainee, rounds: int) -> dict[str, Spread]:
+    """The process' time of a step in each way, in turns. Raises ValueError where the ways differ in their losses."""
+    losses = {way: work.step(way) for way in WAYS}  # what keeps prefixes has them now
+    if max(losses.values()) - min(losses.values()) > 1e-4 * max(losses.values()):
+        raise ValueError(f"the ways must have one loss; got {losses}")
+    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    for i in range(rounds):
+        for way in rotated(list(WAYS), i):
+            start = time.process_time()
+            work.step(way)
+            times[way].append(time.process_time() - start)
+    return {way: Spread.of(values) for way, values in times.items()}
+
+
+def peaks(way: str, tiny: bool) -> tuple[int, int]:
+    """The process' greatest resident bytes after two steps in one way, and before them: run it in a new process."""
+    work = trainee(tiny)
+    before = _resident()
+    for _ in range(2):
+        work.step(way)
+    return _resident(), before
+
+
+def _resident() -> int:
+    """The greatest number of bytes that this process has held."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _peaks_of(way: str, tiny: bool) -> tuple[int, int]:
+    command = [sys.executable, "-m", "mtpkern.bench.gated_step", "--peak", way, *(["--tiny"] if tiny else [])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    whole, before = json.loads(done.stdout.splitlines()[-1])
+    return whole, before
+
+
+def measure(tiny: bool, rounds: int, peaks_of: Callable[[str, bool], tuple[int, int]] = _peaks_of) -> Table:
+    """Rows a second and memory of each way."""
+    memory = {way: peaks_of(way, tiny) for way in WAYS}
+    work = trainee(tiny)
+    times = seconds(work, rounds)
+    tokens = sum(len(text) for text in work.texts)
+    rate = {way: work.rows / spread.median for way, spread in times.items()}
+    rows = [
+        (
+            way,
+            f"{rate[way]:.0f}",
+            times[way].text(),
+            f"{rate[way] / rate[JOINT]:.2f}",
+            f"{memory[way][0] / MIB:.0f}",
+            f"{memory[way][0] / memory[JOINT][0]:.2f}",
+            f"{(memory[way][0] - memory[way][1]) / MIB:.0f}",
+        )
+        for way in WAYS
+    ]
+    records = [{"way": way, "seconds": times[way], "rows": work.rows, "memory": memory[way]} for way in WAYS]
+    goals = [
+        Goal("rows a second, prefix kept against one joint pass", 2.4, rate[KEPT] / rate[JOINT], "x"),
+        Goal("memory, likewise", 0.6, memory[KEPT][0] / memory[JOINT][0], "x", at_most=True),
+    ]
+    header = ("way", "rows/s", "s a step", "of joint", "peak MiB", "of joint", "MiB over weights")
+    note = (
+        f"{work.rows} mask rows behind {len(work.texts)} texts of {tokens} tokens, padded to "
+        f"{work.tokens.shape[1]} each, K = {K}; median (range) of {rounds} "
+        f"steps, seconds of the process. Kept prefixes take {work.kept.bytes / tokens / 1024:.0f} KiB a token; those "
+        "of this batch are in its peak, those of all texts come on top."
+    )
+    return Table("Gated training step", note, header, rows, records, goals)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m mtpkern.bench.gated_step", description="Gated training step")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tiny", action="store_true", help="a tiny shape, to rehearse on: its figures say nothing")
+    parser.add_argument("--results", type=Path, help="folder of the result files (default: bench/results; tiny: none)")
+    parser.add_argument("--peak", choices=WAYS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.peak:
+        print(json.dumps(peaks(args.peak, args.tiny)))
+        return
+    table = measure(args.tiny, args.rounds)
+    print(table.markdown())
+    folder = args.results or (None if args.tiny else RESULTS)
+    if folder is not None:
+        facts = environment(torch.device("cpu"))
+        write("gated_step", "Gated training step", facts, [table], {"records": table.records}, folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""Prefixes: what a frozen model makes of texts, computed once and kept for the whole run where memory allows.
+
+    prefix pass   the tokens of a text under the frozen weights -> keys and values of every layer, hidden states
+    kept          by text, trimmed to its length, in the dtype in which the pass attends; first come, first kept
+    laid out      the texts of a batch beside one another again, padding 0, for the rows that stand behind them
+
+Where a run goes through its data again and again in another order, what came first is as likely to come next as what
+came last, and nothing is thrown out for it: the share of texts that are kept is the share of passes that are spared.
+
+On a CPU every text runs alone. Nothing is padded, and the bits of a text's keys depend on that text only: not on the
+batch, nor on what is kept, so that a resumed run, which has kept nothing yet, equals an uninterrupted one. A GPU would
+wait for the launches of so many small passes: there all new texts of a batch run in one row, and equal rounding only.
+
+Source   arXiv 2604.11035, adapters on mask rows behind a prefix that training does not change
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mtpkern.attention import AttentionContext, routed
+from mtpkern.kernels.span_attention import span_attention
+from mtpkern.kernels.span_mask import span_mask
+from mtpkern.train.layout import Layout
+
+Layers = dict[int, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Where a text stands in the tokens [B, N] of a batch, and a digest of its ids by which it is known again."""
+
+    row: int
+    start: int
+    end: int
+    name: bytes | None = None
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+
+def texts_of(layout: Layout, num_tokens: int, names: Sequence[bytes] | None = None) -> list[Text]:
+    """The texts of a layout, which lies on the host, packed or one a row; names in the order of the batch.
+
+    texts_of(build_layout(torch.tensor([[2], [2]]), torch.tensor([5, 4]), 3, num_tokens=5), 5)[1]  # Text(1, 0, 4)
+    """
+    first = (layout.position[:, :num_tokens] == 0) & (layout.prefix_end[:, :num_tokens] > 0)
+    starts = first.nonzero().tolist()
+    lengths = layout.lengths.tolist()
+    ends = [b[1] if b[0] == a[0] else lengths[a[0]] for a, b in zip(starts, [*starts[1:], [-1, 0]])]
+    return [
+        Text(row, start, end, names[i] if names is not None else None)
+        for i, ((row, start), end) in enumerate(zip(starts, ends))
+    ]
+
+
+# A longer cut of the same text is another; a text without a name is known by its place in the batch.
+Key = tuple[bytes | Text, int]
+
+
+def _key(text: Text) -> Key:
+    return text.name or text, len(text)
+
+
+@dataclass
+class PrefixContext:
+    """Attention of the prefix pass: texts in one row, each causal by itself, their keys and values kept.
+
+    position   [1, T] int32, counted from 0 in every text
+    layers     by layer: keys and values [1, Hkv, T, D]
+    """
+
+    position: Tensor
+    layers: Layers = field(default_factory=dict)
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Causal attention of one layer: [1, T, Hq, D] (mtpkern.attention.AttentionContext)."""
+        self.layers[layer] = _as_attended(key), _as_attended(value)
+        end = torch.arange(1, key.shape[2] + 1, dtype=torch.int32, device=key.device)[None]
+        return span_attention(
+            query,
+            key,
+            value,
+            self.position,
+            end,
+            end,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            mask=shared_mask(self.masks, [self.position, end, end], window, 0),
+        )
+
+
+class Prefixes:
+    """The prefix pass of a model's texts, and what is kept of it.
+
+    max_bytes   what kept texts may take; 0 keeps none
+    states      give, and keep, their hidden states too
+
+        layers, states = Prefixes(2**30).of(model, tokens, texts_of(layout, tokens.shape[1]))
+    """
+
+    def __init__(self, max_bytes: int = 0, *, states: bool = False) -> None:
+        self.max_bytes = max_bytes
+        self.states = states
+        self.bytes = 0
+        self._kept: dict[Key, tuple[Tensor, ...]] = {}
+        # By layer: Hkv, and D of keys and values.
+        self._shapes: dict[int, tuple[int, int, int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def of(self, model: PreTrainedModel, tokens: Tensor, texts: Sequence[Text]) -> tuple[Layers, Tensor | None]:
+        """Keys and values of every layer [B, Hkv, N, D] for tokens [B, N], and hidden states [B, N, H] if asked for.
+
+        Only texts that are not kept are run. The caller has closed the model's gate.
+        """
+        keys = [_key(text) for text in texts]
+        found = {key: self._kept[key] for key in keys if key in self._kept}
+        # Of a text that comes twice one runs.
+        new = list({key: text for key, text in zip(keys, texts) if key not in found}.values())
+        alone = tokens.device.type == "cpu"
+        for group in [[text] for text in new] if alone else [new] if new else []:
+            whole = self._run(model, tokens, group)
+            for text, parts in zip(group, zip(*(x.split([len(text) for text in group]) for x in whole))):
+                found[_key(text)] = self._keep(text, parts, copied=not alone)
+        batch = [found[key] for key in keys]
+        laid_out = [x.new_zeros(*tokens.shape, x.shape[-1]) for x in batch[0]]
+        for text, parts in zip(texts, batch):
+            for x, part in zip(laid_out, parts):
+                x[text.row, text.start : text.end] = part
+        return self._layers(laid_out[0]), laid_out[1] if self.states else None
+
+    def _run(self, model: PreTrainedModel, tokens: Tensor, group: Sequence[Text]) -> tuple[Tensor, ...]:
+        """Keys and values of all layers side by side [T, sum of Hkv D], hidden states [T, H] if asked for."""
+        ids = torch.cat([tokens[text.row, text.start : text.end] for text in group])[None]
+        position = torch.cat([torch.arange(len(text), dtype=torch.int32) for text in group])[None].to(ids.device)
+        context = PrefixContext(position)
+        with torch.no_grad(), routed(model, context):
+            states = hidden_states(model, ids, position, context)
+        kept = sorted(context.layers.items())
+        self._shapes = {layer: (key.shape[1], key.shape[3], value.shape[3]) for layer, (key, value) in kept}
+        rows = torch.cat([x[0].transpose(0, 1).flatten(1) for _, pair in kept for x in pair], dim=1)
+        return (rows, states[0]) if self.states else (rows,)
+
+    def _keep(self, text: Text, parts: tuple[Tensor, ...], *, copied: bool) -> tuple[Tensor, ...]:
+        size = sum(x.numel() * x.element_size() for x in parts)
+        if text.name is None or self.bytes + size > self.max_bytes:
+            return parts
+        self.bytes += size
+        # A part of a whole pass would keep all of that.
+        self._kept[_key(text)] = tuple(x.clone() for x in parts) if copied else parts
+        return self._kept[_key(text)]
+
+    def _layers(self, rows: Tensor) -> Layers:
+        """Views of keys and values [B, Hkv, N, D] by layer."""
+        sizes = [n for heads, key, value in self._shapes.values() for n in (heads * key, heads * value)]
+        parts = iter(rows.split(sizes, dim=-1))
+        return {
+            layer: (
+                next(parts).unflatten(-1, (heads, key)).transpose(1, 2),
+                next(parts).unflatten(-1, (heads, value)).transpose(1, 2),
+            )
+            for layer, (heads, key, value) in self._shapes.items()
+        }
+
+
+def hidden_states(model: PreTrainedModel, input_ids: Tensor, position: Tensor, context: AttentionContext) -> Tensor:
+    """Final hidden states [B, T, H] of rows at these positions."""
+    return model.base_model(
+        input_ids=input_ids, position_ids=position.long(), use_cache=False, mtpkern=context
+    ).last_hidden_state
+
+
+def shared_mask(
+    masks: dict[int | None, Tensor], rule: Sequence[Tensor], window: int | None, first: int
+) -> Tensor | None:
+    """The rows from `first` on of the mask with this window, which layers share; None where a kernel needs none."""
+    if rule[0].is_cuda:
+        return None
+    if window not in masks:
+        masks[window] = span_mask(*rule, window=window)[:, first:]
+    return masks[window]
+
+
+def _as_attended(x: Tensor) -> Tensor:
+    """In the dtype in which attention multiplies it: autocast's where that is on."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

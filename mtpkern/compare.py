@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from mtpkern.arguments import plain_greedy
 from mtpkern.generation import MTPGenerateOutput, generate
 from mtpkern.grading import is_right
 from mtpkern.strategies import Strategy
+
+T = TypeVar("T")
 
 HF_GENERATE = "hf_generate"
 
@@ -232,10 +234,10 @@ def compare(
     return tallies
 
 
-def batches(problems: Sequence[Problem], size: int) -> Iterator[Sequence[Problem]]:
-    """The problems in order, `size` at a time."""
-    for i in range(0, len(problems), size):
-        yield problems[i : i + size]
+def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """The items in order, `size` at a time."""
+    for i in range(0, len(items), size):
+        yield items[i : i + size]
 
 
 def rotated(names: list[str], by: int) -> list[str]:

@@ -124,7 +124,7 @@ def test_a_shipped_configuration_trains_and_saves_a_plain_checkpoint(
 
 
 def test_shipped_configurations_are_the_papers():
-    assert shipped_configs() == ["arithmetic", "gsm8k", "magpie", "metamath-llama", "metamath-qwen3"]
+    assert shipped_configs() == ["arithmetic", "gsm8k", "magpie", "metamath-llama", "metamath-qwen3", "smollm2"]
     for name in shipped_configs():
         parse([name, "--output-dir", "out", "--use-cpu"])
     paper = {

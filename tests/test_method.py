@@ -331,6 +331,7 @@ CHANGES = [
 # What has no effect on the loss of a step, and the test that sees the effect it has.
 ELSEWHERE = {
     "gated": "test_gated_trainer.py::test_learns_and_leaves_the_base_as_it_was",
+    "prefix_memory": "test_gated_trainer.py::test_resumes_to_the_bit_and_keeping_prefixes_changes_none",
     "prefix_scope": "test_a_step_is_the_definitions",
     "pure_bf16": "test_trainer.py::test_pure_bf16_trains_and_freezes",
     "static_shape": "test_shape_only",

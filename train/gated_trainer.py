@@ -71,10 +71,10 @@ class GatedTrainer(MTPTrainer):
         """As MTPTrainer's, and where the texts stand, with the digests by which they are known again."""
         planned = super().plan(batch, **draw)
         texts = texts_of(planned["layout"], planned["input_ids"].shape[1], batch.get("digests"))
-        return {**planned, "texts": texts}
+        return {**planned, "prefixes": texts}
 
     def _context(self, inputs: dict[str, Any]) -> AttentionContext:
-        return BehindPrefixContext(inputs["layout"].to(self.args.device), inputs["texts"])
+        return BehindPrefixContext(inputs["layout"].to(self.args.device), inputs["prefixes"])
 
     @contextmanager
     def _span_attention(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:

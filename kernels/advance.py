@@ -133,7 +133,7 @@ if find_spec("triton"):
     import triton
     import triton.language as tl
 
-    from mtpkern.kernels.groups import all_masks_wanted, deal_masks
+    from mtpkern.kernels.groups import deal_masks, masks_wanted
 
     @triton.jit(do_not_specialize=["s_tokens", "s_blocks", "B", "R", "C", "S", "mask_token_id"])
     def _advance_kernel(
@@ -209,10 +209,12 @@ if find_spec("triton"):
         shift = tl.zeros([BLOCK_B], tl.int32)
         if MASKS:
             unsure = trusted + 1
-            for i in range(K):
-                behind = tl.load(row_behind_ptr + o_b * K + i, mask=m_b & (i < pending), other=0).to(tl.int32)
-                unsure += tl.where(i == trusted, behind, 0)
-                shift += tl.where((i < trusted) | (i == pending - 1), behind, 0)
+            for w in range(0, K, BLOCK_W):
+                i = (w + o_w)[None, :]
+                behind = tl.load(row_behind_ptr + o_b[:, None] * K + i, mask=i < pending[:, None], other=0).to(tl.int32)
+                unsure += tl.sum(tl.where(i == trusted[:, None], behind, 0), 1)
+                passed = (i < trusted[:, None]) | (i == pending[:, None] - 1)
+                shift += tl.sum(tl.where(passed, behind, 0), 1)
             shift = tl.where(trusted < pending - 1, shift + pending - 1 - trusted, 0)
         else:
             unsure = tl.minimum(tl.where(trusted == pending - 1, trusted + K, trusted + 1), count)
@@ -264,7 +266,11 @@ if find_spec("triton"):
         want_last = want
         if MASKS:
             p_sure = confidence_ptr + row + trusted + 1 + shift
-            want += tl.minimum(all_masks_wanted(start, pending_next, limit, K), MASKS)
+            groups = tl.zeros([BLOCK_B], tl.int32)
+            for w in range(0, K - 1, BLOCK_W):
+                i = (w + o_w)[None, :]
+                groups += tl.sum(masks_wanted(start[:, None], pending_next[:, None], limit[:, None], i, K), 1)
+            want += tl.minimum(groups, MASKS)
         spare = R - tl.sum(pending_next, 0)
         level = -1
         used = 0

@@ -33,14 +33,6 @@ if find_spec("triton"):
         return tl.where(i < pending - 1, tl.minimum(tl.maximum(limit - first - i - 2, 0), K - 1), 0)
 
     @triton.jit
-    def all_masks_wanted(first, pending, limit, K: tl.constexpr):
-        """The masks that all groups of a sequence want, int32 [BLOCK_B]."""
-        wanted = tl.zeros_like(pending)
-        for i in range(K - 1):
-            wanted += masks_wanted(first, pending, limit, i, K)
-        return wanted
-
-    @triton.jit
     def deal_masks(p_sure, first, pending, limit, budget, o_i, K: tl.constexpr):
         """The masks that groups o_i get, int32 [BLOCK_B, len(o_i)]; p_sure points to each sequence's c_0."""
         wanted = masks_wanted(first[:, None], pending[:, None], limit[:, None], o_i[None, :], K)

@@ -315,19 +315,18 @@ if find_spec("triton"):
                 dealt = deal_masks(p_sure, start, pending_next, limit, masks - behind_last, i, K)
                 behind = tl.where(i[None, :] == pending_next[:, None] - 1, behind_last[:, None], dealt)
                 tl.store(row_behind_ptr + o_b[:, None] * K + i[None, :], behind, mask=m_b[:, None] & (i < K)[None, :])
-                end = dealt_before[:, None] + tl.cumsum(dealt, 1)
+                own_slot = dealt_before[:, None] + tl.cumsum(dealt, 1) - dealt
                 dealt_before += tl.sum(dealt, 1)
-                slot = end - dealt
                 behind_at = start[:, None] + i[None, :]
                 for j in range(K - 1):
-                    o_r = (row_end - rows + pending_next + behind_last)[:, None] + slot + j
+                    o_r = (row_end - rows + pending_next + behind_last)[:, None] + own_slot + j
                     m_r = j < dealt
                     tl.store(row_seq_ptr + o_r, tl.broadcast_to(o_b[:, None], BLOCK_B, BLOCK_W), mask=m_r)
                     tl.store(row_position_ptr + o_r, behind_at + 1 + j, mask=m_r)
-                    tl.store(row_slot_ptr + o_r, slot + j, mask=m_r)
+                    tl.store(row_slot_ptr + o_r, own_slot + j, mask=m_r)
                     tl.store(row_token_ptr + o_r, tl.full([BLOCK_B, BLOCK_W], mask_token_id, tl.int64), mask=m_r)
                     tl.store(row_prefix_ptr + o_r, MASKS + 1 + behind_at, mask=m_r)
-                    tl.store(row_span_ptr + o_r, slot, mask=m_r)
+                    tl.store(row_span_ptr + o_r, own_slot, mask=m_r)
         in_use = tl.sum(rows, 0)
         for r in range(0, R, BLOCK_B):
             m_r = (r + o_b >= in_use) & (r + o_b < R)

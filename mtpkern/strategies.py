@@ -95,8 +95,8 @@ class Verified(Strategy):
     A draft that is corrected leaves its pass without predictions for the next, unless masks stood behind the token
     before it: `masks` is how many rows more a pass may bring for each sequence to that end, in groups of up to k - 1,
     where the chain of drafts is likeliest to break. The output stays the same. It pays where a pass takes hardly longer
-    for them, on a GPU at small batches and in bfloat16 on many CPUs, and where drafts are often corrected; in float32 on
-    a CPU every row costs, so there are none unless asked for. More than (k - 1)² are never needed.
+    for them, on a GPU at small batches and in bfloat16 on many CPUs, and where drafts are often corrected; in float32
+    on a CPU every row costs, so there are none unless asked for. More than (k - 1)² have no use and are refused.
 
         mtpkern.generate(model, ids, strategy=mtpkern.Verified(k=8, threshold=0.5))
         mtpkern.generate(model, ids, strategy=mtpkern.Verified(k=4, threshold=0.2, masks=9))

@@ -348,9 +348,7 @@ def test_masks_behind_drafts_equal_the_plain_python_model(form: Form, scenario: 
 @pytest.mark.parametrize("form", [advance_triton])
 @given(scenario=scenarios(behind_drafts=True))
 @settings(max_examples=12, derandomize=True, deadline=None)
-def test_kernel_with_masks_behind_drafts_equals_the_plain_python_model(
-    form: Form, scenario: dict[str, object]
-) -> None:
+def test_kernel_with_masks_behind_drafts_equals_the_plain_python_model(form: Form, scenario: dict[str, object]) -> None:
     decode(form, **scenario)
 
 

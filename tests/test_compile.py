@@ -39,7 +39,22 @@ def arguments(name: str) -> tuple[Any, ...]:
     if name == "kv_write":
         return *caches, draw(R, HKV, D), draw(R, HKV, D + 2), SEQ, torch.tensor([2, 3, 1, 4, C])
     if name == "decode_attention":
-        return draw(R, 2 * HKV, D), *caches, SEQ, SLOT, START, 3, 0.5, 2, None, draw(2 * HKV), False, SLOT + 1, SLOT + 1, 1
+        return (
+            draw(R, 2 * HKV, D),
+            *caches,
+            SEQ,
+            SLOT,
+            START,
+            3,
+            0.5,
+            2,
+            None,
+            draw(2 * HKV),
+            False,
+            SLOT + 1,
+            SLOT + 1,
+            1,
+        )
     sequences, rows = Sequences.allocate(B, C, C, CPU), Rows.allocate(R, B, CPU, 2)
     sequences.length.fill_(2)
     sequences.pending.fill_(1)

@@ -80,7 +80,9 @@ class Case:
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
-        each = [rows_of(b, first, behind, scratch, slot) if behind else [] for b, (first, behind) in enumerate(sequences)]
+        each = [
+            rows_of(b, first, behind, scratch, slot) if behind else [] for b, (first, behind) in enumerate(sequences)
+        ]
         caches = [draw(len(each), heads // 2, scratch + capacity + 1, dim) for _ in range(2)]
         rows = [row for of_one in each for row in of_one]
         query = draw(len(rows) + unused, heads, dim)

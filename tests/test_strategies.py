@@ -64,7 +64,7 @@ def test_masks_must_be_a_whole_number(masks: Any) -> None:
 
 def test_masks_are_no_more_than_there_are_places_for() -> None:
     assert Verified(4, masks=9).masks == 9
-    with pytest.raises(ValueError, match="masks=10 is more than k - 1 = 3 masks behind each .* give at most 9"):
+    with pytest.raises(ValueError, match=r"masks=10 is more than k - 1 = 3 masks behind each .* give at most 9"):
         Verified(4, masks=10)
     # A k of the model's own brings its own bound.
     assert Verified(masks=9).for_model(3) == Verified(3, masks=4)

@@ -172,8 +172,11 @@ def addresses(decoder: Decoder) -> list[int]:
     return [x.data_ptr() for x in [*tensors, *(x for pair in decoder.cache.layers.values() for x in pair)]]
 
 
-def test_what_is_baked_in_makes_another_graph(recorded: type[RecordedStep], tiny: SimpleNamespace) -> None:
+def test_what_is_baked_in_makes_another_graph(
+    recorded: type[RecordedStep], tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny.model("llama")
+    monkeypatch.setattr(graph, "KEPT", 9)
     common = {"max_new_tokens": 5}
     for options in (
         {"strategy": Verified(2)},

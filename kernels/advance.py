@@ -125,8 +125,8 @@ class Rows:
         """The first `rows` of these, in the same memory; all of them where there are no more."""
         if rows >= len(self.seq):
             return self
-        per_row = {name: x[:rows] for name, x in vars(self).items() if name not in ("start", "behind")}
-        return Rows(**per_row, start=self.start, behind=self.behind)
+        per_row = self.seq, self.position, self.slot, self.token, self.prefix_end, self.span_start
+        return Rows(*(x[:rows] for x in per_row), self.start, self.behind)
 
 
 if find_spec("triton"):

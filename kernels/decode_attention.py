@@ -651,9 +651,19 @@ def decode_attention_reference(
     Dv, W = v_cache.shape[-1], R if B == 1 else max_rows
     memo = {} if memo is None else memo
     if window not in memo:
-        rule = row_seq, row_slot, row_start, row_prefix, row_span
-        shape = {"batch": B, "capacity": C, "scratch": scratch, "max_rows": max_rows}
-        memo[window] = _Spread.of(*rule, **shape, window=window, dtype=query.dtype)
+        memo[window] = _Spread.of(
+            row_seq,
+            row_slot,
+            row_start,
+            row_prefix,
+            row_span,
+            batch=B,
+            capacity=C,
+            scratch=scratch,
+            max_rows=max_rows,
+            window=window,
+            dtype=query.dtype,
+        )
     spread = memo[window]
     q = query
     if spread.place is not None:

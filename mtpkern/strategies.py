@@ -123,5 +123,5 @@ class Verified(Strategy):
         """As every strategy's; with no more masks than that k has a use for where none was given."""
         if self.k:
             return self
-        fitted = super(Verified, replace(self, masks=0)).for_model(k_max)
-        return replace(fitted, masks=min(self.masks, (fitted.k - 1) ** 2))
+        k = super(Verified, replace(self, masks=0)).for_model(k_max).k
+        return replace(self, k=k, masks=min(self.masks, (k - 1) ** 2))

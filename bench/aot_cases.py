@@ -21,24 +21,30 @@ from mtpkern.kernels.readout import readout_triton
 from mtpkern.kernels.span_attention import span_attention_triton
 
 
-def decode_attention_case(dtype: torch.dtype, D: int, rows: int, **options: Any) -> None:
-    """Decode attention of `rows` rows a sequence at the heads of Qwen3-4B and Llama-3.1-8B: 32 over 8."""
+def decode_attention_case(dtype: torch.dtype, D: int, rows: int, masks: int = 0, **options: Any) -> None:
+    """Decode attention of `rows` rows a sequence at the heads of Qwen3-4B and Llama-3.1-8B: 32 over 8.
+
+    masks: how many of them stand behind drafts.
+    """
     B, Hq, Hkv, C = 2, 32, 8, 1024
     query = torch.empty(1, Hq, B * rows, D, dtype=dtype)[0].transpose(0, 1)
     cache = torch.empty(B, Hkv, C + 1, D, dtype=dtype)
     index = torch.zeros(B * rows, dtype=torch.int64)
     start = torch.zeros(B + 1, dtype=torch.int64)
+    if masks:
+        options |= {"row_prefix": index, "row_span": index, "scratch": masks}
     decode_attention_triton(query, cache, cache, index, index, start, max_rows=rows, scale=D**-0.5, **options)
 
 
-def advance_case(B: int, k: int, verify: bool) -> None:
+def advance_case(B: int, k: int, verify: bool, masks: int = 0) -> None:
     """`advance` for B sequences with all rows that they can use."""
-    R = B * (2 * k - 1)
+    R = B * (2 * k - 1 + masks)
     sequences = Sequences.allocate(B, 256, 128, torch.device("cpu"))
-    rows = Rows.allocate(R, B, torch.device("cpu"))
+    rows = Rows.allocate(R, B, torch.device("cpu"), k)
     token = torch.zeros(R, dtype=torch.int64)
     threshold, stop_ids = torch.tensor(0.5), torch.tensor([2, 3])
-    advance_triton(sequences, rows, token, torch.zeros(R), threshold, stop_ids, k=k, verify=verify, mask_token_id=1)
+    read = token, torch.zeros(R), threshold, stop_ids
+    advance_triton(sequences, rows, *read, k=k, verify=verify, mask_token_id=1, masks=masks)
 
 
 def readout_case(dtype: torch.dtype, V: int) -> None:
@@ -119,6 +125,14 @@ CASES: dict[str, Callable[[], object]] = {
         for B, k in ((1, 8), (16, 8), (128, 8), (1024, 16))
         for verify in (True, False)
     },
+    **{f"advance B{B} k{k} verified, masks": partial(advance_case, B, k, True, 9) for B, k in ((1, 4), (16, 8))},
+    "decode_attention bf16 D128 k4 masks": partial(decode_attention_case, torch.bfloat16, 128, 16, 9),
+    "decode_attention bf16 D256 k4 masks, window": partial(
+        decode_attention_case, torch.bfloat16, 256, 16, 9, window=512
+    ),
+    "decode_attention fp32 D64 k4 masks, sinks": partial(
+        decode_attention_case, torch.float32, 64, 16, 9, sinks=torch.zeros(32)
+    ),
     **{
         f"readout {name} V{V}": partial(readout_case, dtype, V)
         for name, dtype in _DTYPES.items()

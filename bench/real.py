@@ -134,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1], metavar="N")
     parser.add_argument("--k", type=int, default=4)
     parser.add_argument("--threshold", type=float, default=0.3)
+    parser.add_argument("--masks", type=int, default=0, help="rows more a pass of each prompt, for when drafts fail")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--show", type=int, default=3, metavar="N", help="answers shown in coloured blocks (default 3)")
@@ -149,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     adapted = load_adapter(plain, args.adapter)
     prompts = read_prompts(args.prompts, tokenizer, args.number)
-    strategy = Verified(args.k, args.threshold)
+    strategy = Verified(args.k, args.threshold, args.masks)
     console = Console(highlight=False)
     reference: dict[int, list[int]] = {}
     rows, records = [], []
@@ -180,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     facts: Mapping[str, str] = environment(torch.device(args.device)) | {
         "dtype": args.dtype,
         "new tokens": f"at most {args.max_new_tokens}",
-        "strategy": f"Verified({args.k}, {args.threshold})",
+        "strategy": f"Verified({args.k}, {args.threshold}, masks={args.masks})",
         "threads": str(torch.get_num_threads()),
     }
     note = (

@@ -17,7 +17,16 @@ the limit. Static(k) is the unverified form with a threshold below every confide
 
 The next pass: each running sequence brings its pending tokens and up to k - 1 masks, packed one sequence behind the
 other into R rows. R >= B * k always holds all pending tokens; what is left of R is dealt out as masks, evenly, the
-remainder to the first. Finished sequences bring nothing; rows left over go to the trash slot C.
+remainder to the first. Finished sequences bring nothing; rows left over go to the trash slot.
+
+A refuted draft (t < pending - 1) leaves nothing but its replacement: masks count only behind the last pending token.
+Verified, a sequence may bring up to `masks` more, in groups of up to k - 1 behind other pending tokens; the group
+behind token t then proposes in place of those behind the last. Groups go where the draft that follows is least sure
+(kernels/groups.py). Such a mask stands in one of `masks` scratch slots before the first token's:
+
+    slot         masks + position; of a mask behind another token than the last: 0 .. masks - 1
+    prefix_end   a row sees the tokens' slots below it: those up to the pending token that it is, or stands behind
+    span_start   it sees the masks of its own group, from this slot to its own; slot + 1 for a token: an empty span
 
 Shapes   see Sequences and Rows; token, confidence [R']
 Traffic  a few kilobytes: pure latency
@@ -36,9 +45,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mtpkern.kernels.form import takes_kernel
+from mtpkern.kernels.groups import deal_masks_reference, masks_wanted_reference
 
 RUNNING, STOPPED, LIMIT, FAULT = 0, 1, 2, 3
 
@@ -80,33 +91,49 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one pass: seq, position, slot, token [R] int64, and start [B + 1] int64.
+    """The rows of one pass: seq, position, slot, token, prefix_end, span_start [R], start [B + 1], behind [B, K] int64.
 
-    Sequence b owns the rows start[b] .. start[b + 1] - 1. Rows from start[B] are unused: slot C, position 0, token 0.
+    Sequence b owns the rows start[b] .. start[b + 1] - 1: its pending tokens, the masks behind the last, then those
+    behind others. Rows from start[B] are unused: slot C + masks, which is trash, position 0, token 0, nothing seen.
+    Where masks may stand behind others than the last, behind[b, i] of them stand behind the i-th pending token.
     """
 
     seq: Tensor
     position: Tensor
     slot: Tensor
     token: Tensor
+    prefix_end: Tensor
+    span_start: Tensor
     start: Tensor
+    behind: Tensor
 
     @classmethod
-    def allocate(cls, rows: int, batch: int, device: torch.device) -> Rows:
+    def allocate(cls, rows: int, batch: int, device: torch.device, k: int = 1) -> Rows:
         """R rows, planned by the first `advance`; `start` says where the rows of the pass before stood."""
-        seq, position, slot, token = torch.zeros(4, rows, dtype=torch.int64, device=device)
-        return cls(seq, position, slot, token, torch.zeros(batch + 1, dtype=torch.int64, device=device))
+        return cls(
+            *torch.zeros(6, rows, dtype=torch.int64, device=device),
+            start=torch.zeros(batch + 1, dtype=torch.int64, device=device),
+            behind=torch.zeros(batch, k, dtype=torch.int64, device=device),
+        )
+
+    def expect_prefill(self, k: int) -> None:
+        """Describe the prefill to the first `advance`: k rows a sequence, its last token's and k - 1 masks'."""
+        self.start.copy_(torch.arange(len(self.start), device=self.start.device) * k)
+        self.behind[:, 0] = k - 1
 
     def first(self, rows: int) -> Rows:
         """The first `rows` of these, in the same memory; all of them where there are no more."""
         if rows >= len(self.seq):
             return self
-        return Rows(self.seq[:rows], self.position[:rows], self.slot[:rows], self.token[:rows], self.start)
+        per_row = self.seq, self.position, self.slot, self.token, self.prefix_end, self.span_start
+        return Rows(*(x[:rows] for x in per_row), self.start, self.behind)
 
 
 if find_spec("triton"):
     import triton
     import triton.language as tl
+
+    from mtpkern.kernels.groups import deal_masks, masks_wanted
 
     @triton.jit(do_not_specialize=["s_tokens", "s_blocks", "B", "R", "C", "S", "mask_token_id"])
     def _advance_kernel(
@@ -121,7 +148,10 @@ if find_spec("triton"):
         row_position_ptr,
         row_slot_ptr,
         row_token_ptr,
+        row_prefix_ptr,  # [R], as the one below, where MASKS
+        row_span_ptr,
         row_start_ptr,  # [B + 1]
+        row_behind_ptr,  # [B, K] where MASKS
         token_ptr,  # [R']
         confidence_ptr,  # [R']
         threshold_ptr,  # []
@@ -135,7 +165,8 @@ if find_spec("triton"):
         mask_token_id,
         K: tl.constexpr,
         VERIFY: tl.constexpr,
-        W: tl.constexpr,  # columns, at least 2 * K - 1
+        MASKS: tl.constexpr,
+        W: tl.constexpr,  # columns, at least 2 * K - 1 + MASKS
         BLOCK_B: tl.constexpr,  # at least B
         BLOCK_W: tl.constexpr,
         RUNNING: tl.constexpr,
@@ -174,11 +205,25 @@ if find_spec("triton"):
         fault = (status == RUNNING) & (fault != 0)
 
         # The lowest column behind the trusted ones that is not above the threshold, or is no row, or saw a false draft.
-        unsure = tl.minimum(tl.where(trusted == pending - 1, trusted + K, trusted + 1), count)
+        # The masks that count take the columns behind the trusted ones, wherever they stand: `shift` columns further.
+        shift = tl.zeros([BLOCK_B], tl.int32)
+        if MASKS:
+            unsure = trusted + 1
+            for w in range(0, K, BLOCK_W):
+                i = (w + o_w)[None, :]
+                behind = tl.load(row_behind_ptr + o_b[:, None] * K + i, mask=i < pending[:, None], other=0).to(tl.int32)
+                unsure += tl.sum(tl.where(i == trusted[:, None], behind, 0), 1)
+                passed = (i < trusted[:, None]) | (i == pending[:, None] - 1)
+                shift += tl.sum(tl.where(passed, behind, 0), 1)
+            shift = tl.where(trusted < pending - 1, shift + pending - 1 - trusted, 0)
+        else:
+            unsure = tl.minimum(tl.where(trusted == pending - 1, trusted + K, trusted + 1), count)
         for w in range(0, W, BLOCK_W):
             i = (w + o_w)[None, :]
-            c = tl.load(confidence_ptr + row[:, None] + i, mask=i < count[:, None], other=0.0)
             candidate = i > trusted[:, None] if VERIFY else i >= trusted[:, None]
+            m_row = (i + shift[:, None] < count[:, None]) if MASKS else (i < count[:, None])
+            p_row = (row + shift)[:, None] + i if MASKS else row[:, None] + i
+            c = tl.load(confidence_ptr + p_row, mask=m_row, other=0.0)
             unsure = tl.minimum(unsure, tl.min(tl.where(candidate & ~(c > threshold), i, W), 1))
         kept = tl.maximum(unsure - trusted, 1)
 
@@ -192,7 +237,10 @@ if find_spec("triton"):
             position = first[:, None] + 1 + i
             keep = (i >= trusted[:, None]) & (i < (trusted + kept)[:, None]) & (position < limit[:, None])
             emit = (position >= emitted_before[:, None]) & (position < end[:, None])
-            y = tl.load(token_ptr + row[:, None] + i, mask=running[:, None] & (keep | emit), other=0)
+            p_row = row[:, None] + i
+            if MASKS:
+                p_row += tl.where(i > trusted[:, None], shift[:, None], 0)
+            y = tl.load(token_ptr + p_row, mask=running[:, None] & (keep | emit), other=0)
             tl.store(p_tokens[:, None] + position, y, mask=running[:, None] & keep)
             stop = emit & (y != y)
             for j in range(S):
@@ -215,18 +263,29 @@ if find_spec("triton"):
 
         # Masks: the highest even level that fits, then one more each to the first that want it.
         want = tl.where(running & ~finished, tl.minimum(tl.maximum(limit - length_next - 1, 0), K - 1), 0)
+        want_last = want
+        if MASKS:
+            p_sure = confidence_ptr + row + trusted + 1 + shift
+            groups = tl.zeros([BLOCK_B], tl.int32)
+            for w in range(0, K - 1, BLOCK_W):
+                i = (w + o_w)[None, :]
+                groups += tl.sum(masks_wanted(start[:, None], pending_next[:, None], limit[:, None], i, K), 1)
+            want += tl.minimum(groups, MASKS)
         spare = R - tl.sum(pending_next, 0)
         level = -1
         used = 0
         for w in range(0, W, BLOCK_W):
             j = w + o_w
             used_at = tl.sum(tl.minimum(want[:, None], j[None, :]), 0)  # nondecreasing in j
-            fits = (j < K) & (used_at <= spare)
+            fits = (j < K + MASKS) & (used_at <= spare)
             level += tl.sum(fits.to(tl.int32), 0)
             used = tl.maximum(used, tl.max(tl.where(fits, used_at, 0), 0))
         hungry = want > level
         extra = hungry & (tl.cumsum(hungry.to(tl.int32), 0) <= spare - used)
-        rows = pending_next + tl.minimum(want, level) + extra.to(tl.int32)
+        masks = tl.minimum(want, level) + extra.to(tl.int32)
+        rows = pending_next + masks
+        if MASKS:
+            behind_last = tl.minimum(masks, want_last)
 
         # Other threads may still be at the old row starts.
         tl.debug_barrier()
@@ -235,20 +294,49 @@ if find_spec("triton"):
         for w in range(0, W, BLOCK_W):
             i = (w + o_w)[None, :]
             o_r = (row_end - rows)[:, None] + i
-            m_r = i < rows[:, None]
+            m_r = i < ((pending_next + behind_last) if MASKS else rows)[:, None]
             m_known = i < pending_next[:, None]
-            known = tl.load(token_ptr + (row + trusted)[:, None] + i, mask=m_known, other=0)
+            p_known = (row + trusted)[:, None] + i
+            if MASKS:
+                p_known += tl.where(i > 0, shift[:, None], 0)
+            known = tl.load(token_ptr + p_known, mask=m_known, other=0)
             tl.store(row_seq_ptr + o_r, tl.broadcast_to(o_b[:, None], BLOCK_B, BLOCK_W), mask=m_r)
             tl.store(row_position_ptr + o_r, start[:, None] + i, mask=m_r)
-            tl.store(row_slot_ptr + o_r, start[:, None] + i, mask=m_r)
+            tl.store(row_slot_ptr + o_r, MASKS + start[:, None] + i, mask=m_r)
             tl.store(row_token_ptr + o_r, tl.where(m_known, known, mask_token_id), mask=m_r)
+            if MASKS:
+                step = tl.maximum(i + 1 - pending_next[:, None], 0)
+                tl.store(row_prefix_ptr + o_r, MASKS + 1 + start[:, None] + i - step, mask=m_r)
+                tl.store(row_span_ptr + o_r, MASKS + 1 + start[:, None] + i - step, mask=m_r)
+        if MASKS:
+            dealt_before = tl.zeros([BLOCK_B], tl.int32)
+            for w in range(0, K, BLOCK_W):
+                i = w + o_w
+                dealt = deal_masks(p_sure, start, pending_next, limit, masks - behind_last, i, K)
+                behind = tl.where(i[None, :] == pending_next[:, None] - 1, behind_last[:, None], dealt)
+                tl.store(row_behind_ptr + o_b[:, None] * K + i[None, :], behind, mask=m_b[:, None] & (i < K)[None, :])
+                own_slot = dealt_before[:, None] + tl.cumsum(dealt, 1) - dealt
+                dealt_before += tl.sum(dealt, 1)
+                behind_at = start[:, None] + i[None, :]
+                for j in range(K - 1):
+                    o_r = (row_end - rows + pending_next + behind_last)[:, None] + own_slot + j
+                    m_r = j < dealt
+                    tl.store(row_seq_ptr + o_r, tl.broadcast_to(o_b[:, None], BLOCK_B, BLOCK_W), mask=m_r)
+                    tl.store(row_position_ptr + o_r, behind_at + 1 + j, mask=m_r)
+                    tl.store(row_slot_ptr + o_r, own_slot + j, mask=m_r)
+                    tl.store(row_token_ptr + o_r, tl.full([BLOCK_B, BLOCK_W], mask_token_id, tl.int64), mask=m_r)
+                    tl.store(row_prefix_ptr + o_r, MASKS + 1 + behind_at, mask=m_r)
+                    tl.store(row_span_ptr + o_r, own_slot, mask=m_r)
         in_use = tl.sum(rows, 0)
         for r in range(0, R, BLOCK_B):
             m_r = (r + o_b >= in_use) & (r + o_b < R)
             tl.store(row_seq_ptr + r + o_b, B - 1, mask=m_r)
             tl.store(row_position_ptr + r + o_b, 0, mask=m_r)
-            tl.store(row_slot_ptr + r + o_b, C, mask=m_r)
+            tl.store(row_slot_ptr + r + o_b, C + MASKS, mask=m_r)
             tl.store(row_token_ptr + r + o_b, 0, mask=m_r)
+            if MASKS:
+                tl.store(row_prefix_ptr + r + o_b, 0, mask=m_r)
+                tl.store(row_span_ptr + r + o_b, C + MASKS + 1, mask=m_r)
 
 
 def advance_triton(
@@ -262,9 +350,10 @@ def advance_triton(
     k: int,
     verify: bool,
     mask_token_id: int,
+    masks: int = 0,
 ) -> None:
     """`advance` in one launch of one program; the same decisions as the torch form, bit for bit."""
-    B, W = sequences.length.shape[0], triton.next_power_of_2(2 * k - 1)
+    B, W = sequences.length.shape[0], triton.next_power_of_2(2 * k - 1 + masks)
     BLOCK_B = triton.next_power_of_2(B)
     # At most 2,048 elements a tile, so that the tiles stay in registers.
     BLOCK_W = min(W, max(1, 2048 // BLOCK_B))
@@ -280,7 +369,10 @@ def advance_triton(
         rows.position,
         rows.slot,
         rows.token,
+        rows.prefix_end,
+        rows.span_start,
         rows.start,
+        rows.behind,
         token,
         confidence,
         threshold,
@@ -294,6 +386,7 @@ def advance_triton(
         mask_token_id,
         K=k,
         VERIFY=verify,
+        MASKS=masks,
         W=W,
         BLOCK_B=BLOCK_B,
         BLOCK_W=BLOCK_W,
@@ -316,11 +409,14 @@ def advance(
     k: int,
     verify: bool,
     mask_token_id: int,
+    masks: int = 0,
 ) -> None:
     """Take in one pass's readout (token, confidence [R']) and plan the next, in place.
 
     `rows.start` tells whose row is whose in the readout; R' may differ from R (the prefill reads B * k rows).
-    threshold is a 0-dim tensor, stop_ids [S] int64 (-1 matches nothing). A sequence with a faulty row in its readout
+    threshold is a 0-dim tensor, stop_ids [S] int64 (-1 matches nothing). `masks`, with verification only: how many
+    masks a sequence may bring behind other pending tokens than the last; `rows.behind` then tells which of the rows
+    read out stand behind which token (see `Rows.expect_prefill`). A sequence with a faulty row in its readout
     (confidence NaN) ends with status FAULT and emits nothing of that pass.
 
         token, confidence = readout(logits, mask_token_id)
@@ -328,17 +424,19 @@ def advance(
     """
     if torch.compiler.is_compiling():
         state = *vars(sequences).values(), *vars(rows).values()
-        _advance_op(*state, token, confidence, threshold, stop_ids, k, verify, mask_token_id)
+        _advance_op(*state, token, confidence, threshold, stop_ids, k, verify, mask_token_id, masks)
         return
     form = advance_triton if takes_kernel(token) else advance_reference
-    form(sequences, rows, token, confidence, threshold, stop_ids, k=k, verify=verify, mask_token_id=mask_token_id)
+    read = token, confidence, threshold, stop_ids
+    form(sequences, rows, *read, k=k, verify=verify, mask_token_id=mask_token_id, masks=masks)
 
 
 @torch.library.custom_op(
     "mtpkern::advance",
     mutates_args=(
         *("tokens", "length", "pending", "status", "passes", "blocks"),
-        *("row_seq", "row_position", "row_slot", "row_token", "row_start"),
+        *("row_seq", "row_position", "row_slot", "row_token", "row_prefix_end", "row_span_start"),
+        *("row_start", "row_behind"),
     ),
 )
 def _advance_op(
@@ -353,7 +451,10 @@ def _advance_op(
     row_position: Tensor,
     row_slot: Tensor,
     row_token: Tensor,
+    row_prefix_end: Tensor,
+    row_span_start: Tensor,
     row_start: Tensor,
+    row_behind: Tensor,
     token: Tensor,
     confidence: Tensor,
     threshold: Tensor,
@@ -361,10 +462,12 @@ def _advance_op(
     k: int,
     verify: bool,
     mask_token_id: int,
+    masks: int,
 ) -> None:
     sequences = Sequences(tokens, length, pending, limit, status, passes, blocks)
-    rows = Rows(row_seq, row_position, row_slot, row_token, row_start)
-    advance(sequences, rows, token, confidence, threshold, stop_ids, k=k, verify=verify, mask_token_id=mask_token_id)
+    rows = Rows(row_seq, row_position, row_slot, row_token, row_prefix_end, row_span_start, row_start, row_behind)
+    read = token, confidence, threshold, stop_ids
+    advance(sequences, rows, *read, k=k, verify=verify, mask_token_id=mask_token_id, masks=masks)
 
 
 @_advance_op.register_fake
@@ -383,15 +486,16 @@ def advance_reference(
     k: int,
     verify: bool,
     mask_token_id: int,
+    masks: int = 0,
 ) -> None:
     """`advance` in plain torch: batched tensor operations, no host synchronisation, no loop over sequences."""
-    _accept(sequences, rows.start, token, confidence, threshold, stop_ids, k=k, verify=verify)
-    _plan(sequences, rows, k=k, mask_token_id=mask_token_id)
+    drafts = _accept(sequences, rows, token, confidence, threshold, stop_ids, k=k, verify=verify, masks=masks)
+    _plan(sequences, rows, drafts, k=k, mask_token_id=mask_token_id, masks=masks)
 
 
 def _accept(
     sequences: Sequences,
-    row_start: Tensor,
+    rows: Rows,
     token: Tensor,
     confidence: Tensor,
     threshold: Tensor,
@@ -399,16 +503,18 @@ def _accept(
     *,
     k: int,
     verify: bool,
-) -> None:
-    # Everything is [B, 1] or [B, 2k - 1], a column a row, as in the kernel.
+    masks: int,
+) -> Tensor:
+    """Take in the readout; returns the confidences [B, k - 1] of what is proposed behind the certain tokens."""
+    # Everything is [B, 1] or [B, 2k - 1 + masks], a column a row, as in the kernel.
     tokens = sequences.tokens
     length, pending, limit, status, passes = (
         x[:, None] for x in (sequences.length, sequences.pending, sequences.limit, sequences.status, sequences.passes)
     )
     trash = tokens.shape[1] - 1
-    o_w = torch.arange(2 * k - 1, device=tokens.device)
-    o_row = row_start[:-1, None] + o_w
-    no_row = o_row >= row_start[1:, None]
+    o_w = torch.arange(2 * k - 1 + masks, device=tokens.device)
+    o_row = rows.start[:-1, None] + o_w
+    no_row = o_row >= rows.start[1:, None]
     o_row = o_row.clamp(max=token.shape[0] - 1)
     y = token[o_row]
     c = confidence[o_row].masked_fill_(no_row, -torch.inf)
@@ -417,16 +523,26 @@ def _accept(
     # How many columns stand from the left: drafts that are confirmed, the last pending row, masks above the threshold.
     first, last = length - pending, pending - 1
     position = first + 1 + o_w
-    sure = c > threshold
     if verify:
         same = y == tokens.gather(1, position.clamp(max=trash))
-        stands = torch.where(o_w < last, same, sure | (o_w == last))
-        leading = stands.long().cumprod(1).sum(1, keepdim=True)
-        trusted = torch.minimum(leading, last)
+        trusted = torch.minimum(same.long().cumprod(1).sum(1, keepdim=True), last)
+        if masks:
+            # The masks that count take the columns behind the trusted ones, wherever they stand.
+            o_k = torch.arange(k, device=tokens.device)
+            count = trusted + 1 + (rows.behind * (o_k == trusted)).sum(1, keepdim=True)
+            passed = (rows.behind * ((o_k < trusted) | (o_k == last))).sum(1, keepdim=True)
+            shift = torch.where(trusted < last, last - trusted + passed, 0)
+            taken = torch.where(o_w > trusted, o_w + shift, o_w).clamp(max=2 * k - 2 + masks)
+            o_w, position = o_w[: 2 * k - 1], position[:, : 2 * k - 1]
+            y, c = (x.gather(1, taken[:, : 2 * k - 1]) for x in (y, c))
+        else:
+            count = torch.where(trusted == last, 2 * k - 1, trusted + 1)
+        stands = ((c > threshold) & (o_w < count)) | (o_w <= trusted)
     else:
-        leading = (sure | (o_w < last)).long().cumprod(1).sum(1, keepdim=True)
         trusted = last
-    reach = torch.maximum(leading, trusted + 1)  # the columns from `trusted` up to here are kept
+        stands = (c > threshold) | (o_w < last)
+    # The columns from `trusted` up to here are kept.
+    reach = torch.maximum(stands.long().cumprod(1).sum(1, keepdim=True), trusted + 1)
 
     active = status == RUNNING
     running = active & ~fault
@@ -450,30 +566,57 @@ def _accept(
     pending.copy_((length_next - start) * (active & ~finished))
     length.copy_(torch.where(active, length_next, length))
     status.copy_(torch.where(active & finished, ending, status))
+    return c.gather(1, trusted + 1 + o_w[: k - 1]) if masks else c
 
 
-def _plan(sequences: Sequences, rows: Rows, *, k: int, mask_token_id: int) -> None:
-    tokens, length, pending = sequences.tokens, sequences.length, sequences.pending
-    B, R, trash = length.shape[0], rows.seq.shape[0], tokens.shape[1] - 1
+def _plan(sequences: Sequences, rows: Rows, drafts: Tensor, *, k: int, mask_token_id: int, masks: int) -> None:
+    """Plan the next pass; drafts [B, k - 1]: how sure the pending tokens behind the first are."""
+    tokens, length, pending, limit = sequences.tokens, sequences.length, sequences.pending, sequences.limit
+    B, R, trash = length.shape[0], rows.seq.shape[0], masks + tokens.shape[1] - 1
+    first = length - pending
 
     # Masks that a sequence can use: with m of them a pass reaches m + 1 tokens beyond its standing length.
-    masks = (sequences.limit - length - 1).clamp(min=0, max=k - 1) * (sequences.status == RUNNING)
-    if B * (2 * k - 1) > R:
+    want_last = want = (limit - length - 1).clamp(min=0, max=k - 1) * (sequences.status == RUNNING)
+    if masks:
+        groups = masks_wanted_reference(first, pending, limit, k)
+        want = want_last + groups.sum(1).clamp(max=masks)
+    dealt = want
+    if B * (2 * k - 1 + masks) > R:
         # The highest even level that fits, then one more each to the first that want it.
         spare = R - pending.sum()
-        used_at = torch.minimum(masks, torch.arange(k, device=tokens.device)[:, None]).sum(1)  # [k], nondecreasing
+        used_at = torch.minimum(want, torch.arange(k + masks, device=tokens.device)[:, None]).sum(1)  # nondecreasing
         level = (used_at <= spare).sum(0, keepdim=True) - 1
-        hungry = masks > level
+        hungry = want > level
         extra = hungry & (hungry.cumsum(0) <= spare - used_at.gather(0, level))
-        masks = torch.minimum(masks, level) + extra
+        dealt = torch.minimum(want, level) + extra
 
-    rows.start[1:] = (pending + masks).cumsum(0)
+    rows.start[1:] = (pending + dealt).cumsum(0)
     o_r = torch.arange(R, device=tokens.device)
     unused = o_r >= rows.start[-1]
     seq = torch.searchsorted(rows.start[1:], o_r, right=True).clamp_(max=B - 1)
-    position = (o_r + (length - pending - rows.start[:-1])[seq]).masked_fill_(unused, 0)
-    known = torch.where(position < length[seq], tokens[seq, position], mask_token_id)
+    # A row's place among those of its sequence; `behind`, the pending token that it is or stands behind, and how far.
+    place = o_r - rows.start[:-1][seq]
+    behind = torch.minimum(place, pending[seq] - 1)
+    slot = masks + first[seq] + place
+    if masks:
+        behind_last = torch.minimum(dealt, want_last)
+        groups = deal_masks_reference(groups, drafts, dealt - behind_last)
+        o_k = torch.arange(k, device=tokens.device)
+        rows.behind.copy_(torch.where(o_k == pending[:, None] - 1, behind_last[:, None], F.pad(groups, (0, 1))))
+        end = groups.cumsum(1)
+        scratch = place - (pending + behind_last)[seq]
+        group = (end[seq] <= scratch[:, None]).sum(1).clamp(max=k - 2)
+        step = scratch + 1 - (end - groups)[seq, group]
+        in_scratch = scratch >= 0
+        behind, slot = torch.where(in_scratch, group, behind), torch.where(in_scratch, scratch, slot)
+        step = torch.where(in_scratch, step, place - behind)
+        rows.prefix_end.copy_((masks + 1 + first[seq] + behind).masked_fill_(unused, 0))
+        rows.span_start.copy_((slot + 1 - step).masked_fill_(unused, trash + 1))
+    else:
+        step = place - behind
+    position = (first[seq] + behind + step).masked_fill_(unused, 0)
+    known = torch.where(step == 0, tokens[seq, position], mask_token_id)
     rows.seq.copy_(seq)
     rows.position.copy_(position)
-    rows.slot.copy_(position.masked_fill(unused, trash))
+    rows.slot.copy_(slot.masked_fill_(unused, trash))
     rows.token.copy_(known.masked_fill_(unused, 0))

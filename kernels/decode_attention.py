@@ -8,11 +8,18 @@ prefix_end = slot + 1.
 
     visible(r, j) = slot_r - window < j <= slot_r         nothing for a row in the trash slot C
 
+Masks that stand behind other tokens than the last need the whole rule. The first `scratch` slots of each cache are
+theirs, slot = scratch + position for all other rows, and every row brings row_prefix (prefix_end) and row_span
+(span_start), as kernels/advance.py plans them:
+
+    visible(r, j) = scratch <= j < prefix_r and j > at_r - window   or   span_r <= j <= slot_r and j > slot_r - window
+    at_r          = prefix_r + slot_r - span_r            where the row would stand if its span followed its prefix
+
 Query head h reads key/value head h // G. A sink is one more logit per query head that takes probability and brings no
 value (gpt-oss).
 
-Shapes   query [R, Hq, D];  k_cache, v_cache [B, Hkv, C + 1, D];  row_seq, row_slot [R], row_start [B + 1] int64;
-         sinks [Hq];  out [R, Hq, D]
+Shapes   query [R, Hq, D];  k_cache, v_cache [B, Hkv, C + 1, D];  row_seq, row_slot, row_prefix, row_span [R],
+         row_start [B + 1] int64;  sinks [Hq];  out [R, Hq, D]
 Traffic  reads 2 * Hkv * D elements for every visible slot of every sequence once: bandwidth-bound up to k = 16
 Faults   unused rows give 0; the trash slot may hold anything, NaN included. So may, for the kernel, other slots that no
          row sees; for the torch form they must be finite, which caches of zeros are and stay: a row with a NaN ends
@@ -23,7 +30,9 @@ row packed into the tile, and one split of the keys that the tile sees. Lengths 
 splits follows from shapes alone, so a captured graph stays right as sequences grow. A second launch merges the splits.
 (Merging in the block that finishes last would save it, but is a race without a barrier that the compiler may drop.)
 Where the batch alone fills the GPU there is one split and one launch. The rows of a sequence are taken to stand in
-consecutive slots, as `advance` plans them: between the lowest and the highest key that a tile sees lies nothing unseen.
+consecutive slots, as `advance` plans them: between the lowest and the highest key that a tile sees lies nothing that no
+row of the sequence sees. So it is with scratch slots, which are so many keys more; with a window the tiles between them
+and what the window shows are left out.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -49,12 +58,14 @@ if find_spec("triton"):
 
     LOG2_E = tl.constexpr(1.4426950408889634)
 
-    @triton.jit(do_not_specialize=["B", "R", "C", "n_splits", "window"])
+    @triton.jit(do_not_specialize=["B", "R", "C", "n_splits", "window", "scratch"])
     def _attend_kernel(
         q_ptr,  # [R, Hq, D]
         k_ptr,  # [B, Hkv, C + 1, D]
         v_ptr,  # [B, Hkv, C + 1, D_V]
         row_slot_ptr,  # [R]
+        row_prefix_ptr,  # [R], as the one below, where HAS_SPANS
+        row_span_ptr,
         row_start_ptr,  # [B + 1]
         sinks_ptr,  # [Hq] where HAS_SINKS
         out_ptr,  # [n_splits, R, Hq, D_V]
@@ -71,6 +82,7 @@ if find_spec("triton"):
         scale,
         softcap,
         window,
+        scratch,
         G: tl.constexpr,
         D: tl.constexpr,
         D_V: tl.constexpr,
@@ -82,6 +94,7 @@ if find_spec("triton"):
         CHUNK: tl.constexpr,  # keys of a split from slot 0 on; 0 divides what the tile sees among n_splits
         LEAST: tl.constexpr,  # keys of such a split, a multiple of BLOCK_N
         SPLIT: tl.constexpr,
+        HAS_SPANS: tl.constexpr,
         HAS_WINDOW: tl.constexpr,
         HAS_SOFTCAP: tl.constexpr,
         HAS_SINKS: tl.constexpr,
@@ -120,19 +133,46 @@ if find_spec("triton"):
         p_lse = lse_ptr + i_split.to(tl.int64) * s_lse[0] + o_r * s_lse[1] + o_h * s_lse[2]
 
         # They see keys in [begin, end); of those this split takes [low, high), low a multiple of BLOCK_N.
-        end = tl.max(slot, 0) + 1
-        begin = 0
-        if HAS_WINDOW:
-            begin = tl.maximum(tl.min(tl.where(m_used, slot, C), 0) - window + 1, 0)
-        low = begin // BLOCK_N * BLOCK_N
+        if HAS_SPANS:
+            prefix = tl.load(row_prefix_ptr + o_r, mask=m_used, other=0).to(tl.int32)
+            span = tl.load(row_span_ptr + o_r, mask=m_used, other=C + 1).to(tl.int32)
+            # And scratch slots in [own_begin, own_end), which take tiles of their own where a window hides what follows
+            # them: from key `scratch_tiles` on all counts go without the `hidden` ones.
+            m_scratch = m_used & (slot < scratch)
+            own_end = tl.max(tl.where(m_scratch, slot, -1), 0) + 1
+            end = tl.maximum(tl.max(prefix, 0), tl.max(slot, 0) + 1)
+            begin = scratch
+            own_begin = tl.min(tl.where(m_scratch, span, own_end), 0)
+            low = 0
+            hidden = 0
+            scratch_tiles = tl.cdiv(scratch, BLOCK_N) * BLOCK_N
+            if HAS_WINDOW:
+                at = prefix + slot - span
+                begin = tl.maximum(tl.min(tl.where(m_used, at, C), 0) - window + 1, scratch)
+                own_begin = tl.maximum(own_begin, tl.min(tl.where(m_scratch, slot, C), 0) - window + 1)
+                if CHUNK:
+                    scratch_tiles = 0
+                else:
+                    hidden = tl.maximum(begin // BLOCK_N * BLOCK_N - scratch_tiles, 0)
+                low = tl.where(own_end > 0, 0, begin // BLOCK_N * BLOCK_N - hidden)
+            last = tl.maximum(end - hidden, own_end)
+        else:
+            end = tl.max(slot, 0) + 1
+            begin = 0
+            if HAS_WINDOW:
+                begin = tl.maximum(tl.min(tl.where(m_used, slot, C), 0) - window + 1, 0)
+            low = begin // BLOCK_N * BLOCK_N
+            last = end
         if CHUNK:
-            high = tl.minimum((i_split + 1) * CHUNK, end)
+            high = tl.minimum((i_split + 1) * CHUNK, last)
             low = tl.maximum(i_split * CHUNK, low)
+            if HAS_SPANS and HAS_WINDOW:
+                low = tl.where(low < own_end, low, tl.maximum(low, begin // BLOCK_N * BLOCK_N))
         else:
             # Fewer keys than LEAST would take less traffic to read than their partial sums to write and read again.
-            share = tl.maximum(tl.cdiv(tl.cdiv(end - low, BLOCK_N), n_splits) * BLOCK_N, LEAST)
+            share = tl.maximum(tl.cdiv(tl.cdiv(last - low, BLOCK_N), n_splits) * BLOCK_N, LEAST)
             low += i_split * share
-            high = tl.minimum(low + share, end)
+            high = tl.minimum(low + share, last)
         if low >= high:
             if SPLIT:
                 tl.store(p_lse, tl.full([BLOCK_M], -float("inf"), tl.float32), mask=m_row)
@@ -141,18 +181,33 @@ if find_spec("triton"):
         p_q = q_ptr + o_r[:, None] * s_q[0] + o_h[:, None] * s_q[1] + o_d[None, :] * s_q[2]
         q = tl.load(p_q, mask=m_used[:, None] & m_d, other=0.0)
         # Where a tile of keys lies may take 64 bits; what lies in it takes 32.
-        k_ptr += b.to(tl.int64) * s_k[0] + h.to(tl.int64) * s_k[1] + low.to(tl.int64) * s_k[2]
-        v_ptr += b.to(tl.int64) * s_v[0] + h.to(tl.int64) * s_v[1] + low.to(tl.int64) * s_v[2]
+        from_key = low
+        if HAS_SPANS and HAS_WINDOW:
+            from_key += tl.where(low >= scratch_tiles, hidden, 0)
+        k_ptr += b.to(tl.int64) * s_k[0] + h.to(tl.int64) * s_k[1] + from_key.to(tl.int64) * s_k[2]
+        v_ptr += b.to(tl.int64) * s_v[0] + h.to(tl.int64) * s_v[1] + from_key.to(tl.int64) * s_v[2]
         top = tl.full([BLOCK_M], -float("inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
         for n in range(low, high, BLOCK_N):
             o_key = n + o_n
             m_key = o_key < high
-            visible = o_key[None, :] <= slot[:, None]
-            if HAS_WINDOW:
-                m_key = m_key & (o_key >= begin)
-                visible = visible & (o_key[None, :] > slot[:, None] - window)
+            if HAS_SPANS:
+                if HAS_WINDOW:
+                    o_key += tl.where(n >= scratch_tiles, hidden, 0)
+                m_token = (o_key >= begin) & (o_key < end)
+                m_key = m_key & (m_token | ((o_key >= own_begin) & (o_key < own_end)))
+                visible = m_token[None, :] & (o_key[None, :] < prefix[:, None])
+                own = (o_key[None, :] >= span[:, None]) & (o_key[None, :] <= slot[:, None])
+                if HAS_WINDOW:
+                    visible = visible & (o_key[None, :] > at[:, None] - window)
+                    own = own & (o_key[None, :] > slot[:, None] - window)
+                visible = visible | own
+            else:
+                visible = o_key[None, :] <= slot[:, None]
+                if HAS_WINDOW:
+                    m_key = m_key & (o_key >= begin)
+                    visible = visible & (o_key[None, :] > slot[:, None] - window)
 
             # What no row sees is not even loaded: 0 * NaN is NaN.
             k = tl.load(k_ptr + o_n[:, None] * s_k[2] + o_d[None, :] * s_k[3], mask=m_key[:, None] & m_d, other=0.0)
@@ -173,8 +228,13 @@ if find_spec("triton"):
             top = top_next
             v = tl.load(v_ptr + o_n[:, None] * s_v[2] + o_v[None, :] * s_v[3], mask=m_key[:, None] & m_v, other=0.0)
             acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-            k_ptr += BLOCK_N * s_k[2]
-            v_ptr += BLOCK_N * s_v[2]
+            if HAS_SPANS and HAS_WINDOW:
+                step = BLOCK_N + tl.where(n + BLOCK_N == scratch_tiles, hidden, 0).to(tl.int64)
+                k_ptr += step * s_k[2]
+                v_ptr += step * s_v[2]
+            else:
+                k_ptr += BLOCK_N * s_k[2]
+                v_ptr += BLOCK_N * s_v[2]
 
         if SPLIT:
             tl.store(p_lse, tl.where(total > 0, top + tl.log2(total), -float("inf")), mask=m_row)
@@ -288,6 +348,9 @@ def decode_attention_triton(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     batch_invariant: bool = False,
+    row_prefix: Tensor | None = None,
+    row_span: Tensor | None = None,
+    scratch: int = 0,
     splits: int | None = None,
 ) -> Tensor:
     """`decode_attention` in two launches, or in one where there is one split; `splits` sets their number."""
@@ -321,6 +384,8 @@ def decode_attention_triton(
         k_cache,
         v_cache,
         row_slot,
+        row_slot if row_prefix is None else row_prefix,
+        row_slot if row_span is None else row_span,
         row_start,
         sink,
         part,
@@ -337,6 +402,7 @@ def decode_attention_triton(
         scale,
         softcap or 0.0,
         window or 0,
+        scratch,
         G=G,
         D=D,
         D_V=D_V,
@@ -348,6 +414,7 @@ def decode_attention_triton(
         CHUNK=CHUNK if batch_invariant else 0,
         LEAST=least,
         SPLIT=split,
+        HAS_SPANS=row_prefix is not None,
         HAS_WINDOW=window is not None,
         HAS_SOFTCAP=softcap is not None,
         HAS_SINKS=sinks is not None,
@@ -389,12 +456,16 @@ def decode_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     batch_invariant: bool = False,
+    row_prefix: Tensor | None = None,
+    row_span: Tensor | None = None,
+    scratch: int = 0,
     memo: dict[int | None, _Spread] | None = None,
 ) -> Tensor:
     """Attend with query [R, Hq, D] to caches [B, Hkv, C + 1, D]; returns [R, Hq, D] in the query's dtype.
 
     Rows of a sequence stand together: row_seq is sorted over the rows in use, and sequence b owns the rows
     row_start[b] .. row_start[b + 1] - 1, at most `max_rows` of them (2k - 1 in decoding). Rows in slot C are unused.
+    row_prefix and row_span, both or neither, bring the whole rule; then the first `scratch` slots hold no token.
 
     `batch_invariant` makes the kernel's splits the same 256 keys for every sequence, so that no bit of a row's output
     depends on the batch; that takes 4 (D_V + 1) bytes a row, query head and 256 slots. The torch form ignores it.
@@ -416,6 +487,9 @@ def decode_attention(
             softcap,
             sinks,
             batch_invariant,
+            row_prefix,
+            row_span,
+            scratch,
         )
     if takes_kernel(query) and query.dtype != torch.float64:
         return decode_attention_triton(
@@ -431,6 +505,9 @@ def decode_attention(
             softcap=softcap,
             sinks=sinks,
             batch_invariant=batch_invariant,
+            row_prefix=row_prefix,
+            row_span=row_span,
+            scratch=scratch,
         )
     return decode_attention_reference(
         query,
@@ -444,6 +521,9 @@ def decode_attention(
         window=window,
         softcap=softcap,
         sinks=sinks,
+        row_prefix=row_prefix,
+        row_span=row_span,
+        scratch=scratch,
         memo=memo,
     )
 
@@ -462,6 +542,9 @@ def _decode_attention_op(
     softcap: float | None,
     sinks: Tensor | None,
     batch_invariant: bool,
+    row_prefix: Tensor | None,
+    row_span: Tensor | None,
+    scratch: int,
 ) -> Tensor:
     return decode_attention(
         query,
@@ -476,6 +559,9 @@ def _decode_attention_op(
         softcap=softcap,
         sinks=sinks,
         batch_invariant=batch_invariant,
+        row_prefix=row_prefix,
+        row_span=row_span,
+        scratch=scratch,
     )
 
 
@@ -498,25 +584,41 @@ class _Spread:
         row_seq: Tensor,
         row_slot: Tensor,
         row_start: Tensor,
+        row_prefix: Tensor | None,
+        row_span: Tensor | None,
         *,
         batch: int,
         capacity: int,
+        scratch: int,
         max_rows: int,
         window: int | None,
         dtype: torch.dtype,
     ) -> _Spread:
         o_r, o_c = torch.arange(len(row_slot), device=row_slot.device), torch.arange(capacity, device=row_slot.device)
         unused = row_slot >= capacity
-        slot = torch.where(unused, -1, row_slot)
-        if batch == 1:
-            place, slot = None, slot.view(1, -1, 1)
-        else:
-            # Unused rows share one more place behind the end.
+        # Unused rows share one more place behind the end.
+        place = None
+        if batch > 1:
             place = torch.where(unused, batch * max_rows, row_seq * max_rows + o_r - row_start[row_seq])
-            slot = slot.new_full((batch * max_rows + 1,), -1).index_copy_(0, place, slot)[:-1].view(batch, -1, 1)
+
+        def spread(x: Tensor, nothing: int) -> Tensor:
+            """[B, W, 1], with a value by which a row sees nothing where there is none."""
+            x = torch.where(unused, nothing, x)
+            if place is not None:
+                x = x.new_full((batch * max_rows + 1,), nothing).index_copy_(0, place, x)[:-1]
+            return x.view(batch, -1, 1)
+
+        slot = spread(row_slot, -1)
         visible = o_c <= slot
         if window is not None:
             visible &= o_c > slot - window
+        if row_prefix is not None and row_span is not None:
+            prefix, span = spread(row_prefix, 0), spread(row_span, 0)
+            visible &= o_c >= span
+            seen = (o_c >= scratch) & (o_c < prefix)
+            if window is not None:
+                seen &= o_c > prefix + slot - span - window
+            visible |= seen
         bias = torch.zeros((), dtype=dtype, device=slot.device).where(visible, -torch.inf)
         return cls(place, bias[:, None], unused[:, None, None])
 
@@ -534,6 +636,9 @@ def decode_attention_reference(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    row_prefix: Tensor | None = None,
+    row_span: Tensor | None = None,
+    scratch: int = 0,
     memo: dict[int | None, _Spread] | None = None,
 ) -> Tensor:
     """`decode_attention` in plain torch: rows spread to [B, W], attention of a padded batch, rows gathered back.
@@ -547,7 +652,17 @@ def decode_attention_reference(
     memo = {} if memo is None else memo
     if window not in memo:
         memo[window] = _Spread.of(
-            row_seq, row_slot, row_start, batch=B, capacity=C, max_rows=max_rows, window=window, dtype=query.dtype
+            row_seq,
+            row_slot,
+            row_start,
+            row_prefix,
+            row_span,
+            batch=B,
+            capacity=C,
+            scratch=scratch,
+            max_rows=max_rows,
+            window=window,
+            dtype=query.dtype,
         )
     spread = memo[window]
     q = query

@@ -2,7 +2,8 @@
 
 Slot = position: a token's key and value stand where the token stands in its own text, whatever padding came before
 it. Nothing is ever removed: the next pass overwrites the slots that masks and dropped drafts have used, and until
-then no row sees them.
+then no row sees them. Masks behind drafts have scratch slots of their own, before the first token's: with S of them,
+slot = S + position.
 
 Without a CUDA graph, which needs fixed addresses, the buffers hold what is in use and grow as the texts do.
 """
@@ -23,7 +24,8 @@ from mtpkern.kernels.kv_write import kv_write
 class KVCache:
     """Keys and values [B, Hkv, H + 1, D] of every layer; slot H is trash. The attention context of a decoding step.
 
-    H = `held` slots are there, C = `capacity` at most: `reserve` makes more. Rows know the trash slot as C.
+    H = `held` slots are there, C = `capacity` at most: `reserve` makes more. Rows know the trash slot as C. The first
+    `scratch` of them hold no token.
 
     Buffers are made from the first keys that arrive, so local heads under tensor parallelism and models with layers of
     different widths are right by construction.
@@ -36,6 +38,7 @@ class KVCache:
         max_rows: int,
         *,
         held: int | None = None,
+        scratch: int = 0,
         batch_invariant: bool = False,
         model_name: str = "the model",
     ) -> None:
@@ -43,6 +46,7 @@ class KVCache:
         self.held = capacity if held is None else min(held, capacity)
         # Slots that hold anything, where the host knows: attention need not look behind them.
         self.slots = self.held
+        self.scratch = scratch
         self.rows = rows
         self.max_rows = max_rows
         self.batch_invariant = batch_invariant
@@ -128,6 +132,9 @@ class KVCache:
             softcap=softcap,
             sinks=sinks,
             batch_invariant=self.batch_invariant,
+            row_prefix=rows.prefix_end if self.scratch else None,
+            row_span=rows.span_start if self.scratch else None,
+            scratch=self.scratch,
             memo=self.memo,
         )[None]
 

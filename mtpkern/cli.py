@@ -127,6 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--k", type=_positive, help="tokens predicted in one pass, as in --strategy")
     generate.add_argument("--threshold", type=float, help="confidence above which a token counts as sure, 0 to 1")
+    generate.add_argument(
+        "--masks", type=int, metavar="N", help="rows more a pass of each prompt, for when drafts fail; with verified"
+    )
     generate.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="(default 256)")
     generate.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="(default 8)")
     generate.add_argument(
@@ -280,7 +283,7 @@ def _row(where: str, fields: Any) -> Row:
 
 def _strategy(args: argparse.Namespace) -> Strategy:
     """The strategy of the options."""
-    from mtpkern.strategies import Static, strategy_of
+    from mtpkern.strategies import Static, Verified, strategy_of
 
     try:
         strategy = strategy_of(args.strategy)
@@ -288,10 +291,12 @@ def _strategy(args: argparse.Namespace) -> Strategy:
         raise ValueError(f"--strategy: {error}") from None
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise ValueError(f"--threshold must be a probability from 0 to 1, got {args.threshold}")
-    given = {name: value for name in ("k", "threshold") if (value := getattr(args, name)) is not None}
+    if args.masks is not None and not isinstance(strategy, Verified):
+        raise ValueError(f"--strategy {args.strategy} makes no drafts and takes no --masks; use verified")
+    given = {name: value for name in ("k", "threshold", "masks") if (value := getattr(args, name)) is not None}
     if isinstance(strategy, Static) and args.threshold is not None:
         raise ValueError("--strategy static keeps every token and takes no --threshold; use confadapt or verified")
-    if given and ":" in args.strategy:
+    if given.keys() - {"masks"} and ":" in args.strategy:
         raise ValueError(f"--strategy {args.strategy} says k or threshold by itself; leave out --k and --threshold")
     return replace(strategy, **given)
 

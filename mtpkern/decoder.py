@@ -43,14 +43,15 @@ PREFILL_CHUNK = 8192
 
 
 def default_rows(strategy: Strategy, batch: int, device: torch.device) -> int:
-    """Rows of a pass, from B * k to B * (2k - 1), which gives every sequence all its masks.
+    """Rows of a pass, from B * k to B * (2k - 1), which gives every sequence all its masks, and those behind drafts.
 
     Without verification a sequence must have all its masks, or what it emits would depend on its neighbours. Verified
-    emits the same with fewer, and gets them while rows are nearly free.
+    emits the same with fewer, and gets them while rows are nearly free; masks behind drafts it gets as asked for.
     """
     most = batch * (2 * strategy.k - 1)
     free = FREE_ROWS_CPU if device.type == "cpu" else FREE_ROWS
-    return min(most, max(batch * strategy.k, free)) if strategy.verify else most
+    behind_last = min(most, max(batch * strategy.k, free)) if strategy.verify else most
+    return behind_last + batch * strategy.masks
 
 
 def places_for(stop_ids: Tensor) -> int:
@@ -68,7 +69,7 @@ class Decoder:
         decoder.sequences.tokens, decoder.sequences.length    # the result, on the device
 
     capacity is the longest prompt + max_new_tokens or more; stop_ids [S] int64; rows is the row budget R of a step,
-    from batch * k up.
+    from batch * k up. Capacity counts tokens; scratch slots for masks behind drafts come on top.
 
     use_graph: capture the step in a CUDA graph; None does where there is a CUDA device.
     compile: send the model's forward through `torch.compile` (not the prefill), which fuses its small operations.
@@ -107,18 +108,19 @@ class Decoder:
         # A pass emits at least one token, so capacity bounds the passes of any run.
         self.sequences = Sequences.allocate(batch, capacity, capacity, device)
         # The rows of this pass, and those that the next is planned in: all, or the first of them.
-        self.all_rows = self.rows = self.plan = Rows.allocate(rows, batch, device)
+        self.all_rows = self.rows = self.plan = Rows.allocate(rows, batch, device, strategy.k)
         self.graph = StepGraph(device) if wants_graph(use_graph, device) else None
         self.cache = KVCache(
-            capacity,
+            strategy.masks + capacity,
             self.rows,
-            max_rows=2 * strategy.k - 1,
-            held=None if self.graph else capacity - max_new_tokens + 2 * strategy.k + FIRST_SLOTS,
+            max_rows=2 * strategy.k - 1 + strategy.masks,
+            held=None if self.graph else strategy.masks + capacity - max_new_tokens + 2 * strategy.k + FIRST_SLOTS,
+            scratch=strategy.masks,
             batch_invariant=batch_invariant,
             model_name=type(model).__name__,
         )
         # A bound on the slots in use, where the host knows no better.
-        self._reach = capacity - max_new_tokens
+        self._reach = strategy.masks + capacity - max_new_tokens
         # Masks may stand behind the last position that a model has learned; what they predict is never emitted.
         learned = learned_positions(model, needed=capacity + 2 * strategy.k)
         self.last_position = None if learned is None else learned - 1
@@ -135,13 +137,13 @@ class Decoder:
 
     @torch.inference_mode()
     def restart(self, strategy: Strategy, stop_ids: Tensor, max_new_tokens: int) -> None:
-        """Forget the last run, in place. What the step has baked in, k and verify, must be as before."""
-        assert (strategy.k, strategy.verify) == (self.strategy.k, self.strategy.verify)
+        """Forget the last run, in place. What the step has baked in, k, verify and masks, must be as before."""
+        assert all(getattr(strategy, name) == getattr(self.strategy, name) for name in ("k", "verify", "masks"))
         for x in (*vars(self.sequences).values(), *vars(self.all_rows).values()):
             x.zero_()
         self.rows = self.plan = self.cache.rows = self.all_rows
         self.cache.clear()
-        self.cache.slots, self.cache.max_rows = self.cache.capacity, 2 * strategy.k - 1
+        self.cache.slots, self.cache.max_rows = self.cache.capacity, 2 * strategy.k - 1 + strategy.masks
         self._begin(strategy, stop_ids, max_new_tokens)
 
     def _begin(self, strategy: Strategy, stop_ids: Tensor, max_new_tokens: int) -> None:
@@ -159,25 +161,25 @@ class Decoder:
         the last of them. Returns the logits [B * k, V] that were read out.
         """
         B, T = input_ids.shape
-        k, capacity = self.strategy.k, self.cache.capacity
+        k, scratch, capacity = self.strategy.k, self.cache.scratch, self.cache.capacity - self.cache.scratch
         masks = input_ids.new_full((B, k - 1), self.mask_token_id)
         real = input_ids.new_ones(B, T) if attention_mask is None else attention_mask.long()
         seen = torch.cat([real, torch.ones_like(masks)], dim=1)
         position = (seen.cumsum(1) - 1).clamp(min=0)
-        slot = torch.where((seen == 1) & (position < capacity), position, capacity)
+        place = torch.where((seen == 1) & (position < capacity), position, capacity)
 
         sequences = self.sequences
-        sequences.tokens.scatter_(1, slot[:, :T], input_ids)
+        sequences.tokens.scatter_(1, place[:, :T], input_ids)
         sequences.length.copy_(real.sum(1))
         sequences.limit.copy_(sequences.length + self.max_new_tokens)
         told = position if self.last_position is None else position.clamp(max=self.last_position)
         # To `advance` the last prompt token is the one pending token, and this pass is like any other.
         sequences.pending.fill_(1)
-        self.rows.start.copy_(torch.arange(B + 1, device=input_ids.device) * k)
+        self.rows.expect_prefill(k)
 
         columns = torch.cat([input_ids, masks], dim=1)
         latent = has_latent_attention(self.model)
-        cache = (CapturedPrefill if latent else PrefillCache)(self.cache, slot)
+        cache = (CapturedPrefill if latent else PrefillCache)(self.cache, scratch + place)
         n = max(1, chunk // B)
         ends = [*range(n, T, n), T + k - 1]
         for end in ends:
@@ -219,6 +221,7 @@ class Decoder:
             k=self.strategy.k,
             verify=self.strategy.verify,
             mask_token_id=self.mask_token_id,
+            masks=self.strategy.masks,
         )
         self.rows = self.cache.rows = self.plan
         return logits
@@ -246,7 +249,8 @@ class Decoder:
         something, and spreads the sequences to the most rows that one of them has.
         """
         length, start, cache = self.sequences.length, self.rows.start, self.cache
-        cache.slots = min(cache.capacity, -(-(int(length.max()) + self.strategy.k - 1) // SLOT_STEP) * SLOT_STEP)
+        needed = cache.scratch + int(length.max()) + self.strategy.k - 1
+        cache.slots = min(cache.capacity, -(-needed // SLOT_STEP) * SLOT_STEP)
         cache.reserve(cache.slots)
         cache.max_rows = int(start.diff().max())
         most = len(self.all_rows.seq)
@@ -262,7 +266,7 @@ class Decoder:
         cache, k = self.cache, self.strategy.k
         self._reach += k  # tokens of a pass, at most; the masks behind them come on top
         if min(cache.capacity, self._reach + k) > cache.held:
-            self._reach = int(self.sequences.length.max()) + k
+            self._reach = cache.scratch + int(self.sequences.length.max()) + k
             cache.reserve(min(cache.capacity, self._reach + k))
             cache.slots = cache.held
 

@@ -304,10 +304,11 @@ def _decoder(
         )
 
     capacity = _capacity(tokens, use_graph)
-    key = (strategy.k, strategy.verify, places_for(stop_ids), *shape(capacity).values())
+    key = (strategy.k, strategy.verify, strategy.masks, places_for(stop_ids), *shape(capacity).values())
     if not (use_graph and is_kept(model, key)):
-        require_room(model, options["batch"], tokens, kept=kept_bytes(model.device))
-        use_graph = use_graph and fits_at_once(model, options["batch"], capacity)
+        scratch = strategy.masks
+        require_room(model, options["batch"], tokens, scratch=scratch, kept=kept_bytes(model.device))
+        use_graph = use_graph and fits_at_once(model, options["batch"], capacity, scratch=scratch)
     if not use_graph:
         yield make(False)
         return

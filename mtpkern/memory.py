@@ -16,8 +16,10 @@ FIXED_SHARE = 0.5
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def kv_bytes(model: PreTrainedModel, batch: int, capacity: int) -> int | None:
+def kv_bytes(model: PreTrainedModel, batch: int, capacity: int, scratch: int = 0) -> int | None:
     """Bytes of keys and values of `batch` sequences of `capacity` tokens each, by the config; None where it is unusual.
+
+    scratch: slots of each sequence that hold no token (`Verified.masks`)
 
     kv_bytes(model, batch=8, capacity=4096)
     """
@@ -25,7 +27,7 @@ def kv_bytes(model: PreTrainedModel, batch: int, capacity: int) -> int | None:
     if None in each:
         return None
     shards = getattr(model, "tp_size", None) or 1
-    return batch * (capacity + 1) * sum(x for x in each if x) * model.dtype.itemsize // shards
+    return batch * (scratch + capacity + 1) * sum(x for x in each if x) * model.dtype.itemsize // shards
 
 
 def _elements_of(config: Any) -> int | None:
@@ -73,13 +75,13 @@ def _left_in_cgroup(free: int) -> list[int]:
     return left
 
 
-def require_room(model: PreTrainedModel, batch: int, tokens: int, *, kept: int = 0) -> None:
+def require_room(model: PreTrainedModel, batch: int, tokens: int, *, scratch: int = 0, kept: int = 0) -> None:
     """Raise ValueError, with the bytes, where keys and values of `batch` sequences of `tokens` each can never fit.
 
     `kept`: bytes that can be had besides, by dropping what earlier calls have kept. Says nothing where the config does
     not tell the sizes, or the system what is free.
     """
-    needed, available = kv_bytes(model, batch, tokens), available_memory(model.device)
+    needed, available = kv_bytes(model, batch, tokens, scratch), available_memory(model.device)
     if needed is None or available is None or needed <= available + kept:
         return
     available += kept
@@ -90,9 +92,9 @@ def require_room(model: PreTrainedModel, batch: int, tokens: int, *, kept: int =
     )
 
 
-def fits_at_once(model: PreTrainedModel, batch: int, capacity: int) -> bool:
+def fits_at_once(model: PreTrainedModel, batch: int, capacity: int, *, scratch: int = 0) -> bool:
     """Whether buffers for all tokens may be made before the first; where not, a RuntimeWarning says what follows."""
-    needed, available = kv_bytes(model, batch, capacity), available_memory(model.device)
+    needed, available = kv_bytes(model, batch, capacity, scratch), available_memory(model.device)
     if needed is None or available is None or needed <= FIXED_SHARE * available:
         return True
     warnings.warn(

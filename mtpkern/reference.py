@@ -26,7 +26,8 @@ def decode(
     """Decode one prompt [T] int64; returns the new tokens and how many each pass emitted.
 
     New tokens end with the first of `eos_token_id`, or after max_new_tokens. `rows`, from k up, is the row budget of a
-    pass behind the first: the tokens kept by the last pass are fed again, and masks take what is left, at most k - 1.
+    pass behind the first: the tokens kept by the last pass are fed again, and masks take what is left, at most k - 1
+    behind the last, then what the strategy wants behind others.
 
         tokens, blocks = decode(model, ids, ConfAdapt(k=4), mask_token_id=5, max_new_tokens=32, eos_token_id=2)
         assert sum(blocks) == len(tokens)
@@ -38,6 +39,7 @@ def decode(
     prompt = input_ids.tolist()
     certain: list[int] = []  # emitted
     drafts: list[int] = []  # proposed behind `certain`, not yet confirmed; stays empty unless the strategy verifies
+    sure: list[float] = []  # how sure each draft is
     blocks: list[int] = []
 
     def predict(tokens: list[int]) -> tuple[list[int], list[float]]:
@@ -58,20 +60,30 @@ def decode(
         return True
 
     while True:
-        masks = k - 1
+        # Masks behind each draft, and at [0] behind the last certain token.
+        masks = [k - 1]
         if blocks:
             # No mask for a token beyond the limit, and none beyond the budget.
-            masks = max(0, min(masks, max_new_tokens - len(certain) - len(drafts) - 1))
+            masks = [max(0, min(k - 1, max_new_tokens - len(certain) - i - 1)) for i in range(len(drafts) + 1)]
             fed_again = 1 + len(drafts) if strategy.verify else blocks[-1]
-            masks = masks if rows is None else min(masks, rows - fed_again)
+            spare = k + strategy.masks if rows is None else rows - fed_again
+            masks[-1] = min(masks[-1], spare)
+            spare = min(strategy.masks, spare - masks[-1])
+            for i in likeliest_ends(sure):
+                masks[i] = min(masks[i], spare)
+                spare -= masks[i]
         before = prompt + certain
-        token, confidence = predict(before + drafts + [mask_token_id] * masks)
+        token, confidence = predict(before + drafts + [mask_token_id] * masks[-1])
         token, confidence = token[len(before) - 1 :], confidence[len(before) - 1 :]
         # token[i] is what follows certain + drafts[:i] for i <= len(drafts), and what the masks propose behind that.
         confirmed = 0
         while confirmed < len(drafts) and token[confirmed] == drafts[confirmed]:
             confirmed += 1
-        proposals = range(len(drafts), len(token)) if confirmed == len(drafts) else range(confirmed, confirmed + 1)
+        if confirmed < len(drafts):
+            # What comes behind the draft that was refuted is void; the masks behind the one before it count.
+            token, confidence = predict(before + drafts[:confirmed] + [mask_token_id] * masks[confirmed])
+            token, confidence = token[len(before) - 1 :], confidence[len(before) - 1 :]
+        proposals = range(confirmed, len(token))
         kept = [token[proposals[0]]]
         if strategy.verify or confidence[proposals[0]] > threshold:
             for i in proposals[1:]:
@@ -81,7 +93,20 @@ def decode(
         if strategy.verify:
             going_on = emit(drafts[:confirmed] + kept[:1])
             drafts = kept[1:][: max_new_tokens - len(certain)]
+            sure = confidence[confirmed + 1 :][: len(drafts)]
         else:
             going_on = emit(kept)
         if not going_on:
             return certain, blocks
+
+
+def likeliest_ends(sure: list[float]) -> list[int]:
+    """How many drafts are confirmed before one is refuted: 0 to len(sure) - 1, the most probable first.
+
+    likeliest_ends([0.9, 0.5, 0.5])  # [1, 2, 0]: chances of 0.1, 0.45 and 0.225
+    """
+    reached, chance = 1.0, []
+    for c in sure:
+        chance.append(reached * (1 - c))
+        reached *= c
+    return sorted(range(len(sure)), key=lambda i: -chance[i])

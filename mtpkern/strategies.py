@@ -20,6 +20,7 @@ class Strategy:
     k: int
     threshold: float
     verify: ClassVar[bool] = False
+    masks: ClassVar[int] = 0
     # Where no k is given: that of a model which records no k_max, and the largest for one that does.
     unrecorded_k: ClassVar[int]
     largest_k: ClassVar[int | None]
@@ -40,7 +41,7 @@ class Strategy:
         k_max: as training has recorded it, None where it has not.
 
             ConfAdapt(threshold=0.8).for_model(16)  # ConfAdapt(k=16, threshold=0.8)
-            Verified().for_model(16)                # Verified(k=12, threshold=0.6)
+            Verified().for_model(16)                # Verified(k=12, threshold=0.6, masks=0)
         """
         if self.k:
             return self
@@ -92,14 +93,39 @@ class Verified(Strategy):
     places confirm them or put the model's own token there. The threshold changes the speed only, never the output; so
     does k, which is 12 unless given, or what the model was trained for where that is less.
 
+    A draft that is corrected leaves its pass without predictions for the next, unless masks stood behind the token
+    before it: `masks` is how many rows more a pass may bring for each sequence to that end, in groups of up to k - 1,
+    where the chain of drafts is likeliest to break. The output stays the same. It pays where a pass takes hardly longer
+    for them, on a GPU at small batches and in bfloat16 on many CPUs, and where drafts are often corrected; in float32
+    on a CPU every row costs, so there are none unless asked for. More than (k - 1)² have no use and are refused.
+
         mtpkern.generate(model, ids, strategy=mtpkern.Verified(k=8, threshold=0.5))
+        mtpkern.generate(model, ids, strategy=mtpkern.Verified(k=4, threshold=0.2, masks=9))
     """
 
     k: int = None  # type: ignore[assignment]
     threshold: float = 0.6
+    masks: int = 0  # type: ignore[misc]
     unrecorded_k: ClassVar[int] = 12
     largest_k: ClassVar[int | None] = 12
     verify: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.masks, bool) or not isinstance(self.masks, int) or self.masks < 0:
+            raise ValueError(f"Verified: masks must be a whole number of rows from 0 up, got {self.masks!r}")
+        if self.k and self.masks > (self.k - 1) ** 2:
+            raise ValueError(
+                f"Verified: masks={self.masks} is more than k - 1 = {self.k - 1} masks behind each of as many tokens; "
+                f"give at most {(self.k - 1) ** 2}, or a larger k"
+            )
+
+    def for_model(self, k_max: int | None) -> Strategy:
+        """As every strategy's; with no more masks than that k has a use for where none was given."""
+        if self.k:
+            return self
+        k = super(Verified, replace(self, masks=0)).for_model(k_max).k
+        return replace(self, k=k, masks=min(self.masks, (k - 1) ** 2))
 
 
 _WRITTEN = re.compile(r"(verified|confadapt|static)(?::(\d+))?(?::(\d*\.\d+))?")

@@ -25,6 +25,7 @@ from mtpkern.kernels.advance import (
     advance_reference,
     advance_triton,
 )
+from mtpkern.reference import likeliest_ends
 
 FORMS = [advance, advance_reference, pytest.param(advance_triton, marks=pytest.mark.kernel)]
 MASK = 99
@@ -35,18 +36,23 @@ Form = Callable[..., None]
 
 @dataclass
 class Text:
-    """One sequence: its standing tokens, of which the last `pending` are to be fed (again)."""
+    """One sequence: its standing tokens, of which the last `pending` are to be fed (again).
+
+    sure: the confidences of those that are drafts; behind: how many masks stand behind each pending token.
+    """
 
     tokens: list[int]
     limit: int
     pending: int = 1
+    sure: list[float] = field(default_factory=list)
+    behind: list[int] = field(default_factory=list)
     status: int = RUNNING
     blocks: list[int] = field(default_factory=list)
 
     def take_in(
         self, token: list[int], confidence: list[float], threshold: float, stops: set[int], verify: bool
     ) -> None:
-        """Accept from the readout of this sequence's rows: the pending tokens' rows, then the masks'."""
+        """Accept from the readout of this sequence's rows: the pending tokens', the last's masks', then all others'."""
         if self.status != RUNNING:
             return
         drafts = self.tokens[len(self.tokens) - self.pending + 1 :] if verify else []
@@ -61,12 +67,14 @@ class Text:
             news.append(token[row])
             row += 1
         news.append(token[row])
-        masks_saw_the_truth = row == self.pending - 1
-        if masks_saw_the_truth and (verify or confidence[row] > threshold):
-            for y, c in zip(token[row + 1 :], confidence[row + 1 :]):
-                if c <= threshold:
+        begin = self.pending + (0 if row == self.pending - 1 else self.behind[-1] + sum(self.behind[:row]))
+        self.sure = []
+        if verify or confidence[row] > threshold:
+            for i in range(begin, begin + self.behind[row]):
+                if confidence[i] <= threshold:
                     break
-                (next_drafts if verify else news).append(y)
+                (next_drafts if verify else news).append(token[i])
+                self.sure.append(confidence[i])
 
         self.blocks.append(0)
         for y in news:
@@ -80,22 +88,28 @@ class Text:
         self.pending = 1 + len(next_drafts) if verify else self.blocks[-1]
 
 
-def deal(texts: list[Text], rows: int, k: int) -> list[int]:
-    """Masks for each sequence, dealt like cards: one a round to everybody who can use one more."""
-    masks = [0] * len(texts)
+def deal(texts: list[Text], rows: int, k: int, extra: int) -> None:
+    """Masks for each sequence, dealt like cards: one a round to everybody who can use one more.
+
+    They go behind the last pending token, then, `extra` at most, behind those where the drafts are likeliest to end.
+    """
+    cards = [0] * len(texts)
+    wants = []
+    for text in texts:
+        first = len(text.tokens) - text.pending
+        text.behind = [max(0, min(k - 1, text.limit - first - i - 2)) for i in range(text.pending)]
+        wants.append(text.behind[-1] + min(extra, sum(text.behind[:-1])) if text.status == RUNNING else 0)
     spare = rows - sum(text.pending for text in texts)
     assert spare >= 0
-    while True:
-        takers = [
-            b
-            for b, text in enumerate(texts)
-            if text.status == RUNNING and masks[b] < k - 1 and len(text.tokens) + masks[b] + 1 < text.limit
-        ]
-        if not takers or spare == 0:
-            return masks
-        for b in takers[:spare]:
-            masks[b] += 1
-        spare -= min(spare, len(takers))
+    while spare and (takers := [b for b, want in enumerate(wants) if cards[b] < want][:spare]):
+        for b in takers:
+            cards[b] += 1
+        spare -= len(takers)
+    for text, left in zip(texts, cards):
+        for i in [text.pending - 1, *likeliest_ends(text.sure[: text.pending - 1])]:
+            if text.behind:
+                text.behind[i] = min(text.behind[i], left)
+                left -= text.behind[i]
 
 
 class Machine:
@@ -113,15 +127,16 @@ class Machine:
         threshold: float,
         stops: set[int],
         dtype: torch.dtype = torch.float32,
+        masks: int = 0,
     ) -> None:
         B = len(prompts)
-        self.form, self.k, self.verify, self.dtype = form, k, verify, dtype
+        self.form, self.k, self.verify, self.dtype, self.masks = form, k, verify, dtype, masks
         self.threshold, self.stops = threshold, stops
         self.texts = [Text(list(prompt), len(prompt) + n) for prompt, n in zip(prompts, new_tokens)]
         self.capacity = max(text.limit for text in self.texts)
         device = torch.device("cpu")
         self.sequences = Sequences.allocate(B, self.capacity, max(new_tokens), device)
-        self.rows = Rows.allocate(rows, B, device)
+        self.rows = Rows.allocate(rows, B, device, k)
         self.sequences.tokens.fill_(UNWRITTEN)
         for b, text in enumerate(self.texts):
             self.sequences.tokens[b, : len(text.tokens)] = torch.tensor(text.tokens)
@@ -129,7 +144,9 @@ class Machine:
             self.sequences.limit[b] = text.limit
         self.sequences.pending.fill_(1)
         # As after the prefill: k rows each, whatever the budget of a step.
-        self.rows.start.copy_(torch.arange(B + 1) * k)
+        self.rows.expect_prefill(k)
+        for text in self.texts:
+            text.behind = [k - 1]
         self.counts = [k] * B
         self.size = B * k
         self.addresses = self._addresses()
@@ -163,6 +180,7 @@ class Machine:
             k=self.k,
             verify=self.verify,
             mask_token_id=MASK,
+            masks=self.masks,
         )
         for text, (tokens, confidences) in zip(self.texts, readouts):
             text.take_in(tokens, confidences, self.threshold, self.stops, self.verify)
@@ -183,43 +201,60 @@ class Machine:
             assert sequences.blocks[b, : len(text.blocks)].tolist() == text.blocks
             assert not sequences.blocks[b, len(text.blocks) : -1].any()
 
-        R = len(rows.seq)
-        masks = deal(texts, R, self.k)
+        R, M = len(rows.seq), self.masks
+        deal(texts, R, self.k, M)
         expected = []
         start = [0]
         for b, text in enumerate(texts):
-            fed = text.tokens[len(text.tokens) - text.pending :] + [MASK] * masks[b]
-            first = len(text.tokens) - text.pending
-            expected += [(b, first + i, first + i, token) for i, token in enumerate(fed)]
+            first, end = len(text.tokens) - text.pending, M + len(text.tokens)
+            pending = text.tokens[first:]
+            # Sequence, position, slot, token, and what it sees: tokens below a slot, its own masks from a slot on.
+            expected += [(b, first + i, M + first + i, x, *[M + first + i + 1] * 2) for i, x in enumerate(pending)]
+            last = text.behind[-1] if text.behind else 0
+            expected += [(b, len(text.tokens) + j, end + j, MASK, end, end) for j in range(last)]
+            slot = 0
+            for i, n in enumerate(text.behind[:-1]):
+                at = first + i + 1
+                expected += [(b, at + j, slot + j, MASK, M + at, slot) for j in range(n)]
+                slot += n
+            assert slot <= M
             start.append(len(expected))
+            if M:
+                assert rows.behind[b].tolist() == text.behind + [0] * (self.k - text.pending)
         assert rows.start.tolist() == start
         used = len(expected)
         assert used <= R
-        planned = zip(*(x.tolist() for x in (rows.seq, rows.position, rows.slot, rows.token)))
-        assert list(planned)[:used] == expected
-        assert (rows.slot[used:] == self.capacity).all()
+        rule = (rows.prefix_end, rows.span_start) if M else ()
+        planned = zip(*(x.tolist() for x in (rows.seq, rows.position, rows.slot, rows.token, *rule)))
+        assert list(planned)[:used] == [row[: 4 + len(rule)] for row in expected]
+        assert (rows.slot[used:] == M + self.capacity).all()
+        if M:
+            assert not rows.prefix_end[used:].any()
+            assert (rows.span_start[used:] > M + self.capacity).all()
         assert not rows.position[used:].any()
         assert not rows.token[used:].any()
         assert ((rows.seq >= 0) & (rows.seq < len(texts))).all()
-        self.counts = [text.pending + m for text, m in zip(texts, masks)]
+        self.counts = [text.pending + sum(text.behind) for text in texts]
         self.size = R
 
 
 @st.composite
-def scenarios(draw: st.DrawFn) -> dict[str, object]:
+def scenarios(draw: st.DrawFn, behind_drafts: bool = False) -> dict[str, object]:
     """A batch, a strategy, a budget and how the model behaves: all that `decode` needs."""
-    k = draw(st.sampled_from([1, 2, 3, 4, 5, 6, 16]))
-    batch = draw(st.integers(1, 6))
-    verify = draw(st.booleans())
+    k = draw(st.sampled_from([2, 3, 4, 5] if behind_drafts else [1, 2, 3, 4, 5, 6, 16]))
+    batch = draw(st.integers(1, 4 if behind_drafts else 6))
+    verify = behind_drafts or draw(st.booleans())
+    masks = draw(st.integers(1, (k - 1) ** 2)) if behind_drafts else 0
     return {
         "k": k,
         # From what pending tokens need to more than anybody can use; near the lower end masks are scarce.
-        "rows": batch * k + draw(st.one_of(st.integers(0, 2), st.integers(0, batch * (k - 1) + 3))),
+        "rows": batch * k + draw(st.one_of(st.integers(0, 2), st.integers(0, batch * (k - 1 + masks) + 3))),
         "verify": verify,
+        "masks": masks,
         # Exact in float32, so that a confidence can equal it; -1 is Static.
         "threshold": draw(st.sampled_from([0.0, 0.5, 0.875, 1.0] if verify else [-1.0, -1.0, 0.0, 0.5, 0.875, 1.0])),
         "prompts": draw(st.lists(st.integers(1, 5), min_size=batch, max_size=batch)),
-        "new_tokens": draw(st.lists(st.integers(1, 8 * k), min_size=batch, max_size=batch)),
+        "new_tokens": draw(st.lists(st.integers(1, (4 if behind_drafts else 8) * k), min_size=batch, max_size=batch)),
         "stops": draw(st.sampled_from([set(), {0}, {0, 3}, {7}])),
         "vocabulary": draw(st.sampled_from([2, 10, 40])),
         "agreement": draw(st.sampled_from([0.0, 0.5, 0.9, 1.0])),
@@ -236,6 +271,7 @@ def decode(
     k: int,
     rows: int,
     verify: bool,
+    masks: int,
     threshold: float,
     prompts: list[int],
     new_tokens: list[int],
@@ -256,7 +292,7 @@ def decode(
             if rng.random() < agreement:
                 tokens[i] = text.tokens[len(text.tokens) - text.pending + 1 + i]
         unsure = [abs(threshold), 0.125]
-        confidences = [rng.choice([1.0, 0.9375] if rng.random() < sureness else unsure) for _ in range(count)]
+        confidences = [rng.choice([1.0, 0.9375, 0.90625] if rng.random() < sureness else unsure) for _ in range(count)]
         for i in range(count):
             if rng.random() < fault:
                 tokens[i], confidences[i] = -1, math.nan
@@ -269,6 +305,7 @@ def decode(
         k=k,
         rows=rows,
         verify=verify,
+        masks=masks,
         threshold=threshold,
         stops=stops,
         dtype=dtype,
@@ -279,7 +316,7 @@ def decode(
         passes += 1
         assert passes <= max(new_tokens)
     machine.take_in([([], [])] * len(prompts))
-    assert (machine.rows.slot == machine.capacity).all()
+    assert (machine.rows.slot == masks + machine.capacity).all()
     for text, prompt, n in zip(machine.texts, prompts, new_tokens):
         assert sum(text.blocks) == len(text.tokens) - prompt <= n
         assert all(1 <= block <= k for block in text.blocks)
@@ -295,8 +332,23 @@ def test_equals_the_plain_python_model(form: Form, scenario: dict[str, object]) 
 @pytest.mark.kernel
 @pytest.mark.parametrize("form", [advance_triton])
 @given(scenario=scenarios())
-@settings(max_examples=50, derandomize=True, deadline=None)
+@settings(max_examples=30, derandomize=True, deadline=None)
 def test_kernel_equals_the_plain_python_model(form: Form, scenario: dict[str, object]) -> None:
+    decode(form, **scenario)
+
+
+@pytest.mark.parametrize("form", [advance])
+@given(scenario=scenarios(behind_drafts=True))
+@settings(max_examples=120, derandomize=True, deadline=None)
+def test_masks_behind_drafts_equal_the_plain_python_model(form: Form, scenario: dict[str, object]) -> None:
+    decode(form, **scenario)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("form", [advance_triton])
+@given(scenario=scenarios(behind_drafts=True))
+@settings(max_examples=12, derandomize=True, deadline=None)
+def test_kernel_with_masks_behind_drafts_equals_the_plain_python_model(form: Form, scenario: dict[str, object]) -> None:
     decode(form, **scenario)
 
 
@@ -347,6 +399,28 @@ def test_three_strategies_by_hand(form: Form) -> None:
     assert (new_tokens_of(verified), state(verified)) == ([1, 2, 6, 7, 5], (RUNNING, 1, [1, 2, 2]))
     assert verified.rows.token.tolist() == [5, MASK, MASK, MASK, 0, 0, 0]
     assert verified.rows.slot.tolist()[:4] == [6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_masks_behind_a_refuted_drafts_place_by_hand(form: Form) -> None:
+    machine = machine_of_one(form, k=3, new_tokens=20, verify=True, masks=3, rows=8)
+    machine.take_in([([1, 2, 3], [0.1, 0.9, 0.6])])
+    # 2 is right with 0.9, 3 with 0.6: the chain ends before 2 with a chance of 0.1, before 3 with one of 0.36. Of three
+    # masks the group behind 2 has two, the one behind 1 what is left.
+    assert (new_tokens_of(machine), state(machine)) == ([1, 2, 3], (RUNNING, 3, [1]))
+    assert machine.rows.token.tolist() == [1, 2, 3, *[MASK] * 5]
+    assert machine.rows.position.tolist() == [2, 3, 4, 5, 6, 3, 4, 5]
+    assert machine.rows.slot.tolist() == [5, 6, 7, 8, 9, 0, 1, 2]
+    assert machine.rows.prefix_end.tolist() == [6, 7, 8, 8, 8, 6, 7, 7]
+    assert machine.rows.span_start.tolist() == [6, 7, 8, 8, 8, 0, 1, 1]
+    assert machine.rows.behind.tolist() == [[1, 2, 2]]
+    # 2 stands, 3 does not: 7 is in its place, and behind it come 8 and 9, from the masks behind 2.
+    machine.take_in([([2, 7, 4, 5, 6, 3, 8, 9], [0.1, 0.1, 0.1, 0.9, 0.9, 0.9, 0.8, 0.7])])
+    assert (new_tokens_of(machine), state(machine)) == ([1, 2, 7, 8, 9], (RUNNING, 3, [1, 2]))
+    # Not even 8 stands: one mask was left for behind 7, and what stands behind it does not count.
+    assert machine.rows.behind.tolist() == [[1, 2, 2]]
+    machine.take_in([([5, 0, 0, 0, 0, 6, 0, 0], [1.0] * 8)])
+    assert (new_tokens_of(machine), state(machine)) == ([1, 2, 7, 5, 6], (RUNNING, 2, [1, 2, 1]))
 
 
 @pytest.mark.parametrize("form", FORMS)

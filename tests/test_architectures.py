@@ -71,7 +71,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
 }
 
-# Strategy and prompt lengths: all k from 1 to 5, all batch sizes from 1 to 4, thresholds from "keep all" to "keep one".
+# Strategy and prompt lengths: all k from 1 to 5, all batch sizes from 1 to 4, thresholds from "keep all" to "keep one",
+# without masks behind drafts and with them.
 CASES: list[tuple[Strategy, tuple[int, ...]]] = [
     (Static(1), (9, 4)),
     (Static(3), (6, 11, 3)),
@@ -79,7 +80,7 @@ CASES: list[tuple[Strategy, tuple[int, ...]]] = [
     (ConfAdapt(k=5, threshold=0.0), (10,)),
     (ConfAdapt(k=2, threshold=0.9), (5, 8)),
     (Verified(k=5, threshold=0.0), (9, 4, 12, 7)),
-    (Verified(k=3, threshold=0.3), (6, 11)),
+    (Verified(k=4, threshold=0.0, masks=5), (6, 11, 8)),
 ]
 
 
@@ -103,7 +104,7 @@ def fast(model: Any, ids: Tensor, real: Tensor, strategy: Strategy, rows: int | 
         ids,
         attention_mask=real,
         strategy=strategy,
-        rows=rows or len(ids) * (2 * strategy.k - 1),
+        rows=rows or len(ids) * (2 * strategy.k - 1 + strategy.masks),
         max_new_tokens=NEW,
         return_dict_in_generate=True,
     )
@@ -142,7 +143,9 @@ def test_every_strategy_equals_the_reference_and_greedy_decoding(architecture: s
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "gpt_oss"])
-@pytest.mark.parametrize("strategy", [Static(3), ConfAdapt(k=5, threshold=0.2), Verified(k=4, threshold=0.2)], ids=str)
+@pytest.mark.parametrize(
+    "strategy", [Static(3), ConfAdapt(k=5, threshold=0.2), Verified(k=4, threshold=0.2, masks=3)], ids=str
+)
 def test_smallest_budget_of_one_sequence_equals_the_reference_with_that_budget(
     architecture: str, strategy: Strategy, tiny: Any
 ) -> None:
@@ -257,3 +260,64 @@ def test_verified_decoding_needs_true_keys_to_stay_greedy(
     assert [tokens for tokens, _ in fast(model, ids, real, Verified(k=4, threshold=0.0))] == expected
     plant(monkeypatch)
     assert [tokens for tokens, _ in fast(model, ids, real, Verified(k=4, threshold=0.0))] != expected
+
+
+def _changed_for_masks(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> None:
+    """Tell attention another prefix_end and span_start of the masks behind drafts."""
+    attend = mtpkern.cache.decode_attention
+
+    def patched(query: Tensor, k: Tensor, v: Tensor, seq: Tensor, slot: Tensor, start: Tensor, **kw: Any) -> Any:
+        rule = kw["row_prefix"], kw["row_span"]
+        if kw["scratch"]:
+            rule = (torch.where(slot < kw["scratch"], x, y) for x, y in zip(change(slot, *rule), rule))
+        return attend(query, k, v, seq, slot, start, **{**kw, **dict(zip(("row_prefix", "row_span"), rule))})
+
+    monkeypatch.setattr(mtpkern.cache, "decode_attention", patched)
+
+
+def _next_draft_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    _changed_for_masks(monkeypatch, lambda slot, prefix, span: (prefix + 1, span))
+
+
+def _own_draft_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    _changed_for_masks(monkeypatch, lambda slot, prefix, span: (prefix - 1, span))
+
+
+def _other_groups_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    _changed_for_masks(monkeypatch, lambda slot, prefix, span: (prefix, torch.zeros_like(span)))
+
+
+def _own_group_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    _changed_for_masks(monkeypatch, lambda slot, prefix, span: (prefix, slot))
+
+
+def _positions_behind_the_last_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    _planned(monkeypatch, lambda rows, in_use: rows.position.add_((rows.slot < 9).long()))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "plant"),
+    [
+        *(("llama", _next_draft_seen), ("llama", _own_draft_not_seen), ("llama", _other_groups_seen)),
+        *(("llama", _own_group_not_seen), ("llama", _positions_behind_the_last_draft), ("mistral", _next_draft_seen)),
+    ],
+    ids=lambda x: x if isinstance(x, str) else x.__name__.strip("_"),
+)
+def test_a_planted_bug_behind_drafts_is_found(
+    architecture: str,
+    plant: Callable[[pytest.MonkeyPatch], None],
+    tiny: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It costs proposals, or brings what no mask of the kind could know; the text stays greedy all the same."""
+    model = tiny.model(architecture, **ARCHITECTURES[architecture])
+    ids, real = tiny.prompts(9, 4, 12, 7)
+    strategy = Verified(k=4, threshold=0.0, masks=9)
+    expected = slow(model, ids, real, strategy)
+    assert fast(model, ids, real, strategy) == expected
+    plant(monkeypatch)
+    found = fast(model, ids, real, strategy)
+    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]
+    assert found != expected

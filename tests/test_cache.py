@@ -198,7 +198,7 @@ def test_a_prompt_in_chunks_is_the_prompt(name: str, tiny: Any) -> None:
     model = tiny.model(name, **CHUNKED[name])
 
     def prefill(chunk: int, **shape: Any) -> tuple[Tensor, list[Tensor]]:
-        strategy, stop_ids = Verified(3, threshold=0.2), torch.tensor([-1])
+        strategy, stop_ids = Verified(3, threshold=0.2, masks=2), torch.tensor([-1])
         decoder = Decoder(
             model, strategy, mask_token_id=tiny.mask, stop_ids=stop_ids, batch=2, use_graph=False, **shape
         )

@@ -201,6 +201,8 @@ def test_an_empty_file_is_refused(tmp_path, capsys):
     [
         ("--strategy static --threshold 0.5", "takes no --threshold"),
         ("--threshold 1.5", "threshold must be a probability"),
+        ("--strategy confadapt --masks 3", "makes no drafts and takes no --masks"),
+        ("--k 3 --masks -1", "masks must be a whole number"),
     ],
 )
 def test_wrong_options_are_refused_before_the_model_is_loaded(options, message, capsys):

@@ -39,14 +39,29 @@ def arguments(name: str) -> tuple[Any, ...]:
     if name == "kv_write":
         return *caches, draw(R, HKV, D), draw(R, HKV, D + 2), SEQ, torch.tensor([2, 3, 1, 4, C])
     if name == "decode_attention":
-        return draw(R, 2 * HKV, D), *caches, SEQ, SLOT, START, 3, 0.5, 2, None, draw(2 * HKV), False
-    sequences, rows = Sequences.allocate(B, C, C, CPU), Rows.allocate(R, B, CPU)
+        return (
+            draw(R, 2 * HKV, D),
+            *caches,
+            SEQ,
+            SLOT,
+            START,
+            3,
+            0.5,
+            2,
+            None,
+            draw(2 * HKV),
+            False,
+            SLOT + 1,
+            SLOT + 1,
+            1,
+        )
+    sequences, rows = Sequences.allocate(B, C, C, CPU), Rows.allocate(R, B, CPU, 2)
     sequences.length.fill_(2)
     sequences.pending.fill_(1)
     sequences.limit.fill_(C)
     rows.start.copy_(torch.tensor([0, 2, 4]))
     read = torch.tensor([4, 5, 6, 7]), torch.tensor([0.9, 0.8, 0.7, 0.9])
-    return *vars(sequences).values(), *vars(rows).values(), *read, torch.tensor(0.5), torch.tensor([-1]), 2, True, 8
+    return *vars(sequences).values(), *vars(rows).values(), *read, torch.tensor(0.5), torch.tensor([-1]), 2, True, 8, 1
 
 
 @pytest.mark.parametrize("name", ["readout", "kv_write", "gated_lora", "decode_attention", "advance"])
@@ -104,5 +119,5 @@ def test_eager_calls_do_not_go_through_the_dispatcher() -> None:
         readout(*arguments("readout"))
         kv_write(*arguments("kv_write"))
         gated_lora(*arguments("gated_lora"))
-        *tensors, max_rows, scale, window, softcap, sinks, _ = arguments("decode_attention")
+        *tensors, max_rows, scale, window, softcap, sinks, _, _, _, _ = arguments("decode_attention")
         decode_attention(*tensors, max_rows=max_rows, scale=scale, window=window, softcap=softcap, sinks=sinks)

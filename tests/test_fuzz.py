@@ -264,7 +264,11 @@ def _draw_mask(call: Call, rng: Random) -> None:
 def _draw_strategy(call: Call, rng: Random, batch: int) -> None:
     k, threshold = rng.randint(1, 6), rng.choice([0.0, 0.05, 0.2, 0.6, 1.0])
     kinds: list[tuple[float, Any, bool]] = [
-        *((4, Verified(k, threshold=threshold), True), (3, Static(1), True), (1, ConfAdapt(k, threshold=1.0), True)),
+        *(
+            (4, Verified(k, threshold=threshold, masks=rng.randint(0, (k - 1) ** 2)), True),
+            (3, Static(1), True),
+            (1, ConfAdapt(k, threshold=1.0), True),
+        ),
         *((1, ConfAdapt(1, threshold=threshold), True), (0.5, None, True), (0.5, Verified(threshold=threshold), True)),
         *((0.5, Static(k), k == 1), (0.5, ConfAdapt(k, threshold=threshold), k == 1 or threshold == 1.0)),
     ]

@@ -15,7 +15,12 @@ import mtpkern.attention
 from mtpkern import ConfAdapt, MTPGenerateOutput, Static, Verified, reference
 from mtpkern.strategies import Strategy
 
-STRATEGIES = [Static(3), ConfAdapt(k=4, threshold=0.2), Verified(k=4, threshold=0.1)]
+STRATEGIES = [
+    Static(3),
+    ConfAdapt(k=4, threshold=0.2),
+    Verified(k=4, threshold=0.1),
+    Verified(k=4, threshold=0.0, masks=9),
+]
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: type(s).__name__)
 
 

@@ -128,7 +128,7 @@ def poison(decoder: Decoder) -> None:
 
 # Each with another threshold: it is no part of the graph.
 STRATEGIES = {
-    "Verified": [Verified(3, threshold=0.2), Verified(3, threshold=0.6)],
+    "Verified": [Verified(3, threshold=0.2, masks=2), Verified(3, threshold=0.6, masks=2)],
     "ConfAdapt": [ConfAdapt(3, threshold=0.3), Static(3)],
     "Static": [Static(1), ConfAdapt(1, threshold=0.5)],
 }
@@ -172,13 +172,17 @@ def addresses(decoder: Decoder) -> list[int]:
     return [x.data_ptr() for x in [*tensors, *(x for pair in decoder.cache.layers.values() for x in pair)]]
 
 
-def test_what_is_baked_in_makes_another_graph(recorded: type[RecordedStep], tiny: SimpleNamespace) -> None:
+def test_what_is_baked_in_makes_another_graph(
+    recorded: type[RecordedStep], tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny.model("llama")
+    monkeypatch.setattr(graph, "KEPT", 9)
     common = {"max_new_tokens": 5}
     for options in (
         {"strategy": Verified(2)},
         {"strategy": Verified(3)},
         {"strategy": ConfAdapt(2)},
+        {"strategy": Verified(2, masks=1)},
         {"strategy": Verified(2), "rows": 4},
         {"strategy": Verified(2), "eos_token_id": [1, 2, 3, 4, 5]},
         {"strategy": Verified(2), "lengths": (4, 255)},

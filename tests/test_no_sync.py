@@ -46,7 +46,7 @@ SYNCING = {
 }
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index}
 
-STRATEGIES = [Static(1), Static(3), ConfAdapt(k=3, threshold=0.3), Verified(k=3, threshold=0.2)]
+STRATEGIES = [Static(1), Static(3), ConfAdapt(k=3, threshold=0.3), Verified(k=3, threshold=0.2, masks=3)]
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "gemma3_text": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
@@ -158,10 +158,11 @@ def test_operations_of_a_step_depend_on_neither_batch_nor_k(tiny: SimpleNamespac
     model = tiny.model("llama")
     counts = []
     for batch, k in ((2, 9), (5, 4)):
-        watcher = Watcher()
-        watch(prepare(tiny, model, Verified(k=k), batch=batch), watcher, steps=1)
-        counts.append(watcher.operations)
-    assert counts[0] == counts[1]
+        for masks in (0, k):
+            watcher = Watcher()
+            watch(prepare(tiny, model, Verified(k=k, masks=masks), batch=batch), watcher, steps=1)
+            counts.append(watcher.operations)
+    assert counts[:2] == counts[2:]
 
 
 # Planted bugs: each must be seen by the layer that claims to see it.

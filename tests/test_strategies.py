@@ -56,6 +56,22 @@ def test_threshold_must_be_a_probability(kind: Any, threshold: Any) -> None:
     assert (kind(threshold=0).threshold, kind(threshold=1.0).threshold) == (0, 1.0)
 
 
+@pytest.mark.parametrize("masks", [-1, 1.0, "3", True, None])
+def test_masks_must_be_a_whole_number(masks: Any) -> None:
+    with pytest.raises(ValueError, match=rf"Verified: masks must be a whole number of rows from 0 up, got {masks!r}"):
+        Verified(4, masks=masks)
+
+
+def test_masks_are_no_more_than_there_are_places_for() -> None:
+    assert Verified(4, masks=9).masks == 9
+    with pytest.raises(ValueError, match=r"masks=10 is more than k - 1 = 3 masks behind each .* give at most 9"):
+        Verified(4, masks=10)
+    # A k of the model's own brings its own bound.
+    assert Verified(masks=9).for_model(3) == Verified(3, masks=4)
+    assert Verified(masks=9).for_model(None) == Verified(12, masks=9)
+    assert [s.masks for s in (Static(4), ConfAdapt(4), Verified(4))] == [0, 0, 0]
+
+
 def test_static_has_no_threshold() -> None:
     # Every confidence is above it.
     assert Static(3).threshold < 0

@@ -20,7 +20,10 @@ pytest.importorskip("triton")
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EOS = 14  # which some of the sequences reach
-STRATEGIES = [mtpkern.Verified(3, threshold=0.2), mtpkern.ConfAdapt(3, threshold=0.2), mtpkern.Static(2)]
+STRATEGIES = [
+    *(mtpkern.Verified(3, threshold=0.2), mtpkern.ConfAdapt(3, threshold=0.2), mtpkern.Static(2)),
+    mtpkern.Verified(3, threshold=0.0, masks=3),
+]
 MODELS = {
     "llama": {},
     "gemma3_text": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
@@ -68,8 +71,14 @@ def in_triton(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return put
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: type(strategy).__name__)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [
+        *((name, strategy) for name in MODELS for strategy in STRATEGIES[:2]),
+        *(("llama", STRATEGIES[2]), ("gemma3_text", STRATEGIES[3])),
+    ],
+    ids=str,
+)
 def test_generation_with_the_kernels_in_the_loop(
     strategy: Any, name: str, tiny: SimpleNamespace, launched: list[str], in_triton: Callable[[], None]
 ) -> None:
@@ -82,7 +91,7 @@ def test_generation_with_the_kernels_in_the_loop(
             input_ids=input_ids.to(device),
             attention_mask=attention_mask.to(device),
             strategy=strategy,
-            rows=3 * strategy.k + 1,  # fewer than all can use: the budget is dealt out
+            rows=3 * (strategy.k + strategy.masks) + 1,  # fewer than all can use: the budget is dealt out
             max_new_tokens=9,
             eos_token_id=EOS,
             return_dict_in_generate=True,

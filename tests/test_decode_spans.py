@@ -1,0 +1,226 @@
+"""Decode attention with masks behind drafts, against a loop over rows and the keys that each may see, in float64.
+
+The truth knows texts, positions and groups of masks; slots, prefixes and spans are what the op is told of them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtpkern.kernels.decode_attention import decode_attention, decode_attention_reference, decode_attention_triton
+
+FORMS = [decode_attention_reference, pytest.param(decode_attention_triton, marks=pytest.mark.kernel)]
+STALE = 1e4  # what a slot may hold that no row sees
+
+Form = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a pass, and the keys that it sees without a window: slots and positions, its own last."""
+
+    seq: int
+    slot: int
+    prefix: int
+    span: int
+    keys: tuple[tuple[int, int], ...]
+
+
+def rows_of(seq: int, first: int, behind: list[int], scratch: int, slot: int = 0) -> list[Row]:
+    """A pass of one sequence: a pending token from position `first` on for each number of masks that stand behind it.
+
+    The masks behind others than the last take scratch slots from `slot` on.
+    """
+
+    def text(end: int) -> tuple[tuple[int, int], ...]:
+        return tuple((scratch + p, p) for p in range(end))
+
+    rows = [Row(seq, *[scratch + first + i + x for x in (0, 1, 1)], text(first + i + 1)) for i in range(len(behind))]
+    for i in [len(behind) - 1, *range(len(behind) - 1)]:
+        begin = slot if i < len(behind) - 1 else scratch + first + i + 1
+        for j in range(behind[i]):
+            own = tuple((begin + n, first + i + 1 + n) for n in range(j + 1))
+            rows.append(Row(seq, begin + j, scratch + first + i + 1, begin, text(first + i + 1) + own))
+        slot += behind[i] if i < len(behind) - 1 else 0
+    assert slot <= scratch
+    return rows
+
+
+@dataclass
+class Case:
+    rows: list[Row]
+    query: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    start: Tensor
+    scratch: int
+    window: int | None
+
+    @classmethod
+    def of(
+        cls,
+        *sequences: tuple[int, list[int]],
+        scratch: int = 9,
+        capacity: int = 24,
+        heads: int = 4,
+        dim: int = 16,
+        unused: int = 2,
+        slot: int = 0,
+        dtype: torch.dtype = torch.float32,
+        window: int | None = None,
+        seed: int = 0,
+    ) -> "Case":
+        """Sequences as `rows_of` takes them; every slot that none of their rows sees holds NaN, queries in use none."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        each = [
+            rows_of(b, first, behind, scratch, slot) if behind else [] for b, (first, behind) in enumerate(sequences)
+        ]
+        caches = [draw(len(each), heads // 2, scratch + capacity + 1, dim) for _ in range(2)]
+        rows = [row for of_one in each for row in of_one]
+        query = draw(len(rows) + unused, heads, dim)
+        query[len(rows) :] = torch.nan
+        start = torch.tensor([0, *map(len, each)]).cumsum(0)
+        case = cls(rows, query, *caches, start, scratch, window)
+        for b, of_one in enumerate(each):
+            seen = {slot for row in of_one for slot, _ in case.visible(row)}
+            for cache in caches:
+                cache[b, :, [slot for slot in range(cache.shape[2]) if slot not in seen]] = torch.nan
+        return case
+
+    def visible(self, row: Row) -> list[tuple[int, int]]:
+        at = row.keys[-1][1]
+        return [key for key in row.keys if self.window is None or key[1] > at - self.window]
+
+    def run(self, form: Form, **options: Any) -> Tensor:
+        caches = [self.k_cache, self.v_cache]
+        if form is decode_attention_reference:  # torch, to which 0 times NaN is NaN
+            caches = [x.clone() for x in caches]
+            for x in caches:
+                x[:, :, :-1] = x[:, :, :-1].nan_to_num(STALE)
+        B, C, unused = len(self.start) - 1, self.k_cache.shape[2] - 1, len(self.query) - len(self.rows)
+        seq, slot, prefix, span = (
+            torch.tensor([getattr(row, name) for row in self.rows] + [nothing] * unused, dtype=torch.int64)
+            for name, nothing in (("seq", B - 1), ("slot", C), ("prefix", 0), ("span", C + 1))
+        )
+        how: dict[str, Any] = {"max_rows": int(self.start.diff().max()), "scale": 0.3, "window": self.window, **options}
+        rule = {"row_prefix": prefix, "row_span": span, "scratch": self.scratch}
+        return form(self.query, *caches, seq, slot, self.start, **rule, **how)
+
+    def attend(self, dtype: torch.dtype, *, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
+        """The truth in float64, "eager" elsewhere."""
+        out = torch.zeros(self.query.shape, dtype=dtype)
+        for r, row in enumerate(self.rows):
+            slots = [slot for slot, _ in self.visible(row)]
+            for h in range(self.query.shape[1]):
+                keys, values = (x[row.seq, h // 2, slots].to(dtype) for x in (self.k_cache, self.v_cache))
+                score = (keys @ self.query[r, h].to(dtype)) * 0.3
+                if softcap is not None:
+                    score = softcap * torch.tanh(score / softcap)
+                if sinks is not None:
+                    score = torch.cat([score, sinks[h : h + 1].to(dtype)])
+                out[r, h] = score.softmax(0)[: len(slots)] @ values
+        return out
+
+
+def compare(form: Form, case: Case, how: dict[str, Any] | None = None, **options: Any) -> None:
+    out = case.run(form, **options, **(how or {}))
+    truth, eager = case.attend(torch.float64, **options), case.attend(case.query.dtype, **options)
+    error, eager_error = ((x.double() - truth).abs().max().item() for x in (out, eager))
+    assert error <= 2 * eager_error + (5e-6 if case.query.dtype == torch.float32 else 1e-3)
+    assert not out[len(case.rows) :].any()
+
+
+# Where the pending tokens begin, and how many masks stand behind each of them: the last, then any.
+RAGGED = [(7, [2, 0, 3, 1]), (0, [3]), (11, [3, 3, 3, 2, 3]), (5, []), (2, [0, 1, 0]), (1, [5, 0])]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("batch", "dtype"), [(1, torch.float32), (2, torch.float16), (5, torch.float32)])
+def test_ragged_batches(form: Form, batch: int, dtype: torch.dtype, nan_in_new_tensors: None) -> None:
+    compare(form, Case.of(*RAGGED[:batch], scratch=11, dtype=dtype, seed=batch))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("window", [1, 2, 3, 6, 500])
+def test_a_window_counts_positions(form: Form, window: int) -> None:
+    """Below the length of a group it hides a mask's own prefix, and of its group all but the nearest."""
+    compare(form, Case.of(*RAGGED, scratch=11, window=window))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("window", [None, 4])
+def test_softcap_and_sinks(form: Form, window: int | None) -> None:
+    case = Case.of(*RAGGED[:3], scratch=11, window=window)
+    compare(form, case, softcap=2.0, sinks=torch.tensor([0.0, 5.0, -5.0, 1.0]))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("form", [decode_attention_triton])
+@pytest.mark.parametrize(
+    ("splits", "window", "scratch"),
+    [
+        *((3, None, 12), ("batch-invariant", None, 70), (3, 100, 12), ("batch-invariant", 100, 12)),
+        *((1, 5, 70), (7, 5, 70), (7, 40, 300), ("batch-invariant", 40, 300)),
+    ],
+)
+def test_splits(form: Form, splits: int | str, window: int | None, scratch: int, nan_in_new_tensors: None) -> None:
+    """Scratch slots of less than a tile, of several, and of more than a chunk; texts that a window hides most of."""
+    how = {"batch_invariant": True} if splits == "batch-invariant" else {"splits": splits}
+    longs = [(286, [3, 0, 5, 1]), (63, [2, 2]), (0, [])]
+    case = Case.of(*longs, scratch=scratch, slot=scratch - 8, capacity=300, heads=2, window=window)
+    compare(form, case, how)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_only_unused_rows(form: Form) -> None:
+    case = Case.of((3, [1, 2]), (4, [0]), unused=3)
+    case = replace(case, rows=[], start=torch.tensor([0, 0, 0]))
+    assert not case.run(form, max_rows=5).any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_stands_where_shows_in_the_rows_that_see_it(form: Form) -> None:
+    """A draft's key is seen by itself and what stands behind it, a mask's by those behind it in its group."""
+    # Rows: pending 0 1 2, the last's mask 3, behind the first 4 5, behind the second 6 7.
+    case = Case.of((5, [2, 2, 1]), scratch=4, unused=0)
+    out = case.run(form)
+    slot = {row: case.rows[row].slot for row in range(8)}
+    sees = {0: {0, 1, 2, 3, 4, 5, 6, 7}, 1: {1, 2, 3, 6, 7}, 2: {2, 3}, 3: {3}, 4: {4, 5}, 5: {5}, 6: {6, 7}, 7: {7}}
+    for row, seen_by in sees.items():
+        before = case.v_cache[0, :, slot[row]].clone()
+        case.v_cache[0, :, slot[row]] += 1
+        assert set((case.run(form) != out).flatten(1).any(1).nonzero()[:, 0].tolist()) == seen_by
+        case.v_cache[0, :, slot[row]] = before
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("form", [decode_attention_triton])
+def test_batch_invariant_to_the_bit(form: Form) -> None:
+    """Neither other sequences nor the capacity change a bit; nor what masks come along one of the pending tokens'."""
+    sequences = [(266, [3, 0, 2]), (63, [2, 2])]
+    together = Case.of(*sequences, scratch=9, capacity=280, heads=2)
+    out = together.run(form, batch_invariant=True)
+    for b, (_, behind) in enumerate(sequences):
+        of_b = slice(int(together.start[b]), int(together.start[b + 1]))
+        pad = torch.nn.functional.pad
+        rows = [replace(row, seq=0) for row in together.rows[of_b]]
+        caches = [pad(x[b : b + 1], (0, 0, 0, 200)) for x in (together.k_cache, together.v_cache)]
+        alone = Case(rows, together.query[of_b], *caches, torch.tensor([0, len(rows)]), 9, None)
+        assert torch.equal(alone.run(form, batch_invariant=True), out[of_b])
+        n = len(behind)
+        bare = replace(alone, rows=rows[:n], query=alone.query[:n], start=torch.tensor([0, n]))
+        assert torch.equal(bare.run(form, batch_invariant=True, max_rows=len(rows)), out[of_b][:n])
+
+
+def test_the_public_op_takes_the_same_arguments() -> None:
+    case = Case.of(*RAGGED[:3], scratch=11)
+    case = replace(case, k_cache=case.k_cache.nan_to_num(STALE), v_cache=case.v_cache.nan_to_num(STALE))
+    assert torch.equal(case.run(decode_attention), case.run(decode_attention_reference))

@@ -110,11 +110,9 @@ class Rows:
     @classmethod
     def allocate(cls, rows: int, batch: int, device: torch.device, k: int = 1) -> Rows:
         """R rows, planned by the first `advance`; `start` says where the rows of the pass before stood."""
-        return cls(
-            *torch.zeros(6, rows, dtype=torch.int64, device=device),
-            start=torch.zeros(batch + 1, dtype=torch.int64, device=device),
-            behind=torch.zeros(batch, k, dtype=torch.int64, device=device),
-        )
+        seq, position, slot, token, prefix_end, span_start = torch.zeros(6, rows, dtype=torch.int64, device=device)
+        start, behind = (torch.zeros(n, dtype=torch.int64, device=device) for n in ((batch + 1,), (batch, k)))
+        return cls(seq, position, slot, token, prefix_end, span_start, start, behind)
 
     def expect_prefill(self, k: int) -> None:
         """Describe the prefill to the first `advance`: k rows a sequence, its last token's and k - 1 masks'."""
@@ -126,7 +124,8 @@ class Rows:
         if rows >= len(self.seq):
             return self
         per_row = self.seq, self.position, self.slot, self.token, self.prefix_end, self.span_start
-        return Rows(*(x[:rows] for x in per_row), self.start, self.behind)
+        seq, position, slot, token, prefix_end, span_start = (x[:rows] for x in per_row)
+        return Rows(seq, position, slot, token, prefix_end, span_start, self.start, self.behind)
 
 
 if find_spec("triton"):

@@ -219,10 +219,9 @@ if find_spec("triton"):
             unsure = tl.minimum(tl.where(trusted == pending - 1, trusted + K, trusted + 1), count)
         for w in range(0, W, BLOCK_W):
             i = (w + o_w)[None, :]
+            at = i + shift[:, None] if MASKS else i
+            c = tl.load(confidence_ptr + row[:, None] + at, mask=at < count[:, None], other=0.0)
             candidate = i > trusted[:, None] if VERIFY else i >= trusted[:, None]
-            m_row = (i + shift[:, None] < count[:, None]) if MASKS else (i < count[:, None])
-            p_row = (row + shift)[:, None] + i if MASKS else row[:, None] + i
-            c = tl.load(confidence_ptr + p_row, mask=m_row, other=0.0)
             unsure = tl.minimum(unsure, tl.min(tl.where(candidate & ~(c > threshold), i, W), 1))
         kept = tl.maximum(unsure - trusted, 1)
 
@@ -236,10 +235,8 @@ if find_spec("triton"):
             position = first[:, None] + 1 + i
             keep = (i >= trusted[:, None]) & (i < (trusted + kept)[:, None]) & (position < limit[:, None])
             emit = (position >= emitted_before[:, None]) & (position < end[:, None])
-            p_row = row[:, None] + i
-            if MASKS:
-                p_row += tl.where(i > trusted[:, None], shift[:, None], 0)
-            y = tl.load(token_ptr + p_row, mask=running[:, None] & (keep | emit), other=0)
+            at = i + tl.where(i > trusted[:, None], shift[:, None], 0) if MASKS else i
+            y = tl.load(token_ptr + row[:, None] + at, mask=running[:, None] & (keep | emit), other=0)
             tl.store(p_tokens[:, None] + position, y, mask=running[:, None] & keep)
             stop = emit & (y != y)
             for j in range(S):
@@ -295,10 +292,8 @@ if find_spec("triton"):
             o_r = (row_end - rows)[:, None] + i
             m_r = i < ((pending_next + behind_last) if MASKS else rows)[:, None]
             m_known = i < pending_next[:, None]
-            p_known = (row + trusted)[:, None] + i
-            if MASKS:
-                p_known += tl.where(i > 0, shift[:, None], 0)
-            known = tl.load(token_ptr + p_known, mask=m_known, other=0)
+            at = i + tl.where(i > 0, shift[:, None], 0) if MASKS else i
+            known = tl.load(token_ptr + (row + trusted)[:, None] + at, mask=m_known, other=0)
             tl.store(row_seq_ptr + o_r, tl.broadcast_to(o_b[:, None], BLOCK_B, BLOCK_W), mask=m_r)
             tl.store(row_position_ptr + o_r, start[:, None] + i, mask=m_r)
             tl.store(row_slot_ptr + o_r, MASKS + start[:, None] + i, mask=m_r)

@@ -8,8 +8,12 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
+import torch
+from peft import PeftConfig
+from safetensors.torch import load_file
 
 from mtpkern import cli
+from mtpkern.adapter import settings_of
 from mtpkern.bench import real
 from mtpkern.rows import read_lines
 from mtpkern.train import smollm2
@@ -82,6 +86,16 @@ def test_shipped_prompts_are_held_out():
     found = [row["messages"][0]["content"] for _, row in read_lines(real.ADAPTER / "prompts.jsonl")]
     assert len(set(found)) >= 200
     assert not any(form.format(subject) in found for form in smollm2.FORMS for subject in smollm2.SUBJECTS)
+
+
+def test_the_shipped_adapter_says_what_it_is_for():
+    settings = settings_of(PeftConfig.from_pretrained(str(real.ADAPTER)))
+    assert (settings.base, settings.chat, settings.finished) == ("runs/smollm2/base", True, True)
+    assert settings.mask_token_id == 49152
+    weights = load_file(real.ADAPTER / "adapter_model.safetensors")
+    assert len(weights) == 2 * 7 * 30
+    assert all(x.dtype == torch.bfloat16 and 16 in x.shape and x.isfinite().all() for x in weights.values())
+    assert (real.ADAPTER / "adapter_model.safetensors").stat().st_size < 15e6
 
 
 def test_from_nothing_to_an_adapter_that_keeps_the_tokens(base, monkeypatch, capsys):

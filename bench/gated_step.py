@@ -162,7 +162,7 @@ def _peaks_of(way: str, tiny: bool) -> tuple[int, int]:
     return whole, before
 
 
-def measure(tiny: bool, rounds: int, peaks_of: Callable[[str, bool], tuple[int, int]] = _peaks_of) -> Table:
+def take_steps(tiny: bool, rounds: int, peaks_of: Callable[[str, bool], tuple[int, int]] = _peaks_of) -> Table:
     """Rows a second and memory of each way."""
     memory = {way: peaks_of(way, tiny) for way in WAYS}
     work = trainee(tiny)
@@ -208,7 +208,7 @@ def main() -> None:
     if args.peak:
         print(json.dumps(peaks(args.peak, args.tiny)))
         return
-    table = measure(args.tiny, args.rounds)
+    table = take_steps(args.tiny, args.rounds)
     print(table.markdown())
     folder = args.results or (None if args.tiny else RESULTS)
     if folder is not None:

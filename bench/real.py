@@ -89,7 +89,7 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, n: int | None) 
     return found[:n]
 
 
-def measure(
+def decode_in_turns(
     original: PreTrainedModel,
     adapted: torch.nn.Module,
     prompts: Sequence[tuple[str, list[int]]],
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for size in args.batch_size:
         done = 0
         last: dict[str, Count] = {}
-        run = measure(
+        run = decode_in_turns(
             original,
             adapted,
             prompts,

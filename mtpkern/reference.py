@@ -81,8 +81,10 @@ def decode(
             confirmed += 1
         if confirmed < len(drafts):
             # What comes behind the draft that was refuted is void; the masks behind the one before it count.
-            token, confidence = predict(before + drafts[:confirmed] + [mask_token_id] * masks[confirmed])
-            token, confidence = token[len(before) - 1 :], confidence[len(before) - 1 :]
+            if masks[confirmed]:
+                token, confidence = predict(before + drafts[:confirmed] + [mask_token_id] * masks[confirmed])
+                token, confidence = token[len(before) - 1 :], confidence[len(before) - 1 :]
+            token = token[: confirmed + 1 + masks[confirmed]]
         proposals = range(confirmed, len(token))
         kept = [token[proposals[0]]]
         if strategy.verify or confidence[proposals[0]] > threshold:

@@ -309,7 +309,7 @@ def test_a_candidate_reaches_the_launcher_and_leaves_the_table_alone(monkeypatch
 
 def test_ways_of_a_gated_step(monkeypatch):
     """One loss in all of them, and the one that keeps prefixes makes one pass a step."""
-    table = gated_step.measure(True, 1, gated_step.peaks)
+    table = gated_step.take_steps(True, 1, gated_step.peaks)
     assert [row[0] for row in table.rows] == list(gated_step.WAYS)
     assert len(table.goals) == 2
     work = gated_step.trainee(tiny=True)

@@ -84,6 +84,11 @@ def let_accelerate_shard_on_a_cpu():
     AcceleratorState.__init__ = init
 
 
+# Autograd makes its threads for other devices than the CPU at the first backward, if it knows of any, and a process
+# that has such threads cannot be forked: in a build with CUDA a made-up device of another test would count.
+torch.ones((), requires_grad=True).backward()
+
+
 def forget_engine():
     """accelerate keeps the engine of the last trainer."""
     from accelerate.state import AcceleratorState, GradientState

@@ -101,6 +101,7 @@ SPILL: dict[tuple[str, str], dict[str, tuple[int, int]]] = {
     # What only 3.6's compiler puts on a stack.
     ("decode_attention bf16 D128 k4", "_attend_kernel"): {"sm_100": (8, 0)},
     ("decode_attention bf16 D256 k16", "_attend_kernel"): {"sm_89": (8, 0)},
+    ("decode_attention bf16 D256 k4 masks", "_attend_kernel"): {"sm_100": (16, 0)},
     # Where nothing is aligned, each element has an address of its own.
     ("gated_lora bf16 r12, odd widths", "_expand_kernel"): {"sm_90": (16, 16), "sm_100": (24, 24)},
     # Ampere's and Ada's products take both factors from registers, Hopper's from shared memory: the tiles are Hopper's,

@@ -187,8 +187,6 @@ def test_the_committed_table_agrees_with_the_budgets() -> None:
     record = json.loads((RESULTS / "aot.json").read_text(encoding="utf-8"))
     compiled = [aot.Compiled(**one) for one in record["kernels"]]
     page = (RESULTS / "aot.md").read_text(encoding="utf-8")
-    for table in aot.tables(compiled, list(aot.TARGETS)):
-        assert table.markdown() in page
     assert f"- triton: {record['environment']['triton']}" in page
     assert {one.case for one in compiled} <= set(aot.CASES)
     for case, kernels in KERNELS.items():
@@ -196,7 +194,10 @@ def test_the_committed_table_agrees_with_the_budgets() -> None:
         for target in aot.TARGETS:
             named = {one.kernel for one in compiled if one.case.split()[0] == op and one.target == target}
             assert named >= set(kernels), (op, target)
+    # Another version's budgets would mark other cells.
     if record["environment"]["triton"] == version("triton"):
+        for table in aot.tables(compiled, list(aot.TARGETS)):
+            assert table.markdown() in page
         assert not [fault for one in compiled for fault in aot.over_budget(one)]
         for (case, kernel), spill in aot.SPILL.items():
             for target, budget in spill.items():

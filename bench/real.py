@@ -24,8 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from mtpkern import ASSETS, load_adapter, show
 from mtpkern.bench.harness import environment
 from mtpkern.bench.report import Table, write
-from mtpkern.compare import Completion, batches, ours, pad, timed
+from mtpkern.compare import Completion, Tally, batches, ours, pad, timed
 from mtpkern.output import printable
+from mtpkern.prompting import Prompting
 from mtpkern.rows import read_lines
 from mtpkern.strategies import Verified
 from mtpkern.train import smollm2
@@ -35,46 +36,22 @@ HEADER = ("prompts", "identical", "tokens a pass", "× HF generate", "by batch")
 
 
 @dataclass
-class Count:
-    """What one kind of prompt has added up to, decoded in batches of one size.
+class Pair:
+    """What one kind of prompt has added up to, decoded in batches of one size, by us and by the original.
 
-    ratios   of each batch: the original's seconds over ours, for the same tokens
+    Right are those whose tokens are the original's; ratios has the original's seconds over ours for each batch.
     """
 
-    prompts: int = 0
-    identical: int = 0
-    tokens: int = 0
-    passes: int = 0
-    seconds: float = 0.0
-    original_seconds: float = 0.0
-    original_tokens: int = 0
+    ours: Tally = field(default_factory=Tally)
+    original: Tally = field(default_factory=Tally)
     ratios: list[float] = field(default_factory=list)
-
-    @property
-    def tokens_per_pass(self) -> float:
-        """Tokens emitted over passes made, the prefill among them."""
-        return self.tokens / self.passes
-
-    @property
-    def ratio(self) -> float:
-        """Tokens a second of ours over those of Hugging Face's generate."""
-        return (self.tokens / self.seconds) / (self.original_tokens / self.original_seconds)
-
-    def add(self, theirs: Sequence[Completion], got: Sequence[Completion], original: float, seconds: float) -> None:
-        """Count one batch in."""
-        self.prompts += len(got)
-        self.tokens += sum(len(c.tokens) for c in got)
-        self.passes += sum(len(c.blocks) for c in got)
-        self.original_tokens += sum(len(c.tokens) for c in theirs)
-        self.seconds += seconds
-        self.original_seconds += original
-        self.ratios.append(original / seconds)
 
     def row(self, name: str) -> tuple[str, ...]:
         """As the table shows it."""
         spread = f"{min(self.ratios):.2f}-{max(self.ratios):.2f}, median {median(self.ratios):.2f}"
-        cells = (f"{self.identical} of {self.prompts}", f"{self.tokens_per_pass:.2f}", f"{self.ratio:.2f}", spread)
-        return (name, *cells)
+        ratio = self.ours.tokens_per_second / self.original.tokens_per_second
+        identical = f"{self.ours.right} of {self.ours.problems}"
+        return name, identical, f"{self.ours.tokens_per_pass:.2f}", f"{ratio:.2f}", spread
 
 
 def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, n: int | None) -> list[tuple[str, list[int]]]:
@@ -82,8 +59,7 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, n: int | None) 
     found = []
     for _, row in read_lines(path):
         assert isinstance(row, dict)
-        text = tokenizer.apply_chat_template(row["messages"], tokenize=False, add_generation_prompt=True)
-        found.append((row["kind"], tokenizer(str(text), add_special_tokens=False).input_ids))
+        found.append((row["kind"], Prompting(chat=True).encode(tokenizer, row)))
     if n is not None and len(found) < n:
         raise ValueError(f"{path} holds {len(found)} prompts; expected at least {n}: ask for fewer")
     return found[:n]
@@ -98,12 +74,12 @@ def decode_in_turns(
     batch_size: int,
     max_new_tokens: int,
     reference: dict[int, list[int]],
-) -> Iterator[tuple[str, list[Completion], Count]]:
-    """Decode the prompts in both ways, in turns; for each batch its kind, our completions and the kind's counts so far.
+) -> Iterator[tuple[str, list[Completion], Pair]]:
+    """Decode the prompts in both ways, in turns; for each batch its kind, our completions and the sums of that kind.
 
     reference   number of a prompt -> the original's tokens, which the first batch size fills in
     """
-    counts: dict[str, Count] = {}
+    pairs: dict[str, Pair] = {}
     for kind in dict.fromkeys(kind for kind, _ in prompts):
         numbered = [(i, ids) for i, (its, ids) in enumerate(prompts) if its == kind]
         for turn, batch in enumerate(batches(numbered, batch_size)):
@@ -116,11 +92,12 @@ def decode_in_turns(
             theirs, theirs_seconds = timed(original, inputs, None, **options)
             if not turn % 2:
                 got, seconds = timed(adapted, inputs, strategy, **options)  # type: ignore[arg-type]
-            count = counts.setdefault(kind, Count())
-            count.add(theirs, got, theirs_seconds, seconds)
-            for (i, _), one, other in zip(batch, got, theirs):
-                count.identical += one.tokens == reference.setdefault(i, other.tokens)
-            yield kind, got, count
+            wanted = [reference.setdefault(i, one.tokens) for (i, _), one in zip(batch, theirs)]
+            pair = pairs.setdefault(kind, Pair())
+            for tally, completions, took in ((pair.ours, got, seconds), (pair.original, theirs, theirs_seconds)):
+                tally.add(completions, sum(one.tokens == ids for one, ids in zip(completions, wanted)), took)
+            pair.ratios.append(theirs_seconds / seconds)
+            yield kind, got, pair
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -156,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows, records = [], []
     for size in args.batch_size:
         done = 0
-        last: dict[str, Count] = {}
+        last: dict[str, Pair] = {}
         run = decode_in_turns(
             original,
             adapted,
@@ -167,17 +144,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             reference=reference,
         )
         with show.progress(f"{len(prompts)} prompts, {size} at a time", len(prompts)) as progress:
-            for kind, completions, count in run:
-                last[kind] = count
+            for kind, completions, pair in run:
+                last[kind] = pair
                 shown = completions if size == args.batch_size[0] else []
                 for completion in shown[: max(0, args.show - done)]:
                     _show(console, tokenizer, prompts[done][1], completion)
                 done += len(completions)
                 progress(done)
-        for kind, count in last.items():
-            name = f"{kind}, batch {size}"
-            rows.append(count.row(name))
-            records.append({"prompts": kind, "batch_size": size, **asdict(count)})
+        for kind, pair in last.items():
+            rows.append(pair.row(f"{kind}, batch {size}"))
+            records.append({"prompts": kind, "batch_size": size, **asdict(pair)})
     facts: Mapping[str, str] = environment(torch.device(args.device)) | {
         "dtype": args.dtype,
         "new tokens": f"at most {args.max_new_tokens}",

@@ -32,7 +32,16 @@ class Taken:
     a sequence, and deals out all masks.
     """
 
-    def __init__(self, batch: int, vocabulary: int, device: torch.device, *, ours: bool, k: int = K) -> None:
+    def __init__(
+        self,
+        batch: int,
+        vocabulary: int,
+        device: torch.device,
+        *,
+        ours: bool,
+        k: int = K,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
         R = batch * (2 * k - 1)
         passes = _PASSES if device.type == "cuda" else 64
         self.k = k
@@ -40,7 +49,7 @@ class Taken:
         self.advance: Callable[..., None] = advance if ours else advance_reference
         self.sequences = Sequences.allocate(batch, passes + 2 * k, passes, device)
         self.rows = Rows.allocate(R, batch, device)
-        self.logits = _random_logits(R, vocabulary, device)
+        self.logits = _random_logits(R, vocabulary, device, dtype)
         self.threshold = torch.tensor(0.5, device=device)
         self.stop_ids = torch.tensor([-1], device=device)
         self.sequences.length.fill_(1)
@@ -126,8 +135,8 @@ def _readout_times(R: int, vocabulary: int, device: torch.device) -> dict[str, S
     return race(actions, {}, device, calls=n)[0]
 
 
-def _random_logits(R: int, vocabulary: int, device: torch.device) -> list[Tensor]:
-    return drawn(copies(2 * R * vocabulary, device), R, vocabulary, device=device)
+def _random_logits(R: int, vocabulary: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    return drawn(copies(dtype.itemsize * R * vocabulary, device), R, vocabulary, device=device, dtype=dtype)
 
 
 def _advance_tables(device: torch.device, grid: tuple[int, ...]) -> Iterator[Table]:

@@ -3,7 +3,8 @@
 `python -m mtpkern.bench.real` (also `make real`) takes SmolLM2-135M-Instruct, which it makes a plain checkpoint of
 where runs/smollm2/base is not there, and the adapter that comes along. It shows some answers in coloured blocks, then a
 row for each kind of prompt and batch size: how many answers are the original's token for token, tokens a pass, and the
-time against Hugging Face's `generate` of the original, which is another instance of the model, in turns.
+time against the original one token a pass, by the same code (`Static(1)`, in a CUDA graph on a GPU) and by Hugging
+Face's `generate`, in turns. The original is another instance of the model.
 
 The prompts are held out: no template of a problem and no subject of an instruction among them occurs in training.
 """
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,34 +26,48 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from mtpkern import ASSETS, load_adapter, show
 from mtpkern.bench.harness import environment
 from mtpkern.bench.report import Table, write
-from mtpkern.compare import Completion, Tally, batches, ours, pad, timed
+from mtpkern.compare import HF_GENERATE, Completion, Tally, batches, decode, pad, rotated, timed
 from mtpkern.output import printable
 from mtpkern.prompting import Prompting
 from mtpkern.rows import read_lines
-from mtpkern.strategies import Verified
+from mtpkern.strategies import Static, Strategy, Verified
 from mtpkern.train import smollm2
 
 ADAPTER = ASSETS / "smollm2"
-HEADER = ("prompts", "identical", "tokens a pass", "× HF generate", "by batch")
+HEADER = ("prompts", "identical", "tokens a pass", "× one a pass", "by batch", "× HF generate", "by batch")
+OURS, PLAIN = "ours", "plain"
 
 
 @dataclass
-class Pair:
-    """What one kind of prompt has added up to, decoded in batches of one size, by us and by the original.
+class Sums:
+    """What one kind of prompt has added up to, decoded in batches of one size, way by way.
 
-    Right are those whose tokens are the original's; ratios has the original's seconds over ours for each batch.
+    Right are those answers whose tokens are the original's; ratios: another way's seconds over ours for each batch in
+    which both ran, and the sums of those seconds.
     """
 
-    ours: Tally = field(default_factory=Tally)
-    original: Tally = field(default_factory=Tally)
-    ratios: list[float] = field(default_factory=list)
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    ratios: dict[str, list[float]] = field(default_factory=dict)
+    seconds: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Count in how long a batch took in each way."""
+        for way in seconds.keys() - {OURS}:
+            self.ratios.setdefault(way, []).append(seconds[way] / seconds[OURS])
+            theirs, own = self.seconds.get(way, (0.0, 0.0))
+            self.seconds[way] = theirs + seconds[way], own + seconds[OURS]
 
     def row(self, name: str) -> tuple[str, ...]:
         """As the table shows it."""
-        spread = f"{min(self.ratios):.2f}-{max(self.ratios):.2f}, median {median(self.ratios):.2f}"
-        ratio = self.ours.tokens_per_second / self.original.tokens_per_second
-        identical = f"{self.ours.right} of {self.ours.problems}"
-        return name, identical, f"{self.ours.tokens_per_pass:.2f}", f"{ratio:.2f}", spread
+        own = self.tallies[OURS]
+        cells = [name, f"{own.right} of {own.problems}", f"{own.tokens_per_pass:.2f}"]
+        for way in (PLAIN, HF_GENERATE):
+            if way in self.ratios:
+                (theirs, mine), all_ = self.seconds[way], self.ratios[way]
+                cells += [f"{theirs / mine:.2f}", f"{min(all_):.2f}–{max(all_):.2f}, median {median(all_):.2f}"]
+            else:
+                cells += ["–", "–"]
+        return tuple(cells)
 
 
 def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, n: int | None) -> list[tuple[str, list[int]]]:
@@ -74,30 +90,36 @@ def decode_in_turns(
     batch_size: int,
     max_new_tokens: int,
     reference: dict[int, list[int]],
-) -> Iterator[tuple[str, list[Completion], Pair]]:
-    """Decode the prompts in both ways, in turns; for each batch its kind, our completions and the sums of that kind.
+    hf: int | None = None,
+) -> Iterator[tuple[str, list[Completion], Sums]]:
+    """Decode the prompts in all ways, in turns; for each batch its kind, our completions and the sums of that kind.
 
-    reference   number of a prompt -> the original's tokens, which the first batch size fills in
+    reference   number of a prompt -> the original's tokens, which the first that decodes them fills in
+    hf          Hugging Face's generate takes part for so many prompts of each kind; None: for all
     """
-    pairs: dict[str, Pair] = {}
+    ways: dict[str, tuple[Any, Strategy | None]]
+    ways = {HF_GENERATE: (original, None), PLAIN: (original, Static(1)), OURS: (adapted, strategy)}
+    sums: dict[str, Sums] = {}
     for kind in dict.fromkeys(kind for kind, _ in prompts):
         numbered = [(i, ids) for i, (its, ids) in enumerate(prompts) if its == kind]
         for turn, batch in enumerate(batches(numbered, batch_size)):
             inputs = pad([ids for _, ids in batch], original.device)
-            options = {"max_new_tokens": max_new_tokens}
-            if turn == 0:
-                ours(adapted, inputs, strategy=strategy, max_new_tokens=4)  # type: ignore[arg-type]
-            if turn % 2:
-                got, seconds = timed(adapted, inputs, strategy, **options)  # type: ignore[arg-type]
-            theirs, theirs_seconds = timed(original, inputs, None, **options)
-            if not turn % 2:
-                got, seconds = timed(adapted, inputs, strategy, **options)  # type: ignore[arg-type]
-            wanted = [reference.setdefault(i, one.tokens) for (i, _), one in zip(batch, theirs)]
-            pair = pairs.setdefault(kind, Pair())
-            for tally, completions, took in ((pair.ours, got, seconds), (pair.original, theirs, theirs_seconds)):
-                tally.add(completions, sum(one.tokens == ids for one, ids in zip(completions, wanted)), took)
-            pair.ratios.append(theirs_seconds / seconds)
-            yield kind, got, pair
+            names = list(ways) if hf is None or turn * batch_size < hf else [PLAIN, OURS]
+            found, seconds = {}, {}
+            for name in rotated(names, turn):
+                model, way = ways[name]
+                if turn == 0:
+                    # A graph is captured for the lengths that it is to decode.
+                    graph = way is not None and original.device.type == "cuda"
+                    decode(model, inputs, way, max_new_tokens=max_new_tokens if graph else 4)
+                found[name], seconds[name] = timed(model, inputs, way, max_new_tokens=max_new_tokens)
+            wanted = [reference.setdefault(i, one.tokens) for (i, _), one in zip(batch, found[names[0]])]
+            own = sums.setdefault(kind, Sums())
+            for name, completions in found.items():
+                right = sum(one.tokens == ids for one, ids in zip(completions, wanted))
+                own.tallies.setdefault(name, Tally()).add(completions, right, seconds[name])
+            own.add(seconds)
+            yield kind, found[OURS], own
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -109,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--number", type=int, metavar="N", help="the first N of them (default: all)")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1], metavar="N")
+    parser.add_argument("--hf", type=int, metavar="N", help="prompts of each kind that HF decodes too (default: all)")
     parser.add_argument("--k", type=int, default=4)
     parser.add_argument("--threshold", type=float, default=0.3)
     parser.add_argument("--masks", type=int, default=0, help="rows more a pass of each prompt, for when drafts fail")
@@ -133,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows, records = [], []
     for size in args.batch_size:
         done = 0
-        last: dict[str, Pair] = {}
+        last: dict[str, Sums] = {}
         run = decode_in_turns(
             original,
             adapted,
@@ -142,27 +165,30 @@ def main(argv: Sequence[str] | None = None) -> None:
             batch_size=size,
             max_new_tokens=args.max_new_tokens,
             reference=reference,
+            hf=args.hf,
         )
         with show.progress(f"{len(prompts)} prompts, {size} at a time", len(prompts)) as progress:
-            for kind, completions, pair in run:
-                last[kind] = pair
+            for kind, completions, sums in run:
+                last[kind] = sums
                 shown = completions if size == args.batch_size[0] else []
                 for completion in shown[: max(0, args.show - done)]:
                     _show(console, tokenizer, prompts[done][1], completion)
                 done += len(completions)
                 progress(done)
-        for kind, pair in last.items():
-            rows.append(pair.row(f"{kind}, batch {size}"))
-            records.append({"prompts": kind, "batch_size": size, **asdict(pair)})
+        for kind, sums in last.items():
+            rows.append(sums.row(f"{kind}, batch {size}"))
+            records.append({"prompts": kind, "batch_size": size, **asdict(sums)})
     facts: Mapping[str, str] = environment(torch.device(args.device)) | {
         "dtype": args.dtype,
         "new tokens": f"at most {args.max_new_tokens}",
         "strategy": f"Verified({args.k}, {args.threshold}, masks={args.masks})",
         "threads": str(torch.get_num_threads()),
     }
+    hf = "" if args.hf is None else f" (of the first {args.hf} of each kind; else its tokens one a pass by our code)"
     note = (
         "Identical: the tokens of Hugging Face's greedy generate of the original, decoded "
-        f"{args.batch_size[0]} at a time. Times include the prefill; the last column has the ratios of single batches."
+        f"{args.batch_size[0]} at a time{hf}. Times include the prefill, and are sums; beside them the ratios of "
+        "single batches. One a pass: the original by the same code, in a CUDA graph too where there is one."
     )
     table = Table("SmolLM2-135M-Instruct with its gated adapter", note, HEADER, rows, records)
     print(table.markdown())

@@ -82,7 +82,10 @@ _check_installation()
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        value: Any = version("mtpkern")
+        try:
+            value: Any = version("mtpkern")
+        except PackageNotFoundError:
+            value = "0+clone"  # on the path as it lies in a clone, and not installed
     elif name == "reference":
         value = importlib.import_module("mtpkern.reference")
     elif name in _MODULE_OF:

@@ -12,10 +12,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+import mtpkern
 from mtpkern.answers import RESULT_FIELDS, answers_file
 from mtpkern.output import json_line, piped, printable, whole_file
 
@@ -97,7 +97,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="mtpkern", description="Several tokens per forward pass.")
-    parser.add_argument("--version", action="version", version=f"mtpkern {version('mtpkern')}")
+    parser.add_argument("--version", action="version", version=f"mtpkern {mtpkern.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="the shipped checkpoint solves held-out problems, with wall-clock ratios")

@@ -5,6 +5,7 @@
     tokenizers begin with          other tokens than the model was trained with
     all stop tokens but one        the file's own end of turn and end of message, and the token that the chat template
                                    writes behind an answer
+    which tokens are special       as the file has them: 5.17 takes the first added token for the end of a text
 
 Source   gguf (its reader); https://github.com/ggml-org/llama.cpp, the pre-tokenizers by their names
 """
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 # tokenizer.ggml.pre of the tokenizers whose first rule is that a digit stands alone.
 _DIGITS_ALONE = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 _STOPS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 
 
@@ -59,9 +61,13 @@ def metadata(path: Path) -> dict[str, Any]:
 
 
 def mend_tokenizer(tokenizer: PreTrainedTokenizerBase, described: dict[str, Any]) -> None:
-    """Split digits where the tokenizer's name says so and transformers does not."""
+    """Name the special tokens as the file does; split digits where its name says so and transformers does not."""
     from tokenizers import pre_tokenizers
 
+    for name, called in _SPECIAL.items():
+        number = described.get(f"tokenizer.ggml.{called}_token_id")
+        if isinstance(number, int):
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))
     if described.get("tokenizer.ggml.pre") not in _DIGITS_ALONE:
         return
     backend = tokenizer.backend_tokenizer

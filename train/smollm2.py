@@ -18,6 +18,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,20 @@ FORMS = (
     "How do you explain {} with an example from the kitchen?",
     "Argue for and against {}.",
     "What will {} look like in fifty years?",
+)
+
+# Of two subjects, for more instructions than the forms above give.
+PAIRS = (
+    "What do {} and {} have in common?",
+    "Compare {} with {} in a few sentences.",
+    "Write a short dialogue in which {} and {} come up.",
+    "Which matters more in daily life, {} or {}, and why?",
+    "Tell a story that begins with {} and ends with {}.",
+    "Plan a weekend around {} and {}.",
+    "Write a paragraph about {} that also mentions {}.",
+    "Give two questions about {} and two about {}, and answer them.",
+    "How could knowing about {} help somebody who works with {}?",
+    "Make a list of ten words that belong to {} or to {}.",
 )
 
 SUBJECTS = (
@@ -169,6 +184,10 @@ def prompts(n: int, *, held_out: bool = False, seed: int = SEED) -> list[dict[st
     subjects = HELD_OUT_SUBJECTS if held_out else SUBJECTS
     general = [form.format(subject) for form in FORMS for subject in subjects]
     rng.shuffle(general)
+    if not held_out:
+        pairs = [(form, *pair) for form in PAIRS for pair in permutations(subjects, 2)]
+        missing = min(max(0, n // 2 - len(general)), len(pairs))
+        general += [form.format(a, b) for form, a, b in rng.sample(pairs, missing)]
     generators = GSMSymbolicDataset(GSMSymbolicDatasetConfig(seed=seed)).generators
     problems: dict[str, None] = {}
     for _ in range(20 * n):
@@ -177,7 +196,7 @@ def prompts(n: int, *, held_out: bool = False, seed: int = SEED) -> list[dict[st
         problems[generators[rng.choice(templates)](rng, 1.0)["question"]] = None
     if len(problems) < (n + 1) // 2:
         raise ValueError(f"only {len(problems)} different problems were found; ask for fewer than {n} prompts")
-    # Every form with every subject is all there is; the rest are problems.
+    # Of what is held out every form with every subject is all there is.
     rows = [("general", text) for text in general[: n // 2]] + [("gsm_symbolic", text) for text in problems]
     rng.shuffle(rows)
     return [{"kind": kind, "messages": [{"role": "user", "content": text}]} for kind, text in rows]

@@ -50,6 +50,7 @@ from mtpkern.strategies import Static, Verified
 from mtpkern.train.objective import forward_as
 
 WRONG = 3
+STEPS = ("machine", "compiled", "kernels", "checkpoint", "passes", "layers")
 # Beginnings of the names of ahead-of-time cases; a rehearsal takes the last alone.
 FAMILIES = (
     *("decode_attention bf16 D128", "span_attention bf16 D128", "distill bf16 V144"),
@@ -266,26 +267,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the steps; 0, 1 where one failed, 3 where a kernel is wrong."""
     parser = argparse.ArgumentParser(prog="python -m mtpkern.bench.preflight", description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="which (default: all)")
     parser.add_argument("--results", type=Path, help="a file for the lines of JSON")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     rows, fewer = ((9, 4, 1), (4, 1)) if device.type == "cpu" else (ROWS, ROWS_COMPILED)
     models: list[Any] = []
 
+    def model() -> Any:
+        if not models:
+            torch.manual_seed(0)
+            models.append(step.build(MODEL, device))
+        return models[0]
+
     def passes(device: torch.device) -> Facts:
-        torch.manual_seed(0)
-        models.append(step.build(MODEL, device))
-        facts, action = rows_table(models[0], rows, bodies=True)
-        return {"model": MODEL, **facts, **_profiled(models[0], action)}
+        facts, action = rows_table(model(), rows, bodies=True)
+        return {"model": MODEL, **facts, **_profiled(model(), action)}
 
     def layers(device: torch.device) -> Facts:
         free(device)
-        with layers_compiled(models[0]):
-            facts, action = rows_table(models[0], fewer, bodies=False)
-            return {"model": MODEL, **facts, **_profiled(models[0], action)}
+        with layers_compiled(model()):
+            facts, action = rows_table(model(), fewer, bodies=False)
+            return {"model": MODEL, **facts, **_profiled(model(), action)}
 
     status = 0
     for make in (machine, compiled, kernels, checkpoint, passes, layers):
+        if make.__name__ not in args.steps:
+            continue
         start = time.perf_counter()
         try:
             facts = make(device)

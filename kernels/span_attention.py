@@ -16,8 +16,8 @@ lengths, offsets and k are data that no kernel is compiled for. Sums run in a fi
 give equal bits. Any layout is computed rightly; spans sorted by prefix make the loops short.
 
 Shapes   query [B, Hq, T, D];  key, value [B, Hkv, T, D];  position, prefix_end, span_start, span_end [B, T]
-         sinks [Hq];  out [B, T, Hq, D];  lse, delta [B, Hq, T] float32. The torch form also takes the last rows alone:
-         the keys in front are constants then (a prefix that another pass has read)
+         sinks [Hq];  out [B, T, Hq, D];  lse, delta [B, Hq, T] float32. Queries may be the last rows alone: the keys
+         in front are constants then (a prefix that another pass has read), without gradients
 Traffic  forward reads q, k, v and writes out, 2 T D (Hq + Hkv) elements a sequence, backward twice that; the torch
          form builds the mask [B, T, T] and weights [B, Hq, T, T] besides
 FLOPs    4 Hq D a visible pair forward, 10 Hq D backward; the Triton form computes scores and do . v twice, 14 Hq D.
@@ -88,14 +88,14 @@ if find_spec("triton"):
         return tl.dot(p.to(x.dtype), x, sums, input_precision="ieee")
 
     @triton.jit
-    def _rule(layout, first, o_r, T, window):
+    def _rule(layout, start, o_r, T, window):
         """What rows o_r see: keys lower <= j < end of the prefix, own <= j < stop of the span; no row exists from T."""
         m_r = o_r < T
-        position = tl.load(layout[0] + first + o_r, mask=m_r, other=0)
-        end = tl.load(layout[1] + first + o_r, mask=m_r, other=0)
-        own = tl.where(m_r, tl.load(layout[2] + first + o_r, mask=m_r, other=0), o_r + 1)
+        position = tl.load(layout[0] + start + o_r, mask=m_r, other=0)
+        end = tl.load(layout[1] + start + o_r, mask=m_r, other=0)
+        own = tl.where(m_r, tl.load(layout[2] + start + o_r, mask=m_r, other=0), o_r + 1)
         if len(layout) == 4:
-            stop = tl.load(layout[3] + first + o_r, mask=m_r, other=0)
+            stop = tl.load(layout[3] + start + o_r, mask=m_r, other=0)
         else:
             stop = o_r + 1
         lower = end - position + o_r - own + tl.maximum(position - window + 1, 0)
@@ -158,20 +158,21 @@ if find_spec("triton"):
         d = c - (c1 - c0)
         return tl.where(b < 0, a0 + i, tl.where(c < 0, b0 + b, tl.where(d < 0, c0 + c, d0 + d)))
 
-    @triton.jit(do_not_specialize=["T", "window"])
+    @triton.jit(do_not_specialize=["T", "first", "window"])
     def _forward_kernel(
-        query,  # [B, Hq, T, D]
+        query,  # [B, Hq, T - first, D]: the rows from `first` on
         key,  # [B, Hkv, T, D]
         value,  # [B, Hkv, T, D]
         sinks,  # [Hq]
         layout,  # position, prefix_end, span_start, perhaps span_end: each [B, T] int32
-        out,  # [B, T, Hq, D], written
-        lse,  # [B, Hq, T] float32, written
+        out,  # [B, T - first, Hq, D], written
+        lse,  # [B, Hq, T - first] float32, written
         s_q,  # strides of B, H, T, as all that follow
         s_k,
         s_v,
         s_o,
         T,
+        first,
         Hq,
         G,
         scale,
@@ -186,15 +187,16 @@ if find_spec("triton"):
     ):
         # The last rows see the longest prefixes: they start first, or one of them would be left alone at the end.
         m0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS
+        Tq = T - first
         b = (tl.program_id(0) // Hq).to(tl.int64)
         h = (tl.program_id(0) % Hq).to(tl.int64)
         key += b * s_k[0] + h // G * s_k[1]
         value += b * s_v[0] + h // G * s_v[1]
 
-        o_r = m0 + tl.arange(0, ROWS)
-        rule = _rule(layout, b * T, o_r, T, window)
+        o_q = m0 + tl.arange(0, ROWS)
+        rule = _rule(layout, b * T, first + o_q, T, window)
         p0, f0, f1, p1, s0, s1 = _key_tiles(rule, KEYS)
-        q = _load(query + b * s_q[0] + h * s_q[1], m0, s_q[2], T, ROWS, D, BD, False)
+        q = _load(query + b * s_q[0] + h * s_q[1], m0, s_q[2], Tq, ROWS, D, BD, False)
         if HAS_SINKS:
             m = tl.zeros([ROWS], tl.float32) + tl.load(sinks + h).to(tl.float32) * LOG2_E
             l = tl.full([ROWS], 1.0, tl.float32)
@@ -221,22 +223,22 @@ if find_spec("triton"):
         sees = _sees(rule)
         l = tl.where(sees, l, 1.0)
         sums = tl.where(sees[:, None], sums * (1 / l)[:, None], 0.0)
-        _store(out + b * s_o[0] + h * s_o[1], m0, s_o[2], T, sums, ROWS, D, BD)
+        _store(out + b * s_o[0] + h * s_o[1], m0, s_o[2], Tq, sums, ROWS, D, BD)
         # +inf makes the p of a row that sees nothing 0 in backward.
         b_lse = tl.where(sees, m + tl.log2(l), float("inf"))
-        tl.store(lse + (b * Hq + h) * T + o_r, b_lse, mask=o_r < T)
+        tl.store(lse + (b * Hq + h) * Tq + o_q, b_lse, mask=o_q < Tq)
 
-    @triton.jit(do_not_specialize=["T", "window"])
+    @triton.jit(do_not_specialize=["T", "first", "window"])
     def _dq_kernel(
-        query,  # [B, Hq, T, D]
+        query,  # [B, Hq, T - first, D]
         key,  # [B, Hkv, T, D]
         value,  # [B, Hkv, T, D]
         layout,  # position, prefix_end, span_start, perhaps span_end: each [B, T] int32
-        out,  # [B, T, Hq, D]
-        d_out,  # [B, T, Hq, D]
-        lse,  # [B, Hq, T] float32
-        delta,  # [B, Hq, T] float32, written
-        d_query,  # [B, Hq, T, D], written
+        out,  # [B, T - first, Hq, D]
+        d_out,  # [B, T - first, Hq, D]
+        lse,  # [B, Hq, T - first] float32
+        delta,  # [B, Hq, T - first] float32, written
+        d_query,  # [B, Hq, T - first, D], written
         s_q,  # strides of B, H, T, as all that follow
         s_k,
         s_v,
@@ -244,6 +246,7 @@ if find_spec("triton"):
         s_do,
         s_dq,
         T,
+        first,
         Hq,
         G,
         scale,
@@ -256,21 +259,22 @@ if find_spec("triton"):
         HAS_SOFTCAP: tl.constexpr,
     ):
         m0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS
+        Tq = T - first
         b = (tl.program_id(0) // Hq).to(tl.int64)
         h = (tl.program_id(0) % Hq).to(tl.int64)
         key += b * s_k[0] + h // G * s_k[1]
         value += b * s_v[0] + h // G * s_v[1]
 
-        o_r = m0 + tl.arange(0, ROWS)
-        rule = _rule(layout, b * T, o_r, T, window)
+        o_q = m0 + tl.arange(0, ROWS)
+        rule = _rule(layout, b * T, first + o_q, T, window)
         p0, f0, f1, p1, s0, s1 = _key_tiles(rule, KEYS)
-        do = _load(d_out + b * s_do[0] + h * s_do[1], m0, s_do[2], T, ROWS, D, BD, False)
-        o = _load(out + b * s_o[0] + h * s_o[1], m0, s_o[2], T, ROWS, D, BD, False)
+        do = _load(d_out + b * s_do[0] + h * s_do[1], m0, s_do[2], Tq, ROWS, D, BD, False)
+        o = _load(out + b * s_o[0] + h * s_o[1], m0, s_o[2], Tq, ROWS, D, BD, False)
         b_delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-        b_lse = tl.load(lse + (b * Hq + h) * T + o_r, mask=o_r < T, other=float("inf"))
-        tl.store(delta + (b * Hq + h) * T + o_r, b_delta, mask=o_r < T)
+        b_lse = tl.load(lse + (b * Hq + h) * Tq + o_q, mask=o_q < Tq, other=float("inf"))
+        tl.store(delta + (b * Hq + h) * Tq + o_q, b_delta, mask=o_q < Tq)
 
-        q = _load(query + b * s_q[0] + h * s_q[1], m0, s_q[2], T, ROWS, D, BD, False)
+        q = _load(query + b * s_q[0] + h * s_q[1], m0, s_q[2], Tq, ROWS, D, BD, False)
         dq = tl.zeros([ROWS, BD], tl.float32)
         for MASKED in tl.static_range(2):
             for i in range((f0 - p0) + (p1 - f1) + (s1 - s0) if MASKED else f1 - f0):
@@ -283,7 +287,7 @@ if find_spec("triton"):
                     p = tl.where(_visible(rule, n0 + tl.arange(0, KEYS), 1), p, 0.0)
                 dq = _accumulate(dq, p * (_outer(do, v) - b_delta[:, None]) * slope, k)
         dq = tl.where(_sees(rule)[:, None], dq * scale, 0.0)
-        _store(d_query + b * s_dq[0] + h * s_dq[1], m0, s_dq[2], T, dq, ROWS, D, BD)
+        _store(d_query + b * s_dq[0] + h * s_dq[1], m0, s_dq[2], Tq, dq, ROWS, D, BD)
 
     @triton.jit
     def _extend(a0, a1, f0, f1, o_t, member, sees_all):
@@ -294,29 +298,30 @@ if find_spec("triton"):
         f1 = tl.minimum(f1, tl.min(tl.where(((member & sees_all) == 0) & (o_t > f0), o_t, FAR), 0))
         return a0, a1, f0, f1
 
-    @triton.jit(do_not_specialize=["T", "window"])
+    @triton.jit(do_not_specialize=["T", "first", "window"])
     def _row_tiles_kernel(
         layout,  # position, prefix_end, span_start, perhaps span_end: each [B, T] int32
         plan,  # [B, tiles of keys, 8] int32, written
         T,
+        first,
         window,
         ROWS: tl.constexpr,
         KEYS: tl.constexpr,
         TILES: tl.constexpr,
     ):
-        """Tiles of rows that see a tile of keys: tokens [a0, a1), of them [f0, f1) all of it; spans [b0, b1), [g0, g1).
+        """Tiles of rows from `first` on that see a tile of keys from there: tokens [a0, a1), of them [f0, f1) all of it; spans [b0, b1), [g0, g1).
 
         Written in the order a0, f0, f1, a1, b0, g0, g1, b1. One launch for all heads: it reads the layout only.
         """
         b = tl.program_id(1).to(tl.int64)
-        n0 = tl.program_id(0) * KEYS
+        n0 = first + tl.program_id(0) * KEYS
         n1 = tl.minimum(n0 + KEYS, T)
         a0, a1, f0, f1 = FAR, 0, FAR, FAR
         b0, b1, g0, g1 = FAR, 0, FAR, FAR
-        for t in range(0, tl.cdiv(T, ROWS), TILES):
+        for t in range(0, tl.cdiv(T - first, ROWS), TILES):
             o_t = t + tl.arange(0, TILES)
-            o_r = o_t[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
-            lower, end, own, stop = _rule(layout, b * T, o_r, T, window)
+            o_q = o_t[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+            lower, end, own, stop = _rule(layout, b * T, first + o_q, T, window)
             prefix = (lower < end) & (lower < n1) & (end > n0)
             span = (own < stop) & (own < n1) & (stop > n0)
             sees = tl.max((prefix | span).to(tl.int32), 1) > 0
@@ -341,18 +346,18 @@ if find_spec("triton"):
         tl.store(plan + 6, tl.minimum(tl.maximum(g1, b0), b1))
         tl.store(plan + 7, b1)
 
-    @triton.jit(do_not_specialize=["T", "window"])
+    @triton.jit(do_not_specialize=["T", "first", "window"])
     def _dkdv_kernel(
-        query,  # [B, Hq, T, D]
+        query,  # [B, Hq, T - first, D]
         key,  # [B, Hkv, T, D]
         value,  # [B, Hkv, T, D]
         layout,  # position, prefix_end, span_start, perhaps span_end: each [B, T] int32
         plan,  # [B, tiles of keys, 8] int32
-        d_out,  # [B, T, Hq, D]
-        lse,  # [B, Hq, T] float32
-        delta,  # [B, Hq, T] float32
-        d_key,  # [B, Hkv, T, D], written
-        d_value,  # [B, Hkv, T, D], written
+        d_out,  # [B, T - first, Hq, D]
+        lse,  # [B, Hq, T - first] float32
+        delta,  # [B, Hq, T - first] float32
+        d_key,  # [B, Hkv, T, D], written from `first` on
+        d_value,  # [B, Hkv, T, D], written from `first` on
         s_q,  # strides of B, H, T, as all that follow
         s_k,
         s_v,
@@ -360,6 +365,7 @@ if find_spec("triton"):
         s_dk,
         s_dv,
         T,
+        first,
         Hkv,
         G,
         scale,
@@ -372,13 +378,14 @@ if find_spec("triton"):
         HAS_SOFTCAP: tl.constexpr,
     ):
         # The first keys, seen by the most rows, start first.
-        n0 = tl.program_id(1) * KEYS
+        n0 = first + tl.program_id(1) * KEYS
+        Tq = T - first
         b = (tl.program_id(0) // Hkv).to(tl.int64)
         h = (tl.program_id(0) % Hkv).to(tl.int64)
         query += b * s_q[0] + h * G * s_q[1]
         d_out += b * s_do[0] + h * G * s_do[1]
-        lse += (b * Hkv + h) * G * T
-        delta += (b * Hkv + h) * G * T
+        lse += (b * Hkv + h) * G * Tq
+        delta += (b * Hkv + h) * G * Tq
         plan += (b * tl.num_programs(1) + tl.program_id(1)) * 8
         a0 = tl.load(plan)
         f0 = tl.load(plan + 1)
@@ -403,20 +410,20 @@ if find_spec("triton"):
             for _ in range(n * G):
                 i_m = _pick(i, a0, f0, f1, a1, b0, g0, g1) if MASKED else _pick(i, f0, f1, g0, g1, 0, 0, 0)
                 m0 = i_m * ROWS
-                o_r = m0 + tl.arange(0, ROWS)
-                q = _load(query + g * s_q[1], m0, s_q[2], T, ROWS, D, BD, not MASKED)
-                do = _load(d_out + g * s_do[1], m0, s_do[2], T, ROWS, D, BD, not MASKED)
+                o_q = m0 + tl.arange(0, ROWS)
+                q = _load(query + g * s_q[1], m0, s_q[2], Tq, ROWS, D, BD, not MASKED)
+                do = _load(d_out + g * s_do[1], m0, s_do[2], Tq, ROWS, D, BD, not MASKED)
                 if MASKED:
-                    b_lse = tl.load(lse + g * T + o_r, mask=o_r < T, other=float("inf"))
-                    b_delta = tl.load(delta + g * T + o_r, mask=o_r < T, other=0.0)
+                    b_lse = tl.load(lse + g * Tq + o_q, mask=o_q < Tq, other=float("inf"))
+                    b_delta = tl.load(delta + g * Tq + o_q, mask=o_q < Tq, other=0.0)
                 else:
-                    b_lse = tl.load(lse + g * T + o_r)
-                    b_delta = tl.load(delta + g * T + o_r)
+                    b_lse = tl.load(lse + g * Tq + o_q)
+                    b_delta = tl.load(delta + g * Tq + o_q)
                 # Scores stand [keys, rows], so that no product needs p transposed.
                 s, slope = _logits(_outer(k, q), scale, softcap, HAS_SOFTCAP)
                 p = tl.exp2(s - b_lse[None, :])
                 if MASKED:
-                    p = tl.where(_visible(_rule(layout, b * T, o_r, T, window), o_n, 0), p, 0.0)
+                    p = tl.where(_visible(_rule(layout, b * T, first + o_q, T, window), o_n, 0), p, 0.0)
                 dv = _accumulate(dv, p, do)
                 dk = _accumulate(dk, p * (_outer(v, do) - b_delta[None, :]) * slope, q)
                 i += 1
@@ -537,7 +544,8 @@ def _forward(query, key, value, sinks, layout, scale, softcap, window):
             out,
             lse,
             *_strides(query, key, value, out.transpose(1, 2)),
-            rows,
+            key.shape[2],
+            key.shape[2] - rows,
             heads,
             heads // kv_heads,
             scale,
@@ -564,10 +572,13 @@ def _forward_fake(query, *_):
 def _backward(query, key, value, out, lse, d_out, layout, scale, softcap, window):
     """Gradients of query, key and value, and `delta`."""
     d_query, d_key, d_value, delta = _backward_fake(query, key, value, out, lse)
+    for x in (d_key, d_value):
+        x[:, :, : key.shape[2] - query.shape[2]] = 0
     out, d_out = out.transpose(1, 2), d_out.transpose(1, 2)
     query, key, value, d_out = map(_addressable, (query, key, value, d_out))
     (batch, heads, rows, _), kv_heads = query.shape, key.shape[1]
     layout = tuple(layout)
+    extent = key.shape[2], key.shape[2] - rows
     tail = heads // kv_heads, scale, softcap or 0.0, window
 
     options = _options("dq", query, softcap)
@@ -583,7 +594,7 @@ def _backward(query, key, value, out, lse, d_out, layout, scale, softcap, window
             delta,
             d_query,
             *_strides(query, key, value, out, d_out, d_query),
-            rows,
+            *extent,
             heads,
             *tail,
             **options,
@@ -593,7 +604,7 @@ def _backward(query, key, value, out, lse, d_out, layout, scale, softcap, window
     plan = lse.new_empty(batch, tiles, 8, dtype=torch.int32)
     sizes = {name: options[name] for name in ("ROWS", "KEYS")}
     with on_device(query):
-        _row_tiles_kernel[tiles, batch](layout, plan, rows, window, **sizes, TILES=1024 // sizes["ROWS"])
+        _row_tiles_kernel[tiles, batch](layout, plan, *extent, window, **sizes, TILES=1024 // sizes["ROWS"])
         _dkdv_kernel[batch * kv_heads, tiles](
             query,
             key,
@@ -606,7 +617,7 @@ def _backward(query, key, value, out, lse, d_out, layout, scale, softcap, window
             d_key,
             d_value,
             *_strides(query, key, value, d_out, d_key, d_value),
-            rows,
+            *extent,
             kv_heads,
             *tail,
             **options,
@@ -711,7 +722,7 @@ def span_attention(
     if position.shape != (batch, rows):
         raise ValueError(f"position must be [B, T] = {(batch, rows)}; got {tuple(position.shape)}")
     rule = position, prefix_end, span_start, span_end
-    if query.is_cuda and queries == rows and dim <= MAX_HEAD_DIM and query.dtype != torch.float64:
+    if query.is_cuda and dim <= MAX_HEAD_DIM and query.dtype != torch.float64:
         return span_attention_triton(query, key, value, *rule, scale=scale, window=window, softcap=softcap, sinks=sinks)
     return span_attention_reference(
         query, key, value, *rule, scale=scale, window=window, softcap=softcap, sinks=sinks, mask=mask

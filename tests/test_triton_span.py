@@ -96,9 +96,10 @@ def draw(rule, heads, kv_heads, dim, dtype, sinks=False):
 
 def eager(query, key, value, *rule, scale, window=None, softcap=None, sinks=None):
     """Attention as transformers' eager form computes it, every step in the dtype of the inputs."""
-    groups = query.shape[1] // key.shape[1]
+    groups, before = query.shape[1] // key.shape[1], key.shape[2] - query.shape[2]
+    key, value = (torch.cat([x[:, :, :before].detach(), x[:, :, before:]], 2) for x in (key, value))
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    mask = span_mask(*rule, window=window)[:, None]
+    mask = span_mask(*rule, window=window)[:, None, before:]
     score = query @ key.mT * scale
     if softcap is not None:
         score = torch.tanh(score / softcap) * softcap
@@ -160,6 +161,29 @@ def test_error_is_that_of_eager(monkeypatch, layout, tiles, heads, dim, dtype, o
     assert_errs_like_eager(leaves, d_out, rule, **options)
 
 
+@pytest.mark.parametrize(
+    ("layout", "first", "dtype", "options", "sinks"),
+    [
+        ("ragged", 40, torch.float32, {}, False),
+        ("ragged", 40, torch.bfloat16, {"window": 5}, True),
+        ("documents", 40, torch.float16, {"softcap": 2.0}, False),
+        ("both_ways", 41, torch.float32, {}, False),
+        ("arbitrary_both_ways", 17, torch.float32, {"window": 9}, True),
+        ("arbitrary", 44, torch.float32, {}, False),
+    ],
+)
+def test_the_last_rows_alone(monkeypatch, layout, first, dtype, options, sinks):
+    """The keys in front are constants, their gradient is 0; what lies in front of the queries is never touched."""
+    tile(monkeypatch, 16, 32)
+    rule = tuple(x.to(DEVICE) for x in LAYOUTS[layout]())
+    leaves, d_out = draw(rule, 2, 1, 16, dtype, sinks)
+    leaves[0], d_out = leaves[0][:, :, first:], d_out[:, first:]
+    assert_errs_like_eager(leaves, d_out, rule, scale=0.25, **options)
+    for x in gradients(span_attention_triton, leaves, d_out, rule, scale=0.25, **options)[2:4]:
+        assert (x[:, :, :first] == 0).all()
+        assert x[:, :, first:].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_the_tiles_that_are_shipped(dtype):
     """On rows that fill no tile and several: 150 tokens, 3 spans of 15 masks."""
@@ -201,7 +225,7 @@ def test_plan_visits_each_tile_once_and_masks_where_it_must(layout, window):
     (B, T), ROWS, KEYS = rule[0].shape, 4, 8
     plan = torch.empty(B, -(-T // KEYS), 8, dtype=torch.int32, device=DEVICE)
     layout = tuple(x.to(DEVICE) for x in rule)
-    module._row_tiles_kernel[plan.shape[1], B](layout, plan, T, window, ROWS=ROWS, KEYS=KEYS, TILES=4)
+    module._row_tiles_kernel[plan.shape[1], B](layout, plan, T, 0, window, ROWS=ROWS, KEYS=KEYS, TILES=4)
     mask = span_mask(*rule, window=None if window > T else window)
     padded = torch.zeros(B, -(-T // ROWS) * ROWS, -(-T // KEYS) * KEYS, dtype=torch.bool)
     padded[:, :T, :T] = mask
@@ -224,7 +248,7 @@ def test_plan_of_a_sorted_layout_is_tight():
     layout = build_layout(torch.tensor([[8, 16, 24, 32]]), torch.tensor([32]), 9, num_tokens=32)
     plan = torch.empty(1, 8, 8, dtype=torch.int32, device=DEVICE)
     rule = tuple(x.to(DEVICE) for x in (layout.position, layout.prefix_end, layout.span_start))
-    module._row_tiles_kernel[8, 1](rule, plan, 64, 1 << 30, ROWS=8, KEYS=8, TILES=4)
+    module._row_tiles_kernel[8, 1](rule, plan, 64, 0, 1 << 30, ROWS=8, KEYS=8, TILES=4)
     # Tiles 0-3 are tokens; tile 4 + m is the span behind 8 (m + 1) tokens.
     assert plan[0, 1].tolist() == [1, 2, 4, 4, 5, 5, 8, 8]
     # A tile of mask rows is seen by its own span, in part.

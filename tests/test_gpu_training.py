@@ -7,14 +7,19 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
+from mtpkern.adapter import gate_of
 from mtpkern.attention import attention_context
 from mtpkern.kernels import distill, span_attention
 from mtpkern.kernels.distill import Head, distill_loss, distill_loss_reference, head_readout
 from mtpkern.kernels.span_mask import span_mask
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.config import MTPConfig
+from mtpkern.train.gated import BehindPrefixContext, gated_loss
+from mtpkern.train.gated_trainer import GatedTrainer
 from mtpkern.train.layout import build_layout, draw_prefixes
+from mtpkern.train.lora import add_gated_lora
 from mtpkern.train.objective import SpanContext, mtp_loss
+from mtpkern.train.prefix import texts_of
 from mtpkern.train.trainer import MTPTrainer
 
 pytestmark = pytest.mark.gpu
@@ -324,6 +329,35 @@ def test_autocast_and_activation_checkpointing(name):
         assert torch.nn.functional.cosine_similarity(b.flatten(), e.flatten(), dim=0) > 0.9
 
 
+def gated_step(name, device, **options):
+    """Sums and gradients of one gated step on ragged texts, from the same start on every device."""
+    peft_model = add_gated_lora(tiny_models(name, **MODELS[name])[0], rank=4, k_max=5, seed=1)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for n, parameter in peft_model.named_parameters():
+            if "lora_B" in n:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    model = peft_model.to(device).get_base_model()
+    layout = build_layout(torch.tensor([[3, 9, 20, 31], [2, 11, 17, 0]]), torch.tensor([34, 21]), 5, num_tokens=34)
+    tokens = torch.randint(1, 60, (2, 34), generator=torch.Generator().manual_seed(1)).to(device)
+    context = BehindPrefixContext(layout.to(device), texts_of(layout, 34))
+    with attention_context(model, context), gate_of(model).open_for_training():
+        sums = gated_loss(model, tokens, context, eos_token_ids=torch.tensor([0], device=device), **options)
+        sums.span.backward()
+    gradients = [x.grad.to("cpu", copy=True) for x in peft_model.parameters() if x.requires_grad]
+    return sums.span.detach().cpu(), gradients
+
+
+@pytest.mark.parametrize(("name", "target"), itertools.product(MODELS, ("gt", "hard", "soft")))
+def test_a_gated_step_equals_the_torch_path(name, target):
+    """In float32: the mask rows through the kernel for the last rows, the prefixes of all texts in one row."""
+    want, want_grads = gated_step(name, "cpu", target=target)
+    loss, grads = gated_step(name, DEVICE, target=target)
+    torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-4)
+    for a, b in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()) + 1e-7)
+
+
 class WatchSteps(TrainerCallback):
     """From the start of the fifth step to the end of the seventh, waiting for the device is an error."""
 
@@ -338,7 +372,9 @@ class WatchSteps(TrainerCallback):
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"packing": True}, {"torch_compile": True}], ids=["plain", "packed", "compiled"]
+    "change",
+    [{}, {"packing": True}, {"torch_compile": True}, {"gated": True, "lora_rank": 4}],
+    ids=["plain", "packed", "compiled", "gated"],
 )
 def test_the_trainers_loop_waits_for_nothing(tmp_path, change):
     """Between two logs: loading, drawing, micro-batches, clipping and optimizer; k and lengths differ every step."""
@@ -346,11 +382,11 @@ def test_the_trainers_loop_waits_for_nothing(tmp_path, change):
     student.config.eos_token_id = 0
     texts = [{"input_ids": [1 + (i + j) % 50 for j in range(20 + i % 9)], "prompt_length": 3} for i in range(64)]
     options = {"max_steps": 8, "logging_steps": 8, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
-    run = MTPTrainer(
+    of_kind = (GatedTrainer, {}) if "gated" in change else (MTPTrainer, {"teacher": teacher, "mask_token_id": 60})
+    run = of_kind[0](
         model=student,
-        teacher=teacher,
+        **of_kind[1],
         args=MTPConfig(str(tmp_path), k_max=6, num_spans=3, bf16=True, save_strategy="no", **options, **change),
-        mask_token_id=60,
         train_dataset=texts,
         data_collator=MTPCollator(0),
         callbacks=[WatchSteps()],

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from mtpkern.attention import AttentionContext, routed
 from mtpkern.kernels.span_attention import span_attention
 from mtpkern.kernels.span_mask import span_mask
-from mtpkern.train.layout import Layout
+from mtpkern.train.layout import Layout, send
 
 Layers = dict[int, tuple[Tensor, Tensor]]
 
@@ -153,7 +153,7 @@ class Prefixes:
     def _run(self, model: PreTrainedModel, tokens: Tensor, group: Sequence[Text]) -> tuple[Tensor, ...]:
         """Keys and values of all layers side by side [T, sum of Hkv D], hidden states [T, H] if asked for."""
         ids = torch.cat([tokens[text.row, text.start : text.end] for text in group])[None]
-        position = torch.cat([torch.arange(len(text), dtype=torch.int32) for text in group])[None].to(ids.device)
+        position = send(torch.cat([torch.arange(len(text), dtype=torch.int32) for text in group])[None], ids.device)
         context = PrefixContext(position)
         with torch.no_grad(), routed(model, context):
             states = hidden_states(model, ids, position, context)

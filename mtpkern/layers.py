@@ -89,6 +89,7 @@ class CompiledLayers:
             except Exception as error:  # a compiler's may be anything
                 if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                     raise  # of the capture, and announced there
+                error = getattr(error, "inner_exception", error)  # what torch wraps says more
                 self._announce(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
             return forward(*args, **kwargs)
 

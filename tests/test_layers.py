@@ -178,9 +178,7 @@ def test_layers_that_cannot_be_compiled_go_on(tiny: SimpleNamespace, monkeypatch
         CompiledLayers(torch.nn.Linear(2, 2))
 
 
-def test_memory_that_runs_out_is_no_matter_of_compiling(
-    tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_that_runs_out_is_no_matter_of_compiling(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("llama", num_hidden_layers=1)
 
     def fail(*args: Any, **options: Any) -> None:

@@ -65,9 +65,9 @@ def pass_tables(name: str, model: PreTrainedModel, points: Sequence[Point]) -> I
             rows.append((str(at.B), str(at.L), str(at.R), *cells, *shares))
             records.append({**vars(at), "us": plain, "compiled_us": fast, "floor_us": least})
             note = (
-                "bf16, random weights, µs in a graph, median (least–greatest); every row in use. compiled: each decoder "
-                "layer through torch.compile before the capture, attention kept out. Floor: weights, keys and values "
-                "read once; "
+                "bf16, random weights, µs in a graph, median (least–greatest); every row in use. compiled: each "
+                "decoder layer through torch.compile before the capture, attention kept out. Floor: weights, keys and "
+                "values read once; "
                 f"{peak(device).source}."
             )
             header = ("batch", "context", "rows", "pass", "compiled", "ratio", "floor", "share", "share, compiled")

@@ -5,8 +5,8 @@ address from step to step and from run to run, and nothing in a step waits for t
 on a GPU the whole step is one CUDA graph (mtpkern.graph).
 
 Where the host waits for the device, in a run on a GPU: nowhere in `prefill` but where transformers looks whether a mask
-is needed at all (it does for prompts with padding), nowhere in `run` but for the poll's event, a few steps behind, for
-the capture of a new graph, and without a graph where the buffers may have to grow: each time they may have filled up.
+is needed at all (it does for prompts with padding), nowhere in `run` but for the poll's event, a step behind, for the
+capture of a new graph, and without a graph where the buffers may have to grow: each time they may have filled up.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FREE_ROWS_CPU = 16
 FIRST_SLOTS = 512
 # Slots that attention reads are rounded up to whole vectors.
 SLOT_STEP = 16
-# How many steps the host runs ahead of what it knows: enough to keep a GPU fed, and each one is a whole pass for nothing.
+# How many steps the host runs ahead of what it knows: one keeps a GPU fed, and each is a pass for nothing at the end.
 LAG = 1
 # Tokens of a prefill pass, over the whole batch: enough to keep a GPU busy, few enough for its memory.
 PREFILL_CHUNK = 8192
@@ -217,11 +217,12 @@ class Decoder:
         self.cache.memo.clear()
         if self.cache.proven:
             with self._compiled():
-                return self._take_in(self._forward(route))
-        # A first pass runs as it is: it notes which layers attend, and what is wrong with a model it says plainly.
-        self.cache.attended.clear()
-        logits = self._forward(route)
-        self._require_attended()
+                logits = self._forward(route)
+        else:
+            # A first pass runs as it is: it notes which layers attend, and what is wrong with a model it says plainly.
+            self.cache.attended.clear()
+            logits = self._forward(route)
+            self._require_attended()
         return self._take_in(logits)
 
     def _compiled(self) -> AbstractContextManager[None]:

@@ -122,9 +122,9 @@ def generate(
     options = {"batch_invariant": batch_invariant, "wait": wait, "check_model": check_model}
     for name, value in options.items():
         require_bool(name, value)
-    for name, value in {"use_graph": use_graph, "compile": compile}.items():
-        if value is not None:
-            require_bool(name, value)
+    for name, asked in {"use_graph": use_graph, "compile": compile}.items():
+        if asked is not None:
+            require_bool(name, asked)
     graph = wants_graph(use_graph, model.device)
     prefill_chunk = whole_number("prefill_chunk", prefill_chunk, least=1)
     rows = None if rows is None else whole_number("rows", rows, least=1)

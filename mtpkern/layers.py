@@ -27,8 +27,8 @@ from mtpkern.routing import attention_apart
 COMPILE_ON_CUDA = False
 # Of torch.compile.
 BACKEND = "inductor"
-# Forms of one piece of code, for models and shapes: torch's own limit of eight would end in uncompiled layers.
-FORMS = 256
+# Forms of one piece of code, for models and shapes; torch's own limit is eight. Behind it nothing runs as it is unsaid.
+_LIMIT: dict[str, Any] = {"recompile_limit": 256, "fail_on_recompile_limit_hit": True}
 
 
 def wants_compile(compile: bool | None, device: torch.device) -> bool:
@@ -66,7 +66,7 @@ class CompiledLayers:
         try:
             for layer, call in self.calls:
                 vars(layer)["forward"] = call
-            with attention_apart(), torch._dynamo.config.patch(recompile_limit=FORMS):
+            with attention_apart(), torch._dynamo.config.patch(_LIMIT):
                 yield
         finally:
             for (layer, _), forward in zip(self.calls, before):

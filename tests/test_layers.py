@@ -1,4 +1,4 @@
-"""Compiled decoder layers in decoding: the same tokens, few forms for all layers, and a model that is left as it was."""
+"""Compiled decoder layers in decoding: the same tokens, few forms for all layers, a model left as it was."""
 
 import gc
 import warnings
@@ -125,9 +125,15 @@ def test_the_model_is_left_as_it_was(forms: list[Any], tiny: SimpleNamespace) ->
     model.model.layers[1].forward = own
     before = fingerprint(model)
     generate(tiny, model, compile=True)
-    with pytest.raises(ZeroDivisionError), CompiledLayers(model)():
-        assert "forward" in vars(model.model.layers[0])
-        raise ZeroDivisionError
+    compiled = CompiledLayers(model)
+
+    def fail() -> None:
+        with compiled():
+            assert "forward" in vars(model.model.layers[0])
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert "forward" not in vars(model.model.layers[0])
     assert vars(model.model.layers[1])["forward"] is own
     assert fingerprint(model) == before
@@ -176,6 +182,17 @@ def test_layers_that_cannot_be_compiled_go_on(tiny: SimpleNamespace, monkeypatch
     assert len([w for w in caught if "could not compile" in str(w.message)]) == len(tried) == 1
     with pytest.warns(RuntimeWarning, match="Linear has no decoder layers"):
         CompiledLayers(torch.nn.Linear(2, 2))
+
+
+def test_one_form_too_many_is_announced(
+    forms: list[Any], tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(layers._LIMIT, "recompile_limit", 1)
+    model = tiny.model("gemma3_text", **{**WINDOWS, "layer_types": WINDOWS["layer_types"][:2]})
+    ids, _ = tiny.prompts(9)
+    with pytest.warns(RuntimeWarning, match="could not compile the model's layers.*recompile_limit"):
+        found = mtpkern.generate(model, ids, max_new_tokens=4, compile=True)
+    assert torch.equal(found, mtpkern.generate(model, ids, max_new_tokens=4))
 
 
 def test_memory_that_runs_out_is_no_matter_of_compiling(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

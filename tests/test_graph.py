@@ -382,6 +382,7 @@ def test_compiled_layers_are_captured_and_kept(
     monkeypatch.setattr(layers, "BACKEND", lambda module, inputs: (made.append(0), module.forward)[1])
     torch._dynamo.reset()
     model = tiny.model("llama")
+    model.model.layers[0].owner = [model]  # as adapters and hooks refer to it
     expected = generate(tiny, model, 6, 4, use_graph=False)
     assert_same(generate(tiny, model, 6, 4, compile=True), expected)
     (decoder,) = kept(model)

@@ -1,4 +1,4 @@
-"""The model through torch.compile: what fusing its own small operations is worth, for our step and for Hugging Face's.
+"""The layers through torch.compile: what fusing their small operations is worth, for our step and for Hugging Face's.
 
 `python -m mtpkern.bench.compiled` captures steps in CUDA graphs with `compile` off and on, times `generate` as people
 call it, and writes bench/results/compiled.{md,json}. Compiling takes most of the time.
@@ -44,7 +44,7 @@ def times(model: PreTrainedModel, points: Sequence[Point]) -> Iterator[tuple[Poi
                 found = timed(
                     {PLAIN: plain.step, COMPILED: fused.step}, model.device, reset=partial(reset, [plain, fused])
                 )
-        # A forward that cannot be compiled runs as it is, and a warning says so.
+        # Layers that cannot be compiled run as they are, and a warning says so.
         yield at, found, [f"{COMPILED}: {w.message}" for w in caught if issubclass(w.category, RuntimeWarning)]
 
 
@@ -65,8 +65,9 @@ def pass_tables(name: str, model: PreTrainedModel, points: Sequence[Point]) -> I
             rows.append((str(at.B), str(at.L), str(at.R), *cells, *shares))
             records.append({**vars(at), "us": plain, "compiled_us": fast, "floor_us": least})
             note = (
-                "bf16, random weights, µs in a graph, median (least–greatest); every row in use. compiled: the model's "
-                "forward through torch.compile before the capture. Floor: weights, keys and values read once; "
+                "bf16, random weights, µs in a graph, median (least–greatest); every row in use. compiled: each "
+                "decoder layer through torch.compile before the capture, attention kept out. Floor: weights, keys and "
+                "values read once; "
                 f"{peak(device).source}."
             )
             header = ("batch", "context", "rows", "pass", "compiled", "ratio", "floor", "share", "share, compiled")
@@ -95,7 +96,10 @@ def generate_table(name: str, model: PreTrainedModel) -> Table:
     ids = torch.randint(2, model.config.vocab_size, (1, 4 * n), device=device)
     options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": n, "do_sample": False}
     ways: dict[str, Callable[[], object]] = {
-        "mtpkern.generate, Static(1)": partial(generate, model, ids, strategy=Static(1), **options),
+        "mtpkern.generate, Static(1)": partial(generate, model, ids, strategy=Static(1), compile=False, **options),
+        "mtpkern.generate, Static(1), compiled": partial(
+            generate, model, ids, strategy=Static(1), compile=True, **options
+        ),
         "HF generate": partial(model.generate, ids, **options),
         "HF generate, static cache, compiled": partial(model.generate, ids, cache_implementation="static", **options),
     }
@@ -132,7 +136,7 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
     """Qwen3-4B compiled at batch 1, 16 and 64; unless quick, Hugging Face's generate, and Llama-3.1-8B."""
     cpu = device.type == "cpu"
     # To rehearse, tracing is enough; a CPU's code would need a C++ compiler.
-    with patch("mtpkern.graph.BACKEND", "eager") if cpu else nullcontext():
+    with patch("mtpkern.layers.BACKEND", "eager") if cpu else nullcontext():
         model = build("Qwen3-4B", device)
         yield from pass_tables("Qwen3-4B", model, grid(device))
         if quick and not cpu:

@@ -24,18 +24,17 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.modeling_layers import GradientCheckpointingLayer
+from torch import Tensor
 
-from mtpkern.attention import NAME, attention_context, mtpkern_attention
+from mtpkern.attention import attention_context
 from mtpkern.bench import decode_attention, distill, kv_write, readout, span_attention, step
 from mtpkern.bench.harness import as_json, environment
 from mtpkern.bench.timing import Action, difference, free, kernels_by_name, launches, peak, reason, timed
@@ -47,7 +46,6 @@ from mtpkern.kernels.distill import Head, head_readout
 from mtpkern.kernels.kv_write import kv_write as write
 from mtpkern.kernels.kv_write import kv_write_reference
 from mtpkern.strategies import Static, Verified
-from mtpkern.train.objective import forward_as
 
 WRONG = 3
 STEPS = ("machine", "compiled", "kernels", "checkpoint", "passes", "layers")
@@ -217,45 +215,30 @@ def checkpoint(device: torch.device) -> Facts:
     return {"equal": list(ways), "warnings": sorted({str(w.message)[:300] for w in caught})}
 
 
-@contextmanager
-def layers_compiled(model: nn.Module) -> Iterator[None]:
-    """Each decoder layer through torch.compile for fixed shapes, with a break at attention; else as it was."""
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    # To rehearse, tracing is enough; a CPU's code would need a C++ compiler.
-    backend = "eager" if next(model.parameters()).device.type == "cpu" else "inductor"
-    with ExitStack() as stack:
-        stack.enter_context(torch._dynamo.config.patch(recompile_limit=64))
-        # A layer's number and its caches stay out of the form, so that one serves all layers.
-        AttentionInterface.register(NAME, torch.compiler.disable(mtpkern_attention))
-        stack.callback(AttentionInterface.register, NAME, mtpkern_attention)
-        for layer in layers:
-            stack.enter_context(forward_as(layer, torch.compile(layer.forward, dynamic=False, backend=backend)))
-        yield
-
-
-def rows_table(model: Any, rows: Sequence[int], *, bodies: bool) -> tuple[Facts, Action]:
-    """Microseconds of a pass by its rows, and of its body where asked for; and the last pass but one itself.
+def rows_table(model: Any, rows: Sequence[int], *, compile: bool) -> tuple[Facts, Action]:
+    """Microseconds of a pass by its rows, and of its body unless compiled; and the last pass but one itself.
 
     Of one text, in the middle of it; rows are made many by a large k.
     """
     device = model.device
     L = 24 if device.type == "cpu" else 2048
+    room = step.PASSES * (rows[0] // 2 + 1)
     stands: list[step.Stand] = []
     whole, body = {}, {}
     for R in rows:
         at = step.Point(1, L, R // 2 + 1, R)
         share = stands[0] if stands else None
-        stand = step.Stand(model, at, Static(at.k), share=share, room=step.PASSES * (rows[0] // 2 + 1))
+        stand = step.Stand(model, at, Static(at.k), share=share, room=room, compile=compile)
         stands.append(stand)
-        actions: dict[str, Action] = {"whole": stand.step, **({"body": stand.body} if bodies else {})}
+        actions: dict[str, Action] = {"whole": stand.step, **({} if compile else {"body": stand.body})}
         with attention_context(model, step.Body()):
             found = timed(actions, device, rounds=10, reset=stand.reset)
         whole[R] = round(found["whole"].median, 1)
-        if bodies:
+        if not compile:
             body[R] = round(found["body"].median, 1)
     stands[-2].reset()
     facts = {"us_by_rows": whole, "floor_us": round(step.floor(model, step.Point(1, L, 1, 1)), 1)}
-    return facts | ({"body_us_by_rows": body} if bodies else {}), stands[-2].step
+    return facts | ({} if compile else {"body_us_by_rows": body}), stands[-2].step
 
 
 def _profiled(model: Any, action: Action) -> Facts:
@@ -281,13 +264,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return models[0]
 
     def passes(device: torch.device) -> Facts:
-        facts, action = rows_table(model(), rows, bodies=True)
+        facts, action = rows_table(model(), rows, compile=False)
         return {"model": MODEL, **facts, **_profiled(model(), action)}
 
     def layers(device: torch.device) -> Facts:
         free(device)
-        with layers_compiled(model()):
-            facts, action = rows_table(model(), fewer, bodies=False)
+        # To rehearse, tracing is enough; a CPU's code would need a C++ compiler.
+        backend = patch("mtpkern.layers.BACKEND", "eager") if device.type == "cpu" else nullcontext()
+        with backend, warnings.catch_warnings():
+            # Layers that run uncompiled would be measured as compiled.
+            warnings.filterwarnings("error", "torch.compile could not compile", RuntimeWarning)
+            facts, action = rows_table(model(), fewer, compile=True)
             return {"model": MODEL, **facts, **_profiled(model(), action)}
 
     status = 0

@@ -83,6 +83,8 @@ class Gate:
         # A training pass, whose rows are masks all of them; seen by all threads, because activation checkpointing runs
         # the forward again in one of autograd's.
         self.all_rows = False
+        # What torch.compile reads, which knows no context variables; the thread that holds the model has opened it.
+        self.opened: Tensor | bool = False
 
     def record(self, **settings: Any) -> None:
         """Change what the adapter's folder will record."""
@@ -93,6 +95,8 @@ class Gate:
         """The adapted rows [B, T] bool of this thread's pass; True for all, False for none."""
         if self.all_rows:
             return True
+        if torch.compiler.is_compiling():
+            return self.opened
         opened = _opened.get()
         return opened[1] if opened is not None and opened[0] is self else False
 
@@ -100,9 +104,11 @@ class Gate:
     def open(self, rows: Tensor) -> Iterator[None]:
         """Adapt these rows [B, T] of the passes inside the block."""
         token = _opened.set((self, rows))
+        before, self.opened = self.opened, rows
         try:
             yield
         finally:
+            self.opened = before
             _opened.reset(token)
 
     @contextmanager

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from mtpkern.routing import CAPTURE, NAME, AttentionContext, plain_name, route_of, routed_config
+from mtpkern.routing import APART, CAPTURE, NAME, AttentionContext, plain_name, route_of, routed_config
 
 # Keyword tensors that transformers hands to every attention function and that hold nothing our rows do not know.
 _KNOWN_TENSORS = {"position_ids", "cache_position", "position_embeddings"}
@@ -82,7 +82,7 @@ def mtpkern_attention(
 def _plain_attention(module: torch.nn.Module) -> Callable[..., Any]:
     """The attention function of a layer that nobody routes, but whose config has answered as if: see `routing.asks`."""
     name = plain_name(getattr(module, "config", None))
-    if name in (None, NAME):
+    if name in (None, NAME, APART):
         raise RuntimeError(
             f"attention {NAME!r} is mtpkern's own and runs only inside mtpkern.generate or attention_context; "
             "load the model with attn_implementation='sdpa' or 'eager'"
@@ -107,6 +107,7 @@ def _plain_mask(*args: Any, config: Any, **kwargs: Any) -> Any:
 
 
 AttentionInterface.register(NAME, mtpkern_attention)
+AttentionInterface.register(APART, torch.compiler.disable(mtpkern_attention))
 AttentionInterface.register(CAPTURE, capturing_attention)
 AttentionMaskInterface.register(CAPTURE, _plain_mask)
 

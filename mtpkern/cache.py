@@ -68,6 +68,14 @@ class KVCache:
                 value.new_zeros(B, Hkv, self.held + 1, value.shape[-1]),
             )
         k_cache, v_cache = self.layers[layer]
+        for name, x, cached in (("keys", key, k_cache), ("values", value, v_cache)):
+            here, there = ((y.shape[1], y.shape[3], y.dtype, y.device) for y in (x, cached))
+            if here != there:
+                raise ValueError(
+                    f"{self.model_name}: layer {layer} caches {name} of {here[0]} heads of {here[1]} in {here[2]} on "
+                    f"{here[3]}, and the buffers have been made for {there[0]} of {there[1]} in {there[2]} on "
+                    f"{there[3]}; mtpkern decodes models whose layers keep to one form"
+                )
         seq = torch.arange(slot.shape[0], device=slot.device)[:, None].expand_as(slot)
         kv_write(
             k_cache,

@@ -5,14 +5,13 @@ address from step to step and from run to run, and nothing in a step waits for t
 on a GPU the whole step is one CUDA graph (mtpkern.graph).
 
 Where the host waits for the device, in a run on a GPU: nowhere in `prefill` but where transformers looks whether a mask
-is needed at all (it does for prompts with padding), nowhere in `run` but for the poll's event, a few steps behind, for
-the capture of a new graph, and without a graph where the buffers may have to grow: each time they may have filled up.
+is needed at all (it does for prompts with padding), nowhere in `run` but for the poll's event, a step behind, for the
+capture of a new graph, and without a graph where the buffers may have to grow: each time they may have filled up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,9 +22,10 @@ from transformers import PreTrainedModel
 from mtpkern.adapter import gated
 from mtpkern.attention import AttentionContext, captured
 from mtpkern.cache import CapturedPrefill, KVCache, PrefillCache
-from mtpkern.graph import StepGraph, compiled, wants_graph
+from mtpkern.graph import StepGraph, wants_graph
 from mtpkern.kernels.advance import RUNNING, Rows, Sequences, advance
 from mtpkern.kernels.readout import readout
+from mtpkern.layers import CompiledLayers
 from mtpkern.model import has_latent_attention, learned_positions
 from mtpkern.strategies import Strategy
 
@@ -36,8 +36,8 @@ FREE_ROWS_CPU = 16
 FIRST_SLOTS = 512
 # Slots that attention reads are rounded up to whole vectors.
 SLOT_STEP = 16
-# How many steps the host runs ahead of what it knows: enough to keep a GPU fed, few enough to waste.
-LAG = 3
+# How many steps the host runs ahead of what it knows: one keeps a GPU fed, and each is a pass for nothing at the end.
+LAG = 1
 # Tokens of a prefill pass, over the whole batch: enough to keep a GPU busy, few enough for its memory.
 PREFILL_CHUNK = 8192
 
@@ -72,7 +72,7 @@ class Decoder:
     from batch * k up. Capacity counts tokens; scratch slots for masks behind drafts come on top.
 
     use_graph: capture the step in a CUDA graph; None does where there is a CUDA device.
-    compile: send the model's forward through `torch.compile` (not the prefill), which fuses its small operations.
+    compile: send the model's layers through `torch.compile`, for passes alone (see `mtpkern.layers`).
     batch_invariant: no bit of the attention depends on what else is in the batch (see `decode_attention`); the model's
         matrix products still depend on the number of rows.
 
@@ -127,13 +127,27 @@ class Decoder:
         self.threshold = torch.zeros((), device=device)
         self.stop_ids = torch.zeros(places_for(stop_ids), dtype=torch.int64, device=device)
         self.fingerprint: tuple[Any, ...] | None = None
-        self._forward: Callable[..., Tensor] = compiled(_forward) if compile else _forward
+        self.compile = compile
+        self._layers: CompiledLayers | None = None
         self._begin(strategy, stop_ids, max_new_tokens)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the state: keys, values, tokens. What a captured graph computes in between comes on top."""
         return self.cache.nbytes + sum(x.nbytes for x in vars(self.sequences).values())
+
+    def leave(self) -> None:
+        """Let the model go, or what is kept would keep its model; `enter` takes it up again, on whatever stream."""
+        if self.graph is not None:
+            self.graph.idle.record()
+        self._layers = None
+        del self.model
+
+    def enter(self, model: PreTrainedModel) -> None:
+        """Take the model up again that it has left."""
+        if self.graph is not None:
+            self.graph.idle.wait()
+        self.model = model
 
     @torch.inference_mode()
     def restart(self, strategy: Strategy, stop_ids: Tensor, max_new_tokens: int) -> None:
@@ -202,12 +216,32 @@ class Decoder:
         """One pass over the planned rows, inside `attention_context`; returns the rows' logits [R, V]."""
         self.cache.memo.clear()
         if self.cache.proven:
-            return self._take_in(self._forward(self.model, self.rows, route, self.last_position))
-        # A first pass runs as it is: it notes which layers attend, and what is wrong with a model it says plainly.
-        self.cache.attended.clear()
-        logits = _forward(self.model, self.rows, route, self.last_position)
-        self._require_attended()
+            with self._compiled():
+                logits = self._forward(route)
+        else:
+            # A first pass runs as it is: it notes which layers attend, and what is wrong with a model it says plainly.
+            self.cache.attended.clear()
+            logits = self._forward(route)
+            self._require_attended()
         return self._take_in(logits)
+
+    def _compiled(self) -> AbstractContextManager[None]:
+        if not self.compile:
+            return nullcontext()
+        self._layers = self._layers or CompiledLayers(self.model)
+        return self._layers()
+
+    def _forward(self, route: dict[str, AttentionContext]) -> Tensor:
+        """Logits [R, V] of the packed rows; the model is told of no position behind the last, unless that is None."""
+        input_ids, position = self.rows.token[None], self.rows.position[None]
+        with gated(self.model, input_ids):
+            return self.model(
+                input_ids=input_ids,
+                position_ids=position if self.last_position is None else position.clamp(max=self.last_position),
+                past_key_values=None,
+                use_cache=False,
+                **route,
+            ).logits[0]
 
     def _take_in(self, logits: Tensor) -> Tensor:
         token, confidence = readout(logits, self.mask_token_id)
@@ -234,7 +268,7 @@ class Decoder:
             if not running:
                 break
             if self.graph is None:
-                if poll.on_cpu and self._forward is _forward:
+                if poll.on_cpu and not self.compile:
                     self._fit(running)
                 else:
                     self._reserve()
@@ -260,8 +294,8 @@ class Decoder:
     def _reserve(self) -> None:
         """Keep room for the next pass where the host does not know how far the sequences are.
 
-        It asks once they may have come to the end of what there is. Attention looks at all slots there are, so that
-        torch.compile meets few shapes.
+        It asks once they may have come to the end of what there is. Attention looks at all slots there are. Rows stay
+        as many as they are, because torch.compile would make new forms for fewer.
         """
         cache, k = self.cache, self.strategy.k
         self._reach += k  # tokens of a pass, at most; the masks behind them come on top
@@ -289,21 +323,6 @@ class Decoder:
                 "call the attention interface in a decoding step; this architecture cannot be decoded by mtpkern"
             )
         self.cache.proven = True
-
-
-def _forward(
-    model: PreTrainedModel, rows: Rows, route: dict[str, AttentionContext], last_position: int | None
-) -> Tensor:
-    """Logits [R, V] of packed rows; the model is told of no position behind the last, unless that is None."""
-    input_ids, position = rows.token[None], rows.position[None]
-    with gated(model, input_ids):
-        return model(
-            input_ids=input_ids,
-            position_ids=position if last_position is None else position.clamp(max=last_position),
-            past_key_values=None,
-            use_cache=False,
-            **route,
-        ).logits[0]
 
 
 class _Poll:

@@ -6,7 +6,7 @@ honoured here is refused by name before anything runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +30,7 @@ from mtpkern.attention import exclusive, routed
 from mtpkern.decoder import PREFILL_CHUNK, Decoder, places_for
 from mtpkern.graph import is_kept, kept_bytes, kept_decoder, release_graphs, wants_graph, without_kernels
 from mtpkern.kernels.advance import FAULT, STOPPED
+from mtpkern.layers import wants_compile
 from mtpkern.memory import fits_at_once, require_room
 from mtpkern.model import learned_positions, mask_token_for, recorded_settings, require_decodable
 from mtpkern.strategies import Strategy, Verified
@@ -67,7 +68,7 @@ def generate(
     mask_token_id: int | None = None,
     rows: int | None = None,
     use_graph: bool | None = None,
-    compile: bool = False,
+    compile: bool | None = None,
     batch_invariant: bool = False,
     prefill_chunk: int = PREFILL_CHUNK,
     wait: bool = True,
@@ -87,7 +88,9 @@ def generate(
     rows: the row budget of a pass, from B * k up; see `mtpkern.decoder.default_rows`.
     use_graph: whether a pass is captured in a CUDA graph, which the next calls of a similar shape use again; None: on
         every CUDA device. What is kept between calls: `release_graphs`.
-    compile: send the model's forward through `torch.compile`. Off, until a GPU has measured that it pays.
+    compile: send the model's layers through `torch.compile`, for passes alone (`mtpkern.layers`). The first call of a
+        batch and strategy then takes seconds longer, for a few forms that all layers and later calls share; without a
+        graph also later ones look each layer's form up. None: off, until a GPU has measured that it pays.
     batch_invariant: no bit of the attention depends on what else is in the batch; the model's matrix products still
         depend on the number of rows.
     prefill_chunk: most prompt tokens that the model sees at once, over the whole batch; bounds the memory that long
@@ -116,11 +119,12 @@ def generate(
     require_decodable(model)
     strategy = strategy_for(model, strategy)
     mask = mask_token_for(model, strategy.k, mask_token_id)
-    options = {"compile": compile, "batch_invariant": batch_invariant, "wait": wait, "check_model": check_model}
+    options = {"batch_invariant": batch_invariant, "wait": wait, "check_model": check_model}
     for name, value in options.items():
         require_bool(name, value)
-    if use_graph is not None:
-        require_bool("use_graph", use_graph)
+    for name, asked in {"use_graph": use_graph, "compile": compile}.items():
+        if asked is not None:
+            require_bool(name, asked)
     graph = wants_graph(use_graph, model.device)
     prefill_chunk = whole_number("prefill_chunk", prefill_chunk, least=1)
     rows = None if rows is None else whole_number("rows", rows, least=1)
@@ -159,7 +163,7 @@ def generate(
             wait=wait,
             check_model=check_model,
             rows=rows,
-            compile=compile,
+            compile=wants_compile(compile, model.device),
             batch_invariant=batch_invariant,
         )
         try:
@@ -228,11 +232,11 @@ def _decode(
             mask_token_id=mask_token_id,
             use_graph=use_graph,
             check_model=check_model,
+            prefill=partial(_prefill, input_ids=input_ids, attention_mask=attention_mask, chunk=prefill_chunk),
             batch=B,
             **options,
         ) as decoder,
     ):
-        _prefill(decoder, input_ids, attention_mask, prefill_chunk)
         with routed(model, decoder.cache) as route:
             decoder.run(route)
         sequences = decoder.sequences
@@ -279,9 +283,10 @@ def _decoder(
     mask_token_id: int,
     use_graph: bool,
     check_model: bool,
+    prefill: Callable[[Decoder], None],
     **options: Any,
 ) -> Iterator[Decoder]:
-    """A decoder that is ready to run, for a model that decodes right and where there is room for it.
+    """A decoder whose prefill is queued, for a model that decodes right and where there is room for it.
 
     With a graph one that an earlier call has left, or that is kept for the next.
     """
@@ -310,10 +315,16 @@ def _decoder(
         require_room(model, options["batch"], tokens, scratch=scratch, kept=kept_bytes(model.device))
         use_graph = use_graph and fits_at_once(model, options["batch"], capacity, scratch=scratch)
     if not use_graph:
-        yield make(False)
+        decoder = make(False)
+        prefill(decoder)
+        yield decoder
         return
-    with kept_decoder(model, key, partial(make, True)) as decoder:
+
+    def begin(decoder: Decoder) -> None:
         decoder.restart(strategy, stop_ids, max_new_tokens)
+        prefill(decoder)
+
+    with kept_decoder(model, key, partial(make, True), begin) as decoder:
         yield decoder
 
 

@@ -3,7 +3,7 @@
 A graph holds addresses and plain numbers, not Python. So all that a step reads and writes belongs to its `Decoder`,
 which is kept together with its graph and given to the next call of the same shape; what differs from call to call
 (prompts, lengths, threshold, stop tokens) is written into the same tensors. What the graph has baked in of the model,
-the addresses of its weights and the settings of its modules, is compared before each call: see `fingerprint`.
+the addresses of its weights and the settings of its modules, is compared before each call's passes: `fingerprint`.
 
 Memory: for each model the last `KEPT` decoders stay, as long as their keys, values and tokens take no more than
 `KEPT_SHARE` of the device's memory together; the graphs of a model share one pool for what a step computes in between.
@@ -32,10 +32,8 @@ if TYPE_CHECKING:
 # Decoders that stay for each model, and the share of the device's memory that their state may take.
 KEPT = 8
 KEPT_SHARE = 0.2
-# Of torch.compile.
-BACKEND = "inductor"
 # Steps that run as they are before the capture: the first compiles our kernels, the second what torch.compile makes of
-# the model, the third is like all that follow.
+# the layers, the third is like all that follow.
 WARM_UP = 3
 
 
@@ -44,34 +42,6 @@ def wants_graph(use_graph: bool | None, device: torch.device) -> bool:
     if use_graph and device.type != "cuda":
         raise ValueError(f"use_graph=True needs a model on a CUDA or ROCm device, got one on {device}; leave it out")
     return device.type == "cuda" if use_graph is None else use_graph
-
-
-def compiled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`forward` through torch.compile, without a break and for fixed shapes.
-
-    Where torch.compile fails it goes on as it is, which a RuntimeWarning announces.
-    """
-    fast = torch.compile(forward, fullgraph=True, dynamic=False, backend=BACKEND)
-    failed = False
-
-    def call(*args: Any) -> Tensor:
-        nonlocal failed
-        if not failed:
-            try:
-                # One form for each model and shape in use; the usual limit of eight would end in an error.
-                with torch._dynamo.config.patch(recompile_limit=256):
-                    return fast(*args)
-            except Exception as error:
-                failed = True
-                warnings.warn(
-                    "torch.compile could not compile the model's forward, which runs uncompiled; leave out compile=True"
-                    f" or look into it: {_first_line(error)}",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-        return forward(*args)
-
-    return call
 
 
 class StepGraph:
@@ -220,34 +190,56 @@ _kept: WeakKeyDictionary[PreTrainedModel, OrderedDict[Hashable, Decoder]] = Weak
 
 
 @contextmanager
-def kept_decoder(model: PreTrainedModel, key: Hashable, make: Callable[[], Decoder]) -> Iterator[Decoder]:
+def kept_decoder(
+    model: PreTrainedModel, key: Hashable, make: Callable[[], Decoder], begin: Callable[[Decoder], object]
+) -> Iterator[Decoder]:
     """The decoder that an earlier call has left under this key, or a new one; kept again at the end of the block.
 
-    One that was captured before the model changed is dropped, and one whose run raised an error is not kept. The
-    caller holds the model (see `exclusive`) and starts the decoder's next run itself.
+    begin(decoder) starts its next run, prefill included, before the block. What an earlier call has left is compared
+    with the model behind that, while the device is at work: where the model has changed since, all that was captured
+    before is dropped, and a new decoder begins anew. One whose run raised an error is not kept. The caller holds the
+    model (see `exclusive`).
     """
     kept = _kept.setdefault(model, OrderedDict())
-    now = fingerprint(model)
-    for stale in [k for k, decoder in kept.items() if decoder.fingerprint != now]:
-        del kept[stale]
-    decoder = kept.pop(key, None) or make()
-    graph = decoder.graph
-    assert graph is not None, "a decoder without a graph is not worth keeping"
-    if decoder.fingerprint is None:
+    decoder = _begun(model, kept, kept.pop(key, None), begin)
+    if decoder is None:
+        decoder = make()
+        graph = decoder.graph
+        assert graph is not None, "a decoder without a graph is not worth keeping"
         graph.beside = next((d.graph.captured for d in kept.values() if d.graph and d.graph.captured), None)
-    else:
-        graph.idle.wait()
-        decoder.model = model
+        begin(decoder)
     yield decoder
     if decoder.fingerprint is None:
         # Now, because a model's first forward may change it.
         decoder.fingerprint = fingerprint(model)
-    graph.idle.record()
-    del decoder.model  # or what is kept would keep its model
+    decoder.leave()
     kept[key] = decoder
     room = KEPT_SHARE * memory_of(decoder.device)
     while len(kept) > KEPT or (len(kept) > 1 and sum(d.nbytes for d in kept.values()) > room):
         kept.popitem(last=False)
+
+
+def _begun(
+    model: PreTrainedModel,
+    kept: OrderedDict[Hashable, Decoder],
+    decoder: Decoder | None,
+    begin: Callable[[Decoder], object],
+) -> Decoder | None:
+    """An earlier call's decoder once its next run has begun; None where there is none that the model still is that of.
+
+    What others are left of a model that has changed is dropped.
+    """
+    if decoder is not None:
+        decoder.enter(model)
+        try:
+            begin(decoder)
+        except Exception:  # of buffers that no longer fit the model, perhaps
+            if decoder.fingerprint == fingerprint(model):
+                raise
+    now = fingerprint(model)
+    for stale in [k for k, other in kept.items() if other.fingerprint != now]:
+        del kept[stale]
+    return None if decoder is None or decoder.fingerprint != now else decoder
 
 
 def is_kept(model: PreTrainedModel, key: Hashable) -> bool:

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-# The names that a config answers in a block: of our attention, and of the model's own with its keys and values taken.
+# The names that a config answers in a block: of our attention, of the same where torch.compile may not look inside, and
+# of the model's own with its keys and values taken.
 NAME = "mtpkern"
+APART = "mtpkern_apart"
 CAPTURE = "mtpkern_capture"
 
 
@@ -56,6 +58,7 @@ class _Block:
 
 # The blocks that this thread has open, and those of all threads, by the config's id: the innermost of a config last.
 _here: ContextVar[dict[int, _Block]] = ContextVar("mtpkern_blocks")
+_apart: ContextVar[bool] = ContextVar("mtpkern_apart", default=False)
 _everywhere: dict[int, list[_Block]] = {}
 _lock = Lock()
 
@@ -71,6 +74,16 @@ def routed_config(config: PreTrainedConfig, context: Any, name: str = NAME) -> I
     finally:
         _here.reset(token)
         _leave(config, block)
+
+
+@contextmanager
+def attention_apart() -> Iterator[None]:
+    """Inside the block our attention is no part of what torch.compile makes of the layers around it, in this thread."""
+    token = _apart.set(True)
+    try:
+        yield
+    finally:
+        _apart.reset(token)
 
 
 def _enter(config: PreTrainedConfig, block: _Block) -> None:
@@ -117,7 +130,7 @@ def asks(config: PreTrainedConfig) -> str | None:
     """
     block = _here.get({}).get(id(config))
     if block is not None:
-        return block.name
+        return APART if block.name == NAME and _apart.get() else block.name
     trains = _in_backward() and any(block.trains for block in _everywhere.get(id(config), ()))
     return NAME if trains else None
 

@@ -565,7 +565,7 @@ def test_stands_of_a_batch_have_one_set_of_caches(most_kv):
     list(step.tokens_tables("Llama-3.1-8B", model, quick=False))
     assert max(most_kv) == one(2, 24)
     most_kv[:] = [0]
-    with patch("mtpkern.graph.BACKEND", "eager"):
+    with patch("mtpkern.layers.BACKEND", "eager"):
         list(compiled.pass_tables("Llama-3.1-8B", model, [step.Point(1, 24, 2, 3), step.Point(2, 24, 2, 5)]))
     assert max(most_kv) == one(2, 24)
 

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -286,3 +287,23 @@ def test_preflight_stops_where_the_checkpoint_says_something_else(monkeypatch):
     monkeypatch.setattr(preflight, "generate", generate)
     with pytest.raises(preflight.WrongKernelError, match="batch 3, without a graph"):
         preflight.checkpoint(torch.device("cpu"))
+
+
+def test_preflight_takes_no_uncompiled_layers_for_compiled(tmp_path, monkeypatch):
+    real = preflight.rows_table
+
+    def fail(module, inputs):
+        raise NotImplementedError
+
+    def rows_table(*args, **options):
+        with patch("mtpkern.layers.BACKEND", fail):
+            return real(*args, **options)
+
+    monkeypatch.setattr(preflight, "rows_table", rows_table)
+    for name in ("machine", "compiled", "kernels", "checkpoint", "_profiled"):
+        monkeypatch.setattr(preflight, name, lambda *_: {})
+    file = tmp_path / "told.jsonl"
+    assert preflight.main(["--device", "cpu", "--results", str(file)]) == 1
+    *_, passes, layers = map(json.loads, file.read_text().splitlines())
+    assert passes["us_by_rows"]
+    assert "could not compile" in layers["failed"]

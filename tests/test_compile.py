@@ -1,16 +1,11 @@
-"""torch.compile sees the ops of a step as they are: no break in the graph, mutations declared, shapes foretold."""
+"""torch.compile sees the ops of a step as they are: mutations declared, shapes foretold."""
 
-import warnings
-from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import mtpkern
-from mtpkern import Verified, graph
 from mtpkern.kernels.advance import Rows, Sequences
 
 # Importing the ops registers them.
@@ -68,43 +63,6 @@ def arguments(name: str) -> tuple[Any, ...]:
 def test_what_is_declared_is_what_happens(name: str) -> None:
     op = getattr(torch.ops.mtpkern, name).default
     torch.library.opcheck(op, arguments(name), test_utils=("test_schema", "test_faketensor"))
-
-
-@pytest.fixture
-def aot_eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torch.compile without its code generation: everything that can break the graph, little that takes time."""
-    monkeypatch.setattr(graph, "BACKEND", "aot_eager")
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def test_a_compiled_forward_gives_the_same_tokens(aot_eager: None, tiny: SimpleNamespace) -> None:
-    model = tiny.model("llama", num_hidden_layers=1)
-    ids, mask = tiny.prompts(9, 4)
-    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 8, "strategy": Verified(3, threshold=0.2)}
-    expected = mtpkern.generate(model, ids, **options)
-    torch._dynamo.utils.counters.clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", RuntimeWarning)  # fullgraph: a break would end in a fallback, announced
-        assert torch.equal(mtpkern.generate(model, ids, **options, compile=True), expected)
-        assert torch.equal(mtpkern.generate(model, ids, **options, compile=True), expected)
-    counters = torch._dynamo.utils.counters
-    assert counters["stats"]["unique_graphs"] == 1  # every pass and the next call use it again
-    assert not counters["graph_break"]
-
-
-def test_a_forward_that_cannot_be_compiled_goes_on(aot_eager: None, tiny: SimpleNamespace) -> None:
-    model = tiny.model("llama", num_hidden_layers=1)
-    ids, _ = tiny.prompts(4)
-    expected = mtpkern.generate(model, ids, max_new_tokens=8)
-
-    def look(module: Any, args: Any, out: Tensor) -> None:
-        torch._dynamo.graph_break()
-
-    model.model.embed_tokens.register_forward_hook(look)
-    with pytest.warns(RuntimeWarning, match="could not compile the model's forward, which runs uncompiled"):
-        assert torch.equal(mtpkern.generate(model, ids, max_new_tokens=8, compile=True), expected)
 
 
 def test_eager_calls_do_not_go_through_the_dispatcher() -> None:

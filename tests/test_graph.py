@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mtpkern
-from mtpkern import ConfAdapt, Static, Verified, graph
+from mtpkern import ConfAdapt, Static, Verified, graph, layers
 from mtpkern.attention import attention_context
 from mtpkern.decoder import Decoder
 from mtpkern.graph import fingerprint, release_graphs
@@ -319,6 +319,87 @@ def test_a_graph_of_a_changed_model_is_not_replayed(
     assert not torch.equal(got.sequences, first.sequences)
     assert decoder not in kept(model)
     assert recorded.captures == 2
+
+
+def test_a_model_is_compared_behind_the_prefill(
+    recorded: type[RecordedStep], tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the device works on that; and before anything is replayed."""
+    model = tiny.model("llama", num_hidden_layers=1)
+    expected = generate(tiny, model, 6, 4)
+    order: list[str] = []
+
+    def noting(name: str, call: Any) -> Any:
+        return lambda *args, **options: (order.append(name), call(*args, **options))[1]
+
+    monkeypatch.setattr(graph, "fingerprint", noting("fingerprint", graph.fingerprint))
+    monkeypatch.setattr(Decoder, "prefill", noting("prefill", Decoder.prefill))
+    monkeypatch.setattr(RecordedStep, "replay", noting("replay", RecordedStep.replay))
+    assert_same(generate(tiny, model, 6, 4), expected)
+    assert order[:3] == ["prefill", "fingerprint", "replay"]
+    assert order.count("fingerprint") == 1
+
+
+def more_heads(model: Any) -> None:
+    attention = model.model.layers[1].self_attn
+    for name in ("k_proj", "v_proj"):
+        setattr(attention, name, torch.nn.Linear(32, 32, bias=False))
+    attention.num_key_value_groups = 1
+
+
+@pytest.mark.parametrize("change", [lambda model: model.to(torch.float64), more_heads])
+def test_buffers_that_no_longer_fit_are_made_anew(
+    change: Callable[[Any], object], recorded: type[RecordedStep], tiny: SimpleNamespace
+) -> None:
+    """Nothing is written to them, which a kernel would do without looking; an error of the model's own stays one."""
+    model = tiny.model("llama")
+    generate(tiny, model, 6, 4)
+    (decoder,) = kept(model)
+    forms = [(x.dtype, x.shape) for pair in decoder.cache.layers.values() for x in pair]
+    change(model)
+    expected = generate(tiny, model, 6, 4, use_graph=False)
+    for _ in range(2):
+        assert_same(generate(tiny, model, 6, 4), expected)
+    (new,) = kept(model)
+    assert [(x.dtype, x.shape) for pair in new.cache.layers.values() for x in pair] != forms
+    assert recorded.captures == 2
+
+    def fail(*args: Any) -> None:
+        raise ZeroDivisionError
+
+    hook = model.lm_head.register_forward_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        generate(tiny, model, 6, 4)
+    assert not kept(model)
+    hook.remove()
+
+
+def test_compiled_layers_are_captured_and_kept(
+    recorded: type[RecordedStep], tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forward that is there for the pass alone is no changed model, and what is kept does not keep its model."""
+    made: list[Any] = []
+    monkeypatch.setattr(layers, "BACKEND", lambda module, inputs: (made.append(0), module.forward)[1])
+    torch._dynamo.reset()
+    model = tiny.model("llama")
+    model.model.layers[0].owner = [model]  # as adapters and hooks refer to it
+    expected = generate(tiny, model, 6, 4, use_graph=False)
+    assert_same(generate(tiny, model, 6, 4, compile=True), expected)
+    (decoder,) = kept(model)
+    forms = len(made)
+    assert forms
+    for _ in range(2):
+        assert_same(generate(tiny, model, 6, 4, compile=True), expected)
+        assert kept(model) == [decoder]
+    assert recorded.captures == 1
+    assert len(made) == forms
+    assert_same(generate(tiny, model, 6, 4), expected)  # another graph
+    assert recorded.captures == 2
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    torch._dynamo.reset()
 
 
 def test_merged_lora_is_noticed(tiny: SimpleNamespace) -> None:

@@ -311,7 +311,8 @@ if find_spec("triton"):
     ):
         """Tiles of rows that see a tile of keys: tokens [a0, a1), of them [f0, f1) all of it; spans [b0, b1), [g0, g1).
 
-        Rows and keys are those from `first` on. Written in the order a0, f0, f1, a1, b0, g0, g1, b1. One launch for all heads: it reads the layout only.
+        Rows and keys are those from `first` on. Written in the order a0, f0, f1, a1, b0, g0, g1, b1. One launch for all
+        heads: it reads the layout only.
         """
         b = tl.program_id(1).to(tl.int64)
         n0 = first + tl.program_id(0) * KEYS

@@ -205,7 +205,7 @@ def checkpoint(device: torch.device) -> Facts:
     strategy = strategy_for(model, Verified())
 
     def tokens(use_graph: bool) -> list[Tensor]:
-        asked: dict[str, Any] = {"strategy": strategy, "max_new_tokens": 24, "use_graph": use_graph}
+        asked: dict[str, Any] = {"strategy": strategy, "max_new_tokens": 24, "use_graph": use_graph, "compile": False}
         batches: Iterator[Any] = (encode(tokenizer, prompts[:n], model.device) for n in (1, 3))
         return [generate(model, **asked, **batch).cpu() for batch in batches]
 

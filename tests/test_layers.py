@@ -219,12 +219,10 @@ def test_outermost_layers_are_compiled(tiny: SimpleNamespace) -> None:
 
 
 def test_where_layers_are_compiled_unasked(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert [wants_compile(True, cpu), wants_compile(False, cuda), wants_compile(None, cpu)] == [True, False, False]
+    assert [wants_compile(True, False), wants_compile(False, True), wants_compile(None, False)] == [True, False, False]
     for default in (False, True):
-        monkeypatch.setattr(layers, "COMPILE_ON_CUDA", default)
-        assert wants_compile(None, cuda) is default
-        assert not wants_compile(None, cpu)
+        monkeypatch.setattr(layers, "COMPILE_CAPTURED", default)
+        assert wants_compile(None, True) is default
     with pytest.raises(TypeError, match="compile must be True or False, got 'no'"):
         generate(tiny, tiny.model("llama", num_hidden_layers=1), compile="no")
 

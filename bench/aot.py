@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,7 @@ from mtpkern.bench.aot_cases import CASES
 from mtpkern.bench.harness import environment
 from mtpkern.bench.report import RESULTS, Table, write
 from mtpkern.kernels import decode_attention, span_attention
+from mtpkern.output import exit_status
 
 
 @dataclass(frozen=True)
@@ -316,8 +318,10 @@ def compile_all(
     if jobs == 1:
         yield from starmap(compile_case, pairs)
         return
-    # Forked, so that torch and Triton are imported once; nothing here has started a thread.
-    with ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
+    # Forked, so that torch and Triton are imported once; nothing here has started a thread. An interrupt is the main
+    # process's to report: in the others it would be a traceback each.
+    end = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
+    with ProcessPoolExecutor(jobs, mp_context=get_context("fork"), **end) as pool:
         yield from pool.map(compile_case, *zip(*pairs))
 
 
@@ -414,4 +418,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

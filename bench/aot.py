@@ -318,11 +318,15 @@ def compile_all(
     if jobs == 1:
         yield from starmap(compile_case, pairs)
         return
-    # Forked, so that torch and Triton are imported once; nothing here has started a thread. An interrupt is the main
-    # process's to report: in the others it would be a traceback each.
-    end = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
-    with ProcessPoolExecutor(jobs, mp_context=get_context("fork"), **end) as pool:
-        yield from pool.map(compile_case, *zip(*pairs))
+    # Forked, so that torch and Triton are imported once; nothing here has started a thread. An interrupt ends the
+    # others at once, without a traceback each.
+    end, by = signal.signal, (signal.SIGINT, signal.SIG_DFL)
+    pool = ProcessPoolExecutor(jobs, mp_context=get_context("fork"), initializer=end, initargs=by)
+    try:
+        for future in [pool.submit(compile_case, *pair) for pair in pairs]:
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def distinct(compiled: Iterable[Compiled]) -> list[Compiled]:

@@ -354,7 +354,7 @@ def test_a_run_goes_on_from_its_newest_checkpoint(tmp_path, checkpoint, capsys):
 
 def test_nothing_is_pinned_where_there_is_no_accelerator(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    config = MTPConfig(str(tmp_path), use_cpu=True)
+    config = MTPConfig(str(tmp_path))
     assert not config.dataloader_pin_memory
     assert not config.accelerator_config.non_blocking
 

@@ -128,7 +128,6 @@ def common_arguments(work: Path, phase: str, learning_rate: float) -> dict[str, 
         "report_to": "none",
         "remove_unused_columns": False,
         "dataloader_num_workers": 0,
-        "dataloader_pin_memory": False,
     }
 
 

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,7 @@ from mtpkern.bench.aot_cases import CASES
 from mtpkern.bench.harness import environment
 from mtpkern.bench.report import RESULTS, Table, write
 from mtpkern.kernels import decode_attention, span_attention
+from mtpkern.output import exit_status
 
 
 @dataclass(frozen=True)
@@ -316,9 +318,15 @@ def compile_all(
     if jobs == 1:
         yield from starmap(compile_case, pairs)
         return
-    # Forked, so that torch and Triton are imported once; nothing here has started a thread.
-    with ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
-        yield from pool.map(compile_case, *zip(*pairs))
+    # Forked, so that torch and Triton are imported once; nothing here has started a thread. An interrupt ends the
+    # others at once, without a traceback each.
+    end, by = signal.signal, (signal.SIGINT, signal.SIG_DFL)
+    pool = ProcessPoolExecutor(jobs, mp_context=get_context("fork"), initializer=end, initargs=by)
+    try:
+        for future in [pool.submit(compile_case, *pair) for pair in pairs]:
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def distinct(compiled: Iterable[Compiled]) -> list[Compiled]:
@@ -414,4 +422,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -8,6 +8,7 @@ base's weight in one buffer, where the base's product brings x A^T and the secon
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -17,6 +18,7 @@ from mtpkern.bench.harness import Spread
 from mtpkern.bench.report import Goal, Table, run
 from mtpkern.bench.timing import Action, copies, drawn, free, peak, race
 from mtpkern.kernels.gated_lora import expand_triton, gated_lora, gated_lora_reference, shrink_triton
+from mtpkern.output import exit_status
 
 BASE, OURS, TORCH = "base", "ours", "torch operations"
 BRANCH, JOINED = "first launch on a branch", "A in the base's product"
@@ -150,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

@@ -46,6 +46,7 @@ from mtpkern.kernels.decode_attention import decode_attention_reference
 from mtpkern.kernels.distill import Head, head_readout
 from mtpkern.kernels.kv_write import kv_write as write
 from mtpkern.kernels.kv_write import kv_write_reference
+from mtpkern.output import exit_status
 from mtpkern.strategies import Static, Verified
 
 WRONG = 3
@@ -306,4 +307,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from mtpkern import ASSETS, load_adapter, show
 from mtpkern.bench.harness import environment
 from mtpkern.bench.report import Table, write
 from mtpkern.compare import HF_GENERATE, Completion, Tally, batches, decode, pad, rotated, timed
-from mtpkern.output import printable
+from mtpkern.output import exit_status, printable
 from mtpkern.prompting import Prompting
 from mtpkern.rows import read_lines
 from mtpkern.strategies import Static, Strategy, Verified
@@ -209,4 +210,4 @@ def _show(console: Console, tokenizer: PreTrainedTokenizerBase, prompt: list[int
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mtpkern.kernels.gated_lora import gated_lora
+from mtpkern.loading import require_found
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -187,6 +189,14 @@ def gated(model: nn.Module, input_ids: Tensor) -> AbstractContextManager[None]:
     return nullcontext() if gate is None else gate.open(input_ids == gate.mask_token_id)
 
 
+@contextmanager
+def wrapping() -> Iterator[None]:
+    """Around peft's wrapping of a model: without transformers' warning of an old name that peft reads."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
+
+
 def attach(model: PeftModel, row: nn.Parameter, adapter: str = "default") -> Gate:
     """Put the gate of a gated adapter before peft's layers; doing it twice changes nothing.
 
@@ -274,7 +284,8 @@ def load_adapter(model: PreTrainedModel, path: str | Path, *, dtype: torch.dtype
     dtype   of the adapter's weights; that of the model unless given
 
     Raises ValueError for an adapter that is not gated, is gated but for another base, or changes more than linear
-    layers; ImportError without peft. The model gets peft's layers in place, as by `PeftModel.from_pretrained`.
+    layers; FileNotFoundError for a name that leads nowhere; ImportError without peft. The model gets peft's layers in
+    place, as by `PeftModel.from_pretrained`.
 
         model = mtpkern.load_adapter(AutoModelForCausalLM.from_pretrained("base"), "adapter")
         ids = mtpkern.generate(model, **inputs, max_new_tokens=256)
@@ -284,6 +295,7 @@ def load_adapter(model: PreTrainedModel, path: str | Path, *, dtype: torch.dtype
     except ModuleNotFoundError as error:
         raise ImportError("mtpkern.load_adapter needs peft; run: pip install peft") from error
 
+    require_found(str(path))
     config = PeftConfig.from_pretrained(str(path))
     if not is_gated(config):
         raise ValueError(
@@ -292,7 +304,8 @@ def load_adapter(model: PreTrainedModel, path: str | Path, *, dtype: torch.dtype
         )
     require_gateable(config)
     require_base(model, settings_of(config), str(path))
-    peft_model = PeftModel.from_pretrained(model, str(path)).eval()
+    with wrapping():
+        peft_model = PeftModel.from_pretrained(model, str(path)).eval()
     attach(peft_model, row_of(config))
     for name, parameter in peft_model.named_parameters():
         if "lora_" in name or name == "mask_row":

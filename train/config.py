@@ -210,6 +210,9 @@ class MTPConfig(TrainingArguments):
         with _former_names(self):
             super().__post_init__()
         _, self.torch_compile_backend, self.torch_compile_mode = compiler
+        if not torch.accelerator.is_available():
+            # torch would pin nothing, and warn.
+            self.dataloader_pin_memory = False
         self.torch_compile = any(compiler)
         if self.data_seed is None:
             # Else the order of the data hangs on whatever has been seeded last, and a resumed run may see another.

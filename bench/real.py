@@ -162,11 +162,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = read_prompts(args.prompts, tokenizer, args.number)[: args.number or 40]
     strategy = Verified(args.k, args.threshold, args.masks)
     console = Console(highlight=False)
+    facts: Mapping[str, str] = environment(torch.device(args.device)) | {
+        "dtype": args.dtype,
+        "new tokens": f"at most {args.max_new_tokens}",
+        "strategy": f"Verified({args.k}, {args.threshold}, masks={args.masks})",
+        "threads": str(torch.get_num_threads()),
+    }
+    hf = "" if args.hf is None else f" (of the first {args.hf} of each kind; else its tokens one a pass by our code)"
+    note = (
+        "Identical: the tokens of Hugging Face's greedy generate of the original, decoded "
+        f"{args.batch_size[0]} at a time{hf}. Times include the prefill, and are sums; beside them the ratios of "
+        "single batches. One a pass: the original by the same code, in a CUDA graph too where there is one."
+    )
+    found: dict[tuple[str, int], Sums] = {}
+
+    def table() -> Table:
+        rows = [sums.row(f"{kind}, batch {size}") for (kind, size), sums in found.items()]
+        records = [{"prompts": kind, "batch_size": size, **asdict(sums)} for (kind, size), sums in found.items()]
+        return Table("SmolLM2-135M-Instruct with its gated adapter", note, HEADER, rows, records)
+
     reference: dict[int, list[int]] = {}
-    rows, records = [], []
     for size in args.batch_size:
         done = 0
-        last: dict[str, Sums] = {}
         run = decode_in_turns(
             original,
             adapted,
@@ -180,34 +197,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         with show.progress(f"{len(prompts)} prompts, {size} at a time", len(prompts)) as progress:
             for kind, completions, sums in run:
-                last[kind] = sums
+                found[kind, size] = sums
                 shown = completions if size == args.batch_size[0] else []
                 for prompt, completion in shown[: max(0, args.show - done)]:
                     _show(console, tokenizer, prompt, completion)
                 done += len(completions)
                 progress(done)
-        for kind, sums in last.items():
-            rows.append(sums.row(f"{kind}, batch {size}"))
-            records.append({"prompts": kind, "batch_size": size, **asdict(sums)})
-    facts: Mapping[str, str] = environment(torch.device(args.device)) | {
-        "dtype": args.dtype,
-        "new tokens": f"at most {args.max_new_tokens}",
-        "strategy": f"Verified({args.k}, {args.threshold}, masks={args.masks})",
-        "threads": str(torch.get_num_threads()),
-    }
-    hf = "" if args.hf is None else f" (of the first {args.hf} of each kind; else its tokens one a pass by our code)"
-    note = (
-        "Identical: the tokens of Hugging Face's greedy generate of the original, decoded "
-        f"{args.batch_size[0]} at a time{hf}. Times include the prefill, and are sums; beside them the ratios of "
-        "single batches. One a pass: the original by the same code, in a CUDA graph too where there is one."
-    )
-    table = Table("SmolLM2-135M-Instruct with its gated adapter", note, HEADER, rows, records)
-    print(table.markdown())
-    if args.results is not None:
-        title = "The original model's own tokens"
-        print("written:", write("real", title, facts, [table], {"rows": records}, args.results))
-    else:
-        print(json.dumps(facts))
+                if args.results is not None:
+                    # All so far: a run that is cut keeps what it has.
+                    data = {"rows": table().records}
+                    page = write("real", "The original model's own tokens", facts, [table()], data, args.results)
+    print(table().markdown())
+    print(json.dumps(facts) if args.results is None else f"written: {page}")
 
 
 def _show(console: Console, tokenizer: PreTrainedTokenizerBase, prompt: list[int], completion: Completion) -> None:

@@ -282,7 +282,6 @@ class MTPConfig(TrainingArguments):
                 "prefix_weight and anchor_kl_weight are losses on rows that gated adapters do not change; leave them 0",
             ),
             (self.bidirectional, "bidirectional spans cannot be decoded, and gated adapters are for decoding; omit it"),
-            (self.torch_compile, "torch_compile of gated adapters is untested and refused; leave it out"),
         ):
             if wrong:
                 raise ValueError(says)

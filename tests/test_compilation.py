@@ -12,7 +12,6 @@ from mtpkern.train.collator import MTPCollator
 from mtpkern.train.compilation import CompiledLayers
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import HeldOut
-from mtpkern.train.gated_trainer import GatedTrainer
 from mtpkern.train.trainer import MTPTrainer
 
 V, MASK, EOS = 41, 40, 7
@@ -100,42 +99,6 @@ def test_adapters_and_activation_checkpointing(tmp_path):
         run.train()
     assert counters["stats"]["unique_graphs"] == 1
     assert losses(plain) == pytest.approx(losses(compiled), abs=1e-5)
-
-
-@pytest.mark.parametrize("target", ["gt", "soft"])
-def test_a_gated_adapter(tmp_path, target):
-    """Prefix and mask rows are forms of their own, adapters off and on; lengths and k add hardly any."""
-    runs = []
-    for backend in (None, "aot_eager"):
-        run = GatedTrainer(
-            model=llama(),
-            args=MTPConfig(
-                str(tmp_path),
-                gated=True,
-                lora_rank=2,
-                teacher_target=target,
-                torch_compile_backend=backend,
-                max_steps=8,
-                per_device_train_batch_size=3,
-                learning_rate=1e-2,
-                logging_steps=1,
-                save_strategy="no",
-                use_cpu=True,
-                disable_tqdm=True,
-                k_min=2,
-                k_max=8,
-                num_spans=2,
-            ),
-            train_dataset=rows(),
-            data_collator=MTPCollator(0),
-        )
-        run.train()
-        runs.append(run)
-    plain, compiled = runs
-    assert compiled.args.torch_compile
-    assert losses(plain) == pytest.approx(losses(compiled), abs=1e-5)
-    assert counters["stats"]["unique_graphs"] <= 6
-    assert not counters["graph_break"]
 
 
 def test_the_whole_model_is_never_wrapped(tmp_path, monkeypatch):

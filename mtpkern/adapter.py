@@ -167,7 +167,7 @@ class _GatedLora:
             return torch.addmm(base.flatten(0, -2), low.flatten(0, -2), b.weight.T, alpha=scale).view_as(result)
         # peft has cast x to the adapter's dtype.
         x = x.to(result.dtype)
-        gated_lora([result.flatten(0, -2)], x.flatten(0, -2), rows.flatten(), a.weight, [b.weight], scale)
+        gated_lora([result.flatten(0, -2)], x.flatten(0, -2), rows.flatten(), [a.weight], [b.weight], scale)
         return result
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mtpkern.kernels.gated_lora import gated_lora
+from mtpkern.siblings import Siblings, adapt
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -165,9 +165,7 @@ class _GatedLora:
             # Added by the product itself: nothing else of the update's size is made, or kept for backward.
             base = result.to(low.dtype)
             return torch.addmm(base.flatten(0, -2), low.flatten(0, -2), b.weight.T, alpha=scale).view_as(result)
-        # peft has cast x to the adapter's dtype.
-        x = x.to(result.dtype)
-        gated_lora([result.flatten(0, -2)], x.flatten(0, -2), rows.flatten(), [a.weight], [b.weight], scale)
+        adapt([result], x, rows, [module], [active_adapter])
         return result
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
@@ -181,10 +179,18 @@ def gate_of(model: nn.Module) -> Gate | None:
     return getattr(model, "mtpkern_gate", None)
 
 
-def gated(model: nn.Module, input_ids: Tensor) -> AbstractContextManager[None]:
-    """A block in which the model's gate, where it has one, is open for the mask tokens among input_ids [B, T]."""
+@contextmanager
+def gated(model: nn.Module, input_ids: Tensor) -> Iterator[None]:
+    """A block in which the model's gate, where it has one, is open for the mask tokens among input_ids [B, T].
+
+    Layers that read the same tensor are adapted together in it (see `mtpkern.siblings`).
+    """
     gate = gate_of(model)
-    return nullcontext() if gate is None else gate.open(input_ids == gate.mask_token_id)
+    if gate is None:
+        yield
+        return
+    with gate.open(input_ids == gate.mask_token_id), model.mtpkern_siblings():  # type: ignore[operator]
+        yield
 
 
 def attach(model: PeftModel, row: nn.Parameter, adapter: str = "default") -> Gate:
@@ -207,6 +213,8 @@ def attach(model: PeftModel, row: nn.Parameter, adapter: str = "default") -> Gat
     embedding.register_forward_pre_hook(gate.hide_mask_tokens)
     embedding.register_forward_hook(gate.embed_mask_tokens)
     base.mtpkern_gate = gate
+    # No part of the gate, which the layers hold: they would go with a collection of cycles only.
+    base.mtpkern_siblings = Siblings(base, gate)
     return gate
 
 

@@ -59,7 +59,7 @@ class Siblings:
             ]
             for parent in model.modules()
         ]
-        self.found: list[_Sibling] | None = None
+        self.found: list[list[_Sibling]] | None = None
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -68,8 +68,9 @@ class Siblings:
             with self._watched():
                 yield
             return
-        # Where somebody else has put a forward, it stays.
-        mine = [sibling for sibling in self.found if "forward" not in vars(sibling.layer)]
+        # Where somebody else has put a forward, it stays, and the others go without.
+        free = [group for group in self.found if not any("forward" in vars(sibling.layer) for sibling in group)]
+        mine = [sibling for group in free for sibling in group]
         try:
             for sibling in mine:
                 # Past nn.Module's own way to set an attribute, which takes longer than all else here.
@@ -103,13 +104,14 @@ class Siblings:
             for handle in handles:
                 handle.remove()
         if readers or not place:
-            self.found = []
+            self.found, taken = [], set()
             for _, layers in (reader for known in readers.values() for reader in known):
                 # A layer that is called several times in a pass has the same siblings each time, or one time's.
-                if len(layers) > 1 and not any(sibling.layer in layers for sibling in self.found):
+                if len(layers) > 1 and taken.isdisjoint(layers):
+                    taken.update(layers)
                     group = [_Sibling(layer, self.gate) for layer in layers]
                     group[0].others = tuple(group[1:])
-                    self.found += group
+                    self.found.append(group)
 
 
 class _Sibling:

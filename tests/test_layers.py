@@ -89,7 +89,7 @@ def adapted(tiny: SimpleNamespace) -> Any:
     lora = pytest.importorskip("mtpkern.train.lora")
     model = tiny.model("llama")
     del model.config.mtpkern
-    peft_model = lora.add_gated_lora(model, rank=4, k_max=4, targets="v_proj,down_proj")
+    peft_model = lora.add_gated_lora(model, rank=4, k_max=4)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in peft_model.named_parameters():
         parameter.requires_grad_(False)

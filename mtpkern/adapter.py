@@ -213,8 +213,8 @@ def attach(model: PeftModel, row: nn.Parameter, adapter: str = "default") -> Gat
     embedding.register_forward_pre_hook(gate.hide_mask_tokens)
     embedding.register_forward_hook(gate.embed_mask_tokens)
     base.mtpkern_gate = gate
-    # No part of the gate, which the layers hold: they would go with a collection of cycles only.
-    base.mtpkern_siblings = Siblings(base, gate)
+    # No part of the gate, which the layers hold: they would go with a collection of cycles alone.
+    base.mtpkern_siblings = Siblings(base)
     return gate
 
 

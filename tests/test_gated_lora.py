@@ -223,7 +223,7 @@ def test_strides(form: Form) -> None:
     joint = torch.cat(outs, dim=1)
     views = list(joint.split(WIDTHS, dim=1))
     expected = truth(outs, x, gate, as_, bs, scales)
-    form(views, x, gate, torch.cat(as_).split(RANKS), bs, scales)
+    form(views, x, gate, list(torch.cat(as_).split(RANKS)), bs, scales)
     torch.testing.assert_close(joint.double(), torch.cat(expected, dim=1), rtol=1e-5, atol=1e-4)
 
     wide = torch.stack([x, x + 1], dim=1)

@@ -3,16 +3,19 @@
 import copy
 import gc
 import weakref
+from contextlib import nullcontext
 from threading import Thread
 
 import pytest
 import torch
 
+import mtpkern
 from mtpkern import siblings
 from mtpkern.adapter import gate_of, gated
 from mtpkern.kernels.gated_lora import gated_lora, gated_lora_triton
 from mtpkern.train.lora import add_gated_lora
 
+CUDA = torch.cuda.is_available()
 # How many layers each launch pair of a decoder layer serves.
 GROUPS = {
     "llama": [3, 1, 2, 1],
@@ -49,8 +52,8 @@ SETTINGS = {
 TARGETS = {"deepseek_v3": "q_a_proj,q_b_proj,kv_a_proj_with_mqa,kv_b_proj,o_proj"}
 
 
-def adapted(tiny, kind="llama", *, dtype=torch.float32, adapter=None, seed=0, **settings):
-    """A model with a gated adapter that changes what its mask rows predict, ranks and scales as they may be."""
+def adapted(tiny, kind="llama", *, dtype=torch.float32, adapter=None, device="cpu", seed=0, **settings):
+    """A model with a gated adapter that changes what its mask rows predict."""
     model = tiny.model(kind, **{**SETTINGS.get(kind, {}), **settings})
     del model.config.mtpkern
     peft_model = add_gated_lora(model.to(dtype), rank=4, k_max=4, targets=TARGETS.get(kind, "all-linear")).eval()
@@ -61,13 +64,13 @@ def adapted(tiny, kind="llama", *, dtype=torch.float32, adapter=None, seed=0, **
             parameter.data = parameter.data.to(adapter or dtype)
         if "lora_B" in name:
             parameter.normal_(0, 0.3, generator=generator)
-    return peft_model.get_base_model()
+    return peft_model.to(device).get_base_model()
 
 
 def text(tiny, model, masks=3):
     """Two prompts with masks behind them: [2, T]."""
     ids, _ = tiny.prompts(6, 6)
-    return torch.cat([ids, ids.new_full((2, masks), gate_of(model).mask_token_id)], dim=1)
+    return torch.cat([ids, ids.new_full((2, masks), gate_of(model).mask_token_id)], dim=1).to(model.device)
 
 
 @torch.inference_mode()
@@ -106,8 +109,9 @@ def test_siblings_are_served_together_with_the_same_bits(kind, tiny, served):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_bits_in_narrow_types_and_in_the_kernels(dtype, tiny, monkeypatch, interpreter):
     """With an adapter in float32, too; rows without a gate are the base's."""
+    device = "cuda" if CUDA else "cpu"
     for adapter in {dtype, torch.float32}:
-        model = adapted(tiny, dtype=dtype, adapter=adapter, num_hidden_layers=1)
+        model = adapted(tiny, dtype=dtype, adapter=adapter, device=device, num_hidden_layers=1)
         ids = text(tiny, model)
         monkeypatch.setattr(siblings, "gated_lora", gated_lora)
         first = logits(model, ids)
@@ -302,3 +306,20 @@ def test_a_first_pass_that_fails_shows_nothing(tiny, served):
     served.clear()
     assert torch.equal(logits(model, ids), first)
     assert served == GROUPS["llama"] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+def test_in_a_graph(compile, tiny, monkeypatch):
+    """What masks predict is emitted here: the same by one layer after another, and captured."""
+    model = adapted(tiny, device="cuda")
+    ids, mask = (x.to("cuda") for x in tiny.prompts(9, 4))
+    options = {"attention_mask": mask, "strategy": mtpkern.ConfAdapt(3, threshold=0.15), "max_new_tokens": 24}
+    with monkeypatch.context() as patch:
+        patch.setattr(siblings.Siblings, "__call__", lambda self: nullcontext())
+        expected = mtpkern.generate(model, ids, use_graph=False, compile=False, **options)
+    for use_graph in (False, True, True):
+        found = mtpkern.generate(model, ids, use_graph=use_graph, compile=compile, **options)
+        assert torch.equal(found, expected)
+    assert model.mtpkern_siblings.found
+    assert mtpkern.release_graphs(model) == 1

@@ -3,7 +3,7 @@
 Prompt, accepted tokens and drafts run through the frozen weights, so the KV cache holds what the original model would
 have put there, and what `Verified` emits is the original model's greedy output. Adapted are the mask rows of a pass
 alone: `Gate` says which those are, and closed, as it is outside of mtpkern, the model is the original to the last bit.
-In decoding, layers that read the same tensor are adapted together (`mtpkern.siblings`), with the bits of each by itself.
+In decoding, layers that read the same tensor are adapted together (`mtpkern.siblings`), each with the bits of its own.
 
 The adapter is peft's: its LoRA layers, and its folder, whose config also says that it is gated, for which base, and
 holds the one embedding row that has no place in the base: the mask token is the first id behind the vocabulary, so

@@ -51,9 +51,10 @@ class Case:
         self.scales = [SCALE] * len(widths)
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def _copy(self, i: int) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    def _copy(self, i: int) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
         weight = self.weights[i % len(self.weights)]
-        return weight, weight[: self.N], weight[self.N :], [b[i % len(b)] for b in self.bs]
+        as_ = list(weight[self.N :].chunk(len(self.widths)))
+        return weight, weight[: self.N], as_, [b[i % len(b)] for b in self.bs]
 
     def base(self, i: int) -> Tensor:
         """The product alone: [R, N]."""
@@ -62,30 +63,30 @@ class Case:
 
     def ours(self, i: int) -> Tensor:
         """Both launches behind the product."""
-        _, weight, a, bs = self._copy(i)
+        _, weight, as_, bs = self._copy(i)
         y = self.x @ weight.T
-        gated_lora(y.split(self.widths, dim=1), self.x, self.gate, a, bs, self.scales)
+        gated_lora(y.split(self.widths, dim=1), self.x, self.gate, as_, bs, self.scales)
         return y
 
     def torch_operations(self, i: int) -> Tensor:
         """The torch form behind the product."""
-        _, weight, a, bs = self._copy(i)
+        _, weight, as_, bs = self._copy(i)
         y = self.x @ weight.T
-        gated_lora_reference(y.split(self.widths, dim=1), self.x, self.gate, a, bs, self.scales)
+        gated_lora_reference(y.split(self.widths, dim=1), self.x, self.gate, as_, bs, self.scales)
         return y
 
     def branch(self, i: int) -> Tensor:
         """The first launch beside the product, on a stream of its own; in a graph, a branch."""
-        _, weight, a, bs = self._copy(i)
+        _, weight, as_, bs = self._copy(i)
         gate = self.gate.view(torch.uint8)
         if self.side is None:
-            h = shrink_triton(self.x, gate, a)
+            h = shrink_triton(self.x, gate, as_)
             y = self.x @ weight.T
         else:
             here = torch.cuda.current_stream(self.x.device)
             self.side.wait_stream(here)
             with torch.cuda.stream(self.side):
-                h = shrink_triton(self.x, gate, a)
+                h = shrink_triton(self.x, gate, as_)
             y = self.x @ weight.T
             here.wait_stream(self.side)
         expand_triton(y.split(self.widths, dim=1), h, gate, bs, self.scales)

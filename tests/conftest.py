@@ -145,9 +145,8 @@ def tiny() -> SimpleNamespace:
 
 @pytest.fixture(autouse=True)
 def uncompiled_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling takes seconds for each model and shape: on a GPU too only tests of it wait for that."""
-    if torch.cuda.is_available():
-        monkeypatch.setattr("mtpkern.layers.COMPILE_CAPTURED", False)
+    """Compiling takes seconds for each model and shape: only tests of it wait for that."""
+    monkeypatch.setattr("mtpkern.layers.COMPILE_CAPTURED", False)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -111,20 +111,20 @@ SPILL: dict[tuple[str, str], dict[str, tuple[int, int]]] = {
     **{
         (f"span_attention {case}", "_forward_kernel"): {"sm_80": ampere, "sm_89": ada}
         for case, ampere, ada in (
-            ("bf16 D80", (16, 24), (40, 40)),
-            ("bf16 D96", (16, 24), (40, 40)),
-            ("bf16 D128", (120, 64), (72, 72)),
-            ("fp16 D128", (120, 64), (72, 72)),
+            ("bf16 D80", (16, 16), (40, 40)),
+            ("bf16 D96", (16, 16), (40, 40)),
+            ("bf16 D128", (120, 56), (72, 72)),
+            ("fp16 D128", (120, 56), (72, 72)),
         )
     },
     # On sm_100 sums lie in tensor memory and a thread is given 128 registers: 3.6 keeps 14 of its numbers elsewhere.
     **{
         (f"span_attention {case}", "_dq_kernel"): {"sm_80": ampere, "sm_90": hopper, "sm_100": (56, 0)}
         for case, ampere, hopper in (
-            ("bf16 D80", (64, 56), (16, 16)),
-            ("bf16 D96", (64, 56), (16, 16)),
-            ("bf16 D128", (88, 88), (0, 0)),
-            ("fp16 D128", (88, 88), (0, 0)),
+            ("bf16 D80", (64, 48), (16, 8)),
+            ("bf16 D96", (64, 48), (16, 8)),
+            ("bf16 D128", (88, 80), (0, 0)),
+            ("fp16 D128", (88, 80), (0, 0)),
         )
     },
     **{
@@ -168,14 +168,13 @@ def of_this_version(budget: tuple[int, int]) -> int:
 
 def over_budget(one: Compiled) -> list[str]:
     """What a kernel takes that it must not: spill, shared memory, slow products, atomics. Empty is good."""
-    allowed = max(
-        (
-            of_this_version(spill.get(one.target, (0, 0)))
-            for (case, kernel), spill in SPILL.items()
-            if one.case.startswith(case) and one.kernel == kernel
-        ),
-        default=0,
-    )
+    budgets = {
+        case: spill[one.target]
+        for (case, kernel), spill in SPILL.items()
+        if one.case.startswith(case) and one.kernel == kernel and one.target in spill
+    }
+    # Of several the one that says most of the case.
+    allowed = of_this_version(budgets[max(budgets, key=len)]) if budgets else 0
     faults = []
     if one.spill > allowed:
         faults.append(f"spills {one.spill} bytes a thread, allowed are {allowed}")

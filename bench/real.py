@@ -205,8 +205,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 progress(done)
                 if args.results is not None:
                     # All so far: a run that is cut keeps what it has.
-                    data = {"rows": table().records}
-                    page = write("real", "The original model's own tokens", facts, [table()], data, args.results)
+                    so_far = table()
+                    data = {"rows": so_far.records}
+                    page = write("real", "The original model's own tokens", facts, [so_far], data, args.results)
     print(table().markdown())
     print(json.dumps(facts) if args.results is None else f"written: {page}")
 

@@ -139,6 +139,8 @@ class HeldOut:
             strategy=strategy,
             # All masks, so that tokens per pass tell of the model and not of the device and its row budget.
             rows=len(ids) * (2 * strategy.k - 1),
+            # Batches of many shapes, each of which would be compiled anew.
+            compile=False,
             max_new_tokens=self.max_new_tokens,
             return_dict_in_generate=True,
         )

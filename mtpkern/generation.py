@@ -85,7 +85,8 @@ def generate(
     strategy: `Verified` (default; the checkpoint's own greedy output), `ConfAdapt` or `Static`. Without a k each takes
         one from the k_max that training has recorded (`Strategy.for_model`); one that is given stays.
     mask_token_id: for checkpoints that do not record theirs; k = 1 needs none, so any model decodes with `Static(1)`.
-    rows: the row budget of a pass, from B * k up; see `mtpkern.decoder.default_rows`.
+    rows: the row budget of a pass, from B * k up, with `Verified` from B up. None: for a `Verified` without a k, as
+        many as are worth their time (`mtpkern.load`), else as many as it can use (`mtpkern.decoder.default_rows`).
     use_graph: whether a pass is captured in a CUDA graph, which the next calls of a similar shape use again; None: on
         every CUDA device. What is kept between calls: `release_graphs`.
     compile: send the model's layers through `torch.compile`, for passes alone (`mtpkern.layers`). The first call of a
@@ -117,6 +118,7 @@ def generate(
         raise TypeError(f"strategy must be mtpkern.Static, ConfAdapt or Verified, got {strategy!r}")
     model = unwrapped(model, kwargs)
     require_decodable(model)
+    by_load = rows is None and (strategy is None or not strategy.k)
     strategy = strategy_for(model, strategy)
     mask = mask_token_for(model, strategy.k, mask_token_id)
     options = {"batch_invariant": batch_invariant, "wait": wait, "check_model": check_model}
@@ -163,6 +165,7 @@ def generate(
             wait=wait,
             check_model=check_model,
             rows=rows,
+            by_load=by_load,
             compile=wants_compile(compile, graph),
             batch_invariant=batch_invariant,
         )

@@ -10,8 +10,9 @@ among a few, of which the highest buys nothing: then a pass is one of plain deco
 on a GPU up to the row budget, the price only shares the budget out.
 
 On a CPU each pass is timed as it runs; a constant would be wrong, since eight rows take the time of one on one
-processor and of two on another. Passes without masks are tried on purpose now and then, at ever longer intervals, because their
-time is the one that nothing else shows. What a sequence brings changes when its tokens come, never which.
+processor and of two on another. Passes without masks are tried on purpose now and then, at ever longer intervals,
+because their time is the one that nothing else shows. What a sequence brings changes when its tokens come, never
+which.
 """
 
 from __future__ import annotations

@@ -260,9 +260,9 @@ class Decoder:
         self.rows = self.cache.rows = self.plan
         return logits
 
-    def run(self, route: dict[str, AttentionContext]) -> None:
-        """Step until every sequence is done, at most max_new_tokens passes in all."""
-        poll = _Poll(self.sequences.status)
+    def run(self, route: dict[str, AttentionContext], poll: Poll | None = None) -> None:
+        """Step until every sequence is done, at most max_new_tokens passes in all; `poll` may do more than count."""
+        poll = poll or Poll(self.sequences)
         for _ in range(self.max_new_tokens - 1):
             running = poll.running()
             if not running:
@@ -325,31 +325,54 @@ class Decoder:
         self.cache.proven = True
 
 
-class _Poll:
-    """Watches `status` [B] through copies that the device makes when it gets there; the host reads them late.
+class Poll:
+    """Watches the sequences through copies that the device makes when it gets there; the host reads them late.
 
-    On a CPU the copy is there at once.
+    On a CPU the copy is there at once. Of each state of the device one copy is read, in order.
     """
 
-    def __init__(self, status: Tensor) -> None:
-        self.status = status
-        self.on_cpu = status.device.type == "cpu"
+    def __init__(self, sequences: Sequences) -> None:
+        self.sequences = sequences
+        device = sequences.status.device
+        self.on_cpu = device.type == "cpu"
         self.polls = 0
         if not self.on_cpu:
             # A ring: a copy has been read before its place is used again.
-            self.copies = torch.empty(LAG + 1, len(status), dtype=status.dtype, pin_memory=True)
-            self.events = [torch.Event(status.device) for _ in range(LAG + 1)]
+            state = self.state()
+            self.copies = torch.empty(LAG + 1, *state.shape, dtype=state.dtype, pin_memory=True)
+            self.events = [torch.Event(device) for _ in range(LAG + 1)]
+
+    def state(self) -> Tensor:
+        """What is copied, on the device."""
+        return self.sequences.status
+
+    def take(self, state: Tensor) -> int:
+        """How many sequences go on, from a copy of `state()` on the host."""
+        return int((state == RUNNING).sum())
 
     def running(self) -> int:
         """How many sequences were running `LAG` steps ago (on a CPU: are running now)."""
         if self.on_cpu:
-            return int((self.status == RUNNING).sum())
+            return self.take(self.state())
+        self._copy()
+        return len(self.sequences.status) if self.polls <= LAG else self._read(self.polls - LAG - 1)
+
+    def finish(self) -> None:
+        """Read what the last steps have left, once nothing more is queued."""
+        if self.on_cpu:
+            self.take(self.state())
+            return
+        self._copy()
+        for number in range(max(0, self.polls - LAG - 1), self.polls):
+            self._read(number)
+
+    def _copy(self) -> None:
         place = self.polls % (LAG + 1)
-        self.copies[place].copy_(self.status, non_blocking=True)
+        self.copies[place].copy_(self.state(), non_blocking=True)
         self.events[place].record()
         self.polls += 1
-        if self.polls <= LAG:
-            return len(self.status)
-        place = self.polls % (LAG + 1)  # the oldest
+
+    def _read(self, number: int) -> int:
+        place = number % (LAG + 1)
         self.events[place].synchronize()
-        return int((self.copies[place] == RUNNING).sum())
+        return self.take(self.copies[place])

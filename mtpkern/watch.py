@@ -1,0 +1,258 @@
+"""Watch: sees each token of a run as soon as it is certain, shows it to who asked, and stops sequences on the host.
+
+The device stops at stop tokens and limits by itself. What it cannot know (stop strings, criteria of the caller's, the
+time) is asked here, of every prefix in order, so a sequence ends at the token where `model.generate` would have ended
+it, wherever that stands in a block. What the device has decoded beyond it meanwhile is cut off.
+
+The copy that the poll makes of each state of the device carries the last tokens along, so that nothing waits which
+would not have waited anyway. Nobody watching: no `Watch`, and the loop is what it was.
+
+Two paces. Stop strings look at one sequence and are asked as soon as its tokens are there. A streamer and criteria of
+the caller's may look at the whole batch, so they get it column by column as `model.generate` has it: prompts and t new
+tokens of each sequence, padding behind those that have ended, once every sequence is that far.
+
+Drafts of `Verified` are not certain and never get here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from threading import Event
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import StoppingCriteriaList
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria
+
+from mtpkern.decoder import Poll
+from mtpkern.kernels.advance import FAULT, LIMIT, RUNNING, STOPPED, Sequences
+from mtpkern.strategies import Strategy
+
+Criterion = TypeVar("Criterion")
+# Criteria whose meaning is known; a subclass may mean anything.
+_KNOWN = (MaxLengthCriteria, EosTokenCriteria, MaxTimeCriteria, StopStringCriteria)
+# Where two reasons fall on one token, the first of these is told.
+_PRECEDENCE = ("stop", "stop_string", "criteria", "time", "closed", "length", "fault")
+# Why the device has ended a sequence; one that the passes have not sufficed for is at its limit.
+REASONS = {RUNNING: "length", STOPPED: "stop", LIMIT: "length", FAULT: "fault"}
+# An id above every vocabulary's, which no stop string contains.
+_NO_TOKEN = 1 << 40
+
+
+class Streamer(Protocol):
+    """What transformers calls a streamer: `put` gets the prompts [B, T], then each column of new tokens [B]."""
+
+    def put(self, value: Tensor) -> None: ...  # noqa: D102
+    def end(self) -> None: ...  # noqa: D102
+
+
+class Blocks(Protocol):
+    """Who takes blocks, each sequence at its own pace; `closed` ends the run after the pass that is read next."""
+
+    closed: Event
+
+    def begin(self) -> None:
+        """The call is accepted; what comes now is the run."""
+
+    def put_block(self, new: list[list[int]]) -> None:
+        """Newly certain tokens of each sequence, none where it has no news."""
+
+
+def of_kind(criteria: Iterable[Any], kind: type[Criterion]) -> list[Criterion]:
+    """Those of exactly this class."""
+    return [criterion for criterion in criteria if type(criterion) is kind]
+
+
+class Watch:
+    """Sees a run of B sequences through `poll`, and knows where each has ended.
+
+        watch = Watch.of(streamer, stopping_criteria)    # None where nobody watches
+        watch.begin(input_ids, new=max_new_tokens, padding=0)
+        poll = watch.poll(decoder.sequences, strategy)
+        decoder.run(route, poll)
+        poll.finish()
+        watch.ends, watch.reasons    # new tokens of each sequence, and why there are no more
+
+    criteria is what transformers has prepared, the caller's included; the limit and stop tokens among it are left to
+    the device. Whatever a streamer or criterion raises goes through `decoder.run`.
+    """
+
+    def __init__(self, streamer: Any, criteria: Iterable[Any]) -> None:
+        self.blocks: Blocks | None = streamer if hasattr(streamer, "put_block") else None
+        self.streamer: Streamer | None = None if self.blocks else streamer
+        self.strings = of_kind(criteria, StopStringCriteria)
+        self.clocks = of_kind(criteria, MaxTimeCriteria)
+        self.others = StoppingCriteriaList(x for x in criteria if type(x) not in _KNOWN)
+        self.ids: Tensor | None = None
+
+    @classmethod
+    def of(cls, streamer: Any, criteria: Iterable[Any]) -> Watch | None:
+        """A watch, or None where there is nothing to see or ask."""
+        watch = cls(streamer, criteria)
+        wanted = streamer is not None or watch.strings or watch.clocks or watch.others
+        return watch if wanted else None
+
+    def begin(self, input_ids: Tensor, attention_mask: Tensor | None, *, new: int, padding: int, device: Any) -> None:
+        """Take in the prompts [B, T], which are on the host, and show them; once, should the run begin anew.
+
+        device is where criteria get their prefixes: that of the call's input_ids.
+        """
+        if self.ids is not None:
+            return
+        B, self.T = input_ids.shape
+        self.prompts = [self.T] * B if attention_mask is None else attention_mask.long().sum(1).tolist()
+        self.ids = torch.cat([input_ids.long(), torch.full((B, new), padding)], dim=1)
+        self.padding = padding
+        self.certain = [0] * B  # new tokens
+        self.ends: list[int | None] = [None] * B
+        self.reasons: list[str] = [""] * B
+        self.columns = 0  # shown and asked for
+        self.shown = [0] * B  # as blocks
+        # On a GPU criteria are asked beside the passes, on a stream of their own: they would wait for one otherwise.
+        self.device = torch.device(device)
+        self.stream = torch.cuda.Stream(self.device) if self.others and self.device.type == "cuda" else None
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        if self.blocks is not None:
+            self.blocks.begin()
+        if self.streamer is not None:
+            self.streamer.put(input_ids.clone())
+
+    def poll(self, sequences: Sequences, strategy: Strategy) -> Poll:
+        """The poll of a decoder's run."""
+        self.sequences = sequences
+        self.verify = strategy.verify
+        self.told = [False] * len(self.prompts)
+        return _WatchedPoll(sequences, self, 2 * strategy.k - 1)
+
+    def finish(self) -> None:
+        """Tell the streamer that this is all."""
+        if self.streamer is not None:
+            self.streamer.end()
+
+    def take(self, state: Tensor) -> int:
+        """Take in a state [B, 3 + W] of the device (see `_WatchedPoll`); returns how many sequences go on."""
+        news = state.tolist()
+        added = [self._add(b, *row[:3], row[3:]) for b, row in enumerate(news)]
+        if self.strings and any(added):
+            self._ask_strings(added)
+        for b, row in enumerate(news):
+            if row[0] != RUNNING and not self.told[b]:
+                self._end(b, self.certain[b], REASONS[row[0]])
+        self._step_columns()
+        late = any(bool(clock(self._prefix(1), None).any()) for clock in self.clocks)
+        closed = self.blocks is not None and self.blocks.closed.is_set()
+        if late or closed:
+            for b, end in enumerate(self.ends):
+                if end is None:
+                    self._end(b, self.certain[b], "time" if late else "closed")
+            self._step_columns()
+        for b, row in enumerate(news):
+            if self.ends[b] is not None and row[0] == RUNNING and not self.told[b]:
+                # A number of Python's goes along with the kernel: nothing waits.
+                self.sequences.status[b].fill_(STOPPED)
+                self.told[b] = True
+        if self.blocks is not None:
+            self._show_blocks(self.blocks)
+        return sum(end is None for end in self.ends)
+
+    def _add(self, b: int, status: int, length: int, pending: int, window: list[int]) -> int:
+        """Append what has become certain of a sequence; returns how many tokens."""
+        if self.ends[b] is not None:
+            return 0
+        drafts = max(pending - 1, 0) if self.verify else 0
+        before, self.certain[b] = self.certain[b], max(self.certain[b], length - drafts - self.prompts[b])
+        new = self.certain[b] - before
+        assert new <= len(window) - drafts, "a state of the device has not been read"
+        if new:
+            tokens = window[len(window) - drafts - new : len(window) - drafts]
+            self._prefix(self.T + self.certain[b])[b, self.T + before :] = torch.tensor(tokens)
+        return new
+
+    def _end(self, b: int, end: int, reason: str) -> None:
+        """A sequence ends behind so many new tokens, unless it has ended before that."""
+        assert self.ids is not None
+        known = self.ends[b]
+        if known is not None and (known, _PRECEDENCE.index(self.reasons[b])) <= (end, _PRECEDENCE.index(reason)):
+            return
+        self.ends[b], self.reasons[b] = end, reason
+        self.ids[b, self.T + end :] = self.padding
+
+    def _ask_strings(self, added: list[int]) -> None:
+        """End each sequence at the first of its new tokens that completes a stop string."""
+        assert self.ids is not None
+        for criterion in self.strings:
+            # As many tokens as a match may take: the end of every new prefix, one below the other.
+            L, tails, places = criterion.maximum_token_len, [], []
+            for b, new in enumerate(added):
+                if new:
+                    stop = self.T + self.certain[b]
+                    tail = self.ids[b, max(0, stop - new - L + 1) : stop]
+                    tails.append(F.pad(tail, (L + new - 1 - len(tail), 0), value=_NO_TOKEN).unfold(0, L, 1))
+                    places += [(b, self.certain[b] - new + i + 1) for i in range(new)]
+            for (b, end), done in zip(places, criterion(torch.cat(tails), None).tolist()):
+                if done:
+                    self._end(b, end, "stop_string")
+
+    def _step_columns(self) -> None:
+        """Ask the caller's criteria of, and show to the streamer, every column that all sequences have come to."""
+        if not self.others and self.streamer is None:
+            return
+        while True:
+            t = self.columns + 1
+            if any(end is None and certain < t for end, certain in zip(self.ends, self.certain)):
+                return
+            if all(end is not None and end < t for end in self.ends):
+                return
+            if self.others:
+                for b, done in enumerate(self._ask(self._prefix(self.T + t))):
+                    if done:
+                        self._end(b, t, "criteria")
+            if self.streamer is not None:
+                self.streamer.put(self._prefix(self.T + t)[:, -1].clone())
+            self.columns = t
+
+    def _prefix(self, length: int) -> Tensor:
+        assert self.ids is not None
+        return self.ids[:, :length]
+
+    def _ask(self, prefix: Tensor) -> list[bool]:
+        with torch.cuda.stream(self.stream):  # None: no other stream
+            done = self.others(prefix.to(self.device, copy=True, memory_format=torch.contiguous_format), None)
+            if done.shape != (len(prefix),):
+                raise ValueError(
+                    f"stopping criteria must say of each sequence whether it is done, a tensor [{len(prefix)}], or "
+                    f"True or False for all; {[type(x).__name__ for x in self.others]} gave {list(done.shape)}"
+                )
+            return done.tolist()  # type: ignore[no-any-return]
+
+    def _show_blocks(self, blocks: Blocks) -> None:
+        """Hand on what will stand: with criteria of the caller's, no token that they have not been asked about."""
+        new = []
+        for b, before in enumerate(self.shown):
+            end = self.ends[b]
+            self.shown[b] = self.certain[b] if end is None else end
+            if self.others:
+                self.shown[b] = min(self.shown[b], self.columns)
+            new.append(self._prefix(self.T + self.shown[b])[b, self.T + before :].tolist())
+        if any(new):
+            blocks.put_block(new)
+
+
+class _WatchedPoll(Poll):
+    """Copies [B, 3 + W]: status, length, pending, and the W tokens before `length`, which hold all that a pass adds."""
+
+    def __init__(self, sequences: Sequences, watch: Watch, window: int) -> None:
+        self.watch = watch
+        self.window = torch.arange(-window, 0, device=sequences.status.device)
+        super().__init__(sequences)
+
+    def state(self) -> Tensor:
+        s = self.sequences
+        tokens = s.tokens.gather(1, (s.length[:, None] + self.window).clamp_(min=0))
+        return torch.cat([torch.stack([s.status, s.length, s.pending], dim=1), tokens], dim=1)
+
+    def take(self, state: Tensor) -> int:
+        return self.watch.take(state)

@@ -42,22 +42,14 @@ _NO_TOKEN = 1 << 40
 
 
 class Streamer(Protocol):
-    """What transformers calls a streamer: `put` gets the prompts [B, T], then each column of new tokens [B]."""
+    """What transformers calls a streamer: `put` gets the prompts [B, T], then each column of new tokens [B].
 
-    def put(self, value: Tensor) -> None: ...  # noqa: D102
-    def end(self) -> None: ...  # noqa: D102
+    One with a `put_block` gets, behind the prompts, newly certain tokens by that: a list for each sequence. If it has
+    an event `closed`, that ends the run.
+    """
 
-
-class Blocks(Protocol):
-    """Who takes blocks, each sequence at its own pace; `closed` ends the run after the pass that is read next."""
-
-    closed: Event
-
-    def begin(self) -> None:
-        """The call is accepted; what comes now is the run."""
-
-    def put_block(self, new: list[list[int]]) -> None:
-        """Newly certain tokens of each sequence, none where it has no news."""
+    def put(self, value: Tensor) -> None: ...
+    def end(self) -> None: ...
 
 
 def of_kind(criteria: Iterable[Any], kind: type[Criterion]) -> list[Criterion]:
@@ -80,8 +72,9 @@ class Watch:
     """
 
     def __init__(self, streamer: Any, criteria: Iterable[Any]) -> None:
-        self.blocks: Blocks | None = streamer if hasattr(streamer, "put_block") else None
-        self.streamer: Streamer | None = None if self.blocks else streamer
+        self.streamer = streamer
+        self.by_blocks = hasattr(streamer, "put_block")
+        self.closed: Event | None = getattr(streamer, "closed", None) if self.by_blocks else None
         self.strings = of_kind(criteria, StopStringCriteria)
         self.clocks = of_kind(criteria, MaxTimeCriteria)
         self.others = StoppingCriteriaList(x for x in criteria if type(x) not in _KNOWN)
@@ -115,8 +108,6 @@ class Watch:
         self.stream = torch.cuda.Stream(self.device) if self.others and self.device.type == "cuda" else None
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        if self.blocks is not None:
-            self.blocks.begin()
         if self.streamer is not None:
             self.streamer.put(input_ids.clone())
 
@@ -133,7 +124,7 @@ class Watch:
             self.streamer.end()
 
     def take(self, state: Tensor) -> int:
-        """Take in a state [B, 3 + W] of the device (see `_WatchedPoll`); returns how many sequences go on."""
+        """Take in a state [B, 3 + W] of the device (see `snapshot`); returns how many sequences go on."""
         news = state.tolist()
         added = [self._add(b, *row[:3], row[3:]) for b, row in enumerate(news)]
         if self.strings and any(added):
@@ -143,7 +134,7 @@ class Watch:
                 self._end(b, self.certain[b], REASONS[row[0]])
         self._step_columns()
         late = any(bool(clock(self._prefix(1), None).any()) for clock in self.clocks)
-        closed = self.blocks is not None and self.blocks.closed.is_set()
+        closed = self.closed is not None and self.closed.is_set()
         if late or closed:
             for b, end in enumerate(self.ends):
                 if end is None:
@@ -154,8 +145,8 @@ class Watch:
                 # A number of Python's goes along with the kernel: nothing waits.
                 self.sequences.status[b].fill_(STOPPED)
                 self.told[b] = True
-        if self.blocks is not None:
-            self._show_blocks(self.blocks)
+        if self.by_blocks:
+            self._show_blocks()
         return sum(end is None for end in self.ends)
 
     def _add(self, b: int, status: int, length: int, pending: int, window: list[int]) -> int:
@@ -198,7 +189,8 @@ class Watch:
 
     def _step_columns(self) -> None:
         """Ask the caller's criteria of, and show to the streamer, every column that all sequences have come to."""
-        if not self.others and self.streamer is None:
+        by_column = self.streamer is not None and not self.by_blocks
+        if not self.others and not by_column:
             return
         while True:
             t = self.columns + 1
@@ -210,7 +202,7 @@ class Watch:
                 for b, done in enumerate(self._ask(self._prefix(self.T + t))):
                     if done:
                         self._end(b, t, "criteria")
-            if self.streamer is not None:
+            if by_column:
                 self.streamer.put(self._prefix(self.T + t)[:, -1].clone())
             self.columns = t
 
@@ -228,7 +220,7 @@ class Watch:
                 )
             return done.tolist()  # type: ignore[no-any-return]
 
-    def _show_blocks(self, blocks: Blocks) -> None:
+    def _show_blocks(self) -> None:
         """Hand on what will stand: with criteria of the caller's, no token that they have not been asked about."""
         new = []
         for b, before in enumerate(self.shown):
@@ -238,11 +230,11 @@ class Watch:
                 self.shown[b] = min(self.shown[b], self.columns)
             new.append(self._prefix(self.T + self.shown[b])[b, self.T + before :].tolist())
         if any(new):
-            blocks.put_block(new)
+            self.streamer.put_block(new)
 
 
 class _WatchedPoll(Poll):
-    """Copies [B, 3 + W]: status, length, pending, and the W tokens before `length`, which hold all that a pass adds."""
+    """Copies what `snapshot` makes of each state."""
 
     def __init__(self, sequences: Sequences, watch: Watch, window: int) -> None:
         self.watch = watch
@@ -250,9 +242,16 @@ class _WatchedPoll(Poll):
         super().__init__(sequences)
 
     def state(self) -> Tensor:
-        s = self.sequences
-        tokens = s.tokens.gather(1, (s.length[:, None] + self.window).clamp_(min=0))
-        return torch.cat([torch.stack([s.status, s.length, s.pending], dim=1), tokens], dim=1)
+        return snapshot(self.sequences, self.window)
 
     def take(self, state: Tensor) -> int:
         return self.watch.take(state)
+
+
+def snapshot(sequences: Sequences, window: Tensor) -> Tensor:
+    """[B, 3 + W]: status, length, pending, and the W tokens before `length`, which hold all that a pass has added.
+
+    window: arange(-W, 0) on the device, W = 2k - 1.
+    """
+    tokens = sequences.tokens.gather(1, (sequences.length[:, None] + window).clamp_(min=0))
+    return torch.cat([torch.stack([sequences.status, sequences.length, sequences.pending], dim=1), tokens], dim=1)

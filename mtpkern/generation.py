@@ -35,7 +35,7 @@ from mtpkern.memory import fits_at_once, require_room
 from mtpkern.model import learned_positions, mask_token_for, recorded_settings, require_decodable
 from mtpkern.strategies import Strategy, Verified
 from mtpkern.verify import require_verified
-from mtpkern.watch import REASONS, Streamer, Watch, of_kind
+from mtpkern.watch import REASONS, Streamer, Watch, first_tokens, of_kind
 from mtpkern.wrappers import unwrapped
 
 # Capacities are rounded up, so that runs of similar length share their shapes.
@@ -83,8 +83,9 @@ def generate(
 
     A drop-in for greedy `model.generate(input_ids, **kwargs)`: attention_mask, max_new_tokens, max_length,
     eos_token_id (one or several), pad_token_id, stop_strings (with tokenizer), stopping_criteria, generation_config
-    and return_dict_in_generate mean what they mean there; max_time ends behind the pass that exceeds it. With return_dict_in_generate=True the result is an `MTPGenerateOutput`. Of the model's own generation_config
-    the limits and token ids count; it may sample, this does not (`mtpkern.arguments`).
+    and return_dict_in_generate mean what they mean there; max_time ends behind the pass that exceeds it. With
+    return_dict_in_generate=True the result is an `MTPGenerateOutput`. Of the model's own generation_config the limits,
+    stop strings and token ids count; it may sample, this does not (`mtpkern.arguments`).
 
     strategy: `Verified` (default; the checkpoint's own greedy output), `ConfAdapt` or `Static`. Without a k each takes
         one from the k_max that training has recorded (`Strategy.for_model`); one that is given stays.
@@ -282,7 +283,7 @@ def _decode(
         watch.finish()
     if blocks is None:
         return output
-    blocks = [_cut(row, n) for row, n in zip(blocks, emitted)]
+    blocks = [first_tokens(row, n) for row, n in zip(blocks, emitted)]
     return MTPGenerateOutput(
         sequences=output,
         blocks=blocks,
@@ -290,16 +291,6 @@ def _decode(
         tokens_per_pass=[n / len(row) for row, n in zip(blocks, emitted)],
         finish_reasons=reasons,
     )
-
-
-def _cut(blocks: list[int], tokens: int) -> list[int]:
-    """The blocks of the first so many tokens: `_cut([1, 4, 4], 3)` is [1, 2]."""
-    kept = []
-    for block in blocks:
-        kept.append(min(block, tokens - sum(kept)))
-        if sum(kept) == tokens:
-            break
-    return kept
 
 
 def _past_positions(model: PreTrainedModel, positions: int, prompt: int, new: int) -> str:

@@ -48,8 +48,21 @@ class Streamer(Protocol):
     an event `closed`, that ends the run.
     """
 
-    def put(self, value: Tensor) -> None: ...
-    def end(self) -> None: ...
+    def put(self, value: Tensor) -> None:
+        """Take prompts or new tokens, on the host."""
+
+    def end(self) -> None:
+        """Nothing more comes."""
+
+
+def first_tokens(blocks: list[int], tokens: int) -> list[int]:
+    """The blocks of the first so many tokens: `first_tokens([1, 4, 4], 3)` is [1, 2]."""
+    kept: list[int] = []
+    for block in blocks:
+        kept.append(min(block, tokens - sum(kept)))
+        if sum(kept) == tokens:
+            break
+    return kept
 
 
 def of_kind(criteria: Iterable[Any], kind: type[Criterion]) -> list[Criterion]:
@@ -126,7 +139,7 @@ class Watch:
     def take(self, state: Tensor) -> int:
         """Take in a state [B, 3 + W] of the device (see `snapshot`); returns how many sequences go on."""
         news = state.tolist()
-        added = [self._add(b, *row[:3], row[3:]) for b, row in enumerate(news)]
+        added = [self._add(b, length, pending, row) for b, (_, length, pending, *row) in enumerate(news)]
         if self.strings and any(added):
             self._ask_strings(added)
         for b, row in enumerate(news):
@@ -149,7 +162,7 @@ class Watch:
             self._show_blocks()
         return sum(end is None for end in self.ends)
 
-    def _add(self, b: int, status: int, length: int, pending: int, window: list[int]) -> int:
+    def _add(self, b: int, length: int, pending: int, window: list[int]) -> int:
         """Append what has become certain of a sequence; returns how many tokens."""
         if self.ends[b] is not None:
             return 0

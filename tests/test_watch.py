@@ -491,11 +491,15 @@ def test_nobody_watches_and_nothing_is_added(model: Any, inputs: Any, monkeypatc
     assert all(state.shape == (3,) for state in seen)
 
 
+def second_early(ids: Tensor, scores: Any) -> Tensor:
+    return (torch.arange(3) == 1) & (ids.shape[1] >= 12 + 5)
+
+
 def test_a_run_that_begins_anew_shows_nothing_twice(model: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a kernel cannot be compiled: with plain operations the same tokens come again."""
     given = {**inputs, "max_new_tokens": NEW, "strategy": Static(3), "check_model": False}
     expected = Recorder()
-    text = mtpkern.generate(model, **given, streamer=expected, stopping_criteria=[RULE_FOR_AGAIN])
+    text = mtpkern.generate(model, **given, streamer=expected, stopping_criteria=[second_early])
     monkeypatch.setattr(generation, "without_kernels", lambda error, device: isinstance(error, KeyError))
     passes = 0
 
@@ -507,14 +511,10 @@ def test_a_run_that_begins_anew_shows_nothing_twice(model: Any, inputs: Any, mon
 
     hook = model.register_forward_hook(fail)
     streamer = Recorder()
-    again = mtpkern.generate(model, **given, streamer=streamer, stopping_criteria=[RULE_FOR_AGAIN])
+    again = mtpkern.generate(model, **given, streamer=streamer, stopping_criteria=[second_early])
     hook.remove()
     assert streamer.got == expected.got
     assert again.equal(text)
-
-
-def RULE_FOR_AGAIN(ids: Tensor, scores: Any) -> Tensor:  # noqa: N802
-    return (torch.arange(3) == 1) & (ids.shape[1] >= 12 + 5)
 
 
 # Whoever leaves

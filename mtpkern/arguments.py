@@ -335,8 +335,15 @@ def _string_criteria(strings: Any, tokenizer: Any, given: list[Any]) -> list[Sto
         raise TypeError(f"stop_strings must be a text, or a list of texts that are not empty, got {strings!r}")
     if tokenizer is None:
         raise ValueError("stop_strings are looked for in the text: pass the model's tokenizer as tokenizer=")
-    beside = any(type(x) is StopStringCriteria for x in given)
-    return [] if beside else [StopStringCriteria(tokenizer, list(listed))]
+    if any(type(x) is StopStringCriteria for x in given):
+        return []
+    try:
+        return [StopStringCriteria(tokenizer, list(listed))]
+    except ValueError as error:  # a tokenizer of whole words, say
+        raise ValueError(
+            f"transformers cannot look for stop_strings={strings!r} in what this {type(tokenizer).__name__} decodes: "
+            f"{error}. Pass stopping_criteria that decode the text"
+        ) from error
 
 
 def _checked(name: str, value: Any) -> Any:

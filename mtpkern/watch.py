@@ -39,6 +39,8 @@ _PRECEDENCE = ("stop", "stop_string", "criteria", "time", "closed", "length", "f
 REASONS = {RUNNING: "length", STOPPED: "stop", LIMIT: "length", FAULT: "fault"}
 # An id above every vocabulary's, which no stop string contains.
 _NO_TOKEN = 1 << 40
+# What a clock is shown, which does not look.
+_ANYTHING = torch.zeros(1, 1, dtype=torch.int64)
 
 
 class Streamer(Protocol):
@@ -91,7 +93,7 @@ class Watch:
         self.strings = of_kind(criteria, StopStringCriteria)
         self.clocks = of_kind(criteria, MaxTimeCriteria)
         self.others = StoppingCriteriaList(x for x in criteria if type(x) not in _KNOWN)
-        self.ids: Tensor | None = None
+        self.begun = False
 
     @classmethod
     def of(cls, streamer: Any, criteria: Iterable[Any]) -> Watch | None:
@@ -105,17 +107,24 @@ class Watch:
 
         device is where criteria get their prefixes: that of the call's input_ids.
         """
-        if self.ids is not None:
+        if self.begun:
             return
+        self.begun = True
         B, self.T = input_ids.shape
         self.prompts = [self.T] * B if attention_mask is None else attention_mask.long().sum(1).tolist()
-        self.ids = torch.cat([input_ids.long(), torch.full((B, new), padding)], dim=1)
         self.padding = padding
-        self.certain = [0] * B  # new tokens
+        self.text: list[list[int]] = [[] for _ in range(B)]  # new tokens, as far as they are certain and not cut
+        self.certain = [0] * B  # how many of them the device has written
         self.ends: list[int | None] = [None] * B
         self.reasons: list[str] = [""] * B
         self.columns = 0  # shown and asked for
         self.shown = [0] * B  # as blocks
+        if self.strings:
+            # The end of the prompt, as much as a match may reach into, is as good as the whole.
+            L = self.reach = max(criterion.maximum_token_len for criterion in self.strings)
+            self.leads = F.pad(input_ids.long(), (L, 0), value=_NO_TOKEN)[:, -L:].tolist()
+        if self.others:
+            self.ids = torch.cat([input_ids.long(), torch.full((B, new), padding)], dim=1)  # up to `columns`
         # On a GPU criteria are asked beside the passes, on a stream of their own: they would wait for one otherwise.
         self.device = torch.device(device)
         self.stream = torch.cuda.Stream(self.device) if self.others and self.device.type == "cuda" else None
@@ -146,7 +155,7 @@ class Watch:
             if row[0] != RUNNING and not self.told[b]:
                 self._end(b, self.certain[b], REASONS[row[0]])
         self._step_columns()
-        late = any(bool(clock(self._prefix(1), None).any()) for clock in self.clocks)
+        late = any(bool(clock(_ANYTHING, None).any()) for clock in self.clocks)
         closed = self.closed is not None and self.closed.is_set()
         if late or closed:
             for b, end in enumerate(self.ends):
@@ -170,33 +179,25 @@ class Watch:
         before, self.certain[b] = self.certain[b], max(self.certain[b], length - drafts - self.prompts[b])
         new = self.certain[b] - before
         assert new <= len(window) - drafts, "a state of the device has not been read"
-        if new:
-            tokens = window[len(window) - drafts - new : len(window) - drafts]
-            self._prefix(self.T + self.certain[b])[b, self.T + before :] = torch.tensor(tokens)
+        if new > 0:
+            self.text[b] += window[len(window) - drafts - new : len(window) - drafts]
         return new
 
     def _end(self, b: int, end: int, reason: str) -> None:
         """A sequence ends behind so many new tokens, unless it has ended before that."""
-        assert self.ids is not None
         known = self.ends[b]
-        if known is not None and (known, _PRECEDENCE.index(self.reasons[b])) <= (end, _PRECEDENCE.index(reason)):
-            return
-        self.ends[b], self.reasons[b] = end, reason
-        self.ids[b, self.T + end :] = self.padding
+        if known is None or (end, _PRECEDENCE.index(reason)) < (known, _PRECEDENCE.index(self.reasons[b])):
+            self.ends[b], self.reasons[b] = end, reason
+            del self.text[b][end:]
 
     def _ask_strings(self, added: list[int]) -> None:
         """End each sequence at the first of its new tokens that completes a stop string."""
-        assert self.ids is not None
+        # As many tokens as a match may take: the end of every new prefix, one below the other.
+        ends = [(b, self.certain[b] - i) for b, new in enumerate(added) for i in reversed(range(new))]
+        texts = [lead + text for lead, text in zip(self.leads, self.text)]
+        windows = torch.tensor([texts[b][end : self.reach + end] for b, end in ends])
         for criterion in self.strings:
-            # As many tokens as a match may take: the end of every new prefix, one below the other.
-            L, tails, places = criterion.maximum_token_len, [], []
-            for b, new in enumerate(added):
-                if new:
-                    stop = self.T + self.certain[b]
-                    tail = self.ids[b, max(0, stop - new - L + 1) : stop]
-                    tails.append(F.pad(tail, (L + new - 1 - len(tail), 0), value=_NO_TOKEN).unfold(0, L, 1))
-                    places += [(b, self.certain[b] - new + i + 1) for i in range(new)]
-            for (b, end), done in zip(places, criterion(torch.cat(tails), None).tolist()):
+            for (b, end), done in zip(ends, criterion(windows, None).tolist()):
                 if done:
                     self._end(b, end, "stop_string")
 
@@ -211,17 +212,15 @@ class Watch:
                 return
             if all(end is not None and end < t for end in self.ends):
                 return
+            column = torch.tensor([text[t - 1] if t <= len(text) else self.padding for text in self.text])
             if self.others:
-                for b, done in enumerate(self._ask(self._prefix(self.T + t))):
+                self.ids[:, self.T + self.columns] = column
+                for b, done in enumerate(self._ask(self.ids[:, : self.T + t])):
                     if done:
                         self._end(b, t, "criteria")
             if by_column:
-                self.streamer.put(self._prefix(self.T + t)[:, -1].clone())
+                self.streamer.put(column)
             self.columns = t
-
-    def _prefix(self, length: int) -> Tensor:
-        assert self.ids is not None
-        return self.ids[:, :length]
 
     def _ask(self, prefix: Tensor) -> list[bool]:
         with torch.cuda.stream(self.stream):  # None: no other stream
@@ -241,7 +240,7 @@ class Watch:
             self.shown[b] = self.certain[b] if end is None else end
             if self.others:
                 self.shown[b] = min(self.shown[b], self.columns)
-            new.append(self._prefix(self.T + self.shown[b])[b, self.T + before :].tolist())
+            new.append(self.text[b][before : self.shown[b]])
         if any(new):
             self.streamer.put_block(new)
 

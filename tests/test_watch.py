@@ -693,15 +693,20 @@ def one_token_more(watch: Watch, monkeypatch: Any) -> None:
     monkeypatch.setattr(Watch, "_end", late)
 
 
-def nothing_is_padded(watch: Watch, monkeypatch: Any) -> None:
+def padding_is_something_else(watch: Watch, monkeypatch: Any) -> None:
+    begin = Watch.begin
+    monkeypatch.setattr(Watch, "begin", lambda *args, **options: begin(*args, **{**options, "padding": 5}))
+
+
+def ends_are_forgotten(watch: Watch, monkeypatch: Any) -> None:
     end = Watch._end
 
-    def unpadded(self: Watch, b: int, at: int, reason: str) -> None:
-        before = self.ids.clone()
+    def keeping(self: Watch, b: int, at: int, reason: str) -> None:
+        text = list(self.text[b])
         end(self, b, at, reason)
-        self.ids = before
+        self.text[b] = text
 
-    monkeypatch.setattr(Watch, "_end", unpadded)
+    monkeypatch.setattr(Watch, "_end", keeping)
 
 
 def columns_skip(watch: Watch, monkeypatch: Any) -> None:
@@ -722,7 +727,8 @@ def columns_skip(watch: Watch, monkeypatch: Any) -> None:
         (strings_at_the_end_of_a_block_alone, check_strings),
         (one_token_more, check_strings),
         (one_token_more, check_columns),
-        (nothing_is_padded, check_columns),
+        (padding_is_something_else, check_columns),
+        (ends_are_forgotten, check_columns),
         (columns_skip, check_columns),
     ],
     ids=lambda x: x.__name__,

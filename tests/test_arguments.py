@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessorList
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 from transformers.generation import MinLengthLogitsProcessor
 
 import mtpkern
 from mtpkern import Static
 from mtpkern.arguments import HONOURED, plain_greedy, read_arguments, require_prompts, whole_number
+from mtpkern.custom_generate import write_custom_generate
 
 NEW = 3
 
@@ -345,18 +346,31 @@ def test_an_adapted_model_whose_base_generates_with_ours(model: Any, inputs: Any
 
 
 def test_a_checkpoint_that_brings_our_generate_along(model: Any, inputs: Any, tmp_path: Any) -> None:
-    """custom_generate/generate.py is how transformers lets a checkpoint choose; both of its ways lead to one call."""
+    """Loaded by somebody who trusts its code it decodes with ours, streamer and all; by others as ever."""
     expected = mtpkern.generate(model, **inputs, max_new_tokens=NEW)
     model.save_pretrained(tmp_path)
-    (tmp_path / "custom_generate").mkdir()
-    (tmp_path / "custom_generate" / "generate.py").write_text(
-        "import mtpkern\n\n\ndef generate(model, **kwargs):\n    return mtpkern.generate(model, **kwargs)\n"
-    )
-    loaded = LlamaForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
+    write_custom_generate(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
     assert isinstance(loaded.generate, partial)
-    assert loaded.generate(**inputs, max_new_tokens=NEW).equal(expected)
+    shown: list[Tensor] = []
+    passes = []
+    loaded.register_forward_hook(lambda *_: passes.append(1))
+    strategy = {"strategy": Static(NEW), "check_model": False}
+    assert loaded.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=NEW).equal(
+        expected
+    )
+    passes.clear()
+    streamer = SimpleNamespace(put=shown.append, end=lambda: None)
+    output = loaded.generate(**inputs, max_new_tokens=NEW, streamer=streamer, return_dict_in_generate=True, **strategy)
+    assert torch.stack(shown[1:], dim=1).equal(output.sequences[:, 6:])
+    assert output.passes == [1, 1]
+    assert len(passes) == 1
     by_name = {"custom_generate": str(tmp_path), "trust_remote_code": True}
     assert model.generate(**inputs, max_new_tokens=NEW, **by_name).equal(expected)
+    untrusted = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert not isinstance(untrusted.generate, partial)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        model.generate(**inputs, max_new_tokens=NEW, custom_generate=str(tmp_path), trust_remote_code=False)
 
 
 def test_a_class_that_decodes_in_its_own_way_is_refused(model: Any, inputs: Any) -> None:

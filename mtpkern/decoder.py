@@ -270,35 +270,33 @@ class Decoder:
         )
         return logits
 
-    def run(self, route: dict[str, AttentionContext]) -> None:
-        """Step until every sequence is done, at most max_new_tokens passes in all."""
+    def run(self, route: dict[str, AttentionContext], poll: Poll | None = None) -> None:
+        """Step until every sequence is done, at most max_new_tokens passes in all; `poll` may do more than count."""
+        poll = poll or Poll(self.sequences)
         if self.device.type == "cpu" and not self.compile:
-            self._run_on_cpu(route)
+            self._run_on_cpu(route, poll)
             return
         B, R, strategy = len(self.sequences.status), len(self.all_rows.seq), self.strategy
         # Where there are rows for everybody, everybody has them: they cost the same used or not.
         scarce = self.by_load and B * (2 * strategy.k - 1 + strategy.masks) > R
-        sequences = self.sequences
-        poll = _Poll(*([sequences.status, sequences.hits, sequences.chains] if scarce else [sequences.status]))
+        odds = _OddsPoll(self.sequences) if scarce else None
         for _ in range(self.max_new_tokens - 1):
-            running = poll.running()
-            if not running.any():
+            if not poll.running():
                 break
-            if scarce:
-                hits, chains = (x[running] for x in poll.seen[1:])
-                self.terms.price.fill_(price_of(hits, chains, strategy.k, R, None))
+            if odds is not None and odds.running():
+                self.terms.price.fill_(price_of(*odds.seen, strategy.k, R, None))
             if self.graph is None:
                 self._reserve()
                 self.step(route)
             else:
                 self.graph(partial(self.step, route))
 
-    def _run_on_cpu(self, route: dict[str, AttentionContext]) -> None:
+    def _run_on_cpu(self, route: dict[str, AttentionContext], poll: Poll) -> None:
         """As `run`, where the state is known, and rows and slots cost: each pass has those that it needs, no more."""
         sequences, strategy = self.sequences, self.strategy
         load = Load(times_of(self.model), strategy.k, len(self.all_rows.seq)) if self.by_load else None
         for _ in range(self.max_new_tokens - 1):
-            if not (sequences.status == RUNNING).any():
+            if not poll.running():
                 break
             self._fit()
             if load is None:
@@ -316,7 +314,7 @@ class Decoder:
         cache.slots = min(cache.capacity, -(-needed // SLOT_STEP) * SLOT_STEP)
         cache.reserve(cache.slots)
         cache.max_rows = int(start.diff().max())
-        self.rows = cache.rows = self.all_rows.first(int(start[-1]))
+        self.rows = cache.rows = self.all_rows.first(max(1, int(start[-1])))
 
     def _reserve(self) -> None:
         """Keep room for the next pass where the host does not know how far the sequences are.
@@ -352,35 +350,74 @@ class Decoder:
         self.cache.proven = True
 
 
-class _Poll:
-    """Watches tensors [B], the status first, through copies that the device makes when it gets there, read a step late.
+class Poll:
+    """Watches the sequences through copies that the device makes when it gets there; the host reads them late.
 
-    On a CPU the copy is there at once.
+    On a CPU the copy is there at once. Of each state of the device one copy is read, in order.
     """
 
-    def __init__(self, *watched: Tensor) -> None:
-        self.watched = watched
-        # What was seen last of each: to begin with, that all run.
-        self.seen = [np.zeros(len(x), dtype=np.int64) for x in watched]
-        self.on_cpu = watched[0].device.type == "cpu"
+    def __init__(self, sequences: Sequences) -> None:
+        self.sequences = sequences
+        device = sequences.status.device
+        self.on_cpu = device.type == "cpu"
         self.polls = 0
         if not self.on_cpu:
             # A ring: a copy has been read before its place is used again.
-            self.copies = torch.empty(LAG + 1, len(watched), len(watched[0]), dtype=torch.int64, pin_memory=True)
-            self.events = [torch.Event(watched[0].device) for _ in range(LAG + 1)]
+            state = self.state()
+            self.copies = torch.empty(LAG + 1, *state.shape, dtype=state.dtype, pin_memory=True)
+            self.events = [torch.Event(device) for _ in range(LAG + 1)]
 
-    def running(self) -> np.ndarray:
-        """Which sequences were running `LAG` steps ago (on a CPU: are running now), bool [B]."""
+    def state(self) -> Tensor:
+        """What is copied, on the device."""
+        return self.sequences.status
+
+    def take(self, state: Tensor) -> int:
+        """How many sequences go on, from a copy of `state()` on the host."""
+        return int((state == RUNNING).sum())
+
+    def running(self) -> int:
+        """How many sequences were running `LAG` steps ago (on a CPU: are running now)."""
         if self.on_cpu:
-            self.seen = [x.numpy() for x in self.watched]
-        else:
-            place = self.polls % (LAG + 1)
-            for copy, x in zip(self.copies[place], self.watched):
-                copy.copy_(x, non_blocking=True)
-            self.events[place].record()
-            self.polls += 1
-            if self.polls > LAG:
-                place = self.polls % (LAG + 1)  # the oldest
-                self.events[place].synchronize()
-                self.seen = [x.numpy() for x in self.copies[place]]
-        return self.seen[0] == RUNNING
+            return self.take(self.state())
+        self._copy()
+        return len(self.sequences.status) if self.polls <= LAG else self._read(self.polls - LAG - 1)
+
+    def finish(self) -> None:
+        """Read what the last steps have left, once nothing more is queued."""
+        if self.on_cpu:
+            self.take(self.state())
+            return
+        self._copy()
+        for number in range(max(0, self.polls - LAG - 1), self.polls):
+            self._read(number)
+
+    def _copy(self) -> None:
+        place = self.polls % (LAG + 1)
+        self.copies[place].copy_(self.state(), non_blocking=True)
+        self.events[place].record()
+        self.polls += 1
+
+    def _read(self, number: int) -> int:
+        place = number % (LAG + 1)
+        self.events[place].synchronize()
+        return self.take(self.copies[place])
+
+
+class _OddsPoll(Poll):
+    """Sees hits and chains of the sequences that run."""
+
+    def __init__(self, sequences: Sequences) -> None:
+        super().__init__(sequences)
+        # To begin with all run, and nothing is known.
+        self.seen: tuple[np.ndarray, np.ndarray] = (np.zeros(len(sequences.status)),) * 2
+
+    def state(self) -> Tensor:
+        """What is copied, on the device."""
+        return torch.stack([self.sequences.status, self.sequences.hits, self.sequences.chains])
+
+    def take(self, state: Tensor) -> int:
+        """How many sequences go on; keeps their odds."""
+        status, hits, chains = state.numpy()
+        running = status == RUNNING
+        self.seen = hits[running], chains[running]
+        return int(running.sum())

@@ -108,10 +108,11 @@ def load(kind: Any, name: str, **options: Any) -> Any:
 def require_sound(model: nn.Module, teacher: PreTrainedModel | None, args: MTPConfig) -> None:
     """Raise ValueError for a student and a teacher that do not fit together or the configuration."""
     adapted = isinstance(model, PeftModel)
-    if getattr(plain_model(model), "is_quantized", False):
+    if getattr(plain_model(model), "is_quantized", False) and not args.gated:
         raise ValueError(
-            "the model's weights are quantised, which is untested here and refused: load them in bfloat16 with "
-            "student_dtype='bfloat16' (mtpkern convert makes them so), frozen behind lora_rank"
+            "the model's weights are quantised, and what is trained here ends as a plain checkpoint: set gated=True "
+            "for an adapter beside them, or load them in bfloat16 with student_dtype='bfloat16' (mtpkern convert makes "
+            "them so), frozen behind lora_rank"
         )
     if adapted and teacher is not None:
         raise ValueError("with LoRA the teacher is the student without its adapters: leave teacher= out")

@@ -150,7 +150,8 @@ class MTPConfig(TrainingArguments):
         default="all-linear", metadata={"help": "Modules with adapters, separated by commas, or 'all-linear'."}
     )
     student_dtype: str = field(
-        default="float32", metadata={"help": "Of the loaded student; bfloat16 only for weights that LoRA freezes."}
+        default="float32",
+        metadata={"help": "Of the loaded student; bfloat16 or float16 only for weights that LoRA freezes."},
     )
     pure_bf16: bool = field(
         default=False,

@@ -45,8 +45,8 @@ _UNGATEABLE = (
     *("trainable_token_indices", "layer_replication"),
 )
 _DEAF = (
-    "cannot be gated, because peft would adapt all their rows; load the base unquantised, or quantised by bitsandbytes, "
-    "torchao or quanto"
+    "cannot be gated, because peft would adapt all their rows; load the base unquantised, or quantised by "
+    "bitsandbytes, torchao or quanto"
 )
 # Elements of each weight that the digest of a base reads.
 _SAMPLE = 64
@@ -147,7 +147,8 @@ class Gate:
         if rows is False:
             return output
         row = self.row.to(output.dtype).expand_as(output)
-        return row if rows is True else torch.where(rows.unsqueeze(-1), row, output)  # type: ignore[union-attr]
+        # In memory as any other, so that what torch.compile makes of later layers serves the first.
+        return row.contiguous() if rows is True else torch.where(rows.unsqueeze(-1), row, output)  # type: ignore[union-attr]
 
 
 _opened: ContextVar[tuple[Gate, Tensor] | None] = ContextVar("mtpkern_gate", default=None)

@@ -113,6 +113,7 @@ def test_refuses(tiny, tmp_path):
         ({"prefix_weight": 0.5}, "prefix_weight"),
         ({"anchor_kl_weight": 0.5}, "anchor"),
         ({"bidirectional": True}, "bidirectional"),
+        ({"torch_compile": True, "activation_checkpointing": True}, "omit one"),
         ({"prefix_memory": -1.0}, "prefix_memory"),
     ):
         with pytest.raises(ValueError, match=says):

@@ -273,7 +273,8 @@ def adopt(model: nn.Module) -> None:
 
 def marked(settings: GatedSettings, row: Tensor) -> dict[str, Any]:
     """What a LoraConfig carries as `auto_mapping`: the settings and the mask token's row, in float32."""
-    data = row.detach().float().cpu().contiguous().numpy().tobytes()
+    # Of a copy: memory that numpy has seen is never given back, which FSDP does with what it has gathered.
+    data = row.detach().float().cpu().clone().numpy().tobytes()
     return {MARK: {**asdict(settings), "mask_row": base64.b64encode(data).decode("ascii")}}
 
 
@@ -353,8 +354,10 @@ def load_adapter(model: PreTrainedModel, path: str | Path, *, dtype: torch.dtype
     return peft_model
 
 
-def save_adapter(model: PeftModel, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+def save_adapter(model: PeftModel, folder: str | Path | None, *, dtype: torch.dtype | None = None) -> None:
     """Write a gated adapter's folder: peft's config with our mark, and its weights, in `dtype` or as they are.
+
+    Of a model in shards all ranks call it, and those without a folder write nothing.
 
     save_adapter(peft_model, "adapter", dtype=torch.bfloat16)
     """
@@ -363,7 +366,9 @@ def save_adapter(model: PeftModel, folder: str | Path, *, dtype: torch.dtype | N
     name = model.active_adapter
     record_row(model)
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    state = {key: x.detach().to("cpu", dtype or x.dtype).contiguous() for key, x in state.items()}
+    state = {key: _whole(x).to("cpu", dtype or x.dtype).contiguous() for key, x in state.items()}
+    if folder is None:
+        return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -377,7 +382,13 @@ def record_row(model: PeftModel) -> None:
     gate = gate_of(model.get_base_model())
     for config in model.peft_config.values():
         if gate is not None and is_gated(config):
-            config.auto_mapping = marked(gate.settings, model.mask_row)
+            config.auto_mapping = marked(gate.settings, _whole(model.mask_row))
+
+
+def _whole(x: Tensor) -> Tensor:
+    """The tensor, gathered where it is a shard."""
+    x = x.detach()
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def require_gateable(config: LoraConfig | Any) -> None:

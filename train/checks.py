@@ -154,6 +154,8 @@ def require_tested_engine(trainer: Trainer) -> None:
         )
     if trainer.is_fsdp_enabled and trainer.args.torch_compile:
         raise ValueError("torch_compile under FSDP is untested here and refused; use DDP, or leave it out")
+    if trainer.is_fsdp_enabled and getattr(plain_model(cast(nn.Module, trainer.model)), "is_quantized", False):
+        raise ValueError("a quantised base under FSDP is untested here and refused; use DDP, or a bfloat16 base")
     if trainer.is_fsdp_enabled and isinstance(trainer.model, PeftModel) and not trainer.args.gated:
         raise ValueError("LoRA under FSDP is refused: saving cannot merge shards; use DDP, or a gated adapter")
     if trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO and not trainer.args.torch_compile:

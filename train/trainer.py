@@ -278,7 +278,7 @@ class MTPTrainer(RunTrainer):
             student = plain_model(self.accelerator.unwrap_model(self.model))
             models = [student] if self.teacher is None or self.teacher is student else [student, self.teacher]
             backend = args.torch_compile_backend or "inductor"
-            self._layers = CompiledLayers(*models, backend=backend, mode=args.torch_compile_mode)
+            self._layers = CompiledLayers(*models, backend=backend, mode=args.torch_compile_mode, apart=self.gated)
         return self._layers()
 
     @contextmanager

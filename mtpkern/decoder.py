@@ -273,7 +273,7 @@ class Decoder:
     def run(self, route: dict[str, AttentionContext], poll: Poll | None = None) -> None:
         """Step until every sequence is done, at most max_new_tokens passes in all; `poll` may do more than count."""
         poll = poll or Poll(self.sequences)
-        if self.device.type == "cpu" and not self.compile:
+        if self.device.type == "cpu" and self.graph is None and not self.compile:
             self._run_on_cpu(route, poll)
             return
         B, R, strategy = len(self.sequences.status), len(self.all_rows.seq), self.strategy

@@ -189,9 +189,9 @@ if find_spec("triton"):
             drafts = kept - 1
             kept = tl.full([BLOCK_B], 1, tl.int32)
             reached = tl.full([BLOCK_B], 1.0, tl.float64)
-            for j in range(K - 1):
-                reached *= tl.load(p_sure + j, mask=j < drafts, other=0.0).to(tl.float64)
-                kept += ((j < drafts) & (reached >= price)).to(tl.int32)
+            for d in range(K - 1):
+                reached *= tl.load(p_sure + d, mask=d < drafts, other=0.0).to(tl.float64)
+                kept += ((d < drafts) & (reached >= price)).to(tl.int32)
 
         # Write the kept tokens, and find the first stop token among those that are emitted.
         start = first + trusted + 1
@@ -238,8 +238,8 @@ if find_spec("triton"):
         want = tl.where(running & ~finished, tl.minimum(tl.maximum(limit - length_next - 1, 0), K - 1), 0)
         if VERIFY:
             chance = tl.full([BLOCK_B], 1.0, tl.float64)
-            for j in range(K - 1):
-                chance *= tl.load(p_sure + j, mask=j < pending_next - 1, other=1.0).to(tl.float64)
+            for d in range(K - 1):
+                chance *= tl.load(p_sure + d, mask=d < pending_next - 1, other=1.0).to(tl.float64)
             want = tl.minimum(want, worth(chance, odds, price, K))
         want_last = want
         if MASKS:

@@ -1,0 +1,180 @@
+"""Rows by load: the price follows what passes take and what drafts have been worth; the output follows neither."""
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import mtpkern
+import mtpkern.decoder
+from mtpkern import ConfAdapt, Static, Verified
+from mtpkern.decoder import default_rows
+from mtpkern.kernels.worth import UNIT
+from mtpkern.load import PRICES, Load, PassTimes, price_of, times_of
+
+
+def steep(rows: float) -> float:
+    """As float32 takes on two cores of a CPU with AVX2: any second row costs most of a pass, further ones little."""
+    return 1.0 if rows <= 1 else 1.6 + 0.04 * rows
+
+
+def times(curve: Callable[[float], float], *rows: int) -> PassTimes:
+    seen = PassTimes()
+    for r in rows:
+        seen.saw(r, curve(r))
+    return seen
+
+
+def counts(*xs: float) -> np.ndarray:
+    return np.array([int(x * UNIT) for x in xs])
+
+
+def test_times_are_interpolated_and_believed_when_they_fall() -> None:
+    seen = times(lambda r: r, 2, 10)
+    assert seen.of(np.array([1, 2, 4, 10, 99])).tolist() == [2, 2, 4, 10, 10]
+    seen.saw(2, 1.0)
+    assert seen.of(np.array([2])).item() == 1.5
+    seen.saw(2, 9.5)
+    assert seen.of(np.array([2])).item() == 2.0
+    assert PassTimes().of(np.array([1, 5])).tolist() == [1, 1]
+
+
+def test_looks_are_ever_rarer() -> None:
+    seen = PassTimes()
+    assert [n for n in range(1, 200) if seen.wants_a_look()] == [3, 12, 48, 192]
+
+
+def test_price_by_hand() -> None:
+    nothing = PRICES[-1]
+    fresh = counts(0), counts(0)
+    # Odds of 2/3. Rows for free: everything; rows in proportion: nothing, since no row promises a whole token.
+    assert price_of(*fresh, k=8, rows=15, times=times(lambda r: 1.0, 1, 15)) == 0
+    assert price_of(*fresh, k=8, rows=15, times=times(lambda r: r, 1, 15)) > 2 / 3
+    # 2/3 + 4/9 + ... is nearly two tokens beyond the first for 1.9 times the time; of a model
+    # that is never right, nothing.
+    assert 0 < price_of(*fresh, k=8, rows=15, times=times(steep, 1, 2, 8, 15)) < 0.5
+    assert price_of(counts(0), counts(4), k=8, rows=15, times=times(steep, 1, 2, 8, 15)) > 4 / 10
+    # A budget that all share: eight sequences of k = 4 could use 8 * 4 rows and as many as they promise.
+    eight = counts(*[0] * 8), counts(*[0] * 8)
+    assert price_of(*eight, k=4, rows=56, times=None) == 0
+    assert 0 < price_of(*eight, k=4, rows=24, times=None) < nothing
+    assert price_of(*eight, k=4, rows=8, times=None) > 2 / 3
+
+
+@pytest.mark.parametrize("sure", [False, True])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_where_no_draft_is_right_it_costs_five_per_cent(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, batch: int, sure: bool
+) -> None:
+    """Passes take what `steep` says. Sure drafts, all of them wrong, cost a row each and show it a pass later."""
+    model, (ids, mask) = tiny.model("llama"), tiny.prompts(*range(4, 4 + batch))
+    new, spent = 256, [0.0]
+
+    def saw(load: Load, rows: int, seconds: float) -> None:
+        spent[0] += steep(rows) if batch == 1 else 1.6 + 0.04 * rows
+        load.times.saw(rows, steep(rows))
+
+    readout = mtpkern.decoder.readout
+
+    def wrong(logits: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
+        token, confidence = readout(logits, mask_token_id)
+        return token, torch.ones_like(confidence) if sure else confidence
+
+    def refuted(sequences: Any, rows: Any, terms: Any, token: Tensor, *rest: Any, **options: Any) -> None:
+        # Whatever a mask proposes is not what the model says behind it.
+        advance(sequences, rows, terms, token, *rest, **options)
+        drafts = rows.start[1:] - rows.start[:-1]
+        for b, n in enumerate(sequences.pending.tolist()):
+            at = int(sequences.length[b])
+            if n > 1 and drafts[b]:
+                sequences.tokens[b, at - n + 1 : at] = 0
+                rows.token[int(rows.start[b]) + 1 : int(rows.start[b]) + n] = 0
+
+    advance = mtpkern.decoder.advance
+    monkeypatch.setattr(Load, "saw", saw)
+    monkeypatch.setattr(mtpkern.decoder, "readout", wrong)
+    monkeypatch.setattr(mtpkern.decoder, "advance", refuted)
+    monkeypatch.setattr("mtpkern.load._times", {})
+    plain = (new - 1) * (1.0 if batch == 1 else 1.6 + 0.04 * batch)
+    output = mtpkern.generate(
+        model, ids, attention_mask=mask, max_new_tokens=new, eos_token_id=-1, return_dict_in_generate=True
+    )
+    assert max(output.passes) > 0.97 * new
+    assert plain / spent[0] >= 0.95
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@given(seed=st.integers(0, 2**32), masks=st.integers(0, 6), batch=st.integers(1, 4), scarce=st.booleans())
+@settings(max_examples=15, derandomize=True, deadline=None)
+def test_the_output_depends_on_no_price(
+    tiny: Any, greedy_of: Any, name: str, seed: int, masks: int, batch: int, scarce: bool
+) -> None:
+    rng = random.Random(seed)
+    model, ids, mask, expected = greedy_of(name, batch)
+    rows = rng.randint(batch, 4 * batch) if scarce else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Load, "price", lambda *_: rng.choice([0.0, 0.1, 0.3, 0.6, 2.0, math.inf]))
+        patch.setattr(mtpkern.decoder, "default_rows", lambda *args: rows or default_rows(*args))
+        output = mtpkern.generate(
+            model,
+            ids,
+            attention_mask=mask,
+            strategy=Verified(threshold=0.05, masks=masks),
+            max_new_tokens=24,
+            eos_token_id=3,
+        )
+    assert torch.equal(output, expected)
+
+
+@pytest.fixture(scope="module")
+def greedy_of(tiny: Any) -> Callable[[str, int], tuple[Any, Tensor, Tensor, Tensor]]:
+    models = {name: tiny.model(name) for name in ("llama", "qwen3")}
+
+    def of(name: str, batch: int) -> tuple[Any, Tensor, Tensor, Tensor]:
+        ids, mask = tiny.prompts(*(5 + 3 * b for b in range(batch)))
+        options: dict[str, Any] = {"do_sample": False, "suppress_tokens": [tiny.mask], "max_new_tokens": 24}
+        expected = models[name].generate(ids, attention_mask=mask, eos_token_id=3, **options)
+        return models[name], ids, mask, expected
+
+    return of
+
+
+def test_only_where_nothing_is_asked_for(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A k or a budget that is given stays, whatever it costs; no other strategy's output may depend on the load."""
+    model, (ids, mask) = tiny.model("llama"), tiny.prompts(5)
+    asked: list[bool] = []
+    price = Load.price
+    monkeypatch.setattr(Load, "price", lambda *args: asked.append(True) or price(*args))
+
+    def by_load(**options: Any) -> bool:
+        asked.clear()
+        mtpkern.generate(model, ids, attention_mask=mask, max_new_tokens=4, **options)
+        return bool(asked)
+
+    assert by_load()
+    assert by_load(strategy=Verified(threshold=0.3))
+    assert not by_load(strategy=Verified(4))
+    assert not by_load(rows=30)
+    assert not by_load(strategy=ConfAdapt())
+    assert not by_load(strategy=Static())
+
+
+def test_times_are_each_models_own(tiny: Any) -> None:
+    one, other = tiny.model("llama"), tiny.model("llama")
+    assert times_of(one) is times_of(one) is not times_of(other)
+
+
+def test_rows_of_a_pass_on_a_gpu() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    verified = Verified(12)
+    assert [default_rows(verified, B, gpu) for B in (1, 8, 16, 64, 128)] == [23, 184, 192, 256, 512]
+    assert default_rows(verified, 64, cpu) == 64 * 23
+    # Static and ConfAdapt emit what they emit in any company.
+    assert default_rows(ConfAdapt(12), 64, gpu) == 64 * 23

@@ -27,13 +27,14 @@ def decode_attention_case(dtype: torch.dtype, D: int, rows: int, masks: int = 0,
     masks: how many of them stand behind drafts.
     """
     B, Hq, Hkv, C = 2, 32, 8, 1024
-    query = torch.empty(1, Hq, B * rows, D, dtype=dtype)[0].transpose(0, 1)
+    query, new = (torch.empty(1, H, B * rows, D, dtype=dtype)[0].transpose(0, 1) for H in (Hq, Hkv))
     cache = torch.empty(B, Hkv, C + 1, D, dtype=dtype)
     index = torch.zeros(B * rows, dtype=torch.int64)
     start = torch.zeros(B + 1, dtype=torch.int64)
     if masks:
         options |= {"row_prefix": index, "row_span": index, "scratch": masks}
-    decode_attention_triton(query, cache, cache, index, index, start, max_rows=rows, scale=D**-0.5, **options)
+    plan = index, index, start
+    decode_attention_triton(query, new, new, cache, cache, *plan, max_rows=rows, scale=D**-0.5, **options)
 
 
 def advance_case(B: int, k: int, verify: bool, masks: int = 0) -> None:

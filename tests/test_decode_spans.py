@@ -191,7 +191,7 @@ def test_splits(form: Form, splits: int | str, window: int | None, scratch: int,
 @pytest.mark.parametrize("window", [None, 5])
 def test_nothing_is_read_that_the_launch_writes(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a token's slot nor a scratch slot: the programs that write run behind all others here, if at all."""
-    case = Case.of(*RAGGED, scratch=11, unused=0, window=window)
+    case = Case.of(*RAGGED[:2], scratch=70, slot=60, heads=2, unused=0, window=window)
     kernel, writers = module._attend_kernel, []
 
     class Late:

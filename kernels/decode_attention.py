@@ -105,6 +105,7 @@ if find_spec("triton"):
         CHUNK: tl.constexpr,  # keys of a split from slot 0 on; 0 divides what the tile sees among n_splits
         LEAST: tl.constexpr,  # keys of such a split, a multiple of BLOCK_N
         BLOCK_W: tl.constexpr,  # rows that are written at once
+        ONE_LOAD: tl.constexpr,  # of pointers into two tensors, which AMD's compiler does not take
         SPLIT: tl.constexpr,
         HAS_SPANS: tl.constexpr,
         HAS_WINDOW: tl.constexpr,
@@ -250,8 +251,16 @@ if find_spec("triton"):
                 i_new = tl.where(o_key < scratch, own_row + o_key, i_new)
             i_key = tl.where(m_new, i_new, o_key).to(tl.int64)
             # What no row sees is not even loaded: 0 * NaN is NaN.
-            p_k = tl.where(m_new, key_ptr, k_ptr) + i_key * tl.where(m_new, s_key[0], s_k[2])
-            k = tl.load(p_k[:, None] + o_d[None, :], mask=m_key[:, None] & m_d, other=0.0)
+            if ONE_LOAD:
+                p_k = tl.where(m_new, key_ptr, k_ptr) + i_key * tl.where(m_new, s_key[0], s_k[2])
+                k = tl.load(p_k[:, None] + o_d[None, :], mask=m_key[:, None] & m_d, other=0.0)
+            else:
+                p_key, p_k = key_ptr + (i_key * s_key[0])[:, None], k_ptr + (i_key * s_k[2])[:, None]
+                k = tl.where(
+                    m_new[:, None],
+                    tl.load(p_key + o_d[None, :], mask=(m_key & m_new)[:, None] & m_d, other=0.0),
+                    tl.load(p_k + o_d[None, :], mask=(m_key & ~m_new)[:, None] & m_d, other=0.0),
+                )
             s = tl.dot(q, k.T, input_precision=PRECISION)
             if HAS_SOFTCAP:
                 # tanh(x) = 1 - 2 / (1 + exp(2 x)), right at both infinities
@@ -267,8 +276,16 @@ if find_spec("triton"):
             p = tl.exp2(s - shift[:, None])
             total = total * decay + tl.sum(p, 1)
             top = top_next
-            p_v = tl.where(m_new, value_ptr, v_ptr) + i_key * tl.where(m_new, s_value[0], s_v[2])
-            v = tl.load(p_v[:, None] + o_v[None, :], mask=m_key[:, None] & m_v, other=0.0)
+            if ONE_LOAD:
+                p_v = tl.where(m_new, value_ptr, v_ptr) + i_key * tl.where(m_new, s_value[0], s_v[2])
+                v = tl.load(p_v[:, None] + o_v[None, :], mask=m_key[:, None] & m_v, other=0.0)
+            else:
+                p_value, p_v = value_ptr + (i_key * s_value[0])[:, None], v_ptr + (i_key * s_v[2])[:, None]
+                v = tl.where(
+                    m_new[:, None],
+                    tl.load(p_value + o_v[None, :], mask=(m_key & m_new)[:, None] & m_v, other=0.0),
+                    tl.load(p_v + o_v[None, :], mask=(m_key & ~m_new)[:, None] & m_v, other=0.0),
+                )
             acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
 
         if SPLIT:
@@ -467,6 +484,7 @@ def decode_attention_triton(
         CHUNK=CHUNK if batch_invariant else 0,
         LEAST=least,
         BLOCK_W=16,
+        ONE_LOAD=torch.version.hip is None,
         SPLIT=split,
         HAS_SPANS=row_prefix is not None,
         HAS_WINDOW=window is not None,

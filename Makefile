@@ -57,7 +57,7 @@ REAL_ARGS ?=
 real: $(STAMP) ## SmolLM2-135M-Instruct with its gated adapter: its own answers several tokens a pass, beside its own generate.
 	$(BIN)/python -m mtpkern.bench.real $(REAL_ARGS)
 
-checkpoint: $(STAMP) ## Train the shipped checkpoint again from nothing.
+checkpoint: $(STAMP) ## Train the shipped checkpoint again from nothing, into runs/checkpoint/shipped.
 	$(BIN)/python -m mtpkern.train.checkpoint
 
 # The start is the first phase of `make checkpoint`; ABLATE_ARGS="--steps 2000 --seeds 0 1 2" makes the runs longer.
@@ -83,7 +83,7 @@ gpu: ## On a GPU, within nine minutes: its tests, then every benchmark; tables a
 	    exec $$python bench/gpu.py $(GPU_ARGS); \
 	  fi; \
 	done; \
-	echo "neither $(PYTHON) nor $(BIN)/python has torch with CUDA and transformers: installing"; \
+	echo "neither $(PYTHON) nor $(BIN)/python has transformers and a torch that sees a GPU: going on with $(VENV)"; \
 	make install PYTHON=$(PYTHON) VENV=$(VENV) && exec $(BIN)/python bench/gpu.py $(GPU_ARGS)
 
 # Python 3.12 where one runs (a shim of pyenv's may be on the path and refuse), else $(PYTHON).

@@ -70,10 +70,10 @@ def gated_lora_case(
     widths: tuple[int, ...] = (4096, 1024),
 ) -> None:
     """The adapter of two siblings; more of them add code, but no registers."""
-    a = torch.empty(len(widths) * r, H, dtype=adapter)
-    outs, bs = [torch.empty(rows, N, dtype=dtype) for N in widths], [torch.empty(N, r, dtype=adapter) for N in widths]
+    outs = [torch.empty(rows, N, dtype=dtype) for N in widths]
+    as_, bs = [torch.empty(r, H, dtype=adapter) for _ in widths], [torch.empty(N, r, dtype=adapter) for N in widths]
     gate = torch.empty(rows, dtype=torch.bool)
-    gated_lora_triton(outs, torch.empty(rows, H, dtype=dtype), gate, a, bs, [2.0] * len(widths))
+    gated_lora_triton(outs, torch.empty(rows, H, dtype=dtype), gate, as_, bs, [2.0] * len(widths))
 
 
 def span_attention_case(dtype: torch.dtype, D: int, *, sinks: bool = False, **options: Any) -> None:

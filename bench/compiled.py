@@ -6,6 +6,7 @@ call it, and writes bench/results/compiled.{md,json}. Compiling takes most of th
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from mtpkern.bench.report import Goal, Table, run
 from mtpkern.bench.step import Body, Point, Stand, build, floor, reset
 from mtpkern.bench.timing import free, peak, reason, timed
 from mtpkern.generation import generate
+from mtpkern.output import exit_status
 from mtpkern.strategies import Static
 
 PLAIN, COMPILED = "as it is", "compiled"
@@ -155,4 +157,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

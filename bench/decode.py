@@ -11,6 +11,7 @@ turns, each way of decoding in each round; a ratio compares tokens per second wi
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -42,6 +43,7 @@ from mtpkern.decoder import Decoder
 from mtpkern.demo import ASSETS, MAX_NEW_TOKENS, load
 from mtpkern.kernels.readout import readout
 from mtpkern.model import resolve_mask_token
+from mtpkern.output import exit_status
 from mtpkern.show import progress
 from mtpkern.strategies import ConfAdapt, Static, Strategy, Verified
 
@@ -342,4 +344,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

@@ -7,6 +7,7 @@ memory, and writes bench/results/decode_attention.{md,json}.
 from __future__ import annotations
 
 import importlib
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from mtpkern.bench.harness import Spread
 from mtpkern.bench.report import Goal, Table, run
 from mtpkern.bench.timing import Action, copies, drawn, free, peak, race
 from mtpkern.kernels.decode_attention import decode_attention, decode_attention_triton
+from mtpkern.output import exit_status
 
 OURS, UNSPLIT, INVARIANT = "ours", "one split", "batch-invariant"
 # Beside the split rule's own choice, in the short grid.
@@ -248,4 +250,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

@@ -10,6 +10,7 @@ Bound    V H bytes of a trained head's gradient + 4 R H + 0.5 GiB; from row to r
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +24,7 @@ from torch import Tensor
 from mtpkern.bench.report import Goal, Table, run
 from mtpkern.bench.timing import Action, free, peak, race, reason
 from mtpkern.kernels.distill import Head, distill_loss, head_readout
+from mtpkern.output import exit_status
 
 OURS = "mtpkern"
 FLOAT32, BF16, LIGER = "all logits, float32", "all logits, bf16", "Liger"
@@ -290,4 +292,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

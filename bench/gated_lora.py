@@ -8,6 +8,7 @@ base's weight in one buffer, where the base's product brings x A^T and the secon
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -17,6 +18,7 @@ from mtpkern.bench.harness import Spread
 from mtpkern.bench.report import Goal, Table, run
 from mtpkern.bench.timing import Action, copies, drawn, free, peak, race
 from mtpkern.kernels.gated_lora import expand_triton, gated_lora, gated_lora_reference, shrink_triton
+from mtpkern.output import exit_status
 
 BASE, OURS, TORCH = "base", "ours", "torch operations"
 BRANCH, JOINED = "first launch on a branch", "A in the base's product"
@@ -49,9 +51,10 @@ class Case:
         self.scales = [SCALE] * len(widths)
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def _copy(self, i: int) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    def _copy(self, i: int) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
         weight = self.weights[i % len(self.weights)]
-        return weight, weight[: self.N], weight[self.N :], [b[i % len(b)] for b in self.bs]
+        as_ = list(weight[self.N :].chunk(len(self.widths)))
+        return weight, weight[: self.N], as_, [b[i % len(b)] for b in self.bs]
 
     def base(self, i: int) -> Tensor:
         """The product alone: [R, N]."""
@@ -60,30 +63,30 @@ class Case:
 
     def ours(self, i: int) -> Tensor:
         """Both launches behind the product."""
-        _, weight, a, bs = self._copy(i)
+        _, weight, as_, bs = self._copy(i)
         y = self.x @ weight.T
-        gated_lora(y.split(self.widths, dim=1), self.x, self.gate, a, bs, self.scales)
+        gated_lora(y.split(self.widths, dim=1), self.x, self.gate, as_, bs, self.scales)
         return y
 
     def torch_operations(self, i: int) -> Tensor:
         """The torch form behind the product."""
-        _, weight, a, bs = self._copy(i)
+        _, weight, as_, bs = self._copy(i)
         y = self.x @ weight.T
-        gated_lora_reference(y.split(self.widths, dim=1), self.x, self.gate, a, bs, self.scales)
+        gated_lora_reference(y.split(self.widths, dim=1), self.x, self.gate, as_, bs, self.scales)
         return y
 
     def branch(self, i: int) -> Tensor:
         """The first launch beside the product, on a stream of its own; in a graph, a branch."""
-        _, weight, a, bs = self._copy(i)
+        _, weight, as_, bs = self._copy(i)
         gate = self.gate.view(torch.uint8)
         if self.side is None:
-            h = shrink_triton(self.x, gate, a)
+            h = shrink_triton(self.x, gate, as_)
             y = self.x @ weight.T
         else:
             here = torch.cuda.current_stream(self.x.device)
             self.side.wait_stream(here)
             with torch.cuda.stream(self.side):
-                h = shrink_triton(self.x, gate, a)
+                h = shrink_triton(self.x, gate, as_)
             y = self.x @ weight.T
             here.wait_stream(self.side)
         expand_triton(y.split(self.widths, dim=1), h, gate, bs, self.scales)
@@ -150,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

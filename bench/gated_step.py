@@ -30,6 +30,7 @@ from mtpkern.bench.harness import Spread, environment
 from mtpkern.bench.report import RESULTS, Goal, Table, write
 from mtpkern.compare import rotated
 from mtpkern.kernels.distill import distill_loss, head_readout
+from mtpkern.output import exit_status
 from mtpkern.train.gated import BehindPrefixContext, gated_loss
 from mtpkern.train.layout import Layout, build_layout
 from mtpkern.train.lora import add_gated_lora
@@ -217,4 +218,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

@@ -323,4 +323,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # as mtpkern.output.exit_status, which may not be found yet
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)

@@ -6,6 +6,7 @@ The model's own rotary embedding and norms are those of transformers' Qwen3, on 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -16,6 +17,7 @@ from mtpkern.bench.harness import Spread
 from mtpkern.bench.report import Goal, Table, run
 from mtpkern.bench.timing import Action, drawn, free, race, timed
 from mtpkern.kernels.kv_write import kv_write, kv_write_reference
+from mtpkern.output import exit_status
 
 OURS, TORCH = "ours", "torch indexing"
 ROTARY, NORM, ALL, COMPILED = "rotary", "QK-norm", "norm, rotary, write", "the same, compiled"
@@ -116,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

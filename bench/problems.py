@@ -7,10 +7,12 @@ JSON object a line with prompt and result. They are an asset because the demo do
 from __future__ import annotations
 
 import json
+import sys
 from itertools import islice
 
 from mtpkern.compare import Problem
 from mtpkern.demo import ASSETS
+from mtpkern.output import exit_status
 from mtpkern.train import arithmetic
 
 HELD_OUT = 1000
@@ -28,4 +30,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

@@ -6,6 +6,7 @@ captured graph, and writes bench/results/readout.{md,json}.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from mtpkern.bench.report import Goal, Table, run
 from mtpkern.bench.timing import copies, drawn, free, launches, peak, race
 from mtpkern.kernels.advance import Rows, Sequences, advance, advance_reference
 from mtpkern.kernels.readout import readout, readout_reference
+from mtpkern.output import exit_status
 
 V = 151_936  # Qwen3
 K = 8
@@ -192,4 +194,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from mtpkern import ASSETS, load_adapter, show
 from mtpkern.bench.harness import environment
 from mtpkern.bench.report import Table, write
 from mtpkern.compare import HF_GENERATE, Completion, Tally, batches, decode, pad, rotated, timed
-from mtpkern.output import printable
+from mtpkern.output import exit_status, printable
 from mtpkern.prompting import Prompting
 from mtpkern.rows import read_lines
 from mtpkern.strategies import Static, Strategy, Verified
@@ -90,21 +91,23 @@ def decode_in_turns(
     batch_size: int,
     max_new_tokens: int,
     reference: dict[int, list[int]],
+    against: Sequence[str] = (HF_GENERATE, PLAIN),
     hf: int | None = None,
-) -> Iterator[tuple[str, list[Completion], Sums]]:
-    """Decode the prompts in all ways, in turns; for each batch its kind, our completions and the sums of that kind.
+) -> Iterator[tuple[str, list[tuple[list[int], Completion]], Sums]]:
+    """Decode the prompts in turns; for each batch its kind, prompts with our completions, and the sums of that kind.
 
     reference   number of a prompt -> the original's tokens, which the first that decodes them fills in
+    against     what is decoded beside ours; the first of them says what is right
     hf          Hugging Face's generate takes part for so many prompts of each kind; None: for all
     """
-    ways: dict[str, tuple[Any, Strategy | None]]
-    ways = {HF_GENERATE: (original, None), PLAIN: (original, Static(1)), OURS: (adapted, strategy)}
+    every: dict[str, tuple[Any, Strategy | None]] = {HF_GENERATE: (original, None), PLAIN: (original, Static(1))}
+    ways = {name: way for name, way in every.items() if name in against} | {OURS: (adapted, strategy)}
     sums: dict[str, Sums] = {}
     for kind in dict.fromkeys(kind for kind, _ in prompts):
         numbered = [(i, ids) for i, (its, ids) in enumerate(prompts) if its == kind]
         for turn, batch in enumerate(batches(numbered, batch_size)):
             inputs = pad([ids for _, ids in batch], original.device)
-            names = list(ways) if hf is None or turn * batch_size < hf else [PLAIN, OURS]
+            names = [name for name in ways if name != HF_GENERATE or hf is None or turn * batch_size < hf]
             found, seconds = {}, {}
             for name in rotated(names, turn):
                 model, way = ways[name]
@@ -119,7 +122,7 @@ def decode_in_turns(
                 right = sum(one.tokens == ids for one, ids in zip(completions, wanted))
                 own.tallies.setdefault(name, Tally()).add(completions, right, seconds[name])
             own.add(seconds)
-            yield kind, found[OURS], own
+            yield kind, [(ids, one) for (_, ids), one in zip(batch, found[OURS])], own
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -128,13 +131,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--base", type=Path, help="the original (default: runs/smollm2/base, made at need)")
     parser.add_argument("--adapter", type=Path, default=ADAPTER, help="its gated adapter (default: the shipped one)")
     parser.add_argument("--prompts", type=Path, default=ADAPTER / "prompts.jsonl", help="JSONL with kind and messages")
-    parser.add_argument("--number", type=int, metavar="N", help="the first N of them (default: all)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--number", type=int, metavar="N", help="the first N of them (default: 40, if there are)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(default 64)")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1], metavar="N")
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        choices=(HF_GENERATE, PLAIN),
+        default=[HF_GENERATE, PLAIN],
+        help="what is decoded beside ours (default: both)",
+    )
     parser.add_argument("--hf", type=int, metavar="N", help="prompts of each kind that HF decodes too (default: all)")
     parser.add_argument("--k", type=int, default=4)
-    parser.add_argument("--threshold", type=float, default=0.3)
-    parser.add_argument("--masks", type=int, default=0, help="rows more a pass of each prompt, for when drafts fail")
+    parser.add_argument("--threshold", type=float, default=0.2)
+    parser.add_argument("--masks", type=int, default=9, help="rows more a pass of each prompt, for when drafts fail")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--show", type=int, default=3, metavar="N", help="answers shown in coloured blocks (default 3)")
@@ -149,35 +159,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for _ in range(2)
     )
     adapted = load_adapter(plain, args.adapter)
-    prompts = read_prompts(args.prompts, tokenizer, args.number)
+    prompts = read_prompts(args.prompts, tokenizer, args.number)[: args.number or 40]
     strategy = Verified(args.k, args.threshold, args.masks)
     console = Console(highlight=False)
-    reference: dict[int, list[int]] = {}
-    rows, records = [], []
-    for size in args.batch_size:
-        done = 0
-        last: dict[str, Sums] = {}
-        run = decode_in_turns(
-            original,
-            adapted,
-            prompts,
-            strategy,
-            batch_size=size,
-            max_new_tokens=args.max_new_tokens,
-            reference=reference,
-            hf=args.hf,
-        )
-        with show.progress(f"{len(prompts)} prompts, {size} at a time", len(prompts)) as progress:
-            for kind, completions, sums in run:
-                last[kind] = sums
-                shown = completions if size == args.batch_size[0] else []
-                for completion in shown[: max(0, args.show - done)]:
-                    _show(console, tokenizer, prompts[done][1], completion)
-                done += len(completions)
-                progress(done)
-        for kind, sums in last.items():
-            rows.append(sums.row(f"{kind}, batch {size}"))
-            records.append({"prompts": kind, "batch_size": size, **asdict(sums)})
     facts: Mapping[str, str] = environment(torch.device(args.device)) | {
         "dtype": args.dtype,
         "new tokens": f"at most {args.max_new_tokens}",
@@ -190,13 +174,42 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{args.batch_size[0]} at a time{hf}. Times include the prefill, and are sums; beside them the ratios of "
         "single batches. One a pass: the original by the same code, in a CUDA graph too where there is one."
     )
-    table = Table("SmolLM2-135M-Instruct with its gated adapter", note, HEADER, rows, records)
-    print(table.markdown())
-    if args.results is not None:
-        title = "The original model's own tokens"
-        print("written:", write("real", title, facts, [table], {"rows": records}, args.results))
-    else:
-        print(json.dumps(facts))
+    found: dict[tuple[str, int], Sums] = {}
+
+    def table() -> Table:
+        rows = [sums.row(f"{kind}, batch {size}") for (kind, size), sums in found.items()]
+        records = [{"prompts": kind, "batch_size": size, **asdict(sums)} for (kind, size), sums in found.items()]
+        return Table("SmolLM2-135M-Instruct with its gated adapter", note, HEADER, rows, records)
+
+    reference: dict[int, list[int]] = {}
+    for size in args.batch_size:
+        done = 0
+        run = decode_in_turns(
+            original,
+            adapted,
+            prompts,
+            strategy,
+            batch_size=size,
+            max_new_tokens=args.max_new_tokens,
+            reference=reference,
+            against=args.against,
+            hf=args.hf,
+        )
+        with show.progress(f"{len(prompts)} prompts, {size} at a time", len(prompts)) as progress:
+            for kind, completions, sums in run:
+                found[kind, size] = sums
+                shown = completions if size == args.batch_size[0] else []
+                for prompt, completion in shown[: max(0, args.show - done)]:
+                    _show(console, tokenizer, prompt, completion)
+                done += len(completions)
+                progress(done)
+                if args.results is not None:
+                    # All so far: a run that is cut keeps what it has.
+                    so_far = table()
+                    data = {"rows": so_far.records}
+                    page = write("real", "The original model's own tokens", facts, [so_far], data, args.results)
+    print(table().markdown())
+    print(json.dumps(facts) if args.results is None else f"written: {page}")
 
 
 def _show(console: Console, tokenizer: PreTrainedTokenizerBase, prompt: list[int], completion: Completion) -> None:
@@ -209,4 +222,4 @@ def _show(console: Console, tokenizer: PreTrainedTokenizerBase, prompt: list[int
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

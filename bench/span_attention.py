@@ -15,6 +15,7 @@ Floor    the longer of FLOPs, 4 Hq D a visible pair forward and 2.5 times that b
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,7 @@ from mtpkern.bench.report import Goal, Table, run
 from mtpkern.bench.timing import Action, copies, free, peak, race, reason, timed
 from mtpkern.kernels.span_attention import span_attention, span_attention_reference
 from mtpkern.kernels.span_mask import span_mask
+from mtpkern.output import exit_status
 from mtpkern.train.layout import Layout, build_layout, draw_prefixes, tokens_apart
 
 OURS = "mtpkern"
@@ -366,4 +368,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

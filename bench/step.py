@@ -7,6 +7,7 @@ are sure of nothing, so where tokens per second are wanted a pattern of acceptan
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from mtpkern.bench.report import Goal, Table, run
 from mtpkern.bench.timing import Action, free, launches, peak, timed
 from mtpkern.decoder import Decoder
 from mtpkern.kernels.readout import readout
+from mtpkern.output import exit_status
 from mtpkern.strategies import ConfAdapt, Static, Strategy
 
 _QWEN3 = {"head_dim": 128, "num_key_value_heads": 8, "vocab_size": 151_936, "tie_word_embeddings": True}
@@ -394,4 +396,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

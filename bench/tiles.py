@@ -7,6 +7,7 @@ Candidates whose results differ from the shipped ones, or that do not fit the de
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -22,6 +23,7 @@ from mtpkern.bench.span_attention import SHAPES, TINY, Inputs, Shape, Way, with_
 from mtpkern.bench.timing import Action, copies, free, race
 from mtpkern.kernels import distill, span_attention
 from mtpkern.kernels.span_attention import Tiles
+from mtpkern.output import exit_status
 
 SHIPPED = "shipped"
 
@@ -127,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

@@ -8,6 +8,7 @@ does. The last table has our step with torch_compile beside itself. A step's los
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -26,6 +27,7 @@ from mtpkern.bench.report import Goal, Table, run
 from mtpkern.bench.span_attention import paper_layout
 from mtpkern.bench.timing import free, race
 from mtpkern.kernels.span_mask import span_mask
+from mtpkern.output import exit_status
 from mtpkern.train.compilation import CompiledLayers
 from mtpkern.train.layout import Layout
 from mtpkern.train.objective import SpanContext, backbone, gather_rows, head_of, mtp_loss
@@ -315,4 +317,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

@@ -2,10 +2,10 @@
 
     y_r += gate_r * s * (x_r A^T) B^T
 
-Siblings are layers that read the same x (q, k, v; gate, up): their matrices A lie on top of one another, M = sum of
-their ranks, and one pair of launches serves them all.
+Siblings are layers that read the same x (q, k, v; gate, up): one pair of launches serves them all, wherever their
+matrices lie. M is the sum of their ranks.
 
-Shapes   x [R, H];  gate [R] bool, int8 or uint8;  a [M, H];  for each sibling i: y_i [R, N_i], b_i [N_i, r_i], s_i
+Shapes   x [R, H];  gate [R] bool, int8 or uint8;  for each sibling i: y_i [R, N_i], a_i [r_i, H], b_i [N_i, r_i], s_i
 Traffic  A and B once, x and y in the gated rows, and partial sums of x A^T, at most 64 * M bytes a gated row: up to 32
          rows the bytes of A and B (at rank 32 1.6 % of Qwen3-4B's weights) and the latency of two launches
 Gate     a row with gate 0 is neither read nor written, so that nothing in A, B or x can reach it
@@ -15,7 +15,8 @@ Source   arXiv 2507.11851 (gated LoRA), 2604.11035 (residual adapters on mask ro
 The first launch (shrink) makes x A^T. A pass has few rows and A has few, so H is split among programs, in chunks that
 follow from H alone; the second launch (expand) adds their sums up in order: no atomics, and a row has the same bits
 whatever its company. Where rows alone fill a GPU, one program takes all chunks, in the same order. Tiles have 32 rows
-whatever R, for the same reason: few enough for one sequence's 15, and 512 read A and B no more than 16 times.
+whatever R, for the same reason: few enough for one sequence's 15, and 512 read A and B no more than 16 times. No tile
+has columns of two siblings, so that a layer has the same bits with its siblings as by itself.
 
 A tile without a gated row returns before it reads a weight. Gated rows are not gathered into fewer tiles: up to 32 rows
 there is one tile anyway, and above, a further reading of A and B comes from the L2 cache (0.9 MB for q, k, v of
@@ -50,15 +51,15 @@ if find_spec("triton"):
     def _shrink_kernel(
         x_ptr,  # [R, H]
         gate_ptr,  # [R]
-        a_ptr,  # [M, H]
+        a_ptrs,  # of each sibling [r, H]
         h_ptr,  # [n, R, M], the sums of one chunk each, or of all where n = 1
         s_x,  # the strides of each, as tuples
         s_gate,
-        s_a,
+        s_as,
         s_h,
         R,
         H,
-        M,
+        ranks,
         chunk,
         CHUNKS: tl.constexpr,  # that this program takes
         BLOCK_R: tl.constexpr,
@@ -73,22 +74,30 @@ if find_spec("triton"):
         if tl.max(gated.to(tl.int32), 0) == 0:
             return
 
-        o_m = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-        m_m = o_m < M
         o_h = tl.arange(0, BLOCK_H)
         x_ptr += o_r[:, None] * s_x[0]
-        a_ptr += o_m[:, None] * s_a[0]
-        total = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
-        for i in range(i_chunk, i_chunk + CHUNKS):
-            acc = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
-            for h in range(i * chunk, tl.minimum((i + 1) * chunk, H), BLOCK_H):
-                o = (h + o_h).to(tl.int64)[None, :]
-                x = tl.load(x_ptr + o * s_x[1], mask=gated[:, None] & (o < H), other=0.0)
-                a = tl.load(a_ptr + o * s_a[1], mask=m_m[:, None] & (o < H), other=0.0)
-                acc = tl.dot(x.to(a.dtype), a.T, acc, input_precision=PRECISION)
-            total += acc
-        p_h = h_ptr + i_chunk.to(tl.int64) * s_h[0] + o_r[:, None] * s_h[1] + o_m[None, :] * s_h[2]
-        tl.store(p_h, total, mask=gated[:, None] & m_m[None, :])
+        h_ptr += i_chunk.to(tl.int64) * s_h[0] + o_r[:, None] * s_h[1]
+
+        # The tiles of all siblings stand in one row: this program's lies in one of them.
+        i_tile = tl.program_id(1)
+        for i_a in tl.static_range(len(a_ptrs)):
+            n_tiles = tl.cdiv(ranks[i_a], BLOCK_M)
+            if (i_tile >= 0) & (i_tile < n_tiles):
+                o_m = (i_tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+                m_m = o_m < ranks[i_a]
+                p_a = a_ptrs[i_a] + o_m[:, None] * s_as[i_a][0]
+                total = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
+                for i in range(i_chunk, i_chunk + CHUNKS):
+                    acc = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
+                    for h in range(i * chunk, tl.minimum((i + 1) * chunk, H), BLOCK_H):
+                        o = (h + o_h).to(tl.int64)[None, :]
+                        x = tl.load(x_ptr + o * s_x[1], mask=gated[:, None] & (o < H), other=0.0)
+                        a = tl.load(p_a + o * s_as[i_a][1], mask=m_m[:, None] & (o < H), other=0.0)
+                        acc = tl.dot(x.to(a.dtype), a.T, acc, input_precision=PRECISION)
+                    total += acc
+                tl.store(h_ptr + o_m[None, :] * s_h[2], total, mask=gated[:, None] & m_m[None, :])
+            i_tile -= n_tiles
+            h_ptr += ranks[i_a] * s_h[2]
 
     @triton.jit(do_not_specialize=["R"])
     def _expand_kernel(
@@ -160,30 +169,33 @@ def _precision(dtype: torch.dtype) -> str | None:
     return None if dtype != torch.float32 else "ieee" if torch.version.hip else "tf32x3"
 
 
-def shrink_triton(x: Tensor, gate: Tensor, a: Tensor) -> Tensor:
-    """x A^T of the gated rows in one launch: [n, R, M] float32, to be summed over n; nothing in the other rows."""
-    (R, H), M = x.shape, a.shape[0]
+def shrink_triton(x: Tensor, gate: Tensor, as_: Sequence[Tensor]) -> Tensor:
+    """x A_i^T of the gated rows, side by side, in one launch: [n, R, M] float32, to be summed over n; nothing in the
+    other rows.
+    """
+    R, H = x.shape
+    ranks = tuple(len(a) for a in as_)
     n = triton.cdiv(H, _chunk(H))
     split = R <= SPLIT_ROWS
-    h = x.new_empty(n if split else 1, R, M, dtype=torch.float32)
-    _shrink_kernel[(triton.cdiv(R, BLOCK_R), triton.cdiv(M, BLOCK_M), len(h))](
+    h = x.new_empty(n if split else 1, R, sum(ranks), dtype=torch.float32)
+    _shrink_kernel[(triton.cdiv(R, BLOCK_R), sum(triton.cdiv(r, BLOCK_M) for r in ranks), len(h))](
         x,
         gate,
-        a,
+        tuple(as_),
         h,
         x.stride(),
         gate.stride(),
-        a.stride(),
+        tuple(a.stride() for a in as_),
         h.stride(),
         R,
         H,
-        M,
+        ranks,
         _chunk(H),
         CHUNKS=1 if split else n,
         BLOCK_R=BLOCK_R,
         BLOCK_M=BLOCK_M,
-        BLOCK_H=128 // a.element_size(),
-        PRECISION=_precision(a.dtype),
+        BLOCK_H=128 // as_[0].element_size(),
+        PRECISION=_precision(as_[0].dtype),
         num_stages=5,
     )
     return h
@@ -223,19 +235,24 @@ def expand_triton(
 
 
 def gated_lora_triton(
-    outs: Sequence[Tensor], x: Tensor, gate: Tensor, a: Tensor, bs: Sequence[Tensor], scales: Sequence[float]
+    outs: Sequence[Tensor],
+    x: Tensor,
+    gate: Tensor,
+    as_: Sequence[Tensor],
+    bs: Sequence[Tensor],
+    scales: Sequence[float],
 ) -> None:
     """`gated_lora` in two launches."""
     if len(x):
         gate = gate.view(torch.uint8)
-        expand_triton(outs, shrink_triton(x, gate, a), gate, bs, scales)
+        expand_triton(outs, shrink_triton(x, gate, as_), gate, bs, scales)
 
 
 def gated_lora(
     outs: Sequence[Tensor],
     x: Tensor,
     gate: Tensor,
-    a: Tensor,
+    as_: Sequence[Tensor],
     bs: Sequence[Tensor],
     scale: float | Sequence[float],
 ) -> None:
@@ -244,42 +261,47 @@ def gated_lora(
     outs: y_i [R, N_i] of each sibling, any strides; they must not overlap.
     x: what the siblings read, [R, H], in the dtype of the outputs.
     gate: [R] bool, int8 or uint8, on the device: it is read there, nobody waits for it.
-    a: the siblings' A on top of one another, [r_1 + r_2 + ..., H], in float32 or in the dtype of x.
-    bs: B_i [N_i, r_i] of each sibling, in the dtype of a.
+    as_: A_i [r_i, H] of each sibling, all in float32 or all in the dtype of x.
+    bs: B_i [N_i, r_i] of each sibling, in the dtype of the A_i.
     scale: lora_alpha / rank, one for all or one for each sibling.
 
     There is no backward: adapters are trained as modules. ValueError where a shape, a dtype or a device does not fit.
 
     >>> y, x = torch.zeros(2, 3), torch.ones(2, 4)
-    >>> gated_lora([y], x, torch.tensor([False, True]), torch.ones(1, 4), [torch.ones(3, 1)], scale=0.5)
+    >>> gated_lora([y], x, torch.tensor([False, True]), [torch.ones(1, 4)], [torch.ones(3, 1)], scale=0.5)
     >>> y
     tensor([[0., 0., 0.],
             [2., 2., 2.]])
     """
     scales = [float(scale)] * len(outs) if isinstance(scale, int | float) else [float(s) for s in scale]
-    _require_fitting(outs, x, gate, a, bs, scales)
+    _require_fitting(outs, x, gate, as_, bs, scales)
     if torch.compiler.is_compiling():
-        _gated_lora_op(list(outs), x, gate, a, list(bs), scales)
+        _gated_lora_op(list(outs), x, gate, list(as_), list(bs), scales)
     elif takes_kernel(x) and x.dtype != torch.float64:
-        gated_lora_triton(outs, x, gate, a, bs, scales)
+        gated_lora_triton(outs, x, gate, as_, bs, scales)
     else:
-        gated_lora_reference(outs, x, gate, a, bs, scales)
+        gated_lora_reference(outs, x, gate, as_, bs, scales)
 
 
 @torch.library.custom_op("mtpkern::gated_lora", mutates_args=("outs",))
 def _gated_lora_op(
-    outs: list[Tensor], x: Tensor, gate: Tensor, a: Tensor, bs: list[Tensor], scales: list[float]
+    outs: list[Tensor], x: Tensor, gate: Tensor, as_: list[Tensor], bs: list[Tensor], scales: list[float]
 ) -> None:
-    gated_lora(outs, x, gate, a, bs, scales)
+    gated_lora(outs, x, gate, as_, bs, scales)
 
 
 @_gated_lora_op.register_fake
-def _(outs: list[Tensor], x: Tensor, gate: Tensor, a: Tensor, bs: list[Tensor], scales: list[float]) -> None:
+def _(outs: list[Tensor], x: Tensor, gate: Tensor, as_: list[Tensor], bs: list[Tensor], scales: list[float]) -> None:
     pass
 
 
 def gated_lora_reference(
-    outs: Sequence[Tensor], x: Tensor, gate: Tensor, a: Tensor, bs: Sequence[Tensor], scales: Sequence[float]
+    outs: Sequence[Tensor],
+    x: Tensor,
+    gate: Tensor,
+    as_: Sequence[Tensor],
+    bs: Sequence[Tensor],
+    scales: Sequence[float],
 ) -> None:
     """`gated_lora` in plain torch; computes in float32, or in float64 for float64 inputs.
 
@@ -292,13 +314,10 @@ def gated_lora_reference(
         x = x[rows]
     if not len(x):
         return
-    h = x.to(dtype) @ a.to(dtype).T
-    first = 0
-    for y, b, scale in zip(outs, bs, scales):
-        h_i = h[:, first : first + b.shape[1]]
-        first += b.shape[1]
+    x = x.to(dtype)
+    for y, a, b, scale in zip(outs, as_, bs, scales):
         before = y if rows is None else y[rows]
-        after = torch.addmm(before.to(dtype), h_i, b.to(dtype).T, alpha=scale).to(y.dtype)
+        after = torch.addmm(before.to(dtype), x @ a.to(dtype).T, b.to(dtype).T, alpha=scale).to(y.dtype)
         if rows is None:
             y.copy_(torch.where(gate[:, None] != 0, after, y))
         else:
@@ -319,42 +338,37 @@ def _require_fitting(
     outs: Sequence[Tensor],
     x: Tensor,
     gate: Tensor,
-    a: Tensor,
+    as_: Sequence[Tensor],
     bs: Sequence[Tensor],
     scales: Sequence[float],
 ) -> None:
     """ValueError where a kernel would read or write what is not there, or something else than was meant."""
-    if not len(outs) == len(bs) == len(scales) or not outs:
+    if not len(outs) == len(as_) == len(bs) == len(scales) or not outs:
         raise ValueError(
-            f"gated_lora: outs, bs and scale want one entry for each sibling, got {len(outs)}, {len(bs)} and "
-            f"{len(scales)}"
+            f"gated_lora: outs, as_, bs and scale want one entry for each sibling, got {len(outs)}, {len(as_)}, "
+            f"{len(bs)} and {len(scales)}"
         )
-    if x.dim() != 2 or a.dim() != 2 or a.shape[1] != x.shape[1]:
-        raise ValueError(f"gated_lora: x [R, H] and a [M, H] expected, got {tuple(x.shape)} and {tuple(a.shape)}")
-    R = x.shape[0]
+    if x.dim() != 2:
+        raise ValueError(f"gated_lora: x [R, H] expected, got {tuple(x.shape)}")
+    R, H = x.shape
     if gate.shape != (R,) or gate.dtype not in (torch.bool, torch.uint8, torch.int8):
         raise ValueError(
             f"gated_lora: gate must be [R] = [{R}] of bool, uint8 or int8, got {tuple(gate.shape)} of {gate.dtype}"
         )
-    if a.dtype not in (torch.float32, x.dtype):
-        raise ValueError(f"gated_lora: a must be float32 or {x.dtype}, as x is, got {a.dtype}; cast the adapter")
-    for i, (y, b) in enumerate(zip(outs, bs)):
-        if b.dim() != 2 or y.shape != (R, b.shape[0]):
+    if as_[0].dtype not in (torch.float32, x.dtype):
+        raise ValueError(f"gated_lora: A must be float32 or {x.dtype}, as x is, got {as_[0].dtype}; cast the adapter")
+    for i, (y, a, b) in enumerate(zip(outs, as_, bs)):
+        if a.dim() != 2 or b.dim() != 2 or a.shape != (b.shape[1], H) or y.shape != (R, b.shape[0]):
             raise ValueError(
-                f"gated_lora: sibling {i}: b [N, r] and an output [R, N] with R = {R} expected, got {tuple(b.shape)} "
-                f"and {tuple(y.shape)}"
+                f"gated_lora: sibling {i}: A [r, H], B [N, r] and an output [R, N] with H = {H} and R = {R} expected, "
+                f"got {tuple(a.shape)}, {tuple(b.shape)} and {tuple(y.shape)}"
             )
-        if y.dtype != x.dtype or b.dtype != a.dtype:
+        if y.dtype != x.dtype or not a.dtype == b.dtype == as_[0].dtype:
             raise ValueError(
-                f"gated_lora: sibling {i}: the output must be {x.dtype}, as x is, and b {a.dtype}, as a is, got "
-                f"{y.dtype} and {b.dtype}"
+                f"gated_lora: sibling {i}: the output must be {x.dtype}, as x is, A and B {as_[0].dtype}, as the first "
+                f"A is, got {y.dtype}, {a.dtype} and {b.dtype}"
             )
-    if sum(b.shape[1] for b in bs) != a.shape[0]:
-        raise ValueError(
-            f"gated_lora: a must have a row for each rank of each sibling, {' + '.join(str(b.shape[1]) for b in bs)}, "
-            f"got {a.shape[0]}"
-        )
-    if any(t.device != x.device for t in (gate, a, *outs, *bs)):
+    if any(t.device != x.device for t in (gate, *as_, *outs, *bs)):
         raise ValueError(f"gated_lora: all tensors must be on {x.device}, where x is")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, a, *outs, *bs)):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *as_, *outs, *bs)):
         raise ValueError("gated_lora has no backward: call it under torch.no_grad(), and train the adapter as a module")

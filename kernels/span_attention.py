@@ -158,7 +158,7 @@ if find_spec("triton"):
         d = c - (c1 - c0)
         return tl.where(b < 0, a0 + i, tl.where(c < 0, b0 + b, tl.where(d < 0, c0 + c, d0 + d)))
 
-    @triton.jit(do_not_specialize=["T", "first", "window"])
+    @triton.jit(do_not_specialize=["T", "Tq", "first", "window"])
     def _forward_kernel(
         query,  # [B, Hq, T - first, D]: the rows from `first` on
         key,  # [B, Hkv, T, D]
@@ -172,6 +172,7 @@ if find_spec("triton"):
         s_v,
         s_o,
         T,
+        Tq,
         first,
         Hq,
         G,
@@ -187,7 +188,6 @@ if find_spec("triton"):
     ):
         # The last rows see the longest prefixes: they start first, or one of them would be left alone at the end.
         m0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS
-        Tq = T - first
         b = (tl.program_id(0) // Hq).to(tl.int64)
         h = (tl.program_id(0) % Hq).to(tl.int64)
         key += b * s_k[0] + h // G * s_k[1]
@@ -228,7 +228,7 @@ if find_spec("triton"):
         b_lse = tl.where(sees, m + tl.log2(l), float("inf"))
         tl.store(lse + (b * Hq + h) * Tq + o_q, b_lse, mask=o_q < Tq)
 
-    @triton.jit(do_not_specialize=["T", "first", "window"])
+    @triton.jit(do_not_specialize=["T", "Tq", "first", "window"])
     def _dq_kernel(
         query,  # [B, Hq, T - first, D]
         key,  # [B, Hkv, T, D]
@@ -246,6 +246,7 @@ if find_spec("triton"):
         s_do,
         s_dq,
         T,
+        Tq,
         first,
         Hq,
         G,
@@ -259,7 +260,6 @@ if find_spec("triton"):
         HAS_SOFTCAP: tl.constexpr,
     ):
         m0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS
-        Tq = T - first
         b = (tl.program_id(0) // Hq).to(tl.int64)
         h = (tl.program_id(0) % Hq).to(tl.int64)
         key += b * s_k[0] + h // G * s_k[1]
@@ -298,11 +298,12 @@ if find_spec("triton"):
         f1 = tl.minimum(f1, tl.min(tl.where(((member & sees_all) == 0) & (o_t > f0), o_t, FAR), 0))
         return a0, a1, f0, f1
 
-    @triton.jit(do_not_specialize=["T", "first", "window"])
+    @triton.jit(do_not_specialize=["T", "Tq", "first", "window"])
     def _row_tiles_kernel(
         layout,  # position, prefix_end, span_start, perhaps span_end: each [B, T] int32
         plan,  # [B, tiles of keys, 8] int32, written
         T,
+        Tq,
         first,
         window,
         ROWS: tl.constexpr,
@@ -319,7 +320,7 @@ if find_spec("triton"):
         n1 = tl.minimum(n0 + KEYS, T)
         a0, a1, f0, f1 = FAR, 0, FAR, FAR
         b0, b1, g0, g1 = FAR, 0, FAR, FAR
-        for t in range(0, tl.cdiv(T - first, ROWS), TILES):
+        for t in range(0, tl.cdiv(Tq, ROWS), TILES):
             o_t = t + tl.arange(0, TILES)
             o_q = o_t[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
             lower, end, own, stop = _rule(layout, b * T, first + o_q, T, window)
@@ -347,7 +348,7 @@ if find_spec("triton"):
         tl.store(plan + 6, tl.minimum(tl.maximum(g1, b0), b1))
         tl.store(plan + 7, b1)
 
-    @triton.jit(do_not_specialize=["T", "first", "window"])
+    @triton.jit(do_not_specialize=["T", "Tq", "first", "window"])
     def _dkdv_kernel(
         query,  # [B, Hq, T - first, D]
         key,  # [B, Hkv, T, D]
@@ -366,6 +367,7 @@ if find_spec("triton"):
         s_dk,
         s_dv,
         T,
+        Tq,
         first,
         Hkv,
         G,
@@ -380,7 +382,6 @@ if find_spec("triton"):
     ):
         # The first keys, seen by the most rows, start first.
         n0 = first + tl.program_id(1) * KEYS
-        Tq = T - first
         b = (tl.program_id(0) // Hkv).to(tl.int64)
         h = (tl.program_id(0) % Hkv).to(tl.int64)
         query += b * s_q[0] + h * G * s_q[1]
@@ -518,6 +519,11 @@ def _strides(*tensors: Tensor) -> list[tuple[int, ...]]:
     return [x.stride()[:3] for x in tensors]
 
 
+def _extent(query: Tensor, key: Tensor) -> tuple[int, int, int]:
+    """Rows, queries, and the first row that has one. All three, since a kernel's arguments take it no register."""
+    return key.shape[2], query.shape[2], key.shape[2] - query.shape[2]
+
+
 def _like(x: Tensor) -> Tensor:
     """A new tensor of the shape [B, H, T, D], heads inside rows as models hand them over."""
     return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
@@ -545,8 +551,7 @@ def _forward(query, key, value, sinks, layout, scale, softcap, window):
             out,
             lse,
             *_strides(query, key, value, out.transpose(1, 2)),
-            key.shape[2],
-            key.shape[2] - rows,
+            *_extent(query, key),
             heads,
             heads // kv_heads,
             scale,
@@ -579,7 +584,7 @@ def _backward(query, key, value, out, lse, d_out, layout, scale, softcap, window
     query, key, value, d_out = map(_addressable, (query, key, value, d_out))
     (batch, heads, rows, _), kv_heads = query.shape, key.shape[1]
     layout = tuple(layout)
-    extent = key.shape[2], key.shape[2] - rows
+    extent = _extent(query, key)
     tail = heads // kv_heads, scale, softcap or 0.0, window
 
     options = _options("dq", query, softcap)

@@ -3,6 +3,7 @@
 Prompt, accepted tokens and drafts run through the frozen weights, so the KV cache holds what the original model would
 have put there, and what `Verified` emits is the original model's greedy output. Adapted are the mask rows of a pass
 alone: `Gate` says which those are, and closed, as it is outside of mtpkern, the model is the original to the last bit.
+In decoding, layers that read the same tensor are adapted together (`mtpkern.siblings`), each with the bits of its own.
 
 The adapter is peft's: its LoRA layers, and its folder, whose config also says that it is gated, for which base, and
 holds the one embedding row that has no place in the base: the mask token is the first id behind the vocabulary, so
@@ -16,8 +17,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +31,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mtpkern.kernels.gated_lora import gated_lora
+from mtpkern.loading import require_found
+from mtpkern.siblings import Siblings, adapt
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -165,9 +168,7 @@ class _GatedLora:
             # Added by the product itself: nothing else of the update's size is made, or kept for backward.
             base = result.to(low.dtype)
             return torch.addmm(base.flatten(0, -2), low.flatten(0, -2), b.weight.T, alpha=scale).view_as(result)
-        # peft has cast x to the adapter's dtype.
-        x = x.to(result.dtype)
-        gated_lora([result.flatten(0, -2)], x.flatten(0, -2), rows.flatten(), a.weight, [b.weight], scale)
+        adapt([result], x, rows, [module], [active_adapter])
         return result
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
@@ -181,10 +182,26 @@ def gate_of(model: nn.Module) -> Gate | None:
     return getattr(model, "mtpkern_gate", None)
 
 
-def gated(model: nn.Module, input_ids: Tensor) -> AbstractContextManager[None]:
-    """A block in which the model's gate, where it has one, is open for the mask tokens among input_ids [B, T]."""
+@contextmanager
+def gated(model: nn.Module, input_ids: Tensor) -> Iterator[None]:
+    """A block in which the model's gate, where it has one, is open for the mask tokens among input_ids [B, T].
+
+    Layers that read the same tensor are adapted together in it (see `mtpkern.siblings`).
+    """
     gate = gate_of(model)
-    return nullcontext() if gate is None else gate.open(input_ids == gate.mask_token_id)
+    if gate is None:
+        yield
+        return
+    with gate.open(input_ids == gate.mask_token_id), model.mtpkern_siblings():  # type: ignore[operator]
+        yield
+
+
+@contextmanager
+def wrapping() -> Iterator[None]:
+    """Around peft's wrapping of a model: without transformers' warning of an old name that peft reads."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def attach(model: PeftModel, row: nn.Parameter, adapter: str = "default") -> Gate:
@@ -207,6 +224,8 @@ def attach(model: PeftModel, row: nn.Parameter, adapter: str = "default") -> Gat
     embedding.register_forward_pre_hook(gate.hide_mask_tokens)
     embedding.register_forward_hook(gate.embed_mask_tokens)
     base.mtpkern_gate = gate
+    # No part of the gate, which the layers hold: they would go with a collection of cycles alone.
+    base.mtpkern_siblings = Siblings(base)
     return gate
 
 
@@ -274,7 +293,8 @@ def load_adapter(model: PreTrainedModel, path: str | Path, *, dtype: torch.dtype
     dtype   of the adapter's weights; that of the model unless given
 
     Raises ValueError for an adapter that is not gated, is gated but for another base, or changes more than linear
-    layers; ImportError without peft. The model gets peft's layers in place, as by `PeftModel.from_pretrained`.
+    layers; FileNotFoundError for a name that leads nowhere; ImportError without peft. The model gets peft's layers in
+    place, as by `PeftModel.from_pretrained`.
 
         model = mtpkern.load_adapter(AutoModelForCausalLM.from_pretrained("base"), "adapter")
         ids = mtpkern.generate(model, **inputs, max_new_tokens=256)
@@ -284,6 +304,7 @@ def load_adapter(model: PreTrainedModel, path: str | Path, *, dtype: torch.dtype
     except ModuleNotFoundError as error:
         raise ImportError("mtpkern.load_adapter needs peft; run: pip install peft") from error
 
+    require_found(str(path))
     config = PeftConfig.from_pretrained(str(path))
     if not is_gated(config):
         raise ValueError(
@@ -292,7 +313,8 @@ def load_adapter(model: PreTrainedModel, path: str | Path, *, dtype: torch.dtype
         )
     require_gateable(config)
     require_base(model, settings_of(config), str(path))
-    peft_model = PeftModel.from_pretrained(model, str(path)).eval()
+    with wrapping():
+        peft_model = PeftModel.from_pretrained(model, str(path)).eval()
     attach(peft_model, row_of(config))
     for name, parameter in peft_model.named_parameters():
         if "lora_" in name or name == "mask_row":

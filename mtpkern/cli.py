@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import mtpkern
 from mtpkern.answers import RESULT_FIELDS, answers_file
-from mtpkern.output import json_line, piped, printable, whole_file
+from mtpkern.output import exit_status, json_line, printable, whole_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,14 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             importlib.import_module(_HANDED_ON[handed_on][0]).main(words[1:])
 
     try:
-        return piped(run)
+        return exit_status(run)
     except (ValueError, TypeError, OSError, ImportError) as error:
         said = str(error) if handed_on else _in_flags(str(error))
         # At once: several ranks may say it.
         sys.stderr.write(f"mtpkern {args.command}: {printable(said)}\n")
         return 2
-    except KeyboardInterrupt:
-        return 130
 
 
 def _in_flags(message: str) -> str:

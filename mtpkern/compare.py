@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mtpkern.arguments import plain_greedy
 from mtpkern.generation import MTPGenerateOutput, generate
 from mtpkern.grading import is_right
+from mtpkern.rows import require_file
 from mtpkern.strategies import Strategy
 
 T = TypeVar("T")
@@ -113,10 +114,11 @@ class Tally:
 def read_problems(path: Path, n: int | None = None) -> list[Problem]:
     """The first n problems (all, if None) of a JSONL file with the fields of `Problem`.
 
-    Raises ValueError where the file holds fewer.
+    Raises ValueError where the file holds fewer, OSError where there is none.
 
         read_problems(Path("mtpkern/assets/problems.jsonl"), 100)
     """
+    require_file(path)
     with path.open(encoding="utf-8") as lines:
         problems = [Problem(**json.loads(line)) for line in lines]
     if n is not None and len(problems) < n:

@@ -89,8 +89,8 @@ def generate(
     use_graph: whether a pass is captured in a CUDA graph, which the next calls of a similar shape use again; None: on
         every CUDA device. What is kept between calls: `release_graphs`.
     compile: send the model's layers through `torch.compile`, for passes alone (`mtpkern.layers`). The first call of a
-        batch and strategy then takes seconds longer, for a few forms that all layers and later calls share; without a
-        graph also later ones look each layer's form up. None: off, until a GPU has measured that it pays.
+        batch and strategy then takes 4 to 8 seconds longer, for a few forms that all layers and later calls share, and
+        a pass half to two thirds of the time. None: wherever a pass is captured; False for a single short call.
     batch_invariant: no bit of the attention depends on what else is in the batch; the model's matrix products still
         depend on the number of rows.
     prefill_chunk: most prompt tokens that the model sees at once, over the whole batch; bounds the memory that long
@@ -163,7 +163,7 @@ def generate(
             wait=wait,
             check_model=check_model,
             rows=rows,
-            compile=wants_compile(compile, model.device),
+            compile=wants_compile(compile, graph),
             batch_invariant=batch_invariant,
         )
         try:

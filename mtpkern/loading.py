@@ -13,10 +13,40 @@ if TYPE_CHECKING:
     from mtpkern.adapter import GatedSettings
 
 
-def require_found(name: str) -> None:
-    """Raise FileNotFoundError for what can only be a local path, and is none: the hub would complain of its form."""
-    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise FileNotFoundError(f"{name}: there is no such file or folder (a hub id has the form owner/name)")
+def require_found(name: str, kind: str = "model") -> None:
+    """Raise FileNotFoundError for what is no local path and no hub id, whose form a download would complain of.
+
+    kind: what it is on the hub, "model" or "dataset"
+
+    A name without an owner, as some old ids are, counts where the hub's cache has it or the hub knows it. That is asked
+    once, where a download would try for half a minute.
+    """
+    if Path(name).exists():
+        return
+    form = "a hub id has the form owner/name"
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"{name}: there is no such file or folder ({form})")
+    if "/" not in name and not _on_hub(name, kind):
+        raise FileNotFoundError(
+            f"{name}: there is no such file or folder, and the hub has not answered to that name ({form})"
+        )
+
+
+def _on_hub(name: str, kind: str) -> bool:
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    if (Path(constants.HF_HUB_CACHE) / f"{kind}s--{name}").is_dir():
+        return True
+    try:
+        HfApi(endpoint=constants.ENDPOINT).repo_info(name, repo_type=kind, timeout=5)
+    except RepositoryNotFoundError:
+        return False
+    except HfHubHTTPError:
+        return True  # the hub is there, and the download will say what is wrong with it
+    except Exception:  # offline mode, a name that cannot be one, no connection: each version has other errors
+        return False
+    return True
 
 
 def require_model(name: str) -> None:

@@ -27,18 +27,23 @@ def printable(text: str) -> str:
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-def piped(run: Callable[[], int | None]) -> int:
-    """The exit status of `run`: what it returns, 0 for None, 141 where the reader of its output, as `head`, has left.
+def exit_status(main: Callable[[], int | None]) -> int:
+    """The exit status of a program: what its `main` returns, 0 for None; without a traceback where somebody ended it.
 
-    sys.exit(piped(main))
+    130 after an interrupt, which it says, and 141 where the reader of its output, as `head`, has left.
+
+    sys.exit(exit_status(main))
     """
     try:
-        status = run()
+        status = main()
         sys.stdout.flush()
     except BrokenPipeError:
         # Else Python would complain once more when it flushes stdout at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
     return status or 0
 
 

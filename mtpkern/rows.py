@@ -75,11 +75,22 @@ def strings(value: Any) -> Iterator[str]:
             waiting += part
 
 
+def require_file(path: Path) -> None:
+    """Raise FileNotFoundError or IsADirectoryError for what cannot be read as a file; a pipe can."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: expected a file, this is a folder")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file")
+
+
 def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """The lines of a JSONL file that are not blank: number, from 1 on, and the value, or the BadRow that it is.
 
+    Raises OSError for what is no file.
+
     next(read_lines(Path("prompts.jsonl")))  # (1, {"prompt": "1 + 1?"})
     """
+    require_file(path)
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -38,12 +39,18 @@ class Strategy:
     def for_model(self, k_max: int | None) -> Strategy:
         """With a k in any case: the one that was given, else what suits a model that was trained for k_max predictions.
 
-        k_max: as training has recorded it, None where it has not.
+        k_max: as training has recorded it, None where it has not. Warns of a k above it.
 
             ConfAdapt(threshold=0.8).for_model(16)  # ConfAdapt(k=16, threshold=0.8)
             Verified().for_model(16)                # Verified(k=12, threshold=0.6, masks=0)
         """
         if self.k:
+            if k_max is not None and self.k > k_max:
+                warnings.warn(
+                    f"k={self.k} is more than the k_max={k_max} predictions that the model was trained for: those "
+                    f"behind are worth little and cost time; give a k of at most {k_max}, or none",
+                    stacklevel=2,
+                )
             return self
         return replace(self, k=self.unrecorded_k if k_max is None else min(k_max, self.largest_k or k_max))
 
@@ -123,7 +130,7 @@ class Verified(Strategy):
     def for_model(self, k_max: int | None) -> Strategy:
         """As every strategy's; with no more masks than that k has a use for where none was given."""
         if self.k:
-            return self
+            return super().for_model(k_max)
         k = super(Verified, replace(self, masks=0)).for_model(k_max).k
         return replace(self, k=k, masks=min(self.masks, (k - 1) ** 2))
 

@@ -143,6 +143,12 @@ def tiny() -> SimpleNamespace:
     return SimpleNamespace(model=random_model, prompts=random_prompts, vocabulary=VOCABULARY, mask=MASK, pad=PAD)
 
 
+@pytest.fixture(autouse=True)
+def uncompiled_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes seconds for each model and shape: only tests of it wait for that."""
+    monkeypatch.setattr("mtpkern.layers.COMPILE_CAPTURED", False)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def products_and_bfloat16_in_the_interpreter() -> None:
     """Triton's interpreter multiplies by numpy's matmul, and keeps bfloat16 as bits.

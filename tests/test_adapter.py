@@ -2,13 +2,14 @@
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
 
 import mtpkern
 from mtpkern.adapter import digest, gate_of, save_adapter
-from mtpkern.train.lora import add_gated_lora
+from mtpkern.train.lora import add_gated_lora, add_lora
 
 ARCHITECTURES = {
     "llama": {},
@@ -70,7 +71,12 @@ def test_folder(tiny, tmp_path):
     save_adapter(peft_model, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     assert json.loads((tmp_path / "adapter_config.json").read_text())["auto_mapping"]["mtpkern"]["k_max"] == 5
-    loaded = mtpkern.load_adapter(copy.deepcopy(base), tmp_path)
+    with warnings.catch_warnings():
+        # Of what peft does in a newer transformers, which no user can mend.
+        warnings.simplefilter("error", FutureWarning)
+        loaded = mtpkern.load_adapter(copy.deepcopy(base), tmp_path)
+        add_gated_lora(copy.deepcopy(base), rank=2, k_max=5)
+        add_lora(copy.deepcopy(base), 3, rank=2)
     got = mtpkern.generate(loaded, **inputs)
     assert got.sequences.equal(want.sequences)
     assert got.blocks == want.blocks
@@ -83,6 +89,13 @@ def test_folder(tiny, tmp_path):
     assert again.sequences.equal(want.sequences)
     assert again.blocks == want.blocks
     assert gate_of(by_peft) is not None
+
+
+def test_a_name_that_leads_nowhere(tiny, monkeypatch):
+    monkeypatch.setattr("mtpkern.loading._on_hub", lambda name, kind: False)
+    for name in ("./nope", "nope"):
+        with pytest.raises(FileNotFoundError, match="there is no such file or folder"):
+            mtpkern.load_adapter(tiny.model("llama"), name)
 
 
 def test_refuses_other_bases_and_merging(tiny, tmp_path):

@@ -15,7 +15,8 @@ import torch
 
 from mtpkern.bench import gpu, preflight
 from mtpkern.bench.report import Goal, Table, write
-from mtpkern.kernels.readout import readout_reference
+from mtpkern.kernels.advance import advance_triton
+from mtpkern.kernels.readout import readout_reference, readout_triton
 
 ROOT = Path(gpu.__file__).resolve().parents[1]
 
@@ -207,12 +208,12 @@ def test_preflight_rehearsed(tmp_path, monkeypatch, capsys):
 
     def run(command, **options):
         ran.append(command)
-        return subprocess.CompletedProcess(command, 1, "kv_write bf16 D128 | sm_90 | _kv_write_kernel | 4\n[]", "")
+        return subprocess.CompletedProcess(command, 1, "over budget\n1 kernels of 1 cases", "")
 
     with monkeypatch.context() as patch:
         patch.setattr(preflight.subprocess, "run", run)
         facts = preflight.compiled(torch.device("cpu"))
-    assert facts == {"target": "sm_90", "kernels": 1}
+    assert facts == {"target": "sm_90", "said": "1 kernels of 1 cases"}
     assert ran[0][1:4] == ["-m", "mtpkern.bench.aot", "--targets"]
 
     def compiled(device):
@@ -231,6 +232,13 @@ def test_preflight_rehearsed(tmp_path, monkeypatch, capsys):
     assert found["passes"]["us_by_rows"].keys() == found["passes"]["body_us_by_rows"].keys() == {"9", "4", "1"}
     assert found["layers"]["us_by_rows"].keys() == {"4", "1"}
     assert 0 < len(found["passes"]["kernels"]) <= 15
+
+
+def test_preflight_takes_right_kernels_for_right(interpreter, monkeypatch):
+    """On a CPU both sides are the torch form, so that what a check asks beyond what a kernel promises does not show."""
+    monkeypatch.setattr("mtpkern.bench.readout.readout", readout_triton)
+    monkeypatch.setattr("mtpkern.bench.readout.advance", advance_triton)
+    preflight.check_readout(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def test_preflight_names_aot_cases():

@@ -327,6 +327,10 @@ def test_missing_things_are_named(tmp_path, capsys):
         assert f"{name}: there is no such file or folder" in capsys.readouterr().err
     assert main(["generate", str(tmp_path), "--prompt", "x", "--output", str(tmp_path / "no" / "out")]) == 2
     assert "there is no folder" in capsys.readouterr().err
+    missing, folder = f"{tmp_path}/nope.jsonl: there is no such file", f"{tmp_path}: expected a file, this is a folder"
+    for name, says in ((tmp_path / "nope.jsonl", missing), (tmp_path, folder)):
+        assert main(["generate", "no-model", "--file", str(name)]) == 2
+        assert capsys.readouterr().err == f"mtpkern generate: {says}\n"
     # Before the model is looked for.
     for command in (
         ["generate", "no-model", "--prompt", "x", "--output"],
@@ -336,6 +340,8 @@ def test_missing_things_are_named(tmp_path, capsys):
         assert f"{tmp_path}: expected a file to write to, this is a folder" in capsys.readouterr().err
     assert main(["demo", "--checkpoint", str(tmp_path)]) == 2
     assert "make checkpoint" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match=f"^{tmp_path}/problems.jsonl: there is no such file$"):
+        read_problems(tmp_path / "problems.jsonl")
 
 
 @pytest.mark.parametrize(

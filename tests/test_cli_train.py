@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +16,10 @@ import mtpkern
 from mtpkern.cli import main
 from mtpkern.grading import is_right
 from mtpkern.train import arithmetic
+from mtpkern.train import checkpoint as checkpoint_program
 from mtpkern.train.checkpoint import K_MAX, NUM_SPANS, PREFIX_WEIGHT, common_arguments
 from mtpkern.train.command import load_student, load_teacher
+from mtpkern.train.config import MTPConfig
 from mtpkern.train.options import help_text, parse, read_config, shipped_configs
 
 # Rows as the data sets have them: their columns, their order, their kinds of values.
@@ -196,6 +200,17 @@ def test_the_arithmetic_configuration_is_the_checkpoints_recipe(tmp_path, tiny, 
     assert "accuracy | tokens_per_pass" in (tmp_path / "out" / "summary.md").read_text()
 
 
+def test_the_shipped_model_is_written_over_only_where_that_is_asked_for(tmp_path, monkeypatch, capsys):
+    written = []
+    monkeypatch.setattr(checkpoint_program, "publish", lambda work, out: written.append(out))
+    for part in ("train_teacher", "train_mtp"):
+        monkeypatch.setattr(checkpoint_program, part, lambda *args: None)
+    checkpoint_program.main(["--work", str(tmp_path), "--threads", str(torch.get_num_threads())])
+    checkpoint_program.main(["--work", str(tmp_path), "--out", "there", "--threads", str(torch.get_num_threads())])
+    assert written == [tmp_path / "shipped", Path("there")]
+    assert f"the model is in {tmp_path / 'shipped'}" in capsys.readouterr().out
+
+
 def test_flags_win_over_a_file(tmp_path):
     values = {
         "model": "m",
@@ -335,6 +350,25 @@ def test_a_run_goes_on_from_its_newest_checkpoint(tmp_path, checkpoint, capsys):
     whole, half = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("whole", "half"))
     for x, y in zip(whole.parameters(), half.parameters()):
         assert torch.equal(x, y)
+
+
+def test_nothing_is_pinned_where_there_is_no_accelerator(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    config = MTPConfig(str(tmp_path))
+    assert not config.dataloader_pin_memory
+    assert not config.accelerator_config.non_blocking
+
+
+def test_a_k_that_no_answer_has_room_for_is_said(tmp_path, checkpoint, capsys):
+    flags = ["--model", checkpoint("llama"), "--train-data", write(tmp_path / "rows.jsonl", GSM8K)]
+    flags += ["--output-dir", str(tmp_path / "out"), *TINY, "--num-spans", "1"]
+    assert main(["train", *flags, "--k-max", "500"]) == 0
+    said = capsys.readouterr().err
+    longest = max(len(row["answer"].encode()) for row in GSM8K)
+    found = re.search(rf"k_max is 500, and the longest of {len(GSM8K)} answers has (\d+) tokens", said)
+    assert int(found[1]) == longest + 1  # its EOS
+    assert main(["train", *flags, "--k-max", "3", "--output-dir", str(tmp_path / "other")]) == 0
+    assert "k_max is" not in capsys.readouterr().err
 
 
 def test_a_mask_token_that_is_recorded_is_kept(tmp_path, checkpoint):

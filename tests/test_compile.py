@@ -29,7 +29,8 @@ def arguments(name: str) -> tuple[Any, ...]:
         return draw(R, 9), 3
     if name == "gated_lora":
         gate = torch.tensor([False, True, True, False, False])
-        return [draw(R, 7), draw(R, 3)], draw(R, 6), gate, draw(4, 6), [draw(7, 2), draw(3, 2)], [0.5, 2.0]
+        as_, bs = [draw(2, 6), draw(3, 6)], [draw(7, 2), draw(3, 3)]
+        return [draw(R, 7), draw(R, 3)], draw(R, 6), gate, as_, bs, [0.5, 2.0]
     caches = draw(B, HKV, C + 1, D), draw(B, HKV, C + 1, D + 2)
     if name == "kv_write":
         return *caches, draw(R, HKV, D), draw(R, HKV, D + 2), SEQ, torch.tensor([2, 3, 1, 4, C])

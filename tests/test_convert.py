@@ -291,6 +291,7 @@ def test_a_gguf_becomes_plain(tmp_path, write_gguf, capsys, given):
     assert again(text, add_special_tokens=False).input_ids == tokenizer(text, add_special_tokens=False).input_ids
     names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     assert plain.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids(names)
+    assert again.eos_token == names[0]  # the file's own
     # What is plain can be trained: it is given its mask token, saved and decoded.
     mtpkern.add_mask_token(plain, again)
     plain.save_pretrained(target)

@@ -61,7 +61,10 @@ def test_summary(tmp_path, monkeypatch):
     assert "| 20 | 1.25 | 0.5 |  |" in text
     assert "pip install 'mtpkern[plot]'" in text
     assert (tmp_path / "summary.md").read_text() == text
-    assert "Nothing was logged" in summarise([], tmp_path)
+    # Agreement of training alone, without a picture, and nothing at all.
+    for history in (HISTORY[:1], []):
+        assert summarise(history, tmp_path / "empty") == ""
+    assert not (tmp_path / "empty").exists()
 
 
 @pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib (extra `plot`) is not installed")

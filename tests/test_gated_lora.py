@@ -18,7 +18,7 @@ H = 263  # a prime, and two chunks
 RANKS, WIDTHS, SCALES = (12, 8, 24), (70, 33, 64), [0.5, 2.0, -1.25]
 
 Form = Callable[..., None]
-Operands = tuple[list[Tensor], Tensor, Tensor, Tensor, list[Tensor], list[float]]
+Operands = tuple[list[Tensor], Tensor, Tensor, list[Tensor], list[Tensor], list[float]]
 
 # Uninitialised memory is NaN, so that reading what nobody has written shows.
 pytestmark = [pytest.mark.usefixtures("interpreter")] if not torch.cuda.is_available() else []
@@ -34,7 +34,7 @@ def draw(
     hidden: int = H,
     seed: int = 0,
 ) -> Operands:
-    """Outputs, x, a gate on every other row, A, the B and the scales."""
+    """Outputs, x, a gate on every other row, the A, the B and the scales."""
     generator = torch.Generator().manual_seed(1000 * R + seed)
 
     def normal(*shape: int) -> Tensor:
@@ -42,35 +42,32 @@ def draw(
 
     adapter = adapter or dtype
     outs = [normal(R, N).to(dtype) for N in widths]
-    a = (normal(sum(ranks), hidden) * hidden**-0.5).to(adapter)
+    as_ = [(normal(r, hidden) * hidden**-0.5).to(adapter) for r in ranks]
     bs = [normal(N, r).to(adapter) for N, r in zip(widths, ranks)]
     gate = torch.arange(R) % 2 == 0
-    return outs, normal(R, hidden).to(dtype), gate, a, bs, SCALES[: len(widths)]
+    return outs, normal(R, hidden).to(dtype), gate, as_, bs, SCALES[: len(widths)]
 
 
 def truth(
-    outs: list[Tensor], x: Tensor, gate: Tensor, a: Tensor, bs: list[Tensor], scales: list[float]
+    outs: list[Tensor], x: Tensor, gate: Tensor, as_: list[Tensor], bs: list[Tensor], scales: list[float]
 ) -> list[Tensor]:
     """In float64, row by row and sibling by sibling."""
-    result, first = [y.double() for y in outs], 0
-    for y, b, scale in zip(result, bs, scales):
-        a_i = a[first : first + b.shape[1]].double()
+    result = [y.double() for y in outs]
+    for y, a, b, scale in zip(result, as_, bs, scales):
         for r in range(len(x)):
             if gate[r]:
-                y[r] += scale * (b.double() @ (a_i @ x[r].double()))
-        first += b.shape[1]
+                y[r] += scale * (b.double() @ (a.double() @ x[r].double()))
     return result
 
 
 def eager(
-    outs: list[Tensor], x: Tensor, gate: Tensor, a: Tensor, bs: list[Tensor], scales: list[float]
+    outs: list[Tensor], x: Tensor, gate: Tensor, as_: list[Tensor], bs: list[Tensor], scales: list[float]
 ) -> list[Tensor]:
     """As a LoRA layer of peft computes it, in the dtypes at hand."""
-    result, first = [], 0
-    for y, b, scale in zip(outs, bs, scales):
-        h = x.to(a.dtype) @ a[first : first + b.shape[1]].T
+    result = []
+    for y, a, b, scale in zip(outs, as_, bs, scales):
+        h = x.to(a.dtype) @ a.T
         result.append(torch.where(gate[:, None] != 0, y + ((h @ b.T) * scale).to(y.dtype), y))
-        first += b.shape[1]
     return result
 
 
@@ -82,12 +79,12 @@ def run(form: Form, operands: Operands) -> list[Tensor]:
 
 
 def compare(form: Form, operands: Operands, tolerance: float = 1e-5) -> list[Tensor]:
-    before = [t.clone() for t in (operands[1], operands[2], operands[3], *operands[4])]
+    before = [t.clone() for t in (operands[1], operands[2], *operands[3], *operands[4])]
     got, gate = run(form, operands), operands[2] != 0
     for y, expected, was in zip(got, truth(*operands), operands[0]):
         torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=10 * tolerance)
         assert torch.equal(bits(y[~gate]), bits(was[~gate]))
-    for t, was in zip((operands[1], operands[2], operands[3], *operands[4]), before):
+    for t, was in zip((operands[1], operands[2], *operands[3], *operands[4]), before):
         assert torch.equal(t, was)
     return got
 
@@ -148,10 +145,11 @@ def test_gates(form: Form, which: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_nothing_reaches_a_row_without_gate(form: Form, value: float) -> None:
-    outs, x, gate, a, bs, scales = draw(34)
+    outs, x, gate, as_, bs, scales = draw(34)
     for y in outs:
         y[~gate] = torch.nan
-    poisoned = (outs, x, gate, torch.full_like(a, value), [torch.full_like(b, value) for b in bs], scales)
+    as_, bs = ([torch.full_like(t, value) for t in ts] for ts in (as_, bs))
+    poisoned = (outs, x, gate, as_, bs, scales)
     for y, was in zip(run(form, poisoned), outs):
         assert torch.equal(bits(y[~gate]), bits(was[~gate]))
         assert y[gate].isnan().all()
@@ -168,11 +166,11 @@ def test_nan_of_a_row_without_gate_goes_nowhere(form: Form) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_nan_stays_in_its_sibling_and_its_column(form: Form) -> None:
-    outs, x, gate, a, bs, scales = draw(5)
-    expected = run(form, (outs, x, gate, a, bs, scales))
-    a[RANKS[0]] = torch.nan  # the first row of the second sibling's
+    outs, x, gate, as_, bs, scales = draw(5)
+    expected = run(form, (outs, x, gate, as_, bs, scales))
+    as_[1][0] = torch.nan
     bs[2][63] = torch.nan
-    got = run(form, (outs, x, gate, a, bs, scales))
+    got = run(form, (outs, x, gate, as_, bs, scales))
     assert torch.equal(got[0], expected[0])
     assert got[1][gate].isnan().all()
     assert torch.equal(got[2][:, :63], expected[2][:, :63])
@@ -208,19 +206,31 @@ def test_bits_of_a_row_depend_on_no_other(form: Form, dtype: torch.dtype, monkey
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_of_a_layer_depend_on_no_sibling(form: Form, dtype: torch.dtype) -> None:
+    outs, x, gate, as_, bs, scales = draw(5, dtype)
+    together = run(form, (outs, x, gate, as_, bs, scales))
+    for i, y in enumerate(together):
+        one = slice(i, i + 1)
+        (alone,) = run(form, (outs[one], x, gate, as_[one], bs[one], scales[one]))
+        assert torch.equal(alone, y)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_strides(form: Form) -> None:
     """As siblings that are one product have them; and whatever else a view may be."""
-    outs, x, gate, a, bs, scales = draw(9)
+    outs, x, gate, as_, bs, scales = draw(9)
     joint = torch.cat(outs, dim=1)
     views = list(joint.split(WIDTHS, dim=1))
-    expected = truth(outs, x, gate, a, bs, scales)
-    form(views, x, gate, a, bs, scales)
+    expected = truth(outs, x, gate, as_, bs, scales)
+    form(views, x, gate, list(torch.cat(as_).split(RANKS)), bs, scales)
     torch.testing.assert_close(joint.double(), torch.cat(expected, dim=1), rtol=1e-5, atol=1e-4)
 
     wide = torch.stack([x, x + 1], dim=1)
     flags = torch.stack([gate, ~gate], dim=1)
     turned = [y.t().contiguous().t() for y in outs]
-    form(turned, wide[:, 0], flags[:, 0], a.t().contiguous().t(), [b.t().contiguous().t() for b in bs], scales)
+    as_, bs = ([t.t().contiguous().t() for t in ts] for ts in (as_, bs))
+    form(turned, wide[:, 0], flags[:, 0], as_, bs, scales)
     for y, right in zip(turned, expected):
         torch.testing.assert_close(y.double(), right, rtol=1e-5, atol=1e-4)
 
@@ -235,13 +245,13 @@ def test_no_rows(form: Form) -> None:
 def test_offsets_pass_32_bits(form: Form, far: str) -> None:
     """Rows 2^30 elements apart: only what is touched takes memory."""
     torch.use_deterministic_algorithms(False)  # which would fill it
-    outs, x, gate, a, bs, scales = draw(3, torch.float16, ranks=(3,), widths=(3,), hidden=16)
-    near = {"y": outs[0], "x": x, "a": a, "b": bs[0]}
+    outs, x, gate, as_, bs, scales = draw(3, torch.float16, ranks=(3,), widths=(3,), hidden=16)
+    near = {"y": outs[0], "x": x, "a": as_[0], "b": bs[0]}
     apart = torch.empty(2**31 + 16, dtype=torch.float16).as_strided(near[far].shape, (2**30, 1))
     apart.copy_(near[far])
     t = {**near, far: apart}
-    (expected,) = truth(outs, x, gate, a, bs, scales)
-    form([t["y"]], t["x"], gate, t["a"], [t["b"]], scales)
+    (expected,) = truth(outs, x, gate, as_, bs, scales)
+    form([t["y"]], t["x"], gate, [t["a"]], [t["b"]], scales)
     torch.testing.assert_close(t["y"].double(), expected, rtol=1e-2, atol=1e-2)
 
 
@@ -256,22 +266,22 @@ def test_where_the_host_would_have_to_wait_all_rows_are_computed(form: Form, mon
 
 def test_no_form_waits_for_the_device() -> None:
     """On a device without memory nothing can be read."""
-    outs, x, gate, a, bs, scales = draw(3)
+    outs, x, gate, as_, bs, scales = draw(3)
     with FakeTensorMode() as mode:
-        outs, bs = ([mode.from_tensor(t).to("meta") for t in ts] for ts in (outs, bs))
-        x, gate, a = (mode.from_tensor(t).to("meta") for t in (x, gate, a))
-        gated_lora(outs, x, gate, a, bs, scales)
+        outs, as_, bs = ([mode.from_tensor(t).to("meta") for t in ts] for ts in (outs, as_, bs))
+        x, gate = (mode.from_tensor(t).to("meta") for t in (x, gate))
+        gated_lora(outs, x, gate, as_, bs, scales)
 
 
 @pytest.mark.parametrize("form", [pytest.param(expand_triton, marks=pytest.mark.kernel)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_base_product_may_bring_the_first_half(form: Form, dtype: torch.dtype) -> None:
     """A below the base's weight in one buffer: one product gives y and x A^T, side by side in its rows."""
-    outs, x, gate, a, bs, scales = draw(17, dtype)
-    h = (x.double() @ a.double().T).to(dtype)
+    outs, x, gate, as_, bs, scales = draw(17, dtype)
+    h = (x.double() @ torch.cat(as_).double().T).to(dtype)
     joint = torch.cat([*outs, h], dim=1)
     *views, h_view = joint.split([*WIDTHS, sum(RANKS)], dim=1)
-    expected = [right.clone() for right in truth(outs, x, gate, a, bs, scales)]
+    expected = [right.clone() for right in truth(outs, x, gate, as_, bs, scales)]
     form(views, h_view[None], gate.view(torch.uint8), bs, scales)
     tolerance = 1e-5 if dtype == torch.float32 else 5e-2
     torch.testing.assert_close(joint[:, : sum(WIDTHS)].double(), torch.cat(expected, 1), rtol=tolerance, atol=tolerance)
@@ -289,9 +299,9 @@ def test_two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(run_class, "run", noted)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    outs, x, gate, a, bs, scales = draw(15)
-    outs, bs = ([t.to(device) for t in ts] for ts in (outs, bs))
-    gated_lora_triton(outs, x.to(device), gate.to(device), a.to(device), bs, scales)
+    outs, x, gate, as_, bs, scales = draw(15)
+    outs, as_, bs = ([t.to(device) for t in ts] for ts in (outs, as_, bs))
+    gated_lora_triton(outs, x.to(device), gate.to(device), as_, bs, scales)
     assert names == ["_shrink_kernel", "_expand_kernel"]
 
 
@@ -306,18 +316,19 @@ def test_one_scale_for_all() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"scale": [1.0]}, "one entry for each sibling, got 3, 3 and 1"),
-        ({"outs": [], "bs": [], "scale": 1.0}, "one entry for each sibling, got 0, 0 and 0"),
-        ({"x": torch.zeros(1, 4, H)}, "x [R, H] and a [M, H] expected, got (1, 4, 263)"),
-        ({"a": torch.zeros(44, 7)}, "expected, got (4, 263) and (44, 7)"),
-        ({"a": torch.zeros(43, H)}, "12 + 8 + 24, got 43"),
+        ({"scale": [1.0]}, "one entry for each sibling, got 3, 3, 3 and 1"),
+        ({"outs": [], "as_": [], "bs": [], "scale": 1.0}, "one entry for each sibling, got 0, 0, 0 and 0"),
+        ({"as_": [torch.zeros(44, H)]}, "one entry for each sibling, got 3, 1, 3 and 3"),
+        ({"x": torch.zeros(1, 4, H)}, "x [R, H] expected, got (1, 4, 263)"),
+        ({"as_": [torch.zeros(r, 7) for r in RANKS]}, "sibling 0: A [r, H], B [N, r] and"),
+        ({"as_": [torch.zeros(12, H)] * 3}, "H = 263 and R = 4 expected, got (12, 263), (33, 8) and (4, 33)"),
         ({"gate": torch.zeros(3, dtype=torch.bool)}, "gate must be [R] = [4] of bool"),
         ({"gate": torch.zeros(4)}, "of bool, uint8 or int8, got (4,) of torch.float32"),
         (
-            {"a": torch.zeros(44, H, dtype=torch.float16)},
-            "a must be float32 or torch.float32, as x is, got torch.float16",
+            {"as_": [torch.zeros(r, H, dtype=torch.float16) for r in RANKS]},
+            "A must be float32 or torch.float32, as x is, got torch.float16",
         ),
-        ({"outs": [torch.zeros(4, 70), torch.zeros(4, 33), torch.zeros(3, 64)]}, "sibling 2: b [N, r] and an output"),
+        ({"outs": [torch.zeros(4, 70), torch.zeros(4, 33), torch.zeros(3, 64)]}, "sibling 2: A [r, H], B [N, r] and"),
         (
             {"outs": [torch.zeros(4, 70).half(), torch.zeros(4, 33), torch.zeros(4, 64)]},
             "sibling 0: the output must be",
@@ -327,12 +338,12 @@ def test_one_scale_for_all() -> None:
             "sibling 2: the output must be",
         ),
         ({"gate": torch.zeros(4, dtype=torch.bool, device="meta")}, "all tensors must be on cpu"),
-        ({"a": torch.zeros(44, H, requires_grad=True)}, "no backward"),
+        ({"as_": [torch.zeros(r, H, requires_grad=True) for r in RANKS]}, "no backward"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
-    outs, x, gate, a, bs, scales = draw(4)
-    arguments = {"outs": outs, "x": x, "gate": gate, "a": a, "bs": bs, "scale": scales}
+    outs, x, gate, as_, bs, scales = draw(4)
+    arguments = {"outs": outs, "x": x, "gate": gate, "as_": as_, "bs": bs, "scale": scales}
     before = [y.clone() for y in outs]
     with pytest.raises(ValueError, match=r"^gated_lora") as raised:
         gated_lora(**{**arguments, **change})
@@ -342,12 +353,12 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> N
 
 def test_compiled_whole() -> None:
     """No break in the graph; outputs that are views of one product included."""
-    _, x, gate, a, bs, scales = draw(6)
+    _, x, gate, as_, bs, scales = draw(6)
     weight = torch.randn(sum(WIDTHS), H, generator=torch.Generator().manual_seed(0))
 
     def layer(x: Tensor, gate: Tensor) -> Tensor:
         joint = x @ weight.T
-        gated_lora(list(joint.split(WIDTHS, dim=1)), x, gate, a, bs, scales)
+        gated_lora(list(joint.split(WIDTHS, dim=1)), x, gate, as_, bs, scales)
         return joint.sigmoid()
 
     torch._dynamo.reset()

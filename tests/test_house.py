@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -124,6 +125,40 @@ def test_files_map_to_modules():
     assert result.returncode == 0, result.stderr
 
 
+def test_programs_end_without_a_traceback():
+    """Every module that is run by name ends with `exit_status`, which says what an interrupt or a closed pipe is."""
+    programs = {
+        path: path.read_text().partition('\nif __name__ == "__main__":')[2]
+        for room in ("mtpkern", "mtpkern.train", "mtpkern.bench")
+        for path in ROOMS[room].glob("*.py")
+    }
+    ends = {path.name: end for path, end in programs.items() if end}
+    assert len(ends) > 15
+    own = {"cli.py", "__main__.py", "gpu.py"}  # mtpkern.cli.main does, and bench/gpu.py begins without the package
+    assert not [name for name, end in ends.items() if name not in own and "sys.exit(exit_status(" not in end]
+
+
+@pytest.mark.parametrize(
+    ("start", "called"),
+    [
+        (lambda: runpy.run_module("mtpkern.train.checkpoint", run_name="__main__"), "torch.set_num_threads"),
+        (lambda: runpy.run_path(str(ROOT / "bench/gpu.py"), run_name="__main__"), "tempfile.mkdtemp"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_an_interrupted_program(start, called, tmp_path, monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["program"])
+    monkeypatch.setattr(called, interrupt)
+    with pytest.raises(SystemExit) as end:
+        start()
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_every_kernel_has_its_test():
     stems = {path.stem for path in ROOMS["mtpkern.kernels"].glob("*.py")} - {"__init__"}
     assert not [stem for stem in sorted(stems) if not (ROOT / "tests" / f"test_{stem}.py").exists()]
@@ -190,6 +225,16 @@ def test_uninstalled_clone_says_what_to_run(clone, code):
     result = run_python(code, cwd=clone, isolated=True)
     assert result.returncode == 1
     assert "pip install -e ." in result.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("room", ["train", "bench"])
+def test_a_clone_that_is_taken_for_the_package_says_so(clone, tmp_path_factory, room):
+    """In the folder that holds a clone of that name Python finds it before what setuptools has installed."""
+    folder = tmp_path_factory.mktemp("folder")
+    (folder / "mtpkern").symlink_to(clone)
+    result = run_python(f"import mtpkern.{room}", cwd=folder, isolated=True)
+    assert result.returncode == 1
+    assert f"{folder / 'mtpkern'} is a clone, which Python takes for the package" in result.stderr
 
 
 def plant_distribution(folder: Path, name: str, version: str) -> None:

@@ -3,6 +3,9 @@
 import json
 import re
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from mtpkern.adapter import save_adapter
 from mtpkern.cli import main
+from mtpkern.loading import require_found
 from mtpkern.train.lora import add_gated_lora
 
 
@@ -85,6 +89,83 @@ def test_demo_takes_an_adapters_folder(folders, tmp_path, capsys, monkeypatch):
 
 
 # Errors
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The hub's interface, as far as it says what there is: the model gpt2 and the data set imdb."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        known = {"/api/models/gpt2": "gpt2", "/api/datasets/imdb": "imdb"}.get(self.path)
+        status = 200 if known else 503 if "busy" in self.path else 404
+        body = json.dumps({"id": known} if known else {"error": "Repository not found"}).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Type", "application/json")
+        if status == 404:
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(Hub, "asked", [])
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    yield Hub
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_name_without_an_owner(hub, tmp_path, monkeypatch):
+    """An old id is asked for once, with what it is an id of; any other is refused, and nothing retries."""
+    monkeypatch.chdir(tmp_path)
+    for name, kind in (("gpt2", "model"), ("imdb", "dataset"), ("busy", "model"), ("owner/name", "model")):
+        require_found(name, kind)
+    for name, kind in (("imdb", "model"), ("gpt2", "dataset"), ("no such name", "model")):
+        with pytest.raises(FileNotFoundError, match=f"^{name}: there is no such file or folder, .*owner/name"):
+            require_found(name, kind)
+    assert len(hub.asked) == len(set(hub.asked)) <= 6
+    (tmp_path / "cache/models--old").mkdir(parents=True)
+    (tmp_path / "mine").mkdir()
+    asked = len(hub.asked)
+    require_found("old")
+    require_found("mine")
+    assert len(hub.asked) == asked
+    # Offline, and where nobody answers.
+    for name, value in (("HF_HUB_OFFLINE", True), ("ENDPOINT", "http://127.0.0.1:9")):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"huggingface_hub.constants.{name}", value)
+            require_found("old")
+            with pytest.raises(FileNotFoundError, match=r"^gpt2: there is no such file or folder"):
+                require_found("gpt2")
+
+
+def test_every_command_refuses_such_a_name(folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mtpkern.loading._on_hub", lambda name, kind: False)
+    base, adapter = folders
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "Why?", "completion": "So."}) + "\n")
+    train = ["train", "--use-cpu", "--max-steps", "1", "--output-dir", tmp_path / "out", "--chat", "false"]
+    for words in (
+        ["generate", "nope", "--prompt", "x"],
+        ["generate", adapter, "--base", "nope", "--prompt", "x"],
+        ["convert", "nope", tmp_path / "new"],
+        [*train, "--model", "nope", "--train-data", rows],
+        [*train, "--model", base, "--teacher", "nope", "--train-data", rows],
+        [*train, "--model", base, "--train-data", "nope"],
+    ):
+        said = fails(capsys, *words)
+        assert "nope: there is no such file or folder, and the hub has not answered to that name" in said, words
 
 
 def plain_folder(tmp_path, tiny, bytes_of, kind, name="plain", **settings):

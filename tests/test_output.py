@@ -12,7 +12,7 @@ import unicodedata
 
 import pytest
 
-from mtpkern.output import json_line, printable, whole_file
+from mtpkern.output import exit_status, json_line, printable, whole_file
 
 posix = pytest.mark.skipif(os.name != "posix", reason="links, pipes and modes of POSIX")
 
@@ -228,3 +228,12 @@ def test_json_is_the_same_value_without_control_characters():
     assert "€ 語" in line
     assert json.loads(line) == value
     line.encode()
+
+
+def test_an_interrupt_is_a_line_and_a_status(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert exit_status(interrupted) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert (exit_status(lambda: None), exit_status(lambda: 3)) == (0, 3)

@@ -18,6 +18,7 @@ import mtpkern
 from mtpkern.cli import main
 from mtpkern.grading import is_right
 from mtpkern.train.options import parse
+from mtpkern.verify import TESTED
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -68,6 +69,10 @@ def check_command(command: str) -> None:
         assert result.returncode == 0, result.stderr
         offered = set(re.findall(r"--[a-z][a-z-]*", result.stdout))
         assert {word.split("=")[0] for word in words if word.startswith("--")} <= offered, command
+    elif words[:2] == ["git", "clone"]:
+        assert words[-1] != "mtpkern", "in the folder that holds it Python would take it for the package"
+    elif words[0] in ("cd", ".") or words[:3] == ["python3", "-m", "venv"]:
+        pass
     elif words[:2] == ["pip", "install"]:
         place, _, extras = words[-1].partition("[")
         assert [*words[2:-1], place] == ["-e", "."], command
@@ -99,6 +104,7 @@ def test_commands_exist(command):
         "python -m mtpkern.train.nothing",
         'X=$(python -c "import mtpkern; print(mtpkern.ASSET)")',
         "pip install mtpkern",
+        "git clone x mtpkern",
         "pip install -e '.[trian]'",
         "rm x",
     ],
@@ -109,9 +115,21 @@ def test_a_wrong_command_is_found(command):
 
 
 def test_extras_exist():
-    assert set(re.findall(r"pip install -e '\.\[(\w+)\]'", README + CONTRIBUTING)) <= EXTRAS
+    named = re.findall(r"'\.\[([\w,]+)\]'", README + CONTRIBUTING)
+    assert {"train", "plot", "smollm2"} <= {name for names in named for name in names.split(",")} <= EXTRAS
     # Nothing of that name is to be had from PyPI.
     assert not re.findall(r"pip install '?mtpkern", README + CONTRIBUTING)
+
+
+def test_as_many_architectures_are_tested_as_it_says():
+    assert re.findall(r"tests hold that for (\d+) architectures", README) == [str(len(TESTED))]
+
+
+def test_what_ci_runs_is_what_contributing_says():
+    runs = re.findall(r"^make .*$", (ROOT / ".ci/run").read_text(), re.MULTILINE)
+    assert len(runs) == 3
+    (line,) = (line for line in CONTRIBUTING.splitlines() if line.startswith("`.ci/run` runs"))
+    assert [part for part in re.findall(r"`(make [^`]*)`", line) if part != "make fmt"][:3] == runs
 
 
 def test_links_lead_somewhere():

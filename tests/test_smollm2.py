@@ -98,10 +98,31 @@ def test_the_shipped_adapter_says_what_it_is_for():
     assert (real.ADAPTER / "adapter_model.safetensors").stat().st_size < 15e6
 
 
+@pytest.mark.parametrize("missing", [["gguf"], ["reasoning-gym"], ["gguf", "reasoning-gym"]])
+def test_missing_packages_are_named_before_anything_is_downloaded(tmp_path, monkeypatch, capsys, missing):
+    modules = [name.replace("-", "_") for name in missing]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: None if name in modules else True)
+    monkeypatch.setattr(smollm2.subprocess, "run", lambda command: pytest.fail("downloaded"))
+    assert cli.main(["train", "smollm2"]) == 2
+    said = capsys.readouterr().err
+    assert f"smollm2 needs {' and '.join(missing)}; run: pip install 'mtpkern[smollm2]'" in said
+    assert not list(tmp_path.rglob("*.gguf"))
+    if "gguf" in missing:  # as `make real` would
+        with pytest.raises(ImportError, match=r"smollm2 needs gguf; run"):
+            smollm2.base()
+
+
+def test_what_is_made_needs_no_packages(base, monkeypatch):
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
+    assert smollm2.base() == base
+
+
 def test_from_nothing_to_an_adapter_that_keeps_the_tokens(base, monkeypatch, capsys):
     """A bad option is found before hours of answers; a run that was stopped goes on; and what comes out is compared."""
     monkeypatch.setattr(smollm2, "plan", lambda: smollm2.Plan(6, 8, 4, "float32"))
     monkeypatch.setattr(smollm2, "prompts", rows)
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: True)
     assert cli.main(["train", "smollm2", "--max-stepz", "1"]) == 2
     assert not Path("runs/smollm2/prompts.jsonl").exists()
     command = ["train", "smollm2", "--max-steps", "2", "--lr-scheduler-type", "constant", "--lr-scheduler-kwargs", "{}"]
@@ -119,7 +140,8 @@ def test_from_nothing_to_an_adapter_that_keeps_the_tokens(base, monkeypatch, cap
     real.main([*options, "--batch-size", "1", "2", "--results", "."])
     out = capsys.readouterr().out
     assert out.count("2 of 2") == 4
-    assert "Say 0." in out
+    # Each answer under its own question, a kind behind the other.
+    assert -1 < out.index("Say 0.") < out.index("Say 2.") < out.index("Say 1.")
     assert Path("real.md").is_file()
     with pytest.raises(ValueError, match="holds 4 prompts; expected at least 9"):
         real.main([*options, "--number", "9"])

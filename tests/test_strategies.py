@@ -1,3 +1,4 @@
+import warnings
 from dataclasses import FrozenInstanceError
 from typing import Any
 
@@ -26,7 +27,12 @@ def test_a_k_that_is_left_out_is_the_models(strategy: Strategy, unrecorded: int,
     assert [strategy.for_model(k_max).k for k_max in (None, 2, 16)] == [unrecorded, k2, k16]
     assert {strategy.for_model(k_max).threshold for k_max in (None, 2, 16)} == {strategy.threshold}
     given = type(strategy)(k=6)
-    assert [given.for_model(k_max) for k_max in (None, 2, 16)] == [given] * 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [given.for_model(k_max) for k_max in (None, 6, 16)] == [given] * 3
+    with pytest.warns(UserWarning, match=r"^k=6 is more than the k_max=2 predictions .* at most 2, or none") as said:
+        assert given.for_model(2) == given
+    assert len(said) == 1
 
 
 def test_strategies_are_values() -> None:

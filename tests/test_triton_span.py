@@ -225,7 +225,7 @@ def test_plan_visits_each_tile_once_and_masks_where_it_must(layout, window):
     (B, T), ROWS, KEYS = rule[0].shape, 4, 8
     plan = torch.empty(B, -(-T // KEYS), 8, dtype=torch.int32, device=DEVICE)
     layout = tuple(x.to(DEVICE) for x in rule)
-    module._row_tiles_kernel[plan.shape[1], B](layout, plan, T, 0, window, ROWS=ROWS, KEYS=KEYS, TILES=4)
+    module._row_tiles_kernel[plan.shape[1], B](layout, plan, T, T, 0, window, ROWS=ROWS, KEYS=KEYS, TILES=4)
     mask = span_mask(*rule, window=None if window > T else window)
     padded = torch.zeros(B, -(-T // ROWS) * ROWS, -(-T // KEYS) * KEYS, dtype=torch.bool)
     padded[:, :T, :T] = mask
@@ -248,7 +248,7 @@ def test_plan_of_a_sorted_layout_is_tight():
     layout = build_layout(torch.tensor([[8, 16, 24, 32]]), torch.tensor([32]), 9, num_tokens=32)
     plan = torch.empty(1, 8, 8, dtype=torch.int32, device=DEVICE)
     rule = tuple(x.to(DEVICE) for x in (layout.position, layout.prefix_end, layout.span_start))
-    module._row_tiles_kernel[8, 1](rule, plan, 64, 0, 1 << 30, ROWS=8, KEYS=8, TILES=4)
+    module._row_tiles_kernel[8, 1](rule, plan, 64, 64, 0, 1 << 30, ROWS=8, KEYS=8, TILES=4)
     # Tiles 0-3 are tokens; tile 4 + m is the span behind 8 (m + 1) tokens.
     assert plan[0, 1].tolist() == [1, 2, 4, 4, 5, 5, 8, 8]
     # A tile of mask rows is seen by its own span, in part.

@@ -9,6 +9,8 @@ with it what the extra `train` installs.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import mtpkern
+
 if TYPE_CHECKING:
     from mtpkern.train.collator import MTPCollator as MTPCollator
     from mtpkern.train.config import MTPConfig as MTPConfig
@@ -27,6 +29,13 @@ _MODULE_OF = {
     "MTPTrainer": "mtpkern.train.trainer",
     "encode_rows": "mtpkern.train.texts",
 }
+
+if getattr(mtpkern, "__file__", None) is None:
+    # The working directory holds a clone of that name, which Python takes for a package without an __init__.py.
+    raise ImportError(
+        f"{next(iter(mtpkern.__path__))} is a clone, which Python takes for the package mtpkern because it lies in the "
+        "working directory: run this in another folder, or give the clone another name"
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -14,16 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mtpkern.model import add_mask_token
+from mtpkern.output import exit_status
 from mtpkern.strategies import ConfAdapt, Static, Strategy, Verified
 from mtpkern.train.arithmetic import problems, prompt
 from mtpkern.train.checkpoint import K_MAX, NUM_SPANS, examples
@@ -49,7 +50,6 @@ def variants(steps: int) -> dict[str, dict[str, Any]]:
         "twice the spans": {"num_spans": NUM_SPANS * 2},
         "the paper's stride": {"num_spans": None, "spacing": "stride"},
         "stride": {"num_spans": 5, "spacing": "stride"},
-        "clumped stride": {"num_spans": 5, "spacing": "stride"},
         "as many as the stride, at random": {"num_spans": 5},
         "warm-up, anchor, first failure": {
             "gt_warmup_steps": steps * 3 // 4,
@@ -58,28 +58,6 @@ def variants(steps: int) -> dict[str, dict[str, Any]]:
         },
     }
 
-
-class ClumpedTrainer(MTPTrainer):
-    """The stride as it was before regions had a fixed width: 2k apart from a drawn place, rolled around the answer."""
-
-    @staticmethod
-    def draw(  # type: ignore[override]  # of draw_within's options those that it had
-        among: Tensor, k: int, num_spans: Tensor, *, seed: int, step: int, micro_step: int, rank: int, **_: Any
-    ) -> Tensor:
-        """[B, M] prefixes of as many of the tokens that count as fit a period of 2k."""
-        generator = torch.Generator().manual_seed(abs(hash((seed, step, micro_step, rank))))
-        room, span = among.sum(1, keepdim=True), torch.arange(int(num_spans.max()))
-        first = (torch.rand(room.shape, generator=generator) * room).long()
-        nth = (first + 2 * k * span) % room.clamp(min=1)
-        nth = nth.masked_fill(2 * k * span >= room, among.shape[1]).sort(dim=1).values
-        missing = nth >= room
-        # No span behind the first that reaches the last token.
-        missing[:, 1:] |= nth[:, :-1] + 1 >= room + 1 - k
-        index = (~among).int().argsort(dim=1, stable=True)
-        return index.gather(1, nth.clamp(max=among.shape[1] - 1)).masked_fill(missing, 0)
-
-
-TRAINERS = {"clumped stride": ClumpedTrainer}
 
 STRATEGIES: dict[str, Strategy] = {
     "k = 1": Static(1),
@@ -116,7 +94,7 @@ def run_variant(name: str, seed: int, work: Path, args: argparse.Namespace) -> d
         "num_spans": NUM_SPANS,
         "spacing": "random",
     }
-    trainer = TRAINERS.get(name, MTPTrainer)(
+    trainer = MTPTrainer(
         model=model,
         teacher=teacher,
         args=MTPConfig(str(work), **settings | change),
@@ -189,4 +167,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

@@ -36,7 +36,7 @@ from typing import Literal, get_args
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from mtpkern.output import piped
+from mtpkern.output import exit_status
 
 Split = Literal["train", "validation", "test"]
 
@@ -385,4 +385,4 @@ def main(argv: Sequence[str] = ()) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(piped(lambda: main(sys.argv[1:])))
+    sys.exit(exit_status(lambda: main(sys.argv[1:])))

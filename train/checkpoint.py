@@ -6,14 +6,16 @@ Three phases, each an ordinary Trainer run that resumes where it was stopped and
     warmup   from the teacher, multi-token prediction with the data's own tokens as targets
     distill  from the warm-up, self-distillation against its own frozen start (arXiv 2602.06019, hard teacher)
 
-`python -m mtpkern.train.checkpoint [--out mtpkern/assets] [--work runs/checkpoint]` writes model and tokenizer to
-`--out`, and the curves of all phases to `--work`/curves.json.
+`python -m mtpkern.train.checkpoint [--work runs/checkpoint] [--out FOLDER]` writes model and tokenizer to `--out`,
+`--work`/shipped unless given, and the curves of all phases to `--work`/curves.json. `--out mtpkern/assets` puts them in
+the place of those that are shipped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from mtpkern.model import add_mask_token
+from mtpkern.output import exit_status
 from mtpkern.train.arithmetic import Split, build_tokenizer, encode, problems
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.config import MTPConfig
@@ -204,7 +207,7 @@ def train_mtp(work: Path, phase: str, start: str, target: str, learning_rate: fl
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the phases that are not finished yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("mtpkern/assets"), help="where model and tokenizer go")
+    parser.add_argument("--out", type=Path, help="where model and tokenizer go (default: shipped, in --work)")
     parser.add_argument("--work", type=Path, default=Path("runs/checkpoint"), help="checkpoints, to stop and resume")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     args = parser.parse_args(argv)
@@ -213,8 +216,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     train_teacher(args.work, 4e-3)
     train_mtp(args.work, "warmup", "teacher", "gt", 2e-3)
     train_mtp(args.work, "distill", "warmup", "hard", 1e-3)
-    publish(args.work, args.out)
+    out = args.out or args.work / "shipped"
+    publish(args.work, out)
+    print(f"the model is in {out}; the same command with --out mtpkern/assets puts it in the place of the shipped one")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

@@ -36,7 +36,7 @@ from mtpkern.train import smollm2
 from mtpkern.train.checks import load, require_consistent, require_sources
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.config import ModelArguments, MTPConfig
-from mtpkern.train.data import BadData, DataArguments, Report, load_data, load_held_out
+from mtpkern.train.data import BadData, DataArguments, EncodedTexts, Report, load_data, load_held_out
 from mtpkern.train.disk import DiskFull
 from mtpkern.train.evaluate import HeldOut, summarise
 from mtpkern.train.formats import Encoder
@@ -174,6 +174,13 @@ def _train(
         purposes = [purpose for purpose in ("training", "held out") if purpose != "training" or not data.streaming]
         for purpose, report in zip(purposes, reports):
             print(f"{purpose}: {report}", file=sys.stderr, flush=True)
+        if isinstance(train_dataset, EncodedTexts) and config.k_max > train_dataset.longest_answer:
+            print(
+                f"warning: k_max is {config.k_max}, and the longest of {len(train_dataset):,} answers has "
+                f"{train_dataset.longest_answer} tokens: no prediction behind those learns anything but their end",
+                file=sys.stderr,
+                flush=True,
+            )
     pad = tokenizer.pad_token_id
     trainer = (GatedTrainer if config.gated else MTPTrainer)(
         model=model,

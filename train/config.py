@@ -210,6 +210,9 @@ class MTPConfig(TrainingArguments):
         with _former_names(self):
             super().__post_init__()
         _, self.torch_compile_backend, self.torch_compile_mode = compiler
+        if not torch.accelerator.is_available():
+            # torch would pin nothing, and warn.
+            self.dataloader_pin_memory = False
         self.torch_compile = any(compiler)
         if self.data_seed is None:
             # Else the order of the data hangs on whatever has been seeded last, and a resumed run may see another.
@@ -279,7 +282,11 @@ class MTPConfig(TrainingArguments):
                 "prefix_weight and anchor_kl_weight are losses on rows that gated adapters do not change; leave them 0",
             ),
             (self.bidirectional, "bidirectional spans cannot be decoded, and gated adapters are for decoding; omit it"),
-            (self.torch_compile, "torch_compile of gated adapters is untested and refused; leave it out"),
+            # Each layer reads its own part of the prefix, and would have forms of its own: two or three for each.
+            (
+                self.torch_compile,
+                "torch_compile of gated adapters is refused: no two layers would share a form; omit it",
+            ),
         ):
             if wrong:
                 raise ValueError(says)

@@ -217,7 +217,7 @@ def read_rows(
 
 
 def _read_dataset(name: str, split: str, subset: str | None, streaming: bool) -> Iterator[Located]:
-    require_found(name)
+    require_found(name, "dataset")
     from datasets import load_dataset
 
     try:
@@ -387,6 +387,13 @@ class EncodedTexts(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self._prompts)
+
+    @property
+    def longest_answer(self) -> int:
+        """Tokens of the longest answer, those of earlier turns among them: `EncodedTexts([]).longest_answer == 0`."""
+        last = (end - start - prompt for start, end, prompt in zip(self._ends, self._ends[1:], self._prompts))
+        earlier = (end - start for start, end in zip(self._earlier[::2], self._earlier[1::2]))
+        return max(chain(last, earlier), default=0)
 
     @property
     def fingerprint(self) -> str:

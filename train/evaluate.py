@@ -139,6 +139,8 @@ class HeldOut:
             strategy=strategy,
             # All masks, so that tokens per pass tell of the model and not of the device and its row budget.
             rows=len(ids) * (2 * strategy.k - 1),
+            # Batches of many shapes, each of which would be compiled anew.
+            compile=False,
             max_new_tokens=self.max_new_tokens,
             return_dict_in_generate=True,
         )
@@ -205,7 +207,7 @@ def summarise(history: Sequence[dict[str, Any]], folder: str | Path) -> str:
     """Write summary.md, a row for every evaluation, and agreement.png to the folder; returns the text.
 
     Where it was decoded in several ways, a second table has a row for each of them. Without matplotlib there is no
-    picture, and the summary says how to get it.
+    picture, and the summary says how to get it. Where it would hold neither a row nor a picture, nothing is written.
     """
     folder = Path(folder)
     rows = [entry for entry in history if "eval_loss" in entry]
@@ -214,14 +216,14 @@ def summarise(history: Sequence[dict[str, Any]], folder: str | Path) -> str:
     ways = [[f"{row['step']}", way, *_cells(row, _DECODED, f"_{way}")] for row in rows for way in strategies_in(row)]
     lines += ["", *_table(["step", "decoding", *_DECODED], ways)] if ways else []
     found = curves(history)
-    if not found:
-        lines.append("Nothing was logged: no agreement to draw.")
-    elif find_spec("matplotlib") is None:
-        lines += ["", "No picture of agreement by position: matplotlib is missing; run: pip install 'mtpkern[plot]'"]
-    else:
+    if found and find_spec("matplotlib") is not None:
         _draw(found, folder / "agreement.png")
         lines += ["", "![agreement by position](agreement.png)"]
-    text = "\n".join(lines) + "\n"
+    elif found and lines:
+        lines += ["", "No picture of agreement by position: matplotlib is missing; run: pip install 'mtpkern[plot]'"]
+    if not lines:
+        return ""
+    text = "\n".join(lines).lstrip() + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.md").write_text(text, encoding="utf-8")
     return text

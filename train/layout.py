@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from mtpkern.kernels.span_mask import draw_mask
-from mtpkern.output import piped
+from mtpkern.output import exit_status
 
 Spacing = Literal["stride", "random"]
 Counting = Literal["tokens", "paper"]
@@ -392,4 +392,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(piped(main))
+    sys.exit(exit_status(main))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mtpkern.adapter import GatedSettings, attach, digest, marked, require_gateable, row_of
+from mtpkern.adapter import GatedSettings, attach, digest, marked, require_gateable, row_of, wrapping
 from mtpkern.train.extra import LoraConfig, PeftModel, get_peft_model
 
 
@@ -49,7 +49,8 @@ def add_lora(
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        peft_model = get_peft_model(model, config)
+        with wrapping():
+            peft_model = get_peft_model(model, config)
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
@@ -94,7 +95,8 @@ def add_gated_lora(
     require_gateable(config)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        peft_model = get_peft_model(model, config)
+        with wrapping():
+            peft_model = get_peft_model(model, config)
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)

@@ -53,7 +53,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtpkern.kernels.form import takes_kernel
-from mtpkern.kernels.kv_write import kv_write_reference
+from mtpkern.kernels.kv_write import kv_write_reference, kv_write_triton
 
 # Keys of a split in the batch-invariant mode, counted from slot 0.
 CHUNK = 256
@@ -104,8 +104,8 @@ if find_spec("triton"):
         BLOCK_V: tl.constexpr,
         CHUNK: tl.constexpr,  # keys of a split from slot 0 on; 0 divides what the tile sees among n_splits
         LEAST: tl.constexpr,  # keys of such a split, a multiple of BLOCK_N
-        BLOCK_W: tl.constexpr,  # rows that are written at once
-        ONE_LOAD: tl.constexpr,  # of pointers into two tensors, which AMD's compiler does not take
+        BLOCK_W: tl.constexpr,  # rows of a program that writes
+        WRITE: tl.constexpr,  # the caches, which else hold this pass's keys and values already
         SPLIT: tl.constexpr,
         HAS_SPANS: tl.constexpr,
         HAS_WINDOW: tl.constexpr,
@@ -132,9 +132,10 @@ if find_spec("triton"):
 
         # The programs behind the last sequence write the caches, and where there is one split they clear the rows that
         # no sequence owns.
-        if b == B:
-            for w in range(tl.program_id(0) * BLOCK_W, R, tl.num_programs(0) * BLOCK_W):
-                o_w = (w + tl.arange(0, BLOCK_W)).to(tl.int64)
+        if b >= B:
+            w = ((b - B) * tl.num_programs(0) + tl.program_id(0)) * BLOCK_W
+            o_w = (w + tl.arange(0, BLOCK_W)).to(tl.int64)
+            if WRITE:
                 seq = tl.load(row_seq_ptr + o_w, mask=o_w < R, other=0)
                 slot = tl.load(row_slot_ptr + o_w, mask=o_w < R, other=C)
                 m_w = (slot < C)[:, None]
@@ -143,12 +144,10 @@ if find_spec("triton"):
                 tl.store(k_ptr + (seq * s_k[0] + slot * s_k[2])[:, None] + o_d[None, :], key, mask=m_w & m_d)
                 tl.store(v_ptr + (seq * s_v[0] + slot * s_v[2])[:, None] + o_v[None, :], value, mask=m_w & m_v)
             if not SPLIT:
-                for r in range(tl.load(row_start_ptr + B).to(tl.int32) + i_tile, R, TILES):
-                    p_row = out_ptr + tl.full([BLOCK_M, 1], r, tl.int64) * s_out[1]
-                    for g in range(0, G, BLOCK_M):
-                        o_g = (g + tl.arange(0, BLOCK_M))[:, None]
-                        p_out = p_row + (h * G + o_g) * s_out[2] + o_v[None, :] * s_out[3]
-                        tl.store(p_out, tl.zeros([BLOCK_M, BLOCK_V], tl.float32), mask=(o_g < G) & m_v)
+                m_free = ((o_w >= tl.load(row_start_ptr + B)) & (o_w < R))[:, None]
+                for g in range(G):
+                    p_out = out_ptr + o_w[:, None] * s_out[1] + (h * G + g) * s_out[2] + o_v[None, :] * s_out[3]
+                    tl.store(p_out, tl.zeros([BLOCK_W, BLOCK_V], tl.float32), mask=m_free & m_v)
             return
 
         # The tile's rows: entry m is query head m % G of the sequence's row m // G.
@@ -163,8 +162,9 @@ if find_spec("triton"):
         # Without a wait for the slots: no row sees an unused one, and that sees nothing.
         p_q = q_ptr + o_r[:, None] * s_q[0] + o_h[:, None] * s_q[1] + o_d[None, :] * s_q[2]
         q = tl.load(p_q, mask=m_row[:, None] & m_d, other=0.0)
-        # Keys from slot `first` on are this pass's.
-        first = tl.load(row_slot_ptr + row, mask=n_rows > 0, other=C).to(tl.int32)
+        if WRITE:
+            # Keys from slot `first` on are this pass's: the pointers stand where slot 0 would have its own.
+            first = tl.load(row_slot_ptr + row, mask=n_rows > 0, other=C).to(tl.int32)
         p_lse = lse_ptr + i_split.to(tl.int64) * s_lse[0] + o_r * s_lse[1] + o_h * s_lse[2]
 
         # They see keys in [begin, end); of those this split takes [low, high), low a multiple of BLOCK_N.
@@ -173,8 +173,9 @@ if find_spec("triton"):
             span = tl.load(row_span_ptr + o_r, mask=m_row, other=C + 1).to(tl.int32)
             prefix = tl.where(m_used, prefix, 0)
             span = tl.where(m_used, span, C + 1)
-            # So are those in scratch slots: slot 0 would be that of the sequence's row `own_row`.
-            own_row = n_rows - 1 - tl.load(row_slot_ptr + row + n_rows - 1, mask=n_rows > 0, other=0).to(tl.int32)
+            if WRITE:
+                # So are those in scratch slots, the last of which has the last row.
+                own_row = row + n_rows - 1 - tl.load(row_slot_ptr + row + n_rows - 1, mask=n_rows > 0, other=0)
             # And scratch slots in [own_begin, own_end), which take tiles of their own where a window hides what follows
             # them: from key `scratch_tiles` on all counts go without the `hidden` ones.
             m_scratch = m_used & (slot < scratch)
@@ -217,8 +218,12 @@ if find_spec("triton"):
                 tl.store(p_lse, tl.full([BLOCK_M], -float("inf"), tl.float32), mask=m_row)
             return
 
-        key_ptr += row * s_key[0]
-        value_ptr += row * s_value[0]
+        if WRITE:
+            new_key_ptr = key_ptr + (row - first) * s_key[0]
+            new_value_ptr = value_ptr + (row - first) * s_value[0]
+            if HAS_SPANS:
+                key_ptr += own_row * s_key[0]
+                value_ptr += own_row * s_value[0]
         k_ptr += b.to(tl.int64) * s_k[0]
         v_ptr += b.to(tl.int64) * s_v[0]
         top = tl.full([BLOCK_M], -float("inf"), tl.float32)
@@ -244,23 +249,19 @@ if find_spec("triton"):
                     m_key = m_key & (o_key >= begin)
                     visible = visible & (o_key[None, :] > slot[:, None] - window)
 
-            m_new = o_key >= first
-            i_new = o_key - first
-            if HAS_SPANS:
-                m_new = m_new | (o_key < scratch)
-                i_new = tl.where(o_key < scratch, own_row + o_key, i_new)
-            i_key = tl.where(m_new, i_new, o_key).to(tl.int64)
+            p_k, s_n_k, p_v, s_n_v = k_ptr, s_k[2], v_ptr, s_v[2]
+            if WRITE:
+                m_new = o_key >= first
+                p_k, p_v = tl.where(m_new, new_key_ptr, p_k), tl.where(m_new, new_value_ptr, p_v)
+                if HAS_SPANS:
+                    m_own = o_key < scratch
+                    m_new = m_new | m_own
+                    p_k, p_v = tl.where(m_own, key_ptr, p_k), tl.where(m_own, value_ptr, p_v)
+                s_n_k, s_n_v = tl.where(m_new, s_key[0], s_n_k), tl.where(m_new, s_value[0], s_n_v)
+            p_k += o_key.to(tl.int64) * s_n_k
+            p_v += o_key.to(tl.int64) * s_n_v
             # What no row sees is not even loaded: 0 * NaN is NaN.
-            if ONE_LOAD:
-                p_k = tl.where(m_new, key_ptr, k_ptr) + i_key * tl.where(m_new, s_key[0], s_k[2])
-                k = tl.load(p_k[:, None] + o_d[None, :], mask=m_key[:, None] & m_d, other=0.0)
-            else:
-                p_key, p_k = key_ptr + (i_key * s_key[0])[:, None], k_ptr + (i_key * s_k[2])[:, None]
-                k = tl.where(
-                    m_new[:, None],
-                    tl.load(p_key + o_d[None, :], mask=(m_key & m_new)[:, None] & m_d, other=0.0),
-                    tl.load(p_k + o_d[None, :], mask=(m_key & ~m_new)[:, None] & m_d, other=0.0),
-                )
+            k = tl.load(p_k[:, None] + o_d[None, :], mask=m_key[:, None] & m_d, other=0.0)
             s = tl.dot(q, k.T, input_precision=PRECISION)
             if HAS_SOFTCAP:
                 # tanh(x) = 1 - 2 / (1 + exp(2 x)), right at both infinities
@@ -276,16 +277,7 @@ if find_spec("triton"):
             p = tl.exp2(s - shift[:, None])
             total = total * decay + tl.sum(p, 1)
             top = top_next
-            if ONE_LOAD:
-                p_v = tl.where(m_new, value_ptr, v_ptr) + i_key * tl.where(m_new, s_value[0], s_v[2])
-                v = tl.load(p_v[:, None] + o_v[None, :], mask=m_key[:, None] & m_v, other=0.0)
-            else:
-                p_value, p_v = value_ptr + (i_key * s_value[0])[:, None], v_ptr + (i_key * s_v[2])[:, None]
-                v = tl.where(
-                    m_new[:, None],
-                    tl.load(p_value + o_v[None, :], mask=(m_key & m_new)[:, None] & m_v, other=0.0),
-                    tl.load(p_v + o_v[None, :], mask=(m_key & ~m_new)[:, None] & m_v, other=0.0),
-                )
+            v = tl.load(p_v[:, None] + o_v[None, :], mask=m_key[:, None] & m_v, other=0.0)
             acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
 
         if SPLIT:
@@ -415,7 +407,10 @@ def decode_attention_triton(
     slots: int | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """`decode_attention` in two launches, or in one where there is one split; `splits` sets their number."""
+    """`decode_attention` in two launches, or in one where there is one split; `splits` sets their number.
+
+    On AMD's GPUs in one more: their compiler takes no pointers into two tensors, and to load from both costs registers.
+    """
     B, Hkv, C, D = k_cache.shape[0], k_cache.shape[1], k_cache.shape[2] - 1, k_cache.shape[3]
     R, Hq, _ = query.shape
     G, D_V = Hq // Hkv, v_cache.shape[3]
@@ -435,16 +430,24 @@ def decode_attention_triton(
     # One pass of TF32 would lose half of float32's digits, three keep nearly all, but their parts of the widest heads
     # fit no register file. AMD multiplies float32 as it is.
     precision = None
-    # As every projection leaves them.
-    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     if query.dtype == torch.float32:
         precision = "ieee" if torch.version.hip or BLOCK_D > 128 else "tf32x3"
+    # As every projection leaves them.
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+    assert k_cache.stride(-1) == v_cache.stride(-1) == 1
+    write = torch.version.hip is None
+    if not write:
+        kv_write_triton(k_cache, v_cache, key, value, row_seq, row_slot)
     split = splits > 1
     out = query.new_empty(R, Hq, D_V)
     part = query.new_empty(splits, R, Hq, D_V, dtype=torch.float32) if split else out[None]
     lse = query.new_empty(splits, R, Hq, dtype=torch.float32)
     sink = query if sinks is None else sinks  # a pointer is a pointer
-    _attend_kernel[(TILES * splits, Hkv, B + 1)](
+    # Enough programs that none writes more rows than it has in flight at once: one after the other they would take as
+    # long as the attention of a large batch.
+    BLOCK_W = 16
+    writers = triton.cdiv(R, BLOCK_W * TILES * splits) if write or not split else 0
+    _attend_kernel[(TILES * splits, Hkv, B + writers)](
         query,
         key,
         value,
@@ -483,8 +486,8 @@ def decode_attention_triton(
         BLOCK_V=BLOCK_V,
         CHUNK=CHUNK if batch_invariant else 0,
         LEAST=least,
-        BLOCK_W=16,
-        ONE_LOAD=torch.version.hip is None,
+        BLOCK_W=BLOCK_W,
+        WRITE=write,
         SPLIT=split,
         HAS_SPANS=row_prefix is not None,
         HAS_WINDOW=window is not None,

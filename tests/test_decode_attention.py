@@ -318,13 +318,15 @@ def test_values_have_a_width_of_their_own(form: Form, width: int) -> None:
 
 
 class WithoutWriters:
-    """The kernel of attention, launched without the programs that write the caches."""
+    """The kernel of attention, launched without the programs that write the caches: those behind the last sequence."""
 
-    def __init__(self, kernel: Any) -> None:
+    def __init__(self, kernel: Any, batch: int) -> None:
         self.kernel = kernel
+        self.batch = batch
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., object]:
-        return self.kernel[(*grid[:2], grid[2] - 1)]
+        assert grid[2] > self.batch
+        return self.kernel[(*grid[:2], self.batch)]
 
 
 # Long enough that the kernel's tiles of 64 keys and chunks of 256 end inside, at the end of and behind a sequence.
@@ -397,22 +399,64 @@ def test_a_short_text_takes_few_splits(form: Form, length: int, monkeypatch: pyt
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("form", [decode_attention_triton])
-@pytest.mark.parametrize("hip", [None, "7.0"])
 @pytest.mark.parametrize(("splits", "window"), [(1, None), (3, 5), ("batch-invariant", None)])
 def test_nothing_is_read_that_the_launch_writes(
-    form: Form, splits: int | str, window: int | None, hip: str | None, monkeypatch: pytest.MonkeyPatch
+    form: Form, splits: int | str, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Programs run in any order, the interpreter's in one: without those that write, all others find what they need."""
     case = make_case([[254, 255, 256, 257], [31, 32]], capacity=259, heads=2, dim=16, unused=0, window=window)
     how = {"batch_invariant": True} if splits == "batch-invariant" else {"splits": splits}
     out = case.run(form, window=window, **how)
     new = case.new()
-    monkeypatch.setattr(torch.version, "hip", hip)  # keys and values are then loaded in another way
     for cache in (case.k_cache, case.v_cache):
         cache[case.seq, :, case.slot] = torch.nan
-    monkeypatch.setattr(module, "_attend_kernel", WithoutWriters(module._attend_kernel))
+    monkeypatch.setattr(module, "_attend_kernel", WithoutWriters(module._attend_kernel, len(case.start) - 1))
     assert torch.equal(case.run(form, window=window, key=new[0], value=new[1], **how), out)
     assert case.k_cache[case.seq, :, case.slot].isnan().all()
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("form", [decode_attention_triton])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_where_amd_compiles_the_caches_are_written_before(
+    form: Form, splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    grids: list[tuple[int, int, int]] = []
+
+    class Noted:
+        def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., object]:
+            grids.append(grid)
+            return kernel[grid]
+
+    kernel = module._attend_kernel
+    monkeypatch.setattr(module, "_attend_kernel", Noted())
+    case = make_case(RAGGED)
+    compare(lambda *args, **options: form(*args, splits=splits, **options), case)
+    # Programs behind the last sequence have nothing to do but clear what no sequence owns, where there is no merge.
+    assert grids == [(splits, 2, len(RAGGED) + (splits == 1))]
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("form", [decode_attention_triton])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_no_program_writes_more_rows_than_others(form: Form, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other they would take a large batch longer than its attention: 16 a program, of 75 rows here."""
+    case = make_case([list(range(40, 73)), [3, 4]], capacity=80, heads=2, groups=1, dim=16, unused=40)
+    out, (key, value) = case.run(form, splits=splits), case.new()
+    kernel, written = module._attend_kernel, []
+
+    class One:
+        """Of the programs that write, those of one place behind the last sequence and no other."""
+
+        def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., object]:
+            written.append((grid[2] - 2) * grid[0])
+            return kernel[grid]
+
+    monkeypatch.setattr(module, "_attend_kernel", One())
+    assert torch.equal(case.run(form, splits=splits, key=key, value=value), out)
+    assert written[0] * 16 >= 75
+    assert (written[0] - splits) * 16 < 75
 
 
 @pytest.mark.kernel

@@ -107,9 +107,9 @@ def check_decode_attention(device: torch.device) -> None:
     small = device.type == "cpu"
     shape = decode_attention.Shape(2, 40, 3, 4, 2, 16) if small else decode_attention.Shape(2, 1500, 23)
     case = decode_attention.Case(shape, device)
-    tensors = (x[0].float() for x in (case.q, case.key, case.value, case.k, case.v))
+    q, key, value, k, v = (x[0].float() for x in (case.q, case.key, case.value, case.k, case.v))
     plan = case.seq, case.slot, case.start
-    right = decode_attention_reference(*tensors, *plan, max_rows=shape.W, scale=shape.D**-0.5)
+    right = decode_attention_reference(q, key, value, k, v, *plan, max_rows=shape.W, scale=shape.D**-0.5)
     caches, here = (case.k[0], case.v[0]), (slice(None), slice(None), slice(shape.L - shape.W, shape.L))
     written = [x[here].clone() for x in caches]
     ways = {"": case.attend(decode_attention.decode_attention)}

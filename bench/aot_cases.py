@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from mtpkern.kernels.advance import Rows, Sequences, advance_triton
+from mtpkern.kernels.advance import advance_triton
 from mtpkern.kernels.decode_attention import decode_attention_triton
 from mtpkern.kernels.distill import Head, distill_loss_triton, head_readout_triton
 from mtpkern.kernels.gated_lora import gated_lora_triton
 from mtpkern.kernels.kv_write import kv_write_triton
 from mtpkern.kernels.readout import readout_triton
 from mtpkern.kernels.span_attention import span_attention_triton
+from mtpkern.kernels.state import Rows, Sequences, Terms
 
 
 def decode_attention_case(dtype: torch.dtype, D: int, rows: int, masks: int = 0, **options: Any) -> None:
@@ -43,9 +44,8 @@ def advance_case(B: int, k: int, verify: bool, masks: int = 0) -> None:
     sequences = Sequences.allocate(B, 256, 128, torch.device("cpu"))
     rows = Rows.allocate(R, B, torch.device("cpu"), k)
     token = torch.zeros(R, dtype=torch.int64)
-    threshold, stop_ids = torch.tensor(0.5), torch.tensor([2, 3])
-    read = token, torch.zeros(R), threshold, stop_ids
-    advance_triton(sequences, rows, *read, k=k, verify=verify, mask_token_id=1, masks=masks)
+    terms = Terms.allocate(2, torch.device("cpu"))
+    advance_triton(sequences, rows, terms, token, torch.zeros(R), k=k, verify=verify, mask_token_id=1, masks=masks)
 
 
 def readout_case(dtype: torch.dtype, V: int) -> None:

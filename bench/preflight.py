@@ -41,11 +41,11 @@ from mtpkern.bench.timing import Action, difference, free, kernels_by_name, laun
 from mtpkern.compare import encode, read_problems
 from mtpkern.demo import ASSETS, load
 from mtpkern.generation import generate, strategy_for
-from mtpkern.kernels.advance import Sequences
 from mtpkern.kernels.decode_attention import decode_attention_reference
 from mtpkern.kernels.distill import Head, head_readout
 from mtpkern.kernels.kv_write import kv_write as write
 from mtpkern.kernels.kv_write import kv_write_reference
+from mtpkern.kernels.state import Sequences
 from mtpkern.output import exit_status
 from mtpkern.strategies import Static, Verified
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from mtpkern.bench.harness import Spread
 from mtpkern.bench.report import Goal, Table, run
 from mtpkern.bench.timing import copies, drawn, free, launches, peak, race
-from mtpkern.kernels.advance import Rows, Sequences, advance, advance_reference
+from mtpkern.kernels.advance import advance, advance_reference
 from mtpkern.kernels.readout import readout, readout_reference
+from mtpkern.kernels.state import Rows, Sequences, Terms
 from mtpkern.output import exit_status
 
 V = 151_936  # Qwen3
@@ -52,8 +53,8 @@ class Taken:
         self.sequences = Sequences.allocate(batch, passes + 2 * k, passes, device)
         self.rows = Rows.allocate(R, batch, device)
         self.logits = _random_logits(R, vocabulary, device, dtype)
-        self.threshold = torch.tensor(0.5, device=device)
-        self.stop_ids = torch.tensor([-1], device=device)
+        self.terms = Terms.allocate(1, device)
+        self.terms.threshold.fill_(0.5)
         self.sequences.length.fill_(1)
         self.sequences.pending.fill_(1)
         self.sequences.limit.fill_(passes + k)
@@ -81,7 +82,7 @@ class Taken:
     def take_in(self, token: Tensor, confidence: Tensor) -> None:
         """`advance` with a readout."""
         self.advance(
-            *(self.sequences, self.rows, token, confidence, self.threshold, self.stop_ids),
+            *(self.sequences, self.rows, self.terms, token, confidence),
             k=self.k,
             verify=True,
             mask_token_id=self.vocabulary - 1,

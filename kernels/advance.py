@@ -8,6 +8,7 @@ position of the first pending token, x its tokens, y_j and c_j the token and con
                                                                      it says the same
     kept     n = 1 + number of leading i >= 1 with c_{t+i} > threshold, over the mask rows; masks count only where
              every pending token is trusted. Unverified, n = 1 as well where c_t itself is not above the threshold.
+             Verified, as far as the product of c_{t+1} ... c_{t+i} is at least the price.
     write    x_{s+t+1+i} = y_{t+i}   for i < n, below the limit
     pending' = n                     length' = s + t + 1 + n
 
@@ -16,8 +17,10 @@ behind it are drafts that the next pass will confirm or replace. Emission is cut
 the limit. Static(k) is the unverified form with a threshold below every confidence.
 
 The next pass: each running sequence brings its pending tokens and up to k - 1 masks, packed one sequence behind the
-other into R rows. R >= B * k always holds all pending tokens; what is left of R is dealt out as masks, evenly, the
-remainder to the first. Finished sequences bring nothing; rows left over go to the trash slot.
+other into R rows, as far as they are worth their price (kernels/worth.py; the price is 0 unless verified). R >= B * k
+always holds all pending tokens; with less, down to B, verified sequences drop drafts, to one level. What is left of R
+is dealt out as masks, evenly, the remainder to the first. Finished sequences bring nothing; rows left over go to the
+trash slot.
 
 A refuted draft (t < pending - 1) leaves nothing but its replacement: masks count only behind the last pending token.
 Verified, a sequence may bring up to `masks` more, in groups of up to k - 1 behind other pending tokens; the group
@@ -28,7 +31,7 @@ behind token t then proposes in place of those behind the last. Groups go where 
     prefix_end   a row sees the tokens' slots below it: those up to the pending token that it is, or stands behind
     span_start   it sees the masks of its own group, from this slot to its own; slot + 1 for a token: an empty span
 
-Shapes   see Sequences and Rows; token, confidence [R']
+Shapes   see Sequences, Rows and Terms (kernels/state.py); token, confidence [R']
 Traffic  a few kilobytes: pure latency
 Source   arXiv 2602.06019, "Static vs. Adaptive Decoding Strategies"; verification is this project's
 
@@ -41,7 +44,6 @@ gather. Nothing that the program writes is read again by it; the next pending to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
@@ -49,99 +51,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtpkern.kernels.form import takes_kernel
-from mtpkern.kernels.groups import deal_masks_reference, masks_wanted_reference
-
-RUNNING, STOPPED, LIMIT, FAULT = 0, 1, 2, 3
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """What decoding knows of B sequences, all on the device and never moved. C is the capacity.
-
-    tokens [B, C + 1] int64 (column C is trash); length, pending, limit, passes [B] int64; status [B] int64 (RUNNING,
-    STOPPED at a stop token, LIMIT reached, FAULT in the logits); blocks [B, P + 1] int64, the tokens that each pass
-    emitted, one column a pass (column P is trash). `length` counts prompt and standing tokens; `limit` bounds it.
-    """
-
-    tokens: Tensor
-    length: Tensor
-    pending: Tensor
-    limit: Tensor
-    status: Tensor
-    passes: Tensor
-    blocks: Tensor
-
-    @classmethod
-    def allocate(cls, batch: int, capacity: int, max_passes: int, device: torch.device) -> Sequences:
-        """B empty running sequences that hold up to `capacity` tokens and `max_passes` passes."""
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.int64, device=device)
-
-        return cls(
-            tokens=zeros(batch, capacity + 1),
-            length=zeros(batch),
-            pending=zeros(batch),
-            limit=zeros(batch),
-            status=zeros(batch),
-            passes=zeros(batch),
-            blocks=zeros(batch, max_passes + 1),
-        )
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of one pass: seq, position, slot, token, prefix_end, span_start [R], start [B + 1], behind [B, K] int64.
-
-    Sequence b owns the rows start[b] .. start[b + 1] - 1: its pending tokens, the masks behind the last, then those
-    behind others. Rows from start[B] are unused: slot C + masks, which is trash, position 0, token 0, nothing seen.
-    Where masks may stand behind others than the last, behind[b, i] of them stand behind the i-th pending token.
-    """
-
-    seq: Tensor
-    position: Tensor
-    slot: Tensor
-    token: Tensor
-    prefix_end: Tensor
-    span_start: Tensor
-    start: Tensor
-    behind: Tensor
-
-    @classmethod
-    def allocate(cls, rows: int, batch: int, device: torch.device, k: int = 1) -> Rows:
-        """R rows, planned by the first `advance`; `start` says where the rows of the pass before stood."""
-        seq, position, slot, token, prefix_end, span_start = torch.zeros(6, rows, dtype=torch.int64, device=device)
-        start, behind = (torch.zeros(n, dtype=torch.int64, device=device) for n in ((batch + 1,), (batch, k)))
-        return cls(seq, position, slot, token, prefix_end, span_start, start, behind)
-
-    def expect_prefill(self, k: int) -> None:
-        """Describe the prefill to the first `advance`: k rows a sequence, its last token's and k - 1 masks'."""
-        self.start.copy_(torch.arange(len(self.start), device=self.start.device) * k)
-        self.behind[:, 0] = k - 1
-
-    def first(self, rows: int) -> Rows:
-        """The first `rows` of these, in the same memory; all of them where there are no more."""
-        if rows >= len(self.seq):
-            return self
-        per_row = self.seq, self.position, self.slot, self.token, self.prefix_end, self.span_start
-        seq, position, slot, token, prefix_end, span_start = (x[:rows] for x in per_row)
-        return Rows(seq, position, slot, token, prefix_end, span_start, self.start, self.behind)
-
+from mtpkern.kernels.groups import chance_of_reference, deal_masks_reference, masks_wanted_reference
+from mtpkern.kernels.state import FAULT, LIMIT, RUNNING, STOPPED, Rows, Sequences, Terms
+from mtpkern.kernels.worth import (
+    FORGOTTEN,
+    FORGOTTEN_IDLE,
+    PRIOR_CHAINS,
+    PRIOR_HITS,
+    UNIT,
+    odds_of_reference,
+    remembered,
+    worth_reference,
+)
 
 if find_spec("triton"):
     import triton
     import triton.language as tl
 
-    from mtpkern.kernels.groups import deal_masks, masks_wanted
+    from mtpkern.kernels.groups import chance_of, deal_masks, masks_wanted
+    from mtpkern.kernels.worth import odds_of, worth
 
     @triton.jit(do_not_specialize=["s_tokens", "s_blocks", "B", "R", "C", "S", "mask_token_id"])
     def _advance_kernel(
         tokens_ptr,  # [B, C + 1]
-        length_ptr,  # [B], as the four below
+        length_ptr,  # [B], as the six below
         pending_ptr,
         limit_ptr,
         status_ptr,
         passes_ptr,
+        hits_ptr,
+        chains_ptr,
         blocks_ptr,  # [B, P + 1]
         row_seq_ptr,  # [R], as the three below
         row_position_ptr,
@@ -155,6 +94,7 @@ if find_spec("triton"):
         confidence_ptr,  # [R']
         threshold_ptr,  # []
         stop_ids_ptr,  # [S]
+        price_ptr,  # []
         s_tokens,
         s_blocks,
         B,
@@ -172,6 +112,11 @@ if find_spec("triton"):
         STOPPED: tl.constexpr,
         LIMIT: tl.constexpr,
         FAULT: tl.constexpr,
+        UNIT: tl.constexpr,
+        PRIOR_HITS: tl.constexpr,
+        PRIOR_CHAINS: tl.constexpr,
+        FORGOTTEN: tl.constexpr,
+        FORGOTTEN_IDLE: tl.constexpr,
     ):
         o_b = tl.arange(0, BLOCK_B)
         m_b = o_b < B
@@ -225,6 +170,29 @@ if find_spec("triton"):
             unsure = tl.minimum(unsure, tl.min(tl.where(candidate & ~(c > threshold), i, W), 1))
         kept = tl.maximum(unsure - trusted, 1)
 
+        if VERIFY:
+            # What this pass has shown of its sequence, and which of the sure drafts are worth a row.
+            hits = tl.load(hits_ptr + o_b, mask=m_b, other=0)
+            chains = tl.load(chains_ptr + o_b, mask=m_b, other=0)
+            tried = count > 1
+            hits_next = hits - (hits >> FORGOTTEN) + trusted.to(tl.int64) * UNIT
+            chains_next = chains - (chains >> FORGOTTEN) + UNIT
+            hits_next = tl.where(tried, hits_next, hits - (hits >> FORGOTTEN_IDLE))
+            chains_next = tl.where(tried, chains_next, chains - (chains >> FORGOTTEN_IDLE))
+            hits = tl.where(running, hits_next, hits)
+            chains = tl.where(running, chains_next, chains)
+            tl.store(hits_ptr + o_b, hits, mask=m_b)
+            tl.store(chains_ptr + o_b, chains, mask=m_b)
+            odds = odds_of(hits, chains, PRIOR_HITS, PRIOR_CHAINS)
+            price = tl.load(price_ptr)
+            p_sure = confidence_ptr + row + trusted + 1 + shift
+            drafts = kept - 1
+            kept = tl.full([BLOCK_B], 1, tl.int32)
+            reached = tl.full([BLOCK_B], 1.0, tl.float64)
+            for j in range(K - 1):
+                reached *= tl.load(p_sure + j, mask=j < drafts, other=0.0).to(tl.float64)
+                kept += ((j < drafts) & (reached >= price)).to(tl.int32)
+
         # Write the kept tokens, and find the first stop token among those that are emitted.
         start = first + trusted + 1
         emitted_before = first + 1 if VERIFY else length
@@ -253,19 +221,34 @@ if find_spec("triton"):
         tl.store(blocks_ptr + o_b.to(tl.int64) * s_blocks + passes, end - emitted_before, mask=running)
         tl.store(passes_ptr + o_b, passes + 1, mask=running)
         tl.store(status_ptr + o_b, tl.where(fault, FAULT, status_next), mask=running | fault)
+        if VERIFY:
+            # Drafts that the next pass has no rows for are dropped: the highest even level that fits.
+            level = 1
+            for w in range(0, W, BLOCK_W):
+                j = w + o_w
+                fits = (j <= K) & (tl.sum(tl.minimum(pending_next[:, None], j[None, :]), 0) <= R)
+                level = tl.maximum(level, tl.max(tl.where(fits, j, 1), 0))
+            pending_next = tl.minimum(pending_next, level)
+            length_next = tl.where(running & ~finished, start + pending_next, length_next)
         # A faulty sequence ends where its emitted tokens end: the drafts of a verified one are dropped.
         tl.store(length_ptr + o_b, tl.where(fault, emitted_before, length_next), mask=running | fault)
         tl.store(pending_ptr + o_b, pending_next, mask=m_b)
 
         # Masks: the highest even level that fits, then one more each to the first that want it.
         want = tl.where(running & ~finished, tl.minimum(tl.maximum(limit - length_next - 1, 0), K - 1), 0)
+        if VERIFY:
+            chance = tl.full([BLOCK_B], 1.0, tl.float64)
+            for j in range(K - 1):
+                chance *= tl.load(p_sure + j, mask=j < pending_next - 1, other=1.0).to(tl.float64)
+            want = tl.minimum(want, worth(chance, odds, price, K))
         want_last = want
         if MASKS:
-            p_sure = confidence_ptr + row + trusted + 1 + shift
             groups = tl.zeros([BLOCK_B], tl.int32)
             for w in range(0, K - 1, BLOCK_W):
-                i = (w + o_w)[None, :]
-                groups += tl.sum(masks_wanted(start[:, None], pending_next[:, None], limit[:, None], i, K), 1)
+                i = w + o_w
+                of_use = masks_wanted(start[:, None], pending_next[:, None], limit[:, None], i[None, :], K)
+                of_worth = worth(chance_of(p_sure, pending_next, i, K), odds[:, None], price, K)
+                groups += tl.sum(tl.minimum(of_use, of_worth), 1)
             want += tl.minimum(groups, MASKS)
         spare = R - tl.sum(pending_next, 0)
         level = -1
@@ -306,7 +289,7 @@ if find_spec("triton"):
             dealt_before = tl.zeros([BLOCK_B], tl.int32)
             for w in range(0, K, BLOCK_W):
                 i = w + o_w
-                dealt = deal_masks(p_sure, start, pending_next, limit, masks - behind_last, i, K)
+                dealt = deal_masks(p_sure, start, pending_next, limit, odds, price, masks - behind_last, i, K)
                 behind = tl.where(i[None, :] == pending_next[:, None] - 1, behind_last[:, None], dealt)
                 tl.store(row_behind_ptr + o_b[:, None] * K + i[None, :], behind, mask=m_b[:, None] & (i < K)[None, :])
                 own_slot = dealt_before[:, None] + tl.cumsum(dealt, 1) - dealt
@@ -336,10 +319,9 @@ if find_spec("triton"):
 def advance_triton(
     sequences: Sequences,
     rows: Rows,
+    terms: Terms,
     token: Tensor,
     confidence: Tensor,
-    threshold: Tensor,
-    stop_ids: Tensor,
     *,
     k: int,
     verify: bool,
@@ -358,6 +340,8 @@ def advance_triton(
         sequences.limit,
         sequences.status,
         sequences.passes,
+        sequences.hits,
+        sequences.chains,
         sequences.blocks,
         rows.seq,
         rows.position,
@@ -369,14 +353,15 @@ def advance_triton(
         rows.behind,
         token,
         confidence,
-        threshold,
-        stop_ids,
+        terms.threshold,
+        terms.stop_ids,
+        terms.price,
         sequences.tokens.stride(0),
         sequences.blocks.stride(0),
         B,
         rows.seq.shape[0],
         sequences.tokens.shape[1] - 1,
-        stop_ids.shape[0],
+        terms.stop_ids.shape[0],
         mask_token_id,
         K=k,
         VERIFY=verify,
@@ -388,6 +373,11 @@ def advance_triton(
         STOPPED=STOPPED,
         LIMIT=LIMIT,
         FAULT=FAULT,
+        UNIT=UNIT,
+        PRIOR_HITS=PRIOR_HITS,
+        PRIOR_CHAINS=PRIOR_CHAINS,
+        FORGOTTEN=FORGOTTEN,
+        FORGOTTEN_IDLE=FORGOTTEN_IDLE,
         num_warps=4 if BLOCK_B * BLOCK_W <= 1024 else 16,
     )
 
@@ -395,10 +385,9 @@ def advance_triton(
 def advance(
     sequences: Sequences,
     rows: Rows,
+    terms: Terms,
     token: Tensor,
     confidence: Tensor,
-    threshold: Tensor,
-    stop_ids: Tensor,
     *,
     k: int,
     verify: bool,
@@ -407,28 +396,26 @@ def advance(
 ) -> None:
     """Take in one pass's readout (token, confidence [R']) and plan the next, in place.
 
-    `rows.start` tells whose row is whose in the readout; R' may differ from R (the prefill reads B * k rows).
-    threshold is a 0-dim tensor, stop_ids [S] int64 (-1 matches nothing). `masks`, with verification only: how many
-    masks a sequence may bring behind other pending tokens than the last; `rows.behind` then tells which of the rows
-    read out stand behind which token (see `Rows.expect_prefill`). A sequence with a faulty row in its readout
-    (confidence NaN) ends with status FAULT and emits nothing of that pass.
+    `rows.start` tells whose row is whose in the readout; R' may differ from R (the prefill reads B * k rows). `masks`,
+    with verification only: how many masks a sequence may bring behind other pending tokens than the last; `rows.behind`
+    then tells which of the rows read out stand behind which token (see `Rows.expect_prefill`). A sequence with a faulty
+    row in its readout (confidence NaN) ends with status FAULT and emits nothing of that pass.
 
         token, confidence = readout(logits, mask_token_id)
-        advance(sequences, rows, token, confidence, threshold, stop_ids, k=8, verify=True, mask_token_id=mask_token_id)
+        advance(sequences, rows, terms, token, confidence, k=8, verify=True, mask_token_id=mask_token_id)
     """
     if torch.compiler.is_compiling():
-        state = *vars(sequences).values(), *vars(rows).values()
-        _advance_op(*state, token, confidence, threshold, stop_ids, k, verify, mask_token_id, masks)
+        state = *vars(sequences).values(), *vars(rows).values(), *vars(terms).values()
+        _advance_op(*state, token, confidence, k, verify, mask_token_id, masks)
         return
     form = advance_triton if takes_kernel(token) else advance_reference
-    read = token, confidence, threshold, stop_ids
-    form(sequences, rows, *read, k=k, verify=verify, mask_token_id=mask_token_id, masks=masks)
+    form(sequences, rows, terms, token, confidence, k=k, verify=verify, mask_token_id=mask_token_id, masks=masks)
 
 
 @torch.library.custom_op(
     "mtpkern::advance",
     mutates_args=(
-        *("tokens", "length", "pending", "status", "passes", "blocks"),
+        *("tokens", "length", "pending", "status", "passes", "hits", "chains", "blocks"),
         *("row_seq", "row_position", "row_slot", "row_token", "row_prefix_end", "row_span_start"),
         *("row_start", "row_behind"),
     ),
@@ -440,6 +427,8 @@ def _advance_op(
     limit: Tensor,
     status: Tensor,
     passes: Tensor,
+    hits: Tensor,
+    chains: Tensor,
     blocks: Tensor,
     row_seq: Tensor,
     row_position: Tensor,
@@ -449,19 +438,20 @@ def _advance_op(
     row_span_start: Tensor,
     row_start: Tensor,
     row_behind: Tensor,
-    token: Tensor,
-    confidence: Tensor,
     threshold: Tensor,
     stop_ids: Tensor,
+    price: Tensor,
+    token: Tensor,
+    confidence: Tensor,
     k: int,
     verify: bool,
     mask_token_id: int,
     masks: int,
 ) -> None:
-    sequences = Sequences(tokens, length, pending, limit, status, passes, blocks)
+    sequences = Sequences(tokens, length, pending, limit, status, passes, hits, chains, blocks)
     rows = Rows(row_seq, row_position, row_slot, row_token, row_prefix_end, row_span_start, row_start, row_behind)
-    read = token, confidence, threshold, stop_ids
-    advance(sequences, rows, *read, k=k, verify=verify, mask_token_id=mask_token_id, masks=masks)
+    terms = Terms(threshold, stop_ids, price)
+    advance(sequences, rows, terms, token, confidence, k=k, verify=verify, mask_token_id=mask_token_id, masks=masks)
 
 
 @_advance_op.register_fake
@@ -472,10 +462,9 @@ def _(*args: object) -> None:
 def advance_reference(
     sequences: Sequences,
     rows: Rows,
+    terms: Terms,
     token: Tensor,
     confidence: Tensor,
-    threshold: Tensor,
-    stop_ids: Tensor,
     *,
     k: int,
     verify: bool,
@@ -483,28 +472,26 @@ def advance_reference(
     masks: int = 0,
 ) -> None:
     """`advance` in plain torch: batched tensor operations, no host synchronisation, no loop over sequences."""
-    drafts = _accept(sequences, rows, token, confidence, threshold, stop_ids, k=k, verify=verify, masks=masks)
-    _plan(sequences, rows, drafts, k=k, mask_token_id=mask_token_id, masks=masks)
+    sure = _accept(sequences, rows, terms, token, confidence, k=k, verify=verify, masks=masks)
+    _plan(sequences, rows, terms, sure, k=k, verify=verify, mask_token_id=mask_token_id, masks=masks)
 
 
 def _accept(
     sequences: Sequences,
     rows: Rows,
+    terms: Terms,
     token: Tensor,
     confidence: Tensor,
-    threshold: Tensor,
-    stop_ids: Tensor,
     *,
     k: int,
     verify: bool,
     masks: int,
 ) -> Tensor:
-    """Take in the readout; returns the confidences [B, k - 1] of what is proposed behind the certain tokens."""
+    """Take in the readout; returns the confidences [B, k - 1] of what is proposed behind the certain token."""
     # Everything is [B, 1] or [B, 2k - 1 + masks], a column a row, as in the kernel.
     tokens = sequences.tokens
-    length, pending, limit, status, passes = (
-        x[:, None] for x in (sequences.length, sequences.pending, sequences.limit, sequences.status, sequences.passes)
-    )
+    columns = ("length", "pending", "limit", "status", "passes", "hits", "chains")
+    length, pending, limit, status, passes, hits, chains = (getattr(sequences, name)[:, None] for name in columns)
     trash = tokens.shape[1] - 1
     o_w = torch.arange(2 * k - 1 + masks, device=tokens.device)
     o_row = rows.start[:-1, None] + o_w
@@ -531,22 +518,33 @@ def _accept(
             y, c = (x.gather(1, taken[:, : 2 * k - 1]) for x in (y, c))
         else:
             count = torch.where(trusted == last, 2 * k - 1, trusted + 1)
-        stands = ((c > threshold) & (o_w < count)) | (o_w <= trusted)
+        stands = ((c > terms.threshold) & (o_w < count)) | (o_w <= trusted)
     else:
         trusted = last
-        stands = (c > threshold) | (o_w < last)
+        stands = (c > terms.threshold) | (o_w < last)
     # The columns from `trusted` up to here are kept.
     reach = torch.maximum(stands.long().cumprod(1).sum(1, keepdim=True), trusted + 1)
 
     active = status == RUNNING
     running = active & ~fault
+    sure = c[:, :0]
+    if verify:
+        # What this pass has shown of its sequence, and which of the sure drafts are worth a row.
+        tried = rows.start.diff()[:, None] > 1
+        hits.copy_(torch.where(running, remembered(hits, trusted, tried), hits))
+        chains.copy_(torch.where(running, remembered(chains, torch.ones_like(chains), tried), chains))
+        o_j = torch.arange(k - 1, device=tokens.device)
+        sure = c.gather(1, trusted + 1 + o_j)
+        is_draft = o_j < reach - trusted - 1
+        reached = torch.where(is_draft, sure.double(), 0).cumprod(1)
+        reach = trusted + 1 + (is_draft & (reached >= terms.price)).sum(1, keepdim=True)
     keep = (o_w >= trusted) & (o_w < reach) & (position < limit) & running
     tokens.scatter_(1, torch.where(keep, position, trash), y)
 
     start = first + trusted + 1
     emitted_before = first + 1 if verify else length
     end = torch.minimum(start + 1 if verify else first + 1 + reach, limit)
-    stop = (y[:, :, None] == stop_ids).any(2) & (position >= emitted_before)
+    stop = (y[:, :, None] == terms.stop_ids).any(2) & (position >= emitted_before)
     stop_end = torch.where(stop, position + 1, trash + 1).amin(1, keepdim=True)
     stopped = stop_end <= end
     # A faulty sequence ends where its emitted tokens end: the drafts of a verified one are dropped.
@@ -560,19 +558,43 @@ def _accept(
     pending.copy_((length_next - start) * (active & ~finished))
     length.copy_(torch.where(active, length_next, length))
     status.copy_(torch.where(active & finished, ending, status))
-    return c.gather(1, trusted + 1 + o_w[: k - 1]) if masks else c
+    return sure
 
 
-def _plan(sequences: Sequences, rows: Rows, drafts: Tensor, *, k: int, mask_token_id: int, masks: int) -> None:
-    """Plan the next pass; drafts [B, k - 1]: how sure the pending tokens behind the first are."""
+def _plan(
+    sequences: Sequences,
+    rows: Rows,
+    terms: Terms,
+    sure: Tensor,
+    *,
+    k: int,
+    verify: bool,
+    mask_token_id: int,
+    masks: int,
+) -> None:
+    """Plan the next pass; sure [B, k - 1]: with verification, how sure the pending tokens behind the first are."""
     tokens, length, pending, limit = sequences.tokens, sequences.length, sequences.pending, sequences.limit
     B, R, trash = length.shape[0], rows.seq.shape[0], masks + tokens.shape[1] - 1
     first = length - pending
+    if verify and B * k > R:
+        # Drafts that the next pass has no rows for are dropped: the highest even level that fits.
+        level = torch.arange(1, k + 1, device=tokens.device)[:, None]
+        level = (torch.minimum(pending, level).sum(1) <= R).sum().clamp(min=1)
+        pending.copy_(torch.minimum(pending, level))
+        length.copy_(torch.where(pending > 0, first + pending, length))
 
     # Masks that a sequence can use: with m of them a pass reaches m + 1 tokens beyond its standing length.
-    want_last = want = (limit - length - 1).clamp(min=0, max=k - 1) * (sequences.status == RUNNING)
+    want = (limit - length - 1).clamp(min=0, max=k - 1) * (sequences.status == RUNNING)
+    if verify:
+        odds = odds_of_reference(sequences.hits, sequences.chains)
+        is_draft = torch.arange(k - 1, device=tokens.device) < pending[:, None] - 1
+        chance = torch.where(is_draft, sure.double(), 1).prod(1, keepdim=True)
+        want = torch.minimum(want, worth_reference(chance, odds, terms.price, k)[:, 0])
+    want_last = want
     if masks:
+        chance = chance_of_reference(sure)
         groups = masks_wanted_reference(first, pending, limit, k)
+        groups = torch.minimum(groups, worth_reference(chance, odds, terms.price, k))
         want = want_last + groups.sum(1).clamp(max=masks)
     dealt = want
     if B * (2 * k - 1 + masks) > R:
@@ -594,7 +616,7 @@ def _plan(sequences: Sequences, rows: Rows, drafts: Tensor, *, k: int, mask_toke
     slot = masks + first[seq] + place
     if masks:
         behind_last = torch.minimum(dealt, want_last)
-        groups = deal_masks_reference(groups, drafts, dealt - behind_last)
+        groups = deal_masks_reference(groups, chance, dealt - behind_last)
         o_k = torch.arange(k, device=tokens.device)
         rows.behind.copy_(torch.where(o_k == pending[:, None] - 1, behind_last[:, None], F.pad(groups, (0, 1))))
         end = groups.cumsum(1)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mtpkern.strategies import ConfAdapt as ConfAdapt
     from mtpkern.strategies import Static as Static
     from mtpkern.strategies import Verified as Verified
+    from mtpkern.streaming import stream as stream
     from mtpkern.verify import check as check
 
     __version__: str
@@ -39,6 +40,7 @@ __all__ = [
     "load_adapter",
     "reference",
     "release_graphs",
+    "stream",
 ]
 
 # The folder of the small checkpoint that comes along, with its tokenizer and held-out problems.
@@ -54,6 +56,7 @@ _MODULE_OF = {
     "generate": "mtpkern.generation",
     "load_adapter": "mtpkern.adapter",
     "release_graphs": "mtpkern.graph",
+    "stream": "mtpkern.streaming",
 }
 
 _OLDEST_TRANSFORMERS = "5.17"

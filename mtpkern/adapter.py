@@ -44,6 +44,10 @@ _UNGATEABLE = (
     *("use_dora", "lora_bias", "modules_to_save", "target_parameters"),
     *("trainable_token_indices", "layer_replication"),
 )
+_DEAF = (
+    "cannot be gated, because peft would adapt all their rows; load the base unquantised, or quantised by "
+    "bitsandbytes, torchao or quanto"
+)
 # Elements of each weight that the digest of a base reads.
 _SAMPLE = 64
 
@@ -54,7 +58,7 @@ class GatedSettings:
 
     mask_token_id   the first id behind the base's vocabulary
     k_max           predictions of a pass that it was trained for
-    base, digest    the base's name, and a digest of its weights
+    base, digest    the base's name, and a digest of its weights; none where they were quantised
     chat            whether prompts were rendered by the chat template; None where nobody said
     separator       behind a prompt where they were not
     finished        whether the run that made it had ended
@@ -143,7 +147,8 @@ class Gate:
         if rows is False:
             return output
         row = self.row.to(output.dtype).expand_as(output)
-        return row if rows is True else torch.where(rows.unsqueeze(-1), row, output)  # type: ignore[union-attr]
+        # In memory as any other, so that what torch.compile makes of later layers serves the first.
+        return row.contiguous() if rows is True else torch.where(rows.unsqueeze(-1), row, output)  # type: ignore[union-attr]
 
 
 _opened: ContextVar[tuple[Gate, Tensor] | None] = ContextVar("mtpkern_gate", default=None)
@@ -192,22 +197,36 @@ def gated(model: nn.Module, input_ids: Tensor) -> Iterator[None]:
     if gate is None:
         yield
         return
-    with gate.open(input_ids == gate.mask_token_id), model.mtpkern_siblings():  # type: ignore[operator]
+    rows = input_ids == gate.mask_token_id
+    if not rows.is_cuda and not torch.compiler.is_compiling() and not rows.any():
+        yield  # the base's own pass, which a GPU would have to wait to know
+        return
+    with gate.open(rows), model.mtpkern_siblings():  # type: ignore[operator]
         yield
 
 
 @contextmanager
 def wrapping() -> Iterator[None]:
-    """Around peft's wrapping of a model: without transformers' warning of an old name that peft reads."""
+    """Around peft's wrapping of a model: without transformers' warning of an old name that peft reads.
+
+    Raises ValueError for layers of which peft knows that they would not ask a gate.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        yield
+        try:
+            yield
+        except ValueError as error:
+            if "alora_invocation_tokens" not in str(error):
+                raise
+            raise ValueError(f"layers of this model {_DEAF}") from error
 
 
 def attach(model: PeftModel, row: nn.Parameter, adapter: str = "default") -> Gate:
     """Put the gate of a gated adapter before peft's layers; doing it twice changes nothing.
 
     row   the mask token's embedding [H], which becomes the parameter `mask_row` of the peft model
+
+    Raises ValueError, the model as it was before, for layers that would not ask the gate.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -216,10 +235,14 @@ def attach(model: PeftModel, row: nn.Parameter, adapter: str = "default") -> Gat
     if found is not None:
         return found
     gate = Gate(settings_of(model.peft_config[adapter]), row)
+    layers = [x for x in base.modules() if isinstance(x, LoraLayer) and adapter in x.lora_A]
+    # Of some kinds of quantised layers peft adds the update itself, whatever variant it is of.
+    deaf = {type(x).__name__ for x in layers if "lora_variant" not in type(x).forward.__code__.co_names}
+    if deaf:
+        raise ValueError(f"peft's {', '.join(sorted(deaf))} {_DEAF}")
     model.register_parameter("mask_row", row)
-    for module in base.modules():
-        if isinstance(module, LoraLayer) and adapter in module.lora_A:
-            module.lora_variant[adapter] = _GatedLora(gate)
+    for module in layers:
+        module.lora_variant[adapter] = _GatedLora(gate)
     embedding = base.get_input_embeddings()
     embedding.register_forward_pre_hook(gate.hide_mask_tokens)
     embedding.register_forward_hook(gate.embed_mask_tokens)
@@ -227,6 +250,16 @@ def attach(model: PeftModel, row: nn.Parameter, adapter: str = "default") -> Gat
     # No part of the gate, which the layers hold: they would go with a collection of cycles alone.
     base.mtpkern_siblings = Siblings(base)
     return gate
+
+
+@contextmanager
+def unloaded_on_error(model: PeftModel) -> Iterator[None]:
+    """A block behind which, where it has failed, the base has its own layers again."""
+    try:
+        yield
+    except Exception:
+        model.unload()
+        raise
 
 
 def adopt(model: nn.Module) -> None:
@@ -244,7 +277,8 @@ def adopt(model: nn.Module) -> None:
 
 def marked(settings: GatedSettings, row: Tensor) -> dict[str, Any]:
     """What a LoraConfig carries as `auto_mapping`: the settings and the mask token's row, in float32."""
-    data = row.detach().float().cpu().contiguous().numpy().tobytes()
+    # Of a copy: memory that numpy has seen is never given back, which FSDP does with what it has gathered.
+    data = row.detach().float().cpu().clone().numpy().tobytes()
     return {MARK: {**asdict(settings), "mask_row": base64.b64encode(data).decode("ascii")}}
 
 
@@ -315,7 +349,8 @@ def load_adapter(model: PreTrainedModel, path: str | Path, *, dtype: torch.dtype
     require_base(model, settings_of(config), str(path))
     with wrapping():
         peft_model = PeftModel.from_pretrained(model, str(path)).eval()
-    attach(peft_model, row_of(config))
+    with unloaded_on_error(peft_model):
+        attach(peft_model, row_of(config))
     for name, parameter in peft_model.named_parameters():
         if "lora_" in name or name == "mask_row":
             parameter.requires_grad_(False)
@@ -323,8 +358,10 @@ def load_adapter(model: PreTrainedModel, path: str | Path, *, dtype: torch.dtype
     return peft_model
 
 
-def save_adapter(model: PeftModel, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+def save_adapter(model: PeftModel, folder: str | Path | None, *, dtype: torch.dtype | None = None) -> None:
     """Write a gated adapter's folder: peft's config with our mark, and its weights, in `dtype` or as they are.
+
+    Of a model in shards all ranks call it, and those without a folder write nothing.
 
     save_adapter(peft_model, "adapter", dtype=torch.bfloat16)
     """
@@ -333,7 +370,9 @@ def save_adapter(model: PeftModel, folder: str | Path, *, dtype: torch.dtype | N
     name = model.active_adapter
     record_row(model)
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    state = {key: x.detach().to("cpu", dtype or x.dtype).contiguous() for key, x in state.items()}
+    state = {key: _whole(x).to("cpu", dtype or x.dtype).contiguous() for key, x in state.items()}
+    if folder is None:
+        return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -347,7 +386,13 @@ def record_row(model: PeftModel) -> None:
     gate = gate_of(model.get_base_model())
     for config in model.peft_config.values():
         if gate is not None and is_gated(config):
-            config.auto_mapping = marked(gate.settings, model.mask_row)
+            config.auto_mapping = marked(gate.settings, _whole(model.mask_row))
+
+
+def _whole(x: Tensor) -> Tensor:
+    """The tensor, gathered where it is a shard."""
+    x = x.detach()
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def require_gateable(config: LoraConfig | Any) -> None:
@@ -362,10 +407,9 @@ def require_gateable(config: LoraConfig | Any) -> None:
 
 def require_base(model: PreTrainedModel, settings: GatedSettings, path: str) -> None:
     """Raise ValueError where a model is not the base that an adapter was trained for."""
-    if getattr(model, "is_quantized", False):
-        return  # its weights are stored otherwise: nothing to compare
     rows = model.get_input_embeddings().weight.shape[0]
-    found = digest(model)
+    # Quantised weights, then or now, are stored in a way of their own: nothing to compare.
+    found = settings.digest if getattr(model, "is_quantized", False) or not settings.digest else digest(model)
     if rows != settings.mask_token_id or found != settings.digest:
         raise ValueError(
             f"{path} was trained for {settings.base} ({settings.mask_token_id} tokens, weights {settings.digest}), got "

@@ -22,11 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation import StopStringCriteria
 
 _LIMITS = ("max_length", "max_new_tokens")
 _TOKENS = ("pad_token_id", "bos_token_id")
-HONOURED = {*_LIMITS, *_TOKENS, "eos_token_id", "return_dict_in_generate"}
+HONOURED = {*_LIMITS, *_TOKENS, "eos_token_id", "return_dict_in_generate", "max_time", "stop_strings"}
+# Honoured, but no part of plain greedy decoding: these cut what it writes.
+_CUTS = {"max_time", "stop_strings"}
 
 # These say how one samples. Beside a file with do_sample they ask for sampling, otherwise for nothing.
 _ONLY_WITH_SAMPLING = {
@@ -51,7 +53,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("output_attentions", "output_hidden_states", "output_logits"), (False,)),
     "renormalize_logits": (False, True),  # log-softmax keeps the order; scores are refused by their own name
     **dict.fromkeys(("token_healing", "is_assistant", "use_mtp"), (False,)),
-    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "stop_strings"), ([], ())),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids"), ([], ())),
     "sequence_bias": ({}, []),
 }
 # What a file may ask for without changing a token: how, with what memory, and what is reported of it.
@@ -61,7 +63,7 @@ _ONLY_HOW = {
     *("output_attentions", "output_hidden_states", "output_scores", "output_logits"),
 }
 # Arguments of generate that are no fields of GenerationConfig and mean nothing without others, which are refused.
-_INERT_ARGUMENTS = {"tokenizer", "trust_remote_code"}
+_INERT_ARGUMENTS = {"trust_remote_code"}
 
 
 def read_arguments(
@@ -82,6 +84,7 @@ def read_arguments(
     arguments = dict(arguments)
     input_ids = _one_of(input_ids, arguments.pop("inputs", None))
     attention_mask = arguments.pop("attention_mask", None)
+    tokenizer, criteria = arguments.pop("tokenizer", None), arguments.pop("stopping_criteria", None)
     require_tensors(input_ids, attention_mask)
     fields = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
     asked = _asked(arguments.pop("generation_config", None), file)
@@ -97,9 +100,16 @@ def read_arguments(
         for name in settings.keys() - asked.keys()
         if not inert(name, theirs := getattr(file, name)) and (name not in _ONLY_HOW or theirs == "quantized")
     }
+    left_out.pop("max_time", None)
     if attention_mask is not None:
         settings["attention_mask"] = attention_mask
-    for name in HONOURED:
+    criteria = _checked_criteria(criteria)
+    if tokenizer is not None or "stop_strings" in asked:
+        left_out.pop("stop_strings", None)
+        criteria += _string_criteria(asked.get("stop_strings", file.stop_strings), tokenizer, criteria)
+    if criteria:
+        settings["stopping_criteria"] = StoppingCriteriaList(criteria)
+    for name in HONOURED - {"stop_strings"}:
         # Without a max_length of the call's, transformers knows what to do; with None it does not.
         given = name in asked and not (name == "max_length" and asked[name] is None)
         value = asked[name] if given else getattr(file, name, None)
@@ -112,12 +122,13 @@ def read_arguments(
 def plain_greedy(file: GenerationConfig) -> dict[str, Any]:
     """Keyword arguments that make `model.generate` greedy and nothing else, whatever the model's own file asks for.
 
-    For every field that the file sets and that is not honoured, the value that changes nothing.
+    For every field that the file sets, the value that changes nothing; but for limits and token ids, which stay.
 
         model.generate(ids, **plain_greedy(model.generation_config), max_new_tokens=8)
     """
     defaults = GenerationConfig._get_default_generation_params()
-    fields = sorted(name for name in vars(GenerationConfig()).keys() - HONOURED if not name.startswith("_"))
+    kept = HONOURED - _CUTS
+    fields = sorted(name for name in vars(GenerationConfig()).keys() - kept if not name.startswith("_"))
     return {name: defaults.get(name) for name in fields if getattr(file, name, None) is not None}
 
 
@@ -154,20 +165,14 @@ def warn_of_left_out(model_name: str, left_out: dict[str, Any], *, stacklevel: i
 def require_prepared(
     generation_config: GenerationConfig,
     logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
     model_kwargs: dict[str, Any],
 ) -> None:
     """Refuse what transformers, or a model's own preparation, has made of the call and what is not honoured."""
     fields = [name for name in vars(GenerationConfig()) if not name.startswith("_") and name not in HONOURED]
     values = {name: getattr(generation_config, name, None) for name in fields}
     _refuse({name: value for name, value in values.items() if not inert(name, value)})
-    for what, items, known in (
-        ("logits processor", logits_processor, ()),
-        ("stopping criterion", stopping_criteria, (MaxLengthCriteria, EosTokenCriteria)),
-    ):
-        for item in items:
-            if not isinstance(item, known):
-                raise ValueError(f"mtpkern.generate does not support the {what} {type(item).__name__}")
+    for item in logits_processor:
+        raise ValueError(f"mtpkern.generate does not support the logits processor {type(item).__name__}")
     expected = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
     for name, value in model_kwargs.items():
         if name not in expected and value is not None and value is not False:
@@ -299,9 +304,55 @@ def _require_valid(file: GenerationConfig) -> None:
         ) from None
 
 
+def require_streamer(streamer: Any) -> None:
+    """Raise TypeError for what is no streamer of transformers' kind."""
+    if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
+        raise TypeError(
+            "streamer must have the methods put(tokens) and end(), as transformers' TextStreamer has, got "
+            f"{type(streamer).__name__}"
+        )
+
+
+def _checked_criteria(criteria: Any) -> list[Any]:
+    if criteria is None:
+        return []
+    if not isinstance(criteria, (list, tuple)) or not all(callable(x) for x in criteria):
+        raise TypeError(
+            f"stopping_criteria must be a StoppingCriteriaList or a list of StoppingCriteria, got {criteria!r}"
+        )
+    return list(criteria)
+
+
+def _string_criteria(strings: Any, tokenizer: Any, given: list[Any]) -> list[StopStringCriteria]:
+    """The criterion that transformers would make; its own generate loses the tokenizer on the way to a callable.
+
+    As there, none beside one that the call has brought.
+    """
+    if strings is None or (isinstance(strings, (list, tuple)) and not strings):
+        return []
+    listed = [strings] if isinstance(strings, str) else strings
+    if not isinstance(listed, (list, tuple)) or not all(isinstance(x, str) and x for x in listed):
+        raise TypeError(f"stop_strings must be a text, or a list of texts that are not empty, got {strings!r}")
+    if tokenizer is None:
+        raise ValueError("stop_strings are looked for in the text: pass the model's tokenizer as tokenizer=")
+    if any(type(x) is StopStringCriteria for x in given):
+        return []
+    try:
+        return [StopStringCriteria(tokenizer, list(listed))]
+    except ValueError as error:  # a tokenizer of whole words, say
+        raise ValueError(
+            f"transformers cannot look for stop_strings={strings!r} in what this {type(tokenizer).__name__} decodes: "
+            f"{error}. Pass stopping_criteria that decode the text"
+        ) from error
+
+
 def _checked(name: str, value: Any) -> Any:
     """The value of an honoured field as transformers takes it."""
     if value is None or name == "return_dict_in_generate":
+        return value
+    if name == "max_time":
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+            raise ValueError(f"max_time must be a number of seconds from 0 up, got {value!r}")
         return value
     if name in _LIMITS:
         return whole_number(name, value, least=1)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from mtpkern.kernels.advance import Rows
 from mtpkern.kernels.decode_attention import decode_attention
 from mtpkern.kernels.kv_write import kv_write
+from mtpkern.kernels.state import Rows
 
 
 class KVCache:

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -23,15 +25,16 @@ from mtpkern.adapter import gated
 from mtpkern.attention import AttentionContext, captured
 from mtpkern.cache import CapturedPrefill, KVCache, PrefillCache
 from mtpkern.graph import StepGraph, wants_graph
-from mtpkern.kernels.advance import RUNNING, Rows, Sequences, advance
+from mtpkern.kernels.advance import advance
 from mtpkern.kernels.readout import readout
+from mtpkern.kernels.state import RUNNING, Rows, Sequences, Terms
 from mtpkern.layers import CompiledLayers
+from mtpkern.load import Load, price_of, times_of
 from mtpkern.model import has_latent_attention, learned_positions
 from mtpkern.strategies import Strategy
 
-# Up to this many rows a pass is bound by reading the weights, so that rows are nearly free; on a CPU each row costs.
+# Up to this many rows a pass on a GPU is bound by reading the weights, so that rows are nearly free.
 FREE_ROWS = 192
-FREE_ROWS_CPU = 16
 # Slots for new tokens that are there from the start, where the buffers may grow.
 FIRST_SLOTS = 512
 # Slots that attention reads are rounded up to whole vectors.
@@ -43,15 +46,16 @@ PREFILL_CHUNK = 8192
 
 
 def default_rows(strategy: Strategy, batch: int, device: torch.device) -> int:
-    """Rows of a pass, from B * k to B * (2k - 1), which gives every sequence all its masks, and those behind drafts.
+    """Rows of a pass at most: B * (2k - 1 + masks) gives every sequence all its masks, and those behind drafts.
 
-    Without verification a sequence must have all its masks, or what it emits would depend on its neighbours. Verified
-    emits the same with fewer, and gets them while rows are nearly free; masks behind drafts it gets as asked for.
+    Without verification a sequence must have them, or what it emits would depend on its neighbours. Verified emits the
+    same with fewer, and on a GPU gets those that are nearly free, four a sequence at least. On a CPU a pass has the
+    rows that are in use, and what they cost is measured (mtpkern.load).
     """
     most = batch * (2 * strategy.k - 1)
-    free = FREE_ROWS_CPU if device.type == "cpu" else FREE_ROWS
-    behind_last = min(most, max(batch * strategy.k, free)) if strategy.verify else most
-    return behind_last + batch * strategy.masks
+    if strategy.verify and device.type != "cpu":
+        most = min(most, max(4 * batch, FREE_ROWS))
+    return most + batch * strategy.masks
 
 
 def places_for(stop_ids: Tensor) -> int:
@@ -69,7 +73,11 @@ class Decoder:
         decoder.sequences.tokens, decoder.sequences.length    # the result, on the device
 
     capacity is the longest prompt + max_new_tokens or more; stop_ids [S] int64; rows is the row budget R of a step,
-    from batch * k up. Capacity counts tokens; scratch slots for masks behind drafts come on top.
+    from batch * k up, with verification from batch up. Capacity counts tokens; scratch slots for masks behind drafts
+    come on top.
+
+    by_load: sequences bring no more rows than are worth their time (mtpkern.load); with verification only, whose output
+        does not depend on it.
 
     use_graph: capture the step in a CUDA graph; None does where there is a CUDA device.
     compile: send the model's layers through `torch.compile`, for passes alone (see `mtpkern.layers`).
@@ -93,22 +101,25 @@ class Decoder:
         use_graph: bool | None = None,
         compile: bool = False,
         batch_invariant: bool = False,
+        by_load: bool = False,
     ) -> None:
         device = model.device
         if rows is None:
             rows = default_rows(strategy, batch, device)
-        if rows < batch * strategy.k:
+        least = batch if strategy.verify else batch * strategy.k
+        if rows < least:
+            product = f"batch = {batch}" if strategy.verify else f"batch * k = {batch} * {strategy.k} = {least}"
             raise ValueError(
-                f"rows must be at least batch * k = {batch} * {strategy.k} = {batch * strategy.k}, got {rows}: "
-                "fewer could not hold every sequence's pending tokens; raise rows or lower k"
+                f"rows must be at least {product}, got {rows}: fewer could not hold every sequence's pending tokens; "
+                f"raise rows{'' if strategy.verify else ' or lower k'}"
             )
         self.model = model
         self.device = device
         self.mask_token_id = mask_token_id
         # A pass emits at least one token, so capacity bounds the passes of any run.
         self.sequences = Sequences.allocate(batch, capacity, capacity, device)
-        # The rows of this pass, and those that the next is planned in: all, or the first of them.
-        self.all_rows = self.rows = self.plan = Rows.allocate(rows, batch, device, strategy.k)
+        # All that a pass is planned in, and those of this pass: all, or on a CPU those in use.
+        self.all_rows = self.rows = Rows.allocate(rows, batch, device, strategy.k)
         self.graph = StepGraph(device) if wants_graph(use_graph, device) else None
         self.cache = KVCache(
             strategy.masks + capacity,
@@ -124,8 +135,8 @@ class Decoder:
         # Masks may stand behind the last position that a model has learned; what they predict is never emitted.
         learned = learned_positions(model, needed=capacity + 2 * strategy.k)
         self.last_position = None if learned is None else learned - 1
-        self.threshold = torch.zeros((), device=device)
-        self.stop_ids = torch.zeros(places_for(stop_ids), dtype=torch.int64, device=device)
+        self.terms = Terms.allocate(places_for(stop_ids), device)
+        self.by_load = by_load and strategy.verify
         self.fingerprint: tuple[Any, ...] | None = None
         self.compile = compile
         self._layers: CompiledLayers | None = None
@@ -155,7 +166,7 @@ class Decoder:
         assert all(getattr(strategy, name) == getattr(self.strategy, name) for name in ("k", "verify", "masks"))
         for x in (*vars(self.sequences).values(), *vars(self.all_rows).values()):
             x.zero_()
-        self.rows = self.plan = self.cache.rows = self.all_rows
+        self.rows = self.cache.rows = self.all_rows
         self.cache.clear()
         self.cache.slots, self.cache.max_rows = self.cache.capacity, 2 * strategy.k - 1 + strategy.masks
         self._begin(strategy, stop_ids, max_new_tokens)
@@ -163,9 +174,10 @@ class Decoder:
     def _begin(self, strategy: Strategy, stop_ids: Tensor, max_new_tokens: int) -> None:
         self.strategy = strategy
         self.max_new_tokens = max_new_tokens
-        self.threshold.fill_(strategy.threshold)
-        self.stop_ids.fill_(-1)
-        self.stop_ids[: len(stop_ids)] = stop_ids.to(self.device)
+        self.terms.threshold.fill_(strategy.threshold)
+        self.terms.stop_ids.fill_(-1)
+        self.terms.stop_ids[: len(stop_ids)] = stop_ids.to(self.device)
+        self.terms.price.zero_()
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, chunk: int = PREFILL_CHUNK) -> Tensor:
@@ -247,49 +259,62 @@ class Decoder:
         token, confidence = readout(logits, self.mask_token_id)
         advance(
             self.sequences,
-            self.plan,
+            self.all_rows,
+            self.terms,
             token,
             confidence,
-            self.threshold,
-            self.stop_ids,
             k=self.strategy.k,
             verify=self.strategy.verify,
             mask_token_id=self.mask_token_id,
             masks=self.strategy.masks,
         )
-        self.rows = self.cache.rows = self.plan
         return logits
 
-    def run(self, route: dict[str, AttentionContext]) -> None:
-        """Step until every sequence is done, at most max_new_tokens passes in all."""
-        poll = _Poll(self.sequences.status)
+    def run(self, route: dict[str, AttentionContext], poll: Poll | None = None) -> None:
+        """Step until every sequence is done, at most max_new_tokens passes in all; `poll` may do more than count."""
+        poll = poll or Poll(self.sequences)
+        if self.device.type == "cpu" and self.graph is None and not self.compile:
+            self._run_on_cpu(route, poll)
+            return
+        B, R, strategy = len(self.sequences.status), len(self.all_rows.seq), self.strategy
+        # Where there are rows for everybody, everybody has them: they cost the same used or not.
+        scarce = self.by_load and B * (2 * strategy.k - 1 + strategy.masks) > R
+        odds = _OddsPoll(self.sequences) if scarce else None
         for _ in range(self.max_new_tokens - 1):
-            running = poll.running()
-            if not running:
+            if not poll.running():
                 break
+            if odds is not None and odds.running():
+                self.terms.price.fill_(price_of(*odds.seen, strategy.k, R, None))
             if self.graph is None:
-                if poll.on_cpu and not self.compile:
-                    self._fit(running)
-                else:
-                    self._reserve()
+                self._reserve()
                 self.step(route)
             else:
                 self.graph(partial(self.step, route))
 
-    def _fit(self, running: int) -> None:
-        """On a CPU, where rows and slots cost and the state is known: bring what the running sequences need, no more.
+    def _run_on_cpu(self, route: dict[str, AttentionContext], poll: Poll) -> None:
+        """As `run`, where the state is known, and rows and slots cost: each pass has those that it needs, no more."""
+        sequences, strategy = self.sequences, self.strategy
+        load = Load(times_of(self.model), strategy.k, len(self.all_rows.seq)) if self.by_load else None
+        for _ in range(self.max_new_tokens - 1):
+            if not poll.running():
+                break
+            self._fit()
+            if load is None:
+                self.step(route)
+                continue
+            self.terms.price.fill_(load.price(sequences))
+            rows, began = len(self.rows.seq), perf_counter()
+            self.step(route)
+            load.saw(rows, perf_counter() - began)
 
-        As sequences finish, the row budget of the next pass shrinks in proportion. Attention reads the slots that hold
-        something, and spreads the sequences to the most rows that one of them has.
-        """
-        length, start, cache = self.sequences.length, self.rows.start, self.cache
-        needed = cache.scratch + int(length.max()) + self.strategy.k - 1
+    def _fit(self) -> None:
+        """Bring the rows in use; attention reads the slots that hold something, for the most rows of a sequence."""
+        start, cache = self.all_rows.start, self.cache
+        needed = cache.scratch + int(self.sequences.length.max()) + self.strategy.k - 1
         cache.slots = min(cache.capacity, -(-needed // SLOT_STEP) * SLOT_STEP)
         cache.reserve(cache.slots)
         cache.max_rows = int(start.diff().max())
-        most = len(self.all_rows.seq)
-        share = -(-most * running // len(length))
-        self.plan = self.all_rows.first(max(share, min(FREE_ROWS_CPU, most)))
+        self.rows = cache.rows = self.all_rows.first(max(1, int(start[-1])))
 
     def _reserve(self) -> None:
         """Keep room for the next pass where the host does not know how far the sequences are.
@@ -325,31 +350,74 @@ class Decoder:
         self.cache.proven = True
 
 
-class _Poll:
-    """Watches `status` [B] through copies that the device makes when it gets there; the host reads them late.
+class Poll:
+    """Watches the sequences through copies that the device makes when it gets there; the host reads them late.
 
-    On a CPU the copy is there at once.
+    On a CPU the copy is there at once. Of each state of the device one copy is read, in order.
     """
 
-    def __init__(self, status: Tensor) -> None:
-        self.status = status
-        self.on_cpu = status.device.type == "cpu"
+    def __init__(self, sequences: Sequences) -> None:
+        self.sequences = sequences
+        device = sequences.status.device
+        self.on_cpu = device.type == "cpu"
         self.polls = 0
         if not self.on_cpu:
             # A ring: a copy has been read before its place is used again.
-            self.copies = torch.empty(LAG + 1, len(status), dtype=status.dtype, pin_memory=True)
-            self.events = [torch.Event(status.device) for _ in range(LAG + 1)]
+            state = self.state()
+            self.copies = torch.empty(LAG + 1, *state.shape, dtype=state.dtype, pin_memory=True)
+            self.events = [torch.Event(device) for _ in range(LAG + 1)]
+
+    def state(self) -> Tensor:
+        """What is copied, on the device."""
+        return self.sequences.status
+
+    def take(self, state: Tensor) -> int:
+        """How many sequences go on, from a copy of `state()` on the host."""
+        return int((state == RUNNING).sum())
 
     def running(self) -> int:
         """How many sequences were running `LAG` steps ago (on a CPU: are running now)."""
         if self.on_cpu:
-            return int((self.status == RUNNING).sum())
+            return self.take(self.state())
+        self._copy()
+        return len(self.sequences.status) if self.polls <= LAG else self._read(self.polls - LAG - 1)
+
+    def finish(self) -> None:
+        """Read what the last steps have left, once nothing more is queued."""
+        if self.on_cpu:
+            self.take(self.state())
+            return
+        self._copy()
+        for number in range(max(0, self.polls - LAG - 1), self.polls):
+            self._read(number)
+
+    def _copy(self) -> None:
         place = self.polls % (LAG + 1)
-        self.copies[place].copy_(self.status, non_blocking=True)
+        self.copies[place].copy_(self.state(), non_blocking=True)
         self.events[place].record()
         self.polls += 1
-        if self.polls <= LAG:
-            return len(self.status)
-        place = self.polls % (LAG + 1)  # the oldest
+
+    def _read(self, number: int) -> int:
+        place = number % (LAG + 1)
         self.events[place].synchronize()
-        return int((self.copies[place] == RUNNING).sum())
+        return self.take(self.copies[place])
+
+
+class _OddsPoll(Poll):
+    """Sees hits and chains of the sequences that run."""
+
+    def __init__(self, sequences: Sequences) -> None:
+        super().__init__(sequences)
+        # To begin with all run, and nothing is known.
+        self.seen: tuple[np.ndarray, np.ndarray] = (np.zeros(len(sequences.status)),) * 2
+
+    def state(self) -> Tensor:
+        """What is copied, on the device."""
+        return torch.stack([self.sequences.status, self.sequences.hits, self.sequences.chains])
+
+    def take(self, state: Tensor) -> int:
+        """How many sequences go on; keeps their odds."""
+        status, hits, chains = state.numpy()
+        running = status == RUNNING
+        self.seen = hits[running], chains[running]
+        return int(running.sum())

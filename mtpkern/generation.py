@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
 
 from mtpkern.adapter import adopt, gate_of
 from mtpkern.arguments import (
@@ -23,18 +23,19 @@ from mtpkern.arguments import (
     require_bool,
     require_prepared,
     require_prompts,
+    require_streamer,
     warn_of_left_out,
     whole_number,
 )
 from mtpkern.attention import exclusive, routed
 from mtpkern.decoder import PREFILL_CHUNK, Decoder, places_for
 from mtpkern.graph import is_kept, kept_bytes, kept_decoder, release_graphs, wants_graph, without_kernels
-from mtpkern.kernels.advance import FAULT, STOPPED
 from mtpkern.layers import wants_compile
 from mtpkern.memory import fits_at_once, require_room
 from mtpkern.model import learned_positions, mask_token_for, recorded_settings, require_decodable
 from mtpkern.strategies import Strategy, Verified
 from mtpkern.verify import require_verified
+from mtpkern.watch import REASONS, Streamer, Watch, first_tokens, of_kind
 from mtpkern.wrappers import unwrapped
 
 # Capacities are rounded up, so that runs of similar length share their shapes.
@@ -46,7 +47,9 @@ class MTPGenerateOutput(GenerateDecoderOnlyOutput):
     """`GenerateDecoderOnlyOutput` with the record of acceptance; one entry per sequence in each list.
 
     blocks: tokens emitted by each pass, the prefill being the first. passes: their number. tokens_per_pass: tokens
-    emitted / passes, the prefill counted. finish_reasons: "stop" at a stop token, "length" at the limit.
+    emitted / passes, the prefill counted. finish_reasons: "stop" at a stop token, "stop_string", "criteria" where one
+    of stopping_criteria says so, "time" behind max_time, "length" at the limit, "closed" where a reader of
+    `mtpkern.stream` has left. Tokens and passes behind the end count nowhere.
     """
 
     blocks: list[list[int]] | None = None
@@ -73,19 +76,22 @@ def generate(
     prefill_chunk: int = PREFILL_CHUNK,
     wait: bool = True,
     check_model: bool = True,
+    streamer: Streamer | None = None,
     **kwargs: Any,
 ) -> Tensor | MTPGenerateOutput:
     """Generate from left-padded prompts input_ids [B, T]; returns [B, T + new] token ids, right-padded.
 
     A drop-in for greedy `model.generate(input_ids, **kwargs)`: attention_mask, max_new_tokens, max_length,
-    eos_token_id (one or several), pad_token_id, generation_config and return_dict_in_generate mean what they mean
-    there. With return_dict_in_generate=True the result is an `MTPGenerateOutput`. Of the model's own generation_config
-    the limits and token ids count; it may sample, this does not (`mtpkern.arguments`).
+    eos_token_id (one or several), pad_token_id, stop_strings (with tokenizer), stopping_criteria, generation_config
+    and return_dict_in_generate mean what they mean there; max_time ends behind the pass that exceeds it. With
+    return_dict_in_generate=True the result is an `MTPGenerateOutput`. Of the model's own generation_config the limits,
+    stop strings and token ids count; it may sample, this does not (`mtpkern.arguments`).
 
     strategy: `Verified` (default; the checkpoint's own greedy output), `ConfAdapt` or `Static`. Without a k each takes
         one from the k_max that training has recorded (`Strategy.for_model`); one that is given stays.
     mask_token_id: for checkpoints that do not record theirs; k = 1 needs none, so any model decodes with `Static(1)`.
-    rows: the row budget of a pass, from B * k up; see `mtpkern.decoder.default_rows`.
+    rows: the row budget of a pass, from B * k up, with `Verified` from B up. None: for a `Verified` without a k, as
+        many as are worth their time (`mtpkern.load`), else as many as it can use (`mtpkern.decoder.default_rows`).
     use_graph: whether a pass is captured in a CUDA graph, which the next calls of a similar shape use again; None: on
         every CUDA device. What is kept between calls: `release_graphs`.
     compile: send the model's layers through `torch.compile`, for passes alone (`mtpkern.layers`). The first call of a
@@ -98,11 +104,13 @@ def generate(
     wait: whether a call waits for another thread's that runs the same model; False: RuntimeError.
     check_model: compare a model of a class that the tests do not cover with its own forward and greedy decoding, once
         in a process, and refuse it with what differs; see `mtpkern.check`.
+    streamer: as transformers': gets the prompts, then one token of each sequence at a time, as soon as all have come
+        that far. `mtpkern.stream` is another way, by blocks.
 
     model may be a PeftModel whose adapters act in its layers, row by row.
 
-    Raises ValueError or TypeError, by name, for everything in the call that is not honoured: sampling, beams, logits
-    processors, stop strings, streamers, scores, a model of an unknown kind. RuntimeError where the model's logits hold
+    Raises ValueError or TypeError, by name, for everything in the call that is not honoured (docs/arguments.md):
+    sampling, beams, logits processors, scores, a model of an unknown kind. RuntimeError where the model's logits hold
     NaN. Warns of what the model's own generation_config asks for and greedy decoding leaves out.
 
         output = mtpkern.generate(model, **tokenizer("Two and two is", return_tensors="pt"), max_new_tokens=64)
@@ -117,6 +125,7 @@ def generate(
         raise TypeError(f"strategy must be mtpkern.Static, ConfAdapt or Verified, got {strategy!r}")
     model = unwrapped(model, kwargs)
     require_decodable(model)
+    by_load = rows is None and (strategy is None or not strategy.k)
     strategy = strategy_for(model, strategy)
     mask = mask_token_for(model, strategy.k, mask_token_id)
     options = {"batch_invariant": batch_invariant, "wait": wait, "check_model": check_model}
@@ -131,6 +140,7 @@ def generate(
     file = getattr(model, "generation_config", None)
     if file is None:
         raise ValueError(f"{type(model).__name__} cannot generate; load the model with AutoModelForCausalLM")
+    require_streamer(streamer)
     input_ids, settings, left_out = read_arguments(file, input_ids, kwargs)
     if left_out.get("suppress_tokens") == [mask]:
         del left_out["suppress_tokens"]  # as training records it for other decoders; ours never emits it
@@ -149,20 +159,23 @@ def generate(
         reached = True
         if not model_kwargs.get("mm_encoder_outputs", True):
             del model_kwargs["mm_encoder_outputs"]  # of a model that could see images, and has been given none
-        require_prepared(generation_config, logits_processor, stopping_criteria, model_kwargs)
+        require_prepared(generation_config, logits_processor, model_kwargs)
         run = partial(
             _decode,
             model,
             input_ids,
             strategy,
             generation_config,
+            stopping_criteria,
             model_kwargs.get("attention_mask"),
+            watch=Watch.of(streamer, stopping_criteria),
             mask_token_id=mask,
             use_graph=graph,
             prefill_chunk=prefill_chunk,
             wait=wait,
             check_model=check_model,
             rows=rows,
+            by_load=by_load,
             compile=wants_compile(compile, graph),
             batch_invariant=batch_invariant,
         )
@@ -189,8 +202,10 @@ def _decode(
     input_ids: Tensor,
     strategy: Strategy,
     generation_config: GenerationConfig,
+    stopping_criteria: StoppingCriteriaList,
     attention_mask: Tensor | None,
     *,
+    watch: Watch | None,
     mask_token_id: int,
     use_graph: bool,
     prefill_chunk: int,
@@ -206,11 +221,14 @@ def _decode(
     prompts = [T] * B if host_mask is None else host_mask.long().sum(1).tolist()
     if min(prompts) == T:
         attention_mask = None  # without padding transformers need not look for it
+    given_on, padding = input_ids.device, generation_config._pad_token_tensor
     input_ids = input_ids.to(model.device, torch.int64)
     if attention_mask is not None:
         attention_mask = attention_mask.to(model.device, torch.int64)
-    stop_ids = _stop_ids(generation_config)
-    longest, asked = max(prompts), generation_config.max_length - T
+    stop_ids = _stop_ids(stopping_criteria)
+    # Criteria of the caller's for these two stand in the place of those of the configuration.
+    limit = min(criterion.max_length for criterion in of_kind(stopping_criteria, MaxLengthCriteria))
+    longest, asked = max(prompts), max(1, limit - T)
     max_new_tokens = asked
     positions = learned_positions(model, needed=longest + asked - 1)  # the last token is never fed
     if positions is not None:
@@ -218,6 +236,9 @@ def _decode(
         max_new_tokens = positions - longest + 1
         if max_new_tokens < 1:
             raise ValueError(_past_positions(model, positions, longest, asked))
+    if watch is not None:
+        filler = 0 if padding is None else int(padding)
+        watch.begin(host_ids, host_mask, new=max_new_tokens, padding=filler, device=given_on)
     # The prefill runs through the model's own attention, and the results are read before another run may have the
     # decoder.
     with (
@@ -237,30 +258,41 @@ def _decode(
             **options,
         ) as decoder,
     ):
-        with routed(model, decoder.cache) as route:
-            decoder.run(route)
         sequences = decoder.sequences
+        poll = None if watch is None else watch.poll(sequences, strategy)
+        with routed(model, decoder.cache) as route:
+            decoder.run(route, poll)
         # One copy to the host, behind all passes.
         status, length, passes = torch.stack([sequences.status, sequences.length, sequences.passes]).tolist()
-        faulty = [b for b, s in enumerate(status) if s == FAULT]
+        if watch is None or poll is None:
+            ends = sequences.length
+            emitted = [end - start for end, start in zip(length, prompts)]
+            reasons = [REASONS[s] for s in status]
+        else:
+            poll.finish()
+            emitted, reasons = watch.ends, watch.reasons
+            ends = torch.tensor([start + n for start, n in zip(prompts, emitted)]).to(model.device)
+        faulty = [b for b, reason in enumerate(reasons) if reason == "fault"]
         if faulty:
             raise RuntimeError(
                 f"the model's logits hold NaN or inf for sequences {faulty}; check its weights and dtype"
             )
-        if positions is not None and any(s != STOPPED for s in status):
+        if positions is not None and "length" in reasons:
             raise ValueError(_past_positions(model, positions, longest, asked))
-        emitted = [end - start for end, start in zip(length, prompts)]
-        new = _new_tokens(decoder, attention_mask, T, max(emitted), generation_config._pad_token_tensor)
+        new = _new_tokens(decoder, ends, attention_mask, T, max(emitted), padding)
         output = torch.cat([input_ids, new], dim=1)
-        if not generation_config.return_dict_in_generate:
-            return output
-        blocks = sequences.blocks[:, : max(passes)].tolist()
+        blocks = sequences.blocks[:, : max(passes)].tolist() if generation_config.return_dict_in_generate else None
+    if watch is not None:
+        watch.finish()
+    if blocks is None:
+        return output
+    blocks = [first_tokens(row, n) for row, n in zip(blocks, emitted)]
     return MTPGenerateOutput(
         sequences=output,
-        blocks=[row[:n] for row, n in zip(blocks, passes)],
-        passes=passes,
-        tokens_per_pass=[n / p for n, p in zip(emitted, passes)],
-        finish_reasons=["stop" if s == STOPPED else "length" for s in status],
+        blocks=blocks,
+        passes=[len(row) for row in blocks],
+        tokens_per_pass=[n / len(row) for row, n in zip(blocks, emitted)],
+        finish_reasons=reasons,
     )
 
 
@@ -346,16 +378,18 @@ def _prefill(decoder: Decoder, input_ids: Tensor, attention_mask: Tensor | None,
     decoder.prefill(input_ids, attention_mask, chunk=chunk)
 
 
-def _new_tokens(decoder: Decoder, attention_mask: Tensor | None, T: int, width: int, padding: Tensor | None) -> Tensor:
-    """From compact sequences (slot = position) back to what stands behind the prompts: [B, width], padded."""
+def _new_tokens(
+    decoder: Decoder, ends: Tensor, attention_mask: Tensor | None, T: int, width: int, padding: Tensor | None
+) -> Tensor:
+    """From compact sequences (slot = position) of these lengths [B] back to what stands behind the prompts: padded."""
     sequences = decoder.sequences
-    prompt = torch.full_like(sequences.length, T) if attention_mask is None else attention_mask.sum(1)
+    prompt = torch.full_like(ends, T) if attention_mask is None else attention_mask.sum(1)
     o_new = prompt[:, None] + torch.arange(width, device=decoder.device)
     new = sequences.tokens.gather(1, o_new)
-    return new.masked_fill(o_new >= sequences.length[:, None], 0 if padding is None else padding)
+    return new.masked_fill(o_new >= ends[:, None], 0 if padding is None else padding)
 
 
-def _stop_ids(generation_config: GenerationConfig) -> Tensor:
+def _stop_ids(stopping_criteria: StoppingCriteriaList) -> Tensor:
     """Stop tokens [S]; -1, which is no token, where there is none."""
-    stops = generation_config._eos_token_tensor
-    return torch.tensor([-1]) if stops is None else torch.as_tensor(stops).flatten()
+    stops = [criterion.eos_token_id.flatten() for criterion in of_kind(stopping_criteria, EosTokenCriteria)]
+    return torch.cat(stops) if stops else torch.tensor([-1])

@@ -25,9 +25,9 @@ def decode(
 ) -> tuple[list[int], list[int]]:
     """Decode one prompt [T] int64; returns the new tokens and how many each pass emitted.
 
-    New tokens end with the first of `eos_token_id`, or after max_new_tokens. `rows`, from k up, is the row budget of a
-    pass behind the first: the tokens kept by the last pass are fed again, and masks take what is left, at most k - 1
-    behind the last, then what the strategy wants behind others.
+    New tokens end with the first of `eos_token_id`, or after max_new_tokens. `rows`, from k up (verified: from 1),
+    is the row budget of a pass behind the first: the tokens kept by the last pass are fed again, and masks take what is
+    left, at most k - 1 behind the last, then what the strategy wants behind others.
 
         tokens, blocks = decode(model, ids, ConfAdapt(k=4), mask_token_id=5, max_new_tokens=32, eos_token_id=2)
         assert sum(blocks) == len(tokens)
@@ -95,6 +95,7 @@ def decode(
         if strategy.verify:
             going_on = emit(drafts[:confirmed] + kept[:1])
             drafts = kept[1:][: max_new_tokens - len(certain)]
+            drafts = drafts if rows is None else drafts[: rows - 1]
             sure = confidence[confirmed + 1 :][: len(drafts)]
         else:
             going_on = emit(kept)

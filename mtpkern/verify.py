@@ -21,7 +21,7 @@ from mtpkern.adapter import gated
 from mtpkern.arguments import plain_greedy
 from mtpkern.attention import exclusive, routed
 from mtpkern.decoder import Decoder
-from mtpkern.kernels.advance import FAULT
+from mtpkern.kernels.state import FAULT
 from mtpkern.model import require_decodable, resolve_mask_token
 from mtpkern.strategies import Static
 from mtpkern.wrappers import unwrapped

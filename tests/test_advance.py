@@ -14,17 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtpkern.kernels.advance import (
-    FAULT,
-    LIMIT,
-    RUNNING,
-    STOPPED,
-    Rows,
-    Sequences,
-    advance,
-    advance_reference,
-    advance_triton,
-)
+from mtpkern.kernels.advance import advance, advance_reference, advance_triton
+from mtpkern.kernels.state import FAULT, LIMIT, RUNNING, STOPPED, Rows, Sequences, Terms
+from mtpkern.kernels.worth import UNIT
 from mtpkern.reference import likeliest_ends
 
 FORMS = [advance, advance_reference, pytest.param(advance_triton, marks=pytest.mark.kernel)]
@@ -48,9 +40,11 @@ class Text:
     behind: list[int] = field(default_factory=list)
     status: int = RUNNING
     blocks: list[int] = field(default_factory=list)
+    hits: int = 0
+    chains: int = 0
 
     def take_in(
-        self, token: list[int], confidence: list[float], threshold: float, stops: set[int], verify: bool
+        self, token: list[int], confidence: list[float], threshold: float, stops: set[int], verify: bool, price: float
     ) -> None:
         """Accept from the readout of this sequence's rows: the pending tokens', the last's masks', then all others'."""
         if self.status != RUNNING:
@@ -75,6 +69,11 @@ class Text:
                     break
                 (next_drafts if verify else news).append(token[i])
                 self.sure.append(confidence[i])
+        if verify:
+            self.remember(row, tried=len(confidence) > 1)
+            while self.sure and math.prod(self.sure) < price:
+                self.sure.pop()
+                next_drafts.pop()
 
         self.blocks.append(0)
         for y in news:
@@ -87,17 +86,43 @@ class Text:
         self.tokens = certain + next_drafts
         self.pending = 1 + len(next_drafts) if verify else self.blocks[-1]
 
+    def remember(self, confirmed: int, tried: bool) -> None:
+        """Confirmed drafts and chains, of which a sixteenth is forgotten a chain and a 256th a pass without one."""
+        bits = 4 if tried else 8
+        self.hits += tried * confirmed * UNIT - (self.hits >> bits)
+        self.chains += tried * UNIT - (self.chains >> bits)
 
-def deal(texts: list[Text], rows: int, k: int, extra: int) -> None:
+    def worthy(self, chance: float, most: int, price: float) -> int:
+        """How many masks are worth the price behind a token at which the chain of drafts ends with that chance."""
+        odds = (self.hits + 4 * UNIT) * 2**16 // (self.hits + self.chains + 6 * UNIT) / 2**16
+        power, masks = odds, 0
+        while masks < most and chance * power >= price:
+            power *= odds
+            masks += 1
+        return masks
+
+
+def deal(texts: list[Text], rows: int, k: int, extra: int, price: float, verify: bool) -> None:
     """Masks for each sequence, dealt like cards: one a round to everybody who can use one more.
 
-    They go behind the last pending token, then, `extra` at most, behind those where the drafts are likeliest to end.
+    Where there are not even rows for all that is pending, the longest drop drafts. Masks go behind the last pending
+    token, then, `extra` at most, behind those where the drafts are likeliest to end.
     """
     cards = [0] * len(texts)
     wants = []
+    level = k
+    while verify and sum(min(text.pending, level) for text in texts) > rows and level > 1:
+        level -= 1
     for text in texts:
+        if text.pending > level:
+            del text.tokens[len(text.tokens) - (text.pending - level) :]
+            text.pending = level
         first = len(text.tokens) - text.pending
         text.behind = [max(0, min(k - 1, text.limit - first - i - 2)) for i in range(text.pending)]
+        if verify and text.pending:
+            sure = text.sure[: text.pending - 1]
+            chances = [math.prod(sure[:i]) * (1 - c) for i, c in enumerate(sure)] + [math.prod(sure)]
+            text.behind = [text.worthy(chance, most, price) for chance, most in zip(chances, text.behind)]
         wants.append(text.behind[-1] + min(extra, sum(text.behind[:-1])) if text.status == RUNNING else 0)
     spare = rows - sum(text.pending for text in texts)
     assert spare >= 0
@@ -128,10 +153,12 @@ class Machine:
         stops: set[int],
         dtype: torch.dtype = torch.float32,
         masks: int = 0,
+        price: float = 0.0,
     ) -> None:
         B = len(prompts)
         self.form, self.k, self.verify, self.dtype, self.masks = form, k, verify, dtype, masks
-        self.threshold, self.stops = threshold, stops
+        self.threshold, self.stops, self.price = threshold, stops, price
+        self.terms = Terms(*map(torch.tensor, (threshold, sorted(stops) or [-1])), torch.tensor(price).double())
         self.texts = [Text(list(prompt), len(prompt) + n) for prompt, n in zip(prompts, new_tokens)]
         self.capacity = max(text.limit for text in self.texts)
         device = torch.device("cpu")
@@ -152,7 +179,7 @@ class Machine:
         self.addresses = self._addresses()
 
     def _addresses(self) -> list[int]:
-        return [x.data_ptr() for state in (self.sequences, self.rows) for x in vars(state).values()]
+        return [x.data_ptr() for state in (self.sequences, self.rows, self.terms) for x in vars(state).values()]
 
     @property
     def running(self) -> bool:
@@ -167,42 +194,42 @@ class Machine:
         stop = min(self.stops, default=0)
         token += [stop if r % 2 else -1 for r in range(unused)]
         confidence += [1.0 if r % 2 else math.nan for r in range(unused)]
-        threshold = torch.tensor(self.threshold)
-        stop_ids = torch.tensor(sorted(self.stops) or [-1])
         ended = [(b, self.sequences.tokens[b, :-1].clone()) for b, t in enumerate(self.texts) if t.status != RUNNING]
         self.form(
             self.sequences,
             self.rows,
+            self.terms,
             torch.tensor(token, dtype=torch.int64),
             torch.tensor(confidence, dtype=self.dtype),
-            threshold,
-            stop_ids,
             k=self.k,
             verify=self.verify,
             mask_token_id=MASK,
             masks=self.masks,
         )
         for text, (tokens, confidences) in zip(self.texts, readouts):
-            text.take_in(tokens, confidences, self.threshold, self.stops, self.verify)
+            text.take_in(tokens, confidences, self.threshold, self.stops, self.verify, self.price)
         for b, tokens in ended:
             assert torch.equal(self.sequences.tokens[b, :-1], tokens)
         self.compare()
 
     def compare(self) -> None:
         sequences, rows, texts = self.sequences, self.rows, self.texts
+        R, M = len(rows.seq), self.masks
+        deal(texts, R, self.k, M, self.price, self.verify)
         assert self._addresses() == self.addresses
         assert sequences.status.tolist() == [text.status for text in texts]
         assert sequences.length.tolist() == [len(text.tokens) for text in texts]
         assert sequences.pending.tolist() == [text.pending for text in texts]
         assert sequences.passes.tolist() == [len(text.blocks) for text in texts]
+        running = [b for b, text in enumerate(texts) if text.status == RUNNING]
+        assert sequences.hits[running].tolist() == [texts[b].hits for b in running]
+        assert sequences.chains[running].tolist() == [texts[b].chains for b in running]
         for b, text in enumerate(texts):
             assert sequences.tokens[b, : len(text.tokens)].tolist() == text.tokens
             assert (sequences.tokens[b, text.limit : self.capacity] == UNWRITTEN).all()
             assert sequences.blocks[b, : len(text.blocks)].tolist() == text.blocks
             assert not sequences.blocks[b, len(text.blocks) : -1].any()
 
-        R, M = len(rows.seq), self.masks
-        deal(texts, R, self.k, M)
         expected = []
         start = [0]
         for b, text in enumerate(texts):
@@ -247,8 +274,11 @@ def scenarios(draw: st.DrawFn, behind_drafts: bool = False) -> dict[str, object]
     masks = draw(st.integers(1, (k - 1) ** 2)) if behind_drafts else 0
     return {
         "k": k,
-        # From what pending tokens need to more than anybody can use; near the lower end masks are scarce.
-        "rows": batch * k + draw(st.one_of(st.integers(0, 2), st.integers(0, batch * (k - 1 + masks) + 3))),
+        # From what pending tokens need to more than anybody can use; near the lower end masks are scarce, and
+        # Verified drops drafts, down to a row a sequence.
+        "rows": batch * (draw(st.sampled_from([1, k, k])) if verify else k)
+        + draw(st.one_of(st.integers(0, 2), st.integers(0, batch * (k - 1 + masks) + 3))),
+        "price": draw(st.sampled_from([0.0, 0.0, 0.05, 0.25, 0.625, 2.0])) if verify else 0.0,
         "verify": verify,
         "masks": masks,
         # Exact in float32, so that a confidence can equal it; -1 is Static.
@@ -280,6 +310,7 @@ def decode(
     agreement: float,
     sureness: float,
     fault: float,
+    price: float,
     dtype: torch.dtype,
     seed: int,
 ) -> None:
@@ -309,6 +340,7 @@ def decode(
         threshold=threshold,
         stops=stops,
         dtype=dtype,
+        price=price,
     )
     passes = 0
     while machine.running:

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import MaxLengthCriteria, MinLengthLogitsProcessor
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessorList
+from transformers.generation import MinLengthLogitsProcessor
 
 import mtpkern
 from mtpkern import Static
 from mtpkern.arguments import HONOURED, plain_greedy, read_arguments, require_prompts, whole_number
+from mtpkern.custom_generate import write_custom_generate
 
 NEW = 3
 
@@ -134,18 +135,11 @@ def test_a_name_that_transformers_does_not_know_is_refused_in_a_config_too(share
         mtpkern.generate(shared, **inputs, generation_config=GenerationConfig(max_new_tokens=4, tempreature=0.5))
 
 
-class _Streamer:
-    def put(self, value: Tensor) -> None: ...
-    def end(self) -> None: ...
-
-
 # Arguments of model.generate that are no fields of GenerationConfig, each with a value that would mean something.
 ARGUMENTS: dict[str, Any] = {
     "logits_processor": LogitsProcessorList([MinLengthLogitsProcessor(20, 3)]),
-    "stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(14)]),
     "prefix_allowed_tokens_fn": lambda b, ids: [1, 2],
     "assistant_model": SimpleNamespace(),
-    "streamer": _Streamer(),
     "synced_gpus": True,
     "negative_prompt_ids": torch.ones(2, 2, dtype=torch.long),
     "negative_prompt_attention_mask": torch.ones(2, 2, dtype=torch.long),
@@ -167,7 +161,7 @@ def test_arguments_that_are_not_honoured_are_refused_by_name(name: str, shared: 
 
 
 def test_every_argument_of_generate_is_accounted_for(shared: Any) -> None:
-    known = {"inputs", "generation_config", "kwargs", "trust_remote_code", *ARGUMENTS}
+    known = {"inputs", "generation_config", "kwargs", "trust_remote_code", "stopping_criteria", "streamer", *ARGUMENTS}
     assert set(inspect.signature(LlamaForCausalLM.generate).parameters) <= known | {"self"}
 
 
@@ -275,7 +269,6 @@ def test_limits_of_the_models_file_count(model: Any, inputs: Any) -> None:
         ({"temperature": 0.5}, "temperature=0.5"),
         ({"top_k": 50}, "top_k=50"),
         ({"repetition_penalty": 1.1}, "repetition_penalty=1.1"),
-        ({"stop_strings": ["\n"], "tokenizer": SimpleNamespace()}, "stop_strings="),
         ({"generation_config": GenerationConfig(do_sample=True, temperature=0.5)}, "do_sample=True; .* pass do_sample"),
     ],
     ids=str,
@@ -353,18 +346,31 @@ def test_an_adapted_model_whose_base_generates_with_ours(model: Any, inputs: Any
 
 
 def test_a_checkpoint_that_brings_our_generate_along(model: Any, inputs: Any, tmp_path: Any) -> None:
-    """custom_generate/generate.py is how transformers lets a checkpoint choose; both of its ways lead to one call."""
+    """Loaded by somebody who trusts its code it decodes with ours, streamer and all; by others as ever."""
     expected = mtpkern.generate(model, **inputs, max_new_tokens=NEW)
     model.save_pretrained(tmp_path)
-    (tmp_path / "custom_generate").mkdir()
-    (tmp_path / "custom_generate" / "generate.py").write_text(
-        "import mtpkern\n\n\ndef generate(model, **kwargs):\n    return mtpkern.generate(model, **kwargs)\n"
-    )
-    loaded = LlamaForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
+    write_custom_generate(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
     assert isinstance(loaded.generate, partial)
-    assert loaded.generate(**inputs, max_new_tokens=NEW).equal(expected)
+    shown: list[Tensor] = []
+    passes = []
+    loaded.register_forward_hook(lambda *_: passes.append(1))
+    strategy = {"strategy": Static(NEW), "check_model": False}
+    assert loaded.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=NEW).equal(
+        expected
+    )
+    passes.clear()
+    streamer = SimpleNamespace(put=shown.append, end=lambda: None)
+    output = loaded.generate(**inputs, max_new_tokens=NEW, streamer=streamer, return_dict_in_generate=True, **strategy)
+    assert torch.stack(shown[1:], dim=1).equal(output.sequences[:, 6:])
+    assert output.passes == [1, 1]
+    assert len(passes) == 1
     by_name = {"custom_generate": str(tmp_path), "trust_remote_code": True}
     assert model.generate(**inputs, max_new_tokens=NEW, **by_name).equal(expected)
+    untrusted = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert not isinstance(untrusted.generate, partial)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        model.generate(**inputs, max_new_tokens=NEW, custom_generate=str(tmp_path), trust_remote_code=False)
 
 
 def test_a_class_that_decodes_in_its_own_way_is_refused(model: Any, inputs: Any) -> None:
@@ -407,6 +413,17 @@ def test_a_model_that_cannot_generate(model: Any, inputs: Any) -> None:
         ({"eos_token_id": True}, TypeError, "eos_token_id must be a whole number, got True"),
         ({"eos_token_id": []}, ValueError, "eos_token_id must be a token id or a list of at least one"),
         ({"pad_token_id": [1]}, TypeError, r"pad_token_id must be a whole number, got \[1\]"),
+        ({"max_time": -1}, ValueError, "max_time must be a number of seconds from 0 up, got -1"),
+        ({"max_time": float("nan")}, ValueError, "max_time must be a number of seconds from 0 up, got nan"),
+        ({"max_time": "5"}, ValueError, "max_time must be a number of seconds from 0 up, got '5'"),
+        ({"max_time": True}, ValueError, "max_time must be a number of seconds from 0 up, got True"),
+        ({"stop_strings": ["x"]}, ValueError, "stop_strings .* pass the model's tokenizer as tokenizer="),
+        ({"stop_strings": [""], "tokenizer": 0}, TypeError, r"a list of texts that are not empty, got \[''\]"),
+        ({"stop_strings": [3], "tokenizer": 0}, TypeError, r"stop_strings must be a text, or a list .* got \[3\]"),
+        ({"stop_strings": 3, "tokenizer": 0}, TypeError, "stop_strings must be a text, or a list .* got 3"),
+        ({"stopping_criteria": print}, TypeError, "must be a StoppingCriteriaList .* got <built-in function print>"),
+        ({"stopping_criteria": [3]}, TypeError, r"a list of StoppingCriteria, got \[3\]"),
+        ({"streamer": print}, TypeError, r"methods put\(tokens\) and end\(\), .* got builtin_function_or_method"),
         ({"prefill_chunk": 1.5}, ValueError, "prefill_chunk must be a whole number of at least 1, got 1.5"),
         ({"prefill_chunk": 0}, ValueError, "prefill_chunk must be a whole number of at least 1, got 0"),
         ({"prefill_chunk": None}, TypeError, "prefill_chunk must be a whole number"),

@@ -9,7 +9,7 @@ import mtpkern
 from mtpkern import Verified
 from mtpkern.cache import KVCache, PrefillCache
 from mtpkern.decoder import Decoder
-from mtpkern.kernels.advance import Rows
+from mtpkern.kernels.state import Rows
 
 B, HKV, D, C = 2, 2, 4, 6
 CPU = torch.device("cpu")

@@ -5,13 +5,14 @@ import os
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from mtpkern.train.arithmetic import build_tokenizer
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.compilation import CompiledLayers
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import HeldOut
+from mtpkern.train.gated_trainer import GatedTrainer
 from mtpkern.train.trainer import MTPTrainer
 
 V, MASK, EOS = 41, 40, 7
@@ -25,9 +26,9 @@ def fresh():
     torch._dynamo.reset()
 
 
-def llama(seed=0):
+def llama(seed=0, layers=3):
     torch.manual_seed(seed)
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": layers, "num_attention_heads": 2}
     ends = {"eos_token_id": EOS, "bos_token_id": 1, "pad_token_id": 0}
     return LlamaForCausalLM(LlamaConfig(vocab_size=V, num_key_value_heads=1, initializer_range=0.3, **shape, **ends))
 
@@ -99,6 +100,57 @@ def test_adapters_and_activation_checkpointing(tmp_path):
         run.train()
     assert counters["stats"]["unique_graphs"] == 1
     assert losses(plain) == pytest.approx(losses(compiled), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_gated_adapters_share_forms_too(tmp_path):
+    """Steps of several k and lengths, prefixes kept and not: all layers and steps run what the first step has made.
+
+    Up to the compiler's own work, which takes half a minute.
+    """
+    made, runs = [], {}
+
+    class Counting(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            made.append(counters["stats"]["unique_graphs"])
+
+    for name, change in {"plain": {}, "compiled": {"torch_compile_backend": "eager"}}.items():
+        arguments = {
+            "gated": True,
+            "lora_rank": 2,
+            "lora_targets": "q_proj,down_proj",
+            "k_max": 8,
+            "num_spans": 2,
+            "prefix_memory": 1e-4,
+            "max_steps": 4,
+            "per_device_train_batch_size": 3,
+            # Plain gradient descent: the weights show the gradients.
+            "optim": "sgd",
+            "learning_rate": 0.5,
+            "max_grad_norm": 0,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "use_cpu": True,
+            "disable_tqdm": True,
+        }
+        runs[name] = GatedTrainer(
+            model=llama(layers=4),
+            args=MTPConfig(str(tmp_path / name), **arguments | change),
+            train_dataset=rows(),
+            data_collator=MTPCollator(0),
+            callbacks=[Counting()],
+        )
+        runs[name].train()
+    plain, compiled = runs.values()
+    assert made == [0] * 4 + [made[4]] * 4
+    # Up to attention and behind it, in layer and attention module: without gradient for prefixes, with it for masks.
+    assert 0 < made[4] <= 8
+    (reason,) = counters["graph_break"]
+    assert "mtpkern_attention" in reason
+    assert losses(plain) == pytest.approx(losses(compiled), abs=1e-5)
+    for (name, a), (_, b) in zip(plain.model.named_parameters(), compiled.model.named_parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5, msg=name)
+    assert not any("forward" in vars(module) for module in compiled.model.get_base_model().model.layers)
 
 
 def test_the_whole_model_is_never_wrapped(tmp_path, monkeypatch):

@@ -6,13 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtpkern.kernels.advance import Rows, Sequences
-
 # Importing the ops registers them.
 from mtpkern.kernels.decode_attention import decode_attention
 from mtpkern.kernels.gated_lora import gated_lora
 from mtpkern.kernels.kv_write import kv_write
 from mtpkern.kernels.readout import readout
+from mtpkern.kernels.state import Rows, Sequences, Terms
 
 B, R, HKV, D, C = 2, 5, 2, 4, 6
 CPU = torch.device("cpu")
@@ -60,7 +59,8 @@ def arguments(name: str) -> tuple[Any, ...]:
     sequences.limit.fill_(C)
     rows.start.copy_(torch.tensor([0, 2, 4]))
     read = torch.tensor([4, 5, 6, 7]), torch.tensor([0.9, 0.8, 0.7, 0.9])
-    return *vars(sequences).values(), *vars(rows).values(), *read, torch.tensor(0.5), torch.tensor([-1]), 2, True, 8, 1
+    state = (*vars(sequences).values(), *vars(rows).values(), *vars(Terms.allocate(1, CPU)).values())
+    return *state, *read, 2, True, 8, 1
 
 
 @pytest.mark.parametrize("name", ["readout", "kv_write", "gated_lora", "decode_attention", "advance"])

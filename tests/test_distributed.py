@@ -11,9 +11,12 @@ import traceback
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from mtpkern.adapter import load_adapter
 from mtpkern.train.arithmetic import build_tokenizer
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.config import MTPConfig
@@ -258,9 +261,13 @@ def test_two_processes_take_the_step_of_one(tmp_path):
         assert (weight - start[key]).abs().max() > 2e-5  # twenty times what may differ
 
 
-def gated_trainer(path, batch, **change):
-    """Plain gradient descent, on spans that depend on the text alone; some texts have no answer and so no span."""
+def gated_trainer(path, batch, tied=False, dtype=None, **change):
+    """Plain gradient descent, on spans that depend on the text alone; some texts have no answer and so no span.
+
+    One comes twice in a batch, whose rank then needs a pass less than the other.
+    """
     texts = rows(16)
+    texts[7] = dict(texts[6])
     for text in texts[2:4]:
         text["prompt_length"] = len(text["input_ids"])
     arguments = {
@@ -288,44 +295,97 @@ def gated_trainer(path, batch, **change):
         "disable_tqdm": True,
     }
     args = MTPConfig(str(path), **arguments | change)
-    model = llama()
+    return GatedTrainer(
+        model=gated_base(tied).to(dtype),
+        args=args,
+        train_dataset=texts,
+        eval_dataset=rows(5),
+        held_out=HeldOut([[1, 9, 10], [1, 12]], ["1", "2"], build_tokenizer(), max_new_tokens=6),
+        data_collator=MTPCollator(0),
+    )
+
+
+def gated_base(tied):
+    model = llama(tied=tied)
     with torch.no_grad():
         # Else so little depends on any query that its adapter would not move in three steps.
         for weight in model.parameters():
             weight *= 10 if weight.dim() > 1 else 1
-    return GatedTrainer(model=model, args=args, train_dataset=texts, data_collator=MTPCollator(0))
+    return model
+
+
+def whole(run):
+    """What is trained, gathered where it lies in shards."""
+    trained = {name.removeprefix("module."): p.detach() for name, p in run.model.named_parameters() if p.requires_grad}
+    return {name: (p.full_tensor() if isinstance(p, DTensor) else p).clone() for name, p in trained.items()}
+
+
+def results(run):
+    """Losses, what an evaluation finds, and the weights."""
+    run.train()
+    losses = [x["loss"] for x in run.state.log_history if "loss" in x]
+    found = run.evaluate()
+    return {"losses": losses, "found": [found["eval_loss"], found["eval_tokens_per_pass"]]}, whole(run)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_two_processes_take_the_gated_step_of_one(tmp_path):
-    """Adapters and the mask token's row, with prefixes kept on each rank; FSDP is refused by name."""
-
-    def trained(run):
-        run.train()
-        losses = [x["loss"] for x in run.state.log_history if "loss" in x]
-        return losses, {name: p.detach() for name, p in run.model.named_parameters() if p.requires_grad}
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_two_processes_take_the_gated_step_of_one(tmp_path, tied):
+    """Adapters and the mask token's row, with prefixes kept on each rank; base and adapters whole and in shards."""
 
     def work(rank):
-        run = gated_trainer(tmp_path, 2)
-        losses, weights = trained(run)
-        if rank == 0:
-            # Three steps of two batches of two texts.
-            assert len(run.prefixes) > 4
-            weights = {name.removeprefix("module."): x for name, x in weights.items()}
-            torch.save({"losses": losses, "weights": weights}, tmp_path / "two.pt")
-        run.accelerator.wait_for_everyone()
-        forget_engine()
         let_accelerate_shard_on_a_cpu()
-        with pytest.raises(ValueError, match="LoRA under FSDP"):
-            gated_trainer(tmp_path / "fsdp", 2, fsdp=True)
+        for name, change in {"ddp": {}, "fsdp": {"fsdp": True}}.items():
+            forget_engine()
+            run = gated_trainer(tmp_path / name, 2, tied, **change)
+            found = results(run)
+            # Evaluation leaves what lies around the layers gathered.
+            layers = [p for key, p in run.model.named_parameters() if ".layers." in key]
+            assert all(isinstance(p, DTensor) == (name == "fsdp") for p in layers)
+            units = [x for x in run.model.modules() if isinstance(x, FSDPModule) and isinstance(x, LlamaDecoderLayer)]
+            assert len(units) == (2 if name == "fsdp" else 0)
+            run.save_model(str(tmp_path / name / "adapter"))
+            run.accelerator.wait_for_everyone()
+            if rank == 0:
+                # Three steps of two batches of two texts.
+                assert len(run.prefixes) > 4
+                torch.save(found, tmp_path / f"{name}.pt")
 
     in_two_processes(work)
-    two = torch.load(tmp_path / "two.pt")
-    run = gated_trainer(tmp_path, 4, ddp_backend=None)
-    start = {name: p.detach().clone() for name, p in run.model.named_parameters() if p.requires_grad}
-    losses, weights = trained(run)
-    assert two["losses"] == pytest.approx(losses, abs=1e-6)
-    assert two["weights"].keys() == weights.keys()
-    for name, weight in weights.items():
-        torch.testing.assert_close(two["weights"][name], weight, rtol=0, atol=1e-6)
-        assert (weight - start[name]).abs().max() > 2e-5  # twenty times what may differ
+    run = gated_trainer(tmp_path, 4, tied, ddp_backend=None)
+    start = whole(run)
+    want, weights = results(run)
+    for name in ("ddp", "fsdp"):
+        found, theirs = torch.load(tmp_path / f"{name}.pt")
+        assert found["losses"] == pytest.approx(want["losses"], abs=1e-6)
+        # One process has other batches, the engines have the same.
+        assert found["found"] == pytest.approx(torch.load(tmp_path / "ddp.pt")[0]["found"], abs=1e-5)
+        assert theirs.keys() == weights.keys()
+        for key, weight in weights.items():
+            torch.testing.assert_close(theirs[key], weight, rtol=0, atol=1e-6)
+            assert (weight - start[key]).abs().max() > 2e-5  # twenty times what may differ
+        loaded = load_adapter(gated_base(tied), tmp_path / name / "adapter")
+        saved = {key: p for key, p in loaded.named_parameters() if key in theirs}
+        assert saved.keys() == theirs.keys()
+        assert all(torch.equal(p, theirs[key]) for key, p in saved.items())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_gated_run_in_shards_resumes_exactly(tmp_path):
+    """A base in bfloat16, adapters and their moments in float32."""
+
+    def work(rank):
+        let_accelerate_shard_on_a_cpu()
+        options = {"fsdp": True, "optim": "adamw_torch", "learning_rate": 1e-2}
+        options |= {"save_strategy": "steps", "student_dtype": "bfloat16"}
+        found = {}
+        for name in ("whole", "rest"):
+            forget_engine()
+            run = gated_trainer(tmp_path, 2, save_steps=2, dtype=torch.bfloat16, **options)
+            torch.manual_seed(len(found) + rank)
+            run.train(resume_from_checkpoint=None if name == "whole" else str(tmp_path / "checkpoint-2"))
+            found[name] = whole(run)
+        assert all(torch.equal(found["rest"][key], x) for key, x in found["whole"].items())
+
+    in_two_processes(work)

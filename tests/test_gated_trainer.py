@@ -113,14 +113,11 @@ def test_refuses(tiny, tmp_path):
         ({"prefix_weight": 0.5}, "prefix_weight"),
         ({"anchor_kl_weight": 0.5}, "anchor"),
         ({"bidirectional": True}, "bidirectional"),
+        ({"torch_compile": True, "activation_checkpointing": True}, "omit one"),
         ({"prefix_memory": -1.0}, "prefix_memory"),
     ):
         with pytest.raises(ValueError, match=says):
             trainer(tiny, tmp_path, **options)
-    quantised = base(tiny)
-    quantised.is_quantized = True
-    with pytest.raises(ValueError, match="quantised"):
-        trainer(tiny, tmp_path, quantised)
     with pytest.raises(ValueError, match=r"prefix_memory .* gated"):
         MTPConfig(str(tmp_path), prefix_memory=1.0)
     args = MTPConfig(str(tmp_path), gated=True, lora_rank=4, k_max=4, use_cpu=True, report_to="none")
@@ -129,19 +126,44 @@ def test_refuses(tiny, tmp_path):
         MTPTrainer(model=model, mask_token_id=40, args=args, train_dataset=data(), data_collator=MTPCollator(0))
 
 
-@pytest.mark.parametrize("options", [{"student_dtype": "bfloat16"}, {"bf16": True}], ids=["weights", "autocast"])
-def test_a_bfloat16_base_learns_what_a_float32_one_does(tiny, tmp_path, options):
-    """The same numbers in both, adapters in float32."""
-    narrow = base(tiny).bfloat16()
-    wide = trainer(tiny, tmp_path / "wide", base(tiny).bfloat16().float(), max_steps=2, logging_steps=1)
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        ("bfloat16", {"student_dtype": "bfloat16"}),
+        ("float16", {"student_dtype": "float16", "teacher_target": "hard"}),
+        ("bfloat16", {"bf16": True}),
+    ],
+    ids=["bfloat16", "float16", "autocast"],
+)
+def test_a_narrow_base_learns_what_a_float32_one_does(tiny, tmp_path, dtype, options):
+    """The same numbers in both; adapters in float32, and no float32 copy of what is frozen."""
+    dtype = getattr(torch, dtype)
+    wide = trainer(
+        tiny,
+        tmp_path / "wide",
+        base(tiny).to(dtype).float(),
+        max_steps=2,
+        logging_steps=1,
+        **{k: options[k] for k in options if k == "teacher_target"},
+    )
     wide.train()
-    student = narrow if "student_dtype" in options else base(tiny).bfloat16().float()
+    student = base(tiny).to(dtype)
+    if "student_dtype" not in options:
+        student = student.float()
+    frozen = sum(p.nbytes for p in student.parameters())
     run = trainer(tiny, tmp_path / "run", student, max_steps=2, prefix_memory=0.01, logging_steps=1, **options)
     run.train()
-    assert {p.dtype for p in run.model.parameters() if p.requires_grad} == {torch.float32}
+    trained = [p for p in run.model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32}
     assert {p.dtype for p in student.model.layers.parameters() if not p.requires_grad} == {student.dtype}
+    assert sum(p.nbytes for p in run.model.parameters() if not p.requires_grad) == frozen
+    # Both moments of the adapters and of the mask token's row, nothing of the base.
+    assert {id(p) for p in run.optimizer.optimizer.state} == {id(p) for p in trained}
+    if "student_dtype" in options:
+        kept = [x for parts in run.prefixes._kept.values() for x in parts]
+        assert {x.dtype for x in kept} == {dtype}
     losses = [[x["loss"] for x in r.state.log_history if "loss" in x] for r in (run, wide)]
     assert losses[0] == pytest.approx(losses[1], rel=2e-2)
     run.save_model(str(tmp_path / "adapter"))
-    for dtype in (torch.bfloat16, torch.float32):
-        mtpkern.load_adapter(base(tiny).bfloat16().to(dtype), tmp_path / "adapter")
+    for other in (dtype, torch.float32):
+        mtpkern.load_adapter(base(tiny).to(dtype).to(other), tmp_path / "adapter")

@@ -122,8 +122,9 @@ def poison(decoder: Decoder) -> None:
         for pair in decoder.cache.layers.values():
             for x in pair:
                 x.fill_(torch.nan)
-        decoder.threshold.fill_(torch.nan)
-        decoder.stop_ids.fill_(7)
+        decoder.terms.threshold.fill_(torch.nan)
+        decoder.terms.stop_ids.fill_(7)
+        decoder.terms.price.fill_(7)
 
 
 # Each with another threshold: it is no part of the graph.
@@ -168,7 +169,7 @@ def test_state_keeps_its_addresses(recorded: type[RecordedStep], tiny: SimpleNam
 
 
 def addresses(decoder: Decoder) -> list[int]:
-    tensors = [*vars(decoder.sequences).values(), *vars(decoder.rows).values(), decoder.threshold, decoder.stop_ids]
+    tensors = [*vars(decoder.sequences).values(), *vars(decoder.rows).values(), *vars(decoder.terms).values()]
     return [x.data_ptr() for x in [*tensors, *(x for pair in decoder.cache.layers.values() for x in pair)]]
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtpkern.kernels.groups import deal_masks_reference, masks_wanted_reference
+from mtpkern.kernels.groups import chance_of_reference, deal_masks_reference, masks_wanted_reference
 from mtpkern.reference import likeliest_ends
 
 
 def dealt(sure: Tensor, first: Tensor, pending: Tensor, limit: Tensor, budget: Tensor, k: int) -> Tensor:
-    return deal_masks_reference(masks_wanted_reference(first, pending, limit, k), sure, budget)
+    return deal_masks_reference(masks_wanted_reference(first, pending, limit, k), chance_of_reference(sure), budget)
 
 
 if find_spec("triton"):
@@ -29,7 +29,8 @@ if find_spec("triton"):
         p_sure = sure_ptr + o_b * (K - 1)
         first, pending = tl.load(first_ptr + o_b).to(tl.int32), tl.load(pending_ptr + o_b).to(tl.int32)
         limit, budget = tl.load(limit_ptr + o_b).to(tl.int32), tl.load(budget_ptr + o_b).to(tl.int32)
-        masks = deal_masks(p_sure, first, pending, limit, budget, o_i, K)
+        odds = tl.full([B], 0.5, tl.float64)
+        masks = deal_masks(p_sure, first, pending, limit, odds, 0.0, budget, o_i, K)
         tl.store(out_ptr + o_b[:, None] * (K - 1) + o_i[None, :], masks, mask=(o_i < K - 1)[None, :])
 
 

@@ -22,6 +22,7 @@ from mtpkern import ConfAdapt, Static, Verified
 from mtpkern.attention import attention_context
 from mtpkern.decoder import Decoder
 from mtpkern.strategies import Strategy
+from mtpkern.watch import Watch, snapshot
 
 aten = torch.ops.aten
 
@@ -154,6 +155,16 @@ def test_step_on_an_accelerator_has_no_sync(tiny: SimpleNamespace, name: str, st
         watch(prepare(tiny, to_fake(model), strategy), Watcher(accelerator=True), steps=1)
 
 
+def test_what_a_watch_adds_has_no_sync(tiny: SimpleNamespace) -> None:
+    """The state that the poll copies, and the word that ends a sequence."""
+    with FakeTensorMode():
+        sequences = prepare(tiny, to_fake(tiny.model("llama")), Verified(k=3)).sequences
+        window = torch.arange(-5, 0, device=FAKE)
+        with Watcher(accelerator=True):
+            assert snapshot(sequences, window).shape == (3, 8)
+            sequences.status[1].fill_(1)
+
+
 def test_operations_of_a_step_depend_on_neither_batch_nor_k(tiny: SimpleNamespace) -> None:
     model = tiny.model("llama")
     counts = []
@@ -202,9 +213,9 @@ def plant(monkeypatch: pytest.MonkeyPatch, bug: Callable[[Tensor], object]) -> N
     """Let every step do `bug` to the tokens that it has read out."""
     advance = mtpkern.decoder.advance
 
-    def planted(sequences: Any, rows: Any, token: Tensor, *args: Any, **kwargs: Any) -> None:
+    def planted(sequences: Any, rows: Any, terms: Any, token: Tensor, *args: Any, **kwargs: Any) -> None:
         bug(token)
-        advance(sequences, rows, token, *args, **kwargs)
+        advance(sequences, rows, terms, token, *args, **kwargs)
 
     monkeypatch.setattr(mtpkern.decoder, "advance", planted)
 
@@ -247,14 +258,24 @@ def test_experts_that_sync_are_seen(tiny: SimpleNamespace) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("watched", [False, True])
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=repr)
 @pytest.mark.parametrize("name", MODELS)
-def test_run_on_a_gpu_has_no_sync(tiny: SimpleNamespace, name: str, strategy: Strategy) -> None:
+def test_run_on_a_gpu_has_no_sync(tiny: SimpleNamespace, name: str, strategy: Strategy, watched: bool) -> None:
     model = tiny.model(name, **MODELS[name]).to("cuda", torch.bfloat16)
     decoder = prepare(tiny, model, strategy)
+    poll = None
+    if watched:
+        shown: list[Any] = []
+        watch = Watch(SimpleNamespace(put=shown.append, end=lambda: None), [])
+        watch.begin(*tiny.prompts(9, 4, 12), new=20, padding=0, device="cpu")
+        poll = watch.poll(decoder.sequences, strategy)
     with attention_context(model, decoder.cache) as route:
         torch.cuda.set_sync_debug_mode("error")
         try:
-            decoder.run(route)
+            decoder.run(route, poll)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    if poll is not None:
+        poll.finish()
+        assert len(shown) == 1 + max(end for end in watch.ends if end is not None)

@@ -305,6 +305,7 @@ def test_lora_teaches_itself_and_saves_a_plain_model(tmp_path, dtype):
     with torch.no_grad(), whole.model.disable_adapter():
         assert torch.equal(whole.model.eval()(ids).logits, base(ids).logits)
     whole.save_model(str(tmp_path / "plain"))
+    assert (tmp_path / "plain" / "custom_generate" / "generate.py").is_file()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert loaded.dtype == getattr(torch, dtype)
     with torch.no_grad():

@@ -108,10 +108,11 @@ def load(kind: Any, name: str, **options: Any) -> Any:
 def require_sound(model: nn.Module, teacher: PreTrainedModel | None, args: MTPConfig) -> None:
     """Raise ValueError for a student and a teacher that do not fit together or the configuration."""
     adapted = isinstance(model, PeftModel)
-    if getattr(plain_model(model), "is_quantized", False):
+    if getattr(plain_model(model), "is_quantized", False) and not args.gated:
         raise ValueError(
-            "the model's weights are quantised, which is untested here and refused: load them in bfloat16 with "
-            "student_dtype='bfloat16' (mtpkern convert makes them so), frozen behind lora_rank"
+            "the model's weights are quantised, and what is trained here ends as a plain checkpoint: set gated=True "
+            "for an adapter beside them, or load them in bfloat16 with student_dtype='bfloat16' (mtpkern convert makes "
+            "them so), frozen behind lora_rank"
         )
     if adapted and teacher is not None:
         raise ValueError("with LoRA the teacher is the student without its adapters: leave teacher= out")
@@ -153,8 +154,10 @@ def require_tested_engine(trainer: Trainer) -> None:
         )
     if trainer.is_fsdp_enabled and trainer.args.torch_compile:
         raise ValueError("torch_compile under FSDP is untested here and refused; use DDP, or leave it out")
-    if trainer.is_fsdp_enabled and isinstance(trainer.model, PeftModel):
-        raise ValueError("LoRA under FSDP is refused: its head stays a shard, and saving cannot merge shards; use DDP")
+    if trainer.is_fsdp_enabled and getattr(plain_model(cast(nn.Module, trainer.model)), "is_quantized", False):
+        raise ValueError("a quantised base under FSDP is untested here and refused; use DDP, or a bfloat16 base")
+    if trainer.is_fsdp_enabled and isinstance(trainer.model, PeftModel) and not trainer.args.gated:
+        raise ValueError("LoRA under FSDP is refused: saving cannot merge shards; use DDP, or a gated adapter")
     if trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO and not trainer.args.torch_compile:
         raise ValueError("accelerate's dynamo_backend is refused; set it to 'no', and torch_compile=True here")
     if getattr(plain_model(cast(nn.Module, trainer.model)), "_device_mesh", None) is not None:

@@ -3,6 +3,10 @@
 Layers are alike: one form, made in the time of one layer, serves all of them. What lies around them stays as it is:
 hooks of DDP, the embedding, head and loss, which are single ops already. Between the steps the layers have
 their own forward again, so that evaluation, decoding and saving know nothing of it.
+
+Where rows attend to keys of their layer that another pass has read, a form that looked into attention would be one
+layer's. There attention is kept out, and a layer is compiled in the parts before and behind it, as in decoding
+(mtpkern.layers): the layers share these.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from mtpkern.routing import attention_apart
 from mtpkern.train.objective import forward_as
 
 CUDA_GRAPH_MODES = {"reduce-overhead", "max-autotune"}
@@ -27,6 +32,7 @@ class CompiledLayers:
     models    of transformers
     backend   of torch.compile
     mode      of torch.compile; none that makes CUDA graphs, because a step's shape changes with k and the texts
+    apart     whether attention is kept out of the forms
 
     Forms are made for any shape from the start. One for the first shape alone would round differently from the one
     that later replaces it, and a resumed run would not equal an uninterrupted one. Raises ValueError for a model
@@ -37,7 +43,10 @@ class CompiledLayers:
             mtp_loss(...).span.backward()
     """
 
-    def __init__(self, *models: nn.Module, backend: str = "inductor", mode: str | None = None) -> None:
+    def __init__(
+        self, *models: nn.Module, backend: str = "inductor", mode: str | None = None, apart: bool = False
+    ) -> None:
+        self.apart = apart
         self.forwards = []
         for model in models:
             layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -47,14 +56,16 @@ class CompiledLayers:
                     "expected some to compile; leave out torch_compile"
                 )
             for layer in layers:
-                compiled = torch.compile(layer.forward, dynamic=True, fullgraph=True, backend=backend, mode=mode)
+                compiled = torch.compile(layer.forward, dynamic=True, fullgraph=not apart, backend=backend, mode=mode)
                 self.forwards.append((layer, compiled))
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Keep it open around backward, in which activation checkpointing runs the layers again."""
         with ExitStack() as stack:
-            stack.enter_context(torch._dynamo.config.patch(recompile_limit=FORMS))
+            stack.enter_context(torch._dynamo.config.patch(recompile_limit=FORMS, fail_on_recompile_limit_hit=True))
+            if self.apart:
+                stack.enter_context(attention_apart())
             for layer, compiled in self.forwards:
                 stack.enter_context(forward_as(layer, compiled))
             yield

@@ -150,7 +150,8 @@ class MTPConfig(TrainingArguments):
         default="all-linear", metadata={"help": "Modules with adapters, separated by commas, or 'all-linear'."}
     )
     student_dtype: str = field(
-        default="float32", metadata={"help": "Of the loaded student; bfloat16 only for weights that LoRA freezes."}
+        default="float32",
+        metadata={"help": "Of the loaded student; bfloat16 or float16 only for weights that LoRA freezes."},
     )
     pure_bf16: bool = field(
         default=False,
@@ -282,10 +283,11 @@ class MTPConfig(TrainingArguments):
                 "prefix_weight and anchor_kl_weight are losses on rows that gated adapters do not change; leave them 0",
             ),
             (self.bidirectional, "bidirectional spans cannot be decoded, and gated adapters are for decoding; omit it"),
-            # Each layer reads its own part of the prefix, and would have forms of its own: two or three for each.
+            # Checkpoints cannot hold what torch.compile leaves out, and would be run as they are, unsaid.
             (
-                self.torch_compile,
-                "torch_compile of gated adapters is refused: no two layers would share a form; omit it",
+                self.torch_compile and bool(self.activation_checkpointing),
+                "torch_compile of gated adapters keeps attention out, which activation_checkpointing cannot hold; omit "
+                "one of them",
             ),
         ):
             if wrong:

@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtpkern.custom_generate import write_custom_generate
 from mtpkern.loading import quiet
 
 if TYPE_CHECKING:
@@ -127,6 +128,8 @@ def convert(
     try:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
+        if mask is not None:
+            write_custom_generate(part)
         for file in part.glob("*config.json"):
             values = _without_auto_map(json.loads(file.read_text(encoding="utf-8")))
             file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

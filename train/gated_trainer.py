@@ -11,15 +11,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from mtpkern.adapter import Gate, gate_of, record_row, row_of, save_adapter
 from mtpkern.attention import AttentionContext
 from mtpkern.train.config import MTPConfig
+from mtpkern.train.evaluate import HeldOut
 from mtpkern.train.gated import BehindPrefixContext, gated_loss
 from mtpkern.train.layout import Layout
 from mtpkern.train.lora import add_gated_lora, plain_model
-from mtpkern.train.objective import MTPLoss
+from mtpkern.train.objective import MTPLoss, forward_as
 from mtpkern.train.prefix import Prefixes, texts_of
 from mtpkern.train.trainer import MTPTrainer
 
@@ -30,6 +32,7 @@ class GatedTrainer(MTPTrainer):
     model   the plain base, or one with a gated adapter, which then goes on learning
 
     Checkpoints are adapter folders, and `save_model` writes one, in save_dtype: `mtpkern.load_adapter` reads them.
+    Under FSDP2 base and adapters lie in shards, and only what `save_model` writes is such a folder.
     Texts should be the base's own greedy answers (`mtpkern generate`), since the default target is the text itself.
 
         trainer = GatedTrainer(model=base, args=MTPConfig("out", gated=True, lora_rank=16, k_max=8), train_dataset=data,
@@ -42,7 +45,14 @@ class GatedTrainer(MTPTrainer):
 
     def __init__(self, model: PreTrainedModel | PeftModel, *, args: MTPConfig, **kwargs: Any) -> None:
         super().__init__(model, args=args, **kwargs)
-        self.prefixes = Prefixes(int(args.prefix_memory * 2**30), states=args.needs_teacher)
+        self.prefixes = Prefixes(
+            int(args.prefix_memory * 2**30),
+            states=args.needs_teacher,
+            passes=self._most if self.is_fsdp_enabled else None,
+        )
+        if self.is_fsdp_enabled:
+            # Of shards, peft's own state would leave out the mask token's row.
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
 
     def _adapted(self, plain: PreTrainedModel, mask_token_id: int | None, args: MTPConfig) -> PeftModel:
         return add_gated_lora(
@@ -62,6 +72,10 @@ class GatedTrainer(MTPTrainer):
     def _core(self) -> PreTrainedModel:
         return plain_model(self.accelerator.unwrap_model(self.model))
 
+    def _most(self, n: int) -> int:
+        """The largest n of all ranks."""
+        return int(self.accelerator.gather(torch.tensor([n], device=self.args.device)).max())
+
     @staticmethod
     def _loss_rows(layout: Layout) -> Tensor:
         """The first row of a span is the base's own."""
@@ -80,8 +94,14 @@ class GatedTrainer(MTPTrainer):
     def _span_attention(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         with super()._span_attention(model, inputs) as inputs, self.gate.open_for_training():
             yield inputs
+        if isinstance(head := self._core().get_output_embeddings(), FSDPModule):
+            head.reshard()
 
     def _loss_sums(self, core: nn.Module, tokens: Tensor, context: Any, **rows: Tensor) -> MTPLoss:
+        self._take_row(core)
+        # No module is called for the head, which would gather it; it stays whole until backward has come to it.
+        if isinstance(head := plain_model(core).get_output_embeddings(), FSDPModule):
+            head.unshard()
         return gated_loss(
             plain_model(core),
             tokens,
@@ -92,6 +112,23 @@ class GatedTrainer(MTPTrainer):
             eos_padding=self.args.eos_padding,
             prefixes=self.prefixes,
         )
+
+    def _take_row(self, core: nn.Module) -> None:
+        """Inside a call of a sharded model the mask token's row is another tensor, which has been gathered."""
+        self.gate.row = cast(nn.Parameter, core.mask_row)
+
+    def _decode_held_out(self, held_out: HeldOut) -> dict[str, float]:
+        if not self.is_fsdp_enabled:
+            return super()._decode_held_out(held_out)
+        core = self.accelerator.unwrap_model(self.model)
+
+        def decode() -> dict[str, float]:
+            self._take_row(core)
+            return super(GatedTrainer, self)._decode_held_out(held_out)
+
+        # What lies around the layers belongs to the whole, and is gathered by a call of that.
+        with forward_as(core, decode):
+            return cast(dict[str, float], core())
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         record_row(self.accelerator.unwrap_model(self.model))
@@ -106,7 +143,9 @@ class GatedTrainer(MTPTrainer):
         self._load_row(cast(str, self.state.best_model_checkpoint))
 
     def _load_row(self, folder: str) -> None:
-        """The mask token's row, which peft does not know."""
+        """The mask token's row, which peft does not know; FSDP's own files hold it."""
+        if self.is_fsdp_enabled:
+            return
         row = row_of(PeftConfig.from_pretrained(folder))
         with torch.no_grad():
             self.gate.row.copy_(row)
@@ -116,8 +155,10 @@ class GatedTrainer(MTPTrainer):
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)
             return
-        self._require_finite(weights=True, alone=True)
-        if self.args.should_save:
+        self._require_finite(weights=True, alone=not self.is_fsdp_enabled)
+        # Shards are gathered by all ranks together.
+        if self.args.should_save or self.is_fsdp_enabled:
             core = cast(PeftModel, self.accelerator.unwrap_model(self.model))
             folder = output_dir or cast(str, self.args.output_dir)
-            save_adapter(core, folder, dtype=getattr(torch, self.args.save_dtype))
+            dtype = getattr(torch, self.args.save_dtype)
+            save_adapter(core, folder if self.args.should_save else None, dtype=dtype)

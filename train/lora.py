@@ -11,10 +11,19 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mtpkern.adapter import GatedSettings, attach, digest, marked, require_gateable, row_of, wrapping
+from mtpkern.adapter import (
+    GatedSettings,
+    attach,
+    digest,
+    marked,
+    require_gateable,
+    row_of,
+    unloaded_on_error,
+    wrapping,
+)
 from mtpkern.train.extra import LoraConfig, PeftModel, get_peft_model
 
 
@@ -71,17 +80,29 @@ def add_gated_lora(
 
     The mask token is the first id behind the vocabulary; its embedding, the parameter `mask_row` [H] of the result, is
     drawn with the mean and the variance of the embedding's rows. k_max and chat are recorded in the adapter's folder.
+    The linear layers may be quantised, in a way that peft can train beside. Raises ValueError for any other, and for a
+    quantised embedding or head.
 
         peft_model = add_gated_lora(model, rank=16, k_max=8)
     """
     embedding = model.get_input_embeddings()
+    for module in (embedding, model.get_output_embeddings()):
+        if type(module.weight) not in (Tensor, nn.Parameter) or not module.weight.is_floating_point():
+            raise ValueError(
+                f"the weight of {type(module).__name__} is quantised, a {type(module.weight).__name__}: embedding and "
+                "head are read as plain weights here; leave them out of the quantisation"
+            )
     weight = embedding.weight.detach().float()
     # Some models scale what the embedding gives; the row takes the place of the scaled one.
     scale = torch.as_tensor(getattr(embedding, "embed_scale", 1.0)).float().to(weight.device)
     noise = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(len(weight))).to(weight.device)
     row = (weight.mean(0) + noise * weight.std(0)) * scale
     settings = GatedSettings(
-        mask_token_id=len(weight), k_max=k_max, base=model.name_or_path, digest=digest(model), chat=chat
+        mask_token_id=len(weight),
+        k_max=k_max,
+        base=model.name_or_path,
+        digest="" if getattr(model, "is_quantized", False) else digest(model),
+        chat=chat,
     )
     config = LoraConfig(
         r=rank,
@@ -102,7 +123,8 @@ def add_gated_lora(
             parameter.data = parameter.data.to(torch.float32)
     row = row_of(config)
     row.data = row.data.to(weight.device)
-    attach(peft_model, row)
+    with unloaded_on_error(peft_model):
+        attach(peft_model, row)
     return peft_model
 
 

@@ -16,8 +16,8 @@ Source   arXiv 2604.11035, adapters on mask rows behind a prefix that training d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -114,13 +114,16 @@ class Prefixes:
 
     max_bytes   what kept texts may take; 0 keeps none
     states      give, and keep, their hidden states too
+    passes      how many passes are to be made where so many are needed; more than that where other ranks, whose passes
+                gather the shards of a model together with this one's, need more. Unless given, as many as needed
 
         layers, states = Prefixes(2**30).of(model, tokens, texts_of(layout, tokens.shape[1]))
     """
 
-    def __init__(self, max_bytes: int = 0, *, states: bool = False) -> None:
+    def __init__(self, max_bytes: int = 0, *, states: bool = False, passes: Callable[[int], int] | None = None) -> None:
         self.max_bytes = max_bytes
         self.states = states
+        self.passes = passes
         self.bytes = 0
         self._kept: dict[Key, tuple[Tensor, ...]] = {}
         # By layer: Hkv, and D of keys and values.
@@ -139,7 +142,10 @@ class Prefixes:
         # Of a text that comes twice one runs.
         new = list({key: text for key, text in zip(keys, texts) if key not in found}.values())
         alone = tokens.device.type == "cpu"
-        for group in [[text] for text in new] if alone else [new] if new else []:
+        groups = [[text] for text in new] if alone else [new] if new else []
+        for _ in range(self.passes(len(groups)) - len(groups) if self.passes else 0):
+            self._run(model, tokens, [replace(texts[0], end=texts[0].start + 1)])
+        for group in groups:
             whole = self._run(model, tokens, group)
             for text, parts in zip(group, zip(*(x.split([len(text) for text in group]) for x in whole))):
                 found[_key(text)] = self._keep(text, parts, copied=not alone)

@@ -32,6 +32,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from mtpkern.adapter import gate_of
 from mtpkern.attention import AttentionContext, attention_context
+from mtpkern.custom_generate import write_custom_generate
 from mtpkern.model import record_settings, resolve_mask_token
 from mtpkern.train.checks import require_sound, require_tested_engine
 from mtpkern.train.compilation import CompiledLayers
@@ -277,7 +278,7 @@ class MTPTrainer(RunTrainer):
             student = plain_model(self.accelerator.unwrap_model(self.model))
             models = [student] if self.teacher is None or self.teacher is student else [student, self.teacher]
             backend = args.torch_compile_backend or "inductor"
-            self._layers = CompiledLayers(*models, backend=backend, mode=args.torch_compile_mode)
+            self._layers = CompiledLayers(*models, backend=backend, mode=args.torch_compile_mode, apart=self.gated)
         return self._layers()
 
     @contextmanager
@@ -510,5 +511,6 @@ class MTPTrainer(RunTrainer):
         with full_disk_named(folder, needed), written_whole(folder) as part:
             plain.save_pretrained(part, state_dict=state)
             config.save_pretrained(part)
+            write_custom_generate(part)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(part)

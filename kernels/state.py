@@ -1,0 +1,114 @@
+"""What a decoding step knows, on the device: its sequences, the rows of a pass, and the terms that the host sets.
+
+Every tensor keeps its address from pass to pass and from run to run (see mtpkern.decoder).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RUNNING, STOPPED, LIMIT, FAULT = 0, 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What decoding knows of B sequences, all on the device and never moved. C is the capacity.
+
+    tokens [B, C + 1] int64 (column C is trash); length, pending, limit, passes [B] int64; status [B] int64 (RUNNING,
+    STOPPED at a stop token, LIMIT reached, FAULT in the logits); blocks [B, P + 1] int64, the tokens that each pass
+    emitted, one column a pass (column P is trash). `length` counts prompt and standing tokens; `limit` bounds it.
+    hits, chains [B] int64: drafts confirmed and chains of drafts ended of late, in 1 / UNIT (kernels/worth.py).
+    """
+
+    tokens: Tensor
+    length: Tensor
+    pending: Tensor
+    limit: Tensor
+    status: Tensor
+    passes: Tensor
+    hits: Tensor
+    chains: Tensor
+    blocks: Tensor
+
+    @classmethod
+    def allocate(cls, batch: int, capacity: int, max_passes: int, device: torch.device) -> Sequences:
+        """B empty running sequences that hold up to `capacity` tokens and `max_passes` passes."""
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        return cls(
+            tokens=zeros(batch, capacity + 1),
+            length=zeros(batch),
+            pending=zeros(batch),
+            limit=zeros(batch),
+            status=zeros(batch),
+            passes=zeros(batch),
+            hits=zeros(batch),
+            chains=zeros(batch),
+            blocks=zeros(batch, max_passes + 1),
+        )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one pass: seq, position, slot, token, prefix_end, span_start [R], start [B + 1], behind [B, K] int64.
+
+    Sequence b owns the rows start[b] .. start[b + 1] - 1: its pending tokens, the masks behind the last, then those
+    behind others. Rows from start[B] are unused: slot C + masks, which is trash, position 0, token 0, nothing seen.
+    Where masks may stand behind others than the last, behind[b, i] of them stand behind the i-th pending token.
+    """
+
+    seq: Tensor
+    position: Tensor
+    slot: Tensor
+    token: Tensor
+    prefix_end: Tensor
+    span_start: Tensor
+    start: Tensor
+    behind: Tensor
+
+    @classmethod
+    def allocate(cls, rows: int, batch: int, device: torch.device, k: int = 1) -> Rows:
+        """R rows, planned by the first `advance`; `start` says where the rows of the pass before stood."""
+        seq, position, slot, token, prefix_end, span_start = torch.zeros(6, rows, dtype=torch.int64, device=device)
+        start, behind = (torch.zeros(n, dtype=torch.int64, device=device) for n in ((batch + 1,), (batch, k)))
+        return cls(seq, position, slot, token, prefix_end, span_start, start, behind)
+
+    def expect_prefill(self, k: int) -> None:
+        """Describe the prefill to the first `advance`: k rows a sequence, its last token's and k - 1 masks'."""
+        self.start.copy_(torch.arange(len(self.start), device=self.start.device) * k)
+        self.behind[:, 0] = k - 1
+
+    def first(self, rows: int) -> Rows:
+        """The first `rows` of these, in the same memory; all of them where there are no more."""
+        if rows >= len(self.seq):
+            return self
+        per_row = self.seq, self.position, self.slot, self.token, self.prefix_end, self.span_start
+        seq, position, slot, token, prefix_end, span_start = (x[:rows] for x in per_row)
+        return Rows(seq, position, slot, token, prefix_end, span_start, self.start, self.behind)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """On what terms a pass accepts and plans; the host sets them, the device reads them.
+
+    threshold [] float: a prediction above it is sure. stop_ids [S] int64; -1 matches nothing. price [] float64, with
+    verification only: the tokens that a row of the next pass must promise (kernels/worth.py); 0 buys all that fit.
+    """
+
+    threshold: Tensor
+    stop_ids: Tensor
+    price: Tensor
+
+    @classmethod
+    def allocate(cls, stops: int, device: torch.device) -> Terms:
+        """Threshold 0, room for `stops` stop tokens, price 0."""
+        return cls(
+            torch.zeros((), device=device),
+            torch.full((stops,), -1, dtype=torch.int64, device=device),
+            torch.zeros((), dtype=torch.float64, device=device),
+        )

@@ -1,0 +1,158 @@
+"""stream(): what `generate` writes, block by block, while it is being written.
+
+The run has a thread of its own, so that decoding does not wait for the reader, nor routing show in the reader's
+thread. A reader that leaves (`break`, an exception, `close`) ends the run in order, behind the pass that is read next:
+a decoder that is kept for later calls stays whole.
+"""
+
+from __future__ import annotations
+
+import atexit
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from contextvars import copy_context
+from functools import cache, partial
+from queue import SimpleQueue
+from threading import Event, Thread
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mtpkern.generation import MTPGenerateOutput, generate
+
+
+def stream(model: PreTrainedModel, input_ids: Tensor | None = None, **options: Any) -> Stream:
+    """`mtpkern.generate` with the same arguments, read while it runs: yields blocks of newly certain tokens.
+
+    A block is a list of B lists of token ids, one for each sequence, empty where a sequence has no news; so a single
+    prompt's is `[ids]`. Joined they are the new tokens of `generate`'s result, without padding, its stop token
+    included. Sequences advance at their own pace; only what will stand is shown: no drafts, nothing behind a stop
+    string, and with stopping_criteria nothing that they have not been asked about.
+
+    Raises what `generate` raises: at once where the call asks for what is not honoured, else from the iterator.
+
+        for (new,) in mtpkern.stream(model, **tokenizer("Two and two is", return_tensors="pt"), max_new_tokens=64):
+            print(tokenizer.decode(new), end="", flush=True)
+    """
+    if options.get("streamer") is not None:
+        raise ValueError("mtpkern.stream is read itself and takes no streamer; pass that to mtpkern.generate")
+    return Stream(partial(generate, model, input_ids, **options), getattr(model, "device", None))
+
+
+class Stream(Iterator[list[list[int]]]):
+    """A run of `generate` in a thread of its own, as an iterator over its blocks; see `stream`.
+
+    output: what `generate` returns, once the iterator has come to its end or is closed; None before. Of a run that
+    was closed it holds what was certain by then.
+
+        with mtpkern.stream(model, **inputs, return_dict_in_generate=True) as blocks:
+            first = next(blocks)
+        print(blocks.output.finish_reasons)    # ["closed"]
+    """
+
+    def __init__(self, call: Callable[..., Any], device: torch.device | None) -> None:
+        self.output: Tensor | MTPGenerateOutput | None = None
+        self._sink = _Sink()
+        self._over = False
+        # The thread must not hold on to this iterator, whose end is the end of the run.
+        work = partial(copy_context().run, _work, self._sink, partial(call, streamer=self._sink), _surroundings(device))
+        self._thread = Thread(target=work, name="mtpkern.stream", daemon=True)
+        weakref.finalize(self, self._sink.closed.set)
+        _end_at_exit()
+        _running[self._thread] = self._sink.closed
+        self._thread.start()
+        self._next()  # the prompts are taken, or the call is refused
+
+    def __next__(self) -> list[list[int]]:
+        block = None if self._over else self._next()
+        if block is None:
+            raise StopIteration
+        return block
+
+    def _next(self) -> list[list[int]] | None:
+        try:
+            item = self._sink.items.get()
+        except BaseException:  # Ctrl-C while waiting
+            self._sink.closed.set()
+            raise
+        if isinstance(item, list):
+            return item
+        self._over = True
+        self._thread.join()
+        if isinstance(item, BaseException):
+            raise item
+        (self.output,) = item
+        return None
+
+    def close(self) -> None:
+        """End the run, and wait for it to be over: the model is free then. Blocks that were not read are lost."""
+        self._sink.closed.set()
+        while not self._over:
+            self._next()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Sink:
+    """The streamer of the run; what it puts is read by the other thread."""
+
+    def __init__(self) -> None:
+        self.items: SimpleQueue[Any] = SimpleQueue()
+        self.closed = Event()
+
+    def put(self, value: Tensor) -> None:
+        self.items.put([])
+
+    def put_block(self, new: list[list[int]]) -> None:
+        self.items.put(new)
+
+    def end(self) -> None: ...
+
+
+def _work(sink: _Sink, call: Callable[[], Any], surroundings: list[Any]) -> None:
+    try:
+        with ExitStack() as stack:
+            for context in surroundings:
+                stack.enter_context(context)
+            result = call()
+        sink.items.put((result,))
+    except BaseException as error:
+        sink.items.put(error)
+
+
+def _surroundings(device: torch.device | None) -> list[Any]:
+    """What torch keeps for each thread and a run depends on: autocast, and on a GPU the stream."""
+    if device is None:
+        return []
+    kind = device.type
+    entered: list[Any] = []
+    if torch.is_autocast_enabled(kind):
+        entered.append(torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False))
+    if kind == "cuda":
+        entered.append(torch.cuda.stream(torch.cuda.current_stream(device)))
+    return entered
+
+
+# Runs that may not be over. An interpreter that ends with one of them at work on a device may crash.
+_running: weakref.WeakKeyDictionary[Thread, Event] = weakref.WeakKeyDictionary()
+
+
+@cache
+def _end_at_exit() -> None:
+    atexit.register(_end_running)
+
+
+def _end_running() -> None:
+    for thread, closed in list(_running.items()):
+        closed.set()
+        thread.join()

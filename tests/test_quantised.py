@@ -1,0 +1,217 @@
+"""A gated adapter beside a quantised base: trained as beside its dequantised twin, and what cannot be gated refused.
+
+The libraries that quantise are no requirement: where they are missing, a linear layer of int8 weights stands for them.
+"""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import mtpkern
+from mtpkern.adapter import gate_of
+from mtpkern.train.collator import MTPCollator
+from mtpkern.train.config import MTPConfig
+from mtpkern.train.gated_trainer import GatedTrainer
+from mtpkern.train.lora import add_gated_lora
+from mtpkern.train.trainer import MTPTrainer
+
+EOS = 7
+
+
+class Int8Linear(nn.Linear):
+    """Weights in int8 with a scale for each row, as quanto's and others' weight-only layers."""
+
+    def __init__(self, plain):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        self.scale = plain.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.weight = nn.Parameter((plain.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+        self.bias = plain.bias
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
+
+
+def base(tiny):
+    model = tiny.model("llama", vocab_size=41, eos_token_id=EOS)
+    del model.config.mtpkern
+    return model
+
+
+def int8(model, method="int8"):
+    """The model with its linear layers but the head quantised, as from_pretrained would say it."""
+    for name, module in list(model.model.named_modules()):
+        if isinstance(module, nn.Linear):
+            parent, _, child = name.rpartition(".")
+            setattr(model.model.get_submodule(parent), child, Int8Linear(module))
+    model.is_quantized = True
+    model.hf_quantizer = SimpleNamespace(
+        is_trainable=True, is_compileable=False, quantization_config=SimpleNamespace(quant_method=method)
+    )
+    return model
+
+
+def dequantised(model):
+    """Its twin of plain float32 layers."""
+    model = copy.deepcopy(model)
+    for name, module in list(model.model.named_modules()):
+        if isinstance(module, Int8Linear):
+            parent, _, child = name.rpartition(".")
+            plain = nn.Linear(module.in_features, module.out_features, bias=False)
+            plain.weight.data = module.weight.float() * module.scale
+            setattr(model.model.get_submodule(parent), child, plain)
+    model.is_quantized = False
+    del model.hf_quantizer
+    return model
+
+
+def trained(model, out, **change):
+    texts = [[1, 2, *range(10 + 5 * (i % 3), 22 + 5 * (i % 3)), EOS] for i in range(24)]
+    data = [{"input_ids": ids, "prompt_length": 3} for ids in texts]
+    options = {
+        "gated": True,
+        "lora_rank": 4,
+        "k_max": 4,
+        "num_spans": 4,
+        "teacher_target": "hard",
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "report_to": "none",
+    }
+    args = MTPConfig(str(out), **{**options, **change})
+    run = GatedTrainer(model=model, args=args, train_dataset=data, data_collator=MTPCollator(0))
+    run.train()
+    run.save_model(str(out / "adapter"))
+    return run, [x["loss"] for x in run.state.log_history if "loss" in x]
+
+
+def weights(run):
+    return {name: p.detach() for name, p in run.model.named_parameters() if p.requires_grad}
+
+
+def test_trains_as_beside_the_dequantised_weights(tiny, tmp_path):
+    model = int8(base(tiny))
+    twin = dequantised(model)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    run, losses = trained(model, tmp_path / "int8")
+    other, wanted = trained(copy.deepcopy(twin), tmp_path / "plain")
+    assert losses == pytest.approx(wanted, abs=1e-5)
+    got, want = weights(run), weights(other)
+    assert got.keys() == want.keys()
+    for name, x in want.items():
+        torch.testing.assert_close(got[name], x, rtol=0, atol=1e-4)
+    after = {name.replace("base_layer.", ""): x for name, x in model.state_dict().items() if "lora_" not in name}
+    assert all(torch.equal(x, after[name]) for name, x in before.items())
+    assert after["model.layers.0.mlp.up_proj.weight"].dtype == torch.int8
+    # For the weights as they were quantised, and for others of that vocabulary: nothing there can be compared.
+    ids = torch.tensor([[1, 2, 10, 11]])
+    for fresh in (int8(base(tiny)), twin):
+        want = fresh.generate(ids, max_new_tokens=12, do_sample=False)
+        loaded = mtpkern.load_adapter(fresh, tmp_path / "int8" / "adapter")
+        assert mtpkern.generate(loaded, ids, max_new_tokens=12).equal(want)
+    with pytest.raises(ValueError, match="41 tokens"):
+        mtpkern.load_adapter(tiny.model("llama", vocab_size=43), tmp_path / "int8" / "adapter")
+
+
+def of_bitsandbytes(bits):
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_compute_dtype="float32")
+
+
+def of_torchao():
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+def of_quanto():
+    pytest.importorskip("optimum.quanto")
+    from transformers import QuantoConfig
+
+    return QuantoConfig(weights="int8")
+
+
+QUANTISED = {
+    "bitsandbytes-8": lambda: of_bitsandbytes(8),
+    "bitsandbytes-4": lambda: of_bitsandbytes(4),
+    "torchao": of_torchao,
+    "quanto": of_quanto,
+}
+
+
+@pytest.mark.parametrize("library", QUANTISED)
+def test_libraries(tiny, tmp_path, library):
+    config = QUANTISED[library]()
+    # Widths of whole blocks.
+    model = tiny.model("llama", vocab_size=41, eos_token_id=EOS, hidden_size=64, intermediate_size=128, head_dim=16)
+    del model.config.mtpkern
+    model.save_pretrained(tmp_path / "base")
+
+    def load(**options):
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32, **options)
+
+    def quantised():
+        return load(quantization_config=config, device_map={"": "cpu"})
+
+    run, losses = trained(quantised(), tmp_path / library)
+    assert type(run.model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight) is not nn.Parameter
+    _, wanted = trained(load(), tmp_path / "plain")
+    assert losses[0] == pytest.approx(wanted[0], rel=0.1)
+    assert losses[-1] < 0.8 * losses[0]
+    assert all((x != 0).any() for name, x in weights(run).items() if "lora_B" in name)
+    ids = torch.tensor([[1, 2, 10, 11]])
+    fresh = quantised()
+    want = fresh.generate(ids, max_new_tokens=12, do_sample=False)
+    loaded = mtpkern.load_adapter(fresh, tmp_path / library / "adapter")
+    assert gate_of(loaded.get_base_model()) is not None
+    assert mtpkern.generate(loaded, ids, max_new_tokens=12).equal(want)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_refuses_layers_that_would_adapt_every_row(tiny, tmp_path, monkeypatch, known):
+    """AWQ's of peft, of which its older versions do not know that they take no variant."""
+    from peft.tuners.lora import model as dispatch
+    from peft.tuners.lora.awq import AwqLoraLinear
+
+    trained(base(tiny), tmp_path)
+
+    def awq(target, adapter_name, config, **kwargs):
+        return AwqLoraLinear(target, adapter_name, config=config, **kwargs) if isinstance(target, Int8Linear) else None
+
+    monkeypatch.setattr(dispatch, "dispatch_awq", awq)
+    if not known:
+        monkeypatch.setattr(AwqLoraLinear, "resolve_lora_variant", lambda self, **kwargs: None)
+    model = int8(base(tiny), "awq")
+    ids = torch.tensor([[1, 2, 10]])
+    before = model(ids).logits
+    for give in (
+        lambda: add_gated_lora(model, rank=4, k_max=4),
+        lambda: mtpkern.load_adapter(model, tmp_path / "adapter"),
+    ):
+        with pytest.raises(ValueError, match="cannot be gated, because"):
+            give()
+        assert gate_of(model) is None
+        assert type(model.model.layers[0].mlp.up_proj) is Int8Linear
+        assert torch.equal(model(ids).logits, before)
+
+
+def test_refuses_a_quantised_head_and_an_ungated_run(tiny, tmp_path):
+    model = int8(base(tiny))
+    model.lm_head = Int8Linear(model.lm_head)
+    with pytest.raises(ValueError, match="Int8Linear is quantised"):
+        add_gated_lora(model, rank=4, k_max=4)
+    args = MTPConfig(str(tmp_path), lora_rank=4, k_max=4, use_cpu=True, teacher_target="gt")
+    with pytest.raises(ValueError, match="gated=True"):
+        MTPTrainer(model=int8(base(tiny)), mask_token_id=40, args=args, train_dataset=[], data_collator=MTPCollator(0))

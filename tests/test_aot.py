@@ -63,7 +63,8 @@ def test_budgets(target: str) -> None:
     }
     for case, kernels in compiled.items():
         if case in KERNELS:
-            assert [one.kernel for one in kernels] == KERNELS[case]
+            before = ["_kv_write_kernel"] if target == "gfx942" and case.startswith("decode_attention") else []
+            assert [one.kernel for one in kernels] == before + KERNELS[case]
         for one in kernels:
             assert not aot.over_budget(one), one
             assert one.registers > 0

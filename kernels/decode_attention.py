@@ -32,12 +32,12 @@ Where the batch alone fills the GPU there is one split and one launch.
 Merging in the program that finishes last would save the launch, but loses: it alone would read what all splits of its
 tile have left, 32 KB each at 64 entries of 128, at the pace of one processor, where the launch has all of them read.
 
-The caches are written by programs of their own, while others attend; on AMD's GPUs by a launch before. So a key or value
-of this pass is taken from `key` and `value` by whoever needs it, never from the cache: no slot is read and written in
-one launch. Which row stands in a slot follows from the order of `advance`: the rows of a sequence stand in consecutive slots, and those in scratch slots
-come last, in consecutive ones too. Between the lowest and the highest key that a tile sees thus lies nothing that no
-row of the sequence sees. So it is with scratch slots, which are so many keys more; with a window the tiles between them
-and what the window shows are left out.
+The caches are written by programs of their own, while others attend; on AMD's GPUs by a launch before. So a key or
+value of this pass is taken from `key` and `value` by whoever needs it, never from the cache: no slot is read and
+written in one launch. Which row stands in a slot follows from the order of `advance`: the rows of a sequence stand in
+consecutive slots, and those in scratch slots come last, in consecutive ones too. Between the lowest and the highest key
+that a tile sees thus lies nothing that no row of the sequence sees. So it is with scratch slots, which are so many keys
+more; with a window the tiles between them and what the window shows are left out.
 """
 
 # mypy: disable-error-code="no-untyped-def"

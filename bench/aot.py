@@ -100,10 +100,12 @@ SPILL: dict[tuple[str, str], dict[str, tuple[int, int]]] = {
     # Beside 40 to 56 registers: a stack, not a want of registers. One launch a step.
     ("advance B16 k8 verified", "_advance_kernel"): {"sm_80": (8, 8)},
     ("advance B16 k8 unverified", "_advance_kernel"): {"sm_89": (8, 0)},
+    # Two numbers put away before its loop and fetched behind it.
+    ("decode_attention bf16 D128 k16", "_attend_kernel"): {"sm_90": (8, 8)},
     # What only 3.6's compiler puts on a stack.
-    ("decode_attention bf16 D128 k4", "_attend_kernel"): {"sm_100": (8, 0)},
-    ("decode_attention bf16 D256 k16", "_attend_kernel"): {"sm_89": (8, 0)},
-    ("decode_attention bf16 D256 k4 masks", "_attend_kernel"): {"sm_100": (16, 0)},
+    ("decode_attention bf16 D256 k8", "_attend_kernel"): {"sm_100": (8, 0)},
+    ("decode_attention fp16 D256 k8", "_attend_kernel"): {"sm_100": (8, 0)},
+    ("decode_attention bf16 D256 k16", "_attend_kernel"): {"sm_80": (24, 0), "sm_89": (40, 0)},
     # Where nothing is aligned, each element has an address of its own.
     ("gated_lora bf16 r12, odd widths", "_expand_kernel"): {"sm_90": (16, 16), "sm_100": (24, 24)},
     # Ampere's and Ada's products take both factors from registers, Hopper's from shared memory: the tiles are Hopper's,

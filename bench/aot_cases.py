@@ -28,13 +28,14 @@ def decode_attention_case(dtype: torch.dtype, D: int, rows: int, masks: int = 0,
     masks: how many of them stand behind drafts.
     """
     B, Hq, Hkv, C = 2, 32, 8, 1024
-    query = torch.empty(1, Hq, B * rows, D, dtype=dtype)[0].transpose(0, 1)
+    query, new = (torch.empty(1, H, B * rows, D, dtype=dtype)[0].transpose(0, 1) for H in (Hq, Hkv))
     cache = torch.empty(B, Hkv, C + 1, D, dtype=dtype)
     index = torch.zeros(B * rows, dtype=torch.int64)
     start = torch.zeros(B + 1, dtype=torch.int64)
     if masks:
         options |= {"row_prefix": index, "row_span": index, "scratch": masks}
-    decode_attention_triton(query, cache, cache, index, index, start, max_rows=rows, scale=D**-0.5, **options)
+    plan = index, index, start
+    decode_attention_triton(query, new, new, cache, cache, *plan, max_rows=rows, scale=D**-0.5, **options)
 
 
 def advance_case(B: int, k: int, verify: bool, masks: int = 0) -> None:
@@ -105,6 +106,9 @@ _SHAPES = {
     "fp32": [(64, 1), *product(_DIMS, (8,))],
 }
 CASES: dict[str, Callable[[], object]] = {
+    # First, for on AMD's GPUs decode attention launches these as well.
+    **{f"kv_write bf16 D{D}": partial(kv_write_case, torch.bfloat16, D) for D in _DIMS},
+    "kv_write fp32 D128": partial(kv_write_case, torch.float32, 128),
     **{
         f"decode_attention {name} D{D} k{k}": partial(decode_attention_case, _DTYPES[name], D, 2 * k - 1)
         for name, shapes in _SHAPES.items()
@@ -138,8 +142,6 @@ CASES: dict[str, Callable[[], object]] = {
         for name, dtype in _DTYPES.items()
         for V in (151_936, 128_257)  # the second is odd: Llama-3.1 and one mask token
     },
-    **{f"kv_write bf16 D{D}": partial(kv_write_case, torch.bfloat16, D) for D in _DIMS},
-    "kv_write fp32 D128": partial(kv_write_case, torch.float32, 128),
     **{f"gated_lora {name} r32": partial(gated_lora_case, dtype, dtype, 32) for name, dtype in _DTYPES.items()},
     "gated_lora bf16, adapter fp32": partial(gated_lora_case, torch.bfloat16, torch.float32, 32),
     "gated_lora bf16 r12, odd widths": partial(

@@ -65,12 +65,18 @@ class Case:
         o_r = torch.arange(B * W, device=device)
         self.seq, self.slot = o_r // W, L - W + o_r % W
         self.start = torch.arange(B + 1, device=device) * W
+        # This pass's keys and values, likewise, are those that stand there already.
+        self.key, self.value = (
+            [x[:, :, L - W : L].transpose(0, 1).flatten(1, 2).clone().transpose(0, 1) for x in caches]
+            for caches in (self.k, self.v)
+        )
 
     def attend(self, form: Callable[..., Tensor], **options: Any) -> Action:
-        """The op in one of its forms: [R, Hq, D]."""
+        """The op in one of its forms: [R, Hq, D]. What it writes stands there already."""
         plan = (self.seq, self.slot, self.start)
         options |= {"max_rows": self.shape.W, "scale": self.shape.D**-0.5}
-        return lambda i: form(self.q[i % self.n], self.k[i % self.n], self.v[i % self.n], *plan, **options)
+        each = list(zip(self.q, self.key, self.value, self.k, self.v))
+        return lambda i: form(*each[i % self.n], *plan, **options)
 
     def padded(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
         """The i-th copy as a padded batch: query [B, Hq, W, D], key and value [B, Hkv, L, D]."""

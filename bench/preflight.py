@@ -103,18 +103,24 @@ def _require(what: str, found: Sequence[Tensor], right: Sequence[Tensor], tolera
 
 
 def check_decode_attention(device: torch.device) -> None:
-    """Split by the rule, in other ways, and batch-invariant."""
+    """Split by the rule, in other ways, and batch-invariant; and what it writes, to the bit."""
     small = device.type == "cpu"
     shape = decode_attention.Shape(2, 40, 3, 4, 2, 16) if small else decode_attention.Shape(2, 1500, 23)
     case = decode_attention.Case(shape, device)
-    q, k, v = (x[0].float() for x in (case.q, case.k, case.v))
-    right = decode_attention_reference(q, k, v, case.seq, case.slot, case.start, max_rows=shape.W, scale=shape.D**-0.5)
+    q, key, value, k, v = (x[0].float() for x in (case.q, case.key, case.value, case.k, case.v))
+    plan = case.seq, case.slot, case.start
+    right = decode_attention_reference(q, key, value, k, v, *plan, max_rows=shape.W, scale=shape.D**-0.5)
+    caches, here = (case.k[0], case.v[0]), (slice(None), slice(None), slice(shape.L - shape.W, shape.L))
+    written = [x[here].clone() for x in caches]
     ways = {"": case.attend(decode_attention.decode_attention)}
     ways[", batch-invariant"] = case.attend(decode_attention.decode_attention, batch_invariant=True)
     for n in () if small else (1, 3):
         ways[f", {n} splits"] = case.attend(decode_attention.decode_attention_triton, splits=n)
     for name, attend in ways.items():
+        for x in caches:
+            x[here] = torch.nan
         _require(f"decode_attention{name}", [attend(0)], [right])  # type: ignore[list-item]
+        _require(f"decode_attention{name}, its caches", [x[here] for x in caches], written, 0.0)
 
 
 def check_kv_write(device: torch.device) -> None:

@@ -2,9 +2,9 @@
 
     o_rh = sum_j p_rhj v_j        p_rh = softmax_j over visible j of softcap(scale * q_rh . k_j)
 
-Row r belongs to sequence row_seq_r and stands in slot row_slot_r of its cache. Slot = position, and this pass's own
-keys are written before attention runs, so the rule of span_mask shrinks to one comparison: an empty span and
-prefix_end = slot + 1.
+Row r belongs to sequence row_seq_r and stands in slot row_slot_r of its cache, where its key and value are put besides:
+cache[row_seq_r, :, row_slot_r] = key_r. Slot = position, so the rule of span_mask shrinks to one comparison: an empty
+span and prefix_end = slot + 1.
 
     visible(r, j) = slot_r - window < j <= slot_r         nothing for a row in the trash slot C
 
@@ -18,8 +18,8 @@ theirs, slot = scratch + position for all other rows, and every row brings row_p
 Query head h reads key/value head h // G. A sink is one more logit per query head that takes probability and brings no
 value (gpt-oss).
 
-Shapes   query [R, Hq, D];  k_cache, v_cache [B, Hkv, C + 1, D];  row_seq, row_slot, row_prefix, row_span [R],
-         row_start [B + 1] int64;  sinks [Hq];  out [R, Hq, D]
+Shapes   query [R, Hq, D];  key, value [R, Hkv, D];  k_cache, v_cache [B, Hkv, C + 1, D];  row_seq, row_slot,
+         row_prefix, row_span [R], row_start [B + 1] int64;  sinks [Hq];  out [R, Hq, D]
 Traffic  reads 2 * Hkv * D elements for every visible slot of every sequence once: bandwidth-bound up to k = 16
 Faults   unused rows give 0; the trash slot may hold anything, NaN included. So may, for the kernel, other slots that no
          row sees; for the torch form they must be finite, which caches of zeros are and stay: a row with a NaN ends
@@ -28,11 +28,16 @@ Faults   unused rows give 0; the trash slot may hold anything, NaN included. So 
 The kernel is split-KV: a program takes a tile of one sequence's rows under one KV head, with the G query heads of each
 row packed into the tile, and one split of the keys that the tile sees. Lengths are read on the device; the number of
 splits follows from shapes alone, so a captured graph stays right as sequences grow. A second launch merges the splits.
-(Merging in the block that finishes last would save it, but is a race without a barrier that the compiler may drop.)
-Where the batch alone fills the GPU there is one split and one launch. The rows of a sequence are taken to stand in
-consecutive slots, as `advance` plans them: between the lowest and the highest key that a tile sees lies nothing that no
-row of the sequence sees. So it is with scratch slots, which are so many keys more; with a window the tiles between them
-and what the window shows are left out.
+Where the batch alone fills the GPU there is one split and one launch.
+Merging in the program that finishes last would save the launch, but loses: it alone would read what all splits of its
+tile have left, 32 KB each at 64 entries of 128, at the pace of one processor, where the launch has all of them read.
+
+The caches are written by programs of their own, while others attend; on AMD's GPUs by a launch before. So a key or
+value of this pass is taken from `key` and `value` by whoever needs it, never from the cache: no slot is read and
+written in one launch. Which row stands in a slot follows from the order of `advance`: the rows of a sequence stand in
+consecutive slots, and those in scratch slots come last, in consecutive ones too. Between the lowest and the highest key
+that a tile sees thus lies nothing that no row of the sequence sees. So it is with scratch slots, which are so many keys
+more; with a window the tiles between them and what the window shows are left out.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -48,6 +53,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtpkern.kernels.form import takes_kernel
+from mtpkern.kernels.kv_write import kv_write_reference, kv_write_triton
 
 # Keys of a split in the batch-invariant mode, counted from slot 0.
 CHUNK = 256
@@ -61,8 +67,11 @@ if find_spec("triton"):
     @triton.jit(do_not_specialize=["B", "R", "C", "n_splits", "window", "scratch"])
     def _attend_kernel(
         q_ptr,  # [R, Hq, D]
+        key_ptr,  # [R, Hkv, D], as the three below with elements of a head side by side
+        value_ptr,  # [R, Hkv, D_V]
         k_ptr,  # [B, Hkv, C + 1, D]
         v_ptr,  # [B, Hkv, C + 1, D_V]
+        row_seq_ptr,  # [R]
         row_slot_ptr,  # [R]
         row_prefix_ptr,  # [R], as the one below, where HAS_SPANS
         row_span_ptr,
@@ -71,6 +80,8 @@ if find_spec("triton"):
         out_ptr,  # [n_splits, R, Hq, D_V]
         lse_ptr,  # [n_splits, R, Hq], to base 2, where SPLIT
         s_q,  # the strides of each, as tuples
+        s_key,
+        s_value,
         s_k,
         s_v,
         s_out,
@@ -93,6 +104,8 @@ if find_spec("triton"):
         BLOCK_V: tl.constexpr,
         CHUNK: tl.constexpr,  # keys of a split from slot 0 on; 0 divides what the tile sees among n_splits
         LEAST: tl.constexpr,  # keys of such a split, a multiple of BLOCK_N
+        BLOCK_W: tl.constexpr,  # rows of a program that writes
+        WRITE: tl.constexpr,  # the caches, which else hold this pass's keys and values already
         SPLIT: tl.constexpr,
         HAS_SPANS: tl.constexpr,
         HAS_WINDOW: tl.constexpr,
@@ -111,14 +124,30 @@ if find_spec("triton"):
         m_d = (o_d < D)[None, :]
         m_v = (o_v < D_V)[None, :]
 
-        # Only where there is one split: the programs behind the last sequence clear the rows that no sequence owns.
-        if b == B:
-            for r in range(tl.load(row_start_ptr + B).to(tl.int32) + i_tile, R, TILES):
-                p_row = out_ptr + tl.full([BLOCK_M, 1], r, tl.int64) * s_out[1]
-                for g in range(0, G, BLOCK_M):
-                    o_g = (g + tl.arange(0, BLOCK_M))[:, None]
-                    p_out = p_row + (h * G + o_g) * s_out[2] + o_v[None, :] * s_out[3]
-                    tl.store(p_out, tl.zeros([BLOCK_M, BLOCK_V], tl.float32), mask=(o_g < G) & m_v)
+        # A row's offset in a large batch and a slot's in a long cache can each pass 2^31 elements: 64 bits for both.
+        key_ptr += h.to(tl.int64) * s_key[1]
+        value_ptr += h.to(tl.int64) * s_value[1]
+        k_ptr += h.to(tl.int64) * s_k[1]
+        v_ptr += h.to(tl.int64) * s_v[1]
+
+        # The programs behind the last sequence write the caches, and where there is one split they clear the rows that
+        # no sequence owns.
+        if b >= B:
+            w = ((b - B) * tl.num_programs(0) + tl.program_id(0)) * BLOCK_W
+            o_w = (w + tl.arange(0, BLOCK_W)).to(tl.int64)
+            if WRITE:
+                seq = tl.load(row_seq_ptr + o_w, mask=o_w < R, other=0)
+                slot = tl.load(row_slot_ptr + o_w, mask=o_w < R, other=C)
+                m_w = (slot < C)[:, None]
+                key = tl.load(key_ptr + (o_w * s_key[0])[:, None] + o_d[None, :], mask=m_w & m_d)
+                value = tl.load(value_ptr + (o_w * s_value[0])[:, None] + o_v[None, :], mask=m_w & m_v)
+                tl.store(k_ptr + (seq * s_k[0] + slot * s_k[2])[:, None] + o_d[None, :], key, mask=m_w & m_d)
+                tl.store(v_ptr + (seq * s_v[0] + slot * s_v[2])[:, None] + o_v[None, :], value, mask=m_w & m_v)
+            if not SPLIT:
+                m_free = ((o_w >= tl.load(row_start_ptr + B)) & (o_w < R))[:, None]
+                for g in range(G):
+                    p_out = out_ptr + o_w[:, None] * s_out[1] + (h * G + g) * s_out[2] + o_v[None, :] * s_out[3]
+                    tl.store(p_out, tl.zeros([BLOCK_W, BLOCK_V], tl.float32), mask=m_free & m_v)
             return
 
         # The tile's rows: entry m is query head m % G of the sequence's row m // G.
@@ -130,12 +159,23 @@ if find_spec("triton"):
         slot = tl.load(row_slot_ptr + o_r, mask=m_row, other=C).to(tl.int32)
         m_used = slot < C
         slot = tl.where(m_used, slot, -1)
+        # Without a wait for the slots: no row sees an unused one, and that sees nothing.
+        p_q = q_ptr + o_r[:, None] * s_q[0] + o_h[:, None] * s_q[1] + o_d[None, :] * s_q[2]
+        q = tl.load(p_q, mask=m_row[:, None] & m_d, other=0.0)
+        if WRITE:
+            # Keys from slot `first` on are this pass's: the pointers stand where slot 0 would have its own.
+            first = tl.load(row_slot_ptr + row, mask=n_rows > 0, other=C).to(tl.int32)
         p_lse = lse_ptr + i_split.to(tl.int64) * s_lse[0] + o_r * s_lse[1] + o_h * s_lse[2]
 
         # They see keys in [begin, end); of those this split takes [low, high), low a multiple of BLOCK_N.
         if HAS_SPANS:
-            prefix = tl.load(row_prefix_ptr + o_r, mask=m_used, other=0).to(tl.int32)
-            span = tl.load(row_span_ptr + o_r, mask=m_used, other=C + 1).to(tl.int32)
+            prefix = tl.load(row_prefix_ptr + o_r, mask=m_row, other=0).to(tl.int32)
+            span = tl.load(row_span_ptr + o_r, mask=m_row, other=C + 1).to(tl.int32)
+            prefix = tl.where(m_used, prefix, 0)
+            span = tl.where(m_used, span, C + 1)
+            if WRITE:
+                # So are those in scratch slots, the last of which has the last row.
+                own_row = row + n_rows - 1 - tl.load(row_slot_ptr + row + n_rows - 1, mask=n_rows > 0, other=0)
             # And scratch slots in [own_begin, own_end), which take tiles of their own where a window hides what follows
             # them: from key `scratch_tiles` on all counts go without the `hidden` ones.
             m_scratch = m_used & (slot < scratch)
@@ -178,14 +218,14 @@ if find_spec("triton"):
                 tl.store(p_lse, tl.full([BLOCK_M], -float("inf"), tl.float32), mask=m_row)
             return
 
-        p_q = q_ptr + o_r[:, None] * s_q[0] + o_h[:, None] * s_q[1] + o_d[None, :] * s_q[2]
-        q = tl.load(p_q, mask=m_used[:, None] & m_d, other=0.0)
-        # Where a tile of keys lies may take 64 bits; what lies in it takes 32.
-        from_key = low
-        if HAS_SPANS and HAS_WINDOW:
-            from_key += tl.where(low >= scratch_tiles, hidden, 0)
-        k_ptr += b.to(tl.int64) * s_k[0] + h.to(tl.int64) * s_k[1] + from_key.to(tl.int64) * s_k[2]
-        v_ptr += b.to(tl.int64) * s_v[0] + h.to(tl.int64) * s_v[1] + from_key.to(tl.int64) * s_v[2]
+        if WRITE:
+            new_key_ptr = key_ptr + (row - first) * s_key[0]
+            new_value_ptr = value_ptr + (row - first) * s_value[0]
+            if HAS_SPANS:
+                key_ptr += own_row * s_key[0]
+                value_ptr += own_row * s_value[0]
+        k_ptr += b.to(tl.int64) * s_k[0]
+        v_ptr += b.to(tl.int64) * s_v[0]
         top = tl.full([BLOCK_M], -float("inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -209,8 +249,19 @@ if find_spec("triton"):
                     m_key = m_key & (o_key >= begin)
                     visible = visible & (o_key[None, :] > slot[:, None] - window)
 
+            p_k, s_n_k, p_v, s_n_v = k_ptr, s_k[2], v_ptr, s_v[2]
+            if WRITE:
+                m_new = o_key >= first
+                p_k, p_v = tl.where(m_new, new_key_ptr, p_k), tl.where(m_new, new_value_ptr, p_v)
+                if HAS_SPANS:
+                    m_own = o_key < scratch
+                    m_new = m_new | m_own
+                    p_k, p_v = tl.where(m_own, key_ptr, p_k), tl.where(m_own, value_ptr, p_v)
+                s_n_k, s_n_v = tl.where(m_new, s_key[0], s_n_k), tl.where(m_new, s_value[0], s_n_v)
+            p_k += o_key.to(tl.int64) * s_n_k
+            p_v += o_key.to(tl.int64) * s_n_v
             # What no row sees is not even loaded: 0 * NaN is NaN.
-            k = tl.load(k_ptr + o_n[:, None] * s_k[2] + o_d[None, :] * s_k[3], mask=m_key[:, None] & m_d, other=0.0)
+            k = tl.load(p_k[:, None] + o_d[None, :], mask=m_key[:, None] & m_d, other=0.0)
             s = tl.dot(q, k.T, input_precision=PRECISION)
             if HAS_SOFTCAP:
                 # tanh(x) = 1 - 2 / (1 + exp(2 x)), right at both infinities
@@ -226,15 +277,8 @@ if find_spec("triton"):
             p = tl.exp2(s - shift[:, None])
             total = total * decay + tl.sum(p, 1)
             top = top_next
-            v = tl.load(v_ptr + o_n[:, None] * s_v[2] + o_v[None, :] * s_v[3], mask=m_key[:, None] & m_v, other=0.0)
+            v = tl.load(p_v[:, None] + o_v[None, :], mask=m_key[:, None] & m_v, other=0.0)
             acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-            if HAS_SPANS and HAS_WINDOW:
-                step = BLOCK_N + tl.where(n + BLOCK_N == scratch_tiles, hidden, 0).to(tl.int64)
-                k_ptr += step * s_k[2]
-                v_ptr += step * s_v[2]
-            else:
-                k_ptr += BLOCK_N * s_k[2]
-                v_ptr += BLOCK_N * s_v[2]
 
         if SPLIT:
             tl.store(p_lse, tl.where(total > 0, top + tl.log2(total), -float("inf")), mask=m_row)
@@ -260,6 +304,7 @@ if find_spec("triton"):
         D_V: tl.constexpr,
         BLOCK_V: tl.constexpr,
         BLOCK_S: tl.constexpr,
+        BLOCK_L: tl.constexpr,
         HAS_SINKS: tl.constexpr,
     ):
         r = tl.program_id(0).to(tl.int64)
@@ -267,22 +312,28 @@ if find_spec("triton"):
         o_v = tl.arange(0, BLOCK_V)
         o_s = tl.arange(0, BLOCK_S)
         p_out = out_ptr + r * s_out[0] + h * s_out[1] + o_v * s_out[2]
-        if tl.load(row_slot_ptr + r) >= C:
+        slot = tl.load(row_slot_ptr + r)
+
+        # Each wait for memory is a good part of this kernel's time: all that has to be known of the splits at once.
+        p_lse = lse_ptr + r * s_lse[1] + h * s_lse[2]
+        o_l = tl.arange(0, BLOCK_L)
+        top = -float("inf")
+        last = 0
+        for first in range(0, n_splits, BLOCK_L):
+            lse = tl.load(p_lse + (first + o_l) * s_lse[0], mask=first + o_l < n_splits, other=-float("inf"))
+            top = tl.maximum(top, tl.max(lse, 0))
+            last = tl.maximum(last, tl.max(tl.where(lse > -float("inf"), first + o_l + 1, 0), 0))
+        if slot >= C:
             tl.store(p_out, tl.zeros([BLOCK_V], tl.float32), mask=o_v < D_V)
             return
 
-        p_lse = lse_ptr + r * s_lse[1] + h * s_lse[2]
-        top = -float("inf")
-        for first in range(0, n_splits, BLOCK_S):
-            lse = tl.load(p_lse + (first + o_s) * s_lse[0], mask=first + o_s < n_splits, other=-float("inf"))
-            top = tl.maximum(top, tl.max(lse, 0))
         total = 0.0
         if HAS_SINKS:
             total = tl.exp2(tl.load(sinks_ptr + h).to(tl.float32) * LOG2_E - top)
         acc = tl.zeros([BLOCK_V], tl.float32)
         part_ptr += r * s_part[1] + h * s_part[2]
         # In blocks of one size and in order, so that more splits behind the last of a row change no bit of it.
-        for first in range(0, n_splits, BLOCK_S):
+        for first in range(0, last, BLOCK_S):
             lse = tl.load(p_lse + (first + o_s) * s_lse[0], mask=first + o_s < n_splits, other=-float("inf"))
             weight = tl.exp2(lse - top)
             total += tl.sum(weight, 0)
@@ -336,6 +387,8 @@ def _splits(heads: int, C: int, least: int, processors: int) -> int:
 
 def decode_attention_triton(
     query: Tensor,
+    key: Tensor,
+    value: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     row_seq: Tensor,
@@ -351,38 +404,56 @@ def decode_attention_triton(
     row_prefix: Tensor | None = None,
     row_span: Tensor | None = None,
     scratch: int = 0,
+    slots: int | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """`decode_attention` in two launches, or in one where there is one split; `splits` sets their number."""
+    """`decode_attention` in two launches, or in one where there is one split; `splits` sets their number.
+
+    On AMD's GPUs in one more: their compiler takes no pointers into two tensors, and to load from both costs registers.
+    """
     B, Hkv, C, D = k_cache.shape[0], k_cache.shape[1], k_cache.shape[2] - 1, k_cache.shape[3]
     R, Hq, _ = query.shape
     G, D_V = Hq // Hkv, v_cache.shape[3]
     # Padded in the registers only: a head width that is no power of two costs arithmetic, which is not what bounds us.
     BLOCK_D, BLOCK_V = (max(16, triton.next_power_of_2(width)) for width in (D, D_V))
     processors, shared_memory = _machine(query.device)
-    BLOCK_M, BLOCK_N, num_warps, num_stages = _tile(
-        max_rows * G, max(BLOCK_D, BLOCK_V), query.element_size(), shared_memory
-    )
-    TILES, least = triton.cdiv(max_rows * G, BLOCK_M), _least(BLOCK_M, BLOCK_N)
+    # R tells of the batch.
+    entries = G * (max_rows if batch_invariant else max(1, min(max_rows, R)))
+    BLOCK_M, BLOCK_N, num_warps, num_stages = _tile(entries, max(BLOCK_D, BLOCK_V), query.element_size(), shared_memory)
+    TILES, least = triton.cdiv(entries, BLOCK_M), _least(BLOCK_M, BLOCK_N)
+    held = C if slots is None else slots
     if batch_invariant:
-        splits = triton.cdiv(C, CHUNK)
+        splits = triton.cdiv(held, CHUNK)
     elif splits is None:
-        splits = _splits(B * Hkv * TILES, C, least, processors)
+        splits = _splits(B * Hkv * TILES, held, least, processors)
 
     # One pass of TF32 would lose half of float32's digits, three keep nearly all, but their parts of the widest heads
     # fit no register file. AMD multiplies float32 as it is.
     precision = None
     if query.dtype == torch.float32:
         precision = "ieee" if torch.version.hip or BLOCK_D > 128 else "tf32x3"
+    # As every projection leaves them.
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+    assert k_cache.stride(-1) == v_cache.stride(-1) == 1
+    write = torch.version.hip is None
+    if not write:
+        kv_write_triton(k_cache, v_cache, key, value, row_seq, row_slot)
     split = splits > 1
     out = query.new_empty(R, Hq, D_V)
     part = query.new_empty(splits, R, Hq, D_V, dtype=torch.float32) if split else out[None]
     lse = query.new_empty(splits, R, Hq, dtype=torch.float32)
     sink = query if sinks is None else sinks  # a pointer is a pointer
-    _attend_kernel[(TILES * splits, Hkv, B if split else B + 1)](
+    # Enough programs that none writes more rows than it has in flight at once: one after the other they would take as
+    # long as the attention of a large batch.
+    BLOCK_W = 16
+    writers = triton.cdiv(R, BLOCK_W * TILES * splits) if write or not split else 0
+    _attend_kernel[(TILES * splits, Hkv, B + writers)](
         query,
+        key,
+        value,
         k_cache,
         v_cache,
+        row_seq,
         row_slot,
         row_slot if row_prefix is None else row_prefix,
         row_slot if row_span is None else row_span,
@@ -391,6 +462,8 @@ def decode_attention_triton(
         part,
         lse,
         query.stride(),
+        key.stride(),
+        value.stride(),
         k_cache.stride(),
         v_cache.stride(),
         part.stride(),
@@ -413,6 +486,8 @@ def decode_attention_triton(
         BLOCK_V=BLOCK_V,
         CHUNK=CHUNK if batch_invariant else 0,
         LEAST=least,
+        BLOCK_W=BLOCK_W,
+        WRITE=write,
         SPLIT=split,
         HAS_SPANS=row_prefix is not None,
         HAS_WINDOW=window is not None,
@@ -437,13 +512,18 @@ def decode_attention_triton(
             D_V=D_V,
             BLOCK_V=BLOCK_V,
             BLOCK_S=16,
+            BLOCK_L=64,
             HAS_SINKS=sinks is not None,
+            # A row of a part fills a warp, so that no sum crosses warps.
+            num_warps=max(1, BLOCK_V // 128),
         )
     return out
 
 
 def decode_attention(
     query: Tensor,
+    key: Tensor,
+    value: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     row_seq: Tensor,
@@ -459,23 +539,29 @@ def decode_attention(
     row_prefix: Tensor | None = None,
     row_span: Tensor | None = None,
     scratch: int = 0,
+    slots: int | None = None,
     memo: dict[int | None, _Spread] | None = None,
 ) -> Tensor:
-    """Attend with query [R, Hq, D] to caches [B, Hkv, C + 1, D]; returns [R, Hq, D] in the query's dtype.
+    """Write key and value [R, Hkv, D] in place to caches [B, Hkv, C + 1, D], then attend with query [R, Hq, D].
 
-    Rows of a sequence stand together: row_seq is sorted over the rows in use, and sequence b owns the rows
-    row_start[b] .. row_start[b + 1] - 1, at most `max_rows` of them (2k - 1 in decoding). Rows in slot C are unused.
-    row_prefix and row_span, both or neither, bring the whole rule; then the first `scratch` slots hold no token.
+    Returns [R, Hq, D] in the query's dtype. Rows of a sequence stand together: row_seq is sorted over the rows in use,
+    and sequence b owns the rows row_start[b] .. row_start[b + 1] - 1, at most `max_rows` of them (2k - 1 in decoding).
+    They stand in consecutive slots. Rows in slot C are unused: of those the kernel writes nothing.
+    row_prefix and row_span, both or neither, bring the whole rule; then the first `scratch` slots hold no token, and
+    rows that stand there come last of their sequence, in consecutive slots of their own.
 
     `batch_invariant` makes the kernel's splits the same 256 keys for every sequence, so that no bit of a row's output
     depends on the batch; that takes 4 (D_V + 1) bytes a row, query head and 256 slots. The torch form ignores it.
+    `slots`, where the host knows that only so many hold anything, this pass's included: no more are looked at.
     `memo`, a dict that lives as long as these rows stand, keeps what all layers of a pass share in the torch form.
 
-        out = decode_attention(q, k_cache, v_cache, plan.seq, plan.slot, plan.start, max_rows=15, scale=D**-0.5)
+        out = decode_attention(q, k, v, k_cache, v_cache, plan.seq, plan.slot, plan.start, max_rows=15, scale=D**-0.5)
     """
     if torch.compiler.is_compiling():
         return _decode_attention_op(
             query,
+            key,
+            value,
             k_cache,
             v_cache,
             row_seq,
@@ -490,10 +576,13 @@ def decode_attention(
             row_prefix,
             row_span,
             scratch,
+            slots,
         )
     if takes_kernel(query) and query.dtype != torch.float64:
         return decode_attention_triton(
             query,
+            key,
+            value,
             k_cache,
             v_cache,
             row_seq,
@@ -508,9 +597,12 @@ def decode_attention(
             row_prefix=row_prefix,
             row_span=row_span,
             scratch=scratch,
+            slots=slots,
         )
     return decode_attention_reference(
         query,
+        key,
+        value,
         k_cache,
         v_cache,
         row_seq,
@@ -524,13 +616,16 @@ def decode_attention(
         row_prefix=row_prefix,
         row_span=row_span,
         scratch=scratch,
+        slots=slots,
         memo=memo,
     )
 
 
-@torch.library.custom_op("mtpkern::decode_attention", mutates_args=())
+@torch.library.custom_op("mtpkern::decode_attention", mutates_args=("k_cache", "v_cache"))
 def _decode_attention_op(
     query: Tensor,
+    key: Tensor,
+    value: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     row_seq: Tensor,
@@ -545,9 +640,12 @@ def _decode_attention_op(
     row_prefix: Tensor | None,
     row_span: Tensor | None,
     scratch: int,
+    slots: int | None,
 ) -> Tensor:
     return decode_attention(
         query,
+        key,
+        value,
         k_cache,
         v_cache,
         row_seq,
@@ -562,12 +660,13 @@ def _decode_attention_op(
         row_prefix=row_prefix,
         row_span=row_span,
         scratch=scratch,
+        slots=slots,
     )
 
 
 @_decode_attention_op.register_fake
-def _(query: Tensor, k_cache: Tensor, v_cache: Tensor, *args: object) -> Tensor:
-    return query.new_empty(*query.shape[:2], v_cache.shape[3])
+def _(query: Tensor, key: Tensor, value: Tensor, *args: object) -> Tensor:
+    return query.new_empty(*query.shape[:2], value.shape[2])
 
 
 @dataclass(frozen=True)
@@ -625,6 +724,8 @@ class _Spread:
 
 def decode_attention_reference(
     query: Tensor,
+    key: Tensor,
+    value: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     row_seq: Tensor,
@@ -639,6 +740,7 @@ def decode_attention_reference(
     row_prefix: Tensor | None = None,
     row_span: Tensor | None = None,
     scratch: int = 0,
+    slots: int | None = None,
     memo: dict[int | None, _Spread] | None = None,
 ) -> Tensor:
     """`decode_attention` in plain torch: rows spread to [B, W], attention of a padded batch, rows gathered back.
@@ -646,7 +748,9 @@ def decode_attention_reference(
     With a softcap or sinks it computes in float32, or in float64 for float64 inputs; else as
     scaled_dot_product_attention does.
     """
-    B, Hkv, C, D = k_cache.shape[0], k_cache.shape[1], k_cache.shape[2] - 1, k_cache.shape[3]
+    kv_write_reference(k_cache, v_cache, key, value, row_seq, row_slot)
+    B, Hkv, D = k_cache.shape[0], k_cache.shape[1], k_cache.shape[3]
+    C = k_cache.shape[2] - 1 if slots is None else slots
     R, Hq, _ = query.shape
     Dv, W = v_cache.shape[-1], R if B == 1 else max_rows
     memo = {} if memo is None else memo

@@ -126,11 +126,12 @@ class KVCache:
         k_cache, v_cache = self.layers[layer]
         rows = self.rows
         slot = rows.slot if self.held == self.capacity else rows.slot.clamp(max=self.held)
-        kv_write(k_cache, v_cache, key[0].transpose(0, 1), value[0].transpose(0, 1), rows.seq, slot)
         return decode_attention(
             query[0].transpose(0, 1),
-            k_cache[:, :, : self.slots + 1],
-            v_cache[:, :, : self.slots + 1],
+            key[0].transpose(0, 1),
+            value[0].transpose(0, 1),
+            k_cache,
+            v_cache,
             rows.seq,
             slot,
             rows.start,
@@ -143,6 +144,7 @@ class KVCache:
             row_prefix=rows.prefix_end if self.scratch else None,
             row_span=rows.span_start if self.scratch else None,
             scratch=self.scratch,
+            slots=self.slots,
             memo=self.memo,
         )[None]
 

@@ -63,7 +63,8 @@ def test_budgets(target: str) -> None:
     }
     for case, kernels in compiled.items():
         if case in KERNELS:
-            assert [one.kernel for one in kernels] == KERNELS[case]
+            before = ["_kv_write_kernel"] if target == "gfx942" and case.startswith("decode_attention") else []
+            assert [one.kernel for one in kernels] == before + KERNELS[case]
         for one in kernels:
             assert not aot.over_budget(one), one
             assert one.registers > 0
@@ -260,7 +261,7 @@ with aot.compiling("sm_90"), patch.object(JITFunction, "_do_compile", note):
         cache = torch.empty(B, 2, C + 1, 64)
         index, start = torch.zeros(B * rows - i % 5, dtype=torch.int64), torch.zeros(B + 1, dtype=torch.int64)
         decode_attention_triton(
-            torch.empty(len(index), 8, 64), cache, cache, index, index, start,
+            *(torch.empty(len(index), heads, 64) for heads in (8, 2, 2)), cache, cache, index, index, start,
             max_rows=rows, scale=0.125 + i, splits=2 + i % 9, window=5 + i, softcap=20.0 + i,
         )
         readout_triton(torch.empty(1 + i, 4096), 7 + i)

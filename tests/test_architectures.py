@@ -177,23 +177,28 @@ def _sinks_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
 def _later_mask_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     attend = mtpkern.cache.decode_attention
 
-    def patched(query: Tensor, k_cache: Tensor, v_cache: Tensor, seq: Tensor, slot: Tensor, *a: Any, **kw: Any) -> Any:
-        in_use = slot < k_cache.shape[2] - 1
-        return attend(query, k_cache, v_cache, seq, torch.where(in_use, slot + 1, slot), *a, **kw)
+    def patched(query: Tensor, key: Tensor, value: Tensor, *tensors: Tensor, **kw: Any) -> Any:
+        attend(query, key, value, *tensors, **kw)
+        # Once more, each row a slot further, with what stands there.
+        k_cache, v_cache, seq, slot, start = tensors
+        behind = torch.where(slot < k_cache.shape[2] - 1, slot + 1, slot)
+        there = k_cache[seq, :, behind], v_cache[seq, :, behind]
+        return attend(query, *there, k_cache, v_cache, seq, behind, start, **{**kw, "memo": {}})
 
     monkeypatch.setattr(mtpkern.cache, "decode_attention", patched)
 
 
 def _stale_mask_keys_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever writes a slot first keeps it, so the keys of a mask stay when its token has been accepted."""
-    write = mtpkern.cache.kv_write
+    attend = mtpkern.cache.decode_attention
 
-    def patched(k_cache: Tensor, v_cache: Tensor, key: Tensor, value: Tensor, seq: Tensor, slot: Tensor) -> None:
+    def patched(query: Tensor, key: Tensor, value: Tensor, *tensors: Tensor, **kw: Any) -> Any:
+        k_cache, v_cache, seq, slot, _ = tensors
         old_k, old_v = k_cache[seq, :, slot], v_cache[seq, :, slot]
         free = (old_k == 0).all(-1, keepdim=True)
-        write(k_cache, v_cache, torch.where(free, key, old_k), torch.where(free, value, old_v), seq, slot)
+        return attend(query, torch.where(free, key, old_k), torch.where(free, value, old_v), *tensors, **kw)
 
-    monkeypatch.setattr(mtpkern.cache, "kv_write", patched)
+    monkeypatch.setattr(mtpkern.cache, "decode_attention", patched)
 
 
 def _planned(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any, Tensor], None]) -> None:
@@ -217,8 +222,9 @@ def _position_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 def _neighbours_keys_read(monkeypatch: pytest.MonkeyPatch) -> None:
     attend = mtpkern.cache.decode_attention
 
-    def patched(query: Tensor, k_cache: Tensor, v_cache: Tensor, *a: Any, **kw: Any) -> Any:
-        return attend(query, k_cache.roll(1, dims=0), v_cache.roll(1, dims=0), *a, **kw)
+    def patched(query: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *a: Any, **kw: Any) -> Any:
+        attend(query, k, v, k_cache, v_cache, *a, **kw)
+        return attend(query, k, v, k_cache.roll(1, dims=0), v_cache.roll(1, dims=0), *a, **kw)
 
     monkeypatch.setattr(mtpkern.cache, "decode_attention", patched)
 
@@ -268,11 +274,12 @@ def _changed_for_masks(
     """Tell attention another prefix_end and span_start of the masks behind drafts."""
     attend = mtpkern.cache.decode_attention
 
-    def patched(query: Tensor, k: Tensor, v: Tensor, seq: Tensor, slot: Tensor, start: Tensor, **kw: Any) -> Any:
+    def patched(*tensors: Tensor, **kw: Any) -> Any:
+        slot = tensors[-2]
         rule = kw["row_prefix"], kw["row_span"]
         if kw["scratch"]:
             rule = (torch.where(slot < kw["scratch"], x, y) for x, y in zip(change(slot, *rule), rule))
-        return attend(query, k, v, seq, slot, start, **{**kw, **dict(zip(("row_prefix", "row_span"), rule))})
+        return attend(*tensors, **{**kw, **dict(zip(("row_prefix", "row_span"), rule))})
 
     monkeypatch.setattr(mtpkern.cache, "decode_attention", patched)
 

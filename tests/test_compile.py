@@ -36,6 +36,8 @@ def arguments(name: str) -> tuple[Any, ...]:
     if name == "decode_attention":
         return (
             draw(R, 2 * HKV, D),
+            draw(R, HKV, D),
+            draw(R, HKV, D + 2),
             *caches,
             SEQ,
             SLOT,
@@ -49,6 +51,7 @@ def arguments(name: str) -> tuple[Any, ...]:
             SLOT + 1,
             SLOT + 1,
             1,
+            None,
         )
     sequences, rows = Sequences.allocate(B, C, C, CPU), Rows.allocate(R, B, CPU, 2)
     sequences.length.fill_(2)
@@ -78,5 +81,5 @@ def test_eager_calls_do_not_go_through_the_dispatcher() -> None:
         readout(*arguments("readout"))
         kv_write(*arguments("kv_write"))
         gated_lora(*arguments("gated_lora"))
-        *tensors, max_rows, scale, window, softcap, sinks, _, _, _, _ = arguments("decode_attention")
+        *tensors, max_rows, scale, window, softcap, sinks, _, _, _, _, _ = arguments("decode_attention")
         decode_attention(*tensors, max_rows=max_rows, scale=scale, window=window, softcap=softcap, sinks=sinks)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,10 @@ def forms_with(dtypes: list[torch.dtype]) -> list[object]:
 
 @dataclass
 class Case:
-    """Packed rows over caches in which what no row may look at would show: see make_case."""
+    """Packed rows over caches in which what no row may look at would show: see make_case.
+
+    The caches hold the keys and values of these rows too: what a run is given as new, and what it leaves there.
+    """
 
     query: Tensor
     k_cache: Tensor
@@ -46,22 +50,30 @@ class Case:
     start: Tensor
     max_rows: int
 
+    def new(self) -> tuple[Tensor, Tensor]:
+        """Key and value of each row, of unused ones what the trash holds."""
+        return self.k_cache[self.seq, :, self.slot], self.v_cache[self.seq, :, self.slot]
+
     def run(self, form: Form, **options: object) -> Tensor:
+        """Attend over caches in which the slots of these rows hold NaN at first; check what is left there.
+
+        `key` and `value` replace those that the caches tell of.
+        """
         options.setdefault("scale", self.query.shape[-1] ** -0.5)
+        new = [options.pop(name, x) for name, x in zip(("key", "value"), self.new())]
         caches = [self.k_cache, self.v_cache]
         if form in (decode_attention, decode_attention_reference):  # torch, to which 0 times NaN is NaN
             caches = [cache.clone() for cache in caches]
             for cache in caches:
                 cache[:, :, :-1] = cache[:, :, :-1].nan_to_num(STALE)
-        return form(
-            self.query,
-            *caches,
-            self.seq,
-            self.slot,
-            self.start,
-            max_rows=self.max_rows,
-            **options,
-        )
+        expected = [cache[:, :, :-1].clone() for cache in caches]
+        for cache in caches:
+            cache[self.seq, :, self.slot] = torch.nan
+        plan = self.seq, self.slot, self.start
+        out = form(self.query, *new, *caches, *plan, max_rows=self.max_rows, **options)
+        for cache, right in zip(caches, expected):
+            torch.testing.assert_close(cache[:, :, :-1], right, rtol=0, atol=0, equal_nan=True)
+        return out
 
 
 def make_case(
@@ -140,8 +152,9 @@ def compare(form: Form, case: Case, **options: object) -> None:
     out = case.run(form, **options)
     assert out.dtype == case.query.dtype
     assert out.shape == case.query.shape
-    truth = attend(case, torch.float64, **options)
-    eager = attend(case, case.query.dtype, **options)
+    rule = {name: option for name, option in options.items() if name not in ("key", "value")}
+    truth = attend(case, torch.float64, **rule)
+    eager = attend(case, case.query.dtype, **rule)
     error, eager_error = ((x.double() - truth).abs().max().item() if x.numel() else 0.0 for x in (out, eager))
     # Three products of TF32 and approximate exponentials, on a GPU; a single product would be off by 1e-3.
     tiny = {torch.float64: 1e-13, torch.float32: 5e-6}.get(case.query.dtype, 1e-4)
@@ -265,6 +278,18 @@ def test_strided_query_and_cache(form: Form) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_strided_keys_and_values(form: Form) -> None:
+    """As in a model, heads first; halves of one projection; and in no order that any model has."""
+    case = make_case(RAGGED)
+    heads_first, values = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in case.new())
+    compare(form, case, key=heads_first, value=values)
+    key, value = torch.cat(case.new(), dim=-1).chunk(2, dim=-1)
+    assert not key.is_contiguous()
+    compare(form, case, key=key, value=value)
+    compare(form, case, key=key.transpose(1, 2).contiguous().transpose(1, 2))
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_only_unused_rows(form: Form) -> None:
     case = make_case([[], []], unused=3)
     case.max_rows = 5
@@ -290,6 +315,18 @@ def test_values_have_a_width_of_their_own(form: Form, width: int) -> None:
     out = case.run(form)
     case.v_cache = case.v_cache[..., :width]
     torch.testing.assert_close(case.run(form), out[..., :width], rtol=1e-5, atol=1e-6)
+
+
+class WithoutWriters:
+    """The kernel of attention, launched without the programs that write the caches: those behind the last sequence."""
+
+    def __init__(self, kernel: Any, batch: int) -> None:
+        self.kernel = kernel
+        self.batch = batch
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., object]:
+        assert grid[2] > self.batch
+        return self.kernel[(*grid[:2], self.batch)]
 
 
 # Long enough that the kernel's tiles of 64 keys and chunks of 256 end inside, at the end of and behind a sequence.
@@ -362,6 +399,62 @@ def test_a_short_text_takes_few_splits(form: Form, length: int, monkeypatch: pyt
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("form", [decode_attention_triton])
+@pytest.mark.parametrize(("splits", "window"), [(1, None), (3, 5), ("batch-invariant", None)])
+def test_nothing_is_read_that_the_launch_writes(
+    form: Form, splits: int | str, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs run in any order, the interpreter's in one: without those that write, all others find what they need."""
+    case = make_case([[254, 255, 256, 257], [31, 32]], capacity=259, heads=2, dim=16, unused=0, window=window)
+    how = {"batch_invariant": True} if splits == "batch-invariant" else {"splits": splits}
+    out = case.run(form, window=window, **how)
+    new = case.new()
+    for cache in (case.k_cache, case.v_cache):
+        cache[case.seq, :, case.slot] = torch.nan
+    monkeypatch.setattr(module, "_attend_kernel", WithoutWriters(module._attend_kernel, len(case.start) - 1))
+    assert torch.equal(case.run(form, window=window, key=new[0], value=new[1], **how), out)
+    assert case.k_cache[case.seq, :, case.slot].isnan().all()
+
+
+@pytest.fixture
+def grids(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+    """Those of attention's kernel, as it is launched."""
+    kernel, noted = module._attend_kernel, []
+
+    class Noted:
+        def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., object]:
+            noted.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(module, "_attend_kernel", Noted())
+    return noted
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("form", [decode_attention_triton])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_where_amd_compiles_the_caches_are_written_before(
+    form: Form, splits: int, grids: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    compare(lambda *args, **options: form(*args, splits=splits, **options), make_case(RAGGED))
+    # Behind the last sequence nothing is left to do but to clear what no sequence owns, where there is no merge.
+    assert grids == [(splits, 2, len(RAGGED) + (splits == 1))]
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("form", [decode_attention_triton])
+@pytest.mark.parametrize(("splits", "writers"), [(1, 5), (3, 2)])
+def test_no_program_writes_many_rows(
+    form: Form, splits: int, writers: int, grids: list[tuple[int, int, int]], nan_in_new_tensors: None
+) -> None:
+    """Each writes 16, here of 75: all those of a large batch would take one program as long as its attention."""
+    case = make_case([list(range(5, 38)), [3, 4]], capacity=40, heads=1, groups=1, dim=16, unused=40)
+    compare(lambda *args, **options: form(*args, splits=splits, **options), case)
+    assert grids == [(splits, 1, 2 + writers)]
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("form", [decode_attention_triton])
 @pytest.mark.parametrize("splits", [1, 3])
 def test_more_rows_than_a_tile_holds(form: Form, splits: int, nan_in_new_tensors: None) -> None:
     # 33 rows of 5 heads each: three tiles of 64, the last partly full; the short sequence leaves two of them empty.
@@ -403,12 +496,15 @@ def test_batch_invariant_to_the_bit(form: Form) -> None:
 @pytest.mark.kernel
 @pytest.mark.parametrize("form", [decode_attention_triton])
 def test_offsets_pass_32_bits(form: Form) -> None:
-    # Sequences 2^30 elements apart, keys 2^25 apart: only what is written takes memory.
+    # Sequences 2^30 elements apart, slots 2^25, rows 2^29: only what is touched takes memory.
     B, C, D, near, far = 4, 20, 16, 1 << 25, 1 << 30
     small = make_case([[17, 18], [5], [9], [19]], heads=2, groups=2, dim=D, capacity=C, dtype=torch.float16)
+    expected, (key, _) = small.run(form), small.new()
     storage = torch.empty((B - 1) * far + C * near + D, dtype=torch.float16)
     wide = storage.as_strided(small.k_cache.shape, (far, 1, near, 1))
     wide.copy_(small.k_cache)
-    expected = small.run(form)
     small.k_cache = wide
-    assert torch.equal(small.run(form), expected)
+    rows = torch.empty((len(key) - 1) * (far // 2) + D, dtype=torch.float16)
+    wide_key = rows.as_strided(key.shape, (far // 2, D, 1))
+    wide_key.copy_(key)
+    assert torch.equal(small.run(form, key=wide_key), expected)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mtpkern.kernels import decode_attention as module
 from mtpkern.kernels.decode_attention import decode_attention, decode_attention_reference, decode_attention_triton
 
 FORMS = [decode_attention_reference, pytest.param(decode_attention_triton, marks=pytest.mark.kernel)]
@@ -100,8 +101,9 @@ class Case:
         return [key for key in row.keys if self.window is None or key[1] > at - self.window]
 
     def run(self, form: Form, **options: Any) -> Tensor:
+        """Attend over caches in which the slots of these rows hold NaN at first; check what is left there."""
         caches = [self.k_cache, self.v_cache]
-        if form is decode_attention_reference:  # torch, to which 0 times NaN is NaN
+        if form in (decode_attention, decode_attention_reference):  # torch, to which 0 times NaN is NaN
             caches = [x.clone() for x in caches]
             for x in caches:
                 x[:, :, :-1] = x[:, :, :-1].nan_to_num(STALE)
@@ -110,9 +112,15 @@ class Case:
             torch.tensor([getattr(row, name) for row in self.rows] + [nothing] * unused, dtype=torch.int64)
             for name, nothing in (("seq", B - 1), ("slot", C), ("prefix", 0), ("span", C + 1))
         )
+        new, expected = [x[seq, :, slot] for x in caches], [x[:, :, :-1].clone() for x in caches]
+        for x in caches:
+            x[seq, :, slot] = torch.nan
         how: dict[str, Any] = {"max_rows": int(self.start.diff().max()), "scale": 0.3, "window": self.window, **options}
         rule = {"row_prefix": prefix, "row_span": span, "scratch": self.scratch}
-        return form(self.query, *caches, seq, slot, self.start, **rule, **how)
+        out = form(self.query, *new, *caches, seq, slot, self.start, **rule, **how)
+        for x, right in zip(caches, expected):
+            torch.testing.assert_close(x[:, :, :-1], right, rtol=0, atol=0, equal_nan=True)
+        return out
 
     def attend(self, dtype: torch.dtype, *, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
         """The truth in float64, "eager" elsewhere."""
@@ -177,6 +185,38 @@ def test_splits(form: Form, splits: int | str, window: int | None, scratch: int,
     longs = [(286, [3, 0, 5, 1]), (63, [2, 2]), (0, [])]
     case = Case.of(*longs, scratch=scratch, slot=scratch - 8, capacity=300, heads=2, window=window)
     compare(form, case, how)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("window", [None, 5])
+def test_nothing_is_read_that_the_launch_writes(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a token's slot nor a scratch slot: the programs that write run behind all others here, if at all."""
+    case = Case.of(*RAGGED[:2], scratch=70, slot=60, heads=2, unused=0, window=window)
+    kernel, writers = module._attend_kernel, []
+
+    class Late:
+        def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+            def launch(*args: Any, **options: Any) -> None:
+                kernel[(*grid[:2], len(case.start) - 1)](*args, **options)
+                writers.append(lambda: kernel[grid](*args, **options))
+
+            return launch
+
+    def late(*args: Any, **options: Any) -> Tensor:
+        out = decode_attention_triton(*args, splits=3, **options)
+        writers.pop()()
+        return out
+
+    expected = case.run(decode_attention_triton, splits=3)
+    monkeypatch.setattr(module, "_attend_kernel", Late())
+    assert torch.equal(case.run(late), expected)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("window", [None, 5])
+def test_where_amd_compiles_the_caches_are_written_before(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    compare(decode_attention_triton, Case.of(*RAGGED[:2], scratch=7, heads=2, window=window))
 
 
 @pytest.mark.parametrize("form", FORMS)

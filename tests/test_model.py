@@ -318,11 +318,11 @@ def _window_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _values_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    write = mtpkern.cache.kv_write
+    attend = mtpkern.cache.decode_attention
     monkeypatch.setattr(
         mtpkern.cache,
-        "kv_write",
-        lambda k_cache, v_cache, key, value, *a: write(k_cache, v_cache, key, value.flip(1), *a),
+        "decode_attention",
+        lambda query, key, value, *a, **kw: attend(query, key, value.flip(1), *a, **kw),
     )
 
 

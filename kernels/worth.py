@@ -1,7 +1,7 @@
 """Worth: what a row of the next pass promises, so that no sequence brings rows that are not worth what they cost.
 
 A sequence's drafts come in chains: masks propose, the next pass confirms the first few. With the drafts confirmed and
-the chains ended of late, forgotten by 1/32 from chain to chain and by 1/256 from pass to pass without one,
+the chains ended of late, forgotten by 1/32 from chain to chain and by 1/512 from pass to pass without one,
 
     odds    (hits + 4) / (hits + chains + 6)    that a chain goes on by one more draft
     draft i promises c_1 ... c_i tokens, the product of the confidences
@@ -29,7 +29,7 @@ from torch import Tensor
 # hits and chains are counted in units of 1 / UNIT.
 UNIT = 1 << 16
 PRIOR_HITS, PRIOR_CHAINS = 4 * UNIT, 2 * UNIT
-FORGOTTEN, FORGOTTEN_IDLE = 5, 8  # bits
+FORGOTTEN, FORGOTTEN_IDLE = 5, 9  # bits
 
 if find_spec("triton"):
     import triton

@@ -37,10 +37,11 @@ class PassTimes:
 
     times = PassTimes()
     times.saw(1, 0.02)
-    times.saw(9, 0.04)
-    times.of(np.array([5]))  # [0.03]
+    times.saw(8, 0.04)
+    times.of(np.array([1, 4, 9]))  # [0.02, 0.028..., 0.04]
 
-    Between what was seen times are interpolated; beyond it they are taken for constant, so that more is tried.
+    Rows of the same three leading binary digits count as one. Between what was seen times are interpolated; beyond it
+    they are taken for constant, so that more is tried.
     """
 
     def __init__(self) -> None:
@@ -50,6 +51,7 @@ class PassTimes:
 
     def saw(self, rows: int, seconds: float) -> None:
         """Note a pass. Disturbances only ever add time, so less is believed faster than more."""
+        rows = int(_rounded(np.array([rows]))[0])
         old = self.seconds.get(rows, seconds)
         self.seconds[rows] = old + (seconds - old) * (0.5 if seconds < old else 0.0625)
 
@@ -58,7 +60,7 @@ class PassTimes:
         if not self.seconds:
             return np.ones(rows.shape)
         seen = sorted(self.seconds)
-        return np.interp(rows, seen, [self.seconds[r] for r in seen])
+        return np.interp(_rounded(rows), seen, [self.seconds[r] for r in seen])
 
     def wants_a_look(self) -> bool:
         """Whether the next pass should be one without masks; asked once a pass."""
@@ -67,6 +69,12 @@ class PassTimes:
             return False
         self.look *= LOOK_AGAIN
         return True
+
+
+def _rounded(rows: np.ndarray) -> np.ndarray:
+    """Down to three binary digits: 1 to 7, 8, 10, 12, 14, 16, 20 ..."""
+    step = 2.0 ** np.maximum(np.floor(np.log2(rows)) - 2, 0)
+    return step * np.floor(rows / step)
 
 
 _times: WeakKeyDictionary[PreTrainedModel, PassTimes] = WeakKeyDictionary()

@@ -87,8 +87,8 @@ class Text:
         self.pending = 1 + len(next_drafts) if verify else self.blocks[-1]
 
     def remember(self, confirmed: int, tried: bool) -> None:
-        """Confirmed drafts and chains, of which a 32nd is forgotten a chain and a 256th a pass without one."""
-        bits = 5 if tried else 8
+        """Confirmed drafts and chains, of which a 32nd is forgotten a chain and a 512th a pass without one."""
+        bits = 5 if tried else 9
         self.hits += tried * confirmed * UNIT - (self.hits >> bits)
         self.chains += tried * UNIT - (self.chains >> bits)
 

@@ -82,4 +82,4 @@ def test_equals_plain_python(form, k: int) -> None:
 def test_what_is_remembered() -> None:
     tried = torch.tensor([True, True, False])
     count = torch.tensor([0, 64, 64]) * UNIT
-    assert remembered(count, torch.tensor([3, 0, 0]), tried).tolist() == [3 * UNIT, 62 * UNIT, 64 * UNIT - UNIT // 4]
+    assert remembered(count, torch.tensor([3, 0, 0]), tried).tolist() == [3 * UNIT, 62 * UNIT, 64 * UNIT - UNIT // 8]

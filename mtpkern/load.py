@@ -28,6 +28,8 @@ from mtpkern.kernels.worth import PRIOR_CHAINS, PRIOR_HITS
 
 # From everything to nothing. A promise is a probability, so no row is worth the last.
 PRICES = np.array([0.0, 0.03, 0.06, 0.09, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 2.0])
+# What a pass takes besides its rows, in rows: a guess, where nothing has been seen.
+FIXED = 8
 # The pass before which one without masks is tried first, and the factor to the next.
 FIRST_LOOK, LOOK_AGAIN = 3, 4
 
@@ -38,10 +40,10 @@ class PassTimes:
     times = PassTimes()
     times.saw(1, 0.02)
     times.saw(8, 0.04)
-    times.of(np.array([1, 4, 9]))  # [0.02, 0.028..., 0.04]
+    times.of(np.array([1, 4, 8]))  # [0.02, 0.028..., 0.04]
 
     Rows of the same three leading binary digits count as one. Between what was seen times are interpolated; beyond it
-    they are taken for constant, so that more is tried.
+    they grow as if a pass without rows took the time of `FIXED` rows.
     """
 
     def __init__(self) -> None:
@@ -56,11 +58,13 @@ class PassTimes:
         self.seconds[rows] = old + (seconds - old) * (0.5 if seconds < old else 0.0625)
 
     def of(self, rows: np.ndarray) -> np.ndarray:
-        """Seconds of passes of so many rows; ones where nothing was seen."""
+        """Seconds of passes of so many rows; in a unit of its own where nothing was seen."""
+        rows = _rounded(rows)
         if not self.seconds:
-            return np.ones(rows.shape)
+            return FIXED + rows
         seen = sorted(self.seconds)
-        return np.interp(_rounded(rows), seen, [self.seconds[r] for r in seen])
+        inside = np.clip(rows, seen[0], seen[-1])
+        return np.interp(inside, seen, [self.seconds[r] for r in seen]) * (FIXED + rows) / (FIXED + inside)
 
     def wants_a_look(self) -> bool:
         """Whether the next pass should be one without masks; asked once a pass."""

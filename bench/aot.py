@@ -98,7 +98,16 @@ _MATRIX_ROWS = {
 # elsewhere none. From equal tiles the two versions' compilers come to different code, by tens of bytes either way.
 SPILL: dict[tuple[str, str], dict[str, tuple[int, int]]] = {
     # Beside 40 to 56 registers: a stack, not a want of registers. One launch a step.
-    ("advance B16 k8 verified", "_advance_kernel"): {"sm_80": (8, 8)},
+    ("advance B16 k8 verified", "_advance_kernel"): {"sm_89": (8, 8), "sm_90": (8, 8), "sm_100": (8, 8)},
+    ("advance B128 k8 verified", "_advance_kernel"): {
+        "sm_80": (56, 0),
+        "sm_89": (8, 0),
+        "sm_90": (8, 0),
+        "sm_100": (8, 0),
+    },
+    ("advance B1024 k16 verified", "_advance_kernel"): {"sm_80": (48, 48)},
+    ("advance B1 k4 verified, masks", "_advance_kernel"): {"sm_89": (0, 8)},
+    ("advance B16 k8 verified, masks", "_advance_kernel"): {"sm_89": (0, 8), "sm_90": (0, 8), "sm_100": (8, 8)},
     ("advance B16 k8 unverified", "_advance_kernel"): {"sm_89": (8, 0)},
     # Two numbers put away before its loop and fetched behind it.
     ("decode_attention bf16 D128 k16", "_attend_kernel"): {"sm_90": (8, 8)},

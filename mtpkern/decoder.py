@@ -143,6 +143,11 @@ class Decoder:
         self._begin(strategy, stop_ids, max_new_tokens)
 
     @property
+    def _on_cpu(self) -> bool:
+        """Whether the host knows the state, and passes may have any number of rows."""
+        return self.device.type == "cpu" and self.graph is None and not self.compile
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the state: keys, values, tokens. What a captured graph computes in between comes on top."""
         return self.cache.nbytes + sum(x.nbytes for x in vars(self.sequences).values())
@@ -178,6 +183,10 @@ class Decoder:
         self.terms.stop_ids.fill_(-1)
         self.terms.stop_ids[: len(stop_ids)] = stop_ids.to(self.device)
         self.terms.price.zero_()
+        self._load = None
+        if self.by_load and self._on_cpu:
+            self._load = Load(times_of(self.model), strategy.k, len(self.all_rows.seq))
+            self.terms.price.fill_(self._load.price(self.sequences))
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, chunk: int = PREFILL_CHUNK) -> Tensor:
@@ -273,7 +282,7 @@ class Decoder:
     def run(self, route: dict[str, AttentionContext], poll: Poll | None = None) -> None:
         """Step until every sequence is done, at most max_new_tokens passes in all; `poll` may do more than count."""
         poll = poll or Poll(self.sequences)
-        if self.device.type == "cpu" and self.graph is None and not self.compile:
+        if self._on_cpu:
             self._run_on_cpu(route, poll)
             return
         B, R, strategy = len(self.sequences.status), len(self.all_rows.seq), self.strategy
@@ -293,8 +302,7 @@ class Decoder:
 
     def _run_on_cpu(self, route: dict[str, AttentionContext], poll: Poll) -> None:
         """As `run`, where the state is known, and rows and slots cost: each pass has those that it needs, no more."""
-        sequences, strategy = self.sequences, self.strategy
-        load = Load(times_of(self.model), strategy.k, len(self.all_rows.seq)) if self.by_load else None
+        load = self._load
         for _ in range(self.max_new_tokens - 1):
             if not poll.running():
                 break
@@ -302,7 +310,7 @@ class Decoder:
             if load is None:
                 self.step(route)
                 continue
-            self.terms.price.fill_(load.price(sequences))
+            self.terms.price.fill_(load.price(self.sequences))
             rows, began = len(self.rows.seq), perf_counter()
             self.step(route)
             load.saw(rows, perf_counter() - began)

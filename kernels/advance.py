@@ -181,8 +181,6 @@ if find_spec("triton"):
             chains_next = tl.where(tried, chains_next, chains - (chains >> FORGOTTEN_IDLE))
             hits = tl.where(running, hits_next, hits)
             chains = tl.where(running, chains_next, chains)
-            tl.store(hits_ptr + o_b, hits, mask=m_b)
-            tl.store(chains_ptr + o_b, chains, mask=m_b)
             odds = odds_of(hits, chains, PRIOR_HITS, PRIOR_CHAINS)
             price = tl.load(price_ptr)
             p_sure = confidence_ptr + row + trusted + 1 + shift
@@ -266,8 +264,11 @@ if find_spec("triton"):
         if MASKS:
             behind_last = tl.minimum(masks, want_last)
 
-        # Other threads may still be at the old row starts.
+        # Other threads may still be at the old row starts, hits and chains: each has loaded all that it needs.
         tl.debug_barrier()
+        if VERIFY:
+            tl.store(hits_ptr + o_b, hits, mask=m_b)
+            tl.store(chains_ptr + o_b, chains, mask=m_b)
         row_end = tl.cumsum(rows, 0)
         tl.store(row_start_ptr + 1 + o_b, row_end, mask=m_b)
         for w in range(0, W, BLOCK_W):
@@ -588,7 +589,8 @@ def _plan(
     if verify:
         odds = odds_of_reference(sequences.hits, sequences.chains)
         is_draft = torch.arange(k - 1, device=tokens.device) < pending[:, None] - 1
-        chance = torch.where(is_draft, sure.double(), 1).prod(1, keepdim=True)
+        # From the left, as the kernel; `prod` has an order of its own.
+        chance = F.pad(torch.where(is_draft, sure.double(), 1), (1, 0), value=1.0).cumprod(1)[:, -1:]
         want = torch.minimum(want, worth_reference(chance, odds, terms.price, k)[:, 0])
     want_last = want
     if masks:

@@ -1,7 +1,7 @@
 """Worth: what a row of the next pass promises, so that no sequence brings rows that are not worth what they cost.
 
-A sequence's drafts come in chains: masks propose, the next pass confirms the first few. With the drafts confirmed and
-the chains ended of late, forgotten by 1/32 from chain to chain and by 1/512 from pass to pass without one,
+A sequence's drafts come in chains: masks propose, the next pass confirms the first few. With the drafts confirmed of
+late and the passes that tried, forgotten by 1/32 from chain to chain and by 1/512 from pass to pass without one,
 
     odds    (hits + 4) / (hits + chains + 6)    that a chain goes on by one more draft
     draft i promises c_1 ... c_i tokens, the product of the confidences
@@ -11,7 +11,8 @@ and a row is brought where its promise is at least the price. chains counts ever
 so that hits / chains is what such a pass has confirmed on average. Without evidence the odds go back to 2 in 3, and so
 a sequence that has given up tries again now and then; the dearer the rows, the later.
 
-Integers and products in float64 from the left: both forms decide the same, bit for bit.
+Integers and products in float64 from the left: both forms decide the same, bit for bit (torch on a CPU; on a GPU its
+cumulative products have an order of their own).
 
 Shapes   hits, chains, odds [B]; chance [B, ...]
 Source   this project's

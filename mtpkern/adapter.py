@@ -197,11 +197,7 @@ def gated(model: nn.Module, input_ids: Tensor) -> Iterator[None]:
     if gate is None:
         yield
         return
-    rows = input_ids == gate.mask_token_id
-    if not rows.is_cuda and not torch.compiler.is_compiling() and not rows.any():
-        yield  # the base's own pass, which a GPU would have to wait to know
-        return
-    with gate.open(rows), model.mtpkern_siblings():  # type: ignore[operator]
+    with gate.open(input_ids == gate.mask_token_id), model.mtpkern_siblings():  # type: ignore[operator]
         yield
 
 

@@ -136,7 +136,7 @@ class Decoder:
         learned = learned_positions(model, needed=capacity + 2 * strategy.k)
         self.last_position = None if learned is None else learned - 1
         self.terms = Terms.allocate(places_for(stop_ids), device)
-        self.by_load = by_load and strategy.verify
+        self.by_load = by_load
         self.fingerprint: tuple[Any, ...] | None = None
         self.compile = compile
         self._layers: CompiledLayers | None = None
@@ -255,7 +255,9 @@ class Decoder:
     def _forward(self, route: dict[str, AttentionContext]) -> Tensor:
         """Logits [R, V] of the packed rows; the model is told of no position behind the last, unless that is None."""
         input_ids, position = self.rows.token[None], self.rows.position[None]
-        with gated(self.model, input_ids):
+        # A pass without masks is the base's own, which a GPU would have to wait to know.
+        plain = self._on_cpu and not (input_ids == self.mask_token_id).any()
+        with nullcontext() if plain else gated(self.model, input_ids):
             return self.model(
                 input_ids=input_ids,
                 position_ids=position if self.last_position is None else position.clamp(max=self.last_position),

@@ -91,7 +91,9 @@ def generate(
         one from the k_max that training has recorded (`Strategy.for_model`); one that is given stays.
     mask_token_id: for checkpoints that do not record theirs; k = 1 needs none, so any model decodes with `Static(1)`.
     rows: the row budget of a pass, from B * k up, with `Verified` from B up. None: for a `Verified` without a k, as
-        many as are worth their time (`mtpkern.load`), else as many as it can use (`mtpkern.decoder.default_rows`).
+        many as are worth their time (`mtpkern.load`), else `mtpkern.decoder.default_rows`: all it can use, for
+        `Verified` on a GPU those that are nearly free. By load the passes, and in near-ties the last bits of logits,
+        may differ from run to run on a CPU; a k or a number of rows fixes them.
     use_graph: whether a pass is captured in a CUDA graph, which the next calls of a similar shape use again; None: on
         every CUDA device. What is kept between calls: `release_graphs`.
     compile: send the model's layers through `torch.compile`, for passes alone (`mtpkern.layers`). The first call of a
@@ -125,7 +127,7 @@ def generate(
         raise TypeError(f"strategy must be mtpkern.Static, ConfAdapt or Verified, got {strategy!r}")
     model = unwrapped(model, kwargs)
     require_decodable(model)
-    by_load = rows is None and (strategy is None or not strategy.k)
+    free = rows is None and (strategy is None or not strategy.k)
     strategy = strategy_for(model, strategy)
     mask = mask_token_for(model, strategy.k, mask_token_id)
     options = {"batch_invariant": batch_invariant, "wait": wait, "check_model": check_model}
@@ -175,7 +177,7 @@ def generate(
             wait=wait,
             check_model=check_model,
             rows=rows,
-            by_load=by_load,
+            by_load=free and strategy.verify,
             compile=wants_compile(compile, graph),
             batch_invariant=batch_invariant,
         )
@@ -315,6 +317,7 @@ def _decoder(
     mask_token_id: int,
     use_graph: bool,
     check_model: bool,
+    by_load: bool,
     prefill: Callable[[Decoder], None],
     **options: Any,
 ) -> Iterator[Decoder]:
@@ -337,6 +340,7 @@ def _decoder(
             stop_ids=stop_ids,
             max_new_tokens=max_new_tokens,
             use_graph=use_graph,
+            by_load=by_load,
             **shape(_capacity(tokens, use_graph)),
         )
 
@@ -353,6 +357,7 @@ def _decoder(
         return
 
     def begin(decoder: Decoder) -> None:
+        decoder.by_load = by_load
         decoder.restart(strategy, stop_ids, max_new_tokens)
         prefill(decoder)
 

@@ -9,10 +9,10 @@ price is the one with the highest quotient over all sequences,
 among a few, of which the highest buys nothing: then a pass is one of plain decoding. Where rows are as good as free, as
 on a GPU up to the row budget, the price only shares the budget out.
 
-On a CPU each pass is timed as it runs; a constant would be wrong, since eight rows take the time of one on one
-processor and of two on another. Passes without masks are tried on purpose now and then, at ever longer intervals,
-because their time is the one that nothing else shows. What a sequence brings changes when its tokens come, never
-which.
+On a CPU each pass is timed as it runs, unless its layers are compiled; a constant would be wrong, since eight rows
+take the time of one on one processor and of two on another. Passes without masks are tried on purpose now and then, at
+ever longer intervals, because their time is the one that nothing else shows. What a sequence brings changes when its
+tokens come, not which, but for near-ties: products of other numbers of rows round otherwise.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class PassTimes:
         self.look = FIRST_LOOK
 
     def saw(self, rows: int, seconds: float) -> None:
-        """Note a pass. Disturbances only ever add time, so less is believed faster than more."""
+        """Note a pass. Disturbances only ever add time, so less is believed at once and more slowly."""
         rows = int(_rounded(np.array([rows]))[0])
         old = self.seconds.get(rows, seconds)
-        self.seconds[rows] = old + (seconds - old) * (0.5 if seconds < old else 0.0625)
+        self.seconds[rows] = min(seconds, old + (seconds - old) / 16)
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         """Seconds of passes of so many rows; in a unit of its own where nothing was seen."""
@@ -77,7 +77,7 @@ class PassTimes:
 
 def _rounded(rows: np.ndarray) -> np.ndarray:
     """Down to three binary digits: 1 to 7, 8, 10, 12, 14, 16, 20 ..."""
-    step = 2.0 ** np.maximum(np.floor(np.log2(rows)) - 2, 0)
+    step = 2.0 ** np.maximum(np.floor(np.log2(np.maximum(rows, 1))) - 2, 0)
     return step * np.floor(rows / step)
 
 

@@ -268,7 +268,7 @@ class Machine:
 @st.composite
 def scenarios(draw: st.DrawFn, behind_drafts: bool = False) -> dict[str, object]:
     """A batch, a strategy, a budget and how the model behaves: all that `decode` needs."""
-    k = draw(st.sampled_from([2, 3, 4, 5] if behind_drafts else [1, 2, 3, 4, 5, 6, 16]))
+    k = draw(st.sampled_from([2, 3, 4, 5] if behind_drafts else [1, 2, 3, 4, 5, 6, 16, 20]))
     batch = draw(st.integers(1, 4 if behind_drafts else 6))
     verify = behind_drafts or draw(st.booleans())
     masks = draw(st.integers(1, (k - 1) ** 2)) if behind_drafts else 0

@@ -334,7 +334,10 @@ def _string_criteria(strings: Any, tokenizer: Any, given: list[Any]) -> list[Sto
     if not isinstance(listed, (list, tuple)) or not all(isinstance(x, str) and x for x in listed):
         raise TypeError(f"stop_strings must be a text, or a list of texts that are not empty, got {strings!r}")
     if tokenizer is None:
-        raise ValueError("stop_strings are looked for in the text: pass the model's tokenizer as tokenizer=")
+        raise ValueError(
+            f"stop_strings are looked for in the text, got {strings!r} and no tokenizer: pass the model's tokenizer as "
+            "tokenizer="
+        )
     if any(type(x) is StopStringCriteria for x in given):
         return []
     try:

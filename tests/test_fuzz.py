@@ -44,7 +44,13 @@ INERT: list[tuple[str, Any]] = [
     *(("repetition_penalty", 1), ("encoder_repetition_penalty", 1.0), ("encoder_no_repeat_ngram_size", 0)),
     *(("guidance_scale", 1), ("guidance_scale", 1.0), ("guidance_scale", None), ("renormalize_logits", False)),
     *(("suppress_tokens", None), ("suppress_tokens", []), ("begin_suppress_tokens", []), ("bad_words_ids", None)),
-    *(("bad_words_ids", []), ("stop_strings", None), ("max_time", 500.0), ("sequence_bias", None)),
+    *(
+        ("bad_words_ids", []),
+        ("stop_strings", None),
+        ("stop_strings", []),
+        ("max_time", 500.0),
+        ("sequence_bias", None),
+    ),
     *(("use_cache", True), ("use_cache", None), ("cache_implementation", "dynamic"), ("cache_implementation", None)),
     *(
         ("output_scores", False),
@@ -71,7 +77,7 @@ ASKING: list[tuple[str, Any]] = [
     *(("begin_suppress_tokens", [7]), ("bad_words_ids", [[5]]), ("sequence_bias", {(5,): -3.0})),
     *(("forced_eos_token_id", 3), ("forced_bos_token_id", 4), ("exponential_decay_length_penalty", (2, 1.5))),
     *(("guidance_scale", 1.5), ("output_scores", True), ("output_logits", True), ("output_hidden_states", True)),
-    *(("output_attentions", True), ("stop_strings", ["a"]), ("stop_strings", []), ("use_cache", False)),
+    *(("output_attentions", True), ("stop_strings", ["a"]), ("use_cache", False)),
     *(("cache_implementation", "static"), ("cache_implementation", "quantized"), ("prompt_lookup_num_tokens", 3)),
     *(("penalty_alpha", 0.6), ("dola_layers", "high"), ("token_healing", True), ("remove_invalid_values", True)),
     *(

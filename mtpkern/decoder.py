@@ -183,6 +183,8 @@ class Decoder:
         self.terms.stop_ids.fill_(-1)
         self.terms.stop_ids[: len(stop_ids)] = stop_ids.to(self.device)
         self.terms.price.zero_()
+        # Whether the pass is known to have no masks, and so to be the base's own.
+        self._maskless = False
         self._load = None
         if self.by_load and self._on_cpu:
             self._load = Load(times_of(self.model), strategy.k, len(self.all_rows.seq))
@@ -255,9 +257,7 @@ class Decoder:
     def _forward(self, route: dict[str, AttentionContext]) -> Tensor:
         """Logits [R, V] of the packed rows; the model is told of no position behind the last, unless that is None."""
         input_ids, position = self.rows.token[None], self.rows.position[None]
-        # A pass without masks is the base's own, which a GPU would have to wait to know.
-        plain = self._on_cpu and not (input_ids == self.mask_token_id).any()
-        with nullcontext() if plain else gated(self.model, input_ids):
+        with nullcontext() if self._maskless else gated(self.model, input_ids):
             return self.model(
                 input_ids=input_ids,
                 position_ids=position if self.last_position is None else position.clamp(max=self.last_position),
@@ -325,6 +325,7 @@ class Decoder:
         cache.reserve(cache.slots)
         cache.max_rows = int(start.diff().max())
         self.rows = cache.rows = self.all_rows.first(max(1, int(start[-1])))
+        self._maskless = not (self.rows.token == self.mask_token_id).any()
 
     def _reserve(self) -> None:
         """Keep room for the next pass where the host does not know how far the sequences are.

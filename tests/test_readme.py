@@ -190,8 +190,6 @@ def bare(text: str) -> list[str]:
 def test_the_readme_in_an_empty_folder(tmp_path, monkeypatch):
     """It runs there, prints what it shows, and what it shows is right."""
     monkeypatch.chdir(tmp_path)
-    # Which pass brings which tokens follows the load of the machine; here rows are for free.
-    monkeypatch.setattr("mtpkern.load.Load.price", lambda *_: 0.0)
     shown = walk(tmp_path)
     assert len(shown) == 2
     for text, printed in shown:

@@ -145,6 +145,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--k", type=int, default=4)
     parser.add_argument("--threshold", type=float, default=0.2)
     parser.add_argument("--masks", type=int, default=9, help="rows more a pass of each prompt, for when drafts fail")
+    parser.add_argument(
+        "--by-load",
+        action="store_true",
+        help="the adapter's own k, as many rows as are worth their time, and no masks behind drafts (mtpkern.load)",
+    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--show", type=int, default=3, metavar="N", help="answers shown in coloured blocks (default 3)")
@@ -160,12 +165,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     adapted = load_adapter(plain, args.adapter)
     prompts = read_prompts(args.prompts, tokenizer, args.number)[: args.number or 40]
-    strategy = Verified(args.k, args.threshold, args.masks)
+    by_load = Verified(threshold=args.threshold)
+    strategy = by_load if args.by_load else Verified(args.k, args.threshold, args.masks)
     console = Console(highlight=False)
     facts: Mapping[str, str] = environment(torch.device(args.device)) | {
         "dtype": args.dtype,
         "new tokens": f"at most {args.max_new_tokens}",
-        "strategy": f"Verified({args.k}, {args.threshold}, masks={args.masks})",
+        "strategy": repr(strategy) + (", rows by load" if args.by_load else ""),
         "threads": str(torch.get_num_threads()),
     }
     hf = "" if args.hf is None else f" (of the first {args.hf} of each kind; else its tokens one a pass by our code)"

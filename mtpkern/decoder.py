@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mtpkern.adapter import gated
+from mtpkern.adapter import base_alone, gated
 from mtpkern.attention import AttentionContext, captured
 from mtpkern.cache import CapturedPrefill, KVCache, PrefillCache
 from mtpkern.graph import StepGraph, wants_graph
@@ -257,7 +257,7 @@ class Decoder:
     def _forward(self, route: dict[str, AttentionContext]) -> Tensor:
         """Logits [R, V] of the packed rows; the model is told of no position behind the last, unless that is None."""
         input_ids, position = self.rows.token[None], self.rows.position[None]
-        with nullcontext() if self._maskless else gated(self.model, input_ids):
+        with base_alone(self.model) if self._maskless else gated(self.model, input_ids):
             return self.model(
                 input_ids=input_ids,
                 position_ids=position if self.last_position is None else position.clamp(max=self.last_position),

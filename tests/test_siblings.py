@@ -11,7 +11,7 @@ import torch
 
 import mtpkern
 from mtpkern import siblings
-from mtpkern.adapter import gate_of, gated
+from mtpkern.adapter import base_alone, gate_of, gated
 from mtpkern.kernels.gated_lora import gated_lora, gated_lora_triton
 from mtpkern.train.lora import add_gated_lora
 
@@ -261,6 +261,57 @@ def test_adapters_that_are_more_than_ours(tiny, served):
     again, calls = both_ways()
     assert torch.equal(again, first)
     assert calls == [3, 1, 2, 1] * 2
+
+
+def test_a_pass_without_masks_is_the_bases_alone(tiny, monkeypatch):
+    """To the bit, without peft's forward; but where another adapter has something to add, or somebody's forward is."""
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+
+    model, forward, calls = adapted(tiny), Linear.forward, []
+    ids, _ = tiny.prompts(6, 6)
+
+    def alone():
+        calls.clear()
+        with torch.inference_mode(), base_alone(model):
+            return model(ids, use_cache=False).logits
+
+    expected = logits(model, ids)
+
+    def noted(self, *args, **kwargs):
+        calls.append(self)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(Linear, "forward", noted)
+    assert torch.equal(alone(), expected)
+    assert not calls
+    assert not any("forward" in vars(layer) for layer in model.modules())
+    other = model.model.layers[1].self_attn.o_proj
+    other.update_layer("plain", 2, 4, LoraConfig(r=2, lora_alpha=4, init_lora_weights=False))
+    other.set_adapter(["default", "plain"])
+    assert not torch.equal(alone(), expected)
+    assert calls == [other]
+    other.set_adapter("default")
+    theirs = model.model.layers[0].mlp.up_proj
+    theirs.forward = own = lambda x: x.new_zeros(*x.shape[:-1], theirs.out_features)
+    assert not torch.equal(alone(), expected)
+    assert theirs.forward is own
+
+
+def test_decoding_on_a_cpu_leaves_peft_out_where_no_row_is_a_mask(tiny, monkeypatch):
+    from peft.tuners.lora import Linear
+
+    model, forward, calls = adapted(tiny), Linear.forward, []
+    ids, _ = tiny.prompts(6, 6)
+
+    def noted(self, *args, **kwargs):
+        calls.append(self)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(Linear, "forward", noted)
+    mtpkern.generate(model, ids, strategy=mtpkern.Static(1), max_new_tokens=8, check_model=False)
+    # The prefill alone goes through peft's.
+    assert len(calls) == len(model.mtpkern_siblings.layers)
 
 
 def test_other_passes_are_not_touched(tiny, served):

@@ -20,7 +20,7 @@ The next pass: each running sequence brings its pending tokens and up to k - 1 m
 other into R rows, as far as they are worth their price (kernels/worth.py; the price is 0 unless verified). R >= B * k
 always holds all pending tokens; with less, down to B, verified sequences drop drafts, to one level. What is left of R
 is dealt out as masks, evenly, the remainder to the first. Finished sequences bring nothing; rows left over go to the
-trash slot.
+trash slot. Where there is a `budget`, so many of the R rows are dealt out.
 
 A refuted draft (t < pending - 1) leaves nothing but its replacement: masks count only behind the last pending token.
 Verified, a sequence may bring up to `masks` more, in groups of up to k - 1 behind other pending tokens; the group
@@ -95,6 +95,7 @@ if find_spec("triton"):
         threshold_ptr,  # []
         stop_ids_ptr,  # [S]
         price_ptr,  # []
+        budget_ptr,  # [] or None
         s_tokens,
         s_blocks,
         B,
@@ -130,6 +131,7 @@ if find_spec("triton"):
         threshold = tl.load(threshold_ptr).to(confidence_ptr.dtype.element_ty)
         p_tokens = tokens_ptr + o_b.to(tl.int64) * s_tokens
         first = length - pending
+        budget = R
 
         # Faults, and how many drafts the rows before them confirm: the lowest column that fails.
         fault = tl.zeros([BLOCK_B], tl.int32)
@@ -221,10 +223,12 @@ if find_spec("triton"):
         tl.store(status_ptr + o_b, tl.where(fault, FAULT, status_next), mask=running | fault)
         if VERIFY:
             # Drafts that the next pass has no rows for are dropped: the highest even level that fits.
+            if budget_ptr is not None:
+                budget = tl.minimum(tl.load(budget_ptr).to(tl.int32), R)
             level = 1
             for w in range(0, W, BLOCK_W):
                 j = w + o_w
-                fits = (j <= K) & (tl.sum(tl.minimum(pending_next[:, None], j[None, :]), 0) <= R)
+                fits = (j <= K) & (tl.sum(tl.minimum(pending_next[:, None], j[None, :]), 0) <= budget)
                 level = tl.maximum(level, tl.max(tl.where(fits, j, 1), 0))
             pending_next = tl.minimum(pending_next, level)
             length_next = tl.where(running & ~finished, start + pending_next, length_next)
@@ -248,7 +252,7 @@ if find_spec("triton"):
                 of_worth = worth(chance_of(p_sure, pending_next, i, K), odds[:, None], price, K)
                 groups += tl.sum(tl.minimum(of_use, of_worth), 1)
             want += tl.minimum(groups, MASKS)
-        spare = R - tl.sum(pending_next, 0)
+        spare = budget - tl.sum(pending_next, 0)
         level = -1
         used = 0
         for w in range(0, W, BLOCK_W):
@@ -357,6 +361,7 @@ def advance_triton(
         terms.threshold,
         terms.stop_ids,
         terms.price,
+        terms.budget,
         sequences.tokens.stride(0),
         sequences.blocks.stride(0),
         B,
@@ -442,6 +447,7 @@ def _advance_op(
     threshold: Tensor,
     stop_ids: Tensor,
     price: Tensor,
+    budget: Tensor | None,
     token: Tensor,
     confidence: Tensor,
     k: int,
@@ -451,7 +457,7 @@ def _advance_op(
 ) -> None:
     sequences = Sequences(tokens, length, pending, limit, status, passes, hits, chains, blocks)
     rows = Rows(row_seq, row_position, row_slot, row_token, row_prefix_end, row_span_start, row_start, row_behind)
-    terms = Terms(threshold, stop_ids, price)
+    terms = Terms(threshold, stop_ids, price, budget)
     advance(sequences, rows, terms, token, confidence, k=k, verify=verify, mask_token_id=mask_token_id, masks=masks)
 
 
@@ -577,10 +583,12 @@ def _plan(
     tokens, length, pending, limit = sequences.tokens, sequences.length, sequences.pending, sequences.limit
     B, R, trash = length.shape[0], rows.seq.shape[0], masks + tokens.shape[1] - 1
     first = length - pending
-    if verify and B * k > R:
+    capped = verify and terms.budget is not None
+    budget = terms.budget.clamp(max=R) if verify and terms.budget is not None else R
+    if verify and (capped or B * k > R):
         # Drafts that the next pass has no rows for are dropped: the highest even level that fits.
         level = torch.arange(1, k + 1, device=tokens.device)[:, None]
-        level = (torch.minimum(pending, level).sum(1) <= R).sum().clamp(min=1)
+        level = (torch.minimum(pending, level).sum(1) <= budget).sum().clamp(min=1)
         pending.copy_(torch.minimum(pending, level))
         length.copy_(torch.where(pending > 0, first + pending, length))
 
@@ -599,9 +607,9 @@ def _plan(
         groups = torch.minimum(groups, worth_reference(chance, odds, terms.price, k))
         want = want_last + groups.sum(1).clamp(max=masks)
     dealt = want
-    if B * (2 * k - 1 + masks) > R:
+    if capped or B * (2 * k - 1 + masks) > R:
         # The highest even level that fits, then one more each to the first that want it.
-        spare = R - pending.sum()
+        spare = budget - pending.sum()
         used_at = torch.minimum(want, torch.arange(k + masks, device=tokens.device)[:, None]).sum(1)  # nondecreasing
         level = (used_at <= spare).sum(0, keepdim=True) - 1
         hungry = want > level

@@ -98,17 +98,20 @@ class Terms:
 
     threshold [] float: a prediction above it is sure. stop_ids [S] int64; -1 matches nothing. price [] float64, with
     verification only: the tokens that a row of the next pass must promise (kernels/worth.py); 0 buys all that fit.
+    budget [] int64, likewise: the rows that the next pass has, from B up to R; R where it is None.
     """
 
     threshold: Tensor
     stop_ids: Tensor
     price: Tensor
+    budget: Tensor | None = None
 
     @classmethod
-    def allocate(cls, stops: int, device: torch.device) -> Terms:
-        """Threshold 0, room for `stops` stop tokens, price 0."""
+    def allocate(cls, stops: int, device: torch.device, budget: int | None = None) -> Terms:
+        """Threshold 0, room for `stops` stop tokens, price 0, and a budget if one is to be set from pass to pass."""
         return cls(
             torch.zeros((), device=device),
             torch.full((stops,), -1, dtype=torch.int64, device=device),
             torch.zeros((), dtype=torch.float64, device=device),
+            None if budget is None else torch.full((), budget, dtype=torch.int64, device=device),
         )

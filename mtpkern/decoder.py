@@ -11,6 +11,7 @@ capture of a new graph, and without a graph where the buffers may have to grow: 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from time import perf_counter
@@ -29,7 +30,7 @@ from mtpkern.kernels.advance import advance
 from mtpkern.kernels.readout import readout
 from mtpkern.kernels.state import RUNNING, Rows, Sequences, Terms
 from mtpkern.layers import CompiledLayers
-from mtpkern.load import Load, price_of, times_of
+from mtpkern.load import Ladder, Load, price_of, times_of
 from mtpkern.model import has_latent_attention, learned_positions
 from mtpkern.strategies import Strategy
 
@@ -76,8 +77,8 @@ class Decoder:
     from batch * k up, with verification from batch up. Capacity counts tokens; scratch slots for masks behind drafts
     come on top.
 
-    by_load: sequences bring no more rows than are worth their time (mtpkern.load); with verification only, whose output
-        does not depend on it.
+    by_load: sequences bring no more rows than are worth their time (mtpkern.load), with verification only, whose output
+        does not depend on it. In a graph `rows` is then the most that a pass may have.
 
     use_graph: capture the step in a CUDA graph; None does where there is a CUDA device.
     compile: send the model's layers through `torch.compile`, for passes alone (see `mtpkern.layers`).
@@ -135,8 +136,11 @@ class Decoder:
         # Masks may stand behind the last position that a model has learned; what they predict is never emitted.
         learned = learned_positions(model, needed=capacity + 2 * strategy.k)
         self.last_position = None if learned is None else learned - 1
-        self.terms = Terms.allocate(places_for(stop_ids), device)
+        self.terms = Terms.allocate(places_for(stop_ids), device, budget=rows if self.graph else None)
         self.by_load = by_load
+        # Kept with the graphs; seconds that the host has been at each.
+        self._ladder = Ladder(batch, rows, strategy.k)
+        self._making: defaultdict[int, float] = defaultdict(float)
         self.fingerprint: tuple[Any, ...] | None = None
         self.compile = compile
         self._layers: CompiledLayers | None = None
@@ -183,6 +187,8 @@ class Decoder:
         self.terms.stop_ids.fill_(-1)
         self.terms.stop_ids[: len(stop_ids)] = stop_ids.to(self.device)
         self.terms.price.zero_()
+        if self.terms.budget is not None:
+            self.terms.budget.fill_(len(self.all_rows.seq))
         # Whether the pass is known to have no masks, and so to be the base's own.
         self._maskless = False
         self._load = None
@@ -287,6 +293,9 @@ class Decoder:
         if self._on_cpu:
             self._run_on_cpu(route, poll)
             return
+        if self.by_load and self.graph is not None and len(self._ladder.rungs) > 1:
+            self._run_on_ladder(route, poll, self.graph)
+            return
         B, R, strategy = len(self.sequences.status), len(self.all_rows.seq), self.strategy
         # Where there are rows for everybody, everybody has them: they cost the same used or not.
         scarce = self.by_load and B * (2 * strategy.k - 1 + strategy.masks) > R
@@ -300,7 +309,42 @@ class Decoder:
                 self._reserve()
                 self.step(route)
             else:
-                self.graph(partial(self.step, route))
+                self.graph(partial(self.step, route), R)
+
+    def _run_on_ladder(self, route: dict[str, AttentionContext], poll: Poll, graph: StepGraph) -> None:
+        """As `run`, where passes come in a few numbers of rows: that of a pass is told to the device a pass ahead."""
+        ladder, terms = self._ladder, self.terms
+        assert terms.budget is not None
+        timed = _TimedPoll(self.sequences)
+        told: tuple[int, float] = len(self.all_rows.seq), 0.0
+        rows = told[0]
+        for _ in range(self.max_new_tokens - 1):
+            if not poll.running():
+                break
+            timed.running()
+            if timed.replayed:
+                ladder.saw(timed.replayed, timed.seconds)
+            terms_of_next = ladder.choose(*timed.seen)
+            if terms_of_next != told:
+                told = terms_of_next
+                terms.budget.fill_(told[0])
+                terms.price.fill_(told[1])
+            self._take(rows)
+            timed.passes.append(rows if rows in graph.captured else 0)
+            began = perf_counter()
+            graph(partial(self.step, route), rows)
+            if not timed.passes[-1]:
+                self._making[rows] += perf_counter() - began
+                if rows in graph.captured:
+                    ladder.made_one(rows, self._making[rows])
+            rows = told[0]
+
+    def _take(self, rows: int) -> None:
+        """Have the next pass so many rows: of the lowest rung one a sequence, none of them a mask."""
+        self.rows = self.cache.rows = self.all_rows.first(rows)
+        self._maskless = rows == self._ladder.rungs[0]
+        most = 2 * self.strategy.k - 1 + self.strategy.masks
+        self.cache.max_rows = 1 if self._maskless else most
 
     def _run_on_cpu(self, route: dict[str, AttentionContext], poll: Poll) -> None:
         """As `run`, where the state is known, and rows and slots cost: each pass has those that it needs, no more."""
@@ -375,8 +419,12 @@ class Poll:
         if not self.on_cpu:
             # A ring: a copy has been read before its place is used again.
             state = self.state()
-            self.copies = torch.empty(LAG + 1, *state.shape, dtype=state.dtype, pin_memory=True)
-            self.events = [torch.Event(device) for _ in range(LAG + 1)]
+            self.events = self.marks(device)
+            self.copies = torch.empty(len(self.events), *state.shape, dtype=state.dtype, pin_memory=True)
+
+    def marks(self, device: torch.device) -> list[torch.Event]:
+        """One for each copy that is kept at a time."""
+        return [torch.Event(device) for _ in range(LAG + 1)]
 
     def state(self) -> Tensor:
         """What is copied, on the device."""
@@ -403,13 +451,13 @@ class Poll:
             self._read(number)
 
     def _copy(self) -> None:
-        place = self.polls % (LAG + 1)
+        place = self.polls % len(self.events)
         self.copies[place].copy_(self.state(), non_blocking=True)
         self.events[place].record()
         self.polls += 1
 
     def _read(self, number: int) -> int:
-        place = number % (LAG + 1)
+        place = number % len(self.events)
         self.events[place].synchronize()
         return self.take(self.copies[place])
 
@@ -432,3 +480,28 @@ class _OddsPoll(Poll):
         running = status == RUNNING
         self.seen = hits[running], chains[running]
         return int(running.sum())
+
+
+class _TimedPoll(_OddsPoll):
+    """Sees, besides, what the last pass that it knows of has taken, from copy to copy.
+
+    passes     rows of every pass that was a replay; 0 for others, which do more than a pass
+    replayed   those of the last one that is known of, 0 where none is
+    """
+
+    def __init__(self, sequences: Sequences) -> None:
+        super().__init__(sequences)
+        self.passes: list[int] = []
+        self.replayed, self.seconds = 0, 0.0
+
+    def marks(self, device: torch.device) -> list[torch.Event]:
+        """One more, as a pass lies between two."""
+        return [torch.Event(device, enable_timing=True) for _ in range(LAG + 2)]
+
+    def _read(self, number: int) -> int:
+        running = super()._read(number)
+        self.replayed = self.passes[number - 1] if number else 0
+        if self.replayed:
+            before, behind = (self.events[n % len(self.events)] for n in (number - 1, number))
+            self.seconds = 1e-3 * before.elapsed_time(behind)
+        return running

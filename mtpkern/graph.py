@@ -13,7 +13,7 @@ All goes with the model, or at `release_graphs()`.
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -45,42 +45,43 @@ def wants_graph(use_graph: bool | None, device: torch.device) -> bool:
 
 
 class StepGraph:
-    """Runs a step as it is until it is warm, then captures it, then replays it.
+    """Runs a step as it is until it is warm, then captures it, then replays it; a step of each number of rows apart.
 
         graph = StepGraph(device)
-        graph(step)     # one real step each time, whichever way it runs
+        graph(step, 16)     # one real step of 16 rows each time, whichever way it runs
 
     step reads and writes tensors that never move, and what it returns is not looked at. One that cannot be captured
-    goes on as it is, which a RuntimeWarning announces.
+    goes on as it is, as do all of other sizes; a RuntimeWarning announces it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.warm = 0
+        self.warm: Counter[int] = Counter()
         self.refused = False
-        self.captured: CapturedStep | None = None
+        self.captured: dict[int, CapturedStep] = {}
         # A captured step of the same model, to share its memory pool.
         self.beside: CapturedStep | None = None
         # When the last run ended, on whatever stream it ran.
         self.idle = torch.Event(device)
 
-    def __call__(self, step: Callable[[], object]) -> None:
-        """Run one step."""
-        if self.captured is None and self.warm == WARM_UP and not self.refused:
+    def __call__(self, step: Callable[[], object], rows: int) -> None:
+        """Run one step of so many rows."""
+        if rows not in self.captured and self.warm[rows] == WARM_UP and not self.refused:
             try:
-                self.captured = CapturedStep(step, self.device, self.beside)
+                beside = next(iter(self.captured.values()), self.beside)
+                self.captured[rows] = CapturedStep(step, self.device, beside)
             except RuntimeError as error:  # out of memory is one, too
                 self.refused = True
                 _announce(error)
             self.beside = None
-        if self.captured is not None:
-            self.captured.replay()
+        if rows in self.captured:
+            self.captured[rows].replay()
         elif self.refused:
             step()
         else:
             with on_side_stream(self.device):
                 step()
-            self.warm += 1
+            self.warm[rows] += 1
 
 
 class CapturedStep:
@@ -206,7 +207,7 @@ def kept_decoder(
         decoder = make()
         graph = decoder.graph
         assert graph is not None, "a decoder without a graph is not worth keeping"
-        graph.beside = next((d.graph.captured for d in kept.values() if d.graph and d.graph.captured), None)
+        graph.beside = next((step for d in kept.values() if d.graph for step in d.graph.captured.values()), None)
         begin(decoder)
     yield decoder
     if decoder.fingerprint is None:

@@ -6,8 +6,13 @@ price is the one with the highest quotient over all sequences,
 
     (n + sum of y) / T(n + sum of m + y)        n: sequences that run
 
-among a few, of which the highest buys nothing: then a pass is one of plain decoding. Where rows are as good as free, as
-on a GPU up to the row budget, the price only shares the budget out.
+among a few, of which the highest buys nothing: then a pass is one of plain decoding. Where rows are as
+good as free, as on a GPU up to a number of rows, the price only shares these out.
+
+On a GPU passes have one of a few numbers of rows, the rungs of a ladder, each with a graph of its own: the device plans
+as many rows as the host has told it to, and the host takes the rung with the best quotient. The lowest has one row a
+sequence and no masks: a pass of plain decoding. A rung that has no graph yet is guessed at, and gets one as soon as
+what it would have saved comes to what the first graph took to make, so that no call pays much for what it does not use.
 
 On a CPU each pass is timed as it runs, unless its layers are compiled; a constant would be wrong, since eight rows
 take the time of one on one processor and of two on another. Passes without masks are tried on purpose now and then, at
@@ -30,6 +35,10 @@ from mtpkern.kernels.worth import PRIOR_CHAINS, PRIOR_HITS
 PRICES = np.array([0.0, 0.03, 0.06, 0.09, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 2.0])
 # What a pass takes besides its rows, in rows: a guess, where nothing has been seen.
 FIXED = 8
+# Likewise on a GPU: Qwen3-4B on an H200 takes 1.6 times as long with 256 rows as with one (bench/results/h200).
+FIXED_GPU = 400
+# Rows that a rung of the ladder saves at least. Passes of one row differ in more: they have no masks.
+STEP = 64
 # The pass before which one without masks is tried first, and the factor to the next.
 FIRST_LOOK, LOOK_AGAIN = 3, 4
 
@@ -43,10 +52,11 @@ class PassTimes:
     times.of(np.array([1, 4, 8]))  # [0.02, 0.028..., 0.04]
 
     Rows of the same three leading binary digits count as one. Between what was seen times are interpolated; beyond it
-    they grow as if a pass without rows took the time of `FIXED` rows.
+    they grow as if a pass without rows took the time of `fixed` rows.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, fixed: int = FIXED) -> None:
+        self.fixed = fixed
         self.seconds: dict[int, float] = {}
         self.passes = 0
         self.look = FIRST_LOOK
@@ -61,10 +71,12 @@ class PassTimes:
         """Seconds of passes of so many rows; in a unit of its own where nothing was seen."""
         rows = _rounded(rows)
         if not self.seconds:
-            return FIXED + rows
+            return self.fixed + rows
         seen = sorted(self.seconds)
         inside = np.clip(rows, seen[0], seen[-1])
-        return np.interp(inside, seen, [self.seconds[r] for r in seen]) * (FIXED + rows) / (FIXED + inside)
+        return np.interp(inside, seen, [self.seconds[r] for r in seen]) * (self.fixed + rows) / (
+            self.fixed + inside
+        )
 
     def wants_a_look(self) -> bool:
         """Whether the next pass should be one without masks; asked once a pass."""
@@ -96,16 +108,25 @@ def price_of(hits: np.ndarray, chains: np.ndarray, k: int, rows: int, times: Pas
 
         price_of(np.array([0]), np.array([0]), k=4, rows=7, times=None)  # 0.0: there are rows for everything
     """
+    tokens, needed = _promised(hits, chains, k)
+    if times is None:
+        return float(PRICES[_fitting(needed, rows)])
+    speed = tokens / times.of(np.minimum(needed, rows))
+    return float(PRICES[np.argmax(speed)])
+
+
+def _promised(hits: np.ndarray, chains: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """By price: tokens of a pass of all sequences, and the rows that it takes."""
     odds = (hits + PRIOR_HITS) / (hits + chains + PRIOR_HITS + PRIOR_CHAINS)
     promise = odds[:, None] ** np.arange(1, k)
     bought = promise[:, :, None] >= PRICES
     masks, tokens = bought.sum((0, 1)), (promise[:, :, None] * bought).sum((0, 1))
-    needed = len(hits) + masks + tokens
-    if times is None:
-        # The lowest price at which all fits, or nothing.
-        return float(PRICES[np.argmax(needed <= max(rows, needed[-1]))])
-    speed = (len(hits) + tokens) / times.of(np.minimum(needed, rows))
-    return float(PRICES[np.argmax(speed)])
+    return len(hits) + tokens, len(hits) + masks + tokens
+
+
+def _fitting(needed: np.ndarray, rows: int) -> int:
+    """Of the prices the lowest at which all fits, or the one that buys nothing."""
+    return int(np.argmax(needed <= max(rows, needed[-1])))
 
 
 class Load:
@@ -134,3 +155,55 @@ class Load:
         self.passes += 1
         if self.passes > 1:
             self.times.saw(rows, seconds)
+
+
+class Ladder:
+    """How many rows the passes of one batch have on a GPU, and the price at which they are shared out.
+
+    batch   sequences: the lowest rung, a row for each
+    rows    the highest
+
+        ladder = Ladder(batch=64, rows=256, k=8)
+        ladder.rungs                                # [64, 128, 256]
+        rows, price = ladder.choose(hits, chains)   # of the running sequences
+        ladder.saw(rows, seconds)                   # a pass
+    """
+
+    def __init__(self, batch: int, rows: int, k: int) -> None:
+        rungs, below = [rows], rows // 2
+        while rows > batch:
+            rungs.append(rows := below if below > batch and rows - below >= STEP else batch)
+            below = rows // 2
+        self.rungs, self.k = rungs[::-1], k
+        self.times = PassTimes(FIXED_GPU)
+        # Rungs that have a graph, what making the first took, and what each other one would have saved up to now.
+        self.made: set[int] = set()
+        self.making = 0.0
+        self.saved = dict.fromkeys(self.rungs, 0.0)
+
+    def choose(self, hits: np.ndarray, chains: np.ndarray) -> tuple[int, float]:
+        """The rung of the pass after the next, and what a row of it must promise; asked once a pass."""
+        promised, needed = _promised(hits, chains, self.k)
+        at = [_fitting(needed, rows) for rows in self.rungs]
+        # On the lowest no sequence may bring more than its row, however few are left.
+        at[0] = -1
+        seconds = self.times.of(np.array(self.rungs))
+        each = seconds / promised[at]
+        there = [i for i, rows in enumerate(self.rungs) if rows in self.made] or [len(self.rungs) - 1]
+        best = min(there, key=lambda i: each[i])
+        wish = int(np.argmin(each))
+        if wish != best and self.times.seconds:
+            rows = self.rungs[wish]
+            self.saved[rows] += seconds[best] * (1 - each[wish] / each[best])
+            if self.saved[rows] >= self.making:
+                best = wish
+        return self.rungs[best], math.inf if best == 0 else float(PRICES[at[best]])
+
+    def made_one(self, rows: int, seconds: float) -> None:
+        """Note that a rung has its graph, and how long the host has been at it."""
+        self.made.add(rows)
+        self.making = max(self.making, seconds)
+
+    def saw(self, rows: int, seconds: float) -> None:
+        """Note a pass."""
+        self.times.saw(rows, seconds)

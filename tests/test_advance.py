@@ -7,7 +7,7 @@ model, and compares all that either of them knows.
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -154,11 +154,16 @@ class Machine:
         dtype: torch.dtype = torch.float32,
         masks: int = 0,
         price: float = 0.0,
+        budget: Callable[[], int] | None = None,
     ) -> None:
         B = len(prompts)
         self.form, self.k, self.verify, self.dtype, self.masks = form, k, verify, dtype, masks
         self.threshold, self.stops, self.price = threshold, stops, price
         self.terms = Terms(*map(torch.tensor, (threshold, sorted(stops) or [-1])), torch.tensor(price).double())
+        # Of each pass, what the next may have of the rows.
+        self.budget = budget
+        if budget is not None:
+            self.terms = replace(self.terms, budget=torch.tensor(0))
         self.texts = [Text(list(prompt), len(prompt) + n) for prompt, n in zip(prompts, new_tokens)]
         self.capacity = max(text.limit for text in self.texts)
         device = torch.device("cpu")
@@ -179,7 +184,7 @@ class Machine:
         self.addresses = self._addresses()
 
     def _addresses(self) -> list[int]:
-        return [x.data_ptr() for state in (self.sequences, self.rows, self.terms) for x in vars(state).values()]
+        return [x.data_ptr() for state in (self.sequences, self.rows, self.terms) for x in vars(state).values() if x is not None]
 
     @property
     def running(self) -> bool:
@@ -194,6 +199,8 @@ class Machine:
         stop = min(self.stops, default=0)
         token += [stop if r % 2 else -1 for r in range(unused)]
         confidence += [1.0 if r % 2 else math.nan for r in range(unused)]
+        if self.budget is not None:
+            self.terms.budget.fill_(self.budget())
         ended = [(b, self.sequences.tokens[b, :-1].clone()) for b, t in enumerate(self.texts) if t.status != RUNNING]
         self.form(
             self.sequences,
@@ -215,7 +222,8 @@ class Machine:
     def compare(self) -> None:
         sequences, rows, texts = self.sequences, self.rows, self.texts
         R, M = len(rows.seq), self.masks
-        deal(texts, R, self.k, M, self.price, self.verify)
+        dealt = R if self.budget is None or not self.verify else min(R, int(self.terms.budget))
+        deal(texts, dealt, self.k, M, self.price, self.verify)
         assert self._addresses() == self.addresses
         assert sequences.status.tolist() == [text.status for text in texts]
         assert sequences.length.tolist() == [len(text.tokens) for text in texts]
@@ -250,7 +258,7 @@ class Machine:
                 assert rows.behind[b].tolist() == text.behind + [0] * (self.k - text.pending)
         assert rows.start.tolist() == start
         used = len(expected)
-        assert used <= R
+        assert used <= dealt
         rule = (rows.prefix_end, rows.span_start) if M else ()
         planned = zip(*(x.tolist() for x in (rows.seq, rows.position, rows.slot, rows.token, *rule)))
         assert list(planned)[:used] == [row[: 4 + len(rule)] for row in expected]
@@ -280,6 +288,7 @@ def scenarios(draw: st.DrawFn, behind_drafts: bool = False) -> dict[str, object]
         + draw(st.one_of(st.integers(0, 2), st.integers(0, batch * (k - 1 + masks) + 3))),
         "price": draw(st.sampled_from([0.0, 0.0, 0.05, 0.25, 0.625, 2.0])) if verify else 0.0,
         "verify": verify,
+        "capped": draw(st.booleans()),
         "masks": masks,
         # Exact in float32, so that a confidence can equal it; -1 is Static.
         "threshold": draw(st.sampled_from([0.0, 0.5, 0.875, 1.0] if verify else [-1.0, -1.0, 0.0, 0.5, 0.875, 1.0])),
@@ -311,6 +320,7 @@ def decode(
     sureness: float,
     fault: float,
     price: float,
+    capped: bool,
     dtype: torch.dtype,
     seed: int,
 ) -> None:
@@ -341,6 +351,7 @@ def decode(
         stops=stops,
         dtype=dtype,
         price=price,
+        budget=(lambda: rng.randint(len(prompts), rows + 1)) if capped else None,
     )
     passes = 0
     while machine.running:

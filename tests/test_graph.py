@@ -125,6 +125,7 @@ def poison(decoder: Decoder) -> None:
         decoder.terms.threshold.fill_(torch.nan)
         decoder.terms.stop_ids.fill_(7)
         decoder.terms.price.fill_(7)
+        decoder.terms.budget.fill_(1)
 
 
 # Each with another threshold: it is no part of the graph.
@@ -682,7 +683,7 @@ def test_a_model_that_waits_is_not_captured(tiny: SimpleNamespace) -> None:
     assert_same(generate(tiny, other, 9, 4), others)
     (before,) = kept(other)
     assert before.graph is not None
-    assert before.graph.captured is not None
+    assert before.graph.captured
     hook = model.model.layers[0].register_forward_hook(lambda module, args, out: float(out[0].sum()) and None)
     with pytest.warns(RuntimeWarning, match="could not be captured in a CUDA graph"):
         assert_same(generate(tiny, model, 9, 4), expected)
@@ -693,10 +694,10 @@ def test_a_model_that_waits_is_not_captured(tiny: SimpleNamespace) -> None:
     assert float(torch.rand(8, device="cuda").sum()) > 0
     for strategy in (Static(2), Static(3)):
         generate(tiny, other, 9, 4, strategy=strategy)
-        assert kept(other)[-1].graph.captured is not None
+        assert kept(other)[-1].graph.captured
     hook.remove()
     assert_same(generate(tiny, model, 9, 4), expected)
-    assert kept(model)[-1].graph.captured is not None
+    assert kept(model)[-1].graph.captured
     torch.cuda.synchronize()
     release_graphs()
 

@@ -110,7 +110,7 @@ def price_of(hits: np.ndarray, chains: np.ndarray, k: int, rows: int, times: Pas
     """
     tokens, needed = _promised(hits, chains, k)
     if times is None:
-        return float(PRICES[_fitting(needed, rows)])
+        return float(PRICES[np.argmax(_fitted(tokens, needed, len(hits), rows))])
     speed = tokens / times.of(np.minimum(needed, rows))
     return float(PRICES[np.argmax(speed)])
 
@@ -124,9 +124,9 @@ def _promised(hits: np.ndarray, chains: np.ndarray, k: int) -> tuple[np.ndarray,
     return len(hits) + tokens, len(hits) + masks + tokens
 
 
-def _fitting(needed: np.ndarray, rows: int) -> int:
-    """Of the prices the lowest at which all fits, or the one that buys nothing."""
-    return int(np.argmax(needed <= max(rows, needed[-1])))
+def _fitted(tokens: np.ndarray, needed: np.ndarray, running: int, rows: int) -> np.ndarray:
+    """Tokens of a pass with so many rows, which the device deals out evenly where they are fewer than needed."""
+    return running + (tokens - running) * np.minimum(1, (rows - running) / np.maximum(needed - running, 1))
 
 
 class Load:
@@ -184,11 +184,11 @@ class Ladder:
     def choose(self, hits: np.ndarray, chains: np.ndarray) -> tuple[int, float]:
         """The rung of the pass after the next, and what a row of it must promise; asked once a pass."""
         promised, needed = _promised(hits, chains, self.k)
-        at = [_fitting(needed, rows) for rows in self.rungs]
+        tokens = np.array([_fitted(promised, needed, len(hits), rows) for rows in self.rungs])
         # On the lowest no sequence may bring more than its row, however few are left.
-        at[0] = -1
+        tokens[0] = len(hits)
         seconds = self.times.of(np.array(self.rungs))
-        each = seconds / promised[at]
+        each = seconds / np.maximum(tokens.max(1), 1)
         there = [i for i, rows in enumerate(self.rungs) if rows in self.made] or [len(self.rungs) - 1]
         best = min(there, key=lambda i: each[i])
         wish = int(np.argmin(each))
@@ -197,7 +197,7 @@ class Ladder:
             self.saved[rows] += seconds[best] * (1 - each[wish] / each[best])
             if self.saved[rows] >= self.making:
                 best = wish
-        return self.rungs[best], math.inf if best == 0 else float(PRICES[at[best]])
+        return self.rungs[best], math.inf if best == 0 else float(PRICES[np.argmax(tokens[best])])
 
     def made_one(self, rows: int, seconds: float) -> None:
         """Note that a rung has its graph, and how long the host has been at it."""

@@ -4,6 +4,7 @@ That is what a CUDA graph does: addresses and plain numbers are fixed at the cap
 """
 
 import gc
+import random
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from mtpkern.attention import attention_context
 from mtpkern.decoder import Decoder
 from mtpkern.graph import fingerprint, release_graphs
 from mtpkern.kernels.form import has_kernels
+from mtpkern.load import Ladder
 from mtpkern.strategies import Strategy
 
 
@@ -57,6 +59,7 @@ class RecordedStep:
         with Recorder() as recorder:
             step()
         self.operations = recorder.operations
+        self.rows = decoder.rows.seq
         with torch.inference_mode():
             for x, y in zip(state, before):
                 x.copy_(y)
@@ -153,6 +156,38 @@ def test_replays_give_the_tokens_of_fresh_runs(name: str, recorded: type[Recorde
         (decoder,) = kept(model)
         poison(decoder)
     assert recorded.captures == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"strategy": Verified(threshold=0.1, masks=2)}])
+def test_the_ladder_changes_no_token(
+    options: dict[str, Any], recorded: type[RecordedStep], tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any rung behind any other, told a pass ahead; prices as they come; each rung captured once, in one decoder."""
+    rng, model = random.Random(0), tiny.model("llama")
+    monkeypatch.setattr("mtpkern.decoder.FREE_ROWS", 0)
+    monkeypatch.setattr("mtpkern.load.STEP", 1)
+    used: set[int] = set()
+
+    def choose(ladder: Ladder, *_: Any) -> tuple[int, float]:
+        assert len(ladder.rungs) > 2
+        rows = rng.choice(ladder.rungs)
+        used.add(rows)
+        return rows, float("inf") if rows == ladder.rungs[0] else rng.choice([0.0, 0.1, 0.4])
+
+    for seed in range(6):
+        call = {"seed": seed, "max_new_tokens": 40, "eos_token_id": 3, **options}
+        expected = generate(tiny, model, 9, 4, 12, use_graph=False, **call)
+        with monkeypatch.context() as patch:
+            patch.setattr(Ladder, "choose", choose)
+            got = generate(tiny, model, 9, 4, 12, **call)
+        assert torch.equal(got.sequences, expected.sequences)
+        assert got.finish_reasons == expected.finish_reasons
+        (decoder,) = kept(model)
+        assert decoder.graph is not None
+        poison(decoder)
+    assert recorded.captures == len(decoder.graph.captured) == len(used)
+    # On the lowest rung there are no masks, and a row a sequence.
+    assert {len(step.rows) for step in decoder.graph.captured.values()} == used
 
 
 def without(call: dict[str, Any]) -> dict[str, Any]:

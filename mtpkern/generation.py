@@ -341,10 +341,10 @@ def _decoder(
             max_new_tokens=max_new_tokens,
             use_graph=use_graph,
             by_load=by_load,
-            **shape(_capacity(tokens, use_graph)),
+            **shape(slots_for(tokens, use_graph)),
         )
 
-    capacity = _capacity(tokens, use_graph)
+    capacity = slots_for(tokens, use_graph)
     key = (strategy.k, strategy.verify, strategy.masks, places_for(stop_ids), *shape(capacity).values())
     if not (use_graph and is_kept(model, key)):
         scratch = strategy.masks
@@ -365,7 +365,7 @@ def _decoder(
         yield decoder
 
 
-def _capacity(tokens: int, use_graph: bool) -> int:
+def slots_for(tokens: int, use_graph: bool) -> int:
     """Slots for so many tokens. With a graph two sizes per octave, from 256, so that calls share theirs."""
     step = max(256, 1 << (tokens - 1).bit_length() >> 2) if use_graph else _CAPACITY_STEP
     return -(-tokens // step) * step

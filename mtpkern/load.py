@@ -74,9 +74,7 @@ class PassTimes:
             return self.fixed + rows
         seen = sorted(self.seconds)
         inside = np.clip(rows, seen[0], seen[-1])
-        return np.interp(inside, seen, [self.seconds[r] for r in seen]) * (self.fixed + rows) / (
-            self.fixed + inside
-        )
+        return np.interp(inside, seen, [self.seconds[r] for r in seen]) * (self.fixed + rows) / (self.fixed + inside)
 
     def wants_a_look(self) -> bool:
         """Whether the next pass should be one without masks; asked once a pass."""

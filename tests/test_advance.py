@@ -184,7 +184,12 @@ class Machine:
         self.addresses = self._addresses()
 
     def _addresses(self) -> list[int]:
-        return [x.data_ptr() for state in (self.sequences, self.rows, self.terms) for x in vars(state).values() if x is not None]
+        return [
+            x.data_ptr()
+            for state in (self.sequences, self.rows, self.terms)
+            for x in vars(state).values()
+            if x is not None
+        ]
 
     @property
     def running(self) -> bool:

@@ -140,10 +140,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1], metavar="N")
     parser.add_argument(
         "--against",
-        nargs="+",
+        nargs="*",
         choices=(HF_GENERATE, PLAIN),
         default=[HF_GENERATE, PLAIN],
-        help="what is decoded beside ours (default: both)",
+        help="what is decoded beside ours (default: both; nothing only where --truth-batch-size says what is right)",
     )
     parser.add_argument("--hf", type=int, metavar="N", help="prompts of each kind that HF decodes too (default: all)")
     parser.add_argument(
@@ -185,6 +185,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "threads": str(torch.get_num_threads()),
     }
     hf = "" if args.hf is None else f" (of the first {args.hf} of each kind; else its tokens one a pass by our code)"
+    if not (args.against or args.truth_batch_size):
+        parser.error("with nothing to compare with, give --truth-batch-size to say what is right")
     at_a_time = args.truth_batch_size or args.batch_size[0]
     if args.truth_batch_size:
         hf = ", before all else"

@@ -144,6 +144,7 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
         for _ in range(2):
             plain.run(0.0)
         rungs = climb(course)
+        steps = ", ".join(f"{r}: {ms:.2f}" for r, ms in rungs.items())
         for chance in CHANCES:
             slow, fast, tokens = [], [], 0.0
             for _ in range(2 if quick else 5):
@@ -152,13 +153,11 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
                 slow.append(plain.run(0.0)[0])
             ratio = tokens * min(slow) / min(fast)
             rate = batch * passes * tokens / min(fast)
-            rows.append((str(batch), f"{chance:g}", f"{tokens:.2f}", f"{rate:.0f}", f"{ratio:.2f}"))
+            rows.append((str(batch), f"{chance:g}", f"{tokens:.2f}", f"{rate:.0f}", f"{ratio:.2f}", steps))
             records.append(
                 {"B": batch, "chance": chance, "tokens_a_pass": tokens, "ratio": ratio, "tokens_a_second": rate}
                 | {"plain_s": slow, "s": fast, "ms_by_rows": rungs}
             )
-        steps = ", ".join(f"{r}: {ms:.2f}" for r, ms in rungs.items())
-        rows.append((str(batch), "ms a pass by rows", "", "", steps))
         del plain, course
         free(device)
         note = (
@@ -166,7 +165,7 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
             f"{', '.join(map(str, MASKS))}; bf16, random weights, layers compiled, in graphs; the least of some runs, "
             "in turns. ratio: tokens a second over those of one token a pass."
         )
-        header = ("batch", "chance of a mask", "tokens a pass", "tokens/s", "ratio")
+        header = ("batch", "chance of a mask", "tokens a pass", "tokens/s", "ratio", "ms a pass by rows")
         yield Table(f"Whole runs of {MODEL}", note, header, [*rows], [*records])
 
 

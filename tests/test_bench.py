@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mtpkern
-from mtpkern.bench import compiled, decode, decode_attention, kv_write, readout, report, step, timing
+from mtpkern.bench import compiled, decode, decode_attention, kv_write, readout, report, step, throughput, timing
 from mtpkern.bench.harness import Spread, environment, interleaved
 from mtpkern.bench.problems import problems
 from mtpkern.bench.report import Goal, Table, run, write
@@ -590,7 +590,9 @@ def test_a_run_that_is_cut_keeps_its_rows(tmp_path, capsys):
     assert json.loads((tmp_path / "x.json").read_text())["tables"] == [table]
 
 
-@pytest.mark.parametrize("stem", ["compiled", "decode_attention", "gated_lora", "kv_write", "readout", "step"])
+@pytest.mark.parametrize(
+    "stem", ["compiled", "decode_attention", "gated_lora", "kv_write", "readout", "step", "throughput"]
+)
 def test_dry_run(stem):
     """Every table of a benchmark at tiny shapes: no typo may wait for a GPU."""
     tables = list(import_module(f"mtpkern.bench.{stem}").measure(torch.device("cpu"), True))
@@ -600,3 +602,17 @@ def test_dry_run(stem):
         assert all(len(row) == len(table.header) for row in table.rows)
         assert len(table.records) == len(table.rows)
         json.dumps([asdict(table)])
+
+
+def test_imposed_acceptance():
+    """Never right is one token a pass, always right all that k allows, and in between it grows."""
+    torch.manual_seed(0)
+    model = step.build("Qwen3-4B", torch.device("cpu"))
+    course = throughput.Course(model, 2, 24, 20, Verified(4))
+    course.decoder.by_load = False
+    tokens = [course.run(chance)[1] for chance in (0.0, 0.6, 0.8, 1.0)]
+    assert tokens == sorted(tokens)
+    assert tokens[0] == 1
+    # The first pass has nothing to confirm.
+    assert tokens[-1] == (1 + 19 * 4) / 20
+    assert throughput.Course(model, 2, 24, 20, Static(1)).run(0.0)[1] == 1

@@ -330,3 +330,26 @@ def test_wheel_holds_the_four_rooms(tmp_path):
     expected |= {f"mtpkern/assets/{path.relative_to(assets)}" for path in assets.rglob("*") if path.is_file()}
     expected |= {f"mtpkern/train/configs/{path.name}" for path in (ROOMS["mtpkern.train"] / "configs").glob("*.yaml")}
     assert held == expected
+
+
+def test_the_readers_map_names_what_there_is() -> None:
+    """Every file of the map exists, and every name that stands behind one is defined in it."""
+    text = (ROOT / "CONTRIBUTING.md").read_text().split("## A reader's map")[1]
+    named = re.findall(r"`([\w/]+\.py)`(?:: ((?:`\w+`(?:, | and )?)+))?", text)
+    assert len(named) > 30
+    for path, names in named:
+        defined = {getattr(node, "name", None) for node in ast.parse((ROOT / path).read_text()).body}
+        missing = set(re.findall(r"`(\w+)`", names)) - defined
+        assert not missing, (path, missing)
+
+
+def test_the_log_begins_with_what_was_decided() -> None:
+    """A row for each decision, which leads to a section with that title and date."""
+    text = (ROOT / "docs" / "log.md").read_text()
+    sections = {title: date for date, title in re.findall(r"^## (\d{4}-\d\d-\d\d) (.+)$", text, re.MULTILINE)}
+    table = re.findall(r"^\| (.+) \| (\d\d-\d\d(?:, \d\d-\d\d)?) \| (.+) \|$", text.split("\n## 2026")[0], re.MULTILINE)
+    assert len(table) > 15
+    for _, dates, titles in table:
+        assert [sections[title][5:] for title in titles.split("; ")] == dates.split(", ") * (
+            titles.count("; ") + 1 if ", " not in dates else 1
+        )

@@ -10,7 +10,7 @@ from torch import Tensor
 import mtpkern
 import mtpkern.cache
 import mtpkern.decoder
-import mtpkern.verify
+import mtpkern.model
 from mtpkern import ConfAdapt, Static, Verified, reference
 from mtpkern.strategies import Strategy
 
@@ -85,7 +85,7 @@ CASES: list[tuple[Strategy, tuple[int, ...]]] = [
 
 
 def test_what_is_tested_is_what_generate_trusts() -> None:
-    assert set(ARCHITECTURES) == mtpkern.verify.TESTED
+    assert set(ARCHITECTURES) == mtpkern.model.TESTED
 
 
 def slow(model: Any, ids: Tensor, real: Tensor, strategy: Strategy, rows: int | None = None) -> list[tuple[Any, Any]]:

@@ -296,7 +296,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the steps; 0, 1 where one failed, 3 where a kernel is wrong."""
     parser = argparse.ArgumentParser(prog="python -m mtpkern.bench.preflight", description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", nargs="+", choices=STEPS + ASKED, default=STEPS, help=f"which (default: all but {ASKED[0]})")
+    parser.add_argument(
+        "--steps", nargs="+", choices=STEPS + ASKED, default=STEPS, help="which (default: all but products)"
+    )
     parser.add_argument("--results", type=Path, help="a file for the lines of JSON")
     args = parser.parse_args(argv)
     device = torch.device(args.device)

@@ -158,34 +158,35 @@ _joined: WeakKeyDictionary[PreTrainedModel, list[tuple[ref[nn.Linear], ...]]] = 
 
 
 def join(model: PreTrainedModel, siblings: Sequence[Siblings]) -> None:
-    """Move weights together, those of one group at a time; where memory does not suffice the others stay."""
+    """Move weights together, those of one group at a time; where memory does not suffice the others stay.
+
+    The caller holds the model; a thread that runs it at that moment all the same may read what is moving.
+    """
     modules = list(model.modules())
     tensors = (x for m in modules for x in (*m._parameters.values(), *m._buffers.values()))
     plain = (x for x in tensors if type(x) in (Tensor, nn.Parameter) and x.device.type != "meta")
     holders = Counter(x.untyped_storage().data_ptr() for x in plain)
 
-    def is_own(x: Tensor) -> bool:
-        """Whether nobody else has its memory, which would stay behind."""
-        storage = x.untyped_storage()
-        return storage.nbytes() == x.nbytes and holders[storage.data_ptr()] == 1
+    def fits(xs: Sequence[Tensor | None]) -> bool:
+        """Whether all are there and alike, and nobody else has their memory, which would stay behind."""
+        kinds = [None if x is None else (x.dtype, x.device, x.shape[1:]) for x in xs]
+        places = [x.untyped_storage() for x in xs if x is not None]
+        own = all(holders[place.data_ptr()] == 1 for place in places)
+        whole = sum(place.nbytes() for place in places) == sum(x.nbytes for x in xs if x is not None)
+        return None not in kinds and len(set(kinds)) == 1 and own and whole
 
     # The largest first: where one has been there is room for the next of its size.
     with suppress(torch.OutOfMemoryError):
         for layers in sorted(siblings, key=lambda layers: -sum(layer.weight.nbytes for layer in layers)):
-            if whole_of(layers) is not None:
-                continue
-            kinds = [[None if x is None else (x.dtype, x.device, x.shape[1:]) for x in xs] for xs in _parameters(layers)]
-            if any(kind != kinds_[0] for kinds_ in kinds for kind in kinds_):
-                continue
-            parameters = [[x for x in xs if x is not None] for xs in _parameters(layers)]
-            if all(is_own(x) for xs in parameters for x in xs):
-                _join([xs for xs in parameters if xs])
+            parameters = [xs for xs in _parameters(layers) if any(x is not None for x in xs)]
+            if whole_of(layers) is None and all(map(fits, parameters)):
+                _join(parameters)
                 _joined.setdefault(model, []).append(tuple(map(ref, layers)))
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _join(groups: Sequence[Sequence[Tensor]]) -> None:
+def _join(groups: Sequence[Sequence[Any]]) -> None:
     """Make the tensors of each group views of one."""
     wholes = [torch.cat(list(xs)) for xs in groups]
     _synchronize(wholes[0].device)

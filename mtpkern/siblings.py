@@ -1,4 +1,4 @@
-"""Layers that read the same tensor (q, k and v; gate and up), run together: LoRA layers in one pair of launches for all.
+"""Layers that read the same tensor (q, k and v; gate and up), run together: LoRA layers in one pair of launches.
 
 Which layers those are, a first pass shows, whatever their names: children of one module that were called with the very
 same tensor. From then on the first of them runs all, in their order, and leaves the others their outputs. Each of these
@@ -129,7 +129,7 @@ def disjoint(readers: Iterable[Sequence[Any]]) -> list[tuple[Any, ...]]:
 
 
 # Layers, what runs them together, and what it looks up as attributes of the first.
-Group = tuple[Sequence[Any], Callable[[Sequence[Any], Tensor], Sequence[Tensor] | None], dict[str, Any]]
+Group = tuple[Sequence[nn.Module], Callable[[Sequence[Any], Tensor], Sequence[Tensor] | None], dict[str, Any]]
 
 
 @contextmanager

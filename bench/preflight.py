@@ -39,7 +39,7 @@ from mtpkern.attention import attention_context
 from mtpkern.bench import decode_attention, distill, kv_write, readout, span_attention, step
 from mtpkern.bench.harness import as_json, environment
 from mtpkern.bench.timing import Action, difference, free, kernels_by_name, launches, peak, reason, timed
-from mtpkern.compare import encode, read_problems
+from mtpkern.compare import encode, read_problems, synchronize
 from mtpkern.demo import ASSETS, load
 from mtpkern.generation import generate, strategy_for
 from mtpkern.kernels.decode_attention import decode_attention_reference
@@ -48,6 +48,7 @@ from mtpkern.kernels.kv_write import kv_write as write
 from mtpkern.kernels.kv_write import kv_write_reference
 from mtpkern.kernels.state import Sequences
 from mtpkern.output import exit_status
+from mtpkern.products import Products
 from mtpkern.strategies import Static, Verified
 
 WRONG = 3
@@ -264,6 +265,7 @@ def products_table(model: Any, rows: Sequence[int]) -> Facts:
     device = model.device
     L = 24 if device.type == "cpu" else 2048
     room = step.PASSES * (rows[0] // 2 + 1)
+    moved = _joined(model)
     first: step.Stand | None = None
     spent: Facts = {}
     nodes: Facts = {}
@@ -284,7 +286,23 @@ def products_table(model: Any, rows: Sequence[int]) -> Facts:
         with attention_context(model, step.Body()):
             nodes[name] = launches(stand.step, device)
     floor = step.floor(model, step.Point(1, L, 1, 1))
-    return {"us_by_rows": spent, "nodes": nodes, "floor_us": round(floor, 1)}
+    return {"us_by_rows": spent, "nodes": nodes, "floor_us": round(floor, 1), **moved}
+
+
+def _joined(model: Any) -> Facts:
+    """Seconds of a pass that moves weights together, and bytes of torch's memory before and after."""
+    cuda = model.device.type == "cuda"
+    ids = torch.full((1, 4), step.MASK + 1, device=model.device)
+    bytes_: list[tuple[int, int]] = []
+    with torch.inference_mode():
+        for wanted in (False, True):
+            start = time.perf_counter()
+            with Products(wanted).sought(model):
+                model(ids, use_cache=False)
+            synchronize(model.device)
+            bytes_.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) if cuda else (0, 0))
+            seconds = round(time.perf_counter() - start, 3)
+    return {"moved_s": seconds, "allocated_reserved": bytes_}
 
 
 def _profiled(model: Any, action: Action) -> Facts:

@@ -278,6 +278,19 @@ def test_what_changes_later_is_seen(
     assert rows == [[32, 16, 16]]
 
 
+def test_weights_that_have_changed_places_are_apart(tiny: SimpleNamespace) -> None:
+    """In one buffer they still are, but what is read as one would be another's."""
+    model = tiny.model("llama", num_hidden_layers=1)
+    ids, _ = tiny.prompts(7)
+    found, before = joined(tiny, model), logits(model, ids)
+    mlp = model.model.layers[0].mlp
+    gate, up = mlp.gate_proj.weight, mlp.up_proj.weight
+    gate.data, up.data = up.data, gate.data
+    assert whole_of([mlp.gate_proj, mlp.up_proj]) is None
+    assert not torch.allclose(logits(model, ids), before)
+    torch.testing.assert_close(logits(model, ids, found), logits(model, ids))
+
+
 def test_tied_layers_and_untested_models_are_left_alone(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("llama")
     first, second = model.model.layers

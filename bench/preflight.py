@@ -8,6 +8,7 @@
     checkpoint  the shipped model generates what it does on a CPU: with a graph and without, batch 1 and 3, unwarned
     passes      Qwen3-4B with random weights, batch 1: a pass and its body by rows; its graph, kernels by name
     layers      the same passes with each decoder layer compiled, attention kept out
+    products    where asked for: those, siblings as one product or each by itself (mtpkern.products), in turns
 
 Each step ends with a line of JSON, printed and written at once. A step that fails says so and the next one runs; but
 where a kernel is wrong all ends there, with the exit status 3: no time of a wrong result is worth having. On a CPU
@@ -24,7 +25,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,7 @@ from mtpkern.attention import attention_context
 from mtpkern.bench import decode_attention, distill, kv_write, readout, span_attention, step
 from mtpkern.bench.harness import as_json, environment
 from mtpkern.bench.timing import Action, difference, free, kernels_by_name, launches, peak, reason, timed
-from mtpkern.compare import encode, read_problems
+from mtpkern.compare import encode, read_problems, synchronize
 from mtpkern.demo import ASSETS, load
 from mtpkern.generation import generate, strategy_for
 from mtpkern.kernels.decode_attention import decode_attention_reference
@@ -47,10 +48,12 @@ from mtpkern.kernels.kv_write import kv_write as write
 from mtpkern.kernels.kv_write import kv_write_reference
 from mtpkern.kernels.state import Sequences
 from mtpkern.output import exit_status
+from mtpkern.products import Products
 from mtpkern.strategies import Static, Verified
 
 WRONG = 3
 STEPS = ("machine", "compiled", "kernels", "checkpoint", "passes", "layers")
+ASKED = ("products",)
 # Beginnings of the names of ahead-of-time cases; a rehearsal takes the last alone.
 FAMILIES = (
     *("decode_attention bf16 D128", "span_attention bf16 D128", "distill bf16 V144"),
@@ -254,6 +257,54 @@ def rows_table(model: Any, rows: Sequence[int], *, compile: bool) -> tuple[Facts
     return facts | ({} if compile else {"body_us_by_rows": body}), stands[-2].step
 
 
+def products_table(model: Any, rows: Sequence[int]) -> Facts:
+    """Microseconds of a compiled pass by its rows: siblings as one product, and each by itself; least and greatest.
+
+    Both of one model in one process, in turns; by themselves are layers whose weights lie together, too.
+    """
+    device = model.device
+    L = 24 if device.type == "cpu" else 2048
+    room = step.PASSES * (rows[0] // 2 + 1)
+    moved = _joined(model)
+    first: step.Stand | None = None
+    spent: Facts = {}
+    nodes: Facts = {}
+    for R in rows:
+        at = step.Point(1, L, R // 2 + 1, R)
+        stands: dict[str, step.Stand] = {}
+        for name, one in (("one", True), ("each", False)):
+            with patch("mtpkern.decoder.wants_one_product", lambda captured, one=one: one):
+                stands[name] = step.Stand(model, at, Static(at.k), share=first, room=room, compile=True)
+            first = first or stands[name]
+        assert stands["one"].decoder.products.found
+        with attention_context(model, step.Body()):
+            actions = {name: stand.step for name, stand in stands.items()}
+            found = timed(actions, device, rounds=20, reset=partial(step.reset, list(stands.values())))
+        spent[str(R)] = {name: [round(x, 1) for x in (s.median, s.low, s.high)] for name, s in found.items()}
+    for name, stand in stands.items():
+        step.reset([stand])
+        with attention_context(model, step.Body()):
+            nodes[name] = launches(stand.step, device)
+    floor = step.floor(model, step.Point(1, L, 1, 1))
+    return {"us_by_rows": spent, "nodes": nodes, "floor_us": round(floor, 1), **moved}
+
+
+def _joined(model: Any) -> Facts:
+    """Seconds of a pass that moves weights together, and bytes of torch's memory before and after."""
+    cuda = model.device.type == "cuda"
+    ids = torch.full((1, 4), step.MASK + 1, device=model.device)
+    bytes_: list[tuple[int, int]] = []
+    with torch.inference_mode():
+        for wanted in (False, True):
+            start = time.perf_counter()
+            with Products(wanted).sought(model):
+                model(ids, use_cache=False)
+            synchronize(model.device)
+            bytes_.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) if cuda else (0, 0))
+            seconds = round(time.perf_counter() - start, 3)
+    return {"moved_s": seconds, "allocated_reserved": bytes_}
+
+
 def _profiled(model: Any, action: Action) -> Facts:
     with attention_context(model, step.Body()):
         return {"nodes": launches(action, model.device), "kernels": kernels_by_name(action, model.device)[:15]}
@@ -263,7 +314,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the steps; 0, 1 where one failed, 3 where a kernel is wrong."""
     parser = argparse.ArgumentParser(prog="python -m mtpkern.bench.preflight", description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="which (default: all)")
+    parser.add_argument(
+        "--steps", nargs="+", choices=STEPS + ASKED, default=STEPS, help="which (default: all but products)"
+    )
     parser.add_argument("--results", type=Path, help="a file for the lines of JSON")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
@@ -280,18 +333,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         facts, action = rows_table(model(), rows, compile=False)
         return {"model": MODEL, **facts, **_profiled(model(), action)}
 
-    def layers(device: torch.device) -> Facts:
+    @contextmanager
+    def compiling() -> Iterator[None]:
         free(device)
         # To rehearse, tracing is enough; a CPU's code would need a C++ compiler.
         backend = patch("mtpkern.layers.BACKEND", "eager") if device.type == "cpu" else nullcontext()
         with backend, warnings.catch_warnings():
             # Layers that run uncompiled would be measured as compiled.
             warnings.filterwarnings("error", "torch.compile could not compile", RuntimeWarning)
+            yield
+
+    def layers(device: torch.device) -> Facts:
+        with compiling():
             facts, action = rows_table(model(), fewer, compile=True)
             return {"model": MODEL, **facts, **_profiled(model(), action)}
 
+    def products(device: torch.device) -> Facts:
+        with compiling():
+            return {"model": MODEL, **products_table(model(), fewer)}
+
     status = 0
-    for name, make in zip(STEPS, (machine, compiled, kernels, checkpoint, passes, layers), strict=True):
+    makes = (machine, compiled, kernels, checkpoint, passes, layers, products)
+    for name, make in zip(STEPS + ASKED, makes, strict=True):
         if name not in args.steps:
             continue
         start = time.perf_counter()

@@ -32,6 +32,7 @@ from mtpkern.kernels.state import RUNNING, Rows, Sequences, Terms
 from mtpkern.layers import CompiledLayers
 from mtpkern.load import Ladder, Load, price_of, times_of
 from mtpkern.model import has_latent_attention, learned_positions
+from mtpkern.products import Products, wants_one_product
 from mtpkern.strategies import Strategy
 
 # Up to this many rows a pass on a GPU is bound by reading the weights, so that rows are nearly free.
@@ -122,6 +123,7 @@ class Decoder:
         # All that a pass is planned in, and those of this pass: all, or on a CPU those in use.
         self.all_rows = self.rows = Rows.allocate(rows, batch, device, strategy.k)
         self.graph = StepGraph(device) if wants_graph(use_graph, device) else None
+        self.products = Products(wants_one_product(self.graph is not None))
         self.cache = KVCache(
             strategy.masks + capacity,
             self.rows,
@@ -227,7 +229,11 @@ class Decoder:
         ends = [*range(n, T, n), T + k - 1]
         for end in ends:
             here = slice(cache.seen, end)
-            with captured(self.model, cache) if latent else nullcontext(), gated(self.model, columns[:, here]):
+            with (
+                captured(self.model, cache) if latent else nullcontext(),
+                gated(self.model, columns[:, here]),
+                self.products.sought(self.model),
+            ):
                 logits = self.model(
                     input_ids=columns[:, here],
                     attention_mask=None if attention_mask is None else seen[:, :end],
@@ -245,7 +251,7 @@ class Decoder:
         """One pass over the planned rows, inside `attention_context`; returns the rows' logits [R, V]."""
         self.cache.memo.clear()
         if self.cache.proven:
-            with self._compiled():
+            with self._compiled(), self.products():
                 logits = self._forward(route)
         else:
             # A first pass runs as it is: it notes which layers attend, and what is wrong with a model it says plainly.

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mtpkern.kernels.form import go_without_kernels, has_kernels
+from mtpkern.products import separate
 
 if TYPE_CHECKING:
     from mtpkern.decoder import Decoder
@@ -256,6 +257,7 @@ def kept_bytes(device: torch.device) -> int:
 def release_graphs(model: PreTrainedModel | None = None) -> int:
     """Drop the CUDA graphs and KV buffers that earlier calls of `generate` have kept, of one model or of all.
 
+    Weights that a pass has moved together (mtpkern.products) are apart again, but of a model that a call is running.
     Returns how many were dropped. The memory goes back to torch, which returns it to the device at
     `torch.cuda.empty_cache()`. The next call captures anew.
 
@@ -265,6 +267,7 @@ def release_graphs(model: PreTrainedModel | None = None) -> int:
     for kept in list(_kept.values()) if model is None else [_kept.get(model, OrderedDict())]:
         dropped += len(kept)
         kept.clear()
+    separate(model)
     return dropped
 
 

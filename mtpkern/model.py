@@ -12,6 +12,11 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from mtpkern.adapter import gate_of
 from mtpkern.arguments import whole_number
 
+# What tests/test_architectures.py compares token by token, by the model_type of the config.
+TESTED = {
+    *("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3", "granite", "gpt_neox"),
+    *("qwen3_moe", "gpt_oss", "cohere", "cohere2", "deepseek_v3"),
+}
 MASK_TOKEN = "<|mtp|>"
 CONFIG_KEY = "mtpkern"
 CONFIG_VERSION = 1
@@ -161,6 +166,11 @@ def learned_positions(model: PreTrainedModel, *, needed: int) -> int | None:
         elif isinstance(getattr(module, "pos_encoding", None), Tensor):
             return len(module.pos_encoding)  # computed, once and for all
     return None
+
+
+def is_tested(model: PreTrainedModel) -> bool:
+    """Whether the model's class is transformers' own of a kind that the tests cover."""
+    return type(model).__module__.startswith("transformers.models.") and model.config.model_type in TESTED
 
 
 def has_latent_attention(model: PreTrainedModel) -> bool:

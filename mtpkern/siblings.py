@@ -1,9 +1,12 @@
-"""LoRA layers that read the same tensor (q, k and v; gate and up), adapted together: one pair of launches for all.
+"""Layers that read the same tensor (q, k and v; gate and up), run together: LoRA layers in one pair of launches.
 
 Which layers those are, a first pass shows, whatever their names: children of one module that were called with the very
-same tensor. From then on the first of them runs the base's layers of all, in their order, adapts their outputs at once
-and leaves the others theirs. Each of these looks whether it is called with that very tensor, and gives out what was
-left for it, once; called with any other, it runs by itself, as do layers whose adapters have been changed.
+same tensor. From then on the first of them runs all, in their order, and leaves the others their outputs. Each of these
+looks whether it is called with that very tensor, and gives out what was left for it, once; called with any other, it
+runs by itself. So do all in other threads' passes, and LoRA layers whose adapters have been changed.
+
+`Siblings` runs the base's layers one by one and adapts their outputs at once; `mtpkern.products` makes one product of
+plain layers.
 
 In a pass without mask rows, where the host knows that it is one, each layer is the base's alone: what peft does around
 it took a tenth of a pass of one row on a CPU.
@@ -14,8 +17,9 @@ granted is that nothing is written into a tensor between its readers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import get_ident
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -49,32 +53,20 @@ class Siblings:
 
         self.layers = [layer for layer in model.modules() if fits(layer)]
         families = [[layer for layer in parent.children() if fits(layer)] for parent in model.modules()]
-        # Layers that may have siblings, and a number for their parent.
-        self.parents = {layer: i for i, family in enumerate(families) if len(family) > 1 for layer in family}
+        self.families = [family for family in families if len(family) > 1]
         self.found: list[tuple[Linear, ...]] | None = None
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """A pass of this thread inside the block runs siblings together."""
         if self.found is None:
-            with self._watched():
+            with watched(self.families) as readers:
                 yield
+            if readers or not self.families:
+                self.found = disjoint(readers)
             return
-        # Where somebody else has put a forward, it stays, and its siblings go without, too.
-        free = [group for group in self.found if not any("forward" in vars(layer) for layer in group)]
-        try:
-            for group in free:
-                for layer in group:
-                    # Past nn.Module's own way to set an attribute, which takes longer than all else here. Methods are
-                    # of one kind to torch.compile, so that its forms serve many layers.
-                    others = group[1:] if layer is group[0] else ()
-                    vars(layer).update(forward=MethodType(_forward, layer), mtpkern_others=others, mtpkern_left=None)
+        with together((group, _adapted, {}) for group in self.found):
             yield
-        finally:
-            for group in free:
-                for layer in group:
-                    for name in ("forward", "mtpkern_others", "mtpkern_left"):
-                        vars(layer).pop(name, None)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -89,34 +81,88 @@ class Siblings:
             for layer in free:
                 vars(layer).pop("forward", None)
 
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Note who reads what inside the block; behind it the siblings are known, if anybody was seen."""
-        readers: dict[int, list[tuple[ref[Tensor], list[Linear]]]] = {}
+
+@contextmanager
+def watched(families: Iterable[Sequence[nn.Module]]) -> Iterator[list[list[Any]]]:
+    """Note which layers of a family read the same tensor inside the block: a list of them for each such tensor.
+
+    with watched([[q, k, v]]) as readers:
+        q(x), k(x), v(y)
+    readers  # [[q, k], [v]]
+    """
+    readers: list[list[Any]] = []
+
+    def noting() -> Callable[[Any, tuple[Any, ...]], None]:
+        known: list[tuple[ref[Tensor], list[Any]]] = []
 
         def note(layer: Any, args: tuple[Any, ...]) -> None:
             if torch.compiler.is_compiling() or not args:
                 return
-            known = readers.setdefault(self.parents[layer], [])
             for x, layers in known:
                 if x() is args[0] and layer not in layers:
                     layers.append(layer)
                     return
-            known.append((ref(args[0]), [layer]))
+            readers.append([layer])
+            known.append((ref(args[0]), readers[-1]))
 
-        handles = [layer.register_forward_pre_hook(note) for layer in self.parents]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-        if readers or not self.parents:
-            self.found, taken = [], set[nn.Module]()
-            for _, layers in (reader for known in readers.values() for reader in known):
-                # A layer that is called several times in a pass has the same siblings each time, or one time's.
-                if len(layers) > 1 and taken.isdisjoint(layers):
-                    taken.update(layers)
-                    self.found.append(tuple(layers))
+        return note
+
+    handles = []
+    for family in families:
+        note = noting()
+        handles += [layer.register_forward_pre_hook(note) for layer in family]
+    try:
+        yield readers
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def disjoint(readers: Iterable[Sequence[Any]]) -> list[tuple[Any, ...]]:
+    """Those that are several, each layer once: called several times in a pass it has one time's siblings."""
+    found, taken = [], set[nn.Module]()
+    for layers in readers:
+        if len(layers) > 1 and taken.isdisjoint(layers):
+            taken.update(layers)
+            found.append(tuple(layers))
+    return found
+
+
+# Layers, what runs them together, and what it looks up as attributes of the first.
+Group = tuple[Sequence[nn.Module], Callable[[Sequence[Any], Tensor], Sequence[Tensor] | None], dict[str, Any]]
+
+
+@contextmanager
+def together(groups: Iterable[Group]) -> Iterator[None]:
+    """A pass of this thread inside the block runs the layers of each group at once.
+
+    run(layers, x) returns their outputs, or None where each is to run by itself. Where somebody else has put a forward,
+    it stays, and its siblings go without, too.
+    """
+    free = [group for group in groups if not any("forward" in vars(layer) for layer in group[0])]
+    try:
+        for layers, run, more in free:
+            for layer in layers:
+                # Past nn.Module's own way to set an attribute, which takes longer than all else here. Methods are of
+                # one kind to torch.compile, so that its forms serve many layers.
+                first = layer is layers[0]
+                vars(layer).update(
+                    forward=MethodType(_forward, layer),
+                    mtpkern_thread=get_ident(),
+                    mtpkern_others=layers[1:] if first else (),
+                    mtpkern_left=None,
+                    mtpkern_run=run,
+                    **(more if first else {}),
+                )
+        yield
+    finally:
+        for layers, _, more in free:
+            for layer in layers:
+                for name in ("forward", *_NAMES, *more):
+                    vars(layer).pop(name, None)
+
+
+_NAMES = ("mtpkern_thread", "mtpkern_others", "mtpkern_left", "mtpkern_run")
 
 
 def _base_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -127,24 +173,28 @@ def _base_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The forward of a LoRA layer that has siblings, while a pass runs.
+    """The forward of a layer that has siblings, while a pass runs.
 
     Such a layer holds those behind it, where it is the first, and what the first has read and made for it.
     """
-    left = layer.mtpkern_left
-    layer.mtpkern_left = None
-    if not args and not kwargs:
+    # What torch.compile makes runs in this thread alone.
+    ours = torch.compiler.is_compiling() or getattr(layer, "mtpkern_thread", None) == get_ident()
+    if ours and not args and not kwargs:
+        left = layer.mtpkern_left
+        layer.mtpkern_left = None
         if left is not None and left[0] is x:
-            return left[1]
+            return left[1]  # type: ignore[no-any-return]
         if layer.mtpkern_others:
-            y = _together((layer, *layer.mtpkern_others), x)
-            if y is not None:
-                return y
-    return type(layer).forward(layer, x, *args, **kwargs)
+            outs = layer.mtpkern_run((layer, *layer.mtpkern_others), x)
+            if outs is not None:
+                for other, y in zip(layer.mtpkern_others, outs[1:]):
+                    other.mtpkern_left = x, y
+                return outs[0]  # type: ignore[no-any-return]
+    return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
 
 
-def _together(layers: Sequence[Any], x: Tensor) -> Tensor | None:
-    """The first one's output, and those of the others left with them; None where they do not go together."""
+def _adapted(layers: Sequence[Any], x: Tensor) -> list[Tensor] | None:
+    """Outputs of LoRA layers; None where they do not go together."""
     names = [_adapter(layer) for layer in layers]
     if None in names or torch.is_grad_enabled():
         return None
@@ -157,9 +207,7 @@ def _together(layers: Sequence[Any], x: Tensor) -> Tensor | None:
         return None
     outs = [layer.base_layer(x) for layer in layers]
     adapt(outs, x, rows, layers, names)
-    for layer, y in zip(layers[1:], outs[1:]):
-        layer.mtpkern_left = x, y
-    return outs[0]
+    return outs
 
 
 def _adapter(layer: Any) -> str | None:

@@ -22,15 +22,10 @@ from mtpkern.arguments import plain_greedy
 from mtpkern.attention import exclusive, routed
 from mtpkern.decoder import Decoder
 from mtpkern.kernels.state import FAULT
-from mtpkern.model import require_decodable, resolve_mask_token
+from mtpkern.model import is_tested, require_decodable, resolve_mask_token
 from mtpkern.strategies import Static
 from mtpkern.wrappers import unwrapped
 
-# What tests/test_architectures.py compares token by token, by the model_type of the config.
-TESTED = {
-    *("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3", "granite", "gpt_neox"),
-    *("qwen3_moe", "gpt_oss", "cohere", "cohere2", "deepseek_v3"),
-}
 # Prompts of a check are longer than the model's sliding window where that is no longer than this many tokens.
 WINDOW = 1024
 WINDOW_QUICK = 128
@@ -110,7 +105,7 @@ def require_verified(model: PreTrainedModel, mask_token_id: int) -> None:
     own = "forward" in vars(model) or "prepare_inputs_for_generation" in vars(model)
     own = own or bool(model._forward_hooks or model._forward_pre_hooks)
     kind, config = type(model), model.config.get_text_config(decoder=True)
-    if not own and kind.__module__.startswith("transformers.models.") and model.config.model_type in TESTED:
+    if not own and is_tested(model):
         return
     verified: Any = _verified_models if own else _verified
     key: Any = model if own else (kind, config._attn_implementation)

@@ -10,7 +10,8 @@ from torch import Tensor
 import mtpkern
 import mtpkern.cache
 import mtpkern.decoder
-import mtpkern.verify
+import mtpkern.model
+import mtpkern.products
 from mtpkern import ConfAdapt, Static, Verified, reference
 from mtpkern.strategies import Strategy
 
@@ -85,7 +86,7 @@ CASES: list[tuple[Strategy, tuple[int, ...]]] = [
 
 
 def test_what_is_tested_is_what_generate_trusts() -> None:
-    assert set(ARCHITECTURES) == mtpkern.verify.TESTED
+    assert set(ARCHITECTURES) == mtpkern.model.TESTED
 
 
 def slow(model: Any, ids: Tensor, real: Tensor, strategy: Strategy, rows: int | None = None) -> list[tuple[Any, Any]]:
@@ -140,6 +141,19 @@ def test_every_strategy_equals_the_reference_and_greedy_decoding(architecture: s
     # Otherwise the comparisons above could not have failed: nothing accepted, or an echo.
     assert longest_draft > 1
     assert len(seen) > 4
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_siblings_as_one_product(architecture: str, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a layer makes of its part of a greater output is what it makes of its own (mtpkern.products)."""
+    monkeypatch.setattr(mtpkern.decoder, "wants_one_product", lambda captured: True)
+    model = tiny.model(architecture, **ARCHITECTURES[architecture])
+    strategy = ConfAdapt(k=4, threshold=0.3)
+    ids, real = tiny.prompts(9, 4)
+    assert fast(model, ids, real, strategy) == slow(model, ids, real, strategy)
+    # Where attention has one matrix for all and an MLP none of the kind there is nothing to join.
+    joined = mtpkern.products._joined.get(model, [])
+    assert bool(joined) == (architecture not in {"phi3", "gpt_neox"})
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "gpt_oss"])

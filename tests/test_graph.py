@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mtpkern
-from mtpkern import ConfAdapt, Static, Verified, graph, layers
+from mtpkern import ConfAdapt, Static, Verified, graph, layers, products
 from mtpkern.attention import attention_context
 from mtpkern.decoder import Decoder
 from mtpkern.graph import fingerprint, release_graphs
@@ -437,6 +437,37 @@ def test_compiled_layers_are_captured_and_kept(
     gc.collect()
     assert gone() is None
     torch._dynamo.reset()
+
+
+def test_siblings_as_one_product_are_captured_and_kept(
+    recorded: type[RecordedStep], tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights move once, before the model is compared, and a graph of theirs is replayed until they move again."""
+    monkeypatch.setattr(products, "CAPTURED", True)
+    model = tiny.model("llama")
+    expected = generate(tiny, model, 6, 4, use_graph=False)
+    held = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    for strategy in (None, None, Static(1), None):
+        got = generate(tiny, model, 6, 4, strategy=strategy)
+        assert strategy or got.sequences.equal(expected.sequences)
+        places = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        assert len(places) == len(held) - 6
+    assert recorded.captures == len(kept(model)) == 2
+    for decoder in kept(model):
+        operations = decoder.graph.captured.operations  # type: ignore[union-attr]
+        products_ = [func for func, *_ in operations if func.name() in ("aten::mm", "aten::linear", "aten::addmm")]
+        assert len(products_) == 2 * 4 + 1
+    gone = weakref.ref(model)
+    assert release_graphs(model) == 2
+    assert len({p.untyped_storage().data_ptr() for p in model.parameters()}) == len(held)
+    assert_same(generate(tiny, model, 6, 4), expected)
+    assert recorded.captures == 3
+    model.half().float()  # elsewhere, and each by itself
+    generate(tiny, model, 6, 4)
+    assert recorded.captures == 4
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_merged_lora_is_noticed(tiny: SimpleNamespace) -> None:

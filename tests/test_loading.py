@@ -197,7 +197,7 @@ def test_errors_of_the_library_name_flags(folders, tmp_path, tiny, bytes_of, cap
         assert says in said
         assert not re.search("mask_token_id|max_new_tokens|batch_size", said)
     # As of an architecture that nobody has tried.
-    monkeypatch.setattr("mtpkern.verify.TESTED", ())
+    monkeypatch.setattr("mtpkern.model.TESTED", ())
     monkeypatch.setattr("mtpkern.verify._verified", set())
     monkeypatch.setattr("mtpkern.verify._fault", lambda *args: "its logits differ")
     said = fails(capsys, "generate", model, *ask)

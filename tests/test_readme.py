@@ -17,8 +17,8 @@ import tomllib
 import mtpkern
 from mtpkern.cli import main
 from mtpkern.grading import is_right
+from mtpkern.model import TESTED
 from mtpkern.train.options import parse
-from mtpkern.verify import TESTED
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

@@ -454,8 +454,8 @@ def test_siblings_as_one_product_are_captured_and_kept(
         assert len(places) == len(held) - 6
     assert recorded.captures == len(kept(model)) == 2
     for decoder in kept(model):
-        operations = decoder.graph.captured.operations  # type: ignore[union-attr]
-        products_ = [func for func, *_ in operations if func.name() in ("aten::mm", "aten::linear", "aten::addmm")]
+        (step,) = decoder.graph.captured.values()  # type: ignore[union-attr]
+        products_ = [func for func, *_ in step.operations if func.name() in ("aten::mm", "aten::linear", "aten::addmm")]
         assert len(products_) == 2 * 4 + 1
     gone = weakref.ref(model)
     assert release_graphs(model) == 2

@@ -7,7 +7,8 @@
 The launchers run as they do in use, but on CPU tensors: Triton compiles what they launch, with their own tile sizes
 and specialised on their own arguments, and nothing is launched. Registers, spill and shared memory are what ptxas and
 the AMD compiler report. Every kernel has a budget (see `over_budget`), by version of Triton where they differ; what
-exceeds one, or starts early without waiting, is printed, and the exit status is 1. Triton keeps what it compiled, so a second run takes seconds.
+exceeds one, or may start early without waiting, is printed, and the exit status is 1. Triton keeps what it compiled, so
+a second run takes seconds.
 """
 
 from __future__ import annotations

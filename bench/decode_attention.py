@@ -294,9 +294,9 @@ def _goals(spent: Mapping[Shape, Mapping[str, Spread]], device: torch.device) ->
     cost = [t[OURS].median / one[s.B, s.L] for s, t in at.items() if s.W == 15 and (s.B, s.L) in one]
     goals = []
     if wide:
-        goals.append(Goal("decode attention, B·L ≥ 64k, k ≤ 8: least share of bandwidth", 80, min(wide), "%"))
+        goals.append(Goal("decode attention, B·L ≥ 64k, k ≤ 8: least share of bandwidth", 85, min(wide), "%"))
     if short:
-        goals.append(Goal("decode attention, B = 1, L ≤ 4k: slowest", 10, max(short), "µs", at_most=True))
+        goals.append(Goal("decode attention, B = 1, L ≤ 4k: slowest", 8, max(short), "µs", at_most=True))
     if split:
         goals.append(Goal("decode attention over one split, L ≥ 16k, B ≤ 4: least", 5, min(split), "×"))
     if cost:

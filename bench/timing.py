@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import count
 from types import ModuleType
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -94,7 +95,7 @@ def _cache_size(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size
 
 
-def with_constants(action: Action, module: ModuleType, **constants: object) -> Action:
+def with_constants(action: Action, module: ModuleType, **constants: Any) -> Action:
     """The action with constants of a module set at each call: at its capture they say which form is launched.
 
     with_constants(lambda i: decode_attention(...), mtpkern.kernels.form, PDL=False)

@@ -512,7 +512,7 @@ def decode_attention_triton(
 
 
 def merge_triton(out: Tensor, part: Tensor, lse: Tensor, row_slot: Tensor, sinks: Tensor | None, C: int) -> None:
-    """Into out [R, Hq, D_V] what splits have left: part [n_splits, R, Hq, D_V] and lse [n_splits, R, Hq]; one launch."""
+    """Bring what splits have left, part [n_splits, R, Hq, D_V] and lse [n_splits, R, Hq], into out [R, Hq, D_V]."""
     n_splits, R, Hq, D_V = part.shape
     BLOCK_V = max(16, triton.next_power_of_2(D_V))
     _merge_kernel[(R, Hq)](

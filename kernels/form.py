@@ -13,6 +13,8 @@ which hides its launch. The kernels of a decoding step are launched so, and this
 3. What is launched otherwise (cuBLAS, torch's operations, the next graph) waits for the whole kernel ahead by itself.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext

@@ -80,4 +80,6 @@ def pdl_options(device: torch.device) -> dict[str, Any]:
 
 @cache
 def _has_pdl(device: torch.device) -> bool:
-    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
+    if device.type != "cuda" or torch.version.hip or triton.knobs.runtime.interpret:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)

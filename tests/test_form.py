@@ -26,18 +26,26 @@ def test_a_device_whose_kernel_failed_takes_the_torch_forms(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("device", "hip", "capability", "early"),
+    ("device", "hip", "capability", "interpreted", "early"),
     [
-        ("cuda", None, (9, 0), True),
-        ("cuda", None, (12, 0), True),
-        ("cuda", None, (8, 9), False),
-        ("cuda", "7.0", (9, 4), False),  # as ROCm counts
-        ("cpu", None, (9, 0), False),
+        ("cuda", None, (9, 0), "0", True),
+        ("cuda", None, (12, 0), "0", True),
+        ("cuda", None, (8, 9), "0", False),
+        ("cuda", None, (9, 0), "1", False),
+        ("cuda", "7.0", (9, 4), "0", False),  # as ROCm counts
+        ("cpu", None, (9, 0), "0", False),
     ],
 )
 def test_kernels_start_early_where_the_gpu_can(
-    device: str, hip: str | None, capability: tuple[int, int], early: bool, monkeypatch: pytest.MonkeyPatch
+    device: str,
+    hip: str | None,
+    capability: tuple[int, int],
+    interpreted: str,
+    early: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     form._has_pdl.cache_clear()

@@ -7,7 +7,8 @@
 The launchers run as they do in use, but on CPU tensors: Triton compiles what they launch, with their own tile sizes
 and specialised on their own arguments, and nothing is launched. Registers, spill and shared memory are what ptxas and
 the AMD compiler report. Every kernel has a budget (see `over_budget`), by version of Triton where they differ; what
-exceeds one is printed, and the exit status is 1. Triton keeps what it compiled, so a second run takes seconds.
+exceeds one, or may start early without waiting, is printed, and the exit status is 1. Triton keeps what it compiled, so
+a second run takes seconds.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ import torch
 from mtpkern.bench.aot_cases import CASES
 from mtpkern.bench.harness import environment
 from mtpkern.bench.report import RESULTS, Table, write
-from mtpkern.kernels import decode_attention, span_attention
+from mtpkern.kernels import decode_attention, form, span_attention
 from mtpkern.output import exit_status
 
 
@@ -53,6 +54,11 @@ class Target:
     warp_size: int
     processors: int
     shared_memory: int
+
+    @property
+    def has_pdl(self) -> bool:
+        """Whether a kernel may start before the one ahead of it ends: from Hopper on (kernels/form.py)."""
+        return self.backend == "cuda" and int(self.arch) >= 90
 
 
 TARGETS = {
@@ -81,6 +87,7 @@ class Compiled:
     matrix: str  # the instruction of its matrix products: wgmma, tcgen05, mma.sync, mfma, or none
     atomics: bool
     source: str  # a digest of what it was compiled from: source, constants, options, version of Triton
+    early: str = ""  # a launch that may start before the kernel ahead has ended "waits" for that, or "races"
     seconds: float = 0.0
 
 
@@ -217,6 +224,9 @@ def over_budget(one: Compiled) -> list[str]:
     # would differ from run to run.
     if one.atomics:
         faults.append("has atomics")
+    # No interpreter sees this race either.
+    if one.early == "races":
+        faults.append("may start early and does not wait for the kernel ahead before all else")
     return faults
 
 
@@ -278,6 +288,7 @@ def compiling(target: str, known: Mapping[str, Compiled] = MappingProxyType({}))
             (driver, "_active", stand_in),
             (decode_attention, "_machine", lambda device: (facts.processors, facts.shared_memory)),
             (span_attention, "_shared_memory", lambda device: facts.shared_memory),
+            (form, "_has_pdl", lambda device: facts.has_pdl),
             (torch.version, "hip", "7.0" if facts.backend == "hip" else None),
         ):
             stack.enter_context(patch.object(place, name, value, create=name == "starting_line_number"))
@@ -332,8 +343,19 @@ def _noted(target: str, name: str, rows: int, bits: int, kernel: Any, seconds: f
         next((name for name, instruction in names.items() if instruction in text), "none"),
         re.search(r"(?:^|\s)(?:atom|red)\.\w|_atomic_", text) is not None,
         kernel.source,
+        _early(text) if getattr(kernel.metadata, "launch_pdl", False) else "",
         seconds,
     )
+
+
+def _early(ptx: str) -> str:
+    """Whether a kernel waits for the one ahead of it before it touches memory, branches or lets the next one start."""
+    wait, *others = (
+        re.search(rf"^\s*(?:@\S+\s+)?(?:{what})\b", ptx[ptx.index(".entry") :], re.MULTILINE)
+        for what in ("griddepcontrol.wait", "griddepcontrol.launch_dependents", r"\S+\.global\S*", "bra|ret")
+    )
+    first = wait is not None and all(other is None or wait.start() < other.start() for other in others)
+    return "waits" if first else "races"
 
 
 def compile_all(

@@ -16,13 +16,15 @@ from torch import Tensor
 
 from mtpkern.bench.harness import Spread
 from mtpkern.bench.report import Goal, Table, run
-from mtpkern.bench.timing import Action, copies, drawn, free, peak, race
+from mtpkern.bench.timing import Action, copies, drawn, free, peak, race, with_constants
+from mtpkern.kernels import form
 from mtpkern.kernels.gated_lora import expand_triton, gated_lora, gated_lora_reference, shrink_triton
 from mtpkern.output import exit_status
 
 BASE, OURS, TORCH = "base", "ours", "torch operations"
 BRANCH, JOINED = "first launch on a branch", "A in the base's product"
-WAYS = (BASE, OURS, TORCH, BRANCH, JOINED)
+NO_PDL = "ours, no PDL"  # each launch behind the end of the one ahead (kernels/form.py)
+WAYS = (BASE, OURS, NO_PDL, TORCH, BRANCH, JOINED)
 LAYERS, RANK, SCALE = 36, 32, 2.0
 # What Qwen3-4B's groups of siblings read, and the widths of their outputs.
 GROUPS = {
@@ -108,7 +110,8 @@ def times(case: Case, device: torch.device) -> tuple[dict[str, Spread], list[str
     alone: dict[str, Action] = {BASE: case.base}
     base, _ = race(alone, {}, device, calls=n)
     theirs: dict[str, Action] = {TORCH: case.torch_operations, BRANCH: case.branch, JOINED: case.joined}
-    adapted, skipped = race({OURS: case.ours}, theirs, device, calls=n)
+    ours: dict[str, Action] = {OURS: case.ours, NO_PDL: with_constants(case.ours, form, PDL=False)}
+    adapted, skipped = race(ours, theirs, device, calls=n)
     return {**base, **adapted}, skipped
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from mtpkern.bench.harness import Spread
 from mtpkern.bench.report import Goal, Table, run
-from mtpkern.bench.timing import copies, drawn, free, launches, peak, race
+from mtpkern.bench.timing import copies, drawn, free, launches, peak, race, timed, with_constants
+from mtpkern.kernels import form
 from mtpkern.kernels.advance import advance, advance_reference
 from mtpkern.kernels.readout import readout, readout_reference
 from mtpkern.kernels.state import Rows, Sequences, Terms
@@ -24,6 +25,7 @@ from mtpkern.output import exit_status
 V = 151_936  # Qwen3
 K = 8
 OURS, TORCH = "ours", "torch operations"
+PRODUCT, NO_PDL = "product", "ours, no PDL"
 # More than all calls of a timing make: every call is a pass, and each accepts a token at least.
 _PASSES = 8192
 
@@ -100,6 +102,7 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
     vocabulary = 1000 if cpu else V
     yield from _readout_tables(device, vocabulary, (1, 3) if cpu else (16, 128) if quick else ROWS)
     yield from _both_tables(device, vocabulary, (1, 2) if cpu else (1,) if quick else (1, 2, 4, 16, 32))
+    yield from _behind_product_tables(device, vocabulary, (1, 2) if cpu else (1,) if quick else (1, 16))
     yield from _advance_tables(device, (1, 3) if cpu else (16,) if quick else BATCHES)
 
 
@@ -174,6 +177,39 @@ def _both_tables(device: torch.device, vocabulary: int, grid: tuple[int, ...]) -
         header = ("batch", OURS, TORCH, "ratio", "launches, ours", "launches, torch")
         note = f"V = {vocabulary}, k = {K}, bf16; µs in a graph, logits read from memory."
         yield Table("Readout and advance", note, header, [*rows], [*records], [*goals])
+
+
+def _behind_product_tables(device: torch.device, vocabulary: int, grid: tuple[int, ...]) -> Iterator[Table]:
+    """As in a pass: what the three launches add behind a product, where each may start early and where it may not."""
+    hidden = 32 if device.type == "cpu" else 2560
+    rows, records = [], []
+    for batch in grid:
+        times = _behind_product_times(batch, vocabulary, hidden, device)
+        free(device)
+        added = [times[way].median - times[PRODUCT].median for way in (OURS, NO_PDL)]
+        R = batch * (2 * K - 1)
+        rows.append((f"{batch}, {R} rows", times[PRODUCT].text(1), *(f"{us:.1f}" for us in added)))
+        records.append({"batch": batch, "rows": R, "us": times})
+        note = (
+            f"V = {vocabulary}, k = {K}, bf16; µs in a graph; product: of the rows with a weight [{hidden}, {hidden}] "
+            "read from memory; ours: what readout and advance add behind it."
+        )
+        yield Table("Readout and advance behind a product", note, ("batch", PRODUCT, OURS, NO_PDL), [*rows], [*records])
+
+
+def _behind_product_times(batch: int, vocabulary: int, hidden: int, device: torch.device) -> dict[str, Spread]:
+    taken = Taken(batch, vocabulary, device, ours=True)
+    weights = drawn(copies(2 * hidden * hidden, device), hidden, hidden, device=device)
+    (x,) = drawn(1, batch * (2 * K - 1), hidden, device=device)
+
+    def product(i: int) -> Tensor:
+        return x @ weights[i % len(weights)]
+
+    def both(i: int) -> object:
+        return product(i), taken.both(i)
+
+    actions = {PRODUCT: product, OURS: both, NO_PDL: with_constants(both, form, PDL=False)}
+    return timed(actions, device, calls=max(len(taken.logits), len(weights)))
 
 
 def _times(times: Mapping[str, Spread]) -> tuple[str, str]:

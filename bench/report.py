@@ -58,17 +58,36 @@ class Table:
 
     def markdown(self) -> str:
         """The table as Markdown; the first column is aligned left, the others right."""
-        parts = [f"## {self.caption}", self.note, grid(self.header, self.rows)]
-        if self.goals:
-            parts.append(grid(GOALS_HEADER, [goal.row() for goal in self.goals]))
+        return f"{self.head()}\n{grid(self.header, self.rows)}\n{self.foot()}"
+
+    def head(self) -> str:
+        """What stands above the rows."""
+        return f"## {self.caption}\n\n{self.note}\n"
+
+    def foot(self) -> str:
+        """What stands below them."""
+        parts = [grid(GOALS_HEADER, [goal.row() for goal in self.goals])] if self.goals else []
         parts += [f"Skipped: {line}" for line in self.skipped]
-        return "\n\n".join(parts) + "\n"
+        return "".join(f"\n{part}\n" for part in parts)
 
 
 def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Header and rows as Markdown: `grid(("a", "b"), [("1", "2")])`."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(map(_line, lines))
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _news(table: Table, before: Table | None) -> str:
+    """What there is to print of a table behind another, or behind the same as far as it went."""
+    if before is None or before.caption != table.caption:
+        return f"{table.head()}\n{grid(table.header, table.rows)}"
+    n = len(before.rows)
+    grown = (before.header, list(before.rows)) == (table.header, list(table.rows[:n]))
+    return "\n".join(map(_line, table.rows[n:])) if grown else grid(table.header, table.rows)
 
 
 def write(
@@ -100,7 +119,7 @@ def run(
     measure: Callable[[torch.device, bool], Iterable[Table]],
     argv: Sequence[str] | None = None,
 ) -> None:
-    """The command line of a benchmark: measure, write all so far after each table, print each once it is whole.
+    """The command line of a benchmark: measure, write all so far after each table, print each row as it comes.
 
     `measure(device, quick)` yields tables; one may come again and again under the same caption, each time with another
     row, so that a run that is cut keeps the rows it has. quick says that the grids should take seconds; on a CPU they
@@ -125,7 +144,8 @@ def run(
     try:
         for table in measure(device, args.quick):
             if tables and tables[-1].caption != table.caption:
-                print(tables[-1].markdown(), flush=True)
+                print(tables[-1].foot(), flush=True)
+            print(_news(table, tables[-1] if tables else None), flush=True)
             # A later table of the same caption knows more.
             tables = [*(t for t in tables if t.caption != table.caption), table]
             if folder is not None:
@@ -133,7 +153,7 @@ def run(
                 write(name, title, facts, tables, data, folder)
     finally:
         if tables:
-            print(tables[-1].markdown(), flush=True)
+            print(tables[-1].foot(), flush=True)
 
 
 def _fields(data: object) -> dict[str, object]:

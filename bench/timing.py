@@ -17,6 +17,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import count
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -90,6 +93,19 @@ def drawn(n: int, *shape: int, device: torch.device, dtype: torch.dtype = torch.
 
 def _cache_size(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size
+
+
+def with_constants(action: Action, module: ModuleType, **constants: Any) -> Action:
+    """The action with constants of a module set at each call: at its capture they say which form is launched.
+
+    with_constants(lambda i: decode_attention(...), mtpkern.kernels.form, PDL=False)
+    """
+
+    def call(i: int) -> object:
+        with patch.multiple(module, **constants):
+            return action(i)
+
+    return call
 
 
 def timed(

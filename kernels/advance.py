@@ -50,7 +50,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtpkern.kernels.form import takes_kernel
+from mtpkern.kernels.form import pdl_options, takes_kernel
 from mtpkern.kernels.groups import chance_of_reference, deal_masks_reference, masks_wanted_reference
 from mtpkern.kernels.state import FAULT, LIMIT, RUNNING, STOPPED, Rows, Sequences, Terms
 from mtpkern.kernels.worth import (
@@ -68,6 +68,7 @@ if find_spec("triton"):
     import triton
     import triton.language as tl
 
+    from mtpkern.kernels.form import gdc_wait
     from mtpkern.kernels.groups import chance_of, deal_masks, masks_wanted
     from mtpkern.kernels.worth import odds_of, worth
 
@@ -118,7 +119,9 @@ if find_spec("triton"):
         PRIOR_CHAINS: tl.constexpr,
         FORGOTTEN: tl.constexpr,
         FORGOTTEN_IDLE: tl.constexpr,
+        PDL: tl.constexpr,
     ):
+        gdc_wait(PDL)
         o_b = tl.arange(0, BLOCK_B)
         m_b = o_b < B
         o_w = tl.arange(0, BLOCK_W)
@@ -385,6 +388,7 @@ def advance_triton(
         FORGOTTEN=FORGOTTEN,
         FORGOTTEN_IDLE=FORGOTTEN_IDLE,
         num_warps=4 if BLOCK_B * BLOCK_W <= 1024 else 16,
+        **pdl_options(token.device),
     )
 
 

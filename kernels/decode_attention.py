@@ -52,15 +52,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtpkern.kernels.form import takes_kernel
+from mtpkern.kernels.form import pdl_options, takes_kernel
 from mtpkern.kernels.kv_write import kv_write_reference, kv_write_triton
 
 # Keys of a split in the batch-invariant mode, counted from slot 0.
 CHUNK = 256
+# False has the caches written by a launch before, as on AMD's GPUs: for a comparison.
+WRITE_INSIDE = True
 
 if find_spec("triton"):
     import triton
     import triton.language as tl
+
+    from mtpkern.kernels.form import gdc_wait
 
     LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -112,7 +116,9 @@ if find_spec("triton"):
         HAS_SOFTCAP: tl.constexpr,
         HAS_SINKS: tl.constexpr,
         PRECISION: tl.constexpr,
+        PDL: tl.constexpr,
     ):
+        gdc_wait(PDL)
         i_tile = tl.program_id(0) % TILES
         i_split = tl.program_id(0) // TILES
         h = tl.program_id(1)
@@ -306,7 +312,9 @@ if find_spec("triton"):
         BLOCK_S: tl.constexpr,
         BLOCK_L: tl.constexpr,
         HAS_SINKS: tl.constexpr,
+        PDL: tl.constexpr,
     ):
+        gdc_wait(PDL)
         r = tl.program_id(0).to(tl.int64)
         h = tl.program_id(1)
         o_v = tl.arange(0, BLOCK_V)
@@ -435,7 +443,7 @@ def decode_attention_triton(
     # As every projection leaves them.
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     assert k_cache.stride(-1) == v_cache.stride(-1) == 1
-    write = torch.version.hip is None
+    write = WRITE_INSIDE and torch.version.hip is None
     if not write:
         kv_write_triton(k_cache, v_cache, key, value, row_seq, row_slot)
     split = splits > 1
@@ -496,28 +504,37 @@ def decode_attention_triton(
         PRECISION=precision,
         num_warps=num_warps,
         num_stages=num_stages,
+        **pdl_options(query.device),
     )
     if split:
-        _merge_kernel[(R, Hq)](
-            part,
-            lse,
-            row_slot,
-            sink,
-            out,
-            part.stride(),
-            lse.stride(),
-            out.stride(),
-            C,
-            splits,
-            D_V=D_V,
-            BLOCK_V=BLOCK_V,
-            BLOCK_S=16,
-            BLOCK_L=64,
-            HAS_SINKS=sinks is not None,
-            # A row of a part fills a warp, so that no sum crosses warps.
-            num_warps=max(1, BLOCK_V // 128),
-        )
+        merge_triton(out, part, lse, row_slot, sinks, C)
     return out
+
+
+def merge_triton(out: Tensor, part: Tensor, lse: Tensor, row_slot: Tensor, sinks: Tensor | None, C: int) -> None:
+    """Bring what splits have left, part [n_splits, R, Hq, D_V] and lse [n_splits, R, Hq], into out [R, Hq, D_V]."""
+    n_splits, R, Hq, D_V = part.shape
+    BLOCK_V = max(16, triton.next_power_of_2(D_V))
+    _merge_kernel[(R, Hq)](
+        part,
+        lse,
+        row_slot,
+        out if sinks is None else sinks,  # a pointer is a pointer
+        out,
+        part.stride(),
+        lse.stride(),
+        out.stride(),
+        C,
+        n_splits,
+        D_V=D_V,
+        BLOCK_V=BLOCK_V,
+        BLOCK_S=16,
+        BLOCK_L=64,
+        HAS_SINKS=sinks is not None,
+        # A row of a part fills a warp, so that no sum crosses warps.
+        num_warps=max(1, BLOCK_V // 128),
+        **pdl_options(out.device),
+    )
 
 
 def decode_attention(

@@ -2,14 +2,43 @@
 
 A device that turns out not to have a kernel (Triton cannot compile it there, or it does not fit) takes the torch form
 of every op of decoding from then on; whoever finds that out says so.
+
+From Hopper on, NVIDIA's GPUs may start a kernel before the one ahead of it has ended (programmatic dependent launch),
+which hides its launch. The kernels of a decoding step are launched so, and this keeps their order:
+
+1. Every program of such a kernel begins with `gdc_wait`, before it reads or writes anything, also one that returns at
+   once. The wait is for the end of the kernel ahead, its writes included; so a kernel ends after all before it.
+2. Only behind the wait it lets the next one start. So that one starts when all programs of this one run, and all
+   kernels before this one have ended: at most two overlap, and what waits takes no place from a program that must run.
+3. What is launched otherwise (cuBLAS, torch's operations, the next graph) waits for the whole kernel ahead by itself.
 """
+
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
+
+if find_spec("triton"):
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def gdc_wait(PDL: tl.constexpr):
+        """First in a kernel that is launched with `pdl_options`: wait for the kernel ahead, then let the next start."""
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+
+
+# False launches every kernel of a step behind the end of the one ahead: for a comparison.
+PDL = True
 
 _without_kernels: set[torch.device] = set()
 
@@ -39,3 +68,18 @@ def on_device(x: Tensor) -> AbstractContextManager:
         _kernel[grid](query, ...)
     """
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def pdl_options(device: torch.device) -> dict[str, Any]:
+    """What a launch adds so that the kernel, which begins with `gdc_wait(PDL)`, may start early where the GPU can.
+
+    _kernel[grid](query, ..., **pdl_options(query.device))
+    """
+    return {"PDL": True, "launch_pdl": True} if PDL and _has_pdl(device) else {"PDL": False}
+
+
+@cache
+def _has_pdl(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip or triton.knobs.runtime.interpret:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)

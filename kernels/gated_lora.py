@@ -36,7 +36,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from mtpkern.kernels.form import takes_kernel
+from mtpkern.kernels.form import pdl_options, takes_kernel
 
 # Of H: the least elements of a chunk, and the most chunks.
 CHUNK, CHUNKS = 256, 16
@@ -46,6 +46,8 @@ SPLIT_ROWS = 512
 if find_spec("triton"):
     import triton
     import triton.language as tl
+
+    from mtpkern.kernels.form import gdc_wait
 
     @triton.jit(do_not_specialize=["R"])
     def _shrink_kernel(
@@ -66,7 +68,9 @@ if find_spec("triton"):
         BLOCK_M: tl.constexpr,
         BLOCK_H: tl.constexpr,
         PRECISION: tl.constexpr,
+        PDL: tl.constexpr,
     ):
+        gdc_wait(PDL)
         i_chunk = tl.program_id(2)
         # R * H can pass 2^31, and so can R * M.
         o_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -119,7 +123,9 @@ if find_spec("triton"):
         BLOCK_N: tl.constexpr,
         BLOCK_K: tl.constexpr,
         PRECISION: tl.constexpr,
+        PDL: tl.constexpr,
     ):
+        gdc_wait(PDL)
         o_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
         gated = tl.load(gate_ptr + o_r * s_gate[0], mask=o_r < R, other=0) != 0
         if tl.max(gated.to(tl.int32), 0) == 0:
@@ -197,6 +203,7 @@ def shrink_triton(x: Tensor, gate: Tensor, as_: Sequence[Tensor]) -> Tensor:
         BLOCK_H=128 // as_[0].element_size(),
         PRECISION=_precision(as_[0].dtype),
         num_stages=5,
+        **pdl_options(x.device),
     )
     return h
 
@@ -231,6 +238,7 @@ def expand_triton(
         PRECISION=_precision(bs[0].dtype),
         num_warps=8,
         num_stages=1,
+        **pdl_options(h.device),
     )
 
 

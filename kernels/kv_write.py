@@ -16,11 +16,13 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from mtpkern.kernels.form import takes_kernel
+from mtpkern.kernels.form import pdl_options, takes_kernel
 
 if find_spec("triton"):
     import triton
     import triton.language as tl
+
+    from mtpkern.kernels.form import gdc_wait
 
     @triton.jit
     def _kv_write_kernel(
@@ -40,7 +42,9 @@ if find_spec("triton"):
         BLOCK_H: tl.constexpr,
         BLOCK_K: tl.constexpr,
         BLOCK_V: tl.constexpr,
+        PDL: tl.constexpr,
     ):
+        gdc_wait(PDL)
         # A row's offset in a large batch and a slot's in a long cache can each pass 2^31 elements: 64 bits for both.
         r = tl.program_id(0).to(tl.int64)
         b = tl.load(row_seq_ptr + r)
@@ -85,6 +89,7 @@ def kv_write_triton(
         BLOCK_H=BLOCK_H,
         BLOCK_K=BLOCK_K,
         BLOCK_V=BLOCK_V,
+        **pdl_options(key.device),
     )
 
 

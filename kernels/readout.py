@@ -24,13 +24,15 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from mtpkern.kernels.form import takes_kernel
+from mtpkern.kernels.form import pdl_options, takes_kernel
 
 CHUNK = 4096
 
 if find_spec("triton"):
     import triton
     import triton.language as tl
+
+    from mtpkern.kernels.form import gdc_wait
 
     @triton.jit(do_not_specialize=["mask_token_id"])
     def _chunk_kernel(
@@ -42,7 +44,9 @@ if find_spec("triton"):
         V,
         mask_token_id,
         CHUNK: tl.constexpr,
+        PDL: tl.constexpr,
     ):
+        gdc_wait(PDL)
         r = tl.program_id(0).to(tl.int64)  # R * V can pass 2^31
         i_chunk = tl.program_id(1)
         first = i_chunk * CHUNK
@@ -68,7 +72,9 @@ if find_spec("triton"):
         confidence_ptr,  # [R]
         n,
         BLOCK: tl.constexpr,
+        PDL: tl.constexpr,
     ):
+        gdc_wait(PDL)
         r = tl.program_id(0).to(tl.int64)
         o = tl.arange(0, BLOCK)
         top = tl.load(top_ptr + r * n + o, mask=o < n, other=-float("inf"))
@@ -91,8 +97,9 @@ def readout_triton(logits: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
     index = logits.new_empty(R, n, dtype=torch.int32)
     token = logits.new_empty(R, dtype=torch.int64)
     confidence = logits.new_empty(R, dtype=dtype)
-    _chunk_kernel[(R, n)](logits, top, total, index, logits.stride(), V, mask_token_id, CHUNK=CHUNK)
-    _merge_kernel[(R,)](top, total, index, token, confidence, n, BLOCK=triton.next_power_of_2(n), num_warps=1)
+    pdl = pdl_options(logits.device)
+    _chunk_kernel[(R, n)](logits, top, total, index, logits.stride(), V, mask_token_id, CHUNK=CHUNK, **pdl)
+    _merge_kernel[(R,)](top, total, index, token, confidence, n, BLOCK=triton.next_power_of_2(n), num_warps=1, **pdl)
     return token, confidence
 
 

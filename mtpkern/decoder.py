@@ -443,6 +443,7 @@ class Poll:
     def running(self) -> int:
         """How many sequences were running `LAG` steps ago (on a CPU: are running now)."""
         if self.on_cpu:
+            self.polls += 1
             return self.take(self.state())
         self._copy()
         return len(self.sequences.status) if self.polls <= LAG else self._read(self.polls - LAG - 1)

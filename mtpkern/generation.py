@@ -28,8 +28,9 @@ from mtpkern.arguments import (
     whole_number,
 )
 from mtpkern.attention import exclusive, routed
-from mtpkern.decoder import PREFILL_CHUNK, Decoder, places_for
+from mtpkern.decoder import PREFILL_CHUNK, Decoder, Poll, places_for
 from mtpkern.graph import is_kept, kept_bytes, kept_decoder, release_graphs, wants_graph, without_kernels
+from mtpkern.host import on_host
 from mtpkern.layers import wants_compile
 from mtpkern.memory import fits_at_once, require_room
 from mtpkern.model import learned_positions, mask_token_for, recorded_settings, require_decodable
@@ -215,19 +216,21 @@ def _decode(
     check_model: bool,
     **options: Any,
 ) -> Tensor | MTPGenerateOutput:
-    # The host looks at the prompts once: up to two copies to it, or from it, before anything runs.
-    host_ids, host_mask = input_ids.cpu(), None if attention_mask is None else attention_mask.cpu()
+    # The host looks at the prompts once, before anything runs.
+    given_on, padding = input_ids.device, generation_config._pad_token_tensor
+    told = [torch.zeros(1) if padding is None else padding, *([] if attention_mask is None else [attention_mask])]
+    host_ids, pad, *mask = on_host(input_ids, *told)
+    filler, host_mask = int(pad), mask[0] if mask else None
     vocabulary = model.get_input_embeddings().weight.shape[0]
     require_prompts(host_ids, host_mask, mask_token_id=mask_token_id, vocabulary=vocabulary)
     B, T = input_ids.shape
     prompts = [T] * B if host_mask is None else host_mask.long().sum(1).tolist()
     if min(prompts) == T:
         attention_mask = None  # without padding transformers need not look for it
-    given_on, padding = input_ids.device, generation_config._pad_token_tensor
-    input_ids = input_ids.to(model.device, torch.int64)
+    input_ids = input_ids.to(model.device, torch.int64, non_blocking=True)
     if attention_mask is not None:
-        attention_mask = attention_mask.to(model.device, torch.int64)
-    stop_ids = _stop_ids(stopping_criteria)
+        attention_mask = attention_mask.to(model.device, torch.int64, non_blocking=True)
+    stop_ids = _stop_ids(stopping_criteria).to(model.device, non_blocking=True)
     # Criteria of the caller's for these two stand in the place of those of the configuration.
     limit = min(criterion.max_length for criterion in of_kind(stopping_criteria, MaxLengthCriteria))
     longest, asked = max(prompts), max(1, limit - T)
@@ -239,7 +242,6 @@ def _decode(
         if max_new_tokens < 1:
             raise ValueError(_past_positions(model, positions, longest, asked))
     if watch is not None:
-        filler = 0 if padding is None else int(padding)
         watch.begin(host_ids, host_mask, new=max_new_tokens, padding=filler, device=given_on)
     # The prefill runs through the model's own attention, and the results are read before another run may have the
     # decoder.
@@ -261,19 +263,20 @@ def _decode(
         ) as decoder,
     ):
         sequences = decoder.sequences
-        poll = None if watch is None else watch.poll(sequences, strategy)
+        poll = Poll(sequences) if watch is None else watch.poll(sequences, strategy)
         with routed(model, decoder.cache) as route:
             decoder.run(route, poll)
-        # One copy to the host, behind all passes.
-        status, length, passes = torch.stack([sequences.status, sequences.length, sequences.passes]).tolist()
-        if watch is None or poll is None:
+        # One copy to the host, behind all passes; of their record as much as so many can have written.
+        wanted = poll.polls + 1 if generation_config.return_dict_in_generate else 0
+        status, length, blocks = on_host(sequences.status, sequences.length, sequences.blocks[:, :wanted])
+        if watch is None:
             ends = sequences.length
-            emitted = [end - start for end, start in zip(length, prompts)]
-            reasons = [REASONS[s] for s in status]
+            emitted = (length - torch.tensor(prompts)).tolist()
+            reasons = [REASONS[s] for s in status.tolist()]
         else:
             poll.finish()
             emitted, reasons = watch.ends, watch.reasons
-            ends = torch.tensor([start + n for start, n in zip(prompts, emitted)]).to(model.device)
+            ends = torch.tensor([start + n for start, n in zip(prompts, emitted)]).to(model.device, non_blocking=True)
         faulty = [b for b, reason in enumerate(reasons) if reason == "fault"]
         if faulty:
             raise RuntimeError(
@@ -281,19 +284,17 @@ def _decode(
             )
         if positions is not None and "length" in reasons:
             raise ValueError(_past_positions(model, positions, longest, asked))
-        new = _new_tokens(decoder, ends, attention_mask, T, max(emitted), padding)
-        output = torch.cat([input_ids, new], dim=1)
-        blocks = sequences.blocks[:, : max(passes)].tolist() if generation_config.return_dict_in_generate else None
+        output = torch.cat([input_ids, _new_tokens(decoder, ends, attention_mask, T, max(emitted), filler)], dim=1)
+        kept = [first_tokens(row, n) for row, n in zip(blocks.tolist(), emitted)]
     if watch is not None:
         watch.finish()
-    if blocks is None:
+    if not wanted:
         return output
-    blocks = [first_tokens(row, n) for row, n in zip(blocks, emitted)]
     return MTPGenerateOutput(
         sequences=output,
-        blocks=blocks,
-        passes=[len(row) for row in blocks],
-        tokens_per_pass=[n / len(row) for row, n in zip(blocks, emitted)],
+        blocks=kept,
+        passes=[len(row) for row in kept],
+        tokens_per_pass=[n / len(row) for row, n in zip(kept, emitted)],
         finish_reasons=reasons,
     )
 
@@ -383,15 +384,13 @@ def _prefill(decoder: Decoder, input_ids: Tensor, attention_mask: Tensor | None,
     decoder.prefill(input_ids, attention_mask, chunk=chunk)
 
 
-def _new_tokens(
-    decoder: Decoder, ends: Tensor, attention_mask: Tensor | None, T: int, width: int, padding: Tensor | None
-) -> Tensor:
+def _new_tokens(decoder: Decoder, ends: Tensor, mask: Tensor | None, T: int, width: int, filler: int) -> Tensor:
     """From compact sequences (slot = position) of these lengths [B] back to what stands behind the prompts: padded."""
     sequences = decoder.sequences
-    prompt = torch.full_like(ends, T) if attention_mask is None else attention_mask.sum(1)
+    prompt = torch.full_like(ends, T) if mask is None else mask.sum(1)
     o_new = prompt[:, None] + torch.arange(width, device=decoder.device)
     new = sequences.tokens.gather(1, o_new)
-    return new.masked_fill(o_new >= ends[:, None], 0 if padding is None else padding)
+    return new.masked_fill(o_new >= ends[:, None], filler)
 
 
 def _stop_ids(stopping_criteria: StoppingCriteriaList) -> Tensor:

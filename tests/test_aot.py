@@ -68,6 +68,8 @@ def test_budgets(target: str) -> None:
         for one in kernels:
             assert not aot.over_budget(one), one
             assert one.registers > 0
+            step = not one.case.startswith(("span_attention", "distill"))
+            assert one.early == ("waits" if step and target in ("sm_90", "sm_100") else ""), one
     if target == "sm_90":
         products = {one.case: one.matrix for kernels in compiled.values() for one in kernels if one.rows}
         # 16 and 32 rows are too few for wgmma.
@@ -92,6 +94,7 @@ def test_a_budget_that_is_exceeded_is_named() -> None:
         source="",
     )
     assert not aot.over_budget(good)
+    assert not aot.over_budget(replace(good, early="waits"))
     product = replace(good, rows=64, bits=16, matrix="wgmma")
     assert not aot.over_budget(product)
     assert not aot.over_budget(replace(product, bits=32, matrix="mma.sync"))
@@ -102,6 +105,7 @@ def test_a_budget_that_is_exceeded_is_named() -> None:
         (replace(product, matrix="mma.sync"), "not wgmma"),
         (replace(product, target="sm_80", matrix="none"), "without matrix instructions"),
         (replace(good, atomics=True), "atomics"),
+        (replace(good, early="races"), "may start early"),
     ):
         assert sum(word in fault for fault in aot.over_budget(bad)) == 1, bad
     for (case, kernel), spill in aot.SPILL.items():
@@ -223,6 +227,21 @@ def _merge_kernel(x_ptr, count_ptr, y_ptr, N: tl.constexpr):
     tl.store(y_ptr + o, tl.load(x_ptr + o))
     if tl.atomic_add(count_ptr, 1) == N - 1:
         tl.store(y_ptr, tl.sum(tl.load(y_ptr + o), 0))
+@triton.jit
+def early(x_ptr, y_ptr, FORM: tl.constexpr):
+    o = tl.arange(0, 128)
+    if FORM == "a program that returns":
+        if tl.program_id(0) == 1:
+            return
+    if FORM == "a load":
+        x = tl.load(x_ptr + o)
+    if FORM == "a trigger":
+        tl.extra.cuda.gdc_launch_dependents()
+    if FORM != "no wait":
+        tl.extra.cuda.gdc_wait()
+    if FORM != "a load":
+        x = tl.load(x_ptr + o)
+    tl.store(y_ptr + o, x)
 '''
 with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "planted.py"
@@ -234,12 +253,20 @@ with tempfile.TemporaryDirectory() as folder:
         with aot.compiling(target) as noted:
             planted._merge_kernel[(4,)](torch.ones(128), torch.zeros(1, dtype=torch.int32), torch.ones(128), N=4)
         print(aot.over_budget(noted[0]))
+    with aot.compiling("sm_90") as noted:
+        for form in ("the wait first", "no wait", "a load", "a trigger", "a program that returns"):
+            planted.early[(4,)](torch.ones(128), torch.ones(128), FORM=form, launch_pdl=True)
+    print([one.early for one in noted])
 """
 
 
-def test_a_last_block_that_merges_is_found() -> None:
-    """The race that no interpreter sees needs a counter, and that an atomic: none of ours may have one."""
-    assert without_interpreter(PLANTED).splitlines() == ["['has atomics']"] * 2
+def test_races_that_no_interpreter_sees_are_found() -> None:
+    """A last block that merges needs a counter, and that an atomic: none of ours may have one. And what starts early
+    has to wait before all else, in every program.
+    """
+    *merged, early = without_interpreter(PLANTED).splitlines()
+    assert merged == ["['has atomics']"] * 2
+    assert early == str(["waits", "races", "races", "races", "races"])
 
 
 VARIANTS = """

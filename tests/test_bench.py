@@ -434,6 +434,7 @@ def test_goals_of_decode_attention(no_device, monkeypatch, quick):
         return ways, ["flash-attn: not there"]
 
     monkeypatch.setattr(decode_attention, "times", times)
+    monkeypatch.setattr(decode_attention, "form_tables", lambda device: [])
     tables = list(decode_attention.measure(CUDA, quick))
     # A table a row, each with all rows so far.
     captions = [table.caption for table in tables]
@@ -447,7 +448,7 @@ def test_goals_of_decode_attention(no_device, monkeypatch, quick):
     assert len(found) == 4
     share, met = found["decode attention, B·L ≥ 64k, k ≤ 8: least share of bandwidth"]
     assert 80 < share <= 85
-    assert met
+    assert not met
     slowest, met = found["decode attention, B = 1, L ≤ 4k: slowest"]
     assert slowest == pytest.approx(4096 * 4096 / 4e12 * 1e6 / 0.85 + 1)
     assert met
@@ -471,6 +472,8 @@ def test_goals_of_readout(no_device, monkeypatch):
     monkeypatch.setattr(readout, "_readout_times", times)
     monkeypatch.setattr(readout, "Taken", NoDevice)
     monkeypatch.setattr(readout, "race", lambda *_, **__: ({readout.OURS: flat(9), readout.TORCH: flat(63)}, []))
+    ways = readout.PRODUCT, readout.OURS, readout.NO_PDL
+    monkeypatch.setattr(readout, "_behind_product_times", lambda *_: dict(zip(ways, map(flat, (5, 8, 12)))))
     found = goals(readout.measure(CUDA, quick=False))
     assert found["readout of 16 rows, V 152k"] == (pytest.approx(32 * readout.V / 4e6 / 0.9), True)
     assert found["readout of 128 rows: share of bandwidth"] == (pytest.approx(90), True)
@@ -570,6 +573,23 @@ def test_stands_of_a_batch_have_one_set_of_caches(most_kv):
     assert max(most_kv) == one(2, 24)
 
 
+def test_rows_are_printed_as_they_come(capsys):
+    """Whoever is killed in the middle of a table has said what it knew."""
+    printed = []
+
+    def measure(device, quick):
+        for n in (1, 2):
+            yield Table("A", "Note.", ("n",), [(str(i),) for i in range(n)], goals=[Goal("g", 1, n, "x")])
+            printed.append(capsys.readouterr().out)
+        yield Table("A", "Note.", ("n",), [("7",), ("8",)])  # other rows than before: all of it again
+        printed.append(capsys.readouterr().out)
+        yield Table("B", "", ("n",), [("3",)])
+
+    run("x", "Title", measure, ["--device", "cpu"])
+    assert printed[0].endswith("## A\n\nNote.\n\n| n |\n| --- |\n| 0 |\n")
+    assert printed[1:] == ["| 1 |\n", "| n |\n| --- |\n| 7 |\n| 8 |\n"]
+
+
 def test_a_run_that_is_cut_keeps_its_rows(tmp_path, capsys):
     """Also of a table that is not whole; and half a file is never there."""
 
@@ -584,7 +604,7 @@ def test_a_run_that_is_cut_keeps_its_rows(tmp_path, capsys):
     assert table["rows"] == [["1"], ["2"]]
     printed = capsys.readouterr().out
     assert printed.count("## A") == 1
-    assert "| 2 |" in printed
+    assert printed.count("| 1 |") == printed.count("| 2 |") == 1
     with pytest.raises(TypeError, match="cannot write"):
         write("x", "Title", {}, [], {"object": object()}, tmp_path)
     assert json.loads((tmp_path / "x.json").read_text())["tables"] == [table]

@@ -6,7 +6,11 @@ from typing import Any, cast
 import pytest
 import torch
 
-from mtpkern.kernels.form import go_without_kernels, has_kernels, takes_kernel
+from mtpkern.kernels import form
+from mtpkern.kernels.decode_attention import decode_attention
+from mtpkern.kernels.form import go_without_kernels, has_kernels, pdl_options, takes_kernel
+from mtpkern.kernels.gated_lora import gated_lora
+from mtpkern.kernels.readout import readout
 
 
 def test_a_device_whose_kernel_failed_takes_the_torch_forms(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,3 +23,80 @@ def test_a_device_whose_kernel_failed_takes_the_torch_forms(monkeypatch: pytest.
     assert not has_kernels(first.device)
     assert takes_kernel(second)
     assert not takes_kernel(torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("device", "hip", "capability", "interpreted", "early"),
+    [
+        ("cuda", None, (9, 0), "0", True),
+        ("cuda", None, (12, 0), "0", True),
+        ("cuda", None, (8, 9), "0", False),
+        ("cuda", None, (9, 0), "1", False),
+        ("cuda", "7.0", (9, 4), "0", False),  # as ROCm counts
+        ("cpu", None, (9, 0), "0", False),
+    ],
+)
+def test_kernels_start_early_where_the_gpu_can(
+    device: str,
+    hip: str | None,
+    capability: tuple[int, int],
+    interpreted: str,
+    early: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    form._has_pdl.cache_clear()
+    try:
+        # Other compilers than NVIDIA's know no such option.
+        on, off = {"PDL": True, "launch_pdl": True}, {"PDL": False}
+        assert pdl_options(torch.device(device)) == (on if early else off)
+        monkeypatch.setattr(form, "PDL", False)
+        assert pdl_options(torch.device(device)) == off
+    finally:
+        form._has_pdl.cache_clear()
+
+
+@pytest.mark.gpu
+def test_what_starts_early_reads_nothing_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products and ours in turns, each reading what the one before has written, many layers in a graph: to the bit."""
+    B, L, W, H, D = 4, 700, 15, 8, 64
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator) * shape[-1] ** -0.5
+
+    texts, x, gate = drawn(10, B * W, H * D), drawn(B * W, H * D), torch.arange(B * W, device="cuda") % W >= 8
+    weights, a, b = drawn(8, H * D, H * D), drawn(32, H * D), drawn(H * D, 32)
+    filled = drawn(2, B, H, L + 1, D)
+    o_r, start = torch.arange(B * W, device="cuda"), torch.arange(B + 1, device="cuda") * W
+    rows = o_r // W, L - W + o_r % W, start
+
+    @torch.no_grad()
+    def run() -> list[torch.Tensor]:
+        y, (k, v), found = x, filled.clone(), []
+        for i in range(24):
+            z = y @ weights[i % 8]
+            gated_lora([z], y, gate, [a], [b], 1.0)
+            heads = z.view(B * W, H, D)
+            y = decode_attention(heads, heads, heads, k, v, *rows, max_rows=W, scale=D**-0.5).flatten(1)
+            found += readout(y, 0)
+        return [y, k, v, *found]
+
+    results: list[list[torch.Tensor]] = []
+    for early in (False, True):
+        monkeypatch.setattr(form, "PDL", early)
+        run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = run()
+        results.append([])
+        for text in texts:  # another one each time, or what is stale would be right
+            x.copy_(text)
+            graph.replay()
+            results[-1] += [part.clone() for part in out]
+    right, found = results
+    for one, other in zip(right, found):
+        assert torch.equal(one.nan_to_num(), other.nan_to_num())

@@ -1,15 +1,29 @@
 """Steps as graphs, with a stand-in for the graph: the same training, few shapes, and no belief in a wrong replay."""
 
+import os
+import sys
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mtpkern.train import captured
+from mtpkern.adapter import gate_of
+from mtpkern.attention import attention_context
+from mtpkern.train import captured, gated
 from mtpkern.train.captured import CapturedSteps
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.config import MTPConfig
+from mtpkern.train.gated import BehindPrefixContext
 from mtpkern.train.gated_trainer import GatedTrainer
+from mtpkern.train.layout import build_layout
+from mtpkern.train.lora import add_gated_lora
+from mtpkern.train.prefix import Packing, texts_of
+
+# Its accelerator that is not there; pytest imports test files by their paths.
+sys.path.append(os.path.dirname(__file__))
+from test_no_sync import FAKE, SyncError, Watcher, autocast_off_on_the_made_up_device, to_fake  # noqa: F401
 
 EOS = 7
 
@@ -153,3 +167,45 @@ def test_refuses_where_it_cannot_be(tmp_path, change, says):
     with pytest.raises(ValueError, match=says):
         MTPConfig(str(tmp_path), cuda_graph=True, **options)
     assert MTPConfig(str(tmp_path), **options).cuda_graph is False
+
+
+class OurOpsKnown(Watcher):
+    """Head and loss are single ops, whose insides the tests on a GPU watch."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "mtpkern":
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("bug", [None, "item", "host tensor"])
+def test_a_step_asks_the_host_for_nothing(tiny, monkeypatch, bug):
+    """Forward and backward on an accelerator that is not there: no wait, no copy, no tensor of the host."""
+    model = tiny.model("llama", vocab_size=41, eos_token_id=EOS)
+    gate = gate_of(add_gated_lora(model, rank=2, k_max=4).get_base_model())
+    layout = build_layout(torch.tensor([[3, 5], [2, 0]]), torch.tensor([9, 6]), 4, num_tokens=12)
+    packing = Packing.of(texts_of(layout, 12), 2, 12, rows=32)
+    with FakeTensorMode():
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        to_fake(model)
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in trained)
+        gate.row = torch.nn.Parameter(torch.empty(gate.row.shape, device=FAKE))
+        fake = {
+            name: torch.empty(x.shape, dtype=x.dtype, device=FAKE)
+            for name, x in vars(layout).items()
+            if isinstance(x, torch.Tensor)
+        }
+        packing = Packing(*(torch.empty(x.shape, dtype=x.dtype, device=FAKE) for x in vars(packing).values()))
+        context = BehindPrefixContext(replace(layout, **fake), packing)
+        tokens, eos = torch.empty(2, 12, dtype=torch.int64, device=FAKE), torch.empty(1, dtype=torch.int64, device=FAKE)
+        if bug == "item":
+            monkeypatch.setattr(gated, "until_fail", lambda agree: agree & bool(agree.any()))
+        if bug == "host tensor":
+            monkeypatch.setattr(gated, "until_fail", lambda agree: agree & torch.ones(agree.shape, dtype=torch.bool))
+        with attention_context(model, context), gate.open_for_training():
+            with OurOpsKnown(accelerator=True), nullcontext() if bug is None else pytest.raises(SyncError):
+                sums = gated.gated_loss(model, tokens, context, eos_token_ids=eos)
+                (sums.span / sums.rows.sum()).backward()
+        if bug is None:
+            assert gate.row.grad is not None

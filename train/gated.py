@@ -137,7 +137,7 @@ def gated_loss(
         keep = (valid & (ended.cumsum(-1) == ended))[..., 1:]
     agree = (token == label) & keep
     weight = (keep & until_fail(agree) if loss_support == "until_fail" else keep).flatten().float()
-    if not weight.is_cuda:
+    if weight.device.type == "cpu":
         # Rows without weight need no second product with the head; a device would have to be asked which they are.
         some = weight.nonzero().squeeze(1)
         hidden, label, weight = hidden[some], label.flatten()[some], weight[some]

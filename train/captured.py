@@ -2,8 +2,9 @@
 
 A step of a small model is thousands of small launches, for which the host needs several times as long as the device. A
 graph is one. What differs from batch to batch is written into tensors of its own before it runs; what differs in shape
-makes another graph, so shapes are kept few: batches are padded to a number of tokens, and the row of the prefix pass to
-a number of rows, that only grow. Padding is seen by no row and takes no draw (mtpkern.train.prefix).
+makes another graph, so shapes are kept few: batches are padded to a number of tokens and of spans, and the row of the
+prefix pass to a number of rows, that only grow. Padding is seen by no row and takes no draw. A shape is captured when
+it comes again.
 
 Nothing is believed of a graph. Before its first replay counts, the same batch has run as it is, and loss and gradients
 of the two are compared: where capturing fails or they differ, training goes on without graphs, which a RuntimeWarning
@@ -27,7 +28,7 @@ WARM_UP = 2
 # Tokens of a batch and rows of a prefix pass come in multiples of these; a first pass gets so much room besides.
 TOKENS, ROWS, ROOM = 128, 1024, 1.06
 # Graphs that are kept; further shapes run as they are.
-KEPT = 32
+KEPT = 48
 # How far the gradients of a graph may lie from those of the step itself, whose sums have no fixed order.
 TOLERANCE = 0.05
 
@@ -70,7 +71,8 @@ class CapturedSteps:
         self.parameters = list(parameters)
         self.refused = False
         self._steps: dict[Hashable, CapturedStep] = {}
-        self._tokens = 0
+        self._seen: set[Hashable] = set()
+        self._tokens = self._spans = 0
         # By the number of texts.
         self._rows: dict[int, int] = {}
 
@@ -79,8 +81,17 @@ class CapturedSteps:
 
     def tokens(self, n: int) -> int:
         """Tokens to which a batch is padded whose longest text has n."""
-        self._tokens = max(self._tokens, -(-n // TOKENS) * TOKENS)
+        if n > self._tokens:
+            self._tokens = -(-n // TOKENS) * TOKENS
+            self._drop()
         return self._tokens
+
+    def spans(self, n: int) -> int:
+        """Spans to which a batch is padded whose text with the most has n."""
+        if n > self._spans:
+            self._spans = n
+            self._drop()
+        return self._spans
 
     def rows(self, texts: int, n: int) -> int:
         """Rows of the prefix pass of so many texts with n tokens together."""
@@ -91,8 +102,9 @@ class CapturedSteps:
     def __call__(self, kind: Hashable, inputs: Mapping[str, Tensor], step: Step) -> Tensor:
         """One step; `kind` says what it depends on besides its inputs, which may lie on the host."""
         key = kind, tuple((name, x.shape) for name, x in inputs.items())
-        if key not in self._steps and not self.refused and len(self._steps) < KEPT:
+        if key not in self._steps and key in self._seen and not self.refused and len(self._steps) < KEPT:
             self._capture(key, inputs, step)
+        self._seen.add(key)
         captured = self._steps.get(key)
         self._forget()
         if captured is None:
@@ -134,6 +146,11 @@ class CapturedSteps:
             RuntimeWarning,
             stacklevel=2,
         )
+
+    def _drop(self) -> None:
+        """What has been captured of shapes that come no more."""
+        self._steps.clear()
+        self._seen.clear()
 
     def _forget(self) -> None:
         for parameter in self.parameters:

@@ -23,7 +23,7 @@ from mtpkern.train.captured import CapturedSteps
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import HeldOut
 from mtpkern.train.gated import BehindPrefixContext, gated_loss
-from mtpkern.train.layout import Layout
+from mtpkern.train.layout import Layout, draw_within
 from mtpkern.train.lora import add_gated_lora, plain_model
 from mtpkern.train.objective import MTPLoss, forward_as
 from mtpkern.train.prefix import Packing, Prefixes, texts_of
@@ -91,13 +91,22 @@ class GatedTrainer(MTPTrainer):
 
     def plan(self, batch: dict[str, Any], **draw: Any) -> dict[str, Any]:
         """As MTPTrainer's, and where the texts stand, with the digests by which they are known again."""
-        if self._steps is not None and not self._steps.refused and draw["step"] >= 0:
+        if (steps := self._shaping(draw["step"])) is not None:
             tokens = batch["input_ids"]
-            most = self._steps.tokens(tokens.shape[1])
-            batch = {**batch, "input_ids": F.pad(tokens, (0, most - tokens.shape[1]))}
+            batch = {**batch, "input_ids": F.pad(tokens, (0, steps.tokens(tokens.shape[1]) - tokens.shape[1]))}
         planned = super().plan(batch, **draw)
         texts = texts_of(planned["layout"], planned["input_ids"].shape[1], batch.get("digests"))
         return {**planned, "prefixes": texts}
+
+    def draw(self, among: Tensor, k: int, num_spans: int | Tensor, **options: Any) -> Tensor:  # type: ignore[override]
+        """As MTPTrainer's, with spans that do not exist behind those that do where steps are graphs."""
+        prefix = draw_within(among, k, num_spans, **options)
+        steps = self._shaping(options["step"])
+        return prefix if steps is None else F.pad(prefix, (0, steps.spans(prefix.shape[1]) - prefix.shape[1]))
+
+    def _shaping(self, step: int) -> CapturedSteps | None:
+        """The graphs for whose sake shapes are few; none of evaluation, whose steps are below 0."""
+        return self._steps if self._steps is not None and not self._steps.refused and step >= 0 else None
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As MTPTrainer.train."""

@@ -77,7 +77,7 @@ class CompiledLayers:
             yield
             return
         # For any sizes, not for those that happen to be equal in the first step.
-        any_shape = torch.fx.experimental._config.patch(use_duck_shape=False)
+        any_shape = torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
         with ExitStack() as stack:
             stack.enter_context(any_shape)
             stack.enter_context(torch._dynamo.config.patch(recompile_limit=FORMS, fail_on_recompile_limit_hit=True))

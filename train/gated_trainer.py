@@ -133,7 +133,7 @@ class GatedTrainer(MTPTrainer):
             model.train()
         layout, tokens, texts = inputs["layout"], inputs["input_ids"], inputs["prefixes"]
         rows = steps.rows(len(texts), sum(len(text) for text in texts))
-        packing = Packing.of(texts, *tokens.shape, rows=rows)
+        packing = Packing.of(texts, tokens.shape[0], tokens.shape[1], rows)
         parts = {"layout": layout, "packing": packing}
         tensors = {
             f"{part}.{name}": x

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig
 
 from mtpkern.attention import exclusive
@@ -132,3 +133,23 @@ def test_attends_in_autocasts_dtype(model):
     with torch.autocast("cpu", torch.bfloat16):
         got = of(Prefixes(2**30), model, *batch(0, 1))
     assert {x.dtype for x in got} == {torch.bfloat16}
+
+
+def test_a_packed_pass_is_as_many_operations_whatever_the_texts(model):
+    """No copy a text, neither into the row nor out of it."""
+
+    class Counting(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen += 1
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for rows in ((0,), (0, 1, 2), (0, 1, 2, 0, 1, 2)):
+        tokens, layout, _ = batch(*rows)
+        packing = Packing.of(texts_of(layout, tokens.shape[1]), *tokens.shape)
+        with exclusive(model), Counting() as counting:
+            Prefixes(states=True).of(model, tokens, packing)
+        counts.append(counting.seen)
+    assert counts[1] == counts[2]

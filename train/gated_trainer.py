@@ -121,7 +121,7 @@ class GatedTrainer(MTPTrainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         """As MTPTrainer's, padded to few shapes where steps are graphs."""
-        if self.args.cuda_graph and self._steps is None:
+        if self.args.cuda_graph and self._steps is None and not self.is_fsdp_enabled:
             self._steps = CapturedSteps([p for p in cast(nn.Module, self.model).parameters() if p.requires_grad])
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 

@@ -5,8 +5,9 @@ import os
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
+from mtpkern.train import config
 from mtpkern.train.arithmetic import build_tokenizer
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.compilation import CompiledLayers
@@ -168,3 +169,51 @@ def test_the_whole_model_is_never_wrapped(tmp_path, monkeypatch):
         trainer(tmp_path, torch_compile_mode="reduce-overhead")
     with pytest.raises(ValueError, match="no decoder layers"):
         CompiledLayers(torch.nn.Linear(2, 2))
+
+
+def test_what_nobody_asked_for_is_chosen_by_the_device(tmp_path, monkeypatch):
+    """On a GPU layers are compiled, a frozen base is narrow and steps are graphs, unless something is against it."""
+
+    def chosen(**options):
+        args = MTPConfig(str(tmp_path), **options)
+        return args.torch_compile, args.student_dtype, args.cuda_graph
+
+    gated = {"gated": True, "lora_rank": 2}
+    assert chosen(use_cpu=True, **gated) == (False, "float32", False)
+    real = TrainingArguments.device.fget
+    # Asked all the same, which sets up what knows of ranks.
+    monkeypatch.setattr(MTPConfig, "device", property(lambda self: real(self) and torch.device("cuda")))
+    monkeypatch.setattr(config, "is_torch_bf16_gpu_available", lambda: True)
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True, raising=False)
+    assert chosen(**gated) == (True, "float32", True)
+    assert chosen(bf16=True, **gated) == (True, "bfloat16", True)
+    assert chosen(bf16=True, student_dtype="float32", torch_compile=False, **gated) == (False, "float32", True)
+    assert chosen(bf16=True, lora_rank=2) == (True, "float32", False)
+    assert chosen(activation_checkpointing=True) == (True, "float32", False)
+    for change in ({"prefix_memory": 1.0}, {"packing": True}, {"gradient_accumulation_steps": 2}):
+        assert chosen(**gated, **change) == (True, "float32", False)
+        with pytest.raises(ValueError, match=f"not with .*{next(iter(change))}"):
+            chosen(**gated, **change, cuda_graph=True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert chosen(**gated)[0] is False
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    with pytest.warns(UserWarning, match="not compiled under activation_checkpointing"):
+        assert chosen(activation_checkpointing=True, **gated) == (False, "float32", False)
+
+
+def test_layers_that_cannot_be_compiled_run_as_they_are_where_nobody_asked():
+    def backend(*args):
+        raise RuntimeError("no compiler here")
+
+    model, ids = llama(), torch.tensor([[1, 9, 10, 11]])
+    want = model(ids).logits
+    with pytest.raises(Exception, match="no compiler here"), CompiledLayers(model, backend=backend)():
+        model(ids)
+    torch._dynamo.reset()
+    layers = CompiledLayers(model, backend=backend, if_it_can=True)
+    with pytest.warns(RuntimeWarning, match="no compiler here"), layers():
+        assert torch.equal(model(ids).logits, want)
+    with layers():
+        assert not any("forward" in vars(layer) for layer in model.model.layers)
+    with pytest.warns(RuntimeWarning, match="no decoder layers"):
+        CompiledLayers(torch.nn.Linear(2, 2), if_it_can=True)

@@ -1,6 +1,7 @@
 """The ops of training on hardware: errors, repeatability, memory nobody wrote, host syncs, variants, a step."""
 
 import itertools
+import warnings
 from contextlib import contextmanager
 
 import pytest
@@ -396,3 +397,58 @@ def test_the_trainers_loop_waits_for_nothing(tmp_path, change):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert run.state.global_step == 8
+
+
+class WatchReplays(TrainerCallback):
+    """From the start of the ninth step to the end of the twelfth, when every shape has its graph."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 8:
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 12:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["layers as they are", "layers compiled"])
+def test_replayed_steps_train_the_same_and_wait_for_nothing(tmp_path, compiled):
+    """Ragged texts, one k and two numbers of texts; frozen weights narrow, as the command loads them."""
+    logged = []
+    texts = [{"input_ids": [1 + (i + j) % 50 for j in range(20 + i % 9)], "prompt_length": 3} for i in range(32)]
+    for graphs in (False, True):
+        student = tiny_models("qwen3")[0].to(torch.bfloat16)
+        student.config.eos_token_id = 0
+        run = GatedTrainer(
+            model=student,
+            args=MTPConfig(
+                str(tmp_path),
+                gated=True,
+                lora_rank=4,
+                k_min=5,
+                k_max=5,
+                num_spans=3,
+                spacing="random",
+                bf16=True,
+                max_steps=12,
+                per_device_train_batch_size=8,
+                learning_rate=1e-3,
+                logging_steps=12,
+                save_strategy="no",
+                torch_compile=compiled,
+                cuda_graph=graphs,
+            ),
+            train_dataset=texts,
+            data_collator=MTPCollator(0),
+            callbacks=[WatchReplays()] if graphs else [],
+        )
+        assert run.args.student_dtype == "bfloat16"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            try:
+                run.train()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        logged.append(next(x["loss"] for x in run.state.log_history if "loss" in x))
+    assert logged[1] == pytest.approx(logged[0], rel=2e-2)

@@ -346,6 +346,7 @@ ELSEWHERE = {
     "activation_checkpointing_kwargs": "test_trainer.py::test_checkpointing_by_its_new_and_its_former_name",
     "allow_changes": "test_resume.py::test_an_allowed_change_takes_effect_and_is_recorded",
     "data_seed": "test_order_of_the_data",
+    "cuda_graph": "test_captured.py",
     **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), "test_compilation.py"),
     "ddp_find_unused_parameters": "test_distributed.py: every weight of DDP has a gradient",
     "remove_unused_columns": "every test: the collator gets prompt_length",

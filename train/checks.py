@@ -125,7 +125,9 @@ def require_sound(model: nn.Module, teacher: PreTrainedModel | None, args: MTPCo
     if not args.pure_bf16 and trained - {torch.float32, torch.float64}:
         raise ValueError(f"trained weights must be float32; got {trained}: load with dtype=torch.float32, bf16=True")
     frozen = {p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()}
-    if adapted and frozen - {getattr(torch, args.student_dtype)}:
+    # Autocast narrows float32 weights itself, in every step.
+    wide = {torch.float32} if args.gated and args.bf16 else set()
+    if adapted and frozen - wide - {getattr(torch, cast(str, args.student_dtype))}:
         raise ValueError(
             f"the frozen weights are {', '.join(map(str, frozen))}, student_dtype is {args.student_dtype!r}: load "
             "the model in that dtype, or set student_dtype to its own"

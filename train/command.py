@@ -148,7 +148,7 @@ def _train(
         recipe = {**options_of(config, stream=data.streaming), **origin}
         before.require_same(recipe, config.allow_changes, str(checkpoint))
     name = model_arguments.model
-    model, tokenizer = load_student(name, getattr(torch, config.student_dtype), gated=config.gated)
+    model, tokenizer = load_student(name, getattr(torch, str(config.student_dtype)), gated=config.gated)
     if not config.bidirectional:
         require_decodable(model)
     teacher = None

@@ -11,8 +11,11 @@ layer's. There attention is kept out, and a layer is compiled in the parts befor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,6 +23,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mtpkern.routing import attention_apart
 from mtpkern.train.objective import forward_as
+
+if TYPE_CHECKING:
+    from mtpkern.train.config import MTPConfig
 
 CUDA_GRAPH_MODES = {"reduce-overhead", "max-autotune"}
 # With gradients and without, adapters on and off, windows, a batch of one: torch's own limit of eight could end it.
@@ -29,10 +35,12 @@ FORMS = 64
 class CompiledLayers:
     """The decoder layers of models, compiled inside the context that a call opens.
 
-    models    of transformers
-    backend   of torch.compile
-    mode      of torch.compile; none that makes CUDA graphs, because a step's shape changes with k and the texts
-    apart     whether attention is kept out of the forms
+    models      of transformers
+    backend     of torch.compile
+    mode        of torch.compile; none that makes CUDA graphs, because a step's shape changes with k and the texts
+    apart       whether attention is kept out of the forms
+    if_it_can   where layers cannot be compiled they run as they are, which a RuntimeWarning announces; else that is
+                an error
 
     Forms are made for any shape from the start. One for the first shape alone would round differently from the one
     that later replaces it, and a resumed run would not equal an uninterrupted one. Raises ValueError for a model
@@ -44,28 +52,81 @@ class CompiledLayers:
     """
 
     def __init__(
-        self, *models: nn.Module, backend: str = "inductor", mode: str | None = None, apart: bool = False
+        self,
+        *models: nn.Module,
+        backend: str = "inductor",
+        mode: str | None = None,
+        apart: bool = False,
+        if_it_can: bool = False,
     ) -> None:
         self.apart = apart
+        self.if_it_can = if_it_can
+        self.failed = False
         self.forwards = []
         for model in models:
             layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
             if not layers:
-                raise ValueError(
-                    f"{type(model).__name__} has no decoder layers of the kind that transformers can checkpoint: "
-                    "expected some to compile; leave out torch_compile"
-                )
+                says = f"{type(model).__name__} has no decoder layers of the kind that transformers can checkpoint"
+                if not if_it_can:
+                    raise ValueError(f"{says}: expected some to compile; leave out torch_compile")
+                self._announce(says)
             for layer in layers:
                 compiled = torch.compile(layer.forward, dynamic=True, fullgraph=not apart, backend=backend, mode=mode)
-                self.forwards.append((layer, compiled))
+                self.forwards.append((layer, self._call(layer.forward, compiled) if if_it_can else compiled))
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Keep it open around backward, in which activation checkpointing runs the layers again."""
+        if self.failed:
+            yield
+            return
+        # For any sizes, not for those that happen to be equal in the first step.
+        any_shape = torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
         with ExitStack() as stack:
+            stack.enter_context(any_shape)
             stack.enter_context(torch._dynamo.config.patch(recompile_limit=FORMS, fail_on_recompile_limit_hit=True))
             if self.apart:
                 stack.enter_context(attention_apart())
             for layer, compiled in self.forwards:
                 stack.enter_context(forward_as(layer, compiled))
             yield
+
+    def _call(self, forward: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not self.failed:
+                try:
+                    return compiled(*args, **kwargs)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:  # a compiler's may be anything
+                    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                        raise  # of the capture, and announced there
+                    error = getattr(error, "inner_exception", error)  # what torch wraps says more
+                    self._announce(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            return forward(*args, **kwargs)
+
+        return call
+
+    def _announce(self, reason: str) -> None:
+        self.failed = True
+        warnings.warn(
+            "torch.compile could not compile the model's layers, which train uncompiled; set torch_compile: false, or "
+            f"look into it: {reason}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def pays_to_compile(args: MTPConfig) -> bool:
+    """Whether layers are compiled where nobody says: wherever a GPU waits for the host to launch what is small."""
+    sharded = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+    if args.device.type != "cuda" or sharded:
+        return False
+    if args.gated and args.activation_checkpointing:
+        warnings.warn(
+            "layers of gated adapters are not compiled under activation_checkpointing, which cannot hold what "
+            "torch.compile leaves out; leave that out, or set torch_compile: false",
+            stacklevel=2,
+        )
+        return False
+    return True

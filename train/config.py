@@ -21,7 +21,8 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_bf16_gpu_available
 
-from mtpkern.train.compilation import CUDA_GRAPH_MODES
+from mtpkern.train.captured import against_graphs
+from mtpkern.train.compilation import CUDA_GRAPH_MODES, pays_to_compile
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -149,9 +150,12 @@ class MTPConfig(TrainingArguments):
     lora_targets: str = field(
         default="all-linear", metadata={"help": "Modules with adapters, separated by commas, or 'all-linear'."}
     )
-    student_dtype: str = field(
-        default="float32",
-        metadata={"help": "Of the loaded student; bfloat16 or float16 only for weights that LoRA freezes."},
+    student_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of the loaded student; bfloat16 or float16 only for weights that LoRA freezes. Unless given "
+            "float32, and bfloat16 for what gated adapters leave as it is, with bf16 on a GPU."
+        },
     )
     pure_bf16: bool = field(
         default=False,
@@ -184,14 +188,29 @@ class MTPConfig(TrainingArguments):
     activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Options of activation_checkpointing, as transformers lists them."}
     )
-    torch_compile: bool = field(
-        default=False, metadata={"help": "Compile the decoder layers of student and teacher, for training steps alone."}
+    torch_compile: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compile the decoder layers of student and teacher, for training steps alone; unless given on a "
+            "GPU, but under FSDP.",
+            "nargs": "?",
+            "const": True,
+        },
     )
     torch_compile_backend: str | None = field(
         default=None, metadata={"help": "Sets torch_compile; 'inductor' unless given."}
     )
     torch_compile_mode: str | None = field(
         default=None, metadata={"help": "Sets torch_compile; modes that make CUDA graphs are refused."}
+    )
+    cuda_graph: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Steps of gated adapters as CUDA graphs, one for each shape of a batch; unless given wherever it "
+            "can be: on one GPU, without packing, prefix_memory, accumulation or checkpointing.",
+            "nargs": "?",
+            "const": True,
+        },
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite is an error."})
 
@@ -214,7 +233,9 @@ class MTPConfig(TrainingArguments):
         if not torch.accelerator.is_available():
             # torch would pin nothing, and warn.
             self.dataloader_pin_memory = False
-        self.torch_compile = any(compiler)
+        # What runs as it is where it cannot be compiled: nobody has asked.
+        self.compiles_if_it_can = compiler == (None, None, None)
+        self.torch_compile = pays_to_compile(self) if self.compiles_if_it_can else any(compiler)
         if self.data_seed is None:
             # Else the order of the data hangs on whatever has been seeded last, and a resumed run may see another.
             self.data_seed = self.seed
@@ -222,6 +243,9 @@ class MTPConfig(TrainingArguments):
             self.teacher_target = "gt" if self.gated else "hard"
         if self.loss_support is None:
             self.loss_support = "until_fail" if self.gated else "all"
+        if self.student_dtype is None:
+            narrow = self.gated and self.bf16 and self.device.type == "cuda"
+            self.student_dtype = "bfloat16" if narrow else "float32"
         if not 1 <= self.k_min <= self.k_max:
             raise ValueError(f"1 <= k_min <= k_max must hold; got k_min={self.k_min}, k_max={self.k_max}")
         for name, allowed in (
@@ -269,6 +293,11 @@ class MTPConfig(TrainingArguments):
             self._require_gateable()
         elif self.prefix_memory:
             raise ValueError("prefix_memory keeps what only gated adapters leave as it is; set gated, or leave it out")
+        against = against_graphs(self)
+        if self.cuda_graph and against:
+            raise ValueError(f"cuda_graph is of gated adapters on one GPU, and not with {against}; leave it out")
+        if self.cuda_graph is None:
+            self.cuda_graph = not against
         if self.packing and self.static_shape:
             raise ValueError("packing leaves out all padding, static_shape adds it; set one of them")
         self._refuse_untested()

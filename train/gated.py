@@ -26,7 +26,7 @@ from mtpkern.kernels.distill import distill_loss, head_readout
 from mtpkern.kernels.span_attention import span_attention
 from mtpkern.train.layout import Layout
 from mtpkern.train.objective import MTPLoss, Support, Target, data_targets, head_of, until_fail, within_text
-from mtpkern.train.prefix import Layers, Prefixes, Text, hidden_states, shared_mask, texts_of
+from mtpkern.train.prefix import Layers, Packing, Prefixes, Text, hidden_states, shared_mask, texts_of
 
 
 @dataclass
@@ -34,12 +34,12 @@ class BehindPrefixContext:
     """Attention of the rows behind the tokens: each sees the prefix' keys up to its own prefix' end, and its own span.
 
     layout   of the batch
-    texts    of the batch; read from the layout, which then lies on the host, unless given
+    texts    of the batch, or their packing; read from the layout, which then lies on the host, unless given
     layers   the prefix' keys and values by layer [B, Hkv, N, D]; constants
     """
 
     layout: Layout
-    texts: list[Text] | None = None
+    texts: list[Text] | Packing | None = None
     layers: Layers = field(default_factory=dict)
     masks: dict[int | None, Tensor] = field(default_factory=dict)
 
@@ -137,7 +137,7 @@ def gated_loss(
         keep = (valid & (ended.cumsum(-1) == ended))[..., 1:]
     agree = (token == label) & keep
     weight = (keep & until_fail(agree) if loss_support == "until_fail" else keep).flatten().float()
-    if not weight.is_cuda:
+    if weight.device.type == "cpu":
         # Rows without weight need no second product with the head; a device would have to be asked which they are.
         some = weight.nonzero().squeeze(1)
         hidden, label, weight = hidden[some], label.flatten()[some], weight[some]

@@ -5,25 +5,32 @@ from __future__ import annotations
 # First, because transformers would not name what is missing.
 from mtpkern.train.extra import PeftConfig, PeftModel  # isort: split
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
+from transformers.trainer_utils import TrainOutput
 
 from mtpkern.adapter import Gate, gate_of, record_row, row_of, save_adapter
-from mtpkern.attention import AttentionContext
+from mtpkern.attention import AttentionContext, attention_context
+from mtpkern.train.captured import CapturedSteps
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import HeldOut
 from mtpkern.train.gated import BehindPrefixContext, gated_loss
-from mtpkern.train.layout import Layout
+from mtpkern.train.layout import Layout, draw_within
 from mtpkern.train.lora import add_gated_lora, plain_model
 from mtpkern.train.objective import MTPLoss, forward_as
-from mtpkern.train.prefix import Prefixes, texts_of
+from mtpkern.train.prefix import Packing, Prefixes, texts_of
 from mtpkern.train.trainer import MTPTrainer
+
+_BY_POSITION = ("agree", "rows", "confidence", "entropy")
+_SUMS = tuple(f.name for f in fields(MTPLoss))
 
 
 class GatedTrainer(MTPTrainer):
@@ -50,6 +57,7 @@ class GatedTrainer(MTPTrainer):
             states=args.needs_teacher,
             passes=self._most if self.is_fsdp_enabled else None,
         )
+        self._steps: CapturedSteps | None = None
         if self.is_fsdp_enabled:
             # Of shards, peft's own state would leave out the mask token's row.
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
@@ -83,9 +91,73 @@ class GatedTrainer(MTPTrainer):
 
     def plan(self, batch: dict[str, Any], **draw: Any) -> dict[str, Any]:
         """As MTPTrainer's, and where the texts stand, with the digests by which they are known again."""
+        if (steps := self._shaping(draw["step"])) is not None:
+            tokens = batch["input_ids"]
+            batch = {**batch, "input_ids": F.pad(tokens, (0, steps.tokens(tokens.shape[1]) - tokens.shape[1]))}
         planned = super().plan(batch, **draw)
         texts = texts_of(planned["layout"], planned["input_ids"].shape[1], batch.get("digests"))
         return {**planned, "prefixes": texts}
+
+    def draw(self, among: Tensor, k: int, num_spans: int | Tensor, **options: Any) -> Tensor:  # type: ignore[override]
+        """As MTPTrainer's, with spans that do not exist behind those that do where steps are graphs."""
+        prefix = draw_within(among, k, num_spans, **options)
+        steps = self._shaping(options["step"])
+        return prefix if steps is None else F.pad(prefix, (0, steps.spans(prefix.shape[1]) - prefix.shape[1]))
+
+    def _shaping(self, step: int) -> CapturedSteps | None:
+        """The graphs for whose sake shapes are few; none of evaluation, whose steps are below 0."""
+        return self._steps if self._steps is not None and not self._steps.refused and step >= 0 else None
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As MTPTrainer.train."""
+        self._steps = None
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            # Graphs, and the memory that they hold.
+            self._steps = None
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        """As MTPTrainer's, padded to few shapes where steps are graphs."""
+        if self.args.cuda_graph and self._steps is None and not self.is_fsdp_enabled:
+            self._steps = CapturedSteps([p for p in cast(nn.Module, self.model).parameters() if p.requires_grad])
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _forward_backward(self, model: nn.Module, inputs: dict[str, Any], counts: Tensor | int | None) -> Tensor:
+        steps = self._steps
+        if steps is None or steps.refused:
+            return super()._forward_backward(model, inputs, counts)
+        if not model.training:
+            model.train()
+        layout, tokens, texts = inputs["layout"], inputs["input_ids"], inputs["prefixes"]
+        rows = steps.rows(len(texts), sum(len(text) for text in texts))
+        packing = Packing.of(texts, tokens.shape[0], tokens.shape[1], rows)
+        parts = {"layout": layout, "packing": packing}
+        tensors = {
+            f"{part}.{name}": x
+            for part, value in parts.items()
+            for name, x in vars(value).items()
+            if isinstance(x, Tensor)
+        }
+        given = {"tokens": tokens, "counts": torch.as_tensor(counts), **tensors}
+        core = self.accelerator.unwrap_model(model)
+        target = self._target()
+
+        def step(x: Mapping[str, Tensor]) -> Tensor:
+            now = replace(layout, **_of("layout", x)), replace(packing, **_of("packing", x))
+            context = BehindPrefixContext(*now)
+            with attention_context(self._core(), context), self.gate.open_for_training(), self._compiled():
+                with self.accelerator.autocast():
+                    sums = self._loss_sums(core, x["tokens"], context)
+                loss = sums.span / x["counts"][0].clamp(min=1)
+                loss.backward()
+            return torch.cat([loss.detach()[None], *(getattr(sums, name).detach().view(-1) for name in _SUMS)])
+
+        loss, *sums = steps(target, given, step).split([1, *_sizes(layout)])
+        self._sums.append(MTPLoss(**{n: x if n in _BY_POSITION else x.view(()) for n, x in zip(_SUMS, sums)}))
+        return loss.view(())
 
     def _context(self, inputs: dict[str, Any]) -> AttentionContext:
         return BehindPrefixContext(inputs["layout"].to(self.args.device), inputs["prefixes"])
@@ -162,3 +234,13 @@ class GatedTrainer(MTPTrainer):
             folder = output_dir or cast(str, self.args.output_dir)
             dtype = getattr(torch, self.args.save_dtype)
             save_adapter(core, folder if self.args.should_save else None, dtype=dtype)
+
+
+def _of(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The fields of one part."""
+    return {name.removeprefix(f"{part}."): x for name, x in tensors.items() if name.startswith(f"{part}.")}
+
+
+def _sizes(layout: Layout) -> list[int]:
+    """How many numbers each of a loss's sums is."""
+    return [layout.row.shape[-1] if name in _BY_POSITION else 1 for name in _SUMS]

@@ -2,7 +2,7 @@
 
     prefix pass   the tokens of a text under the frozen weights -> keys and values of every layer, hidden states
     kept          by text, trimmed to its length, in the dtype in which the pass attends; first come, first kept
-    laid out      the texts of a batch beside one another again, padding 0, for the rows that stand behind them
+    laid out      the texts of a batch as they stand there, for the rows that stand behind them
 
 Where a run goes through its data again and again in another order, what came first is as likely to come next as what
 came last, and nothing is thrown out for it: the share of texts that are kept is the share of passes that are spared.
@@ -59,6 +59,40 @@ def texts_of(layout: Layout, num_tokens: int, names: Sequence[bytes] | None = No
     ]
 
 
+@dataclass(frozen=True)
+class Packing:
+    """Texts of a batch beside one another in one row, for a pass that asks the host nothing more.
+
+    take      [T] int64: the tokens of the row, as indices into those of the batch, [B * N]
+    position  [1, T] int32: counted from 0 in every text
+    put       [B * N] int64: the tokens of the batch, as indices into those of the row; any where there is padding
+    """
+
+    take: Tensor
+    position: Tensor
+    put: Tensor
+
+    @classmethod
+    def of(cls, texts: Sequence[Text], batch: int, num_tokens: int, rows: int | None = None) -> Packing:
+        """On the host; of `rows` tokens, at least those of the texts: the first one again, in texts of its own.
+
+        Packing.of([Text(0, 0, 2), Text(1, 0, 3)], 2, 3).put.tolist()  # [0, 1, 0, 2, 3, 4]
+        """
+        lengths = torch.tensor([len(text) for text in texts])
+        starts = torch.tensor([text.row * num_tokens + text.start for text in texts])
+        position = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+        take = starts.repeat_interleave(lengths) + position
+        put = torch.zeros(batch * num_tokens, dtype=torch.int64)
+        put[take] = torch.arange(len(take))
+        if rows is not None:
+            take, position = (torch.nn.functional.pad(x, (0, rows - len(take))) for x in (take, position))
+        return cls(take, position[None].int(), put)
+
+    def to(self, device: torch.device | str) -> Packing:
+        """The same on a device."""
+        return Packing(send(self.take, device), send(self.position, device), send(self.put, device))
+
+
 # A longer cut of the same text is another; a text without a name is known by its place in the batch.
 Key = tuple[bytes | Text, int]
 
@@ -79,6 +113,10 @@ class PrefixContext:
     layers: Layers = field(default_factory=dict)
     masks: dict[int | None, Tensor] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        rows = self.position.shape[1]
+        self.end = torch.arange(1, rows + 1, dtype=torch.int32, device=self.position.device)[None]
+
     def attend(
         self,
         layer: int,
@@ -93,19 +131,18 @@ class PrefixContext:
     ) -> Tensor:
         """Causal attention of one layer: [1, T, Hq, D] (mtpkern.attention.AttentionContext)."""
         self.layers[layer] = _as_attended(key), _as_attended(value)
-        end = torch.arange(1, key.shape[2] + 1, dtype=torch.int32, device=key.device)[None]
         return span_attention(
             query,
             key,
             value,
             self.position,
-            end,
-            end,
+            self.end,
+            self.end,
             scale=scale,
             window=window,
             softcap=softcap,
             sinks=sinks,
-            mask=shared_mask(self.masks, [self.position, end, end], window, 0),
+            mask=shared_mask(self.masks, [self.position, self.end, self.end], window, 0),
         )
 
 
@@ -132,11 +169,16 @@ class Prefixes:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def of(self, model: PreTrainedModel, tokens: Tensor, texts: Sequence[Text]) -> tuple[Layers, Tensor | None]:
+    def of(
+        self, model: PreTrainedModel, tokens: Tensor, texts: Sequence[Text] | Packing
+    ) -> tuple[Layers, Tensor | None]:
         """Keys and values of every layer [B, Hkv, N, D] for tokens [B, N], and hidden states [B, N, H] if asked for.
 
-        Only texts that are not kept are run. The caller has closed the model's gate.
+        Padding has those of some token. Only texts that are not kept are run; of a packing, in which no text has a
+        name, all are, and nothing is kept. The caller has closed the model's gate.
         """
+        if isinstance(texts, Packing):
+            return self._laid_out(self._run(model, tokens, texts), texts.put, tokens)
         keys = [_key(text) for text in texts]
         found = {key: self._kept[key] for key in keys if key in self._kept}
         # Of a text that comes twice one runs.
@@ -144,25 +186,32 @@ class Prefixes:
         alone = tokens.device.type == "cpu"
         groups = [[text] for text in new] if alone else [new] if new else []
         for _ in range(self.passes(len(groups)) - len(groups) if self.passes else 0):
-            self._run(model, tokens, [replace(texts[0], end=texts[0].start + 1)])
+            self._run(model, tokens, self._packed([replace(texts[0], end=texts[0].start + 1)], tokens))
         for group in groups:
-            whole = self._run(model, tokens, group)
+            packing = self._packed(group, tokens)
+            whole = self._run(model, tokens, packing)
+            if len(group) == len(texts) and not self.max_bytes:
+                return self._laid_out(whole, packing.put, tokens)
             for text, parts in zip(group, zip(*(x.split([len(text) for text in group]) for x in whole))):
                 found[_key(text)] = self._keep(text, parts, copied=not alone)
-        batch = [found[key] for key in keys]
-        laid_out = [x.new_zeros(*tokens.shape, x.shape[-1]) for x in batch[0]]
-        for text, parts in zip(texts, batch):
-            for x, part in zip(laid_out, parts):
-                x[text.row, text.start : text.end] = part
-        return self._layers(laid_out[0]), laid_out[1] if self.states else None
+        rows = tuple(torch.cat(parts) for parts in zip(*(found[key] for key in keys)))
+        return self._laid_out(rows, self._packed(texts, tokens).put, tokens)
 
-    def _run(self, model: PreTrainedModel, tokens: Tensor, group: Sequence[Text]) -> tuple[Tensor, ...]:
+    @staticmethod
+    def _packed(texts: Sequence[Text], tokens: Tensor) -> Packing:
+        return Packing.of(texts, *tokens.shape).to(tokens.device)
+
+    def _laid_out(self, rows: Sequence[Tensor], put: Tensor, tokens: Tensor) -> tuple[Layers, Tensor | None]:
+        """What stands beside one another in one row [T, ...] as the tokens of the batch stand."""
+        batch = [x.index_select(0, put).view(*tokens.shape, -1) for x in rows]
+        return self._layers(batch[0]), batch[1] if self.states else None
+
+    def _run(self, model: PreTrainedModel, tokens: Tensor, packing: Packing) -> tuple[Tensor, ...]:
         """Keys and values of all layers side by side [T, sum of Hkv D], hidden states [T, H] if asked for."""
-        ids = torch.cat([tokens[text.row, text.start : text.end] for text in group])[None]
-        position = send(torch.cat([torch.arange(len(text), dtype=torch.int32) for text in group])[None], ids.device)
-        context = PrefixContext(position)
+        ids = tokens.flatten().index_select(0, packing.take)[None]
+        context = PrefixContext(packing.position)
         with torch.no_grad(), routed(model, context):
-            states = hidden_states(model, ids, position, context)
+            states = hidden_states(model, ids, packing.position, context)
         kept = sorted(context.layers.items())
         self._shapes = {layer: (key.shape[1], key.shape[3], value.shape[3]) for layer, (key, value) in kept}
         rows = torch.cat([x[0].transpose(0, 1).flatten(1) for _, pair in kept for x in pair], dim=1)

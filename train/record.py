@@ -5,7 +5,7 @@
     not recorded    how long: a run of more steps goes on; when it logs, saves and evaluates, and where to; what is
                     evaluated, unless that chooses the best checkpoint; loader workers, but for a stream, whose order
                     they change; what trades memory for time and computes the same (activation_checkpointing,
-                    prefix_memory)
+                    prefix_memory, cuda_graph)
     information     versions
 
 The same file in output_dir records that a run has ended, and where.
@@ -49,6 +49,7 @@ _FREE_OPTIONS = {
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_empty_cache_steps", "ddp_timeout", "ddp_backend",
     "skip_memory_metrics", "do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank",
     "allow_changes", "label_names", "greater_is_better", "metric_for_best_model", "prefix_memory",
+    "cuda_graph",
 }
 # fmt: on
 _FREE_BEGINNINGS = ("logging_", "log_", "eval_", "save_", "hub_", "trackio_")

@@ -263,11 +263,15 @@ class MTPTrainer(RunTrainer):
         """One step under span attention, backward included: activation checkpointing runs the forward again there."""
         layout: Layout = inputs["layout"]
         self._seen.add(inputs["texts"], int(self._loss_rows(layout).sum()), int(layout.lengths.sum()))
-        with self._span_attention(model, inputs) as inputs, self._compiled():
-            loss = super().training_step(model, inputs, num_items_in_batch)
+        loss = self._forward_backward(model, inputs, num_items_in_batch)
         step = torch.full_like(self._broken_step, self.state.global_step)
         self._broken_step = torch.where(loss.isfinite(), self._broken_step, torch.minimum(step, self._broken_step))
         return loss
+
+    def _forward_backward(self, model: nn.Module, inputs: dict[str, Any], counts: Tensor | int | None) -> Tensor:
+        """The loss of a planned micro-batch, its gradients where the optimizer finds them."""
+        with self._span_attention(model, inputs) as inputs, self._compiled():
+            return super().training_step(model, inputs, counts)
 
     def _compiled(self) -> AbstractContextManager:
         """Decoder layers of student and teacher compiled inside it, where that is asked for."""
@@ -278,7 +282,13 @@ class MTPTrainer(RunTrainer):
             student = plain_model(self.accelerator.unwrap_model(self.model))
             models = [student] if self.teacher is None or self.teacher is student else [student, self.teacher]
             backend = args.torch_compile_backend or "inductor"
-            self._layers = CompiledLayers(*models, backend=backend, mode=args.torch_compile_mode, apart=self.gated)
+            self._layers = CompiledLayers(
+                *models,
+                backend=backend,
+                mode=args.torch_compile_mode,
+                apart=self.gated,
+                if_it_can=args.compiles_if_it_can,
+            )
         return self._layers()
 
     @contextmanager

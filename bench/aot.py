@@ -128,7 +128,7 @@ SPILL: dict[tuple[str, str], dict[str, tuple[int, int]]] = {
     ("advance B16 k8 verified, masks", "_advance_kernel"): {
         "sm_80": (0, 8),
         "sm_89": (8, 8),
-        "sm_90": (0, 16),
+        "sm_90": (0, 24),
         "sm_100": (8, 8),
     },
     ("advance B16 k8 unverified", "_advance_kernel"): {"sm_89": (8, 0)},

@@ -185,6 +185,8 @@ def test_what_nobody_asked_for_is_chosen_by_the_device(tmp_path, monkeypatch):
     monkeypatch.setattr(MTPConfig, "device", property(lambda self: real(self) and torch.device("cuda")))
     monkeypatch.setattr(config, "is_torch_bf16_gpu_available", lambda: True)
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True, raising=False)
+    assert chosen(bf16=True, **gated) == (False, "float32", False)  # not before it has been measured
+    monkeypatch.setattr(config, "FAST_BY_DEFAULT", True)
     assert chosen(**gated) == (True, "float32", True)
     assert chosen(bf16=True, **gated) == (True, "bfloat16", True)
     assert chosen(bf16=True, student_dtype="float32", torch_compile=False, **gated) == (False, "float32", True)

@@ -29,7 +29,8 @@ def test_a_device_whose_kernel_failed_takes_the_torch_forms(monkeypatch: pytest.
     ("device", "hip", "capability", "interpreted", "early"),
     [
         ("cuda", None, (9, 0), "0", True),
-        ("cuda", None, (12, 0), "0", True),
+        ("cuda", None, (10, 0), "0", True),
+        ("cuda", None, (12, 0), "0", False),
         ("cuda", None, (8, 9), "0", False),
         ("cuda", None, (9, 0), "1", False),
         ("cuda", "7.0", (9, 4), "0", False),  # as ROCm counts

@@ -437,6 +437,7 @@ def test_replayed_steps_train_the_same_and_wait_for_nothing(tmp_path, compiled):
                 logging_steps=12,
                 save_strategy="no",
                 torch_compile=compiled,
+                student_dtype="bfloat16",
                 cuda_graph=graphs,
             ),
             train_dataset=texts,

@@ -25,6 +25,9 @@ from mtpkern.train.captured import against_graphs
 from mtpkern.train.compilation import CUDA_GRAPH_MODES, pays_to_compile
 
 DTYPES = ("float32", "bfloat16", "float16")
+# Whether a GPU, where nobody says otherwise, compiles layers, runs gated steps as CUDA graphs and holds a frozen base in
+# bfloat16. Not before it has been measured on one.
+FAST_BY_DEFAULT = False
 
 
 @dataclass
@@ -153,8 +156,7 @@ class MTPConfig(TrainingArguments):
     student_dtype: str | None = field(
         default=None,
         metadata={
-            "help": "Of the loaded student; bfloat16 or float16 only for weights that LoRA freezes. Unless given "
-            "float32, and bfloat16 for what gated adapters leave as it is, with bf16 on a GPU."
+            "help": "Of the loaded student (default float32); bfloat16 or float16 only for weights that LoRA freezes."
         },
     )
     pure_bf16: bool = field(
@@ -191,8 +193,8 @@ class MTPConfig(TrainingArguments):
     torch_compile: bool | None = field(
         default=None,
         metadata={
-            "help": "Compile the decoder layers of student and teacher, for training steps alone; unless given on a "
-            "GPU, but under FSDP.",
+            "help": "Compile the decoder layers of student and teacher, for training steps alone (default no: it has "
+            "not been measured on a GPU yet).",
             "nargs": "?",
             "const": True,
         },
@@ -206,8 +208,8 @@ class MTPConfig(TrainingArguments):
     cuda_graph: bool | None = field(
         default=None,
         metadata={
-            "help": "Steps of gated adapters as CUDA graphs, one for each shape of a batch; unless given wherever it "
-            "can be: on one GPU, without packing, prefix_memory, accumulation or checkpointing.",
+            "help": "Steps of gated adapters as CUDA graphs, one for each shape of a batch: on one GPU, without "
+            "packing, prefix_memory, accumulation or checkpointing (default no: it has not been measured yet).",
             "nargs": "?",
             "const": True,
         },
@@ -235,7 +237,7 @@ class MTPConfig(TrainingArguments):
             self.dataloader_pin_memory = False
         # What runs as it is where it cannot be compiled: nobody has asked.
         self.compiles_if_it_can = compiler == (None, None, None)
-        self.torch_compile = pays_to_compile(self) if self.compiles_if_it_can else any(compiler)
+        self.torch_compile = FAST_BY_DEFAULT and pays_to_compile(self) if self.compiles_if_it_can else any(compiler)
         if self.data_seed is None:
             # Else the order of the data hangs on whatever has been seeded last, and a resumed run may see another.
             self.data_seed = self.seed
@@ -244,7 +246,7 @@ class MTPConfig(TrainingArguments):
         if self.loss_support is None:
             self.loss_support = "until_fail" if self.gated else "all"
         if self.student_dtype is None:
-            narrow = self.gated and self.bf16 and self.device.type == "cuda"
+            narrow = FAST_BY_DEFAULT and self.gated and self.bf16 and self.device.type == "cuda"
             self.student_dtype = "bfloat16" if narrow else "float32"
         if not 1 <= self.k_min <= self.k_max:
             raise ValueError(f"1 <= k_min <= k_max must hold; got k_min={self.k_min}, k_max={self.k_max}")
@@ -297,7 +299,7 @@ class MTPConfig(TrainingArguments):
         if self.cuda_graph and against:
             raise ValueError(f"cuda_graph is of gated adapters on one GPU, and not with {against}; leave it out")
         if self.cuda_graph is None:
-            self.cuda_graph = not against
+            self.cuda_graph = FAST_BY_DEFAULT and not against
         if self.packing and self.static_shape:
             raise ValueError("packing leaves out all padding, static_shape adds it; set one of them")
         self._refuse_untested()

@@ -17,8 +17,11 @@ from mtpkern.kernels.decode_attention import decode_attention_triton
 from mtpkern.kernels.distill import Head, distill_loss_triton, head_readout_triton
 from mtpkern.kernels.gated_lora import gated_lora_triton
 from mtpkern.kernels.kv_write import kv_write_triton
+from mtpkern.kernels.packed_rows import PackedRows
 from mtpkern.kernels.readout import readout_triton
+from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.span_attention import span_attention_triton
+from mtpkern.kernels.span_mask import Rule
 from mtpkern.kernels.state import Rows, Sequences, Terms
 
 
@@ -32,10 +35,11 @@ def decode_attention_case(dtype: torch.dtype, D: int, rows: int, masks: int = 0,
     cache = torch.empty(B, Hkv, C + 1, D, dtype=dtype)
     index = torch.zeros(B * rows, dtype=torch.int64)
     start = torch.zeros(B + 1, dtype=torch.int64)
-    if masks:
-        options |= {"row_prefix": index, "row_span": index, "scratch": masks}
-    plan = index, index, start
-    decode_attention_triton(query, new, new, cache, cache, *plan, max_rows=rows, scale=D**-0.5, **options)
+    packed = PackedRows(index, index, start, rows, *((index, index, masks) if masks else ()))
+    scoring = Scoring(
+        D**-0.5, **{name: options.pop(name) for name in ("window", "softcap", "sinks") if name in options}
+    )
+    decode_attention_triton(query, new, new, cache, cache, packed, scoring, **options)
 
 
 def advance_case(B: int, k: int, verify: bool, masks: int = 0) -> None:
@@ -80,10 +84,10 @@ def span_attention_case(dtype: torch.dtype, D: int, *, sinks: bool = False, **op
     """Span attention of one sequence, 32 heads over 8, forward and backward."""
     T = 160
     query, key = (torch.empty(1, T, H, D, dtype=dtype).transpose(1, 2).requires_grad_() for H in (32, 8))
-    rule = [torch.zeros(1, T, dtype=torch.int32)] * 3
+    rule = Rule(*[torch.zeros(1, T, dtype=torch.int32)] * 3)
     if sinks:
         options["sinks"] = torch.zeros(32, dtype=dtype)
-    span_attention_triton(query, key, key, *rule, scale=D**-0.5, **options).sum().backward()
+    span_attention_triton(query, key, key, rule, Scoring(D**-0.5, **options)).sum().backward()
 
 
 def distill_case(dtype: torch.dtype, V: int, **options: Any) -> None:

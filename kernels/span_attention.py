@@ -39,7 +39,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtpkern.kernels.form import on_device
-from mtpkern.kernels.span_mask import span_mask
+from mtpkern.kernels.scoring import Scoring
+from mtpkern.kernels.span_mask import Rule, span_mask
 
 if find_spec("triton"):
     import triton
@@ -655,27 +656,13 @@ def _differentiate(ctx, d_out, _):
 _forward.register_autograd(_differentiate, setup_context=_remember)
 
 
-def span_attention_triton(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    position: Tensor,
-    prefix_end: Tensor,
-    span_start: Tensor,
-    span_end: Tensor | None = None,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
+def span_attention_triton(query: Tensor, key: Tensor, value: Tensor, rule: Rule, scoring: Scoring) -> Tensor:
     """`span_attention` by the kernels above: float16, bfloat16 or float32, D up to 256."""
     query, key, value = _as_autocast(query, key, value)
-    rule = (position, prefix_end, span_start) if span_end is None else (position, prefix_end, span_start, span_end)
-    layout = [x.to(torch.int32).contiguous() for x in rule]
+    layout = [x.to(torch.int32).contiguous() for x in rule if x is not None]
     # A window no row reaches the end of, instead of a second kernel without one.
-    far = 1 << 30 if window is None else window
-    return _forward(query, key, value, sinks, layout, scale, softcap, far)[0]
+    window = 1 << 30 if scoring.window is None else scoring.window
+    return _forward(query, key, value, scoring.sinks, layout, scoring.scale, scoring.softcap, window)[0]
 
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -687,35 +674,20 @@ def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def span_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    position: Tensor,
-    prefix_end: Tensor,
-    span_start: Tensor,
-    span_end: Tensor | None = None,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    mask: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, rule: Rule, scoring: Scoring, *, mask: Tensor | None = None
 ) -> Tensor:
-    """Attend under the span rule: [B, Tq, Hq, D], differentiable in query, key, value and sinks.
+    """Attend under the span rule: [B, Tq, Hq, D], differentiable in query, key, value and the sinks.
 
-    query, key, value                  [B, Hq, Tq, D] and twice [B, Hkv, T, D]; Hkv divides Hq. Queries are the last Tq
-                                       of the T rows, usually all: with fewer, the keys in front of them come from
-                                       another pass, are constants, and get no gradient
-    position, prefix_end, span_start   [B, T] integers (mtpkern.kernels.span_mask)
-    span_end                           [B, T], for rows that see further than themselves: spans without order
-    scale                              factor on the dot products, usually D ** -0.5
-    window, softcap, sinks             sliding window in positions; logit cap; one extra logit [Hq] a head
-    mask                               the last Tq rows of span_mask of the rule with this window, where the caller has
-                                       them already
+    query, key, value   [B, Hq, Tq, D] and twice [B, Hkv, T, D]; Hkv divides Hq. Queries are the last Tq of the T rows,
+                        usually all: with fewer, the keys in front of them come from another pass, are constants, and
+                        get no gradient
+    rule                what each of the T rows sees, four tensors [B, T] (mtpkern.kernels.span_mask)
+    scoring             scale, window, softcap and sinks (mtpkern.kernels.scoring)
+    mask                the last Tq rows of span_mask of the rule with this window, where the caller has them already
 
     Raises ValueError for shapes that do not fit. Source: arXiv 2602.06019.
 
-        out = span_attention(q, k, v, layout.position, layout.prefix_end, layout.span_start, scale=q.shape[-1] ** -0.5)
+        out = span_attention(q, k, v, layout.rule, Scoring(q.shape[-1] ** -0.5))
     """
     batch, heads, queries, dim = query.shape
     rows = key.shape[2]
@@ -725,30 +697,15 @@ def span_attention(
             "key and value must be [B, Hkv, T, D] beside query [B, Hq, Tq, D], Hkv dividing Hq and Tq at most T; got "
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
         )
-    if position.shape != (batch, rows):
-        raise ValueError(f"position must be [B, T] = {(batch, rows)}; got {tuple(position.shape)}")
-    rule = position, prefix_end, span_start, span_end
+    if rule.position.shape != (batch, rows):
+        raise ValueError(f"position must be [B, T] = {(batch, rows)}; got {tuple(rule.position.shape)}")
     if query.is_cuda and dim <= MAX_HEAD_DIM and query.dtype != torch.float64:
-        return span_attention_triton(query, key, value, *rule, scale=scale, window=window, softcap=softcap, sinks=sinks)
-    return span_attention_reference(
-        query, key, value, *rule, scale=scale, window=window, softcap=softcap, sinks=sinks, mask=mask
-    )
+        return span_attention_triton(query, key, value, rule, scoring)
+    return span_attention_reference(query, key, value, rule, scoring, mask=mask)
 
 
 def span_attention_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    position: Tensor,
-    prefix_end: Tensor,
-    span_start: Tensor,
-    span_end: Tensor | None = None,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    mask: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, rule: Rule, scoring: Scoring, *, mask: Tensor | None = None
 ) -> Tensor:
     """`span_attention` in plain torch, in the dtype of its inputs (float64 too) or in autocast's.
 
@@ -757,8 +714,9 @@ def span_attention_reference(
     """
     batch, heads, rows, dim = query.shape
     before = key.shape[2] - rows
+    scale, softcap, sinks = scoring.scale, scoring.softcap, scoring.sinks
     if mask is None:
-        mask = span_mask(position, prefix_end, span_start, span_end, window=window)[:, before:]
+        mask = span_mask(*rule, window=scoring.window)[:, before:]
     query, key, value = _as_autocast(query, key, value)
     kv_heads = key.shape[1]
     # Half the lowest finite number, not -inf: a row without keys must give 0, not 0 / 0, and no sum may reach -inf.

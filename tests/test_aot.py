@@ -276,7 +276,10 @@ from triton.runtime import JITFunction
 from mtpkern.bench import aot
 from mtpkern.kernels.decode_attention import decode_attention_triton
 from mtpkern.kernels.readout import readout_triton
+from mtpkern.kernels.packed_rows import PackedRows
+from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.span_attention import span_attention_triton
+from mtpkern.kernels.span_mask import Rule
 
 keys = set()
 def note(self, key, signature, device, constexprs, options, attrs, warmup):
@@ -288,15 +291,15 @@ with aot.compiling("sm_90"), patch.object(JITFunction, "_do_compile", note):
         cache = torch.empty(B, 2, C + 1, 64)
         index, start = torch.zeros(B * rows - i % 5, dtype=torch.int64), torch.zeros(B + 1, dtype=torch.int64)
         decode_attention_triton(
-            *(torch.empty(len(index), heads, 64) for heads in (8, 2, 2)), cache, cache, index, index, start,
-            max_rows=rows, scale=0.125 + i, splits=2 + i % 9, window=5 + i, softcap=20.0 + i,
+            *(torch.empty(len(index), heads, 64) for heads in (8, 2, 2)), cache, cache,
+            PackedRows(index, index, start, rows), Scoring(0.125 + i, 5 + i, 20.0 + i), splits=2 + i % 9,
         )
         readout_triton(torch.empty(1 + i, 4096), 7 + i)
     for i in range(50):
         B, T = 1 + i % 4, (1 if i == 0 else 16 * i if i % 3 else 37 * i + 1)
         q, k = (torch.empty(B, T, h, 64, dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for h in (8, 2))
-        rule = [torch.zeros(B, T, dtype=torch.int32)] * 3
-        span_attention_triton(q, k, k, *rule, scale=0.1, window=None if i % 2 else 1 + 5 * i).sum().backward()
+        rule = Rule(*[torch.zeros(B, T, dtype=torch.int32)] * 3)
+        span_attention_triton(q, k, k, rule, Scoring(0.1, None if i % 2 else 1 + 5 * i)).sum().backward()
 print(*sorted(name for name, _ in keys))
 """
 

@@ -25,10 +25,12 @@ from mtpkern.kernels.span_mask import Rule
 from mtpkern.kernels.state import Rows, Sequences, Terms
 
 
-def decode_attention_case(dtype: torch.dtype, D: int, rows: int, masks: int = 0, **options: Any) -> None:
+def decode_attention_case(
+    dtype: torch.dtype, D: int, rows: int, masks: int = 0, how: dict[str, Any] | None = None, **scoring: Any
+) -> None:
     """Decode attention of `rows` rows a sequence at the heads of Qwen3-4B and Llama-3.1-8B: 32 over 8.
 
-    masks: how many of them stand behind drafts.
+    masks: how many of them stand behind drafts; how: options of the launcher; scoring: fields of Scoring.
     """
     B, Hq, Hkv, C = 2, 32, 8, 1024
     query, new = (torch.empty(1, H, B * rows, D, dtype=dtype)[0].transpose(0, 1) for H in (Hq, Hkv))
@@ -36,10 +38,7 @@ def decode_attention_case(dtype: torch.dtype, D: int, rows: int, masks: int = 0,
     index = torch.zeros(B * rows, dtype=torch.int64)
     start = torch.zeros(B + 1, dtype=torch.int64)
     packed = PackedRows(index, index, start, rows, *((index, index, masks) if masks else ()))
-    scoring = Scoring(
-        D**-0.5, **{name: options.pop(name) for name in ("window", "softcap", "sinks") if name in options}
-    )
-    decode_attention_triton(query, new, new, cache, cache, packed, scoring, **options)
+    decode_attention_triton(query, new, new, cache, cache, packed, Scoring(D**-0.5, **scoring), **(how or {}))
 
 
 def advance_case(B: int, k: int, verify: bool, masks: int = 0) -> None:
@@ -118,9 +117,11 @@ CASES: dict[str, Callable[[], object]] = {
         for name, shapes in _SHAPES.items()
         for D, k in shapes
     },
-    "decode_attention bf16 D128 k8 one split": partial(decode_attention_case, torch.bfloat16, 128, 15, splits=1),
+    "decode_attention bf16 D128 k8 one split": partial(
+        decode_attention_case, torch.bfloat16, 128, 15, how={"splits": 1}
+    ),
     "decode_attention bf16 D128 k8 batch-invariant": partial(
-        decode_attention_case, torch.bfloat16, 128, 15, batch_invariant=True
+        decode_attention_case, torch.bfloat16, 128, 15, how={"batch_invariant": True}
     ),
     "decode_attention bf16 D64 k8 window, sinks": partial(
         decode_attention_case, torch.bfloat16, 64, 15, window=128, sinks=torch.zeros(32, dtype=torch.bfloat16)

@@ -111,9 +111,9 @@ def check_decode_attention(device: torch.device) -> None:
     small = device.type == "cpu"
     shape = decode_attention.Shape(2, 40, 3, 4, 2, 16) if small else decode_attention.Shape(2, 1500, 23)
     case = decode_attention.Case(shape, device)
-    wide = [x[0].float() for x in (case.q, case.key, case.value, case.k, case.v)]
-    plan = PackedRows(case.seq, case.slot, case.start, shape.W), Scoring(shape.D**-0.5)
-    right = ATTENTION_REFERENCE(*wide, *plan)
+    q, key, value, k, v = (x[0].float() for x in (case.q, case.key, case.value, case.k, case.v))
+    rows = PackedRows(case.seq, case.slot, case.start, shape.W)
+    right = ATTENTION_REFERENCE(q, key, value, k, v, rows, Scoring(shape.D**-0.5))
     caches, here = (case.k[0], case.v[0]), (slice(None), slice(None), slice(shape.L - shape.W, shape.L))
     written = [x[here].clone() for x in caches]
     ways = {"": case.attend(decode_attention.decode_attention)}

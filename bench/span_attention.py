@@ -219,9 +219,9 @@ def truth(layout: Layout, inputs: Inputs) -> list[Tensor]:
     """What `Way.sample` should be, in float32."""
     q, k, v = inputs.leaves
     groups = q.shape[1] // k.shape[1]
-    leaves = [x[:1, :n].detach().float().requires_grad_() for x, n in ((q, groups), (k, 1), (v, 1))]
+    q, k, v = leaves = [x[:1, :n].detach().float().requires_grad_() for x, n in ((q, groups), (k, 1), (v, 1))]
     rule = Rule(*(x[:1] for x in (layout.position, layout.prefix_end, layout.span_start)))
-    out = span_attention_reference(*leaves, rule, Scoring(q.shape[-1] ** -0.5)).transpose(1, 2)
+    out = span_attention_reference(q, k, v, rule, Scoring(q.shape[-1] ** -0.5)).transpose(1, 2)
     grads = torch.autograd.grad(out, leaves, inputs.d_out[:1, :groups].float())
     return [x.detach()[0] for x in (out, *grads)]
 

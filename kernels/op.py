@@ -71,8 +71,8 @@ class Operator(Generic[P, T]):
         """What the operator does with its arguments, by their names."""
         return self.function(**given)  # type: ignore[call-arg]
 
-    def dispatched(self, args: Sequence[Any], kwargs: dict[str, Any]) -> T:
-        """The call as one of torch's operator."""
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
+        """The call through torch's dispatcher."""
         given = {**self._defaults, **dict(zip(self._parts, args)), **kwargs}
         flat: list[Any] = []
         for argument, (kind, names) in self._parts.items():
@@ -100,7 +100,7 @@ class Op(Operator[P, T]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
         """The op in the form that the device of its tensors takes."""
         if torch.compiler.is_compiling():
-            return self.dispatched(args, kwargs)
+            return super().__call__(*args, **kwargs)
         x: Any = args[self._at] if self._at < len(args) else kwargs[self._first]
         if takes_kernel(x) and self._kernel is not None and (self._float64 or x.dtype != torch.float64):
             return self._kernel(*args, **kwargs)

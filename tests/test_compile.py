@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 # Importing the ops registers them.
+from mtpkern.kernels.advance import advance  # noqa: F401
 from mtpkern.kernels.decode_attention import decode_attention
 from mtpkern.kernels.gated_lora import gated_lora
 from mtpkern.kernels.kv_write import kv_write

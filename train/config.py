@@ -25,8 +25,8 @@ from mtpkern.train.captured import against_graphs
 from mtpkern.train.compilation import CUDA_GRAPH_MODES, pays_to_compile
 
 DTYPES = ("float32", "bfloat16", "float16")
-# Whether a GPU, where nobody says otherwise, compiles layers, runs gated steps as CUDA graphs and holds a frozen base in
-# bfloat16. Not before it has been measured on one.
+# Whether a GPU, where nobody says otherwise, compiles layers, runs gated steps as CUDA graphs and holds a frozen base
+# in bfloat16. Not before it has been measured on one.
 FAST_BY_DEFAULT = False
 
 

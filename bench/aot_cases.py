@@ -14,7 +14,7 @@ import torch
 
 from mtpkern.kernels.advance import advance_triton
 from mtpkern.kernels.decode_attention import decode_attention_triton
-from mtpkern.kernels.distill import Head, distill_loss_triton, head_readout_triton
+from mtpkern.kernels.distill import Head, distill_loss, head_readout
 from mtpkern.kernels.gated_lora import gated_lora_triton
 from mtpkern.kernels.kv_write import kv_write_triton
 from mtpkern.kernels.packed_rows import PackedRows
@@ -93,9 +93,9 @@ def distill_case(dtype: torch.dtype, V: int, **options: Any) -> None:
     """The head's readout, its hard loss and its soft loss, with gradients."""
     hidden = torch.zeros(16, 16, dtype=dtype).requires_grad_()
     head = Head(torch.zeros(V, 16, dtype=dtype), banned=V - 1, **options)
-    head_readout_triton(hidden, head)
-    distill_loss_triton(hidden, head, target=torch.zeros(16, dtype=torch.int64))
-    distill_loss_triton(hidden, head, teacher=(hidden.detach(), head))
+    head_readout(hidden, head, triton=True)
+    distill_loss(hidden, head, target=torch.zeros(16, dtype=torch.int64), triton=True)
+    distill_loss(hidden, head, teacher=(hidden.detach(), head), triton=True)
 
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

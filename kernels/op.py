@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from functools import update_wrapper
 from inspect import Parameter, signature
-from typing import Any, Generic, ParamSpec, TypeVar, get_type_hints
+from typing import Any, Generic, Optional, ParamSpec, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -43,27 +43,29 @@ class Operator(Generic[P, T]):
         self.function = function
         hints = get_type_hints(function)
         returns = hints.pop("return")
-        returns = None if returns is type(None) else returns
         parameters = signature(function).parameters
         self._defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
-        # Of each argument the class and the fields that are handed on, where it is a dataclass.
-        self._parts = {name: _parts(hint) for name, hint in hints.items()}
+        # Of each argument the class and the names of what is handed on, where it is a dataclass.
+        self._parts: dict[str, tuple[Any, tuple[str, ...]]] = {}
         flat: dict[str, Any] = {}
-        for argument, (kind, names) in self._parts.items():
-            of_fields = get_type_hints(kind) if kind else {}
-            flat |= {f"{argument}_{name}": of_fields[name] for name in names} if kind else {argument: hints[argument]}
+        for argument, hint in hints.items():
+            kind = next((x for x in (hint, *get_args(hint)) if is_dataclass(x)), None)
+            if kind is None:
+                self._parts[argument], flat[argument] = (None, ()), hint
+                continue
+            handed = {f.name: get_type_hints(kind)[f.name] for f in fields(kind) if f.compare}
+            self._parts[argument] = kind, tuple(handed)
+            # One that may be missing is handed on as nothing but None.
+            flat |= {f"{argument}_{key}": x if hint is kind else Optional[x] for key, x in handed.items()}  # noqa: UP045
 
         def run(*values: Any) -> T:
-            left = iter(values)
-            given = {
-                argument: kind(**{name: next(left) for name in names}) if kind else next(left)
-                for argument, (kind, names) in self._parts.items()
-            }
-            return self.run(**given)
+            return self.run(**self._made_again(values))
 
-        sign = signature(run)
-        of_schema = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, annotation=kind) for name, kind in flat.items()]
-        setattr(run, "__signature__", sign.replace(parameters=of_schema, return_annotation=returns))  # noqa: B010
+        of_schema = [Parameter(key, Parameter.POSITIONAL_OR_KEYWORD, annotation=x) for key, x in flat.items()]
+        sign = signature(run).replace(
+            parameters=of_schema, return_annotation=None if returns is type(None) else returns
+        )
+        setattr(run, "__signature__", sign)  # noqa: B010 (no attribute that mypy knows)
         self.registered = torch.library.custom_op(f"mtpkern::{name}", run, mutates_args=mutates)
         self._overload = getattr(torch.ops.mtpkern, name).default
 
@@ -71,13 +73,27 @@ class Operator(Generic[P, T]):
         """What the operator does with its arguments, by their names."""
         return self.function(**given)  # type: ignore[call-arg]
 
+    def fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Take this for what comes back, without values, of the same arguments."""
+        self.registered.register_fake(lambda *values: function(*self._made_again(values).values()))
+        return function
+
+    def _made_again(self, values: Sequence[Any]) -> dict[str, Any]:
+        """The arguments of what has been handed on."""
+        left, given = iter(values), {}
+        for argument, (kind, names) in self._parts.items():
+            parts = {name: next(left) for name in names} if kind else {}
+            missing = all(x is None for x in parts.values())
+            given[argument] = next(left) if not kind else None if missing else kind(**parts)
+        return given
+
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
         """The call through torch's dispatcher."""
         given = {**self._defaults, **dict(zip(self._parts, args)), **kwargs}
         flat: list[Any] = []
         for argument, (kind, names) in self._parts.items():
             value = given[argument]
-            flat += [getattr(value, name) for name in names] if kind else [value]
+            flat += [None if value is None else getattr(value, name) for name in names] if kind else [value]
         return self._overload(*flat)
 
 
@@ -119,19 +135,20 @@ def op(
     mutates   names of the tensors that it writes, of a dataclass's "argument_field"
     name      of the operator, the function's unless given
     float64   whether the kernel computes in float64 too
-    fake      of the operator's arguments: what comes back, without values; nothing unless given
+    fake      what comes back, without values, of the same arguments; nothing unless given
     """
 
     def make(reference: Callable[P, T]) -> Op[P, T]:
         made = Op(reference, mutates, name or reference.__name__, float64)
-        made.registered.register_fake(fake or (lambda *_: None))
+        made.fake(fake or (lambda *_: None))
         return made
 
     return make
 
 
-def _parts(hint: Any) -> tuple[Any, tuple[str, ...]]:
-    """The class of a dataclass and its fields that are handed on; None and none for whatever else."""
-    if not is_dataclass(hint):
-        return None, ()
-    return hint, tuple(f.name for f in fields(hint) if f.compare)
+def operator(name: str) -> Callable[[Callable[P, T]], Operator[P, T]]:
+    """Make a function with annotated arguments an operator of torch, eager too: one that has a backward, say.
+
+    Its `.fake` has to follow, and perhaps `.registered.register_autograd`, which knows the arguments as handed on.
+    """
+    return lambda function: Operator(function, (), name)

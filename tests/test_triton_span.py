@@ -1,12 +1,14 @@
 """The Triton form of span attention against float64, run by Triton's interpreter where there is no GPU."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from mtpkern.attention import attention_context
 from mtpkern.kernels import span_attention as module
-from mtpkern.kernels.distill import distill_loss_triton, head_readout_triton
+from mtpkern.kernels.distill import distill_loss, head_readout
 from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.span_attention import Tiles, span_attention_reference, span_attention_triton
 from mtpkern.kernels.span_mask import Rule, span_mask
@@ -403,8 +405,8 @@ def test_a_training_step_equals_the_torch_path(monkeypatch, checkpointing):
         want, want_grads = step(target)
         with monkeypatch.context() as patch:
             patch.setattr(objective, "span_attention", in_triton)
-            patch.setattr(objective, "distill_loss", distill_loss_triton)
-            patch.setattr(objective, "head_readout", head_readout_triton)
+            patch.setattr(objective, "distill_loss", partial(distill_loss, triton=True))
+            patch.setattr(objective, "head_readout", partial(head_readout, triton=True))
             sums, grads = step(target)
         assert torch.equal(sums.agree, want.agree)
         torch.testing.assert_close(sums.span, want.span, rtol=1e-5, atol=1e-5)

@@ -16,6 +16,9 @@ Memory   at most LOGITS bytes of logits of student and teacher together (at V = 
 Traffic  behind the matrix product of a chunk the Triton form reads the logits twice and writes the gradient over them
 Ties     the lowest index wins
 Source   arXiv 2602.06019, section on the online self-distillation objective
+
+One file, though a long one: readout and loss share the head, the chunks of its product and what their kernels make of a
+logit.
 """
 
 # mypy: disable-error-code="no-untyped-def"

@@ -24,12 +24,16 @@ FLOPs    4 Hq D a visible pair forward, 10 Hq D backward; the Triton form comput
          A head dimension that is no power of two is computed as the next one
 Source   arXiv 2602.06019 (mask); tiles and recomputation after FlashAttention-2, arXiv 2307.08691; softcap as in
          Gemma 2, sinks as in gpt-oss
+
+One file, though a long one: forward and backward share their rule, their tiles and their device functions, and each
+kernel is checked against the lines above.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from math import e, log2
 from typing import Any, NamedTuple
@@ -39,6 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtpkern.kernels.form import on_device
+from mtpkern.kernels.op import operator
 from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.span_mask import Rule, span_mask
 
@@ -496,7 +501,13 @@ def _columns(query: Tensor) -> int:
     return max(1 << (query.shape[-1] - 1).bit_length(), 16)
 
 
-def _options(kernel: str, query: Tensor, softcap: float | None) -> dict[str, Any]:
+def _numbers(scoring: Scoring) -> tuple[float, float, int]:
+    """Scale, soft cap and window as kernels take them."""
+    # A window no row reaches the end of, instead of a second kernel without one.
+    return scoring.scale, scoring.softcap or 0.0, 1 << 30 if scoring.window is None else scoring.window
+
+
+def _options(kernel: str, query: Tensor, scoring: Scoring) -> dict[str, Any]:
     """What all kernels with matrix products are compiled for."""
     tiles = _tiles(kernel, query)
     return {
@@ -504,7 +515,7 @@ def _options(kernel: str, query: Tensor, softcap: float | None) -> dict[str, Any
         "KEYS": tiles.keys,
         "D": query.shape[-1],
         "BD": _columns(query),
-        "HAS_SOFTCAP": softcap is not None,
+        "HAS_SOFTCAP": scoring.softcap is not None,
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
     }
@@ -530,24 +541,21 @@ def _like(x: Tensor) -> Tensor:
     return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
 
 
-@torch.library.custom_op(
-    "mtpkern::span_attention",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor[] layout, float scale, float? softcap, "
-    "int window) -> (Tensor, Tensor)",
-)
-def _forward(query, key, value, sinks, layout, scale, softcap, window):
+@operator("span_attention")
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, layout: Sequence[Tensor], scoring: Scoring
+) -> tuple[Tensor, Tensor]:
     """`out` [B, T, Hq, D] and `lse`: one op to torch.compile, which looks no further."""
     query, key, value = map(_addressable, (query, key, value))
     (batch, heads, rows, _), kv_heads = query.shape, key.shape[1]
     out, lse = _forward_fake(query)
-    options = _options("forward", query, softcap)
+    options = _options("forward", query, scoring)
     with on_device(query):
         _forward_kernel[batch * heads, triton.cdiv(rows, options["ROWS"])](
             query,
             key,
             value,
-            sinks,
+            scoring.sinks,
             tuple(layout),
             out,
             lse,
@@ -555,28 +563,30 @@ def _forward(query, key, value, sinks, layout, scale, softcap, window):
             *_extent(query, key),
             heads,
             heads // kv_heads,
-            scale,
-            softcap or 0.0,
-            window,
+            *_numbers(scoring),
             **options,
-            HAS_SINKS=sinks is not None,
+            HAS_SINKS=scoring.sinks is not None,
         )
     return out, lse
 
 
-@_forward.register_fake
+@_forward.fake
 def _forward_fake(query, *_):
     batch, heads, rows, dim = query.shape
     return query.new_empty(batch, rows, heads, dim), query.new_empty(batch, heads, rows, dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "mtpkern::span_attention_backward",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor d_out, Tensor[] layout, "
-    "float scale, float? softcap, int window) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _backward(query, key, value, out, lse, d_out, layout, scale, softcap, window):
+@operator("span_attention_backward")
+def _backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+    layout: Sequence[Tensor],
+    scoring: Scoring,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, and `delta`."""
     d_query, d_key, d_value, delta = _backward_fake(query, key, value, out, lse)
     for x in (d_key, d_value):
@@ -586,9 +596,9 @@ def _backward(query, key, value, out, lse, d_out, layout, scale, softcap, window
     (batch, heads, rows, _), kv_heads = query.shape, key.shape[1]
     layout = tuple(layout)
     extent = _extent(query, key)
-    tail = heads // kv_heads, scale, softcap or 0.0, window
+    tail = heads // kv_heads, *_numbers(scoring)
 
-    options = _options("dq", query, softcap)
+    options = _options("dq", query, scoring)
     with on_device(query):
         _dq_kernel[batch * heads, triton.cdiv(rows, options["ROWS"])](
             query,
@@ -606,12 +616,12 @@ def _backward(query, key, value, out, lse, d_out, layout, scale, softcap, window
             *tail,
             **options,
         )
-    options = _options("dkdv", query, softcap)
+    options = _options("dkdv", query, scoring)
     tiles = triton.cdiv(rows, options["KEYS"])
     plan = lse.new_empty(batch, tiles, 8, dtype=torch.int32)
     sizes = {name: options[name] for name in ("ROWS", "KEYS")}
     with on_device(query):
-        _row_tiles_kernel[tiles, batch](layout, plan, *extent, window, **sizes, TILES=1024 // sizes["ROWS"])
+        _row_tiles_kernel[tiles, batch](layout, plan, *extent, tail[-1], **sizes, TILES=1024 // sizes["ROWS"])
         _dkdv_kernel[batch * kv_heads, tiles](
             query,
             key,
@@ -632,37 +642,35 @@ def _backward(query, key, value, out, lse, d_out, layout, scale, softcap, window
     return d_query, d_key, d_value, delta
 
 
-@_backward.register_fake
+@_backward.fake
 def _backward_fake(query, key, value, out, lse, *_):
     return _like(query), _like(key), _like(value), torch.empty_like(lse)
 
 
 def _remember(ctx, inputs, output) -> None:
-    query, key, value, sinks, layout, *ctx.options = inputs
+    query, key, value, layout, *ctx.options, sinks = inputs
     ctx.save_for_backward(query, key, value, *output, sinks, *layout)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, d_out, _):
     query, key, value, out, lse, sinks, *layout = ctx.saved_tensors
-    *gradients, delta = _backward(query, key, value, out, lse, d_out, layout, *ctx.options)
+    *gradients, delta = _backward(query, key, value, out, lse, d_out, layout, Scoring(*ctx.options))
     d_sinks = None
     if sinks is not None:
         weight = torch.exp2(sinks.float()[:, None] * log2(e) - lse)
         d_sinks = -(weight * delta).sum((0, 2)).to(sinks.dtype)
-    return *gradients, d_sinks, [None] * len(layout), None, None, None
+    return *gradients, [None] * len(layout), None, None, None, d_sinks
 
 
-_forward.register_autograd(_differentiate, setup_context=_remember)
+_forward.registered.register_autograd(_differentiate, setup_context=_remember)
 
 
 def span_attention_triton(query: Tensor, key: Tensor, value: Tensor, rule: Rule, scoring: Scoring) -> Tensor:
     """`span_attention` by the kernels above: float16, bfloat16 or float32, D up to 256."""
     query, key, value = _as_autocast(query, key, value)
     layout = [x.to(torch.int32).contiguous() for x in rule if x is not None]
-    # A window no row reaches the end of, instead of a second kernel without one.
-    window = 1 << 30 if scoring.window is None else scoring.window
-    return _forward(query, key, value, scoring.sinks, layout, scoring.scale, scoring.softcap, window)[0]
+    return _forward(query, key, value, layout, scoring)[0]
 
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -352,7 +352,7 @@ def test_the_op_is_what_torch_expects_of_one():
     rule = [x.to(DEVICE) for x in layout.rule[:3]]
     (q, k, v, sinks), _ = draw(rule, 2, 1, 16, torch.float32, sinks=True)
     leaves = [x.requires_grad_() for x in (q, k, v, sinks)]
-    torch.library.opcheck(torch.ops.mtpkern.span_attention, (*leaves, rule, 0.3, 2.0, 4))
+    torch.library.opcheck(torch.ops.mtpkern.span_attention, (*leaves[:3], rule, 0.3, 4, 2.0, leaves[3]))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -6,7 +6,7 @@
 
 The launchers run as they do in use, but on CPU tensors: Triton compiles what they launch, with their own tile sizes
 and specialised on their own arguments, and nothing is launched. Registers, spill and shared memory are what ptxas and
-the AMD compiler report. Every kernel has a budget (see `over_budget`), by version of Triton where they differ; what
+the AMD compiler report. Every kernel has a budget (bench/aot_budgets.py), by version of Triton where they differ; what
 exceeds one, or may start early without waiting, is printed, and the exit status is 1. Triton keeps what it compiled, so
 a second run takes seconds.
 """
@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cache
 from importlib.metadata import version
 from itertools import product, starmap
@@ -38,58 +38,12 @@ from unittest.mock import patch
 
 import torch
 
+from mtpkern.bench.aot_budgets import TARGETS, Compiled, over_budget
 from mtpkern.bench.aot_cases import CASES
 from mtpkern.bench.harness import environment
 from mtpkern.bench.report import RESULTS, Table, write
 from mtpkern.kernels import decode_attention, form, span_attention
 from mtpkern.output import exit_status
-
-
-@dataclass(frozen=True)
-class Target:
-    """A GPU as Triton names it, its processors and the bytes of shared memory that a program may take."""
-
-    backend: str
-    arch: int | str
-    warp_size: int
-    processors: int
-    shared_memory: int
-
-    @property
-    def has_pdl(self) -> bool:
-        """Whether a kernel may start before the one ahead of it ends: from Hopper on (kernels/form.py)."""
-        return self.backend == "cuda" and int(self.arch) >= 90
-
-
-TARGETS = {
-    "sm_80": Target("cuda", 80, 32, 108, 163 << 10),  # A100
-    "sm_89": Target("cuda", 89, 32, 128, 99 << 10),  # RTX 4090, and what sm_86 and sm_120 have for shared memory
-    "sm_90": Target("cuda", 90, 32, 132, 227 << 10),  # H100, H200
-    "sm_100": Target("cuda", 100, 32, 148, 227 << 10),  # B200
-    "gfx942": Target("hip", "gfx942", 64, 304, 64 << 10),  # MI300X
-}
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """A kernel as compiled for a target: registers a thread, spilled bytes a thread, shared memory in bytes."""
-
-    case: str
-    target: str
-    kernel: str
-    rows: int  # of its tile of matrix products; 0 without products
-    bits: int  # of what they multiply
-    num_warps: int
-    num_stages: int
-    registers: int
-    spill: int
-    shared_memory: int
-    matrix: str  # the instruction of its matrix products: wgmma, tcgen05, mma.sync, mfma, or none
-    atomics: bool
-    source: str  # a digest of what it was compiled from: source, constants, options, version of Triton
-    early: str = ""  # a launch that may start before the kernel ahead has ended "waits" for that, or "races"
-    seconds: float = 0.0
-
 
 # The rows of a kernel's matrix products, by the name of its launch option.
 _MATRIX_ROWS = {
@@ -100,134 +54,6 @@ _MATRIX_ROWS = {
     "_dq_kernel": "ROWS",
     "_dkdv_kernel": "KEYS",
 }
-
-# Bytes a thread that may be spilled, on Triton 3.6 and on 3.7, by the beginning of the case, the kernel and the target;
-# elsewhere none. From equal tiles the two versions' compilers come to different code, by tens of bytes either way.
-SPILL: dict[tuple[str, str], dict[str, tuple[int, int]]] = {
-    # One launch a step, of one program; many sequences at once leave few registers a thread.
-    ("advance B1 k8 verified", "_advance_kernel"): {"sm_80": (8, 8)},
-    ("advance B16 k8 verified", "_advance_kernel"): {
-        "sm_80": (8, 8),
-        "sm_89": (8, 8),
-        "sm_90": (8, 8),
-        "sm_100": (8, 8),
-    },
-    ("advance B128 k8 verified", "_advance_kernel"): {
-        "sm_80": (144, 0),
-        "sm_89": (96, 0),
-        "sm_90": (88, 0),
-        "sm_100": (80, 0),
-    },
-    ("advance B1024 k16 verified", "_advance_kernel"): {
-        "sm_80": (72, 72),
-        "sm_89": (32, 24),
-        "sm_90": (16, 24),
-        "sm_100": (16, 32),
-    },
-    ("advance B1 k4 verified, masks", "_advance_kernel"): {"sm_89": (0, 8)},
-    ("advance B16 k8 verified, masks", "_advance_kernel"): {
-        "sm_80": (0, 8),
-        "sm_89": (8, 8),
-        "sm_90": (0, 24),
-        "sm_100": (8, 8),
-    },
-    ("advance B16 k8 unverified", "_advance_kernel"): {"sm_89": (8, 0)},
-    # Two numbers put away before its loop and fetched behind it.
-    ("decode_attention bf16 D128 k16", "_attend_kernel"): {"sm_90": (8, 8)},
-    # What only 3.6's compiler puts on a stack.
-    ("decode_attention bf16 D256 k8", "_attend_kernel"): {"sm_100": (8, 0)},
-    ("decode_attention fp16 D256 k8", "_attend_kernel"): {"sm_100": (8, 0)},
-    ("decode_attention bf16 D256 k16", "_attend_kernel"): {"sm_80": (24, 0), "sm_89": (40, 0)},
-    # Where nothing is aligned, each element has an address of its own.
-    ("gated_lora bf16 r12, odd widths", "_expand_kernel"): {"sm_90": (16, 16), "sm_100": (24, 24)},
-    # Ampere's and Ada's products take both factors from registers, Hopper's from shared memory: the tiles are Hopper's,
-    # whose 64 keys wgmma wants. In dQ before and behind its loops but for 9 of 540 instructions.
-    **{
-        (f"span_attention {case}", "_forward_kernel"): {"sm_80": ampere, "sm_89": ada}
-        for case, ampere, ada in (
-            ("bf16 D80", (16, 16), (40, 40)),
-            ("bf16 D96", (16, 16), (40, 40)),
-            ("bf16 D128", (120, 56), (72, 72)),
-            ("fp16 D128", (120, 56), (72, 72)),
-        )
-    },
-    # On sm_100 sums lie in tensor memory and a thread is given 128 registers: 3.6 keeps 14 of its numbers elsewhere.
-    **{
-        (f"span_attention {case}", "_dq_kernel"): {"sm_80": ampere, "sm_90": hopper, "sm_100": (56, 0)}
-        for case, ampere, hopper in (
-            ("bf16 D80", (64, 48), (16, 8)),
-            ("bf16 D96", (64, 48), (16, 8)),
-            ("bf16 D128", (88, 80), (0, 0)),
-            ("fp16 D128", (88, 80), (0, 0)),
-        )
-    },
-    **{
-        (f"span_attention {case}", "_dkdv_kernel"): {"sm_80": ampere, "sm_89": ada}
-        for case, ampere, ada in (
-            ("bf16 D80", (24, 16), (16, 16)),
-            ("bf16 D96", (24, 16), (16, 16)),
-            ("bf16 D128", (40, 16), (24, 0)),
-            ("fp16 D128", (40, 16), (24, 0)),
-        )
-    },
-    ("span_attention bf16 D64", "_forward_kernel"): {"sm_100": (8, 8)},
-    ("span_attention bf16 D256", "_forward_kernel"): {"sm_80": (32, 0), "sm_89": (40, 0)},
-    # The slope of the soft cap takes registers: without a cap 8, and 160 in dK and dV. Fewer stages or more rows a tile
-    # spill four times as much.
-    ("span_attention bf16 D256", "_dq_kernel"): {"sm_90": (16, 16)},
-    ("span_attention bf16 D256", "_dkdv_kernel"): {"sm_80": (8, 8), "sm_90": (216, 168), "gfx942": (92, 16)},
-    ("span_attention bf16 D256 softcap", "_dq_kernel"): {"sm_90": (56, 48), "sm_100": (24, 0)},
-    ("span_attention bf16 D256 softcap", "_dkdv_kernel"): {
-        "sm_80": (32, 24),
-        "sm_89": (16, 8),
-        "sm_90": (232, 200),
-        "gfx942": (148, 0),
-    },
-    # Exact products without tensor cores hold a row and a column of 256 in registers, whatever the tile: half the warps
-    # or twice the rows spill ten times that.
-    ("span_attention fp32 D64", "_forward_kernel"): {"sm_100": (8, 0)},
-    ("span_attention fp32 D256", "_dq_kernel"): {
-        "sm_80": (320, 280),
-        "sm_89": (272, 240),
-        "sm_90": (280, 280),
-        "sm_100": (288, 328),
-    },
-}
-
-
-def of_this_version(budget: tuple[int, int]) -> int:
-    """A budget of SPILL for the installed Triton."""
-    return budget[tuple(map(int, version("triton").split(".")[:2])) >= (3, 7)]
-
-
-def over_budget(one: Compiled) -> list[str]:
-    """What a kernel takes that it must not: spill, shared memory, slow products, atomics. Empty is good."""
-    budgets = {
-        case: spill[one.target]
-        for (case, kernel), spill in SPILL.items()
-        if one.case.startswith(case) and one.kernel == kernel and one.target in spill
-    }
-    # Of several the one that says most of the case.
-    allowed = of_this_version(budgets[max(budgets, key=len)]) if budgets else 0
-    faults = []
-    if one.spill > allowed:
-        faults.append(f"spills {one.spill} bytes a thread, allowed are {allowed}")
-    if one.shared_memory > TARGETS[one.target].shared_memory:
-        faults.append(f"takes {one.shared_memory} bytes of shared memory of {TARGETS[one.target].shared_memory}")
-    # wgmma takes 64 rows; where 64 rows stand ready, the slower instruction would leave half of Hopper idle.
-    if one.target == "sm_90" and one.rows >= 64 and one.bits == 16 and one.matrix != "wgmma":
-        faults.append(f"multiplies {one.rows} rows by {one.matrix}, not wgmma")
-    # Float32 may be multiplied without them, exactly.
-    if one.matrix == "none" and one.rows and one.bits == 16:
-        faults.append("has products without matrix instructions")
-    # Merging in the block that finishes last would need one, and is a race that no interpreter sees. Sums by atomics
-    # would differ from run to run.
-    if one.atomics:
-        faults.append("has atomics")
-    # No interpreter sees this race either.
-    if one.early == "races":
-        faults.append("may start early and does not wait for the kernel ahead before all else")
-    return faults
 
 
 @contextmanager

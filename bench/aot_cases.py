@@ -14,28 +14,31 @@ import torch
 
 from mtpkern.kernels.advance import advance_triton
 from mtpkern.kernels.decode_attention import decode_attention_triton
-from mtpkern.kernels.distill import Head, distill_loss_triton, head_readout_triton
+from mtpkern.kernels.distill import Head, distill_loss, head_readout
 from mtpkern.kernels.gated_lora import gated_lora_triton
 from mtpkern.kernels.kv_write import kv_write_triton
+from mtpkern.kernels.packed_rows import PackedRows
 from mtpkern.kernels.readout import readout_triton
+from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.span_attention import span_attention_triton
+from mtpkern.kernels.span_mask import Rule
 from mtpkern.kernels.state import Rows, Sequences, Terms
 
 
-def decode_attention_case(dtype: torch.dtype, D: int, rows: int, masks: int = 0, **options: Any) -> None:
+def decode_attention_case(
+    dtype: torch.dtype, D: int, rows: int, masks: int = 0, how: dict[str, Any] | None = None, **scoring: Any
+) -> None:
     """Decode attention of `rows` rows a sequence at the heads of Qwen3-4B and Llama-3.1-8B: 32 over 8.
 
-    masks: how many of them stand behind drafts.
+    masks: how many of them stand behind drafts; how: options of the launcher; scoring: fields of Scoring.
     """
     B, Hq, Hkv, C = 2, 32, 8, 1024
     query, new = (torch.empty(1, H, B * rows, D, dtype=dtype)[0].transpose(0, 1) for H in (Hq, Hkv))
     cache = torch.empty(B, Hkv, C + 1, D, dtype=dtype)
     index = torch.zeros(B * rows, dtype=torch.int64)
     start = torch.zeros(B + 1, dtype=torch.int64)
-    if masks:
-        options |= {"row_prefix": index, "row_span": index, "scratch": masks}
-    plan = index, index, start
-    decode_attention_triton(query, new, new, cache, cache, *plan, max_rows=rows, scale=D**-0.5, **options)
+    packed = PackedRows(index, index, start, rows, *((index, index, masks) if masks else ()))
+    decode_attention_triton(query, new, new, cache, cache, packed, Scoring(D**-0.5, **scoring), **(how or {}))
 
 
 def advance_case(B: int, k: int, verify: bool, masks: int = 0) -> None:
@@ -80,19 +83,19 @@ def span_attention_case(dtype: torch.dtype, D: int, *, sinks: bool = False, **op
     """Span attention of one sequence, 32 heads over 8, forward and backward."""
     T = 160
     query, key = (torch.empty(1, T, H, D, dtype=dtype).transpose(1, 2).requires_grad_() for H in (32, 8))
-    rule = [torch.zeros(1, T, dtype=torch.int32)] * 3
+    rule = Rule(*[torch.zeros(1, T, dtype=torch.int32)] * 3)
     if sinks:
         options["sinks"] = torch.zeros(32, dtype=dtype)
-    span_attention_triton(query, key, key, *rule, scale=D**-0.5, **options).sum().backward()
+    span_attention_triton(query, key, key, rule, Scoring(D**-0.5, **options)).sum().backward()
 
 
 def distill_case(dtype: torch.dtype, V: int, **options: Any) -> None:
     """The head's readout, its hard loss and its soft loss, with gradients."""
     hidden = torch.zeros(16, 16, dtype=dtype).requires_grad_()
     head = Head(torch.zeros(V, 16, dtype=dtype), banned=V - 1, **options)
-    head_readout_triton(hidden, head)
-    distill_loss_triton(hidden, head, target=torch.zeros(16, dtype=torch.int64))
-    distill_loss_triton(hidden, head, teacher=(hidden.detach(), head))
+    head_readout(hidden, head, triton=True)
+    distill_loss(hidden, head, target=torch.zeros(16, dtype=torch.int64), triton=True)
+    distill_loss(hidden, head, teacher=(hidden.detach(), head), triton=True)
 
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -114,9 +117,11 @@ CASES: dict[str, Callable[[], object]] = {
         for name, shapes in _SHAPES.items()
         for D, k in shapes
     },
-    "decode_attention bf16 D128 k8 one split": partial(decode_attention_case, torch.bfloat16, 128, 15, splits=1),
+    "decode_attention bf16 D128 k8 one split": partial(
+        decode_attention_case, torch.bfloat16, 128, 15, how={"splits": 1}
+    ),
     "decode_attention bf16 D128 k8 batch-invariant": partial(
-        decode_attention_case, torch.bfloat16, 128, 15, batch_invariant=True
+        decode_attention_case, torch.bfloat16, 128, 15, how={"batch_invariant": True}
     ),
     "decode_attention bf16 D64 k8 window, sinks": partial(
         decode_attention_case, torch.bfloat16, 64, 15, window=128, sinks=torch.zeros(32, dtype=torch.bfloat16)

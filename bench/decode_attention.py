@@ -26,6 +26,8 @@ from mtpkern.bench.timing import Action, copies, difference, drawn, free, peak, 
 from mtpkern.kernels import decode_attention as op
 from mtpkern.kernels import form as forms
 from mtpkern.kernels.decode_attention import decode_attention, decode_attention_triton
+from mtpkern.kernels.packed_rows import PackedRows
+from mtpkern.kernels.scoring import Scoring
 from mtpkern.output import exit_status
 
 OURS, UNSPLIT, INVARIANT = "ours", "one split", "batch-invariant"
@@ -79,8 +81,7 @@ class Case:
 
     def attend(self, form: Callable[..., Tensor], **options: Any) -> Action:
         """The op in one of its forms: [R, Hq, D]. What it writes stands there already."""
-        plan = (self.seq, self.slot, self.start)
-        options |= {"max_rows": self.shape.W, "scale": self.shape.D**-0.5}
+        plan = PackedRows(self.seq, self.slot, self.start, self.shape.W), Scoring(self.shape.D**-0.5)
         each = list(zip(self.q, self.key, self.value, self.k, self.v))
         return lambda i: form(*each[i % self.n], *plan, **options)
 

@@ -18,7 +18,7 @@ from mtpkern.bench.harness import Spread
 from mtpkern.bench.report import Goal, Table, run
 from mtpkern.bench.timing import Action, copies, drawn, free, peak, race, with_constants
 from mtpkern.kernels import form
-from mtpkern.kernels.gated_lora import expand_triton, gated_lora, gated_lora_reference, shrink_triton
+from mtpkern.kernels.gated_lora import expand_triton, gated_lora, gated_update, shrink_triton
 from mtpkern.output import exit_status
 
 BASE, OURS, TORCH = "base", "ours", "torch operations"
@@ -74,7 +74,7 @@ class Case:
         """The torch form behind the product."""
         _, weight, as_, bs = self._copy(i)
         y = self.x @ weight.T
-        gated_lora_reference(y.split(self.widths, dim=1), self.x, self.gate, as_, bs, self.scales)
+        gated_update.reference(y.split(self.widths, dim=1), self.x, self.gate, as_, bs, self.scales)
         return y
 
     def branch(self, i: int) -> Tensor:

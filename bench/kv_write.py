@@ -16,7 +16,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_
 from mtpkern.bench.harness import Spread
 from mtpkern.bench.report import Goal, Table, run
 from mtpkern.bench.timing import Action, drawn, free, race, timed
-from mtpkern.kernels.kv_write import kv_write, kv_write_reference
+from mtpkern.kernels.kv_write import kv_write
 from mtpkern.output import exit_status
 
 OURS, TORCH = "ours", "torch indexing"
@@ -77,7 +77,7 @@ def times(rows: int, batch: int, capacity: int, device: torch.device) -> tuple[d
     # The compiled form is the fusion that costs nobody a kernel.
     compiled = torch.compile(case.both, fullgraph=True, dynamic=False) if device.type == "cuda" else case.both
     scatter, _ = race(
-        {OURS: lambda i: case.write(kv_write, k), TORCH: lambda i: case.write(kv_write_reference, k)}, {}, device
+        {OURS: lambda i: case.write(kv_write, k), TORCH: lambda i: case.write(kv_write.reference, k)}, {}, device
     )
     parts = timed({ROTARY: lambda i: case.rotary(q, k), NORM: lambda i: case.norm(case.q, case.k)}, device)
     whole, skipped = race({ALL: case.all(case.both)}, {COMPILED: case.all(compiled)}, device)

@@ -42,10 +42,10 @@ from mtpkern.bench.timing import Action, difference, free, kernels_by_name, laun
 from mtpkern.compare import encode, read_problems, synchronize
 from mtpkern.demo import ASSETS, load
 from mtpkern.generation import generate, strategy_for
-from mtpkern.kernels.decode_attention import decode_attention_reference
 from mtpkern.kernels.distill import Head, head_readout
 from mtpkern.kernels.kv_write import kv_write as write
-from mtpkern.kernels.kv_write import kv_write_reference
+from mtpkern.kernels.packed_rows import PackedRows
+from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.state import Sequences
 from mtpkern.output import exit_status
 from mtpkern.products import Products
@@ -60,6 +60,7 @@ FAMILIES = (
     *("advance B1 ", "advance B16 ", "readout bf16", "kv_write bf16 D128"),
 )
 PROCESSES = 12
+ATTENTION_REFERENCE, KV_WRITE_REFERENCE = decode_attention.decode_attention.reference, write.reference
 MODEL = "Qwen3-4B"
 # Of one text, from the most: the first pass makes the caches of all.
 ROWS, ROWS_COMPILED = (384, 256, 192, 128, 64, 24, 16, 1), (128, 16, 1)
@@ -111,8 +112,8 @@ def check_decode_attention(device: torch.device) -> None:
     shape = decode_attention.Shape(2, 40, 3, 4, 2, 16) if small else decode_attention.Shape(2, 1500, 23)
     case = decode_attention.Case(shape, device)
     q, key, value, k, v = (x[0].float() for x in (case.q, case.key, case.value, case.k, case.v))
-    plan = case.seq, case.slot, case.start
-    right = decode_attention_reference(q, key, value, k, v, *plan, max_rows=shape.W, scale=shape.D**-0.5)
+    rows = PackedRows(case.seq, case.slot, case.start, shape.W)
+    right = ATTENTION_REFERENCE(q, key, value, k, v, rows, Scoring(shape.D**-0.5))
     caches, here = (case.k[0], case.v[0]), (slice(None), slice(None), slice(shape.L - shape.W, shape.L))
     written = [x[here].clone() for x in caches]
     ways = {"": case.attend(decode_attention.decode_attention)}
@@ -135,7 +136,7 @@ def check_kv_write(device: torch.device) -> None:
     for x in caches:
         x.zero_()
     slots = (slice(None), slice(None), case.slot)
-    right = [x[slots] for x in case.write(kv_write_reference, key)]
+    right = [x[slots] for x in case.write(KV_WRITE_REFERENCE, key)]
     _require("kv_write", [x[slots] for x in found], right, 0.0)
 
 

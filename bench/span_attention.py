@@ -28,8 +28,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from mtpkern.bench.report import Goal, Table, run
 from mtpkern.bench.timing import Action, copies, free, peak, race, reason, timed
+from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.span_attention import span_attention, span_attention_reference
-from mtpkern.kernels.span_mask import span_mask
+from mtpkern.kernels.span_mask import Rule, span_mask
 from mtpkern.output import exit_status
 from mtpkern.train.layout import Layout, build_layout, draw_prefixes, tokens_apart
 
@@ -157,8 +158,7 @@ def with_sdpa(layout: Layout, dtype: torch.dtype) -> Attend:
 
 def with_ours(layout: Layout) -> Attend:
     """mtpkern's span attention, heads first as the others have them."""
-    rule = layout.position, layout.prefix_end, layout.span_start
-    return lambda q, k, v: span_attention(q, k, v, *rule, scale=q.shape[-1] ** -0.5).transpose(1, 2)
+    return lambda q, k, v: span_attention(q, k, v, layout.rule, Scoring(q.shape[-1] ** -0.5)).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -219,9 +219,9 @@ def truth(layout: Layout, inputs: Inputs) -> list[Tensor]:
     """What `Way.sample` should be, in float32."""
     q, k, v = inputs.leaves
     groups = q.shape[1] // k.shape[1]
-    leaves = [x[:1, :n].detach().float().requires_grad_() for x, n in ((q, groups), (k, 1), (v, 1))]
-    rule = (x[:1] for x in (layout.position, layout.prefix_end, layout.span_start))
-    out = span_attention_reference(*leaves, *rule, scale=q.shape[-1] ** -0.5).transpose(1, 2)
+    q, k, v = leaves = [x[:1, :n].detach().float().requires_grad_() for x, n in ((q, groups), (k, 1), (v, 1))]
+    rule = Rule(*(x[:1] for x in (layout.position, layout.prefix_end, layout.span_start)))
+    out = span_attention_reference(q, k, v, rule, Scoring(q.shape[-1] ** -0.5)).transpose(1, 2)
     grads = torch.autograd.grad(out, leaves, inputs.d_out[:1, :groups].float())
     return [x.detach()[0] for x in (out, *grads)]
 

@@ -87,7 +87,7 @@ def build(name: str, device: torch.device) -> PreTrainedModel:
 class Body:
     """An attention that costs nothing: what is left of a pass is the model."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **_: object) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, _: object) -> Tensor:
         """Query [B, Hq, T, D] -> itself as [B, T, Hq, D]."""
         return query.transpose(1, 2)
 

@@ -26,6 +26,7 @@ from mtpkern.attention import attention_context
 from mtpkern.bench.report import Goal, Table, run
 from mtpkern.bench.span_attention import paper_layout
 from mtpkern.bench.timing import free, race
+from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.span_mask import span_mask
 from mtpkern.output import exit_status
 from mtpkern.train.compilation import CompiledLayers
@@ -93,24 +94,13 @@ class DenseContext(SpanContext):
 
     dtype: torch.dtype = torch.bfloat16
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """[B, T, Hq, D]. Windows, caps and sinks are not for this model."""
-        if window is not None or softcap is not None or sinks is not None:
-            raise ValueError(f"expected full attention without cap and sinks; got {window=}, {softcap=}, {sinks=}")
+        if scoring != Scoring(scoring.scale):
+            raise ValueError(f"expected full attention without cap and sinks; got {scoring}")
         groups = query.shape[1] // key.shape[1]
         key, value = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (key, value))
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=self.bias, scale=scale)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=self.bias, scale=scoring.scale)
         return out.transpose(1, 2)
 
     @cached_property

@@ -18,8 +18,8 @@ theirs, slot = scratch + position for all other rows, and every row brings row_p
 Query head h reads key/value head h // G. A sink is one more logit per query head that takes probability and brings no
 value (gpt-oss).
 
-Shapes   query [R, Hq, D];  key, value [R, Hkv, D];  k_cache, v_cache [B, Hkv, C + 1, D];  row_seq, row_slot,
-         row_prefix, row_span [R], row_start [B + 1] int64;  sinks [Hq];  out [R, Hq, D]
+Shapes   query [R, Hq, D];  key, value [R, Hkv, D];  k_cache, v_cache [B, Hkv, C + 1, D];  rows as in PackedRows, all
+         int64;  sinks [Hq];  out [R, Hq, D]
 Traffic  reads 2 * Hkv * D elements for every visible slot of every sequence once: bandwidth-bound up to k = 16
 Faults   unused rows give 0; the trash slot may hold anything, NaN included. So may, for the kernel, other slots that no
          row sees; for the torch form they must be finite, which caches of zeros are and stay: a row with a NaN ends
@@ -38,13 +38,14 @@ written in one launch. Which row stands in a slot follows from the order of `adv
 consecutive slots, and those in scratch slots come last, in consecutive ones too. Between the lowest and the highest key
 that a tile sees thus lies nothing that no row of the sequence sees. So it is with scratch slots, which are so many keys
 more; with a window the tiles between them and what the window shows are left out.
+
+One file, though a long one: half of it are the two kernels, and what decides their launch has to be read beside them.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 
@@ -52,8 +53,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtpkern.kernels.form import pdl_options, takes_kernel
-from mtpkern.kernels.kv_write import kv_write_reference, kv_write_triton
+from mtpkern.kernels.form import pdl_options
+from mtpkern.kernels.kv_write import kv_write, kv_write_triton
+from mtpkern.kernels.op import op
+from mtpkern.kernels.packed_rows import PackedRows
+from mtpkern.kernels.scoring import Scoring
 
 # Keys of a split in the batch-invariant mode, counted from slot 0.
 CHUNK = 256
@@ -352,6 +356,67 @@ if find_spec("triton"):
         tl.store(p_out, acc / total, mask=o_v < D_V)
 
 
+@op(
+    mutates=["k_cache", "v_cache"],
+    float64=False,
+    fake=lambda query, key, value, *_: query.new_empty(*query.shape[:2], value.shape[2]),
+)
+def decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    rows: PackedRows,
+    scoring: Scoring,
+    *,
+    batch_invariant: bool = False,
+    slots: int | None = None,
+) -> Tensor:
+    """Write key and value [R, Hkv, D] in place to caches [B, Hkv, C + 1, D], then attend with query [R, Hq, D].
+
+    Returns [R, Hq, D] in the query's dtype. Rows of a sequence stand together: rows.seq is sorted over those in use.
+    Of unused ones the kernel writes nothing.
+
+    `batch_invariant` makes the kernel's splits the same 256 keys for every sequence, so that no bit of a row's output
+    depends on the batch; that takes 4 (D_V + 1) bytes a row, query head and 256 slots. The torch form ignores it.
+    `slots`, where the host knows that only so many hold anything, this pass's included: no more are looked at.
+
+    The torch form spreads rows to [B, W], attends as a padded batch does, and gathers rows back. With a softcap or
+    sinks it computes in float32, or in float64 for float64 inputs; else as scaled_dot_product_attention does.
+
+        out = decode_attention(q, k, v, k_cache, v_cache, PackedRows(seq, slot, start, max_rows=15), Scoring(D**-0.5))
+    """
+    kv_write.reference(k_cache, v_cache, key, value, rows.seq, rows.slot)
+    B, Hkv, D = k_cache.shape[0], k_cache.shape[1], k_cache.shape[3]
+    C = k_cache.shape[2] - 1 if slots is None else slots
+    R, Hq, _ = query.shape
+    scale, softcap, sinks = scoring.scale, scoring.softcap, scoring.sinks
+    Dv, W = v_cache.shape[-1], R if B == 1 else rows.max_rows
+    spread = rows.spread(scoring.window, C, query.dtype)
+    q = query
+    if spread.place is not None:
+        q = query.new_zeros(B * W + 1, Hq, D).index_copy_(0, spread.place, query)[:-1]
+    q = q.view(B, W, Hq, D).transpose(1, 2)
+    k, v = k_cache[:, :, :C], v_cache[:, :, :C]
+    if softcap is None and sinks is None:
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=spread.bias, scale=scale, enable_gqa=Hq > Hkv)
+    else:
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+        s = (q.reshape(B, Hkv, -1, D) @ k.transpose(-1, -2)).mul_(scale).view(B, Hq, W, C)
+        if softcap is not None:
+            s = s.div_(softcap).tanh_().mul_(softcap)
+        s = s.add_(spread.bias)
+        if sinks is not None:
+            s = torch.cat([s, sinks.to(dtype).view(1, Hq, 1, 1).expand(B, -1, W, -1)], dim=-1)
+        o = (s.softmax(-1)[..., :C].reshape(B, Hkv, -1, C) @ v).view(B, Hq, W, Dv)
+    o = o.transpose(1, 2).reshape(B * W, Hq, Dv).to(query.dtype)
+    if spread.place is not None:
+        o = torch.cat([o, o.new_zeros(1, Hq, Dv)])[spread.place]
+    return o.masked_fill(spread.unused, 0)
+
+
 @cache
 def _machine(device: torch.device) -> tuple[int, int]:
     """Processors of a GPU and bytes of shared memory that a program may take; an H200's where the device is none."""
@@ -393,34 +458,17 @@ def _splits(heads: int, C: int, least: int, processors: int) -> int:
     return max(1, min(triton.cdiv(2 * processors, heads), C // least, 64))
 
 
+@decode_attention.kernel
 def decode_attention_triton(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    row_seq: Tensor,
-    row_slot: Tensor,
-    row_start: Tensor,
-    *,
-    max_rows: int,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    batch_invariant: bool = False,
-    row_prefix: Tensor | None = None,
-    row_span: Tensor | None = None,
-    scratch: int = 0,
-    slots: int | None = None,
-    splits: int | None = None,
-) -> Tensor:
-    """`decode_attention` in two launches, or in one where there is one split; `splits` sets their number.
+    query, key, value, k_cache, v_cache, rows, scoring, *, batch_invariant=False, slots=None, splits=None
+):
+    """Two launches, or one where there is one split; `splits` sets their number.
 
-    On AMD's GPUs in one more: their compiler takes no pointers into two tensors, and to load from both costs registers.
+    On AMD's GPUs one more: their compiler takes no pointers into two tensors, and to load from both costs registers.
     """
     B, Hkv, C, D = k_cache.shape[0], k_cache.shape[1], k_cache.shape[2] - 1, k_cache.shape[3]
     R, Hq, _ = query.shape
+    max_rows, spans, sinks = rows.max_rows, rows.prefix_end is not None, scoring.sinks
     G, D_V = Hq // Hkv, v_cache.shape[3]
     # Padded in the registers only: a head width that is no power of two costs arithmetic, which is not what bounds us.
     BLOCK_D, BLOCK_V = (max(16, triton.next_power_of_2(width)) for width in (D, D_V))
@@ -445,7 +493,7 @@ def decode_attention_triton(
     assert k_cache.stride(-1) == v_cache.stride(-1) == 1
     write = WRITE_INSIDE and torch.version.hip is None
     if not write:
-        kv_write_triton(k_cache, v_cache, key, value, row_seq, row_slot)
+        kv_write_triton(k_cache, v_cache, key, value, rows.seq, rows.slot)
     split = splits > 1
     out = query.new_empty(R, Hq, D_V)
     part = query.new_empty(splits, R, Hq, D_V, dtype=torch.float32) if split else out[None]
@@ -461,11 +509,11 @@ def decode_attention_triton(
         value,
         k_cache,
         v_cache,
-        row_seq,
-        row_slot,
-        row_slot if row_prefix is None else row_prefix,
-        row_slot if row_span is None else row_span,
-        row_start,
+        rows.seq,
+        rows.slot,
+        rows.prefix_end if spans else rows.slot,
+        rows.span_start if spans else rows.slot,
+        rows.start,
         sink,
         part,
         lse,
@@ -480,10 +528,10 @@ def decode_attention_triton(
         R,
         C,
         splits,
-        scale,
-        softcap or 0.0,
-        window or 0,
-        scratch,
+        scoring.scale,
+        scoring.softcap or 0.0,
+        scoring.window or 0,
+        rows.scratch,
         G=G,
         D=D,
         D_V=D_V,
@@ -497,9 +545,9 @@ def decode_attention_triton(
         BLOCK_W=BLOCK_W,
         WRITE=write,
         SPLIT=split,
-        HAS_SPANS=row_prefix is not None,
-        HAS_WINDOW=window is not None,
-        HAS_SOFTCAP=softcap is not None,
+        HAS_SPANS=spans,
+        HAS_WINDOW=scoring.window is not None,
+        HAS_SOFTCAP=scoring.softcap is not None,
         HAS_SINKS=sinks is not None,
         PRECISION=precision,
         num_warps=num_warps,
@@ -507,7 +555,7 @@ def decode_attention_triton(
         **pdl_options(query.device),
     )
     if split:
-        merge_triton(out, part, lse, row_slot, sinks, C)
+        merge_triton(out, part, lse, rows.slot, sinks, C)
     return out
 
 
@@ -535,275 +583,3 @@ def merge_triton(out: Tensor, part: Tensor, lse: Tensor, row_slot: Tensor, sinks
         num_warps=max(1, BLOCK_V // 128),
         **pdl_options(out.device),
     )
-
-
-def decode_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    row_seq: Tensor,
-    row_slot: Tensor,
-    row_start: Tensor,
-    *,
-    max_rows: int,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    batch_invariant: bool = False,
-    row_prefix: Tensor | None = None,
-    row_span: Tensor | None = None,
-    scratch: int = 0,
-    slots: int | None = None,
-    memo: dict[int | None, _Spread] | None = None,
-) -> Tensor:
-    """Write key and value [R, Hkv, D] in place to caches [B, Hkv, C + 1, D], then attend with query [R, Hq, D].
-
-    Returns [R, Hq, D] in the query's dtype. Rows of a sequence stand together: row_seq is sorted over the rows in use,
-    and sequence b owns the rows row_start[b] .. row_start[b + 1] - 1, at most `max_rows` of them (2k - 1 in decoding).
-    They stand in consecutive slots. Rows in slot C are unused: of those the kernel writes nothing.
-    row_prefix and row_span, both or neither, bring the whole rule; then the first `scratch` slots hold no token, and
-    rows that stand there come last of their sequence, in consecutive slots of their own.
-
-    `batch_invariant` makes the kernel's splits the same 256 keys for every sequence, so that no bit of a row's output
-    depends on the batch; that takes 4 (D_V + 1) bytes a row, query head and 256 slots. The torch form ignores it.
-    `slots`, where the host knows that only so many hold anything, this pass's included: no more are looked at.
-    `memo`, a dict that lives as long as these rows stand, keeps what all layers of a pass share in the torch form.
-
-        out = decode_attention(q, k, v, k_cache, v_cache, plan.seq, plan.slot, plan.start, max_rows=15, scale=D**-0.5)
-    """
-    if torch.compiler.is_compiling():
-        return _decode_attention_op(
-            query,
-            key,
-            value,
-            k_cache,
-            v_cache,
-            row_seq,
-            row_slot,
-            row_start,
-            max_rows,
-            scale,
-            window,
-            softcap,
-            sinks,
-            batch_invariant,
-            row_prefix,
-            row_span,
-            scratch,
-            slots,
-        )
-    if takes_kernel(query) and query.dtype != torch.float64:
-        return decode_attention_triton(
-            query,
-            key,
-            value,
-            k_cache,
-            v_cache,
-            row_seq,
-            row_slot,
-            row_start,
-            max_rows=max_rows,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
-            batch_invariant=batch_invariant,
-            row_prefix=row_prefix,
-            row_span=row_span,
-            scratch=scratch,
-            slots=slots,
-        )
-    return decode_attention_reference(
-        query,
-        key,
-        value,
-        k_cache,
-        v_cache,
-        row_seq,
-        row_slot,
-        row_start,
-        max_rows=max_rows,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        row_prefix=row_prefix,
-        row_span=row_span,
-        scratch=scratch,
-        slots=slots,
-        memo=memo,
-    )
-
-
-@torch.library.custom_op("mtpkern::decode_attention", mutates_args=("k_cache", "v_cache"))
-def _decode_attention_op(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    row_seq: Tensor,
-    row_slot: Tensor,
-    row_start: Tensor,
-    max_rows: int,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    batch_invariant: bool,
-    row_prefix: Tensor | None,
-    row_span: Tensor | None,
-    scratch: int,
-    slots: int | None,
-) -> Tensor:
-    return decode_attention(
-        query,
-        key,
-        value,
-        k_cache,
-        v_cache,
-        row_seq,
-        row_slot,
-        row_start,
-        max_rows=max_rows,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        batch_invariant=batch_invariant,
-        row_prefix=row_prefix,
-        row_span=row_span,
-        scratch=scratch,
-        slots=slots,
-    )
-
-
-@_decode_attention_op.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *args: object) -> Tensor:
-    return query.new_empty(*query.shape[:2], value.shape[2])
-
-
-@dataclass(frozen=True)
-class _Spread:
-    """Where packed rows go in [B, W] (None: they stand there already), and what they do not see: bias [B, 1, W, C]."""
-
-    place: Tensor | None
-    bias: Tensor
-    unused: Tensor
-
-    @classmethod
-    def of(
-        cls,
-        row_seq: Tensor,
-        row_slot: Tensor,
-        row_start: Tensor,
-        row_prefix: Tensor | None,
-        row_span: Tensor | None,
-        *,
-        batch: int,
-        capacity: int,
-        scratch: int,
-        max_rows: int,
-        window: int | None,
-        dtype: torch.dtype,
-    ) -> _Spread:
-        o_r, o_c = torch.arange(len(row_slot), device=row_slot.device), torch.arange(capacity, device=row_slot.device)
-        unused = row_slot >= capacity
-        # Unused rows share one more place behind the end.
-        place = None
-        if batch > 1:
-            place = torch.where(unused, batch * max_rows, row_seq * max_rows + o_r - row_start[row_seq])
-
-        def spread(x: Tensor, nothing: int) -> Tensor:
-            """[B, W, 1], with a value by which a row sees nothing where there is none."""
-            x = torch.where(unused, nothing, x)
-            if place is not None:
-                x = x.new_full((batch * max_rows + 1,), nothing).index_copy_(0, place, x)[:-1]
-            return x.view(batch, -1, 1)
-
-        slot = spread(row_slot, -1)
-        visible = o_c <= slot
-        if window is not None:
-            visible &= o_c > slot - window
-        if row_prefix is not None and row_span is not None:
-            prefix, span = spread(row_prefix, 0), spread(row_span, 0)
-            visible &= o_c >= span
-            seen = (o_c >= scratch) & (o_c < prefix)
-            if window is not None:
-                seen &= o_c > prefix + slot - span - window
-            visible |= seen
-        bias = torch.zeros((), dtype=dtype, device=slot.device).where(visible, -torch.inf)
-        return cls(place, bias[:, None], unused[:, None, None])
-
-
-def decode_attention_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    row_seq: Tensor,
-    row_slot: Tensor,
-    row_start: Tensor,
-    *,
-    max_rows: int,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    row_prefix: Tensor | None = None,
-    row_span: Tensor | None = None,
-    scratch: int = 0,
-    slots: int | None = None,
-    memo: dict[int | None, _Spread] | None = None,
-) -> Tensor:
-    """`decode_attention` in plain torch: rows spread to [B, W], attention of a padded batch, rows gathered back.
-
-    With a softcap or sinks it computes in float32, or in float64 for float64 inputs; else as
-    scaled_dot_product_attention does.
-    """
-    kv_write_reference(k_cache, v_cache, key, value, row_seq, row_slot)
-    B, Hkv, D = k_cache.shape[0], k_cache.shape[1], k_cache.shape[3]
-    C = k_cache.shape[2] - 1 if slots is None else slots
-    R, Hq, _ = query.shape
-    Dv, W = v_cache.shape[-1], R if B == 1 else max_rows
-    memo = {} if memo is None else memo
-    if window not in memo:
-        memo[window] = _Spread.of(
-            row_seq,
-            row_slot,
-            row_start,
-            row_prefix,
-            row_span,
-            batch=B,
-            capacity=C,
-            scratch=scratch,
-            max_rows=max_rows,
-            window=window,
-            dtype=query.dtype,
-        )
-    spread = memo[window]
-    q = query
-    if spread.place is not None:
-        q = query.new_zeros(B * W + 1, Hq, D).index_copy_(0, spread.place, query)[:-1]
-    q = q.view(B, W, Hq, D).transpose(1, 2)
-    k, v = k_cache[:, :, :C], v_cache[:, :, :C]
-    if softcap is None and sinks is None:
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=spread.bias, scale=scale, enable_gqa=Hq > Hkv)
-    else:
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        q, k, v = (x.to(dtype) for x in (q, k, v))
-        s = (q.reshape(B, Hkv, -1, D) @ k.transpose(-1, -2)).mul_(scale).view(B, Hq, W, C)
-        if softcap is not None:
-            s = s.div_(softcap).tanh_().mul_(softcap)
-        s = s.add_(spread.bias)
-        if sinks is not None:
-            s = torch.cat([s, sinks.to(dtype).view(1, Hq, 1, 1).expand(B, -1, W, -1)], dim=-1)
-        o = (s.softmax(-1)[..., :C].reshape(B, Hkv, -1, C) @ v).view(B, Hq, W, Dv)
-    o = o.transpose(1, 2).reshape(B * W, Hq, Dv).to(query.dtype)
-    if spread.place is not None:
-        o = torch.cat([o, o.new_zeros(1, Hq, Dv)])[spread.place]
-    return o.masked_fill(spread.unused, 0)

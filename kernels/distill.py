@@ -16,6 +16,9 @@ Memory   at most LOGITS bytes of logits of student and teacher together (at V = 
 Traffic  behind the matrix product of a chunk the Triton form reads the logits twice and writes the gradient over them
 Ties     the lowest index wins
 Source   arXiv 2602.06019, section on the online self-distillation objective
+
+One file, though a long one: readout and loss share the head, the chunks of its product and what their kernels make of a
+logit.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -23,7 +26,7 @@ Source   arXiv 2602.06019, section on the online self-distillation objective
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -33,6 +36,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mtpkern.kernels.form import on_device
+from mtpkern.kernels.op import operator
 
 if find_spec("triton"):
     import triton
@@ -203,9 +207,10 @@ class Head:
             z[:, self.banned : self.banned + 1] = float("-inf")
         return z
 
-    def arguments(self) -> tuple[Tensor, Tensor | None, float, float | None, int | None]:
-        """The fields, as operators of torch take them."""
-        return self.weight, self.bias, self.logit_scale, self.softcap, self.banned
+    def detach(self) -> Head:
+        """The same without gradients."""
+        bias = None if self.bias is None else self.bias.detach()
+        return Head(self.weight.detach(), bias, self.logit_scale, self.softcap, self.banned)
 
     def options(self) -> tuple[Tensor | None, int, float, float | None, int | None]:
         """The fields, as kernels take them."""
@@ -246,74 +251,56 @@ def _buffer(hidden: Tensor, rows: int, vocabulary: int, dtype: torch.dtype) -> T
     return hidden.new_empty(rows, -(-vocabulary // 16) * 16, dtype=dtype)[:, :vocabulary]
 
 
-_HEAD = "Tensor{1} {0}weight, Tensor? {0}bias, float {0}logit_scale, float? {0}softcap, int? {0}banned"
-
-
-def _readout_rows_triton(z: Tensor, head: Head, token: Tensor, confidence: Tensor, entropy: Tensor) -> None:
+def _readout_rows_triton(z: Tensor, head: Head, read: Readout) -> None:
     with on_device(z):
-        _readout_kernel[(z.shape[0],)](
-            z, head.options(), token, confidence, entropy, z.stride(0), BLOCK=BLOCK, num_warps=WARPS
-        )
+        _readout_kernel[(len(z),)](z, head.options(), *read, z.stride(0), BLOCK=BLOCK, num_warps=WARPS)
 
 
-def _readout_rows_torch(z: Tensor, head: Head, token: Tensor, confidence: Tensor, entropy: Tensor) -> None:
+def _readout_rows_torch(z: Tensor, head: Head, read: Readout) -> None:
     x = head.finish(z)
-    top, token[:] = x.max(-1)
+    top, read.token[:] = x.max(-1)
     # From -inf on, where exp is 0 long since: 0 * -inf would be NaN.
     x = (x - top.unsqueeze(-1)).clamp_(min=-1e4)
     share = x.exp()
     total = share.sum(-1)
-    confidence[:] = 1 / total
-    entropy[:] = total.log() - share.mul_(x).sum(-1) / total
+    read.confidence[:] = 1 / total
+    read.entropy[:] = total.log() - share.mul_(x).sum(-1) / total
 
 
-@torch.library.custom_op(
-    "mtpkern::head_readout",
-    mutates_args=(),
-    schema=f"(Tensor hidden, {_HEAD.format('', '')}, ScalarType dtype, int? chunk, bool triton)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-def _readout_op(hidden, weight, bias, logit_scale, softcap, banned, dtype, chunk, triton):
-    rows, vocabulary = hidden.shape[0], weight.shape[0]
-    head = Head(weight.to(dtype), bias, logit_scale, softcap, banned)
+@operator("head_readout")
+def _readout_op(
+    hidden: Tensor, head: Head, dtype: torch.dtype, chunk: int | None, triton: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, vocabulary = hidden.shape[0], head.weight.shape[0]
+    head = replace(head, weight=head.weight.to(dtype))
     chunk = chunk or _chunk(rows, vocabulary, dtype, triton)
     buffer = _buffer(hidden, min(chunk, rows), vocabulary, dtype)
-    token = torch.empty(rows, dtype=torch.int64, device=hidden.device)
     wide = torch.promote_types(dtype, torch.float32)
-    confidence, entropy = (hidden.new_empty(rows, dtype=wide) for _ in range(2))
+    read = Readout(*(hidden.new_empty(rows, dtype=x) for x in (torch.int64, wide, wide)))
     for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
         z = torch.mm(hidden[part].to(dtype), head.weight.t(), out=buffer[: rows - start])
         form = _readout_rows_triton if triton else _readout_rows_torch
-        form(z, head, token[part], confidence[part], entropy[part])
-    return token, confidence.float(), entropy.float()
+        form(z, head, Readout(*(x[part] for x in read)))
+    return read.token, read.confidence.float(), read.entropy.float()
 
 
-@_readout_op.register_fake
+@_readout_op.fake
 def _(hidden, *_):
-    rows = hidden.shape[0]
-    return tuple(hidden.new_empty(rows, dtype=dtype) for dtype in (torch.int64, torch.float32, torch.float32))
+    return tuple(hidden.new_empty(len(hidden), dtype=dtype) for dtype in (torch.int64, torch.float32, torch.float32))
 
 
 @torch.no_grad()
-def head_readout(hidden: Tensor, head: Head, chunk: int | None = None) -> Readout:
+def head_readout(hidden: Tensor, head: Head, chunk: int | None = None, *, triton: bool | None = None) -> Readout:
     """Each row's most probable token, its probability and the row's entropy; `chunk` rows of logits live at once.
 
+    triton: by the kernel, or in plain torch; the former on a GPU unless given.
     Source: arXiv 2602.06019, the student's span y' and the hard teacher's targets.
 
         token, confidence, entropy = head_readout(hidden, Head(model.lm_head.weight, banned=mask_token_id))
     """
-    return _head_readout(hidden, head, chunk, hidden.is_cuda)
-
-
-@torch.no_grad()
-def head_readout_triton(hidden: Tensor, head: Head, chunk: int | None = None) -> Readout:
-    """`head_readout` with one launch behind each chunk's product."""
-    return _head_readout(hidden, head, chunk, True)
-
-
-def _head_readout(hidden: Tensor, head: Head, chunk: int | None, triton: bool) -> Readout:
-    return Readout(*_readout_op(hidden, *head.arguments(), _product_dtype(hidden, head), chunk, triton))
+    triton = hidden.is_cuda if triton is None else triton
+    return Readout(*_readout_op(hidden, head, _product_dtype(hidden, head), chunk, triton))
 
 
 def distill_loss(
@@ -324,6 +311,7 @@ def distill_loss(
     teacher: tuple[Tensor, Head] | None = None,
     row_weight: Tensor | None = None,
     chunk: int | None = None,
+    triton: bool | None = None,
 ) -> Tensor:
     """Weighted sum of the rows' cross-entropies against hard targets, or divergences from a teacher: a float scalar.
 
@@ -334,6 +322,7 @@ def distill_loss(
                 V' <= V tokens are the same
     row_weight  [R], default 1; rows of weight 0 give no loss and no gradient, and keep the graph connected
     chunk       rows whose logits live at once; on a GPU as many as LOGITS bytes hold unless given
+    triton      by the kernel, or in plain torch; the former on a GPU unless given
 
     Its gradients are ready before backward, which scales them where they lie: a second backward through the same
     loss and second derivatives raise RuntimeError. Raises ValueError unless exactly one of target and teacher is
@@ -342,31 +331,6 @@ def distill_loss(
 
         loss = distill_loss(hidden, Head(model.lm_head.weight), target=token) / token.numel()
     """
-    return _distill_loss(hidden, head, target, teacher, row_weight, chunk, hidden.is_cuda)
-
-
-def distill_loss_triton(
-    hidden: Tensor,
-    head: Head,
-    *,
-    target: Tensor | None = None,
-    teacher: tuple[Tensor, Head] | None = None,
-    row_weight: Tensor | None = None,
-    chunk: int | None = None,
-) -> Tensor:
-    """`distill_loss` with one launch behind each chunk's products."""
-    return _distill_loss(hidden, head, target, teacher, row_weight, chunk, True)
-
-
-def _distill_loss(
-    hidden: Tensor,
-    head: Head,
-    target: Tensor | None,
-    teacher: tuple[Tensor, Head] | None,
-    row_weight: Tensor | None,
-    chunk: int | None,
-    triton: bool,
-) -> Tensor:
     if (target is None) == (teacher is None):
         raise ValueError("give exactly one of target (hard) and teacher (soft)")
     if teacher is not None and teacher[1].weight.shape[0] > head.weight.shape[0]:
@@ -376,56 +340,50 @@ def _distill_loss(
         )
     if row_weight is not None and row_weight.requires_grad:
         raise ValueError("row_weight gets no gradient; got one that requires it: detach it")
-    frozen: tuple[Any, ...] = (None, None, None, 1.0, None, None, None)
+    states = its_head = its_dtype = None
     if teacher is not None:
-        states, its_head = teacher
-        weight, bias, *options = its_head.arguments()
-        bias = None if bias is None else bias.detach()
-        frozen = states.detach(), weight.detach(), bias, *options, _product_dtype(states, its_head)
+        states, its_head = teacher[0].detach(), teacher[1].detach()
+        its_dtype = _product_dtype(states, its_head)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, head.weight, head.bias)]
-    return _loss_op(
-        hidden, *head.arguments(), _product_dtype(hidden, head), target, *frozen, row_weight, needs, chunk, triton
-    )[0]
+    dtype, triton = _product_dtype(hidden, head), hidden.is_cuda if triton is None else triton
+    return _loss_op(hidden, head, dtype, target, states, its_head, its_dtype, row_weight, needs, chunk, triton)[0]
 
 
-def _loss_rows_triton(
-    z: Tensor,
-    head: Head,
-    target: Tensor | None,
-    teacher_z: Tensor | None,
-    teacher_head: Head | None,
-    row_weight: Tensor,
-    loss: Tensor,
-    need_grad: bool,
-) -> None:
-    """Write a chunk's weighted losses [r], and over the product z [r, V] their gradient with respect to it."""
-    with on_device(z):
-        _loss_kernel[(z.shape[0],)](
-            z,
-            head.options(),
-            target,
-            teacher_z,
-            None if teacher_head is None else teacher_head.options(),
-            row_weight,
-            loss,
-            z.stride(0),
-            0 if teacher_z is None else teacher_z.stride(0),
+class _Chunk(NamedTuple):
+    """Rows whose logits live at once: products z [r, V] under their heads, the student's and perhaps a teacher's.
+
+    Their weighted losses [r] are written, and over z its gradient.
+    """
+
+    z: Tensor
+    head: Head
+    target: Tensor | None
+    teacher_z: Tensor | None
+    teacher_head: Head | None
+    row_weight: Tensor
+    loss: Tensor
+
+
+def _loss_rows_triton(c: _Chunk, need_grad: bool) -> None:
+    with on_device(c.z):
+        _loss_kernel[(len(c.z),)](
+            c.z,
+            c.head.options(),
+            c.target,
+            c.teacher_z,
+            None if c.teacher_head is None else c.teacher_head.options(),
+            c.row_weight,
+            c.loss,
+            c.z.stride(0),
+            0 if c.teacher_z is None else c.teacher_z.stride(0),
             NEED_GRAD=need_grad,
             BLOCK=BLOCK,
             num_warps=WARPS,
         )
 
 
-def _loss_rows_torch(
-    z: Tensor,
-    head: Head,
-    target: Tensor | None,
-    teacher_z: Tensor | None,
-    teacher_head: Head | None,
-    row_weight: Tensor,
-    loss: Tensor,
-    need_grad: bool,
-) -> None:
+def _loss_rows_torch(c: _Chunk, need_grad: bool) -> None:
+    z, head, target, teacher_z, teacher_head, row_weight, loss = c
     x = head.finish(z)
     grad = x.log_softmax(-1)
     if target is not None:
@@ -467,49 +425,35 @@ def _add_outer(total: Tensor, grad: Tensor, states: Tensor, first: bool) -> None
             total[v : v + step] += part
 
 
-@torch.library.custom_op(
-    "mtpkern::distill_loss",
-    mutates_args=(),
-    schema=f"(Tensor hidden, {_HEAD.format('', '')}, ScalarType dtype, Tensor? target, Tensor? teacher_hidden, "
-    f"{_HEAD.format('teacher_', '?')}, ScalarType? teacher_dtype, Tensor? row_weight, bool[] needs, int? chunk, "
-    "bool triton) -> (Tensor, Tensor, Tensor, Tensor)",
-)
+@operator("distill_loss")
 def _loss_op(
-    hidden,
-    weight,
-    bias,
-    logit_scale,
-    softcap,
-    banned,
-    dtype,
-    target,
-    teacher_hidden,
-    teacher_weight,
-    teacher_bias,
-    teacher_logit_scale,
-    teacher_softcap,
-    teacher_banned,
-    teacher_dtype,
-    row_weight,
-    needs,
-    chunk,
-    triton,
-):
+    hidden: Tensor,
+    head: Head,
+    dtype: torch.dtype,
+    target: Tensor | None,
+    teacher_hidden: Tensor | None,
+    teacher_head: Head | None,
+    teacher_dtype: torch.dtype | None,
+    row_weight: Tensor | None,
+    needs: Sequence[bool],
+    chunk: int | None,
+    triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss and its gradients with respect to hidden, weight and bias; empty where one is not needed."""
-    rows, vocabulary = hidden.shape[0], weight.shape[0]
-    head = Head(weight.to(dtype), bias, logit_scale, softcap, banned)
+    rows, vocabulary = hidden.shape[0], head.weight.shape[0]
+    d_hidden, d_weight, d_bias = gradients = _gradients(hidden, head, needs)
+    head = replace(head, weight=head.weight.to(dtype))
     # A teacher's logits live beside the student's.
     chunk = chunk or _chunk(rows, vocabulary * (1 if teacher_hidden is None else 2), dtype, triton)
     buffer = _buffer(hidden, min(chunk, rows), vocabulary, dtype)
-    teacher_head = teacher_z = None
-    if teacher_hidden is not None:
-        options = teacher_bias, teacher_logit_scale, teacher_softcap, teacher_banned
-        teacher_head = Head(teacher_weight.to(teacher_dtype), *options)
-        teacher_buffer = _buffer(hidden, min(chunk, rows), len(teacher_weight), teacher_dtype)
+    teacher_z = None
+    if teacher_head is not None:
+        assert teacher_dtype is not None
+        teacher_head = replace(teacher_head, weight=teacher_head.weight.to(teacher_dtype))
+        teacher_buffer = _buffer(hidden, min(chunk, rows), len(teacher_head.weight), teacher_dtype)
     if row_weight is None:
         row_weight = hidden.new_ones(rows)
     losses = hidden.new_empty(rows, dtype=torch.promote_types(dtype, torch.float32))
-    d_hidden, d_weight, d_bias = gradients = _gradients(hidden, weight, bias, needs)
     if rows == 0:
         for gradient in gradients:
             gradient.zero_()
@@ -517,20 +461,12 @@ def _loss_op(
         part = slice(start, start + chunk)
         states = hidden[part].to(dtype)
         z = torch.mm(states, head.weight.t(), out=buffer[: len(states)])
-        if teacher_head is not None:
+        if teacher_head is not None and teacher_hidden is not None:
             teacher_states = teacher_hidden[part].to(teacher_dtype)
             teacher_z = torch.mm(teacher_states, teacher_head.weight.t(), out=teacher_buffer[: len(states)])
         form = _loss_rows_triton if triton else _loss_rows_torch
-        form(
-            z,
-            head,
-            None if target is None else target[part],
-            teacher_z,
-            teacher_head,
-            row_weight[part],
-            losses[part],
-            any(needs),
-        )
+        labels = None if target is None else target[part]
+        form(_Chunk(z, head, labels, teacher_z, teacher_head, row_weight[part], losses[part]), any(needs))
         if needs[0]:
             d_hidden[part] = z @ head.weight
         if needs[1]:
@@ -541,17 +477,16 @@ def _loss_op(
     return losses.sum(), d_hidden, d_weight, d_bias
 
 
-def _gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]) -> list[Tensor]:
+def _gradients(hidden: Tensor, head: Head, needs: Sequence[bool]) -> list[Tensor]:
     """Room for the gradients that are needed, none for the others."""
-    like = hidden, weight, bias
+    like = hidden, head.weight, head.bias
     return [torch.empty_like(x) if need and x is not None else hidden.new_empty(0) for x, need in zip(like, needs)]
 
 
-@_loss_op.register_fake
-def _(hidden, weight, bias, *rest):
-    dtype, needs = rest[3], rest[-3]
+@_loss_op.fake
+def _(hidden, head, dtype, *rest):
     loss = hidden.new_empty((), dtype=torch.promote_types(dtype, torch.float32))
-    return loss, *_gradients(hidden, weight, bias, needs)
+    return loss, *_gradients(hidden, head, rest[-3])
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -575,7 +510,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return (*scaled, *[None] * (len(ctx.needs_input_grad) - len(scaled)))
 
 
-_loss_op.register_autograd(_backward, setup_context=_setup_context)
+_loss_op.registered.register_autograd(_backward, setup_context=_setup_context)
 
 
 def distill_loss_reference(

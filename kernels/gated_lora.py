@@ -36,7 +36,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from mtpkern.kernels.form import pdl_options, takes_kernel
+from mtpkern.kernels.form import pdl_options
+from mtpkern.kernels.op import op
 
 # Of H: the least elements of a chunk, and the most chunks.
 CHUNK, CHUNKS = 256, 16
@@ -48,6 +49,24 @@ if find_spec("triton"):
     import triton.language as tl
 
     from mtpkern.kernels.form import gdc_wait
+
+    @triton.jit
+    def _rows(gate_ptr, s_gate, R, BLOCK_R: tl.constexpr):
+        """This program's rows, and which of them are gated. R * H can pass 2^31, and so can R * M: 64 bits."""
+        o_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+        return o_r, tl.load(gate_ptr + o_r * s_gate[0], mask=o_r < R, other=0) != 0
+
+    @triton.jit
+    def _tile(i_tile, size, BLOCK: tl.constexpr):
+        """Of the tiles of all siblings, which stand in one row: whether this one lies in the next, and its tiles."""
+        n_tiles = tl.cdiv(size, BLOCK)
+        return (i_tile >= 0) & (i_tile < n_tiles), n_tiles
+
+    @triton.jit
+    def _columns(i_tile, size, BLOCK: tl.constexpr):
+        """A tile's columns, and which of them exist."""
+        o = (i_tile * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+        return o, o < size
 
     @triton.jit(do_not_specialize=["R"])
     def _shrink_kernel(
@@ -72,9 +91,7 @@ if find_spec("triton"):
     ):
         gdc_wait(PDL)
         i_chunk = tl.program_id(2)
-        # R * H can pass 2^31, and so can R * M.
-        o_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-        gated = tl.load(gate_ptr + o_r * s_gate[0], mask=o_r < R, other=0) != 0
+        o_r, gated = _rows(gate_ptr, s_gate, R, BLOCK_R)
         if tl.max(gated.to(tl.int32), 0) == 0:
             return
 
@@ -82,13 +99,11 @@ if find_spec("triton"):
         x_ptr += o_r[:, None] * s_x[0]
         h_ptr += i_chunk.to(tl.int64) * s_h[0] + o_r[:, None] * s_h[1]
 
-        # The tiles of all siblings stand in one row: this program's lies in one of them.
         i_tile = tl.program_id(1)
         for i_a in tl.static_range(len(a_ptrs)):
-            n_tiles = tl.cdiv(ranks[i_a], BLOCK_M)
-            if (i_tile >= 0) & (i_tile < n_tiles):
-                o_m = (i_tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-                m_m = o_m < ranks[i_a]
+            here, n_tiles = _tile(i_tile, ranks[i_a], BLOCK_M)
+            if here:
+                o_m, m_m = _columns(i_tile, ranks[i_a], BLOCK_M)
                 p_a = a_ptrs[i_a] + o_m[:, None] * s_as[i_a][0]
                 total = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
                 for i in range(i_chunk, i_chunk + CHUNKS):
@@ -126,19 +141,16 @@ if find_spec("triton"):
         PDL: tl.constexpr,
     ):
         gdc_wait(PDL)
-        o_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-        gated = tl.load(gate_ptr + o_r * s_gate[0], mask=o_r < R, other=0) != 0
+        o_r, gated = _rows(gate_ptr, s_gate, R, BLOCK_R)
         if tl.max(gated.to(tl.int32), 0) == 0:
             return
         h_ptr += o_r[:, None] * s_h[1]
 
-        # The tiles of all siblings stand in one row: this program's lies in one of them.
         i_tile = tl.program_id(1)
         for i in tl.static_range(len(y_ptrs)):
-            n_tiles = tl.cdiv(Ns[i], BLOCK_N)
-            if (i_tile >= 0) & (i_tile < n_tiles):
-                o_n = (i_tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-                m_n = o_n < Ns[i]
+            here, n_tiles = _tile(i_tile, Ns[i], BLOCK_N)
+            if here:
+                o_n, m_n = _columns(i_tile, Ns[i], BLOCK_N)
                 m_y = gated[:, None] & m_n[None, :]
                 p_y = y_ptrs[i] + o_r[:, None] * s_ys[i][0] + o_n[None, :] * s_ys[i][1]
                 y = tl.load(p_y, mask=m_y, other=0.0).to(tl.float32)
@@ -242,20 +254,6 @@ def expand_triton(
     )
 
 
-def gated_lora_triton(
-    outs: Sequence[Tensor],
-    x: Tensor,
-    gate: Tensor,
-    as_: Sequence[Tensor],
-    bs: Sequence[Tensor],
-    scales: Sequence[float],
-) -> None:
-    """`gated_lora` in two launches."""
-    if len(x):
-        gate = gate.view(torch.uint8)
-        expand_triton(outs, shrink_triton(x, gate, as_), gate, bs, scales)
-
-
 def gated_lora(
     outs: Sequence[Tensor],
     x: Tensor,
@@ -283,27 +281,11 @@ def gated_lora(
     """
     scales = [float(scale)] * len(outs) if isinstance(scale, int | float) else [float(s) for s in scale]
     _require_fitting(outs, x, gate, as_, bs, scales)
-    if torch.compiler.is_compiling():
-        _gated_lora_op(list(outs), x, gate, list(as_), list(bs), scales)
-    elif takes_kernel(x) and x.dtype != torch.float64:
-        gated_lora_triton(outs, x, gate, as_, bs, scales)
-    else:
-        gated_lora_reference(outs, x, gate, as_, bs, scales)
+    gated_update(outs, x, gate, as_, bs, scales)
 
 
-@torch.library.custom_op("mtpkern::gated_lora", mutates_args=("outs",))
-def _gated_lora_op(
-    outs: list[Tensor], x: Tensor, gate: Tensor, as_: list[Tensor], bs: list[Tensor], scales: list[float]
-) -> None:
-    gated_lora(outs, x, gate, as_, bs, scales)
-
-
-@_gated_lora_op.register_fake
-def _(outs: list[Tensor], x: Tensor, gate: Tensor, as_: list[Tensor], bs: list[Tensor], scales: list[float]) -> None:
-    pass
-
-
-def gated_lora_reference(
+@op(mutates=["outs"], name="gated_lora", float64=False)
+def gated_update(
     outs: Sequence[Tensor],
     x: Tensor,
     gate: Tensor,
@@ -311,7 +293,7 @@ def gated_lora_reference(
     bs: Sequence[Tensor],
     scales: Sequence[float],
 ) -> None:
-    """`gated_lora` in plain torch; computes in float32, or in float64 for float64 inputs.
+    """`gated_lora`, unchecked. The torch form computes in float32, or in float64 for float64 inputs.
 
     On a CPU the gated rows alone are computed, where casting a narrow adapter costs less than multiplying it does.
     Elsewhere all are, because the host would have to wait for their number.
@@ -342,14 +324,15 @@ def _gated_rows(gate: Tensor) -> Tensor | slice | None:
     return torch.from_numpy(rows)
 
 
-def _require_fitting(
-    outs: Sequence[Tensor],
-    x: Tensor,
-    gate: Tensor,
-    as_: Sequence[Tensor],
-    bs: Sequence[Tensor],
-    scales: Sequence[float],
-) -> None:
+@gated_update.kernel
+def gated_lora_triton(outs, x, gate, as_, bs, scales):
+    """Two launches."""
+    if len(x):
+        gate = gate.view(torch.uint8)
+        expand_triton(outs, shrink_triton(x, gate, as_), gate, bs, scales)
+
+
+def _require_fitting(outs, x, gate, as_, bs, scales):
     """ValueError where a kernel would read or write what is not there, or something else than was meant."""
     if not len(outs) == len(as_) == len(bs) == len(scales) or not outs:
         raise ValueError(

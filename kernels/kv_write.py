@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-import torch
 from torch import Tensor
 
-from mtpkern.kernels.form import pdl_options, takes_kernel
+from mtpkern.kernels.form import pdl_options
+from mtpkern.kernels.op import op
 
 if find_spec("triton"):
     import triton
@@ -62,10 +62,21 @@ if find_spec("triton"):
         tl.store(p_v, tl.load(value_ptr + r * s_value[0] + o_h * s_value[1] + o_v * s_value[2], mask=m_v), mask=m_v)
 
 
-def kv_write_triton(
-    k_cache: Tensor, v_cache: Tensor, key: Tensor, value: Tensor, row_seq: Tensor, row_slot: Tensor
-) -> None:
-    """`kv_write` in one launch: a program copies a row's heads, all of them up to 4,096 elements."""
+@op(mutates=["k_cache", "v_cache"])
+def kv_write(k_cache: Tensor, v_cache: Tensor, key: Tensor, value: Tensor, row_seq: Tensor, row_slot: Tensor) -> None:
+    """Write key and value [R, Hkv, D] in place to caches [B, Hkv, C + 1, D] at (row_seq, row_slot), int64 [R] each.
+
+    Slots lie in [0, C]; C is the trash slot. Two rows may share no other slot.
+
+        kv_write(k_cache, v_cache, key, value, torch.tensor([0, 0, 1]), torch.tensor([7, 8, 3]))
+    """
+    k_cache[row_seq, :, row_slot] = key
+    v_cache[row_seq, :, row_slot] = value
+
+
+@kv_write.kernel
+def kv_write_triton(k_cache, v_cache, key, value, row_seq, row_slot):
+    """One launch: a program copies a row's heads, all of them up to 4,096 elements."""
     R, Hkv, D_K = key.shape
     D_V = value.shape[-1]
     # One sequence's index may come expanded, with a stride of 0, which the kernel would not know.
@@ -91,38 +102,3 @@ def kv_write_triton(
         BLOCK_V=BLOCK_V,
         **pdl_options(key.device),
     )
-
-
-def kv_write(k_cache: Tensor, v_cache: Tensor, key: Tensor, value: Tensor, row_seq: Tensor, row_slot: Tensor) -> None:
-    """Write key and value [R, Hkv, D] in place to caches [B, Hkv, C + 1, D] at (row_seq, row_slot), int64 [R] each.
-
-    Slots lie in [0, C]; C is the trash slot. Two rows may share no other slot.
-
-        kv_write(k_cache, v_cache, key, value, torch.tensor([0, 0, 1]), torch.tensor([7, 8, 3]))
-    """
-    if torch.compiler.is_compiling():
-        _kv_write_op(k_cache, v_cache, key, value, row_seq, row_slot)
-    elif takes_kernel(key):
-        kv_write_triton(k_cache, v_cache, key, value, row_seq, row_slot)
-    else:
-        kv_write_reference(k_cache, v_cache, key, value, row_seq, row_slot)
-
-
-@torch.library.custom_op("mtpkern::kv_write", mutates_args=("k_cache", "v_cache"))
-def _kv_write_op(
-    k_cache: Tensor, v_cache: Tensor, key: Tensor, value: Tensor, row_seq: Tensor, row_slot: Tensor
-) -> None:
-    kv_write(k_cache, v_cache, key, value, row_seq, row_slot)
-
-
-@_kv_write_op.register_fake
-def _(k_cache: Tensor, v_cache: Tensor, key: Tensor, value: Tensor, row_seq: Tensor, row_slot: Tensor) -> None:
-    pass
-
-
-def kv_write_reference(
-    k_cache: Tensor, v_cache: Tensor, key: Tensor, value: Tensor, row_seq: Tensor, row_slot: Tensor
-) -> None:
-    """`kv_write` in plain torch, any dtype."""
-    k_cache[row_seq, :, row_slot] = key
-    v_cache[row_seq, :, row_slot] = value

@@ -24,12 +24,16 @@ FLOPs    4 Hq D a visible pair forward, 10 Hq D backward; the Triton form comput
          A head dimension that is no power of two is computed as the next one
 Source   arXiv 2602.06019 (mask); tiles and recomputation after FlashAttention-2, arXiv 2307.08691; softcap as in
          Gemma 2, sinks as in gpt-oss
+
+One file, though a long one: forward and backward share their rule, their tiles and their device functions, and each
+kernel is checked against the lines above.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from math import e, log2
 from typing import Any, NamedTuple
@@ -39,7 +43,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtpkern.kernels.form import on_device
-from mtpkern.kernels.span_mask import span_mask
+from mtpkern.kernels.op import operator
+from mtpkern.kernels.scoring import Scoring
+from mtpkern.kernels.span_mask import Rule, span_mask
 
 if find_spec("triton"):
     import triton
@@ -495,7 +501,13 @@ def _columns(query: Tensor) -> int:
     return max(1 << (query.shape[-1] - 1).bit_length(), 16)
 
 
-def _options(kernel: str, query: Tensor, softcap: float | None) -> dict[str, Any]:
+def _numbers(scoring: Scoring) -> tuple[float, float, int]:
+    """Scale, soft cap and window as kernels take them."""
+    # A window no row reaches the end of, instead of a second kernel without one.
+    return scoring.scale, scoring.softcap or 0.0, 1 << 30 if scoring.window is None else scoring.window
+
+
+def _options(kernel: str, query: Tensor, scoring: Scoring) -> dict[str, Any]:
     """What all kernels with matrix products are compiled for."""
     tiles = _tiles(kernel, query)
     return {
@@ -503,7 +515,7 @@ def _options(kernel: str, query: Tensor, softcap: float | None) -> dict[str, Any
         "KEYS": tiles.keys,
         "D": query.shape[-1],
         "BD": _columns(query),
-        "HAS_SOFTCAP": softcap is not None,
+        "HAS_SOFTCAP": scoring.softcap is not None,
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
     }
@@ -529,24 +541,21 @@ def _like(x: Tensor) -> Tensor:
     return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
 
 
-@torch.library.custom_op(
-    "mtpkern::span_attention",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor[] layout, float scale, float? softcap, "
-    "int window) -> (Tensor, Tensor)",
-)
-def _forward(query, key, value, sinks, layout, scale, softcap, window):
+@operator("span_attention")
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, layout: Sequence[Tensor], scoring: Scoring
+) -> tuple[Tensor, Tensor]:
     """`out` [B, T, Hq, D] and `lse`: one op to torch.compile, which looks no further."""
     query, key, value = map(_addressable, (query, key, value))
     (batch, heads, rows, _), kv_heads = query.shape, key.shape[1]
     out, lse = _forward_fake(query)
-    options = _options("forward", query, softcap)
+    options = _options("forward", query, scoring)
     with on_device(query):
         _forward_kernel[batch * heads, triton.cdiv(rows, options["ROWS"])](
             query,
             key,
             value,
-            sinks,
+            scoring.sinks,
             tuple(layout),
             out,
             lse,
@@ -554,28 +563,30 @@ def _forward(query, key, value, sinks, layout, scale, softcap, window):
             *_extent(query, key),
             heads,
             heads // kv_heads,
-            scale,
-            softcap or 0.0,
-            window,
+            *_numbers(scoring),
             **options,
-            HAS_SINKS=sinks is not None,
+            HAS_SINKS=scoring.sinks is not None,
         )
     return out, lse
 
 
-@_forward.register_fake
+@_forward.fake
 def _forward_fake(query, *_):
     batch, heads, rows, dim = query.shape
     return query.new_empty(batch, rows, heads, dim), query.new_empty(batch, heads, rows, dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "mtpkern::span_attention_backward",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor d_out, Tensor[] layout, "
-    "float scale, float? softcap, int window) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _backward(query, key, value, out, lse, d_out, layout, scale, softcap, window):
+@operator("span_attention_backward")
+def _backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+    layout: Sequence[Tensor],
+    scoring: Scoring,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, and `delta`."""
     d_query, d_key, d_value, delta = _backward_fake(query, key, value, out, lse)
     for x in (d_key, d_value):
@@ -585,9 +596,9 @@ def _backward(query, key, value, out, lse, d_out, layout, scale, softcap, window
     (batch, heads, rows, _), kv_heads = query.shape, key.shape[1]
     layout = tuple(layout)
     extent = _extent(query, key)
-    tail = heads // kv_heads, scale, softcap or 0.0, window
+    tail = heads // kv_heads, *_numbers(scoring)
 
-    options = _options("dq", query, softcap)
+    options = _options("dq", query, scoring)
     with on_device(query):
         _dq_kernel[batch * heads, triton.cdiv(rows, options["ROWS"])](
             query,
@@ -605,12 +616,12 @@ def _backward(query, key, value, out, lse, d_out, layout, scale, softcap, window
             *tail,
             **options,
         )
-    options = _options("dkdv", query, softcap)
+    options = _options("dkdv", query, scoring)
     tiles = triton.cdiv(rows, options["KEYS"])
     plan = lse.new_empty(batch, tiles, 8, dtype=torch.int32)
     sizes = {name: options[name] for name in ("ROWS", "KEYS")}
     with on_device(query):
-        _row_tiles_kernel[tiles, batch](layout, plan, *extent, window, **sizes, TILES=1024 // sizes["ROWS"])
+        _row_tiles_kernel[tiles, batch](layout, plan, *extent, tail[-1], **sizes, TILES=1024 // sizes["ROWS"])
         _dkdv_kernel[batch * kv_heads, tiles](
             query,
             key,
@@ -631,51 +642,35 @@ def _backward(query, key, value, out, lse, d_out, layout, scale, softcap, window
     return d_query, d_key, d_value, delta
 
 
-@_backward.register_fake
+@_backward.fake
 def _backward_fake(query, key, value, out, lse, *_):
     return _like(query), _like(key), _like(value), torch.empty_like(lse)
 
 
 def _remember(ctx, inputs, output) -> None:
-    query, key, value, sinks, layout, *ctx.options = inputs
+    query, key, value, layout, *ctx.options, sinks = inputs
     ctx.save_for_backward(query, key, value, *output, sinks, *layout)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, d_out, _):
     query, key, value, out, lse, sinks, *layout = ctx.saved_tensors
-    *gradients, delta = _backward(query, key, value, out, lse, d_out, layout, *ctx.options)
+    *gradients, delta = _backward(query, key, value, out, lse, d_out, layout, Scoring(*ctx.options))
     d_sinks = None
     if sinks is not None:
         weight = torch.exp2(sinks.float()[:, None] * log2(e) - lse)
         d_sinks = -(weight * delta).sum((0, 2)).to(sinks.dtype)
-    return *gradients, d_sinks, [None] * len(layout), None, None, None
+    return *gradients, [None] * len(layout), None, None, None, d_sinks
 
 
-_forward.register_autograd(_differentiate, setup_context=_remember)
+_forward.registered.register_autograd(_differentiate, setup_context=_remember)
 
 
-def span_attention_triton(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    position: Tensor,
-    prefix_end: Tensor,
-    span_start: Tensor,
-    span_end: Tensor | None = None,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
+def span_attention_triton(query: Tensor, key: Tensor, value: Tensor, rule: Rule, scoring: Scoring) -> Tensor:
     """`span_attention` by the kernels above: float16, bfloat16 or float32, D up to 256."""
     query, key, value = _as_autocast(query, key, value)
-    rule = (position, prefix_end, span_start) if span_end is None else (position, prefix_end, span_start, span_end)
-    layout = [x.to(torch.int32).contiguous() for x in rule]
-    # A window no row reaches the end of, instead of a second kernel without one.
-    far = 1 << 30 if window is None else window
-    return _forward(query, key, value, sinks, layout, scale, softcap, far)[0]
+    layout = [x.to(torch.int32).contiguous() for x in rule if x is not None]
+    return _forward(query, key, value, layout, scoring)[0]
 
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -687,35 +682,20 @@ def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def span_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    position: Tensor,
-    prefix_end: Tensor,
-    span_start: Tensor,
-    span_end: Tensor | None = None,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    mask: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, rule: Rule, scoring: Scoring, *, mask: Tensor | None = None
 ) -> Tensor:
-    """Attend under the span rule: [B, Tq, Hq, D], differentiable in query, key, value and sinks.
+    """Attend under the span rule: [B, Tq, Hq, D], differentiable in query, key, value and the sinks.
 
-    query, key, value                  [B, Hq, Tq, D] and twice [B, Hkv, T, D]; Hkv divides Hq. Queries are the last Tq
-                                       of the T rows, usually all: with fewer, the keys in front of them come from
-                                       another pass, are constants, and get no gradient
-    position, prefix_end, span_start   [B, T] integers (mtpkern.kernels.span_mask)
-    span_end                           [B, T], for rows that see further than themselves: spans without order
-    scale                              factor on the dot products, usually D ** -0.5
-    window, softcap, sinks             sliding window in positions; logit cap; one extra logit [Hq] a head
-    mask                               the last Tq rows of span_mask of the rule with this window, where the caller has
-                                       them already
+    query, key, value   [B, Hq, Tq, D] and twice [B, Hkv, T, D]; Hkv divides Hq. Queries are the last Tq of the T rows,
+                        usually all: with fewer, the keys in front of them come from another pass, are constants, and
+                        get no gradient
+    rule                what each of the T rows sees, four tensors [B, T] (mtpkern.kernels.span_mask)
+    scoring             scale, window, softcap and sinks (mtpkern.kernels.scoring)
+    mask                the last Tq rows of span_mask of the rule with this window, where the caller has them already
 
     Raises ValueError for shapes that do not fit. Source: arXiv 2602.06019.
 
-        out = span_attention(q, k, v, layout.position, layout.prefix_end, layout.span_start, scale=q.shape[-1] ** -0.5)
+        out = span_attention(q, k, v, layout.rule, Scoring(q.shape[-1] ** -0.5))
     """
     batch, heads, queries, dim = query.shape
     rows = key.shape[2]
@@ -725,30 +705,15 @@ def span_attention(
             "key and value must be [B, Hkv, T, D] beside query [B, Hq, Tq, D], Hkv dividing Hq and Tq at most T; got "
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
         )
-    if position.shape != (batch, rows):
-        raise ValueError(f"position must be [B, T] = {(batch, rows)}; got {tuple(position.shape)}")
-    rule = position, prefix_end, span_start, span_end
+    if rule.position.shape != (batch, rows):
+        raise ValueError(f"position must be [B, T] = {(batch, rows)}; got {tuple(rule.position.shape)}")
     if query.is_cuda and dim <= MAX_HEAD_DIM and query.dtype != torch.float64:
-        return span_attention_triton(query, key, value, *rule, scale=scale, window=window, softcap=softcap, sinks=sinks)
-    return span_attention_reference(
-        query, key, value, *rule, scale=scale, window=window, softcap=softcap, sinks=sinks, mask=mask
-    )
+        return span_attention_triton(query, key, value, rule, scoring)
+    return span_attention_reference(query, key, value, rule, scoring, mask=mask)
 
 
 def span_attention_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    position: Tensor,
-    prefix_end: Tensor,
-    span_start: Tensor,
-    span_end: Tensor | None = None,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    mask: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, rule: Rule, scoring: Scoring, *, mask: Tensor | None = None
 ) -> Tensor:
     """`span_attention` in plain torch, in the dtype of its inputs (float64 too) or in autocast's.
 
@@ -757,8 +722,9 @@ def span_attention_reference(
     """
     batch, heads, rows, dim = query.shape
     before = key.shape[2] - rows
+    scale, softcap, sinks = scoring.scale, scoring.softcap, scoring.sinks
     if mask is None:
-        mask = span_mask(position, prefix_end, span_start, span_end, window=window)[:, before:]
+        mask = span_mask(*rule, window=scoring.window)[:, before:]
     query, key, value = _as_autocast(query, key, value)
     kv_heads = key.shape[1]
     # Half the lowest finite number, not -inf: a row without keys must give 0, not 0 / 0, and no sum may reach -inf.

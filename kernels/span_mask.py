@@ -23,8 +23,19 @@ Source   arXiv 2602.06019, the figures of the mask-replicated layout; spans in b
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Rule(NamedTuple):
+    """What the rows of a layout see: the integers at the head of this file, each [..., T]."""
+
+    position: Tensor
+    prefix_end: Tensor
+    span_start: Tensor
+    span_end: Tensor | None = None
 
 
 def span_mask(

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from mtpkern.kernels.scoring import Scoring
 from mtpkern.routing import APART, CAPTURE, NAME, AttentionContext, plain_name, route_of, routed_config
 
 # Keyword tensors that transformers hands to every attention function and that hold nothing our rows do not know.
@@ -75,8 +76,7 @@ def mtpkern_attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     # Not through typing.cast, for which torch.compile would look at the number and compile every layer anew.
     layer: Any = module.layer_idx
-    out = context.attend(layer, query, key, value, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux)
-    return out, None
+    return context.attend(layer, query, key, value, Scoring(scale, sliding_window, softcap, s_aux)), None
 
 
 def _plain_attention(module: torch.nn.Module) -> Callable[..., Any]:

@@ -18,6 +18,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from mtpkern.kernels.decode_attention import decode_attention
 from mtpkern.kernels.kv_write import kv_write
+from mtpkern.kernels.packed_rows import PackedRows
+from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.state import Rows
 
 
@@ -108,45 +110,31 @@ class KVCache:
             for x in pair:
                 x.zero_()
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Write key and value [1, Hkv, R, D] of this pass, then attend with query [1, Hq, R, D]: [1, R, Hq, D]."""
         if not self.proven:
             self._require_as_cached(layer, key, value)
         k_cache, v_cache = self.layers[layer]
-        rows = self.rows
-        slot = rows.slot if self.held == self.capacity else rows.slot.clamp(max=self.held)
         return decode_attention(
             query[0].transpose(0, 1),
             key[0].transpose(0, 1),
             value[0].transpose(0, 1),
             k_cache,
             v_cache,
-            rows.seq,
-            slot,
-            rows.start,
-            max_rows=self.max_rows,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
+            self.packed(),
+            scoring,
             batch_invariant=self.batch_invariant,
-            row_prefix=rows.prefix_end if self.scratch else None,
-            row_span=rows.span_start if self.scratch else None,
-            scratch=self.scratch,
             slots=self.slots,
-            memo=self.memo,
         )[None]
+
+    def packed(self) -> PackedRows:
+        """The rows of this pass as the buffers have them, whose trash slot may not be C yet."""
+        rows = self.rows
+        slot = rows.slot if self.held == self.capacity else rows.slot.clamp(max=self.held)
+        if not self.scratch:
+            return PackedRows(rows.seq, slot, rows.start, self.max_rows, memo=self.memo)
+        spans = rows.prefix_end, rows.span_start
+        return PackedRows(rows.seq, slot, rows.start, self.max_rows, *spans, self.scratch, self.memo)
 
     def _require_as_cached(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Raise ValueError where a layer of a first pass does not attend, once, to the like of what it has cached."""

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from mtpkern.kernels.scoring import Scoring
+
 # The names that a config answers in a block: of our attention, of the same where torch.compile may not look inside, and
 # of the model's own with its keys and values taken.
 NAME = "mtpkern"
@@ -29,18 +31,7 @@ CAPTURE = "mtpkern_capture"
 class AttentionContext(Protocol):
     """What a pass brings along: the one object that knows which keys a row sees."""
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Attend with query [B, Hq, T, D] to key and value [B, Hkv, T, D] of this pass; returns [B, T, Hq, D]."""
         ...
 

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from mtpkern.bench import aot
+from mtpkern.bench import aot, aot_budgets
 from mtpkern.bench.report import RESULTS
 
 pytestmark = pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed")
@@ -52,13 +52,13 @@ print(json.dumps([[asdict(one) for one in kernels] for kernels in compile_all(ca
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("target", aot_budgets.TARGETS)
 def test_budgets(target: str) -> None:
     cases = [*KERNELS, *MORE.get(target, ())]
     if target in ("sm_89", "sm_100"):  # the most expensive one, and tiled as elsewhere
         cases.remove("span_attention bf16 D128")
     compiled = {
-        case: [aot.Compiled(**one) for one in kernels]
+        case: [aot_budgets.Compiled(**one) for one in kernels]
         for case, kernels in zip(cases, json.loads(without_interpreter(COMPILE, target, *cases)))
     }
     for case, kernels in compiled.items():
@@ -66,7 +66,7 @@ def test_budgets(target: str) -> None:
             before = ["_kv_write_kernel"] if target == "gfx942" and case.startswith("decode_attention") else []
             assert [one.kernel for one in kernels] == before + KERNELS[case]
         for one in kernels:
-            assert not aot.over_budget(one), one
+            assert not aot_budgets.over_budget(one), one
             assert one.registers > 0
             step = not one.case.startswith(("span_attention", "distill"))
             assert one.early == ("waits" if step and target in ("sm_90", "sm_100") else ""), one
@@ -78,7 +78,7 @@ def test_budgets(target: str) -> None:
 
 
 def test_a_budget_that_is_exceeded_is_named() -> None:
-    good = aot.Compiled(
+    good = aot_budgets.Compiled(
         case="readout bf16 V151936",
         target="sm_90",
         kernel="_chunk_kernel",
@@ -93,11 +93,11 @@ def test_a_budget_that_is_exceeded_is_named() -> None:
         atomics=False,
         source="",
     )
-    assert not aot.over_budget(good)
-    assert not aot.over_budget(replace(good, early="waits"))
+    assert not aot_budgets.over_budget(good)
+    assert not aot_budgets.over_budget(replace(good, early="waits"))
     product = replace(good, rows=64, bits=16, matrix="wgmma")
-    assert not aot.over_budget(product)
-    assert not aot.over_budget(replace(product, bits=32, matrix="mma.sync"))
+    assert not aot_budgets.over_budget(product)
+    assert not aot_budgets.over_budget(replace(product, bits=32, matrix="mma.sync"))
     for bad, word in (
         (replace(good, spill=8), "spills 8"),
         (replace(good, shared_memory=(227 << 10) + 1), "shared memory"),
@@ -107,28 +107,28 @@ def test_a_budget_that_is_exceeded_is_named() -> None:
         (replace(good, atomics=True), "atomics"),
         (replace(good, early="races"), "may start early"),
     ):
-        assert sum(word in fault for fault in aot.over_budget(bad)) == 1, bad
-    for (case, kernel), spill in aot.SPILL.items():
-        for target, allowed in ((target, aot.of_this_version(budget)) for target, budget in spill.items()):
+        assert sum(word in fault for fault in aot_budgets.over_budget(bad)) == 1, bad
+    for (case, kernel), spill in aot_budgets.SPILL.items():
+        for target, allowed in ((target, aot_budgets.of_this_version(budget)) for target, budget in spill.items()):
             one = replace(good, case=case, kernel=kernel, target=target, spill=allowed)
-            assert not aot.over_budget(one)
-            assert aot.over_budget(replace(one, spill=allowed + 1))
+            assert not aot_budgets.over_budget(one)
+            assert aot_budgets.over_budget(replace(one, spill=allowed + 1))
     # A budget for a case that is no more would hold nothing.
-    assert all(any(name.startswith(case) for name in aot.CASES) for case, _ in aot.SPILL)
+    assert all(any(name.startswith(case) for name in aot.CASES) for case, _ in aot_budgets.SPILL)
 
 
 COMMAND = """
 import sys
 from dataclasses import replace
-from mtpkern.bench import aot
+from mtpkern.bench import aot, aot_budgets
 from mtpkern.kernels.kv_write import _kv_write_kernel
 
-good = aot.TARGETS["sm_90"]
+good = aot_budgets.TARGETS["sm_90"]
 aot.write = None  # a call that nobody asked for would fail
 
 def run(*arguments, room=good.shared_memory):
     print(f"--- {arguments[6:]} {room}")
-    aot.TARGETS["sm_90"] = replace(good, shared_memory=room)
+    aot_budgets.TARGETS["sm_90"] = replace(good, shared_memory=room)
     sys.argv = ["aot", *arguments]
     print(aot.main())
 
@@ -147,7 +147,7 @@ run(*what, "--changed")
 LACKING = """
 import sys
 from dataclasses import replace
-from mtpkern.bench import aot
+from mtpkern.bench import aot, aot_budgets
 
 (one,) = aot.compile_case("kv_write bf16 D64", "sm_90")
 aot.committed = lambda: {"other": replace(one, source="other")}
@@ -190,21 +190,21 @@ def test_a_part_is_not_written_over_the_table(monkeypatch: pytest.MonkeyPatch, c
 def test_the_committed_table_agrees_with_the_budgets() -> None:
     """That it is of today's kernels, `make aot AOT_ARGS=--changed` holds, which compiles what the table lacks."""
     record = json.loads((RESULTS / "aot.json").read_text(encoding="utf-8"))
-    compiled = [aot.Compiled(**one) for one in record["kernels"]]
+    compiled = [aot_budgets.Compiled(**one) for one in record["kernels"]]
     page = (RESULTS / "aot.md").read_text(encoding="utf-8")
     assert f"- triton: {record['environment']['triton']}" in page
     assert {one.case for one in compiled} <= set(aot.CASES)
     for case, kernels in KERNELS.items():
         op = case.split()[0]
-        for target in aot.TARGETS:
+        for target in aot_budgets.TARGETS:
             named = {one.kernel for one in compiled if one.case.split()[0] == op and one.target == target}
             assert named >= set(kernels), (op, target)
     # Another version's budgets would mark other cells.
     if record["environment"]["triton"] == version("triton"):
-        for table in aot.tables(compiled, list(aot.TARGETS)):
+        for table in aot.tables(compiled, list(aot_budgets.TARGETS)):
             assert table.markdown() in page
-        assert not [fault for one in compiled for fault in aot.over_budget(one)]
-        for (case, kernel), spill in aot.SPILL.items():
+        assert not [fault for one in compiled for fault in aot_budgets.over_budget(one)]
+        for (case, kernel), spill in aot_budgets.SPILL.items():
             for target, budget in spill.items():
                 found = [
                     one.spill
@@ -212,13 +212,13 @@ def test_the_committed_table_agrees_with_the_budgets() -> None:
                     if one.case.startswith(case) and one.kernel == kernel and one.target == target
                 ]
                 # A case whose kernel is that of an earlier one is not in the table.
-                assert not found or max(found) >= aot.of_this_version(budget), (case, kernel, target)
+                assert not found or max(found) >= aot_budgets.of_this_version(budget), (case, kernel, target)
 
 
 PLANTED = """
 import sys, tempfile, importlib.util, pathlib
 import torch
-from mtpkern.bench import aot
+from mtpkern.bench import aot, aot_budgets
 source = '''
 import triton, triton.language as tl
 @triton.jit
@@ -252,7 +252,7 @@ with tempfile.TemporaryDirectory() as folder:
     for target in ("sm_90", "gfx942"):
         with aot.compiling(target) as noted:
             planted._merge_kernel[(4,)](torch.ones(128), torch.zeros(1, dtype=torch.int32), torch.ones(128), N=4)
-        print(aot.over_budget(noted[0]))
+        print(aot_budgets.over_budget(noted[0]))
     with aot.compiling("sm_90") as noted:
         for form in ("the wait first", "no wait", "a load", "a trigger", "a program that returns"):
             planted.early[(4,)](torch.ones(128), torch.ones(128), FORM=form, launch_pdl=True)
@@ -273,10 +273,13 @@ VARIANTS = """
 from unittest.mock import patch
 import torch
 from triton.runtime import JITFunction
-from mtpkern.bench import aot
+from mtpkern.bench import aot, aot_budgets
 from mtpkern.kernels.decode_attention import decode_attention_triton
 from mtpkern.kernels.readout import readout_triton
+from mtpkern.kernels.packed_rows import PackedRows
+from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.span_attention import span_attention_triton
+from mtpkern.kernels.span_mask import Rule
 
 keys = set()
 def note(self, key, signature, device, constexprs, options, attrs, warmup):
@@ -288,15 +291,15 @@ with aot.compiling("sm_90"), patch.object(JITFunction, "_do_compile", note):
         cache = torch.empty(B, 2, C + 1, 64)
         index, start = torch.zeros(B * rows - i % 5, dtype=torch.int64), torch.zeros(B + 1, dtype=torch.int64)
         decode_attention_triton(
-            *(torch.empty(len(index), heads, 64) for heads in (8, 2, 2)), cache, cache, index, index, start,
-            max_rows=rows, scale=0.125 + i, splits=2 + i % 9, window=5 + i, softcap=20.0 + i,
+            *(torch.empty(len(index), heads, 64) for heads in (8, 2, 2)), cache, cache,
+            PackedRows(index, index, start, rows), Scoring(0.125 + i, 5 + i, 20.0 + i), splits=2 + i % 9,
         )
         readout_triton(torch.empty(1 + i, 4096), 7 + i)
     for i in range(50):
         B, T = 1 + i % 4, (1 if i == 0 else 16 * i if i % 3 else 37 * i + 1)
         q, k = (torch.empty(B, T, h, 64, dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for h in (8, 2))
-        rule = [torch.zeros(B, T, dtype=torch.int32)] * 3
-        span_attention_triton(q, k, k, *rule, scale=0.1, window=None if i % 2 else 1 + 5 * i).sum().backward()
+        rule = Rule(*[torch.zeros(B, T, dtype=torch.int32)] * 3)
+        span_attention_triton(q, k, k, rule, Scoring(0.1, None if i % 2 else 1 + 5 * i)).sum().backward()
 print(*sorted(name for name, _ in keys))
 """
 
@@ -312,7 +315,7 @@ def test_variants_do_not_grow_with_shapes() -> None:
 
 WIDE = """
 import re
-from mtpkern.bench import aot
+from mtpkern.bench import aot, aot_budgets
 
 texts = []
 noted = aot._noted

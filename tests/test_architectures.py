@@ -1,6 +1,7 @@
 """Every supported architecture, unmodified: each strategy equals the slow reference, lossless ones greedy decoding."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -173,31 +174,37 @@ def test_smallest_budget_of_one_sequence_equals_the_reference_with_that_budget(
     assert longest > 1
 
 
-def _window_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+def _ignored(monkeypatch: pytest.MonkeyPatch, **unset: None) -> None:
     attend = mtpkern.cache.decode_attention
-    monkeypatch.setattr(mtpkern.cache, "decode_attention", lambda *a, **kw: attend(*a, **{**kw, "window": None}))
+
+    def patched(*args: Any, **kw: Any) -> Any:
+        return attend(*args[:-1], replace(args[-1], **unset), **kw)
+
+    monkeypatch.setattr(mtpkern.cache, "decode_attention", patched)
+
+
+def _window_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    _ignored(monkeypatch, window=None)
 
 
 def _softcap_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    attend = mtpkern.cache.decode_attention
-    monkeypatch.setattr(mtpkern.cache, "decode_attention", lambda *a, **kw: attend(*a, **{**kw, "softcap": None}))
+    _ignored(monkeypatch, softcap=None)
 
 
 def _sinks_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    attend = mtpkern.cache.decode_attention
-    monkeypatch.setattr(mtpkern.cache, "decode_attention", lambda *a, **kw: attend(*a, **{**kw, "sinks": None}))
+    _ignored(monkeypatch, sinks=None)
 
 
 def _later_mask_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     attend = mtpkern.cache.decode_attention
 
-    def patched(query: Tensor, key: Tensor, value: Tensor, *tensors: Tensor, **kw: Any) -> Any:
-        attend(query, key, value, *tensors, **kw)
+    def patched(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **kw: Any) -> Any:
+        attend(query, key, value, *rest, **kw)
         # Once more, each row a slot further, with what stands there.
-        k_cache, v_cache, seq, slot, start = tensors
-        behind = torch.where(slot < k_cache.shape[2] - 1, slot + 1, slot)
-        there = k_cache[seq, :, behind], v_cache[seq, :, behind]
-        return attend(query, *there, k_cache, v_cache, seq, behind, start, **{**kw, "memo": {}})
+        k_cache, v_cache, rows, scoring = rest
+        behind = torch.where(rows.slot < k_cache.shape[2] - 1, rows.slot + 1, rows.slot)
+        there = k_cache[rows.seq, :, behind], v_cache[rows.seq, :, behind]
+        return attend(query, *there, k_cache, v_cache, replace(rows, slot=behind, memo={}), scoring, **kw)
 
     monkeypatch.setattr(mtpkern.cache, "decode_attention", patched)
 
@@ -206,11 +213,11 @@ def _stale_mask_keys_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever writes a slot first keeps it, so the keys of a mask stay when its token has been accepted."""
     attend = mtpkern.cache.decode_attention
 
-    def patched(query: Tensor, key: Tensor, value: Tensor, *tensors: Tensor, **kw: Any) -> Any:
-        k_cache, v_cache, seq, slot, _ = tensors
-        old_k, old_v = k_cache[seq, :, slot], v_cache[seq, :, slot]
+    def patched(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **kw: Any) -> Any:
+        k_cache, v_cache, rows, _ = rest
+        old_k, old_v = k_cache[rows.seq, :, rows.slot], v_cache[rows.seq, :, rows.slot]
         free = (old_k == 0).all(-1, keepdim=True)
-        return attend(query, torch.where(free, key, old_k), torch.where(free, value, old_v), *tensors, **kw)
+        return attend(query, torch.where(free, key, old_k), torch.where(free, value, old_v), *rest, **kw)
 
     monkeypatch.setattr(mtpkern.cache, "decode_attention", patched)
 
@@ -288,12 +295,14 @@ def _changed_for_masks(
     """Tell attention another prefix_end and span_start of the masks behind drafts."""
     attend = mtpkern.cache.decode_attention
 
-    def patched(*tensors: Tensor, **kw: Any) -> Any:
-        slot = tensors[-2]
-        rule = kw["row_prefix"], kw["row_span"]
-        if kw["scratch"]:
-            rule = (torch.where(slot < kw["scratch"], x, y) for x, y in zip(change(slot, *rule), rule))
-        return attend(*tensors, **{**kw, **dict(zip(("row_prefix", "row_span"), rule))})
+    def patched(*args: Any, **kw: Any) -> Any:
+        *tensors, rows, scoring = args
+        if rows.scratch:
+            rule = rows.prefix_end, rows.span_start
+            changed = zip(change(rows.slot, *rule), rule)
+            prefix_end, span_start = (torch.where(rows.slot < rows.scratch, x, y) for x, y in changed)
+            rows = replace(rows, prefix_end=prefix_end, span_start=span_start)
+        return attend(*tensors, rows, scoring, **kw)
 
     monkeypatch.setattr(mtpkern.cache, "decode_attention", patched)
 

@@ -22,7 +22,7 @@ from mtpkern.train.arithmetic import (
     split_of_numbers,
 )
 from mtpkern.train.data import DataArguments, load_data
-from mtpkern.train.formats import Encoder
+from mtpkern.train.encoder import Encoder
 from mtpkern.train.options import read_config
 
 SPLITS = get_args(Split)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mtpkern.attention import NAME, attention_context, exclusive, mtpkern_attention, routed
+from mtpkern.kernels.scoring import Scoring
 
 
 class Recording:
@@ -15,8 +16,8 @@ class Recording:
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
-        self.calls.append({"layer": layer, "shapes": (query.shape, key.shape, value.shape), **kwargs})
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        self.calls.append({"layer": layer, "shapes": (query.shape, key.shape, value.shape), "scoring": scoring})
         return torch.zeros(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
 
 
@@ -41,10 +42,7 @@ def test_what_a_layer_asks_for_reaches_the_context() -> None:
         {
             "layer": 3,
             "shapes": (q.shape, k.shape, v.shape),
-            "scale": 0.5,
-            "window": 7,
-            "softcap": 30.0,
-            "sinks": sinks,
+            "scoring": Scoring(0.5, window=7, softcap=30.0, sinks=sinks),
         }
     ]
 
@@ -53,8 +51,7 @@ def test_defaults_of_a_layer_that_asks_for_nothing() -> None:
     context = Recording()
     mtpkern_attention(module, q, k, v, None, mtpkern=context, position_ids=torch.zeros(1, 5), is_causal=True)
     (call,) = context.calls
-    assert call["scale"] == 16**-0.5
-    assert (call["window"], call["softcap"], call["sinks"]) == (None, None, None)
+    assert call["scoring"] == Scoring(16**-0.5)
 
 
 def test_outside_of_a_context_it_does_not_run() -> None:

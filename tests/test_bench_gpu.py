@@ -258,7 +258,7 @@ WRONG_KERNELS = {
     "decode_attention": ("decode_attention.decode_attention", lambda query, *rest, **options: query),
     "span_attention": (
         "span_attention.span_attention",
-        lambda q, k, v, *rule, scale: (q + 0 * (k + v).sum()).transpose(1, 2),
+        lambda q, k, v, rule, scoring: (q + 0 * (k + v).sum()).transpose(1, 2),
     ),
     "distill_loss": ("distill.distill_loss", lambda hidden, head, **options: (hidden @ head.weight.t()).sum()),
     "head_readout": (

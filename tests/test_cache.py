@@ -9,6 +9,7 @@ import mtpkern
 from mtpkern import Verified
 from mtpkern.cache import KVCache, PrefillCache
 from mtpkern.decoder import Decoder
+from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.state import Rows
 
 B, HKV, D, C = 2, 2, 4, 6
@@ -27,11 +28,10 @@ def rows_of(*slots: tuple[int, ...], trash: int = 0) -> Rows:
 
 
 def attend(cache: KVCache, layer: int, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
-    options = {"scale": 0.5, "window": None, "softcap": None, "sinks": None, **kwargs}
     # Each call is a pass.
     cache.attended.clear()
     cache.memo.clear()
-    return cache.attend(layer, q, k, v, **options)
+    return cache.attend(layer, q, k, v, Scoring(0.5, **kwargs))
 
 
 def test_prefill_compacts_ragged_prompts() -> None:
@@ -114,14 +114,13 @@ def test_a_layer_that_cached_nothing() -> None:
 def test_a_layer_that_attends_twice_or_to_other_shapes_is_refused() -> None:
     cache = KVCache(C, rows_of((2,), (2,)), max_rows=1, model_name="OddForCausalLM")
     cache.fill(0, torch.ones(B, HKV, 2, D), torch.ones(B, HKV, 2, D), torch.tensor([[0, 1], [0, 1]]))
-    options: dict[str, Any] = {"scale": 0.5, "window": None, "softcap": None, "sinks": None}
     query, new = torch.ones(1, HKV, 2, D), torch.ones(1, HKV, 2, D)
-    cache.attend(0, query, new, new, **options)
+    cache.attend(0, query, new, new, Scoring(0.5))
     with pytest.raises(ValueError, match="OddForCausalLM: layer 0 calls attention more than once in a pass"):
-        cache.attend(0, query, new, new, **options)
+        cache.attend(0, query, new, new, Scoring(0.5))
     cache.attended.clear()
     with pytest.raises(ValueError, match=r"layer 0 attends to values of 1 heads of 8, but has cached 2 heads of 4"):
-        cache.attend(0, query, new, torch.ones(1, 1, 2, 8), **options)
+        cache.attend(0, query, new, torch.ones(1, 1, 2, 8), Scoring(0.5))
 
 
 def test_a_layer_that_caches_twice_is_refused() -> None:

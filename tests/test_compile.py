@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 
 # Importing the ops registers them.
+from mtpkern.kernels.advance import advance  # noqa: F401
 from mtpkern.kernels.decode_attention import decode_attention
 from mtpkern.kernels.gated_lora import gated_lora
 from mtpkern.kernels.kv_write import kv_write
+from mtpkern.kernels.packed_rows import PackedRows
 from mtpkern.kernels.readout import readout
+from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.state import Rows, Sequences, Terms
 
 B, R, HKV, D, C = 2, 5, 2, 4, 6
@@ -39,19 +42,9 @@ def arguments(name: str) -> tuple[Any, ...]:
             draw(R, HKV, D),
             draw(R, HKV, D + 2),
             *caches,
-            SEQ,
-            SLOT,
-            START,
-            3,
-            0.5,
-            2,
-            None,
-            draw(2 * HKV),
-            False,
-            SLOT + 1,
-            SLOT + 1,
-            1,
-            None,
+            *(SEQ, SLOT, START, 3, SLOT + 1, SLOT + 1, 1),
+            *(0.5, 2, None, draw(2 * HKV)),
+            *(False, None),
         )
     sequences, rows = Sequences.allocate(B, C, C, CPU), Rows.allocate(R, B, CPU, 2)
     sequences.length.fill_(2)
@@ -81,5 +74,5 @@ def test_eager_calls_do_not_go_through_the_dispatcher() -> None:
         readout(*arguments("readout"))
         kv_write(*arguments("kv_write"))
         gated_lora(*arguments("gated_lora"))
-        *tensors, max_rows, scale, window, softcap, sinks, _, _, _, _, _ = arguments("decode_attention")
-        decode_attention(*tensors, max_rows=max_rows, scale=scale, window=window, softcap=softcap, sinks=sinks)
+        given = arguments("decode_attention")
+        decode_attention(*given[:5], PackedRows(*given[5:12]), Scoring(*given[12:16]))

@@ -9,8 +9,10 @@ import mtpkern
 from mtpkern.cli import main
 from mtpkern.rows import BadRow
 from mtpkern.train import data as data_module
-from mtpkern.train.data import DataArguments, EncodedTexts, StreamedTexts, is_held_out, load_data, read_rows
-from mtpkern.train.formats import FORMATS, Encoder, conversation_of, messages_of, recognise
+from mtpkern.train.data import DataArguments, EncodedTexts, StreamedTexts, is_held_out, load_data
+from mtpkern.train.encoder import Encoder
+from mtpkern.train.formats import FORMATS, conversation_of, messages_of, recognise
+from mtpkern.train.sources import read_rows
 
 QUESTION, ANSWER = "What is 1 + 1?", "It is 2.\n#### 2"
 TURNS = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]

@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from mtpkern.kernels import decode_attention as module
-from mtpkern.kernels.decode_attention import decode_attention, decode_attention_reference, decode_attention_triton
+from mtpkern.kernels.decode_attention import decode_attention, decode_attention_triton
+from mtpkern.kernels.packed_rows import PackedRows
+from mtpkern.kernels.scoring import Scoring
 
 KERNEL = pytest.param(decode_attention_triton, marks=pytest.mark.kernel)
-FORMS = [decode_attention, decode_attention_reference, KERNEL]
+FORMS = [decode_attention, decode_attention.reference, KERNEL]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+SCORING = ("scale", "window", "softcap", "sinks")
 
 # What a slot may hold that no row sees.
 STALE = 1e4
@@ -25,7 +29,7 @@ Form = Callable[..., Tensor]
 def forms_with(dtypes: list[torch.dtype]) -> list[object]:
     """Pairs of form and dtype. The kernel has no float64."""
     torch_forms = [
-        pytest.param(form, dtype) for form in (decode_attention, decode_attention_reference) for dtype in dtypes
+        pytest.param(form, dtype) for form in (decode_attention, decode_attention.reference) for dtype in dtypes
     ]
     kernels = [
         pytest.param(decode_attention_triton, dtype, marks=pytest.mark.kernel)
@@ -60,17 +64,18 @@ class Case:
         `key` and `value` replace those that the caches tell of.
         """
         options.setdefault("scale", self.query.shape[-1] ** -0.5)
+        scoring = Scoring(**{name: options.pop(name) for name in SCORING if name in options})  # type: ignore[arg-type]
         new = [options.pop(name, x) for name, x in zip(("key", "value"), self.new())]
         caches = [self.k_cache, self.v_cache]
-        if form in (decode_attention, decode_attention_reference):  # torch, to which 0 times NaN is NaN
+        if form in (decode_attention, decode_attention.reference):  # torch, to which 0 times NaN is NaN
             caches = [cache.clone() for cache in caches]
             for cache in caches:
                 cache[:, :, :-1] = cache[:, :, :-1].nan_to_num(STALE)
         expected = [cache[:, :, :-1].clone() for cache in caches]
         for cache in caches:
             cache[self.seq, :, self.slot] = torch.nan
-        plan = self.seq, self.slot, self.start
-        out = form(self.query, *new, *caches, *plan, max_rows=self.max_rows, **options)
+        rows = PackedRows(self.seq, self.slot, self.start, self.max_rows)
+        out = form(self.query, *new, *caches, rows, scoring, **options)
         for cache, right in zip(caches, expected):
             torch.testing.assert_close(cache[:, :, :-1], right, rtol=0, atol=0, equal_nan=True)
         return out

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from mtpkern.kernels import decode_attention as module
-from mtpkern.kernels.decode_attention import decode_attention, decode_attention_reference, decode_attention_triton
+from mtpkern.kernels.decode_attention import decode_attention, decode_attention_triton
+from mtpkern.kernels.packed_rows import PackedRows
+from mtpkern.kernels.scoring import Scoring
 
-FORMS = [decode_attention_reference, pytest.param(decode_attention_triton, marks=pytest.mark.kernel)]
+FORMS = [decode_attention.reference, pytest.param(decode_attention_triton, marks=pytest.mark.kernel)]
 STALE = 1e4  # what a slot may hold that no row sees
 
 Form = Callable[..., Tensor]
@@ -103,7 +105,7 @@ class Case:
     def run(self, form: Form, **options: Any) -> Tensor:
         """Attend over caches in which the slots of these rows hold NaN at first; check what is left there."""
         caches = [self.k_cache, self.v_cache]
-        if form in (decode_attention, decode_attention_reference):  # torch, to which 0 times NaN is NaN
+        if form in (decode_attention, decode_attention.reference):  # torch, to which 0 times NaN is NaN
             caches = [x.clone() for x in caches]
             for x in caches:
                 x[:, :, :-1] = x[:, :, :-1].nan_to_num(STALE)
@@ -115,9 +117,10 @@ class Case:
         new, expected = [x[seq, :, slot] for x in caches], [x[:, :, :-1].clone() for x in caches]
         for x in caches:
             x[seq, :, slot] = torch.nan
-        how: dict[str, Any] = {"max_rows": int(self.start.diff().max()), "scale": 0.3, "window": self.window, **options}
-        rule = {"row_prefix": prefix, "row_span": span, "scratch": self.scratch}
-        out = form(self.query, *new, *caches, seq, slot, self.start, **rule, **how)
+        max_rows = options.pop("max_rows", int(self.start.diff().max()))
+        packed = PackedRows(seq, slot, self.start, max_rows, prefix, span, self.scratch)
+        scoring = Scoring(0.3, self.window, options.pop("softcap", None), options.pop("sinks", None))
+        out = form(self.query, *new, *caches, packed, scoring, **options)
         for x, right in zip(caches, expected):
             torch.testing.assert_close(x[:, :, :-1], right, rtol=0, atol=0, equal_nan=True)
         return out
@@ -263,4 +266,4 @@ def test_batch_invariant_to_the_bit(form: Form) -> None:
 def test_the_public_op_takes_the_same_arguments() -> None:
     case = Case.of(*RAGGED[:3], scratch=11)
     case = replace(case, k_cache=case.k_cache.nan_to_num(STALE), v_cache=case.v_cache.nan_to_num(STALE))
-    assert torch.equal(case.run(decode_attention), case.run(decode_attention_reference))
+    assert torch.equal(case.run(decode_attention), case.run(decode_attention.reference))

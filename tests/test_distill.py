@@ -1,18 +1,15 @@
 """The fused head against plain torch in float64, its memory, and what it must refuse."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mtpkern.kernels import distill
-from mtpkern.kernels.distill import (
-    Head,
-    distill_loss,
-    distill_loss_reference,
-    distill_loss_triton,
-    head_readout,
-    head_readout_triton,
-)
+from mtpkern.kernels.distill import Head, distill_loss, distill_loss_reference, head_readout
+
+distill_loss_triton, head_readout_triton = (partial(form, triton=True) for form in (distill_loss, head_readout))
 
 R, H, V, BANNED = 37, 6, 19, 11
 
@@ -195,8 +192,8 @@ def test_d_weight_of_a_wider_dtype_is_summed_in_parts(monkeypatch):
     """Under autocast: float32 sums of bfloat16 products, a few rows of the head at a time, equal to all at once."""
     hidden, head, target, _, _ = case(dtype=torch.float32, bias=False)
     grads = []
-    for partial in (distill.PARTIAL, 3 * H * 2):
-        monkeypatch.setattr(distill, "PARTIAL", partial)
+    for held in (distill.PARTIAL, 3 * H * 2):
+        monkeypatch.setattr(distill, "PARTIAL", held)
         with torch.autocast("cpu", torch.bfloat16):
             loss = distill_loss(hidden, head, target=target, chunk=8)
         grads.append(torch.autograd.grad(loss, head.weight)[0])
@@ -258,16 +255,16 @@ def test_operators_are_registered_rightly():
     hidden, head, target, teacher, row_weight = case(dtype=torch.float32)
     options = 1.0, 3.0, BANNED, torch.float32
     readout = [hidden, head.weight, head.bias, *options, 8, False]
-    torch.library.opcheck(distill._readout_op, [x.detach() if torch.is_tensor(x) else x for x in readout])
+    torch.library.opcheck(distill._readout_op.registered, [x.detach() if torch.is_tensor(x) else x for x in readout])
     student = hidden, head.weight, head.bias
-    soft = *teacher[1].arguments(), torch.float32
-    for frozen in ((target, None, None, None, 1.0, None, None, None), (None, teacher[0], *soft)):
+    soft = *vars(teacher[1]).values(), torch.float32
+    for frozen in ((target, *[None] * 7), (None, teacher[0], *soft)):
         arguments = *options, *frozen, row_weight, [True, True, True], 8, False
         detached = [x.detach() for x in student]
-        torch.library.opcheck(distill._loss_op, (*detached, *arguments))
+        torch.library.opcheck(distill._loss_op.registered, (*detached, *arguments))
         # Traced with its gradients as outputs, backward could not write into them: test_one_node_for_the_compiler.
         checks = "test_schema", "test_autograd_registration", "test_faketensor"
-        torch.library.opcheck(distill._loss_op, (*student, *arguments), test_utils=checks)
+        torch.library.opcheck(distill._loss_op.registered, (*student, *arguments), test_utils=checks)
 
 
 def test_bfloat16_error_is_that_of_the_reference():

@@ -10,7 +10,9 @@ from mtpkern.kernels import form
 from mtpkern.kernels.decode_attention import decode_attention
 from mtpkern.kernels.form import go_without_kernels, has_kernels, pdl_options, takes_kernel
 from mtpkern.kernels.gated_lora import gated_lora
+from mtpkern.kernels.packed_rows import PackedRows
 from mtpkern.kernels.readout import readout
+from mtpkern.kernels.scoring import Scoring
 
 
 def test_a_device_whose_kernel_failed_takes_the_torch_forms(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +75,7 @@ def test_what_starts_early_reads_nothing_early(monkeypatch: pytest.MonkeyPatch) 
     weights, a, b = drawn(8, H * D, H * D), drawn(32, H * D), drawn(H * D, 32)
     filled = drawn(2, B, H, L + 1, D)
     o_r, start = torch.arange(B * W, device="cuda"), torch.arange(B + 1, device="cuda") * W
-    rows = o_r // W, L - W + o_r % W, start
+    rows = PackedRows(o_r // W, L - W + o_r % W, start, W)
 
     @torch.no_grad()
     def run() -> list[torch.Tensor]:
@@ -82,7 +84,7 @@ def test_what_starts_early_reads_nothing_early(monkeypatch: pytest.MonkeyPatch) 
             z = y @ weights[i % 8]
             gated_lora([z], y, gate, [a], [b], 1.0)
             heads = z.view(B * W, H, D)
-            y = decode_attention(heads, heads, heads, k, v, *rows, max_rows=W, scale=D**-0.5).flatten(1)
+            y = decode_attention(heads, heads, heads, k, v, rows, Scoring(D**-0.5)).flatten(1)
             found += readout(y, 0)
         return [y, k, v, *found]
 

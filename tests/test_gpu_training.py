@@ -12,7 +12,8 @@ from mtpkern.adapter import gate_of
 from mtpkern.attention import attention_context
 from mtpkern.kernels import distill, span_attention
 from mtpkern.kernels.distill import Head, distill_loss, distill_loss_reference, head_readout
-from mtpkern.kernels.span_mask import span_mask
+from mtpkern.kernels.scoring import Scoring
+from mtpkern.kernels.span_mask import Rule, span_mask
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.gated import BehindPrefixContext, gated_loss
@@ -57,20 +58,20 @@ def draw(rule, heads, kv_heads, dim, dtype, *, sinks=False):
 def gradients(form, leaves, d_out, rule, dtype=None, **options):
     leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in leaves]
     sinks = leaves[3] if len(leaves) == 4 else None
-    out = form(*leaves[:3], *rule, sinks=sinks, **options)
+    out = form(*leaves[:3], Rule(*rule), Scoring(sinks=sinks, **options))
     return [out.detach(), *torch.autograd.grad(out, leaves, d_out.to(out.dtype))]
 
 
-def eager(query, key, value, *rule, scale, window=None, softcap=None, sinks=None):
+def eager(query, key, value, rule, scoring):
     """Every step in the dtype of the inputs."""
     groups = query.shape[1] // key.shape[1]
-    mask = span_mask(*rule, window=window)[:, None]
-    score = query @ key.repeat_interleave(groups, 1).mT * scale
-    if softcap is not None:
-        score = softcap * torch.tanh(score / softcap)
+    mask = span_mask(*rule, window=scoring.window)[:, None]
+    score = query @ key.repeat_interleave(groups, 1).mT * scoring.scale
+    if scoring.softcap is not None:
+        score = scoring.softcap * torch.tanh(score / scoring.softcap)
     score = score.masked_fill(~mask, torch.finfo(score.dtype).min)
-    if sinks is not None:
-        score = torch.cat([score, sinks[None, :, None, None].expand(*score.shape[:3], 1)], -1)
+    if scoring.sinks is not None:
+        score = torch.cat([score, scoring.sinks[None, :, None, None].expand(*score.shape[:3], 1)], -1)
     weight = score.softmax(-1)[..., : key.shape[2]] * mask
     return (weight @ value.repeat_interleave(groups, 1)).transpose(1, 2)
 

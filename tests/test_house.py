@@ -87,6 +87,48 @@ def test_arrows(room):
     assert not {name: found for name, found in wrong.items() if found}
 
 
+def circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """What is left once modules that import none of those left, or that none of those left imports, are taken away."""
+    left = dict(imports)
+    while True:
+        used = {name for names in left.values() for name in names}
+        free = {name for name, names in left.items() if not names & set(left) or name not in used}
+        if not free:
+            return sorted([name, *sorted(names & set(left))] for name, names in left.items())
+        left = {name: names for name, names in left.items() if name not in free}
+
+
+def run_at_import(source: str) -> str:
+    """The source without its functions and what only type checkers read."""
+
+    class Bare(ast.NodeTransformer):
+        def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+            return ast.Pass()
+
+        def visit_If(self, node: ast.If) -> ast.AST:
+            return ast.Pass() if ast.unparse(node.test) == "TYPE_CHECKING" else self.generic_visit(node)
+
+    return ast.unparse(Bare().visit(ast.parse(source)))
+
+
+def test_no_modules_import_one_another():
+    files = {
+        room if path.stem == "__init__" else f"{room}.{path.stem}": path
+        for room, folder in ROOMS.items()
+        for path in folder.glob("*.py")
+    }
+    imports = {
+        name: (imported_names(run_at_import(path.read_text()), name) & set(files)) - set(ROOMS)
+        for name, path in files.items()
+    }
+    assert not circles(imports)
+
+
+def test_a_circle_is_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"], ["c", "b"]]
+    assert not circles({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+
+
 @pytest.mark.parametrize(
     ("room", "source"),
     [

@@ -15,13 +15,14 @@ from torch.utils.checkpoint import checkpoint
 
 import mtpkern
 from mtpkern.attention import NAME, attention_context, mtpkern_attention
+from mtpkern.kernels.scoring import Scoring
 from mtpkern.routing import routed_config
 
 
 class Zeros:
     """An attention context that returns zeros."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         return torch.zeros(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
 
 
@@ -186,7 +187,7 @@ class _Ones:
     def __init__(self, seen: list[bool]) -> None:
         self.seen = seen
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         self.seen.append(True)
         return torch.ones_like(query).transpose(1, 2) * query.mean()
 

@@ -8,7 +8,7 @@ import pytest
 from mtpkern.cli import read_rows as read_prompts
 from mtpkern.rows import BadRow, parse, read_lines, shown, strings
 from mtpkern.train.data import BadData, DataArguments, load_data
-from mtpkern.train.formats import Encoder
+from mtpkern.train.encoder import Encoder
 
 GOOD = [
     {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]},

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.span_attention import span_attention, span_attention_reference
 from mtpkern.kernels.span_mask import span_mask
 from mtpkern.train.layout import build_layout
@@ -50,7 +51,7 @@ def loop(q, k, v, rule, window, softcap, sinks):
 def test_equals_loop(window, softcap, with_sinks, bidirectional):
     q, k, v, rule = case(bidirectional=bidirectional)
     sinks = torch.linspace(-1, 1, 4, dtype=torch.float64) if with_sinks else None
-    out = span_attention(q, k, v, *rule, scale=SCALE, window=window, softcap=softcap, sinks=sinks)
+    out = span_attention(q, k, v, rule, Scoring(SCALE, window, softcap, sinks))
     torch.testing.assert_close(out, loop(q, k, v, rule, window, softcap, sinks), rtol=1e-12, atol=1e-12)
 
 
@@ -60,7 +61,7 @@ def test_gradients(softcap, bidirectional):
     sinks = torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True)
 
     def f(q, k, v, sinks):
-        return span_attention_reference(q, k, v, *rule, scale=SCALE, window=4, softcap=softcap, sinks=sinks)
+        return span_attention_reference(q, k, v, rule, Scoring(SCALE, window=4, softcap=softcap, sinks=sinks))
 
     assert torch.autograd.gradcheck(f, (q, k, v, sinks))
 
@@ -70,14 +71,14 @@ def test_autocast_computes_in_its_dtype():
     q, k, v, rule = case(dtype=torch.float32)
     half = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
     mixed = [q, k, half[2]]
-    want = span_attention(*half, *rule, scale=SCALE)
+    want = span_attention(*half, rule, Scoring(SCALE))
     with torch.autocast("cpu", torch.bfloat16):
-        out = span_attention(*mixed, *rule, scale=SCALE)
+        out = span_attention(*mixed, rule, Scoring(SCALE))
     assert torch.equal(out, want)
     for x, got, other in zip(mixed, torch.autograd.grad(out.sum(), mixed), torch.autograd.grad(want.sum(), half)):
         assert got.dtype == x.dtype
         assert torch.equal(got, other.to(got.dtype))
-    truth = span_attention(*(x.double() for x in half), *rule, scale=SCALE)
+    truth = span_attention(*(x.double() for x in half), rule, Scoring(SCALE))
     assert (out.double() - truth).abs().max() < 2**-7 * truth.abs().max()
 
 
@@ -86,7 +87,7 @@ def test_rows_without_keys_give_zero_and_no_gradient(dtype):
     q, k, v, rule = case(dtype=dtype)
     empty = ~span_mask(*rule).any(-1)
     assert empty.any()
-    out = span_attention(q, k, v, *rule, scale=SCALE)
+    out = span_attention(q, k, v, rule, Scoring(SCALE))
     assert (out[empty] == 0).all()
     out.float().square().sum().backward()
     for x in (q, k, v):
@@ -96,13 +97,13 @@ def test_rows_without_keys_give_zero_and_no_gradient(dtype):
 
 def test_a_sink_alone_gives_zero():
     q, k, v, rule = case()
-    out = span_attention(q, k, v, *rule, scale=SCALE, sinks=torch.zeros(4, dtype=torch.float64))
+    out = span_attention(q, k, v, rule, Scoring(SCALE, sinks=torch.zeros(4, dtype=torch.float64)))
     assert (out[~span_mask(*rule).any(-1)] == 0).all()
 
 
 def test_large_scores_do_not_overflow():
     q, k, v, rule = case(dtype=torch.float32)
-    out = span_attention_reference(q * 1e4, k, v, *rule, scale=1.0, sinks=torch.full((4,), math.log(2)))
+    out = span_attention_reference(q * 1e4, k, v, rule, Scoring(1.0, sinks=torch.full((4,), math.log(2))))
     assert out.isfinite().all()
 
 
@@ -112,10 +113,10 @@ def test_the_last_rows_alone(softcap, with_sinks):
     """Queries of the masks only: their rows and gradients, with the keys of the tokens as constants."""
     q, k, v, rule = case()
     sinks = torch.linspace(-1, 1, 4, dtype=torch.float64) if with_sinks else None
-    options = {"scale": SCALE, "window": 4, "softcap": softcap, "sinks": sinks}
+    scoring = Scoring(SCALE, 4, softcap, sinks)
     constant = [torch.cat([x[:, :, :9].detach(), x[:, :, 9:]], dim=2) for x in (k, v)]
-    whole = span_attention(q, *constant, *rule, **options)[:, 9:]
-    part = span_attention(q[:, :, 9:], k, v, *rule, **options)
+    whole = span_attention(q, *constant, rule, scoring)[:, 9:]
+    part = span_attention(q[:, :, 9:], k, v, rule, scoring)
     torch.testing.assert_close(part, whole, rtol=1e-12, atol=1e-12)
     wanted = torch.autograd.grad(whole.square().sum(), (q, k, v))
     for x, got, want in zip((q, k, v), torch.autograd.grad(part.square().sum(), (q, k, v)), wanted):
@@ -127,6 +128,6 @@ def test_the_last_rows_alone(softcap, with_sinks):
 def test_errors():
     q, k, v, rule = case()
     with pytest.raises(ValueError, match="Hkv"):
-        span_attention(q[:, :3], k, v, *rule, scale=SCALE)
+        span_attention(q[:, :3], k, v, rule, Scoring(SCALE))
     with pytest.raises(ValueError, match="position"):
-        span_attention(q, k, v, rule[0][:, :4], rule[1], rule[2], scale=SCALE)
+        span_attention(q, k, v, rule._replace(position=rule.position[:, :4]), Scoring(SCALE))

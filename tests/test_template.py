@@ -6,7 +6,8 @@ import pytest
 
 from mtpkern.rows import own_bos
 from mtpkern.train.data import DataArguments, load_data
-from mtpkern.train.formats import Encoder, conversation_of
+from mtpkern.train.encoder import Encoder
+from mtpkern.train.formats import conversation_of
 from mtpkern.train.template import ChatTemplate
 
 # In the manner of Qwen 3: tools and tool calls, reasoning in the last answer only, a switch for it.

@@ -8,7 +8,7 @@ import pytest
 import mtpkern.train
 from mtpkern.train import MTPCollator, MTPConfig, MTPTrainer, encode_rows
 from mtpkern.train.data import DataArguments, load_data
-from mtpkern.train.formats import Encoder
+from mtpkern.train.encoder import Encoder
 
 
 def test_public_names_come_on_first_use():

@@ -57,16 +57,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def in_triton(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Puts the kernels into decoding, in place of the torch forms."""
 
-    def without_memo(kernel: Callable[..., Any]) -> Callable[..., Any]:
-        def launch(*args: Any, **options: Any) -> Any:
-            options.pop("memo", None)  # of the torch form
-            return kernel(*args, **options)
-
-        return launch
-
     def put() -> None:
         for (module, name), kernel in KERNELS.items():
-            monkeypatch.setattr(module, name, without_memo(kernel))
+            monkeypatch.setattr(module, name, kernel)
 
     return put
 

@@ -1,20 +1,17 @@
 """The Triton form of the fused head against float64, run by Triton's interpreter where there is no GPU."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from mtpkern.kernels import distill
-from mtpkern.kernels.distill import (
-    Head,
-    distill_loss_reference,
-    distill_loss_triton,
-    head_readout,
-    head_readout_triton,
-)
+from mtpkern.kernels.distill import Head, distill_loss, distill_loss_reference, head_readout
 
 pytest.importorskip("triton")
+
+distill_loss_triton, head_readout_triton = (partial(form, triton=True) for form in (distill_loss, head_readout))
 
 R, H, V, BANNED = 5, 6, 41, 7
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

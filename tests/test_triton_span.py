@@ -1,14 +1,17 @@
 """The Triton form of span attention against float64, run by Triton's interpreter where there is no GPU."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from mtpkern.attention import attention_context
 from mtpkern.kernels import span_attention as module
-from mtpkern.kernels.distill import distill_loss_triton, head_readout_triton
+from mtpkern.kernels.distill import distill_loss, head_readout
+from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.span_attention import Tiles, span_attention_reference, span_attention_triton
-from mtpkern.kernels.span_mask import span_mask
+from mtpkern.kernels.span_mask import Rule, span_mask
 from mtpkern.train import objective
 from mtpkern.train.layout import build_layout
 
@@ -94,18 +97,18 @@ def draw(rule, heads, kv_heads, dim, dtype, sinks=False):
     return leaves, normal(B, T, heads, dim)
 
 
-def eager(query, key, value, *rule, scale, window=None, softcap=None, sinks=None):
+def eager(query, key, value, rule, scoring):
     """Attention as transformers' eager form computes it, every step in the dtype of the inputs."""
     groups, before = query.shape[1] // key.shape[1], key.shape[2] - query.shape[2]
     key, value = (torch.cat([x[:, :, :before].detach(), x[:, :, before:]], 2) for x in (key, value))
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    mask = span_mask(*rule, window=window)[:, None, before:]
-    score = query @ key.mT * scale
-    if softcap is not None:
-        score = torch.tanh(score / softcap) * softcap
+    mask = span_mask(*rule, window=scoring.window)[:, None, before:]
+    score = query @ key.mT * scoring.scale
+    if scoring.softcap is not None:
+        score = torch.tanh(score / scoring.softcap) * scoring.softcap
     score = score.masked_fill(~mask, torch.finfo(score.dtype).min)
-    if sinks is not None:
-        score = torch.cat([score, sinks.view(1, -1, 1, 1).expand(*score.shape[:3], 1)], -1)
+    if scoring.sinks is not None:
+        score = torch.cat([score, scoring.sinks.view(1, -1, 1, 1).expand(*score.shape[:3], 1)], -1)
     weight = score.softmax(-1)[..., : key.shape[2]] * mask
     return (weight @ value).transpose(1, 2)
 
@@ -113,7 +116,7 @@ def eager(query, key, value, *rule, scale, window=None, softcap=None, sinks=None
 def gradients(form, leaves, d_out, rule, dtype=None, **options):
     leaves = [x.to(dtype or x.dtype, copy=True).requires_grad_() for x in leaves]
     sinks = leaves[3] if len(leaves) == 4 else None
-    out = form(*leaves[:3], *rule, sinks=sinks, **options)
+    out = form(*leaves[:3], Rule(*rule), Scoring(sinks=sinks, **options))
     return [out.detach(), *torch.autograd.grad(out, leaves, d_out.to(out.dtype))]
 
 
@@ -275,7 +278,7 @@ def test_offsets_pass_two_to_the_31(monkeypatch, batch, tokens, strides):
     for place in range(3):
         strided.copy_(leaves[place])
         moved = [(strided if i == place else x).detach().requires_grad_() for i, x in enumerate(leaves)]
-        out = span_attention_triton(*moved, *rule, scale=0.25)
+        out = span_attention_triton(*moved, Rule(*rule), Scoring(0.25))
         assert torch.equal(out, near[0])
         # The moved input's own gradient would be as large.
         others = [i for i in range(3) if i != place]
@@ -308,7 +311,7 @@ def test_inputs_need_not_be_dense(monkeypatch):
     ones = torch.ones(1, device=DEVICE).expand_as(d_out)
     want = gradients(span_attention_triton, leaves, torch.ones_like(d_out), rule, scale=0.3)
     got = [x.detach().requires_grad_() for x in apart]
-    out = span_attention_triton(*got, *rule, scale=0.3)
+    out = span_attention_triton(*got, Rule(*rule), Scoring(0.3))
     for a, b in zip([out, *torch.autograd.grad(out, got, ones)], want):
         assert torch.equal(a, b)
 
@@ -325,7 +328,7 @@ def test_a_compiled_step_has_no_graph_break(monkeypatch, form):
     options = {"mask_token_id": 40, "eos_token_ids": torch.tensor([7], device=DEVICE), "target": "gt"}
     if form == "triton":
         tile(monkeypatch, 32, 32)
-        monkeypatch.setattr(objective, "span_attention", lambda *x, mask, **o: span_attention_triton(*x, **o))
+        monkeypatch.setattr(objective, "span_attention", lambda *x, mask: span_attention_triton(*x))
 
     def loss(tokens, context):
         return objective.mtp_loss(model, None, tokens, context, **options).span
@@ -349,7 +352,7 @@ def test_the_op_is_what_torch_expects_of_one():
     rule = [x.to(DEVICE) for x in layout.rule[:3]]
     (q, k, v, sinks), _ = draw(rule, 2, 1, 16, torch.float32, sinks=True)
     leaves = [x.requires_grad_() for x in (q, k, v, sinks)]
-    torch.library.opcheck(torch.ops.mtpkern.span_attention, (*leaves, rule, 0.3, 2.0, 4))
+    torch.library.opcheck(torch.ops.mtpkern.span_attention, (*leaves[:3], rule, 0.3, 4, 2.0, leaves[3]))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -394,16 +397,16 @@ def test_a_training_step_equals_the_torch_path(monkeypatch, checkpointing):
 
     calls = []
 
-    def in_triton(*args, mask, **options):
+    def in_triton(*args, mask):
         calls.append(args[0].shape)
-        return span_attention_triton(*args, **options)
+        return span_attention_triton(*args)
 
     for target in ("hard", "soft"):
         want, want_grads = step(target)
         with monkeypatch.context() as patch:
             patch.setattr(objective, "span_attention", in_triton)
-            patch.setattr(objective, "distill_loss", distill_loss_triton)
-            patch.setattr(objective, "head_readout", head_readout_triton)
+            patch.setattr(objective, "distill_loss", partial(distill_loss, triton=True))
+            patch.setattr(objective, "head_readout", partial(head_readout, triton=True))
             sums, grads = step(target)
         assert torch.equal(sums.agree, want.agree)
         torch.testing.assert_close(sums.span, want.span, rtol=1e-5, atol=1e-5)

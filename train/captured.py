@@ -17,15 +17,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from mtpkern.graph import capturing, on_side_stream
-
-if TYPE_CHECKING:
-    from mtpkern.train.config import MTPConfig
 
 # Steps as they are before a capture: the first compiles kernels and layers.
 WARM_UP = 2
@@ -182,22 +178,4 @@ def _difference(got: Sequence[Tensor | None], want: Sequence[Tensor | None]) -> 
         # What is no number fails, too, unless the step itself has none: then the run ends by itself.
         if not ratio <= TOLERANCE and bool(size.isfinite()):
             return f"the {what} of a replay lie {ratio:.3g} of their size from those of the step itself"
-    return ""
-
-
-def against_graphs(args: MTPConfig) -> str:
-    """The first that stands against steps as CUDA graphs; empty where nothing does."""
-    for against, says in (
-        (not args.gated, "a loss on all rows"),
-        (args.device.type != "cuda", f"a device of type {args.device.type}"),
-        (args.world_size > 1 or bool(args.fsdp), "several processes"),
-        (args.gradient_accumulation_steps > 1, "gradient_accumulation_steps"),
-        (args.prefix_memory > 0, "prefix_memory"),
-        (args.packing, "packing"),
-        (args.fp16, "fp16"),
-        (bool(args.activation_checkpointing), "activation_checkpointing"),
-        (args.torch_empty_cache_steps is not None, "torch_empty_cache_steps"),
-    ):
-        if against:
-            return says
     return ""

@@ -14,8 +14,9 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel, Trainer
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
+from mtpkern.loading import require_found
 from mtpkern.train.config import ModelArguments, MTPConfig
-from mtpkern.train.data import DataArguments, require_found, require_readable
+from mtpkern.train.data import DataArguments, require_readable
 from mtpkern.train.lora import plain_model
 
 logger = logging.getLogger(__name__)

@@ -38,8 +38,8 @@ from mtpkern.train.collator import MTPCollator
 from mtpkern.train.config import ModelArguments, MTPConfig
 from mtpkern.train.data import BadData, DataArguments, EncodedTexts, Report, load_data, load_held_out
 from mtpkern.train.disk import DiskFull
+from mtpkern.train.encoder import Encoder
 from mtpkern.train.evaluate import HeldOut, summarise
-from mtpkern.train.formats import Encoder
 from mtpkern.train.gated_trainer import GatedTrainer
 from mtpkern.train.lock import alone_in
 from mtpkern.train.options import first_steps, help_text, parse

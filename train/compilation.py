@@ -11,11 +11,10 @@ layer's. There attention is kept out, and a layer is compiled in the parts befor
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,9 +22,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mtpkern.routing import attention_apart
 from mtpkern.train.objective import forward_as
-
-if TYPE_CHECKING:
-    from mtpkern.train.config import MTPConfig
 
 CUDA_GRAPH_MODES = {"reduce-overhead", "max-autotune"}
 # With gradients and without, adapters on and off, windows, a batch of one: torch's own limit of eight could end it.
@@ -115,18 +111,3 @@ class CompiledLayers:
             RuntimeWarning,
             stacklevel=2,
         )
-
-
-def pays_to_compile(args: MTPConfig) -> bool:
-    """Whether layers are compiled where nobody says: wherever a GPU waits for the host to launch what is small."""
-    sharded = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
-    if args.device.type != "cuda" or sharded:
-        return False
-    if args.gated and args.activation_checkpointing:
-        warnings.warn(
-            "layers of gated adapters are not compiled under activation_checkpointing, which cannot hold what "
-            "torch.compile leaves out; leave that out, or set torch_compile: false",
-            stacklevel=2,
-        )
-        return False
-    return True

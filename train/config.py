@@ -10,6 +10,7 @@ import mtpkern.train.extra  # noqa: F401
 
 # isort: split
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,12 +22,11 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_bf16_gpu_available
 
-from mtpkern.train.captured import against_graphs
-from mtpkern.train.compilation import CUDA_GRAPH_MODES, pays_to_compile
+from mtpkern.train.compilation import CUDA_GRAPH_MODES
 
 DTYPES = ("float32", "bfloat16", "float16")
-# Whether a GPU, where nobody says otherwise, compiles layers, runs gated steps as CUDA graphs and holds a frozen base in
-# bfloat16. Not before it has been measured on one.
+# Whether a GPU, where nobody says otherwise, compiles layers, runs gated steps as CUDA graphs and holds a frozen base
+# in bfloat16. Not before it has been measured on one.
 FAST_BY_DEFAULT = False
 
 
@@ -237,7 +237,7 @@ class MTPConfig(TrainingArguments):
             self.dataloader_pin_memory = False
         # What runs as it is where it cannot be compiled: nobody has asked.
         self.compiles_if_it_can = compiler == (None, None, None)
-        self.torch_compile = FAST_BY_DEFAULT and pays_to_compile(self) if self.compiles_if_it_can else any(compiler)
+        self.torch_compile = FAST_BY_DEFAULT and self._pays_to_compile() if self.compiles_if_it_can else any(compiler)
         if self.data_seed is None:
             # Else the order of the data hangs on whatever has been seeded last, and a resumed run may see another.
             self.data_seed = self.seed
@@ -295,7 +295,7 @@ class MTPConfig(TrainingArguments):
             self._require_gateable()
         elif self.prefix_memory:
             raise ValueError("prefix_memory keeps what only gated adapters leave as it is; set gated, or leave it out")
-        against = against_graphs(self)
+        against = self._against_graphs()
         if self.cuda_graph and against:
             raise ValueError(f"cuda_graph is of gated adapters on one GPU, and not with {against}; leave it out")
         if self.cuda_graph is None:
@@ -303,6 +303,37 @@ class MTPConfig(TrainingArguments):
         if self.packing and self.static_shape:
             raise ValueError("packing leaves out all padding, static_shape adds it; set one of them")
         self._refuse_untested()
+
+    def _pays_to_compile(self) -> bool:
+        """Whether layers are compiled where nobody says: wherever a GPU waits for the host to launch what is small."""
+        sharded = bool(self.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+        if self.device.type != "cuda" or sharded:
+            return False
+        if self.gated and self.activation_checkpointing:
+            warnings.warn(
+                "layers of gated adapters are not compiled under activation_checkpointing, which cannot hold what "
+                "torch.compile leaves out; leave that out, or set torch_compile: false",
+                stacklevel=2,
+            )
+            return False
+        return True
+
+    def _against_graphs(self) -> str:
+        """The first that stands against steps as CUDA graphs; empty where nothing does."""
+        for against, says in (
+            (not self.gated, "a loss on all rows"),
+            (self.device.type != "cuda", f"a device of type {self.device.type}"),
+            (self.world_size > 1 or bool(self.fsdp), "several processes"),
+            (self.gradient_accumulation_steps > 1, "gradient_accumulation_steps"),
+            (self.prefix_memory > 0, "prefix_memory"),
+            (self.packing, "packing"),
+            (self.fp16, "fp16"),
+            (bool(self.activation_checkpointing), "activation_checkpointing"),
+            (self.torch_empty_cache_steps is not None, "torch_empty_cache_steps"),
+        ):
+            if against:
+                return says
+        return ""
 
     def _require_gateable(self) -> None:
         """Raise ValueError for options that mean nothing where the text's own rows are those of the frozen model."""

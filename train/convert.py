@@ -86,8 +86,8 @@ def convert(
         convert("SmolLM2-135M-Instruct.Q4_1.gguf", Path("smollm2"))  # None
     """
     # Imported here, so that --help and a mistyped option answer at once.
+    from mtpkern.loading import require_found
     from mtpkern.model import record_settings, recorded_settings, resolve_mask_token
-    from mtpkern.train.data import require_found
 
     if k_max is not None and k_max < 1:
         raise ValueError(f"k_max must be at least 1; got {k_max}")

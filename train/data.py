@@ -1,18 +1,16 @@
-"""Data: sources of rows, what is skipped and held out, and the datasets that the trainer reads.
+"""Data: what becomes of rows, which of them are skipped and held out, and the datasets that the trainer reads.
 
-    what is wrong                       what happens
-    no JSON, no object, a missing       an error with the row's number; with bad_rows "skip" a counted skip
-    field, no string, an empty string,
-    a wrong role, the mask token, BOS
-    or EOS inside a text, a field that
-    the chat template does not read, a
-    text that no tokenizer takes
-    longer than the window              long_rows: "skip" (counted), "error", or "cut" (counted); a text that is cut
-                                        inside its prompt has no answer left and is a counted skip (response_only)
-    no format or several match, no      an error
-    row is left, no such file
-
-Local files are read row by row rather than through Arrow, which refuses a file of mixed types without saying where.
+what is wrong                       what happens
+no JSON, no object, a missing       an error with the row's number; with bad_rows "skip" a counted skip
+field, no string, an empty string,
+a wrong role, the mask token, BOS
+or EOS inside a text, a field that
+the chat template does not read, a
+text that no tokenizer takes
+longer than the window              long_rows: "skip" (counted), "error", or "cut" (counted); a text that is cut
+                                    inside its prompt has no answer left and is a counted skip (response_only)
+no format or several match, no      an error
+row is left, no such file
 """
 
 from __future__ import annotations
@@ -33,23 +31,13 @@ from typing import Any, cast
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from mtpkern.grading import RULES
-from mtpkern.loading import require_found
-from mtpkern.rows import BadRow, parse, read_lines, shown
+from mtpkern.rows import BadRow, shown
 from mtpkern.strategies import strategy_of
-from mtpkern.train.formats import (
-    FORMATS,
-    NO_ANSWER_LEFT,
-    TOO_LONG,
-    Conversation,
-    Encoder,
-    conversation_of,
-    recognise,
-)
+from mtpkern.train.encoder import NO_ANSWER_LEFT, TOO_LONG, Encoder
+from mtpkern.train.formats import FORMATS, Conversation, conversation_of, recognise
+from mtpkern.train.sources import READERS, Located, read_rows
 
 logger = logging.getLogger(__name__)
-
-# Where a row stands ("problems.jsonl, line 3"), and the row, or what is wrong with it.
-Located = tuple[str, Any]
 
 # Rows that are tokenized in one call, which the tokenizer spreads over its threads.
 _CHUNK = 512
@@ -189,92 +177,6 @@ class Report:
             parts.append(f"fields of messages that the chat template does not read: {names}")
         parts += [f"{n:,} skipped, {kind} (first: {where})" for kind, (n, where) in sorted(self.skipped.items())]
         return f"{self.source}: {self.rows:,} rows read; " + ", ".join(parts)
-
-
-def read_rows(
-    source: Sequence[str], *, split: str = "train", subset: str | None = None, streaming: bool = False
-) -> Iterator[Located]:
-    """Rows with the places where they stand: of each source in turn, folders and hub ids through `datasets`.
-
-    Raises FileNotFoundError for a file that is not there, ValueError for a file of another kind, a .json file that is
-    no list and a .parquet file that is none.
-
-        where, row = next(read_rows(["problems.jsonl"]))  # "problems.jsonl, line 1", {"question": ..., "answer": ...}
-    """
-    files = [Path(name) for name in source if Path(name).suffix in _READERS]
-    for path in files:
-        # Before any is read: hours may lie between the first and the last.
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: there is no such file")
-    for name in source:
-        path = Path(name)
-        if path in files:
-            yield from _READERS[path.suffix](path)
-        elif path.is_file():
-            raise ValueError(f"{name}: a data file must be one of {', '.join(_READERS)}, by its name")
-        else:
-            yield from _read_dataset(name, split, subset, streaming)
-
-
-def _read_dataset(name: str, split: str, subset: str | None, streaming: bool) -> Iterator[Located]:
-    require_found(name, "dataset")
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(name, subset, split=split, streaming=streaming)
-    except OSError as error:
-        raise OSError(f"{name} cannot be read: {' '.join(str(error).split())}") from error
-    yield from ((f"{name}, row {number}", _without_nulls(row)) for number, row in enumerate(rows, 1))
-
-
-def _read_jsonl(path: Path) -> Iterator[Located]:
-    yield from ((f"{path}, line {number}", row) for number, row in read_lines(path))
-
-
-def _read_json(path: Path) -> Iterator[Located]:
-    try:
-        rows = parse(path.read_text(encoding="utf-8-sig"), "one JSON list of rows")
-    except BadRow as fault:
-        raise ValueError(f"{path}: {fault}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text ({error}); convert it") from None
-    if not isinstance(rows, list):
-        raise ValueError(f"{path}: expected a JSON list of rows, got {type(rows).__name__}; for one a line use .jsonl")
-    yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
-
-
-def _read_parquet(path: Path) -> Iterator[Located]:
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
-    number = 0
-    try:
-        with ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", _without_nulls(row)
-    except (ArrowException, OSError, ValueError) as error:
-        where = f" behind row {number}" if number else ""
-        raise ValueError(f"{path}: no whole parquet file{where} ({error}); write it again") from None
-
-
-def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """A row without the nulls inside its columns: Arrow gives every message the fields of all others."""
-
-    def bare(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: bare(x) for name, x in value.items() if x is not None}
-        return [bare(x) for x in value] if isinstance(value, list) else value
-
-    return {name: bare(value) for name, value in row.items()}
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Located]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-}
 
 
 def is_held_out(group: str, fraction: float) -> bool:
@@ -520,7 +422,7 @@ def require_readable(arguments: DataArguments) -> set[str]:
     sources: list[tuple[Sequence[str], str]] = [(arguments.train_data, arguments.train_split)]
     sources += [(arguments.eval_data, arguments.eval_split)] if arguments.eval_data else []
     for names, split in sources:
-        files = all(Path(name).suffix in _READERS for name in names)
+        files = all(Path(name).suffix in READERS for name in names)
         report = Report(", ".join(names))
         for part in [[name] for name in names] if files else [names]:
             held_out = False if arguments.eval_fraction else None

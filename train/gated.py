@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from mtpkern.adapter import gate_of
 from mtpkern.kernels.distill import distill_loss, head_readout
+from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.span_attention import span_attention
 from mtpkern.train.layout import Layout
 from mtpkern.train.objective import MTPLoss, Support, Target, data_targets, head_of, until_fail, within_text
@@ -43,32 +44,12 @@ class BehindPrefixContext:
     layers: Layers = field(default_factory=dict)
     masks: dict[int | None, Tensor] = field(default_factory=dict)
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Span attention of the last rows of one layer: [B, T - N, Hq, D] (mtpkern.attention.AttentionContext)."""
         before = self.layers[layer]
-        rule = [x for x in self.layout.rule if x is not None]
-        return span_attention(
-            query,
-            torch.cat([before[0], key], dim=2),
-            torch.cat([before[1], value], dim=2),
-            *rule,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
-            mask=shared_mask(self.masks, rule, window, before[0].shape[2]),
-        )
+        key, value = torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
+        mask = shared_mask(self.masks, self.layout.rule, scoring.window, before[0].shape[2])
+        return span_attention(query, key, value, self.layout.rule, scoring, mask=mask)
 
 
 def gated_loss(

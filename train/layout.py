@@ -33,7 +33,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mtpkern.kernels.span_mask import draw_mask
+from mtpkern.kernels.span_mask import Rule, draw_mask
 from mtpkern.output import exit_status
 
 Spacing = Literal["stride", "random"]
@@ -67,9 +67,9 @@ class Layout:
     bidirectional: bool = False
 
     @property
-    def rule(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def rule(self) -> Rule:
         """What span_mask and span_attention take."""
-        return self.position, self.prefix_end, self.span_start, self.span_end
+        return Rule(self.position, self.prefix_end, self.span_start, self.span_end)
 
     @property
     def valid(self) -> Tensor:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from mtpkern.attention import attention_context, routed
 from mtpkern.kernels.distill import Head, distill_loss, head_readout
+from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.span_attention import span_attention
 from mtpkern.kernels.span_mask import span_mask
 from mtpkern.train.layout import Layout
@@ -48,30 +49,9 @@ class SpanContext:
         if not self.layout.position.is_cuda:
             self.masks.update((w, span_mask(*self.layout.rule, window=w)) for w in {None, window} - set(self.masks))
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Span attention of one layer: [B, T, Hq, D] (mtpkern.attention.AttentionContext)."""
-        return span_attention(
-            query,
-            key,
-            value,
-            *self.layout.rule,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
-            mask=self.masks.get(window),
-        )
+        return span_attention(query, key, value, self.layout.rule, scoring, mask=self.masks.get(scoring.window))
 
 
 @dataclass(frozen=True)

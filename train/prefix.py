@@ -24,8 +24,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mtpkern.attention import AttentionContext, routed
+from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.span_attention import span_attention
-from mtpkern.kernels.span_mask import span_mask
+from mtpkern.kernels.span_mask import Rule, span_mask
 from mtpkern.train.layout import Layout, send
 
 Layers = dict[int, tuple[Tensor, Tensor]]
@@ -115,35 +116,14 @@ class PrefixContext:
 
     def __post_init__(self) -> None:
         rows = self.position.shape[1]
-        self.end = torch.arange(1, rows + 1, dtype=torch.int32, device=self.position.device)[None]
+        end = torch.arange(1, rows + 1, dtype=torch.int32, device=self.position.device)[None]
+        self.rule = Rule(self.position, end, end)
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Causal attention of one layer: [1, T, Hq, D] (mtpkern.attention.AttentionContext)."""
         self.layers[layer] = _as_attended(key), _as_attended(value)
-        return span_attention(
-            query,
-            key,
-            value,
-            self.position,
-            self.end,
-            self.end,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
-            mask=shared_mask(self.masks, [self.position, self.end, self.end], window, 0),
-        )
+        mask = shared_mask(self.masks, self.rule, scoring.window, 0)
+        return span_attention(query, key, value, self.rule, scoring, mask=mask)
 
 
 class Prefixes:
@@ -246,11 +226,9 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, position: Tensor, c
     ).last_hidden_state
 
 
-def shared_mask(
-    masks: dict[int | None, Tensor], rule: Sequence[Tensor], window: int | None, first: int
-) -> Tensor | None:
+def shared_mask(masks: dict[int | None, Tensor], rule: Rule, window: int | None, first: int) -> Tensor | None:
     """The rows from `first` on of the mask with this window, which layers share; None where a kernel needs none."""
-    if rule[0].is_cuda:
+    if rule.position.is_cuda:
         return None
     if window not in masks:
         masks[window] = span_mask(*rule, window=window)[:, first:]

@@ -16,14 +16,11 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
 from mtpkern.rows import BadRow
-
-if TYPE_CHECKING:
-    from mtpkern.train.formats import Conversation, Message
+from mtpkern.train.formats import Conversation, Message
 
 # One thing under several names; a template reads one of them.
 _REASONING = ("reasoning_content", "reasoning", "thinking")

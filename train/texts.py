@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mtpkern.rows import BadRow
 from mtpkern.train.data import BadData, EncodedTexts
-from mtpkern.train.formats import Encoder, conversation_of, recognise
+from mtpkern.train.encoder import Encoder
+from mtpkern.train.formats import conversation_of, recognise
 
 
 def encode_rows(
@@ -19,7 +20,7 @@ def encode_rows(
 
     rows: all of one format, by their columns: `prompt` and `completion`, as texts or as lists of messages, `messages`,
     ...; a datasets.Dataset is one. chat: whether the tokenizer's chat template is applied. options: keyword arguments
-    of `mtpkern.train.formats.Encoder`, such as separator, eos_token_ids, mask_token_id and window.
+    of `mtpkern.train.encoder.Encoder`, such as separator, eos_token_ids, mask_token_id and window.
 
     Raises ValueError with the row's number for one that is faulty, or has more tokens than the window.
 

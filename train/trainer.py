@@ -16,7 +16,6 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -32,49 +31,24 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from mtpkern.adapter import gate_of
 from mtpkern.attention import AttentionContext, attention_context
-from mtpkern.custom_generate import write_custom_generate
 from mtpkern.model import record_settings, resolve_mask_token
 from mtpkern.train.checks import require_sound, require_tested_engine
 from mtpkern.train.compilation import CompiledLayers
 from mtpkern.train.config import MTPConfig
-from mtpkern.train.disk import full_disk_named, written_whole
 from mtpkern.train.evaluate import HeldOut
-from mtpkern.train.layout import (
-    Layout,
-    answer_ends,
-    build_layout,
-    draw_k,
-    draw_within,
-    pack,
-    send,
-    tokens_apart,
-)
+from mtpkern.train.layout import Layout, draw_k, draw_within, send
 from mtpkern.train.lora import add_lora, merged, plain_model
 from mtpkern.train.metrics import Seen, span_statistics
 from mtpkern.train.objective import MTPLoss, SpanContext, forward_as, mtp_loss
 from mtpkern.train.original import Original
+from mtpkern.train.plan import planned
 from mtpkern.train.run import NotFiniteError, RunTrainer
+from mtpkern.train.saving import save_plain
 
 logger = logging.getLogger(__name__)
 
 # Evaluation draws its spans from a stream of their own, the same for every batch and every evaluation.
 _EVALUATION_STEP = -1
-
-
-def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Floating-point tensors in another dtype; entries that share memory (tied embeddings) go on sharing it."""
-    cast_tensors: dict[int, Tensor] = {}
-    result = {}
-    for name, x in state.items():
-        if x.is_floating_point():
-            x = cast_tensors.setdefault(x.data_ptr(), x.to(dtype))
-        result[name] = x
-    return result
-
-
-def _rows_before(end: Tensor) -> Tensor:
-    """[B, N] bool: the rows that predict the tokens of `answer_ends`, each the row before its token."""
-    return torch.cat([end[:, 1:] > 0, end.new_zeros(len(end), 1, dtype=torch.bool)], dim=1)
 
 
 class MTPTrainer(RunTrainer):
@@ -178,56 +152,8 @@ class MTPTrainer(RunTrainer):
         )
 
     def plan(self, batch: dict[str, Any], *, k: int, step: int, micro_step: int) -> dict[str, Any]:
-        """The batch with its layout: a pure function of where its answers lie, the seed, the step and the rank."""
-        args = self.args
-        tokens = batch["input_ids"]
-        lengths, prompts = (torch.as_tensor(batch[name], device="cpu") for name in ("lengths", "prompt_lengths"))
-        limit = args.max_length or tokens.shape[1]
-        # At most; with the paper's layout, whose rows are as many whatever is in them, of every text.
-        most, apart = args.spans_of(limit), None
-        if args.layout == "paper":
-            if not args.response_only:
-                apart = tokens_apart(limit, most, k, counting="paper")
-            limit -= most * (k - 1)
-        tokens = tokens[:, :limit]
-        lengths = lengths.clamp(max=limit)
-        end = answer_ends(lengths, prompts, batch["earlier_answers"], num_tokens=tokens.shape[1])
-        whole = answer_ends(lengths, torch.zeros_like(lengths), (), num_tokens=tokens.shape[1])
-        anchor_rows = _rows_before(end)
-        prefix_rows = _rows_before(whole) if args.prefix_scope == "all" else anchor_rows
-        if not args.response_only:
-            end = whole
-        num_spans: int | Tensor = most
-        if args.layout != "paper":
-            by_length = torch.tensor([args.spans_of(n) for n in lengths.tolist()])
-            num_spans = torch.minimum(by_length, (end > 0).sum(1)).clamp(min=1)
-        prefix = self.draw(
-            end > 0,
-            k,
-            num_spans,
-            spacing=args.spacing,  # type: ignore[arg-type]
-            apart=apart,
-            offset=args.span_offset,
-            offset_scope=args.offset_scope,
-            seed=args.seed,
-            step=step,
-            micro_step=micro_step,
-            rank=args.process_index,
-        )
-        mask_rows = most * (args.k_max - 1 + args.bidirectional) if args.static_shape else None
-        layout = build_layout(
-            prefix,
-            lengths,
-            k,
-            num_tokens=tokens.shape[1],
-            end=end.gather(1, prefix),
-            mask_rows=mask_rows,
-            bidirectional=args.bidirectional,
-        )
-        if args.packing:
-            layout, (tokens, prefix_rows, anchor_rows) = pack(layout, tokens, prefix_rows, anchor_rows)
-        rows = {"prefix_rows": prefix_rows, "anchor_rows": anchor_rows}
-        return {"input_ids": tokens, "layout": layout, "texts": len(lengths), **rows}
+        """The batch with its layout, of this rank: `mtpkern.train.plan.planned`."""
+        return planned(self.args, batch, k=k, step=step, micro_step=micro_step, draw=self.draw)
 
     def draw_k(self, step: int) -> int:
         """k of a step on this rank."""
@@ -508,19 +434,5 @@ class MTPTrainer(RunTrainer):
         if not self.args.should_save:
             return
         plain = merged(core) if isinstance(core, PeftModel) else core
-        dtype = getattr(torch, self.args.save_dtype)
-        # A tied head that was gathered by itself is a copy of the embedding.
-        tied = plain.all_tied_weights_keys if plain.config.get_text_config().tie_word_embeddings else {}
-        state = {name: x for name, x in state.items() if name not in tied} or plain.state_dict()
-        state = _cast(state, dtype)
-        folder = Path(output_dir or cast(str, self.args.output_dir))
-        # The config as the saved weights are, not as they were while training, where the cache is off.
-        config = deepcopy(plain.config)
-        config.use_cache, config.dtype = True, dtype
-        needed = sum(x.numel() * x.element_size() for x in state.values())
-        with full_disk_named(folder, needed), written_whole(folder) as part:
-            plain.save_pretrained(part, state_dict=state)
-            config.save_pretrained(part)
-            write_custom_generate(part)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(part)
+        folder, dtype = Path(output_dir or cast(str, self.args.output_dir)), getattr(torch, self.args.save_dtype)
+        save_plain(plain, folder, dtype, state=state, processing_class=self.processing_class)

@@ -1,0 +1,40 @@
+"""Packed rows spread to a padded batch, worked out by hand."""
+
+import torch
+
+from mtpkern.kernels.packed_rows import PackedRows
+
+C = 6
+
+
+def seen(rows: PackedRows, window: int | None = None) -> list[list[list[int]]]:
+    """The slots that each row of each sequence sees."""
+    bias = rows.spread(window, C, torch.float32).bias
+    return [[row.isfinite().nonzero().flatten().tolist() for row in one[0]] for one in bias]
+
+
+def test_rows_of_each_sequence_stand_together_and_unused_ones_behind_all() -> None:
+    rows = PackedRows(torch.tensor([0, 0, 1, 1]), torch.tensor([2, 3, 1, C]), torch.tensor([0, 2, 3]), max_rows=2)
+    spread = rows.spread(None, C, torch.float32)
+    assert spread.place is not None
+    assert spread.place.tolist() == [0, 1, 2, 4]
+    assert spread.unused.flatten().tolist() == [False, False, False, True]
+    assert seen(rows) == [[[0, 1, 2], [0, 1, 2, 3]], [[0, 1], []]]
+    assert seen(rows, window=2) == [[[1, 2], [2, 3]], [[0, 1], []]]
+
+
+def test_masks_behind_a_draft_see_its_prefix_and_their_own_span() -> None:
+    """Two scratch slots; tokens in slots 2, 3 and 4, the mask in slot 1 behind the first of them."""
+    slot, prefix, span = torch.tensor([3, 4, 1]), torch.tensor([4, 5, 3]), torch.tensor([4, 5, 1])
+    rows = PackedRows(torch.zeros(3, dtype=torch.int64), slot, torch.tensor([0, 3]), 3, prefix, span, scratch=2)
+    assert rows.spread(None, C, torch.float32).place is None
+    assert seen(rows) == [[[2, 3], [2, 3, 4], [1, 2]]]
+    assert seen(rows, window=1) == [[[3], [4], [1]]]
+
+
+def test_what_layers_share_is_made_once_a_window() -> None:
+    rows = PackedRows(torch.tensor([0]), torch.tensor([2]), torch.tensor([0, 1]), max_rows=1)
+    assert rows.spread(None, C, torch.float32) is rows.spread(None, C, torch.float32)
+    assert set(rows.memo) == {None}
+    rows.spread(2, C, torch.float32)
+    assert set(rows.memo) == {None, 2}

@@ -26,8 +26,13 @@ if TYPE_CHECKING:
     from mtpkern.prompting import Prompting
     from mtpkern.strategies import Strategy
 
-# Commands of the house next door, which this one does not import: a name is looked up when it is called for.
+# Commands with a parser of their own, some of the house next door, which this one does not import: a name is looked up
+# when it is called for.
 _HANDED_ON = {
+    "eval": (
+        "mtpkern.evaluation",
+        "decode a data set in several ways: accuracy, tokens a pass, wall-clock ratios",
+    ),
     "train": ("mtpkern.train.command", "train a checkpoint for multi-token prediction"),
     "convert": ("mtpkern.train.convert", "make a plain checkpoint of one that the paper's authors published"),
 }

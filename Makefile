@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 SOURCES := setup.py mtpkern kernels train bench tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo real test check lint types fmt checkpoint ablate aot gpu test-oldest clean
+.PHONY: help install demo real test check lint types fmt figures checkpoint ablate aot gpu test-oldest clean
 
 help: ## List the targets.
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -56,6 +56,17 @@ fmt: $(STAMP) ## Sort imports, mend what ruff can mend, format.
 REAL_ARGS ?=
 real: $(STAMP) ## SmolLM2-135M-Instruct with its gated adapter: its own answers several tokens a pass, beside its own generate.
 	$(BIN)/python -m mtpkern.bench.real $(REAL_ARGS)
+
+# FIGURES_ARGS="--limit 1000" for more problems; runs/figures keeps what is decoded, and a second call goes on.
+FIGURES_ARGS ?= --limit 200
+figures: $(STAMP) ## The figures of docs/figures again: the shipped checkpoint in every way, accuracy against tokens a pass.
+	$(BIN)/mtpkern eval mtpkern/assets --data mtpkern/assets/problems.jsonl --answer hashes --max-new-tokens 128 \
+	  --strategies static:2 static:3 static:4 static:6 confadapt:8:0.5 confadapt:8:0.7 confadapt:8:0.9 confadapt:8:0.99 \
+	  verified:12:0.3 verified:12:0.6 verified:12:0.8 --batch-size 32 --output runs/figures $(FIGURES_ARGS)
+	$(BIN)/mtpkern plot runs/figures --output docs/figures
+	cp runs/figures/results.md runs/figures/results.json docs/figures/
+	$(BIN)/mtpkern generate mtpkern/assets --html docs/figures/blocks.html --prompt \
+	  "Question: Ronpu has 41 stamps. Then Ronpu buys 4 baskets with 5 stamps each. Count the stamps of Ronpu now."
 
 checkpoint: $(STAMP) ## Train the shipped checkpoint again from nothing, into runs/checkpoint/shipped.
 	$(BIN)/python -m mtpkern.train.checkpoint

@@ -26,8 +26,14 @@ if TYPE_CHECKING:
     from mtpkern.prompting import Prompting
     from mtpkern.strategies import Strategy
 
-# Commands of the house next door, which this one does not import: a name is looked up when it is called for.
+# Commands with a parser of their own, some of the house next door, which this one does not import: a name is looked up
+# when it is called for.
 _HANDED_ON = {
+    "eval": (
+        "mtpkern.evaluation",
+        "decode a data set in several ways: accuracy, tokens a pass, wall-clock ratios",
+    ),
+    "plot": ("mtpkern.plots", "draw the figures of an evaluation: accuracy against tokens a pass, acceptance"),
     "train": ("mtpkern.train.command", "train a checkpoint for multi-token prediction"),
     "convert": ("mtpkern.train.convert", "make a plain checkpoint of one that the paper's authors published"),
 }
@@ -142,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--separator", metavar="TEXT", help="what follows a prompt; unless given as in its training")
     generate.add_argument("--base", metavar="MODEL", help="of a gated adapter, where its base is not where it was")
+    generate.add_argument("--html", type=Path, metavar="FILE", help="with --prompt: the coloured blocks as a page")
     generate.add_argument("--show", action="store_true", help="print prompt and text, in blocks, one colour a pass")
     generate.add_argument(
         "--output", type=Path, metavar="FILE", help="write JSONL there, with --prompt whole or not at all"
@@ -172,11 +179,13 @@ def _generate(args: argparse.Namespace) -> None:
     # What can be checked without the model is checked before it is loaded.
     from mtpkern.loading import quiet
 
+    if args.html is not None and args.prompt is None:
+        raise ValueError("--html shows one prompt as a page; give it as --prompt, or leave --html out")
     rows = [_row("--prompt", {"prompt": args.prompt})] if args.file is None else read_rows(args.file)
     quiet()
     strategy = _strategy(args)
     if args.file is None or args.output is None:
-        with whole_file(args.output) as output:
+        with whole_file(args.output) as output, whole_file(args.html) as args.page:
             _decode_rows(rows, strategy, args, output)
         return
     with answers_file(args.output, [row.fields for row in rows]) as (done, output):
@@ -357,6 +366,10 @@ def _write(
     line = json_line(row.fields | dict(zip(RESULT_FIELDS, values, strict=True)))
     if output is not None:
         print(line, file=output)
+    if args.html is not None:
+        from mtpkern import show
+
+        args.page.write(show.answer_page(tokenizer, row.question, completion.tokens, completion.blocks))
     if args.show:
         from rich.console import Console
 

@@ -89,6 +89,19 @@ def html(parts: Sequence[str], blocks: Sequence[int]) -> str:
     return f'<p class="blocks">{"".join(spans)}</p>'
 
 
+def answer_page(tokenizer: PreTrainedTokenizerBase, question: str, tokens: Sequence[int], blocks: Sequence[int]) -> str:
+    """A whole page of one answer: the question, the coloured blocks, their sizes.
+
+    answer_page(tokenizer, "How many eggs?", [5, 6, 7], [1, 2])
+    """
+    body = [
+        f'<p class="question">{escape(question)}</p>',
+        html(pieces(tokenizer, tokens, blocks), blocks),
+        f"<p>{escape(sizes(blocks))}, {len(tokens) / len(blocks):.2f} a pass</p>",
+    ]
+    return page("Several tokens per pass", "\n".join(body))
+
+
 def page(title: str, body: str) -> str:
     """A whole page around `body` (HTML): no scripts, no fonts, nothing fetched; light or dark as the reader's system.
 

@@ -135,29 +135,34 @@ class Verified(Strategy):
         return replace(self, k=k, masks=min(self.masks, (k - 1) ** 2))
 
 
-_WRITTEN = re.compile(r"(verified|confadapt|static)(?::(\d+))?(?::(\d*\.\d+))?")
+_WRITTEN = re.compile(r"(verified|confadapt|static)(?::(\d+))?(?::(\d*\.\d+)(?::(\d+))?)?")
 
 
 def strategy_of(text: str) -> Strategy:
-    """The strategy that a command line or a configuration writes as NAME[:K][:THRESHOLD], the threshold with a point.
+    """The strategy that a command line or a configuration writes as NAME[:K][:THRESHOLD[:MASKS]].
 
-    What is left out is the default: k comes from the model. Raises ValueError for anything else.
+    The threshold has a point, and masks are `Verified`'s. What is left out is the default: k comes from the model.
+    Raises ValueError for anything else.
 
-        strategy_of("verified"), strategy_of("static:1"), strategy_of("confadapt:0.9"), strategy_of("confadapt:16:0.9")
+        strategy_of("static:1"), strategy_of("confadapt:0.9"), strategy_of("verified:4:0.2:9")
     """
     match = _WRITTEN.fullmatch(text)
-    if match is None:
+    if match is None or (match[4] is not None and match[2] is None):
         raise ValueError(
             "a strategy is written verified, confadapt or static, then its k and its threshold (with a point) as far "
             f"as they are wanted, such as static:1, confadapt:0.9 or verified:8:0.6; got {text!r}"
         )
-    name, k, threshold = match.groups()
+    name, k, threshold, masks = match.groups()
     kinds: dict[str, type[Strategy]] = {"verified": Verified, "confadapt": ConfAdapt, "static": Static}
     given: dict[str, Any] = {}
     if k is not None:
         given["k"] = int(k)
     if threshold is not None:
         given["threshold"] = float(threshold)
+    if masks is not None:
+        if name != "verified":
+            raise ValueError(f"{name} makes no drafts, so no masks stand behind any; got {text!r}: leave out :{masks}")
+        given["masks"] = int(masks)
     return kinds[name](**given)
 
 

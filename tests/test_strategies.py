@@ -96,6 +96,7 @@ def test_static_has_no_threshold() -> None:
         ("confadapt:1", ConfAdapt(1)),
         ("confadapt:16:0.9", ConfAdapt(16, 0.9)),
         ("static:1", Static(1)),
+        ("verified:4:0.2:9", Verified(4, 0.2, masks=9)),
     ],
 )
 def test_as_a_command_line_writes_them(text: str, strategy: Strategy) -> None:
@@ -113,6 +114,9 @@ def test_as_a_command_line_writes_them(text: str, strategy: Strategy) -> None:
         ("verified:0", "k must be a whole number"),
         ("verified:1.5", "threshold must be a probability"),
         ("static:0.5", "Static has no threshold"),
+        ("verified:4:9", "got 'verified:4:9'"),
+        ("confadapt:4:0.2:9", "confadapt makes no drafts.* leave out :9"),
+        ("verified:4:0.2:10", "masks=10 is more than"),
     ],
 )
 def test_what_is_written_wrong(text: str, says: str) -> None:

@@ -1,0 +1,110 @@
+"""README's tables of results, made from bench/results: `python -m mtpkern.bench.readme` writes them, --check compares.
+
+A table stands between `<!-- results: NAME -->` and `<!-- end of results -->`; NAME is a function of `TABLES`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mtpkern.bench.report import RESULTS
+from mtpkern.output import exit_status
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+COMMAND = "python -m mtpkern.bench.readme"
+
+
+def decode_table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The shipped checkpoint, one prompt at a time, at the thresholds that were chosen on other problems."""
+    chosen = results["chosen"]
+    rows = [("decoding", "accuracy", "tokens per pass", "wall-clock ratio")]
+    for name, label in (
+        ("hf_generate", "`model.generate`"),
+        (_way("ConfAdapt", chosen["confadapt"]), f"`{_call('ConfAdapt', chosen['confadapt'])}`"),
+        (_way("Verified", chosen["verified"]), f"`{_call('Verified', chosen['verified'])}`"),
+    ):
+        figures = results["accuracy"][name]
+        plain = name == "hf_generate"
+        same = not plain and figures["identical_to_hf_greedy"] == figures["problems"]
+        accuracy = f"{figures['accuracy']:.1%}".replace("%", " %") + (", the same tokens" if same else "")
+        tokens, ratio = figures["tokens_per_pass"], results["speed_batch_1"][name]["ratio"]["median"]
+        rows.append((label, accuracy, "1" if plain else f"{tokens:.2f}", "1" if plain else f"{ratio:.1f}"))
+    return rows
+
+
+def real_table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """SmolLM2 with its adapter; seconds are sums over all prompts."""
+    names = {
+        "gsm_symbolic": "problems of unseen templates",
+        "general": "general instructions on unseen subjects",
+    }
+    rows = [
+        (
+            "held-out prompts, at most 256 tokens each, float32, batches of 8, CPU",
+            "identical to HF greedy",
+            "`Verified(4, 0.2, masks=9)`, tokens a pass",
+            "wall-clock against HF `generate`",
+        )
+    ]
+    for row in results["rows"]:
+        ours, theirs = row["tallies"]["ours"], row["tallies"]["hf_generate"]
+        ratio = (ours["tokens"] / ours["seconds"]) / (theirs["tokens"] / theirs["seconds"])
+        same = f"{ours['right']} of {ours['problems']}"
+        rows.append((names[row["prompts"]], same, f"{ours['tokens'] / ours['passes']:.2f}", f"{ratio:.2f}"))
+    return rows
+
+
+def _way(kind: str, chosen: Mapping[str, Any]) -> str:
+    return f"{kind}({chosen['k']}, {chosen['threshold']})"
+
+
+def _call(kind: str, chosen: Mapping[str, Any]) -> str:
+    return f"{kind}(k={chosen['k']}, threshold={chosen['threshold']})"
+
+
+TABLES: dict[str, Callable[[Mapping[str, Any]], list[tuple[str, ...]]]] = {"decode": decode_table, "real": real_table}
+
+
+def rewritten(text: str, folder: Path = RESULTS) -> str:
+    """The text with every table between markers as the results in the folder have it. ValueError for an unknown name.
+
+    rewritten(README.read_text())
+    """
+
+    def table(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in TABLES:
+            raise ValueError(f"README asks for results {name!r}; there are {', '.join(TABLES)}")
+        rows = TABLES[name](json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
+        lines = [rows[0], tuple("---" for _ in rows[0]), *rows[1:]]
+        body = "\n".join(
+            "|" + "|".join(line) + "|" if line[0] == "---" else f"| {' | '.join(line)} |" for line in lines
+        )
+        return f"<!-- results: {name} -->\n{body}\n<!-- end of results -->"
+
+    return re.sub(r"<!-- results: (\w+) -->\n.*?<!-- end of results -->", table, text, flags=re.DOTALL)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the tables, or with --check say by the exit status whether they are those of the results."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.split("\n\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where README differs")
+    args = parser.parse_args(argv)
+    before = README.read_text(encoding="utf-8")
+    after = rewritten(before)
+    if args.check and before != after:
+        print(f"README's tables are not those of bench/results; run: {COMMAND}", file=sys.stderr)
+        return 1
+    if not args.check:
+        README.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))

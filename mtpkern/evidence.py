@@ -1,0 +1,185 @@
+"""What samples say: accuracy, paired differences, tokens a pass, acceptance, time, nearness to an original.
+
+A sample is one prompt decoded in several ways, as a line of an evaluation's samples.jsonl holds it:
+
+    {"row": 0, "batch": 0, "ways": {name: {"tokens", "blocks", "finished", "seconds", "text", "right", "nll"}}}
+
+    right    None where the data has no expected answers
+    nll      nats of all its tokens under the original model, None where there is none
+    seconds  the batch's time over its prompts
+
+ORIGINAL is the way of the original model, one token a pass; every other way is one of the model that is judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import mean, median, stdev
+from typing import Any
+
+from mtpkern.compare import Tally, sample_k
+
+ORIGINAL = "original"
+PLAIN = "static_1"
+
+Sample = Mapping[str, Any]
+
+
+def figures(samples: Sequence[Sample]) -> dict[str, dict[str, Any]]:
+    """The figures of every way of the samples, by name; a figure that the samples do not hold is left out.
+
+    accuracy, standard_error           of right answers, binomial
+    difference_to_plain, ..._original  mean and standard error of the paired differences in right answers
+    tokens_per_pass, effective_k       pooled, and the paper's, ± effective_k_deviation (mtpkern.compare.sample_k)
+    acceptance                         by position, see `acceptance`
+    tokens_per_second, wall_clock      the latter over one token a pass in the same turns: pooled, median of batches
+    identical_to_plain, ..._original   share of prompts answered in the same tokens
+    agreeing_prefix_original           tokens of the answer before the first that is another, mean over prompts
+    nll_original                       nats a token under the original model, pooled
+    finished                           share that ended before the limit
+
+        figures(samples)["verified"]["tokens_per_pass"]
+    """
+    names = list(samples[0]["ways"])
+    return {name: _figures(samples, name) for name in names}
+
+
+def _figures(samples: Sequence[Sample], name: str) -> dict[str, Any]:
+    mine = [sample["ways"][name] for sample in samples]
+    tally = Tally(
+        problems=len(mine),
+        right=sum(bool(way["right"]) for way in mine),
+        tokens=sum(len(way["tokens"]) for way in mine),
+        passes=sum(len(way["blocks"]) for way in mine),
+        seconds=sum(way["seconds"] for way in mine),
+        sample_ks=[sample_k(way["blocks"]) for way in mine],
+    )
+    k, deviation = tally.effective_k
+    found: dict[str, Any] = {"problems": tally.problems, "finished": mean(way["finished"] for way in mine)}
+    if mine[0]["right"] is not None:
+        found |= {"accuracy": tally.accuracy, "standard_error": tally.standard_error}
+    found |= {
+        "tokens": tally.tokens,
+        "passes": tally.passes,
+        "tokens_per_pass": tally.tokens_per_pass,
+        "effective_k": k,
+        "effective_k_deviation": deviation,
+        "acceptance": acceptance(way["blocks"] for way in mine),
+        "tokens_per_second": tally.tokens_per_second,
+    }
+    if name != ORIGINAL:
+        found["wall_clock"], found["wall_clock_median"] = _wall_clock(samples, name)
+    for other in (PLAIN, ORIGINAL):
+        if other == name or other not in samples[0]["ways"] or (name, other) == (ORIGINAL, PLAIN):
+            continue
+        theirs = [sample["ways"][other] for sample in samples]
+        suffix = "plain" if other == PLAIN else "original"
+        found[f"identical_to_{suffix}"] = mean(a["tokens"] == b["tokens"] for a, b in zip(mine, theirs))
+        if other == ORIGINAL:
+            pairs = [(a["tokens"], b["tokens"]) for a, b in zip(mine, theirs)]
+            found["agreeing_prefix_original"] = mean(_agreeing(*pair) for pair in pairs)
+        if mine[0]["right"] is not None:
+            found[f"difference_to_{suffix}"] = paired([a["right"] - b["right"] for a, b in zip(mine, theirs)])
+    scored = [way for way in mine if way["nll"] is not None]
+    if scored:
+        found["nll_original"] = sum(way["nll"] for way in scored) / sum(len(way["tokens"]) for way in scored)
+    return found
+
+
+def _agreeing(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two answers begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def paired(differences: Sequence[float]) -> tuple[float, float]:
+    """Mean of the differences of pairs, and its standard error (0 of one pair).
+
+    Of two ways that are right on the same problems it is 0 ± 0, however hard these are.
+
+        paired([1, 0, 0, -1])  # (0.0, 0.408...)
+    """
+    error = stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
+    return mean(differences), error
+
+
+def acceptance(samples: Iterable[Sequence[int]]) -> list[float]:
+    """How often a pass that emitted j - 1 tokens emitted a j-th, for j = 1, 2, ... up to the largest pass.
+
+    samples: the blocks of each. The first pass of a sample, the prefill, predicts one token and is left out; of the
+    last, which a stop token or the limit cuts, counts what it emitted, and not that it emitted no more.
+
+        acceptance([[1, 3, 1, 2]])  # [1.0, 0.666..., 1.0]: two of three had a 2nd token; the last was cut there
+    """
+    counts = list(samples)
+    k = max((max(blocks[1:], default=0) for blocks in counts), default=0)
+    kept, met = [0] * k, [0] * k
+    for blocks in counts:
+        for i, n in enumerate(blocks[1:], 1):
+            for j in range(n):
+                kept[j] += 1
+                met[j] += 1
+            if n < k and i < len(blocks) - 1:
+                met[n] += 1
+    return [a / b for a, b in zip(kept, met)]
+
+
+def _wall_clock(samples: Sequence[Sample], name: str) -> tuple[float, float]:
+    """Tokens per second over those of one token a pass: of all batches together, and the median of each one's."""
+    batches: dict[int, list[list[float]]] = {}
+    for sample in samples:
+        sums = batches.setdefault(sample["batch"], [[0.0, 0.0], [0.0, 0.0]])
+        for way, other in zip(sums, (name, PLAIN)):
+            way[0] += len(sample["ways"][other]["tokens"])
+            way[1] += sample["ways"][other]["seconds"]
+    ratios = [(a[0] / a[1]) / (b[0] / b[1]) for a, b in batches.values()]
+    pooled = [[sum(sums[i][part] for sums in batches.values()) for part in (0, 1)] for i in (0, 1)]
+    return (pooled[0][0] / pooled[0][1]) / (pooled[1][0] / pooled[1][1]), median(ratios)
+
+
+_COLUMNS = {
+    "accuracy": ("right", lambda f: f"{f['accuracy']:.2%} ± {f['standard_error']:.2%}"),
+    "difference_to_plain": ("− one a pass", lambda f: _points(f["difference_to_plain"])),
+    "difference_to_original": ("− original", lambda f: _points(f["difference_to_original"])),
+    "tokens_per_pass": ("tokens a pass", lambda f: f"{f['tokens_per_pass']:.2f}"),
+    "effective_k": ("Eff. k", lambda f: f"{f['effective_k']:.2f} ± {f['effective_k_deviation']:.2f}"),
+    "wall_clock": ("× one a pass", lambda f: f"{f['wall_clock']:.2f} ({f['wall_clock_median']:.2f})"),
+    "identical_to_plain": ("identical to one a pass", lambda f: f"{f['identical_to_plain']:.1%}"),
+    "identical_to_original": ("to the original's", lambda f: f"{f['identical_to_original']:.1%}"),
+    "agreeing_prefix_original": ("agreeing prefix", lambda f: f"{f['agreeing_prefix_original']:.1f}"),
+    "nll_original": ("original's NLL", lambda f: f"{f['nll_original']:.4f}"),
+    "finished": ("finished", lambda f: f"{f['finished']:.0%}"),
+}
+
+
+def _points(difference: Sequence[float]) -> str:
+    return f"{100 * difference[0]:+.2f} ± {100 * difference[1]:.2f}"
+
+
+def markdown(found: Mapping[str, Mapping[str, Any]], title: str, facts: Mapping[str, str]) -> str:
+    """The figures as a page: what made them, a row a way, and below it acceptance by position.
+
+    markdown(figures(samples), "mine on problems.jsonl", {"hardware": "..."})
+    """
+    columns = [name for name in _COLUMNS if any(name in f for f in found.values())]
+    rows = [[way, *(_COLUMNS[c][1](f) if c in f else "" for c in columns)] for way, f in found.items()]
+    lines = [f"# {title}", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
+    lines += _grid(["way", *(_COLUMNS[c][0] for c in columns)], rows)
+    lines += [
+        "",
+        "± is a standard error, behind Eff. k a standard deviation; differences are paired, in points. Tokens a pass = "
+        "tokens emitted / passes, the prefill counted; Eff. k = mean over prompts of each one's mean k, its last pass "
+        "left out. × one a pass: tokens per second over those of static:1 by the same code in the same turns, in "
+        "brackets the median of batches. NLL in nats a token.",
+    ]
+    several = {way: f["acceptance"] for way, f in found.items() if len(f["acceptance"]) > 1}
+    if several:
+        k = max(map(len, several.values()))
+        lines += ["", "## Acceptance by position, where the positions before were accepted", ""]
+        body = [[way, *(f"{a:.3f}" for a in values), *[""] * (k - len(values))] for way, values in several.items()]
+        lines += _grid(["way", *map(str, range(1, k + 1))], body)
+    return "\n".join(lines) + "\n"
+
+
+def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]

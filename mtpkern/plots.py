@@ -1,0 +1,150 @@
+"""Figures of an evaluation: `mtpkern plot FOLDER` draws what `mtpkern eval` has measured, the numbers beside each.
+
+    pareto.png      accuracy against tokens a pass: static, ConfAdapt and Verified, and the original where it was asked
+    acceptance.png  how often a pass keeps its j-th token where it has kept those before
+
+Beside each stands a CSV with what it shows. matplotlib draws them (extra plot); the CSV files are written without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from mtpkern.output import printable, whole_file
+
+Figures = Mapping[str, Mapping[str, Any]]
+
+# Colours that colour-blind eyes tell apart, and a mark each for print without any.
+_KINDS = {
+    "static": ("#d55e00", "s"),
+    "confadapt": ("#0072b2", "o"),
+    "verified": ("#009e73", "^"),
+    "original": ("#555555", "*"),
+}
+
+
+def kind_of(way: str) -> str:
+    """The kind of strategy that a way's name begins with: `kind_of("confadapt_8_0.9")` is "confadapt"."""
+    return way.partition("_")[0]
+
+
+def pareto(figures: Figures) -> list[dict[str, Any]]:
+    """A row a way for the figure of accuracy against tokens a pass; none where the data had no expected answers."""
+    names = ("accuracy", "standard_error", "tokens_per_pass", "effective_k", "wall_clock", "problems")
+    return [
+        {"way": way, "kind": kind_of(way), **{name: f.get(name, "") for name in names}}
+        for way, f in figures.items()
+        if "accuracy" in f
+    ]
+
+
+def acceptance(figures: Figures) -> list[dict[str, Any]]:
+    """A row a way and position, for those that keep more than one token in any pass."""
+    return [
+        {"way": way, "kind": kind_of(way), "position": j, "acceptance": share}
+        for way, f in figures.items()
+        if len(f["acceptance"]) > 1
+        for j, share in enumerate(f["acceptance"], 1)
+    ]
+
+
+def plot(results: Path, folder: Path) -> list[Path]:
+    """Write the figures of a results.json to the folder and return their paths.
+
+    Raises ValueError for what is no results.json, and ImportError, when the CSV files are there, without matplotlib.
+
+        plot(Path("runs/eval/results.json"), Path("docs/figures"))
+    """
+    try:
+        figures = json.loads(results.read_text(encoding="utf-8"))["figures"]
+        tables = {"pareto": pareto(figures), "acceptance": acceptance(figures)}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{results}: expected the results of mtpkern eval, this is something else") from None
+    tables = {name: rows for name, rows in tables.items() if rows}
+    if not tables:
+        raise ValueError(f"{results}: nothing to draw: no expected answers, and no way of more than one token a pass")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [_write(rows, folder / f"{name}.csv") for name, rows in tables.items()]
+    if find_spec("matplotlib") is None:
+        raise ImportError(
+            f"pictures need matplotlib; the numbers are in {folder} as CSV; run: pip install 'mtpkern[plot]'"
+        )
+    draw = {"pareto": _draw_pareto, "acceptance": _draw_acceptance}
+    for name, rows in tables.items():
+        draw[name](rows, folder / f"{name}.png")
+        written.append(folder / f"{name}.png")
+    return written
+
+
+def _write(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    with whole_file(path) as file:
+        assert file is not None
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(
+            {name: round(value, 6) if isinstance(value, float) else value for name, value in row.items()}
+            for row in rows
+        )
+    return path
+
+
+def _axes(xlabel: str, ylabel: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # type: ignore[import-not-found]  # of an extra
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _draw_pareto(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    figure, axes = _axes("tokens a pass", "right answers, %")
+    for kind, (colour, mark) in _KINDS.items():
+        mine = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["tokens_per_pass"])
+        if not mine:
+            continue
+        axes.errorbar(
+            [row["tokens_per_pass"] for row in mine],
+            [100 * row["accuracy"] for row in mine],
+            yerr=[100 * row["standard_error"] for row in mine],
+            color=colour,
+            marker=mark,
+            capsize=2,
+            label=kind,
+        )
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def _draw_acceptance(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    figure, axes = _axes("position in the pass", "kept, where the positions before were")
+    axes.set_ylim(0, 1.02)
+    for way in dict.fromkeys(row["way"] for row in rows):
+        mine = [row for row in rows if row["way"] == way]
+        colour, mark = _KINDS[mine[0]["kind"]]
+        positions = [row["position"] for row in mine]
+        axes.plot(positions, [row["acceptance"] for row in mine], color=colour, marker=mark, alpha=0.7, label=way)
+    axes.legend(fontsize="x-small", ncols=2)
+    figure.savefig(path, dpi=150)
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command line: draw the figures of a results folder, in it unless told otherwise.
+
+    main(["runs/eval", "--output", "docs/figures"])
+    """
+    parser = argparse.ArgumentParser(prog="mtpkern plot", description="Figures of an evaluation, PNG and CSV.")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the --output of mtpkern eval")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where the figures go (default: the same folder)")
+    args = parser.parse_args(argv)
+    results = args.folder / "results.json"
+    if not results.is_file():
+        raise FileNotFoundError(f"{args.folder}: there is no results.json; make it with mtpkern eval --output")
+    for path in plot(results, args.output or args.folder):
+        print(printable(str(path)))

@@ -1,0 +1,73 @@
+"""The pages in docs: the tutorial runs as it stands, links lead somewhere, README's tables are those of the results."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import mtpkern
+from mtpkern.bench import readme
+from mtpkern.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("quality", "strategies", "performance", "tutorial")
+
+
+def fenced(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def test_the_tutorial_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/tutorial.md").read_text()
+    (configuration,) = fenced(text, "yaml")
+    Path("tutorial.yaml").write_text(configuration)
+    ran = 0
+    for line in "".join(fenced(text, "sh")).splitlines():
+        words = [word.replace("$MODEL", str(mtpkern.ASSETS)) for word in shlex.split(line)]
+        if words[0] == "mtpkern":
+            assert main(words[1:]) == 0, (line, capsys.readouterr().err)
+            ran += 1
+        elif words[0] == "head":
+            lines = (mtpkern.ASSETS / "problems.jsonl").read_text().splitlines()[: int(words[2])]
+            Path(words[-1]).write_text("\n".join(lines) + "\n")
+        else:
+            assert line.startswith("MODEL=$(python -c "), line
+    assert ran == 5
+    found = json.loads(Path("runs/eval/results.json").read_text())["figures"]
+    # However short the training was.
+    assert found["verified_4_0.2"]["identical_to_original"] == 1
+    assert Path("runs/eval/pareto.png").exists()
+    assert '<p class="blocks">' in Path("blocks.html").read_text()
+    (code,) = fenced(text, "python")
+    capsys.readouterr()
+    exec(code, {})
+    assert "Answer:" in capsys.readouterr().out
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        links = re.findall(r"\]\((?!https?://)([^)#]+)\)", (ROOT / f"docs/{page}.md").read_text())
+        assert not [link for link in links if not (ROOT / "docs" / link).exists()], page
+
+
+def test_readmes_tables_are_those_of_the_results():
+    assert readme.main(["--check"]) == 0, f"run: {readme.COMMAND}"
+    assert set(re.findall(r"<!-- results: (\w+) -->", readme.README.read_text())) == set(readme.TABLES)
+
+
+def test_a_table_that_differs_is_found_and_mended(tmp_path, monkeypatch, capsys):
+    text = readme.README.read_text()
+    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    wrong = text.replace("| 6.78 |", "| 9.99 |")
+    assert wrong != text
+    readme.README.write_text(wrong)
+    assert readme.main(["--check"]) == 1
+    assert readme.COMMAND in capsys.readouterr().err
+    assert readme.main([]) == 0
+    assert readme.README.read_text() == text
+    with pytest.raises(ValueError, match="README asks for results 'nothing'"):
+        readme.rewritten("<!-- results: nothing -->\n<!-- end of results -->")

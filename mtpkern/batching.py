@@ -1,19 +1,18 @@
 """generate_batch(): many prompts through a few slots that stay full.
 
-A slot whose sequence has ended takes the next prompt while the others go on (mtpkern.slots), so that a pass is as wide
-at the end of a file as at its beginning, and no prompt waits for the longest answer beside it. The host knows of an end
-through the poll that the loop makes anyway, and what has been emitted is copied behind it.
+A slot whose sequence has ended takes the next prompt while the others go on (mtpkern.refill, mtpkern.slots), so that a
+pass is as wide at the end of a file as at its beginning, and no prompt waits for the longest answer beside it.
 
 Which prompt is next: by default the one that may become longest. Its neighbours are then of its length, so that those
-that are prefilled together have hardly any padding, and what runs alone at the end is short. Among the next few the
-one goes first that shares most of its beginning with what a slot holds: those keys are not made again.
+that are prefilled together have hardly any padding, and what runs alone at the end is short.
 """
 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from threading import Event
 from types import TracebackType
@@ -34,64 +33,28 @@ from mtpkern.arguments import (
     warn_of_left_out,
     whole_number,
 )
-from mtpkern.attention import exclusive, routed, unrouted
-from mtpkern.decoder import PREFILL_CHUNK, Decoder, Poll
+from mtpkern.attention import exclusive, routed
+from mtpkern.decoder import PREFILL_CHUNK
 from mtpkern.generation import decoder_for, past_positions, prepared, stop_ids_of, strategy_for
-from mtpkern.graph import kept_bytes, wants_graph, without_kernels
-from mtpkern.kernels.state import FAULT, RUNNING
+from mtpkern.graph import kept_bytes, release_graphs, wants_graph, without_kernels
 from mtpkern.layers import wants_compile
 from mtpkern.memory import require_room
 from mtpkern.model import has_latent_attention, learned_positions, mask_token_for, require_decodable
-from mtpkern.slots import Newcomer, enter, vacate
+from mtpkern.refill import BatchOutput as BatchOutput
+from mtpkern.refill import Job, Slots
+from mtpkern.slots import vacate
 from mtpkern.strategies import Strategy
 from mtpkern.streaming import Stream
-from mtpkern.watch import REASONS
 from mtpkern.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Fewer common tokens are not worth a copy.
-LEAST_SHARED = 8
-# Prompts that are looked at for the next one, for each slot.
-LOOK_AHEAD = 4
 # Fields of GenerationConfig that mean something here.
 _HONOURED = {"max_new_tokens", "max_length", "eos_token_id", "pad_token_id", "bos_token_id", "return_dict_in_generate"}
 
 # A text, ids, or a tensor of ids [T] or [1, T].
 Prompt = str | Sequence[int] | Tensor | np.ndarray
-
-
-@dataclass(frozen=True)
-class BatchOutput:
-    """What has become of one prompt of `generate_batch`.
-
-    index          its place among the prompts
-    tokens         the new ones, a stop token included
-    blocks         how many of them each pass emitted; the pass that follows the prefill is the first
-    finish_reason  "stop" at a stop token, "length" at the limit, "error"
-    error          why there are no tokens, as an exception; None where all went well
-    text           the new tokens decoded, without special tokens, where there is a tokenizer
-    shared         tokens of the prompt whose keys were there already
-    """
-
-    index: int
-    tokens: list[int] = field(default_factory=list)
-    blocks: list[int] = field(default_factory=list)
-    finish_reason: str = "error"
-    error: Exception | None = None
-    text: str | None = None
-    shared: int = 0
-
-    @property
-    def passes(self) -> int:
-        """Passes that emitted something of it."""
-        return len(self.blocks)
-
-    @property
-    def tokens_per_pass(self) -> float:
-        """Tokens emitted / passes; 0 of a prompt that has failed."""
-        return len(self.tokens) / max(1, len(self.blocks))
 
 
 def generate_batch(
@@ -173,26 +136,6 @@ class BatchOutputs(Iterator[BatchOutput]):
 def _feed(batch: _Batch, streamer: Any) -> None:
     streamer.put(torch.empty(0))  # the prompts are taken
     batch.run(lambda output: streamer.put_block([output]), streamer.closed)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A prompt that waits: its number, ids [T] and new tokens at most. short: fewer than were asked for."""
-
-    number: int
-    ids: np.ndarray
-    new: int
-    short: bool = False
-
-    @property
-    def tokens(self) -> int:
-        """How long it may become."""
-        return len(self.ids) + self.new
-
-    @property
-    def keys(self) -> np.ndarray:
-        """Tokens that another slot's keys can be taken for: all but the last, which its first pass reads."""
-        return self.ids[:-1]
 
 
 class _Batch:
@@ -314,7 +257,7 @@ class _Batch:
         new = limit - ids.shape[1]
         return stop_ids_of(criteria), lambda length: limit - length if whole else new
 
-    def _jobs(self, prompts: list[np.ndarray | None], new: Callable[[int], int] | list[int]) -> list[_Job]:
+    def _jobs(self, prompts: list[np.ndarray | None], new: Callable[[int], int] | list[int]) -> list[Job]:
         """Those that can be decoded, in the order in which they will be; the others fail."""
         slots = min(self.batch_size, len(prompts))
         jobs = []
@@ -326,7 +269,7 @@ class _Batch:
                 error = f"max_length={len(ids) + asked} leaves a prompt of {len(ids)} tokens no new one; raise it"
                 self._fail(number, ValueError(f"{error}, or pass max_new_tokens"))
                 continue
-            job = _Job(number, ids, asked)
+            job = Job(number, ids, asked)
             positions = learned_positions(self.model, needed=job.tokens - 1)
             if positions is not None:
                 job = replace(job, new=positions - len(ids) + 1, short=True)
@@ -356,16 +299,24 @@ class _Batch:
             del waiting[output.index]
             emit(output)
 
-        try:
-            self._decode(list(waiting.values()), told, closed)
-        except Exception as error:
-            if not without_kernels(error, self.model.device):
-                raise
-            self._decode(list(waiting.values()), told, closed)
+        slots = self.batch_size
+        while waiting and not (closed is not None and closed.is_set()):
+            slots = min(slots, len(waiting))
+            try:
+                self._decode(list(waiting.values()), slots, told, closed)
+                continue
+            except torch.OutOfMemoryError as error:
+                if not release_graphs():
+                    if slots == 1:
+                        raise
+                    slots //= 2
+                    _announce(slots, error)
+            except Exception as error:
+                if not without_kernels(error, self.model.device):
+                    raise
+            # What has not ended begins anew, outside of the handler, whose traceback holds on to what was allocated.
 
-    def _decode(self, jobs: list[_Job], emit: Callable[[BatchOutput], object], closed: Event | None) -> None:
-        if not jobs:
-            return
+    def _decode(self, jobs: list[Job], slots: int, emit: Callable[[BatchOutput], object], closed: Event | None) -> None:
         model = self.model
         with (
             exclusive(model, wait=self.wait),
@@ -377,193 +328,33 @@ class _Batch:
                 tokens=max(job.tokens for job in jobs),
                 max_new_tokens=max(job.new for job in jobs),
                 prefill=vacate,
-                batch=min(self.batch_size, len(jobs)),
+                batch=slots,
                 **self.options,
             ) as decoder,
         ):
             decoder.max_passes = sys.maxsize
-            slots = _Slots(decoder, self, jobs, emit, closed)
-            slots.fill()
+            poll = Slots(
+                decoder,
+                jobs,
+                emit,
+                closed=closed,
+                tokenizer=self.tokenizer,
+                chunk=self.chunk,
+                reuse=self.reuse,
+            )
+            poll.fill()
             with routed(model, decoder.cache) as route:
-                decoder.run(route, slots)
-            slots.deliver(wait=True)
+                decoder.run(route, poll)
+            poll.deliver(wait=True)
 
 
-class _Slots(Poll):
-    """The poll of such a run: takes what has ended out of its slot, and puts the next prompt in."""
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        batch: _Batch,
-        jobs: Iterable[_Job],
-        emit: Callable[[BatchOutput], object],
-        closed: Event | None,
-    ) -> None:
-        sequences = decoder.sequences
-        B = len(sequences.status)
-        # Whose a slot is, on the device: a state that is read late tells of whom it speaks.
-        self.owner = torch.full_like(sequences.status, -1)
-        super().__init__(sequences)
-        self.decoder, self.batch, self.emit, self.closed = decoder, batch, emit, closed
-        self.waiting = iter(jobs)
-        self.next: list[_Job] = []
-        self.inside: list[_Job | None] = [None] * B
-        self.arriving: list[tuple[_Job, Newcomer]] = []
-        self.entering: Iterator[None] | None = None
-        # Of each slot: the tokens whose keys it holds; whether these may not be finite; how many a prompt has found.
-        self.held = [np.empty(0, dtype=np.int64)] * B
-        self.dirty = [False] * B
-        self.shared = [0] * B
-        self.left: list[_Left] = []
-
-    def state(self) -> Tensor:
-        return torch.stack([self.sequences.status, self.owner])
-
-    def take(self, state: Tensor) -> int:
-        self.deliver(wait=False)
-        for slot, (status, owner) in enumerate(state.T.tolist()):
-            job = self.inside[slot]
-            if job is not None and job.number == owner and status != RUNNING:
-                self._leave(slot, job, status)
-        self.has_queued = False
-        if self.closed is not None and self.closed.is_set():
-            return 0
-        if self.on_cpu:
-            self.deliver(wait=True)
-        with unrouted(self.decoder.model):
-            self.fill()
-        return sum(job is not None for job in self.inside)
-
-    def _leave(self, slot: int, job: _Job, status: int) -> None:
-        """Queue the copy of what a sequence has emitted, and free its slot."""
-        s, T = self.sequences, len(job.ids)
-        facts = s.length[slot, None], s.passes[slot, None], s.blocks[slot, : job.new], s.tokens[slot, T : job.tokens]
-        copy = torch.cat(facts).to("cpu", non_blocking=True)
-        event = None
-        if not self.on_cpu:
-            event = torch.Event(self.decoder.device)
-            event.record()
-        self.left.append(_Left(slot, job, status, copy, event, self.shared[slot]))
-        self.inside[slot] = None
-        self.dirty[slot] = status == FAULT
-        if status == FAULT:
-            self.held[slot] = self.held[slot][:0]
-
-    def deliver(self, *, wait: bool) -> None:
-        """Hand on the outputs whose copies have arrived, or all of them."""
-        while self.left and (wait or self.left[0].has_arrived()):
-            left = self.left.pop(0)
-            output = left.output(self.batch)
-            held = self.held[left.slot]
-            if self.inside[left.slot] is None and len(held) == len(left.job.keys) and output.error is None:
-                # Of what the last pass has emitted there may be no keys.
-                fed = sum(output.blocks[:-1])
-                self.held[left.slot] = np.concatenate([left.job.ids, np.array(output.tokens[:fed], dtype=np.int64)])
-            self.emit(output)
-
-    def fill(self) -> None:
-        """Put prompts into the free slots, as far as they come in without keeping the running ones waiting."""
-        while True:
-            if self.entering is None:
-                self.arriving = self._choose()
-                if not self.arriving:
-                    return
-                newcomers = [x for _, x in self.arriving]
-                for x in newcomers:
-                    self.held[x.slot] = self.held[x.slot][:0]
-                self.entering = enter(self.decoder, newcomers, self.owner, chunk=self.batch.chunk)
-            self.has_queued = True
-            if any(job is not None for job in self.inside):
-                if next(self.entering, self) is None:
-                    return  # there is more of it, behind the next pass
-            else:
-                for _ in self.entering:
-                    pass
-            self.entering = None
-            for job, x in self.arriving:
-                self.inside[x.slot], self.held[x.slot] = job, job.keys
-                self.dirty[x.slot], self.shared[x.slot] = False, x.shared
-
-    def _choose(self) -> list[tuple[_Job, Newcomer]]:
-        """Prompts for the free slots, to be prefilled together."""
-        free = [slot for slot, job in enumerate(self.inside) if job is None]
-        in_line = not self.on_cpu and len(free) < len(self.inside)
-        group: list[tuple[_Job, Newcomer]] = []
-        while free:
-            if not self.next:
-                # As many at a time, so that nobody is passed over for ever.
-                self.next = [job for _, job in zip(range(LOOK_AHEAD * len(self.inside)), self.waiting)]
-            if not self.next:
-                break
-            job, source, shared = self._best()
-            if group:
-                # Who begins like one that is about to come in has its keys when it is there.
-                coming = max(common(job.keys, other.keys) for other, _ in group)
-                if self.batch.reuse and coming > shared and 2 * coming >= len(job.ids):
-                    break
-                # Where padding is, transformers looks at the mask and waits for the device.
-                if in_line and len(job.ids) != len(group[0][0].ids):
-                    break
-            self.next.remove(job)
-            slot = source if shared and source in free else free[0]
-            free.remove(slot)
-            limit, dirty = job.tokens, self.dirty[slot]
-            group.append((job, Newcomer(slot, job.number, job.ids, limit, source, shared, dirty)))
-        return group
-
-    def _best(self) -> tuple[_Job, int, int]:
-        """The prompt among the next that finds most of its keys in a slot: it, the slot, and how many."""
-        best = self.next[0], 0, 0
-        if self.batch.reuse:
-            for job in self.next:
-                for source, held in enumerate(self.held):
-                    shared = common(job.keys, held)
-                    if shared > best[2]:
-                        best = job, source, shared
-        return best
-
-
-@dataclass(frozen=True)
-class _Left:
-    """A sequence that has ended, on its way to the host."""
-
-    slot: int
-    job: _Job
-    status: int
-    copy: Tensor
-    event: torch.Event | None
-    shared: int
-
-    def has_arrived(self) -> bool:
-        return self.event is None or self.event.query()
-
-    def output(self, batch: _Batch) -> BatchOutput:
-        """What it is, as soon as that is there."""
-        if self.event is not None:
-            self.event.synchronize()
-        number, prompt, new = self.job.number, len(self.job.ids), self.job.new
-        if self.status == FAULT:
-            error = RuntimeError("the model's logits hold NaN or inf for this prompt; check its weights and dtype")
-            return BatchOutput(number, error=error, shared=self.shared)
-        length, passes, *rest = self.copy.tolist()
-        reason = REASONS[self.status]
-        if reason == "length" and self.job.short:
-            positions = prompt + new - 1
-            return BatchOutput(number, error=ValueError(past_positions(batch.model, positions, prompt, new)))
-        tokens, blocks = rest[new : new + length - prompt], rest[:passes]
-        text = None if batch.tokenizer is None else str(batch.tokenizer.decode(tokens, skip_special_tokens=True))
-        return BatchOutput(number, tokens, blocks, reason, text=text, shared=self.shared)
-
-
-def common(a: np.ndarray, b: np.ndarray) -> int:
-    """How many first tokens two texts have in common; 0 where so few are worth nothing."""
-    n = min(len(a), len(b))
-    if n < LEAST_SHARED or a[0] != b[0] or a[LEAST_SHARED - 1] != b[LEAST_SHARED - 1]:
-        return 0
-    differ = a[:n] != b[:n]
-    shared = int(differ.argmax()) if differ.any() else n
-    return shared if shared >= LEAST_SHARED else 0
+def _announce(slots: int, error: Exception) -> None:
+    warnings.warn(
+        f"memory does not suffice for as many sequences side by side, so mtpkern.generate_batch goes on with {slots}; "
+        f"a smaller batch_size ends this warning: {str(error).partition(chr(10))[0]}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _limits(max_new_tokens: int | Sequence[int] | None, prompts: int) -> list[int] | None:

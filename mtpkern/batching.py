@@ -357,7 +357,7 @@ def _announce(slots: int, error: Exception) -> None:
     )
 
 
-def _limits(max_new_tokens: int | Sequence[int] | None, prompts: int) -> list[int] | None:
+def _limits(max_new_tokens: Any, prompts: int) -> list[int] | None:
     """New tokens of each prompt, where the call tells."""
     if max_new_tokens is None:
         return None

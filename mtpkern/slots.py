@@ -100,8 +100,8 @@ def _begin(decoder: Decoder, newcomers: Sequence[Newcomer], seq: Tensor, owner: 
     sequences.tokens[seq, :width] = _on(decoder.device, tokens)
     sequences.length[seq], sequences.limit[seq], owner[seq] = facts
     # As all begin: nothing emitted, nothing known.
-    for x in (sequences.passes, sequences.hits, sequences.chains, sequences.blocks):
-        x.index_fill_(0, seq, 0)
+    for count in (sequences.passes, sequences.hits, sequences.chains, sequences.blocks):
+        count.index_fill_(0, seq, 0)
     sequences.pending.index_fill_(0, seq, 1)
     sequences.status.index_fill_(0, seq, RUNNING)
     decoder.plan()

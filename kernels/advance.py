@@ -422,6 +422,29 @@ def advance(
     form(sequences, rows, terms, token, confidence, k=k, verify=verify, mask_token_id=mask_token_id, masks=masks)
 
 
+def plan(
+    sequences: Sequences,
+    rows: Rows,
+    terms: Terms,
+    *,
+    k: int,
+    verify: bool,
+    mask_token_id: int,
+    masks: int = 0,
+) -> None:
+    """Plan the next pass anew, in place, where sequences have been put in or taken out since `advance`.
+
+    One that is RUNNING and has pending tokens, the last of its `length`, is planned as if `advance` had left it so. How
+    sure the drafts of the others are is no longer known; it counts as 1, which may deal masks out otherwise and changes
+    nothing that verification emits. Plain torch operations on any device, none of which waits for it.
+
+        sequences.length[b], sequences.pending[b], sequences.status[b] = 9, 1, RUNNING    # a prompt of nine tokens
+        plan(sequences, rows, terms, k=8, verify=True, mask_token_id=mask_token_id)
+    """
+    sure = torch.ones(len(sequences.length), k - 1, device=rows.seq.device)
+    _plan(sequences, rows, terms, sure, k=k, verify=verify, mask_token_id=mask_token_id, masks=masks)
+
+
 @torch.library.custom_op(
     "mtpkern::advance",
     mutates_args=(

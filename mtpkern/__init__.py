@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mtpkern import reference as reference
     from mtpkern.adapter import load_adapter as load_adapter
+    from mtpkern.batching import BatchOutput as BatchOutput
+    from mtpkern.batching import generate_batch as generate_batch
+    from mtpkern.batching import iterate_batch as iterate_batch
     from mtpkern.generation import MTPGenerateOutput as MTPGenerateOutput
     from mtpkern.generation import generate as generate
     from mtpkern.graph import release_graphs as release_graphs
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ASSETS",
+    "BatchOutput",
     "ConfAdapt",
     "MTPGenerateOutput",
     "Static",
@@ -37,6 +41,8 @@ __all__ = [
     "add_mask_token",
     "check",
     "generate",
+    "generate_batch",
+    "iterate_batch",
     "load_adapter",
     "reference",
     "release_graphs",
@@ -47,6 +53,7 @@ __all__ = [
 ASSETS = Path(__file__).parent / "assets"
 
 _MODULE_OF = {
+    "BatchOutput": "mtpkern.batching",
     "ConfAdapt": "mtpkern.strategies",
     "MTPGenerateOutput": "mtpkern.generation",
     "Static": "mtpkern.strategies",
@@ -54,6 +61,8 @@ _MODULE_OF = {
     "add_mask_token": "mtpkern.model",
     "check": "mtpkern.verify",
     "generate": "mtpkern.generation",
+    "generate_batch": "mtpkern.batching",
+    "iterate_batch": "mtpkern.batching",
     "load_adapter": "mtpkern.adapter",
     "release_graphs": "mtpkern.graph",
     "stream": "mtpkern.streaming",

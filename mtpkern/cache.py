@@ -10,6 +10,7 @@ Without a CUDA graph, which needs fixed addresses, the buffers hold what is in u
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,10 +61,13 @@ class KVCache:
         # What the layers of one pass share; whoever changes the rows empties it.
         self.memo: dict = {}
 
-    def fill(self, layer: int, key: Tensor, value: Tensor, slot: Tensor) -> None:
-        """Store the prefill's key and value [B, Hkv, T, D] at slot [B, T] int64 (H for what is not to be kept)."""
+    def fill(self, layer: int, key: Tensor, value: Tensor, slot: Tensor, seq: Tensor | None = None) -> None:
+        """Store the prefill's key and value [n, Hkv, T, D] at slot [n, T] int64 (H for what is not to be kept).
+
+        seq [n] int64: whose they are; None: of all sequences, in order.
+        """
         if layer not in self.layers:
-            B, Hkv, _, D = key.shape
+            B, (_, Hkv, _, D) = len(self.rows.start) - 1, key.shape
             # Zeros, because a reference that multiplies by zero weights must not meet NaN.
             self.layers[layer] = (
                 key.new_zeros(B, Hkv, self.held + 1, D),
@@ -78,7 +82,8 @@ class KVCache:
                     f"{here[3]}, and the buffers have been made for {there[0]} of {there[1]} in {there[2]} on "
                     f"{there[3]}; mtpkern decodes models whose layers keep to one form"
                 )
-        seq = torch.arange(slot.shape[0], device=slot.device)[:, None].expand_as(slot)
+        seq = torch.arange(slot.shape[0], device=slot.device) if seq is None else seq
+        seq = seq[:, None].expand_as(slot)
         kv_write(
             k_cache,
             v_cache,
@@ -104,11 +109,20 @@ class KVCache:
         """Bytes of all buffers."""
         return sum(x.nbytes for pair in self.layers.values() for x in pair)
 
-    def clear(self) -> None:
-        """Zero all buffers in place, whatever an earlier run has left there; they keep their addresses."""
+    def clear(self, seq: int | None = None) -> None:
+        """Zero all buffers in place, or those of a sequence, whatever is left there; they keep their addresses."""
         for pair in self.layers.values():
             for x in pair:
-                x.zero_()
+                (x if seq is None else x[seq]).zero_()
+
+    def copy_prefixes(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """Give sequences the keys of the first tokens of others: (from, to, tokens) each; all read before any write."""
+        for pair in self.layers.values():
+            for x in pair:
+                ends = [(source, seq, slice(self.scratch, self.scratch + n)) for source, seq, n in copies]
+                read = [x[source, :, here].clone() for source, _, here in ends]
+                for (_, seq, here), keys in zip(ends, read):
+                    x[seq, :, here] = keys
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Write key and value [1, Hkv, R, D] of this pass, then attend with query [1, Hq, R, D]: [1, R, Hq, D]."""
@@ -168,17 +182,18 @@ def _grown(x: Tensor, held: int, more: int) -> Tensor:
 class PrefillCache(Cache):
     """A transformers cache that hands every layer's keys and values to a `KVCache`, for a prompt in one or more chunks.
 
-    A chunk's keys are written to slot [B, T] int64 of all columns of the padded prompts (C for what is not to be kept),
-    of which `seen` have gone before. The model gets back the keys of all columns so far, in their places: the new ones
-    as they are in a first chunk, else gathered from the buffers, a layer at a time. So it runs its own attention, with
-    its own masks for left padding, sliding windows and sinks, on what a cache of transformers would hold, and no second
-    copy of the prompt's keys and values exists.
+    A chunk's keys are written to sequences seq [B], slot [B, T] int64 of all columns of the padded prompts (C for what
+    is not to be kept), of which `seen` have gone before. The model gets back the keys of all columns so far, in their
+    places: the new ones as they are in a first chunk, else gathered from the buffers, a layer at a time. So it runs its
+    own attention, with its own masks for left padding, sliding windows and sinks, on what a cache of transformers would
+    hold, and no second copy of the prompt's keys and values exists.
     """
 
-    def __init__(self, kv: KVCache, slot: Tensor) -> None:
+    def __init__(self, kv: KVCache, slot: Tensor, seq: Tensor | None = None) -> None:
         super().__init__(layer_class_to_replicate=DynamicLayer)
         self.kv = kv
         self.slot = slot.clamp(max=kv.held)
+        self.seq = torch.arange(len(slot), device=slot.device) if seq is None else seq
         self.seen = 0
         # Layers that have brought this chunk.
         self.brought: set[int] = set()
@@ -199,11 +214,11 @@ class PrefillCache(Cache):
                 "whose layers do so once"
             )
         self.brought.add(layer_idx)
-        self.kv.fill(layer_idx, key_states, value_states, self.slot[:, self.seen : end])
+        self.kv.fill(layer_idx, key_states, value_states, self.slot[:, self.seen : end], self.seq)
         if not self.seen:
             return key_states, value_states
         slot = self.slot[:, :end]
-        seq = torch.arange(len(slot), device=slot.device)[:, None]
+        seq = self.seq[:, None]
         k_cache, v_cache = self.kv.layers[layer_idx]
         return k_cache[seq, :, slot].transpose(1, 2), v_cache[seq, :, slot].transpose(1, 2)
 
@@ -224,10 +239,11 @@ class CapturedPrefill(DynamicCache):
     over, and what its layers attend to is stored as it gets there.
     """
 
-    def __init__(self, kv: KVCache, slot: Tensor) -> None:
+    def __init__(self, kv: KVCache, slot: Tensor, seq: Tensor | None = None) -> None:
         super().__init__()
         self.kv = kv
         self.slot = slot.clamp(max=kv.held)
+        self.seq = torch.arange(len(slot), device=slot.device) if seq is None else seq
         self.seen = 0
         self.brought: set[int] = set()
 
@@ -244,4 +260,5 @@ class CapturedPrefill(DynamicCache):
                 "whose layers do so once"
             )
         self.brought.add(layer)
-        self.kv.fill(layer, key[:, :, self.seen :], value[:, :, self.seen :], self.slot[:, self.seen : key.shape[2]])
+        slot = self.slot[:, self.seen : key.shape[2]]
+        self.kv.fill(layer, key[:, :, self.seen :], value[:, :, self.seen :], slot, self.seq)

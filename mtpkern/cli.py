@@ -9,7 +9,7 @@ import argparse
 import importlib
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         "--masks", type=int, metavar="N", help="rows more a pass of each prompt, for when drafts fail; with verified"
     )
     generate.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="(default 256)")
-    generate.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="(default 8)")
+    generate.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="decoded side by side (default 8)")
     generate.add_argument(
         "--mask-token-id", type=int, metavar="ID", help="where the checkpoint does not record it; --k 1 needs none"
     )
@@ -217,14 +217,11 @@ def _decode_rows(rows: Sequence[Row], strategy: Strategy, args: argparse.Namespa
     # Rows that appear on a terminal tell by themselves how far things are.
     hidden = args.file is not None and (output is not None or not sys.stdout.isatty()) and not args.show
     with show.progress(f"{len(rows)} prompts", len(rows)) if hidden else nullcontext(lambda done: None) as advance:
-        for i in range(0, len(rows), args.batch_size):
-            batch = slice(i, i + args.batch_size)
-            completions = _complete(model, tokenizer, rows[batch], prompts[batch], strategy, args)
-            for row, completion in zip(rows[batch], completions):
-                _write(tokenizer, row, completion, args, output)
-                # Who reads a pipe waits for it, and what is in the file is not lost.
-                (output or sys.stdout).flush()
-            advance(min(i + args.batch_size, len(rows)))
+        completions = _complete(model, tokenizer, rows, prompts, strategy, args, advance)
+        for row, completion in zip(rows, completions, strict=True):
+            _write(tokenizer, row, completion, args, output)
+            # Who reads a pipe waits for it, and what is in the file is not lost.
+            (output or sys.stdout).flush()
 
 
 def _require_mask_token(model: PreTrainedModel, args: argparse.Namespace) -> None:
@@ -326,30 +323,33 @@ def _complete(
     prompts: Sequence[list[int]],
     strategy: Strategy,
     args: argparse.Namespace,
+    advance: Callable[[int], object],
 ) -> Iterator[Completion]:
-    """The completions of a batch; where it fails those of each row alone, so that one bad row takes none along.
+    """The completions in the order of the rows, each as soon as those before it are there.
 
-    Raises ValueError that names the row.
+    Raises ValueError, or RuntimeError where the model is at fault, that names the row, behind those before it.
     """
-    import torch
-
-    from mtpkern.compare import ours, pad
+    from mtpkern.batching import BatchOutput, iterate_batch
+    from mtpkern.compare import Completion
 
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "mask_token_id": args.mask_token_id}
     if model.generation_config.eos_token_id is None:
         options["eos_token_id"] = tokenizer.eos_token_id
-    try:
-        completions = ours(model, pad(prompts, model.device), strategy=strategy, **options)
-    except (ValueError, RuntimeError) as error:
-        if len(rows) == 1:
-            if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-                raise RuntimeError(f"{rows[0].where}: {error}") from error
-            raise ValueError(f"{rows[0].where}: {error}") from error
-    else:
-        yield from completions
-        return
-    for row, prompt in zip(rows, prompts):
-        yield from _complete(model, tokenizer, [row], [prompt], strategy, args)
+    # As given, for then what has ended out of turn is little, should the command be stopped.
+    options |= {"strategy": strategy, "batch_size": args.batch_size, "order": "given"}
+    ended: dict[int, BatchOutput] = {}
+    next_row = 0
+    with iterate_batch(model, prompts, **options) as outputs:
+        for done, output in enumerate(outputs, 1):
+            ended[output.index] = output
+            while next_row in ended:
+                output = ended.pop(next_row)
+                if output.error is not None:
+                    kind = RuntimeError if isinstance(output.error, RuntimeError) else ValueError
+                    raise kind(f"{rows[next_row].where}: {output.error}") from output.error
+                yield Completion(output.tokens, output.blocks, output.finish_reason == "stop")
+                next_row += 1
+            advance(done)
 
 
 def _write(

@@ -26,7 +26,7 @@ from mtpkern.adapter import base_alone, gated
 from mtpkern.attention import AttentionContext, captured
 from mtpkern.cache import CapturedPrefill, KVCache, PrefillCache
 from mtpkern.graph import StepGraph, wants_graph
-from mtpkern.kernels.advance import advance
+from mtpkern.kernels.advance import advance, plan
 from mtpkern.kernels.readout import readout
 from mtpkern.kernels.state import RUNNING, Rows, Sequences, Terms
 from mtpkern.layers import CompiledLayers
@@ -185,6 +185,7 @@ class Decoder:
     def _begin(self, strategy: Strategy, stop_ids: Tensor, max_new_tokens: int) -> None:
         self.strategy = strategy
         self.max_new_tokens = max_new_tokens
+        self.max_passes = max_new_tokens - 1
         self.terms.threshold.fill_(strategy.threshold)
         self.terms.stop_ids.fill_(-1)
         self.terms.stop_ids[: len(stop_ids)] = stop_ids.to(self.device)
@@ -223,28 +224,50 @@ class Decoder:
         self.rows.expect_prefill(k)
 
         columns = torch.cat([input_ids, masks], dim=1)
-        latent = has_latent_attention(self.model)
-        cache = (CapturedPrefill if latent else PrefillCache)(self.cache, scratch + place)
+        cache = self.prefill_cache(scratch + place)
         n = max(1, chunk // B)
         ends = [*range(n, T, n), T + k - 1]
+        mask = None if attention_mask is None else seen
         for end in ends:
-            here = slice(cache.seen, end)
-            with (
-                captured(self.model, cache) if latent else nullcontext(),
-                gated(self.model, columns[:, here]),
-                self.products.sought(self.model),
-            ):
-                logits = self.model(
-                    input_ids=columns[:, here],
-                    attention_mask=None if attention_mask is None else seen[:, :end],
-                    position_ids=told[:, here],
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=k if end == ends[-1] else 1,
-                ).logits
-            cache.next_chunk(end)
-        self._require_cached()
+            logits = self.prefill_chunk(cache, columns, mask, told, end, keep=k if end == ends[-1] else 1)
+        self.require_cached()
         return self._take_in(logits[:, -k:].flatten(0, 1))
+
+    def prefill_cache(self, slot: Tensor, seq: Tensor | None = None) -> PrefillCache | CapturedPrefill:
+        """What the model is given as its cache where it reads prompts whose columns belong in slot [n, T]."""
+        return (CapturedPrefill if has_latent_attention(self.model) else PrefillCache)(self.cache, slot, seq)
+
+    @torch.inference_mode()
+    def prefill_chunk(
+        self,
+        cache: PrefillCache | CapturedPrefill,
+        columns: Tensor,
+        seen: Tensor | None,
+        position: Tensor,
+        end: int,
+        *,
+        keep: int = 1,
+    ) -> Tensor:
+        """Run the columns [n, T] of prompts, those from `cache.seen` to `end`, through the model's own attention.
+
+        seen [n, T]: 0 at padding, None where there is none. Returns the logits [n, keep, V] of the last, or more.
+        """
+        here = slice(cache.seen, end)
+        with (
+            captured(self.model, cache) if isinstance(cache, CapturedPrefill) else nullcontext(),
+            gated(self.model, columns[:, here]),
+            self.products.sought(self.model),
+        ):
+            logits: Tensor = self.model(
+                input_ids=columns[:, here],
+                attention_mask=None if seen is None else seen[:, :end],
+                position_ids=position[:, here],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=keep,
+            ).logits
+        cache.next_chunk(end)
+        return logits
 
     @torch.inference_mode()
     def step(self, route: dict[str, AttentionContext]) -> Tensor:
@@ -294,7 +317,7 @@ class Decoder:
         return logits
 
     def run(self, route: dict[str, AttentionContext], poll: Poll | None = None) -> None:
-        """Step until every sequence is done, at most max_new_tokens passes in all; `poll` may do more than count."""
+        """Step until every sequence is done, at most max_passes; `poll` may do more than count."""
         poll = poll or Poll(self.sequences)
         if self._on_cpu:
             self._run_on_cpu(route, poll)
@@ -306,7 +329,7 @@ class Decoder:
         # Where there are rows for everybody, everybody has them: they cost the same used or not.
         scarce = self.by_load and B * (2 * strategy.k - 1 + strategy.masks) > R
         odds = _OddsPoll(self.sequences) if scarce else None
-        for _ in range(self.max_new_tokens - 1):
+        for _ in range(self.max_passes):
             if not poll.running():
                 break
             if odds is not None and odds.running():
@@ -324,9 +347,11 @@ class Decoder:
         timed = _TimedPoll(self.sequences)
         told: tuple[int, float] = len(self.all_rows.seq), 0.0
         rows = told[0]
-        for _ in range(self.max_new_tokens - 1):
+        for _ in range(self.max_passes):
             if not poll.running():
                 break
+            if poll.has_queued and timed.passes:
+                timed.passes[-1] = 0  # what lies behind it counts to its time
             timed.running()
             if timed.replayed:
                 ladder.saw(timed.replayed, timed.seconds)
@@ -355,7 +380,7 @@ class Decoder:
     def _run_on_cpu(self, route: dict[str, AttentionContext], poll: Poll) -> None:
         """As `run`, where the state is known, and rows and slots cost: each pass has those that it needs, no more."""
         load = self._load
-        for _ in range(self.max_new_tokens - 1):
+        for _ in range(self.max_passes):
             if not poll.running():
                 break
             self._fit()
@@ -377,6 +402,27 @@ class Decoder:
         self.rows = cache.rows = self.all_rows.first(max(1, int(start[-1])))
         self._maskless = not (self.rows.token == self.mask_token_id).any()
 
+    def make_room(self, tokens: int) -> None:
+        """Keep room for a sequence of so many tokens and its next pass, where buffers grow."""
+        cache = self.cache
+        self._reach = max(self._reach, cache.scratch + tokens + self.strategy.k)
+        cache.reserve(min(cache.capacity, self._reach + self.strategy.k))
+        if not self._on_cpu:
+            cache.slots = cache.held
+
+    @torch.inference_mode()
+    def plan(self) -> None:
+        """Plan the next pass anew, because sequences have come in or gone behind the back of `advance`."""
+        plan(
+            self.sequences,
+            self.all_rows,
+            self.terms,
+            k=self.strategy.k,
+            verify=self.strategy.verify,
+            mask_token_id=self.mask_token_id,
+            masks=self.strategy.masks,
+        )
+
     def _reserve(self) -> None:
         """Keep room for the next pass where the host does not know how far the sequences are.
 
@@ -390,7 +436,7 @@ class Decoder:
             cache.reserve(min(cache.capacity, self._reach + k))
             cache.slots = cache.held
 
-    def _require_cached(self) -> None:
+    def require_cached(self) -> None:
         """Raise ValueError where the layers that have cached keys are not those that the config tells of."""
         expected = getattr(self.model.config.get_text_config(decoder=True), "num_hidden_layers", None)
         cached = sorted(self.cache.layers)
@@ -419,6 +465,8 @@ class Poll:
 
     def __init__(self, sequences: Sequences) -> None:
         self.sequences = sequences
+        # Whether the last `take` had the device do more than a copy.
+        self.has_queued = False
         device = sequences.status.device
         self.on_cpu = device.type == "cpu"
         self.polls = 0

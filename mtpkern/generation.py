@@ -230,7 +230,7 @@ def _decode(
     input_ids = input_ids.to(model.device, torch.int64, non_blocking=True)
     if attention_mask is not None:
         attention_mask = attention_mask.to(model.device, torch.int64, non_blocking=True)
-    stop_ids = _stop_ids(stopping_criteria).to(model.device, non_blocking=True)
+    stop_ids = stop_ids_of(stopping_criteria).to(model.device, non_blocking=True)
     # Criteria of the caller's for these two stand in the place of those of the configuration.
     limit = min(criterion.max_length for criterion in of_kind(stopping_criteria, MaxLengthCriteria))
     longest, asked = max(prompts), max(1, limit - T)
@@ -240,7 +240,7 @@ def _decode(
         # As theirs: an answer that stops in time is as good as any, one that does not is an error, once it is there.
         max_new_tokens = positions - longest + 1
         if max_new_tokens < 1:
-            raise ValueError(_past_positions(model, positions, longest, asked))
+            raise ValueError(past_positions(model, positions, longest, asked))
     if watch is not None:
         watch.begin(host_ids, host_mask, new=max_new_tokens, padding=filler, device=given_on)
     # The prefill runs through the model's own attention, and the results are read before another run may have the
@@ -248,7 +248,7 @@ def _decode(
     with (
         exclusive(model, wait=wait),
         torch.accelerator.device_index(model.device.index),
-        _decoder(
+        decoder_for(
             model,
             strategy,
             stop_ids,
@@ -283,7 +283,7 @@ def _decode(
                 f"the model's logits hold NaN or inf for sequences {faulty}; check its weights and dtype"
             )
         if positions is not None and "length" in reasons:
-            raise ValueError(_past_positions(model, positions, longest, asked))
+            raise ValueError(past_positions(model, positions, longest, asked))
         output = torch.cat([input_ids, _new_tokens(decoder, ends, attention_mask, T, max(emitted), filler)], dim=1)
         kept = [first_tokens(row, n) for row, n in zip(blocks.tolist(), emitted)]
     if watch is not None:
@@ -299,7 +299,37 @@ def _decode(
     )
 
 
-def _past_positions(model: PreTrainedModel, positions: int, prompt: int, new: int) -> str:
+def prepared(
+    model: PreTrainedModel, input_ids: Tensor, settings: dict[str, Any]
+) -> tuple[GenerationConfig, StoppingCriteriaList]:
+    """What transformers makes of a call with these settings, as `read_arguments` returns them; nothing is decoded."""
+    found: list[tuple[GenerationConfig, StoppingCriteriaList]] = []
+
+    def note(
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        if not model_kwargs.get("mm_encoder_outputs", True):
+            del model_kwargs["mm_encoder_outputs"]
+        require_prepared(generation_config, logits_processor, model_kwargs)
+        found.append((generation_config, stopping_criteria))
+        return input_ids
+
+    type(model).generate(model, input_ids, custom_generate=note, **settings)
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__}.generate decodes in its own way and hands nothing on to transformers' generate, "
+            "so mtpkern cannot take its place; use model.generate"
+        )
+    return found[0]
+
+
+def past_positions(model: PreTrainedModel, positions: int, prompt: int, new: int) -> str:
+    """What is said of a prompt whose text has come to no end within the positions that a model has learned."""
     return (
         f"{type(model).__name__} has learned {positions} positions, which must hold the text: got a prompt of {prompt} "
         f"tokens that has come to no end within them, with max_new_tokens={new} (max_length={prompt + new}); lower "
@@ -308,7 +338,7 @@ def _past_positions(model: PreTrainedModel, positions: int, prompt: int, new: in
 
 
 @contextmanager
-def _decoder(
+def decoder_for(
     model: PreTrainedModel,
     strategy: Strategy,
     stop_ids: Tensor,
@@ -393,7 +423,7 @@ def _new_tokens(decoder: Decoder, ends: Tensor, mask: Tensor | None, T: int, wid
     return new.masked_fill(o_new >= ends[:, None], filler)
 
 
-def _stop_ids(stopping_criteria: StoppingCriteriaList) -> Tensor:
+def stop_ids_of(stopping_criteria: StoppingCriteriaList) -> Tensor:
     """Stop tokens [S]; -1, which is no token, where there is none."""
     stops = [criterion.eos_token_id.flatten() for criterion in of_kind(stopping_criteria, EosTokenCriteria)]
     return torch.cat(stops) if stops else torch.tensor([-1])

@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mtpkern
+import mtpkern.batching
 from mtpkern.bench.problems import HELD_OUT, problems
 from mtpkern.cli import main
 from mtpkern.compare import HF_GENERATE, Completion, Problem, Tally, pad, read_problems
@@ -239,18 +240,23 @@ def test_a_row_that_cannot_be_encoded_is_named_before_any_is_decoded(checkpoint,
 
 @pytest.fixture
 def one_bad(monkeypatch):
-    """A batch with the sixth row in it fails; `calls` counts the rows that were decoded."""
+    """The sixth row fails; `calls` counts the rows that were decoded."""
     calls = []
 
-    def ours(model, inputs, **options):
-        completions = original(model, inputs, **options)
-        if faulty and len(calls) <= 5 < len(calls) + len(completions):
-            raise ValueError("max_new_tokens: no room")
-        calls.extend(completions)
-        return completions
+    def entering(decoder, newcomers, owner, **options):
+        calls.extend(newcomers)
+        return enter(decoder, newcomers, owner, **options)
 
-    original, faulty = mtpkern.compare.ours, [True]
-    monkeypatch.setattr("mtpkern.compare.ours", ours)
+    def jobs(self, prompts, new):
+        found = original(self, prompts, new)
+        for job in found[5:6] if faulty else []:
+            self._fail(job.number, ValueError("max_new_tokens: no room"))
+            found.remove(job)
+        return found
+
+    enter, original, faulty = mtpkern.refill.enter, mtpkern.batching._Batch._jobs, [True]
+    monkeypatch.setattr("mtpkern.refill.enter", entering)
+    monkeypatch.setattr("mtpkern.batching._Batch._jobs", jobs)
     return calls, faulty
 
 
@@ -381,7 +387,7 @@ STEERS = "\x1b[2Ja\r\x9b31m\u202eb\x07"
 def steering(checkpoint, monkeypatch):
     """The checkpoint's model writes what would clear the screen and turn text around."""
     tokens = [5, 6]
-    monkeypatch.setattr("mtpkern.compare.ours", lambda *args, **kwargs: [Completion(tokens, [1, 1])])
+    monkeypatch.setattr("mtpkern.cli._complete", lambda *args, **kwargs: iter([Completion(tokens, [1, 1])]))
     kind = type(build_tokenizer())
     monkeypatch.setattr(kind, "decode", lambda self, ids, **kwargs: STEERS[: len(STEERS) * len(ids) // 2])
     return checkpoint
@@ -458,7 +464,7 @@ def test_an_interrupt_leaves_no_draft(checkpoint, tmp_path, capsys, monkeypatch)
         assert len(list(tmp_path.iterdir())) == 1  # the draft is there
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mtpkern.compare.ours", interrupt)
+    monkeypatch.setattr("mtpkern.refill.enter", interrupt)
     command = ["generate", str(checkpoint), "--prompt", "Ba has 3 eggs.", "--output", str(tmp_path / "out.jsonl")]
     assert main(command) == 130
     assert list(tmp_path.iterdir()) == []

@@ -25,6 +25,7 @@ from mtpkern.decoder import Decoder
 from mtpkern.graph import fingerprint, release_graphs
 from mtpkern.kernels.form import has_kernels
 from mtpkern.load import Ladder
+from mtpkern.refill import Slots
 from mtpkern.strategies import Strategy
 
 
@@ -88,7 +89,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[RecordedStep]]:
     monkeypatch.setattr(graph, "on_side_stream", lambda device: nullcontext())
     monkeypatch.setattr(graph, "memory_of", lambda device: 1 << 40)
     monkeypatch.setattr(torch, "Event", Event)
-    for module in ("mtpkern.decoder", "mtpkern.generation"):
+    for module in ("mtpkern.decoder", "mtpkern.generation", "mtpkern.batching"):
         monkeypatch.setattr(f"{module}.wants_graph", lambda use_graph, device: use_graph is not False)
     release_graphs()
     RecordedStep.captures = 0
@@ -202,6 +203,53 @@ def test_state_keeps_its_addresses(recorded: type[RecordedStep], tiny: SimpleNam
     generate(tiny, model, 7, 20, max_new_tokens=40, eos_token_id=2)
     assert kept(model) == [decoder]
     assert addresses(decoder) == places
+
+
+@pytest.mark.parametrize("strategy", [Verified(3, threshold=0.2), ConfAdapt(3, threshold=0.3)], ids=repr)
+def test_slots_are_refilled_between_replays(
+    strategy: Strategy, recorded: type[RecordedStep], tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One capture for all prompts of two calls; nothing moves, and the captured step sees every newcomer."""
+    model, rng = tiny.model("llama"), random.Random(0)
+    prompts = [[rng.randint(1, 14) for _ in range(rng.choice([1, 4, 9, 20]))] for _ in range(9)]
+    prompts[7] = prompts[3] + [5, 6] if len(prompts[3]) > 8 else [1] * 15
+    new = [rng.randint(1, 15) for _ in prompts]
+    places: set[tuple[int, ...]] = set()
+    running = Slots.take
+
+    def noted(self: Any, state: Tensor) -> int:
+        places.add(tuple(addresses(self.decoder)))
+        return running(self, state)
+
+    options: dict[str, Any] = {"strategy": strategy, "max_new_tokens": new, "eos_token_id": 3, "batch_size": 3}
+    expected = mtpkern.generate_batch(model, prompts, use_graph=False, **options)
+    monkeypatch.setattr(Slots, "take", noted)
+    for _ in range(2):
+        outputs = mtpkern.generate_batch(model, prompts, **options)
+        assert [(o.tokens, o.blocks) for o in outputs] == [(o.tokens, o.blocks) for o in expected]
+        (decoder,) = kept(model)
+        poison(decoder)
+    assert recorded.captures == len(places) == 1
+
+
+def test_the_ladder_takes_newcomers_on_any_rung(
+    recorded: type[RecordedStep], tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rng = tiny.model("llama"), random.Random(0)
+    monkeypatch.setattr("mtpkern.decoder.FREE_ROWS", 0)
+    monkeypatch.setattr("mtpkern.load.STEP", 1)
+    prompts = [[rng.randint(1, 14) for _ in range(rng.choice([1, 4, 9, 20]))] for _ in range(12)]
+    options: dict[str, Any] = {"max_new_tokens": 15, "eos_token_id": 3, "batch_size": 3}
+    expected = mtpkern.generate_batch(model, prompts, use_graph=False, **options)
+
+    def choose(ladder: Ladder, *_: Any) -> tuple[int, float]:
+        rows = rng.choice(ladder.rungs)
+        return rows, float("inf") if rows == ladder.rungs[0] else rng.choice([0.0, 0.1, 0.4])
+
+    monkeypatch.setattr(Ladder, "choose", choose)
+    outputs = mtpkern.generate_batch(model, prompts, **options)
+    assert [o.tokens for o in outputs] == [o.tokens for o in expected]
+    assert recorded.captures > 1
 
 
 def addresses(decoder: Decoder) -> list[int]:

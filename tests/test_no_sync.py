@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ import mtpkern.decoder
 from mtpkern import ConfAdapt, Static, Verified
 from mtpkern.attention import attention_context
 from mtpkern.decoder import Decoder
+from mtpkern.slots import Newcomer, enter
 from mtpkern.strategies import Strategy
 from mtpkern.watch import Watch, snapshot
 
@@ -163,6 +165,25 @@ def test_what_a_watch_adds_has_no_sync(tiny: SimpleNamespace) -> None:
         with Watcher(accelerator=True):
             assert snapshot(sequences, window).shape == (3, 8)
             sequences.status[1].fill_(1)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=repr)
+@pytest.mark.parametrize("name", MODELS)
+def test_what_lets_a_prompt_in_has_no_sync(tiny: SimpleNamespace, name: str, strategy: Strategy) -> None:
+    """Keys copied from a neighbour, the prefill of the others in chunks, the state; and on a device the new plan."""
+    decoder = prepare(tiny, tiny.model(name, **MODELS[name]), strategy)
+    prompt = [*decoder.sequences.tokens[0, :9].tolist(), 5, 6, 7, 8]
+    newcomer = Newcomer(1, 7, np.array(prompt), 20, source=0, shared=8)
+    owner = torch.zeros(3, dtype=torch.int64)
+    with Watcher():
+        for _ in enter(decoder, [newcomer], owner, chunk=3):
+            pass
+    assert (decoder.sequences.length[1], owner[1]) == (13, 7)
+    watch(decoder, Watcher(), steps=1)
+    with FakeTensorMode():
+        fake = prepare(tiny, to_fake(tiny.model("llama")), strategy)
+        with Watcher(accelerator=True):
+            fake.plan()
 
 
 def test_operations_of_a_step_depend_on_neither_batch_nor_k(tiny: SimpleNamespace) -> None:

@@ -1,0 +1,389 @@
+"""generate_batch(): many prompts through a few slots that stay full.
+
+A slot whose sequence has ended takes the next prompt while the others go on (mtpkern.refill, mtpkern.slots), so that a
+pass is as wide at the end of a file as at its beginning, and no prompt waits for the longest answer beside it.
+
+Which prompt is next: by default the one that may become longest. Its neighbours are then of its length, so that those
+that are prefilled together have hardly any padding, and what runs alone at the end is short.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from threading import Event
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from mtpkern.adapter import adopt
+from mtpkern.arguments import (
+    inert,
+    read_arguments,
+    require_bool,
+    require_prompts,
+    require_tensors,
+    warn_of_left_out,
+    whole_number,
+)
+from mtpkern.attention import exclusive, routed
+from mtpkern.decoder import PREFILL_CHUNK
+from mtpkern.generation import decoder_for, past_positions, prepared, stop_ids_of, strategy_for
+from mtpkern.graph import kept_bytes, release_graphs, wants_graph, without_kernels
+from mtpkern.layers import wants_compile
+from mtpkern.memory import require_room
+from mtpkern.model import has_latent_attention, learned_positions, mask_token_for, require_decodable
+from mtpkern.refill import BatchOutput as BatchOutput
+from mtpkern.refill import Job, Slots
+from mtpkern.slots import vacate
+from mtpkern.strategies import Strategy
+from mtpkern.streaming import Stream
+from mtpkern.wrappers import unwrapped
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Fields of GenerationConfig that mean something here.
+_HONOURED = {"max_new_tokens", "max_length", "eos_token_id", "pad_token_id", "bos_token_id", "return_dict_in_generate"}
+
+# A text, ids, or a tensor of ids [T] or [1, T].
+Prompt = str | Sequence[int] | Tensor | np.ndarray
+
+
+def generate_batch(
+    model: PreTrainedModel,
+    prompts: Iterable[Prompt],
+    *,
+    progress: Callable[[int], object] | None = None,
+    **options: Any,
+) -> list[BatchOutput]:
+    """Decode many prompts of any length, `batch_size` side by side; returns one `BatchOutput` each, in their order.
+
+    prompts: token ids, as lists or tensors [T], or texts where `tokenizer` is given.
+    batch_size: slots (8). One that becomes free takes the next prompt while the others go on.
+    max_new_tokens: for all, or a list with one for each.
+    order: "longest" decodes those first that may become longest, which wastes least; "given" as they come.
+    reuse: the keys of tokens that a slot holds already are not made again: a prompt that begins like another is
+        prefilled only from there on. Not with latent attention, whose caches hold something else.
+    progress: called with the number of prompts that are done.
+
+    eos_token_id and generation_config, strategy, mask_token_id, rows, use_graph, compile, batch_invariant,
+    prefill_chunk, wait and check_model are those of `mtpkern.generate`; nothing else is taken, and what the model's
+    own file asks for and greedy decoding leaves out is said in a warning. Without max_new_tokens the limit is that of
+    the file.
+
+    Each prompt gets the tokens that it would get alone (the model's matrix products may round otherwise for other
+    numbers of rows, as in any batch). One that fails costs itself alone: it is empty, or holds what is no token of the
+    model, or there is no room for it, or the model's logits hold NaN; its output says so in `error`. Raises ValueError
+    or TypeError for a call that is wrong for all.
+
+        outputs = mtpkern.generate_batch(model, prompts, tokenizer=tokenizer, max_new_tokens=256, batch_size=16)
+        print(outputs[0].text, outputs[0].tokens_per_pass)
+    """
+    outputs: list[BatchOutput] = []
+
+    def take(output: BatchOutput) -> None:
+        outputs.append(output)
+        if progress is not None:
+            progress(len(outputs))
+
+    _Batch(model, prompts, **options).run(take)
+    return sorted(outputs, key=lambda output: output.index)
+
+
+def iterate_batch(model: PreTrainedModel, prompts: Iterable[Prompt], **options: Any) -> BatchOutputs:
+    """`generate_batch` with the same arguments, read while it runs: yields each prompt's output as it ends.
+
+    Raises what `generate_batch` raises, at once where the call is wrong. The run has a thread of its own; it ends
+    behind the next pass where the reader leaves (`break`, an exception, `close`), and model and decoder stay whole.
+
+        for output in mtpkern.iterate_batch(model, prompts, tokenizer=tokenizer, max_new_tokens=256):
+            print(output.index, output.text)
+    """
+    return BatchOutputs(_Batch(model, prompts, **options))
+
+
+class BatchOutputs(Iterator[BatchOutput]):
+    """The outputs of a run as they come; see `iterate_batch`."""
+
+    def __init__(self, batch: _Batch) -> None:
+        self._stream = Stream(partial(_feed, batch), batch.model.device)
+
+    def __next__(self) -> BatchOutput:
+        block: list[Any] = next(self._stream)
+        return block[0]  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """End the run, and wait for it to be over. Outputs that were not read are lost."""
+        self._stream.close()
+
+    def __enter__(self) -> BatchOutputs:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _feed(batch: _Batch, streamer: Any) -> None:
+    streamer.put(torch.empty(0))  # the prompts are taken
+    batch.run(lambda output: streamer.put_block([output]), streamer.closed)
+
+
+class _Batch:
+    """A call, read and checked."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: Iterable[Prompt],
+        *,
+        batch_size: int = 8,
+        max_new_tokens: int | Sequence[int] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        order: str = "longest",
+        reuse: bool = True,
+        strategy: Strategy | None = None,
+        mask_token_id: int | None = None,
+        rows: int | None = None,
+        use_graph: bool | None = None,
+        compile: bool | None = None,
+        batch_invariant: bool = False,
+        prefill_chunk: int = PREFILL_CHUNK,
+        wait: bool = True,
+        check_model: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        adopt(model)
+        if not isinstance(strategy, Strategy | None):
+            raise TypeError(f"strategy must be mtpkern.Static, ConfAdapt or Verified, got {strategy!r}")
+        if isinstance(prompts, (str, Tensor)) or hasattr(prompts, "keys"):
+            raise TypeError(
+                f"prompts must be a list of prompts, each a text or its token ids, got {type(prompts).__name__}; "
+                "padded tensors are for mtpkern.generate"
+            )
+        if order not in ("longest", "given"):
+            raise ValueError(f"order must be 'longest' or 'given', got {order!r}")
+        for name, value in {
+            "reuse": reuse,
+            "batch_invariant": batch_invariant,
+            "wait": wait,
+            "check_model": check_model,
+            **({} if use_graph is None else {"use_graph": use_graph}),
+            **({} if compile is None else {"compile": compile}),
+        }.items():
+            require_bool(name, value)
+        self.model = model = unwrapped(model, kwargs)
+        require_decodable(model)
+        given = list(prompts)
+        self.batch_size = whole_number("batch_size", batch_size, least=1)
+        self.chunk = whole_number("prefill_chunk", prefill_chunk, least=1)
+        self.tokenizer, self.order, self.wait = tokenizer, order, wait
+        self.reuse = reuse and not has_latent_attention(model)
+        self.strategy = strategy_for(model, strategy)
+        self.mask_token_id = mask_token_for(model, self.strategy.k, mask_token_id)
+        graph = wants_graph(use_graph, model.device)
+        self.options: dict[str, Any] = {
+            "mask_token_id": self.mask_token_id,
+            "use_graph": graph,
+            "check_model": check_model,
+            "rows": None if rows is None else whole_number("rows", rows, least=1),
+            "by_load": rows is None and (strategy is None or not strategy.k) and self.strategy.verify,
+            "compile": wants_compile(compile, graph),
+            "batch_invariant": batch_invariant,
+        }
+        each = _limits(max_new_tokens, len(given))
+        self.failed: list[BatchOutput] = []
+        ids = [self._ids_of(number, prompt) for number, prompt in enumerate(given)]
+        probe = next((x for x in ids if x is not None), None)
+        self.stop_ids, new = self._prepare(probe, kwargs, told=each is not None)
+        self.jobs = self._jobs(ids, new if each is None else each)
+
+    def _ids_of(self, number: int, prompt: Prompt) -> np.ndarray | None:
+        """The prompt's token ids [T]; None, with its output noted, where it has none that can be decoded."""
+        if isinstance(prompt, str) and self.tokenizer is None:
+            raise TypeError("prompts are texts: pass the model's tokenizer as tokenizer=, or token ids")
+        try:
+            if isinstance(prompt, str):
+                assert self.tokenizer is not None
+                prompt = self.tokenizer(prompt).input_ids
+            try:
+                ids = torch.as_tensor(prompt)
+            except (TypeError, ValueError, RuntimeError):
+                raise TypeError(f"a prompt must be a text or its token ids, got {prompt!r:.60}") from None
+            if not ids.numel():
+                raise ValueError("the prompt has no tokens; give one with text in it")
+            ids = (ids[None] if ids.ndim == 1 else ids).cpu()
+            if len(ids) != 1:
+                raise ValueError(f"a prompt must be token ids [T], got shape {list(ids.shape)}")
+            require_tensors(ids, None)
+            vocabulary = self.model.get_input_embeddings().weight.shape[0]
+            require_prompts(ids, None, mask_token_id=self.mask_token_id, vocabulary=vocabulary)
+        except (TypeError, ValueError) as error:
+            self._fail(number, error)
+            return None
+        return ids[0].long().numpy()
+
+    def _fail(self, number: int, error: Exception) -> None:
+        self.failed.append(BatchOutput(number, error=error))
+
+    def _prepare(
+        self, probe: np.ndarray | None, kwargs: dict[str, Any], *, told: bool
+    ) -> tuple[Tensor, Callable[[int], int]]:
+        """The stop tokens [S], and how many new tokens a prompt of T gets where the call does not tell."""
+        file = getattr(self.model, "generation_config", None)
+        if file is None:
+            name = type(self.model).__name__
+            raise ValueError(f"{name} cannot generate; load the model with AutoModelForCausalLM")
+        _refuse(kwargs, file)
+        ids = torch.from_numpy(np.zeros(1, dtype=np.int64) if probe is None else probe)[None].to(self.model.device)
+        asked = {**kwargs, "attention_mask": torch.ones_like(ids), "return_dict_in_generate": None}
+        if told:
+            asked["max_new_tokens"] = 1
+        ids, settings, left_out = read_arguments(file, ids, asked)
+        if left_out.get("suppress_tokens") == [self.mask_token_id]:
+            del left_out["suppress_tokens"]
+        warn_of_left_out(type(self.model).__name__, left_out, stacklevel=4)
+        config, criteria = prepared(self.model, ids, settings)
+        whole, limit = "max_new_tokens" not in settings and "max_length" in settings, config.max_length
+        new = limit - ids.shape[1]
+        return stop_ids_of(criteria), lambda length: limit - length if whole else new
+
+    def _jobs(self, prompts: list[np.ndarray | None], new: Callable[[int], int] | list[int]) -> list[Job]:
+        """Those that can be decoded, in the order in which they will be; the others fail."""
+        slots = min(self.batch_size, len(prompts))
+        jobs = []
+        for number, ids in enumerate(prompts):
+            if ids is None:
+                continue
+            asked = new[number] if isinstance(new, list) else new(len(ids))
+            if asked < 1:
+                error = f"max_length={len(ids) + asked} leaves a prompt of {len(ids)} tokens no new one; raise it"
+                self._fail(number, ValueError(f"{error}, or pass max_new_tokens"))
+                continue
+            job = Job(number, ids, asked)
+            positions = learned_positions(self.model, needed=job.tokens - 1)
+            if positions is not None:
+                job = replace(job, new=positions - len(ids) + 1, short=True)
+            if job.new < 1:
+                assert positions is not None
+                self._fail(number, ValueError(past_positions(self.model, positions, len(ids), asked)))
+                continue
+            jobs.append(job)
+        longest = sorted(jobs, key=lambda job: -job.tokens)
+        kept = kept_bytes(self.model.device)
+        for job in list(longest):
+            try:
+                require_room(self.model, slots, job.tokens, scratch=self.strategy.masks, kept=kept)
+                break
+            except ValueError as error:
+                self._fail(job.number, error)
+                longest.remove(job)
+        return longest if self.order == "longest" else sorted(longest, key=lambda job: job.number)
+
+    def run(self, emit: Callable[[BatchOutput], object], closed: Event | None = None) -> None:
+        """Decode all; each output is told as soon as it is known, in the thread of the run."""
+        for output in self.failed:
+            emit(output)
+        waiting = {job.number: job for job in self.jobs}
+
+        def told(output: BatchOutput) -> None:
+            del waiting[output.index]
+            emit(output)
+
+        slots = self.batch_size
+        while waiting and not (closed is not None and closed.is_set()):
+            slots = min(slots, len(waiting))
+            try:
+                self._decode(list(waiting.values()), slots, told, closed)
+                continue
+            except torch.OutOfMemoryError as error:
+                if not release_graphs():
+                    if slots == 1:
+                        raise
+                    slots //= 2
+                    _announce(slots, error)
+            except Exception as error:
+                if not without_kernels(error, self.model.device):
+                    raise
+            # What has not ended begins anew, outside of the handler, whose traceback holds on to what was allocated.
+
+    def _decode(self, jobs: list[Job], slots: int, emit: Callable[[BatchOutput], object], closed: Event | None) -> None:
+        model = self.model
+        with (
+            exclusive(model, wait=self.wait),
+            torch.accelerator.device_index(model.device.index),
+            decoder_for(
+                model,
+                self.strategy,
+                self.stop_ids.to(model.device, non_blocking=True),
+                tokens=max(job.tokens for job in jobs),
+                max_new_tokens=max(job.new for job in jobs),
+                prefill=vacate,
+                batch=slots,
+                **self.options,
+            ) as decoder,
+        ):
+            decoder.max_passes = sys.maxsize
+            poll = Slots(
+                decoder,
+                jobs,
+                emit,
+                closed=closed,
+                tokenizer=self.tokenizer,
+                chunk=self.chunk,
+                reuse=self.reuse,
+            )
+            poll.fill()
+            with routed(model, decoder.cache) as route:
+                decoder.run(route, poll)
+            poll.deliver(wait=True)
+
+
+def _announce(slots: int, error: Exception) -> None:
+    warnings.warn(
+        f"memory does not suffice for as many sequences side by side, so mtpkern.generate_batch goes on with {slots}; "
+        f"a smaller batch_size ends this warning: {str(error).partition(chr(10))[0]}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _limits(max_new_tokens: Any, prompts: int) -> list[int] | None:
+    """New tokens of each prompt, where the call tells."""
+    if max_new_tokens is None:
+        return None
+    if isinstance(max_new_tokens, (Tensor, np.ndarray)) and max_new_tokens.ndim:
+        max_new_tokens = max_new_tokens.tolist()
+    if not isinstance(max_new_tokens, (list, tuple)):
+        return [whole_number("max_new_tokens", max_new_tokens, least=1)] * prompts
+    if len(max_new_tokens) != prompts:
+        raise ValueError(
+            f"max_new_tokens must be one number for all prompts or one for each, got {len(max_new_tokens)} numbers for "
+            f"{prompts} prompts"
+        )
+    return [whole_number("max_new_tokens", x, least=1) for x in max_new_tokens]
+
+
+def _refuse(kwargs: dict[str, Any], file: GenerationConfig) -> None:
+    """Refuse by name what `generate` may know and is not honoured here."""
+    config = kwargs.get("generation_config")
+    asked = dict(vars(config)) if isinstance(config, GenerationConfig) and config is not file else {}
+    known = vars(GenerationConfig()).keys()
+    asked = {name: value for name, value in asked.items() if name in known and not name.startswith("_")}
+    asked |= {name: value for name, value in kwargs.items() if name != "generation_config"}
+    bad = {n: v for n, v in asked.items() if n not in _HONOURED and not (n in known and inert(n, v)) and v is not None}
+    if bad:
+        values = ", ".join(f"{name}={value!r:.60}" for name, value in bad.items())
+        raise ValueError(
+            f"mtpkern.generate_batch does not support {values}: it is greedy, and ends at stop tokens and limits; "
+            "leave it out, or use mtpkern.generate"
+        )

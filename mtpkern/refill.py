@@ -1,0 +1,278 @@
+"""Refill: the poll of a run whose slots stay full.
+
+The host knows of a sequence's end through the poll that the loop makes anyway. It then queues a copy of what has been
+emitted and puts the next prompt into the slot, before the next pass; nothing waits. Among the next few prompts the one
+goes first that shares most of its beginning with what a slot holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from threading import Event
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mtpkern.attention import unrouted
+from mtpkern.decoder import Decoder, Poll
+from mtpkern.generation import past_positions
+from mtpkern.kernels.state import FAULT, RUNNING
+from mtpkern.slots import Newcomer, enter
+from mtpkern.watch import REASONS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Fewer common tokens are not worth a copy.
+LEAST_SHARED = 8
+# Prompts that are looked at for the next one, for each slot.
+LOOK_AHEAD = 4
+
+
+@dataclass(frozen=True)
+class BatchOutput:
+    """What has become of one prompt of `generate_batch`.
+
+    index          its place among the prompts
+    tokens         the new ones, a stop token included
+    blocks         how many of them each pass emitted; the pass that follows the prefill is the first
+    finish_reason  "stop" at a stop token, "length" at the limit, "error"
+    error          why there are no tokens, as an exception; None where all went well
+    text           the new tokens decoded, without special tokens, where there is a tokenizer
+    shared         tokens of the prompt whose keys were there already
+    """
+
+    index: int
+    tokens: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    finish_reason: str = "error"
+    error: Exception | None = None
+    text: str | None = None
+    shared: int = 0
+
+    @property
+    def passes(self) -> int:
+        """Passes that emitted something of it."""
+        return len(self.blocks)
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens emitted / passes; 0 of a prompt that has failed."""
+        return len(self.tokens) / max(1, len(self.blocks))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prompt that waits: its number, ids [T] and new tokens at most. short: fewer than were asked for."""
+
+    number: int
+    ids: np.ndarray
+    new: int
+    short: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """How long it may become."""
+        return len(self.ids) + self.new
+
+    @property
+    def keys(self) -> np.ndarray:
+        """Tokens that another slot's keys can be taken for: all but the last, which its first pass reads."""
+        return self.ids[:-1]
+
+
+class Slots(Poll):
+    """Takes what has ended out of its slot, and puts the next prompt in.
+
+        slots = Slots(decoder, jobs, outputs.append, closed=None, tokenizer=None, chunk=8192, reuse=True)
+        slots.fill()
+        with routed(model, decoder.cache) as route:
+            decoder.run(route, slots)
+        slots.deliver(wait=True)
+
+    emit gets each output as soon as it is on the host; closed ends the run behind the next pass. jobs are taken in
+    their order, but for those that find their keys in a slot. Keys are shared where reuse is true.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        jobs: Iterable[Job],
+        emit: Callable[[BatchOutput], object],
+        *,
+        closed: Event | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        chunk: int,
+        reuse: bool,
+    ) -> None:
+        sequences = decoder.sequences
+        B = len(sequences.status)
+        # Whose a slot is, on the device: a state that is read late tells of whom it speaks.
+        self.owner = torch.full_like(sequences.status, -1)
+        super().__init__(sequences)
+        self.decoder, self.emit, self.closed = decoder, emit, closed
+        self.tokenizer, self.chunk, self.reuse = tokenizer, chunk, reuse
+        self.waiting = iter(jobs)
+        self.next: list[Job] = []
+        self.inside: list[Job | None] = [None] * B
+        self.arriving: list[tuple[Job, Newcomer]] = []
+        self.entering: Iterator[None] | None = None
+        # Of each slot: the tokens whose keys it holds; whether these may not be finite; how many a prompt has found.
+        self.held = [np.empty(0, dtype=np.int64)] * B
+        self.dirty = [False] * B
+        self.shared = [0] * B
+        self.left: list[_Left] = []
+
+    def state(self) -> Tensor:
+        """What is copied, on the device: status and owner [2, B]."""
+        return torch.stack([self.sequences.status, self.owner])
+
+    def take(self, state: Tensor) -> int:
+        """How many slots are taken, from a copy of `state()`; behind the end of a sequence it has the next come in."""
+        self.deliver(wait=False)
+        for slot, (status, owner) in enumerate(state.T.tolist()):
+            job = self.inside[slot]
+            if job is not None and job.number == owner and status != RUNNING:
+                self._leave(slot, job, status)
+        self.has_queued = False
+        if self.closed is not None and self.closed.is_set():
+            return 0
+        if self.on_cpu:
+            self.deliver(wait=True)
+        with unrouted(self.decoder.model):
+            self.fill()
+        return sum(job is not None for job in self.inside)
+
+    def _leave(self, slot: int, job: Job, status: int) -> None:
+        """Queue the copy of what a sequence has emitted, and free its slot."""
+        s, T = self.sequences, len(job.ids)
+        facts = s.length[slot, None], s.passes[slot, None], s.blocks[slot, : job.new], s.tokens[slot, T : job.tokens]
+        copy = torch.cat(facts).to("cpu", non_blocking=True)
+        event = None
+        if not self.on_cpu:
+            event = torch.Event(self.decoder.device)
+            event.record()
+        self.left.append(_Left(slot, job, status, copy, event, self.shared[slot]))
+        self.inside[slot] = None
+        self.dirty[slot] = status == FAULT
+        if status == FAULT:
+            self.held[slot] = self.held[slot][:0]
+
+    def deliver(self, *, wait: bool) -> None:
+        """Hand on the outputs whose copies have arrived, or all of them."""
+        while self.left and (wait or self.left[0].has_arrived()):
+            left = self.left.pop(0)
+            output = left.output(self.decoder.model, self.tokenizer)
+            held = self.held[left.slot]
+            if self.inside[left.slot] is None and len(held) == len(left.job.keys) and output.error is None:
+                # Of what the last pass has emitted there may be no keys.
+                fed = sum(output.blocks[:-1])
+                self.held[left.slot] = np.concatenate([left.job.ids, np.array(output.tokens[:fed], dtype=np.int64)])
+            self.emit(output)
+
+    def fill(self) -> None:
+        """Put prompts into the free slots, as far as they come in without keeping the running ones waiting."""
+        while True:
+            if self.entering is None:
+                self.arriving = self._choose()
+                if not self.arriving:
+                    return
+                newcomers = [x for _, x in self.arriving]
+                for x in newcomers:
+                    self.held[x.slot] = self.held[x.slot][:0]
+                self.entering = enter(self.decoder, newcomers, self.owner, chunk=self.chunk)
+            self.has_queued = True
+            if any(job is not None for job in self.inside):
+                if next(self.entering, self) is None:
+                    return  # there is more of it, behind the next pass
+            else:
+                for _ in self.entering:
+                    pass
+            self.entering = None
+            for job, x in self.arriving:
+                self.inside[x.slot], self.held[x.slot] = job, job.keys
+                self.dirty[x.slot], self.shared[x.slot] = False, x.shared
+
+    def _choose(self) -> list[tuple[Job, Newcomer]]:
+        """Prompts for the free slots, to be prefilled together."""
+        free = [slot for slot, job in enumerate(self.inside) if job is None]
+        in_line = not self.on_cpu and len(free) < len(self.inside)
+        group: list[tuple[Job, Newcomer]] = []
+        while free:
+            if not self.next:
+                # As many at a time, so that nobody is passed over for ever.
+                self.next = [job for _, job in zip(range(LOOK_AHEAD * len(self.inside)), self.waiting)]
+            if not self.next:
+                break
+            job, source, shared = self._best()
+            if group:
+                # Who begins like one that is about to come in has its keys when it is there.
+                coming = max(common(job.keys, other.keys) for other, _ in group)
+                if self.reuse and coming > shared and 2 * coming >= len(job.ids):
+                    break
+                # Where padding is, transformers looks at the mask and waits for the device.
+                if in_line and len(job.ids) != len(group[0][0].ids):
+                    break
+            self.next.remove(job)
+            slot = source if shared and source in free else free[0]
+            free.remove(slot)
+            limit, dirty = job.tokens, self.dirty[slot]
+            group.append((job, Newcomer(slot, job.number, job.ids, limit, source, shared, dirty)))
+        return group
+
+    def _best(self) -> tuple[Job, int, int]:
+        """The prompt among the next that finds most of its keys in a slot: it, the slot, and how many."""
+        best = self.next[0], 0, 0
+        if self.reuse:
+            for job in self.next:
+                for source, held in enumerate(self.held):
+                    shared = common(job.keys, held)
+                    if shared > best[2]:
+                        best = job, source, shared
+        return best
+
+
+@dataclass(frozen=True)
+class _Left:
+    """A sequence that has ended, on its way to the host."""
+
+    slot: int
+    job: Job
+    status: int
+    copy: Tensor
+    event: torch.Event | None
+    shared: int
+
+    def has_arrived(self) -> bool:
+        return self.event is None or self.event.query()
+
+    def output(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> BatchOutput:
+        """What it is, as soon as that is there."""
+        if self.event is not None:
+            self.event.synchronize()
+        number, prompt, new = self.job.number, len(self.job.ids), self.job.new
+        if self.status == FAULT:
+            error = RuntimeError("the model's logits hold NaN or inf for this prompt; check its weights and dtype")
+            return BatchOutput(number, error=error, shared=self.shared)
+        length, passes, *rest = self.copy.tolist()
+        reason = REASONS[self.status]
+        if reason == "length" and self.job.short:
+            positions = prompt + new - 1
+            return BatchOutput(number, error=ValueError(past_positions(model, positions, prompt, new)))
+        tokens, blocks = rest[new : new + length - prompt], rest[:passes]
+        text = None if tokenizer is None else str(tokenizer.decode(tokens, skip_special_tokens=True))
+        return BatchOutput(number, tokens, blocks, reason, text=text, shared=self.shared)
+
+
+def common(a: np.ndarray, b: np.ndarray) -> int:
+    """How many first tokens two texts have in common; 0 where so few are worth nothing."""
+    n = min(len(a), len(b))
+    if n < LEAST_SHARED or a[0] != b[0] or a[LEAST_SHARED - 1] != b[LEAST_SHARED - 1]:
+        return 0
+    differ = a[:n] != b[:n]
+    shared = int(differ.argmax()) if differ.any() else n
+    return shared if shared >= LEAST_SHARED else 0

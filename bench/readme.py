@@ -82,10 +82,9 @@ def rewritten(text: str, folder: Path = RESULTS) -> str:
         if name not in TABLES:
             raise ValueError(f"README asks for results {name!r}; there are {', '.join(TABLES)}")
         rows = TABLES[name](json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
-        lines = [rows[0], tuple("---" for _ in rows[0]), *rows[1:]]
-        body = "\n".join(
-            "|" + "|".join(line) + "|" if line[0] == "---" else f"| {' | '.join(line)} |" for line in lines
-        )
+        lines = [f"| {' | '.join(row)} |" for row in rows]
+        lines.insert(1, "|---" * len(rows[0]) + "|")
+        body = "\n".join(lines)
         return f"<!-- results: {name} -->\n{body}\n<!-- end of results -->"
 
     return re.sub(r"<!-- results: (\w+) -->\n.*?<!-- end of results -->", table, text, flags=re.DOTALL)

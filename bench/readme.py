@@ -23,7 +23,7 @@ COMMAND = "python -m mtpkern.bench.readme"
 def decode_table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The shipped checkpoint, one prompt at a time, at the thresholds that were chosen on other problems."""
     chosen = results["chosen"]
-    rows = [("decoding", "accuracy", "tokens per pass", "wall-clock ratio")]
+    rows: list[tuple[str, ...]] = [("decoding", "accuracy", "tokens per pass", "wall-clock ratio")]
     for name, label in (
         ("hf_generate", "`model.generate`"),
         (_way("ConfAdapt", chosen["confadapt"]), f"`{_call('ConfAdapt', chosen['confadapt'])}`"),
@@ -44,7 +44,7 @@ def real_table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
         "gsm_symbolic": "problems of unseen templates",
         "general": "general instructions on unseen subjects",
     }
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             "held-out prompts, at most 256 tokens each, float32, batches of 8, CPU",
             "identical to HF greedy",

@@ -58,7 +58,7 @@ real: $(STAMP) ## SmolLM2-135M-Instruct with its gated adapter: its own answers 
 	$(BIN)/python -m mtpkern.bench.real $(REAL_ARGS)
 
 # FIGURES_ARGS="--limit 1000" for more problems; runs/figures keeps what is decoded, and a second call goes on.
-FIGURES_ARGS ?= --limit 200
+FIGURES_ARGS ?= --limit 400
 figures: $(STAMP) ## The figures of docs/figures again: the shipped checkpoint in every way, accuracy against tokens a pass.
 	$(BIN)/mtpkern eval mtpkern/assets --data mtpkern/assets/problems.jsonl --answer hashes --max-new-tokens 128 \
 	  --strategies static:2 static:3 static:4 static:6 confadapt:8:0.5 confadapt:8:0.7 confadapt:8:0.9 confadapt:8:0.99 \

@@ -23,7 +23,7 @@ COMMAND = "python -m mtpkern.bench.readme"
 def decode_table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The shipped checkpoint, one prompt at a time, at the thresholds that were chosen on other problems."""
     chosen = results["chosen"]
-    rows = [("decoding", "accuracy", "tokens per pass", "wall-clock ratio")]
+    rows: list[tuple[str, ...]] = [("decoding", "accuracy", "tokens per pass", "wall-clock ratio")]
     for name, label in (
         ("hf_generate", "`model.generate`"),
         (_way("ConfAdapt", chosen["confadapt"]), f"`{_call('ConfAdapt', chosen['confadapt'])}`"),
@@ -44,7 +44,7 @@ def real_table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
         "gsm_symbolic": "problems of unseen templates",
         "general": "general instructions on unseen subjects",
     }
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             "held-out prompts, at most 256 tokens each, float32, batches of 8, CPU",
             "identical to HF greedy",
@@ -82,10 +82,9 @@ def rewritten(text: str, folder: Path = RESULTS) -> str:
         if name not in TABLES:
             raise ValueError(f"README asks for results {name!r}; there are {', '.join(TABLES)}")
         rows = TABLES[name](json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
-        lines = [rows[0], tuple("---" for _ in rows[0]), *rows[1:]]
-        body = "\n".join(
-            "|" + "|".join(line) + "|" if line[0] == "---" else f"| {' | '.join(line)} |" for line in lines
-        )
+        lines = [f"| {' | '.join(row)} |" for row in rows]
+        lines.insert(1, "|---" * len(rows[0]) + "|")
+        body = "\n".join(lines)
         return f"<!-- results: {name} -->\n{body}\n<!-- end of results -->"
 
     return re.sub(r"<!-- results: (\w+) -->\n.*?<!-- end of results -->", table, text, flags=re.DOTALL)

@@ -79,22 +79,7 @@ class CompiledLayers:
 
     def _call(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         fast = torch.compile(forward, dynamic=False, backend=BACKEND)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if self.failed or get_ident() != self.thread:
-                return forward(*args, **kwargs)
-            try:
-                return fast(*args, **kwargs)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # a compiler's may be anything
-                if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-                    raise  # of the capture, and announced there
-                error = getattr(error, "inner_exception", error)  # what torch wraps says more
-                self._announce(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
-            return forward(*args, **kwargs)
-
-        return call
+        return or_as_it_is(fast, forward, self._announce, lambda: not self.failed and get_ident() == self.thread)
 
     def _announce(self, reason: str) -> None:
         self.failed = True
@@ -104,6 +89,28 @@ class CompiledLayers:
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def or_as_it_is(
+    fast: Callable[..., Any], forward: Callable[..., Any], announce: Callable[[str], None], runs: Callable[[], bool]
+) -> Callable[..., Any]:
+    """A layer's compiled form where it `runs()`, else its own; so where it cannot be compiled, which is announced."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not runs():
+            return forward(*args, **kwargs)
+        try:
+            return fast(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler's may be anything
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                raise  # of the capture, and announced there
+            error = getattr(error, "inner_exception", error)  # what torch wraps says more
+            announce(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+        return forward(*args, **kwargs)
+
+    return call
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

@@ -2,6 +2,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -293,6 +294,43 @@ def byte_tokenizer(kind: str) -> Any:
 def bytes_of() -> Callable[[str], Any]:
     """`bytes_of("llama")`: a new tokenizer."""
     return byte_tokenizer
+
+
+@pytest.fixture
+def start(tmp_path: Path, tiny: SimpleNamespace) -> Path:
+    """A folder with a tiny random model that has never heard of a mask token, and a tokenizer of bytes."""
+    tokenizer = byte_tokenizer("llama")
+    model = tiny.model("llama", vocab_size=len(tokenizer), num_hidden_layers=1, max_position_embeddings=512)
+    del model.config.mtpkern
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    return tmp_path / "start"
+
+
+@pytest.fixture(scope="session")
+def solver(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`solver(k_max)`: a folder with a tiny random Llama for word problems, whose weights vary enough not to echo."""
+    import mtpkern
+    from mtpkern.train.arithmetic import build_tokenizer
+
+    def make(k_max: int, template: str | None = None) -> Path:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        folder, tokenizer = tmp_path_factory.mktemp("checkpoint"), build_tokenizer()
+        tokenizer.chat_template = template
+        torch.manual_seed(0)
+        names = ("eos_token_id", "bos_token_id", "pad_token_id")
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        special = {name: getattr(tokenizer, name) for name in names}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.3, **sizes, **special))
+        mtpkern.add_mask_token(model, tokenizer)
+        model.config.mtpkern = {**model.config.mtpkern, "k_max": k_max}
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
 
 
 def llama_as_gguf(path: Any, *, pre: str = "smollm", eot: bool = True) -> tuple[Any, Any]:

@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import mtpkern
 from mtpkern.bench import compiled, decode, decode_attention, kv_write, readout, report, step, throughput, timing
 from mtpkern.bench.harness import Spread, environment, interleaved
 from mtpkern.bench.problems import problems
@@ -21,30 +20,11 @@ from mtpkern.bench.timing import Peak, copies, kernels_by_name, peak, race, time
 from mtpkern.cache import KVCache
 from mtpkern.compare import HF_GENERATE, Completion, Tally, rotated, sample_k
 from mtpkern.strategies import ConfAdapt, Static, Verified
-from mtpkern.train.arithmetic import build_tokenizer
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.3,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    mtpkern.add_mask_token(model, tokenizer)
-    model.config.mtpkern = {**model.config.mtpkern, "k_max": 3}
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def checkpoint(solver):
+    folder = solver(3)
     lines = [json.dumps(vars(p)) for p in problems("test", 8)]
     (folder / "problems.jsonl").write_text("\n".join(lines) + "\n")
     return folder

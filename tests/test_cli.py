@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import mtpkern
 import mtpkern.batching
@@ -26,28 +26,9 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfo
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def checkpoint(solver):
     """A tiny random Llama with tokenizer, chat template and problems; its weights vary enough not to echo."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.3,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    mtpkern.add_mask_token(model, tokenizer)
-    model.config.mtpkern = {**model.config.mtpkern, "k_max": 4}
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    folder = solver(4, TEMPLATE)
     write_jsonl(folder / "problems.jsonl", [vars(p) for p in problems("test", 8)])
     return folder
 

@@ -20,18 +20,6 @@ def write(path, rows):
     return str(path)
 
 
-@pytest.fixture
-def start(tmp_path, tiny, bytes_of):
-    """A folder with a tiny random model that has never heard of a mask token."""
-    tokenizer = bytes_of("llama")
-    model = tiny.model("llama", vocab_size=len(tokenizer), num_hidden_layers=1, max_position_embeddings=512)
-    del model.config.mtpkern
-    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(tmp_path / "start")
-    tokenizer.save_pretrained(tmp_path / "start")
-    return tmp_path / "start"
-
-
 def files_of(folder):
     return {
         str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()

@@ -68,18 +68,6 @@ def test_a_separator_and_the_template_contradict_one_another():
         Prompting.of({}, chat=True, separator="\n")
 
 
-@pytest.fixture
-def start(tmp_path, tiny, bytes_of):
-    """A folder with a tiny random model that has never heard of a mask token."""
-    tokenizer = bytes_of("llama")
-    model = tiny.model("llama", vocab_size=len(tokenizer), num_hidden_layers=1, max_position_embeddings=512)
-    del model.config.mtpkern
-    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(tmp_path / "start")
-    tokenizer.save_pretrained(tmp_path / "start")
-    return tmp_path / "start"
-
-
 @pytest.mark.parametrize("gated", [False, True], ids=["weights", "gated"])
 def test_it_travels_from_training_to_generate(tmp_path, start, bytes_of, capsys, monkeypatch, gated):
     data, out = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "out"

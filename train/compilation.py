@@ -12,14 +12,14 @@ layer's. There attention is kept out, and a layer is compiled in the parts befor
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from mtpkern.layers import or_as_it_is
 from mtpkern.routing import attention_apart
 from mtpkern.train.objective import forward_as
 
@@ -68,7 +68,9 @@ class CompiledLayers:
                 self._announce(says)
             for layer in layers:
                 compiled = torch.compile(layer.forward, dynamic=True, fullgraph=not apart, backend=backend, mode=mode)
-                self.forwards.append((layer, self._call(layer.forward, compiled) if if_it_can else compiled))
+                if if_it_can:
+                    compiled = or_as_it_is(compiled, layer.forward, self._announce, lambda: not self.failed)
+                self.forwards.append((layer, compiled))
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -86,22 +88,6 @@ class CompiledLayers:
             for layer, compiled in self.forwards:
                 stack.enter_context(forward_as(layer, compiled))
             yield
-
-    def _call(self, forward: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if not self.failed:
-                try:
-                    return compiled(*args, **kwargs)
-                except torch.OutOfMemoryError:
-                    raise
-                except Exception as error:  # a compiler's may be anything
-                    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-                        raise  # of the capture, and announced there
-                    error = getattr(error, "inner_exception", error)  # what torch wraps says more
-                    self._announce(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
-            return forward(*args, **kwargs)
-
-        return call
 
     def _announce(self, reason: str) -> None:
         self.failed = True

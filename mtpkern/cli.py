@@ -302,6 +302,8 @@ def _strategy(args: argparse.Namespace) -> Strategy:
         raise ValueError("--strategy static keeps every token and takes no --threshold; use confadapt or verified")
     if given.keys() - {"masks"} and ":" in args.strategy:
         raise ValueError(f"--strategy {args.strategy} says k or threshold by itself; leave out --k and --threshold")
+    if args.masks is not None and args.strategy.count(":") == 3:
+        raise ValueError(f"--strategy {args.strategy} says the masks by itself; leave out --masks")
     return replace(strategy, **given)
 
 

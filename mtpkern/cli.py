@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         "--masks", type=int, metavar="N", help="rows more a pass of each prompt, for when drafts fail; with verified"
     )
     generate.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="(default 256)")
-    generate.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="decoded side by side (default 8)")
+    generate.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="side by side (default 8)")
     generate.add_argument(
         "--mask-token-id", type=int, metavar="ID", help="where the checkpoint does not record it; --k 1 needs none"
     )

@@ -74,7 +74,14 @@ def model(tiny: SimpleNamespace) -> Any:
     return tiny.model("llama")
 
 
-@pytest.fixture(params=["llama", "gemma3_text", "gated"])
+@pytest.fixture(scope="module")
+def known(model: Any) -> tuple[list[list[int]], list[int], list[list[int]]]:
+    """Prompts, limits, and what each gets alone."""
+    prompts, new = mixed_prompts(seed=1)
+    return prompts, new, [alone(model, prompt, n).tokens for prompt, n in zip(prompts, new)]
+
+
+@pytest.fixture(params=["llama", "gemma3_text", "gated"], scope="module")
 def any_model(request: pytest.FixtureRequest, tiny: SimpleNamespace) -> Any:
     if request.param != "gated":
         return tiny.model(request.param, **(WINDOWED if request.param == "gemma3_text" else {}))
@@ -157,10 +164,9 @@ def test_each_gets_what_it_gets_alone(any_model: Any, strategy: Strategy) -> Non
 )
 @pytest.mark.parametrize("late", [False, True])
 def test_no_option_changes_a_token(
-    model: Any, options: dict[str, Any], late: bool, request: pytest.FixtureRequest
+    model: Any, known: Any, options: dict[str, Any], late: bool, request: pytest.FixtureRequest
 ) -> None:
-    prompts, new = mixed_prompts(seed=1)
-    expected = [alone(model, prompt, n).tokens for prompt, n in zip(prompts, new)]
+    prompts, new, expected = known
     if late:
         request.getfixturevalue("lagging")
     outputs = generate_batch(model, prompts, max_new_tokens=new, eos_token_id=STOP, **{"batch_size": 4, **options})
@@ -262,8 +268,8 @@ def test_prompts_for_which_there_is_no_room(tiny: SimpleNamespace, monkeypatch: 
     assert len(outputs[0].tokens) == 4
 
 
-def test_short_memory_takes_slots_and_no_answer(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts, new = mixed_prompts(seed=3)
+def test_short_memory_takes_slots_and_no_answer(model: Any, known: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, new, expected = known
     step, told = Decoder.step, []
 
     def short(self: Any, route: Any) -> Any:
@@ -272,7 +278,6 @@ def test_short_memory_takes_slots_and_no_answer(model: Any, monkeypatch: pytest.
             raise torch.OutOfMemoryError("CUDA out of memory")
         return step(self, route)
 
-    expected = [alone(model, prompt, n).tokens for prompt, n in zip(prompts, new)]
     monkeypatch.setattr(Decoder, "step", short)
     with pytest.warns(RuntimeWarning, match="goes on with 3"):
         outputs = generate_batch(model, prompts, max_new_tokens=new, eos_token_id=STOP, batch_size=6)

@@ -184,6 +184,7 @@ def test_an_empty_file_is_refused(tmp_path, capsys):
         ("--strategy static --threshold 0.5", "takes no --threshold"),
         ("--threshold 1.5", "threshold must be a probability"),
         ("--strategy confadapt --masks 3", "makes no drafts and takes no --masks"),
+        ("--strategy verified:4:0.2:9 --masks 3", "says the masks by itself"),
         ("--k 3 --masks -1", "masks must be a whole number"),
     ],
 )

@@ -15,7 +15,7 @@ from mtpkern.kernels.packed_rows import PackedRows
 from mtpkern.kernels.scoring import Scoring
 
 KERNEL = pytest.param(decode_attention_triton, marks=pytest.mark.kernel)
-FORMS = [decode_attention, decode_attention.reference, KERNEL]
+FORMS = [decode_attention, KERNEL]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 SCORING = ("scale", "window", "softcap", "sinks")
@@ -28,9 +28,7 @@ Form = Callable[..., Tensor]
 
 def forms_with(dtypes: list[torch.dtype]) -> list[object]:
     """Pairs of form and dtype. The kernel has no float64."""
-    torch_forms = [
-        pytest.param(form, dtype) for form in (decode_attention, decode_attention.reference) for dtype in dtypes
-    ]
+    torch_forms = [pytest.param(decode_attention, dtype) for dtype in dtypes]
     kernels = [
         pytest.param(decode_attention_triton, dtype, marks=pytest.mark.kernel)
         for dtype in dtypes
@@ -67,7 +65,7 @@ class Case:
         scoring = Scoring(**{name: options.pop(name) for name in SCORING if name in options})  # type: ignore[arg-type]
         new = [options.pop(name, x) for name, x in zip(("key", "value"), self.new())]
         caches = [self.k_cache, self.v_cache]
-        if form in (decode_attention, decode_attention.reference):  # torch, to which 0 times NaN is NaN
+        if form is decode_attention:  # torch, to which 0 times NaN is NaN
             caches = [cache.clone() for cache in caches]
             for cache in caches:
                 cache[:, :, :-1] = cache[:, :, :-1].nan_to_num(STALE)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mtpkern.kernels.kv_write import kv_write, kv_write_triton
 
-FORMS = [kv_write, kv_write.reference, pytest.param(kv_write_triton, marks=pytest.mark.kernel)]
+FORMS = [kv_write, pytest.param(kv_write_triton, marks=pytest.mark.kernel)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 B, HKV, C, D = 3, 2, 9, 8
 

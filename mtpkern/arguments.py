@@ -103,7 +103,7 @@ def read_arguments(
     settings = plain_greedy(file)
     if sampling:
         for name in settings.keys() & (_OF_SCORES | _ONLY_WITH_SAMPLING):
-            settings[name] = getattr(file, name)
+            settings[name] = _checked(name, getattr(file, name))
     left_out = {
         name: theirs
         for name in settings.keys() - asked.keys()

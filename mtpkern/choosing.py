@@ -91,7 +91,7 @@ class Choice:
     def __call__(self, logits: Tensor, seq: Tensor, position: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         """Token and confidence [R] of logits [R, V]; seq, position [R] of the rows, start [B + 1] as in `Rows`."""
         scores = logits
-        if self.choosing.processors:
+        if self.choosing.processors or "scores" in self.choosing.keeps:
             scores = logits.to(torch.float32, copy=True)
             scores[:, self.mask_token_id : self.mask_token_id + 1] = -torch.inf
         o_r = torch.arange(len(seq), device=seq.device)
@@ -110,9 +110,7 @@ class Choice:
             self._keep(logits, scores, token, confidence, seq, position, emits)
         return token, confidence
 
-    def _texts(
-        self, tokens: Tensor, seq: Tensor, position: Tensor, end: Tensor, used: Tensor, known: Tensor
-    ) -> Texts:
+    def _texts(self, tokens: Tensor, seq: Tensor, position: Tensor, end: Tensor, used: Tensor, known: Tensor) -> Texts:
         length = position + 1 + self.padding[seq]
         new = torch.where(used, position + 1 - self.prompt[seq], -1)
         return Texts(tokens, seq, end, length, new, known, self.prompts)

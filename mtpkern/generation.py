@@ -304,7 +304,8 @@ def _decode(
         faulty = [b for b, reason in enumerate(reasons) if reason == "fault"]
         if faulty:
             raise RuntimeError(
-                f"the model's logits hold NaN or inf for sequences {faulty}; check its weights and dtype"
+                f"the model's logits hold NaN or inf for sequences {faulty}; check its weights and dtype, and whether "
+                "processors leave any token"
             )
         if positions is not None and "length" in reasons:
             raise ValueError(_past_positions(model, positions, longest, asked))

@@ -59,9 +59,7 @@ def test_the_uniform_is_that_of_the_whole_numbers() -> None:
     key, stream, position = places(200)
     for sign in (1, -1):
         u = uniform(sign * key, stream, position).tolist()
-        want = [
-            uniform_in_whole_numbers(int(sign * key), s, p) for s, p in zip(stream.tolist(), position.tolist())
-        ]
+        want = [uniform_in_whole_numbers(int(sign * key), s, p) for s, p in zip(stream.tolist(), position.tolist())]
         assert u == want
     u = uniform(key, torch.zeros(4096, dtype=torch.int64), torch.arange(4096))
     counts = torch.histc(u.float(), 64, 0, 1)

@@ -134,8 +134,8 @@ def generate(
     model may be a PeftModel whose adapters act in its layers, row by row.
 
     Raises ValueError or TypeError, by name, for everything in the call that is not honoured (docs/arguments.md):
-    beams, logits processors that are no functions of the text, a model of an unknown kind. RuntimeError where the model's logits hold
-    NaN. Warns of what the model's own generation_config asks for and greedy decoding leaves out.
+    beams, logits processors that are no functions of the text, a model of an unknown kind. RuntimeError where the
+    model's logits hold NaN. Warns of what the model's own generation_config asks for and greedy decoding leaves out.
 
         output = mtpkern.generate(model, **tokenizer("Two and two is", return_tensors="pt"), max_new_tokens=64)
         print(tokenizer.decode(output[0]))

@@ -1,6 +1,7 @@
 """Sampling, logits processors and log-probabilities of `generate` against transformers on the same prefixes."""
 
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -102,7 +103,7 @@ def test_tokens_of_a_block_see_those_before_them(model: Any, inputs: Any, strate
     T = inputs["input_ids"].shape[1]
     for row, real in zip(found.tolist(), inputs["attention_mask"]):
         text = row[T - int(real.sum()) :]
-        pairs = list(zip(text, text[1:]))
+        pairs = list(pairwise(text))
         new = range(len(text) - 15, len(pairs))
         assert all(pairs[i] not in pairs[:i] for i in new)
 
@@ -178,7 +179,7 @@ def test_a_seed_gives_the_same_text_in_any_company(model: Any, inputs: Any, tiny
     answers = text(1, slice(0, 1), num_return_sequences=3)
     assert answers[0].equal(whole[0])
     assert len({tuple(row) for row in answers.tolist()}) == 3
-    with pytest.raises(ValueError, match="^num_return_sequences must be 1"):
+    with pytest.raises(ValueError, match=r"^num_return_sequences must be 1"):
         mtpkern.generate(model, ids, num_return_sequences=2)
 
 

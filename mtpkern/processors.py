@@ -179,7 +179,7 @@ class Bias(Processor):
         longer = []
         for group in groups.values():
             columns = [t[:-1] for t, _ in group], [t[-1] for t, _ in group], [b for _, b in group]
-            longer.append([torch.tensor(column, device=device) for column in columns])
+            longer.append([torch.tensor(column).to(device, non_blocking=True) for column in columns])
 
         def apply(scores: Tensor, texts: Texts) -> Tensor:
             bias = always.expand_as(scores)

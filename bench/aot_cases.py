@@ -19,6 +19,7 @@ from mtpkern.kernels.gated_lora import gated_lora_triton
 from mtpkern.kernels.kv_write import kv_write_triton
 from mtpkern.kernels.packed_rows import PackedRows
 from mtpkern.kernels.readout import readout_triton
+from mtpkern.kernels.sample import sample_triton
 from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.span_attention import span_attention_triton
 from mtpkern.kernels.span_mask import Rule
@@ -54,6 +55,12 @@ def advance_case(B: int, k: int, verify: bool, masks: int = 0) -> None:
 def readout_case(dtype: torch.dtype, V: int) -> None:
     """The readout of two rows."""
     readout_triton(torch.empty(2, V, dtype=dtype), V - 1)
+
+
+def sample_case(dtype: torch.dtype, V: int) -> None:
+    """A token each of two rows."""
+    place = torch.zeros(2, dtype=torch.int64)
+    sample_triton(torch.empty(2, V, dtype=dtype), place[:1], place, place, torch.zeros(1).expand(2), V - 1)
 
 
 def kv_write_case(dtype: torch.dtype, D: int) -> None:
@@ -146,6 +153,11 @@ CASES: dict[str, Callable[[], object]] = {
         f"readout {name} V{V}": partial(readout_case, dtype, V)
         for name, dtype in _DTYPES.items()
         for V in (151_936, 128_257)  # the second is odd: Llama-3.1 and one mask token
+    },
+    **{
+        f"sample {name} V{V}": partial(sample_case, dtype, V)
+        for name, dtype in _DTYPES.items()
+        for V in (151_936, 128_257)
     },
     **{f"gated_lora {name} r32": partial(gated_lora_case, dtype, dtype, 32) for name, dtype in _DTYPES.items()},
     "gated_lora bf16, adapter fp32": partial(gated_lora_case, torch.bfloat16, torch.float32, 32),

@@ -3,12 +3,13 @@
 Every argument belongs to one of three kinds, by the rules below:
 
     honoured   it means what it means in `model.generate`
-    inert      its value changes nothing where one sequence a prompt is decoded greedily; it is accepted
+    inert      its value changes nothing; it is accepted
     refused    everything else, by name
 
 Two may ask: the call (keywords, or a `generation_config` given to it) and the model's own file, generation_config.json.
 What only the file asks for, decoding does without: published instruct models come with files that sample. Where that
-changes the tokens of `model.generate(do_sample=False)`, as a repetition penalty does, it is said in a warning.
+changes the tokens of `model.generate(do_sample=False)`, as a repetition penalty does, it is said in a warning. A call
+that says do_sample=True is decoded with all that the file says of scores, as in transformers.
 """
 
 from __future__ import annotations
@@ -22,18 +23,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import StopStringCriteria
+from transformers.generation import LogitsProcessor, StopStringCriteria
+
+from mtpkern.fields import OF_SAMPLING, OF_SCORES, checked_field
 
 _LIMITS = ("max_length", "max_new_tokens")
 _TOKENS = ("pad_token_id", "bos_token_id")
-HONOURED = {*_LIMITS, *_TOKENS, "eos_token_id", "return_dict_in_generate", "max_time", "stop_strings"}
+_PLAIN = {*_LIMITS, *_TOKENS, "eos_token_id", "return_dict_in_generate"}
 # Honoured, but no part of plain greedy decoding: these cut what it writes.
 _CUTS = {"max_time", "stop_strings"}
-
-# These say how one samples. Beside a file with do_sample they ask for sampling, otherwise for nothing.
-_ONLY_WITH_SAMPLING = {
-    *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
-}
+# These change scores, or ask for them; of a file they count in a call that samples.
+_OF_SCORES = {*OF_SCORES, "renormalize_logits"}
+_KEPT_SCORES = {"output_scores", "output_logits"}
+HONOURED = {*_PLAIN, *_CUTS, *_OF_SCORES, *_KEPT_SCORES, "do_sample", "num_return_sequences"}
+# These say how one samples: honoured in a call that does, refused beside a file that does, otherwise for nothing.
+_ONLY_WITH_SAMPLING = set(OF_SAMPLING)
 # Any value of these is inert: nothing reads them but beams, assistants, encoders or caches, which are refused by their
 # own names, or nothing at all.
 _INERT = {
@@ -50,8 +54,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "penalty_alpha": (0,),
     "early_stopping": (True, "never"),
     "cache_implementation": ("dynamic", "hybrid"),
-    **dict.fromkeys(("output_attentions", "output_hidden_states", "output_logits"), (False,)),
-    "renormalize_logits": (False, True),  # log-softmax keeps the order; scores are refused by their own name
+    **dict.fromkeys(("output_attentions", "output_hidden_states", "output_logits", "renormalize_logits"), (False,)),
     **dict.fromkeys(("token_healing", "is_assistant", "use_mtp"), (False,)),
     **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids"), ([], ())),
     "sequence_bias": ({}, []),
@@ -89,16 +92,23 @@ def read_arguments(
     fields = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
     asked = _asked(arguments.pop("generation_config", None), file)
     asked |= {name: arguments.pop(name) for name in sorted(fields & arguments.keys())}
+    processors = _checked_processors(arguments.pop("logits_processor", None))
     _refuse_arguments(arguments)
     unknown = {name: value for name, value in asked.items() if name not in fields}
     samples = bool(file.do_sample) and "do_sample" not in asked
-    _refuse({n: v for n, v in asked.items() if n not in HONOURED and not inert(n, v, samples=samples)} | unknown)
+    sampling = _checked("do_sample", asked.get("do_sample")) is True
+    honoured = HONOURED | _ONLY_WITH_SAMPLING if sampling else HONOURED
+    _refuse({n: v for n, v in asked.items() if n not in honoured and not inert(n, v, samples=samples)} | unknown)
 
     settings = plain_greedy(file)
+    if sampling:
+        for name in settings.keys() & (_OF_SCORES | _ONLY_WITH_SAMPLING):
+            settings[name] = _checked(name, getattr(file, name))
     left_out = {
         name: theirs
         for name in settings.keys() - asked.keys()
         if not inert(name, theirs := getattr(file, name)) and (name not in _ONLY_HOW or theirs == "quantized")
+        if not (sampling and name in _OF_SCORES | _ONLY_WITH_SAMPLING)
     }
     left_out.pop("max_time", None)
     if attention_mask is not None:
@@ -109,7 +119,15 @@ def read_arguments(
         criteria += _string_criteria(asked.get("stop_strings", file.stop_strings), tokenizer, criteria)
     if criteria:
         settings["stopping_criteria"] = StoppingCriteriaList(criteria)
-    for name in HONOURED - {"stop_strings"}:
+    if processors:
+        settings["logits_processor"] = LogitsProcessorList(processors)
+    for name in asked.keys() & honoured - _PLAIN - _CUTS:
+        value = _checked(name, asked[name])
+        if value is None and name not in settings:
+            continue
+        settings[name] = GenerationConfig._get_default_generation_params().get(name) if value is None else value
+    _require_together(settings, sampling)
+    for name in _PLAIN | {"max_time"}:
         # Without a max_length of the call's, transformers knows what to do; with None it does not.
         given = name in asked and not (name == "max_length" and asked[name] is None)
         value = asked[name] if given else getattr(file, name, None)
@@ -127,8 +145,7 @@ def plain_greedy(file: GenerationConfig) -> dict[str, Any]:
         model.generate(ids, **plain_greedy(model.generation_config), max_new_tokens=8)
     """
     defaults = GenerationConfig._get_default_generation_params()
-    kept = HONOURED - _CUTS
-    fields = sorted(name for name in vars(GenerationConfig()).keys() - kept if not name.startswith("_"))
+    fields = sorted(name for name in vars(GenerationConfig()).keys() - _PLAIN if not name.startswith("_"))
     return {name: defaults.get(name) for name in fields if getattr(file, name, None) is not None}
 
 
@@ -162,17 +179,13 @@ def warn_of_left_out(model_name: str, left_out: dict[str, Any], *, stacklevel: i
     )
 
 
-def require_prepared(
-    generation_config: GenerationConfig,
-    logits_processor: LogitsProcessorList,
-    model_kwargs: dict[str, Any],
-) -> None:
+def require_prepared(generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
     """Refuse what transformers, or a model's own preparation, has made of the call and what is not honoured."""
     fields = [name for name in vars(GenerationConfig()) if not name.startswith("_") and name not in HONOURED]
     values = {name: getattr(generation_config, name, None) for name in fields}
+    if generation_config.do_sample:
+        values = {name: value for name, value in values.items() if name not in _ONLY_WITH_SAMPLING}
     _refuse({name: value for name, value in values.items() if not inert(name, value)})
-    for item in logits_processor:
-        raise ValueError(f"mtpkern.generate does not support the logits processor {type(item).__name__}")
     expected = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
     for name, value in model_kwargs.items():
         if name not in expected and value is not None and value is not False:
@@ -349,10 +362,31 @@ def _string_criteria(strings: Any, tokenizer: Any, given: list[Any]) -> list[Sto
         ) from error
 
 
+def _checked_processors(processors: Any) -> list[Any]:
+    if processors is None:
+        return []
+    if not isinstance(processors, (list, tuple)) or not all(isinstance(x, LogitsProcessor) for x in processors):
+        raise TypeError(
+            f"logits_processor must be a LogitsProcessorList or a list of LogitsProcessor, got {processors!r}"
+        )
+    return list(processors)
+
+
+def _require_together(settings: dict[str, Any], sampling: bool) -> None:
+    answers = settings.get("num_return_sequences") or 1
+    if answers > 1 and not sampling:
+        raise ValueError(
+            f"num_return_sequences must be 1 where one decodes greedily, which has one answer, got {answers}; pass "
+            "do_sample=True for several"
+        )
+
+
 def _checked(name: str, value: Any) -> Any:
     """The value of an honoured field as transformers takes it."""
     if value is None or name == "return_dict_in_generate":
         return value
+    if name in _OF_SCORES | _KEPT_SCORES | _ONLY_WITH_SAMPLING | {"do_sample", "num_return_sequences"}:
+        return checked_field(name, value)
     if name == "max_time":
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
             raise ValueError(f"max_time must be a number of seconds from 0 up, got {value!r}")
@@ -382,8 +416,8 @@ def _refuse(settings: dict[str, Any]) -> None:
     if not settings:
         return
     advice = "leave it out, or use model.generate"
-    if settings.keys() & {"do_sample", *_ONLY_WITH_SAMPLING}:
-        advice = "it is greedy: pass do_sample=False, or use model.generate to sample"
+    if settings.keys() & _ONLY_WITH_SAMPLING:
+        advice = "it is greedy unless the call says do_sample=True: pass that, or do_sample=False to be greedy"
     elif settings.get("use_cache") is False:
         advice = "keys and values are always cached: leave it out"
     elif "prefill_chunk_size" in settings:

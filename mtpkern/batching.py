@@ -252,7 +252,7 @@ class _Batch:
         if left_out.get("suppress_tokens") == [self.mask_token_id]:
             del left_out["suppress_tokens"]
         warn_of_left_out(type(self.model).__name__, left_out, stacklevel=4)
-        config, criteria = prepared(self.model, ids, settings)
+        config, criteria = prepared(self.model, ids, settings, self.mask_token_id)
         whole, limit = "max_new_tokens" not in settings and "max_length" in settings, config.max_length
         new = limit - ids.shape[1]
         return stop_ids_of(criteria), lambda length: limit - length if whole else new

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from mtpkern.adapter import base_alone, gated
 from mtpkern.attention import AttentionContext, captured
 from mtpkern.cache import CapturedPrefill, KVCache, PrefillCache
+from mtpkern.choosing import Choice, Choosing
 from mtpkern.graph import StepGraph, wants_graph
 from mtpkern.kernels.advance import advance, plan
 from mtpkern.kernels.readout import readout
@@ -86,6 +87,8 @@ class Decoder:
     batch_invariant: no bit of the attention depends on what else is in the batch (see `decode_attention`); the model's
         matrix products still depend on the number of rows.
 
+    choosing: what stands between the model's logits and the tokens (`mtpkern.choosing`); None: the argmax.
+
     `restart` prepares for another run of the same shape.
     """
 
@@ -104,6 +107,7 @@ class Decoder:
         compile: bool = False,
         batch_invariant: bool = False,
         by_load: bool = False,
+        choosing: Choosing | None = None,
     ) -> None:
         device = model.device
         if rows is None:
@@ -139,6 +143,9 @@ class Decoder:
         learned = learned_positions(model, needed=capacity + 2 * strategy.k)
         self.last_position = None if learned is None else learned - 1
         self.terms = Terms.allocate(places_for(stop_ids), device, budget=rows if self.graph else None)
+        self.choice = None
+        if choosing is not None:
+            self.choice = Choice(choosing, strategy, self.sequences, self.terms, mask_token_id)
         self.by_load = by_load
         # Kept with the graphs; seconds that the host has been at each.
         self._ladder = Ladder(batch, rows, strategy.k)
@@ -231,7 +238,8 @@ class Decoder:
         for end in ends:
             logits = self.prefill_chunk(cache, columns, mask, told, end, keep=k if end == ends[-1] else 1)
         self.require_cached()
-        return self._take_in(logits[:, -k:].flatten(0, 1))
+        places = None if self.choice is None else self.choice.begin(input_ids, real, self.max_new_tokens)
+        return self._take_in(logits[:, -k:].flatten(0, 1), places)
 
     def prefill_cache(self, slot: Tensor, seq: Tensor | None = None) -> PrefillCache | CapturedPrefill:
         """What the model is given as its cache where it reads prompts whose columns belong in slot [n, T]."""
@@ -301,8 +309,13 @@ class Decoder:
                 **route,
             ).logits[0]
 
-    def _take_in(self, logits: Tensor) -> Tensor:
-        token, confidence = readout(logits, self.mask_token_id)
+    def _take_in(self, logits: Tensor, places: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Read the logits out and advance; places: sequence and position of each row where they are not the plan's."""
+        if self.choice is None:
+            token, confidence = readout(logits, self.mask_token_id)
+        else:
+            seq, position = places or (self.rows.seq, self.rows.position)
+            token, confidence = self.choice(logits, seq, position, self.all_rows.start)
         advance(
             self.sequences,
             self.all_rows,

@@ -15,7 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerateDecoderOnlyOutput,
+    MaxLengthCriteria,
+    SuppressTokensLogitsProcessor,
+)
 
 from mtpkern.adapter import adopt, gate_of
 from mtpkern.arguments import (
@@ -28,6 +33,7 @@ from mtpkern.arguments import (
     whole_number,
 )
 from mtpkern.attention import exclusive, routed
+from mtpkern.choosing import Choosing
 from mtpkern.decoder import PREFILL_CHUNK, Decoder, Poll, places_for
 from mtpkern.graph import is_kept, kept_bytes, kept_decoder, release_graphs, wants_graph, without_kernels
 from mtpkern.host import on_host
@@ -51,12 +57,18 @@ class MTPGenerateOutput(GenerateDecoderOnlyOutput):
     emitted / passes, the prefill counted. finish_reasons: "stop" at a stop token, "stop_string", "criteria" where one
     of stopping_criteria says so, "time" behind max_time, "length" at the limit, "closed" where a reader of
     `mtpkern.stream` has left. Tokens and passes behind the end count nowhere.
+
+    With return_logprobs=True, [B, new] float32 on the model's device: logprobs, of each new token in the model's own
+    distribution, before any processor and without the mask token; confidences, the largest probability of the
+    distribution that it was chosen from. 0 and 1 behind a sequence's end.
     """
 
     blocks: list[list[int]] | None = None
     passes: list[int] | None = None
     tokens_per_pass: list[float] | None = None
     finish_reasons: list[str] | None = None
+    logprobs: Tensor | None = None
+    confidences: Tensor | None = None
 
 
 def strategy_for(model: PreTrainedModel, strategy: Strategy | None = None) -> Strategy:
@@ -78,15 +90,22 @@ def generate(
     wait: bool = True,
     check_model: bool = True,
     streamer: Streamer | None = None,
+    return_logprobs: bool = False,
     **kwargs: Any,
 ) -> Tensor | MTPGenerateOutput:
     """Generate from left-padded prompts input_ids [B, T]; returns [B, T + new] token ids, right-padded.
 
-    A drop-in for greedy `model.generate(input_ids, **kwargs)`: attention_mask, max_new_tokens, max_length,
-    eos_token_id (one or several), pad_token_id, stop_strings (with tokenizer), stopping_criteria, generation_config
-    and return_dict_in_generate mean what they mean there; max_time ends behind the pass that exceeds it. With
-    return_dict_in_generate=True the result is an `MTPGenerateOutput`. Of the model's own generation_config the limits,
-    stop strings and token ids count; it may sample, this does not (`mtpkern.arguments`).
+    A drop-in for `model.generate(input_ids, **kwargs)` without beams: attention_mask, max_new_tokens, max_length,
+    eos_token_id (one or several), pad_token_id, stop_strings (with tokenizer), stopping_criteria, generation_config,
+    penalties and other logits processors, and return_dict_in_generate mean what they mean there; max_time ends behind
+    the pass that exceeds it. With return_dict_in_generate=True the result is an `MTPGenerateOutput`. Greedy unless the
+    call says do_sample=True, whatever the model's own generation_config says: of it the limits, stop strings and token
+    ids count, and how it samples in a call that does (`mtpkern.arguments`).
+
+    do_sample=True draws from the distribution that `model.generate` draws from (`mtpkern.choosing`). `Verified` and
+        `Static(1)` do so exactly; `ConfAdapt` draws where it is not sure and takes the argmax where it is; `Static(k)`
+        draws each of its k tokens without knowing those before it. `torch.manual_seed` in front of a call makes it
+        reproducible; of the strategy, rows and neighbours the draws of the exact ones are independent.
 
     strategy: `Verified` (default; the checkpoint's own greedy output), `ConfAdapt` or `Static`. Without a k each takes
         one from the k_max that training has recorded (`Strategy.for_model`); one that is given stays.
@@ -110,11 +129,13 @@ def generate(
     streamer: as transformers': gets the prompts, then one token of each sequence at a time, as soon as all have come
         that far. `mtpkern.stream` is another way, by blocks.
 
+    return_logprobs: with return_dict_in_generate=True, log-probability and confidence of every new token.
+
     model may be a PeftModel whose adapters act in its layers, row by row.
 
     Raises ValueError or TypeError, by name, for everything in the call that is not honoured (docs/arguments.md):
-    sampling, beams, logits processors, scores, a model of an unknown kind. RuntimeError where the model's logits hold
-    NaN. Warns of what the model's own generation_config asks for and greedy decoding leaves out.
+    beams, logits processors that are no functions of the text, a model of an unknown kind. RuntimeError where the
+    model's logits hold NaN. Warns of what the model's own generation_config asks for and greedy decoding leaves out.
 
         output = mtpkern.generate(model, **tokenizer("Two and two is", return_tensors="pt"), max_new_tokens=64)
         print(tokenizer.decode(output[0]))
@@ -132,6 +153,7 @@ def generate(
     strategy = strategy_for(model, strategy)
     mask = mask_token_for(model, strategy.k, mask_token_id)
     options = {"batch_invariant": batch_invariant, "wait": wait, "check_model": check_model}
+    options["return_logprobs"] = return_logprobs
     for name, value in options.items():
         require_bool(name, value)
     for name, asked in {"use_graph": use_graph, "compile": compile}.items():
@@ -162,7 +184,8 @@ def generate(
         reached = True
         if not model_kwargs.get("mm_encoder_outputs", True):
             del model_kwargs["mm_encoder_outputs"]  # of a model that could see images, and has been given none
-        require_prepared(generation_config, logits_processor, model_kwargs)
+        require_prepared(generation_config, model_kwargs)
+        choosing = _choosing(generation_config, logits_processor, input_ids.shape[1], mask, return_logprobs)
         run = partial(
             _decode,
             model,
@@ -173,13 +196,14 @@ def generate(
             model_kwargs.get("attention_mask"),
             watch=Watch.of(streamer, stopping_criteria),
             mask_token_id=mask,
-            use_graph=graph,
+            use_graph=graph and not (choosing and choosing.on_host),
+            choosing=choosing,
             prefill_chunk=prefill_chunk,
             wait=wait,
             check_model=check_model,
             rows=rows,
             by_load=free and strategy.verify,
-            compile=wants_compile(compile, graph),
+            compile=wants_compile(compile, graph and not (choosing and choosing.on_host)),
             batch_invariant=batch_invariant,
         )
         try:
@@ -280,12 +304,16 @@ def _decode(
         faulty = [b for b, reason in enumerate(reasons) if reason == "fault"]
         if faulty:
             raise RuntimeError(
-                f"the model's logits hold NaN or inf for sequences {faulty}; check its weights and dtype"
+                f"the model's logits hold NaN or inf for sequences {faulty}; check its weights and dtype, and whether "
+                "processors leave any token"
             )
         if positions is not None and "length" in reasons:
             raise ValueError(past_positions(model, positions, longest, asked))
         output = torch.cat([input_ids, _new_tokens(decoder, ends, attention_mask, T, max(emitted), filler)], dim=1)
         kept = [first_tokens(row, n) for row, n in zip(blocks.tolist(), emitted)]
+        of_tokens: dict[str, Any] = {}
+        if decoder.choice is not None:
+            of_tokens = decoder.choice.of_tokens(ends, max(emitted), filler)
     if watch is not None:
         watch.finish()
     if not wanted:
@@ -296,13 +324,32 @@ def _decode(
         passes=[len(row) for row in kept],
         tokens_per_pass=[n / len(row) for row, n in zip(kept, emitted)],
         finish_reasons=reasons,
+        **of_tokens,
     )
 
 
+def _choosing(
+    generation_config: GenerationConfig, processors: LogitsProcessorList, T: int, mask: int, logprobs: bool
+) -> Choosing | None:
+    """What stands between logits and tokens; None where it is the argmax alone."""
+    keeps = {"logprobs"} if logprobs else set()
+    if generation_config.return_dict_in_generate:
+        keeps |= {name for name in ("scores", "logits") if getattr(generation_config, f"output_{name}", False)}
+    elif logprobs:
+        raise ValueError("return_logprobs needs return_dict_in_generate=True, which brings the object that holds them")
+    # As training records it for other decoders; ours never emits it.
+    alone = generation_config.suppress_tokens == [mask]
+    wanted = [x for x in processors if not (alone and type(x) is SuppressTokensLogitsProcessor)]
+    return Choosing.of(wanted, T, samples=bool(generation_config.do_sample), keeps=frozenset(keeps))
+
+
 def prepared(
-    model: PreTrainedModel, input_ids: Tensor, settings: dict[str, Any]
+    model: PreTrainedModel, input_ids: Tensor, settings: dict[str, Any], mask_token_id: int
 ) -> tuple[GenerationConfig, StoppingCriteriaList]:
-    """What transformers makes of a call with these settings, as `read_arguments` returns them; nothing is decoded."""
+    """What transformers makes of a call with these settings, as `read_arguments` returns them; nothing is decoded.
+
+    Raises ValueError where more than the argmax is asked for.
+    """
     found: list[tuple[GenerationConfig, StoppingCriteriaList]] = []
 
     def note(
@@ -315,7 +362,12 @@ def prepared(
     ) -> Tensor:
         if not model_kwargs.get("mm_encoder_outputs", True):
             del model_kwargs["mm_encoder_outputs"]
-        require_prepared(generation_config, logits_processor, model_kwargs)
+        require_prepared(generation_config, model_kwargs)
+        if _choosing(generation_config, logits_processor, input_ids.shape[1], mask_token_id, False) is not None:
+            raise ValueError(
+                "generate_batch decodes greedily: it does not sample, runs no logits processors and keeps no scores; "
+                "leave do_sample, penalties, banned tokens, output_scores and output_logits out, or use generate"
+            )
         found.append((generation_config, stopping_criteria))
         return input_ids
 

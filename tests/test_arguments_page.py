@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import GenerationConfig, GenerationMixin
+from transformers.generation import MinLengthLogitsProcessor
 
 from mtpkern.arguments import read_arguments
 
@@ -43,11 +44,12 @@ def accepted(name: str, value: Any) -> bool:
     return True
 
 
-def honoured(name: str, value: Any) -> Any:
+def honoured(name: str, value: Any, **beside: Any) -> Any:
     """What is handed on of a value, or the error."""
+    beside |= {"do_sample": True} if name == "num_return_sequences" else {}
     try:
-        settings = read_arguments(GenerationConfig(), IDS, {name: value})[1]
-        return value if name == "stop_strings" and not value else settings.get(name)
+        settings = read_arguments(GenerationConfig(), IDS, beside | {name: value})[1]
+        return value if name == "stop_strings" and not value else settings.get(name, DEFAULTS.get(name))
     except (ValueError, TypeError) as error:
         return error
 
@@ -58,6 +60,13 @@ def left_out(name: str, value: Any) -> str:
     setattr(file, name, value)
     _, _, left = read_arguments(file, IDS, {})
     return "left out, with a warning" if name in left else "left out"
+
+
+def counts_in_a_call_that_samples(name: str, value: Any) -> bool:
+    """Whether a file's wish is handed on where the call says do_sample=True."""
+    file = GenerationConfig()
+    setattr(file, name, value)
+    return name != "do_sample" and read_arguments(file, IDS, {"do_sample": True})[1].get(name) == value
 
 
 @pytest.fixture(autouse=True)
@@ -71,16 +80,37 @@ def check(name: str, row: list[str]) -> None:
     call, file, why = row
     assert why
     values = [*PROBES, *named_values(call)] + ([DEFAULTS[name]] if DEFAULTS.get(name) is not None else [])
+    if call == "honoured with do_sample=True, else inert":
+        assert file == call
+        assert all(accepted(name, value) for value in values)
+        for value in values:
+            outcome = honoured(name, value, do_sample=True)
+            assert str(outcome).startswith(name) if isinstance(outcome, Exception) else outcome == value
+        return
     if call == "honoured":
         # Its value reaches transformers, or us; a wrong one is an error that names it, and not as unsupported.
-        assert file.startswith("honoured")
+        assert (
+            file.startswith("honoured") or name in ("do_sample", "num_return_sequences") or name.startswith("output_")
+        )
         for value in values:
             outcome = honoured(name, value)
-            assert str(outcome).startswith(name) if isinstance(outcome, Exception) else outcome == value
+            nothing = value in ([], {}) and outcome is None
+            assert str(outcome).startswith(name) if isinstance(outcome, Exception) else nothing or outcome == value
+            asks = value is not False and not nothing and value != DEFAULTS.get(name) and value != 0
+            if (
+                not file.startswith("honoured with `tok")
+                and file != "honoured"
+                and asks
+                and not isinstance(outcome, Exception)
+            ):
+                assert file.endswith(left_out(name, value))
+                assert counts_in_a_call_that_samples(name, value) == (file.startswith("honoured with do_sample=True"))
         return
     if call == "inert":
         assert file == "inert"
         assert all(accepted(name, value) for value in values)
+        # Nor in a call that samples.
+        assert name not in read_arguments(GenerationConfig(), IDS, {name: 0.5, "do_sample": True})[1]
         return
     kind, _, but = call.partition(" but for ")
     assert kind == "refused"
@@ -101,6 +131,11 @@ def test_every_field_has_a_row_that_says_what_happens(name: str) -> None:
     ("name", "row"),
     [
         ("temperature", ["honoured", "honoured", "x"]),
+        ("temperature", ["inert", "inert", "x"]),
+        ("repetition_penalty", ["honoured", "left out, with a warning", "x"]),
+        ("repetition_penalty", ["honoured", "honoured with do_sample=True, else left out", "x"]),
+        ("output_scores", ["honoured", "left out, with a warning", "x"]),
+        ("num_return_sequences", ["honoured", "left out", "x"]),
         ("temperature", ["refused but for `1.0`", "left out", "x"]),
         ("num_beams", ["inert", "inert", "x"]),
         ("num_beams", ["refused", "left out, with a warning", "x"]),
@@ -127,6 +162,7 @@ def test_every_argument_has_a_row_that_says_what_happens() -> None:
         "generation_config": GenerationConfig(),
         "stopping_criteria": [lambda ids, scores: False],
         "tokenizer": SimpleNamespace(),
+        "logits_processor": [MinLengthLogitsProcessor(5, 3)],
         "streamer": None,  # is taken before: tests/test_watch.py
     }
     for name, (says, why) in ARGUMENTS.items():

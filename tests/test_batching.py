@@ -464,3 +464,17 @@ def test_planning_anew_changes_nothing_where_nobody_has_come_in(
             run.plan()
             assert all(map(torch.equal, planned, state))
             run.step(route)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"do_sample": True},
+        {"repetition_penalty": 1.3},
+        {"suppress_tokens": [5]},
+        {"output_scores": True, "return_dict_in_generate": True},
+    ],
+)
+def test_what_only_generate_can_is_refused(tiny: SimpleNamespace, asked: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"generate_batch|return_dict_in_generate"):
+        mtpkern.generate_batch(tiny.model("llama"), [[5, 6, 7]], max_new_tokens=4, **asked)

@@ -63,7 +63,7 @@ INERT: list[tuple[str, Any]] = [
     *(("forced_bos_token_id", None), ("forced_eos_token_id", None), ("exponential_decay_length_penalty", None)),
     *(("max_time", None), ("remove_invalid_values", False), ("token_healing", False), ("watermarking_config", None)),
     *(("penalty_alpha", None), ("disable_compile", True), ("do_sample", False), ("do_sample", None)),
-    *(("prompt_lookup_num_tokens", None), ("renormalize_logits", True)),
+    ("prompt_lookup_num_tokens", None),
 ]
 # Without sampling these mean nothing; beside a file that samples they ask for it, unless do_sample=False is said.
 SAMPLING: list[tuple[str, Any]] = [
@@ -72,11 +72,7 @@ SAMPLING: list[tuple[str, Any]] = [
 ]
 # What asks for other tokens, for more than tokens, or for another way to them.
 ASKING: list[tuple[str, Any]] = [
-    *(("do_sample", True), ("num_beams", 2), ("num_return_sequences", 2), ("repetition_penalty", 1.3)),
-    *(("no_repeat_ngram_size", 2), ("min_new_tokens", 3), ("min_length", 30), ("suppress_tokens", [5, 6])),
-    *(("begin_suppress_tokens", [7]), ("bad_words_ids", [[5]]), ("sequence_bias", {(5,): -3.0})),
-    *(("forced_eos_token_id", 3), ("forced_bos_token_id", 4), ("exponential_decay_length_penalty", (2, 1.5))),
-    *(("guidance_scale", 1.5), ("output_scores", True), ("output_logits", True), ("output_hidden_states", True)),
+    *(("num_beams", 2), ("num_return_sequences", 2), ("guidance_scale", 1.5), ("output_hidden_states", True)),
     *(("output_attentions", True), ("stop_strings", ["a"]), ("use_cache", False)),
     *(("cache_implementation", "static"), ("cache_implementation", "quantized"), ("prompt_lookup_num_tokens", 3)),
     *(("penalty_alpha", 0.6), ("dola_layers", "high"), ("token_healing", True), ("remove_invalid_values", True)),
@@ -85,6 +81,13 @@ ASKING: list[tuple[str, Any]] = [
         ("watermarking_config", WatermarkingConfig(bias=2.5)),
         ("prefill_chunk_size", 4),
     ),
+]
+# What changes greedy tokens, and is honoured where the call says so; of a file it is left out.
+CHANGING: list[tuple[str, Any]] = [
+    *(("repetition_penalty", 1.3), ("min_new_tokens", 3), ("min_length", 30), ("suppress_tokens", [5, 6])),
+    *(("begin_suppress_tokens", [7]), ("bad_words_ids", [[5], [8, 9]]), ("sequence_bias", {(5,): -3.0, (6, 7): 2.0})),
+    *(("forced_eos_token_id", 3), ("renormalize_logits", True), ("exponential_decay_length_penalty", (2, 1.5))),
+    *(("output_scores", True), ("output_logits", True)),
 ]
 # Arguments of the call that nobody knows, or that mean what packed rows cannot honour.
 STRANGE: list[tuple[str, Any]] = [
@@ -137,7 +140,7 @@ class Call:
             kwargs["attention_mask"] = self.real
         # Without a max_length of the call's transformers knows what to do; with None it does not.
         kwargs = {n: x for n, x in kwargs.items() if x is not None or (n in self.plain and n != "max_length")}
-        return kwargs | {"suppress_tokens": [MASK], "do_sample": False}
+        return kwargs | {"suppress_tokens": [MASK, *(kwargs.get("suppress_tokens") or [])], "do_sample": False}
 
     def _with(self, values: dict[str, Any]) -> dict[str, Any]:
         kwargs = {name: x for name, x in values.items() if name not in self.in_config}
@@ -303,7 +306,7 @@ def _draw_strategy(call: Call, rng: Random, batch: int) -> None:
 def _draw_fields(call: Call, rng: Random) -> None:
     """What greedy decoding does without, in the call and in the model's file, and what it cannot do."""
     if rng.random() < 0.35:
-        call.file |= dict(rng.sample(ASKING, rng.randint(1, 3)) + rng.sample(SAMPLING, rng.randint(0, 2)))
+        call.file |= dict(rng.sample(ASKING + CHANGING, rng.randint(1, 3)) + rng.sample(SAMPLING, rng.randint(0, 2)))
     if call.file.get("num_return_sequences") and not call.file.get("do_sample") and call.file.get("num_beams") != 2:
         call.faults["file"] = (
             "model.generation_config",
@@ -317,6 +320,10 @@ def _draw_fields(call: Call, rng: Random) -> None:
             call.faults[name] = (name,)
     if rng.random() < 0.2:
         call.options |= dict(rng.sample(INERT_ARGUMENTS, rng.randint(1, 2)))
+    if rng.random() < 0.3:
+        name, value = rng.choice(CHANGING)
+        call.inert.pop(name, None)
+        call.fields[name] = call.plain[name] = value
     if rng.random() < 0.1:
         name, value = rng.choice(ASKING)
         call.inert.pop(name, None)

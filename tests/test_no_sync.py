@@ -7,6 +7,7 @@ a host tensor into a step has nothing to read; but transformers skips some of it
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,11 +18,30 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.generation.logits_process import (
+    EpsilonLogitsWarper,
+    LogitNormalization,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 
 import mtpkern.decoder
 from mtpkern import ConfAdapt, Static, Verified
 from mtpkern.attention import attention_context
+from mtpkern.choosing import Choosing
 from mtpkern.decoder import Decoder
+from mtpkern.processors import Bias
 from mtpkern.slots import Newcomer, enter
 from mtpkern.strategies import Strategy
 from mtpkern.watch import Watch, snapshot
@@ -103,7 +123,9 @@ class Watcher(TorchDispatchMode):
         return out
 
 
-def prepare(tiny: SimpleNamespace, model: Any, strategy: Strategy, *, batch: int = 3) -> Decoder:
+def prepare(
+    tiny: SimpleNamespace, model: Any, strategy: Strategy, *, batch: int = 3, choosing: Choosing | None = None
+) -> Decoder:
     """A decoder behind its prefill. Everything here may sync."""
     input_ids, attention_mask = tiny.prompts(*(9, 4, 12, 7, 8)[:batch])
     decoder = Decoder(
@@ -114,6 +136,7 @@ def prepare(tiny: SimpleNamespace, model: Any, strategy: Strategy, *, batch: int
         batch=batch,
         capacity=64,
         max_new_tokens=20,
+        choosing=choosing,
     )
     with torch.inference_mode():
         decoder.prefill(input_ids.to(model.device), attention_mask.to(model.device))
@@ -155,6 +178,44 @@ def test_step_on_an_accelerator_has_no_sync(tiny: SimpleNamespace, name: str, st
     model = tiny.model(name, **MODELS[name])
     with FakeTensorMode():
         watch(prepare(tiny, to_fake(model), strategy), Watcher(accelerator=True), steps=1)
+
+
+# Penalties, biases and ways of sampling, in transformers' order, and the record of what was drawn.
+CHOOSING = Choosing.of(
+    [
+        SequenceBiasLogitsProcessor({(5,): -3.0, (6, 7): 4.0}),
+        RepetitionPenaltyLogitsProcessor(1.3),
+        NoRepeatNGramLogitsProcessor(3),
+        NoBadWordsLogitsProcessor([[4], [2, 2, 1]]),
+        MinLengthLogitsProcessor(14, [3, 5]),
+        MinNewTokensLengthLogitsProcessor(12, 3, [3, 5]),
+        SuppressTokensLogitsProcessor([1]),
+        SuppressTokensAtBeginLogitsProcessor([9], 12),
+        TemperatureLogitsWarper(0.8),
+        TopKLogitsWarper(12),
+        TopPLogitsWarper(0.95),
+        MinPLogitsWarper(0.01),
+        TypicalLogitsWarper(0.9),
+        EpsilonLogitsWarper(0.001),
+        LogitNormalization(),
+    ],
+    12,
+    samples=True,
+    keeps=frozenset({"logprobs"}),
+)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=repr)
+def test_choosing_has_no_sync(tiny: SimpleNamespace, strategy: Strategy) -> None:
+    assert CHOOSING is not None
+    assert not CHOOSING.on_host
+    watch(prepare(tiny, tiny.model("llama"), strategy, choosing=CHOOSING), Watcher())
+    # A list cannot be sent to a device that is not there; biases of several tokens are made of lists, before any step.
+    others = tuple(x for x in CHOOSING.processors if not (isinstance(x, Bias) and x.reads_text))
+    choosing = replace(CHOOSING, processors=others)
+    model = tiny.model("llama")
+    with FakeTensorMode():
+        watch(prepare(tiny, to_fake(model), strategy, choosing=choosing), Watcher(accelerator=True), steps=1)
 
 
 def test_what_a_watch_adds_has_no_sync(tiny: SimpleNamespace) -> None:

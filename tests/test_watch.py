@@ -625,7 +625,7 @@ def test_a_reader_that_leaves_early(
 
 def test_a_stream_raises_what_generate_raises(model: Any, inputs: Any) -> None:
     for wrong, message in (
-        ({"do_sample": True}, "do_sample=True"),
+        ({"num_beams": 2}, "num_beams=2"),
         ({"input_ids": torch.full((3, 12), 99)}, "from 0 to 15"),
         ({"streamer": Recorder()}, "takes no streamer"),
     ):

@@ -1,0 +1,265 @@
+"""Logits processors for packed rows: what transformers has prepared, applied to each row's own text, on the device.
+
+transformers calls a processor with the text so far and the scores of its next token. A pass has rows of several texts
+of different length, among them drafts: the text of a row is what stands up to the row's own token, that included. What
+transformers prepares is a list of processors in an order; `from_transformers` makes of each a description that can be
+compared (a captured step has it baked in), and `on` makes of the description what a step calls.
+
+A processor of the caller's own takes the slow way: it is called for each row alone, with the text as transformers would
+lay it out. The host has to know the text for that, so that it waits for every pass, and no graph is captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.generation import logits_process as theirs
+
+# What looks at the scores alone: called as it is, on all rows at once.
+_OF_SCORES = (
+    *(theirs.TemperatureLogitsWarper, theirs.TopKLogitsWarper, theirs.TopPLogitsWarper, theirs.MinPLogitsWarper),
+    *(theirs.TypicalLogitsWarper, theirs.EpsilonLogitsWarper, theirs.LogitNormalization),
+)
+# Pure functions of text and scores that nobody has brought to packed rows: one row at a time, as a caller's own.
+_ROW_BY_ROW = (
+    *(theirs.SuppressTokensAtBeginLogitsProcessor, theirs.ForcedBOSTokenLogitsProcessor),
+    *(theirs.RepetitionPenaltyLogitsProcessor, theirs.ForcedEOSTokenLogitsProcessor, theirs.EtaLogitsWarper),
+    *(theirs.ExponentialDecayLengthPenalty, getattr(theirs, "TopHLogitsWarper", theirs.EtaLogitsWarper)),
+)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts of R rows; `end` tokens of `tokens[seq]` are known of each.
+
+    tokens [B, C + 1]; seq, end [R]; length [R]: of the text as transformers has it, with the padding in front and the
+    row's own token; new [R]: tokens behind the prompt in it, negative for rows of no text; known [R]: whether `end` is
+    all of it, which it is not behind masks. prompts [B, T]: as given, padded on the left.
+    """
+
+    tokens: Tensor
+    seq: Tensor
+    end: Tensor
+    length: Tensor
+    new: Tensor
+    known: Tensor
+    prompts: Tensor
+
+    def last(self, n: int) -> Tensor:
+        """The last n known tokens of each row [R, n]; -1 in front of a text."""
+        o = self.end[:, None] - n + torch.arange(n, device=self.end.device)
+        return torch.where(o < 0, -1, self.tokens[self.seq[:, None], o.clamp(min=0)])
+
+
+Apply = Callable[[Tensor, Texts], Tensor]
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What is asked of the scores; `on` makes a function of scores [R, V] and texts for a device and a vocabulary."""
+
+    # Whether it looks at the tokens of the text, and whether it has to be called row by row.
+    reads_text: ClassVar[bool] = False
+    by_row: ClassVar[bool] = False
+
+    def on(self, device: torch.device, vocabulary: int) -> Apply:
+        """The function; made before any step is captured."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class OfScores(Processor):
+    """One of transformers' that looks at the scores alone."""
+
+    settings: tuple[Any, ...]
+    processor: theirs.LogitsProcessor = field(compare=False)
+
+    def on(self, device: torch.device, vocabulary: int) -> Apply:
+        """Theirs as it is."""
+        return lambda scores, texts: self.processor(None, scores)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Suppress(Processor):
+    """No `tokens`: ever, or while `new` tokens are fewer than `fewer_new`, or the text is shorter than `shorter`."""
+
+    tokens: tuple[int, ...]
+    fewer_new: int | None = None
+    shorter: int | None = None
+
+    def on(self, device: torch.device, vocabulary: int) -> Apply:
+        """A mask of the vocabulary."""
+        banned = _of_tokens(self.tokens, vocabulary, device)
+
+        def apply(scores: Tensor, texts: Texts) -> Tensor:
+            if self.fewer_new is None and self.shorter is None:
+                return scores.masked_fill(banned, -torch.inf)
+            early = texts.length < self.shorter if self.shorter is not None else texts.new < (self.fewer_new or 0)
+            return scores.masked_fill(banned & early[:, None], -torch.inf)
+
+        return apply
+
+
+@dataclass(frozen=True)
+class RepetitionPenalty(Processor):
+    """Logits of tokens that the text holds are divided by the penalty, or multiplied where they are negative."""
+
+    penalty: float
+    reads_text: ClassVar[bool] = True
+
+    def on(self, device: torch.device, vocabulary: int) -> Apply:
+        """Which tokens have been seen, by a scatter of the text."""
+
+        def apply(scores: Tensor, texts: Texts) -> Tensor:
+            text = texts.tokens[texts.seq].clamp(max=vocabulary)
+            known = torch.arange(text.shape[1], device=text.device) < texts.end[:, None]
+            seen = scores.new_zeros(len(scores), vocabulary + 1, dtype=torch.bool)
+            seen.scatter_(1, torch.where(known, text, vocabulary), True)
+            punished = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
+            return torch.where(seen[:, :vocabulary], punished, scores)
+
+        return apply
+
+
+@dataclass(frozen=True)
+class NoRepeatNGram(Processor):
+    """No n tokens in a row twice."""
+
+    n: int
+    reads_text: ClassVar[bool] = True
+
+    def on(self, device: torch.device, vocabulary: int) -> Apply:
+        """Every window of the text is compared with its end."""
+
+        def apply(scores: Tensor, texts: Texts) -> Tensor:
+            text = F.pad(texts.tokens[texts.seq], (0, max(0, self.n - texts.tokens.shape[1])))
+            windows = text.unfold(1, self.n, 1)
+            o_last = torch.arange(windows.shape[1], device=text.device) + self.n - 1
+            same = (windows[..., :-1] == texts.last(self.n - 1)[:, None]).all(-1) & (o_last < texts.end[:, None])
+            banned = scores.new_zeros(len(scores), vocabulary + 1, dtype=torch.bool)
+            banned.scatter_(1, torch.where(same, windows[..., -1].clamp(max=vocabulary), vocabulary), True)
+            return scores.masked_fill(banned[:, :vocabulary], -torch.inf)
+
+        return apply
+
+
+@dataclass(frozen=True)
+class Bias(Processor):
+    """What is added to the logit of a sequence's last token where the text ends in the ones before it."""
+
+    name: str
+    biases: tuple[tuple[tuple[int, ...], float], ...]
+
+    @property
+    def reads_text(self) -> bool:  # type: ignore[override]
+        """Only those of several tokens do."""
+        return any(len(tokens) > 1 for tokens, _ in self.biases)
+
+    def on(self, device: torch.device, vocabulary: int) -> Apply:
+        """A bias for the vocabulary, and for sequences of one length a comparison each."""
+        outside = sorted({t for tokens, _ in self.biases for t in tokens if t >= vocabulary})
+        if outside:
+            raise ValueError(
+                f"{self.name} must hold ids from 0 to {vocabulary - 1}, the model's vocabulary; got {outside}; use the "
+                "model's own tokenizer"
+            )
+        always = torch.zeros(vocabulary)
+        groups: dict[int, list[tuple[tuple[int, ...], float]]] = {}
+        for tokens, bias in self.biases:
+            if len(tokens) == 1:
+                always[tokens[0]] = bias
+            else:
+                groups.setdefault(len(tokens) - 1, []).append((tokens, bias))
+        always = always.to(device, non_blocking=True)
+        longer = []
+        for group in groups.values():
+            columns = [t[:-1] for t, _ in group], [t[-1] for t, _ in group], [b for _, b in group]
+            longer.append([torch.tensor(column).to(device, non_blocking=True) for column in columns])
+
+        def apply(scores: Tensor, texts: Texts) -> Tensor:
+            bias = always.expand_as(scores)
+            if longer:
+                bias = bias.clone()
+            for before, last, added in longer:
+                ends_so = (texts.last(before.shape[1])[:, None] == before).all(-1)
+                bias.index_add_(1, last, torch.where(ends_so, added, 0.0).to(bias.dtype))
+            return scores + bias
+
+        return apply
+
+
+@dataclass(frozen=True)
+class RowByRow(Processor):
+    """A pure function of text and scores, called for each row alone."""
+
+    processor: Any
+    reads_text: ClassVar[bool] = True
+    by_row: ClassVar[bool] = True
+
+    def on(self, device: torch.device, vocabulary: int) -> Apply:
+        """A loop over the rows whose text is known, on the host's time."""
+
+        def apply(scores: Tensor, texts: Texts) -> Tensor:
+            processed = scores.clone()
+            rows = zip(texts.known.tolist(), texts.seq.tolist(), texts.end.tolist(), texts.new.tolist())
+            for r, (known, b, end, new) in enumerate(rows):
+                if known and new >= 0:
+                    text = torch.cat([texts.prompts[b], texts.tokens[b, end - new : end]])[None]
+                    processed[r] = self.processor(text, scores[r : r + 1])[0]
+            return processed
+
+        return apply
+
+
+def _of_tokens(tokens: tuple[int, ...], vocabulary: int, device: torch.device) -> Tensor:
+    """A mask [V] of these, those outside left out."""
+    mask = torch.zeros(vocabulary, dtype=torch.bool)
+    mask[[t for t in tokens if 0 <= t < vocabulary]] = True
+    return mask.to(device, non_blocking=True)
+
+
+def from_transformers(processor: Any, T: int) -> Processor:
+    """The description of one of the processors that transformers hands over for prompts [B, T].
+
+    Raises ValueError for one that is unknown.
+
+        from_transformers(TopKLogitsWarper(50), 12)
+    """
+    kind = type(processor)
+    if kind in _OF_SCORES:
+        return OfScores((kind, *sorted(vars(processor).items())), processor)
+    if kind is theirs.SuppressTokensLogitsProcessor:
+        return Suppress(_numbers(processor.suppress_tokens))
+    if kind is theirs.SuppressTokensAtBeginLogitsProcessor and processor.begin_index == T:
+        return Suppress(_numbers(processor.begin_suppress_tokens), fewer_new=1)
+    if kind is theirs.MinNewTokensLengthLogitsProcessor:
+        new, skipped = processor.min_new_tokens, processor.prompt_length_to_skip
+        # The prompt's length counts for nothing, so that calls with others share a captured step.
+        length = {"fewer_new": new} if skipped == T else {"shorter": skipped + new}
+        return Suppress(_numbers(processor.eos_token_id), **length)
+    if kind is theirs.MinLengthLogitsProcessor:
+        return Suppress(_numbers(processor.eos_token_id), shorter=processor.min_length)
+    if kind is theirs.NoRepeatNGramLogitsProcessor:
+        return NoRepeatNGram(processor.ngram_size)
+    if kind is theirs.RepetitionPenaltyLogitsProcessor and not isinstance(
+        getattr(processor, "prompt_ignore_length", None), int
+    ):
+        return RepetitionPenalty(processor.penalty)
+    if kind in (theirs.SequenceBiasLogitsProcessor, theirs.NoBadWordsLogitsProcessor):
+        name = "sequence_bias" if kind is theirs.SequenceBiasLogitsProcessor else "bad_words_ids"
+        return Bias(name, tuple((tuple(tokens), float(bias)) for tokens, bias in processor.sequence_bias.items()))
+    if kind in _ROW_BY_ROW or not kind.__module__.startswith("transformers."):
+        return RowByRow(processor)
+    raise ValueError(
+        f"mtpkern.generate does not support the logits processor {kind.__name__}, which is no function of text and "
+        "scores alone, or is not known here; leave it out, or use model.generate"
+    )
+
+
+def _numbers(tokens: Any) -> tuple[int, ...]:
+    return tuple(tokens.tolist() if isinstance(tokens, Tensor) else tokens)

@@ -59,7 +59,7 @@ class KVCache:
         self.proven = False
         self.model_name = model_name
         # What the layers of one pass share; whoever changes the rows empties it.
-        self.memo: dict = {}
+        self.memo: dict[str, PackedRows] = {}
 
     def fill(self, layer: int, key: Tensor, value: Tensor, slot: Tensor, seq: Tensor | None = None) -> None:
         """Store the prefill's key and value [n, Hkv, T, D] at slot [n, T] int64 (H for what is not to be kept).
@@ -142,13 +142,19 @@ class KVCache:
         )[None]
 
     def packed(self) -> PackedRows:
-        """The rows of this pass as the buffers have them, whose trash slot may not be C yet."""
+        """The rows of this pass as the buffers have them, whose trash slot may not be C yet; one object for all layers.
+
+        Not where torch.compile looks on, to which the layers are one form without a memory.
+        """
+        if not torch.compiler.is_compiling() and "rows" in self.memo:
+            return self.memo["rows"]
         rows = self.rows
         slot = rows.slot if self.held == self.capacity else rows.slot.clamp(max=self.held)
-        if not self.scratch:
-            return PackedRows(rows.seq, slot, rows.start, self.max_rows, memo=self.memo)
-        spans = rows.prefix_end, rows.span_start
-        return PackedRows(rows.seq, slot, rows.start, self.max_rows, *spans, self.scratch, self.memo)
+        spans = (rows.prefix_end, rows.span_start, self.scratch) if self.scratch else ()
+        packed = PackedRows(rows.seq, slot, rows.start, self.max_rows, *spans)
+        if not torch.compiler.is_compiling():
+            self.memo["rows"] = packed
+        return packed
 
     def _require_as_cached(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Raise ValueError where a layer of a first pass does not attend, once, to the like of what it has cached."""

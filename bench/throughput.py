@@ -92,7 +92,7 @@ class Course:
         if self.strategy.masks:
             for place in (decoder.all_rows.prefix_end, decoder.all_rows.span_start):
                 place.add_(up * in_use)
-        decoder.max_new_tokens = self.passes + 1
+        decoder.max_passes = self.passes
         with attention_context(self.model, decoder.cache) as route, patch("mtpkern.decoder.readout", self.readout):
             synchronize(self.model.device)
             start = perf_counter()

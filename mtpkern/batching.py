@@ -272,7 +272,7 @@ class _Batch:
             job = Job(number, ids, asked)
             positions = learned_positions(self.model, needed=job.tokens - 1)
             if positions is not None:
-                job = replace(job, new=positions - len(ids) + 1, short=True)
+                job = replace(job, new=positions - len(ids) + 1, asked=asked)
             if job.new < 1:
                 assert positions is not None
                 self._fail(number, ValueError(past_positions(self.model, positions, len(ids), asked)))

@@ -67,12 +67,12 @@ class BatchOutput:
 
 @dataclass(frozen=True)
 class Job:
-    """A prompt that waits: its number, ids [T] and new tokens at most. short: fewer than were asked for."""
+    """A prompt that waits: its number, ids [T], new tokens at most, and those asked for where it may have fewer."""
 
     number: int
     ids: np.ndarray
     new: int
-    short: bool = False
+    asked: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -260,9 +260,9 @@ class _Left:
             return BatchOutput(number, error=error, shared=self.shared)
         length, passes, *rest = self.copy.tolist()
         reason = REASONS[self.status]
-        if reason == "length" and self.job.short:
+        if reason == "length" and self.job.asked is not None:
             positions = prompt + new - 1
-            return BatchOutput(number, error=ValueError(past_positions(model, positions, prompt, new)))
+            return BatchOutput(number, error=ValueError(past_positions(model, positions, prompt, self.job.asked)))
         tokens, blocks = rest[new : new + length - prompt], rest[:passes]
         text = None if tokenizer is None else str(tokenizer.decode(tokens, skip_special_tokens=True))
         return BatchOutput(number, tokens, blocks, reason, text=text, shared=self.shared)

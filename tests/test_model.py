@@ -1,6 +1,7 @@
 """The adapter: the mask token, what a model must be like, and the check of a model that nobody has tried."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -314,7 +315,9 @@ def test_check_accepts_what_decodes_right(model_type: str, tiny: Any) -> None:
 
 def _window_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     attend = mtpkern.cache.decode_attention
-    monkeypatch.setattr(mtpkern.cache, "decode_attention", lambda *a, **kw: attend(*a, **{**kw, "window": None}))
+    monkeypatch.setattr(
+        mtpkern.cache, "decode_attention", lambda *a, **kw: attend(*a[:-1], replace(a[-1], window=None), **kw)
+    )
 
 
 def _values_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +332,9 @@ def _values_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
 def _wrong_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     attend = mtpkern.cache.decode_attention
     monkeypatch.setattr(
-        mtpkern.cache, "decode_attention", lambda *a, **kw: attend(*a, **{**kw, "scale": kw["scale"] * 1.05})
+        mtpkern.cache,
+        "decode_attention",
+        lambda *a, **kw: attend(*a[:-1], replace(a[-1], scale=a[-1].scale * 1.05), **kw),
     )
 
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from mtpkern import batching
 from mtpkern.cli import main
-from mtpkern.compare import pad
 from mtpkern.model import recorded_settings
 from mtpkern.prompting import Prompting, warnings_of
 
@@ -82,7 +82,10 @@ def test_it_travels_from_training_to_generate(tmp_path, start, bytes_of, capsys,
 
     capsys.readouterr()
     seen = []
-    monkeypatch.setattr("mtpkern.compare.pad", lambda ids, device: seen.append(ids[0]) or pad(ids, device))
+    iterate_batch = batching.iterate_batch
+    monkeypatch.setattr(
+        batching, "iterate_batch", lambda model, ids, **kw: seen.append(ids[0]) or iterate_batch(model, ids, **kw)
+    )
     command = ["generate", str(out), "--prompt", "How many?", "--max-new-tokens", "2"]
     assert main(command) == 0
     assert "warning: " not in capsys.readouterr().err

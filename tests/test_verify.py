@@ -1,5 +1,6 @@
 """Models that nobody has tried are compared with themselves before they decode."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -67,7 +68,9 @@ def test_an_untried_class_is_compared_once_in_a_process(compared: list[str], tin
 def test_a_refusal_is_remembered_and_says_what_differs(compared: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     attend = mtpkern.cache.decode_attention
     monkeypatch.setattr(
-        mtpkern.cache, "decode_attention", lambda *a, **kw: attend(*a, **{**kw, "scale": kw["scale"] * 1.5})
+        mtpkern.cache,
+        "decode_attention",
+        lambda *a, **kw: attend(*a[:-1], replace(a[-1], scale=a[-1].scale * 1.5), **kw),
     )
     model = untried("starcoder2")
     before = model.config.to_json_string()

@@ -65,9 +65,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     gpu = torch.cuda.is_available()
     for item in items:
         if item.get_closest_marker("kernel"):
+            params = getattr(getattr(item, "callspec", None), "params", {})
+            # Said wherever tests are collected: where there is a GPU, it would end all of them.
+            assert "form" in params, f"{item.nodeid}: a test of a kernel takes it as its parameter `form`"
             if gpu:
                 item.add_marker("gpu")
-                params = item.callspec.params  # type: ignore[attr-defined]
                 params["form"] = on_gpu(params["form"])
             elif not find_spec("triton"):
                 item.add_marker(pytest.mark.skip(reason="Triton is not installed"))

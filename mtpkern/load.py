@@ -114,11 +114,18 @@ def price_of(hits: np.ndarray, chains: np.ndarray, k: int, rows: int, times: Pas
 
 
 def _promised(hits: np.ndarray, chains: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """By price: tokens of a pass of all sequences, and the rows that it takes."""
-    odds = (hits + PRIOR_HITS) / (hits + chains + PRIOR_HITS + PRIOR_CHAINS)
-    promise = odds[:, None] ** np.arange(1, k)
-    bought = promise[:, :, None] >= PRICES
-    masks, tokens = bought.sum((0, 1)), (promise[:, :, None] * bought).sum((0, 1))
+    """By price: tokens of a pass of all sequences, and the rows that it takes.
+
+    A sequence brings what its own odds buy (kernels/worth.py). What that is worth is judged by what the others have
+    shown too, in place of what is not known of this one: else each would have to fail for itself, some ten times.
+    """
+    prior, power = PRIOR_HITS + PRIOR_CHAINS, np.arange(1, k)
+    own = (hits + PRIOR_HITS) / (hits + chains + prior)
+    other_hits, other_chains = hits.sum() - hits, chains.sum() - chains
+    alike = (other_hits + PRIOR_HITS) / (other_hits + other_chains + prior)
+    judged = (hits + prior * alike) / (hits + chains + prior)
+    bought = own[:, None, None] ** power[:, None] >= PRICES
+    masks, tokens = bought.sum((0, 1)), (judged[:, None, None] ** power[:, None] * bought).sum((0, 1))
     return len(hits) + tokens, len(hits) + masks + tokens
 
 

@@ -237,14 +237,14 @@ def test_a_rung_is_made_once_it_would_have_paid() -> None:
     ladder.saw(256, gpu(256))
     passes = next(n for n in range(1000) if ladder.choose(*never)[0] == 64)
     # By the guess a pass of 64 rows takes 464 / 656 of one of 256, and this gives up to 1.2 times the tokens.
-    assert 50 / (gpu(256) * (1 - 464 / 656)) <= passes <= 2.5 * 50 / (gpu(256) * (1 - 464 / 656))
+    assert 50 / (gpu(256) * (1 - 464 / 656)) <= passes + 1 <= 2.5 * 50 / (gpu(256) * (1 - 464 / 656))
     ladder.made_one(64, 20.0)
     ladder.saw(64, gpu(256))  # and it takes as long as the other
     assert ladder.choose(*(counts(*[20] * 64), counts(*[40] * 64)))[0] == 256
 
 
 @pytest.mark.parametrize("batch", [1, 4, 16, 64, 128])
-@pytest.mark.parametrize("new", [256, 2000])
+@pytest.mark.parametrize("new", [100, 2000])
 def test_the_ladder_costs_five_per_cent_where_no_draft_is_right(batch: int, new: int) -> None:
     """Against passes of one row a sequence; two passes late, as the host knows of it."""
     ladder = climbed(batch, default_rows(Verified(12), batch, torch.device("cuda")))

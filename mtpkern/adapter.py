@@ -323,13 +323,16 @@ def digest(model: PreTrainedModel) -> str:
     return hash_.hexdigest()
 
 
-def load_adapter(model: PreTrainedModel, path: str | Path, *, dtype: torch.dtype | None = None) -> PeftModel:
+def load_adapter(
+    model: PreTrainedModel, path: str | Path, *, dtype: torch.dtype | None = None, is_trainable: bool = False
+) -> PeftModel:
     """Give a model the gated adapter of a folder or hub id; `mtpkern.generate` then decodes several tokens a pass.
 
     The model's own weights stay what they are, and so does what `generate` emits: `Verified`, the default, writes the
     original model's greedy output.
 
-    dtype   of the adapter's weights; that of the model unless given
+    dtype          of the adapter's weights; that of the model unless given, and float32 for one to train
+    is_trainable   for `mtpkern.train.GatedTrainer`, which then trains it further
 
     Raises ValueError for an adapter that is not gated, is gated but for another base, or changes more than linear
     layers; FileNotFoundError for a name that leads nowhere; ImportError without peft. The model gets peft's layers in
@@ -353,13 +356,13 @@ def load_adapter(model: PreTrainedModel, path: str | Path, *, dtype: torch.dtype
     require_gateable(config)
     require_base(model, settings_of(config), str(path))
     with wrapping():
-        peft_model = PeftModel.from_pretrained(model, str(path)).eval()
+        peft_model = PeftModel.from_pretrained(model, str(path), is_trainable=is_trainable).eval()
     with unloaded_on_error(peft_model):
         attach(peft_model, row_of(config))
     for name, parameter in peft_model.named_parameters():
         if "lora_" in name or name == "mask_row":
-            parameter.requires_grad_(False)
-            parameter.data = parameter.data.to(model.device, dtype or model.dtype)
+            parameter.requires_grad_(is_trainable)
+            parameter.data = parameter.data.to(model.device, dtype or (torch.float32 if is_trainable else model.dtype))
     return peft_model
 
 

@@ -106,6 +106,22 @@ def test_goes_on_from_an_adapter(tiny, tmp_path):
     assert second.gate is first.gate
 
 
+def test_begins_with_an_adapter_of_a_folder(tiny, tmp_path):
+    first = trainer(tiny, tmp_path / "run")
+    first.train()
+    first.save_model(str(tmp_path / "adapter"))
+    second = trainer(tiny, tmp_path / "more", init_adapter=str(tmp_path / "adapter"), k_max=6)
+    start, end = trained(second), trained(first)
+    assert start.keys() == end.keys() and all(torch.equal(start[name], x) for name, x in end.items())
+    second.train()
+    assert not any(torch.equal(trained(second)[name], x) for name, x in end.items())
+    second.save_model(str(tmp_path / "further"))
+    settings = json.loads((tmp_path / "further" / "adapter_config.json").read_text())["auto_mapping"]["mtpkern"]
+    assert settings["k_max"] == 6
+    with pytest.raises(ValueError, match="has rank 4, and lora_rank is 8"):
+        trainer(tiny, tmp_path / "other", init_adapter=str(tmp_path / "adapter"), lora_rank=8)
+
+
 def test_refuses(tiny, tmp_path):
     for options, says in (
         ({"lora_rank": 0}, "lora_rank"),
@@ -115,11 +131,15 @@ def test_refuses(tiny, tmp_path):
         ({"bidirectional": True}, "bidirectional"),
         ({"torch_compile": True, "activation_checkpointing": True}, "omit one"),
         ({"prefix_memory": -1.0}, "prefix_memory"),
+        ({"init_adapter": "adapter", "lora_alpha": 3.0}, "its own lora_alpha"),
+        ({"init_adapter": "nowhere"}, "nowhere"),
     ):
         with pytest.raises(ValueError, match=says):
             trainer(tiny, tmp_path, **options)
     with pytest.raises(ValueError, match=r"prefix_memory .* gated"):
         MTPConfig(str(tmp_path), prefix_memory=1.0)
+    with pytest.raises(ValueError, match=r"init_adapter .* gated"):
+        MTPConfig(str(tmp_path), init_adapter="adapter")
     args = MTPConfig(str(tmp_path), gated=True, lora_rank=4, k_max=4, use_cpu=True, report_to="none")
     model = base(tiny)
     with pytest.raises(ValueError, match="go together"):

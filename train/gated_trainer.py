@@ -24,7 +24,7 @@ from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import HeldOut
 from mtpkern.train.gated import BehindPrefixContext, gated_loss
 from mtpkern.train.layout import Layout, draw_within
-from mtpkern.train.lora import add_gated_lora, plain_model
+from mtpkern.train.lora import adapter_to_train, add_gated_lora, plain_model
 from mtpkern.train.objective import MTPLoss, forward_as
 from mtpkern.train.prefix import Packing, Prefixes, texts_of
 from mtpkern.train.trainer import MTPTrainer
@@ -63,6 +63,8 @@ class GatedTrainer(MTPTrainer):
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
 
     def _adapted(self, plain: PreTrainedModel, mask_token_id: int | None, args: MTPConfig) -> PeftModel:
+        if args.init_adapter:
+            return adapter_to_train(plain, args.init_adapter, rank=args.lora_rank, k_max=args.k_max)
         return add_gated_lora(
             plain,
             rank=args.lora_rank,

@@ -9,22 +9,26 @@ Source   Hu et al., arXiv 2106.09685; peft's LoraConfig and trainable_token_indi
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mtpkern.adapter import (
+    Gate,
     GatedSettings,
     attach,
     digest,
+    gate_of,
+    load_adapter,
     marked,
     require_gateable,
     row_of,
     unloaded_on_error,
     wrapping,
 )
-from mtpkern.train.extra import LoraConfig, PeftModel, get_peft_model
+from mtpkern.train.extra import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
 
 def add_lora(
@@ -126,6 +130,24 @@ def add_gated_lora(
     with unloaded_on_error(peft_model):
         attach(peft_model, row)
     return peft_model
+
+
+def adapter_to_train(model: PreTrainedModel, folder: str, *, rank: int, k_max: int) -> PeftModel:
+    """The model with the gated adapter of a folder, in float32, to be trained on for spans of up to k_max.
+
+    Raises ValueError for an adapter of another rank, or that is not gated, or is of another base.
+
+        peft_model = adapter_to_train(model, "adapter", rank=16, k_max=8)
+    """
+    config = PeftConfig.from_pretrained(folder)
+    if getattr(config, "r", rank) != rank:
+        raise ValueError(
+            f"init_adapter {folder} has rank {config.r}, and lora_rank is {rank}; set lora_rank: {config.r}"
+        )
+    peft_model = load_adapter(model, folder, is_trainable=True)
+    gate = cast(Gate, gate_of(model))
+    gate.record(k_max=max(k_max, gate.settings.k_max))
+    return peft_model.train()
 
 
 def plain_model(model: nn.Module) -> PreTrainedModel:

@@ -112,13 +112,14 @@ def test_begins_with_an_adapter_of_a_folder(tiny, tmp_path):
     first.save_model(str(tmp_path / "adapter"))
     second = trainer(tiny, tmp_path / "more", init_adapter=str(tmp_path / "adapter"), k_max=6)
     start, end = trained(second), trained(first)
-    assert start.keys() == end.keys() and all(torch.equal(start[name], x) for name, x in end.items())
+    assert start.keys() == end.keys()
+    assert all(torch.equal(start[name], x) for name, x in end.items())
     second.train()
     assert not any(torch.equal(trained(second)[name], x) for name, x in end.items())
     second.save_model(str(tmp_path / "further"))
     settings = json.loads((tmp_path / "further" / "adapter_config.json").read_text())["auto_mapping"]["mtpkern"]
     assert settings["k_max"] == 6
-    with pytest.raises(ValueError, match="has rank 4, and lora_rank is 8"):
+    with pytest.raises(ValueError, match="has rank 4 and lora_rank is 8"):
         trainer(tiny, tmp_path / "other", init_adapter=str(tmp_path / "adapter"), lora_rank=8)
 
 

@@ -103,7 +103,7 @@ def layouts(N: int, K: int) -> list[Tiles]:
     found = [tiles_of(N, K)]
     for tiles, splits in product(FORMS, SPLITS):
         n = -(-N // tiles.BLOCK_N)
-        if (n * splits in PROGRAMS or splits == 1 and n >= PROGRAMS.stop) and splits * tiles.BLOCK_K <= K:
+        if (n * splits in PROGRAMS or (splits == 1 and n >= PROGRAMS.stop)) and splits * tiles.BLOCK_K <= K:
             found.append(replace(tiles, SPLITS=splits))
     return list(dict.fromkeys(found))
 
@@ -202,7 +202,7 @@ def _compile(job: tuple[Tiles, int, int, int]) -> None:
         form.PDL = pdl
         try:
             few_rows_linear_triton(x, weight, None, new_counters(device), tiles)
-        except Exception:  # noqa: S112
+        except Exception:
             continue
 
 
@@ -286,8 +286,9 @@ def _layouts(model: str, layers: Layers, best: dict[int, dict[str, Tiles]], cpu:
             "us": [{**asdict(tiles), **asdict(found[tiles])} for tiles in ranked],
         }
         note = (
-            "bf16, µs of a product in a graph, median (least–greatest); a layout is BLOCK_N x BLOCK_K / parts of K. The "
-            f"best four of those tried, and the rule's. Share of the bandwidth by the weight's bytes; {machine.source}."
+            "bf16, µs of a product in a graph, median (least–greatest); a layout is BLOCK_N x BLOCK_K / parts of K. "
+            "The best four of those tried, and the rule's. Share of the bandwidth by the weight's bytes; "
+            f"{machine.source}."
         )
         header = ("product", "layout", "µs", "bandwidth")
         yield Table(f"Layouts, {model}", note, header, list(rows), list(records), skipped=sorted(set(skipped)))
@@ -336,7 +337,8 @@ def _rows(
             goals.append(Goal(f"{model}: a layer's products, 16 rows: share of the bandwidth", 80, share, "%"))
         note = (
             "bf16, µs in a graph over weights of several layers, median (least–greatest). Best layout: at "
-            f"{' and '.join(map(str, best))} rows, above. Share of the bandwidth by the weights' bytes; {machine.source}."
+            f"{' and '.join(map(str, best))} rows, above. Share of the bandwidth by the weights' bytes; "
+            f"{machine.source}."
         )
         header = ("rows: product", *WAYS, "share, torch, joined", "share, ours, best")
         yield Table(f"Products, {model}", note, header, list(rows), list(records), list(goals), sorted(set(skipped)))

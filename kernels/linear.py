@@ -172,13 +172,13 @@ def new_counters(device: torch.device) -> Tensor:
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel computes this product: up to MOST_ROWS rows of bfloat16 or float16, rows of x and of the weight
-    that begin at multiples of 16 bytes, and K a multiple of 16.
+    """Whether the kernel computes this product: up to MOST_ROWS rows of bfloat16 or float16, K a multiple of 16, and
+    the weight's rows without gaps inside, a multiple of 16 elements apart, from a multiple of 16 bytes on.
     """
     K = weight.shape[1]
     fits = x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
     lies = weight.stride(1) == 1 and K % 16 == 0 and weight.stride(0) % 16 == 0 and weight.data_ptr() % 16 == 0
-    return fits and lies and 0 < K and len(weight) > 0 and 0 < x.numel() <= MOST_ROWS * K
+    return fits and lies and K > 0 and len(weight) > 0 and 0 < x.numel() <= MOST_ROWS * K
 
 
 @op(fake=lambda x, weight, bias, counters: x.new_empty(*x.shape[:-1], len(weight)), float64=False)
@@ -213,8 +213,8 @@ def few_rows_linear_triton(x, weight, bias, counters, tiles=None):
     splits = triton.cdiv(K, chunk)
     if splits > 1 and n > len(counters):
         raise ValueError(
-            f"few_rows_linear: {n} tiles of N = {N} in {splits} parts want as many counters, there are {len(counters)}; "
-            "take new_counters(device), and no splits for so many tiles"
+            f"few_rows_linear: {n} tiles of N = {N} in {splits} parts want as many counters, there are "
+            f"{len(counters)}; take new_counters(device), and no splits for so many tiles"
         )
     BLOCK_R = max(16, triton.next_power_of_2(R))
     y = rows.new_empty(R, N)

@@ -142,7 +142,7 @@ def test_more_tiles_than_counters(form: Form) -> None:
     """Are an error where they are split, none where not."""
     N = 16 * COUNTERS + 1
     x, weight = torch.ones(1, 64, dtype=torch.float16), torch.ones(64, dtype=torch.float16).expand(N, 64)
-    with pytest.raises(ValueError, match="1025 tiles of N = 16385 in 2 parts .* there are 1024"):
+    with pytest.raises(ValueError, match=r"1025 tiles of N = 16385 in 2 parts .* there are 1024"):
         form(x, weight, None, new_counters(CPU), tiles=small(2))
     counts = new_counters(CPU)
     assert form(x, weight, None, counts, tiles=small(1, BLOCK_N=1024, BLOCK_K=64)).eq(64).all()

@@ -193,7 +193,7 @@ def _early(ptx: str) -> str:
 
     A prefetch touches nothing: it is a hint.
     """
-    memory = r"(?!prefetch\.)\S+\.global\S*"
+    memory = r"(?!\S*prefetch\.)\S+\.global\S*"
     wait, *others = (
         re.search(rf"^\s*(?:@\S+\s+)?(?:{what})\b", ptx[ptx.index(".entry") :], re.MULTILINE)
         for what in ("griddepcontrol.wait", "griddepcontrol.launch_dependents", memory, "bra|ret")

@@ -263,7 +263,7 @@ def _layouts(model: str, layers: Layers, best: dict[int, dict[str, Tiles]], cpu:
         for tiles in (layouts(N, K) if R in grid else [tiles_of(N, K)])
     }
     # One for each form of the kernel, which is the same for any multiples of 16.
-    forms = {(replace(t, SPLITS=min(t.SPLITS, K // t.BLOCK_K)), R, K % t.BLOCK_K): (t, R, N, K) for t, R, N, K in jobs}
+    forms = {(replace(t, early=0), R, K % t.BLOCK_K): (t, R, N, K) for t, R, N, K in jobs}
     compile_all(list(forms.values()), layers.device)
     rows, records, skipped = [], [], []
     for R, (name, (N, K)) in product(grid, shapes.items()):

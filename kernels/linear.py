@@ -55,12 +55,17 @@ if find_spec("triton"):
     from mtpkern.kernels.form import gdc_wait
 
     @triton.jit
-    def _ask_for(ptrs):
-        """Have the lines of these addresses brought into L2; nothing is read that anybody could see."""
+    def _ask_for(ptrs, bytes):
+        """Have so many bytes from each address on brought into L2, if any; nothing is read that anybody could see."""
         tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-            "=r,l",
-            [ptrs.to(tl.int64)],
+            """{
+            .reg .pred some;
+            setp.ne.u32 some, $2, 0;
+            @some cp.async.bulk.prefetch.L2.global [$1], $2;
+            mov.u32 $0, 0;
+            }""",
+            "=r,l,r",
+            [ptrs.to(tl.int64), bytes],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
@@ -81,13 +86,13 @@ if find_spec("triton"):
         N,
         K,
         chunk,  # of K, a program's
+        early,  # elements of each half of what is asked for early of each row of the weight
         HAS_BIAS: tl.constexpr,
         EVEN_K: tl.constexpr,
         SPLITS: tl.constexpr,
         BLOCK_R: tl.constexpr,
         BLOCK_N: tl.constexpr,
         BLOCK_K: tl.constexpr,
-        LINES: tl.constexpr,  # of 128 bytes of each row that are asked for early; 0 for none
         PDL: tl.constexpr,
     ):
         i_n, i_split = tl.program_id(1), tl.program_id(0)
@@ -96,9 +101,10 @@ if find_spec("triton"):
         p_w = w_ptr + tl.minimum(o_n, N - 1).to(tl.int64)[:, None] * s_w
         start = i_split * chunk
         end = tl.minimum(start + chunk, K)
-        if PDL and LINES > 0:
-            LINE: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth
-            _ask_for(p_w + tl.minimum(start + LINE * tl.arange(0, LINES), K - 1)[None, :])
+        if PDL:
+            # In two halves: with the weight's 64 rows, one for each thread.
+            halves = tl.minimum(start + early * tl.arange(0, 2), K - early)
+            _ask_for(p_w + halves[None, :], early * (w_ptr.dtype.element_ty.primitive_bitwidth // 8))
         gdc_wait(PDL)
 
         o_r = tl.arange(0, BLOCK_R).to(tl.int64)
@@ -141,7 +147,7 @@ class Tiles:
     """How a product is laid out: what a program takes of N and, at a time, of K; and in how many parts K is split.
 
     warps, stages   of the launch; fewer stages where a block of x takes their room
-    early           blocks of K, a power of 2 or 0, that a program asks for before it waits for the kernel ahead
+    early           blocks of K that a program asks for before it waits for the kernel ahead
     """
 
     BLOCK_N: int = 64
@@ -236,13 +242,13 @@ def few_rows_linear_triton(x, weight, bias, counters, tiles=None):
             N,
             K,
             chunk,
+            tiles.BLOCK_K // 2 * min(tiles.early, chunk // tiles.BLOCK_K, K // tiles.BLOCK_K),
             HAS_BIAS=bias is not None,
             EVEN_K=K % tiles.BLOCK_K == 0,
             SPLITS=splits,
             BLOCK_R=BLOCK_R,
             BLOCK_N=tiles.BLOCK_N,
             BLOCK_K=tiles.BLOCK_K,
-            LINES=tiles.early * tiles.BLOCK_K * weight.element_size() // 128,
             num_warps=tiles.warps,
             num_stages=2 if torch.version.hip else stages,
             **pdl_options(x.device),

@@ -239,7 +239,7 @@ def early(x_ptr, y_ptr, FORM: tl.constexpr):
     if FORM == "a load":
         x = tl.load(x_ptr + o)
     if FORM == "a prefetch":
-        asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
+        asm: tl.constexpr = "cp.async.bulk.prefetch.L2.global [$1], 16; mov.u32 $0, 0;"
         tl.inline_asm_elementwise(asm, "=r,l", [(x_ptr + o).to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
     if FORM == "a trigger":
         tl.extra.cuda.gdc_launch_dependents()

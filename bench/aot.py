@@ -49,6 +49,7 @@ from mtpkern.output import exit_status
 _MATRIX_ROWS = {
     "_shrink_kernel": "BLOCK_R",
     "_expand_kernel": "BLOCK_R",
+    "_linear_kernel": "BLOCK_N",
     "_attend_kernel": "BLOCK_M",
     "_forward_kernel": "ROWS",
     "_dq_kernel": "ROWS",
@@ -167,18 +168,35 @@ def _noted(target: str, name: str, rows: int, bits: int, kernel: Any, seconds: f
         int(re.findall(spill, report)[-1]),
         kernel.metadata.shared,
         next((name for name, instruction in names.items() if instruction in text), "none"),
-        re.search(r"(?:^|\s)(?:atom|red)\.\w|_atomic_", text) is not None,
+        _unordered(text),
         kernel.source,
         _early(text) if getattr(kernel.metadata, "launch_pdl", False) else "",
         seconds,
     )
 
 
+def _unordered(text: str) -> bool:
+    """Whether there are atomics but a count behind a barrier behind the stores: all threads' come before it."""
+    stores = r"st\.global|global_store|buffer_store"
+    barrier, atomic = r"bar(?:rier)?\.sync|s_barrier", r"atom\.|red\.|\S*_atomic_"
+    what = rf"^\s*(?:@\S+\s+)?(?:(?P<store>{stores})|(?P<barrier>{barrier})|(?P<atomic>{atomic}))"
+    stored = True
+    for found in re.finditer(what, text, re.MULTILINE):
+        if found["atomic"] and stored:
+            return True
+        stored = not found["barrier"]
+    return False
+
+
 def _early(ptx: str) -> str:
-    """Whether a kernel waits for the one ahead of it before it touches memory, branches or lets the next one start."""
+    """Whether a kernel waits for the one ahead of it before it touches memory, branches or lets the next one start.
+
+    A prefetch touches nothing: it is a hint.
+    """
+    memory = r"(?!\S*prefetch\.)\S+\.global\S*"
     wait, *others = (
         re.search(rf"^\s*(?:@\S+\s+)?(?:{what})\b", ptx[ptx.index(".entry") :], re.MULTILINE)
-        for what in ("griddepcontrol.wait", "griddepcontrol.launch_dependents", r"\S+\.global\S*", "bra|ret")
+        for what in ("griddepcontrol.wait", "griddepcontrol.launch_dependents", memory, "bra|ret")
     )
     first = wait is not None and all(other is None or wait.start() < other.start() for other in others)
     return "waits" if first else "races"

@@ -46,7 +46,7 @@ class Compiled:
     spill: int
     shared_memory: int
     matrix: str  # the instruction of its matrix products: wgmma, tcgen05, mma.sync, mfma, or none
-    atomics: bool
+    atomics: bool  # but a count behind a barrier behind all stores
     source: str  # a digest of what it was compiled from: source, constants, options, version of Triton
     early: str = ""  # a launch that may start before the kernel ahead has ended "waits" for that, or "races"
     seconds: float = 0.0
@@ -171,8 +171,8 @@ def over_budget(one: Compiled) -> list[str]:
     # Float32 may be multiplied without them, exactly.
     if one.matrix == "none" and one.rows and one.bits == 16:
         faults.append("has products without matrix instructions")
-    # Merging in the block that finishes last would need one, and is a race that no interpreter sees. Sums by atomics
-    # would differ from run to run.
+    # Without a barrier the block that counts itself last may merge what is not stored yet, a race that no interpreter
+    # sees. Sums by atomics would differ from run to run.
     if one.atomics:
         faults.append("has atomics")
     # No interpreter sees this race either.

@@ -17,6 +17,7 @@ from mtpkern.kernels.decode_attention import decode_attention_triton
 from mtpkern.kernels.distill import Head, distill_loss, head_readout
 from mtpkern.kernels.gated_lora import gated_lora_triton
 from mtpkern.kernels.kv_write import kv_write_triton
+from mtpkern.kernels.linear import few_rows_linear_triton, new_counters
 from mtpkern.kernels.packed_rows import PackedRows
 from mtpkern.kernels.readout import readout_triton
 from mtpkern.kernels.sample import sample_triton
@@ -84,6 +85,12 @@ def gated_lora_case(
     as_, bs = [torch.empty(r, H, dtype=adapter) for _ in widths], [torch.empty(N, r, dtype=adapter) for N in widths]
     gate = torch.empty(rows, dtype=torch.bool)
     gated_lora_triton(outs, torch.empty(rows, H, dtype=dtype), gate, as_, bs, [2.0] * len(widths))
+
+
+def linear_case(dtype: torch.dtype, rows: int, N: int, K: int, bias: bool = False) -> None:
+    """A linear layer with few rows."""
+    weight, counters = torch.empty(N, K, dtype=dtype), new_counters(torch.device("cpu"))
+    few_rows_linear_triton(torch.empty(rows, K, dtype=dtype), weight, weight[:, 0].clone() if bias else None, counters)
 
 
 def span_attention_case(dtype: torch.dtype, D: int, *, sinks: bool = False, **options: Any) -> None:
@@ -165,6 +172,15 @@ CASES: dict[str, Callable[[], object]] = {
         gated_lora_case, torch.bfloat16, torch.bfloat16, 12, 15, 2561, (1001, 7)
     ),
     "gated_lora bf16 r32, 8,192 rows": partial(gated_lora_case, torch.bfloat16, torch.bfloat16, 32, 8192, 14_336),
+    # One and several parts of K, each with as many rows as there are forms.
+    **{
+        f"linear bf16 {N}x{K}, {rows} rows": partial(linear_case, torch.bfloat16, rows, N, K)
+        for N, K in ((19_456, 2560), (2560, 9728))
+        for rows in (16, 32, 64, 128)
+    },
+    "linear fp16 2560x4096, 16 rows": partial(linear_case, torch.float16, 16, 2560, 4096),
+    "linear bf16 1000x144, bias, 7 rows": partial(linear_case, torch.bfloat16, 7, 1000, 144, bias=True),
+    "linear bf16 1000x592, bias, 7 rows": partial(linear_case, torch.bfloat16, 7, 1000, 592, bias=True),
     **{
         f"span_attention {name} D{D}": partial(span_attention_case, dtype, D)
         for name, dtype in _DTYPES.items()

@@ -61,6 +61,7 @@ WHOLE_LIMITS = {
     "readout": 40.0,
     "kv_write": 40.0,
     "gated_lora": 60.0,
+    "linear": 75.0,
     "throughput": 150.0,
 }
 SLOW_LIMIT = 120.0

@@ -33,7 +33,7 @@ from mtpkern.kernels.state import RUNNING, Rows, Sequences, Terms
 from mtpkern.layers import CompiledLayers
 from mtpkern.load import Ladder, Load, price_of, times_of
 from mtpkern.model import has_latent_attention, learned_positions
-from mtpkern.products import Products, wants_one_product
+from mtpkern.products import Products, few_rows, wants_one_product
 from mtpkern.strategies import Strategy
 
 # Up to this many rows a pass on a GPU is bound by reading the weights, so that rows are nearly free.
@@ -127,7 +127,7 @@ class Decoder:
         # All that a pass is planned in, and those of this pass: all, or on a CPU those in use.
         self.all_rows = self.rows = Rows.allocate(rows, batch, device, strategy.k)
         self.graph = StepGraph(device) if wants_graph(use_graph, device) else None
-        self.products = Products(wants_one_product(self.graph is not None))
+        self.products = Products(wants_one_product(self.graph is not None), few_rows(self.graph is not None))
         self.cache = KVCache(
             strategy.masks + capacity,
             self.rows,

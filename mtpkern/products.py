@@ -11,6 +11,9 @@ were; only the addresses are others. As captured graphs hold those, weights stay
 
 That weights lie together is seen in the weights themselves, at each pass that is no replay: what has moved since (to
 another device or dtype, say), or been replaced, is a product of its own again.
+
+A product of few rows can be our kernel's (kernels/linear.py), siblings' and single layers', the head's too: in the same
+passes, for as long as one runs, and without moving anything.
 """
 
 from __future__ import annotations
@@ -27,11 +30,14 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from mtpkern.attention import exclusive
+from mtpkern.kernels.linear import few_rows_linear, new_counters
 from mtpkern.model import is_tested
-from mtpkern.siblings import disjoint, together, watched
+from mtpkern.siblings import Group, disjoint, together, watched
 
 # Whether a captured pass makes one product of siblings. Estimated: 5 to 6 % of a pass; not measured yet.
 CAPTURED = False
+# Up to so many rows the products of a captured pass are our kernel's; 0: none. Not measured yet.
+FEW_ROWS = 0
 # What torch calls around a module's forward.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -43,8 +49,13 @@ def wants_one_product(captured: bool) -> bool:
     return CAPTURED and captured
 
 
+def few_rows(captured: bool) -> int:
+    """Up to how many rows the products in the passes of a decoder are our kernel's."""
+    return FEW_ROWS if captured else 0
+
+
 class Products:
-    """The siblings of a model as one product each, inside the block that a call opens.
+    """The siblings of a model as one product each, inside the block that a call opens; and those of few rows as ours.
 
         products = Products()
         with products.sought(model):
@@ -53,16 +64,25 @@ class Products:
             logits = model(input_ids=ids, ...).logits
 
     Plain layers alone: `torch.nn.Linear` itself without hooks, at rest, of a model that the tests cover, weights that
-    are a storage of their own, all of one dtype, device and width. wanted=False does nothing. Keeps no model; the
-    caller holds it (see `exclusive`).
+    are a storage of their own, all of one dtype, device and width. wanted=False leaves siblings apart, few_rows=0 all
+    products to torch. Keeps no model; the caller holds it (see `exclusive`), and passes inside such blocks of one
+    object do not overlap on the device.
     """
 
-    def __init__(self, wanted: bool = True) -> None:
+    def __init__(self, wanted: bool = True, few_rows: int = 0) -> None:
         self.found: list[tuple[ref[nn.Linear], ...]] | None = None if wanted else []
+        self.few_rows = few_rows
+        # What kernels count with; there before a capture, and as long as its graph.
+        self.counters: Tensor | None = None
+        self.plain: list[ref[nn.Linear]] = []
 
     @contextmanager
     def sought(self, model: PreTrainedModel) -> Iterator[None]:
         """See in a pass inside the block, where none has been seen yet, who reads the same, and join their weights."""
+        if self.few_rows and self.counters is None and is_tested(model):
+            with torch.inference_mode(False):
+                self.counters = new_counters(model.device)
+            self.plain = [ref(layer) for layer in model.modules() if _is_plain(layer)]
         if self.found is not None:
             yield
             return
@@ -75,23 +95,37 @@ class Products:
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """A pass of this thread inside the block makes one product of siblings whose weights lie together."""
-        if not self.found:
-            yield
-            return
-        groups = []
-        for refs in self.found:
+        few = (self.few_rows, self.counters)
+        groups: list[Group] = []
+        for refs in self.found or ():
             layers = [layer for r in refs if (layer := r()) is not None]
             whole = whole_of(layers) if len(layers) == len(refs) else None
             if whole is not None:
                 rows = [len(layer.weight) for layer in layers]
-                groups.append((layers, _product, {"mtpkern_whole": (*whole, rows)}))
+                groups.append((layers, _product, {"mtpkern_whole": (*whole, rows, *few)}))
+        taken = {layer for layers, *_ in groups for layer in layers}
+        for layer in (layer for r in self.plain if (layer := r()) is not None and layer not in taken):
+            if _is_plain(layer) and self.counters is not None and layer.weight.device == self.counters.device:
+                groups.append(([layer], _product, {"mtpkern_whole": (*_own(layer), [len(layer.weight)], *few)}))
+        if not groups:
+            yield
+            return
         with together(groups):
             yield
 
 
 def _product(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor]:
-    weight, bias, rows = layers[0].mtpkern_whole
-    return linear(x, weight, bias).split(rows, -1)
+    weight, bias, rows, few, counters = layers[0].mtpkern_whole
+    if counters is None or x.numel() > few * x.shape[-1]:
+        return linear(x, weight, bias).split(rows, -1)
+    return few_rows_linear(x, weight, bias, counters).split(rows, -1)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _own(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of one layer, as `whole_of` has several's."""
+    return layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
 
 
 def families(model: PreTrainedModel) -> list[list[nn.Linear]]:

@@ -151,7 +151,7 @@ def together(groups: Iterable[Group]) -> Iterator[None]:
                     mtpkern_thread=get_ident(),
                     mtpkern_others=layers[1:] if first else (),
                     mtpkern_left=None,
-                    mtpkern_run=run,
+                    mtpkern_run=run if first else None,
                     **(more if first else {}),
                 )
         yield
@@ -173,7 +173,7 @@ def _base_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The forward of a layer that has siblings, while a pass runs.
+    """The forward of a layer that has siblings, while a pass runs; or of one by itself, which is the first.
 
     Such a layer holds those behind it, where it is the first, and what the first has read and made for it.
     """
@@ -184,7 +184,7 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer.mtpkern_left = None
         if left is not None and left[0] is x:
             return left[1]  # type: ignore[no-any-return]
-        if layer.mtpkern_others:
+        if layer.mtpkern_run is not None:
             outs = layer.mtpkern_run((layer, *layer.mtpkern_others), x)
             if outs is not None:
                 for other, y in zip(layer.mtpkern_others, outs[1:]):

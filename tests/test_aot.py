@@ -23,6 +23,7 @@ KERNELS = {
     "readout bf16 V151936": ["_chunk_kernel", "_merge_kernel"],
     "kv_write bf16 D128": ["_kv_write_kernel"],
     "gated_lora bf16 r32": ["_shrink_kernel", "_expand_kernel"],
+    "linear bf16 2560x9728, 16 rows": ["_linear_kernel"],
     "span_attention bf16 D128": ["_forward_kernel", "_dq_kernel", "_row_tiles_kernel", "_dkdv_kernel"],
     "distill bf16 V144": ["_readout_kernel", "_loss_kernel", "_loss_kernel"],
 }
@@ -222,9 +223,11 @@ from mtpkern.bench import aot, aot_budgets
 source = '''
 import triton, triton.language as tl
 @triton.jit
-def _merge_kernel(x_ptr, count_ptr, y_ptr, N: tl.constexpr):
+def _merge_kernel(x_ptr, count_ptr, y_ptr, N: tl.constexpr, BARRIER: tl.constexpr):
     o = tl.arange(0, 128)
     tl.store(y_ptr + o, tl.load(x_ptr + o))
+    if BARRIER:
+        tl.debug_barrier()
     if tl.atomic_add(count_ptr, 1) == N - 1:
         tl.store(y_ptr, tl.sum(tl.load(y_ptr + o), 0))
 @triton.jit
@@ -235,6 +238,9 @@ def early(x_ptr, y_ptr, FORM: tl.constexpr):
             return
     if FORM == "a load":
         x = tl.load(x_ptr + o)
+    if FORM == "a prefetch":
+        asm: tl.constexpr = "cp.async.bulk.prefetch.L2.global [$1], 16; mov.u32 $0, 0;"
+        tl.inline_asm_elementwise(asm, "=r,l", [(x_ptr + o).to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
     if FORM == "a trigger":
         tl.extra.cuda.gdc_launch_dependents()
     if FORM != "no wait":
@@ -251,22 +257,24 @@ with tempfile.TemporaryDirectory() as folder:
     spec.loader.exec_module(planted)
     for target in ("sm_90", "gfx942"):
         with aot.compiling(target) as noted:
-            planted._merge_kernel[(4,)](torch.ones(128), torch.zeros(1, dtype=torch.int32), torch.ones(128), N=4)
-        print(aot_budgets.over_budget(noted[0]))
+            for barrier in (False, True):
+                x, count = torch.ones(128), torch.zeros(1, dtype=torch.int32)
+                planted._merge_kernel[(4,)](x, count, torch.ones(128), N=4, BARRIER=barrier)
+        print(*map(aot_budgets.over_budget, noted))
     with aot.compiling("sm_90") as noted:
-        for form in ("the wait first", "no wait", "a load", "a trigger", "a program that returns"):
+        for form in ("the wait first", "a prefetch", "no wait", "a load", "a trigger", "a program that returns"):
             planted.early[(4,)](torch.ones(128), torch.ones(128), FORM=form, launch_pdl=True)
     print([one.early for one in noted])
 """
 
 
 def test_races_that_no_interpreter_sees_are_found() -> None:
-    """A last block that merges needs a counter, and that an atomic: none of ours may have one. And what starts early
-    has to wait before all else, in every program.
+    """A last block that merges needs a counter, and that an atomic: none of ours may have one without a barrier before
+    it. And what starts early has to wait before all else but a hint, in every program.
     """
     *merged, early = without_interpreter(PLANTED).splitlines()
-    assert merged == ["['has atomics']"] * 2
-    assert early == str(["waits", "races", "races", "races", "races"])
+    assert merged == ["['has atomics'] []"] * 2
+    assert early == str(["waits", "waits", "races", "races", "races", "races"])
 
 
 VARIANTS = """

@@ -591,7 +591,7 @@ def test_a_run_that_is_cut_keeps_its_rows(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "stem", ["compiled", "decode_attention", "gated_lora", "kv_write", "readout", "step", "throughput"]
+    "stem", ["compiled", "decode_attention", "gated_lora", "kv_write", "linear", "readout", "step", "throughput"]
 )
 def test_dry_run(stem):
     """Every table of a benchmark at tiny shapes: no typo may wait for a GPU."""

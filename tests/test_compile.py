@@ -11,6 +11,7 @@ from mtpkern.kernels.advance import advance  # noqa: F401
 from mtpkern.kernels.decode_attention import decode_attention
 from mtpkern.kernels.gated_lora import gated_lora
 from mtpkern.kernels.kv_write import kv_write
+from mtpkern.kernels.linear import few_rows_linear, new_counters
 from mtpkern.kernels.packed_rows import PackedRows
 from mtpkern.kernels.readout import readout
 from mtpkern.kernels.scoring import Scoring
@@ -29,6 +30,8 @@ def draw(*shape: int) -> Tensor:
 def arguments(name: str) -> tuple[Any, ...]:
     if name == "readout":
         return draw(R, 9), 3
+    if name == "few_rows_linear":
+        return draw(2, R, 6), draw(7, 6), draw(7), new_counters(CPU)
     if name == "gated_lora":
         gate = torch.tensor([False, True, True, False, False])
         as_, bs = [draw(2, 6), draw(3, 6)], [draw(7, 2), draw(3, 3)]
@@ -56,7 +59,9 @@ def arguments(name: str) -> tuple[Any, ...]:
     return *state, *read, 2, True, 8, 1
 
 
-@pytest.mark.parametrize("name", ["readout", "kv_write", "gated_lora", "decode_attention", "advance"])
+@pytest.mark.parametrize(
+    "name", ["readout", "kv_write", "gated_lora", "few_rows_linear", "decode_attention", "advance"]
+)
 def test_what_is_declared_is_what_happens(name: str) -> None:
     op = getattr(torch.ops.mtpkern, name).default
     torch.library.opcheck(op, arguments(name), test_utils=("test_schema", "test_faketensor"))
@@ -74,5 +79,6 @@ def test_eager_calls_do_not_go_through_the_dispatcher() -> None:
         readout(*arguments("readout"))
         kv_write(*arguments("kv_write"))
         gated_lora(*arguments("gated_lora"))
+        few_rows_linear(*arguments("few_rows_linear"))
         given = arguments("decode_attention")
         decode_attention(*given[:5], PackedRows(*given[5:12]), Scoring(*given[12:16]))

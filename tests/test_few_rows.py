@@ -1,0 +1,181 @@
+"""Products of few rows as our kernel's while a pass runs: the same tokens, and a model that is what it was."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mtpkern
+from mtpkern import ConfAdapt, Verified, layers, products
+from mtpkern.adapter import gated
+from mtpkern.products import Products
+
+
+@pytest.fixture
+def multiplied(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Rows, and rows of the weight, of each product that is ours."""
+    seen: list[tuple[int, int]] = []
+
+    def count(x: Tensor, weight: Tensor, bias: Any, counters: Tensor) -> Tensor:
+        seen.append((x[..., 0].numel(), len(weight)))
+        assert counters.dtype == torch.int32
+        assert not counters.any()
+        return op(x, weight, bias, counters)
+
+    op = products.few_rows_linear
+    monkeypatch.setattr(products, "few_rows_linear", count)
+    return seen
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def found(model: Any, ids: Tensor, *, siblings: bool, few_rows: int = 16) -> Products:
+    one = Products(siblings, few_rows)
+    with torch.inference_mode(), one.sought(model):
+        model(ids)
+    return one
+
+
+def logits(model: Any, ids: Tensor, block: Products | None = None) -> Tensor:
+    with torch.inference_mode(), (block or Products(wanted=False))():
+        return model(ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("siblings", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "settings"), [("llama", {"attention_bias": True}), ("qwen3", {"tie_word_embeddings": True})], ids=str
+)
+def test_all_products_of_a_pass_and_its_head(
+    kind: str, settings: dict[str, Any], siblings: bool, tiny: SimpleNamespace, multiplied: list[tuple[int, int]]
+) -> None:
+    model = tiny.model(kind, **settings)
+    ids, _ = tiny.prompts(7, 7)
+    expected = logits(model, ids)
+    block = found(model, ids, siblings=siblings)
+    assert not multiplied
+    torch.testing.assert_close(logits(model, ids, block), expected)
+    layer = [64, 32, 96, 32] if siblings else [32, 16, 16, 32, 48, 48, 32]
+    assert multiplied == [(14, N) for N in [*layer * 2, tiny.vocabulary]]
+    assert torch.equal(logits(model, ids), expected)
+    assert len(multiplied) == 2 * len(layer) + 1
+    assert not any(name.startswith(("mtpkern", "forward")) for m in model.modules() for name in vars(m))
+
+
+def test_more_rows_are_torchs(tiny: SimpleNamespace, multiplied: list[tuple[int, int]]) -> None:
+    model = tiny.model("llama")
+    ids, _ = tiny.prompts(9, 9)
+    assert torch.equal(logits(model, ids, found(model, ids, siblings=False)), logits(model, ids))
+    assert not multiplied
+
+
+def test_what_has_become_another_kind_of_layer_is_left_alone(
+    tiny: SimpleNamespace, multiplied: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One with a hook since, one that has a forward of its own, a weight that is another now; and untested models."""
+    model = tiny.model("llama", num_hidden_layers=1)
+    ids, _ = tiny.prompts(5)
+    block = found(model, ids, siblings=False)
+    mlp, attention = model.model.layers[0].mlp, model.model.layers[0].self_attn
+    handle = mlp.up_proj.register_forward_hook(lambda module, args, output: -output)
+    forward = vars(mlp.down_proj)["forward"] = lambda x: torch.nn.functional.linear(x, mlp.down_proj.weight.neg())
+    attention.o_proj.weight = torch.nn.Parameter(-attention.o_proj.weight.detach())
+    torch.testing.assert_close(logits(model, ids, block), logits(model, ids))
+    assert [N for _, N in multiplied] == [32, 16, 16, 32, 48, tiny.vocabulary]
+    assert vars(mlp.down_proj)["forward"] is forward
+    handle.remove()
+    monkeypatch.setattr("mtpkern.model.TESTED", ())
+    assert found(model, ids, siblings=False).counters is None
+
+
+def test_unasked_nowhere(
+    tiny: SimpleNamespace, multiplied: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In captured passes, where switched on; nowhere on a CPU."""
+    for default in (0, 24):
+        monkeypatch.setattr(products, "FEW_ROWS", default)
+        assert [products.few_rows(True), products.few_rows(False)] == [default, 0]
+    ids, _ = tiny.prompts(5)
+    mtpkern.generate(tiny.model("llama"), ids, strategy=Verified(3), max_new_tokens=4, check_model=False)
+    assert not multiplied
+
+
+def adapted(tiny: SimpleNamespace) -> Any:
+    """A model with a gated adapter that changes what its mask rows predict."""
+    lora = pytest.importorskip("mtpkern.train.lora")
+    model = tiny.model("llama")
+    del model.config.mtpkern
+    peft_model = lora.add_gated_lora(model, rank=4, k_max=4).eval()
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in peft_model.named_parameters():
+        parameter.requires_grad_(False)
+        if "lora_B" in name:
+            parameter.normal_(0, 0.5, generator=generator)
+    return peft_model.get_base_model()
+
+
+@pytest.mark.parametrize("siblings", [False, True])
+def test_below_a_gated_adapter(siblings: bool, tiny: SimpleNamespace, multiplied: list[tuple[int, int]]) -> None:
+    model = adapted(tiny)
+    ids, _ = tiny.prompts(5)
+    ids = torch.cat([ids, ids.new_full((1, 3), model.mtpkern_gate.mask_token_id)], dim=1)
+    with gated(model, ids):
+        expected = logits(model, ids)
+    block = found(model, ids, siblings=siblings)
+    with gated(model, ids):
+        torch.testing.assert_close(logits(model, ids, block), expected)
+    layer = [64, 32, 96, 32] if siblings else [32, 16, 16, 32, 48, 48, 32]
+    assert multiplied == [(8, N) for N in [*layer * 2, tiny.vocabulary]]
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_compiled_layers_call_the_op(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In as few forms as without; the head, which is not compiled, beside them."""
+    ours: list[int] = []
+
+    def compile_(module: Any, inputs: Any) -> Any:
+        ours.append(sum("few_rows_linear" in str(node.target) for node in module.graph.nodes))
+        return torch._dynamo.lookup_backend("eager")(module, inputs)
+
+    def run(few: int) -> Tensor:
+        monkeypatch.setattr("mtpkern.decoder.few_rows", lambda captured: few)
+        ids, mask = tiny.prompts(9, 4)
+        options = {"strategy": ConfAdapt(3, threshold=0.15), "max_new_tokens": 5, "check_model": False}
+        return mtpkern.generate(model, ids, attention_mask=mask, compile=True, **options)
+
+    monkeypatch.setattr(layers, "BACKEND", compile_)
+    monkeypatch.setattr("mtpkern.decoder.wants_one_product", lambda captured: True)
+    model = tiny.model("llama", num_hidden_layers=3)
+    expected = run(0)
+    without = len(ours)
+    assert not any(ours)
+    assert torch.equal(run(64), expected)
+    assert len(ours) <= 2 * without
+    # Of the forms of a layer, one for all layers of a kind: before and behind its attention.
+    assert sum(ours) >= 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+def test_in_a_graph(compile: bool, tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured and replayed: near what torch's products make, the same again, and counters that are zeros."""
+    monkeypatch.setattr(products, "CAPTURED", True)
+    monkeypatch.setattr(products, "FEW_ROWS", 64)
+    model = tiny.model("llama", hidden_size=256, intermediate_size=2048).to("cuda", torch.bfloat16)
+    ids, mask = (x.to("cuda") for x in tiny.prompts(9, 4))
+    block = found(model, ids[:1], siblings=False, few_rows=64)
+    expected = logits(model, ids)
+    torch.testing.assert_close(logits(model, ids, block), expected, rtol=5e-2, atol=5e-2)
+    assert not block.counters.any()
+    options: dict[str, Any] = {"attention_mask": mask, "strategy": ConfAdapt(3, threshold=0.15), "max_new_tokens": 24}
+    first = mtpkern.generate(model, ids, compile=compile, check_model=False, **options)
+    for _ in range(2):
+        assert torch.equal(mtpkern.generate(model, ids, compile=compile, check_model=False, **options), first)
+    mtpkern.release_graphs(model)

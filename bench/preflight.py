@@ -44,6 +44,7 @@ from mtpkern.demo import ASSETS, load
 from mtpkern.generation import generate, strategy_for
 from mtpkern.kernels.distill import Head, head_readout
 from mtpkern.kernels.kv_write import kv_write as write
+from mtpkern.kernels.linear import MOST_ROWS
 from mtpkern.kernels.packed_rows import PackedRows
 from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.state import Sequences
@@ -259,9 +260,10 @@ def rows_table(model: Any, rows: Sequence[int], *, compile: bool) -> tuple[Facts
 
 
 def products_table(model: Any, rows: Sequence[int]) -> Facts:
-    """Microseconds of a compiled pass by its rows: siblings as one product, and each by itself; least and greatest.
+    """Microseconds of a compiled pass by its rows: siblings as one product, that by our kernel too, and each by itself.
 
-    Both of one model in one process, in turns; by themselves are layers whose weights lie together, too.
+    With least and greatest. All of one model in one process, in turns; by themselves are layers whose weights lie
+    together, too.
     """
     device = model.device
     L = 24 if device.type == "cpu" else 2048
@@ -273,8 +275,11 @@ def products_table(model: Any, rows: Sequence[int]) -> Facts:
     for R in rows:
         at = step.Point(1, L, R // 2 + 1, R)
         stands: dict[str, step.Stand] = {}
-        for name, one in (("one", True), ("each", False)):
-            with patch("mtpkern.decoder.wants_one_product", lambda captured, one=one: one):
+        for name, one, few in (("one", True, 0), ("each", False, 0), ("one, ours", True, MOST_ROWS)):
+            with (
+                patch("mtpkern.decoder.wants_one_product", lambda captured, one=one: one),
+                patch("mtpkern.decoder.few_rows", lambda captured, few=few: few),
+            ):
                 stands[name] = step.Stand(model, at, Static(at.k), share=first, room=room, compile=True)
             first = first or stands[name]
         assert stands["one"].decoder.products.found

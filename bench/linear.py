@@ -307,7 +307,7 @@ def _rows(
         for name, (K, widths) in layers.products.items():
             actions: dict[str, Action] = {RULE: layers.of(name, R, layers.ours())}
             actions[BEST] = layers.of(name, R, layers.ours(chosen[name]))
-            actions[NO_PDL] = with_constants(actions[BEST], form, PDL=False)
+            actions[NO_PDL] = with_constants(actions[RULE], form, PDL=False)
             if len(widths) > 1:
                 actions[SEPARATE] = layers.separate(name, R)
             right = {JOINED: layers.of(name, R, linear)}
@@ -321,7 +321,7 @@ def _rows(
         )
         by_torch = dict.fromkeys(products, linear)
         theirs: dict[str, Action] = {RULE: chain.layer(R, by_rule), BEST: chain.layer(R, by_best)}
-        theirs[NO_PDL] = with_constants(theirs[BEST], form, PDL=False)
+        theirs[NO_PDL] = with_constants(theirs[RULE], form, PDL=False)
         theirs[SEPARATE] = chain.separate_layer(R)
         # Four products and their roundings on the way.
         found, left_out = race({JOINED: chain.layer(R, by_torch)}, theirs, device, rounds=7, calls=n, tolerance=5e-2)

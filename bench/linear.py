@@ -265,7 +265,9 @@ def _layouts(model: str, layers: Layers, best: dict[int, dict[str, Tiles]], cpu:
     # One for each form of the kernel, which is the same for any multiples of 16.
     forms = {(replace(t, early=0), R, K % t.BLOCK_K): (t, R, N, K) for t, R, N, K in jobs}
     compile_all(list(forms.values()), layers.device)
-    rows, records, skipped = [], [], []
+    rows: list[tuple[str, ...]] = []
+    records: list[dict[str, object]] = []
+    skipped: list[str] = []
     for R, (name, (N, K)) in product(grid, shapes.items()):
         found, left_out = tuned(layers, name, R)
         skipped += left_out
@@ -301,7 +303,10 @@ def _rows(
     device, machine = layers.device, peak(layers.device)
     chain = Layers(products, {name: layers.weights[name] for name in products}, layers.counters, device)
     n = len(next(iter(chain.weights.values())))
-    rows, records, goals, skipped = [], [], [], []
+    rows: list[tuple[str, ...]] = []
+    records: list[dict[str, object]] = []
+    goals: list[Goal] = []
+    skipped: list[str] = []
     for R in (1, 3) if cpu else GRID:
         chosen = best[next((at for at in sorted(best) if at >= R), max(best))]
         for name, (K, widths) in layers.products.items():

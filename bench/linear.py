@@ -265,7 +265,9 @@ def _layouts(model: str, layers: Layers, best: dict[int, dict[str, Tiles]], cpu:
     # One for each form of the kernel, which is the same for any multiples of 16.
     forms = {(replace(t, early=0), R, K % t.BLOCK_K): (t, R, N, K) for t, R, N, K in jobs}
     compile_all(list(forms.values()), layers.device)
-    rows, records, skipped = [], [], []
+    rows: list[tuple[str, ...]] = []
+    records: list[dict[str, object]] = []
+    skipped: list[str] = []
     for R, (name, (N, K)) in product(grid, shapes.items()):
         found, left_out = tuned(layers, name, R)
         skipped += left_out
@@ -301,13 +303,16 @@ def _rows(
     device, machine = layers.device, peak(layers.device)
     chain = Layers(products, {name: layers.weights[name] for name in products}, layers.counters, device)
     n = len(next(iter(chain.weights.values())))
-    rows, records, goals, skipped = [], [], [], []
+    rows: list[tuple[str, ...]] = []
+    records: list[dict[str, object]] = []
+    goals: list[Goal] = []
+    skipped: list[str] = []
     for R in (1, 3) if cpu else GRID:
         chosen = best[next((at for at in sorted(best) if at >= R), max(best))]
         for name, (K, widths) in layers.products.items():
             actions: dict[str, Action] = {RULE: layers.of(name, R, layers.ours())}
             actions[BEST] = layers.of(name, R, layers.ours(chosen[name]))
-            actions[NO_PDL] = with_constants(actions[BEST], form, PDL=False)
+            actions[NO_PDL] = with_constants(actions[RULE], form, PDL=False)
             if len(widths) > 1:
                 actions[SEPARATE] = layers.separate(name, R)
             right = {JOINED: layers.of(name, R, linear)}
@@ -321,7 +326,7 @@ def _rows(
         )
         by_torch = dict.fromkeys(products, linear)
         theirs: dict[str, Action] = {RULE: chain.layer(R, by_rule), BEST: chain.layer(R, by_best)}
-        theirs[NO_PDL] = with_constants(theirs[BEST], form, PDL=False)
+        theirs[NO_PDL] = with_constants(theirs[RULE], form, PDL=False)
         theirs[SEPARATE] = chain.separate_layer(R)
         # Four products and their roundings on the way.
         found, left_out = race({JOINED: chain.layer(R, by_torch)}, theirs, device, rounds=7, calls=n, tolerance=5e-2)

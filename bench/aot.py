@@ -189,14 +189,10 @@ def _unordered(text: str) -> bool:
 
 
 def _early(ptx: str) -> str:
-    """Whether a kernel waits for the one ahead of it before it touches memory, branches or lets the next one start.
-
-    A prefetch touches nothing: it is a hint.
-    """
-    memory = r"(?!\S*prefetch\.)\S+\.global\S*"
+    """Whether a kernel waits for the one ahead of it before it touches memory, branches or lets the next one start."""
     wait, *others = (
         re.search(rf"^\s*(?:@\S+\s+)?(?:{what})\b", ptx[ptx.index(".entry") :], re.MULTILINE)
-        for what in ("griddepcontrol.wait", "griddepcontrol.launch_dependents", memory, "bra|ret")
+        for what in ("griddepcontrol.wait", "griddepcontrol.launch_dependents", r"\S+\.global\S*", "bra|ret")
     )
     first = wait is not None and all(other is None or wait.start() < other.start() for other in others)
     return "waits" if first else "races"

@@ -65,22 +65,22 @@ TINY: tuple[Products, tuple[int, int]] = (
     {"q, k, v": (32, (32, 16, 16)), "o": (32, (32,)), "gate, up": (32, (48, 48)), "down": (48, (32,))},
     (32, 80),
 )
-GRID = (1, 8, 16, 24, 32, 64, 96, 128)
+GRID = (1, 8, 16, 24, 32)
 # Of all weights of a chain, of which each product's must exceed the cache; and the most layers.
 CHAIN_BYTES, MOST_LAYERS = 3 << 29, 128
-# Rows at which layouts are compared: of one sequence, and the next but one of the kernel's forms.
-TUNED_AT = (16, 64)
+# Rows at which layouts are compared: those of the kernel's forms.
+TUNED_AT = (16, 32)
 FORMS = (
     Tiles(),
+    Tiles(stages=4),
     Tiles(stages=3),
-    Tiles(stages=5),
-    Tiles(BLOCK_K=64, stages=6, early=8),
-    Tiles(BLOCK_K=256, stages=3, early=2),
-    Tiles(BLOCK_N=128, BLOCK_K=64, early=8),
+    Tiles(BLOCK_K=64, stages=6),
+    Tiles(BLOCK_K=256, stages=3),
+    Tiles(BLOCK_N=128, BLOCK_K=64),
     Tiles(BLOCK_N=128, warps=8, stages=3),
     Tiles(BLOCK_N=32, stages=5),
-    Tiles(BLOCK_N=32, BLOCK_K=256, early=2),
-    Tiles(BLOCK_N=16, BLOCK_K=256, warps=2, stages=5, early=2),
+    Tiles(BLOCK_N=32, BLOCK_K=256),
+    Tiles(BLOCK_N=16, BLOCK_K=256, warps=2, stages=5),
 )
 SPLITS = (1, 2, 4, 8)
 # Programs with which a split is worth a try.
@@ -93,9 +93,9 @@ Multiply = Callable[[Tensor, Tensor], Tensor]
 
 
 def text_of(tiles: Tiles) -> str:
-    """A layout in a cell: `text_of(Tiles())` is "64x128 /1, 4 warps, 4 stages, early 4"."""
-    N, K, splits, warps, stages, early = astuple(tiles)
-    return f"{N}x{K} /{splits}, {warps} warps, {stages} stages, early {early}"
+    """A layout in a cell: `text_of(Tiles())` is "64x128 /1, 4 warps, 5 stages"."""
+    N, K, splits, warps, stages = astuple(tiles)
+    return f"{N}x{K} /{splits}, {warps} warps, {stages} stages"
 
 
 def layouts(N: int, K: int) -> list[Tiles]:
@@ -106,11 +106,6 @@ def layouts(N: int, K: int) -> list[Tiles]:
         if (n * splits in PROGRAMS or (splits == 1 and n >= PROGRAMS.stop)) and splits * tiles.BLOCK_K <= K:
             found.append(replace(tiles, SPLITS=splits))
     return list(dict.fromkeys(found))
-
-
-def early_ones(tiles: Tiles) -> list[Tiles]:
-    """A layout with more and with fewer of its blocks asked for early."""
-    return [replace(tiles, early=early) for early in (0, 1, 2, 4, 8, 16) if early != tiles.early]
 
 
 @dataclass
@@ -219,19 +214,15 @@ def _share(bytes: float, spent: Spread, bandwidth: float) -> str:
 
 
 def tuned(layers: Layers, name: str, R: int) -> tuple[dict[Tiles, Spread], list[str]]:
-    """Microseconds of a product in each layout, and which were left out; last the best with other early blocks."""
+    """Microseconds of a product in each layout, and which were left out."""
     K, widths = layers.products[name]
 
-    def times(some: Sequence[Tiles]) -> tuple[dict[Tiles, Spread], list[str]]:
-        actions = {text_of(tiles): layers.of(name, R, layers.ours(tiles)) for tiles in some}
-        right = {JOINED: layers.of(name, R, linear)}
-        found, skipped = race(right, actions, layers.device, rounds=7, calls=len(layers.weights[name]))
-        return {tiles: found[text_of(tiles)] for tiles in some if text_of(tiles) in found}, skipped
-
-    found, skipped = times(layouts(sum(widths), K))
-    best = min(found, key=lambda tiles: found[tiles].median)
-    more, left_out = times([best, *early_ones(best)])
-    return {**found, **more}, [f"{name}, {R} rows: {line}" for line in (*skipped, *left_out)]
+    some = layouts(sum(widths), K)
+    actions = {text_of(tiles): layers.of(name, R, layers.ours(tiles)) for tiles in some}
+    right = {JOINED: layers.of(name, R, linear)}
+    found, skipped = race(right, actions, layers.device, rounds=7, calls=len(layers.weights[name]))
+    timed = {tiles: found[text_of(tiles)] for tiles in some if text_of(tiles) in found}
+    return timed, [f"{name}, {R} rows: {line}" for line in skipped]
 
 
 @torch.inference_mode()
@@ -259,11 +250,11 @@ def _layouts(model: str, layers: Layers, best: dict[int, dict[str, Tiles]], cpu:
     grid = (2,) if cpu else TUNED_AT
     jobs = {
         (tiles, R, N, K): None
-        for R, (N, K) in product((16, 32, 64, 128), shapes.values())
+        for R, (N, K) in product((16, 32), shapes.values())
         for tiles in (layouts(N, K) if R in grid else [tiles_of(N, K)])
     }
     # One for each form of the kernel, which is the same for any multiples of 16.
-    forms = {(replace(t, early=0), R, K % t.BLOCK_K): (t, R, N, K) for t, R, N, K in jobs}
+    forms = {(replace(t), R, K % t.BLOCK_K): (t, R, N, K) for t, R, N, K in jobs}
     compile_all(list(forms.values()), layers.device)
     rows: list[tuple[str, ...]] = []
     records: list[dict[str, object]] = []

@@ -278,7 +278,7 @@ def products_table(model: Any, rows: Sequence[int]) -> Facts:
         for name, one, few in (("one", True, 0), ("each", False, 0), ("one, ours", True, MOST_ROWS)):
             with (
                 patch("mtpkern.decoder.wants_one_product", lambda captured, one=one: one),
-                patch("mtpkern.decoder.few_rows", lambda captured, few=few: few),
+                patch("mtpkern.decoder.few_rows", lambda *_, few=few: few),
             ):
                 stands[name] = step.Stand(model, at, Static(at.k), share=first, room=room, compile=True)
             first = first or stands[name]

@@ -7,25 +7,25 @@ Traffic  the weight once, x once a tile of N from L2 (R / BLOCK_N of the weight)
 Rounding sums in float32, with bias, rounded once
 Bits     a row's are the same whatever its company: which sums are made, and in which order, follows from N and K
 
-The floor is the weight's bytes: of Qwen3-4B's q, k, v 31 MB, o 21, gate and up 100, down 50, on an H200 (4.8 TB/s) 6.6,
-4.4, 21 and 10 us. What keeps a product above it, and what is done about it here:
+The floor is the weight's bytes: of Qwen3-4B's q, k, v 31 MB, o 21, gate and up 100, down 50. What keeps a product above
+it, and what is done about it here:
 
-- Bytes under way. 4.8 TB/s at a latency of 1 us want 4.8 MB in flight, 36 KB a processor: loads run three to five
-  blocks of 16 KB ahead, and several programs share a processor.
-- Processors without work. N / 64 is 40 (o, down) to 304 (gate, up), so K is split until there are about 160 programs,
-  which all run at once: equal ones then end together, as memory serves all alike. Tiles of 16 of N instead of splits
-  would read x as often as the weight, from L2, which is hardly faster than memory.
-- The beginning. A weight does not depend on the kernel ahead, so where a launch may start early (kernels/form.py) each
-  program asks for the first of its weight to be brought into L2, and only then waits. It touches nothing else before.
+- Bytes under way. Some TB/s at a latency of 1 us want MB in flight, 36 KB a processor: loads run five blocks of 16 KB
+  ahead, and two programs share a processor.
+- Processors without work. N / 64 is 40 (o, down) to 304 (gate, up), so K is split until there are 80 programs. Each
+  further split costs more in sums than it brings, and tiles of 16 or 32 of N read x too often.
 - The end. The program of a tile that arrives last adds the tile's sums up, in order, so that no second launch is
   needed. It knows that it is the last from a counter, which it sets back to 0. A barrier stands between the stores of
   all of a program's threads and the one thread's count (the compiler puts none there), and the count has acquire and
   release semantics: what other programs stored is seen.
 
-The weight is the side of the product that has many rows, so 64 of N fill wgmma's 64 and x's rows, padded to 16, 32, 64
-or 128, its other side. Weights go through shared memory past L1 and are the first to leave L2, x the last.
+The weight is the side of the product that has many rows, so 64 of N fill wgmma's 64 and x's rows, padded to 16 or 32,
+its other side. Weights go through shared memory past L1 and are the first to leave L2, x the last.
 
-All times are estimates; bench/linear.py measures.
+On an H200 the four products of a layer of Qwen3-4B take 58 us with 16 rows, 81 % of its bandwidth; torch's 66 with
+siblings joined and 77 apart. From 24 rows on torch's were as fast as an earlier rule's, from 64 on faster. Asking for
+the first of a weight to be brought into L2 before the wait for the kernel ahead made every product slower
+(bench/results/h200/linear.md).
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -44,7 +44,9 @@ from mtpkern.kernels.form import on_device, pdl_options
 from mtpkern.kernels.op import op
 
 # More rows than this are torch's: arithmetic counts there.
-MOST_ROWS = 128
+MOST_ROWS = 32
+# Programs of a launch, below which K is split.
+PROGRAMS = 80
 # Tiles of N that may be split. Rules that split where there are more would have no use of it.
 COUNTERS = 1024
 
@@ -53,23 +55,6 @@ if find_spec("triton"):
     import triton.language as tl
 
     from mtpkern.kernels.form import gdc_wait
-
-    @triton.jit
-    def _ask_for(ptrs, bytes):
-        """Have so many bytes from each address on brought into L2, if any; nothing is read that anybody could see."""
-        tl.inline_asm_elementwise(
-            """{
-            .reg .pred some;
-            setp.ne.u32 some, $2, 0;
-            @some cp.async.bulk.prefetch.L2.global [$1], $2;
-            mov.u32 $0, 0;
-            }""",
-            "=r,l,r",
-            [ptrs.to(tl.int64), bytes],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
 
     @triton.jit(do_not_specialize=["R"])
     def _linear_kernel(
@@ -86,7 +71,6 @@ if find_spec("triton"):
         N,
         K,
         chunk,  # of K, a program's
-        early,  # elements of each half of what is asked for early of each row of the weight
         HAS_BIAS: tl.constexpr,
         EVEN_K: tl.constexpr,
         SPLITS: tl.constexpr,
@@ -95,18 +79,13 @@ if find_spec("triton"):
         BLOCK_K: tl.constexpr,
         PDL: tl.constexpr,
     ):
+        gdc_wait(PDL)
         i_n, i_split = tl.program_id(1), tl.program_id(0)
         o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
         # Behind the last row it is read again. N * K can pass 2^31, and so can R * N: 64 bits.
         p_w = w_ptr + tl.minimum(o_n, N - 1).to(tl.int64)[:, None] * s_w
         start = i_split * chunk
         end = tl.minimum(start + chunk, K)
-        if PDL:
-            # In two halves: with the weight's 64 rows, one for each thread.
-            halves = tl.minimum(start + early * tl.arange(0, 2), K - early)
-            _ask_for(p_w + halves[None, :], early * (w_ptr.dtype.element_ty.primitive_bitwidth // 8))
-        gdc_wait(PDL)
-
         o_r = tl.arange(0, BLOCK_R).to(tl.int64)
         m_r = o_r < R
         p_x = x_ptr + o_r[:, None] * s_x
@@ -146,24 +125,22 @@ if find_spec("triton"):
 class Tiles:
     """How a product is laid out: what a program takes of N and, at a time, of K; and in how many parts K is split.
 
-    warps, stages   of the launch; fewer stages where a block of x takes their room
-    early           blocks of K that a program asks for before it waits for the kernel ahead
+    warps, stages   of the launch; a stage less where a block of x takes its room
     """
 
     BLOCK_N: int = 64
     BLOCK_K: int = 128
     SPLITS: int = 1
     warps: int = 4
-    stages: int = 4
-    early: int = 4
+    stages: int = 5
 
 
 def tiles_of(N: int, K: int) -> Tiles:
-    """The layout of a weight [N, K]. Chosen by what the compiler reports and by counting; not by timing yet.
+    """The layout of a weight [N, K]: of those timed on an H200 the best for each product of Qwen3-4B.
 
-    tiles_of(2560, 4096).SPLITS  # 4
+    tiles_of(2560, 4096).SPLITS  # 2
     """
-    splits = triton.next_power_of_2(triton.cdiv(128, triton.cdiv(N, Tiles.BLOCK_N)))
+    splits = triton.next_power_of_2(triton.cdiv(PROGRAMS, triton.cdiv(N, Tiles.BLOCK_N)))
     # At least two blocks each.
     return Tiles(SPLITS=max(1, min(splits, 8, K // (2 * Tiles.BLOCK_K))))
 
@@ -225,8 +202,8 @@ def few_rows_linear_triton(x, weight, bias, counters, tiles=None):
     BLOCK_R = max(16, triton.next_power_of_2(R))
     y = rows.new_empty(R, N)
     sums = rows.new_empty(n * splits * tiles.BLOCK_N * BLOCK_R, dtype=torch.float32) if splits > 1 else y
-    # A block of 128 rows of x has twice the bytes of the weight's.
-    stages = tiles.stages if BLOCK_R <= 32 else min(tiles.stages, 3 if BLOCK_R == 64 else 2)
+    # So that two programs share a processor's memory all the same.
+    stages = tiles.stages - (BLOCK_R == 32 and tiles.stages > 4)
     with on_device(x):
         _linear_kernel[(splits, n)](
             rows,
@@ -242,7 +219,6 @@ def few_rows_linear_triton(x, weight, bias, counters, tiles=None):
             N,
             K,
             chunk,
-            tiles.BLOCK_K // 2 * min(tiles.early, chunk // tiles.BLOCK_K, K // tiles.BLOCK_K),
             HAS_BIAS=bias is not None,
             EVEN_K=K % tiles.BLOCK_K == 0,
             SPLITS=splits,

@@ -127,7 +127,7 @@ class Decoder:
         # All that a pass is planned in, and those of this pass: all, or on a CPU those in use.
         self.all_rows = self.rows = Rows.allocate(rows, batch, device, strategy.k)
         self.graph = StepGraph(device) if wants_graph(use_graph, device) else None
-        self.products = Products(wants_one_product(self.graph is not None), few_rows(self.graph is not None))
+        self.products = Products(wants_one_product(self.graph is not None), few_rows(self.graph is not None, device))
         self.cache = KVCache(
             strategy.masks + capacity,
             self.rows,

@@ -238,9 +238,6 @@ def early(x_ptr, y_ptr, FORM: tl.constexpr):
             return
     if FORM == "a load":
         x = tl.load(x_ptr + o)
-    if FORM == "a prefetch":
-        asm: tl.constexpr = "cp.async.bulk.prefetch.L2.global [$1], 16; mov.u32 $0, 0;"
-        tl.inline_asm_elementwise(asm, "=r,l", [(x_ptr + o).to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
     if FORM == "a trigger":
         tl.extra.cuda.gdc_launch_dependents()
     if FORM != "no wait":
@@ -262,7 +259,7 @@ with tempfile.TemporaryDirectory() as folder:
                 planted._merge_kernel[(4,)](x, count, torch.ones(128), N=4, BARRIER=barrier)
         print(*map(aot_budgets.over_budget, noted))
     with aot.compiling("sm_90") as noted:
-        for form in ("the wait first", "a prefetch", "no wait", "a load", "a trigger", "a program that returns"):
+        for form in ("the wait first", "no wait", "a load", "a trigger", "a program that returns"):
             planted.early[(4,)](torch.ones(128), torch.ones(128), FORM=form, launch_pdl=True)
     print([one.early for one in noted])
 """
@@ -270,11 +267,11 @@ with tempfile.TemporaryDirectory() as folder:
 
 def test_races_that_no_interpreter_sees_are_found() -> None:
     """A last block that merges needs a counter, and that an atomic: none of ours may have one without a barrier before
-    it. And what starts early has to wait before all else but a hint, in every program.
+    it. And what starts early has to wait before all else, in every program.
     """
     *merged, early = without_interpreter(PLANTED).splitlines()
     assert merged == ["['has atomics'] []"] * 2
-    assert early == str(["waits", "waits", "races", "races", "races", "races"])
+    assert early == str(["waits", "races", "races", "races", "races"])
 
 
 VARIANTS = """

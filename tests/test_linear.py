@@ -63,7 +63,7 @@ def small(splits: int = 1, **options: Any) -> Tiles:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("R", [1, 2, 16, 17, 33, 65, MOST_ROWS, MOST_ROWS + 1])
+@pytest.mark.parametrize("R", [1, 2, 16, 17, MOST_ROWS, MOST_ROWS + 1])
 def test_equals_float64(form: Form, R: int) -> None:
     compare(form, *draw(R, 67, 272, bias=R % 2 == 0, seed=R))
 
@@ -145,7 +145,7 @@ def test_more_tiles_than_counters(form: Form) -> None:
     with pytest.raises(ValueError, match=r"1025 tiles of N = 16385 in 2 parts .* there are 1024"):
         form(x, weight, None, new_counters(CPU), tiles=small(2))
     counts = new_counters(CPU)
-    assert form(x, weight, None, counts, tiles=small(1, BLOCK_N=1024, BLOCK_K=64)).eq(64).all()
+    assert form(x, weight, None, counts, tiles=small(1, BLOCK_N=1024, BLOCK_K=64, stages=1)).eq(64).all()
 
 
 @pytest.mark.parametrize("form", [TRITON])
@@ -169,4 +169,4 @@ def test_the_layout_follows_from_the_weight_alone() -> None:
             assert tiles.SPLITS == 1 or -(-N // tiles.BLOCK_N) <= COUNTERS
             assert 1 <= tiles.SPLITS <= max(1, K // (2 * tiles.BLOCK_K))
     splits = [module.tiles_of(N, K).SPLITS for N, K in ((6144, 2560), (2560, 4096), (19_456, 2560), (2560, 9728))]
-    assert splits == [2, 4, 1, 4]
+    assert splits == [1, 2, 1, 2]

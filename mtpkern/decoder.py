@@ -27,7 +27,8 @@ from mtpkern.attention import AttentionContext, captured
 from mtpkern.cache import CapturedPrefill, KVCache, PrefillCache
 from mtpkern.choosing import Choice, Choosing
 from mtpkern.graph import StepGraph, wants_graph
-from mtpkern.kernels.advance import advance, plan
+from mtpkern.kernels.advance import advance
+from mtpkern.kernels.plan import plan
 from mtpkern.kernels.readout import readout
 from mtpkern.kernels.state import RUNNING, Rows, Sequences, Terms
 from mtpkern.layers import CompiledLayers

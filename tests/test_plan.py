@@ -10,7 +10,7 @@ MASK, CPU = 99, torch.device("cpu")
 
 
 def planned(*, verify: bool, masks: int = 0, rows: int = 10, **more: object) -> tuple[Sequences, Rows]:
-    """Three sequences of 4, 6 and 5 tokens, k = 3: one to be fed for the first time, one with two drafts, one at rest."""
+    """Three sequences of 4, 6 and 5 tokens, k = 3: one with a prompt alone, one with two drafts, one at rest."""
     sequences = Sequences.allocate(3, 12, 12, CPU)
     sequences.tokens[:] = torch.arange(13)
     sequences.length[:] = torch.tensor([4, 6, 5])

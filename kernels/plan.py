@@ -59,6 +59,7 @@ def plan(
         want = torch.minimum(want, worth_reference(chance, odds, terms.price, k)[:, 0])
     want_last = want
     if masks:
+        assert sure is not None  # masks behind drafts come with verification
         chance = chance_of_reference(sure)
         groups = masks_wanted_reference(first, pending, limit, k)
         groups = torch.minimum(groups, worth_reference(chance, odds, terms.price, k))

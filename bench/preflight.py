@@ -41,13 +41,14 @@ from mtpkern.bench.harness import as_json, environment
 from mtpkern.bench.timing import Action, difference, free, kernels_by_name, launches, peak, reason, timed
 from mtpkern.compare import encode, read_problems, synchronize
 from mtpkern.demo import ASSETS, load
-from mtpkern.generation import generate, strategy_for
+from mtpkern.generation import generate
 from mtpkern.kernels.distill import Head, head_readout
 from mtpkern.kernels.kv_write import kv_write as write
 from mtpkern.kernels.linear import MOST_ROWS
 from mtpkern.kernels.packed_rows import PackedRows
 from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.state import Sequences
+from mtpkern.options import strategy_for
 from mtpkern.output import exit_status
 from mtpkern.products import Products
 from mtpkern.strategies import Static, Verified

@@ -17,10 +17,12 @@ from mtpkern.bench.harness import Spread
 from mtpkern.bench.report import Goal, Table, run
 from mtpkern.bench.timing import copies, drawn, free, launches, peak, race, timed, with_constants
 from mtpkern.kernels import form
-from mtpkern.kernels.advance import advance, advance_reference
-from mtpkern.kernels.readout import readout, readout_reference
+from mtpkern.kernels.advance import advance
+from mtpkern.kernels.readout import readout
 from mtpkern.kernels.state import Rows, Sequences, Terms
 from mtpkern.output import exit_status
+
+READOUT_REFERENCE, ADVANCE_REFERENCE = readout.reference, advance.reference
 
 V = 151_936  # Qwen3
 K = 8
@@ -50,8 +52,8 @@ class Taken:
         R = batch * (2 * k - 1)
         passes = _PASSES if device.type == "cuda" else 64
         self.k = k
-        self.readout: Callable[..., tuple[Tensor, Tensor]] = readout if ours else readout_reference
-        self.advance: Callable[..., None] = advance if ours else advance_reference
+        self.readout: Callable[..., tuple[Tensor, Tensor]] = readout if ours else READOUT_REFERENCE
+        self.advance: Callable[..., None] = advance if ours else ADVANCE_REFERENCE
         self.sequences = Sequences.allocate(batch, passes + 2 * k, passes, device)
         self.rows = Rows.allocate(R, batch, device)
         self.logits = _random_logits(R, vocabulary, device, dtype)
@@ -136,7 +138,7 @@ def _readout_times(R: int, vocabulary: int, device: torch.device) -> dict[str, S
     n, mask = len(logits), vocabulary - 1
     actions = {
         OURS: lambda i: readout(logits[i % n], mask),
-        TORCH: lambda i: readout_reference(logits[i % n], mask),
+        TORCH: lambda i: READOUT_REFERENCE(logits[i % n], mask),
     }
     return race(actions, {}, device, calls=n)[0]
 

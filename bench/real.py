@@ -28,8 +28,8 @@ from mtpkern import ASSETS, load_adapter, show
 from mtpkern.bench.harness import environment
 from mtpkern.bench.report import Table, write
 from mtpkern.compare import HF_GENERATE, Completion, Tally, batches, decode, pad, rotated, timed
-from mtpkern.generation import slots_for
 from mtpkern.output import exit_status, printable
+from mtpkern.pool import slots_for
 from mtpkern.prompting import Prompting
 from mtpkern.rows import read_lines
 from mtpkern.strategies import Static, Strategy, Verified

@@ -44,25 +44,17 @@ gather. Nothing that the program writes is read again by it; the next pending to
 
 from __future__ import annotations
 
+from dataclasses import fields
 from importlib.util import find_spec
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mtpkern.kernels.form import pdl_options, takes_kernel
-from mtpkern.kernels.groups import chance_of_reference, deal_masks_reference, masks_wanted_reference
+from mtpkern.kernels.form import pdl_options
+from mtpkern.kernels.op import op
+from mtpkern.kernels.plan import plan
 from mtpkern.kernels.state import FAULT, LIMIT, RUNNING, STOPPED, Rows, Sequences, Terms
-from mtpkern.kernels.worth import (
-    FORGOTTEN,
-    FORGOTTEN_IDLE,
-    PRIOR_CHAINS,
-    PRIOR_HITS,
-    UNIT,
-    odds_of_reference,
-    remembered,
-    worth_reference,
-)
+from mtpkern.kernels.worth import FORGOTTEN, FORGOTTEN_IDLE, PRIOR_CHAINS, PRIOR_HITS, UNIT, remembered
 
 if find_spec("triton"):
     import triton
@@ -324,74 +316,10 @@ if find_spec("triton"):
                 tl.store(row_span_ptr + r + o_b, C + MASKS + 1, mask=m_r)
 
 
-def advance_triton(
-    sequences: Sequences,
-    rows: Rows,
-    terms: Terms,
-    token: Tensor,
-    confidence: Tensor,
-    *,
-    k: int,
-    verify: bool,
-    mask_token_id: int,
-    masks: int = 0,
-) -> None:
-    """`advance` in one launch of one program; the same decisions as the torch form, bit for bit."""
-    B, W = sequences.length.shape[0], triton.next_power_of_2(2 * k - 1 + masks)
-    BLOCK_B = triton.next_power_of_2(B)
-    # At most 2,048 elements a tile, so that the tiles stay in registers.
-    BLOCK_W = min(W, max(1, 2048 // BLOCK_B))
-    _advance_kernel[(1,)](
-        sequences.tokens,
-        sequences.length,
-        sequences.pending,
-        sequences.limit,
-        sequences.status,
-        sequences.passes,
-        sequences.hits,
-        sequences.chains,
-        sequences.blocks,
-        rows.seq,
-        rows.position,
-        rows.slot,
-        rows.token,
-        rows.prefix_end,
-        rows.span_start,
-        rows.start,
-        rows.behind,
-        token,
-        confidence,
-        terms.threshold,
-        terms.stop_ids,
-        terms.price,
-        terms.budget,
-        sequences.tokens.stride(0),
-        sequences.blocks.stride(0),
-        B,
-        rows.seq.shape[0],
-        sequences.tokens.shape[1] - 1,
-        terms.stop_ids.shape[0],
-        mask_token_id,
-        K=k,
-        VERIFY=verify,
-        MASKS=masks,
-        W=W,
-        BLOCK_B=BLOCK_B,
-        BLOCK_W=BLOCK_W,
-        RUNNING=RUNNING,
-        STOPPED=STOPPED,
-        LIMIT=LIMIT,
-        FAULT=FAULT,
-        UNIT=UNIT,
-        PRIOR_HITS=PRIOR_HITS,
-        PRIOR_CHAINS=PRIOR_CHAINS,
-        FORGOTTEN=FORGOTTEN,
-        FORGOTTEN_IDLE=FORGOTTEN_IDLE,
-        num_warps=4 if BLOCK_B * BLOCK_W <= 1024 else 16,
-        **pdl_options(token.device),
-    )
-
-
+@op(
+    mutates=[f"sequences_{f.name}" for f in fields(Sequences) if f.name != "limit"]
+    + [f"rows_{f.name}" for f in fields(Rows)]
+)
 def advance(
     sequences: Sequences,
     rows: Rows,
@@ -414,114 +342,6 @@ def advance(
         token, confidence = readout(logits, mask_token_id)
         advance(sequences, rows, terms, token, confidence, k=8, verify=True, mask_token_id=mask_token_id)
     """
-    if torch.compiler.is_compiling():
-        state = *vars(sequences).values(), *vars(rows).values(), *vars(terms).values()
-        _advance_op(*state, token, confidence, k, verify, mask_token_id, masks)
-        return
-    form = advance_triton if takes_kernel(token) else advance_reference
-    form(sequences, rows, terms, token, confidence, k=k, verify=verify, mask_token_id=mask_token_id, masks=masks)
-
-
-def plan(
-    sequences: Sequences,
-    rows: Rows,
-    terms: Terms,
-    *,
-    k: int,
-    verify: bool,
-    mask_token_id: int,
-    masks: int = 0,
-) -> None:
-    """Plan the next pass anew, in place, where sequences have been put in or taken out since `advance`.
-
-    One that is RUNNING and has pending tokens, the last of its `length`, is planned as if `advance` had left it so. How
-    sure the drafts of the others are is no longer known; it counts as 1, which may deal masks out otherwise and changes
-    nothing that verification emits. Plain torch operations on any device, none of which waits for it.
-
-        sequences.length[b], sequences.pending[b], sequences.status[b] = 9, 1, RUNNING    # a prompt of nine tokens
-        plan(sequences, rows, terms, k=8, verify=True, mask_token_id=mask_token_id)
-    """
-    sure = torch.ones(len(sequences.length), k - 1, device=rows.seq.device)
-    _plan(sequences, rows, terms, sure, k=k, verify=verify, mask_token_id=mask_token_id, masks=masks)
-
-
-@torch.library.custom_op(
-    "mtpkern::advance",
-    mutates_args=(
-        *("tokens", "length", "pending", "status", "passes", "hits", "chains", "blocks"),
-        *("row_seq", "row_position", "row_slot", "row_token", "row_prefix_end", "row_span_start"),
-        *("row_start", "row_behind"),
-    ),
-)
-def _advance_op(
-    tokens: Tensor,
-    length: Tensor,
-    pending: Tensor,
-    limit: Tensor,
-    status: Tensor,
-    passes: Tensor,
-    hits: Tensor,
-    chains: Tensor,
-    blocks: Tensor,
-    row_seq: Tensor,
-    row_position: Tensor,
-    row_slot: Tensor,
-    row_token: Tensor,
-    row_prefix_end: Tensor,
-    row_span_start: Tensor,
-    row_start: Tensor,
-    row_behind: Tensor,
-    threshold: Tensor,
-    stop_ids: Tensor,
-    price: Tensor,
-    budget: Tensor | None,
-    token: Tensor,
-    confidence: Tensor,
-    k: int,
-    verify: bool,
-    mask_token_id: int,
-    masks: int,
-) -> None:
-    sequences = Sequences(tokens, length, pending, limit, status, passes, hits, chains, blocks)
-    rows = Rows(row_seq, row_position, row_slot, row_token, row_prefix_end, row_span_start, row_start, row_behind)
-    terms = Terms(threshold, stop_ids, price, budget)
-    advance(sequences, rows, terms, token, confidence, k=k, verify=verify, mask_token_id=mask_token_id, masks=masks)
-
-
-@_advance_op.register_fake
-def _(*args: object) -> None:
-    pass
-
-
-def advance_reference(
-    sequences: Sequences,
-    rows: Rows,
-    terms: Terms,
-    token: Tensor,
-    confidence: Tensor,
-    *,
-    k: int,
-    verify: bool,
-    mask_token_id: int,
-    masks: int = 0,
-) -> None:
-    """`advance` in plain torch: batched tensor operations, no host synchronisation, no loop over sequences."""
-    sure = _accept(sequences, rows, terms, token, confidence, k=k, verify=verify, masks=masks)
-    _plan(sequences, rows, terms, sure, k=k, verify=verify, mask_token_id=mask_token_id, masks=masks)
-
-
-def _accept(
-    sequences: Sequences,
-    rows: Rows,
-    terms: Terms,
-    token: Tensor,
-    confidence: Tensor,
-    *,
-    k: int,
-    verify: bool,
-    masks: int,
-) -> Tensor:
-    """Take in the readout; returns the confidences [B, k - 1] of what is proposed behind the certain token."""
     # Everything is [B, 1] or [B, 2k - 1 + masks], a column a row, as in the kernel.
     tokens = sequences.tokens
     columns = ("length", "pending", "limit", "status", "passes", "hits", "chains")
@@ -561,7 +381,7 @@ def _accept(
 
     active = status == RUNNING
     running = active & ~fault
-    sure = c[:, :0]
+    sure = None
     if verify:
         # What this pass has shown of its sequence, and which of the sure drafts are worth a row.
         tried = rows.start.diff()[:, None] > 1
@@ -592,84 +412,39 @@ def _accept(
     pending.copy_((length_next - start) * (active & ~finished))
     length.copy_(torch.where(active, length_next, length))
     status.copy_(torch.where(active & finished, ending, status))
-    return sure
+    plan(sequences, rows, terms, k=k, verify=verify, mask_token_id=mask_token_id, masks=masks, sure=sure)
 
 
-def _plan(
-    sequences: Sequences,
-    rows: Rows,
-    terms: Terms,
-    sure: Tensor,
-    *,
-    k: int,
-    verify: bool,
-    mask_token_id: int,
-    masks: int,
-) -> None:
-    """Plan the next pass; sure [B, k - 1]: with verification, how sure the pending tokens behind the first are."""
-    tokens, length, pending, limit = sequences.tokens, sequences.length, sequences.pending, sequences.limit
-    B, R, trash = length.shape[0], rows.seq.shape[0], masks + tokens.shape[1] - 1
-    first = length - pending
-    capped = verify and terms.budget is not None
-    budget = terms.budget.clamp(max=R) if verify and terms.budget is not None else R
-    if verify and (capped or B * k > R):
-        # Drafts that the next pass has no rows for are dropped: the highest even level that fits.
-        level = torch.arange(1, k + 1, device=tokens.device)[:, None]
-        level = (torch.minimum(pending, level).sum(1) <= budget).sum().clamp(min=1)
-        pending.copy_(torch.minimum(pending, level))
-        length.copy_(torch.where(pending > 0, first + pending, length))
-
-    # Masks that a sequence can use: with m of them a pass reaches m + 1 tokens beyond its standing length.
-    want = (limit - length - 1).clamp(min=0, max=k - 1) * (sequences.status == RUNNING)
-    if verify:
-        odds = odds_of_reference(sequences.hits, sequences.chains)
-        is_draft = torch.arange(k - 1, device=tokens.device) < pending[:, None] - 1
-        # From the left, as the kernel; `prod` has an order of its own.
-        chance = F.pad(torch.where(is_draft, sure.double(), 1), (1, 0), value=1.0).cumprod(1)[:, -1:]
-        want = torch.minimum(want, worth_reference(chance, odds, terms.price, k)[:, 0])
-    want_last = want
-    if masks:
-        chance = chance_of_reference(sure)
-        groups = masks_wanted_reference(first, pending, limit, k)
-        groups = torch.minimum(groups, worth_reference(chance, odds, terms.price, k))
-        want = want_last + groups.sum(1).clamp(max=masks)
-    dealt = want
-    if capped or B * (2 * k - 1 + masks) > R:
-        # The highest even level that fits, then one more each to the first that want it.
-        spare = budget - pending.sum()
-        used_at = torch.minimum(want, torch.arange(k + masks, device=tokens.device)[:, None]).sum(1)  # nondecreasing
-        level = (used_at <= spare).sum(0, keepdim=True) - 1
-        hungry = want > level
-        extra = hungry & (hungry.cumsum(0) <= spare - used_at.gather(0, level))
-        dealt = torch.minimum(want, level) + extra
-
-    rows.start[1:] = (pending + dealt).cumsum(0)
-    o_r = torch.arange(R, device=tokens.device)
-    unused = o_r >= rows.start[-1]
-    seq = torch.searchsorted(rows.start[1:], o_r, right=True).clamp_(max=B - 1)
-    # A row's place among those of its sequence; `behind`, the pending token that it is or stands behind, and how far.
-    place = o_r - rows.start[:-1][seq]
-    behind = torch.minimum(place, pending[seq] - 1)
-    slot = masks + first[seq] + place
-    if masks:
-        behind_last = torch.minimum(dealt, want_last)
-        groups = deal_masks_reference(groups, chance, dealt - behind_last)
-        o_k = torch.arange(k, device=tokens.device)
-        rows.behind.copy_(torch.where(o_k == pending[:, None] - 1, behind_last[:, None], F.pad(groups, (0, 1))))
-        end = groups.cumsum(1)
-        scratch = place - (pending + behind_last)[seq]
-        group = (end[seq] <= scratch[:, None]).sum(1).clamp(max=k - 2)
-        step = scratch + 1 - (end - groups)[seq, group]
-        in_scratch = scratch >= 0
-        behind, slot = torch.where(in_scratch, group, behind), torch.where(in_scratch, scratch, slot)
-        step = torch.where(in_scratch, step, place - behind)
-        rows.prefix_end.copy_((masks + 1 + first[seq] + behind).masked_fill_(unused, 0))
-        rows.span_start.copy_((slot + 1 - step).masked_fill_(unused, trash + 1))
-    else:
-        step = place - behind
-    position = (first[seq] + behind + step).masked_fill_(unused, 0)
-    known = torch.where(step == 0, tokens[seq, position], mask_token_id)
-    rows.seq.copy_(seq)
-    rows.position.copy_(position)
-    rows.slot.copy_(slot.masked_fill_(unused, trash))
-    rows.token.copy_(known.masked_fill_(unused, 0))
+@advance.kernel
+def advance_triton(sequences, rows, terms, token, confidence, *, k, verify, mask_token_id, masks=0):
+    """`advance` in one launch of one program; the same decisions as the torch form, bit for bit."""
+    B, W = sequences.length.shape[0], triton.next_power_of_2(2 * k - 1 + masks)
+    BLOCK_B = triton.next_power_of_2(B)
+    # At most 2,048 elements a tile, so that the tiles stay in registers.
+    BLOCK_W = min(W, max(1, 2048 // BLOCK_B))
+    # In the order of the kernel's arguments, and of the fields.
+    state = *vars(sequences).values(), *vars(rows).values(), token, confidence, *vars(terms).values()
+    strides = sequences.tokens.stride(0), sequences.blocks.stride(0)
+    numbers = B, rows.seq.shape[0], sequences.tokens.shape[1] - 1, terms.stop_ids.shape[0], mask_token_id
+    _advance_kernel[(1,)](
+        *state,
+        *strides,
+        *numbers,
+        K=k,
+        VERIFY=verify,
+        MASKS=masks,
+        W=W,
+        BLOCK_B=BLOCK_B,
+        BLOCK_W=BLOCK_W,
+        RUNNING=RUNNING,
+        STOPPED=STOPPED,
+        LIMIT=LIMIT,
+        FAULT=FAULT,
+        UNIT=UNIT,
+        PRIOR_HITS=PRIOR_HITS,
+        PRIOR_CHAINS=PRIOR_CHAINS,
+        FORGOTTEN=FORGOTTEN,
+        FORGOTTEN_IDLE=FORGOTTEN_IDLE,
+        num_warps=4 if BLOCK_B * BLOCK_W <= 1024 else 16,
+        **pdl_options(token.device),
+    )

@@ -24,7 +24,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from mtpkern.kernels.form import pdl_options, takes_kernel
+from mtpkern.kernels.form import pdl_options
+from mtpkern.kernels.op import op
 
 CHUNK = 4096
 
@@ -88,49 +89,43 @@ if find_spec("triton"):
         tl.store(confidence_ptr + r, confidence)
 
 
-def readout_triton(logits: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
-    """`readout` in two launches."""
-    R, V = logits.shape
-    n = triton.cdiv(V, CHUNK)
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    top, total = logits.new_empty(2, R, n, dtype=dtype)
-    index = logits.new_empty(R, n, dtype=torch.int32)
-    token = logits.new_empty(R, dtype=torch.int64)
-    confidence = logits.new_empty(R, dtype=dtype)
-    pdl = pdl_options(logits.device)
-    _chunk_kernel[(R, n)](logits, top, total, index, logits.stride(), V, mask_token_id, CHUNK=CHUNK, **pdl)
-    _merge_kernel[(R,)](top, total, index, token, confidence, n, BLOCK=triton.next_power_of_2(n), num_warps=1, **pdl)
-    return token, confidence
+def no_values(logits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    """Token and confidence [R] of logits [R, V], not yet computed; what `readout` and `sample` bring back."""
+    R, dtype = logits.shape[0], torch.promote_types(logits.dtype, torch.float32)
+    return logits.new_empty(R, dtype=torch.int64), logits.new_empty(R, dtype=dtype)
 
 
+@op(fake=no_values)
 def readout(logits: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
     """Token [R] and confidence [R] of logits [R, V]; the mask token, where it is among them, is left out.
 
     >>> readout(torch.tensor([[0.0, 2.0, 9.0]]), mask_token_id=2)
     (tensor([1]), tensor([0.8808]))
     """
-    if torch.compiler.is_compiling():
-        return _readout_op(logits, mask_token_id)
-    if takes_kernel(logits):
-        return readout_triton(logits, mask_token_id)
-    return readout_reference(logits, mask_token_id)
-
-
-@torch.library.custom_op("mtpkern::readout", mutates_args=())
-def _readout_op(logits: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
-    return readout(logits, mask_token_id)
-
-
-@_readout_op.register_fake
-def _(logits: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
-    R, dtype = logits.shape[0], torch.promote_types(logits.dtype, torch.float32)
-    return logits.new_empty(R, dtype=torch.int64), logits.new_empty(R, dtype=dtype)
-
-
-def readout_reference(logits: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
-    """`readout` in plain torch; computes in float32, or in float64 for float64 logits."""
+    # In float32, or in float64 for float64 logits.
     z = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
     z[:, mask_token_id : mask_token_id + 1] = -torch.inf  # behind the vocabulary there is nothing to leave out
     top, token = z.max(dim=-1)
     confidence = z.sub_(top[:, None]).exp_().sum(dim=-1).reciprocal()
     return token.masked_fill(confidence.isnan(), -1), confidence
+
+
+def chunks_triton(logits: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The triples of each row's chunks: top and total [R, n], index [R, n] int32."""
+    R, V = logits.shape
+    n = triton.cdiv(V, CHUNK)
+    top, total = logits.new_empty(2, R, n, dtype=torch.promote_types(logits.dtype, torch.float32))
+    index = logits.new_empty(R, n, dtype=torch.int32)
+    pdl = pdl_options(logits.device)
+    _chunk_kernel[(R, n)](logits, top, total, index, logits.stride(), V, mask_token_id, CHUNK=CHUNK, **pdl)
+    return top, total, index
+
+
+@readout.kernel
+def readout_triton(logits, mask_token_id):
+    """Two launches."""
+    chunks, read = chunks_triton(logits, mask_token_id), no_values(logits)
+    R, n = chunks[0].shape
+    options = {"BLOCK": triton.next_power_of_2(n), "num_warps": 1, **pdl_options(logits.device)}
+    _merge_kernel[(R,)](*chunks, *read, n, **options)
+    return read

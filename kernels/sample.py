@@ -29,8 +29,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from mtpkern.kernels.form import pdl_options, takes_kernel
-from mtpkern.kernels.readout import CHUNK
+from mtpkern.kernels.form import pdl_options
+from mtpkern.kernels.op import op
+from mtpkern.kernels.readout import CHUNK, chunks_triton, no_values
 
 # Odd multipliers of 64 bits, as signed numbers: two of the finaliser's, one to spread the places over all bits.
 M1, M2, SPREAD = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583EB
@@ -42,7 +43,6 @@ if find_spec("triton"):
     import triton.language as tl
 
     from mtpkern.kernels.form import gdc_wait
-    from mtpkern.kernels.readout import _chunk_kernel
 
     @triton.jit
     def _mixed(x, M1: tl.constexpr, M2: tl.constexpr):
@@ -115,46 +115,7 @@ if find_spec("triton"):
         tl.store(confidence_ptr + r, confidence)
 
 
-def sample_triton(
-    logits: Tensor, key: Tensor, stream: Tensor, position: Tensor, greedy_above: Tensor, mask_token_id: int
-) -> tuple[Tensor, Tensor]:
-    """`sample` in two launches, the first of them `readout`'s."""
-    R, V = logits.shape
-    n = triton.cdiv(V, CHUNK)
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    top, total = logits.new_empty(2, R, n, dtype=dtype)
-    index = logits.new_empty(R, n, dtype=torch.int32)
-    token = logits.new_empty(R, dtype=torch.int64)
-    confidence = logits.new_empty(R, dtype=dtype)
-    pdl = pdl_options(logits.device)
-    _chunk_kernel[(R, n)](logits, top, total, index, logits.stride(), V, mask_token_id, CHUNK=CHUNK, **pdl)
-    _draw_kernel[(R,)](
-        logits,
-        top,
-        total,
-        index,
-        key,
-        stream,
-        position,
-        greedy_above,
-        token,
-        confidence,
-        logits.stride(),
-        greedy_above.stride(0),
-        V,
-        n,
-        mask_token_id,
-        M1=M1,
-        M2=M2,
-        SPREAD=SPREAD,
-        BELOW_ONE=BELOW_ONE,
-        CHUNK=CHUNK,
-        BLOCK=triton.next_power_of_2(n),
-        **pdl,
-    )
-    return token, confidence
-
-
+@op(fake=no_values)
 def sample(
     logits: Tensor, key: Tensor, stream: Tensor, position: Tensor, greedy_above: Tensor, mask_token_id: int
 ) -> tuple[Tensor, Tensor]:
@@ -166,14 +127,7 @@ def sample(
     >>> sample(torch.tensor([[0.0, 2.0, 9.0]]), place, place, place, torch.tensor([torch.inf]), mask_token_id=2)
     (tensor([1]), tensor([0.8808]))
     """
-    form = sample_triton if takes_kernel(logits) else sample_reference
-    return form(logits, key, stream, position, greedy_above, mask_token_id)
-
-
-def sample_reference(
-    logits: Tensor, key: Tensor, stream: Tensor, position: Tensor, greedy_above: Tensor, mask_token_id: int
-) -> tuple[Tensor, Tensor]:
-    """`sample` in plain torch; computes in float32, or in float64 for float64 logits."""
+    # In float32, or in float64 for float64 logits.
     R, V = logits.shape
     W = min(V, CHUNK)
     n = -(-V // W)
@@ -194,6 +148,35 @@ def sample_reference(
     drawn = chunk * W + _first((ends > share.clamp(0, BELOW_ONE) * ends[:, -1:]) & (weight > 0))
     token = torch.where(confidence > greedy_above, best, drawn[:, 0])
     return token.masked_fill(confidence.isnan(), -1), confidence
+
+
+@sample.kernel
+def sample_triton(logits, key, stream, position, greedy_above, mask_token_id):
+    """Two launches, the first of them `readout`'s."""
+    chunks, read = chunks_triton(logits, mask_token_id), no_values(logits)
+    R, n = chunks[0].shape
+    _draw_kernel[(R,)](
+        logits,
+        *chunks,
+        key,
+        stream,
+        position,
+        greedy_above,
+        *read,
+        logits.stride(),
+        greedy_above.stride(0),
+        logits.shape[1],
+        n,
+        mask_token_id,
+        M1=M1,
+        M2=M2,
+        SPREAD=SPREAD,
+        BELOW_ONE=BELOW_ONE,
+        CHUNK=CHUNK,
+        BLOCK=triton.next_power_of_2(n),
+        **pdl_options(logits.device),
+    )
+    return read
 
 
 def uniform(key: Tensor, stream: Tensor, position: Tensor) -> Tensor:

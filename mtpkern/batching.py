@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from threading import Event
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -26,24 +27,21 @@ from transformers import GenerationConfig, PreTrainedModel
 from mtpkern.adapter import adopt
 from mtpkern.arguments import (
     inert,
-    read_arguments,
     require_bool,
     require_prompts,
     require_tensors,
-    warn_of_left_out,
     whole_number,
 )
 from mtpkern.attention import exclusive, routed
-from mtpkern.decoder import PREFILL_CHUNK
-from mtpkern.generation import decoder_for, past_positions, prepared, stop_ids_of, strategy_for
-from mtpkern.graph import kept_bytes, release_graphs, wants_graph, without_kernels
-from mtpkern.layers import wants_compile
+from mtpkern.generation import generate, past_positions, prepared, settings_of, stop_ids_of
+from mtpkern.graph import kept_bytes, release_graphs, without_kernels
 from mtpkern.memory import require_room
-from mtpkern.model import has_latent_attention, learned_positions, mask_token_for, require_decodable
+from mtpkern.model import has_latent_attention, learned_positions
+from mtpkern.options import Options
+from mtpkern.pool import decoder_for
 from mtpkern.refill import BatchOutput as BatchOutput
 from mtpkern.refill import Job, Slots
 from mtpkern.slots import vacate
-from mtpkern.strategies import Strategy
 from mtpkern.streaming import Stream
 from mtpkern.wrappers import unwrapped
 
@@ -151,20 +149,9 @@ class _Batch:
         tokenizer: PreTrainedTokenizerBase | None = None,
         order: str = "longest",
         reuse: bool = True,
-        strategy: Strategy | None = None,
-        mask_token_id: int | None = None,
-        rows: int | None = None,
-        use_graph: bool | None = None,
-        compile: bool | None = None,
-        batch_invariant: bool = False,
-        prefill_chunk: int = PREFILL_CHUNK,
-        wait: bool = True,
-        check_model: bool = True,
         **kwargs: Any,
     ) -> None:
         adopt(model)
-        if not isinstance(strategy, Strategy | None):
-            raise TypeError(f"strategy must be mtpkern.Static, ConfAdapt or Verified, got {strategy!r}")
         if isinstance(prompts, (str, Tensor)) or hasattr(prompts, "keys"):
             raise TypeError(
                 f"prompts must be a list of prompts, each a text or its token ids, got {type(prompts).__name__}; "
@@ -172,34 +159,14 @@ class _Batch:
             )
         if order not in ("longest", "given"):
             raise ValueError(f"order must be 'longest' or 'given', got {order!r}")
-        for name, value in {
-            "reuse": reuse,
-            "batch_invariant": batch_invariant,
-            "wait": wait,
-            "check_model": check_model,
-            **({} if use_graph is None else {"use_graph": use_graph}),
-            **({} if compile is None else {"compile": compile}),
-        }.items():
-            require_bool(name, value)
+        require_bool("reuse", reuse)
         self.model = model = unwrapped(model, kwargs)
-        require_decodable(model)
+        as_there = {n: p.default for n, p in signature(generate).parameters.items() if n in Options.NAMES}
+        self.options = Options(model, {name: kwargs.pop(name, default) for name, default in as_there.items()})
         given = list(prompts)
         self.batch_size = whole_number("batch_size", batch_size, least=1)
-        self.chunk = whole_number("prefill_chunk", prefill_chunk, least=1)
-        self.tokenizer, self.order, self.wait = tokenizer, order, wait
+        self.tokenizer, self.order = tokenizer, order
         self.reuse = reuse and not has_latent_attention(model)
-        self.strategy = strategy_for(model, strategy)
-        self.mask_token_id = mask_token_for(model, self.strategy.k, mask_token_id)
-        graph = wants_graph(use_graph, model.device)
-        self.options: dict[str, Any] = {
-            "mask_token_id": self.mask_token_id,
-            "use_graph": graph,
-            "check_model": check_model,
-            "rows": None if rows is None else whole_number("rows", rows, least=1),
-            "by_load": rows is None and (strategy is None or not strategy.k) and self.strategy.verify,
-            "compile": wants_compile(compile, graph),
-            "batch_invariant": batch_invariant,
-        }
         each = _limits(max_new_tokens, len(given))
         self.failed: list[BatchOutput] = []
         ids = [self._ids_of(number, prompt) for number, prompt in enumerate(given)]
@@ -226,7 +193,7 @@ class _Batch:
                 raise ValueError(f"a prompt must be token ids [T], got shape {list(ids.shape)}")
             require_tensors(ids, None)
             vocabulary = self.model.get_input_embeddings().weight.shape[0]
-            require_prompts(ids, None, mask_token_id=self.mask_token_id, vocabulary=vocabulary)
+            require_prompts(ids, None, mask_token_id=self.options.mask_token_id, vocabulary=vocabulary)
         except (TypeError, ValueError) as error:
             self._fail(number, error)
             return None
@@ -239,20 +206,14 @@ class _Batch:
         self, probe: np.ndarray | None, kwargs: dict[str, Any], *, told: bool
     ) -> tuple[Tensor, Callable[[int], int]]:
         """The stop tokens [S], and how many new tokens a prompt of T gets where the call does not tell."""
-        file = getattr(self.model, "generation_config", None)
-        if file is None:
-            name = type(self.model).__name__
-            raise ValueError(f"{name} cannot generate; load the model with AutoModelForCausalLM")
-        _refuse(kwargs, file)
+        _refuse(kwargs, getattr(self.model, "generation_config", None))
         ids = torch.from_numpy(np.zeros(1, dtype=np.int64) if probe is None else probe)[None].to(self.model.device)
         asked = {**kwargs, "attention_mask": torch.ones_like(ids), "return_dict_in_generate": None}
         if told:
             asked["max_new_tokens"] = 1
-        ids, settings, left_out = read_arguments(file, ids, asked)
-        if left_out.get("suppress_tokens") == [self.mask_token_id]:
-            del left_out["suppress_tokens"]
-        warn_of_left_out(type(self.model).__name__, left_out, stacklevel=4)
-        config, criteria = prepared(self.model, ids, settings, self.mask_token_id)
+        mask = self.options.mask_token_id
+        ids, settings = settings_of(self.model, ids, asked, mask, stacklevel=4)
+        config, criteria = prepared(self.model, ids, settings, mask)
         whole, limit = "max_new_tokens" not in settings and "max_length" in settings, config.max_length
         new = limit - ids.shape[1]
         return stop_ids_of(criteria), lambda length: limit - length if whole else new
@@ -282,7 +243,7 @@ class _Batch:
         kept = kept_bytes(self.model.device)
         for job in list(longest):
             try:
-                require_room(self.model, slots, job.tokens, scratch=self.strategy.masks, kept=kept)
+                require_room(self.model, slots, job.tokens, scratch=self.options.strategy.masks, kept=kept)
                 break
             except ValueError as error:
                 self._fail(job.number, error)
@@ -319,17 +280,17 @@ class _Batch:
     def _decode(self, jobs: list[Job], slots: int, emit: Callable[[BatchOutput], object], closed: Event | None) -> None:
         model = self.model
         with (
-            exclusive(model, wait=self.wait),
+            exclusive(model, wait=self.options.wait),
             torch.accelerator.device_index(model.device.index),
             decoder_for(
                 model,
-                self.strategy,
+                self.options.strategy,
                 self.stop_ids.to(model.device, non_blocking=True),
                 tokens=max(job.tokens for job in jobs),
                 max_new_tokens=max(job.new for job in jobs),
                 prefill=vacate,
                 batch=slots,
-                **self.options,
+                **self.options.of_decoder(),
             ) as decoder,
         ):
             decoder.max_passes = sys.maxsize
@@ -339,7 +300,7 @@ class _Batch:
                 emit,
                 closed=closed,
                 tokenizer=self.tokenizer,
-                chunk=self.chunk,
+                chunk=self.options.prefill_chunk,
                 reuse=self.reuse,
             )
             poll.fill()
@@ -373,7 +334,7 @@ def _limits(max_new_tokens: Any, prompts: int) -> list[int] | None:
     return [whole_number("max_new_tokens", x, least=1) for x in max_new_tokens]
 
 
-def _refuse(kwargs: dict[str, Any], file: GenerationConfig) -> None:
+def _refuse(kwargs: dict[str, Any], file: GenerationConfig | None) -> None:
     """Refuse by name what `generate` may know and is not honoured here."""
     config = kwargs.get("generation_config")
     asked = dict(vars(config)) if isinstance(config, GenerationConfig) and config is not file else {}

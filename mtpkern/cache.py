@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from mtpkern.kernels.decode_attention import decode_attention
@@ -156,6 +157,26 @@ class KVCache:
             self.memo["rows"] = packed
         return packed
 
+    def require_cached(self, config: PreTrainedConfig) -> None:
+        """Raise ValueError where the layers that have cached keys are not those that the config tells of."""
+        expected = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+        cached = sorted(self.layers)
+        if cached != list(range(expected if isinstance(expected, int) else len(cached))) or not cached:
+            raise ValueError(
+                f"{self.model_name}: of {expected} layers, {len(cached)} cached keys and values during the prefill "
+                f"({cached}); mtpkern decodes models all of whose layers do"
+            )
+
+    def require_attended(self) -> None:
+        """Raise ValueError where a layer that cached keys did not come to our attention function in the first step."""
+        missed = sorted(self.layers.keys() - self.attended)
+        if missed:
+            raise ValueError(
+                f"{self.model_name}: attention layers {missed} cached keys during the prefill but did not call the "
+                "attention interface in a decoding step; this architecture cannot be decoded by mtpkern"
+            )
+        self.proven = True
+
     def _require_as_cached(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Raise ValueError where a layer of a first pass does not attend, once, to the like of what it has cached."""
         if layer not in self.layers:
@@ -185,18 +206,14 @@ def _grown(x: Tensor, held: int, more: int) -> Tensor:
     return grown
 
 
-class PrefillCache(Cache):
-    """A transformers cache that hands every layer's keys and values to a `KVCache`, for a prompt in one or more chunks.
+class _Chunks:
+    """What the caches of a prefill have in common: they take the columns of padded prompts in one or more chunks.
 
-    A chunk's keys are written to sequences seq [B], slot [B, T] int64 of all columns of the padded prompts (C for what
-    is not to be kept), of which `seen` have gone before. The model gets back the keys of all columns so far, in their
-    places: the new ones as they are in a first chunk, else gathered from the buffers, a layer at a time. So it runs its
-    own attention, with its own masks for left padding, sliding windows and sinks, on what a cache of transformers would
-    hold, and no second copy of the prompt's keys and values exists.
+    A chunk's keys are written to sequences seq [n], slot [n, T] int64 of all columns (C for what is not to be kept), of
+    which `seen` have gone before.
     """
 
-    def __init__(self, kv: KVCache, slot: Tensor, seq: Tensor | None = None) -> None:
-        super().__init__(layer_class_to_replicate=DynamicLayer)
+    def _begin(self, kv: KVCache, slot: Tensor, seq: Tensor | None) -> None:
         self.kv = kv
         self.slot = slot.clamp(max=kv.held)
         self.seq = torch.arange(len(slot), device=slot.device) if seq is None else seq
@@ -209,18 +226,36 @@ class PrefillCache(Cache):
         self.seen = end
         self.brought.clear()
 
+    def _bring(self, layer: int, does: str, key: Tensor, value: Tensor) -> None:
+        """Store a layer's keys and values [n, Hkv, columns, D] of this chunk."""
+        if layer in self.brought:
+            raise ValueError(
+                f"{self.kv.model_name}: layer {layer} {does} more than once in a pass; mtpkern decodes models whose "
+                "layers do so once"
+            )
+        self.brought.add(layer)
+        self.kv.fill(layer, key, value, self.slot[:, self.seen : self.seen + key.shape[2]], self.seq)
+
+
+class PrefillCache(_Chunks, Cache):
+    """A transformers cache that hands every layer's keys and values to a `KVCache`, for a prompt in one or more chunks.
+
+    The model gets back the keys of all columns so far, in their places: the new ones as they are in a first chunk, else
+    gathered from the buffers, a layer at a time. So it runs its own attention, with its own masks for left padding,
+    sliding windows and sinks, on what a cache of transformers would hold, and no second copy of the prompt's keys and
+    values exists.
+    """
+
+    def __init__(self, kv: KVCache, slot: Tensor, seq: Tensor | None = None) -> None:
+        super().__init__(layer_class_to_replicate=DynamicLayer)
+        self._begin(kv, slot, seq)
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Store a chunk's keys and values [B, Hkv, n, D]; returns those of all columns so far [B, Hkv, seen + n, D]."""
         end = self.seen + key_states.shape[2]
-        if layer_idx in self.brought:
-            raise ValueError(
-                f"{self.kv.model_name}: layer {layer_idx} caches keys more than once in a pass; mtpkern decodes models "
-                "whose layers do so once"
-            )
-        self.brought.add(layer_idx)
-        self.kv.fill(layer_idx, key_states, value_states, self.slot[:, self.seen : end], self.seq)
+        self._bring(layer_idx, "caches keys", key_states, value_states)
         if not self.seen:
             return key_states, value_states
         slot = self.slot[:, :end]
@@ -238,7 +273,7 @@ class PrefillCache(Cache):
         return self.seen + n, 0
 
 
-class CapturedPrefill(DynamicCache):
+class CapturedPrefill(_Chunks, DynamicCache):
     """The prefill's cache of a model of latent attention, and the context of `captured` that fills a `KVCache`.
 
     Such a model caches what its keys and values are made from. So it keeps that to itself, here, until the prefill is
@@ -247,24 +282,8 @@ class CapturedPrefill(DynamicCache):
 
     def __init__(self, kv: KVCache, slot: Tensor, seq: Tensor | None = None) -> None:
         super().__init__()
-        self.kv = kv
-        self.slot = slot.clamp(max=kv.held)
-        self.seq = torch.arange(len(slot), device=slot.device) if seq is None else seq
-        self.seen = 0
-        self.brought: set[int] = set()
-
-    def next_chunk(self, end: int) -> None:
-        """The chunk that ran has ended at this column."""
-        self.seen = end
-        self.brought.clear()
+        self._begin(kv, slot, seq)
 
     def take(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Store a chunk's keys and values; they come [B, Hkv, seen + n, D], behind those of all columns before."""
-        if layer in self.brought:
-            raise ValueError(
-                f"{self.kv.model_name}: layer {layer} calls attention more than once in a pass; mtpkern decodes models "
-                "whose layers do so once"
-            )
-        self.brought.add(layer)
-        slot = self.slot[:, self.seen : key.shape[2]]
-        self.kv.fill(layer, key[:, :, self.seen :], value[:, :, self.seen :], slot, self.seq)
+        self._bring(layer, "calls attention", key[:, :, self.seen :], value[:, :, self.seen :])

@@ -17,7 +17,6 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -27,12 +26,14 @@ from mtpkern.attention import AttentionContext, captured
 from mtpkern.cache import CapturedPrefill, KVCache, PrefillCache
 from mtpkern.choosing import Choice, Choosing
 from mtpkern.graph import StepGraph, wants_graph
-from mtpkern.kernels.advance import advance, plan
+from mtpkern.kernels.advance import advance
+from mtpkern.kernels.plan import plan
 from mtpkern.kernels.readout import readout
-from mtpkern.kernels.state import RUNNING, Rows, Sequences, Terms
+from mtpkern.kernels.state import Rows, Sequences, Terms
 from mtpkern.layers import CompiledLayers
 from mtpkern.load import Ladder, Load, price_of, times_of
 from mtpkern.model import has_latent_attention, learned_positions
+from mtpkern.poll import OddsPoll, Poll, TimedPoll
 from mtpkern.products import Products, few_rows, wants_one_product
 from mtpkern.strategies import Strategy
 
@@ -42,8 +43,6 @@ FREE_ROWS = 192
 FIRST_SLOTS = 512
 # Slots that attention reads are rounded up to whole vectors.
 SLOT_STEP = 16
-# How many steps the host runs ahead of what it knows: one keeps a GPU fed, and each is a pass for nothing at the end.
-LAG = 1
 # Tokens of a prefill pass, over the whole batch: enough to keep a GPU busy, few enough for its memory.
 PREFILL_CHUNK = 8192
 
@@ -191,6 +190,10 @@ class Decoder:
 
     def _begin(self, strategy: Strategy, stop_ids: Tensor, max_new_tokens: int) -> None:
         self.strategy = strategy
+        self._planning: dict[str, Any] = {
+            **{name: getattr(strategy, name) for name in ("k", "verify", "masks")},
+            "mask_token_id": self.mask_token_id,
+        }
         self.max_new_tokens = max_new_tokens
         self.max_passes = max_new_tokens - 1
         self.terms.threshold.fill_(strategy.threshold)
@@ -237,7 +240,7 @@ class Decoder:
         mask = None if attention_mask is None else seen
         for end in ends:
             logits = self.prefill_chunk(cache, columns, mask, told, end, keep=k if end == ends[-1] else 1)
-        self.require_cached()
+        self.cache.require_cached(self.model.config)
         places = None if self.choice is None else self.choice.begin(input_ids, real, self.max_new_tokens)
         return self._take_in(logits[:, -k:].flatten(0, 1), places)
 
@@ -288,7 +291,7 @@ class Decoder:
             # A first pass runs as it is: it notes which layers attend, and what is wrong with a model it says plainly.
             self.cache.attended.clear()
             logits = self._forward(route)
-            self._require_attended()
+            self.cache.require_attended()
         return self._take_in(logits)
 
     def _compiled(self) -> AbstractContextManager[None]:
@@ -316,17 +319,7 @@ class Decoder:
         else:
             seq, position = places or (self.rows.seq, self.rows.position)
             token, confidence = self.choice(logits, seq, position, self.all_rows.start)
-        advance(
-            self.sequences,
-            self.all_rows,
-            self.terms,
-            token,
-            confidence,
-            k=self.strategy.k,
-            verify=self.strategy.verify,
-            mask_token_id=self.mask_token_id,
-            masks=self.strategy.masks,
-        )
+        advance(self.sequences, self.all_rows, self.terms, token, confidence, **self._planning)
         return logits
 
     def run(self, route: dict[str, AttentionContext], poll: Poll | None = None) -> None:
@@ -341,7 +334,7 @@ class Decoder:
         B, R, strategy = len(self.sequences.status), len(self.all_rows.seq), self.strategy
         # Where there are rows for everybody, everybody has them: they cost the same used or not.
         scarce = self.by_load and B * (2 * strategy.k - 1 + strategy.masks) > R
-        odds = _OddsPoll(self.sequences) if scarce else None
+        odds = OddsPoll(self.sequences) if scarce else None
         for _ in range(self.max_passes):
             if not poll.running():
                 break
@@ -357,7 +350,7 @@ class Decoder:
         """As `run`, where passes come in a few numbers of rows: that of a pass is told to the device a pass ahead."""
         ladder, terms = self._ladder, self.terms
         assert terms.budget is not None
-        timed = _TimedPoll(self.sequences)
+        timed = TimedPoll(self.sequences)
         told: tuple[int, float] = len(self.all_rows.seq), 0.0
         rows = told[0]
         for _ in range(self.max_passes):
@@ -426,15 +419,7 @@ class Decoder:
     @torch.inference_mode()
     def plan(self) -> None:
         """Plan the next pass anew, because sequences have come in or gone behind the back of `advance`."""
-        plan(
-            self.sequences,
-            self.all_rows,
-            self.terms,
-            k=self.strategy.k,
-            verify=self.strategy.verify,
-            mask_token_id=self.mask_token_id,
-            masks=self.strategy.masks,
-        )
+        plan(self.sequences, self.all_rows, self.terms, **self._planning)
 
     def _reserve(self) -> None:
         """Keep room for the next pass where the host does not know how far the sequences are.
@@ -448,128 +433,3 @@ class Decoder:
             self._reach = cache.scratch + int(self.sequences.length.max()) + k
             cache.reserve(min(cache.capacity, self._reach + k))
             cache.slots = cache.held
-
-    def require_cached(self) -> None:
-        """Raise ValueError where the layers that have cached keys are not those that the config tells of."""
-        expected = getattr(self.model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-        cached = sorted(self.cache.layers)
-        if cached != list(range(expected if isinstance(expected, int) else len(cached))) or not cached:
-            raise ValueError(
-                f"{type(self.model).__name__}: of {expected} layers, {len(cached)} cached keys and values during the "
-                f"prefill ({cached}); mtpkern decodes models all of whose layers do"
-            )
-
-    def _require_attended(self) -> None:
-        """Raise ValueError where a layer that cached keys did not come to our attention function in the first step."""
-        missed = sorted(self.cache.layers.keys() - self.cache.attended)
-        if missed:
-            raise ValueError(
-                f"{type(self.model).__name__}: attention layers {missed} cached keys during the prefill but did not "
-                "call the attention interface in a decoding step; this architecture cannot be decoded by mtpkern"
-            )
-        self.cache.proven = True
-
-
-class Poll:
-    """Watches the sequences through copies that the device makes when it gets there; the host reads them late.
-
-    On a CPU the copy is there at once. Of each state of the device one copy is read, in order.
-    """
-
-    def __init__(self, sequences: Sequences) -> None:
-        self.sequences = sequences
-        # Whether the last `take` had the device do more than a copy.
-        self.has_queued = False
-        device = sequences.status.device
-        self.on_cpu = device.type == "cpu"
-        self.polls = 0
-        if not self.on_cpu:
-            # A ring: a copy has been read before its place is used again.
-            state = self.state()
-            self.events = self.marks(device)
-            self.copies = torch.empty(len(self.events), *state.shape, dtype=state.dtype, pin_memory=True)
-
-    def marks(self, device: torch.device) -> list[torch.Event]:
-        """One for each copy that is kept at a time."""
-        return [torch.Event(device) for _ in range(LAG + 1)]
-
-    def state(self) -> Tensor:
-        """What is copied, on the device."""
-        return self.sequences.status
-
-    def take(self, state: Tensor) -> int:
-        """How many sequences go on, from a copy of `state()` on the host."""
-        return int((state == RUNNING).sum())
-
-    def running(self) -> int:
-        """How many sequences were running `LAG` steps ago (on a CPU: are running now)."""
-        if self.on_cpu:
-            self.polls += 1
-            return self.take(self.state())
-        self._copy()
-        return len(self.sequences.status) if self.polls <= LAG else self._read(self.polls - LAG - 1)
-
-    def finish(self) -> None:
-        """Read what the last steps have left, once nothing more is queued."""
-        if self.on_cpu:
-            self.take(self.state())
-            return
-        self._copy()
-        for number in range(max(0, self.polls - LAG - 1), self.polls):
-            self._read(number)
-
-    def _copy(self) -> None:
-        place = self.polls % len(self.events)
-        self.copies[place].copy_(self.state(), non_blocking=True)
-        self.events[place].record()
-        self.polls += 1
-
-    def _read(self, number: int) -> int:
-        place = number % len(self.events)
-        self.events[place].synchronize()
-        return self.take(self.copies[place])
-
-
-class _OddsPoll(Poll):
-    """Sees hits and chains of the sequences that run."""
-
-    def __init__(self, sequences: Sequences) -> None:
-        super().__init__(sequences)
-        # To begin with all run, and nothing is known.
-        self.seen: tuple[np.ndarray, np.ndarray] = (np.zeros(len(sequences.status)),) * 2
-
-    def state(self) -> Tensor:
-        """What is copied, on the device."""
-        return torch.stack([self.sequences.status, self.sequences.hits, self.sequences.chains])
-
-    def take(self, state: Tensor) -> int:
-        """How many sequences go on; keeps their odds."""
-        status, hits, chains = state.numpy()
-        running = status == RUNNING
-        self.seen = hits[running], chains[running]
-        return int(running.sum())
-
-
-class _TimedPoll(_OddsPoll):
-    """Sees, besides, what the last pass that it knows of has taken, from copy to copy.
-
-    passes     rows of every pass that was a replay; 0 for others, which do more than a pass
-    replayed   those of the last one that is known of, 0 where none is
-    """
-
-    def __init__(self, sequences: Sequences) -> None:
-        super().__init__(sequences)
-        self.passes: list[int] = []
-        self.replayed, self.seconds = 0, 0.0
-
-    def marks(self, device: torch.device) -> list[torch.Event]:
-        """One more, as a pass lies between two."""
-        return [torch.Event(device, enable_timing=True) for _ in range(LAG + 2)]
-
-    def _read(self, number: int) -> int:
-        running = super()._read(number)
-        self.replayed = self.passes[number - 1] if number else 0
-        if self.replayed:
-            before, behind = (self.events[n % len(self.events)] for n in (number - 1, number))
-            self.seconds = 1e-3 * before.elapsed_time(behind)
-        return running

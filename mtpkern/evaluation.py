@@ -72,7 +72,7 @@ class Evaluation:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        from mtpkern.generation import strategy_for
+        from mtpkern.options import strategy_for
         from mtpkern.strategies import Static
 
         ways = {PLAIN: Static(1), **self.ways}

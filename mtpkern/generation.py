@@ -6,8 +6,7 @@ honoured here is refused by name before anything runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +21,7 @@ from transformers.generation import (
     SuppressTokensLogitsProcessor,
 )
 
-from mtpkern.adapter import adopt, gate_of
+from mtpkern.adapter import adopt
 from mtpkern.arguments import (
     read_arguments,
     require_bool,
@@ -30,23 +29,19 @@ from mtpkern.arguments import (
     require_prompts,
     require_streamer,
     warn_of_left_out,
-    whole_number,
 )
 from mtpkern.attention import exclusive, routed
 from mtpkern.choosing import Choosing
-from mtpkern.decoder import PREFILL_CHUNK, Decoder, Poll, places_for
-from mtpkern.graph import is_kept, kept_bytes, kept_decoder, release_graphs, wants_graph, without_kernels
+from mtpkern.decoder import PREFILL_CHUNK, Decoder
+from mtpkern.graph import without_kernels
 from mtpkern.host import on_host
-from mtpkern.layers import wants_compile
-from mtpkern.memory import fits_at_once, require_room
-from mtpkern.model import learned_positions, mask_token_for, recorded_settings, require_decodable
-from mtpkern.strategies import Strategy, Verified
-from mtpkern.verify import require_verified
+from mtpkern.model import learned_positions
+from mtpkern.options import Options
+from mtpkern.poll import Poll
+from mtpkern.pool import decoder_for, prefill_with_room
+from mtpkern.strategies import Strategy
 from mtpkern.watch import REASONS, Streamer, Watch, first_tokens, of_kind
 from mtpkern.wrappers import unwrapped
-
-# Capacities are rounded up, so that runs of similar length share their shapes.
-_CAPACITY_STEP = 16
 
 
 @dataclass
@@ -69,11 +64,6 @@ class MTPGenerateOutput(GenerateDecoderOnlyOutput):
     finish_reasons: list[str] | None = None
     logprobs: Tensor | None = None
     confidences: Tensor | None = None
-
-
-def strategy_for(model: PreTrainedModel, strategy: Strategy | None = None) -> Strategy:
-    """The strategy, Verified unless given, with the model's k where it has none of its own: `strategy_for(model).k`."""
-    return (strategy or Verified()).for_model(recorded_settings(model).get("k_max"))
 
 
 def generate(
@@ -145,67 +135,35 @@ def generate(
         kwargs.setdefault("inputs", input_ids)
         return GenerationMixin.generate(model, **kwargs)
     adopt(model)
-    if not isinstance(strategy, Strategy | None):
-        raise TypeError(f"strategy must be mtpkern.Static, ConfAdapt or Verified, got {strategy!r}")
     model = unwrapped(model, kwargs)
-    require_decodable(model)
-    free = rows is None and (strategy is None or not strategy.k)
-    strategy = strategy_for(model, strategy)
-    mask = mask_token_for(model, strategy.k, mask_token_id)
-    options = {"batch_invariant": batch_invariant, "wait": wait, "check_model": check_model}
-    options["return_logprobs"] = return_logprobs
-    for name, value in options.items():
-        require_bool(name, value)
-    for name, asked in {"use_graph": use_graph, "compile": compile}.items():
-        if asked is not None:
-            require_bool(name, asked)
-    graph = wants_graph(use_graph, model.device)
-    prefill_chunk = whole_number("prefill_chunk", prefill_chunk, least=1)
-    rows = None if rows is None else whole_number("rows", rows, least=1)
-    file = getattr(model, "generation_config", None)
-    if file is None:
-        raise ValueError(f"{type(model).__name__} cannot generate; load the model with AutoModelForCausalLM")
+    options = Options(
+        model,
+        {
+            "strategy": strategy,
+            "mask_token_id": mask_token_id,
+            "rows": rows,
+            "use_graph": use_graph,
+            "compile": compile,
+            "batch_invariant": batch_invariant,
+            "prefill_chunk": prefill_chunk,
+            "wait": wait,
+            "check_model": check_model,
+        },
+    )
+    require_bool("return_logprobs", return_logprobs)
     require_streamer(streamer)
-    input_ids, settings, left_out = read_arguments(file, input_ids, kwargs)
-    if left_out.get("suppress_tokens") == [mask]:
-        del left_out["suppress_tokens"]  # as training records it for other decoders; ours never emits it
-    warn_of_left_out(type(model).__name__, left_out, stacklevel=2)
-    reached = False
+    input_ids, settings = settings_of(model, input_ids, kwargs, options.mask_token_id, stacklevel=2)
 
     def decode(
-        model: PreTrainedModel,
         input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        **model_kwargs: Any,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        attention_mask: Tensor | None,
     ) -> Tensor | MTPGenerateOutput:
-        nonlocal reached
-        reached = True
-        if not model_kwargs.get("mm_encoder_outputs", True):
-            del model_kwargs["mm_encoder_outputs"]  # of a model that could see images, and has been given none
-        require_prepared(generation_config, model_kwargs)
-        choosing = _choosing(generation_config, logits_processor, input_ids.shape[1], mask, return_logprobs)
-        run = partial(
-            _decode,
-            model,
-            input_ids,
-            strategy,
-            generation_config,
-            stopping_criteria,
-            model_kwargs.get("attention_mask"),
-            watch=Watch.of(streamer, stopping_criteria),
-            mask_token_id=mask,
-            use_graph=graph and not (choosing and choosing.on_host),
-            choosing=choosing,
-            prefill_chunk=prefill_chunk,
-            wait=wait,
-            check_model=check_model,
-            rows=rows,
-            by_load=free and strategy.verify,
-            compile=wants_compile(compile, graph and not (choosing and choosing.on_host)),
-            batch_invariant=batch_invariant,
-        )
+        choosing = _choosing(config, processors, input_ids.shape[1], options.mask_token_id, return_logprobs)
+        watch = Watch.of(streamer, criteria)
+        run = partial(_decode, model, input_ids, options, config, criteria, attention_mask, watch, choosing)
         try:
             return run()
         except Exception as error:
@@ -213,13 +171,52 @@ def generate(
                 raise
         return run()
 
-    # Not through the instance, whose generate may be this function. A class's own is called, and what it does around
-    # the call is done; it has to lead to transformers'.
-    output = type(model).generate(model, input_ids, custom_generate=decode, **settings)
+    return _prepared_by_theirs(model, input_ids, settings, decode)
+
+
+def settings_of(
+    model: PreTrainedModel, input_ids: Tensor | None, kwargs: dict[str, Any], mask_token_id: int, *, stacklevel: int
+) -> tuple[Tensor, dict[str, Any]]:
+    """Prompts and arguments for transformers' generate; warns of what the model's own file asks for in vain."""
+    file = getattr(model, "generation_config", None)
+    if file is None:
+        raise ValueError(f"{type(model).__name__} cannot generate; load the model with AutoModelForCausalLM")
+    input_ids, settings, left_out = read_arguments(file, input_ids, kwargs)
+    if left_out.get("suppress_tokens") == [mask_token_id]:
+        del left_out["suppress_tokens"]  # as training records it for other decoders; ours never emits it
+    warn_of_left_out(type(model).__name__, left_out, stacklevel=stacklevel + 1)
+    return input_ids, settings
+
+
+def _prepared_by_theirs(
+    model: PreTrainedModel, input_ids: Tensor, settings: dict[str, Any], decode: Callable[..., Any]
+) -> Any:
+    """What comes of decode(input_ids, processors, criteria, config, attention_mask), as transformers prepares them."""
+    reached = False
+
+    def ours(
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Any:
+        nonlocal reached
+        reached = True
+        if not model_kwargs.get("mm_encoder_outputs", True):
+            del model_kwargs["mm_encoder_outputs"]  # of a model that could see images, and has been given none
+        require_prepared(generation_config, model_kwargs)
+        attention_mask = model_kwargs.get("attention_mask")
+        return decode(input_ids, logits_processor, stopping_criteria, generation_config, attention_mask)
+
+    # Not through the instance, whose generate may be `mtpkern.generate`. A class's own is called, and what it does
+    # around the call is done; it has to lead to transformers'.
+    output = type(model).generate(model, input_ids, custom_generate=ours, **settings)
     if not reached:
         raise ValueError(
             f"{type(model).__name__}.generate decodes in its own way and hands nothing on to transformers' generate, "
-            "so mtpkern.generate cannot take its place; use model.generate"
+            "so mtpkern cannot take its place; use model.generate"
         )
     return output
 
@@ -227,18 +224,12 @@ def generate(
 def _decode(
     model: PreTrainedModel,
     input_ids: Tensor,
-    strategy: Strategy,
+    options: Options,
     generation_config: GenerationConfig,
     stopping_criteria: StoppingCriteriaList,
     attention_mask: Tensor | None,
-    *,
     watch: Watch | None,
-    mask_token_id: int,
-    use_graph: bool,
-    prefill_chunk: int,
-    wait: bool,
-    check_model: bool,
-    **options: Any,
+    choosing: Choosing | None,
 ) -> Tensor | MTPGenerateOutput:
     # The host looks at the prompts once, before anything runs.
     given_on, padding = input_ids.device, generation_config._pad_token_tensor
@@ -246,7 +237,7 @@ def _decode(
     host_ids, pad, *mask = on_host(input_ids, *told)
     filler, host_mask = int(pad), mask[0] if mask else None
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    require_prompts(host_ids, host_mask, mask_token_id=mask_token_id, vocabulary=vocabulary)
+    require_prompts(host_ids, host_mask, mask_token_id=options.mask_token_id, vocabulary=vocabulary)
     B, T = input_ids.shape
     prompts = [T] * B if host_mask is None else host_mask.long().sum(1).tolist()
     if min(prompts) == T:
@@ -270,24 +261,24 @@ def _decode(
     # The prefill runs through the model's own attention, and the results are read before another run may have the
     # decoder.
     with (
-        exclusive(model, wait=wait),
+        exclusive(model, wait=options.wait),
         torch.accelerator.device_index(model.device.index),
         decoder_for(
             model,
-            strategy,
+            options.strategy,
             stop_ids,
             tokens=T + max_new_tokens,
             max_new_tokens=max_new_tokens,
-            mask_token_id=mask_token_id,
-            use_graph=use_graph,
-            check_model=check_model,
-            prefill=partial(_prefill, input_ids=input_ids, attention_mask=attention_mask, chunk=prefill_chunk),
+            prefill=partial(
+                prefill_with_room, input_ids=input_ids, attention_mask=attention_mask, chunk=options.prefill_chunk
+            ),
             batch=B,
-            **options,
+            choosing=choosing,
+            **options.of_decoder(on_host=bool(choosing and choosing.on_host)),
         ) as decoder,
     ):
         sequences = decoder.sequences
-        poll = Poll(sequences) if watch is None else watch.poll(sequences, strategy)
+        poll = Poll(sequences) if watch is None else watch.poll(sequences, options.strategy)
         with routed(model, decoder.cache) as route:
             decoder.run(route, poll)
         # One copy to the host, behind all passes; of their record as much as so many can have written.
@@ -346,37 +337,28 @@ def _choosing(
 def prepared(
     model: PreTrainedModel, input_ids: Tensor, settings: dict[str, Any], mask_token_id: int
 ) -> tuple[GenerationConfig, StoppingCriteriaList]:
-    """What transformers makes of a call with these settings, as `read_arguments` returns them; nothing is decoded.
+    """What transformers makes of a call with these settings, as `settings_of` returns them; nothing is decoded.
 
     Raises ValueError where more than the argmax is asked for.
     """
     found: list[tuple[GenerationConfig, StoppingCriteriaList]] = []
 
     def note(
-        model: PreTrainedModel,
         input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        **model_kwargs: Any,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        attention_mask: Tensor | None,
     ) -> Tensor:
-        if not model_kwargs.get("mm_encoder_outputs", True):
-            del model_kwargs["mm_encoder_outputs"]
-        require_prepared(generation_config, model_kwargs)
-        if _choosing(generation_config, logits_processor, input_ids.shape[1], mask_token_id, False) is not None:
+        if _choosing(config, processors, input_ids.shape[1], mask_token_id, False) is not None:
             raise ValueError(
                 "generate_batch decodes greedily: it does not sample, runs no logits processors and keeps no scores; "
                 "leave do_sample, penalties, banned tokens, output_scores and output_logits out, or use generate"
             )
-        found.append((generation_config, stopping_criteria))
+        found.append((config, criteria))
         return input_ids
 
-    type(model).generate(model, input_ids, custom_generate=note, **settings)
-    if not found:
-        raise ValueError(
-            f"{type(model).__name__}.generate decodes in its own way and hands nothing on to transformers' generate, "
-            "so mtpkern cannot take its place; use model.generate"
-        )
+    _prepared_by_theirs(model, input_ids, settings, note)
     return found[0]
 
 
@@ -387,83 +369,6 @@ def past_positions(model: PreTrainedModel, positions: int, prompt: int, new: int
         f"tokens that has come to no end within them, with max_new_tokens={new} (max_length={prompt + new}); lower "
         "the limit or shorten the prompt"
     )
-
-
-@contextmanager
-def decoder_for(
-    model: PreTrainedModel,
-    strategy: Strategy,
-    stop_ids: Tensor,
-    *,
-    tokens: int,
-    max_new_tokens: int,
-    mask_token_id: int,
-    use_graph: bool,
-    check_model: bool,
-    by_load: bool,
-    prefill: Callable[[Decoder], None],
-    **options: Any,
-) -> Iterator[Decoder]:
-    """A decoder whose prefill is queued, for a model that decodes right and where there is room for it.
-
-    With a graph one that an earlier call has left, or that is kept for the next.
-    """
-    if check_model:
-        # Where the model has none, any token stands for the masks of a trial.
-        known = gate_of(model) is not None or mask_token_id < model.get_input_embeddings().weight.shape[0]
-        require_verified(model, mask_token_id if known else 0)
-
-    def shape(capacity: int) -> dict[str, Any]:
-        return {"capacity": capacity, "mask_token_id": mask_token_id, **options}
-
-    def make(use_graph: bool) -> Decoder:
-        return Decoder(
-            model,
-            strategy,
-            stop_ids=stop_ids,
-            max_new_tokens=max_new_tokens,
-            use_graph=use_graph,
-            by_load=by_load,
-            **shape(slots_for(tokens, use_graph)),
-        )
-
-    capacity = slots_for(tokens, use_graph)
-    key = (strategy.k, strategy.verify, strategy.masks, places_for(stop_ids), *shape(capacity).values())
-    if not (use_graph and is_kept(model, key)):
-        scratch = strategy.masks
-        require_room(model, options["batch"], tokens, scratch=scratch, kept=kept_bytes(model.device))
-        use_graph = use_graph and fits_at_once(model, options["batch"], capacity, scratch=scratch)
-    if not use_graph:
-        decoder = make(False)
-        prefill(decoder)
-        yield decoder
-        return
-
-    def begin(decoder: Decoder) -> None:
-        decoder.by_load = by_load
-        decoder.restart(strategy, stop_ids, max_new_tokens)
-        prefill(decoder)
-
-    with kept_decoder(model, key, partial(make, True), begin) as decoder:
-        yield decoder
-
-
-def slots_for(tokens: int, use_graph: bool) -> int:
-    """Slots for so many tokens. With a graph two sizes per octave, from 256, so that calls share theirs."""
-    step = max(256, 1 << (tokens - 1).bit_length() >> 2) if use_graph else _CAPACITY_STEP
-    return -(-tokens // step) * step
-
-
-def _prefill(decoder: Decoder, input_ids: Tensor, attention_mask: Tensor | None, chunk: int) -> None:
-    """Run the prefill; where memory is short, once more without what earlier calls have kept."""
-    try:
-        decoder.prefill(input_ids, attention_mask, chunk=chunk)
-        return
-    except torch.OutOfMemoryError:
-        if not release_graphs():
-            raise
-    # Outside of the handler, whose traceback holds on to what the first attempt has allocated.
-    decoder.prefill(input_ids, attention_mask, chunk=chunk)
 
 
 def _new_tokens(decoder: Decoder, ends: Tensor, mask: Tensor | None, T: int, width: int, filler: int) -> Tensor:

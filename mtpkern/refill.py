@@ -18,9 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mtpkern.attention import unrouted
-from mtpkern.decoder import Decoder, Poll
+from mtpkern.decoder import Decoder
 from mtpkern.generation import past_positions
 from mtpkern.kernels.state import FAULT, RUNNING
+from mtpkern.poll import Poll
 from mtpkern.slots import Newcomer, enter
 from mtpkern.watch import REASONS
 

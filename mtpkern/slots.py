@@ -87,7 +87,7 @@ def enter(decoder: Decoder, newcomers: Sequence[Newcomer], owner: Tensor, *, chu
         decoder.prefill_chunk(prefill, columns, seen, told, min(end, width))
         if end < width:
             yield
-    decoder.require_cached()
+    cache.require_cached(decoder.model.config)
     _begin(decoder, newcomers, seq, owner)
 
 

@@ -26,8 +26,8 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria
 
-from mtpkern.decoder import Poll
 from mtpkern.kernels.state import FAULT, LIMIT, RUNNING, STOPPED, Sequences
+from mtpkern.poll import Poll
 from mtpkern.strategies import Strategy
 
 Criterion = TypeVar("Criterion")

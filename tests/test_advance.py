@@ -14,12 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtpkern.kernels.advance import advance, advance_reference, advance_triton
+from mtpkern.kernels.advance import advance, advance_triton
 from mtpkern.kernels.state import FAULT, LIMIT, RUNNING, STOPPED, Rows, Sequences, Terms
 from mtpkern.kernels.worth import UNIT
 from mtpkern.reference import likeliest_ends
 
-FORMS = [advance, advance_reference, pytest.param(advance_triton, marks=pytest.mark.kernel)]
+FORMS = [advance, advance.reference, pytest.param(advance_triton, marks=pytest.mark.kernel)]
 MASK = 99
 UNWRITTEN = -7
 
@@ -370,7 +370,7 @@ def decode(
         assert all(1 <= block <= k for block in text.blocks)
 
 
-@pytest.mark.parametrize("form", [advance, advance_reference])
+@pytest.mark.parametrize("form", [advance, advance.reference])
 @given(scenario=scenarios())
 @settings(max_examples=250, derandomize=True, deadline=None)
 def test_equals_the_plain_python_model(form: Form, scenario: dict[str, object]) -> None:

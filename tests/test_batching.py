@@ -12,11 +12,12 @@ import torch
 from transformers import GenerationConfig
 
 import mtpkern
-from mtpkern import ConfAdapt, Static, Verified, decoder, refill
+from mtpkern import ConfAdapt, Static, Verified, refill
 from mtpkern.attention import attention_context
 from mtpkern.batching import BatchOutput, generate_batch, iterate_batch
 from mtpkern.decoder import Decoder
 from mtpkern.kernels.state import RUNNING
+from mtpkern.poll import LAG, Poll
 from mtpkern.strategies import Strategy
 
 STOP = 3
@@ -128,16 +129,16 @@ def lagging(monkeypatch: pytest.MonkeyPatch) -> None:
             self.asked += 1
             return self.asked > 2
 
-    init = decoder.Poll.__init__
+    init = Poll.__init__
 
     def late(self: Any, sequences: Any) -> None:
         init(self, sequences)
         self.on_cpu = False
-        self.copies = torch.empty(decoder.LAG + 1, *self.state().shape, dtype=torch.int64)
-        self.events = [Event(None)] * (decoder.LAG + 1)
+        self.copies = torch.empty(LAG + 1, *self.state().shape, dtype=torch.int64)
+        self.events = [Event(None)] * (LAG + 1)
 
     monkeypatch.setattr(torch, "Event", Event)
-    monkeypatch.setattr(decoder.Poll, "__init__", late)
+    monkeypatch.setattr(Poll, "__init__", late)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=repr)

@@ -16,7 +16,7 @@ import torch
 from mtpkern.bench import gpu, preflight
 from mtpkern.bench.report import Goal, Table, write
 from mtpkern.kernels.advance import advance_triton
-from mtpkern.kernels.readout import readout_reference, readout_triton
+from mtpkern.kernels.readout import readout, readout_triton
 
 ROOT = Path(gpu.__file__).resolve().parents[1]
 
@@ -253,7 +253,7 @@ def test_preflight_names_aot_cases():
 
 WRONG_KERNELS = {
     "kv_write": ("write", lambda k_cache, v_cache, *rest: k_cache.add_(1)),
-    "readout": ("readout.readout", lambda logits, mask: tuple(x + 1 for x in readout_reference(logits, mask))),
+    "readout": ("readout.readout", lambda logits, mask: tuple(x + 1 for x in readout.reference(logits, mask))),
     "advance": ("readout.advance", lambda sequences, rows, *rest, **options: sequences.length.add_(1)),
     "decode_attention": ("decode_attention.decode_attention", lambda query, *rest, **options: query),
     "span_attention": (

@@ -79,9 +79,9 @@ def test_a_strategy_without_k_decodes_with_the_recorded_one(
     model: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    decoder = mtpkern.generation.Decoder
+    decoder = mtpkern.pool.Decoder
     monkeypatch.setattr(
-        mtpkern.generation,
+        mtpkern.pool,
         "Decoder",
         lambda model, strategy, **kw: seen.append(strategy) or decoder(model, strategy, **kw),
     )

@@ -89,7 +89,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[RecordedStep]]:
     monkeypatch.setattr(graph, "on_side_stream", lambda device: nullcontext())
     monkeypatch.setattr(graph, "memory_of", lambda device: 1 << 40)
     monkeypatch.setattr(torch, "Event", Event)
-    for module in ("mtpkern.decoder", "mtpkern.generation", "mtpkern.batching"):
+    for module in ("mtpkern.decoder", "mtpkern.options"):
         monkeypatch.setattr(f"{module}.wants_graph", lambda use_graph, device: use_graph is not False)
     release_graphs()
     RecordedStep.captures = 0

@@ -18,9 +18,9 @@ from mtpkern import ConfAdapt, Verified, layers
 from mtpkern.adapter import gate_of
 from mtpkern.compare import encode, read_problems
 from mtpkern.demo import ASSETS, load
-from mtpkern.generation import strategy_for
 from mtpkern.graph import fingerprint
 from mtpkern.layers import CompiledLayers, decoder_layers, wants_compile
+from mtpkern.options import strategy_for
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtpkern.kernels.readout import readout, readout_reference, readout_triton
+from mtpkern.kernels.readout import readout, readout_triton
 
-FORMS = [readout, readout_reference, pytest.param(readout_triton, marks=pytest.mark.kernel)]
+FORMS = [readout, readout.reference, pytest.param(readout_triton, marks=pytest.mark.kernel)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 Form = Callable[[Tensor, int], tuple[Tensor, Tensor]]

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtpkern.kernels.readout import readout_reference
-from mtpkern.kernels.sample import sample, sample_reference, sample_triton, uniform
+from mtpkern.kernels.readout import readout
+from mtpkern.kernels.sample import sample, sample_triton, uniform
 
-FORMS = [sample, sample_reference, pytest.param(sample_triton, marks=pytest.mark.kernel)]
+FORMS = [sample, sample.reference, pytest.param(sample_triton, marks=pytest.mark.kernel)]
 Form = Callable[..., tuple[Tensor, Tensor]]
 NEVER, ALWAYS = torch.inf, -1.0
 
@@ -101,7 +101,7 @@ def test_share_of_each_token(form: Form) -> None:
 def test_greedy_where_it_is_sure(form: Form) -> None:
     logits = draw(64, 53, torch.float32)
     key, stream, position = places(64)
-    token, confidence = readout_reference(logits, 9)
+    token, confidence = readout.reference(logits, 9)
     for above in (ALWAYS, 0.5, NEVER):
         drawn, sure = form(logits, key, stream, position, torch.tensor([above]).expand(64), 9)
         torch.testing.assert_close(sure, confidence, rtol=1e-5, atol=0)

@@ -22,6 +22,7 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTime
 
 import mtpkern
 from mtpkern import ConfAdapt, Static, Verified, decoder, generation, graph
+from mtpkern.poll import LAG, Poll
 from mtpkern.strategies import Strategy
 from mtpkern.watch import Watch
 
@@ -68,15 +69,15 @@ def lagging(monkeypatch: pytest.MonkeyPatch) -> None:
         def record(self) -> None: ...
         def synchronize(self) -> None: ...
 
-    init = decoder.Poll.__init__
+    init = Poll.__init__
 
     def late(self: Any, sequences: Any) -> None:
         init(self, sequences)
         self.on_cpu = False
-        self.copies = torch.empty(decoder.LAG + 1, *self.state().shape, dtype=torch.int64)
-        self.events = [Event(None)] * (decoder.LAG + 1)
+        self.copies = torch.empty(LAG + 1, *self.state().shape, dtype=torch.int64)
+        self.events = [Event(None)] * (LAG + 1)
 
-    monkeypatch.setattr(decoder.Poll, "__init__", late)
+    monkeypatch.setattr(Poll, "__init__", late)
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def kept(model: Any, monkeypatch: pytest.MonkeyPatch, lagging: None) -> Iterator
     monkeypatch.setattr(graph, "on_side_stream", lambda device: nullcontext())
     monkeypatch.setattr(graph, "memory_of", lambda device: 1 << 40)
     monkeypatch.setattr(torch, "Event", Event)
-    for module in ("mtpkern.decoder", "mtpkern.generation"):
+    for module in ("mtpkern.decoder", "mtpkern.options"):
         monkeypatch.setattr(f"{module}.wants_graph", lambda use_graph, device: use_graph is not False)
     graph.release_graphs()
     yield lambda: len(graph._kept.get(model, {}))
@@ -492,8 +493,8 @@ def test_a_sequence_that_is_stopped_brings_no_more_rows(
 def test_nobody_watches_and_nothing_is_added(model: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Watch, "begin", lambda *_, **__: pytest.fail("somebody watches"))
     seen = []
-    take = decoder.Poll.take
-    monkeypatch.setattr(decoder.Poll, "take", lambda self, state: seen.append(state) or take(self, state))
+    take = Poll.take
+    monkeypatch.setattr(Poll, "take", lambda self, state: seen.append(state) or take(self, state))
     mtpkern.generate(model, **inputs, max_new_tokens=4, stopping_criteria=[], streamer=None, stop_strings=None)
     assert seen
     assert all(state.shape == (3,) for state in seen)

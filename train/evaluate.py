@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mtpkern.compare import pad, sample_k
-from mtpkern.generation import MTPGenerateOutput, generate, strategy_for
+from mtpkern.generation import MTPGenerateOutput, generate
 from mtpkern.grading import is_right
 from mtpkern.model import require_decodable
+from mtpkern.options import strategy_for
 from mtpkern.strategies import Strategy, Verified
 
 

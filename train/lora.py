@@ -9,7 +9,7 @@ Source   Hu et al., arXiv 2106.09685; peft's LoraConfig and trainable_token_indi
 from __future__ import annotations
 
 import copy
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,13 +53,21 @@ def add_lora(
     """
     embedding = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding)
-    config = LoraConfig(
+    config = _config(rank, alpha, targets, trainable_token_indices={name.rpartition(".")[2]: [mask_token_id]})
+    return _with_adapters(model, config, seed)
+
+
+def _config(rank: int, alpha: float | None, targets: str, **more: Any) -> LoraConfig:
+    return LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
         target_modules=targets if targets == "all-linear" else [part.strip() for part in targets.split(",")],
-        trainable_token_indices={name.rpartition(".")[2]: [mask_token_id]},
         task_type="CAUSAL_LM",
+        **more,
     )
+
+
+def _with_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         with wrapping():
@@ -108,23 +116,11 @@ def add_gated_lora(
         digest="" if getattr(model, "is_quantized", False) else digest(model),
         chat=chat,
     )
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank if alpha is None else alpha,
-        target_modules=targets if targets == "all-linear" else [part.strip() for part in targets.split(",")],
-        # A token that never comes: to peft itself the adapter is off.
-        alora_invocation_tokens=[settings.mask_token_id],
-        auto_mapping=marked(settings, row),
-        task_type="CAUSAL_LM",
-    )
+    # A token that never comes: to peft itself the adapter is off.
+    never, marks = [settings.mask_token_id], marked(settings, row)
+    config = _config(rank, alpha, targets, alora_invocation_tokens=never, auto_mapping=marks)
     require_gateable(config)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        with wrapping():
-            peft_model = get_peft_model(model, config)
-    for parameter in peft_model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.float32)
+    peft_model = _with_adapters(model, config, seed)
     row = row_of(config)
     row.data = row.data.to(weight.device)
     with unloaded_on_error(peft_model):

@@ -1,0 +1,60 @@
+"""Options: how a call of `generate` or `generate_batch` decodes, read and checked in one place for both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from mtpkern.arguments import require_bool, whole_number
+from mtpkern.graph import wants_graph
+from mtpkern.layers import wants_compile
+from mtpkern.model import mask_token_for, recorded_settings, require_decodable
+from mtpkern.strategies import Strategy, Verified
+
+
+def strategy_for(model: PreTrainedModel, strategy: Strategy | None = None) -> Strategy:
+    """The strategy, Verified unless given, with the model's k where it has none of its own: `strategy_for(model).k`."""
+    return (strategy or Verified()).for_model(recorded_settings(model).get("k_max"))
+
+
+class Options:
+    """What a call says of these, as `generate` explains them; raises what is wrong with them, by name.
+
+    Options(model, {"strategy": None, "mask_token_id": None, "rows": 16, ...}).strategy.k
+    """
+
+    # fmt: off
+    NAMES = (
+        "strategy", "mask_token_id", "rows", "use_graph", "compile", "batch_invariant", "prefill_chunk", "wait",
+        "check_model",
+    )
+    # fmt: on
+
+    def __init__(self, model: PreTrainedModel, given: Mapping[str, Any]) -> None:
+        strategy, rows = given["strategy"], given["rows"]
+        if not isinstance(strategy, Strategy | None):
+            raise TypeError(f"strategy must be mtpkern.Static, ConfAdapt or Verified, got {strategy!r}")
+        for name in ("batch_invariant", "wait", "check_model", "use_graph", "compile"):
+            if given[name] is not None or name not in ("use_graph", "compile"):
+                require_bool(name, given[name])
+        require_decodable(model)
+        self.wait: bool = given["wait"]
+        self.prefill_chunk = whole_number("prefill_chunk", given["prefill_chunk"], least=1)
+        self.strategy = strategy_for(model, strategy)
+        self.mask_token_id = mask_token_for(model, self.strategy.k, given["mask_token_id"])
+        self._graph = wants_graph(given["use_graph"], model.device)
+        self._compile: bool | None = given["compile"]
+        self._others = {
+            "mask_token_id": self.mask_token_id,
+            "check_model": given["check_model"],
+            "rows": None if rows is None else whole_number("rows", rows, least=1),
+            "by_load": rows is None and (strategy is None or not strategy.k) and self.strategy.verify,
+            "batch_invariant": given["batch_invariant"],
+        }
+
+    def of_decoder(self, *, on_host: bool = False) -> dict[str, Any]:
+        """What the decoder is to be; on_host: a step waits for the host, so that it cannot be captured."""
+        use_graph = self._graph and not on_host
+        return {**self._others, "use_graph": use_graph, "compile": wants_compile(self._compile, use_graph)}

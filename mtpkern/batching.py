@@ -40,6 +40,7 @@ from mtpkern.graph import kept_bytes, release_graphs, wants_graph, without_kerne
 from mtpkern.layers import wants_compile
 from mtpkern.memory import require_room
 from mtpkern.model import has_latent_attention, learned_positions, mask_token_for, require_decodable
+from mtpkern.parallel import is_parallel
 from mtpkern.refill import BatchOutput as BatchOutput
 from mtpkern.refill import Job, Slots
 from mtpkern.slots import vacate
@@ -187,16 +188,18 @@ class _Batch:
         self.batch_size = whole_number("batch_size", batch_size, least=1)
         self.chunk = whole_number("prefill_chunk", prefill_chunk, least=1)
         self.tokenizer, self.order, self.wait = tokenizer, order, wait
-        self.reuse = reuse and not has_latent_attention(model)
+        # When the host learns of an end is up to each rank: what a slot holds then may decide nothing.
+        parallel = is_parallel(model)
+        self.reuse = reuse and not has_latent_attention(model) and not parallel
         self.strategy = strategy_for(model, strategy)
         self.mask_token_id = mask_token_for(model, self.strategy.k, mask_token_id)
-        graph = wants_graph(use_graph, model.device)
+        graph = wants_graph(False if parallel and use_graph is None else use_graph, model.device)
         self.options: dict[str, Any] = {
             "mask_token_id": self.mask_token_id,
             "use_graph": graph,
             "check_model": check_model,
             "rows": None if rows is None else whole_number("rows", rows, least=1),
-            "by_load": rows is None and (strategy is None or not strategy.k) and self.strategy.verify,
+            "by_load": rows is None and (strategy is None or not strategy.k) and self.strategy.verify and not parallel,
             "compile": wants_compile(compile, graph),
             "batch_invariant": batch_invariant,
         }

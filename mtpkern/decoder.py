@@ -33,6 +33,7 @@ from mtpkern.kernels.state import RUNNING, Rows, Sequences, Terms
 from mtpkern.layers import CompiledLayers
 from mtpkern.load import Ladder, Load, price_of, times_of
 from mtpkern.model import has_latent_attention, learned_positions
+from mtpkern.parallel import agree
 from mtpkern.products import Products, wants_one_product
 from mtpkern.strategies import Strategy
 
@@ -238,7 +239,10 @@ class Decoder:
         for end in ends:
             logits = self.prefill_chunk(cache, columns, mask, told, end, keep=k if end == ends[-1] else 1)
         self.require_cached()
-        places = None if self.choice is None else self.choice.begin(input_ids, real, self.max_new_tokens)
+        places = None
+        if self.choice is not None:
+            places = self.choice.begin(input_ids, real, self.max_new_tokens)
+            agree(self.model, self.choice.key)
         return self._take_in(logits[:, -k:].flatten(0, 1), places)
 
     def prefill_cache(self, slot: Tensor, seq: Tensor | None = None) -> PrefillCache | CapturedPrefill:

@@ -40,6 +40,7 @@ from mtpkern.host import on_host
 from mtpkern.layers import wants_compile
 from mtpkern.memory import fits_at_once, require_room
 from mtpkern.model import learned_positions, mask_token_for, recorded_settings, require_decodable
+from mtpkern.parallel import is_parallel, require_same_on_all
 from mtpkern.strategies import Strategy, Verified
 from mtpkern.verify import require_verified
 from mtpkern.watch import REASONS, Streamer, Watch, first_tokens, of_kind
@@ -149,7 +150,8 @@ def generate(
         raise TypeError(f"strategy must be mtpkern.Static, ConfAdapt or Verified, got {strategy!r}")
     model = unwrapped(model, kwargs)
     require_decodable(model)
-    free = rows is None and (strategy is None or not strategy.k)
+    parallel = is_parallel(model)
+    free = rows is None and (strategy is None or not strategy.k) and not parallel  # each rank has times of its own
     strategy = strategy_for(model, strategy)
     mask = mask_token_for(model, strategy.k, mask_token_id)
     options = {"batch_invariant": batch_invariant, "wait": wait, "check_model": check_model}
@@ -159,7 +161,7 @@ def generate(
     for name, asked in {"use_graph": use_graph, "compile": compile}.items():
         if asked is not None:
             require_bool(name, asked)
-    graph = wants_graph(use_graph, model.device)
+    graph = wants_graph(False if parallel and use_graph is None else use_graph, model.device)
     prefill_chunk = whole_number("prefill_chunk", prefill_chunk, least=1)
     rows = None if rows is None else whole_number("rows", rows, least=1)
     file = getattr(model, "generation_config", None)
@@ -170,6 +172,7 @@ def generate(
     if left_out.get("suppress_tokens") == [mask]:
         del left_out["suppress_tokens"]  # as training records it for other decoders; ours never emits it
     warn_of_left_out(type(model).__name__, left_out, stacklevel=2)
+    require_same_on_all(model, settings.get("max_time"), settings.get("stopping_criteria", ()))
     reached = False
 
     def decode(

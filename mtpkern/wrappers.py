@@ -98,6 +98,12 @@ def _require_plain(model: PreTrainedModel) -> None:
     """Refuse a model whose weights are not where it runs."""
     name = type(model).__name__
     device = model.device
+    for parts in ("fsdp", "pp"):
+        if (getattr(model, f"_{parts}_size", None) or 1) > 1:
+            raise ValueError(
+                f"{name} is split over processes by {parts}_size, whose parts only meet in a forward of transformers' "
+                "own; load it whole, or split it by its tp_plan"
+            )
     hook = getattr(model, "_hf_hook", None)
     if any(p.device != device or p.is_meta for p in model.parameters()) or type(hook).__name__ == "CpuOffload":
         where = ", ".join(sorted({str(p.device) for p in model.parameters()}))

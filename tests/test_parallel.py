@@ -41,6 +41,7 @@ def in_two_processes(work: Callable[[int], None]) -> None:
         try:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            torch.set_num_threads(1)  # a fork has none of the threads of its parent, and would wait for them
             work(rank)
             torch.distributed.barrier()
             code = 0
@@ -69,7 +70,7 @@ def split(folder: Path) -> Any:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
 def test_split_by_its_plan_a_model_decodes_as_whole(
     kind: str, tiny: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,3 +103,11 @@ def test_split_by_its_plan_a_model_decodes_as_whole(
             mtpkern.generate(parts, ids, max_time=1.0, **options)
 
     in_two_processes(work)
+
+
+@pytest.mark.parametrize("part", ["fsdp", "pp"])
+def test_other_ways_to_split_are_refused(part: str, tiny: SimpleNamespace) -> None:
+    model = tiny.model("llama")
+    setattr(model, f"_{part}_size", 2)
+    with pytest.raises(ValueError, match=f"{part}_size"):
+        mtpkern.generate(model, tiny.prompts(4)[0], max_new_tokens=2)

@@ -46,7 +46,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
         served = Serve(
-            force_model=str(folder), host="127.0.0.1", port=port, device="cpu", trust_remote_code=True, non_blocking=True
+            force_model=str(folder),
+            host="127.0.0.1",
+            port=port,
+            device="cpu",
+            trust_remote_code=True,
+            non_blocking=True,
         )
         ((loaded),) = served._model_manager.loaded_models.values()
         passes: list[int] = []

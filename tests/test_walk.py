@@ -207,7 +207,20 @@ def compared(model_type: str, tokens: int) -> dict[str, int]:
 
 # Of each kind of outcome a few: what decodes, and each reason that there is for refusing.
 MANY = (
-    *("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo", "olmo2", "smollm3"),
+    *(
+        "llama",
+        "qwen2",
+        "qwen3",
+        "mistral",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "phi",
+        "phi3",
+        "olmo",
+        "olmo2",
+        "smollm3",
+    ),
     *("granite", "gpt_neox", "qwen2_moe", "qwen3_moe", "mixtral", "gpt_oss", "cohere", "cohere2", "deepseek_v3", "glm"),
     *("glm4", "starcoder2", "opt", "gpt2", "stablelm", "nemotron", "helium", "ministral", "exaone4", "biogpt"),
 )

@@ -124,5 +124,5 @@ def _warn_of_outliers(model: PreTrainedModel) -> None:
             "what a sequence gets depends on its neighbours, in model.generate too, and several tokens a pass may "
             "differ from one. Load it with BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0), or in 4 "
             "bits, for tokens that do not",
-            stacklevel=3,
+            stacklevel=4,
         )

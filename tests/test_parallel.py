@@ -99,7 +99,7 @@ def test_split_by_its_plan_a_model_decodes_as_whole(
         prompts = [row[keep.bool()].tolist() for row, keep in zip(ids, real)]
         outputs = mtpkern.generate_batch(parts, prompts, max_new_tokens=NEW, batch_size=2)
         assert [output.tokens for output in outputs] == expected[0][:, ids.shape[1] :].tolist()
-        with pytest.raises(ValueError, match="max_time.*several processes"):
+        with pytest.raises(ValueError, match=r"max_time.*several processes"):
             mtpkern.generate(parts, ids, max_time=1.0, **options)
 
     in_two_processes(work)

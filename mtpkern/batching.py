@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import logits_process as theirs
 
 from mtpkern.adapter import adopt
 from mtpkern.arguments import (
+    HONOURED,
     inert,
     read_arguments,
     require_bool,
@@ -34,13 +36,15 @@ from mtpkern.arguments import (
     whole_number,
 )
 from mtpkern.attention import exclusive, routed
+from mtpkern.choosing import Choosing
 from mtpkern.decoder import PREFILL_CHUNK
+from mtpkern.fields import OF_SAMPLING
 from mtpkern.generation import decoder_for, past_positions, prepared, stop_ids_of, strategy_for
 from mtpkern.graph import kept_bytes, release_graphs, wants_graph, without_kernels
 from mtpkern.layers import wants_compile
 from mtpkern.memory import require_room
 from mtpkern.model import has_latent_attention, learned_positions, mask_token_for, require_decodable
-from mtpkern.parallel import is_parallel
+from mtpkern.parallel import agree, is_parallel
 from mtpkern.refill import BatchOutput as BatchOutput
 from mtpkern.refill import Job, Slots
 from mtpkern.slots import vacate
@@ -51,8 +55,17 @@ from mtpkern.wrappers import unwrapped
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Fields of GenerationConfig that mean something here.
-_HONOURED = {"max_new_tokens", "max_length", "eos_token_id", "pad_token_id", "bos_token_id", "return_dict_in_generate"}
+# What `generate` honours and means nothing here, or hangs on where the prompts of a batch end.
+_ONLY_FOR_ONE_BATCH = {
+    *("max_time", "num_return_sequences", "output_scores", "output_logits"),
+    *("exponential_decay_length_penalty", "forced_eos_token_id"),
+}
+_HONOURED = (HONOURED | set(OF_SAMPLING) | {"logits_processor", "stopping_criteria"}) - _ONLY_FOR_ONE_BATCH
+# Processors of transformers' that are made for prompts of one length; the fields of their names mean each prompt's.
+_OF_ONE_LENGTH = (
+    *(theirs.MinNewTokensLengthLogitsProcessor, theirs.SuppressTokensAtBeginLogitsProcessor),
+    *(theirs.ExponentialDecayLengthPenalty, theirs.ForcedEOSTokenLogitsProcessor),
+)
 
 # A text, ids, or a tensor of ids [T] or [1, T].
 Prompt = str | Sequence[int] | Tensor | np.ndarray
@@ -75,10 +88,14 @@ def generate_batch(
         prefilled only from there on. Not with latent attention, whose caches hold something else.
     progress: called with the number of prompts that are done.
 
-    eos_token_id and generation_config, strategy, mask_token_id, rows, use_graph, compile, batch_invariant,
-    prefill_chunk, wait and check_model are those of `mtpkern.generate`; nothing else is taken, and what the model's
-    own file asks for and greedy decoding leaves out is said in a warning. Without max_new_tokens the limit is that of
-    the file.
+    Sampling (do_sample=True, temperature, top_k and the others), penalties and other logits processors, stop_strings,
+    stopping_criteria, eos_token_id and generation_config, strategy, mask_token_id, rows, use_graph, compile,
+    batch_invariant, prefill_chunk, wait and check_model are those of `mtpkern.generate`, for each prompt as if it were
+    alone: criteria get it as [1, t]. Criteria and processors must be functions of the text. What the model's own file
+    asks for and greedy decoding leaves out is said in a warning. Without max_new_tokens the limit is that of the file.
+
+    The draws of a prompt hang on torch's seed and the prompt's number alone: what else is in the batch, batch_size and
+    order change nothing, and `mtpkern.generate` on the padded prompts draws the same behind the same seed.
 
     Each prompt gets the tokens that it would get alone (the model's matrix products may round otherwise for other
     numbers of rows, as in any batch). One that fails costs itself alone: it is empty, or holds what is no token of the
@@ -207,7 +224,18 @@ class _Batch:
         self.failed: list[BatchOutput] = []
         ids = [self._ids_of(number, prompt) for number, prompt in enumerate(given)]
         probe = next((x for x in ids if x is not None), None)
-        self.stop_ids, new = self._prepare(probe, kwargs, told=each is not None)
+        self.stop_ids, self.criteria, choosing, new = self._prepare(
+            probe, kwargs, told=max(each, default=1) if each else None
+        )
+        self.options["choosing"] = choosing
+        if choosing is not None and choosing.on_host:
+            self.options["use_graph"] = False
+            self.options["compile"] = wants_compile(compile, False)
+        self.key = None
+        if choosing is not None and choosing.samples:
+            # Once for the call, so that a run that begins anew draws the same.
+            self.key = torch.empty(1, dtype=torch.int64, device=model.device).random_()
+            agree(model, self.key)
         self.jobs = self._jobs(ids, new if each is None else each)
 
     def _ids_of(self, number: int, prompt: Prompt) -> np.ndarray | None:
@@ -239,9 +267,12 @@ class _Batch:
         self.failed.append(BatchOutput(number, error=error))
 
     def _prepare(
-        self, probe: np.ndarray | None, kwargs: dict[str, Any], *, told: bool
-    ) -> tuple[Tensor, Callable[[int], int]]:
-        """The stop tokens [S], and how many new tokens a prompt of T gets where the call does not tell."""
+        self, probe: np.ndarray | None, kwargs: dict[str, Any], *, told: int | None
+    ) -> tuple[Tensor, StoppingCriteriaList, Choosing | None, Callable[[int], int]]:
+        """Stop tokens [S], criteria, what chooses, and how many new tokens a prompt of T gets.
+
+        told: the most that the call itself says.
+        """
         file = getattr(self.model, "generation_config", None)
         if file is None:
             name = type(self.model).__name__
@@ -249,16 +280,17 @@ class _Batch:
         _refuse(kwargs, file)
         ids = torch.from_numpy(np.zeros(1, dtype=np.int64) if probe is None else probe)[None].to(self.model.device)
         asked = {**kwargs, "attention_mask": torch.ones_like(ids), "return_dict_in_generate": None}
-        if told:
-            asked["max_new_tokens"] = 1
+        asked["tokenizer"] = self.tokenizer
+        if told is not None:
+            asked["max_new_tokens"] = told
         ids, settings, left_out = read_arguments(file, ids, asked)
         if left_out.get("suppress_tokens") == [self.mask_token_id]:
             del left_out["suppress_tokens"]
         warn_of_left_out(type(self.model).__name__, left_out, stacklevel=4)
-        config, criteria = prepared(self.model, ids, settings, self.mask_token_id)
+        config, criteria, choosing = prepared(self.model, ids, settings, self.mask_token_id)
         whole, limit = "max_new_tokens" not in settings and "max_length" in settings, config.max_length
         new = limit - ids.shape[1]
-        return stop_ids_of(criteria), lambda length: limit - length if whole else new
+        return stop_ids_of(criteria), criteria, choosing, lambda length: limit - length if whole else new
 
     def _jobs(self, prompts: list[np.ndarray | None], new: Callable[[int], int] | list[int]) -> list[Job]:
         """Those that can be decoded, in the order in which they will be; the others fail."""
@@ -330,7 +362,7 @@ class _Batch:
                 self.stop_ids.to(model.device, non_blocking=True),
                 tokens=max(job.tokens for job in jobs),
                 max_new_tokens=max(job.new for job in jobs),
-                prefill=vacate,
+                prefill=partial(vacate, key=self.key),
                 batch=slots,
                 **self.options,
             ) as decoder,
@@ -344,6 +376,7 @@ class _Batch:
                 tokenizer=self.tokenizer,
                 chunk=self.chunk,
                 reuse=self.reuse,
+                criteria=self.criteria,
             )
             poll.fill()
             with routed(model, decoder.cache) as route:
@@ -387,6 +420,13 @@ def _refuse(kwargs: dict[str, Any], file: GenerationConfig) -> None:
     if bad:
         values = ", ".join(f"{name}={value!r:.60}" for name, value in bad.items())
         raise ValueError(
-            f"mtpkern.generate_batch does not support {values}: it is greedy, and ends at stop tokens and limits; "
-            "leave it out, or use mtpkern.generate"
+            f"mtpkern.generate_batch does not support {values}, which is not a matter of each prompt alone; leave it "
+            "out, or use mtpkern.generate"
         )
+    for processor in asked.get("logits_processor") or ():
+        if type(processor) in _OF_ONE_LENGTH:
+            raise ValueError(
+                f"mtpkern.generate_batch does not support the logits processor {type(processor).__name__}, which is "
+                "made for prompts of one length; pass the field of generate that makes it (min_new_tokens, "
+                "begin_suppress_tokens), or use mtpkern.generate"
+            )

@@ -333,6 +333,39 @@ class Decoder:
         )
         return logits
 
+    @torch.inference_mode()
+    def take_in_some(self, logits: Tensor, seq: Tensor) -> None:
+        """As behind `prefill`, for sequences seq [n] alone: logits [n * k, V] of their last tokens and masks behind.
+
+        The others stay as they are, and the next pass is planned anew.
+        """
+        n, k, B = len(seq), self.strategy.k, len(self.sequences.status)
+        if self.choice is None:
+            token, confidence = readout(logits, self.mask_token_id)
+        else:
+            o = torch.arange(n * k, device=self.device)
+            start = torch.zeros(B + 1, dtype=torch.int64, device=self.device)
+            start[seq], start[-1] = o[::k], n * k
+            position = self.sequences.length[seq].repeat_interleave(k, output_size=n * k) - 1 + o % k
+            token, confidence = self.choice(logits, seq.repeat_interleave(k, output_size=n * k), position, start)
+        some = Sequences(*(x[seq] for x in vars(self.sequences).values()))
+        rows = Rows.allocate(n * (2 * k - 1 + self.strategy.masks), n, self.device, k)
+        rows.expect_prefill(k)
+        advance(
+            some,
+            rows,
+            Terms(self.terms.threshold, self.terms.stop_ids, self.terms.price),
+            token,
+            confidence,
+            k=k,
+            verify=self.strategy.verify,
+            mask_token_id=self.mask_token_id,
+            masks=self.strategy.masks,
+        )
+        for x, y in zip(vars(self.sequences).values(), vars(some).values()):
+            x[seq] = y
+        self.plan()
+
     def run(self, route: dict[str, AttentionContext], poll: Poll | None = None) -> None:
         """Step until every sequence is done, at most max_passes; `poll` may do more than count."""
         poll = poll or Poll(self.sequences)

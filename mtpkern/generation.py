@@ -348,12 +348,9 @@ def _choosing(
 
 def prepared(
     model: PreTrainedModel, input_ids: Tensor, settings: dict[str, Any], mask_token_id: int
-) -> tuple[GenerationConfig, StoppingCriteriaList]:
-    """What transformers makes of a call with these settings, as `read_arguments` returns them; nothing is decoded.
-
-    Raises ValueError where more than the argmax is asked for.
-    """
-    found: list[tuple[GenerationConfig, StoppingCriteriaList]] = []
+) -> tuple[GenerationConfig, StoppingCriteriaList, Choosing | None]:
+    """What transformers makes of a call with these settings, as `read_arguments` returns them; nothing is decoded."""
+    found: list[tuple[GenerationConfig, StoppingCriteriaList, Choosing | None]] = []
 
     def note(
         model: PreTrainedModel,
@@ -366,12 +363,8 @@ def prepared(
         if not model_kwargs.get("mm_encoder_outputs", True):
             del model_kwargs["mm_encoder_outputs"]
         require_prepared(generation_config, model_kwargs)
-        if _choosing(generation_config, logits_processor, input_ids.shape[1], mask_token_id, False) is not None:
-            raise ValueError(
-                "generate_batch decodes greedily: it does not sample, runs no logits processors and keeps no scores; "
-                "leave do_sample, penalties, banned tokens, output_scores and output_logits out, or use generate"
-            )
-        found.append((generation_config, stopping_criteria))
+        choosing = _choosing(generation_config, logits_processor, input_ids.shape[1], mask_token_id, False)
+        found.append((generation_config, stopping_criteria, choosing))
         return input_ids
 
     type(model).generate(model, input_ids, custom_generate=note, **settings)

@@ -39,7 +39,8 @@ class Texts:
 
     tokens [B, C + 1]; seq, end [R]; length [R]: of the text as transformers has it, with the padding in front and the
     row's own token; new [R]: tokens behind the prompt in it, negative for rows of no text; known [R]: whether `end` is
-    all of it, which it is not behind masks. prompts [B, T]: as given, padded on the left.
+    all of it, which it is not behind masks. prompts [B, T]: as given, padded on the left; None where each sequence is
+    laid out as it is alone, without padding.
     """
 
     tokens: Tensor
@@ -48,7 +49,7 @@ class Texts:
     length: Tensor
     new: Tensor
     known: Tensor
-    prompts: Tensor
+    prompts: Tensor | None
 
     def last(self, n: int) -> Tensor:
         """The last n known tokens of each row [R, n]; -1 in front of a text."""
@@ -209,7 +210,9 @@ class RowByRow(Processor):
             rows = zip(texts.known.tolist(), texts.seq.tolist(), texts.end.tolist(), texts.new.tolist())
             for r, (known, b, end, new) in enumerate(rows):
                 if known and new >= 0:
-                    text = torch.cat([texts.prompts[b], texts.tokens[b, end - new : end]])[None]
+                    text = texts.tokens[b, :end][None]
+                    if texts.prompts is not None:
+                        text = torch.cat([texts.prompts[b], texts.tokens[b, end - new : end]])[None]
                     processed[r] = self.processor(text, scores[r : r + 1])[0]
             return processed
 

@@ -45,6 +45,7 @@ from mtpkern.layers import wants_compile
 from mtpkern.memory import require_room
 from mtpkern.model import has_latent_attention, learned_positions, mask_token_for, require_decodable
 from mtpkern.parallel import agree, is_parallel
+from mtpkern.processors import Suppress, numbers
 from mtpkern.refill import BatchOutput as BatchOutput
 from mtpkern.refill import Job, Slots
 from mtpkern.slots import vacate
@@ -288,6 +289,10 @@ class _Batch:
             del left_out["suppress_tokens"]
         warn_of_left_out(type(self.model).__name__, left_out, stacklevel=4)
         config, criteria, choosing = prepared(self.model, ids, settings, self.mask_token_id)
+        if choosing is not None and config.min_new_tokens:
+            # transformers says the same once more as the length of a text, which is the probe's.
+            said = Suppress(numbers(config._eos_token_tensor), shorter=ids.shape[1] + config.min_new_tokens)
+            choosing = replace(choosing, processors=tuple(x for x in choosing.processors if x != said))
         whole, limit = "max_new_tokens" not in settings and "max_length" in settings, config.max_length
         new = limit - ids.shape[1]
         return stop_ids_of(criteria), criteria, choosing, lambda length: limit - length if whole else new

@@ -237,16 +237,16 @@ def from_transformers(processor: Any, T: int) -> Processor:
     if kind in _OF_SCORES:
         return OfScores((kind, *sorted(vars(processor).items())), processor)
     if kind is theirs.SuppressTokensLogitsProcessor:
-        return Suppress(_numbers(processor.suppress_tokens))
+        return Suppress(numbers(processor.suppress_tokens))
     if kind is theirs.SuppressTokensAtBeginLogitsProcessor and processor.begin_index == T:
-        return Suppress(_numbers(processor.begin_suppress_tokens), fewer_new=1)
+        return Suppress(numbers(processor.begin_suppress_tokens), fewer_new=1)
     if kind is theirs.MinNewTokensLengthLogitsProcessor:
         new, skipped = processor.min_new_tokens, processor.prompt_length_to_skip
         # The prompt's length counts for nothing, so that calls with others share a captured step.
         length = {"fewer_new": new} if skipped == T else {"shorter": skipped + new}
-        return Suppress(_numbers(processor.eos_token_id), **length)
+        return Suppress(numbers(processor.eos_token_id), **length)
     if kind is theirs.MinLengthLogitsProcessor:
-        return Suppress(_numbers(processor.eos_token_id), shorter=processor.min_length)
+        return Suppress(numbers(processor.eos_token_id), shorter=processor.min_length)
     if kind is theirs.NoRepeatNGramLogitsProcessor:
         return NoRepeatNGram(processor.ngram_size)
     if kind is theirs.RepetitionPenaltyLogitsProcessor and not isinstance(
@@ -264,5 +264,6 @@ def from_transformers(processor: Any, T: int) -> Processor:
     )
 
 
-def _numbers(tokens: Any) -> tuple[int, ...]:
+def numbers(tokens: Any) -> tuple[int, ...]:
+    """Token ids of a tensor or a list, as part of a description: `numbers([1, 2])`."""
     return tuple(tokens.tolist() if isinstance(tokens, Tensor) else tokens)

@@ -206,11 +206,11 @@ def test_a_long_prompt_keeps_nobody_waiting(model: Any, monkeypatch: pytest.Monk
     chunk, step = Decoder.prefill_chunk, Decoder.step
     monkeypatch.setattr(Decoder, "prefill_chunk", lambda *x, **y: (events.append("chunk"), chunk(*x, **y))[1])
     monkeypatch.setattr(Decoder, "step", lambda *x, **y: (events.append("pass"), step(*x, **y))[1])
-    options: dict[str, Any] = {"strategy": Static(1), "max_new_tokens": [1, 20, 3], "batch_size": 2, "order": "given"}
+    options: dict[str, Any] = {"strategy": Static(1), "max_new_tokens": [2, 20, 3], "batch_size": 2, "order": "given"}
     outputs = generate_batch(model, prompts, prefill_chunk=10, **options)
     assert events[:2] == ["chunk", "pass"]
     assert events[2:14] == ["chunk", "pass"] * 6
-    assert [len(output.tokens) for output in outputs] == [1, 20, 3]
+    assert [len(output.tokens) for output in outputs] == [2, 20, 3]
 
 
 def bad_prompts(tiny: SimpleNamespace) -> dict[int, tuple[Any, str]]:

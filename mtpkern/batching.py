@@ -87,6 +87,7 @@ def generate_batch(
     order: "longest" decodes those first that may become longest, which wastes least; "given" as they come.
     reuse: the keys of tokens that a slot holds already are not made again: a prompt that begins like another is
         prefilled only from there on. Not with latent attention, whose caches hold something else.
+    first: the number of the first prompt, where a call goes on behind others: what is drawn follows the number.
     progress: called with the number of prompts that are done.
 
     Sampling (do_sample=True, temperature, top_k and the others), penalties and other logits processors, stop_strings,
@@ -170,6 +171,7 @@ class _Batch:
         tokenizer: PreTrainedTokenizerBase | None = None,
         order: str = "longest",
         reuse: bool = True,
+        first: int = 0,
         strategy: Strategy | None = None,
         mask_token_id: int | None = None,
         rows: int | None = None,
@@ -203,6 +205,7 @@ class _Batch:
         self.model = model = unwrapped(model, kwargs)
         require_decodable(model)
         given = list(prompts)
+        self.first = whole_number("first", first, least=0)
         self.batch_size = whole_number("batch_size", batch_size, least=1)
         self.chunk = whole_number("prefill_chunk", prefill_chunk, least=1)
         self.tokenizer, self.order, self.wait = tokenizer, order, wait
@@ -367,7 +370,7 @@ class _Batch:
                 self.stop_ids.to(model.device, non_blocking=True),
                 tokens=max(job.tokens for job in jobs),
                 max_new_tokens=max(job.new for job in jobs),
-                prefill=partial(vacate, key=self.key),
+                prefill=partial(vacate, key=self.key, first=self.first),
                 batch=slots,
                 **self.options,
             ) as decoder,

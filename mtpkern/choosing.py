@@ -73,6 +73,7 @@ class Choice:
         self.kept: dict[str, Tensor] = {}
         self.passes = 0
         self.prompts: Tensor | None = None
+        self.first = 0
 
     def begin(self, input_ids: Tensor, real: Tensor, max_new_tokens: int) -> tuple[Tensor, Tensor]:
         """Begin a run from left-padded prompts [B, T], `real` where a token counts; seq and position of prefill's rows.
@@ -90,8 +91,9 @@ class Choice:
         seq = torch.arange(B * self.k, device=input_ids.device) // self.k
         return seq, self.prompt[seq] - 1 + torch.arange(B * self.k, device=input_ids.device) % self.k
 
-    def vacate(self, key: Tensor | None) -> None:
-        """Begin a run whose prompts come in one by one; key [1] is the call's, where it samples."""
+    def vacate(self, key: Tensor | None, first: int) -> None:
+        """Begin a run whose prompts come in one by one; key [1] is the call's, where it samples, first: see `enter`."""
+        self.first = first
         if key is not None:
             self.key.copy_(key)
         self.padding.zero_()
@@ -99,8 +101,8 @@ class Choice:
         self.kept.clear()
 
     def enter(self, seq: Tensor, length: Tensor, number: Tensor) -> None:
-        """Take in that prompts [n] of these lengths have come into these sequences; each draws by its number."""
-        self.prompt[seq], self.stream[seq] = length, number
+        """Take in that prompts [n] of these lengths have come into these sequences; each draws by first + number."""
+        self.prompt[seq], self.stream[seq] = length, number + self.first
 
     def __call__(self, logits: Tensor, seq: Tensor, position: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         """Token and confidence [R] of logits [R, V]; seq, position [R] of the rows, start [B + 1] as in `Rows`."""

@@ -40,12 +40,12 @@ class Newcomer:
     dirty: bool = False
 
 
-def vacate(decoder: Decoder, key: Tensor | None = None) -> None:
-    """Leave all slots of a new or restarted decoder empty: none of them runs. key [1]: of a call that samples."""
+def vacate(decoder: Decoder, key: Tensor | None = None, first: int = 0) -> None:
+    """Leave all slots of a new or restarted decoder empty: none of them runs. key [1], first: of a call that samples."""
     decoder.sequences.status.fill_(LIMIT)
     decoder.all_rows.start.zero_()
     if decoder.choice is not None:
-        decoder.choice.vacate(key)
+        decoder.choice.vacate(key, first)
 
 
 @torch.inference_mode()

@@ -115,9 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser(
         "generate",
         help="decode prompts with any checkpoint",
-        description="Greedy decoding, unless there is a --temperature. --prompt prints the text, with control characters as escapes on a terminal and "
-        "as it is anywhere else; --file prints one JSON object a row. With --file an --output grows row by row, and "
-        "the same command again goes on behind those that are there.",
+        description="Greedy decoding, unless there is a --temperature. --prompt prints the text, with control "
+        "characters as escapes on a terminal and as it is anywhere else; --file prints one JSON object a row. With "
+        "--file an --output grows row by row, and the same command again goes on behind those that are there.",
     )
     generate.add_argument("model", metavar="MODEL", help="path or hub id of a checkpoint, or of a gated adapter")
     source = generate.add_mutually_exclusive_group(required=True)

@@ -41,7 +41,7 @@ class Newcomer:
 
 
 def vacate(decoder: Decoder, key: Tensor | None = None, first: int = 0) -> None:
-    """Leave all slots of a new or restarted decoder empty: none of them runs. key [1], first: of a call that samples."""
+    """Leave all slots of a new or restarted decoder empty: none of them runs. key [1], first: as in `Choice`."""
     decoder.sequences.status.fill_(LIMIT)
     decoder.all_rows.start.zero_()
     if decoder.choice is not None:

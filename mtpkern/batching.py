@@ -22,10 +22,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import logits_process as theirs
 
 from mtpkern.adapter import adopt
 from mtpkern.arguments import (
+    HONOURED,
     inert,
     require_bool,
     require_prompts,
@@ -33,12 +35,16 @@ from mtpkern.arguments import (
     whole_number,
 )
 from mtpkern.attention import exclusive, routed
+from mtpkern.choosing import Choosing
+from mtpkern.fields import OF_SAMPLING
 from mtpkern.generation import generate, past_positions, prepared, settings_of, stop_ids_of
 from mtpkern.graph import kept_bytes, release_graphs, without_kernels
 from mtpkern.memory import require_room
 from mtpkern.model import has_latent_attention, learned_positions
 from mtpkern.options import Options
+from mtpkern.parallel import agree, is_parallel
 from mtpkern.pool import decoder_for
+from mtpkern.processors import Suppress, numbers
 from mtpkern.refill import BatchOutput as BatchOutput
 from mtpkern.refill import Job, Slots
 from mtpkern.slots import vacate
@@ -48,8 +54,17 @@ from mtpkern.wrappers import unwrapped
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Fields of GenerationConfig that mean something here.
-_HONOURED = {"max_new_tokens", "max_length", "eos_token_id", "pad_token_id", "bos_token_id", "return_dict_in_generate"}
+# What `generate` honours and means nothing here, or hangs on where the prompts of a batch end.
+_ONLY_FOR_ONE_BATCH = {
+    *("max_time", "num_return_sequences", "output_scores", "output_logits"),
+    *("exponential_decay_length_penalty", "forced_eos_token_id"),
+}
+_HONOURED = (HONOURED | set(OF_SAMPLING) | {"logits_processor", "stopping_criteria"}) - _ONLY_FOR_ONE_BATCH
+# Processors of transformers' that are made for prompts of one length; the fields of their names mean each prompt's.
+_OF_ONE_LENGTH = (
+    *(theirs.MinNewTokensLengthLogitsProcessor, theirs.SuppressTokensAtBeginLogitsProcessor),
+    *(theirs.ExponentialDecayLengthPenalty, theirs.ForcedEOSTokenLogitsProcessor),
+)
 
 # A text, ids, or a tensor of ids [T] or [1, T].
 Prompt = str | Sequence[int] | Tensor | np.ndarray
@@ -70,12 +85,17 @@ def generate_batch(
     order: "longest" decodes those first that may become longest, which wastes least; "given" as they come.
     reuse: the keys of tokens that a slot holds already are not made again: a prompt that begins like another is
         prefilled only from there on. Not with latent attention, whose caches hold something else.
+    first: the number of the first prompt, where a call goes on behind others: what is drawn follows the number.
     progress: called with the number of prompts that are done.
 
-    eos_token_id and generation_config, strategy, mask_token_id, rows, use_graph, compile, batch_invariant,
-    prefill_chunk, wait and check_model are those of `mtpkern.generate`; nothing else is taken, and what the model's
-    own file asks for and greedy decoding leaves out is said in a warning. Without max_new_tokens the limit is that of
-    the file.
+    Sampling (do_sample=True, temperature, top_k and the others), penalties and other logits processors, stop_strings,
+    stopping_criteria, eos_token_id and generation_config, strategy, mask_token_id, rows, use_graph, compile,
+    batch_invariant, prefill_chunk, wait and check_model are those of `mtpkern.generate`, for each prompt as if it were
+    alone: criteria get it as [1, t]. Criteria and processors must be functions of the text. What the model's own file
+    asks for and greedy decoding leaves out is said in a warning. Without max_new_tokens the limit is that of the file.
+
+    The draws of a prompt hang on torch's seed and the prompt's number alone: what else is in the batch, batch_size and
+    order change nothing, and `mtpkern.generate` on the padded prompts draws the same behind the same seed.
 
     Each prompt gets the tokens that it would get alone (the model's matrix products may round otherwise for other
     numbers of rows, as in any batch). One that fails costs itself alone: it is empty, or holds what is no token of the
@@ -149,6 +169,7 @@ class _Batch:
         tokenizer: PreTrainedTokenizerBase | None = None,
         order: str = "longest",
         reuse: bool = True,
+        first: int = 0,
         **kwargs: Any,
     ) -> None:
         adopt(model)
@@ -164,14 +185,23 @@ class _Batch:
         as_there = {n: p.default for n, p in signature(generate).parameters.items() if n in Options.NAMES}
         self.options = Options(model, {name: kwargs.pop(name, default) for name, default in as_there.items()})
         given = list(prompts)
+        self.first = whole_number("first", first, least=0)
         self.batch_size = whole_number("batch_size", batch_size, least=1)
         self.tokenizer, self.order = tokenizer, order
-        self.reuse = reuse and not has_latent_attention(model)
+        # When the host learns of an end is up to each rank: what a slot holds then may decide nothing.
+        self.reuse = reuse and not has_latent_attention(model) and not is_parallel(model)
         each = _limits(max_new_tokens, len(given))
         self.failed: list[BatchOutput] = []
         ids = [self._ids_of(number, prompt) for number, prompt in enumerate(given)]
         probe = next((x for x in ids if x is not None), None)
-        self.stop_ids, new = self._prepare(probe, kwargs, told=each is not None)
+        self.stop_ids, self.criteria, choosing, new = self._prepare(
+            probe, kwargs, told=max(each, default=1) if each else None
+        )
+        self.choosing, self.key = choosing, None
+        if choosing is not None and choosing.samples:
+            # Once for the call, so that a run that begins anew draws the same.
+            self.key = torch.empty(1, dtype=torch.int64, device=model.device).random_()
+            agree(model, self.key)
         self.jobs = self._jobs(ids, new if each is None else each)
 
     def _ids_of(self, number: int, prompt: Prompt) -> np.ndarray | None:
@@ -203,20 +233,28 @@ class _Batch:
         self.failed.append(BatchOutput(number, error=error))
 
     def _prepare(
-        self, probe: np.ndarray | None, kwargs: dict[str, Any], *, told: bool
-    ) -> tuple[Tensor, Callable[[int], int]]:
-        """The stop tokens [S], and how many new tokens a prompt of T gets where the call does not tell."""
+        self, probe: np.ndarray | None, kwargs: dict[str, Any], *, told: int | None
+    ) -> tuple[Tensor, StoppingCriteriaList, Choosing | None, Callable[[int], int]]:
+        """Stop tokens [S], criteria, what chooses, and how many new tokens a prompt of T gets.
+
+        told: the most that the call itself says.
+        """
         _refuse(kwargs, getattr(self.model, "generation_config", None))
         ids = torch.from_numpy(np.zeros(1, dtype=np.int64) if probe is None else probe)[None].to(self.model.device)
         asked = {**kwargs, "attention_mask": torch.ones_like(ids), "return_dict_in_generate": None}
-        if told:
-            asked["max_new_tokens"] = 1
+        asked["tokenizer"] = self.tokenizer
+        if told is not None:
+            asked["max_new_tokens"] = told
         mask = self.options.mask_token_id
         ids, settings = settings_of(self.model, ids, asked, mask, stacklevel=4)
-        config, criteria = prepared(self.model, ids, settings, mask)
+        config, criteria, choosing = prepared(self.model, ids, settings, mask)
+        if choosing is not None and config.min_new_tokens:
+            # transformers says the same once more as the length of a text, which is the probe's.
+            said = Suppress(numbers(config._eos_token_tensor), shorter=ids.shape[1] + config.min_new_tokens)
+            choosing = replace(choosing, processors=tuple(x for x in choosing.processors if x != said))
         whole, limit = "max_new_tokens" not in settings and "max_length" in settings, config.max_length
         new = limit - ids.shape[1]
-        return stop_ids_of(criteria), lambda length: limit - length if whole else new
+        return stop_ids_of(criteria), criteria, choosing, lambda length: limit - length if whole else new
 
     def _jobs(self, prompts: list[np.ndarray | None], new: Callable[[int], int] | list[int]) -> list[Job]:
         """Those that can be decoded, in the order in which they will be; the others fail."""
@@ -288,9 +326,10 @@ class _Batch:
                 self.stop_ids.to(model.device, non_blocking=True),
                 tokens=max(job.tokens for job in jobs),
                 max_new_tokens=max(job.new for job in jobs),
-                prefill=vacate,
+                prefill=partial(vacate, key=self.key, first=self.first),
                 batch=slots,
-                **self.options.of_decoder(),
+                choosing=self.choosing,
+                **self.options.of_decoder(on_host=bool(self.choosing and self.choosing.on_host)),
             ) as decoder,
         ):
             decoder.max_passes = sys.maxsize
@@ -302,6 +341,7 @@ class _Batch:
                 tokenizer=self.tokenizer,
                 chunk=self.options.prefill_chunk,
                 reuse=self.reuse,
+                criteria=self.criteria,
             )
             poll.fill()
             with routed(model, decoder.cache) as route:
@@ -345,6 +385,13 @@ def _refuse(kwargs: dict[str, Any], file: GenerationConfig | None) -> None:
     if bad:
         values = ", ".join(f"{name}={value!r:.60}" for name, value in bad.items())
         raise ValueError(
-            f"mtpkern.generate_batch does not support {values}: it is greedy, and ends at stop tokens and limits; "
-            "leave it out, or use mtpkern.generate"
+            f"mtpkern.generate_batch does not support {values}, which is not a matter of each prompt alone; leave it "
+            "out, or use mtpkern.generate"
         )
+    for processor in asked.get("logits_processor") or ():
+        if type(processor) in _OF_ONE_LENGTH:
+            raise ValueError(
+                f"mtpkern.generate_batch does not support the logits processor {type(processor).__name__}, which is "
+                "made for prompts of one length; pass the field of generate that makes it (min_new_tokens, "
+                "begin_suppress_tokens), or use mtpkern.generate"
+            )

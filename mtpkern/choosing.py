@@ -72,6 +72,8 @@ class Choice:
             self.logprobs, self.confidences = (torch.zeros(B, columns, device=device) for _ in range(2))
         self.kept: dict[str, Tensor] = {}
         self.passes = 0
+        self.prompts: Tensor | None = None
+        self.first = 0
 
     def begin(self, input_ids: Tensor, real: Tensor, max_new_tokens: int) -> tuple[Tensor, Tensor]:
         """Begin a run from left-padded prompts [B, T], `real` where a token counts; seq and position of prefill's rows.
@@ -81,12 +83,26 @@ class Choice:
         if self.choosing.samples:
             self.key.random_()
         B = len(input_ids)
+        torch.arange(B, out=self.stream)
         self.prompt.copy_(real.sum(1))
         self.padding.copy_(input_ids.shape[1] - self.prompt)
         self.prompts, self.max_new_tokens, self.passes = input_ids, max_new_tokens, 0
         self.kept.clear()
         seq = torch.arange(B * self.k, device=input_ids.device) // self.k
         return seq, self.prompt[seq] - 1 + torch.arange(B * self.k, device=input_ids.device) % self.k
+
+    def vacate(self, key: Tensor | None, first: int) -> None:
+        """Begin a run whose prompts come in one by one; key [1] is the call's, where it samples, first: see `enter`."""
+        self.first = first
+        if key is not None:
+            self.key.copy_(key)
+        self.padding.zero_()
+        self.prompts, self.passes = None, 0
+        self.kept.clear()
+
+    def enter(self, seq: Tensor, length: Tensor, number: Tensor) -> None:
+        """Take in that prompts [n] of these lengths have come into these sequences; each draws by first + number."""
+        self.prompt[seq], self.stream[seq] = length, number + self.first
 
     def __call__(self, logits: Tensor, seq: Tensor, position: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         """Token and confidence [R] of logits [R, V]; seq, position [R] of the rows, start [B + 1] as in `Rows`."""

@@ -115,9 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser(
         "generate",
         help="decode prompts with any checkpoint",
-        description="Greedy decoding. --prompt prints the text, with control characters as escapes on a terminal and "
-        "as it is anywhere else; --file prints one JSON object a row. With --file an --output grows row by row, and "
-        "the same command again goes on behind those that are there.",
+        description="Greedy decoding, unless there is a --temperature. --prompt prints the text, with control "
+        "characters as escapes on a terminal and as it is anywhere else; --file prints one JSON object a row. With "
+        "--file an --output grows row by row, and the same command again goes on behind those that are there.",
     )
     generate.add_argument("model", metavar="MODEL", help="path or hub id of a checkpoint, or of a gated adapter")
     source = generate.add_mutually_exclusive_group(required=True)
@@ -136,6 +136,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="(default 256)")
     generate.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="side by side (default 8)")
+    generate.add_argument(
+        "--temperature", type=float, metavar="T", help="sample at this temperature; greedy unless given, or at 0"
+    )
+    generate.add_argument("--top-k", type=_positive, metavar="N", help="with --temperature: of the N best tokens alone")
+    generate.add_argument("--top-p", type=float, metavar="P", help="with --temperature: of the best that make up P")
+    generate.add_argument("--seed", type=int, help="with --temperature: the same text again, whatever the batch size")
+    generate.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end behind this text, which stays; may be given several times"
+    )
     generate.add_argument(
         "--mask-token-id", type=int, metavar="ID", help="where the checkpoint does not record it; --k 1 needs none"
     )
@@ -181,6 +190,12 @@ def _generate(args: argparse.Namespace) -> None:
 
     if args.html is not None and args.prompt is None:
         raise ValueError("--html shows one prompt as a page; give it as --prompt, or leave --html out")
+    if not args.temperature:
+        given = [
+            f"--{name.replace('_', '-')}" for name in ("top_k", "top_p", "seed") if getattr(args, name) is not None
+        ]
+        if given:
+            raise ValueError(f"{' and '.join(given)} say how to sample, and decoding is greedy; give a --temperature")
     rows = [_row("--prompt", {"prompt": args.prompt})] if args.file is None else read_rows(args.file)
     quiet()
     strategy = _strategy(args)
@@ -196,10 +211,12 @@ def _generate(args: argparse.Namespace) -> None:
                 file=sys.stderr,
             )
         if done < len(rows):
-            _decode_rows(rows[done:], strategy, args, output)
+            _decode_rows(rows[done:], strategy, args, output, first=done)
 
 
-def _decode_rows(rows: Sequence[Row], strategy: Strategy, args: argparse.Namespace, output: TextIO | None) -> None:
+def _decode_rows(
+    rows: Sequence[Row], strategy: Strategy, args: argparse.Namespace, output: TextIO | None, first: int = 0
+) -> None:
     from mtpkern import show
     from mtpkern.loading import device_of, load, require_model
     from mtpkern.model import recorded_settings
@@ -217,7 +234,7 @@ def _decode_rows(rows: Sequence[Row], strategy: Strategy, args: argparse.Namespa
     # Rows that appear on a terminal tell by themselves how far things are.
     hidden = args.file is not None and (output is not None or not sys.stdout.isatty()) and not args.show
     with show.progress(f"{len(rows)} prompts", len(rows)) if hidden else nullcontext(lambda done: None) as advance:
-        completions = _complete(model, tokenizer, rows, prompts, strategy, args, advance)
+        completions = _complete(model, tokenizer, rows, prompts, strategy, args, advance, first)
         for row, completion in zip(rows, completions, strict=True):
             _write(tokenizer, row, completion, args, output)
             # Who reads a pipe waits for it, and what is in the file is not lost.
@@ -326,11 +343,14 @@ def _complete(
     strategy: Strategy,
     args: argparse.Namespace,
     advance: Callable[[int], object],
+    first: int,
 ) -> Iterator[Completion]:
     """The completions in the order of the rows, each as soon as those before it are there.
 
     Raises ValueError, or RuntimeError where the model is at fault, that names the row, behind those before it.
     """
+    import torch
+
     from mtpkern.batching import BatchOutput, iterate_batch
     from mtpkern.compare import Completion
 
@@ -338,7 +358,14 @@ def _complete(
     if model.generation_config.eos_token_id is None:
         options["eos_token_id"] = tokenizer.eos_token_id
     # As given, for then what has ended out of turn is little, should the command be stopped.
-    options |= {"strategy": strategy, "batch_size": args.batch_size, "order": "given"}
+    options |= {"strategy": strategy, "batch_size": args.batch_size, "order": "given", "first": first}
+    if args.temperature:
+        options |= {"do_sample": True, "temperature": args.temperature}
+        options |= {name: value for name in ("top_k", "top_p") if (value := getattr(args, name)) is not None}
+        if args.seed is not None:
+            torch.manual_seed(args.seed)
+    if args.stop:
+        options |= {"stop_strings": args.stop, "tokenizer": tokenizer}
     ended: dict[int, BatchOutput] = {}
     next_row = 0
     with iterate_batch(model, prompts, **options) as outputs:
@@ -349,7 +376,7 @@ def _complete(
                 if output.error is not None:
                     kind = RuntimeError if isinstance(output.error, RuntimeError) else ValueError
                     raise kind(f"{rows[next_row].where}: {output.error}") from output.error
-                yield Completion(output.tokens, output.blocks, output.finish_reason == "stop")
+                yield Completion(output.tokens, output.blocks, output.finish_reason in ("stop", "stop_string"))
                 next_row += 1
             advance(done)
 

@@ -15,10 +15,12 @@ from pathlib import Path
 _CODE = '''\
 """Runs where transformers is told to trust this checkpoint's code: several tokens a pass."""
 
+from typing import Any
+
 import mtpkern
 
 
-def generate(*args, model, **kwargs):
+def generate(*args: Any, model: Any, **kwargs: Any) -> Any:
     """`mtpkern.generate` in the place of `model.generate`."""
     return mtpkern.generate(model, *args, **kwargs)
 '''

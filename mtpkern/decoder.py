@@ -33,6 +33,7 @@ from mtpkern.kernels.state import Rows, Sequences, Terms
 from mtpkern.layers import CompiledLayers
 from mtpkern.load import Ladder, Load, price_of, times_of
 from mtpkern.model import has_latent_attention, learned_positions
+from mtpkern.parallel import agree
 from mtpkern.poll import OddsPoll, Poll, TimedPoll
 from mtpkern.products import Products, few_rows, wants_one_product
 from mtpkern.strategies import Strategy
@@ -241,7 +242,10 @@ class Decoder:
         for end in ends:
             logits = self.prefill_chunk(cache, columns, mask, told, end, keep=k if end == ends[-1] else 1)
         self.cache.require_cached(self.model.config)
-        places = None if self.choice is None else self.choice.begin(input_ids, real, self.max_new_tokens)
+        places = None
+        if self.choice is not None:
+            places = self.choice.begin(input_ids, real, self.max_new_tokens)
+            agree(self.model, self.choice.key)
         return self._take_in(logits[:, -k:].flatten(0, 1), places)
 
     def prefill_cache(self, slot: Tensor, seq: Tensor | None = None) -> PrefillCache | CapturedPrefill:
@@ -321,6 +325,30 @@ class Decoder:
             token, confidence = self.choice(logits, seq, position, self.all_rows.start)
         advance(self.sequences, self.all_rows, self.terms, token, confidence, **self._planning)
         return logits
+
+    @torch.inference_mode()
+    def take_in_some(self, logits: Tensor, seq: Tensor) -> None:
+        """As behind `prefill`, for sequences seq [n] alone: logits [n * k, V] of their last tokens and masks behind.
+
+        The others stay as they are, and the next pass is planned anew.
+        """
+        n, k, B = len(seq), self.strategy.k, len(self.sequences.status)
+        if self.choice is None:
+            token, confidence = readout(logits, self.mask_token_id)
+        else:
+            o = torch.arange(n * k, device=self.device)
+            start = torch.zeros(B + 1, dtype=torch.int64, device=self.device)
+            start[seq], start[-1] = o[::k], n * k
+            position = self.sequences.length[seq].repeat_interleave(k, output_size=n * k) - 1 + o % k
+            token, confidence = self.choice(logits, seq.repeat_interleave(k, output_size=n * k), position, start)
+        some = Sequences(*(x[seq] for x in vars(self.sequences).values()))
+        rows = Rows.allocate(n * (2 * k - 1 + self.strategy.masks), n, self.device, k)
+        rows.expect_prefill(k)
+        terms = Terms(self.terms.threshold, self.terms.stop_ids, self.terms.price)
+        advance(some, rows, terms, token, confidence, **self._planning)
+        for x, y in zip(vars(self.sequences).values(), vars(some).values()):
+            x[seq] = y
+        self.plan()
 
     def run(self, route: dict[str, AttentionContext], poll: Poll | None = None) -> None:
         """Step until every sequence is done, at most max_passes; `poll` may do more than count."""

@@ -37,6 +37,7 @@ from mtpkern.graph import without_kernels
 from mtpkern.host import on_host
 from mtpkern.model import learned_positions
 from mtpkern.options import Options
+from mtpkern.parallel import require_same_on_all
 from mtpkern.poll import Poll
 from mtpkern.pool import decoder_for, prefill_with_room
 from mtpkern.strategies import Strategy
@@ -153,6 +154,7 @@ def generate(
     require_bool("return_logprobs", return_logprobs)
     require_streamer(streamer)
     input_ids, settings = settings_of(model, input_ids, kwargs, options.mask_token_id, stacklevel=2)
+    require_same_on_all(model, settings.get("max_time"), settings.get("stopping_criteria", ()))
 
     def decode(
         input_ids: Tensor,
@@ -336,12 +338,9 @@ def _choosing(
 
 def prepared(
     model: PreTrainedModel, input_ids: Tensor, settings: dict[str, Any], mask_token_id: int
-) -> tuple[GenerationConfig, StoppingCriteriaList]:
-    """What transformers makes of a call with these settings, as `settings_of` returns them; nothing is decoded.
-
-    Raises ValueError where more than the argmax is asked for.
-    """
-    found: list[tuple[GenerationConfig, StoppingCriteriaList]] = []
+) -> tuple[GenerationConfig, StoppingCriteriaList, Choosing | None]:
+    """What transformers makes of a call with these settings, as `settings_of` returns them; nothing is decoded."""
+    found: list[tuple[GenerationConfig, StoppingCriteriaList, Choosing | None]] = []
 
     def note(
         input_ids: Tensor,
@@ -350,12 +349,8 @@ def prepared(
         config: GenerationConfig,
         attention_mask: Tensor | None,
     ) -> Tensor:
-        if _choosing(config, processors, input_ids.shape[1], mask_token_id, False) is not None:
-            raise ValueError(
-                "generate_batch decodes greedily: it does not sample, runs no logits processors and keeps no scores; "
-                "leave do_sample, penalties, banned tokens, output_scores and output_logits out, or use generate"
-            )
-        found.append((config, criteria))
+        choosing = _choosing(config, processors, input_ids.shape[1], mask_token_id, False)
+        found.append((config, criteria, choosing))
         return input_ids
 
     _prepared_by_theirs(model, input_ids, settings, note)

@@ -11,6 +11,7 @@ from mtpkern.arguments import require_bool, whole_number
 from mtpkern.graph import wants_graph
 from mtpkern.layers import wants_compile
 from mtpkern.model import mask_token_for, recorded_settings, require_decodable
+from mtpkern.parallel import is_parallel
 from mtpkern.strategies import Strategy, Verified
 
 
@@ -44,13 +45,16 @@ class Options:
         self.prefill_chunk = whole_number("prefill_chunk", given["prefill_chunk"], least=1)
         self.strategy = strategy_for(model, strategy)
         self.mask_token_id = mask_token_for(model, self.strategy.k, given["mask_token_id"])
-        self._graph = wants_graph(given["use_graph"], model.device)
+        # Ranks of a split model have times of their own, which may decide nothing.
+        parallel = is_parallel(model)
+        use_graph = False if parallel and given["use_graph"] is None else given["use_graph"]
+        self._graph = wants_graph(use_graph, model.device)
         self._compile: bool | None = given["compile"]
         self._others = {
             "mask_token_id": self.mask_token_id,
             "check_model": given["check_model"],
             "rows": None if rows is None else whole_number("rows", rows, least=1),
-            "by_load": rows is None and (strategy is None or not strategy.k) and self.strategy.verify,
+            "by_load": rows is None and (strategy is None or not strategy.k) and self.strategy.verify and not parallel,
             "batch_invariant": given["batch_invariant"],
         }
 

@@ -39,7 +39,8 @@ class Texts:
 
     tokens [B, C + 1]; seq, end [R]; length [R]: of the text as transformers has it, with the padding in front and the
     row's own token; new [R]: tokens behind the prompt in it, negative for rows of no text; known [R]: whether `end` is
-    all of it, which it is not behind masks. prompts [B, T]: as given, padded on the left.
+    all of it, which it is not behind masks. prompts [B, T]: as given, padded on the left; None where each sequence is
+    laid out as it is alone, without padding.
     """
 
     tokens: Tensor
@@ -48,7 +49,7 @@ class Texts:
     length: Tensor
     new: Tensor
     known: Tensor
-    prompts: Tensor
+    prompts: Tensor | None
 
     def last(self, n: int) -> Tensor:
         """The last n known tokens of each row [R, n]; -1 in front of a text."""
@@ -209,7 +210,9 @@ class RowByRow(Processor):
             rows = zip(texts.known.tolist(), texts.seq.tolist(), texts.end.tolist(), texts.new.tolist())
             for r, (known, b, end, new) in enumerate(rows):
                 if known and new >= 0:
-                    text = torch.cat([texts.prompts[b], texts.tokens[b, end - new : end]])[None]
+                    text = texts.tokens[b, :end][None]
+                    if texts.prompts is not None:
+                        text = torch.cat([texts.prompts[b], texts.tokens[b, end - new : end]])[None]
                     processed[r] = self.processor(text, scores[r : r + 1])[0]
             return processed
 
@@ -234,16 +237,16 @@ def from_transformers(processor: Any, T: int) -> Processor:
     if kind in _OF_SCORES:
         return OfScores((kind, *sorted(vars(processor).items())), processor)
     if kind is theirs.SuppressTokensLogitsProcessor:
-        return Suppress(_numbers(processor.suppress_tokens))
+        return Suppress(numbers(processor.suppress_tokens))
     if kind is theirs.SuppressTokensAtBeginLogitsProcessor and processor.begin_index == T:
-        return Suppress(_numbers(processor.begin_suppress_tokens), fewer_new=1)
+        return Suppress(numbers(processor.begin_suppress_tokens), fewer_new=1)
     if kind is theirs.MinNewTokensLengthLogitsProcessor:
         new, skipped = processor.min_new_tokens, processor.prompt_length_to_skip
         # The prompt's length counts for nothing, so that calls with others share a captured step.
         length = {"fewer_new": new} if skipped == T else {"shorter": skipped + new}
-        return Suppress(_numbers(processor.eos_token_id), **length)
+        return Suppress(numbers(processor.eos_token_id), **length)
     if kind is theirs.MinLengthLogitsProcessor:
-        return Suppress(_numbers(processor.eos_token_id), shorter=processor.min_length)
+        return Suppress(numbers(processor.eos_token_id), shorter=processor.min_length)
     if kind is theirs.NoRepeatNGramLogitsProcessor:
         return NoRepeatNGram(processor.ngram_size)
     if kind is theirs.RepetitionPenaltyLogitsProcessor and not isinstance(
@@ -261,5 +264,6 @@ def from_transformers(processor: Any, T: int) -> Processor:
     )
 
 
-def _numbers(tokens: Any) -> tuple[int, ...]:
+def numbers(tokens: Any) -> tuple[int, ...]:
+    """Token ids of a tensor or a list, as part of a description: `numbers([1, 2])`."""
     return tuple(tokens.tolist() if isinstance(tokens, Tensor) else tokens)

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StoppingCriteriaList
 
 from mtpkern.attention import unrouted
 from mtpkern.decoder import Decoder
 from mtpkern.generation import past_positions
-from mtpkern.kernels.state import FAULT, RUNNING
+from mtpkern.kernels.state import FAULT, RUNNING, Sequences
 from mtpkern.poll import Poll
 from mtpkern.slots import Newcomer, enter
-from mtpkern.watch import REASONS
+from mtpkern.watch import REASONS, Watch, first_tokens, snapshot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,8 +40,8 @@ class BatchOutput:
 
     index          its place among the prompts
     tokens         the new ones, a stop token included
-    blocks         how many of them each pass emitted; the pass that follows the prefill is the first
-    finish_reason  "stop" at a stop token, "length" at the limit, "error"
+    blocks         how many of them each pass emitted, the prefill being the first
+    finish_reason  "stop" at a stop token, "stop_string", "criteria", "length" at the limit, "error"
     error          why there are no tokens, as an exception; None where all went well
     text           the new tokens decoded, without special tokens, where there is a tokenizer
     shared         tokens of the prompt whose keys were there already
@@ -82,7 +82,7 @@ class Job:
 
     @property
     def keys(self) -> np.ndarray:
-        """Tokens that another slot's keys can be taken for: all but the last, which its first pass reads."""
+        """Tokens that another slot's keys can be taken for: all but the last, whose prediction is wanted."""
         return self.ids[:-1]
 
 
@@ -96,7 +96,8 @@ class Slots(Poll):
         slots.deliver(wait=True)
 
     emit gets each output as soon as it is on the host; closed ends the run behind the next pass. jobs are taken in
-    their order, but for those that find their keys in a slot. Keys are shared where reuse is true.
+    their order, but for those that find their keys in a slot. Keys are shared where reuse is true. criteria are asked
+    of each sequence by itself, as it is alone; nobody asks where they hold nothing but limits and stop tokens.
     """
 
     def __init__(
@@ -109,9 +110,15 @@ class Slots(Poll):
         tokenizer: PreTrainedTokenizerBase | None,
         chunk: int,
         reuse: bool,
+        criteria: StoppingCriteriaList | None = None,
     ) -> None:
         sequences = decoder.sequences
         B = len(sequences.status)
+        self.criteria = criteria or StoppingCriteriaList()
+        self.window = None
+        if Watch.of(None, self.criteria) is not None:
+            self.window = torch.arange(1 - 2 * decoder.strategy.k, 0, device=sequences.status.device)
+        self.watches: list[Watch | None] = [None] * B
         # Whose a slot is, on the device: a state that is read late tells of whom it speaks.
         self.owner = torch.full_like(sequences.status, -1)
         super().__init__(sequences)
@@ -129,27 +136,45 @@ class Slots(Poll):
         self.left: list[_Left] = []
 
     def state(self) -> Tensor:
-        """What is copied, on the device: status and owner [2, B]."""
-        return torch.stack([self.sequences.status, self.owner])
+        """What is copied, on the device: owner and status of each slot [B, 2], or what a `Watch` sees behind it."""
+        if self.window is None:
+            return torch.stack([self.owner, self.sequences.status], dim=1)
+        return torch.cat([self.owner[:, None], snapshot(self.sequences, self.window)], dim=1)
 
     def take(self, state: Tensor) -> int:
         """How many slots are taken, from a copy of `state()`; behind the end of a sequence it has the next come in."""
         self.deliver(wait=False)
-        for slot, (status, owner) in enumerate(state.T.tolist()):
-            job = self.inside[slot]
-            if job is not None and job.number == owner and status != RUNNING:
-                self._leave(slot, job, status)
+        self._collect(state)
         self.has_queued = False
         if self.closed is not None and self.closed.is_set():
             return 0
-        if self.on_cpu:
-            self.deliver(wait=True)
-        with unrouted(self.decoder.model):
-            self.fill()
-        return sum(job is not None for job in self.inside)
+        while True:
+            if self.on_cpu:
+                self.deliver(wait=True)
+            with unrouted(self.decoder.model):
+                self.fill()
+            # Some have come to their end in the prefill already; where the state is known, none makes a pass in vain.
+            if not self.on_cpu or not self._collect(self.state()):
+                return sum(job is not None for job in self.inside)
 
-    def _leave(self, slot: int, job: Job, status: int) -> None:
-        """Queue the copy of what a sequence has emitted, and free its slot."""
+    def _collect(self, state: Tensor) -> bool:
+        """Let those go that have ended; returns whether anybody has."""
+        gone = False
+        for slot, (owner, *seen) in enumerate(state.tolist()):
+            job, watch = self.inside[slot], self.watches[slot]
+            if job is None or job.number != owner:
+                continue
+            end = None
+            if watch is not None:
+                watch.take(state[slot : slot + 1, 1:])
+                end = watch.ends[0]
+            if end is not None or seen[0] != RUNNING:
+                self._leave(slot, job, seen[0], end)
+                gone = True
+        return gone
+
+    def _leave(self, slot: int, job: Job, status: int, end: int | None) -> None:
+        """Queue the copy of what a sequence has emitted, and free its slot; end: new tokens, where the host has cut."""
         s, T = self.sequences, len(job.ids)
         facts = s.length[slot, None], s.passes[slot, None], s.blocks[slot, : job.new], s.tokens[slot, T : job.tokens]
         copy = torch.cat(facts).to("cpu", non_blocking=True)
@@ -157,8 +182,10 @@ class Slots(Poll):
         if not self.on_cpu:
             event = torch.Event(self.decoder.device)
             event.record()
-        self.left.append(_Left(slot, job, status, copy, event, self.shared[slot]))
-        self.inside[slot] = None
+        watch = self.watches[slot]
+        reason = REASONS[status] if watch is None else watch.reasons[0]
+        self.left.append(_Left(slot, job, reason, end, copy, event, self.shared[slot]))
+        self.inside[slot] = self.watches[slot] = None
         self.dirty[slot] = status == FAULT
         if status == FAULT:
             self.held[slot] = self.held[slot][:0]
@@ -169,7 +196,7 @@ class Slots(Poll):
             left = self.left.pop(0)
             output = left.output(self.decoder.model, self.tokenizer)
             held = self.held[left.slot]
-            if self.inside[left.slot] is None and len(held) == len(left.job.keys) and output.error is None:
+            if self.inside[left.slot] is None and len(held) == len(left.job.ids) and output.error is None:
                 # Of what the last pass has emitted there may be no keys.
                 fed = sum(output.blocks[:-1])
                 self.held[left.slot] = np.concatenate([left.job.ids, np.array(output.tokens[:fed], dtype=np.int64)])
@@ -195,8 +222,19 @@ class Slots(Poll):
                     pass
             self.entering = None
             for job, x in self.arriving:
-                self.inside[x.slot], self.held[x.slot] = job, job.keys
+                self.inside[x.slot], self.held[x.slot] = job, job.ids
+                self.watches[x.slot] = self._watch(x.slot, job)
                 self.dirty[x.slot], self.shared[x.slot] = False, x.shared
+
+    def _watch(self, slot: int, job: Job) -> Watch | None:
+        """Who asks the criteria of a sequence, as of one that is alone."""
+        if self.window is None:
+            return None
+        watch = Watch(None, self.criteria)
+        watch.begin(torch.from_numpy(job.ids)[None], None, new=job.new, padding=0, device=self.decoder.device)
+        own = Sequences(*(x[slot : slot + 1] for x in vars(self.sequences).values()))
+        watch.attach(own, self.decoder.strategy)
+        return watch
 
     def _choose(self) -> list[tuple[Job, Newcomer]]:
         """Prompts for the free slots, to be prefilled together."""
@@ -243,7 +281,8 @@ class _Left:
 
     slot: int
     job: Job
-    status: int
+    reason: str
+    end: int | None
     copy: Tensor
     event: torch.Event | None
     shared: int
@@ -256,15 +295,17 @@ class _Left:
         if self.event is not None:
             self.event.synchronize()
         number, prompt, new = self.job.number, len(self.job.ids), self.job.new
-        if self.status == FAULT:
+        if self.reason == "fault":
             error = RuntimeError("the model's logits hold NaN or inf for this prompt; check its weights and dtype")
             return BatchOutput(number, error=error, shared=self.shared)
         length, passes, *rest = self.copy.tolist()
-        reason = REASONS[self.status]
+        reason = self.reason
         if reason == "length" and self.job.asked is not None:
             positions = prompt + new - 1
             return BatchOutput(number, error=ValueError(past_positions(model, positions, prompt, self.job.asked)))
         tokens, blocks = rest[new : new + length - prompt], rest[:passes]
+        if self.end is not None:
+            tokens, blocks = tokens[: self.end], first_tokens(blocks, self.end)
         text = None if tokenizer is None else str(tokenizer.decode(tokens, skip_special_tokens=True))
         return BatchOutput(number, tokens, blocks, reason, text=text, shared=self.shared)
 

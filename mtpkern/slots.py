@@ -3,11 +3,11 @@
 A prompt enters in three steps, all queued between two passes and none of them waiting for the device:
 
     keys     of tokens that another slot holds already are copied
-    prefill  of the others but the last, through the model's own attention, chunk by chunk
-    state    one pending token, the prompt's last, and the next pass planned anew
+    prefill  of the others and of masks behind them, through the model's own attention, chunk by chunk
+    state    what the prefill has predicted is taken in, and the next pass planned anew
 
-To the next pass a newcomer is a sequence like any other: its one pending token, with masks behind it. So what it emits,
-pass by pass, is what it would emit alone. Nothing moves: a captured step replays over the same tensors.
+As in `Decoder.prefill` the last of it is a pass like any other: one pending token, with masks behind it. So what a
+newcomer emits, pass by pass, is what it would emit alone. Nothing moves: a captured step replays over the same tensors.
 """
 
 from __future__ import annotations
@@ -39,16 +39,13 @@ class Newcomer:
     shared: int = 0
     dirty: bool = False
 
-    @property
-    def prefilled(self) -> int:
-        """Tokens whose keys are made before its first pass. One at least, as that is what makes buffers."""
-        return max(1, len(self.prompt) - 1)
 
-
-def vacate(decoder: Decoder) -> None:
-    """Leave all slots of a new or restarted decoder empty: none of them runs."""
+def vacate(decoder: Decoder, key: Tensor | None = None, first: int = 0) -> None:
+    """Leave all slots of a new or restarted decoder empty: none of them runs. key [1], first: as in `Choice`."""
     decoder.sequences.status.fill_(LIMIT)
     decoder.all_rows.start.zero_()
+    if decoder.choice is not None:
+        decoder.choice.vacate(key, first)
 
 
 @torch.inference_mode()
@@ -67,44 +64,50 @@ def enter(decoder: Decoder, newcomers: Sequence[Newcomer], owner: Tensor, *, chu
             cache.clear(x.slot)
     cache.copy_prefixes([(x.source, x.slot, x.shared) for x in newcomers if x.shared and x.source != x.slot])
 
-    # Columns as of left-padded prompts. Those that every newcomer has keys of are not run.
-    n, width = len(newcomers), max(x.prefilled for x in newcomers)
-    first = width - max(x.prefilled - x.shared for x in newcomers)
-    ids, position = np.zeros((2, n, width), dtype=np.int64)
-    place = np.full((n, width), cache.capacity)  # padding goes to the trash
+    # Columns as of left-padded prompts, and masks. Those that every newcomer has keys of are not run.
+    n, k, T = len(newcomers), decoder.strategy.k, max(len(x.prompt) for x in newcomers)
+    first, width = T - max(len(x.prompt) - x.shared for x in newcomers), T + k - 1
+    ids, position, real = np.zeros((3, n, width), dtype=np.int64)
+    ids[:, T:] = decoder.mask_token_id
     for i, x in enumerate(newcomers):
-        here = slice(width - x.prefilled, None)
-        ids[i, here] = x.prompt[: x.prefilled]
-        position[i, here] = np.arange(x.prefilled)
-        place[i, here] = cache.scratch + position[i, here]
-    padded = any(x.prefilled < width for x in newcomers)
+        here = slice(T - len(x.prompt), T)
+        ids[i, here] = x.prompt
+        position[i, here.start :] = np.arange(width - here.start)
+        real[i, here.start :] = 1
+    place = cache.scratch + position
+    place[(real == 0) | (place >= cache.capacity)] = cache.capacity  # padding goes to the trash
+    if decoder.last_position is not None:
+        position = position.clip(max=decoder.last_position)
     seq, slot, columns, told = (_on(device, x) for x in (np.array([x.slot for x in newcomers]), place, ids, position))
-    seen = _on(device, (place < cache.capacity).astype(np.int64)) if padded else None
+    # Where padding is, transformers looks at the mask and waits for the device.
+    seen = None if real.all() else _on(device, real)
     prefill = decoder.prefill_cache(slot, seq)
     prefill.seen = first
     step = max(1, chunk // n)
-    for end in range(first + step, width + step, step):
-        decoder.prefill_chunk(prefill, columns, seen, told, min(end, width))
+    for end in [*range(first + step, T, step), width]:
+        logits = decoder.prefill_chunk(prefill, columns, seen, told, end, keep=k if end == width else 1)
         if end < width:
             yield
     cache.require_cached(decoder.model.config)
-    _begin(decoder, newcomers, seq, owner)
+    _begin(decoder, newcomers, columns[:, :T], seq, owner)
+    decoder.take_in_some(logits[:, -k:].flatten(0, 1), seq)
 
 
-def _begin(decoder: Decoder, newcomers: Sequence[Newcomer], seq: Tensor, owner: Tensor) -> None:
-    sequences, width = decoder.sequences, max(len(x.prompt) for x in newcomers)
-    tokens = np.zeros((len(newcomers), width), dtype=np.int64)
-    for i, x in enumerate(newcomers):
-        tokens[i, : len(x.prompt)] = x.prompt
-    facts = _on(decoder.device, np.array([(len(x.prompt), x.limit, x.number) for x in newcomers]).T.copy())
-    sequences.tokens[seq, :width] = _on(decoder.device, tokens)
-    sequences.length[seq], sequences.limit[seq], owner[seq] = facts
+def _begin(decoder: Decoder, newcomers: Sequence[Newcomer], columns: Tensor, seq: Tensor, owner: Tensor) -> None:
+    sequences, T = decoder.sequences, columns.shape[1]
+    facts = np.array([(len(x.prompt), x.limit, x.number) for x in newcomers]).T.copy()
+    length, limit, number = _on(decoder.device, facts)
+    sequences.length[seq], sequences.limit[seq], owner[seq] = length, limit, number
+    # From padded columns to compact sequences.
+    o = torch.arange(T, device=decoder.device) + (T - length)[:, None]
+    sequences.tokens[seq, :T] = columns.gather(1, o.clamp(max=T - 1))
     # As all begin: nothing emitted, nothing known.
     for count in (sequences.passes, sequences.hits, sequences.chains, sequences.blocks):
         count.index_fill_(0, seq, 0)
     sequences.pending.index_fill_(0, seq, 1)
     sequences.status.index_fill_(0, seq, RUNNING)
-    decoder.plan()
+    if decoder.choice is not None:
+        decoder.choice.enter(seq, length, number)
 
 
 def _on(device: torch.device, x: np.ndarray) -> Tensor:

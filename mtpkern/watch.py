@@ -133,11 +133,15 @@ class Watch:
         if self.streamer is not None:
             self.streamer.put(input_ids.clone())
 
-    def poll(self, sequences: Sequences, strategy: Strategy) -> Poll:
-        """The poll of a decoder's run."""
+    def attach(self, sequences: Sequences, strategy: Strategy) -> None:
+        """Watch these B sequences from now on: whoever polls them calls `take`."""
         self.sequences = sequences
         self.verify = strategy.verify
         self.told = [False] * len(self.prompts)
+
+    def poll(self, sequences: Sequences, strategy: Strategy) -> Poll:
+        """The poll of a decoder's run."""
+        self.attach(sequences, strategy)
         return _WatchedPoll(sequences, self, 2 * strategy.k - 1)
 
     def finish(self) -> None:

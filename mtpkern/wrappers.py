@@ -7,6 +7,7 @@ A decoding step is a call of the model itself on packed rows of several sequence
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 import torch
@@ -70,6 +71,7 @@ def unwrapped(model: Any, arguments: dict[str, Any]) -> PreTrainedModel:
     else:
         raise TypeError(f"model must be a PreTrainedModel of transformers or a PeftModel around one, got {name}")
     _require_plain(plain)
+    _warn_of_outliers(plain)
     return plain
 
 
@@ -98,10 +100,29 @@ def _require_plain(model: PreTrainedModel) -> None:
     """Refuse a model whose weights are not where it runs."""
     name = type(model).__name__
     device = model.device
+    for parts in ("fsdp", "pp"):
+        if (getattr(model, f"_{parts}_size", None) or 1) > 1:
+            raise ValueError(
+                f"{name} is split over processes by {parts}_size, whose parts only meet in a forward of transformers' "
+                "own; load it whole, or split it by its tp_plan"
+            )
     hook = getattr(model, "_hf_hook", None)
     if any(p.device != device or p.is_meta for p in model.parameters()) or type(hook).__name__ == "CpuOffload":
         where = ", ".join(sorted({str(p.device) for p in model.parameters()}))
         raise ValueError(
             f"{name} has weights that are moved while it runs, or lie on several devices ({where}); load it whole on "
             "one device: device_map={'': device}"
+        )
+
+
+def _warn_of_outliers(model: PreTrainedModel) -> None:
+    """Say of a form of weights in which a row's outputs hang on the other rows of a pass that they do."""
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    if getattr(config, "load_in_8bit", False) and getattr(config, "llm_int8_threshold", 0.0) > 0:
+        warnings.warn(
+            f"{type(model).__name__} is in 8 bits of bitsandbytes, which look for outliers over all rows of a pass: "
+            "what a sequence gets depends on its neighbours, in model.generate too, and several tokens a pass may "
+            "differ from one. Load it with BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0), or in 4 "
+            "bits, for tokens that do not",
+            stacklevel=4,
         )

@@ -12,7 +12,7 @@ from mtpkern.bench import readme
 from mtpkern.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("quality", "strategies", "performance", "tutorial")
+PAGES = ("quality", "strategies", "performance", "tutorial", "serving", "models")
 
 
 def fenced(text, language):

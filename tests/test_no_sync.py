@@ -239,7 +239,10 @@ def test_what_lets_a_prompt_in_has_no_sync(tiny: SimpleNamespace, name: str, str
     with Watcher():
         for _ in enter(decoder, [newcomer], owner, chunk=3):
             pass
-    assert (decoder.sequences.length[1], owner[1]) == (13, 7)
+    emitted = decoder.sequences.blocks[1, 0]  # by the prefill; drafts stand behind what it is sure of
+    assert emitted >= 1
+    assert decoder.sequences.length[1] >= 13 + emitted
+    assert (decoder.sequences.passes[1], owner[1]) == (1, 7)
     watch(decoder, Watcher(), steps=1)
     with FakeTensorMode():
         fake = prepare(tiny, to_fake(tiny.model("llama")), strategy)

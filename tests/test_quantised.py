@@ -125,7 +125,10 @@ def of_bitsandbytes(bits):
     pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_compute_dtype="float32")
+    # With a threshold outliers are looked for over all rows of a pass, and no row is by itself.
+    return BitsAndBytesConfig(
+        load_in_8bit=bits == 8, llm_int8_threshold=0.0, load_in_4bit=bits == 4, bnb_4bit_compute_dtype="float32"
+    )
 
 
 def of_torchao():
@@ -149,6 +152,38 @@ QUANTISED = {
     "torchao": of_torchao,
     "quanto": of_quanto,
 }
+
+
+@pytest.mark.parametrize(("threshold", "warned"), [(6.0, True), (0.0, False)])
+def test_eight_bits_with_outliers_are_told(tiny, threshold, warned, recwarn):
+    model = int8(tiny.model("llama"))
+    model.hf_quantizer.quantization_config = SimpleNamespace(load_in_8bit=True, llm_int8_threshold=threshold)
+    mtpkern.generate(model, tiny.prompts(4)[0], max_new_tokens=2)
+    assert [w.filename == __file__ for w in recwarn if "llm_int8_threshold" in str(w.message)] == [True] * warned
+
+
+def quantised_model(tiny, folder, library):
+    config = QUANTISED[library]()
+    tiny.model("llama", hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(folder)
+    options = {"dtype": torch.float32, "quantization_config": config, "device_map": {"": "cpu"}}
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+@pytest.mark.parametrize("library", [*QUANTISED, "int8"])
+def test_a_quantised_model_decodes_as_its_own_generate(tiny, tmp_path, library):
+    """Without an adapter: in several tokens a pass the tokens that the quantised weights write one by one."""
+    model = int8(tiny.model("llama")) if library == "int8" else quantised_model(tiny, tmp_path, library)
+    ids, real = tiny.prompts(9, 4, 6)
+    options = {"attention_mask": real, "max_new_tokens": 24}
+    want = model.generate(ids, do_sample=False, suppress_tokens=[tiny.mask], **options)
+    output = mtpkern.generate(
+        model, ids, strategy=mtpkern.Verified(5, threshold=0.0), return_dict_in_generate=True, **options
+    )
+    assert output.sequences.equal(want)
+    assert max(max(blocks) for blocks in output.blocks) > 1
+    prompts = [row[keep.bool()].tolist() for row, keep in zip(ids, real)]
+    outputs = mtpkern.generate_batch(model, prompts, max_new_tokens=24, batch_size=2)
+    assert [output.tokens for output in outputs] == want[:, ids.shape[1] :].tolist()
 
 
 @pytest.mark.parametrize("library", QUANTISED)

@@ -1,6 +1,7 @@
 """Every causal language model of transformers that a tiny configuration can build: HF's tokens, or a refusal by name.
 
 The whole walk takes minutes: `python tests/test_walk.py` prints its table, and the test of it carries the marker slow.
+`python tests/test_walk.py --tokens 3000` compares so many tokens of each model, drafts accepted among them, with HF's.
 """
 
 from __future__ import annotations
@@ -89,9 +90,11 @@ def _sizes(kind: Any) -> dict[str, Any]:
     return sizes
 
 
-def tiny_model(model_type: str, seed: int = 0) -> Any:
+def tiny_model(model_type: str, seed: int = 0, **settings: Any) -> Any:
     """A model of this type with random weights whose text varies; raises whatever transformers does where it cannot."""
     config = tiny_config(model_type)
+    for name, value in settings.items():
+        setattr(config, name, value)
     if sum(p.numel() for p in _on_meta(config).parameters()) > 3_000_000:
         raise ValueError("stays large")
     torch.manual_seed(seed)
@@ -160,7 +163,67 @@ def walk(types: list[str]) -> dict[str, list[tuple[str, str]]]:
     return table
 
 
+def compared(model_type: str, tokens: int) -> dict[str, int]:
+    """How `Verified` compares with HF's greedy decoding over so many tokens in float32, in ragged batches of 32.
+
+    tokens: compared; drafts: of them accepted drafts; ties: sequences that differ from a token on where HF's own two
+    best logits are within rounding, behind which nothing is compared; different: all others.
+    """
+    vocabulary, new = 12, 96  # drafts come true by chance
+    sizes = dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), vocabulary)
+    mask, counts = vocabulary - 1, dict.fromkeys(("tokens", "drafts", "ties", "different"), 0)
+    while counts["tokens"] < tokens:
+        seed = counts["tokens"]
+        model = tiny_model(model_type, seed, **sizes)
+        with torch.no_grad():
+            model.get_input_embeddings().weight *= 0.2  # some scale it up, and would echo
+        generator = torch.Generator().manual_seed(seed)
+        lengths = torch.randint(3, 14, (32,), generator=generator)
+        ids = torch.randint(1, mask, (32, int(lengths.max())), generator=generator)
+        real = (torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]).long()
+        ids = ids * real
+        options: dict[str, Any] = {"attention_mask": real, "max_new_tokens": new, "pad_token_id": 0}
+        theirs = model.generate(ids, do_sample=False, suppress_tokens=[mask], eos_token_id=None, **options)
+        output = mtpkern.generate(
+            model,
+            ids,
+            mask_token_id=mask,
+            strategy=Verified(4, threshold=0.0),
+            rows=32 * 7,
+            eos_token_id=None,
+            return_dict_in_generate=True,
+            **options,
+        )
+        same = (output.sequences == theirs).long().cumprod(1).sum(1)
+        for b, n in enumerate(same.tolist()):
+            counts["tokens"] += n - ids.shape[1]
+            if n < theirs.shape[1]:
+                text = theirs[b : b + 1, ids.shape[1] - int(lengths[b]) : n]
+                best = model(text).logits[0, -1, :mask].topk(2).values
+                counts["ties" if best[0] - best[1] < 1e-3 else "different"] += 1
+        counts["drafts"] += sum(sum(row) - len(row) for row in output.blocks)
+    return counts
+
+
 # Of each kind of outcome a few: what decodes, and each reason that there is for refusing.
+MANY = (
+    *(
+        "llama",
+        "qwen2",
+        "qwen3",
+        "mistral",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "phi",
+        "phi3",
+        "olmo",
+        "olmo2",
+        "smollm3",
+    ),
+    *("granite", "gpt_neox", "qwen2_moe", "qwen3_moe", "mixtral", "gpt_oss", "cohere", "cohere2", "deepseek_v3", "glm"),
+    *("glm4", "starcoder2", "opt", "gpt2", "stablelm", "nemotron", "helium", "ministral", "exaone4", "biogpt"),
+)
 HANDFUL = {
     **dict.fromkeys(("starcoder2", "opt", "roberta", "mixtral", "gpt2"), "equal"),
     "rwkv": "of 2 layers, 0 cached",
@@ -195,8 +258,34 @@ def test_the_whole_walk() -> None:
     assert len(table["equal"]) > 50
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif("MTPKERN_WALK" not in os.environ, reason="takes minutes: set MTPKERN_WALK=1")
+def test_verified_equals_greedy_over_many_tokens() -> None:
+    counts = {model_type: compared(model_type, 3500) for model_type in MANY}
+    assert sum(count["tokens"] for count in counts.values()) >= 100_000
+    assert {model_type: count["different"] for model_type, count in counts.items() if count["different"]} == {}
+    assert all(count["ties"] <= 2 for count in counts.values())
+    assert all(count["drafts"] > 0.02 * count["tokens"] for count in counts.values())
+
+
+def test_verified_equals_greedy_over_some_tokens() -> None:
+    counts = compared("starcoder2", 500)
+    assert counts["tokens"] > 500
+    assert counts["drafts"] > 0.02 * counts["tokens"]
+    assert counts["different"] == counts["ties"] == 0
+
+
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
+    if sys.argv[1:2] == ["--tokens"]:
+        total = 0
+        for each in sys.argv[3:] or MANY:
+            result = compared(each, int(sys.argv[2]))
+            total += result["tokens"]
+            print(f"{each:20} {result}", flush=True)
+        print(f"{total} tokens")
+        sys.exit()
     found = walk(sys.argv[1:] or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
     for kind, entries in found.items():
         print(f"\n{kind}: {len(entries)}")

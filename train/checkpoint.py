@@ -34,6 +34,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from mtpkern.custom_generate import write_custom_generate
 from mtpkern.model import add_mask_token
 from mtpkern.output import exit_status
 from mtpkern.train.arithmetic import Split, build_tokenizer, encode, problems
@@ -163,6 +164,7 @@ def publish(work: Path, out: Path) -> None:
     # Trainer turns the cache off in the config while it trains.
     model.config.use_cache = True
     model.save_pretrained(out)
+    write_custom_generate(out)
     tokenizer.save_pretrained(out)
     curves = {phase: json.loads((work / phase / "curve.json").read_text()) for phase in STEPS}
     (work / "curves.json").write_text(json.dumps(curves))

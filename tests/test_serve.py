@@ -1,0 +1,146 @@
+"""`transformers serve` with a checkpoint that brings our generate along: an OpenAI client streams from it."""
+
+import asyncio
+import json
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import mtpkern
+from mtpkern.custom_generate import write_custom_generate
+
+PROMPT = json.loads((mtpkern.ASSETS / "problems.jsonl").read_text().splitlines()[0])["prompt"]
+CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+def test_the_shipped_checkpoint_brings_it_along(tmp_path: Path) -> None:
+    write_custom_generate(tmp_path)
+    file = "custom_generate/generate.py"
+    assert (mtpkern.ASSETS / file).read_text() == (tmp_path / file).read_text()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """transformers' server, in a thread as its own tests run it, with a client and the passes of its model."""
+    for package in ("fastapi", "uvicorn"):
+        pytest.importorskip(package)
+    openai = pytest.importorskip("openai")
+    from transformers.cli.serve import Serve
+
+    folder = tmp_path_factory.mktemp("served") / "shipped"
+    shutil.copytree(mtpkern.ASSETS, folder, ignore=shutil.ignore_patterns("smollm2"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        served = Serve(
+            force_model=str(folder),
+            host="127.0.0.1",
+            port=port,
+            device="cpu",
+            trust_remote_code=True,
+            non_blocking=True,
+        )
+        ((loaded),) = served._model_manager.loaded_models.values()
+        passes: list[int] = []
+        loaded.model.register_forward_hook(lambda *_: passes.append(1))
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=60, max_retries=0)
+        end = time.monotonic() + 60
+        while not served.server.started and time.monotonic() < end:
+            time.sleep(0.02)
+        yield SimpleNamespace(client=client, name=str(folder), passes=passes, tokenizer=tokenizer, model=loaded.model)
+        client.close()
+        served.kill_server()
+
+
+@pytest.fixture(scope="module")
+def expected(server: SimpleNamespace) -> torch.Tensor:
+    """What `model.generate` itself writes, with nobody's code."""
+    model = AutoModelForCausalLM.from_pretrained(mtpkern.ASSETS)
+    inputs = server.tokenizer(PROMPT, return_tensors="pt")
+    output: torch.Tensor = model.generate(**inputs, max_new_tokens=100, do_sample=False)
+    return output[0, inputs["input_ids"].shape[1] :]
+
+
+def text_of(server: SimpleNamespace, tokens: torch.Tensor) -> str:
+    return str(server.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def test_a_completion_is_streamed_in_several_tokens_a_pass(server: SimpleNamespace, expected: torch.Tensor) -> None:
+    server.passes.clear()
+    options = {"model": server.name, "prompt": PROMPT, "max_tokens": 100, "temperature": 0, "stream": True}
+    chunks = list(server.client.completions.create(**options))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == text_of(server, expected)
+    assert len([chunk for chunk in chunks if chunk.choices[0].text]) > 10
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    assert chunks[-1].usage.completion_tokens == len(expected)
+    assert len(server.passes) < 0.8 * len(expected)  # how many is up to the load of this machine
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_chat(server: SimpleNamespace, expected: torch.Tensor, stream: bool) -> None:
+    server.passes.clear()
+    messages = [{"role": "user", "content": PROMPT}]
+    answer = server.client.chat.completions.create(
+        model=server.name, messages=messages, max_tokens=16, temperature=0, stream=stream
+    )
+    if stream:
+        answer = list(answer)
+        text, reason = "".join(c.choices[0].delta.content or "" for c in answer), answer[-1].choices[0].finish_reason
+    else:
+        text, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
+    assert text == text_of(server, expected[:16])
+    assert reason == "length"
+    assert 0 < len(server.passes) < 16
+
+
+def test_what_a_request_says_of_scores_counts(server: SimpleNamespace, expected: torch.Tensor) -> None:
+    messages = [{"role": "user", "content": PROMPT}]
+    ask = {"model": server.name, "messages": messages, "max_tokens": 16, "temperature": 0}
+    answer = server.client.chat.completions.create(**ask, logit_bias={str(int(expected[0])): -100.0}).choices[0]
+    assert not answer.message.content.startswith(text_of(server, expected[:1]))
+    sampled = {"generation_config": '{"do_sample": true, "temperature": 2.0}'}
+    ask = {"model": server.name, "prompt": PROMPT, "max_tokens": 16}
+    texts = [server.client.completions.create(**ask, seed=s, extra_body=sampled).choices[0].text for s in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_what_is_not_honoured_is_an_error_of_the_request(server: SimpleNamespace) -> None:
+    import openai
+
+    ask = {"model": server.name, "prompt": PROMPT, "stream": True}
+    with pytest.raises(openai.APIError) as caught:
+        list(server.client.completions.create(**ask, extra_body={"generation_config": '{"num_beams": 2}'}))
+    assert "does not support num_beams=2" in str(caught.value.body)
+
+
+def test_a_client_that_leaves_ends_its_run_and_nobody_elses(server: SimpleNamespace, expected: torch.Tensor) -> None:
+    ask: dict[str, Any] = {"model": server.name, "prompt": PROMPT, "max_tokens": 100, "temperature": 0}
+    stream = server.client.completions.create(**ask, stream=True)
+    next(stream)
+    stream.close()
+    assert server.client.completions.create(**ask).choices[0].text == text_of(server, expected)
+
+
+def test_clients_at_once_get_what_each_gets_alone(server: SimpleNamespace, expected: torch.Tensor) -> None:
+    import openai
+
+    async def ask() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=str(server.client.base_url), api_key="none", timeout=60) as client:
+            options = {"model": server.name, "prompt": PROMPT, "max_tokens": 100, "temperature": 0}
+            answers = await asyncio.gather(*(client.completions.create(**options) for _ in range(3)))
+            return [answer.choices[0].text for answer in answers]
+
+    assert asyncio.run(ask()) == [text_of(server, expected)] * 3

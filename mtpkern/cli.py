@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # when it is called for.
 _HANDED_ON = {
     "eval": (
-        "mtpkern.evaluation",
+        "mtpkern.eval_command",
         "decode a data set in several ways: accuracy, tokens a pass, wall-clock ratios",
     ),
     "plot": ("mtpkern.plots", "draw the figures of an evaluation: accuracy against tokens a pass, acceptance"),

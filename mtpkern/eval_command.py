@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mtpkern.cases import Case, read_cases
-from mtpkern.evaluation import Evaluation, environment, evaluate
+from mtpkern.evaluation import Evaluation, evaluate
 from mtpkern.grading import RULES
 from mtpkern.output import printable
 from mtpkern.strategies import Strategy, name_of, strategy_of
@@ -198,6 +199,8 @@ def _warn(args: argparse.Namespace, evaluation: Evaluation) -> None:
 
 def _settings(args: argparse.Namespace, argv: Sequence[str], evaluation: Evaluation) -> dict[str, Any]:
     """What makes an evaluation what it is, whatever its prompts come from, and what it ran on."""
+    from mtpkern.origin import origin
+
     assert evaluation.prompting is not None
     model = evaluation.model
     return {
@@ -208,5 +211,5 @@ def _settings(args: argparse.Namespace, argv: Sequence[str], evaluation: Evaluat
         "batch_size": args.batch_size,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
-        **environment(model, argv),
+        **origin(model.device, shlex.join(["mtpkern", "eval", *argv])),
     }

@@ -14,16 +14,13 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import shlex
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import mtpkern
+from mtpkern.card import add_to_card
 from mtpkern.cases import Case
 from mtpkern.evidence import ORIGINAL, PLAIN, figures, markdown
 from mtpkern.grading import is_right
@@ -233,7 +230,10 @@ def facts_of(settings: Mapping[str, Any]) -> dict[str, str]:
 def write_results(
     folder: Path, samples: Sequence[Mapping[str, Any]], title: str, record: Mapping[str, Any], facts: Mapping[str, str]
 ) -> dict[str, dict[str, Any]]:
-    """Write results.json (the record, and the figures of the samples) and results.md, and return the figures."""
+    """Write results.json (the record and the figures of the samples) and results.md, and return the figures.
+
+    record: its settings name the model, whose card is completed (mtpkern.card), and the data or the task
+    """
     found = figures(samples)
     with whole_file(folder / "results.json") as out:
         assert out is not None
@@ -241,6 +241,8 @@ def write_results(
     with whole_file(folder / "results.md") as out:
         assert out is not None
         out.write(markdown(found, title, facts))
+    settings = record["settings"]
+    add_to_card(str(settings["model"]), str(settings.get("task", settings.get("data"))), found, facts)
     return found
 
 
@@ -276,30 +278,3 @@ def samples_there(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in whole.splitlines()]
     except ValueError:
         raise ValueError(f"{path}: holds a line that is no sample; give another --output, or remove it") from None
-
-
-def environment(model: PreTrainedModel, command: Sequence[str]) -> dict[str, str]:
-    """Hardware, versions, commit where it is a clone, and command: what a number needs beside it."""
-    import torch
-    import transformers
-
-    device = model.device
-    root = Path(__file__).resolve().parents[1]
-    try:
-        said = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=20
-        )
-        commit = said.stdout.strip() if (root / ".git").exists() else ""
-    except (OSError, subprocess.TimeoutExpired):
-        commit = ""
-    return {
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} cpu",
-        "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "mtpkern": str(mtpkern.__version__),
-        "commit": commit or "unknown",
-        "command": shlex.join(["mtpkern", "eval", *command]),
-        "date": time.strftime("%Y-%m-%d"),
-    }

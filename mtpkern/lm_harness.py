@@ -206,14 +206,22 @@ def _alike(
         yield *last, batch
 
 
-def tasks_of(names: Sequence[str], include_path: Path | None = None) -> dict[str, tuple[list[Any], str | None]]:
-    """The harness's tasks of each name, with their data, and the headline metric where it is one of `READY`.
+@dataclass(frozen=True)
+class Tasks:
+    """By the name that was asked for: the harness's tasks, several for a group, and the headline, if it is known."""
+
+    manager: TaskManager
+    members: Mapping[str, tuple[list[Any], str | None]]
+
+
+def tasks_of(names: Sequence[str], include_path: Path | None = None) -> Tasks:
+    """The harness's tasks of each name, with their data; the headline metric is known of those in `READY`.
 
     include_path: a folder with tasks of one's own (yaml), whose names come before the harness's
 
     Raises ValueError for a name that nothing bears.
 
-        tasks_of(["gsm8k_cot"])["gsm8k_cot"][1]  # "exact_match,flexible-extract"
+        tasks_of(["gsm8k_cot"]).members["gsm8k_cot"][1]  # "exact_match,flexible-extract"
     """
     if include_path is not None and not include_path.is_dir():
         raise ValueError(f"{include_path}: expected a folder with tasks in yaml files (--include-path), there is none")
@@ -232,12 +240,12 @@ def tasks_of(names: Sequence[str], include_path: Path | None = None) -> dict[str
             for key, value in ready[name].changes.items():
                 task.set_config(key=key, value=value)
         found[name] = (tasks, ready[name].metric or None)
-    return found
+    return Tasks(manager, found)
 
 
 def evaluate_tasks(
     answers: Answers,
-    tasks: Mapping[str, tuple[list[Any], str | None]],
+    tasks: Tasks,
     folder: Path,
     settings: Mapping[str, Any],
     *,
@@ -256,7 +264,7 @@ def evaluate_tasks(
     """
     require_same(folder / "run.json", settings)
     found = {}
-    for name, (members, headline) in tasks.items():
+    for name, (members, headline) in tasks.members.items():
         judged: dict[str, Any] = {}
         for way in answers.evaluation.names:
             answers.way, answers.samples = way, {}
@@ -268,6 +276,7 @@ def evaluate_tasks(
                 apply_chat_template=chat,
                 fewshot_as_multiturn=chat,
                 bootstrap_iters=0,
+                task_manager=tasks.manager,
             )
         by_way = {way: _scores(results["samples"]) for way, results in judged.items()}
         chosen = _headline(name, by_way, metric or headline)

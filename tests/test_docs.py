@@ -41,6 +41,10 @@ def test_the_tutorial_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     # However short the training was.
     assert found["verified_4_0.2"]["identical_to_original"] == 1
     assert Path("runs/eval/pareto.png").exists()
+    card = Path("runs/tutorial/README.md").read_text()
+    assert "mtpkern train tutorial.yaml --model" in card
+    assert "## Measured: prompts.jsonl" in card
+    assert f"| verified_4_0.2 | {found['verified_4_0.2']['accuracy']:.2%}" in card
     assert '<p class="blocks">' in Path("blocks.html").read_text()
     (code,) = fenced(text, "python")
     capsys.readouterr()

@@ -99,12 +99,12 @@ class Outcome:
         return self.status.startswith(("done", "skipped")) or (self.status == "cut" and self.what.endswith(WHOLE))
 
 
-def link(folder: Path) -> Path:
-    """Lay the clone out as the package that an installation makes of it, by links; returns what PYTHONPATH needs."""
+def link(folder: Path, root: Path = ROOT) -> Path:
+    """Lay a clone out as the package that an installation makes of it, by links; returns what PYTHONPATH needs."""
     package = folder / "mtpkern"
     shutil.rmtree(package, ignore_errors=True)
     package.mkdir(parents=True)
-    for source in (*(ROOT / "mtpkern").iterdir(), *(ROOT / room for room in ("kernels", "train", "bench"))):
+    for source in (*(root / "mtpkern").iterdir(), *(root / room for room in ("kernels", "train", "bench"))):
         if source.name != "__pycache__":
             (package / source.name).symlink_to(source)
     return folder

@@ -74,6 +74,8 @@ def environment(device: torch.device) -> dict[str, str]:
         **{name: _version(name) for name in ("torch", "triton", "transformers", "mtpkern")},
         "commit": commit + (" with changes" if changed else ""),
         "command": shlex.join(["python", "-m", f"mtpkern.bench.{module}", *sys.argv[1:]]),
+        # All of them draw from it.
+        "seed": "0",
         "date": time.strftime("%Y-%m-%d"),
     }
 

@@ -1,4 +1,4 @@
-"""SPEED-Bench for `mtpkern eval`: one JSONL file a category of prompts, whose data may not be handed on and so is not here.
+"""SPEED-Bench for `mtpkern eval`: a JSONL file for each category. Its data may not be handed on, and so is not here.
 
     python -m mtpkern.bench.speed_bench runs/speed                       # from the hub, under its own licence
     python -m mtpkern.bench.speed_bench runs/speed --source qualitative.parquet

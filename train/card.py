@@ -28,7 +28,10 @@ from mtpkern.train.record import Record
 _USUAL = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "processes", "learning_rate", "lr_scheduler_type"),
     *("warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "optim", "bf16", "seed"),
+    *("student_dtype", "teacher_dtype"),
 )
+# What the default None stands for in the paper's own method.
+_PAPERS = {"teacher_target": "hard", "loss_support": "all"}
 _LOGGED = ("loss", "agreement", "agreeing_prefix", "original_agreement")
 _DECODED = ("eval_loss", "eval_agreeing_prefix", "eval_accuracy", "eval_tokens_per_pass", "eval_effective_k")
 # A card is read, not plotted: `mtpkern plot` draws all of the steps.
@@ -102,7 +105,9 @@ def deviations(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The options that `MTPConfig` adds, where a run's are not the defaults: `deviations({"k_max": 4})`."""
     theirs = {f.name for f in fields(TrainingArguments)}
     defaults = {f.name: f.default for f in fields(MTPConfig) if f.name not in theirs and f.default is not MISSING}
-    return {name: recipe[name] for name, default in defaults.items() if name in recipe and recipe[name] != default}
+    defaults |= _PAPERS
+    names = [name for name in defaults if name in recipe and name not in _USUAL]
+    return {name: recipe[name] for name in names if recipe[name] != defaults[name]}
 
 
 def _speed(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

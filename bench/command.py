@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GROUPS = {
     "ops": ("readout", "decode_attention", "span_attention", "kv_write", "gated_lora", "distill"),
     "step": ("step", "gated_step", "compiled", "train_step"),
-    "generation": ("decode", "real", "throughput"),
+    "generation": ("decode", "real", "throughput", "assisted"),
     "all of it": ("preflight", "gpu", "aot", "tiles"),
 }
 _NAMES = [name for names in GROUPS.values() for name in names]

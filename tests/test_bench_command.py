@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from mtpkern.bench import command
 from mtpkern.cli import main
@@ -67,6 +68,18 @@ def test_what_cannot_be_compared(capsys, monkeypatch):
     assert "leave it out" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no figures in common"):
         command.compared([results(1.0, "a") | {"tables": []}], [results(1.0, "b")])
+
+
+def test_assisted_generation_writes_the_same_tokens():
+    """Ours and theirs, on a CPU in a rehearsal; comparators are named where they are missing."""
+    from mtpkern.bench import assisted
+    from mtpkern.bench.harness import COMPARATORS, environment
+
+    (table,) = assisted.measure(torch.device("cpu"), True)
+    assert [row[1] for row in table.rows] == ["2 of 2"] * 4
+    assert any("prompt lookup" in row[0] for row in table.rows)
+    facts = environment(torch.device("cpu"))
+    assert all(facts[name] for name in COMPARATORS)
 
 
 def test_a_tree_is_run_as_a_package_of_its_own(tmp_path):

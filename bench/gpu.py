@@ -62,6 +62,7 @@ WHOLE_LIMITS = {
     "kv_write": 40.0,
     "gated_lora": 60.0,
     "throughput": 150.0,
+    "assisted": 60.0,
 }
 SLOW_LIMIT = 120.0
 PREFLIGHT, TESTS, SLOW, SHORT, WHOLE = "pre-flight", "tests", "slow tests", "short grid", "whole grid"

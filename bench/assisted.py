@@ -28,7 +28,7 @@ HEADER = ("way", "identical to HF greedy", "tokens/s", "× HF generate, median")
 
 def measure(device: torch.device, quick: bool) -> Iterator[Table]:
     """A row a way."""
-    problems, most = (2, 16) if device.type == "cpu" else (16 if quick else 64, 128)
+    problems, most = (1, 8) if device.type == "cpu" else (16 if quick else 64, 128)
     model = AutoModelForCausalLM.from_pretrained(ASSETS, dtype=torch.float32).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(ASSETS)
     ways: dict[str, Callable[..., list[Completion]]] = {

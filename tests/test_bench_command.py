@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -76,15 +77,28 @@ def test_assisted_generation_writes_the_same_tokens():
     from mtpkern.bench.harness import COMPARATORS, environment
 
     (table,) = assisted.measure(torch.device("cpu"), True)
-    assert [row[1] for row in table.rows] == ["2 of 2"] * 4
+    assert [row[1] for row in table.rows] == ["1 of 1"] * 4
     assert any("prompt lookup" in row[0] for row in table.rows)
     facts = environment(torch.device("cpu"))
     assert all(facts[name] for name in COMPARATORS)
 
 
-def test_a_tree_is_run_as_a_package_of_its_own(tmp_path):
-    """The quickest of them, really run: a rehearsal on a CPU."""
-    found = command._run(command.ROOT, "readout", ["--device", "cpu", "--quick"], tmp_path)
-    assert found["dry_run"]
-    assert json.dumps(found["tables"][0]["records"])
-    assert found["environment"]["seed"] == "0"
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_tree_is_run_as_a_package_of_its_own(tmp_path, monkeypatch, status):
+    """Its process sees that tree's rooms as mtpkern, and works where no clone's folders are looked at first."""
+
+    def run(words, *, cwd, env, stdout):
+        assert words[1:3] == ["-m", "mtpkern.bench.readout"]
+        package = Path(env["PYTHONPATH"]) / "mtpkern"
+        assert (package / "bench").resolve() == command.ROOT / "bench"
+        assert (package / "cli.py").resolve() == command.ROOT / "mtpkern/cli.py"
+        assert cwd == Path(words[words.index("--results") + 1]) == tmp_path
+        (tmp_path / "readout.json").write_text(json.dumps(results(1.0, "this")))
+        return subprocess.CompletedProcess(words, status)
+
+    monkeypatch.setattr(command.subprocess, "run", run)
+    if status:
+        with pytest.raises(ValueError, match="ended with 1"):
+            command._run(command.ROOT, "readout", ["--quick"], tmp_path)
+    else:
+        assert command._run(command.ROOT, "readout", ["--quick"], tmp_path) == results(1.0, "this")

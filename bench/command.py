@@ -122,7 +122,7 @@ def compared(base: Sequence[Mapping[str, Any]], this: Sequence[Mapping[str, Any]
     Raises ValueError where they have none in common.
     """
     there, here = _figures(base), _figures(this)
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (name, f"{there[name]:.4g}", f"{here[name]:.4g}", f"{here[name] / there[name]:.3f}")
         for name in here
         if there.get(name)

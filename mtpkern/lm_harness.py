@@ -194,8 +194,8 @@ def _alike(
     """Digests that are decoded together: in order, with the same stop strings and limit."""
     batch: list[str] = []
     last: tuple[tuple[str, ...], int] | None = None
-    for digest, (_, *terms) in missing.items():
-        now = (terms[0], terms[1])
+    for digest, (_, stops, limit) in missing.items():
+        now = (stops, limit)
         if batch and (now != last or len(batch) == size):
             assert last is not None
             yield *last, batch

@@ -111,7 +111,7 @@ def deviations(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _speed(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    last = next((entry for entry in reversed(history) if "train_runtime" in entry), {})
+    last: Mapping[str, Any] = next((entry for entry in reversed(history) if "train_runtime" in entry), {})
     rates = [entry["tokens_per_second"] for entry in history if "tokens_per_second" in entry]
     memory = [entry["peak_memory_gib"] for entry in history if "peak_memory_gib" in entry]
     found: dict[str, Any] = {}

@@ -18,6 +18,10 @@ import torch
 
 from mtpkern.compare import rotated, synchronize
 
+# What others bring that a benchmark measures beside ours, where it is installed; FlexAttention comes with torch,
+# assisted generation with transformers.
+COMPARATORS = ("flash-attn", "liger-kernel")
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -71,9 +75,11 @@ def environment(device: torch.device) -> dict[str, str]:
         "load_before": " ".join(f"{x:.1f}" for x in os.getloadavg()),
         "python": platform.python_version(),
         **_gpu(device),
-        **{name: _version(name) for name in ("torch", "triton", "transformers", "mtpkern")},
+        **{name: _version(name) for name in ("torch", "triton", "transformers", "mtpkern", *COMPARATORS)},
         "commit": commit + (" with changes" if changed else ""),
         "command": shlex.join(["python", "-m", f"mtpkern.bench.{module}", *sys.argv[1:]]),
+        # All of them draw from it.
+        "seed": "0",
         "date": time.strftime("%Y-%m-%d"),
     }
 

@@ -272,7 +272,7 @@ def _layouts(model: str, layers: Layers, best: dict[int, dict[str, Tiles]], cpu:
             rows.append(
                 ("the rule's", text_of(tiles_of(N, K)), rule.text(), _share(2 * N * K, rule, machine.bandwidth))
             )
-        records = [*records, *({"rows": R, "product": name, "us": None} for _ in range(len(rows) - len(records)))]
+        records += [{"rows": R, "product": name, "us": None} for _ in range(len(rows) - len(records))]
         records[-1] = {
             "rows": R,
             "product": name,

@@ -1,4 +1,4 @@
-"""README's tables of results, made from bench/results: `python -m mtpkern.bench.readme` writes them, --check compares.
+"""Tables of results in README and docs, made from bench/results: `python -m mtpkern.bench.readme`, or --check.
 
 A table stands between `<!-- results: NAME -->` and `<!-- end of results -->`; NAME is a function of `TABLES`.
 """
@@ -17,6 +17,7 @@ from mtpkern.bench.report import RESULTS
 from mtpkern.output import exit_status
 
 README = Path(__file__).resolve().parents[1] / "README.md"
+FIGURES = README.parent / "docs" / "figures" / "README.md"
 COMMAND = "python -m mtpkern.bench.readme"
 
 
@@ -68,7 +69,25 @@ def _call(kind: str, chosen: Mapping[str, Any]) -> str:
     return f"{kind}(k={chosen['k']}, threshold={chosen['threshold']})"
 
 
-TABLES: dict[str, Callable[[Mapping[str, Any]], list[tuple[str, ...]]]] = {"decode": decode_table, "real": real_table}
+def throughput_table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Tokens a second of each sequence and of all, by how often a mask is right and by sequences side by side."""
+    rows: list[tuple[str, ...]] = [
+        ("sequences", "masks right", "tokens a pass", "tokens/s of each", "tokens/s in all", "× one a pass")
+    ]
+    for one in results["tables"][0]["records"]:
+        rate = one["tokens_a_second"]
+        right, tokens, each = f"{one['chance']:.0%}", f"{one['tokens_a_pass']:.2f}", f"{rate / one['B']:.0f}"
+        rows.append((str(one["B"]), right, tokens, each, f"{rate:.0f}", f"{one['ratio']:.2f}"))
+    return rows
+
+
+TABLES: dict[str, Callable[[Mapping[str, Any]], list[tuple[str, ...]]]] = {
+    "decode": decode_table,
+    "real": real_table,
+    "throughput": throughput_table,
+}
+# Those that do not bear the table's name.
+_FILES = {"throughput": "h200/throughput.json"}
 
 
 def rewritten(text: str, folder: Path = RESULTS) -> str:
@@ -81,7 +100,7 @@ def rewritten(text: str, folder: Path = RESULTS) -> str:
         name = match[1]
         if name not in TABLES:
             raise ValueError(f"README asks for results {name!r}; there are {', '.join(TABLES)}")
-        rows = TABLES[name](json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
+        rows = TABLES[name](json.loads((folder / _FILES.get(name, f"{name}.json")).read_text(encoding="utf-8")))
         lines = [f"| {' | '.join(row)} |" for row in rows]
         lines.insert(1, "|---" * len(rows[0]) + "|")
         body = "\n".join(lines)
@@ -93,15 +112,16 @@ def rewritten(text: str, folder: Path = RESULTS) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the tables, or with --check say by the exit status whether they are those of the results."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.split("\n\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where README differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where a page differs")
     args = parser.parse_args(argv)
-    before = README.read_text(encoding="utf-8")
-    after = rewritten(before)
-    if args.check and before != after:
-        print(f"README's tables are not those of bench/results; run: {COMMAND}", file=sys.stderr)
-        return 1
-    if not args.check:
-        README.write_text(after, encoding="utf-8")
+    for page in (README, FIGURES):
+        before = page.read_text(encoding="utf-8")
+        after = rewritten(before)
+        if args.check and before != after:
+            print(f"the tables of {page.name} are not those of bench/results; run: {COMMAND}", file=sys.stderr)
+            return 1
+        if not args.check:
+            page.write_text(after, encoding="utf-8")
     return 0
 
 

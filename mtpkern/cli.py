@@ -30,10 +30,11 @@ if TYPE_CHECKING:
 # when it is called for.
 _HANDED_ON = {
     "eval": (
-        "mtpkern.evaluation",
+        "mtpkern.eval_command",
         "decode a data set in several ways: accuracy, tokens a pass, wall-clock ratios",
     ),
-    "plot": ("mtpkern.plots", "draw the figures of an evaluation: accuracy against tokens a pass, acceptance"),
+    "plot": ("mtpkern.plots", "draw the figures of an evaluation, a training run or a benchmark"),
+    "bench": ("mtpkern.bench.command", "run a benchmark by its name, or against another commit"),
     "train": ("mtpkern.train.command", "train a checkpoint for multi-token prediction"),
     "convert": ("mtpkern.train.convert", "make a plain checkpoint of one that the paper's authors published"),
 }

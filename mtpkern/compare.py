@@ -157,7 +157,7 @@ def ours(model: PreTrainedModel, inputs: Mapping[str, Tensor], **options: Any) -
     assert out.finish_reasons is not None
     rows = out.sequences[:, inputs["input_ids"].shape[1] :].tolist()
     return [
-        Completion(row[: sum(blocks)], blocks, reason in ("stop", "stop_string"))
+        Completion(row[: sum(blocks)], blocks, reason in ("stop", "stop_string", "criteria"))
         for row, blocks, reason in zip(rows, out.blocks, out.finish_reasons, strict=True)
     ]
 

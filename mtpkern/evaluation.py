@@ -12,26 +12,20 @@ static:1, one token a pass by the same code: what differences and wall-clock rat
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import json
 import os
-import platform
-import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import mtpkern
-from mtpkern.cases import Case, read_cases
+from mtpkern.card import add_to_card
+from mtpkern.cases import Case
 from mtpkern.evidence import ORIGINAL, PLAIN, figures, markdown
-from mtpkern.grading import RULES, is_right
-from mtpkern.output import json_line, printable, whole_file
-from mtpkern.strategies import Strategy, name_of, strategy_of
+from mtpkern.grading import is_right
+from mtpkern.output import json_line, whole_file
+from mtpkern.strategies import Strategy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,7 +34,7 @@ if TYPE_CHECKING:
     from mtpkern.prompting import Prompting
 
 # What may differ between two calls that go on with one another.
-_FREE = ("command", "date", "hardware", "threads", "python", "torch", "transformers", "mtpkern", "commit")
+FREE = ("command", "date", "hardware", "threads", "python", "torch", "transformers", "mtpkern", "commit", "lm_eval")
 
 
 @dataclass
@@ -89,6 +83,12 @@ class Evaluation:
                 f"{vocabulary.get(other)} here; --baseline is the model that training began with"
             )
 
+    @property
+    def names(self) -> dict[str, str]:
+        """What each way is called in the samples, the original last: {"verified": "Verified(k=8, ...)"}."""
+        original = {} if self.original is None else {ORIGINAL: "Static(k=1)"}
+        return {name: str(strategy) for name, strategy in self.ways.items()} | original
+
     def decode(self, cases: Sequence[Case], *, batch: int, first: int = 0, warm: bool = False) -> list[dict[str, Any]]:
         """The samples (mtpkern.evidence) of cases that are decoded together; ways take turns in being the first.
 
@@ -99,7 +99,7 @@ class Evaluation:
 
         prompts = [self._encode(case) for case in cases]
         inputs = pad(prompts, self.model.device)
-        options = self._options()
+        options = self._options(inputs["input_ids"].shape[1])
         ways: dict[str, dict[int, dict[str, Any]]] = {}
         for name in rotated(list(self.ways), batch):
             strategy = self.ways[name]
@@ -123,9 +123,8 @@ class Evaluation:
                     if tokens not in known:
                         known[tokens] = nll(self.original, prompt, tokens)
                     way[i]["nll"] = known[tokens]
-        order = [*self.ways, *([ORIGINAL] if self.original is not None else [])]
         return [
-            {"row": first + i, "batch": batch, "ways": {name: ways[name][i] for name in order}}
+            {"row": first + i, "batch": batch, "ways": {name: ways[name][i] for name in self.names}}
             for i in range(len(cases))
         ]
 
@@ -140,14 +139,14 @@ class Evaluation:
             raise ValueError(f"{case.where}: the prompt has no tokens; give one with text in it")
         return ids
 
-    def _options(self) -> dict[str, Any]:
+    def _options(self, width: int) -> dict[str, Any]:
+        from mtpkern.stops import stop_options
+
         options = {"max_new_tokens": self.max_new_tokens, **self.options}
         # The original stops where the model does.
         stop = self.model.generation_config.eos_token_id
         options["eos_token_id"] = self.tokenizer.eos_token_id if stop is None else stop
-        if self.stops:
-            options |= {"stop_strings": list(self.stops), "tokenizer": self.tokenizer}
-        return options
+        return options | stop_options(self.tokenizer, self.stops, width)
 
     def _way(
         self, cases: Sequence[Case], completions: Sequence[Completion], seconds: float
@@ -203,8 +202,8 @@ def evaluate(
     settings: what makes the evaluation what it is. Raises ValueError where those of the folder are others.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _require_same(folder / "run.json", settings)
-    done = _samples_there(folder / "samples.jsonl")
+    require_same(folder / "run.json", settings)
+    done = samples_there(folder / "samples.jsonl")
     with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
         warm = True
         for start in range(len(done), len(cases), batch_size):
@@ -216,17 +215,34 @@ def evaluate(
             done += samples
             warm = False
             progress(len(done))
-    done = done[: len(cases)]
-    found = figures(done)
-    facts = {name: _said(value) for name, value in settings.items() if value not in (None, [])}
-    facts["prompts"] = str(len(done))
+    facts = {"prompts": str(len(cases)), **facts_of(settings)}
+    title = f"{Path(str(settings['model'])).name} on {settings['data']}"
+    return write_results(
+        folder, done[: len(cases)], title, {"settings": dict(settings), "ways": evaluation.names}, facts
+    )
+
+
+def facts_of(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The settings as a page says them, without those that say nothing."""
+    return {name: _said(value) for name, value in settings.items() if value not in (None, [])}
+
+
+def write_results(
+    folder: Path, samples: Sequence[Mapping[str, Any]], title: str, record: Mapping[str, Any], facts: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """Write results.json (the record and the figures of the samples) and results.md, and return the figures.
+
+    record: its settings name the model, whose card is completed (mtpkern.card), and the data or the task
+    """
+    found = figures(samples)
     with whole_file(folder / "results.json") as out:
         assert out is not None
-        record = {"settings": dict(settings), "ways": {n: str(s) for n, s in evaluation.ways.items()}, "figures": found}
-        out.write(json.dumps(record, indent=1) + "\n")
+        out.write(json.dumps({**record, "figures": found}, indent=1) + "\n")
     with whole_file(folder / "results.md") as out:
         assert out is not None
-        out.write(markdown(found, f"{Path(str(settings['model'])).name} on {settings['data']}", facts))
+        out.write(markdown(found, title, facts))
+    settings = record["settings"]
+    add_to_card(str(settings["model"]), str(settings.get("task", settings.get("data"))), found, facts)
     return found
 
 
@@ -234,11 +250,11 @@ def _said(value: Any) -> str:
     return ", ".join(f"{name} = {part}" for name, part in value.items()) if isinstance(value, dict) else str(value)
 
 
-def _require_same(path: Path, settings: Mapping[str, Any]) -> None:
+def require_same(path: Path, settings: Mapping[str, Any]) -> None:
     """Write what the evaluation is where nothing stands; raise ValueError, by name, where it is another."""
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        names = [n for n in {**before, **settings} if n not in _FREE and before.get(n) != settings.get(n)]
+        names = [n for n in {**before, **settings} if n not in FREE and before.get(n) != settings.get(n)]
         if names:
             said = ", ".join(f"{name} was {before.get(name)!r} and is {settings.get(name)!r}" for name in names)
             raise ValueError(f"{path.parent} holds another evaluation: {said}; give another --output, or remove it")
@@ -250,7 +266,7 @@ def _require_same(path: Path, settings: Mapping[str, Any]) -> None:
         out.write(json.dumps(settings, indent=1) + "\n")
 
 
-def _samples_there(path: Path) -> list[dict[str, Any]]:
+def samples_there(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a file of samples; half a line, of a run that was killed, is cut off."""
     if not path.exists():
         return []
@@ -262,144 +278,3 @@ def _samples_there(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in whole.splitlines()]
     except ValueError:
         raise ValueError(f"{path}: holds a line that is no sample; give another --output, or remove it") from None
-
-
-def environment(model: PreTrainedModel, command: Sequence[str]) -> dict[str, str]:
-    """Hardware, versions, commit where it is a clone, and command: what a number needs beside it."""
-    import torch
-    import transformers
-
-    device = model.device
-    root = Path(__file__).resolve().parents[1]
-    try:
-        said = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=20
-        )
-        commit = said.stdout.strip() if (root / ".git").exists() else ""
-    except (OSError, subprocess.TimeoutExpired):
-        commit = ""
-    return {
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} cpu",
-        "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "mtpkern": str(mtpkern.__version__),
-        "commit": commit or "unknown",
-        "command": shlex.join(["mtpkern", "eval", *command]),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mtpkern eval",
-        description="Decodes a data set in several ways, in turns: accuracy with its error, tokens a pass, acceptance, "
-        "wall-clock ratio and nearness to the original model, as a page, as JSON and a line a prompt. The same command "
-        "again goes on where it was stopped.",
-    )
-    parser.add_argument("model", metavar="MODEL", help="path or hub id of a checkpoint, or of a gated adapter")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="JSONL: prompt, question or messages, and what is right as answer, result, completion, response or the "
-        "last message",
-    )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the results")
-    parser.add_argument(
-        "--strategies",
-        nargs="+",
-        default=["verified"],
-        metavar="NAME[:K][:THRESHOLD[:MASKS]]",
-        help="such as static:2 confadapt:16:0.9 verified verified:4:0.2:9 (default: verified); static:1 always comes "
-        "first",
-    )
-    parser.add_argument("--answer", choices=RULES, default="auto", metavar="RULE", help=f"{', '.join(RULES)}")
-    parser.add_argument("--answer-field", metavar="NAME", help="the field of a row that says what is right")
-    parser.add_argument("--baseline", metavar="ORIGINAL", help="the model that training began with")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="the first N rows; more later goes on")
-    parser.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="(default 256)")
-    parser.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="(default 8)")
-    parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="stop strings, such as Q:")
-    parser.add_argument("--mask-token-id", type=int, metavar="ID", help="where the checkpoint does not record it")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    parser.add_argument("--device", help="such as cpu or cuda:0 (default: the accelerator, if there is one)")
-    parser.add_argument("--chat", action=argparse.BooleanOptionalAction, help="as in mtpkern generate")
-    parser.add_argument("--separator", metavar="TEXT", help="as in mtpkern generate")
-    parser.add_argument("--base", metavar="MODEL", help="of a gated adapter, where its base is not where it was")
-    return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def main(argv: Sequence[str]) -> None:
-    """The command line: decode, print the tables, write the results.
-
-    Raises ValueError or OSError where the user can help.
-
-        main(["my-model", "--data", "held.jsonl", "--strategies", "verified", "confadapt:0.9", "--output", "runs/eval"])
-    """
-    args = _parser().parse_args(argv)
-    # What can be checked without the model is checked before it is loaded.
-    ways = {}
-    for text in args.strategies:
-        try:
-            ways[name_of(text)] = strategy_of(text)
-        except ValueError as error:
-            raise ValueError(f"--strategies: {error}") from None
-    cases = read_cases(args.data, args.limit, args.answer_field)
-    from mtpkern import show
-    from mtpkern.loading import device_of, load, quiet, require_model
-    from mtpkern.model import recorded_settings
-    from mtpkern.prompting import Prompting, warnings_of
-
-    for name in filter(None, (args.model, args.baseline)):
-        require_model(name)
-    quiet()
-    device = device_of(args.device)
-    model, tokenizer = load(args.model, args.dtype, device, base=args.base)
-    original, theirs = load(args.baseline, args.dtype, device) if args.baseline else (None, None)
-    recorded = recorded_settings(model)
-    prompting = Prompting.of(recorded, args.chat, args.separator)
-    for warning in warnings_of(recorded, prompting):
-        print(f"mtpkern eval: warning: {printable(args.model)}: {printable(warning)}", file=sys.stderr)
-    evaluation = Evaluation(
-        model,
-        tokenizer,
-        ways,
-        prompting,
-        original,
-        theirs,
-        args.answer,
-        args.max_new_tokens,
-        args.stop,
-        {} if args.mask_token_id is None else {"mask_token_id": args.mask_token_id},
-    )
-    settings = {
-        "model": args.model,
-        "baseline": args.baseline,
-        "data": args.data.name,
-        # Of the whole file: more of its rows go on with the same evaluation.
-        "data_sha256": hashlib.sha256(args.data.read_bytes()).hexdigest(),
-        "ways": {name: str(strategy) for name, strategy in evaluation.ways.items()},
-        "answer": args.answer,
-        "answer_field": args.answer_field,
-        "chat": prompting.chat,
-        "separator": prompting.separator,
-        "max_new_tokens": args.max_new_tokens,
-        "batch_size": args.batch_size,
-        "stop": args.stop,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": device.type,
-        **environment(model, argv),
-    }
-    label = f"{len(cases)} prompts, {len(evaluation.ways)} ways"
-    with show.progress(label, len(cases)) as advance:
-        evaluate(evaluation, cases, args.output, settings, batch_size=args.batch_size, progress=advance)
-    print((args.output / "results.md").read_text(encoding="utf-8"))

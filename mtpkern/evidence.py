@@ -4,7 +4,7 @@ A sample is one prompt decoded in several ways, as a line of an evaluation's sam
 
     {"row": 0, "batch": 0, "ways": {name: {"tokens", "blocks", "finished", "seconds", "text", "right", "nll"}}}
 
-    right    None where the data has no expected answers
+    right    whether the answer is, or a score from 0 to 1; None where the data has no expected answers
     nll      nats of all its tokens under the original model, None where there is none
     seconds  the batch's time over its prompts
 
@@ -28,7 +28,7 @@ Sample = Mapping[str, Any]
 def figures(samples: Sequence[Sample]) -> dict[str, dict[str, Any]]:
     """The figures of every way of the samples, by name; a figure that the samples do not hold is left out.
 
-    accuracy, standard_error           of right answers, binomial
+    accuracy, standard_error           of right answers, binomial; of scores between 0 and 1 their mean's
     difference_to_plain, ..._original  mean and standard error of the paired differences in right answers
     tokens_per_pass, effective_k       pooled, and the paper's, ± effective_k_deviation (mtpkern.compare.sample_k)
     acceptance                         by position, see `acceptance`
@@ -56,8 +56,11 @@ def _figures(samples: Sequence[Sample], name: str) -> dict[str, Any]:
     )
     k, deviation = tally.effective_k
     found: dict[str, Any] = {"problems": tally.problems, "finished": mean(way["finished"] for way in mine)}
-    if mine[0]["right"] is not None:
-        found |= {"accuracy": tally.accuracy, "standard_error": tally.standard_error}
+    scores = [way["right"] for way in mine]
+    if None not in scores:
+        binary = all(score in (0, 1) for score in scores)
+        error = tally.standard_error if binary else paired(scores)[1]
+        found |= {"accuracy": mean(scores), "standard_error": error}
     found |= {
         "tokens": tally.tokens,
         "passes": tally.passes,
@@ -78,7 +81,7 @@ def _figures(samples: Sequence[Sample], name: str) -> dict[str, Any]:
         if other == ORIGINAL:
             pairs = [(a["tokens"], b["tokens"]) for a, b in zip(mine, theirs)]
             found["agreeing_prefix_original"] = mean(_agreeing(*pair) for pair in pairs)
-        if mine[0]["right"] is not None:
+        if None not in scores and all(way["right"] is not None for way in theirs):
             found[f"difference_to_{suffix}"] = paired([a["right"] - b["right"] for a, b in zip(mine, theirs)])
     scored = [way for way in mine if way["nll"] is not None]
     if scored:

@@ -1,7 +1,9 @@
-"""Figures of an evaluation: `mtpkern plot FOLDER` draws what `mtpkern eval` has measured, the numbers beside each.
+"""Figures: `mtpkern plot SOURCE` draws what an evaluation, a training or a benchmark has left, the numbers beside each.
 
     pareto.png      accuracy against tokens a pass: static, ConfAdapt and Verified, and the original where it was asked
     acceptance.png  how often a pass keeps its j-th token where it has kept those before
+    training.png, spans.png      mtpkern.training_plots
+    throughput.png, real.png     mtpkern.bench_plots
 
 Beside each stands a CSV with what it shows. matplotlib draws them (extra plot); the CSV files are written without it.
 """
@@ -16,7 +18,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from mtpkern.bench_plots import draw_real, draw_throughput, real, throughput
 from mtpkern.output import printable, whole_file
+from mtpkern.training_plots import SPANS, STATE, course, draw_course, draw_spans, read_history, spans, state_of
 
 Figures = Mapping[str, Mapping[str, Any]]
 
@@ -54,32 +58,67 @@ def acceptance(figures: Figures) -> list[dict[str, Any]]:
     ]
 
 
-def plot(results: Path, folder: Path) -> list[Path]:
-    """Write the figures of a results.json to the folder and return their paths.
+def plot(source: Path, folder: Path) -> list[Path]:
+    """Write the figures of a file of results or of a run's folder, and return their paths.
 
-    Raises ValueError for what is no results.json, and ImportError, when the CSV files are there, without matplotlib.
+    source: a folder that `mtpkern eval` or `mtpkern train` has written, or a file: results.json, trainer_state.json,
+    what a training has printed, or the results of mtpkern.bench.throughput or real
 
-        plot(Path("runs/eval/results.json"), Path("docs/figures"))
+    Raises ValueError for what is none of these, and ImportError, when the CSV files are there, without matplotlib.
+
+        plot(Path("runs/eval"), Path("docs/figures"))
     """
-    try:
-        figures = json.loads(results.read_text(encoding="utf-8"))["figures"]
-        tables = {"pareto": pareto(figures), "acceptance": acceptance(figures)}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{results}: expected the results of mtpkern eval, this is something else") from None
-    tables = {name: rows for name, rows in tables.items() if rows}
+    tables = _tables(source)
     if not tables:
-        raise ValueError(f"{results}: nothing to draw: no expected answers, and no way of more than one token a pass")
+        raise ValueError(f"{source}: nothing to draw: no expected answers, and no way of more than one token a pass")
     folder.mkdir(parents=True, exist_ok=True)
     written = [_write(rows, folder / f"{name}.csv") for name, rows in tables.items()]
     if find_spec("matplotlib") is None:
         raise ImportError(
             f"pictures need matplotlib; the numbers are in {folder} as CSV; run: pip install 'mtpkern[plot]'"
         )
-    draw = {"pareto": _draw_pareto, "acceptance": _draw_acceptance}
     for name, rows in tables.items():
-        draw[name](rows, folder / f"{name}.png")
+        _DRAW[name](rows, folder / f"{name}.png")
         written.append(folder / f"{name}.png")
     return written
+
+
+def _tables(source: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each figure that a source has."""
+    state = None
+    if source.is_dir():
+        state, results = state_of(source), source / "results.json"
+        if state is None and not results.is_file():
+            raise FileNotFoundError(
+                f"{source}: there is no results.json and no {STATE}; make the one with mtpkern eval --output, the "
+                "other with mtpkern train"
+            )
+        kept = [path for path in [source / SPANS] if path.is_file()]
+    else:
+        kept, results = [], source
+        if not source.is_file():
+            raise FileNotFoundError(f"{source}: there is no such file or folder")
+        if source.name == STATE or source.suffix != ".json":
+            state = source
+    tables = _measured(results) if state is None or (source.is_dir() and results.is_file()) else {}
+    if state is not None:
+        tables["training"] = course(read_history(state))
+    for path in kept:
+        tables["spans"] = spans(path)
+    return {name: rows for name, rows in tables.items() if rows}
+
+
+def _measured(path: Path) -> dict[str, list[dict[str, Any]]]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if "figures" in found:
+            return {"pareto": pareto(found["figures"]), "acceptance": acceptance(found["figures"])}
+        tables = {"throughput": throughput(found), "real": real(found)}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path}: expected the results of mtpkern eval, this is something else") from None
+    if not any(tables.values()):
+        raise ValueError(f"{path}: expected the results of mtpkern eval, this is something else")
+    return tables
 
 
 def _write(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
@@ -134,17 +173,32 @@ def _draw_acceptance(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+_DRAW = {
+    "pareto": _draw_pareto,
+    "acceptance": _draw_acceptance,
+    "training": draw_course,
+    "spans": draw_spans,
+    "throughput": draw_throughput,
+    "real": draw_real,
+}
+
+
 def main(argv: Sequence[str]) -> None:
-    """The command line: draw the figures of a results folder, in it unless told otherwise.
+    """The command line: draw the figures of results, beside them unless told otherwise.
 
     main(["runs/eval", "--output", "docs/figures"])
     """
-    parser = argparse.ArgumentParser(prog="mtpkern plot", description="Figures of an evaluation, PNG and CSV.")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="the --output of mtpkern eval")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where the figures go (default: the same folder)")
+    parser = argparse.ArgumentParser(
+        prog="mtpkern plot", description="Figures of an evaluation, a training or a benchmark, PNG and CSV."
+    )
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="the folder of mtpkern eval or mtpkern train; or a file: results of a benchmark, what a training printed",
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where the figures go (default: beside the source)")
     args = parser.parse_args(argv)
-    results = args.folder / "results.json"
-    if not results.is_file():
-        raise FileNotFoundError(f"{args.folder}: there is no results.json; make it with mtpkern eval --output")
-    for path in plot(results, args.output or args.folder):
+    beside = args.source if args.source.is_dir() else args.source.parent
+    for path in plot(args.source, args.output or beside):
         print(printable(str(path)))

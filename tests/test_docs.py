@@ -12,7 +12,7 @@ from mtpkern.bench import readme
 from mtpkern.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("quality", "strategies", "performance", "tutorial", "serving", "models")
+PAGES = ("quality", "strategies", "performance", "tutorial", "serving", "models", "figures/README")
 
 
 def fenced(text, language):
@@ -41,6 +41,10 @@ def test_the_tutorial_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     # However short the training was.
     assert found["verified_4_0.2"]["identical_to_original"] == 1
     assert Path("runs/eval/pareto.png").exists()
+    card = Path("runs/tutorial/README.md").read_text()
+    assert "mtpkern train tutorial.yaml --model" in card
+    assert "## Measured: prompts.jsonl" in card
+    assert f"| verified_4_0.2 | {found['verified_4_0.2']['accuracy']:.2%}" in card
     assert '<p class="blocks">' in Path("blocks.html").read_text()
     (code,) = fenced(text, "python")
     capsys.readouterr()
@@ -51,12 +55,14 @@ def test_the_tutorial_runs_as_it_stands(tmp_path, monkeypatch, capsys):
 def test_links_lead_somewhere():
     for page in PAGES:
         links = re.findall(r"\]\((?!https?://)([^)#]+)\)", (ROOT / f"docs/{page}.md").read_text())
-        assert not [link for link in links if not (ROOT / "docs" / link).exists()], page
+        folder = (ROOT / f"docs/{page}.md").parent
+        assert not [link for link in links if not (folder / link).exists()], page
 
 
 def test_readmes_tables_are_those_of_the_results():
     assert readme.main(["--check"]) == 0, f"run: {readme.COMMAND}"
-    assert set(re.findall(r"<!-- results: (\w+) -->", readme.README.read_text())) == set(readme.TABLES)
+    text = readme.README.read_text() + readme.FIGURES.read_text()
+    assert set(re.findall(r"<!-- results: (\w+) -->", text)) == set(readme.TABLES)
 
 
 def test_a_table_that_differs_is_found_and_mended(tmp_path, monkeypatch, capsys):

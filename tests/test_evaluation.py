@@ -78,6 +78,24 @@ def test_stop_strings_end_an_answer(tiny, bytes_of):
     assert cut("Seven. Q: And", ["A:", "Q:"]) == "Seven. "
 
 
+def test_stop_strings_where_transformers_finds_none(shipped):
+    """The shipped tokenizer has whole words, in which it does not look; a match that spans two tokens ends there."""
+    model, tokenizer = shipped
+    case = read_cases(PROBLEMS, 1)[0]
+    options = {"rule": "hashes", "max_new_tokens": 48}
+    (free,) = Evaluation(model, tokenizer, {"verified": Verified()}, **options).decode([case], batch=0)
+    text = free["ways"]["static_1"]["text"]
+    stop = text[text.index(" ", 9) - 2 : text.index(" ", 9) + 3]
+    ends = Evaluation(model, tokenizer, {"verified": Verified()}, stops=[stop, "never"], **options)
+    (sample,) = ends.decode([case], batch=0)
+    for way in sample["ways"].values():
+        assert way["text"] == text[: text.index(stop)]
+        assert way["finished"]
+        whole = str(tokenizer.decode(way["tokens"]))
+        assert stop in whole
+        assert stop not in str(tokenizer.decode(way["tokens"][:-1]))
+
+
 def test_killed_in_the_middle_it_goes_on(tmp_path, monkeypatch, capsys):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     strategies = ["--strategies", "verified", "confadapt:8:0.9"]

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from mtpkern import plots
+from mtpkern.bench.report import RESULTS
 from mtpkern.cli import main
 
 FIGURES = {
@@ -58,13 +59,75 @@ def test_without_matplotlib_there_are_the_numbers(results, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("[]", "this is something else"), ('{"figures": {}}', "nothing to draw"), (None, "there is no results.json")],
+    [
+        ("[]", "this is something else"),
+        ('{"tables": []}', "this is something else"),
+        ('{"figures": {}}', "nothing to draw"),
+        (None, "there is no results.json"),
+    ],
 )
 def test_what_cannot_be_drawn(tmp_path, capsys, text, says):
     if text is not None:
         (tmp_path / "results.json").write_text(text)
     assert main(["plot", str(tmp_path)]) == 2
     assert says in capsys.readouterr().err
+
+
+HISTORY = [
+    {"step": 2, "loss": 2.0, "agreement": 0.25, "agreeing_prefix": 1.5},
+    {"step": 4, "loss": 1.0, "agreement": 0.5, "agreeing_prefix": 2.0},
+    {"step": 4, "eval_loss": 1.5, "eval_accuracy": 0.5, "eval_tokens_per_pass": 2.0}
+    | {f"eval_{name}_{way}": value for way in ("verified", "static_1")
+       for name, value in (("accuracy", 0.5), ("tokens_per_pass", 2.0 if way == "verified" else 1.0))},
+]  # fmt: skip
+
+
+def test_a_runs_course_from_its_newest_checkpoint(tmp_path):
+    pytest.importorskip("matplotlib")
+    for step, history in ((2, HISTORY[:1]), (10, HISTORY)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    kept = [{"step": 4, "confidence": [0.9, 0.7], "teacher_loss": [0.0, 1.0]}]
+    (tmp_path / "spans.jsonl").write_text("".join(json.dumps(one) + "\n" for one in kept))
+    assert main(["plot", str(tmp_path)]) == 0
+    found = rows(tmp_path / "training.csv")
+    assert [(row["step"], row["of"], row["loss"], row["agreeing_prefix"], row["tokens_per_pass"]) for row in found] == [
+        ("2", "training", "2.0", "1.5", ""),
+        ("4", "training", "1.0", "2.0", ""),
+        ("4", "verified", "", "", "2.0"),
+        ("4", "static_1", "", "", "1.0"),
+    ]
+    assert rows(tmp_path / "spans.csv") == [{"step": "4", "k": "2", "confidence": "0.8", "teacher_loss": "0.5"}]
+    for name in ("training", "spans"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_course_as_it_was_printed(tmp_path):
+    """What `mtpkern train` prints is what its log holds, as far as it prints it."""
+    from mtpkern.train.progress import heading, table_row
+    from mtpkern.training_plots import read_history
+
+    logs = [{"loss": 2.0, "agreement": 0.25, "agreeing_prefix": 1.5, "learning_rate": 1e-3},
+            {"loss": 1.0, "accuracy": 0.5, "tokens_per_pass": 2.25, "tokens_per_second": 812.0}]  # fmt: skip
+    lines = ["training: 96 rows read", heading(), table_row("50/100", logs[0]), table_row("100", logs[1]), "mean  1.5"]
+    (tmp_path / "train.txt").write_text("\n".join(lines))
+    assert read_history(tmp_path / "train.txt") == [
+        {"step": 50, "loss": 2.0, "agreement": 0.25, "agreeing_prefix": 1.5},
+        {"step": 100, "loss": 1.0, "accuracy": 0.5, "tokens_per_pass": 2.25},
+    ]
+
+
+def test_the_committed_results_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    for source in ("h200/throughput.json", "real.json"):
+        assert main(["plot", str(RESULTS / source), "--output", str(tmp_path)]) == 0
+    found = rows(tmp_path / "throughput.csv")
+    for row in found:
+        assert float(row["tokens_a_second"]) == pytest.approx(int(row["batch"]) * float(row["tokens_a_second_each"]))
+    assert {row["of"] for row in found} == {"Verified", "one a pass"}
+    ks = [float(row["mean_k"]) for row in rows(tmp_path / "real.csv")]
+    assert len(ks) == 200
+    assert (tmp_path / "real.png").exists()
 
 
 def test_coloured_blocks_of_a_prompt_as_a_page(tmp_path, capsys):

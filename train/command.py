@@ -33,6 +33,7 @@ from mtpkern.model import add_mask_token, record_settings, recorded_settings, re
 from mtpkern.rows import shown
 from mtpkern.strategies import name_of, strategy_of
 from mtpkern.train import smollm2
+from mtpkern.train.card import write_card
 from mtpkern.train.checks import load, require_consistent, require_sources
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.config import ModelArguments, MTPConfig
@@ -94,11 +95,17 @@ def load_teacher(name: str, student: str, tokenizer: PreTrainedTokenizerBase, dt
     return load(AutoModelForCausalLM, name, dtype=dtype)
 
 
-def train(model_arguments: ModelArguments, data: DataArguments, config: MTPConfig) -> list[Report]:
+def train(
+    model_arguments: ModelArguments,
+    data: DataArguments,
+    config: MTPConfig,
+    *,
+    command: str = "mtpkern.train.command.train",
+) -> list[Report]:
     """Train and save a plain Hugging Face checkpoint with its tokenizer to config.output_dir; returns data reports.
 
     A run that finds checkpoints in output_dir goes on from the newest, if they are of the same run; one that has ended
-    there does nothing. What can be checked is, before any weights are loaded.
+    there does nothing. What can be checked is, before any weights are loaded. command: what the model's card names.
 
         train(ModelArguments("my-model"), DataArguments(["problems.jsonl"]), MTPConfig("out", max_steps=100))
     """
@@ -108,7 +115,7 @@ def train(model_arguments: ModelArguments, data: DataArguments, config: MTPConfi
         origin = origin_of(model_arguments, data, config)
         if _has_ended(config, {**options_of(config, stream=data.streaming), **origin}):
             return []
-        return _train(model_arguments, data, config, origin, formats)
+        return _train(model_arguments, data, config, origin, formats, command)
 
 
 def _has_ended(config: MTPConfig, recipe: dict[str, Any]) -> bool:
@@ -140,6 +147,7 @@ def _train(
     config: MTPConfig,
     origin: dict[str, Any],
     formats: set[str],
+    command: str,
 ) -> list[Report]:
     checkpoint = _checkpoint(config)
     before = Record.read(checkpoint) if checkpoint else None
@@ -212,6 +220,16 @@ def _train(
                 summarise(trainer.state.log_history, config.output_dir)
         if config.process_index == 0:
             trainer.record(saved=True).write(config.output_dir)
+            write_card(
+                str(config.output_dir),
+                base=name,
+                config=config,
+                record=trainer.record(),
+                history=trainer.state.log_history,
+                data=[f"{purpose}: {report}" for purpose, report in zip(("training", "held out"), reports)],
+                command=command,
+                use=f"{_next_step(model_arguments, config)}\n{_SERVE}",
+            )
             print(_next_step(model_arguments, config), flush=True)
     except (DiskFull, OtherRun, BrokenPipeError):
         _close_progress_bar(trainer)
@@ -224,6 +242,12 @@ def _train(
         traceback.print_exc()  # any other mistake of the user's would have shown before
         raise
     return reports
+
+
+# `transformers serve` and whatever else calls the model's own generate take it so.
+_SERVE = (
+    "to serve it, let the model's own generate be ours:\n  model.generate = functools.partial(mtpkern.generate, model)"
+)
 
 
 def _next_step(model_arguments: ModelArguments, config: MTPConfig) -> str:
@@ -307,14 +331,15 @@ def main(argv: Sequence[str]) -> None:
         print(help_text("--help-all" in argv))
         return
     quiet()
+    command = shlex.join(["mtpkern", "train", *argv])
     try:
         # The one configuration whose model and data the command itself makes.
         if argv[0] == "smollm2":
             arguments = parse([argv[0], *smollm2.plan().options, *argv[1:]])
             smollm2.prepare()
-            train(*arguments)
+            train(*arguments, command=command)
         else:
-            train(*parse(argv))
+            train(*parse(argv), command=command)
     except FileNotFoundError as error:
         before = first_steps(argv[0])
         if not before:

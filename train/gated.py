@@ -28,6 +28,7 @@ from mtpkern.kernels.span_attention import span_attention
 from mtpkern.train.layout import Layout
 from mtpkern.train.objective import MTPLoss, Support, Target, data_targets, head_of, until_fail, within_text
 from mtpkern.train.prefix import Layers, Packing, Prefixes, Text, hidden_states, shared_mask, texts_of
+from mtpkern.train.spans import KeptSpans
 
 
 @dataclass
@@ -62,6 +63,7 @@ def gated_loss(
     loss_support: Support = "until_fail",
     eos_padding: bool = True,
     prefixes: Prefixes | None = None,
+    kept: KeptSpans | None = None,
 ) -> MTPLoss:
     """The loss sums of one batch, of the adapters and the mask token's row; the gate is open for training around it.
 
@@ -70,6 +72,7 @@ def gated_loss(
     context        of the batch's layout, at least two predictions a span; the prefix' keys are put into it. The caller
                    keeps it and the gate open around backward
     eos_token_ids, target, loss_support, eos_padding   as of `mtpkern.train.objective.mtp_loss`
+    kept           takes single spans, without their row 1, with the base's loss on them, where that is the teacher
     prefixes       what is kept of texts from step to step, with states for "hard" and "soft"; nothing where None
 
     Rows and agreement of the result leave out row 1 of the spans, which is the base's own. Raises ValueError for a
@@ -116,6 +119,8 @@ def gated_loss(
             label = head_readout(wanted, head).token.view_as(token)
         ended = torch.isin(said, eos_token_ids).int()
         keep = (valid & (ended.cumsum(-1) == ended))[..., 1:]
+        if kept is not None:
+            kept.take(token, confidence, keep, wanted, head)
     agree = (token == label) & keep
     weight = (keep & until_fail(agree) if loss_support == "until_fail" else keep).flatten().float()
     if weight.device.type == "cpu":

@@ -185,6 +185,7 @@ class GatedTrainer(MTPTrainer):
             loss_support=self.args.loss_support,  # type: ignore[arg-type]
             eos_padding=self.args.eos_padding,
             prefixes=self.prefixes,
+            kept=self._kept,
         )
 
     def _take_row(self, core: nn.Module) -> None:

@@ -28,6 +28,7 @@ from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.span_attention import span_attention
 from mtpkern.kernels.span_mask import span_mask
 from mtpkern.train.layout import Layout
+from mtpkern.train.spans import KeptSpans
 
 Target = Literal["hard", "soft", "gt"]
 Support = Literal["all", "until_fail"]
@@ -176,6 +177,7 @@ def mtp_loss(
     anchor_rows: Tensor | None = None,
     eos_padding: bool = True,
     as_teacher: Callable[[], AbstractContextManager] | None = None,
+    kept: KeptSpans | None = None,
 ) -> MTPLoss:
     """The loss sums of one batch; the caller has switched the student's attention to `context` and keeps it so.
 
@@ -189,6 +191,7 @@ def mtp_loss(
                    ordinary prediction stays what it was; none where None; needs a teacher, for target "gt" too
     eos_padding    False drops the predictions behind the text's end, which else are EOS padding
     as_teacher     where teacher and student are one model: a context that turns the student's adapters off
+    kept           takes single spans with the teacher's loss on them, where a teacher reads them
 
     Each of the three losses holds its own gradient of a trained head, [V, H], until backward. Raises ValueError for a
     missing teacher, an unknown target or support. Source: arXiv 2602.06019, equations of the hard and
@@ -231,6 +234,8 @@ def mtp_loss(
         keep = valid & (ended.cumsum(-1) == ended)
         wanted = gather_rows(scored, layout.row)
         label = head_readout(wanted, teacher_head).token.view_as(token)
+        if kept is not None:
+            kept.take(token, confidence, keep, wanted, teacher_head)
     agree = (token == label) & keep
     support = keep & until_fail(agree) if loss_support == "until_fail" else keep
     weight = support.flatten().float()

@@ -44,6 +44,7 @@ from mtpkern.train.original import Original
 from mtpkern.train.plan import planned
 from mtpkern.train.run import NotFiniteError, RunTrainer
 from mtpkern.train.saving import save_plain
+from mtpkern.train.spans import KeptSpans
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +138,7 @@ class MTPTrainer(RunTrainer):
         self._original: Original | None = None
         self._sums: list[MTPLoss] = []
         self._seen = Seen()
+        self._kept: KeptSpans | None = None  # while an evaluation runs
         # The first step with a loss that is not finite; on the device, so that no step waits for it.
         self._broken_step = torch.tensor(torch.inf, device=args.device)
 
@@ -277,6 +279,7 @@ class MTPTrainer(RunTrainer):
             anchor_rows=anchor_rows if self.args.anchor_kl_weight else None,
             eos_padding=self.args.eos_padding,
             as_teacher=core.disable_adapter if isinstance(core, PeftModel) else None,
+            kept=self._kept,
         )
 
     def prediction_step(
@@ -308,13 +311,17 @@ class MTPTrainer(RunTrainer):
         """As Trainer.evaluate, with the span statistics of the evaluation batches; training does not notice."""
         self._require_finite()
         training_sums, self._sums = self._sums, []
+        self._kept = kept = KeptSpans()
         start, since = time.perf_counter(), self._seen.since
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices):
-                return super().evaluate(*args, **kwargs)
+                metrics = super().evaluate(*args, **kwargs)
+            if self.is_world_process_zero():
+                kept.write(cast(str, self.args.output_dir), self.state.global_step)
+            return metrics
         finally:
-            self._sums = training_sums
+            self._sums, self._kept = training_sums, None
             # Evaluation is no part of training's throughput; of several data sets each calls this inside it.
             self._seen.since = since + time.perf_counter() - start
 

@@ -1,0 +1,72 @@
+"""Greedy decoding of held-out problems by others' means: transformers' assisted generation by prompt lookup, in turns.
+
+All ways write the model's own greedy tokens. Prompt lookup drafts what stood behind the same words before, for one
+prompt at a time; it needs no training, and gains where an answer repeats its prompt. Static caches under torch.compile
+are measured by mtpkern.bench.compiled, FlexAttention and flash-attn by the attention benchmarks, Liger by distill.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from statistics import median
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mtpkern import ASSETS
+from mtpkern.bench.report import Table, run
+from mtpkern.compare import Completion, encode, hugging_face, ours, read_problems, rotated, synchronize
+from mtpkern.output import exit_status
+from mtpkern.strategies import Static, Verified
+
+LOOKUP = 10
+HEADER = ("way", "identical to HF greedy", "tokens/s", "× HF generate, median")
+
+
+def measure(device: torch.device, quick: bool) -> Iterator[Table]:
+    """A row a way."""
+    problems, most = (1, 8) if device.type == "cpu" else (16 if quick else 64, 128)
+    model = AutoModelForCausalLM.from_pretrained(ASSETS, dtype=torch.float32).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS)
+    ways: dict[str, Callable[..., list[Completion]]] = {
+        "HF generate": partial(hugging_face, model),
+        f"HF generate, prompt lookup of {LOOKUP}": partial(hugging_face, model, prompt_lookup_num_tokens=LOOKUP),
+        "one a pass": partial(ours, model, strategy=Static(1)),
+        "Verified": partial(ours, model, strategy=Verified()),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    tokens: dict[str, list[list[int]]] = {name: [] for name in ways}
+    for number, problem in enumerate(read_problems(ASSETS / "problems.jsonl", problems + 1), -1):
+        inputs = encode(tokenizer, [problem.prompt], device)
+        for name in rotated(list(ways), number):
+            synchronize(device)
+            start = time.perf_counter()
+            (found,) = ways[name](inputs, max_new_tokens=most)
+            synchronize(device)
+            # The first is the warm-up.
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - start)
+                tokens[name].append(found.tokens)
+    first, *_ = ways
+    rows, records = [], []
+    for name in ways:
+        same = sum(a == b for a, b in zip(tokens[name], tokens[first]))
+        rate = sum(map(len, tokens[name])) / sum(seconds[name])
+        ratio = median(a / b for a, b in zip(seconds[first], seconds[name]))
+        rows.append((name, f"{same} of {len(tokens[name])}", f"{rate:.0f}", f"{ratio:.2f}"))
+        records.append({"way": name, "identical": same, "problems": len(tokens[name])})
+        records[-1] |= {"tokens_a_second": rate, "ratio": ratio}
+    note = f"The shipped checkpoint, one prompt at a time, at most {most} tokens, float32; in turns."
+    yield Table("Held-out problems", note, HEADER, rows, records)
+
+
+def main() -> None:
+    """Measure, print, write."""
+    run("assisted", "Beside assisted generation", measure)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))

@@ -1,0 +1,71 @@
+"""Figures of benchmarks' results, for `mtpkern plot`: of mtpkern.bench.throughput and mtpkern.bench.real.
+
+throughput.png  tokens a second in all against those of each sequence, a line for each chance of a mask
+real.png        how many tokens a pass each held-out prompt brought
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def throughput(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row a batch and chance, and one for plain decoding; a pass's time is what a user waits for its tokens."""
+    rows = []
+    for table in results.get("tables", ()):
+        for one in table["records"]:
+            if not {"B", "chance", "tokens_a_second", "ratio", "tokens_a_pass"} <= one.keys():
+                continue
+            B, rate = one["B"], one["tokens_a_second"]
+            rows.append({"batch": B, "chance": one["chance"], "of": "Verified", "tokens_a_pass": one["tokens_a_pass"],
+                         "tokens_a_second": rate, "tokens_a_second_each": rate / B})  # fmt: skip
+            # The same turns, one token a pass.
+            plain = rate / one["ratio"]
+            rows.append({"batch": B, "chance": one["chance"], "of": "one a pass", "tokens_a_pass": 1.0,
+                         "tokens_a_second": plain, "tokens_a_second_each": plain / B})  # fmt: skip
+    return rows
+
+
+def draw_throughput(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Throughput against what each sequence gets, batch by batch."""
+    from matplotlib.figure import Figure  # type: ignore[import-not-found]  # of an extra
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="tokens a second of each sequence", ylabel="tokens a second in all")
+    axes.grid(alpha=0.3)
+    first = rows[0]["chance"]
+    lines = [("one a pass", first), *(("Verified", chance) for chance in dict.fromkeys(row["chance"] for row in rows))]
+    for of, chance in lines:
+        mine = sorted((r for r in rows if (r["of"], r["chance"]) == (of, chance)), key=lambda row: row["batch"])
+        label = of if of == "one a pass" else f"{of}, masks right in {chance:.0%}"
+        each, total = [row["tokens_a_second_each"] for row in mine], [row["tokens_a_second"] for row in mine]
+        axes.plot(each, total, marker="o", label=label)
+        for row, x, y in zip(mine, each, total):
+            axes.annotate(f" {row['batch']}", (x, y), fontsize="x-small")
+    axes.set_yscale("log")
+    axes.legend(fontsize="small", title="numbers: sequences side by side", title_fontsize="x-small")
+    figure.savefig(path, dpi=150)
+
+
+def real(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row a held-out prompt: its mean k."""
+    return [
+        {"prompts": row["prompts"], "batch_size": row["batch_size"], "prompt": i, "mean_k": k}
+        for row in results.get("rows", ())
+        for i, k in enumerate(row["tallies"]["ours"]["sample_ks"])
+    ]
+
+
+def draw_real(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """A histogram for each kind of prompts."""
+    from matplotlib.figure import Figure  # type: ignore[import-not-found]  # of an extra
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="tokens a pass, mean of a prompt", ylabel="prompts")
+    kinds = dict.fromkeys(row["prompts"] for row in rows)
+    axes.hist([[row["mean_k"] for row in rows if row["prompts"] == kind] for kind in kinds], bins=20, label=list(kinds))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)

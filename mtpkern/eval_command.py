@@ -1,0 +1,215 @@
+"""The command `mtpkern eval`: rows of a file (mtpkern.evaluation), or tasks of a harness (mtpkern.lm_harness)."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from mtpkern.cases import Case, read_cases
+from mtpkern.evaluation import Evaluation, evaluate
+from mtpkern.grading import RULES
+from mtpkern.output import printable
+from mtpkern.strategies import Strategy, name_of, strategy_of
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mtpkern eval",
+        description="Decodes a data set in several ways, in turns: accuracy with its error, tokens a pass, acceptance, "
+        "wall-clock ratio and nearness to the original model, as a page, as JSON and a line a prompt. The same command "
+        "again goes on where it was stopped.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="path or hub id of a checkpoint, or of a gated adapter")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="JSONL: prompt, question or messages, and what is right as answer, result, completion, response or the "
+        "last message",
+    )
+    source.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        help="of lm-evaluation-harness (extra eval); as in the paper: gsm8k_cot bbh ifeval aime25 gpqa cnn_dm",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the results")
+    parser.add_argument(
+        "--strategies",
+        nargs="+",
+        default=["verified"],
+        metavar="NAME[:K][:THRESHOLD[:MASKS]]",
+        help="such as static:2 confadapt:16:0.9 verified verified:4:0.2:9 (default: verified); static:1 always comes "
+        "first",
+    )
+    parser.add_argument("--include-path", type=Path, metavar="DIR", help="with --tasks: a folder with tasks in yaml")
+    parser.add_argument(
+        "--fewshot", type=int, metavar="N", help="with --tasks: examples instead of the task's own number"
+    )
+    parser.add_argument(
+        "--metric", metavar="NAME,FILTER", help="with --tasks: what counts as right; else the task's first"
+    )
+    parser.add_argument("--answer", choices=RULES, metavar="RULE", help=f"{', '.join(RULES)} (default auto)")
+    parser.add_argument("--answer-field", metavar="NAME", help="the field of a row that says what is right")
+    parser.add_argument("--baseline", metavar="ORIGINAL", help="the model that training began with")
+    parser.add_argument(
+        "--limit", type=_positive, metavar="N", help="the first N rows, or of each task; more later goes on"
+    )
+    parser.add_argument("--max-new-tokens", type=_positive, metavar="N", help="(default 256, or the task's)")
+    parser.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="(default 8)")
+    parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="stop strings, such as Q:")
+    parser.add_argument("--mask-token-id", type=int, metavar="ID", help="where the checkpoint does not record it")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--device", help="such as cpu or cuda:0 (default: the accelerator, if there is one)")
+    parser.add_argument("--chat", action=argparse.BooleanOptionalAction, help="as in mtpkern generate")
+    parser.add_argument("--separator", metavar="TEXT", help="as in mtpkern generate")
+    parser.add_argument("--base", metavar="MODEL", help="of a gated adapter, where its base is not where it was")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command line: decode, print the tables, write the results.
+
+    Raises ValueError or OSError where the user can help.
+
+        main(["my-model", "--data", "held.jsonl", "--strategies", "verified", "confadapt:0.9", "--output", "runs/eval"])
+    """
+    args = _parser().parse_args(argv)
+    # What can be checked without the model is checked before it is loaded.
+    _require_fitting(args)
+    ways = {}
+    for text in args.strategies:
+        try:
+            ways[name_of(text)] = strategy_of(text)
+        except ValueError as error:
+            raise ValueError(f"--strategies: {error}") from None
+    if args.tasks is None:
+        _rows(args, argv, ways, read_cases(args.data, args.limit, args.answer_field))
+        return
+    if find_spec("lm_eval") is None:
+        raise ImportError("--tasks needs lm-evaluation-harness; run: pip install 'mtpkern[eval]'")
+    _tasks(args, argv, ways)
+
+
+def _require_fitting(args: argparse.Namespace) -> None:
+    """Raises ValueError, by name, for an option of the other source."""
+    ours, theirs = ("--data", "--tasks") if args.tasks is None else ("--tasks", "--data")
+    names = (
+        ("include_path", "fewshot", "metric") if args.tasks is None else ("answer", "answer_field", "separator", "stop")
+    )
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, [])]
+    if given:
+        raise ValueError(f"{', '.join(given)}: of {theirs} only; leave it out with {ours}")
+
+
+def _rows(args: argparse.Namespace, argv: Sequence[str], ways: Mapping[str, Strategy], cases: Sequence[Case]) -> None:
+    from mtpkern import show
+    from mtpkern.prompting import Prompting
+
+    options = {"rule": args.answer or "auto", "stops": args.stop, "max_new_tokens": args.max_new_tokens or 256}
+    evaluation = _loaded(args, ways, **options)
+    evaluation.prompting = prompting = Prompting.of(_recorded(evaluation), args.chat, args.separator)
+    _warn(args, evaluation)
+    settings = {
+        "data": args.data.name,
+        # Of the whole file: more of its rows go on with the same evaluation.
+        "data_sha256": hashlib.sha256(args.data.read_bytes()).hexdigest(),
+        "answer": evaluation.rule,
+        "answer_field": args.answer_field,
+        "separator": prompting.separator,
+        "max_new_tokens": evaluation.max_new_tokens,
+        "stop": args.stop,
+        **_settings(args, argv, evaluation),
+    }
+    label = f"{len(cases)} prompts, {len(evaluation.ways)} ways"
+    with show.progress(label, len(cases)) as advance:
+        evaluate(evaluation, cases, args.output, settings, batch_size=args.batch_size, progress=advance)
+    print((args.output / "results.md").read_text(encoding="utf-8"))
+
+
+def _tasks(args: argparse.Namespace, argv: Sequence[str], ways: Mapping[str, Strategy]) -> None:
+    from mtpkern import lm_harness, show
+    from mtpkern.prompting import Prompting
+
+    tasks = lm_harness.tasks_of(args.tasks, args.include_path)
+    evaluation = _loaded(args, ways)
+    template = evaluation.tokenizer.chat_template is not None
+    chat = _recorded(evaluation).get("chat", template) if args.chat is None else args.chat
+    if chat and not template:
+        raise ValueError(f"{args.model}: the tokenizer has no chat template; give --no-chat")
+    evaluation.prompting = lm_harness.Rendered(True) if chat else Prompting(False)
+    _warn(args, evaluation)
+    # What a task asks is part of each sample; here stands what is the same for all.
+    common = {"max_new_tokens": args.max_new_tokens, "lm_eval": version("lm_eval")}
+    settings = {**common, **_settings(args, argv, evaluation)}
+    args.output.mkdir(parents=True, exist_ok=True)
+    answers = lm_harness.Answers(
+        evaluation,
+        args.output / "samples.jsonl",
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+        progress=show.progress,
+    )
+    options = {"chat": bool(chat), "fewshot": args.fewshot, "limit": args.limit, "metric": args.metric}
+    for name in lm_harness.evaluate_tasks(answers, tasks, args.output, settings, **options):
+        print((args.output / name / "results.md").read_text(encoding="utf-8"))
+
+
+def _loaded(args: argparse.Namespace, ways: Mapping[str, Strategy], **options: Any) -> Evaluation:
+    """The model, and the original where one is named, as an evaluation of the ways."""
+    from mtpkern.loading import device_of, load, quiet, require_model
+
+    for name in filter(None, (args.model, args.baseline)):
+        require_model(name)
+    quiet()
+    device = device_of(args.device)
+    model, tokenizer = load(args.model, args.dtype, device, base=args.base)
+    original, theirs = load(args.baseline, args.dtype, device) if args.baseline else (None, None)
+    mask = {} if args.mask_token_id is None else {"mask_token_id": args.mask_token_id}
+    return Evaluation(model, tokenizer, ways, None, original, theirs, options=mask, **options)
+
+
+def _recorded(evaluation: Evaluation) -> Mapping[str, Any]:
+    from mtpkern.model import recorded_settings
+
+    return recorded_settings(evaluation.model)
+
+
+def _warn(args: argparse.Namespace, evaluation: Evaluation) -> None:
+    from mtpkern.prompting import warnings_of
+
+    assert evaluation.prompting is not None
+    for warning in warnings_of(_recorded(evaluation), evaluation.prompting):
+        print(f"mtpkern eval: warning: {printable(args.model)}: {printable(warning)}", file=sys.stderr)
+
+
+def _settings(args: argparse.Namespace, argv: Sequence[str], evaluation: Evaluation) -> dict[str, Any]:
+    """What makes an evaluation what it is, whatever its prompts come from, and what it ran on."""
+    from mtpkern.origin import origin
+
+    assert evaluation.prompting is not None
+    model = evaluation.model
+    return {
+        "model": args.model,
+        "baseline": args.baseline,
+        "ways": {name: str(strategy) for name, strategy in evaluation.ways.items()},
+        "chat": evaluation.prompting.chat,
+        "batch_size": args.batch_size,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        **origin(model.device, shlex.join(["mtpkern", "eval", *argv])),
+    }

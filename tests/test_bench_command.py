@@ -1,0 +1,104 @@
+"""`mtpkern bench`: the list, a benchmark by its name, and two commits side by side."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtpkern.bench import command
+from mtpkern.cli import main
+
+FOLDER = Path(command.__file__).parent
+
+
+def test_every_benchmark_is_listed(capsys):
+    programs = {p.stem for p in FOLDER.glob("*.py") if '__name__ == "__main__"' in p.read_text()}
+    programs -= {"problems", "readme", "speed_bench"}  # they measure nothing
+    listed = [name for names in command.GROUPS.values() for name in names]
+    assert sorted(listed) == sorted(programs)
+    assert main(["bench", "list"]) == 0
+    out = capsys.readouterr().out
+    for name in listed:
+        assert re.search(rf"^  {name} +\S+", out, re.MULTILINE)
+
+
+def test_arguments_are_handed_on(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "readout", "--help"])
+    assert ended.value.code == 0
+    assert "python -m mtpkern.bench.readout" in capsys.readouterr().out
+
+
+def results(ms, commit):
+    records = [{"R": 1, "ms": {"ours": ms}}, {"R": 2, "ms": {"ours": 2 * ms}}]
+    tables = [
+        {"caption": "Readout", "rows": [["a row"], ["two"]], "records": records},
+        {"caption": f"only in {commit}", "rows": [["x"]], "records": [{"ms": 1.0}]},
+    ]
+    return {"environment": {"commit": commit, "hardware": "none", "seed": "0"}, "tables": tables}
+
+
+def test_two_commits_side_by_side(monkeypatch, capsys):
+    ran = []
+
+    def run(tree, name, arguments, folder):
+        side = "this" if tree == command.ROOT else "base"
+        ran.append((side, name, arguments))
+        assert (tree / "mtpkern").is_dir()
+        return results({"base": 4.0, "this": 2.0}[side] + len(ran) / 100, side)
+
+    monkeypatch.setattr(command, "_run", run)
+    assert main(["bench", "--base", "HEAD", "--rounds", "2", "readout", "--quick"]) == 0
+    assert [side for side, *_ in ran] == ["base", "this", "this", "base"]
+    assert ran[0][1:] == ("readout", ["--quick"])
+    out = capsys.readouterr().out
+    assert "- hardware: none" in out
+    # The least of each side's rounds; shapes, and tables of one side only, are not compared.
+    assert "| Readout: a row, ms.ours | 4.01 | 2.02 | 0.504 |" in out
+    assert "R |" not in out
+    assert "only in" not in out
+
+
+def test_what_cannot_be_compared(capsys, monkeypatch):
+    assert main(["bench", "--base", "no-such-ref", "readout"]) == 2
+    assert "--base no-such-ref: git has no worktree of it" in capsys.readouterr().err
+    assert main(["bench", "--base", "HEAD", "readout", "--results", "x"]) == 2
+    assert "leave it out" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no figures in common"):
+        command.compared([results(1.0, "a") | {"tables": []}], [results(1.0, "b")])
+
+
+def test_assisted_generation_writes_the_same_tokens():
+    """Ours and theirs, on a CPU in a rehearsal; comparators are named where they are missing."""
+    from mtpkern.bench import assisted
+    from mtpkern.bench.harness import COMPARATORS, environment
+
+    (table,) = assisted.measure(torch.device("cpu"), True)
+    assert [row[1] for row in table.rows] == ["1 of 1"] * 4
+    assert any("prompt lookup" in row[0] for row in table.rows)
+    facts = environment(torch.device("cpu"))
+    assert all(facts[name] for name in COMPARATORS)
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_tree_is_run_as_a_package_of_its_own(tmp_path, monkeypatch, status):
+    """Its process sees that tree's rooms as mtpkern, and works where no clone's folders are looked at first."""
+
+    def run(words, *, cwd, env, stdout):
+        assert words[1:3] == ["-m", "mtpkern.bench.readout"]
+        package = Path(env["PYTHONPATH"]) / "mtpkern"
+        assert (package / "bench").resolve() == command.ROOT / "bench"
+        assert (package / "cli.py").resolve() == command.ROOT / "mtpkern/cli.py"
+        assert cwd == Path(words[words.index("--results") + 1]) == tmp_path
+        (tmp_path / "readout.json").write_text(json.dumps(results(1.0, "this")))
+        return subprocess.CompletedProcess(words, status)
+
+    monkeypatch.setattr(command.subprocess, "run", run)
+    if status:
+        with pytest.raises(ValueError, match="ended with 1"):
+            command._run(command.ROOT, "readout", ["--quick"], tmp_path)
+    else:
+        assert command._run(command.ROOT, "readout", ["--quick"], tmp_path) == results(1.0, "this")

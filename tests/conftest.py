@@ -245,7 +245,7 @@ def nan_in_new_tensors() -> Iterator[None]:
 
 @pytest.fixture
 def interpreter(nan_in_new_tensors: None) -> None:
-    """Triton's interpreter, whichever form a test asks for; what nobody has written is NaN, so that reading it shows."""
+    """A test of kernels in Triton's interpreter. What nobody has written is NaN, so that reading it shows."""
 
 
 _TEMPLATES = {

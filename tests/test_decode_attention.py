@@ -409,8 +409,8 @@ def test_a_short_text_takes_few_splits(form: Form, length: int, monkeypatch: pyt
     merge = module._merge_kernel
     monkeypatch.setattr(module, "_merge_kernel", Merge())
     compare(lambda *args, **options: form(*args, splits=9, **options), case)
-    # 5 rows of 16 heads in tiles of 64: 128 keys a split.
-    assert taken == [-(-length // 128)]
+    # 2 rows of 16 heads in a tile of 32: 64 keys a split.
+    assert taken == [-(-length // 64)]
 
 
 @pytest.mark.kernel

@@ -138,7 +138,7 @@ def in_two_processes(work):
 
 
 def run_engine(folder, tied, **change):
-    """Six steps, in the fourth a new epoch, then two of them again from its checkpoint; rank 0 leaves losses and weights."""
+    """Six steps, in the fourth a new epoch, then two again from its checkpoint; rank 0 leaves losses and weights."""
     results = {}
     for name, seed in (("whole", 0), ("rest", 9)):
         forget_engine()

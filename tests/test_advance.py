@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mtpkern.kernels.advance import advance, advance_reference, advance_triton
@@ -381,10 +381,19 @@ def test_equals_the_plain_python_model(form: Form, scenario: dict[str, object]) 
     decode(form, **scenario)
 
 
+# Passes that try drafts and passes without a row to try any, in which other parts of the record are forgotten.
+SCARCE = {
+    **{"k": 4, "rows": 6, "price": 0.0, "verify": True, "capped": True, "masks": 0, "threshold": 0.5},
+    **{"prompts": [2, 1, 3], "new_tokens": [14, 16, 18], "stops": set(), "vocabulary": 10, "agreement": 1.0},
+    **{"sureness": 1.0, "fault": 0.0, "dtype": torch.float32, "seed": 0},
+}
+
+
 @pytest.mark.kernel
 @pytest.mark.parametrize("form", [advance_triton])
 @given(scenario=scenarios(interpreted=True))
-@settings(max_examples=12, derandomize=True, deadline=None)
+@example(scenario=SCARCE)
+@settings(max_examples=10, derandomize=True, deadline=None)
 def test_kernel_equals_the_plain_python_model(form: Form, scenario: dict[str, object]) -> None:
     decode(form, **scenario)
 

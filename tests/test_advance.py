@@ -383,9 +383,22 @@ def test_equals_the_plain_python_model(form: Form, scenario: dict[str, object]) 
 
 # Passes that try drafts and passes without a row to try any, in which other parts of the record are forgotten.
 SCARCE = {
-    **{"k": 4, "rows": 6, "price": 0.0, "verify": True, "capped": True, "masks": 0, "threshold": 0.5},
-    **{"prompts": [2, 1, 3], "new_tokens": [14, 16, 18], "stops": set(), "vocabulary": 10, "agreement": 1.0},
-    **{"sureness": 1.0, "fault": 0.0, "dtype": torch.float32, "seed": 0},
+    "k": 4,
+    "rows": 6,
+    "price": 0.0,
+    "verify": True,
+    "capped": True,
+    "masks": 0,
+    "threshold": 0.5,
+    "prompts": [2, 1, 3],
+    "new_tokens": [14, 16, 18],
+    "stops": set(),
+    "vocabulary": 10,
+    "agreement": 1.0,
+    "sureness": 1.0,
+    "fault": 0.0,
+    "dtype": torch.float32,
+    "seed": 0,
 }
 
 

@@ -220,6 +220,19 @@ def products_and_bfloat16_in_the_interpreter() -> None:
 
     interpreter.ReduceScanOpInterface.check_tensor = check_tensor
 
+    # Nothing is compiled in this process, so that what is patched may stay: nearly all of the time went into patching
+    # at each launch and at each call of a device function, `tl.sum` included.
+    patch_lang = interpreter._patch_lang
+    patched = set()
+
+    def patch_once(fn: Any) -> Any:
+        if fn.__module__ not in patched:
+            patch_lang(fn)
+            patched.add(fn.__module__)
+        return SimpleNamespace(restore=lambda: None)
+
+    interpreter._patch_lang = patch_once
+
 
 @pytest.fixture
 def nan_in_new_tensors() -> Iterator[None]:
@@ -231,25 +244,8 @@ def nan_in_new_tensors() -> Iterator[None]:
 
 
 @pytest.fixture
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Triton's interpreter, several times as fast: each device function patches triton.language once, not at each call.
-
-    Uninitialised memory is NaN, so that reading what nobody has written shows.
-    """
-    import triton.runtime.interpreter as interpreter
-
-    patched = set()
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.fn.__module__ not in patched:
-            interpreter._patch_lang(self.fn)
-            patched.add(self.fn.__module__)
-        return self.rewrite()(*args, **kwargs)
-
-    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+def interpreter(nan_in_new_tensors: None) -> None:
+    """A test of kernels in Triton's interpreter. What nobody has written is NaN, so that reading it shows."""
 
 
 _TEMPLATES = {

@@ -16,7 +16,7 @@ import mtpkern.products
 from mtpkern import ConfAdapt, Static, Verified, reference
 from mtpkern.strategies import Strategy
 
-NEW = 18
+NEW = 12
 
 # Windows are shorter than the texts, caps and multipliers far from 1: what is ignored must show.
 _SLIDING = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}

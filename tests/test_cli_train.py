@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands import launch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -476,17 +478,14 @@ def test_answers_are_judged_by_a_rule(tmp_path, checkpoint, capsys, monkeypatch)
     assert "answer_rule hashes finds nothing to compare with in 2 of 3" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-        ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"],
-    ],
-    ids=["torchrun", "accelerate"],
-)
-def test_launched(tmp_path, checkpoint, launcher):
+def trained(out):
+    assert (out / "model.safetensors").is_file()
+    assert "mask_token_id" in json.loads((out / "config.json").read_text())["mtpkern"]
+
+
+def test_launched_by_torchrun(tmp_path, checkpoint):
     data, out = write(tmp_path / "rows.jsonl", GSM8K), tmp_path / "out"
-    command = [sys.executable, "-m", *launcher]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "mtpkern.train", "gsm8k", "--model", checkpoint("qwen"), "--train-data", data]
     command += ["--eval-data", data, "--output-dir", str(out), *TINY]
     result = subprocess.run(
@@ -494,5 +493,23 @@ def test_launched(tmp_path, checkpoint, launcher):
     )
     assert result.returncode == 0, result.stderr
     assert result.stderr.count(f"{data}: 12 rows read") == 2  # once for training and once for evaluation
-    assert (out / "model.safetensors").is_file()
-    assert "mask_token_id" in json.loads((out / "config.json").read_text())["mtpkern"]
+    trained(out)
+
+
+def test_launched_by_accelerate(tmp_path, checkpoint, capsys, monkeypatch):
+    """What its launcher makes of the command line, run in this process: its environment, its module, its arguments."""
+    data, out = write(tmp_path / "rows.jsonl", GSM8K), tmp_path / "out"
+    options = ["--cpu", "--num_processes", "1", "--num_machines", "1", "-m", "mtpkern.train", "gsm8k"]
+    options += ["--model", checkpoint("qwen"), "--train-data", data, "--eval-data", data, "--output-dir", str(out)]
+    args = launch.launch_command_parser().parse_args([*options, *TINY])
+    args, *_ = launch._validate_launch_command(args)
+    (python, m, module, *arguments), environment = launch.prepare_simple_launcher_cmd_env(args)
+    assert (python, m, module) == (sys.executable, "-m", "mtpkern.train")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(module, run_name="__main__")
+    assert end.value.code == 0
+    assert capsys.readouterr().err.count(f"{data}: 12 rows read") == 2
+    trained(out)

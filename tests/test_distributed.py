@@ -43,8 +43,8 @@ def rows(n=26):
 
 def trainer(path, seed=0, tied=False, **change):
     arguments = {
-        "max_steps": 12,
-        "save_steps": 7,
+        "max_steps": 6,
+        "save_steps": 4,
         "logging_steps": 1,
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
@@ -138,13 +138,13 @@ def in_two_processes(work):
 
 
 def run_engine(folder, tied, **change):
-    """Twelve steps, then five of them again from the checkpoint of step 7; rank 0 leaves losses and weights."""
+    """Six steps, in the fourth a new epoch, then two again from its checkpoint; rank 0 leaves losses and weights."""
     results = {}
     for name, seed in (("whole", 0), ("rest", 9)):
         forget_engine()
         run = trainer(folder / "run", seed, tied, **change)
         torch.manual_seed(seed + run.args.process_index)
-        run.train(resume_from_checkpoint=None if name == "whole" else str(folder / "run" / "checkpoint-7"))
+        run.train(resume_from_checkpoint=None if name == "whole" else str(folder / "run" / "checkpoint-4"))
         assert run.is_fsdp_enabled == all(isinstance(p, DTensor) for p in run.model.parameters())
         evaluated = run.evaluate()
         run.save_model(str(folder / name))
@@ -176,7 +176,7 @@ def test_fsdp_equals_ddp_and_both_resume_exactly(tmp_path, tied):
     results = {name: torch.load(tmp_path / name / "results.pt") for name in ("ddp", "fsdp")}
     weights = {}
     for name, result in results.items():
-        assert len(result["whole"]["losses"]) == 12
+        assert len(result["whole"]["losses"]) == 6
         assert result["whole"] == result["rest"]
         whole, rest = (
             AutoModelForCausalLM.from_pretrained(tmp_path / name / part).state_dict() for part in ("whole", "rest")

@@ -82,18 +82,18 @@ def same(a, b):
 
 @pytest.mark.parametrize("kind", ["lists", "by length", "workers", "stream and workers"])
 def test_resumed_run_equals_the_uninterrupted(tmp_path, kind):
-    """Nine steps of four rows from eighteen: the first epoch ends at step 5, in half a step; resumed from 3 or 6."""
-    options = {"dataloader_num_workers": 2 if "workers" in kind else 0, "save_steps": 3}
+    """Six steps of four rows from eighteen: the first epoch ends at step 5, in half a step; resumed from 2 or 5."""
+    options = {"dataloader_num_workers": 2 if "workers" in kind else 0, "save_steps": 2, "max_steps": 6}
     if kind == "by length":
-        options["train_sampling_strategy"] = "group_by_length"
+        options |= {"train_sampling_strategy": "group_by_length", "save_steps": 5}
     data = Stream if "stream" in kind else rows
     whole = trainer(tmp_path, data(), **options)
     whole.train()
     # Another global random state and other first weights, as in another process.
     rest = trainer(tmp_path, data(), seed=9, **options)
     torch.manual_seed(1234)
-    rest.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{6 if kind == 'by length' else 3}"))
-    assert rest.state.global_step == 9
+    rest.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{5 if kind == 'by length' else 2}"))
+    assert rest.state.global_step == 6
     assert same(whole, rest)
     assert [x["loss"] for x in whole.state.log_history if "loss" in x] == [
         x["loss"] for x in rest.state.log_history if "loss" in x
@@ -284,11 +284,11 @@ class StopAt(TrainerCallback):
 @pytest.mark.parametrize(
     ("change", "stop"),
     [
-        ({"max_steps": 4, "lr_scheduler_type": "constant"}, None),
+        ({"max_steps": 2, "save_steps": 2, "lr_scheduler_type": "constant"}, None),
         ({"max_steps": 3, "lr_scheduler_type": "linear"}, None),
         ({"max_steps": -1, "num_train_epochs": 1, "save_steps": 5, "lr_scheduler_type": "constant"}, None),
         # Stopped by a callback before it had all its steps.
-        ({"max_steps": 9, "lr_scheduler_type": "constant"}, 4),
+        ({"max_steps": 9, "save_steps": 2, "lr_scheduler_type": "constant"}, 2),
     ],
     ids=["constant", "linear", "epochs", "stopped"],
 )
@@ -305,15 +305,15 @@ def test_a_run_that_has_ended_trains_and_writes_nothing(tmp_path, monkeypatch, c
     assert same(whole, again)
     assert {**files_of(tmp_path), ".lock": None} == {**before, ".lock": None}
     monkeypatch.undo()
-    longer = {"num_train_epochs": 1.5} if change["max_steps"] < 0 else {"max_steps": change["max_steps"] + 2}
+    longer = {"num_train_epochs": 1.5} if change["max_steps"] < 0 else {"max_steps": change["max_steps"] + 1}
     more = trainer(tmp_path, **change | longer)
     more.train(resume_from_checkpoint=True)
     assert more.state.global_step > whole.state.global_step
 
 
 FREE = {
-    "longer": ({"max_steps": 6}, {"max_steps": 9}),
-    "shorter": ({"max_steps": 30, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5}, {"max_steps": 9}),
+    "longer": ({"max_steps": 5}, {"max_steps": 6}),
+    "shorter": ({"max_steps": 30, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5}, {"max_steps": 6}),
     "cadence": (
         {"eval_strategy": "steps", "eval_steps": 2},
         {"logging_steps": 2, "save_steps": 2, "save_total_limit": 1},
@@ -327,7 +327,7 @@ FREE = {
 def test_what_is_no_difference_leaves_the_run_what_it_is(tmp_path, kind):
     """The first three steps with one setting, the rest with the other: to the bit a run that had one throughout."""
     first, then = FREE[kind]
-    common = {"lr_scheduler_type": "constant", "save_steps": 3}
+    common = {"lr_scheduler_type": "constant", "save_steps": 3, "max_steps": 6}
 
     def make(path, seed=0, **change):
         return trainer(path, seed=seed, **common | change)
@@ -340,12 +340,12 @@ def test_what_is_no_difference_leaves_the_run_what_it_is(tmp_path, kind):
     rest = make(tmp_path / "run", seed=9, **{**first, **then})
     torch.manual_seed(1234)
     rest.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
-    assert rest.state.global_step == 9
+    assert rest.state.global_step == 6  # the first epoch ends in the fifth step
     assert same(whole, rest)
     if kind == "cadence":
         # Trainer alone would go on as the checkpoint says.
-        assert [x["step"] for x in rest.state.log_history if "loss" in x] == [1, 2, 3, 4, 6, 8, 9]
-        assert [folder.name for folder in checkpoints(tmp_path / "run")] == ["checkpoint-9"]
+        assert [x["step"] for x in rest.state.log_history if "loss" in x] == [1, 2, 3, 4, 6]
+        assert [folder.name for folder in checkpoints(tmp_path / "run")] == ["checkpoint-6"]
 
 
 @pytest.mark.parametrize(

@@ -22,28 +22,30 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = ("forward", "dq", "dkdv")
 
 
+RAGGED = torch.tensor([[3, 9, 10, 23], [4, 12, 0, 0], [0] * 4]), torch.tensor([24, 18, 0])
+
+
 def ragged():
-    """Three texts, one of them empty; 40 tokens and 5 spans of 3 masks: 55 rows."""
-    prefix = torch.tensor([[3, 9, 20, 21, 39], [4, 12, 0, 0, 0], [0] * 5])
-    layout = build_layout(prefix, torch.tensor([40, 33, 0]), 4, num_tokens=40)
+    """Three texts, one of them empty; 24 tokens and 4 spans of 3 masks: 36 rows, two tiles of 16 and a quarter."""
+    layout = build_layout(*RAGGED, 4, num_tokens=24)
     return layout.position, layout.prefix_end, layout.span_start
 
 
 def documents():
-    """Texts of 13, 20 and 7 tokens in one row, positions from 0 in each, a span of 5 masks behind 4 prefixes."""
+    """Texts of 7, 13 and 4 tokens in one row, positions from 0 in each, a span of 5 masks behind 3 prefixes."""
     position, end, own = [], [], []
-    for first, last in ((0, 13), (13, 33), (33, 40)):
+    for first, last in ((0, 7), (7, 20), (20, 24)):
         position += range(last - first)
         end += range(first + 1, last + 1)
         own += range(first + 1, last + 1)
-    for prefix, first in ((6, 0), (14, 13), (30, 13), (40, 33)):
+    for prefix, first in ((3, 0), (17, 7), (24, 20)):
         own += [len(position)] * 5
         position += range(prefix - first, prefix - first + 5)
         end += [prefix] * 5
     return tuple(torch.tensor([x], dtype=torch.int32) for x in (position, end, own))
 
 
-def arbitrary(rows=45, seed=0):
+def arbitrary(rows=35, seed=0):
     """Rows in no order at all, within the rule: keys up to the row itself, prefixes in front of spans."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -58,15 +60,14 @@ def arbitrary(rows=45, seed=0):
 
 def both_ways():
     """The layout of `ragged` whose masks see all of their span."""
-    prefix = torch.tensor([[3, 9, 20, 21, 39], [4, 12, 0, 0, 0], [0] * 5])
-    return build_layout(prefix, torch.tensor([40, 33, 0]), 4, num_tokens=40, bidirectional=True).rule
+    return build_layout(*RAGGED, 4, num_tokens=24, bidirectional=True).rule
 
 
 def arbitrary_both_ways():
     """Rows in no order, whose spans reach before and behind them."""
     position, end, own = arbitrary()
-    ahead = torch.arange(45) * 7 % 5
-    return position, end, own, torch.where(own <= torch.arange(45), torch.arange(45) + 1 + ahead, own).clamp(max=45)
+    row = torch.arange(len(own[0]))
+    return position, end, own, torch.where(own <= row, row + 1 + row * 7 % 5, own).clamp(max=len(row))
 
 
 LAYOUTS = {
@@ -167,12 +168,12 @@ def test_error_is_that_of_eager(monkeypatch, layout, tiles, heads, dim, dtype, o
 @pytest.mark.parametrize(
     ("layout", "first", "dtype", "options", "sinks"),
     [
-        ("ragged", 40, torch.float32, {}, False),
-        ("ragged", 40, torch.bfloat16, {"window": 5}, True),
-        ("documents", 40, torch.float16, {"softcap": 2.0}, False),
-        ("both_ways", 41, torch.float32, {}, False),
+        ("ragged", 24, torch.float32, {}, False),
+        ("ragged", 24, torch.bfloat16, {"window": 5}, True),
+        ("documents", 24, torch.float16, {"softcap": 2.0}, False),
+        ("both_ways", 25, torch.float32, {}, False),
         ("arbitrary_both_ways", 17, torch.float32, {"window": 9}, True),
-        ("arbitrary", 44, torch.float32, {}, False),
+        ("arbitrary", 34, torch.float32, {}, False),
     ],
 )
 def test_the_last_rows_alone(monkeypatch, layout, first, dtype, options, sinks):
@@ -221,7 +222,7 @@ def test_no_rows_in_sight():
         assert (x == 0).all()
 
 
-@pytest.mark.parametrize("layout", ["ragged", "documents", "both_ways", "arbitrary_both_ways", *range(12)])
+@pytest.mark.parametrize("layout", ["ragged", "documents", "both_ways", "arbitrary_both_ways", *range(3)])
 @pytest.mark.parametrize("window", [1 << 30, 3])
 def test_plan_visits_each_tile_once_and_masks_where_it_must(layout, window):
     rule = arbitrary(seed=layout) if isinstance(layout, int) else LAYOUTS[layout]()

@@ -40,6 +40,8 @@ CAPTURED = True
 # Up to so many rows the products of a captured pass are our kernel's, where that has been timed: a layer's four 58
 # instead of 66 us on an H200 (bench/results/h200/linear.md).
 FEW_ROWS = 16
+# Weights of fewer elements are torch's: smaller than these 16 MB none has been timed.
+LEAST_WEIGHT = 1 << 23
 # What torch calls around a module's forward.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -123,7 +125,7 @@ class Products:
 
 def _product(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor]:
     weight, bias, rows, few, counters = layers[0].mtpkern_whole
-    if counters is None or x.numel() > few * x.shape[-1]:
+    if counters is None or x.numel() > few * x.shape[-1] or weight.numel() < LEAST_WEIGHT:
         return linear(x, weight, bias).split(rows, -1)
     return few_rows_linear(x, weight, bias, counters).split(rows, -1)
 

@@ -30,6 +30,11 @@ def multiplied(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return seen
 
 
+@pytest.fixture(autouse=True)
+def small_weights_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "LEAST_WEIGHT", 0)
+
+
 @pytest.fixture
 def forgotten() -> Iterator[None]:
     torch._dynamo.reset()
@@ -93,6 +98,16 @@ def test_what_has_become_another_kind_of_layer_is_left_alone(
     handle.remove()
     monkeypatch.setattr("mtpkern.model.TESTED", ())
     assert found(model, ids, siblings=False).counters is None
+
+
+def test_weights_that_nobody_has_timed_are_torchs(
+    tiny: SimpleNamespace, multiplied: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "LEAST_WEIGHT", 48 * 32)
+    model = tiny.model("llama")
+    ids, _ = tiny.prompts(5)
+    logits(model, ids, found(model, ids, siblings=False))
+    assert set(multiplied) == {(5, 48), (5, 32)}  # gate and up; down
 
 
 def test_unasked_nowhere(

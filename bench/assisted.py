@@ -29,8 +29,8 @@ HEADER = ("way", "identical to HF greedy", "tokens/s", "× HF generate, median")
 def measure(device: torch.device, quick: bool) -> Iterator[Table]:
     """A row a way."""
     problems, most = (1, 8) if device.type == "cpu" else (16 if quick else 64, 128)
-    model = AutoModelForCausalLM.from_pretrained(ASSETS, dtype=torch.float32).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(ASSETS)
+    model = AutoModelForCausalLM.from_pretrained(ASSETS, dtype=torch.float32, trust_remote_code=False).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS, trust_remote_code=False)
     ways: dict[str, Callable[..., list[Completion]]] = {
         "HF generate": partial(hugging_face, model),
         f"HF generate, prompt lookup of {LOOKUP}": partial(hugging_face, model, prompt_lookup_num_tokens=LOOKUP),

@@ -336,6 +336,7 @@ ELSEWHERE = {
     "pure_bf16": "test_trainer.py::test_pure_bf16_trains_and_freezes",
     "static_shape": "test_shape_only",
     "packing": "test_shape_only",
+    "init_adapter": "test_gated_trainer.py::test_begins_with_an_adapter_of_a_folder",
     "lora_rank": "test_adapters_as_configured",
     "lora_alpha": "test_adapters_as_configured",
     "lora_targets": "test_adapters_as_configured",

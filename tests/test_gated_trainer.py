@@ -119,7 +119,7 @@ def test_begins_with_an_adapter_of_a_folder(tiny, tmp_path):
     second.save_model(str(tmp_path / "further"))
     settings = json.loads((tmp_path / "further" / "adapter_config.json").read_text())["auto_mapping"]["mtpkern"]
     assert settings["k_max"] == 6
-    with pytest.raises(ValueError, match="has rank 4,? and lora_rank is 8"):
+    with pytest.raises(ValueError, match=r"has rank 4,? and lora_rank is 8"):
         trainer(tiny, tmp_path / "other", init_adapter=str(tmp_path / "adapter"), lora_rank=8)
 
 

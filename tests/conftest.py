@@ -1,3 +1,4 @@
+import gc
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
@@ -80,6 +81,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_collection_finish() -> None:
+    """What has been imported stays: half a million objects that every `gc.collect`, as at a training's end, looked at.
+
+    A fork does not copy them either.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Note each failure at once where MTPKERN_FAILURES names a file: a run that is killed sums nothing up."""
     file = os.environ.get("MTPKERN_FAILURES")
@@ -157,6 +167,12 @@ def rows_for_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which pass brings which tokens would follow the load of the machine; test_load.py has a fixture of this name."""
     monkeypatch.setattr("mtpkern.load.Load.price", lambda *_: 0.0)
     monkeypatch.setattr("mtpkern.load.Ladder.choose", lambda self, *_: (self.rungs[-1], 0.0))
+
+
+@pytest.fixture(autouse=True)
+def undrawn_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every training would end with half a second of matplotlib; `test_picture` undoes this."""
+    monkeypatch.setattr("mtpkern.train.evaluate._draw", lambda *_: None)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -34,13 +35,50 @@ MORE = {
 }
 
 
-def without_interpreter(code: str, *arguments: str) -> str:
-    """What a program prints; in it Triton compiles."""
+Run = Callable[..., str]
+
+# Everything is imported once, and each program has a fork of that: what it changes stays its own.
+FORKS = """
+import contextlib, json, os, sys, traceback
+import mtpkern.bench.aot
+
+for line in sys.stdin:
+    code, arguments, out = json.loads(line)
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            with open(out, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+                sys.argv = ["-c", *arguments]
+                try:
+                    exec(compile(code, "a program of the test", "exec"), {"__name__": "__main__"})
+                    status = 0
+                except BaseException:
+                    traceback.print_exc()
+        finally:
+            os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def without_interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """`without_interpreter(code, *arguments)`: what a program prints where Triton compiles."""
+    out = tmp_path_factory.mktemp("aot") / "printed"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", code, *arguments]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=570)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return result.stdout
+    command = [sys.executable, "-c", FORKS]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as forks:
+
+        def run(code: str, *arguments: str) -> str:
+            print(json.dumps([code, arguments, str(out)]), file=forks.stdin, flush=True)
+            status = forks.stdout.readline().strip()
+            assert status, "the process that forks has ended; its error stands above"
+            printed = out.read_text(encoding="utf-8")
+            assert status == "0", printed[-4000:]
+            return printed
+
+        yield run
+        forks.stdin.close()
 
 
 COMPILE = """
@@ -54,7 +92,7 @@ print(json.dumps([[asdict(one) for one in kernels] for kernels in compile_all(ca
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", aot_budgets.TARGETS)
-def test_budgets(target: str) -> None:
+def test_budgets(target: str, without_interpreter: Run) -> None:
     cases = [*KERNELS, *MORE.get(target, ())]
     if target in ("sm_89", "sm_100"):  # the most expensive one, and tiled as elsewhere
         cases.remove("span_attention bf16 D128")
@@ -120,6 +158,7 @@ def test_a_budget_that_is_exceeded_is_named() -> None:
 
 COMMAND = """
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from mtpkern.bench import aot, aot_budgets
 from mtpkern.kernels.kv_write import _kv_write_kernel
@@ -147,6 +186,7 @@ run(*what, "--changed")
 
 LACKING = """
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from mtpkern.bench import aot, aot_budgets
 
@@ -157,7 +197,7 @@ print(aot.main())
 """
 
 
-def test_the_command_says_what_is_over_budget_and_writes_nothing_unasked() -> None:
+def test_the_command_says_what_is_over_budget_and_writes_nothing_unasked(without_interpreter: Run) -> None:
     runs = [text.splitlines()[1:] for text in without_interpreter(COMMAND).split("--- ")[1:]]
     good, planted, known_to_spill, known = runs
     for lines in (good, known):
@@ -173,7 +213,7 @@ def test_the_command_says_what_is_over_budget_and_writes_nothing_unasked() -> No
         assert lines[2] == "1"
 
 
-def test_a_kernel_that_the_table_lacks_is_compiled_and_named() -> None:
+def test_a_kernel_that_the_table_lacks_is_compiled_and_named(without_interpreter: Run) -> None:
     summary, lacking, status = without_interpreter(LACKING).splitlines()
     assert ": all within budget" in summary
     assert lacking.startswith("bench/results/aot.md lacks 1 of these and has 0 others: make aot")
@@ -265,7 +305,7 @@ with tempfile.TemporaryDirectory() as folder:
 """
 
 
-def test_races_that_no_interpreter_sees_are_found() -> None:
+def test_races_that_no_interpreter_sees_are_found(without_interpreter: Run) -> None:
     """A last block that merges needs a counter, and that an atomic: none of ours may have one without a barrier before
     it. And what starts early has to wait before all else, in every program.
     """
@@ -309,7 +349,7 @@ print(*sorted(name for name, _ in keys))
 """
 
 
-def test_variants_do_not_grow_with_shapes() -> None:
+def test_variants_do_not_grow_with_shapes(without_interpreter: Run) -> None:
     """50 shapes of batch, rows, capacity and vocabulary compile few variants: none may compile within a decode."""
     names = without_interpreter(VARIANTS).split()
     spans = ("_forward_kernel", "_dq_kernel", "_dkdv_kernel")
@@ -336,6 +376,6 @@ print([len(re.findall(r"(?:ld|st)[.]global[.]b16", text)) for text in texts])
 
 
 @pytest.mark.slow
-def test_an_odd_vocabulary_is_read_16_bytes_at_a_time() -> None:
+def test_an_odd_vocabulary_is_read_16_bytes_at_a_time(without_interpreter: Run) -> None:
     """Llama's with a mask token is odd. Only a row's weight and its target's logit are 2 bytes wide."""
     assert json.loads(without_interpreter(WIDE)) == [0, 2, 1]

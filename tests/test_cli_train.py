@@ -1,10 +1,11 @@
 """`mtpkern train`: configurations and flags, the shipped configurations on small files, launching, the checkpoint."""
 
+import contextlib
+import dataclasses
 import json
 import os
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from accelerate.commands import launch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed import run as torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mtpkern
@@ -483,16 +485,38 @@ def trained(out):
     assert "mask_token_id" in json.loads((out / "config.json").read_text())["mtpkern"]
 
 
-def test_launched_by_torchrun(tmp_path, checkpoint):
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_launched_by_torchrun(tmp_path, checkpoint, monkeypatch):
+    """Two processes by its launcher, with its environment: forks, which need not import everything again."""
     data, out = write(tmp_path / "rows.jsonl", GSM8K), tmp_path / "out"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "mtpkern.train", "gsm8k", "--model", checkpoint("qwen"), "--train-data", data]
-    command += ["--eval-data", data, "--output-dir", str(out), *TINY]
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count(f"{data}: 12 rows read") == 2  # once for training and once for evaluation
+    options = ["gsm8k", "--model", checkpoint("qwen"), "--train-data", data, "--eval-data", data]
+    options += ["--output-dir", str(out), *TINY]
+    elastic_launch = torchrun.elastic_launch
+
+    def main(module, *arguments):
+        from accelerate.state import AcceleratorState, PartialState
+
+        AcceleratorState._reset_state()
+        PartialState._reset_state()
+        sys.argv = [module, *arguments]
+        with (tmp_path / f"said by {os.environ['RANK']}").open("w") as said, contextlib.redirect_stderr(said):
+            try:
+                runpy.run_module(module, run_name="__main__")
+            except SystemExit as end:
+                assert end.code == 0  # noqa: PT017
+
+    def in_forks(config, entrypoint):
+        def launch(*words):
+            assert [entrypoint, *words] == [sys.executable, "-u", "-m", "mtpkern.train", *options]
+            return elastic_launch(dataclasses.replace(config, start_method="fork"), main)(*words[2:])
+
+        return launch
+
+    monkeypatch.setattr(torchrun, "elastic_launch", in_forks)
+    torchrun.main(["--standalone", "--nproc-per-node", "2", "-m", "mtpkern.train", *options])
+    said = [(tmp_path / f"said by {rank}").read_text() for rank in range(2)]
+    # Once for training and once for evaluation, and not by everybody.
+    assert [text.count(f"{data}: 12 rows read") for text in said] == [2, 0]
     trained(out)
 
 

@@ -68,7 +68,8 @@ def test_summary(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib (extra `plot`) is not installed")
-def test_picture(tmp_path):
+def test_picture(tmp_path, monkeypatch):
+    monkeypatch.undo()  # here it is drawn
     assert "agreement.png" in summarise(HISTORY, tmp_path / "new")
     assert (tmp_path / "new" / "agreement.png").read_bytes().startswith(b"\x89PNG")
 

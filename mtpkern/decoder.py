@@ -5,8 +5,9 @@ address from step to step and from run to run, and nothing in a step waits for t
 on a GPU the whole step is one CUDA graph (mtpkern.graph).
 
 Where the host waits for the device, in a run on a GPU: nowhere in `prefill` but where transformers looks whether a mask
-is needed at all (it does for prompts with padding), nowhere in `run` but for the poll's event, a step behind, for the
-capture of a new graph, and without a graph where the buffers may have to grow: each time they may have filled up.
+is needed at all (it does for prompts with padding) and where a PrefixCache looks at the weights, nowhere in `run` but
+for the poll's event, a step behind, for the capture of a new graph, and without a graph where the buffers may have to
+grow: each time they may have filled up.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mtpkern.generation import generate as generate
     from mtpkern.graph import release_graphs as release_graphs
     from mtpkern.model import add_mask_token as add_mask_token
+    from mtpkern.prefix_cache import PrefixCache as PrefixCache
     from mtpkern.strategies import ConfAdapt as ConfAdapt
     from mtpkern.strategies import Static as Static
     from mtpkern.strategies import Verified as Verified
@@ -35,6 +36,7 @@ __all__ = [
     "BatchOutput",
     "ConfAdapt",
     "MTPGenerateOutput",
+    "PrefixCache",
     "Static",
     "Verified",
     "__version__",
@@ -56,6 +58,7 @@ _MODULE_OF = {
     "BatchOutput": "mtpkern.batching",
     "ConfAdapt": "mtpkern.strategies",
     "MTPGenerateOutput": "mtpkern.generation",
+    "PrefixCache": "mtpkern.prefix_cache",
     "Static": "mtpkern.strategies",
     "Verified": "mtpkern.strategies",
     "add_mask_token": "mtpkern.model",

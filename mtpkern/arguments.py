@@ -409,7 +409,8 @@ def _refuse_arguments(arguments: dict[str, Any]) -> None:
     for name, value in arguments.items():
         empty = value is None or (isinstance(value, (list, tuple)) and not value)
         if not empty and name not in _INERT_ARGUMENTS and not (name == "synced_gpus" and value is False):
-            raise ValueError(f"mtpkern.generate does not support {name}; leave it out, or use model.generate")
+            instead = "give the calls a prefix_cache" if name == "past_key_values" else "leave it out"
+            raise ValueError(f"mtpkern.generate does not support {name}; {instead}, or use model.generate")
 
 
 def _refuse(settings: dict[str, Any]) -> None:

@@ -5,13 +5,15 @@ address from step to step and from run to run, and nothing in a step waits for t
 on a GPU the whole step is one CUDA graph (mtpkern.graph).
 
 Where the host waits for the device, in a run on a GPU: nowhere in `prefill` but where transformers looks whether a mask
-is needed at all (it does for prompts with padding), nowhere in `run` but for the poll's event, a step behind, for the
-capture of a new graph, and without a graph where the buffers may have to grow: each time they may have filled up.
+is needed at all (it does for prompts with padding) and where a PrefixCache looks at the weights, nowhere in `run` but
+for the poll's event, a step behind, for the capture of a new graph, and without a graph where the buffers may have to
+grow: each time they may have filled up.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from time import perf_counter
@@ -211,11 +213,20 @@ class Decoder:
             self.terms.price.fill_(self._load.price(self.sequences))
 
     @torch.inference_mode()
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, chunk: int = PREFILL_CHUNK) -> Tensor:
+    def prefill(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        chunk: int = PREFILL_CHUNK,
+        known: Callable[[KVCache], int] | None = None,
+    ) -> Tensor:
         """Run the left-padded prompts [B, T] with k - 1 masks behind them and take in their first predictions.
 
         Uses the model's own attention, on at most `chunk` tokens of all prompts together at a time; the masks come with
         the last of them. Returns the logits [B * k, V] that were read out.
+
+        known(cache) stores keys that are there already, and returns the first column that has to run.
         """
         B, T = input_ids.shape
         k, scratch, capacity = self.strategy.k, self.cache.scratch, self.cache.capacity - self.cache.scratch
@@ -236,8 +247,9 @@ class Decoder:
 
         columns = torch.cat([input_ids, masks], dim=1)
         cache = self.prefill_cache(scratch + place)
+        cache.seen = 0 if known is None else known(self.cache)
         n = max(1, chunk // B)
-        ends = [*range(n, T, n), T + k - 1]
+        ends = [*range(cache.seen + n, T, n), T + k - 1]
         mask = None if attention_mask is None else seen
         for end in ends:
             logits = self.prefill_chunk(cache, columns, mask, told, end, keep=k if end == ends[-1] else 1)

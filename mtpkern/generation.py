@@ -40,6 +40,7 @@ from mtpkern.options import Options
 from mtpkern.parallel import require_same_on_all
 from mtpkern.poll import Poll
 from mtpkern.pool import decoder_for, prefill_with_room
+from mtpkern.prefix_cache import PrefixCache, Reuse, require_prefix_cache
 from mtpkern.strategies import Strategy
 from mtpkern.watch import REASONS, Streamer, Watch, first_tokens, of_kind
 from mtpkern.wrappers import unwrapped
@@ -82,6 +83,7 @@ def generate(
     check_model: bool = True,
     streamer: Streamer | None = None,
     return_logprobs: bool = False,
+    prefix_cache: PrefixCache | None = None,
     **kwargs: Any,
 ) -> Tensor | MTPGenerateOutput:
     """Generate from left-padded prompts input_ids [B, T]; returns [B, T + new] token ids, right-padded.
@@ -121,6 +123,8 @@ def generate(
         that far. `mtpkern.stream` is another way, by blocks.
 
     return_logprobs: with return_dict_in_generate=True, log-probability and confidence of every new token.
+    prefix_cache: a `PrefixCache` that several calls are given: what a prompt shares with a text of the last call, its
+        answer included, is not read again; an example stands there. Takes the place of transformers' past_key_values.
 
     model may be a PeftModel whose adapters act in its layers, row by row.
 
@@ -153,6 +157,7 @@ def generate(
     )
     require_bool("return_logprobs", return_logprobs)
     require_streamer(streamer)
+    require_prefix_cache(prefix_cache, model)
     input_ids, settings = settings_of(model, input_ids, kwargs, options.mask_token_id, stacklevel=2)
     require_same_on_all(model, settings.get("max_time"), settings.get("stopping_criteria", ()))
 
@@ -165,7 +170,8 @@ def generate(
     ) -> Tensor | MTPGenerateOutput:
         choosing = _choosing(config, processors, input_ids.shape[1], options.mask_token_id, return_logprobs)
         watch = Watch.of(streamer, criteria)
-        run = partial(_decode, model, input_ids, options, config, criteria, attention_mask, watch, choosing)
+        call = input_ids, options, config, criteria, attention_mask, watch, choosing, prefix_cache
+        run = partial(_decode, model, *call)
         try:
             return run()
         except Exception as error:
@@ -232,6 +238,7 @@ def _decode(
     attention_mask: Tensor | None,
     watch: Watch | None,
     choosing: Choosing | None,
+    prefix_cache: PrefixCache | None,
 ) -> Tensor | MTPGenerateOutput:
     # The host looks at the prompts once, before anything runs.
     given_on, padding = input_ids.device, generation_config._pad_token_tensor
@@ -258,6 +265,9 @@ def _decode(
         max_new_tokens = positions - longest + 1
         if max_new_tokens < 1:
             raise ValueError(past_positions(model, positions, longest, asked))
+    reuse = None
+    if prefix_cache is not None:
+        reuse = Reuse(prefix_cache, model, [row[T - n :].numpy() for row, n in zip(host_ids.long(), prompts)])
     if watch is not None:
         watch.begin(host_ids, host_mask, new=max_new_tokens, padding=filler, device=given_on)
     # The prefill runs through the model's own attention, and the results are read before another run may have the
@@ -272,7 +282,11 @@ def _decode(
             tokens=T + max_new_tokens,
             max_new_tokens=max_new_tokens,
             prefill=partial(
-                prefill_with_room, input_ids=input_ids, attention_mask=attention_mask, chunk=options.prefill_chunk
+                prefill_with_room,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                chunk=options.prefill_chunk,
+                known=None if reuse is None else reuse.fill,
             ),
             batch=B,
             choosing=choosing,
@@ -284,7 +298,7 @@ def _decode(
         with routed(model, decoder.cache) as route:
             decoder.run(route, poll)
         # One copy to the host, behind all passes; of their record as much as so many can have written.
-        wanted = poll.polls + 1 if generation_config.return_dict_in_generate else 0
+        wanted = poll.polls + 1 if generation_config.return_dict_in_generate or reuse is not None else 0
         status, length, blocks = on_host(sequences.status, sequences.length, sequences.blocks[:, :wanted])
         if watch is None:
             ends = sequences.length
@@ -307,9 +321,12 @@ def _decode(
         of_tokens: dict[str, Any] = {}
         if decoder.choice is not None:
             of_tokens = decoder.choice.of_tokens(ends, max(emitted), filler)
+        if reuse is not None:
+            # Of what the last pass has emitted there may be no keys.
+            reuse.keep(decoder.cache, output[:, T:], [sum(row[:-1]) for row in kept])
     if watch is not None:
         watch.finish()
-    if not wanted:
+    if not generation_config.return_dict_in_generate:
         return output
     return MTPGenerateOutput(
         sequences=output,

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mtpkern.adapter import gate_of
+from mtpkern.cache import KVCache
 from mtpkern.decoder import Decoder, places_for
 from mtpkern.graph import is_kept, kept_bytes, kept_decoder, release_graphs
 from mtpkern.memory import fits_at_once, require_room
@@ -87,13 +88,19 @@ def slots_for(tokens: int, use_graph: bool) -> int:
     return -(-tokens // step) * step
 
 
-def prefill_with_room(decoder: Decoder, input_ids: Tensor, attention_mask: Tensor | None, chunk: int) -> None:
+def prefill_with_room(
+    decoder: Decoder,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    chunk: int,
+    known: Callable[[KVCache], int] | None = None,
+) -> None:
     """Run the prefill; where memory is short, once more without what earlier calls have kept."""
     try:
-        decoder.prefill(input_ids, attention_mask, chunk=chunk)
+        decoder.prefill(input_ids, attention_mask, chunk=chunk, known=known)
         return
     except torch.OutOfMemoryError:
         if not release_graphs():
             raise
     # Outside of the handler, whose traceback holds on to what the first attempt has allocated.
-    decoder.prefill(input_ids, attention_mask, chunk=chunk)
+    decoder.prefill(input_ids, attention_mask, chunk=chunk, known=known)

@@ -22,14 +22,13 @@ from mtpkern.decoder import Decoder
 from mtpkern.generation import past_positions
 from mtpkern.kernels.state import FAULT, RUNNING, Sequences
 from mtpkern.poll import Poll
+from mtpkern.prefix_cache import common
 from mtpkern.slots import Newcomer, enter
 from mtpkern.watch import REASONS, Watch, first_tokens, snapshot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Fewer common tokens are not worth a copy.
-LEAST_SHARED = 8
 # Prompts that are looked at for the next one, for each slot.
 LOOK_AHEAD = 4
 
@@ -308,13 +307,3 @@ class _Left:
             tokens, blocks = tokens[: self.end], first_tokens(blocks, self.end)
         text = None if tokenizer is None else str(tokenizer.decode(tokens, skip_special_tokens=True))
         return BatchOutput(number, tokens, blocks, reason, text=text, shared=self.shared)
-
-
-def common(a: np.ndarray, b: np.ndarray) -> int:
-    """How many first tokens two texts have in common; 0 where so few are worth nothing."""
-    n = min(len(a), len(b))
-    if n < LEAST_SHARED or a[0] != b[0] or a[LEAST_SHARED - 1] != b[LEAST_SHARED - 1]:
-        return 0
-    differ = a[:n] != b[:n]
-    shared = int(differ.argmax()) if differ.any() else n
-    return shared if shared >= LEAST_SHARED else 0

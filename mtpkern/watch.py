@@ -210,21 +210,30 @@ class Watch:
         by_column = self.streamer is not None and not self.by_blocks
         if not self.others and not by_column:
             return
-        while True:
-            t = self.columns + 1
-            if any(end is None and certain < t for end, certain in zip(self.ends, self.certain)):
-                return
-            if all(end is not None and end < t for end in self.ends):
-                return
+        if not self.others:
+            # Nobody ends a sequence meanwhile, so that all of them can be made at once.
+            n = self._last_column() - self.columns
+            if n > 0:
+                texts = [text[self.columns : self.columns + n] for text in self.text]
+                rows = [text + [self.padding] * (n - len(text)) for text in texts]
+                for column in torch.tensor(list(zip(*rows))).unbind():
+                    self.columns += 1
+                    self.streamer.put(column)
+            return
+        while (t := self.columns + 1) <= self._last_column():
             column = torch.tensor([text[t - 1] if t <= len(text) else self.padding for text in self.text])
-            if self.others:
-                self.ids[:, self.T + self.columns] = column
-                for b, done in enumerate(self._ask(self.ids[:, : self.T + t])):
-                    if done:
-                        self._end(b, t, "criteria")
+            self.ids[:, self.T + self.columns] = column
+            for b, done in enumerate(self._ask(self.ids[:, : self.T + t])):
+                if done:
+                    self._end(b, t, "criteria")
             if by_column:
                 self.streamer.put(column)
             self.columns = t
+
+    def _last_column(self) -> int:
+        """The column that all sequences have come to; none is behind the longest of those that have ended."""
+        running = [certain for end, certain in zip(self.ends, self.certain) if end is None]
+        return min(running) if running else max(end for end in self.ends if end is not None)
 
     def _ask(self, prefix: Tensor) -> list[bool]:
         with torch.cuda.stream(self.stream):  # None: no other stream

@@ -857,3 +857,27 @@ def test_soak(captures: list[Any], tiny: SimpleNamespace) -> None:
     assert len(captures) == 2
     assert torch.cuda.memory_allocated() <= allocated + 4096
     assert torch.cuda.memory_reserved() == reserved
+
+
+def test_a_kept_decoder_gets_known_keys_at_its_own_addresses(
+    tiny: SimpleNamespace, recorded: type[RecordedStep]
+) -> None:
+    """A prefix is copied into the buffers that a captured step reads, and out of them at the end: both stay whole."""
+    model, cache = tiny.model("llama"), mtpkern.PrefixCache()
+    options = {"strategy": Verified(3, threshold=0.1)}
+    prompts = [tiny.prompts(n)[0][0].tolist() for n in (24, 30)]
+    want = [decoded(model, prompt, **options, use_graph=False) for prompt in prompts]
+    release_graphs()
+    for turn in range(2):
+        for prompt, tokens in zip(prompts, want):
+            assert decoded(model, prompt, **options, prefix_cache=cache) == tokens
+            assert decoded(model, prompt[::-1], **options) != tokens  # another's keys in the same buffers
+            assert cache.shared[0] >= (8 if turn or prompt is not prompts[0] else 0)
+        assert recorded.captures == 1
+    assert len(graph._kept[model]) == 1
+
+
+def decoded(model: Any, prompt: list[int], **options: Any) -> list[int]:
+    ids = torch.tensor([prompt])
+    output = mtpkern.generate(model, ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, **options)
+    return output[0, len(prompt) :].tolist()

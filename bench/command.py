@@ -27,7 +27,7 @@ from mtpkern.output import printable
 ROOT = Path(__file__).resolve().parents[1]
 
 GROUPS = {
-    "ops": ("readout", "decode_attention", "span_attention", "kv_write", "gated_lora", "distill"),
+    "ops": ("readout", "decode_attention", "span_attention", "kv_write", "linear", "gated_lora", "distill"),
     "step": ("step", "gated_step", "compiled", "train_step"),
     "generation": ("decode", "real", "throughput", "assisted"),
     "all of it": ("preflight", "gpu", "aot", "tiles"),

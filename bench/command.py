@@ -27,7 +27,7 @@ from mtpkern.output import printable
 ROOT = Path(__file__).resolve().parents[1]
 
 GROUPS = {
-    "ops": ("readout", "decode_attention", "span_attention", "kv_write", "gated_lora", "distill"),
+    "ops": ("readout", "decode_attention", "span_attention", "kv_write", "linear", "gated_lora", "distill"),
     "step": ("step", "gated_step", "compiled", "train_step"),
     "generation": ("decode", "real", "throughput", "assisted"),
     "all of it": ("preflight", "gpu", "aot", "tiles"),
@@ -59,14 +59,18 @@ def main(argv: Sequence[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--base", metavar="REF", help="a commit to compare with, run in turns with this tree")
-    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="with --base: so many turns (default 1)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="with --base: so many turns (default 1)")
     parser.add_argument("name", nargs="?", choices=["list", *_NAMES], default="list", metavar="NAME")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="of the benchmark")
     args = parser.parse_args(argv)
+    if args.base is not None and args.name == "list":
+        raise ValueError("--base compares a benchmark with that of another commit; name one of mtpkern bench list")
+    if args.rounds is not None and (args.base is None or args.rounds < 1):
+        raise ValueError(f"--rounds is the number of turns with --base, at least 1; got {args.rounds}")
     if args.name == "list":
         print(listing())
     elif args.base is not None:
-        _against(args.base, args.name, args.arguments, max(1, args.rounds))
+        _against(args.base, args.name, args.arguments, args.rounds or 1)
     else:
         sys.argv = [f"mtpkern.bench.{args.name}", *args.arguments]
         runpy.run_module(f"mtpkern.bench.{args.name}", run_name="__main__", alter_sys=True)

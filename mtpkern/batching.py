@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import MaxLengthCriteria, MaxTimeCriteria
 from transformers.generation import logits_process as theirs
 
 from mtpkern.adapter import adopt
@@ -49,6 +50,7 @@ from mtpkern.refill import BatchOutput as BatchOutput
 from mtpkern.refill import Job, Slots
 from mtpkern.slots import vacate
 from mtpkern.streaming import Stream
+from mtpkern.watch import of_kind
 from mtpkern.wrappers import unwrapped
 
 if TYPE_CHECKING:
@@ -105,6 +107,8 @@ def generate_batch(
         outputs = mtpkern.generate_batch(model, prompts, tokenizer=tokenizer, max_new_tokens=256, batch_size=16)
         print(outputs[0].text, outputs[0].tokens_per_pass)
     """
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress must be a function of the number of prompts that are done, got {progress!r:.60}")
     outputs: list[BatchOutput] = []
 
     def take(output: BatchOutput) -> None:
@@ -173,11 +177,14 @@ class _Batch:
         **kwargs: Any,
     ) -> None:
         adopt(model)
-        if isinstance(prompts, (str, Tensor)) or hasattr(prompts, "keys"):
+        one = isinstance(prompts, (str, bytes, bytearray, Tensor)) or hasattr(prompts, "keys")
+        if one or not isinstance(prompts, Iterable):
             raise TypeError(
                 f"prompts must be a list of prompts, each a text or its token ids, got {type(prompts).__name__}; "
                 "padded tensors are for mtpkern.generate"
             )
+        if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
+            raise TypeError(f"tokenizer must be the model's tokenizer itself, got {tokenizer!r:.60}")
         if order not in ("longest", "given"):
             raise ValueError(f"order must be 'longest' or 'given', got {order!r}")
         require_bool("reuse", reuse)
@@ -194,15 +201,13 @@ class _Batch:
         self.failed: list[BatchOutput] = []
         ids = [self._ids_of(number, prompt) for number, prompt in enumerate(given)]
         probe = next((x for x in ids if x is not None), None)
-        self.stop_ids, self.criteria, choosing, new = self._prepare(
-            probe, kwargs, told=max(each, default=1) if each else None
-        )
+        self.stop_ids, self.criteria, choosing, new = self._prepare(probe, kwargs, each)
         self.choosing, self.key = choosing, None
         if choosing is not None and choosing.samples:
             # Once for the call, so that a run that begins anew draws the same.
             self.key = torch.empty(1, dtype=torch.int64, device=model.device).random_()
             agree(model, self.key)
-        self.jobs = self._jobs(ids, new if each is None else each)
+        self.jobs = self._jobs(ids, new)
 
     def _ids_of(self, number: int, prompt: Prompt) -> np.ndarray | None:
         """The prompt's token ids [T]; None, with its output noted, where it has none that can be decoded."""
@@ -233,37 +238,47 @@ class _Batch:
         self.failed.append(BatchOutput(number, error=error))
 
     def _prepare(
-        self, probe: np.ndarray | None, kwargs: dict[str, Any], *, told: int | None
-    ) -> tuple[Tensor, StoppingCriteriaList, Choosing | None, Callable[[int], int]]:
-        """Stop tokens [S], criteria, what chooses, and how many new tokens a prompt of T gets.
+        self, probe: np.ndarray | None, kwargs: dict[str, Any], each: list[int] | None
+    ) -> tuple[Tensor, StoppingCriteriaList, Choosing | None, Callable[[int, int], int]]:
+        """Stop tokens [S], criteria, what chooses, and how many new tokens a prompt gets, by its number and length.
 
-        told: the most that the call itself says.
+        each: new tokens of each prompt, where the call itself tells.
         """
         _refuse(kwargs, getattr(self.model, "generation_config", None))
         ids = torch.from_numpy(np.zeros(1, dtype=np.int64) if probe is None else probe)[None].to(self.model.device)
         asked = {**kwargs, "attention_mask": torch.ones_like(ids), "return_dict_in_generate": None}
         asked["tokenizer"] = self.tokenizer
-        if told is not None:
-            asked["max_new_tokens"] = told
+        if each is not None:
+            asked["max_new_tokens"] = max(each, default=1)
         mask = self.options.mask_token_id
         ids, settings = settings_of(self.model, ids, asked, mask, stacklevel=4)
+        _refuse_of_one_batch(settings.get("logits_processor", ()), settings.get("stopping_criteria", ()))
         config, criteria, choosing = prepared(self.model, ids, settings, mask)
         if choosing is not None and config.min_new_tokens:
             # transformers says the same once more as the length of a text, which is the probe's.
             said = Suppress(numbers(config._eos_token_tensor), shorter=ids.shape[1] + config.min_new_tokens)
             choosing = replace(choosing, processors=tuple(x for x in choosing.processors if x != said))
         whole, limit = "max_new_tokens" not in settings and "max_length" in settings, config.max_length
-        new = limit - ids.shape[1]
-        return stop_ids_of(criteria), criteria, choosing, lambda length: limit - length if whole else new
+        most = limit - ids.shape[1]
+        longest = [x.max_length for x in of_kind(settings.get("stopping_criteria", ()), MaxLengthCriteria)]
 
-    def _jobs(self, prompts: list[np.ndarray | None], new: Callable[[int], int] | list[int]) -> list[Job]:
+        def new(number: int, length: int) -> int:
+            if longest:  # takes the place of all other limits, as in `generate`
+                return max(1, min(longest) - length)
+            if each is not None:
+                return each[number]
+            return limit - length if whole else most
+
+        return stop_ids_of(criteria), criteria, choosing, new
+
+    def _jobs(self, prompts: list[np.ndarray | None], new: Callable[[int, int], int]) -> list[Job]:
         """Those that can be decoded, in the order in which they will be; the others fail."""
         slots = min(self.batch_size, len(prompts))
         jobs = []
         for number, ids in enumerate(prompts):
             if ids is None:
                 continue
-            asked = new[number] if isinstance(new, list) else new(len(ids))
+            asked = new(number, len(ids))
             if asked < 1:
                 error = f"max_length={len(ids) + asked} leaves a prompt of {len(ids)} tokens no new one; raise it"
                 self._fail(number, ValueError(f"{error}, or pass max_new_tokens"))
@@ -388,10 +403,19 @@ def _refuse(kwargs: dict[str, Any], file: GenerationConfig | None) -> None:
             f"mtpkern.generate_batch does not support {values}, which is not a matter of each prompt alone; leave it "
             "out, or use mtpkern.generate"
         )
-    for processor in asked.get("logits_processor") or ():
+
+
+def _refuse_of_one_batch(processors: Iterable[Any], criteria: Iterable[Any]) -> None:
+    """Refuse by name what is made for the prompts of one call of `generate`."""
+    for processor in processors:
         if type(processor) in _OF_ONE_LENGTH:
             raise ValueError(
                 f"mtpkern.generate_batch does not support the logits processor {type(processor).__name__}, which is "
                 "made for prompts of one length; pass the field of generate that makes it (min_new_tokens, "
                 "begin_suppress_tokens), or use mtpkern.generate"
             )
+    if any(isinstance(criterion, MaxTimeCriteria) for criterion in criteria):
+        raise ValueError(
+            "mtpkern.generate_batch does not support MaxTimeCriteria, whose clock runs for all prompts and not for "
+            "each alone; leave it out, or read mtpkern.iterate_batch and leave it when the time is over"
+        )

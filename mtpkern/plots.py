@@ -70,7 +70,10 @@ def plot(source: Path, folder: Path) -> list[Path]:
     """
     tables = _tables(source)
     if not tables:
-        raise ValueError(f"{source}: nothing to draw: no expected answers, and no way of more than one token a pass")
+        raise ValueError(
+            f"{source}: nothing to draw: no expected answers and no way of more than one token a pass, or no step "
+            "logged"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     written = [_write(rows, folder / f"{name}.csv") for name, rows in tables.items()]
     if find_spec("matplotlib") is None:
@@ -115,9 +118,12 @@ def _measured(path: Path) -> dict[str, list[dict[str, Any]]]:
             return {"pareto": pareto(found["figures"]), "acceptance": acceptance(found["figures"])}
         tables = {"throughput": throughput(found), "real": real(found)}
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path}: expected the results of mtpkern eval, this is something else") from None
+        tables = {}
     if not any(tables.values()):
-        raise ValueError(f"{path}: expected the results of mtpkern eval, this is something else")
+        raise ValueError(
+            f"{path}: expected the results of mtpkern eval or of a benchmark that can be drawn (throughput, real), "
+            "this is something else"
+        )
     return tables
 
 
@@ -166,7 +172,7 @@ def _draw_acceptance(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.set_ylim(0, 1.02)
     for way in dict.fromkeys(row["way"] for row in rows):
         mine = [row for row in rows if row["way"] == way]
-        colour, mark = _KINDS[mine[0]["kind"]]
+        colour, mark = _KINDS.get(mine[0]["kind"], _KINDS["original"])
         positions = [row["position"] for row in mine]
         axes.plot(positions, [row["acceptance"] for row in mine], color=colour, marker=mark, alpha=0.7, label=way)
     axes.legend(fontsize="x-small", ncols=2)

@@ -295,7 +295,10 @@ class _Left:
             self.event.synchronize()
         number, prompt, new = self.job.number, len(self.job.ids), self.job.new
         if self.reason == "fault":
-            error = RuntimeError("the model's logits hold NaN or inf for this prompt; check its weights and dtype")
+            error = RuntimeError(
+                "the model's logits hold NaN or inf for this prompt; check its weights and dtype, and whether "
+                "processors leave any token"
+            )
             return BatchOutput(number, error=error, shared=self.shared)
         length, passes, *rest = self.copy.tolist()
         reason = self.reason

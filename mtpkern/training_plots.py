@@ -42,10 +42,13 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
     Raises ValueError for a file that is neither.
     """
-    text = path.read_text(encoding="utf-8")
     if path.suffix != ".json":
-        return _printed(text)
+        try:
+            return _printed(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise ValueError(f"{path}: expected the table that a training run prints, this is something else") from None
     try:
+        text = path.read_text(encoding="utf-8")
         history = json.loads(text)["log_history"]
         return [dict(entry) for entry in history if "step" in entry]
     except (ValueError, KeyError, TypeError):
@@ -53,9 +56,12 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 
 def _printed(text: str) -> list[dict[str, Any]]:
+    """The rows of the table in a text. ValueError where there is none, or a cell is no number."""
     lines = text.splitlines()
-    head = next((i for i, line in enumerate(lines) if line.split()[:2] == ["step", "loss"]), len(lines))
-    titles = lines[head].split()[1:] if head < len(lines) else []
+    head = next((i for i, line in enumerate(lines) if line.split()[:2] == ["step", "loss"]), None)
+    if head is None:
+        raise ValueError("no table")
+    titles = lines[head].split()[1:]
     history = []
     for line in lines[head + 1 :]:
         where = line[:_LEFT].strip().partition("/")[0]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import GenerationConfig
-from transformers.generation import MinNewTokensLengthLogitsProcessor
+from transformers.generation import MaxTimeCriteria, MinNewTokensLengthLogitsProcessor
 
 import mtpkern
 from mtpkern import ConfAdapt, Static, Verified, refill
@@ -378,6 +378,12 @@ def test_texts_limits_and_progress(model: Any, bytes_of: Callable[[str], Any], t
         ({"temperature": -1.0, "do_sample": True}, "temperature"),
         ({"streamer": object()}, "streamer"),
         ({"max_time": 1.0}, "max_time"),
+        ({"stopping_criteria": [MaxTimeCriteria(1.0)]}, "MaxTimeCriteria"),
+        ({"stopping_criteria": 7}, "stopping_criteria"),
+        ({"logits_processor": 7}, "logits_processor"),
+        ({"tokenizer": "gpt2", "prompts": ["text"]}, "tokenizer must be"),
+        ({"prompts": None}, "a list of prompts"),
+        ({"prompts": b"text"}, "a list of prompts"),
         ({"attention_mask": torch.ones(1, 3)}, "attention_mask"),
         ({"num_beams": 2}, "num_beams"),
         ({"order": "shortest"}, "'longest' or 'given'"),
@@ -396,6 +402,16 @@ def test_what_is_wrong_for_all_is_refused(model: Any, options: dict[str, Any], m
     for call in (generate_batch, iterate_batch):
         with pytest.raises((ValueError, TypeError), match=message):
             list(call(model, **{"prompts": [[5, 6]], "max_new_tokens": 4, **options}))
+
+
+def test_what_shows_progress_is_called(model: Any) -> None:
+    with pytest.raises(TypeError, match="progress must be a function"):
+        generate_batch(model, [[5, 6]], max_new_tokens=2, progress=True)
+
+
+def test_no_prompts_and_no_warning(model: Any, recwarn: pytest.WarningsRecorder) -> None:
+    assert generate_batch(model, [], max_new_tokens=4) == []
+    assert not [str(warning.message) for warning in recwarn]
 
 
 # The iterator

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria
-from transformers.generation import LogitsProcessor
+from transformers.generation import LogitsProcessor, MaxLengthCriteria
 
 import mtpkern
 from mtpkern import ConfAdapt, Static, Verified
@@ -60,6 +60,7 @@ GREEDY: dict[str, dict[str, Any]] = {
     "n-grams": {"no_repeat_ngram_size": 2},
     "own": {"logits_processor": [NotTwice()]},
     "criterion": {"stopping_criteria": [SumOfText()]},
+    "length": {"stopping_criteria": [MaxLengthCriteria(11)]},
     "both": {"logits_processor": [NotTwice()], "stopping_criteria": [SumOfText()], "repetition_penalty": 1.3},
 }
 

@@ -67,6 +67,13 @@ def test_what_cannot_be_compared(capsys, monkeypatch):
     assert "--base no-such-ref: git has no worktree of it" in capsys.readouterr().err
     assert main(["bench", "--base", "HEAD", "readout", "--results", "x"]) == 2
     assert "leave it out" in capsys.readouterr().err
+    for words, says in (
+        (["--base", "HEAD"], "name one of"),
+        (["--rounds", "2", "readout"], "with --base"),
+        (["--base", "HEAD", "--rounds", "0", "readout"], "at least 1; got 0"),
+    ):
+        assert main(["bench", *words]) == 2
+        assert says in capsys.readouterr().err
     with pytest.raises(ValueError, match="no figures in common"):
         command.compared([results(1.0, "a") | {"tables": []}], [results(1.0, "b")])
 

@@ -2,6 +2,7 @@
 
 import json
 
+import peft
 import pytest
 import torch
 
@@ -119,8 +120,21 @@ def test_begins_with_an_adapter_of_a_folder(tiny, tmp_path):
     second.save_model(str(tmp_path / "further"))
     settings = json.loads((tmp_path / "further" / "adapter_config.json").read_text())["auto_mapping"]["mtpkern"]
     assert settings["k_max"] == 6
-    with pytest.raises(ValueError, match=r"has rank 4,? and lora_rank is 8"):
-        trainer(tiny, tmp_path / "other", init_adapter=str(tmp_path / "adapter"), lora_rank=8)
+
+
+def test_refuses_to_begin_with_another_adapter(tiny, tmp_path):
+    first = trainer(tiny, tmp_path / "run")
+    first.save_model(str(tmp_path / "adapter"))
+    plain = peft.get_peft_model(base(tiny), peft.LoraConfig(r=4, target_modules="all-linear"))
+    plain.save_pretrained(tmp_path / "plain")
+    for name, model, options, says in (
+        ("adapter", None, {"lora_rank": 8}, "has rank 4, and lora_rank is 8"),
+        ("plain", None, {}, "holds another one of peft"),
+        ("run", None, {}, "init_adapter must be the folder of a gated adapter"),
+        ("adapter", first.model, {}, "has adapters already"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            trainer(tiny, tmp_path / "other", model, init_adapter=str(tmp_path / name), **options)
 
 
 def test_refuses(tiny, tmp_path):
@@ -133,7 +147,7 @@ def test_refuses(tiny, tmp_path):
         ({"torch_compile": True, "activation_checkpointing": True}, "omit one"),
         ({"prefix_memory": -1.0}, "prefix_memory"),
         ({"init_adapter": "adapter", "lora_alpha": 3.0}, "its own lora_alpha"),
-        ({"init_adapter": "nowhere"}, "nowhere"),
+        ({"init_adapter": "./nowhere"}, "init_adapter must be the folder"),
     ):
         with pytest.raises(ValueError, match=says):
             trainer(tiny, tmp_path, **options)

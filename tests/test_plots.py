@@ -73,6 +73,28 @@ def test_what_cannot_be_drawn(tmp_path, capsys, text, says):
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("prompts.jsonl", b'{"prompt": "x"}\n', "the table that a training run prints"),
+        ("empty.log", b"", "the table that a training run prints"),
+        ("odd.log", b"step    loss    agree\n1       x       y\n", "the table that a training run prints"),
+        ("picture.png", b"\x89PNG", "the table that a training run prints"),
+        ("trainer_state.json", b"\xff", "expected the trainer_state.json"),
+        ("trainer_state.json", b'{"log_history": []}', "logged"),
+        ("run.json", b"{}", "or of a benchmark"),
+        ("real.json", b"\xff", "or of a benchmark"),
+    ],
+)
+def test_files_of_another_kind_are_named(tmp_path, capsys, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    assert main(["plot", str(tmp_path / name), "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert str(tmp_path / name) in said
+    assert not (tmp_path / "out").exists()
+
+
 HISTORY = [
     {"step": 2, "loss": 2.0, "agreement": 0.25, "agreeing_prefix": 1.5},
     {"step": 4, "loss": 1.0, "agreement": 0.5, "agreeing_prefix": 2.0},

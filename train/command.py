@@ -43,6 +43,7 @@ from mtpkern.train.encoder import Encoder
 from mtpkern.train.evaluate import HeldOut, summarise
 from mtpkern.train.gated_trainer import GatedTrainer
 from mtpkern.train.lock import alone_in
+from mtpkern.train.lora import require_adapter
 from mtpkern.train.options import first_steps, help_text, parse
 from mtpkern.train.progress import TableCallback
 from mtpkern.train.record import OtherRun, Record, options_of, origin_of
@@ -110,6 +111,8 @@ def train(
         train(ModelArguments("my-model"), DataArguments(["problems.jsonl"]), MTPConfig("out", max_steps=100))
     """
     require_consistent(model_arguments, data, config)
+    if config.init_adapter:
+        require_adapter(config.init_adapter, rank=config.lora_rank)
     formats = require_sources(model_arguments, data)
     with alone_in(config.output_dir) if config.process_index == 0 else nullcontext():
         origin = origin_of(model_arguments, data, config)

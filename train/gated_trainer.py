@@ -51,6 +51,11 @@ class GatedTrainer(MTPTrainer):
     gated = True
 
     def __init__(self, model: PreTrainedModel | PeftModel, *, args: MTPConfig, **kwargs: Any) -> None:
+        if args.init_adapter and isinstance(model, PeftModel):
+            raise ValueError(
+                f"init_adapter {args.init_adapter} is for a plain base, and the model has adapters already; leave "
+                "init_adapter out, or give the base"
+            )
         super().__init__(model, args=args, **kwargs)
         self.prefixes = Prefixes(
             int(args.prefix_memory * 2**30),

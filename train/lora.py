@@ -21,6 +21,7 @@ from mtpkern.adapter import (
     attach,
     digest,
     gate_of,
+    is_gated,
     load_adapter,
     marked,
     require_gateable,
@@ -28,6 +29,7 @@ from mtpkern.adapter import (
     unloaded_on_error,
     wrapping,
 )
+from mtpkern.loading import require_found
 from mtpkern.train.extra import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
 
@@ -128,6 +130,26 @@ def add_gated_lora(
     return peft_model
 
 
+def require_adapter(folder: str, *, rank: int) -> None:
+    """Raise ValueError for what holds no gated adapter of this rank; its settings are read, no weights.
+
+    require_adapter("adapter", rank=16)
+    """
+    try:
+        require_found(folder)
+        config = PeftConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"init_adapter must be the folder of a gated adapter; got {folder}: {error}") from None
+    if not is_gated(config):
+        raise ValueError(
+            f"init_adapter must be the folder of a gated adapter; {folder} holds another one of peft's: leave it out"
+        )
+    if config.r != rank:
+        raise ValueError(
+            f"init_adapter {folder} has rank {config.r}, and lora_rank is {rank}; set lora_rank: {config.r}"
+        )
+
+
 def adapter_to_train(model: PreTrainedModel, folder: str, *, rank: int, k_max: int) -> PeftModel:
     """The model with the gated adapter of a folder, in float32, to be trained on for spans of up to k_max.
 
@@ -135,11 +157,7 @@ def adapter_to_train(model: PreTrainedModel, folder: str, *, rank: int, k_max: i
 
         peft_model = adapter_to_train(model, "adapter", rank=16, k_max=8)
     """
-    config = PeftConfig.from_pretrained(folder)
-    if getattr(config, "r", rank) != rank:
-        raise ValueError(
-            f"init_adapter {folder} has rank {config.r}, and lora_rank is {rank}; set lora_rank: {config.r}"
-        )
+    require_adapter(folder, rank=rank)
     peft_model = load_adapter(model, folder, is_trainable=True)
     gate = cast(Gate, gate_of(model))
     gate.record(k_max=max(k_max, gate.settings.k_max))

@@ -86,7 +86,7 @@ def test_code_is_right_where_its_tests_hold(answer, right):
     "program",
     [
         "while True:\n    pass",
-        "x = bytearray(2 << 30)",
+        "import mmap\nmmap.mmap(-1, 2 << 30)",
         "open('x', 'wb').write(bytes(2 << 20))",
         "import os\nassert os.environ.get('HOME') or os.listdir('.')",
     ],

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from importlib import import_module
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mtpkern.bench.report import RESULTS
+from mtpkern.bench_plots import masks_right
 from mtpkern.output import exit_status
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -76,7 +77,7 @@ def throughput_table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
     for one in results["tables"][0]["records"]:
         rate = one["tokens_a_second"]
-        right, tokens, each = f"{one['chance']:.0%}", f"{one['tokens_a_pass']:.2f}", f"{rate / one['B']:.0f}"
+        right, tokens, each = masks_right(one), f"{one['tokens_a_pass']:.2f}", f"{rate / one['B']:.0f}"
         rows.append((str(one["B"]), right, tokens, each, f"{rate:.0f}", f"{one['ratio']:.2f}"))
     return rows
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -116,14 +117,16 @@ def _replace(file: Path, text: str) -> None:
 def run(
     name: str,
     title: str,
-    measure: Callable[[torch.device, bool], Iterable[Table]],
+    measure: Callable[..., Iterable[Table]],
     argv: Sequence[str] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """The command line of a benchmark: measure, write all so far after each table, print each row as it comes.
 
     `measure(device, quick)` yields tables; one may come again and again under the same caption, each time with another
     row, so that a run that is cut keeps the rows it has. quick says that the grids should take seconds; on a CPU they
     are tiny in any case, and the page says that it is a dry run and is written only where --results names a folder.
+    options: further ones by name, as argparse's add_argument takes them; measure gets their values by keyword.
 
         def main() -> None:
             run("readout", "Readout", measure)
@@ -132,6 +135,7 @@ def run(
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="the most telling shapes only")
     parser.add_argument("--results", type=Path, help="folder of the result files (default: bench/results; cpu: none)")
+    further = [parser.add_argument(option, **facts).dest for option, facts in (options or {}).items()]
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     dry_run = device.type == "cpu"
@@ -142,7 +146,7 @@ def run(
     tables: list[Table] = []
     print(f"# {title}\n", flush=True)
     try:
-        for table in measure(device, args.quick):
+        for table in measure(device, args.quick, **{key: getattr(args, key) for key in further}):
             if tables and tables[-1].caption != table.caption:
                 print(tables[-1].foot(), flush=True)
             print(_news(table, tables[-1] if tables else None), flush=True)
@@ -154,6 +158,13 @@ def run(
     finally:
         if tables:
             print(tables[-1].foot(), flush=True)
+
+
+def positive(text: str) -> int:
+    """The type of an option that counts: `positive("64")` is 64."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def _fields(data: object) -> dict[str, object]:

@@ -1,6 +1,6 @@
 """Figures of benchmarks' results, for `mtpkern plot`: of mtpkern.bench.throughput and mtpkern.bench.real.
 
-throughput.png  tokens a second in all against those of each sequence, a line for each chance of a mask
+throughput.png  tokens a second in all against those of each sequence, a line a context and a way masks are right
 real.png        how many tokens a pass each held-out prompt brought
 """
 
@@ -11,19 +11,25 @@ from pathlib import Path
 from typing import Any
 
 
+def masks_right(one: Mapping[str, Any]) -> str:
+    """How often masks of a record were right, as it is told: by a name, or of older results by the chance of each."""
+    return str(one["right"]) if "right" in one else f"{one['chance']:.0%}"
+
+
 def throughput(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row a batch and chance, and one for plain decoding; a pass's time is what a user waits for its tokens."""
+    """A row a record, and one for plain decoding; a pass's time is what a user waits for its tokens."""
     rows = []
     for table in results.get("tables", ()):
         for one in table["records"]:
             if not {"B", "chance", "tokens_a_second", "ratio", "tokens_a_pass"} <= one.keys():
                 continue
             B, rate = one["B"], one["tokens_a_second"]
-            rows.append({"batch": B, "chance": one["chance"], "of": "Verified", "tokens_a_pass": one["tokens_a_pass"],
+            asked = {"batch": B, "context": one.get("context", ""), "masks_right": masks_right(one)}
+            rows.append({**asked, "of": "Verified", "tokens_a_pass": one["tokens_a_pass"],
                          "tokens_a_second": rate, "tokens_a_second_each": rate / B})  # fmt: skip
             # The same turns, one token a pass.
             plain = rate / one["ratio"]
-            rows.append({"batch": B, "chance": one["chance"], "of": "one a pass", "tokens_a_pass": 1.0,
+            rows.append({**asked, "of": "one a pass", "tokens_a_pass": 1.0,
                          "tokens_a_second": plain, "tokens_a_second_each": plain / B})  # fmt: skip
     return rows
 
@@ -35,11 +41,17 @@ def draw_throughput(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="tokens a second of each sequence", ylabel="tokens a second in all")
     axes.grid(alpha=0.3)
-    first = rows[0]["chance"]
-    lines = [("one a pass", first), *(("Verified", chance) for chance in dict.fromkeys(row["chance"] for row in rows))]
-    for of, chance in lines:
-        mine = sorted((r for r in rows if (r["of"], r["chance"]) == (of, chance)), key=lambda row: row["batch"])
-        label = of if of == "one a pass" else f"{of}, masks right in {chance:.0%}"
+    contexts = list(dict.fromkeys(row["context"] for row in rows))
+    lines = []
+    for context in contexts:
+        rights = list(dict.fromkeys(row["masks_right"] for row in rows if row["context"] == context))
+        lines += [("one a pass", context, rights[0]), *(("Verified", context, right) for right in rights)]
+    for line in lines:
+        mine = [row for row in rows if (row["of"], row["context"], row["masks_right"]) == line]
+        mine.sort(key=lambda row: row["batch"])
+        of, context, right = line
+        label = of if of == "one a pass" else f"{of}, masks right: {right}"
+        label += f", context {context}" if len(contexts) > 1 else ""
         each, total = [row["tokens_a_second_each"] for row in mine], [row["tokens_a_second"] for row in mine]
         axes.plot(each, total, marker="o", label=label)
         for row, x, y in zip(mine, each, total):

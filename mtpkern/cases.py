@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mtpkern.grading import is_right
 from mtpkern.rows import BadRow, read_lines, shown
 
 ANSWER_FIELDS = ("answer", "result", "completion", "response", "expected")
@@ -28,6 +29,10 @@ class Case:
     where: str
     fields: Mapping[str, Any]
     expected: str | None = None
+
+    def right(self, text: str, rule: str = "auto") -> bool | None:
+        """Whether an answer is right, by a rule of `mtpkern.grading`; None where nothing is expected."""
+        return None if self.expected is None else is_right(text, self.expected, rule)
 
 
 def read_cases(path: Path, limit: int | None = None, answer_field: str | None = None) -> list[Case]:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from mtpkern.cases import Case, read_cases
+from mtpkern.code_answers import STOPS, CodeCase, require_limits
 from mtpkern.evaluation import Evaluation, evaluate
 from mtpkern.grading import RULES
 from mtpkern.output import printable
+from mtpkern.sets import CODE, SETS, digest, named_cases
 from mtpkern.strategies import Strategy, name_of, strategy_of
 
 
@@ -33,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="JSONL: prompt, question or messages, and what is right as answer, result, completion, response or the "
-        "last message",
+        f"last message; or one of {', '.join(SETS)}, out of their packages (extra sets)",
     )
     source.add_argument(
         "--tasks",
@@ -59,6 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--answer", choices=RULES, metavar="RULE", help=f"{', '.join(RULES)} (default auto)")
     parser.add_argument("--answer-field", metavar="NAME", help="the field of a row that says what is right")
+    parser.add_argument(
+        "--run-code",
+        action="store_true",
+        help="with --data human-eval: judge answers by running them, each in a process of its own with limits on time "
+        "and memory; it is no sandbox",
+    )
     parser.add_argument("--baseline", metavar="ORIGINAL", help="the model that training began with")
     parser.add_argument(
         "--limit", type=_positive, metavar="N", help="the first N rows, or of each task; more later goes on"
@@ -98,7 +106,7 @@ def main(argv: Sequence[str]) -> None:
         except ValueError as error:
             raise ValueError(f"--strategies: {error}") from None
     if args.tasks is None:
-        _rows(args, argv, ways, read_cases(args.data, args.limit, args.answer_field))
+        _rows(args, argv, ways, *_cases(args))
         return
     if find_spec("lm_eval") is None:
         raise ImportError("--tasks needs lm-evaluation-harness; run: pip install 'mtpkern[eval]'")
@@ -108,31 +116,55 @@ def main(argv: Sequence[str]) -> None:
 def _require_fitting(args: argparse.Namespace) -> None:
     """Raises ValueError, by name, for an option of the other source."""
     ours, theirs = ("--data", "--tasks") if args.tasks is None else ("--tasks", "--data")
-    names = (
-        ("include_path", "fewshot", "metric") if args.tasks is None else ("answer", "answer_field", "separator", "stop")
-    )
-    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, [])]
-    if given:
-        raise ValueError(f"{', '.join(given)}: of {theirs} only; leave it out with {ours}")
+    of_rows = ("answer", "answer_field", "separator", "stop", "run_code")
+    names = ("include_path", "fewshot", "metric") if args.tasks is None else of_rows
+    if given := _given(args, names):
+        raise ValueError(f"{given}: of {theirs} only; leave it out with {ours}")
+    if args.run_code and str(args.data) != CODE:
+        raise ValueError(f"--run-code: of --data {CODE} only, whose answers are code; leave it out")
+    judged_otherwise = ("answer", "answer_field") if str(args.data) == CODE else ("answer_field",)
+    if str(args.data) in SETS and (given := _given(args, judged_otherwise)):
+        raise ValueError(f"{given}: --data {args.data} says itself what is right; leave it out, or give a file")
 
 
-def _rows(args: argparse.Namespace, argv: Sequence[str], ways: Mapping[str, Strategy], cases: Sequence[Case]) -> None:
+def _given(args: argparse.Namespace, names: Sequence[str]) -> str:
+    """Those of the options that the user has named."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, [], False))
+
+
+def _cases(args: argparse.Namespace) -> tuple[Sequence[Case], str]:
+    """What is asked, and a digest of all its rows: more of them go on with the same evaluation."""
+    if str(args.data) not in SETS:
+        cases = read_cases(args.data, args.limit, args.answer_field)
+        return cases, hashlib.sha256(args.data.read_bytes()).hexdigest()
+    if args.run_code:
+        require_limits()
+    cases = named_cases(str(args.data), run_code=args.run_code)
+    return cases[: args.limit], digest(cases)
+
+
+def _rows(
+    args: argparse.Namespace, argv: Sequence[str], ways: Mapping[str, Strategy], cases: Sequence[Case], sha256: str
+) -> None:
     from mtpkern import show
     from mtpkern.prompting import Prompting
 
     options = {"rule": args.answer or "auto", "stops": args.stop, "max_new_tokens": args.max_new_tokens or 256}
     evaluation = _loaded(args, ways, **options)
     evaluation.prompting = prompting = Prompting.of(_recorded(evaluation), args.chat, args.separator)
+    if str(args.data) == CODE:
+        evaluation.stops = args.stop or ([] if prompting.chat else STOPS)
+        cases = [case.in_chat() if prompting.chat and isinstance(case, CodeCase) else case for case in cases]
     _warn(args, evaluation)
     settings = {
         "data": args.data.name,
-        # Of the whole file: more of its rows go on with the same evaluation.
-        "data_sha256": hashlib.sha256(args.data.read_bytes()).hexdigest(),
+        "data_sha256": sha256,
         "answer": evaluation.rule,
         "answer_field": args.answer_field,
         "separator": prompting.separator,
         "max_new_tokens": evaluation.max_new_tokens,
-        "stop": args.stop,
+        "stop": list(evaluation.stops),
+        **({"run_code": args.run_code} if str(args.data) == CODE else {}),
         **_settings(args, argv, evaluation),
     }
     label = f"{len(cases)} prompts, {len(evaluation.ways)} ways"

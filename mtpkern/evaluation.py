@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 from mtpkern.card import add_to_card
 from mtpkern.cases import Case
 from mtpkern.evidence import ORIGINAL, PLAIN, figures, markdown
-from mtpkern.grading import is_right
 from mtpkern.output import json_line, whole_file
 from mtpkern.strategies import Strategy
 
@@ -160,7 +159,7 @@ class Evaluation:
                 "finished": completion.finished,
                 "seconds": seconds,
                 "text": text,
-                "right": None if case.expected is None else is_right(text, case.expected, self.rule),
+                "right": case.right(text, self.rule),
                 "nll": None,
             }
         return found

@@ -1,5 +1,7 @@
 import gc
 import os
+import sys
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from importlib.util import find_spec
@@ -415,3 +417,27 @@ def llama_as_gguf(path: Any, *, pre: str = "smollm", eot: bool = True) -> tuple[
 def write_gguf() -> Callable[..., tuple[Any, Any]]:
     """`write_gguf("tiny.gguf")`: a file of a tiny chat model."""
     return llama_as_gguf
+
+
+@pytest.fixture
+def gsm_symbolic(monkeypatch):
+    """A stand-in for the module of reasoning-gym that makes word problems, with its names: twenty templates."""
+    name = "reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic"
+    module = types.ModuleType(name)
+
+    def generator(i):
+        def problem(rng, difficulty=1.0):
+            n = rng.randrange(10**6)
+            return {"question": f"Template {i}, {n} + {i}?", "answer": str(n + i), "answer_cot": f"#### {n + i}"}
+
+        return problem
+
+    class Problems:
+        def __init__(self, config):
+            self.generators = {i: generator(i) for i in range(20)}
+
+    module.tasks_ok, module.GSMSymbolicDataset, module.GSMSymbolicDatasetConfig = list(range(20)), Problems, dict
+    for i in range(name.count(".")):
+        parent = ".".join(name.split(".")[: i + 1])
+        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+    monkeypatch.setitem(sys.modules, name, module)

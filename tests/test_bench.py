@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from importlib import import_module
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -604,15 +605,40 @@ def test_dry_run(stem):
         json.dumps([asdict(table)])
 
 
-def test_imposed_acceptance():
-    """Never right is one token a pass, always right all that k allows, and in between it grows."""
+@pytest.mark.parametrize("masks", [0, 5])
+def test_acceptance_is_imposed_place_by_place(masks):
+    """Right in so many places of a span and then never: a pass brings as many tokens, and the certain one."""
     torch.manual_seed(0)
     model = step.build("Qwen3-4B", torch.device("cpu"))
-    course = throughput.Course(model, 2, 24, 20, Verified(4))
+    course = throughput.Course(model, 2, 24, 8, Verified(4, masks=masks))
     course.decoder.by_load = False
-    tokens = [course.run(chance)[1] for chance in (0.0, 0.6, 0.8, 1.0)]
-    assert tokens == sorted(tokens)
-    assert tokens[0] == 1
-    # The first pass has nothing to confirm.
-    assert tokens[-1] == (1 + 19 * 4) / 20
-    assert throughput.Course(model, 2, 24, 20, Static(1)).run(0.0)[1] == 1
+    for right in range(4):
+        # The first pass has nothing to confirm.
+        assert course.run([1.0] * right + [0.0])[1] == (1 + 7 * (1 + right)) / 8
+    assert course.run([0.0, 1.0])[1] == 1
+    if not masks:
+        assert 1 < course.run([0.7])[1] < (1 + 7 * 4) / 8
+        assert throughput.Course(model, 2, 24, 8, Static(1)).run([1.0])[1] == 1
+
+
+def test_what_does_not_fit_is_left_out_by_name(monkeypatch):
+    monkeypatch.setattr(throughput, "available_memory", lambda device: 1 << 20)
+    monkeypatch.setattr(throughput, "climb", lambda course: {})
+    monkeypatch.setattr(throughput, "Course", lambda *args: SimpleNamespace(run=lambda chances: (0.5, 2.0)))
+    tables = list(throughput.measure(torch.device("cpu"), True, [1], [24, 1 << 15], ["never", "0.5"]))
+    # As each row is there.
+    assert [len(table.rows) for table in tables] == [1, 2, 2]
+    assert [record["right"] for record in tables[-1].records] == ["never", "50%"]
+    (line,) = tables[-1].skipped
+    assert line.startswith("batch 1, context 32768: keys and values take ")
+
+
+def test_options_of_throughput(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(throughput, "measure", lambda *args, **options: asked.append(options) or iter(()))
+    throughput.main(["--device", "cpu", "--batches", "1", "64", "--right", "problems", "0.5"])
+    assert asked == [{"batches": [1, 64], "contexts": None, "right": ["problems", "0.5"]}]
+    for wrong in (["--batches", "0"], ["--right", "often"], ["--right", "1.5"], ["--right", "nan"]):
+        with pytest.raises(SystemExit):
+            throughput.main(["--device", "cpu", *wrong])
+    assert "expected never, problems, instructions or a number from 0 to 1, got 'often'" in capsys.readouterr().err

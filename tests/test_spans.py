@@ -55,20 +55,21 @@ def test_the_teachers_loss_is_that_of_plain_calls(kept):
     assert all(0 < c <= 1 for span in seen.confidence for c in span)
 
 
-def test_of_a_gated_adapter_the_base_is_the_teacher():
+@pytest.mark.parametrize("target", ["hard", "gt"])
+def test_of_a_gated_adapter_the_base_is_the_teacher(target):
     base = llama(0)
     model = add_gated_lora(llama(0), rank=2, k_max=K)
     tokens = torch.randint(8, 50, (1, 12), generator=torch.Generator().manual_seed(2))
     layout = build_layout(torch.tensor([[2, 6]]), torch.tensor([12]), K, num_tokens=12)
     context, seen, core = BehindPrefixContext(layout), Seen(), model.get_base_model()
     with attention_context(core, context), gate_of(core).open_for_training():
-        gated_loss(core, tokens, context, eos_token_ids=torch.tensor([EOS]), target="hard", kept=seen)
+        gated_loss(core, tokens, context, eos_token_ids=torch.tensor([EOS]), target=target, kept=seen)
     whole = [m for m in range(2) if seen.keep[0, m].all()]
     assert len(whole) == len(seen.teacher_loss) > 0
     for m, losses in zip(whole, seen.teacher_loss, strict=True):
         n, said = int(layout.prefix[0, m]), seen.token[0, m]
         with torch.no_grad():
-            own = base(tokens[:, :n]).logits[0, -1:].argmax(-1)
+            own = base(tokens[:, :n]).logits[0, -1:].argmax(-1) if target == "hard" else tokens[0, n : n + 1]
             logits = base(torch.cat([tokens[0, :n], own, said])[None]).logits[0, n:-1]
         expected = torch.nn.functional.cross_entropy(logits, said, reduction="none")
         torch.testing.assert_close(torch.tensor(losses), expected, rtol=1e-4, atol=1e-4)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ from mtpkern.custom_generate import write_custom_generate
 from mtpkern.model import add_mask_token
 from mtpkern.output import exit_status
 from mtpkern.train.arithmetic import Split, build_tokenizer, encode, problems
+from mtpkern.train.card import write_card
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.resume import newest_checkpoint
@@ -139,6 +141,17 @@ def run_phase(trainer: Trainer, out: Path) -> None:
     trainer.train(resume_from_checkpoint=newest(str(out)))
     (out / "curve.json").write_text(json.dumps(trainer.state.log_history))
     trainer.save_model(str(out))
+    if isinstance(trainer, MTPTrainer):
+        write_card(
+            out,
+            base=str(out.parent / list(STEPS)[list(STEPS).index(out.name) - 1]),
+            config=trainer.args,
+            record=trainer.record(),
+            history=trainer.state.log_history,
+            data=[f"{STEPS[out.name] * BATCH:,} problems of mtpkern.train.arithmetic, seed {data_seed(out.name)}"],
+            command="python -m mtpkern.train.checkpoint",
+            use='mtpkern generate . --prompt "Question: ..."',
+        )
 
 
 def train_teacher(work: Path, learning_rate: float) -> None:
@@ -158,7 +171,7 @@ def train_teacher(work: Path, learning_rate: float) -> None:
 
 
 def publish(work: Path, out: Path) -> None:
-    """Copy the last phase's model and tokenizer to `out`, and the curves of all phases to curves.json."""
+    """Copy the last phase's model and tokenizer to `out`, its card where none is, and all curves to curves.json."""
     tokenizer = AutoTokenizer.from_pretrained(work / "distill", trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(work / "distill", dtype=torch.float32, trust_remote_code=False)
     # Trainer turns the cache off in the config while it trains.
@@ -166,6 +179,9 @@ def publish(work: Path, out: Path) -> None:
     model.save_pretrained(out)
     write_custom_generate(out)
     tokenizer.save_pretrained(out)
+    card = work / "distill" / "README.md"
+    if card.is_file() and not (out / "README.md").exists():
+        shutil.copyfile(card, out / "README.md")
     curves = {phase: json.loads((work / phase / "curve.json").read_text()) for phase in STEPS}
     (work / "curves.json").write_text(json.dumps(curves))
 

@@ -72,7 +72,7 @@ def gated_loss(
     context        of the batch's layout, at least two predictions a span; the prefix' keys are put into it. The caller
                    keeps it and the gate open around backward
     eos_token_ids, target, loss_support, eos_padding   as of `mtpkern.train.objective.mtp_loss`
-    kept           takes single spans, without their row 1, with the base's loss on them, where that is the teacher
+    kept           takes single spans, without their row 1, with the base's loss on them; against "gt" for one more pass
     prefixes       what is kept of texts from step to step, with states for "hard" and "soft"; nothing where None
 
     Rows and agreement of the result leave out row 1 of the spans, which is the base's own. Raises ValueError for a
@@ -105,20 +105,29 @@ def gated_loss(
     token, confidence, entropy = (x.view(layout.row[..., 1:].shape) for x in head_readout(hidden, head))
     valid = layout.valid if eos_padding else layout.valid & within_text(layout)
 
+    def read(first: Tensor) -> tuple[Tensor, Tensor]:
+        """The base's states on the student's spans behind first tokens [B, M], and which rows stand before an end."""
+        said = torch.cat([first.unsqueeze(-1), token], dim=-1)
+        fed = layout.fill(tokens, said[..., :-1])[:, N:]
+        ended = torch.isin(said, eos_token_ids).int()
+        return _pick(hidden_states(model, fed, positions, context), rows), (ended.cumsum(-1) == ended)[..., 1:]
+
     wanted = None
     if target == "gt":
         label, keep = data_targets(tokens, layout, eos_token_ids)
-        label, keep = label[..., 1:], (keep & valid)[..., 1:]
+        first, label, keep = label[..., 0], label[..., 1:], (keep & valid)[..., 1:]
+        if kept is not None and not kept.full:
+            # Learning needs no teacher here; the base is at hand, and reads what is kept.
+            with gate.closed(), torch.no_grad():
+                seen, before_end = read(first)
+                kept.take(token, confidence, keep & before_end, seen, head)
     else:
         assert text is not None
         with gate.closed(), torch.no_grad():
             own = head_readout(_pick(text, layout.row[..., 0]), head).token.view(layout.prefix.shape)
-            said = torch.cat([own.unsqueeze(-1), token], dim=-1)
-            fed = layout.fill(tokens, said[..., :-1])[:, N:]
-            wanted = _pick(hidden_states(model, fed, positions, context), rows)
+            wanted, before_end = read(own)
             label = head_readout(wanted, head).token.view_as(token)
-        ended = torch.isin(said, eos_token_ids).int()
-        keep = (valid & (ended.cumsum(-1) == ended))[..., 1:]
+        keep = valid[..., 1:] & before_end
         if kept is not None:
             kept.take(token, confidence, keep, wanted, head)
     agree = (token == label) & keep

@@ -27,6 +27,7 @@ import torch
 
 from mtpkern import cli
 from mtpkern.output import whole_file
+from mtpkern.sets import gsm_problems
 from mtpkern.train.convert import convert
 
 WORK = Path("runs/smollm2")
@@ -65,8 +66,6 @@ def plan() -> Plan:
         return Plan(6_000, 128, 48, "bfloat16", ("--bf16", "true"))
     return Plan(6_000, 128, 48, "float32", ("--bf16", "false"))
 
-
-HELD_OUT_TEMPLATES = (0, 1, 16, 22, 29, 33, 34, 41, 48, 71, 73, 83)
 
 FORMS = (
     "Explain {} to someone who has never heard of it.",
@@ -184,16 +183,7 @@ def prompts(n: int, *, held_out: bool = False, seed: int = SEED) -> list[dict[st
 
         prompts(200, held_out=True)[0]["kind"]  # "gsm_symbolic"
     """
-    try:
-        from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import (
-            GSMSymbolicDataset,
-            GSMSymbolicDatasetConfig,
-            tasks_ok,
-        )
-    except ImportError as error:
-        raise ImportError('the problems come from reasoning-gym: pip install "mtpkern[smollm2]"') from error
     rng = random.Random(f"{seed} {held_out}")
-    templates = [task for task in tasks_ok if (task in HELD_OUT_TEMPLATES) == held_out]
     subjects = HELD_OUT_SUBJECTS if held_out else SUBJECTS
     general = [form.format(subject) for form in FORMS for subject in subjects]
     rng.shuffle(general)
@@ -201,14 +191,7 @@ def prompts(n: int, *, held_out: bool = False, seed: int = SEED) -> list[dict[st
         pairs = [(form, *pair) for form in PAIRS for pair in permutations(subjects, 2)]
         missing = min(max(0, n // 2 - len(general)), len(pairs))
         general += [form.format(a, b) for form, a, b in rng.sample(pairs, missing)]
-    generators = GSMSymbolicDataset(GSMSymbolicDatasetConfig(seed=seed)).generators
-    problems: dict[str, None] = {}
-    for _ in range(20 * n):
-        if len(problems) == (n + 1) // 2:
-            break
-        problems[generators[rng.choice(templates)](rng, 1.0)["question"]] = None
-    if len(problems) < (n + 1) // 2:
-        raise ValueError(f"only {len(problems)} different problems were found; ask for fewer than {n} prompts")
+    problems = gsm_problems(rng, (n + 1) // 2, held_out=held_out)
     # Of what is held out every form with every subject is all there is.
     rows = [("general", text) for text in general[: n // 2]] + [("gsm_symbolic", text) for text in problems]
     rng.shuffle(rows)

@@ -1,7 +1,8 @@
 """Spans of an evaluation, kept one by one: how sure the student was of each token, and the teacher's loss on it.
 
 The teacher has read the student's own span by then; its loss on a span's tokens costs a product with the head for a
-few spans' rows. Against the data's own tokens (teacher_target gt) there is no teacher, and nothing is kept.
+few spans' rows. Against the data's own tokens (teacher_target gt) there is no teacher, and nothing is kept, unless the
+student is a gated adapter: its base then reads the spans until enough are kept, a pass more for these batches.
 
 Source   arXiv 2602.06019, figure of confidence against the teacher's loss on the student's span
 """
@@ -32,6 +33,11 @@ class KeptSpans:
 
     confidence: list[list[float]] = field(default_factory=list)
     teacher_loss: list[list[float]] = field(default_factory=list)
+
+    @property
+    def full(self) -> bool:
+        """Whether no more are taken."""
+        return len(self.confidence) >= MOST
 
     @torch.no_grad()
     def take(self, token: Tensor, confidence: Tensor, keep: Tensor, wanted: Tensor, head: Head) -> None:

@@ -193,7 +193,7 @@ class Decoder:
 
     def _begin(self, strategy: Strategy, stop_ids: Tensor, max_new_tokens: int) -> None:
         self.strategy = strategy
-        self._planning: dict[str, Any] = {
+        self.planning: dict[str, Any] = {
             **{name: getattr(strategy, name) for name in ("k", "verify", "masks")},
             "mask_token_id": self.mask_token_id,
         }
@@ -248,8 +248,7 @@ class Decoder:
         columns = torch.cat([input_ids, masks], dim=1)
         cache = self.prefill_cache(scratch + place)
         cache.seen = 0 if known is None else known(self.cache)
-        n = max(1, chunk // B)
-        ends = [*range(cache.seen + n, T, n), T + k - 1]
+        ends = [*range(cache.seen + max(1, chunk // B), T, max(1, chunk // B)), T + k - 1]
         mask = None if attention_mask is None else seen
         for end in ends:
             logits = self.prefill_chunk(cache, columns, mask, told, end, keep=k if end == ends[-1] else 1)
@@ -330,37 +329,15 @@ class Decoder:
 
     def _take_in(self, logits: Tensor, places: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Read the logits out and advance; places: sequence and position of each row where they are not the plan's."""
-        if self.choice is None:
-            token, confidence = readout(logits, self.mask_token_id)
-        else:
-            seq, position = places or (self.rows.seq, self.rows.position)
-            token, confidence = self.choice(logits, seq, position, self.all_rows.start)
-        advance(self.sequences, self.all_rows, self.terms, token, confidence, **self._planning)
+        token, confidence = self.read(logits, *(places or (self.rows.seq, self.rows.position)), self.all_rows.start)
+        advance(self.sequences, self.all_rows, self.terms, token, confidence, **self.planning)
         return logits
 
-    @torch.inference_mode()
-    def take_in_some(self, logits: Tensor, seq: Tensor) -> None:
-        """As behind `prefill`, for sequences seq [n] alone: logits [n * k, V] of their last tokens and masks behind.
-
-        The others stay as they are, and the next pass is planned anew.
-        """
-        n, k, B = len(seq), self.strategy.k, len(self.sequences.status)
+    def read(self, logits: Tensor, seq: Tensor, position: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Token and confidence [R] of rows [R, V], of which those of sequence b stand from start [B + 1] on."""
         if self.choice is None:
-            token, confidence = readout(logits, self.mask_token_id)
-        else:
-            o = torch.arange(n * k, device=self.device)
-            start = torch.zeros(B + 1, dtype=torch.int64, device=self.device)
-            start[seq], start[-1] = o[::k], n * k
-            position = self.sequences.length[seq].repeat_interleave(k, output_size=n * k) - 1 + o % k
-            token, confidence = self.choice(logits, seq.repeat_interleave(k, output_size=n * k), position, start)
-        some = Sequences(*(x[seq] for x in vars(self.sequences).values()))
-        rows = Rows.allocate(n * (2 * k - 1 + self.strategy.masks), n, self.device, k)
-        rows.expect_prefill(k)
-        terms = Terms(self.terms.threshold, self.terms.stop_ids, self.terms.price)
-        advance(some, rows, terms, token, confidence, **self._planning)
-        for x, y in zip(vars(self.sequences).values(), vars(some).values()):
-            x[seq] = y
-        self.plan()
+            return readout(logits, self.mask_token_id)
+        return self.choice(logits, seq, position, start)
 
     def run(self, route: dict[str, AttentionContext], poll: Poll | None = None) -> None:
         """Step until every sequence is done, at most max_passes; `poll` may do more than count."""
@@ -420,8 +397,7 @@ class Decoder:
         """Have the next pass so many rows: of the lowest rung one a sequence, none of them a mask."""
         self.rows = self.cache.rows = self.all_rows.first(rows)
         self._maskless = rows == self._ladder.rungs[0]
-        most = 2 * self.strategy.k - 1 + self.strategy.masks
-        self.cache.max_rows = 1 if self._maskless else most
+        self.cache.max_rows = 1 if self._maskless else 2 * self.strategy.k - 1 + self.strategy.masks
 
     def _run_on_cpu(self, route: dict[str, AttentionContext], poll: Poll) -> None:
         """As `run`, where the state is known, and rows and slots cost: each pass has those that it needs, no more."""
@@ -459,7 +435,7 @@ class Decoder:
     @torch.inference_mode()
     def plan(self) -> None:
         """Plan the next pass anew, because sequences have come in or gone behind the back of `advance`."""
-        plan(self.sequences, self.all_rows, self.terms, **self._planning)
+        plan(self.sequences, self.all_rows, self.terms, **self.planning)
 
     def _reserve(self) -> None:
         """Keep room for the next pass where the host does not know how far the sequences are.

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from mtpkern.decoder import Decoder
-from mtpkern.kernels.state import LIMIT, RUNNING
+from mtpkern.kernels.advance import advance
+from mtpkern.kernels.state import LIMIT, RUNNING, Rows, Sequences, Terms
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,28 @@ def enter(decoder: Decoder, newcomers: Sequence[Newcomer], owner: Tensor, *, chu
             yield
     cache.require_cached(decoder.model.config)
     _begin(decoder, newcomers, columns[:, :T], seq, owner)
-    decoder.take_in_some(logits[:, -k:].flatten(0, 1), seq)
+    _take_in(decoder, logits[:, -k:].flatten(0, 1), seq)
+
+
+def _take_in(decoder: Decoder, logits: Tensor, seq: Tensor) -> None:
+    """As behind `Decoder.prefill`, for sequences seq [n] alone: logits [n * k, V] of last tokens and masks behind.
+
+    The others stay as they are, and the next pass is planned anew.
+    """
+    sequences, n, k, device = decoder.sequences, len(seq), decoder.strategy.k, decoder.device
+    o = torch.arange(n * k, device=device)
+    start = torch.zeros(len(sequences.status) + 1, dtype=torch.int64, device=device)
+    start[seq], start[-1] = o[::k], n * k
+    position = sequences.length[seq].repeat_interleave(k, output_size=n * k) - 1 + o % k
+    token, confidence = decoder.read(logits, seq.repeat_interleave(k, output_size=n * k), position, start)
+    some = Sequences(*(x[seq] for x in vars(sequences).values()))
+    rows = Rows.allocate(n * (2 * k - 1 + decoder.strategy.masks), n, device, k)
+    rows.expect_prefill(k)
+    terms = Terms(decoder.terms.threshold, decoder.terms.stop_ids, decoder.terms.price)
+    advance(some, rows, terms, token, confidence, **decoder.planning)
+    for x, y in zip(vars(sequences).values(), vars(some).values()):
+        x[seq] = y
+    decoder.plan()
 
 
 def _begin(decoder: Decoder, newcomers: Sequence[Newcomer], columns: Tensor, seq: Tensor, owner: Tensor) -> None:

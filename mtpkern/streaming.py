@@ -35,8 +35,10 @@ def stream(model: PreTrainedModel, input_ids: Tensor | None = None, **options: A
 
     Raises what `generate` raises: at once where the call asks for what is not honoured, else from the iterator.
 
+        tokens = []
         for (new,) in mtpkern.stream(model, **tokenizer("Two and two is", return_tensors="pt"), max_new_tokens=64):
-            print(tokenizer.decode(new), end="", flush=True)
+            tokens += new
+            print("\r" + tokenizer.decode(tokens), end="", flush=True)  # one by one blocks may lose their spaces
     """
     if options.get("streamer") is not None:
         raise ValueError("mtpkern.stream is read itself and takes no streamer; pass that to mtpkern.generate")

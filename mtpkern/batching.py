@@ -400,8 +400,8 @@ def _refuse(kwargs: dict[str, Any], file: GenerationConfig | None) -> None:
     if bad:
         values = ", ".join(f"{name}={value!r:.60}" for name, value in bad.items())
         raise ValueError(
-            f"mtpkern.generate_batch does not support {values}, which is not a matter of each prompt alone; leave it "
-            "out, or use mtpkern.generate"
+            f"mtpkern.generate_batch does not support {values}, which it does not know or which is no matter of each "
+            "prompt alone; leave it out, or use mtpkern.generate"
         )
 
 

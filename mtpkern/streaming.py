@@ -38,7 +38,7 @@ def stream(model: PreTrainedModel, input_ids: Tensor | None = None, **options: A
         tokens = []
         for (new,) in mtpkern.stream(model, **tokenizer("Two and two is", return_tensors="pt"), max_new_tokens=64):
             tokens += new
-            print("\r" + tokenizer.decode(tokens), end="", flush=True)  # one by one blocks may lose their spaces
+            show(tokenizer.decode(tokens))  # all together: by themselves blocks may lose their spaces
     """
     if options.get("streamer") is not None:
         raise ValueError("mtpkern.stream is read itself and takes no streamer; pass that to mtpkern.generate")

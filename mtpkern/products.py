@@ -60,7 +60,8 @@ def few_rows(captured: bool, device: torch.device) -> int:
 
 @cache
 def _is_hopper(device: torch.device) -> bool:
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] == 9
+    nvidia = device.type == "cuda" and torch.version.cuda is not None
+    return nvidia and torch.cuda.get_device_capability(device)[0] == 9
 
 
 class Products:

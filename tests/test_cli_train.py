@@ -498,6 +498,8 @@ def test_launched_by_torchrun(tmp_path, checkpoint, monkeypatch):
 
         AcceleratorState._reset_state()
         PartialState._reset_state()
+        # Asks for a pool of threads that a fork has not where its parent had one.
+        torch.set_num_threads = lambda n: None
         sys.argv = [module, *arguments]
         with (tmp_path / f"said by {os.environ['RANK']}").open("w") as said, contextlib.redirect_stderr(said):
             try:

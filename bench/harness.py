@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from mtpkern.compare import rotated, synchronize
+from mtpkern.origin import commit
 
 # What others bring that a benchmark measures beside ours, where it is installed; FlexAttention comes with torch,
 # assisted generation with transformers.
@@ -62,10 +63,6 @@ def interleaved(
 
 def environment(device: torch.device) -> dict[str, str]:
     """Hardware, versions, commit and command, for the record; the commit is marked where the tree differs from it."""
-    root = Path(__file__).resolve().parents[1]
-    # A copy of the tree without its history is told by whoever made it.
-    commit = _git(root, "rev-parse", "--short=12", "HEAD") or os.environ.get("MTPKERN_COMMIT", "unknown")
-    changed = _git(root, "status", "--porcelain", "--untracked-files=no")
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
     module = Path(sys.argv[0]).stem
     return {
@@ -76,16 +73,12 @@ def environment(device: torch.device) -> dict[str, str]:
         "python": platform.python_version(),
         **_gpu(device),
         **{name: _version(name) for name in ("torch", "triton", "transformers", "mtpkern", *COMPARATORS)},
-        "commit": commit + (" with changes" if changed else ""),
+        "commit": commit(),
         "command": shlex.join(["python", "-m", f"mtpkern.bench.{module}", *sys.argv[1:]]),
         # All of them draw from it.
         "seed": "0",
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def _git(root: Path, *arguments: str) -> str:
-    return _said("git", "-C", str(root), *arguments)
 
 
 def _said(*command: str) -> str:

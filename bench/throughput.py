@@ -33,9 +33,9 @@ from mtpkern.bench.report import Table, positive, run
 from mtpkern.bench.step import MASK, build
 from mtpkern.bench.timing import free
 from mtpkern.compare import synchronize
-from mtpkern.decoder import Decoder, default_rows
+from mtpkern.decoder import Decoder
 from mtpkern.kernels.readout import readout
-from mtpkern.load import Ladder
+from mtpkern.load import Ladder, default_rows
 from mtpkern.memory import FIXED_SHARE, available_memory, kv_bytes
 from mtpkern.output import exit_status
 from mtpkern.strategies import Static, Strategy, Verified

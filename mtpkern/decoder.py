@@ -33,34 +33,19 @@ from mtpkern.kernels.plan import plan
 from mtpkern.kernels.readout import readout
 from mtpkern.kernels.state import Rows, Sequences, Terms
 from mtpkern.layers import CompiledLayers
-from mtpkern.load import Ladder, Load, price_of, times_of
+from mtpkern.load import Ladder, Load, default_rows, price_of, times_of
 from mtpkern.model import has_latent_attention, learned_positions
 from mtpkern.parallel import agree
 from mtpkern.poll import OddsPoll, Poll, TimedPoll
 from mtpkern.products import Products, few_rows, wants_one_product
 from mtpkern.strategies import Strategy
 
-# Up to this many rows a pass on a GPU is bound by reading the weights, so that rows are nearly free.
-FREE_ROWS = 192
 # Slots for new tokens that are there from the start, where the buffers may grow.
 FIRST_SLOTS = 512
 # Slots that attention reads are rounded up to whole vectors.
 SLOT_STEP = 16
 # Tokens of a prefill pass, over the whole batch: enough to keep a GPU busy, few enough for its memory.
 PREFILL_CHUNK = 8192
-
-
-def default_rows(strategy: Strategy, batch: int, device: torch.device) -> int:
-    """Rows of a pass at most: B * (2k - 1 + masks) gives every sequence all its masks, and those behind drafts.
-
-    Without verification a sequence must have them, or what it emits would depend on its neighbours. Verified emits the
-    same with fewer, and on a GPU gets those that are nearly free, four a sequence at least. On a CPU a pass has the
-    rows that are in use, and what they cost is measured (mtpkern.load).
-    """
-    most = batch * (2 * strategy.k - 1)
-    if strategy.verify and device.type != "cpu":
-        most = min(most, max(4 * batch, FREE_ROWS))
-    return most + batch * strategy.masks
 
 
 def places_for(stop_ids: Tensor) -> int:
@@ -248,7 +233,8 @@ class Decoder:
         columns = torch.cat([input_ids, masks], dim=1)
         cache = self.prefill_cache(scratch + place)
         cache.seen = 0 if known is None else known(self.cache)
-        ends = [*range(cache.seen + max(1, chunk // B), T, max(1, chunk // B)), T + k - 1]
+        n = max(1, chunk // B)
+        ends = [*range(cache.seen + n, T, n), T + k - 1]
         mask = None if attention_mask is None else seen
         for end in ends:
             logits = self.prefill_chunk(cache, columns, mask, told, end, keep=k if end == ends[-1] else 1)

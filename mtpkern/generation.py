@@ -104,7 +104,7 @@ def generate(
         one from the k_max that training has recorded (`Strategy.for_model`); one that is given stays.
     mask_token_id: for checkpoints that do not record theirs; k = 1 needs none, so any model decodes with `Static(1)`.
     rows: the row budget of a pass, from B * k up, with `Verified` from B up. None: for a `Verified` without a k, as
-        many as are worth their time (`mtpkern.load`), else `mtpkern.decoder.default_rows`: all it can use, for
+        many as are worth their time (`mtpkern.load`), else `mtpkern.load.default_rows`: all it can use, for
         `Verified` on a GPU those that are nearly free. By load the passes, and in near-ties the last bits of logits,
         may differ from run to run on a CPU; a k or a number of rows fixes them.
     use_graph: whether a pass is captured in a CUDA graph, which the next calls of a similar shape use again; None: on

@@ -26,11 +26,15 @@ import math
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 from mtpkern.kernels.state import RUNNING, Sequences
 from mtpkern.kernels.worth import PRIOR_CHAINS, PRIOR_HITS
+from mtpkern.strategies import Strategy
 
+# Up to this many rows a pass on a GPU is bound by reading the weights, so that rows are nearly free.
+FREE_ROWS = 192
 # From everything to nothing. A promise is a probability, so no row is worth the last.
 PRICES = np.array([0.0, 0.03, 0.06, 0.09, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 2.0])
 # What a pass takes besides its rows, in rows: a guess, where nothing has been seen.
@@ -41,6 +45,19 @@ FIXED_GPU = 400
 STEP = 64
 # The pass before which one without masks is tried first, and the factor to the next.
 FIRST_LOOK, LOOK_AGAIN = 3, 4
+
+
+def default_rows(strategy: Strategy, batch: int, device: torch.device) -> int:
+    """Rows of a pass at most: B * (2k - 1 + masks) gives every sequence all its masks, and those behind drafts.
+
+    Without verification a sequence must have them, or what it emits would depend on its neighbours. Verified emits the
+    same with fewer, and on a GPU gets those that are nearly free, four a sequence at least. On a CPU a pass has the
+    rows that are in use, and what they cost is measured (mtpkern.load).
+    """
+    most = batch * (2 * strategy.k - 1)
+    if strategy.verify and device.type != "cpu":
+        most = min(most, max(4 * batch, FREE_ROWS))
+    return most + batch * strategy.masks
 
 
 class PassTimes:

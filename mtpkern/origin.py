@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import time
@@ -14,16 +15,25 @@ import mtpkern
 
 
 def commit() -> str:
-    """The clone's commit, "unknown" where it is none: `commit()` is "e7d29012fd3e"."""
+    """The clone's commit, marked where the tree differs from it: `commit()` is "e7d29012fd3e", or "unknown" elsewhere.
+
+    A copy of the tree without its history is told by whoever made it, in MTPKERN_COMMIT.
+    """
     root = Path(__file__).resolve().parents[1]
+    # Where an installed package lies, git would find the repository of somebody else.
     if not (root / ".git").exists():
-        return "unknown"
-    words = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
+        return os.environ.get("MTPKERN_COMMIT", "unknown")
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    return (_git(root, "rev-parse", "--short=12", "HEAD") or "unknown") + (" with changes" if changed else "")
+
+
+def _git(root: Path, *words: str) -> str:
+    """What git says; nothing where it fails or is not there."""
     try:
-        said = subprocess.run(words, capture_output=True, text=True, timeout=20)
+        said = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return said.stdout.strip() or "unknown"
+        return ""
+    return said.stdout.strip() if said.returncode == 0 else ""
 
 
 def origin(device: torch.device, command: str) -> dict[str, str]:

@@ -67,7 +67,7 @@ def test_deviations_are_what_is_not_the_default(tmp_path):
 def test_evaluations_complete_it(tmp_path):
     given = arguments(tmp_path)
     (tmp_path / "mine").mkdir()
-    assert write_card(tmp_path / "mine", **given)
+    assert write_card(tmp_path / "mine", card(**given))
     path = tmp_path / "mine" / "README.md"
     before = path.read_text()
     for accuracy in (0.5, 0.9):
@@ -85,7 +85,7 @@ def test_evaluations_complete_it(tmp_path):
 def test_cards_of_others_are_left_alone(tmp_path):
     given = arguments(tmp_path)
     (tmp_path / "README.md").write_text("# mine\n")
-    assert not write_card(tmp_path, **given)
+    assert not write_card(tmp_path, card(**given))
     assert add_to_card(str(tmp_path), "a.jsonl", FIGURES, {}) is None
     assert add_to_card("someone/on-the-hub", "a.jsonl", FIGURES, {}) is None
     assert (tmp_path / "README.md").read_text() == "# mine\n"
@@ -102,7 +102,7 @@ def test_the_shipped_models_card_is_the_last_phases(tmp_path, monkeypatch):
     for folder in (*checkpoint.STEPS, "new", "old"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "curve.json").write_text("[]")
-    assert write_card(tmp_path / "distill", **arguments(tmp_path))
+    assert write_card(tmp_path / "distill", card(**arguments(tmp_path)))
     (tmp_path / "old" / "README.md").write_text("# mine\n")
     for folder in ("new", "old"):
         checkpoint.publish(tmp_path, tmp_path / folder)

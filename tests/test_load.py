@@ -15,9 +15,8 @@ from torch import Tensor
 import mtpkern
 import mtpkern.decoder
 from mtpkern import ConfAdapt, Static, Verified
-from mtpkern.decoder import default_rows
 from mtpkern.kernels.worth import FORGOTTEN, FORGOTTEN_IDLE, UNIT
-from mtpkern.load import PRICES, Ladder, Load, PassTimes, price_of, times_of
+from mtpkern.load import PRICES, Ladder, Load, PassTimes, default_rows, price_of, times_of
 
 
 @pytest.fixture

@@ -38,8 +38,21 @@ _DECODED = ("eval_loss", "eval_agreeing_prefix", "eval_accuracy", "eval_tokens_p
 _MOST_ROWS = 12
 
 
-def write_card(
-    folder: str | Path,
+def write_card(folder: str | Path, text: str) -> bool:
+    """Write README.md, unless one is there that is not ours; returns whether it was written.
+
+    write_card("out", card(...))
+    """
+    path = Path(folder) / "README.md"
+    if path.exists() and MARK not in path.read_text(encoding="utf-8"):
+        return False
+    with whole_file(path) as out:
+        assert out is not None
+        out.write(text)
+    return True
+
+
+def card(
     *,
     base: str,
     config: MTPConfig,
@@ -48,33 +61,14 @@ def write_card(
     data: Sequence[str],
     command: str,
     use: str,
-) -> bool:
-    """Write README.md, unless one is there that is not ours; returns whether it was written.
+) -> str:
+    """The text.
 
     base: the model that training began with; data: a line for each of the files that were read; use: how it is decoded
 
-        write_card("out", base="my-model", config=config, record=trainer.record(), history=trainer.state.log_history,
-                   data=["answers.jsonl: 96 rows"], command="mtpkern train run.yaml", use="mtpkern generate out")
+        card(base="my-model", config=config, record=trainer.record(), history=trainer.state.log_history,
+             data=["answers.jsonl: 96 rows"], command="mtpkern train run.yaml", use="mtpkern generate out")
     """
-    path = Path(folder) / "README.md"
-    if path.exists() and MARK not in path.read_text(encoding="utf-8"):
-        return False
-    with whole_file(path) as out:
-        assert out is not None
-        out.write(card(base, config, record, history, data, command, use))
-    return True
-
-
-def card(
-    base: str,
-    config: MTPConfig,
-    record: Record,
-    history: Sequence[Mapping[str, Any]],
-    data: Sequence[str],
-    command: str,
-    use: str,
-) -> str:
-    """The text of `write_card`."""
     recipe = record.recipe
     head = {"base_model": base, "library_name": "peft" if config.gated else "transformers"}
     kind = "A gated adapter for" if config.gated else "Trained for several tokens a pass, from"

@@ -39,7 +39,7 @@ from mtpkern.custom_generate import write_custom_generate
 from mtpkern.model import add_mask_token
 from mtpkern.output import exit_status
 from mtpkern.train.arithmetic import Split, build_tokenizer, encode, problems
-from mtpkern.train.card import write_card
+from mtpkern.train.card import card, write_card
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.resume import newest_checkpoint
@@ -144,13 +144,15 @@ def run_phase(trainer: Trainer, out: Path) -> None:
     if isinstance(trainer, MTPTrainer):
         write_card(
             out,
-            base=str(out.parent / list(STEPS)[list(STEPS).index(out.name) - 1]),
-            config=trainer.args,
-            record=trainer.record(),
-            history=trainer.state.log_history,
-            data=[f"{STEPS[out.name] * BATCH:,} problems of mtpkern.train.arithmetic, seed {data_seed(out.name)}"],
-            command="python -m mtpkern.train.checkpoint",
-            use='mtpkern generate . --prompt "Question: ..."',
+            card(
+                base=str(out.parent / list(STEPS)[list(STEPS).index(out.name) - 1]),
+                config=trainer.args,
+                record=trainer.record(),
+                history=trainer.state.log_history,
+                data=[f"{STEPS[out.name] * BATCH:,} problems of mtpkern.train.arithmetic, seed {data_seed(out.name)}"],
+                command="python -m mtpkern.train.checkpoint",
+                use='mtpkern generate . --prompt "Question: ..."',
+            ),
         )
 
 

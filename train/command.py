@@ -33,7 +33,7 @@ from mtpkern.model import add_mask_token, record_settings, recorded_settings, re
 from mtpkern.rows import shown
 from mtpkern.strategies import name_of, strategy_of
 from mtpkern.train import smollm2
-from mtpkern.train.card import write_card
+from mtpkern.train.card import card, write_card
 from mtpkern.train.checks import load, require_consistent, require_sources
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.config import ModelArguments, MTPConfig
@@ -225,13 +225,15 @@ def _train(
             trainer.record(saved=True).write(config.output_dir)
             write_card(
                 str(config.output_dir),
-                base=name,
-                config=config,
-                record=trainer.record(),
-                history=trainer.state.log_history,
-                data=[f"{purpose}: {report}" for purpose, report in zip(("training", "held out"), reports)],
-                command=command,
-                use=f"{_next_step(model_arguments, config)}\n{_SERVE}",
+                card(
+                    base=name,
+                    config=config,
+                    record=trainer.record(),
+                    history=trainer.state.log_history,
+                    data=[f"{purpose}: {report}" for purpose, report in zip(("training", "held out"), reports)],
+                    command=command,
+                    use=f"{_next_step(model_arguments, config)}\n{_SERVE}",
+                ),
             )
             print(_next_step(model_arguments, config), flush=True)
     except (DiskFull, OtherRun, BrokenPipeError):

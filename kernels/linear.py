@@ -23,9 +23,9 @@ The weight is the side of the product that has many rows, so 64 of N fill wgmma'
 its other side. Weights go through shared memory past L1 and are the first to leave L2, x the last.
 
 On an H200 the four products of a layer of Qwen3-4B take 58 us with 16 rows, 81 % of its bandwidth; torch's 66 with
-siblings joined and 77 apart. From 24 rows on torch's were as fast as an earlier rule's, from 64 on faster. Asking for
-the first of a weight to be brought into L2 before the wait for the kernel ahead made every product slower
-(bench/results/h200/linear.md).
+siblings joined and 77 apart. With 24 rows and a layout made for 64 they took 70 and torch's joined 66; with 64 and more
+torch's were faster, too. Asking for the first of a weight to be brought into L2 before the wait for the kernel ahead
+made every product slower (bench/results/h200/linear.md).
 """
 
 # mypy: disable-error-code="no-untyped-def"

@@ -1,6 +1,10 @@
 import gc
 import os
+import signal
+import socket
 import sys
+import time
+import traceback
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
@@ -16,6 +20,12 @@ from torch import Tensor
 # Triton reads this when it is first imported: without a GPU, its interpreter runs the kernels on CPU tensors.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Autograd makes its threads for other devices than the CPU at the first backward, if it knows of any, and a process
+# that has such threads cannot be forked: in a build with CUDA a made-up device of some test would count.
+torch.ones((), requires_grad=True).backward()
+# Of two processes that talk.
+SECONDS = 240
 
 
 def laid_out(x: Tensor, device: str) -> Tensor:
@@ -152,10 +162,70 @@ def random_prompts(*lengths: int, seed: int = 1) -> tuple[Tensor, Tensor]:
     return words.masked_fill(~real, PAD), real.long()
 
 
+def adapted_model(model: Any, targets: str = "all-linear", seed: int = 1) -> Any:
+    """A model with a gated adapter of rank 4 that changes what its mask rows predict; none of it is trained."""
+    lora = pytest.importorskip("mtpkern.train.lora")
+    del model.config.mtpkern
+    peft_model = lora.add_gated_lora(model, rank=4, k_max=4, targets=targets).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in peft_model.named_parameters():
+        parameter.requires_grad_(False)
+        if "lora_B" in name:
+            parameter.normal_(0, 0.5, generator=generator)
+    return peft_model
+
+
 @pytest.fixture(scope="session")
 def tiny() -> SimpleNamespace:
     """What the tests of decoding share; test files cannot import one another."""
-    return SimpleNamespace(model=random_model, prompts=random_prompts, vocabulary=VOCABULARY, mask=MASK, pad=PAD)
+    return SimpleNamespace(
+        model=random_model,
+        adapted=adapted_model,
+        prompts=random_prompts,
+        vocabulary=VOCABULARY,
+        mask=MASK,
+        pad=PAD,
+    )
+
+
+@pytest.fixture(scope="session")
+def in_two_processes() -> Callable[[Callable[[int], None]], None]:
+    """Runs work(rank) in two forks that can talk, as torchrun sets them up; fails with what either of them says."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs os.fork")
+    return run_in_two_processes
+
+
+def run_in_two_processes(work: Callable[[int], None]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pids = []
+    for rank in range(2):
+        if pid := os.fork():
+            pids.append(pid)
+            continue
+        code = 1
+        try:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            work(rank)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    deadline, codes = time.monotonic() + SECONDS, dict[int, int]()
+    while len(codes) < 2 and time.monotonic() < deadline and not any(codes.values()):
+        for pid in set(pids) - set(codes):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    for pid in set(pids) - set(codes):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert list(codes.values()) == [0, 0], "a process failed or took too long; its error stands above"
 
 
 @pytest.fixture(autouse=True)

@@ -3,12 +3,6 @@
 The processes are forks: they need not import everything again.
 """
 
-import os
-import signal
-import socket
-import time
-import traceback
-
 import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -87,11 +81,6 @@ def let_accelerate_shard_on_a_cpu():
     AcceleratorState.__init__ = init
 
 
-# Autograd makes its threads for other devices than the CPU at the first backward, if it knows of any, and a process
-# that has such threads cannot be forked: in a build with CUDA a made-up device of another test would count.
-torch.ones((), requires_grad=True).backward()
-
-
 def forget_engine():
     """accelerate keeps the engine of the last trainer."""
     from accelerate.state import AcceleratorState, GradientState
@@ -100,41 +89,17 @@ def forget_engine():
     GradientState._reset_state()
 
 
-def in_two_processes(work):
-    """Run work(rank) in two forks that can talk; fails with what either of them says."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pids = []
-    for rank in range(2):
-        if pid := os.fork():
-            pids.append(pid)
-            continue
-        code = 1
-        try:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            from accelerate.state import PartialState
+def alone(work):
+    """The work of a process to which accelerate has said nothing yet."""
 
-            forget_engine()
-            PartialState._reset_state()
-            work(rank)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    deadline, codes = time.monotonic() + SECONDS, {}
-    while len(codes) < 2 and time.monotonic() < deadline and not any(codes.values()):
-        for pid in set(pids) - set(codes):
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                codes[pid] = os.waitstatus_to_exitcode(status)
-        time.sleep(0.05)
-    for pid in set(pids) - set(codes):
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    assert list(codes.values()) == [0, 0], "a process failed or took too long; its error stands above"
+    def run(rank):
+        from accelerate.state import PartialState
+
+        forget_engine()
+        PartialState._reset_state()
+        work(rank)
+
+    return run
 
 
 def run_engine(folder, tied, *, resumed=True, **change):
@@ -156,9 +121,8 @@ def run_engine(folder, tied, *, resumed=True, **change):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_fsdp_equals_ddp_and_both_resume_exactly(tmp_path, tied):
+def test_fsdp_equals_ddp_and_both_resume_exactly(tmp_path, tied, in_two_processes):
     """Weights that are shared matter to what gathers and saves them: tied, shards alone are resumed."""
 
     def work(rank):
@@ -174,7 +138,7 @@ def test_fsdp_equals_ddp_and_both_resume_exactly(tmp_path, tied):
         with pytest.raises(ValueError, match="torch_compile under FSDP"):
             trainer(tmp_path / "compiled", fsdp=True, torch_compile=True)
 
-    in_two_processes(work)
+    in_two_processes(alone(work))
     results = {name: torch.load(tmp_path / name / "results.pt") for name in ("ddp", "fsdp")}
     weights = {}
     for name, result in results.items():
@@ -197,8 +161,7 @@ def test_fsdp_equals_ddp_and_both_resume_exactly(tmp_path, tied):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_bfloat16_weights_under_fsdp(tmp_path):
+def test_bfloat16_weights_under_fsdp(tmp_path, in_two_processes):
     """Shards stay bfloat16: the losses are DDP's, and they resume exactly."""
 
     def work(rank):
@@ -208,7 +171,7 @@ def test_bfloat16_weights_under_fsdp(tmp_path):
             fsdp = name == "fsdp"
             run_engine(tmp_path / name, False, resumed=fsdp, pure_bf16=True, fsdp=fsdp)
 
-    in_two_processes(work)
+    in_two_processes(alone(work))
     ddp, fsdp = (torch.load(tmp_path / name / "results.pt") for name in ("ddp", "fsdp"))
     assert fsdp["whole"] == fsdp["rest"]
     assert ddp["whole"]["losses"] == pytest.approx(fsdp["whole"]["losses"], abs=2e-2)
@@ -216,8 +179,7 @@ def test_bfloat16_weights_under_fsdp(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_two_processes_take_the_step_of_one(tmp_path):
+def test_two_processes_take_the_step_of_one(tmp_path, in_two_processes):
     """Rows weigh the same on every rank; one rank's first micro-batch has no answer and so no span at all."""
     texts = rows(24)
     for text in (texts[2], texts[3]):
@@ -253,7 +215,7 @@ def test_two_processes_take_the_step_of_one(tmp_path):
             weights = run.accelerator.unwrap_model(run.model).state_dict()
             torch.save({"losses": losses, "weights": weights}, tmp_path / "two.pt")
 
-    in_two_processes(work)
+    in_two_processes(alone(work))
     two = torch.load(tmp_path / "two.pt")
     run, losses = train(tmp_path, 4, ddp_backend=None)
     assert two["losses"] == pytest.approx(losses, abs=1e-6)
@@ -330,9 +292,8 @@ def results(run):
     return {"losses": losses, "found": [found["eval_loss"], found["eval_tokens_per_pass"]]}, whole(run)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_two_processes_take_the_gated_step_of_one(tmp_path, tied):
+def test_two_processes_take_the_gated_step_of_one(tmp_path, tied, in_two_processes):
     """Adapters and the mask token's row, with prefixes kept on each rank; base and adapters whole and in shards."""
 
     def work(rank):
@@ -353,7 +314,7 @@ def test_two_processes_take_the_gated_step_of_one(tmp_path, tied):
                 assert len(run.prefixes) > 4
                 torch.save(found, tmp_path / f"{name}.pt")
 
-    in_two_processes(work)
+    in_two_processes(alone(work))
     run = gated_trainer(tmp_path, 4, tied, ddp_backend=None)
     start = whole(run)
     want, weights = results(run)
@@ -373,8 +334,7 @@ def test_two_processes_take_the_gated_step_of_one(tmp_path, tied):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_a_gated_run_in_shards_resumes_exactly(tmp_path):
+def test_a_gated_run_in_shards_resumes_exactly(tmp_path, in_two_processes):
     """A base in bfloat16, adapters and their moments in float32."""
 
     def work(rank):
@@ -390,4 +350,4 @@ def test_a_gated_run_in_shards_resumes_exactly(tmp_path):
             found[name] = whole(run)
         assert all(torch.equal(found["rest"][key], x) for key, x in found["whole"].items())
 
-    in_two_processes(work)
+    in_two_processes(alone(work))

@@ -126,23 +126,9 @@ def test_unasked_nowhere(
     assert not multiplied
 
 
-def adapted(tiny: SimpleNamespace) -> Any:
-    """A model with a gated adapter that changes what its mask rows predict."""
-    lora = pytest.importorskip("mtpkern.train.lora")
-    model = tiny.model("llama")
-    del model.config.mtpkern
-    peft_model = lora.add_gated_lora(model, rank=4, k_max=4).eval()
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in peft_model.named_parameters():
-        parameter.requires_grad_(False)
-        if "lora_B" in name:
-            parameter.normal_(0, 0.5, generator=generator)
-    return peft_model.get_base_model()
-
-
 @pytest.mark.parametrize("siblings", [False, True])
 def test_below_a_gated_adapter(siblings: bool, tiny: SimpleNamespace, multiplied: list[tuple[int, int]]) -> None:
-    model = adapted(tiny)
+    model = tiny.adapted(tiny.model("llama")).get_base_model()
     ids, _ = tiny.prompts(5)
     ids = torch.cat([ids, ids.new_full((1, 3), model.mtpkern_gate.mask_token_id)], dim=1)
     with gated(model, ids):

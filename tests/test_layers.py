@@ -84,20 +84,6 @@ def test_our_attention_is_in_no_form(forms: list[Any], tiny: SimpleNamespace) ->
     assert "mtpkern_attention" in reason
 
 
-def adapted(tiny: SimpleNamespace) -> Any:
-    """A model with a gated adapter that changes what its mask rows predict."""
-    lora = pytest.importorskip("mtpkern.train.lora")
-    model = tiny.model("llama")
-    del model.config.mtpkern
-    peft_model = lora.add_gated_lora(model, rank=4, k_max=4, targets="k_proj,v_proj,down_proj")
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in peft_model.named_parameters():
-        parameter.requires_grad_(False)
-        if "lora_B" in name:
-            parameter.normal_(0, 0.5, generator=generator)
-    return peft_model.eval()
-
-
 def test_a_gated_adapter_in_compiled_layers(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """The op is part of the forms, and reads the mask rows of its own pass: their predictions are emitted here.
 
@@ -110,7 +96,7 @@ def test_a_gated_adapter_in_compiled_layers(tiny: SimpleNamespace, monkeypatch: 
         return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
 
     monkeypatch.setattr(layers, "BACKEND", compile_)
-    model = adapted(tiny)
+    model = tiny.adapted(tiny.model("llama"), "k_proj,v_proj,down_proj")
     options: dict[str, Any] = {"strategy": ConfAdapt(3, threshold=0.15), "max_new_tokens": 12}
     expected = generate(tiny, model, **options)
     with torch.no_grad():

@@ -1,10 +1,6 @@
 """A model split over two processes by transformers' tp_plan decodes as one that is whole; the processes are forks."""
 
 import os
-import signal
-import socket
-import time
-import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,47 +16,7 @@ import mtpkern
 from mtpkern import ConfAdapt, Static, Verified
 from mtpkern.load import Load
 
-SECONDS = 120
 NEW = 12
-# Autograd makes threads at the first backward, and a process that has them cannot be forked later.
-torch.ones((), requires_grad=True).backward()
-
-
-def in_two_processes(work: Callable[[int], None]) -> None:
-    """Run work(rank) in two forks that can talk, as torchrun sets them up."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    running = set()
-    for rank in range(2):
-        pid = os.fork()
-        if pid:
-            running.add(pid)
-            continue
-        code = 1
-        try:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            torch.set_num_threads(1)  # a fork has none of the threads of its parent, and would wait for them
-            work(rank)
-            torch.distributed.barrier()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    deadline, codes = time.monotonic() + SECONDS, []
-    while running and time.monotonic() < deadline and not any(codes):
-        for pid in set(running):
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                running.discard(pid)
-                codes.append(os.waitstatus_to_exitcode(status))
-        time.sleep(0.02)
-    for pid in running:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    assert codes == [0, 0], "a process failed or took too long; its error stands above"
 
 
 def split(folder: Path) -> Any:
@@ -69,10 +25,13 @@ def split(folder: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.parametrize("kind", ["llama", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
 def test_split_by_its_plan_a_model_decodes_as_whole(
-    kind: str, tiny: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    tiny: SimpleNamespace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    in_two_processes: Callable[..., None],
 ) -> None:
     experts = {"num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
     model = tiny.model(kind, **(experts if kind == "qwen3_moe" else {}))
@@ -85,6 +44,7 @@ def test_split_by_its_plan_a_model_decodes_as_whole(
     monkeypatch.setattr(Load, "price", lambda *_: float(os.environ["RANK"]))
 
     def work(rank: int) -> None:
+        torch.set_num_threads(1)  # a fork has none of the threads of its parent, and would wait for them
         parts = split(tmp_path)
         assert isinstance(parts.model.layers[0].self_attn.q_proj.weight, DTensor)
         for strategy, wanted in zip(strategies, expected):
@@ -101,6 +61,7 @@ def test_split_by_its_plan_a_model_decodes_as_whole(
         assert [output.tokens for output in outputs] == expected[0][:, ids.shape[1] :].tolist()
         with pytest.raises(ValueError, match=r"max_time.*several processes"):
             mtpkern.generate(parts, ids, max_time=1.0, **options)
+        torch.distributed.barrier()
 
     in_two_processes(work)
 

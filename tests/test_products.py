@@ -349,26 +349,12 @@ def test_other_threads_run_the_model_as_it_is(tiny: SimpleNamespace, rows: list[
     assert len(rows) == 4
 
 
-def adapted(tiny: SimpleNamespace) -> Any:
-    """A model with a gated adapter that changes what its mask rows predict."""
-    lora = pytest.importorskip("mtpkern.train.lora")
-    model = tiny.model("llama")
-    del model.config.mtpkern
-    peft_model = lora.add_gated_lora(model, rank=4, k_max=4).eval()
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in peft_model.named_parameters():
-        parameter.requires_grad_(False)
-        if "lora_B" in name:
-            parameter.normal_(0, 0.5, generator=generator)
-    return peft_model.get_base_model()
-
-
 def test_a_gated_adapter_on_top(tiny: SimpleNamespace, rows: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """One product of the base's layers, and one pair of launches for what the adapter adds; likewise without masks."""
     served: list[int] = []
     op = siblings.gated_lora
     monkeypatch.setattr(siblings, "gated_lora", lambda outs, *args: (served.append(len(outs)), op(outs, *args))[1])
-    model = adapted(tiny)
+    model, other = (tiny.adapted(tiny.model("llama")).get_base_model() for _ in range(2))
     ids, _ = tiny.prompts(6, 6)
     ids = torch.cat([ids, ids.new_full((2, 3), model.mtpkern_gate.mask_token_id)], dim=1)
     with gated(model, ids):
@@ -380,7 +366,7 @@ def test_a_gated_adapter_on_top(tiny: SimpleNamespace, rows: list[list[int]], mo
     assert served == [3, 1, 2, 1] * 2
     assert rows == [[32, 16, 16], [48, 48]] * 2
     options = {"strategy": ConfAdapt(3, threshold=0.15), "max_new_tokens": 12}
-    assert torch.equal(generate(tiny, model, **options), generate(tiny, adapted(tiny), **options))
+    assert torch.equal(generate(tiny, model, **options), generate(tiny, other, **options))
 
 
 @pytest.mark.parametrize(("name", "backend"), [("llama, biased", "aot_eager"), ("adapted", "eager")])
@@ -400,7 +386,10 @@ def test_few_forms_serve_all_layers(
 
     monkeypatch.setattr(layers, "BACKEND", compile_)
     kind, settings, _ = SETTINGS.get(name, ("", {}, []))
-    model = adapted(tiny) if name == "adapted" else tiny.model(kind, num_hidden_layers=3, **settings)
+    if name == "adapted":
+        model = tiny.adapted(tiny.model("llama")).get_base_model()
+    else:
+        model = tiny.model(kind, num_hidden_layers=3, **settings)
     expected = run(False)
     without = len(linears)
     for wanted in (True, True, False):

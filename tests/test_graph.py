@@ -165,7 +165,7 @@ def test_the_ladder_changes_no_token(
 ) -> None:
     """Any rung behind any other, told a pass ahead; prices as they come; each rung captured once, in one decoder."""
     rng, model = random.Random(0), tiny.model("llama")
-    monkeypatch.setattr("mtpkern.decoder.FREE_ROWS", 0)
+    monkeypatch.setattr("mtpkern.load.FREE_ROWS", 0)
     monkeypatch.setattr("mtpkern.load.STEP", 1)
     used: set[int] = set()
 
@@ -236,7 +236,7 @@ def test_the_ladder_takes_newcomers_on_any_rung(
     recorded: type[RecordedStep], tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, rng = tiny.model("llama"), random.Random(0)
-    monkeypatch.setattr("mtpkern.decoder.FREE_ROWS", 0)
+    monkeypatch.setattr("mtpkern.load.FREE_ROWS", 0)
     monkeypatch.setattr("mtpkern.load.STEP", 1)
     prompts = [[rng.randint(1, 14) for _ in range(rng.choice([1, 4, 9, 20]))] for _ in range(12)]
     options: dict[str, Any] = {"max_new_tokens": 15, "eos_token_id": 3, "batch_size": 3}

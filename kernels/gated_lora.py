@@ -299,7 +299,7 @@ def gated_update(
     Elsewhere all are, because the host would have to wait for their number.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    rows = _gated_rows(gate)
+    rows = gated_rows(gate)
     if rows is not None:
         x = x[rows]
     if not len(x):
@@ -314,7 +314,7 @@ def gated_update(
             y[rows] = after
 
 
-def _gated_rows(gate: Tensor) -> Tensor | slice | None:
+def gated_rows(gate: Tensor) -> Tensor | slice | None:
     """The gated rows, where the host need not wait to know them; one sequence's are a slice, which costs no copy."""
     if gate.device.type != "cpu":
         return None

@@ -35,6 +35,7 @@ from mtpkern.kernels.state import Rows, Sequences, Terms
 from mtpkern.layers import CompiledLayers
 from mtpkern.load import Ladder, Load, default_rows, price_of, times_of
 from mtpkern.model import has_latent_attention, learned_positions
+from mtpkern.packed import PackedProducts, packs
 from mtpkern.parallel import agree
 from mtpkern.poll import OddsPoll, Poll, TimedPoll
 from mtpkern.products import Products, few_rows, wants_one_product
@@ -114,7 +115,13 @@ class Decoder:
         # All that a pass is planned in, and those of this pass: all, or on a CPU those in use.
         self.all_rows = self.rows = Rows.allocate(rows, batch, device, strategy.k)
         self.graph = StepGraph(device) if wants_graph(use_graph, device) else None
-        self.products = Products(wants_one_product(self.graph is not None), few_rows(self.graph is not None, device))
+        self.compile = compile
+        self.products: Products | PackedProducts
+        if self._on_cpu and packs(device, rows, max_new_tokens):
+            self.products = PackedProducts()
+        else:
+            captured = self.graph is not None
+            self.products = Products(wants_one_product(captured), few_rows(captured, device))
         self.cache = KVCache(
             strategy.masks + capacity,
             self.rows,
@@ -138,7 +145,6 @@ class Decoder:
         self._ladder = Ladder(batch, rows, strategy.k)
         self._making: defaultdict[int, float] = defaultdict(float)
         self.fingerprint: tuple[Any, ...] | None = None
-        self.compile = compile
         self._layers: CompiledLayers | None = None
         self._begin(strategy, stop_ids, max_new_tokens)
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mtpkern.kernels.form import go_without_kernels, has_kernels
+from mtpkern.packed import unpack
 from mtpkern.products import separate
 
 if TYPE_CHECKING:
@@ -257,7 +258,8 @@ def kept_bytes(device: torch.device) -> int:
 def release_graphs(model: PreTrainedModel | None = None) -> int:
     """Drop the CUDA graphs and KV buffers that earlier calls of `generate` have kept, of one model or of all.
 
-    Weights that a pass has moved together (mtpkern.products) are apart again, but of a model that a call is running.
+    Weights that a pass has moved together (mtpkern.products) are apart again, but of a model that a call is running; on
+    a CPU the copies that passes of few rows read (mtpkern.packed) go as well.
     Returns how many were dropped. The memory goes back to torch, which returns it to the device at
     `torch.cuda.empty_cache()`. The next call captures anew.
 
@@ -268,6 +270,7 @@ def release_graphs(model: PreTrainedModel | None = None) -> int:
         dropped += len(kept)
         kept.clear()
     separate(model)
+    unpack(model)
     return dropped
 
 

@@ -92,7 +92,7 @@ class Products:
         if self.few_rows and self.counters is None and is_tested(model):
             with torch.inference_mode(False):
                 self.counters = new_counters(model.device)
-            self.plain = [ref(layer) for layer in model.modules() if _is_plain(layer)]
+            self.plain = [ref(layer) for layer in model.modules() if is_plain(layer)]
         if self.found is not None:
             yield
             return
@@ -115,7 +115,7 @@ class Products:
                 groups.append((layers, _product, {"mtpkern_whole": (*whole, rows, *few)}))
         taken = {layer for layers, *_ in groups for layer in layers}
         for layer in (layer for r in self.plain if (layer := r()) is not None and layer not in taken):
-            if _is_plain(layer) and self.counters is not None and layer.weight.device == self.counters.device:
+            if is_plain(layer) and self.counters is not None and layer.weight.device == self.counters.device:
                 groups.append(([layer], _product, {"mtpkern_whole": (*_own(layer), [len(layer.weight)], *few)}))
         if not groups:
             yield
@@ -143,11 +143,12 @@ def families(model: PreTrainedModel) -> list[list[nn.Linear]]:
     if not is_tested(model):
         return []  # may do to a layer's output what is not done to a part of a greater one
     children = ([getattr(child, "base_layer", child) for child in parent.children()] for parent in model.modules())
-    found = [[layer for layer in layers if _is_plain(layer)] for layers in children]
+    found = [[layer for layer in layers if is_plain(layer)] for layers in children]
     return [family for family in found if len(family) > 1]
 
 
-def _is_plain(layer: Any) -> bool:
+def is_plain(layer: Any) -> bool:
+    """Whether a layer is a product with weights of its own and nothing else, now and as long as nobody touches it."""
     if type(layer) is not nn.Linear or layer.training or "forward" in vars(layer):
         return False
     if any(vars(layer).get(name) for name in _HOOKS):

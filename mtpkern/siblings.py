@@ -167,7 +167,7 @@ _NAMES = ("mtpkern_thread", "mtpkern_others", "mtpkern_left", "mtpkern_run")
 
 def _base_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The forward of a LoRA layer while no row is a mask: the base's, where the gated adapter is all it would add."""
-    if args or kwargs or _adapter(layer) is None:
+    if args or kwargs or adapter_of(layer) is None:
         return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
     return layer.base_layer(x)  # type: ignore[no-any-return]
 
@@ -195,7 +195,7 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def _adapted(layers: Sequence[Any], x: Tensor) -> list[Tensor] | None:
     """Outputs of LoRA layers; None where they do not go together."""
-    names = [_adapter(layer) for layer in layers]
+    names = [adapter_of(layer) for layer in layers]
     if None in names or torch.is_grad_enabled():
         return None
     gates = [layer.lora_variant[name].gate for layer, name in zip(layers, names)]
@@ -210,7 +210,7 @@ def _adapted(layers: Sequence[Any], x: Tensor) -> list[Tensor] | None:
     return outs
 
 
-def _adapter(layer: Any) -> str | None:
+def adapter_of(layer: Any) -> str | None:
     """The name of the gated adapter, where it is all that a layer has to add."""
     if layer.disable_adapters or layer.merged:
         return None

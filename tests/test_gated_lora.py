@@ -259,7 +259,7 @@ def test_offsets_pass_32_bits(form: Form, far: str) -> None:
 def test_where_the_host_would_have_to_wait_all_rows_are_computed(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
     operands = draw(17)
     expected = compare(form, operands)
-    monkeypatch.setattr(module, "_gated_rows", lambda gate: None)
+    monkeypatch.setattr(module, "gated_rows", lambda gate: None)
     for y, right in zip(compare(form, operands), expected):
         torch.testing.assert_close(y, right, rtol=1e-5, atol=1e-5)
 

@@ -1,0 +1,299 @@
+"""Products of few rows on a CPU, over a copy of the weights that is laid out for them.
+
+The product of 2 to 32 rows that torch calls first rearranges the weights, in each call, and so reads and writes them
+several times: a pass of two rows took 1.7 times as long as one of one row, where two rows are read as fast as one.
+oneDNN rearranges once and for all: 3 rows then take as long as one, 6 rows 1.2 times (docs/log.md, "Weights laid out
+for few rows"). Compilers use these operations of torch for weights that they take as constants. Here a model stays what
+it is, which costs a second copy of its linear layers' weights, and a look at each call whether they still are what was
+copied.
+
+That look is a product with one row that never changes, over all weights: it costs what one pass of one row does, and
+sees what no version of a tensor tells (a write to `weight.data`), whatever was written where. The copies are kept with
+the model and go with it, or with `mtpkern.release_graphs`.
+
+Siblings (mtpkern.siblings) are one product here as well, and so is what a gated adapter adds to them: its matrices are
+small, and each call joins them anew. In a pass of five rows of SmolLM2 the adapter took 25 ms, most of it for starting
+some twenty operations a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mtpkern.kernels.gated_lora import gated_rows
+from mtpkern.model import is_tested
+from mtpkern.products import families, is_plain
+from mtpkern.siblings import adapt, adapter_of, disjoint, together, watched
+
+# Products of one row are torch's, which read the weights as they lie; with more than these a call's own rearranging is
+# hidden behind its arithmetic.
+MOST_ROWS = 128
+# Rows that the copies are laid out for; with others they serve as well.
+ROWS = 16
+# Weights of fewer elements lie in a cache, and the call itself takes longest.
+LEAST_WEIGHT = 1 << 18
+# Tokens that a run must be to make if it is to be worth the first copy, which takes as long as ten passes of one row.
+LEAST_TOKENS = 64
+# Copies take no more than this part of the memory that is free.
+FREE_PART = 4
+
+
+def packs(device: torch.device, rows: int, new_tokens: int) -> bool:
+    """Whether a run of so many tokens, at most so many rows a pass, may read packed weights."""
+    return device.type == "cpu" and rows > 1 and new_tokens >= LEAST_TOKENS and _has_packed_products()
+
+
+@cache
+def _has_packed_products() -> bool:
+    """Whether this build of torch has them, and they do what is expected: their names are no promise of torch's."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    x, weight, bias = torch.arange(6.0).view(1, 2, 3), torch.arange(12.0).view(4, 3), torch.arange(4.0)
+    with suppress(Exception):
+        found = _product(x, _rearranged(weight), bias)
+        return found.shape == (1, 2, 4) and torch.allclose(found, nn.functional.linear(x, weight, bias))
+    return False
+
+
+def _rearranged(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight.default(weight, ROWS)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Weights of layers that read the same tensor, one behind another, laid out for few rows."""
+
+    layers: tuple[ref[nn.Linear], ...]
+    weight: Tensor
+    bias: Tensor | None
+    widths: list[int]
+    seen: Tensor  # what `_look` has made of the weights and biases that were copied
+
+    @classmethod
+    def of(cls, layers: Sequence[nn.Linear]) -> Packed:
+        """A copy of their weights."""
+        weights = [layer.weight.detach() for layer in layers]
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+        return cls(
+            tuple(map(ref, layers)),
+            _rearranged(torch.cat(weights) if len(weights) > 1 else weights[0]),
+            torch.cat(biases) if biases else None,
+            [layer.out_features for layer in layers],
+            _look(layers),
+        )
+
+    def is_of(self, layers: Sequence[nn.Linear]) -> bool:
+        """Whether it still holds what these layers do."""
+        same = len(layers) == len(self.layers) and all(r() is layer for r, layer in zip(self.layers, layers))
+        return same and torch.equal(self.seen, _look(layers))
+
+
+def _look(layers: Sequence[nn.Linear]) -> Tensor:
+    """A number for each row of their weights, which another value in it changes, and their biases, as bits."""
+    # As irregular as random values, and the same ever after.
+    row = torch.arange(1.0, layers[0].in_features + 1).sin_().add_(2)
+    parts = [part for layer in layers for part in (layer.weight @ row, layer.bias) if part is not None]
+    return torch.cat([part.detach() for part in parts]).view(torch.int32)
+
+
+_packed: WeakKeyDictionary[PreTrainedModel, list[Packed]] = WeakKeyDictionary()
+
+
+class GatedRows:
+    """Which rows of a pass are gated, looked up once a pass."""
+
+    def __init__(self, gate: Any) -> None:
+        self.gate = gate
+        self._known: tuple[Tensor | bool, slice | Tensor | None] = (False, None)
+
+    def rows(self) -> slice | Tensor | None:
+        """Those of this thread's pass, counted through its sequences; None for none."""
+        opened = self.gate.rows
+        if self._known[0] is not opened:
+            all_or_none = slice(None) if opened is True else None
+            found = gated_rows(opened.flatten()) if isinstance(opened, Tensor) else all_or_none
+            self._known = opened, None if isinstance(found, Tensor) and not len(found) else found
+        return self._known[1]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a gated adapter adds to layers that read the same tensor: their matrices as two."""
+
+    names: list[str | None]  # of each layer's adapter, where it has one
+    gated: GatedRows
+    a: Tensor  # [M, H], M the sum of their ranks
+    b: Tensor  # [M, N], a block for each layer, with its scale
+
+    @classmethod
+    def of(cls, layers: Sequence[Any], names: list[str | None], gated: GatedRows) -> Update:
+        """The adapters of these layers, of which others than LoRA layers have none."""
+        adapted = [(layer, name) for layer, name in zip(layers, names) if name is not None]
+        downs = [layer.lora_A[name].weight.float() for layer, name in adapted]
+        ups = [
+            torch.zeros(0, layer.out_features)
+            if name is None
+            else layer.lora_B[name].weight.float().T * layer.scaling[name]
+            for layer, name in zip(layers, names)
+        ]
+        return cls(names, gated, torch.cat(downs), torch.block_diag(*ups))
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        """Add it to y [..., N], in place, in the gated rows of this pass; x [..., H] is what the layers have read."""
+        rows = self.gated.rows()
+        if rows is None:
+            return
+        y, x = y.flatten(0, -2), x.flatten(0, -2)
+        low = x[rows] @ self.a.T
+        if isinstance(rows, slice):
+            y[rows].addmm_(low, self.b)
+        else:
+            y.index_add_(0, rows, low @ self.b)
+
+
+# Layers that read the same tensor, and what the first of them holds while a pass runs.
+Reading = tuple[Sequence[nn.Module], dict[str, Any]]
+
+
+class PackedProducts:
+    """The products of a model's plain layers over packed weights, inside the block that a call opens.
+
+        products = PackedProducts()
+        with products.sought(model):
+            model(input_ids=prompt, ...)    # the first time, this shows who reads the same
+        with products():
+            logits = model(input_ids=ids, ...).logits
+
+    As `mtpkern.products.Products`, whose place it takes on a CPU; float32 alone. With a gated adapter it does what
+    `mtpkern.siblings` does as well.
+    """
+
+    def __init__(self) -> None:
+        self.groups: list[Reading] | None = None
+
+    @contextmanager
+    def sought(self, model: PreTrainedModel) -> Iterator[None]:
+        """See in a pass inside the block, where none has been seen yet, who reads the same, and copy their weights."""
+        if self.groups is not None:
+            yield
+            return
+        with watched(families(model)) as readers:
+            yield
+        siblings = [group for group in disjoint(readers) if _are_alike(group)]
+        self.groups = _groups(model, siblings) if is_tested(model) else []
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """A pass of this thread inside the block reads packed weights, where it has few rows."""
+        with together((layers, _run, more) for layers, more in self.groups or ()):
+            yield
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _groups(model: PreTrainedModel, siblings: Sequence[Sequence[nn.Linear]]) -> list[Reading]:
+    """What is run together: siblings and single layers, or the LoRA layers around them."""
+    loras = model.mtpkern_siblings.layers if hasattr(model, "mtpkern_siblings") else []
+    taken = {layer for group in siblings for layer in group}
+    taken |= {layer for lora in loras for low in (lora.lora_A, lora.lora_B) for layer in low.values()}
+    single = [(layer,) for layer in model.modules() if is_plain(layer) and layer not in taken]
+    # What calls a base's layer: peft's, where it is adapted by ours.
+    callers = {lora.base_layer: lora for lora in loras}
+    gated = GatedRows(getattr(model, "mtpkern_gate", None))
+    found, more = [], []
+    for bases in filter(_fit, [*siblings, *single]):
+        layers = [callers.get(base, base) for base in bases]
+        names = [None if layer is base else adapter_of(layer) for layer, base in zip(layers, bases)]
+        if any(name is None and layer is not base for name, layer, base in zip(names, layers, bases)):
+            continue  # an adapter that somebody has switched off, or changed
+        found.append(bases)
+        more.append((layers, Update.of(layers, names, gated) if any(names) else None))
+    return [
+        (layers, {"mtpkern_packed": (packed, update)})
+        for packed, (layers, update) in zip(pack(model, found), more)
+        if packed is not None
+    ]
+
+
+def _are_alike(layers: Sequence[nn.Linear]) -> bool:
+    """Whether all have a bias, or none."""
+    return all(map(is_plain, layers)) and len({layer.bias is None for layer in layers}) == 1
+
+
+def _fit(layers: Sequence[nn.Linear]) -> bool:
+    tensors = [x for layer in layers for x in (layer.weight, layer.bias) if x is not None]
+    plain = all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
+    return plain and sum(layer.weight.numel() for layer in layers) >= LEAST_WEIGHT
+
+
+def _run(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor] | None:
+    packed, update = layers[0].mtpkern_packed
+    rows = x.numel() // max(1, x.shape[-1])
+    if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or torch.is_grad_enabled():
+        return None
+    if 1 < rows <= MOST_ROWS:
+        y = _product(x, packed.weight, packed.bias)
+        if update is not None:
+            update.add(y, x)
+        return y.split(packed.widths, -1) if len(layers) > 1 else [y]
+    if update is None:
+        return None
+    # Past peft, as `mtpkern.siblings` does it.
+    outs = [getattr(layer, "base_layer", layer)(x) for layer in layers]
+    gate = update.gated.gate.rows
+    adapted = [(y, layer, name) for y, layer, name in zip(outs, layers, update.names) if name is not None]
+    if gate is not False:
+        ys, of, names = zip(*adapted)
+        adapt(ys, x, gate, of, names)
+    return outs
+
+
+def pack(model: PreTrainedModel, groups: Sequence[Sequence[nn.Linear]]) -> list[Packed | None]:
+    """The packed weights of these groups of layers: those that are kept and still right, and new ones.
+
+    None of those for which there is no memory.
+    """
+    known = {packed.layers[0]: packed for packed in _packed.pop(model, ())}
+    found: list[Packed | None] = []
+    for layers in groups:
+        packed = known.pop(ref(layers[0]), None)
+        found.append(packed if packed is not None and packed.is_of(layers) else None)
+    known.clear()  # what is wrong goes before anything new comes
+    missing = [i for i, packed in enumerate(found) if packed is None]
+    if sum(layer.weight.nbytes for i in missing for layer in groups[i]) * FREE_PART <= _free_bytes():
+        for i in missing:
+            found[i] = Packed.of(groups[i])
+    _packed[model] = [packed for packed in found if packed is not None]
+    return found
+
+
+def unpack(model: PreTrainedModel | None = None) -> None:
+    """Let the packed weights of one model or of all go; a call that runs keeps its own until it ends."""
+    if model is None:
+        _packed.clear()
+    else:
+        _packed.pop(model, None)
+
+
+def _free_bytes() -> int:
+    """Bytes that this machine can give away without swapping; 0 where it does not say so as Linux does."""
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name == "MemAvailable":
+                return int(value.split()[0]) * 1024
+    return 0

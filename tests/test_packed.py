@@ -1,0 +1,261 @@
+"""Products over weights laid out for few rows: the same tokens, weights as they were, copies that keep up."""
+
+import gc
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mtpkern
+from mtpkern import ConfAdapt, Static, Verified, packed
+from mtpkern.adapter import gated
+from mtpkern.packed import PackedProducts, pack, packs
+
+pytestmark = pytest.mark.skipif(not packed._has_packed_products(), reason="torch without oneDNN")
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama, biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "qwen2": ("qwen2", {}),
+    "gemma3": ("gemma3_text", {}),
+    "phi3": ("phi3", {}),
+}
+
+
+@pytest.fixture(autouse=True)
+def always(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Small weights and short runs too."""
+    monkeypatch.setattr(packed, "LEAST_WEIGHT", 1)
+    monkeypatch.setattr(packed, "LEAST_TOKENS", 1)
+    yield
+    mtpkern.release_graphs()
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each product over packed weights has had."""
+    seen: list[int] = []
+    product = packed._product
+
+    def count(x: Tensor, *weights: Any) -> Tensor:
+        seen.append(x[..., 0].numel())
+        return product(x, *weights)
+
+    monkeypatch.setattr(packed, "_product", count)
+    return seen
+
+
+def generate(tiny: SimpleNamespace, model: Any, **options: Any) -> Tensor:
+    ids, mask = tiny.prompts(9, 4, 6)
+    options = {"max_new_tokens": 12, "strategy": Verified(4, threshold=0.2), "check_model": False, **options}
+    return mtpkern.generate(model, ids, attention_mask=mask, **options)
+
+
+def plain(monkeypatch: pytest.MonkeyPatch, *args: Any, **options: Any) -> Tensor:
+    """The same by torch's own products."""
+    with monkeypatch.context() as patch:
+        patch.setattr("mtpkern.decoder.packs", lambda *args: False)
+        return generate(*args, **options)
+
+
+def found_in(tiny: SimpleNamespace, model: Any) -> PackedProducts:
+    products = PackedProducts()
+    with torch.inference_mode(), products.sought(model):
+        model(tiny.prompts(5)[0])
+    return products
+
+
+def copies(model: Any) -> list[packed.Packed]:
+    return list(packed._packed.get(model, ()))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tokens_are_those_of_torchs_products(
+    name: str, tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, rows: list[int]
+) -> None:
+    model = tiny.model(MODELS[name][0], **MODELS[name][1])
+    before = {key: x.clone() for key, x in model.state_dict().items()}
+    for strategy in (Verified(4, threshold=0.2, masks=2), ConfAdapt(3, threshold=0.1), Static(1)):
+        wanted = plain(monkeypatch, tiny, model, strategy=strategy)
+        assert not rows
+        assert torch.equal(generate(tiny, model, strategy=strategy), wanted), strategy
+        assert rows, "nothing was packed"
+        assert min(rows) > 1
+        rows.clear()
+    assert all(torch.equal(x, before[key]) for key, x in model.state_dict().items())
+    assert not any("forward" in vars(module) or "mtpkern_packed" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "q_proj,v_proj,down_proj"])
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_a_gated_adapter_changes_its_rows_and_no_others(
+    targets: str, prompts: int, tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, rows: list[int]
+) -> None:
+    model = tiny.adapted(tiny.model("llama"), targets=targets)
+    base = model.get_base_model()
+    wanted = plain(monkeypatch, tiny, model, strategy=Verified(4, threshold=0.0))
+    assert torch.equal(generate(tiny, model, strategy=Verified(4, threshold=0.0)), wanted)
+    assert rows
+    products = found_in(tiny, base)
+    mask = mtpkern.adapter.gate_of(base).mask_token_id
+    ids = torch.cat([tiny.prompts(3)[0], torch.tensor([[mask, mask]])], 1).repeat(prompts, 1)
+    with torch.inference_mode(), gated(base, ids):
+        torchs = base(ids, use_cache=False).logits
+    with torch.inference_mode(), products(), gated(base, ids):
+        ours = base(ids, use_cache=False).logits
+    with torch.inference_mode(), products():
+        unadapted = base(ids.where(ids != mask, 0), use_cache=False).logits
+    torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-4)
+    assert torch.equal(ours[:, :3], unadapted[:, :3])
+    assert not torch.allclose(torchs[:, 3:], unadapted[:, 3:], atol=1e-2), "the adapter does nothing"
+
+
+def test_nothing_in_an_adapter_reaches_other_rows(tiny: SimpleNamespace) -> None:
+    model = tiny.adapted(tiny.model("llama")).get_base_model()
+    mask = mtpkern.adapter.gate_of(model).mask_token_id
+    ids = torch.tensor([[5, 6, mask, 7, mask]])
+    layer = model.model.layers[0].mlp.down_proj
+    x = torch.randn(1, 5, layer.in_features)
+    found = []
+    for poison in (False, True):
+        if poison:
+            for low in (layer.lora_A, layer.lora_B):
+                low["default"].weight.data.fill_(float("nan"))
+        products = found_in(tiny, model)
+        with torch.inference_mode(), products(), gated(model, ids):
+            found.append(layer(x)[0])
+    assert found[1][[2, 4]].isnan().all()
+    assert not found[0].isnan().any()
+    assert torch.equal(found[0][[0, 1, 3]], found[1][[0, 1, 3]])
+
+
+@pytest.mark.parametrize("write", ["data", "row", "value", "step", "load", "other"])
+def test_copies_follow_the_weights(
+    write: str, tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, rows: list[int]
+) -> None:
+    model = tiny.model("llama", layers=2)
+    generate(tiny, model)
+    before = copies(model)
+    assert before
+    generate(tiny, model)
+    assert all(a is b for a, b in zip(copies(model), before, strict=True)), "made again without a reason"
+    layer = model.model.layers[1].mlp.down_proj
+    if write == "data":
+        layer.weight.data = torch.randn_like(layer.weight)
+    elif write == "row":
+        model.lm_head.weight.data[3] += 1.0
+    elif write == "value":
+        layer.weight.data[5, 7] += 1e-3
+    elif write == "step":
+        with torch.no_grad():
+            layer.weight.mul_(1.5)
+    elif write == "load":
+        model.load_state_dict({key: x.flip(0) for key, x in model.state_dict().items()})
+    else:
+        model.model.layers[1].mlp.down_proj = nn.Linear(layer.in_features, layer.out_features, bias=False).eval()
+    rows.clear()
+    wanted = plain(monkeypatch, tiny, model)
+    assert torch.equal(generate(tiny, model), wanted)
+    assert rows
+    after = copies(model)
+    kept = sum(a is b for a in before for b in after)
+    assert kept == (0 if write == "load" else len(before) - 1), "what was written to, and that alone, is copied again"
+
+
+def test_copies_go_with_the_model_and_when_asked(tiny: SimpleNamespace) -> None:
+    model = tiny.model("llama")
+    generate(tiny, model)
+    assert copies(model)
+    mtpkern.release_graphs(model)
+    assert not copies(model)
+    generate(tiny, model)
+    held = len(packed._packed)
+    del model
+    gc.collect()
+    assert len(packed._packed) == held - 1
+
+
+def test_without_memory_nothing_is_copied(
+    tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, rows: list[int]
+) -> None:
+    model = tiny.model("llama")
+    wanted = plain(monkeypatch, tiny, model)
+    needed = sum(x.weight.nbytes for x in model.modules() if isinstance(x, nn.Linear))
+    monkeypatch.setattr(packed, "_free_bytes", lambda: packed.FREE_PART * needed - 1)
+    assert torch.equal(generate(tiny, model), wanted)
+    assert not rows
+    assert not copies(model)
+    monkeypatch.setattr(packed, "_free_bytes", lambda: packed.FREE_PART * needed)
+    assert torch.equal(generate(tiny, model), wanted)
+    assert rows
+    assert copies(model)
+
+
+def test_what_is_not_plain_stays_torchs(tiny: SimpleNamespace, rows: list[int]) -> None:
+    hooked, half = tiny.model("llama"), tiny.model("llama").to(torch.bfloat16)
+    handles = [x.register_forward_hook(lambda *args: None) for x in hooked.modules() if isinstance(x, nn.Linear)]
+    for model in (hooked, half):
+        generate(tiny, model)
+    with torch.autocast("cpu", torch.bfloat16):
+        generate(tiny, tiny.model("llama"))
+    assert not rows
+    for handle in handles:
+        handle.remove()
+    generate(tiny, hooked)
+    assert rows
+
+
+def test_an_adapter_that_is_switched_off_adds_nothing(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.adapted(tiny.model("llama"))
+    base = model.get_base_model()
+    generate(tiny, model)
+    with model.disable_adapter():
+        assert torch.equal(generate(tiny, base), plain(monkeypatch, tiny, base))
+
+
+def test_more_rows_than_pay_are_torchs(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, rows: list[int]) -> None:
+    monkeypatch.setattr(packed, "MOST_ROWS", 8)
+    for model in (tiny.model("llama"), tiny.adapted(tiny.model("llama"))):
+        wanted = plain(monkeypatch, tiny, model)
+        assert torch.equal(generate(tiny, model), wanted)
+    assert set(rows) <= set(range(2, 9))
+    assert rows
+
+
+def test_a_short_run_and_one_row_a_pass_copy_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.undo()
+    assert packs(cpu, 2, packed.LEAST_TOKENS)
+    assert not packs(cpu, 2, packed.LEAST_TOKENS - 1)
+    assert not packs(cpu, 1, 1000)
+    assert not packs(torch.device("cuda"), 2, 1000)
+
+
+def test_a_build_without_them_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed._has_packed_products.cache_clear()
+    try:
+        monkeypatch.setattr(packed, "_product", lambda x, weight, bias: x.new_zeros(1, 2, 4))
+        assert not packs(torch.device("cpu"), 2, 1000)
+    finally:
+        packed._has_packed_products.cache_clear()
+
+
+def test_error_is_that_of_torchs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    squares = torch.zeros(2, dtype=torch.float64)
+    for layer in [nn.Linear(577, n, bias=n > 1) for n in (1, 48, 193)]:
+        (one,) = pack(nn.Module(), [[layer]])  # type: ignore[arg-type]
+        assert one is not None
+        for R in (2, 3, 7, 16, 61, 128):
+            x = torch.randn(1, R, 577, generator=generator)
+            x[0, 0] = float("nan")
+            with torch.inference_mode():
+                truth = nn.functional.linear(
+                    x.double(), *(None if p is None else p.double() for p in (layer.weight, layer.bias))
+                )
+                for i, y in enumerate((packed._product(x, one.weight, one.bias), layer(x))):
+                    squares[i] += (y - truth)[:, 1:].square().mean()
+    assert squares[0].sqrt() <= 2 * squares[1].sqrt()

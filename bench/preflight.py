@@ -283,9 +283,9 @@ def products_table(model: Any, rows: Sequence[int]) -> Facts:
             ):
                 stands[name] = step.Stand(model, at, Static(at.k), share=first, room=room, compile=True)
             first = first or stands[name]
-        one = stands["one"].decoder.products
-        assert isinstance(one, Products)
-        assert one.found
+        joined = stands["one"].decoder.products
+        assert isinstance(joined, Products)
+        assert joined.found
         with attention_context(model, step.Body()):
             actions = {name: stand.step for name, stand in stands.items()}
             found = timed(actions, device, rounds=20, reset=partial(step.reset, list(stands.values())))

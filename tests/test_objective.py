@@ -53,6 +53,8 @@ def batch(k=4, **options):
 def run(student, teacher, tokens, context, **options):
     with attention_context(student, context):
         options = {"mask_token_id": MASK, "eos_token_ids": EOS_IDS} | options
+        for name in {"prefix_rows", "anchor_rows"} & options.keys():
+            options[name] = options[name].flatten().nonzero().squeeze(1)
         return mtp_loss(student, teacher, tokens, context, **options)
 
 

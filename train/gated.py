@@ -99,7 +99,7 @@ def gated_loss(
     ids = tokens.new_full((len(tokens), layout.position.shape[1] - N), gate.mask_token_id)
     positions = layout.position[:, N:]
     states = hidden_states(model, ids, positions, context)
-    head = head_of(model, None)
+    head = head_of(model, None).narrowed(states)
     rows = (layout.row[..., 1:] - N).flatten(1)
     hidden = _pick(states, rows)
     token, confidence, entropy = (x.view(layout.row[..., 1:].shape) for x in head_readout(hidden, head))
@@ -132,11 +132,6 @@ def gated_loss(
             kept.take(token, confidence, keep, wanted, head)
     agree = (token == label) & keep
     weight = (keep & until_fail(agree) if loss_support == "until_fail" else keep).flatten().float()
-    if weight.device.type == "cpu":
-        # Rows without weight need no second product with the head; a device would have to be asked which they are.
-        some = weight.nonzero().squeeze(1)
-        hidden, label, weight = hidden[some], label.flatten()[some], weight[some]
-        wanted = None if wanted is None else wanted[some]
     if target == "soft":
         assert wanted is not None
         loss = distill_loss(hidden, head, teacher=(wanted, head), row_weight=weight)

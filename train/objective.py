@@ -186,9 +186,9 @@ def mtp_loss(
     eos_token_ids  [E] int64
     target         "hard", "soft" (both need a teacher) or "gt"
     loss_support   "all" rows of a span, or "until_fail": those up to and including the first that misses its target
-    prefix_rows    [B, N] bool: text rows that also get a next-token loss on the data; none where None
-    anchor_rows    [B, N] bool: text rows that are held to the teacher's distribution, KL(teacher || student), so that
-                   ordinary prediction stays what it was; none where None; needs a teacher, for target "gt" too
+    prefix_rows    [n] int64: rows of the texts [B * N] that also get a next-token loss on the data; none where None
+    anchor_rows    [n] int64: rows of the texts that are held to the teacher's distribution, KL(teacher || student), so
+                   that ordinary prediction stays what it was; none where None; needs a teacher, for target "gt" too
     eos_padding    False drops the predictions behind the text's end, which else are EOS padding
     as_teacher     where teacher and student are one model: a context that turns the student's adapters off
     kept           takes single spans with the teacher's loss on them, where a teacher reads them
@@ -212,7 +212,7 @@ def mtp_loss(
     layout = context.layout
     states = backbone(student, layout.fill(tokens, mask_token_id), context)
     # Behind the backbone: where weights are sharded, its last norm has gathered the head's.
-    head = head_of(student, mask_token_id)
+    head = head_of(student, mask_token_id).narrowed(states)
     hidden = gather_rows(states, layout.row)
     token, confidence, entropy = (x.view(layout.row.shape) for x in head_readout(hidden, head))
     valid = layout.valid if eos_padding else layout.valid & within_text(layout)
@@ -225,7 +225,7 @@ def mtp_loss(
         switch = attention_context if as_teacher is None else routed
         with torch.no_grad(), switch(teacher, scoring), (as_teacher or nullcontext)():
             scored = call_backbone(teacher, layout.fill(tokens, token[..., :-1]), scoring)
-        teacher_head = head_of(teacher, mask_token_id)
+        teacher_head = head if teacher is student else head_of(teacher, mask_token_id).narrowed(scored)
     if target == "gt":
         label, keep = data_targets(tokens, layout, eos_token_ids)
         keep &= valid
@@ -245,16 +245,13 @@ def mtp_loss(
         loss = distill_loss(hidden, head, target=label.flatten(), row_weight=weight)
 
     prefix_loss, anchor_loss = loss.new_zeros(()), loss.new_zeros(())
-    text = states[:, : tokens.shape[1]]
     if prefix_rows is not None:
         # Row t predicts token t + 1; the last row has none and is never among them.
-        following = tokens.roll(-1, dims=1).flatten()
-        weight = prefix_rows.flatten().float()
-        prefix_loss = distill_loss(text.flatten(0, 1), head, target=following, row_weight=weight)
+        following = tokens.roll(-1, dims=1).flatten()[prefix_rows]
+        prefix_loss = distill_loss(_text_rows(states, tokens, prefix_rows), head, target=following)
     if anchor_rows is not None:
-        wanted = scored[:, : tokens.shape[1]].flatten(0, 1)
-        weight = anchor_rows.flatten().float()
-        anchor_loss = distill_loss(text.flatten(0, 1), head, teacher=(wanted, teacher_head), row_weight=weight)
+        text, wanted = (_text_rows(x, tokens, anchor_rows) for x in (states, scored))
+        anchor_loss = distill_loss(text, head, teacher=(wanted, teacher_head))
 
     return MTPLoss(
         span=loss,
@@ -267,3 +264,8 @@ def mtp_loss(
         confidence=(confidence * keep).sum((0, 1)),
         entropy=(entropy * keep).sum((0, 1)),
     )
+
+
+def _text_rows(states: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
+    """Of hidden states [B, T, H] those [n, H] of some rows of the texts [B * N]."""
+    return states[:, : tokens.shape[1]].flatten(0, 1).index_select(0, rows)

@@ -223,7 +223,9 @@ class MTPTrainer(RunTrainer):
     def _span_attention(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         device = self.args.device
         context = self._context(inputs)
-        rows = {name: send(inputs[name], device) for name in ("prefix_rows", "anchor_rows")}
+        # Found on the host, which knows them: a device would have to be asked how many they are.
+        named = ((name, inputs[name].flatten().nonzero().squeeze(1)) for name in ("prefix_rows", "anchor_rows"))
+        rows = {name: send(index, device) for name, index in named}
         with attention_context(plain_model(self.accelerator.unwrap_model(model)), context):
             yield {**inputs, "layout": context, **rows}
 

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mtpkern.attention import attention_context
 from mtpkern.kernels.distill import Head, distill_loss
 from mtpkern.train.layout import build_layout
-from mtpkern.train.objective import SpanContext, mtp_loss
+from mtpkern.train.objective import Objective, SpanContext, mtp_loss
 
 V, H, N, MASK, EOS = 61, 32, 15, 60, 7
 K, PREFIXES = 4, torch.tensor([[3, 8, 11], [2, 6, 0]])
@@ -39,14 +39,14 @@ def counted(action):
     return result, seen["aten::_to_copy"], seen["aten::mm"]
 
 
-def loss_of(student, teacher, **options):
+def loss_of(student, teacher, target, **options):
     layout = build_layout(PREFIXES, torch.tensor([N, N - 3]), K, num_tokens=N)
     torch.manual_seed(1)
     tokens = torch.randint(10, 59, (2, N))
     context = SpanContext(layout)
+    objective = Objective(torch.tensor([EOS]), target)
     with attention_context(student, context):
-        ends = torch.tensor([EOS])
-        return mtp_loss(student, teacher, tokens, context, mask_token_id=MASK, eos_token_ids=ends, **options)
+        return mtp_loss(student, teacher, tokens, context, objective, mask_token_id=MASK, **options)
 
 
 @pytest.mark.parametrize(("own_teacher", "casts"), [(False, 2), (True, 1)])

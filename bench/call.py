@@ -78,8 +78,9 @@ def measure_model(model: PreTrainedModel, batches: tuple[int, ...], rounds: int,
     rows, records, goals = [], [], []
     for batch in batches:
         ids = torch.randint(vocabulary // 2, (batch, PROMPT), generator=generator).to(model.device)
-        # The last token ends no text of these.
-        decode = partial(mtpkern.generate, model, ids, max_new_tokens=new_tokens, eos_token_id=vocabulary - 1)
+        # Without padding, and the last token ends no text of these.
+        settings = {"attention_mask": torch.ones_like(ids), "eos_token_id": vocabulary - 1}
+        decode = partial(mtpkern.generate, model, ids, max_new_tokens=new_tokens, **settings)
         found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
         for i in range(rounds + 1):
             for name, strategy in ways.items():

@@ -227,8 +227,8 @@ class Head:
 
     def within(self, dtype: torch.dtype) -> Head:
         """The same with the weight in the dtype of a product, cast unless it has been."""
-        kept = self.narrow is not None and self.narrow.dtype == dtype
-        return replace(self, weight=self.narrow if kept else self.weight.to(dtype), narrow=None)
+        kept = self.narrow if self.narrow is not None and self.narrow.dtype == dtype else self.weight.to(dtype)
+        return replace(self, weight=kept, narrow=None)
 
     def options(self) -> tuple[Tensor | None, int, float, float | None, int | None]:
         """The fields, as kernels take them."""

@@ -34,7 +34,7 @@ from mtpkern.output import exit_status
 from mtpkern.train.gated import BehindPrefixContext, gated_loss
 from mtpkern.train.layout import Layout, build_layout
 from mtpkern.train.lora import add_gated_lora
-from mtpkern.train.objective import SpanContext, backbone, data_targets, gather_rows, head_of, until_fail
+from mtpkern.train.objective import Objective, SpanContext, backbone, data_targets, gather_rows, head_of, until_fail
 from mtpkern.train.prefix import Prefixes, texts_of
 
 KEPT, EACH, JOINT = "prefix kept", "prefix pass in each step", "one joint pass of all rows"
@@ -104,7 +104,7 @@ class Trainee:
     def _behind_prefix(self, kept: Prefixes | None) -> float:
         context = BehindPrefixContext(self.layout, self.texts)
         with attention_context(self.model, context), self.gate.open_for_training():
-            sums = gated_loss(self.model, self.tokens, context, eos_token_ids=self.eos, prefixes=kept)
+            sums = gated_loss(self.model, self.tokens, context, Objective(self.eos, "gt", "until_fail"), prefixes=kept)
             (sums.span / self.rows).backward()
         return float(sums.span.detach()) / self.rows
 

@@ -64,6 +64,7 @@ WHOLE_LIMITS = {
     "linear": 75.0,
     "throughput": 150.0,
     "assisted": 60.0,
+    "call": 40.0,
 }
 SLOW_LIMIT = 120.0
 PREFLIGHT, TESTS, SLOW, SHORT, WHOLE = "pre-flight", "tests", "slow tests", "short grid", "whole grid"

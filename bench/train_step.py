@@ -31,7 +31,7 @@ from mtpkern.kernels.span_mask import span_mask
 from mtpkern.output import exit_status
 from mtpkern.train.compilation import CompiledLayers
 from mtpkern.train.layout import Layout
-from mtpkern.train.objective import SpanContext, backbone, gather_rows, head_of, mtp_loss
+from mtpkern.train.objective import Objective, SpanContext, backbone, gather_rows, head_of, mtp_loss
 
 OURS, SPAN_ROWS, ALL_ROWS = "mtpkern", "SDPA mask, logits of span rows", "SDPA mask, logits of all rows"
 COMPILED = "mtpkern, layers compiled"
@@ -207,9 +207,8 @@ class Trainee:
         context = SpanContext(layout)
         with attention_context(self.student, context):
             with self.autocast():
-                sums = mtp_loss(
-                    self.student, self.teacher, tokens, context, mask_token_id=self.mask, eos_token_ids=self.eos
-                )
+                objective = Objective(self.eos)
+                sums = mtp_loss(self.student, self.teacher, tokens, context, objective, mask_token_id=self.mask)
             loss = sums.span / sums.rows.sum()
             loss.backward()
         return loss.detach()

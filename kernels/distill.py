@@ -124,13 +124,15 @@ if find_spec("triton"):
         r = tl.program_id(0).to(tl.int64)
         z += r * s_z
         weight = tl.load(row_weight + r).to(DTYPE)
+        # Of a row of weight 0 no logit is read.
+        read = tl.where(weight != 0, head[1], 0)
         top = tl.full([], LOW, DTYPE)
         total = tl.full([], 0.0, DTYPE)
         if target is not None:
             y = tl.load(target + r)
             # Read before any thread writes its gradient: the reductions of the first loop stand in between.
             picked = _logits(head, z, tl.maximum(y, 0), DTYPE)[0]  # not `_`, which the loop gives another shape
-            for v in range(0, head[1], BLOCK):
+            for v in range(0, read, BLOCK):
                 x, _ = _logits(head, z, v + tl.arange(0, BLOCK), DTYPE)
                 top, total = _add(top, total, x)
             lse = top + tl.log(total)
@@ -141,7 +143,7 @@ if find_spec("triton"):
             teacher_top = tl.full([], LOW, DTYPE)
             teacher_total = tl.full([], 0.0, DTYPE)
             gap = tl.full([], 0.0, DTYPE)  # sum of q (t - x), q not yet divided by its sum
-            for v in range(0, head[1], BLOCK):
+            for v in range(0, read, BLOCK):
                 x, _ = _logits(head, z, v + tl.arange(0, BLOCK), DTYPE)
                 top, total = _add(top, total, x)
                 t, _ = _logits(teacher_head, teacher_z, v + tl.arange(0, BLOCK), DTYPE)
@@ -156,7 +158,7 @@ if find_spec("triton"):
         # A row of weight 0 may be padding with infinite loss: select, do not multiply.
         tl.store(loss + r, tl.where(weight != 0, weight * row_loss, 0.0))
         if NEED_GRAD:
-            for v in range(0, head[1], BLOCK):
+            for v in range(0, read, BLOCK):
                 o_v = v + tl.arange(0, BLOCK)
                 x, slope = _logits(head, z, o_v, DTYPE)
                 grad = tl.exp(x - lse)
@@ -165,9 +167,11 @@ if find_spec("triton"):
                 else:
                     t, _ = _logits(teacher_head, teacher_z, o_v, DTYPE)
                     grad -= tl.exp(t - teacher_lse)
-                grad = tl.where(weight != 0, grad * slope * head[2] * weight, 0.0)
-                grad = tl.where(x == float("-inf"), 0.0, grad)
+                grad = tl.where(x == float("-inf"), 0.0, grad * slope * head[2] * weight)
                 tl.store(z + o_v, grad.to(z.dtype.element_ty), mask=o_v < _padded(head[1]))
+            for v in range(read, head[1], BLOCK):
+                o_v = v + tl.arange(0, BLOCK)
+                tl.store(z + o_v, tl.zeros([BLOCK], z.dtype.element_ty), mask=o_v < _padded(head[1]))
 
 
 # Logits that a program of those kernels holds at once, and its warps.
@@ -181,13 +185,17 @@ LOGITS, PARTIAL, CACHE = 384 << 20, 64 << 20, 8 << 20
 
 @dataclass(frozen=True)
 class Head:
-    """A language-model head: weight [V, H], bias [V], then a factor, then a soft cap; `banned` is never predicted."""
+    """A language-model head: weight [V, H], bias [V], then a factor, then a soft cap; `banned` is never predicted.
+
+    `narrow` is the weight in the dtype of products, where it has been made once for several calls (`narrowed`).
+    """
 
     weight: Tensor
     bias: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
     banned: int | None = None
+    narrow: Tensor | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, H] -> [R, V], in at least float32."""
@@ -210,7 +218,17 @@ class Head:
     def detach(self) -> Head:
         """The same without gradients."""
         bias = None if self.bias is None else self.bias.detach()
-        return Head(self.weight.detach(), bias, self.logit_scale, self.softcap, self.banned)
+        return replace(self, weight=self.weight.detach(), bias=bias)
+
+    def narrowed(self, hidden: Tensor) -> Head:
+        """The same for several calls with such states, where autocast computes in another dtype than the weight's."""
+        dtype = _product_dtype(hidden, self)
+        return self if dtype == self.weight.dtype else replace(self, narrow=self.weight.detach().to(dtype))
+
+    def within(self, dtype: torch.dtype) -> Head:
+        """The same with the weight in the dtype of a product, cast unless it has been."""
+        kept = self.narrow if self.narrow is not None and self.narrow.dtype == dtype else self.weight.to(dtype)
+        return replace(self, weight=kept, narrow=None)
 
     def options(self) -> tuple[Tensor | None, int, float, float | None, int | None]:
         """The fields, as kernels take them."""
@@ -272,7 +290,7 @@ def _readout_op(
     hidden: Tensor, head: Head, dtype: torch.dtype, chunk: int | None, triton: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, vocabulary = hidden.shape[0], head.weight.shape[0]
-    head = replace(head, weight=head.weight.to(dtype))
+    head = head.within(dtype)
     chunk = chunk or _chunk(rows, vocabulary, dtype, triton)
     buffer = _buffer(hidden, min(chunk, rows), vocabulary, dtype)
     wide = torch.promote_types(dtype, torch.float32)
@@ -320,7 +338,8 @@ def distill_loss(
     target      [R] int64: hard targets; a row whose weight is 0 may hold any valid id
     teacher     (hidden [R, H'], Head [V', H']): soft targets instead, KL(teacher || student); frozen; the first
                 V' <= V tokens are the same
-    row_weight  [R], default 1; rows of weight 0 give no loss and no gradient, and keep the graph connected
+    row_weight  [R], default 1; rows of weight 0 give no loss and no gradient, and keep the graph connected; in plain
+                torch on a CPU they are left out of the products too
     chunk       rows whose logits live at once; on a GPU as many as LOGITS bytes hold unless given
     triton      by the kernel, or in plain torch; the former on a GPU unless given
 
@@ -442,14 +461,20 @@ def _loss_op(
     """The loss and its gradients with respect to hidden, weight and bias; empty where one is not needed."""
     rows, vocabulary = hidden.shape[0], head.weight.shape[0]
     d_hidden, d_weight, d_bias = gradients = _gradients(hidden, head, needs)
-    head = replace(head, weight=head.weight.to(dtype))
+    head = head.within(dtype)
+    some = None
+    if row_weight is not None and hidden.device.type == "cpu" and not triton:
+        # Rows without weight need no product; a device would have to be asked which they are.
+        some = row_weight.nonzero().squeeze(1)
+        rows = len(some)
+        d_hidden.zero_()
     # A teacher's logits live beside the student's.
     chunk = chunk or _chunk(rows, vocabulary * (1 if teacher_hidden is None else 2), dtype, triton)
     buffer = _buffer(hidden, min(chunk, rows), vocabulary, dtype)
     teacher_z = None
     if teacher_head is not None:
         assert teacher_dtype is not None
-        teacher_head = replace(teacher_head, weight=teacher_head.weight.to(teacher_dtype))
+        teacher_head = teacher_head.within(teacher_dtype)
         teacher_buffer = _buffer(hidden, min(chunk, rows), len(teacher_head.weight), teacher_dtype)
     if row_weight is None:
         row_weight = hidden.new_ones(rows)
@@ -458,7 +483,10 @@ def _loss_op(
         for gradient in gradients:
             gradient.zero_()
     for start in range(0, rows, chunk):
-        part = slice(start, start + chunk)
+        part: Any = slice(start, start + chunk)
+        loss = losses[part]
+        if some is not None:
+            part = some[part]
         states = hidden[part].to(dtype)
         z = torch.mm(states, head.weight.t(), out=buffer[: len(states)])
         if teacher_head is not None and teacher_hidden is not None:
@@ -466,9 +494,9 @@ def _loss_op(
             teacher_z = torch.mm(teacher_states, teacher_head.weight.t(), out=teacher_buffer[: len(states)])
         form = _loss_rows_triton if triton else _loss_rows_torch
         labels = None if target is None else target[part]
-        form(_Chunk(z, head, labels, teacher_z, teacher_head, row_weight[part], losses[part]), any(needs))
+        form(_Chunk(z, head, labels, teacher_z, teacher_head, row_weight[part], loss), any(needs))
         if needs[0]:
-            d_hidden[part] = z @ head.weight
+            d_hidden[part] = (z @ head.weight).to(d_hidden.dtype)
         if needs[1]:
             _add_outer(d_weight, z, states, start == 0)
         if needs[2]:

@@ -119,22 +119,17 @@ class Gate:
             _opened.reset(token)
 
     @contextmanager
-    def open_for_training(self) -> Iterator[None]:
+    def open_for_training(self, all_rows: bool = True) -> Iterator[None]:
         """Adapt all rows inside the block, which stays open around backward; other threads see it too."""
-        self.all_rows = True
-        try:
-            yield
-        finally:
-            self.all_rows = False
-
-    @contextmanager
-    def closed(self) -> Iterator[None]:
-        """Adapt none inside the block, which is the base's own part of a training pass."""
-        before, self.all_rows = self.all_rows, False
+        before, self.all_rows = self.all_rows, all_rows
         try:
             yield
         finally:
             self.all_rows = before
+
+    def closed(self) -> AbstractContextManager[None]:
+        """A block that adapts none, which is the base's own part of a training pass."""
+        return self.open_for_training(False)
 
     def hide_mask_tokens(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Before the embedding: it has no row for the mask token, so any other stands in."""

@@ -17,7 +17,7 @@ from mtpkern.kernels import span_attention as kernels
 from mtpkern.kernels.distill import Head
 from mtpkern.kernels.span_mask import span_mask
 from mtpkern.train.layout import build_layout, stride_prefixes
-from mtpkern.train.objective import SpanContext, mtp_loss
+from mtpkern.train.objective import Objective, SpanContext, mtp_loss
 
 CPU = torch.device("cpu")
 H200 = Peak(4.3e12, 790e12, "")
@@ -224,7 +224,9 @@ def test_plain_step_is_the_same_training(all_rows):
         return loss.detach(), [x.grad.clone() for x in trainee.student.parameters()]
 
     def ours(context):
-        sums = mtp_loss(trainee.student, trainee.teacher, tokens, context, **options)
+        sums = mtp_loss(
+            trainee.student, trainee.teacher, tokens, context, Objective(trainee.eos), mask_token_id=trainee.mask
+        )
         return sums.span / sums.rows.sum()
 
     def plain(context):

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mtpkern.adapter import gate_of
 from mtpkern.attention import attention_context
-from mtpkern.train import captured, gated
+from mtpkern.train import captured, gated, objective
 from mtpkern.train.captured import CapturedSteps
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.config import MTPConfig
@@ -203,12 +203,14 @@ def test_a_step_asks_the_host_for_nothing(tiny, monkeypatch, bug):
         context = BehindPrefixContext(replace(layout, **fake), packing)
         tokens, eos = torch.empty(2, 12, dtype=torch.int64, device=FAKE), torch.empty(1, dtype=torch.int64, device=FAKE)
         if bug == "item":
-            monkeypatch.setattr(gated, "until_fail", lambda agree: agree & bool(agree.any()))
+            monkeypatch.setattr(objective, "until_fail", lambda agree: agree & bool(agree.any()))
         if bug == "host tensor":
-            monkeypatch.setattr(gated, "until_fail", lambda agree: agree & torch.ones(agree.shape, dtype=torch.bool))
+            monkeypatch.setattr(
+                objective, "until_fail", lambda agree: agree & torch.ones(agree.shape, dtype=torch.bool)
+            )
         seen = nullcontext() if bug is None else pytest.raises(SyncError)
         with attention_context(model, context), gate.open_for_training(), seen, OurOpsKnown(accelerator=True):
-            sums = gated.gated_loss(model, tokens, context, eos_token_ids=eos)
+            sums = gated.gated_loss(model, tokens, context, objective.Objective(eos, "gt", "until_fail"))
             (sums.span / sums.rows.sum()).backward()
         if bug is None:
             assert gate.row.grad is not None

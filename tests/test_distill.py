@@ -253,12 +253,12 @@ def test_one_node_for_the_compiler():
 
 def test_operators_are_registered_rightly():
     hidden, head, target, teacher, row_weight = case(dtype=torch.float32)
-    options = 1.0, 3.0, BANNED, torch.float32
+    options = 1.0, 3.0, BANNED, None, torch.float32
     readout = [hidden, head.weight, head.bias, *options, 8, False]
     torch.library.opcheck(distill._readout_op.registered, [x.detach() if torch.is_tensor(x) else x for x in readout])
     student = hidden, head.weight, head.bias
     soft = *vars(teacher[1]).values(), torch.float32
-    for frozen in ((target, *[None] * 7), (None, teacher[0], *soft)):
+    for frozen in ((target, *[None] * 8), (None, teacher[0], *soft)):
         arguments = *options, *frozen, row_weight, [True, True, True], 8, False
         detached = [x.detach() for x in student]
         torch.library.opcheck(distill._loss_op.registered, (*detached, *arguments))

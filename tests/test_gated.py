@@ -9,7 +9,7 @@ from mtpkern.attention import attention_context
 from mtpkern.train.gated import BehindPrefixContext, gated_loss
 from mtpkern.train.layout import build_layout, pack
 from mtpkern.train.lora import add_gated_lora
-from mtpkern.train.objective import SpanContext, backbone, gather_rows, within_text
+from mtpkern.train.objective import Objective, SpanContext, backbone, gather_rows, within_text
 from mtpkern.train.prefix import Prefixes, texts_of
 
 V, EOS = 61, 7
@@ -75,7 +75,9 @@ def run(peft_model, tokens, layout, texts=None, **options):
     model = peft_model.get_base_model()
     context = BehindPrefixContext(layout, texts)
     with attention_context(model, context), gate_of(model).open_for_training():
-        sums = gated_loss(model, tokens, context, eos_token_ids=EOS_IDS, **options)
+        kept = {name: options.pop(name) for name in ("prefixes", "kept") if name in options}
+        objective = Objective(EOS_IDS, **{"target": "gt", "loss_support": "until_fail"} | options)
+        sums = gated_loss(model, tokens, context, objective, **kept)
         sums.span.backward()
     return sums
 

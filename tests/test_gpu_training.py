@@ -20,7 +20,7 @@ from mtpkern.train.gated import BehindPrefixContext, gated_loss
 from mtpkern.train.gated_trainer import GatedTrainer
 from mtpkern.train.layout import build_layout, draw_prefixes
 from mtpkern.train.lora import add_gated_lora
-from mtpkern.train.objective import SpanContext, mtp_loss
+from mtpkern.train.objective import Objective, SpanContext, mtp_loss
 from mtpkern.train.prefix import texts_of
 from mtpkern.train.trainer import MTPTrainer
 
@@ -292,7 +292,7 @@ def train(models, device, target="hard", *, autocast=False, checkpointing=False,
         context = SpanContext(layout)
         with attention_context(student, context):
             with torch.autocast(device, torch.bfloat16, enabled=autocast):
-                sums = mtp_loss(student, teacher, tokens, context, mask_token_id=60, eos_token_ids=eos, target=target)
+                sums = mtp_loss(student, teacher, tokens, context, Objective(eos, target), mask_token_id=60)
             sums.span.backward()
         return sums
 
@@ -344,7 +344,10 @@ def gated_step(name, device, **options):
     tokens = torch.randint(1, 60, (2, 34), generator=torch.Generator().manual_seed(1)).to(device)
     context = BehindPrefixContext(layout.to(device), texts_of(layout, 34))
     with attention_context(model, context), gate_of(model).open_for_training():
-        sums = gated_loss(model, tokens, context, eos_token_ids=torch.tensor([0], device=device), **options)
+        objective = Objective(
+            **{"target": "gt", "loss_support": "until_fail"} | options, eos_token_ids=torch.tensor([0], device=device)
+        )
+        sums = gated_loss(model, tokens, context, objective)
         sums.span.backward()
     gradients = [x.grad.to("cpu", copy=True) for x in peft_model.parameters() if x.requires_grad]
     return sums.span.detach().cpu(), gradients

@@ -8,7 +8,16 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 
 from mtpkern.attention import attention_context
 from mtpkern.train.layout import build_layout, pack
-from mtpkern.train.objective import SpanContext, backbone, data_targets, gather_rows, head_of, mtp_loss, until_fail
+from mtpkern.train.objective import (
+    Objective,
+    SpanContext,
+    backbone,
+    data_targets,
+    gather_rows,
+    head_of,
+    mtp_loss,
+    until_fail,
+)
 
 V, MASK, EOS = 61, 60, 7
 TINY = {
@@ -52,8 +61,10 @@ def batch(k=4, **options):
 
 def run(student, teacher, tokens, context, **options):
     with attention_context(student, context):
-        options = {"mask_token_id": MASK, "eos_token_ids": EOS_IDS} | options
-        return mtp_loss(student, teacher, tokens, context, **options)
+        rows = {name: options.pop(name) for name in ("prefix_rows", "anchor_rows") if name in options}
+        index = {name: x.flatten().nonzero().squeeze(1) for name, x in rows.items()}
+        objective = Objective(**{"eos_token_ids": EOS_IDS} | options)
+        return mtp_loss(student, teacher, tokens, context, objective, mask_token_id=MASK, **index)
 
 
 @pytest.mark.parametrize(("make", "bidirectional"), [(llama, False), (gemma, False), (llama, True)])

@@ -11,7 +11,7 @@ from mtpkern.attention import attention_context
 from mtpkern.train.gated import BehindPrefixContext, gated_loss
 from mtpkern.train.layout import build_layout
 from mtpkern.train.lora import add_gated_lora
-from mtpkern.train.objective import SpanContext, mtp_loss
+from mtpkern.train.objective import Objective, SpanContext, mtp_loss
 from mtpkern.train.spans import MOST, KeptSpans
 
 V, MASK, EOS, K = 61, 60, 7, 3
@@ -37,7 +37,7 @@ def kept():
     layout = build_layout(prefix, torch.tensor([12, 12]), K, num_tokens=12)
     context, seen = SpanContext(layout), Seen()
     with attention_context(student, context):
-        mtp_loss(student, teacher, tokens, context, mask_token_id=MASK, eos_token_ids=torch.tensor([EOS]), kept=seen)
+        mtp_loss(student, teacher, tokens, context, Objective(torch.tensor([EOS])), mask_token_id=MASK, kept=seen)
     return seen, teacher, tokens, layout
 
 
@@ -63,7 +63,7 @@ def test_of_a_gated_adapter_the_base_is_the_teacher(target):
     layout = build_layout(torch.tensor([[2, 6]]), torch.tensor([12]), K, num_tokens=12)
     context, seen, core = BehindPrefixContext(layout), Seen(), model.get_base_model()
     with attention_context(core, context), gate_of(core).open_for_training():
-        gated_loss(core, tokens, context, eos_token_ids=torch.tensor([EOS]), target=target, kept=seen)
+        gated_loss(core, tokens, context, Objective(torch.tensor([EOS]), target), kept=seen)
     whole = [m for m in range(2) if seen.keep[0, m].all()]
     assert len(whole) == len(seen.teacher_loss) > 0
     for m, losses in zip(whole, seen.teacher_loss, strict=True):

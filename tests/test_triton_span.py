@@ -326,13 +326,13 @@ def test_a_compiled_step_has_no_graph_break(monkeypatch, form):
     model.gradient_checkpointing_enable()
     layout = build_layout(torch.tensor([[3, 8, 12], [2, 6, 0]]), torch.tensor([14, 11]), 4, num_tokens=15)
     tokens = torch.randint(10, 39, (2, 15)).to(DEVICE)
-    options = {"mask_token_id": 40, "eos_token_ids": torch.tensor([7], device=DEVICE), "target": "gt"}
+    aim = objective.Objective(torch.tensor([7], device=DEVICE), "gt")
     if form == "triton":
         tile(monkeypatch, 32, 32)
         monkeypatch.setattr(objective, "span_attention", lambda *x, mask: span_attention_triton(*x))
 
     def loss(tokens, context):
-        return objective.mtp_loss(model, None, tokens, context, **options).span
+        return objective.mtp_loss(model, None, tokens, context, aim, mask_token_id=40).span
 
     def step(loss):
         model.zero_grad()
@@ -384,15 +384,8 @@ def test_a_training_step_equals_the_torch_path(monkeypatch, checkpointing):
         student.zero_grad()
         context = objective.SpanContext(layout.to(DEVICE))
         with attention_context(student, context):
-            sums = objective.mtp_loss(
-                student,
-                teacher,
-                tokens,
-                context,
-                mask_token_id=40,
-                eos_token_ids=torch.tensor([7], device=DEVICE),
-                target=target,
-            )
+            aim = objective.Objective(torch.tensor([7], device=DEVICE), target)
+            sums = objective.mtp_loss(student, teacher, tokens, context, aim, mask_token_id=40)
             sums.span.backward()
         return sums, [x.grad.clone() for x in student.parameters()]
 

@@ -22,11 +22,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mtpkern.adapter import gate_of
-from mtpkern.kernels.distill import distill_loss, head_readout
+from mtpkern.kernels.distill import head_readout
 from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.span_attention import span_attention
 from mtpkern.train.layout import Layout
-from mtpkern.train.objective import MTPLoss, Support, Target, data_targets, head_of, until_fail, within_text
+from mtpkern.train.objective import MTPLoss, Objective, data_targets, head_of
 from mtpkern.train.prefix import Layers, Packing, Prefixes, Text, hidden_states, shared_mask, texts_of
 from mtpkern.train.spans import KeptSpans
 
@@ -57,30 +57,26 @@ def gated_loss(
     model: PreTrainedModel,
     tokens: Tensor,
     context: BehindPrefixContext,
+    objective: Objective,
     *,
-    eos_token_ids: Tensor,
-    target: Target = "gt",
-    loss_support: Support = "until_fail",
-    eos_padding: bool = True,
     prefixes: Prefixes | None = None,
     kept: KeptSpans | None = None,
 ) -> MTPLoss:
     """The loss sums of one batch, of the adapters and the mask token's row; the gate is open for training around it.
 
-    model          carries a gated adapter (`mtpkern.train.lora.add_gated_lora`); its weights are frozen
-    tokens         [B, N] int64, right-padded
-    context        of the batch's layout, at least two predictions a span; the prefix' keys are put into it. The caller
-                   keeps it and the gate open around backward
-    eos_token_ids, target, loss_support, eos_padding   as of `mtpkern.train.objective.mtp_loss`
-    kept           takes single spans, without their row 1, with the base's loss on them; against "gt" for one more pass
-    prefixes       what is kept of texts from step to step, with states for "hard" and "soft"; nothing where None
+    model      carries a gated adapter (`mtpkern.train.lora.add_gated_lora`); its weights are frozen
+    tokens     [B, N] int64, right-padded
+    context    of the batch's layout, at least two predictions a span; the prefix' keys are put into it. The caller
+               keeps it and the gate open around backward
+    kept       takes single spans, without their row 1, with the base's loss on them; against "gt" for one more pass
+    prefixes   what is kept of texts from step to step, with states for "hard" and "soft"; nothing where None
 
     Rows and agreement of the result leave out row 1 of the spans, which is the base's own. Raises ValueError for a
     model without a gate. Source: arXiv 2507.11851.
 
         context = BehindPrefixContext(layout)
         with attention_context(model, context), gate_of(model).open_for_training():
-            sums = gated_loss(model, tokens, context, eos_token_ids=eos)
+            sums = gated_loss(model, tokens, context, Objective(eos, "gt", "until_fail"))
             (sums.span / sums.rows.sum()).backward()
     """
     gate = gate_of(model)
@@ -91,7 +87,7 @@ def gated_loss(
     if k < 2:
         raise ValueError(f"a span must have at least two predictions, of which the first is the base's own; got {k}")
     if prefixes is None:
-        prefixes = Prefixes(states=target != "gt")
+        prefixes = Prefixes(states=objective.target != "gt")
     texts = texts_of(layout, N) if context.texts is None else context.texts
     with gate.closed():
         context.layers, text = prefixes.of(model, tokens, texts)
@@ -99,22 +95,21 @@ def gated_loss(
     ids = tokens.new_full((len(tokens), layout.position.shape[1] - N), gate.mask_token_id)
     positions = layout.position[:, N:]
     states = hidden_states(model, ids, positions, context)
-    head = head_of(model, None)
+    head = head_of(model, None).narrowed(states)
     rows = (layout.row[..., 1:] - N).flatten(1)
     hidden = _pick(states, rows)
     token, confidence, entropy = (x.view(layout.row[..., 1:].shape) for x in head_readout(hidden, head))
-    valid = layout.valid if eos_padding else layout.valid & within_text(layout)
+    valid = objective.valid(layout)
 
     def read(first: Tensor) -> tuple[Tensor, Tensor]:
         """The base's states on the student's spans behind first tokens [B, M], and which rows stand before an end."""
         said = torch.cat([first.unsqueeze(-1), token], dim=-1)
         fed = layout.fill(tokens, said[..., :-1])[:, N:]
-        ended = torch.isin(said, eos_token_ids).int()
-        return _pick(hidden_states(model, fed, positions, context), rows), (ended.cumsum(-1) == ended)[..., 1:]
+        return _pick(hidden_states(model, fed, positions, context), rows), objective.before_end(said)[..., 1:]
 
     wanted = None
-    if target == "gt":
-        label, keep = data_targets(tokens, layout, eos_token_ids)
+    if objective.target == "gt":
+        label, keep = data_targets(tokens, layout, objective.eos_token_ids)
         first, label, keep = label[..., 0], label[..., 1:], (keep & valid)[..., 1:]
         if kept is not None and not kept.full:
             # Learning needs no teacher here; the base is at hand, and reads what is kept.
@@ -131,17 +126,7 @@ def gated_loss(
         if kept is not None:
             kept.take(token, confidence, keep, wanted, head)
     agree = (token == label) & keep
-    weight = (keep & until_fail(agree) if loss_support == "until_fail" else keep).flatten().float()
-    if weight.device.type == "cpu":
-        # Rows without weight need no second product with the head; a device would have to be asked which they are.
-        some = weight.nonzero().squeeze(1)
-        hidden, label, weight = hidden[some], label.flatten()[some], weight[some]
-        wanted = None if wanted is None else wanted[some]
-    if target == "soft":
-        assert wanted is not None
-        loss = distill_loss(hidden, head, teacher=(wanted, head), row_weight=weight)
-    else:
-        loss = distill_loss(hidden, head, target=label.flatten(), row_weight=weight)
+    loss = objective.loss(hidden, head, label, None if wanted is None else (wanted, head), agree, keep)
 
     def by_position(x: Tensor) -> Tensor:
         return torch.cat([x.new_zeros(1, dtype=torch.float32), x.float().sum((0, 1))])

@@ -150,7 +150,7 @@ class GatedTrainer(MTPTrainer):
         }
         given = {"tokens": tokens, "counts": torch.as_tensor(counts), **tensors}
         core = self.accelerator.unwrap_model(model)
-        target = self._target()
+        target = self._objective().target
 
         def step(x: Mapping[str, Tensor]) -> Tensor:
             now = replace(layout, **_of("layout", x)), replace(packing, **_of("packing", x))
@@ -181,17 +181,8 @@ class GatedTrainer(MTPTrainer):
         # No module is called for the head, which would gather it; it stays whole until backward has come to it.
         if isinstance(head := plain_model(core).get_output_embeddings(), FSDPModule):
             head.unshard()
-        return gated_loss(
-            plain_model(core),
-            tokens,
-            context,
-            eos_token_ids=self.eos_token_ids,
-            target=self._target(),  # type: ignore[arg-type]
-            loss_support=self.args.loss_support,  # type: ignore[arg-type]
-            eos_padding=self.args.eos_padding,
-            prefixes=self.prefixes,
-            kept=self._kept,
-        )
+        objective = self._objective()
+        return gated_loss(plain_model(core), tokens, context, objective, prefixes=self.prefixes, kept=self._kept)
 
     def _take_row(self, core: nn.Module) -> None:
         """Inside a call of a sharded model the mask token's row is another tensor, which has been gathered."""

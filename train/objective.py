@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,57 @@ class SpanContext:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Span attention of one layer: [B, T, Hq, D] (mtpkern.attention.AttentionContext)."""
         return span_attention(query, key, value, self.layout.rule, scoring, mask=self.masks.get(scoring.window))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a student learns, and which rows of its spans count.
+
+    eos_token_ids  [E] int64: a span ends with the first that the student itself says
+    target         the teacher's argmax ("hard") or softmax ("soft"), or "gt", the data's own tokens
+    loss_support   "all" rows of a span, or "until_fail": those up to and including the first that misses its target
+    eos_padding    False drops the predictions behind the text's end, which else are EOS padding
+
+    Raises ValueError for an unknown target or support.
+
+        Objective(torch.tensor([tokenizer.eos_token_id]), target="gt", loss_support="until_fail")
+    """
+
+    eos_token_ids: Tensor
+    target: Target = "hard"
+    loss_support: Support = "all"
+    eos_padding: bool = True
+
+    def __post_init__(self) -> None:
+        for name, known in (("target", get_args(Target)), ("loss_support", get_args(Support))):
+            if getattr(self, name) not in known:
+                expected = " or ".join(map(repr, known))
+                raise ValueError(f"{name} must be {expected}; got {getattr(self, name)!r}")
+
+    def valid(self, layout: Layout) -> Tensor:
+        """[B, M, K] bool: the predictions of a layout that may count."""
+        return layout.valid if self.eos_padding else layout.valid & within_text(layout)
+
+    def before_end(self, token: Tensor) -> Tensor:
+        """[..., K] bool: the rows of a span up to and including its first EOS."""
+        ended = torch.isin(token, self.eos_token_ids).int()
+        return ended.cumsum(-1) == ended
+
+    def loss(
+        self,
+        hidden: Tensor,
+        head: Head,
+        label: Tensor,
+        wanted: tuple[Tensor, Head] | None,
+        agree: Tensor,
+        keep: Tensor,
+    ) -> Tensor:
+        """Scalar loss of the rows [R, H] of spans: label, agree, keep [..., K]; wanted: the teacher's, for "soft"."""
+        support = keep & until_fail(agree) if self.loss_support == "until_fail" else keep
+        weight = support.flatten().float()
+        if self.target == "soft":
+            return distill_loss(hidden, head, teacher=wanted, row_weight=weight)
+        return distill_loss(hidden, head, target=label.flatten(), row_weight=weight)
 
 
 @dataclass(frozen=True)
@@ -168,14 +219,11 @@ def mtp_loss(
     teacher: PreTrainedModel | None,
     tokens: Tensor,
     context: SpanContext,
+    objective: Objective,
     *,
     mask_token_id: int,
-    eos_token_ids: Tensor,
-    target: Target = "hard",
-    loss_support: Support = "all",
     prefix_rows: Tensor | None = None,
     anchor_rows: Tensor | None = None,
-    eos_padding: bool = True,
     as_teacher: Callable[[], AbstractContextManager] | None = None,
     kept: KeptSpans | None = None,
 ) -> MTPLoss:
@@ -183,28 +231,21 @@ def mtp_loss(
 
     tokens         [B, N] int64, right-padded
     context        the layout of the batch
-    eos_token_ids  [E] int64
-    target         "hard", "soft" (both need a teacher) or "gt"
-    loss_support   "all" rows of a span, or "until_fail": those up to and including the first that misses its target
-    prefix_rows    [B, N] bool: text rows that also get a next-token loss on the data; none where None
-    anchor_rows    [B, N] bool: text rows that are held to the teacher's distribution, KL(teacher || student), so that
-                   ordinary prediction stays what it was; none where None; needs a teacher, for target "gt" too
-    eos_padding    False drops the predictions behind the text's end, which else are EOS padding
+    objective      whose targets "hard" and "soft" need a teacher
+    prefix_rows    [n] int64: rows of the texts [B * N] that also get a next-token loss on the data; none where None
+    anchor_rows    [n] int64: rows of the texts that are held to the teacher's distribution, KL(teacher || student), so
+                   that ordinary prediction stays what it was; none where None; needs a teacher, for target "gt" too
     as_teacher     where teacher and student are one model: a context that turns the student's adapters off
     kept           takes single spans with the teacher's loss on them, where a teacher reads them
 
     Each of the three losses holds its own gradient of a trained head, [V, H], until backward. Raises ValueError for a
-    missing teacher, an unknown target or support. Source: arXiv 2602.06019, equations of the hard and
-    soft teacher.
+    missing teacher. Source: arXiv 2602.06019, equations of the hard and soft teacher.
 
         with attention_context(model, context):
-            sums = mtp_loss(model, teacher, tokens, context, mask_token_id=id, eos_token_ids=eos)
+            sums = mtp_loss(model, teacher, tokens, context, Objective(eos), mask_token_id=id)
             (sums.span / sums.rows.sum()).backward()
     """
-    if target not in ("hard", "soft", "gt"):
-        raise ValueError(f"target must be 'hard', 'soft' or 'gt'; got {target!r}")
-    if loss_support not in ("all", "until_fail"):
-        raise ValueError(f"loss_support must be 'all' or 'until_fail'; got {loss_support!r}")
+    target = objective.target
     if teacher is None and target != "gt":
         raise ValueError(f"target {target!r} needs a teacher; pass the frozen original model, or use target 'gt'")
     if teacher is None and anchor_rows is not None:
@@ -212,10 +253,10 @@ def mtp_loss(
     layout = context.layout
     states = backbone(student, layout.fill(tokens, mask_token_id), context)
     # Behind the backbone: where weights are sharded, its last norm has gathered the head's.
-    head = head_of(student, mask_token_id)
+    head = head_of(student, mask_token_id).narrowed(states)
     hidden = gather_rows(states, layout.row)
     token, confidence, entropy = (x.view(layout.row.shape) for x in head_readout(hidden, head))
-    valid = layout.valid if eos_padding else layout.valid & within_text(layout)
+    valid, wanted, teacher_head = objective.valid(layout), None, head
 
     if target != "gt" or anchor_rows is not None:
         assert teacher is not None
@@ -225,36 +266,29 @@ def mtp_loss(
         switch = attention_context if as_teacher is None else routed
         with torch.no_grad(), switch(teacher, scoring), (as_teacher or nullcontext)():
             scored = call_backbone(teacher, layout.fill(tokens, token[..., :-1]), scoring)
-        teacher_head = head_of(teacher, mask_token_id)
+        if teacher is not student:
+            teacher_head = head_of(teacher, mask_token_id).narrowed(scored)
     if target == "gt":
-        label, keep = data_targets(tokens, layout, eos_token_ids)
+        label, keep = data_targets(tokens, layout, objective.eos_token_ids)
         keep &= valid
     else:
-        ended = torch.isin(token, eos_token_ids).int()
-        keep = valid & (ended.cumsum(-1) == ended)
+        keep = valid & objective.before_end(token)
         wanted = gather_rows(scored, layout.row)
         label = head_readout(wanted, teacher_head).token.view_as(token)
         if kept is not None:
             kept.take(token, confidence, keep, wanted, teacher_head)
     agree = (token == label) & keep
-    support = keep & until_fail(agree) if loss_support == "until_fail" else keep
-    weight = support.flatten().float()
-    if target == "soft":
-        loss = distill_loss(hidden, head, teacher=(wanted, teacher_head), row_weight=weight)
-    else:
-        loss = distill_loss(hidden, head, target=label.flatten(), row_weight=weight)
+    of_teacher = None if wanted is None else (wanted, teacher_head)
+    loss = objective.loss(hidden, head, label, of_teacher, agree, keep)
 
     prefix_loss, anchor_loss = loss.new_zeros(()), loss.new_zeros(())
-    text = states[:, : tokens.shape[1]]
     if prefix_rows is not None:
         # Row t predicts token t + 1; the last row has none and is never among them.
-        following = tokens.roll(-1, dims=1).flatten()
-        weight = prefix_rows.flatten().float()
-        prefix_loss = distill_loss(text.flatten(0, 1), head, target=following, row_weight=weight)
+        following = tokens.roll(-1, dims=1).flatten()[prefix_rows]
+        prefix_loss = distill_loss(_text_rows(states, tokens, prefix_rows), head, target=following)
     if anchor_rows is not None:
-        wanted = scored[:, : tokens.shape[1]].flatten(0, 1)
-        weight = anchor_rows.flatten().float()
-        anchor_loss = distill_loss(text.flatten(0, 1), head, teacher=(wanted, teacher_head), row_weight=weight)
+        text, of_text = (_text_rows(x, tokens, anchor_rows) for x in (states, scored))
+        anchor_loss = distill_loss(text, head, teacher=(of_text, teacher_head))
 
     return MTPLoss(
         span=loss,
@@ -267,3 +301,8 @@ def mtp_loss(
         confidence=(confidence * keep).sum((0, 1)),
         entropy=(entropy * keep).sum((0, 1)),
     )
+
+
+def _text_rows(states: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
+    """Of hidden states [B, T, H] those [n, H] of some rows of the texts [B * N]."""
+    return states[:, : tokens.shape[1]].flatten(0, 1).index_select(0, rows)

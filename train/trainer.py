@@ -39,7 +39,7 @@ from mtpkern.train.evaluate import HeldOut
 from mtpkern.train.layout import Layout, draw_k, draw_within, send
 from mtpkern.train.lora import add_lora, merged, plain_model
 from mtpkern.train.metrics import Seen, span_statistics
-from mtpkern.train.objective import MTPLoss, SpanContext, forward_as, mtp_loss
+from mtpkern.train.objective import MTPLoss, Objective, SpanContext, forward_as, mtp_loss
 from mtpkern.train.original import Original
 from mtpkern.train.plan import planned
 from mtpkern.train.run import NotFiniteError, RunTrainer
@@ -223,7 +223,9 @@ class MTPTrainer(RunTrainer):
     def _span_attention(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         device = self.args.device
         context = self._context(inputs)
-        rows = {name: send(inputs[name], device) for name in ("prefix_rows", "anchor_rows")}
+        # Found on the host, which knows them: a device would have to be asked how many they are.
+        named = ((name, inputs[name].flatten().nonzero().squeeze(1)) for name in ("prefix_rows", "anchor_rows"))
+        rows = {name: send(index, device) for name, index in named}
         with attention_context(plain_model(self.accelerator.unwrap_model(model)), context):
             yield {**inputs, "layout": context, **rows}
 
@@ -231,10 +233,12 @@ class MTPTrainer(RunTrainer):
         """The attention of a plan."""
         return SpanContext(inputs["layout"].to(self.args.device))
 
-    def _target(self) -> str:
+    def _objective(self) -> Objective:
         """What the student learns now: the data's tokens first, where a warm-up asks for it. Evaluation has one aim."""
         warming_up = self.model.training and self.state.global_step < self.args.gt_warmup_steps
-        return "gt" if warming_up else cast(str, self.args.teacher_target)
+        target: Any = "gt" if warming_up else self.args.teacher_target
+        support: Any = self.args.loss_support
+        return Objective(self.eos_token_ids, target, support, self.args.eos_padding)
 
     def compute_loss(
         self,
@@ -271,13 +275,10 @@ class MTPTrainer(RunTrainer):
             self.teacher,
             tokens,
             context,
+            self._objective(),
             mask_token_id=self.mask_token_id,
-            eos_token_ids=self.eos_token_ids,
-            target=self._target(),  # type: ignore[arg-type]
-            loss_support=self.args.loss_support,  # type: ignore[arg-type]
             prefix_rows=prefix_rows if self.args.prefix_weight else None,
             anchor_rows=anchor_rows if self.args.anchor_kl_weight else None,
-            eos_padding=self.args.eos_padding,
             as_teacher=core.disable_adapter if isinstance(core, PeftModel) else None,
             kept=self._kept,
         )

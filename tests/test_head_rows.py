@@ -1,0 +1,118 @@
+"""What a training step does with its head, counted: one cast of float32 weights, products of rows that have a loss."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mtpkern.attention import attention_context
+from mtpkern.kernels.distill import Head, distill_loss
+from mtpkern.train.layout import build_layout
+from mtpkern.train.objective import Objective, SpanContext, mtp_loss
+
+V, H, N, MASK, EOS = 61, 32, 15, 60, 7
+K, PREFIXES = 4, torch.tensor([[3, 8, 11], [2, 6, 0]])
+SHAPE = {
+    "vocab_size": V,
+    "hidden_size": H,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": False,
+}
+
+
+def llama(seed):
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+
+
+def counted(action):
+    """What an action returns; of its casts and its products on the CPU how many there are of each pair of shapes."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as record:
+        result = action()
+    seen = {"aten::_to_copy": [], "aten::mm": []}
+    for event in record.events():
+        if event.name in seen:
+            seen[event.name].append(tuple(tuple(shape) for shape in event.input_shapes[:2]))
+    return result, seen["aten::_to_copy"], seen["aten::mm"]
+
+
+def loss_of(student, teacher, target, **options):
+    layout = build_layout(PREFIXES, torch.tensor([N, N - 3]), K, num_tokens=N)
+    torch.manual_seed(1)
+    tokens = torch.randint(10, 59, (2, N))
+    context = SpanContext(layout)
+    objective = Objective(torch.tensor([EOS]), target)
+    with attention_context(student, context):
+        return mtp_loss(student, teacher, tokens, context, objective, mask_token_id=MASK, **options)
+
+
+@pytest.mark.parametrize(("own_teacher", "casts"), [(False, 2), (True, 1)])
+def test_a_step_casts_each_head_once(own_teacher, casts):
+    student = llama(0)
+    teacher = student if own_teacher else llama(1)
+    rows = torch.arange(4, 9)
+    options = {"target": "hard", "prefix_rows": rows, "anchor_rows": rows}
+    if own_teacher:
+        # As an adapter's student is, with its adapters off; its attention is held already.
+        options["as_teacher"] = torch.no_grad
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            sums = loss_of(student, teacher, **options)
+            (sums.span + sums.prefix + sums.anchor).backward()
+
+    _, cast, _ = counted(step)
+    assert sum(shapes[0] == (V, H) for shapes in cast) == casts
+    assert student.lm_head.weight.grad.dtype == torch.float32
+
+
+def test_a_head_cast_once_gives_the_same_bits():
+    torch.manual_seed(0)
+    hidden = torch.randn(9, H, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(V, H, requires_grad=True)
+    target = torch.randint(V, (9,))
+    found = []
+    with torch.autocast("cpu", torch.bfloat16):
+        for head in (Head(weight), Head(weight).narrowed(hidden)):
+            loss = distill_loss(hidden, head, target=target)
+            found.append([loss, *torch.autograd.grad(loss, [hidden, weight])])
+    assert head.narrow is not None
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_rows_of_weight_zero_are_in_no_product(soft):
+    torch.manual_seed(0)
+    hidden = torch.randn(40, H, requires_grad=True)
+    weight = torch.randn(V, H, requires_grad=True)
+    of_teacher = torch.randn(40, H), Head(torch.randn(V, H))
+    target = torch.randint(V, (40,))
+    row_weight = torch.randint(0, 2, (40,)).float()
+    some = row_weight.nonzero().squeeze(1)
+
+    def gradients(states, weights, target, teacher):
+        targets = {"teacher": teacher} if soft else {"target": target}
+        loss = distill_loss(states, Head(weight), row_weight=weights, **targets)
+        return [loss, *torch.autograd.grad(loss, [hidden, weight])]
+
+    got, _, products = counted(lambda: gradients(hidden, row_weight, target, of_teacher))
+    rows = [shape[0] for shapes in products for shape in shapes if shape[0] != V and shape[1:] in ((H,), (V,))]
+    assert set(rows) == {H, len(some)}, products
+    # The rest alone, with their weights and without: to the last bit.
+    for weights in (row_weight[some], None):
+        want = gradients(hidden[some], weights, target[some], (of_teacher[0][some], of_teacher[1]))
+        assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+def test_rows_of_the_text_without_a_loss_are_in_no_product():
+    student = llama(0)
+    rows = torch.tensor([3, 4, 5, 19, 20])
+    sums, _, products = counted(lambda: loss_of(student, None, target="gt", prefix_rows=rows))
+    heads = [shapes for shapes in products if (H, V) in shapes]
+    spans = int((PREFIXES > 0).sum()) * K
+    # Readout of all spans, their loss, and that of the text.
+    assert sorted(shapes[0][0] for shapes in heads) == [len(rows), spans, PREFIXES.numel() * K]
+    assert sums.prefix > 0

@@ -8,7 +8,6 @@ before it. With those the text is decoded. Either way a text ends at the same to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,7 +59,8 @@ class TextStops(StoppingCriteria):
             text = self._decode(ids[start:])
             if any(string in text for string in self.strings):
                 # What was there before the last token does not count: the prompt may hold a string.
-                before = len(commonprefix([text, self._decode(ids[start:-1])]))
+                pairs = zip(text, earlier := self._decode(ids[start:-1]))
+                before = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(earlier)))
                 return any(text.find(string, max(0, before - len(string) + 1)) >= 0 for string in self.strings)
             if _NO_CHARACTER not in text:
                 break

@@ -1,7 +1,7 @@
 """Stop strings: the same ends with every tokenizer, whether transformers can look into it or the text is decoded."""
 
 import random
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +17,7 @@ from mtpkern.stops import NO_TOKEN, TextStops, stop_criterion
 WORDS = ["no", "yes", "oh", "so", "the", "then", "and", "a", "of", "off", "is", "it", "Q", "A", "hen", "<mask>"]
 
 
+@cache
 def words() -> Any:
     """Whole words, of which transformers' criterion can make nothing."""
     from tokenizers import Tokenizer, models
@@ -140,18 +141,20 @@ def test_at_every_place_of_a_block(k: int, model: Any, tiny: SimpleNamespace) ->
     ids, real = tiny.prompts(*range(3, 19))
     given = {"input_ids": ids, "attention_mask": real, "max_new_tokens": 2 * k + 5, "strategy": Static(k)}
     given |= {"return_dict_in_generate": True, "pad_token_id": 0}
-    T, tokenizer, places = ids.shape[1], words(), set()
+    T, tokenizer = ids.shape[1], words()
     texts = mtpkern.generate(model, **given)
     prompts, free = [row[mask == 1].tolist() for row, mask in zip(ids, real)], texts.sequences[:, T:].tolist()
+    # Of each row those that end at a place of a block, and not before.
+    ending: dict[int, list[str]] = {place: [] for place in range(1, k + 1)}
+    for b, row in enumerate(free):
+        for i in range(3, 2 * k + 4):
+            string = str(tokenizer.decode(row[:i]))[-8:] + " " + WORDS[row[i]][:1]
+            if len(ending[i % k + 1]) < 4 and end_of(prompts[b], row[: i + 1], [string]) == i + 1:
+                ending[i % k + 1].append(string)
+    places: set[int] = set()
     for turn in range(4):
-        strings = []
-        for b, row in enumerate(free):
-            # Each row brings one that ends at another place, and not before.
-            for i in range(3, 2 * k + 4):
-                string = str(tokenizer.decode(row[:i]))[-8:] + " " + WORDS[row[i]][:1]
-                if i % k == (b + turn) % k and end_of(prompts[b], row[: i + 1], [string]) == i + 1:
-                    strings.append(string)
-                    break
+        # Strings of other places may end a row before: what is missing is asked for once more.
+        strings = [found[turn % len(found)] for place, found in ending.items() if place not in places]
         output = mtpkern.generate(model, **given, stop_strings=strings, tokenizer=tokenizer)
         for b, row in enumerate(output.sequences[:, T:].tolist()):
             end = end_of(prompts[b], free[b], strings)

@@ -19,10 +19,12 @@ def keep_top_p(warper: TopPLogitsWarper, scores: Tensor) -> Tensor:
     keep_top_p(TopPLogitsWarper(0.9), torch.randn(4, 50_000))
     """
     ordered = torch.from_numpy(np.sort(scores.numpy(), axis=1))
-    removed = ordered.softmax(-1).cumsum(-1) <= 1 - warper.top_p
-    cut = removed.sum(1, keepdim=True).clamp_(max=max(0, scores.shape[1] - warper.min_tokens_to_keep))
+    rest = ordered.new_full((len(scores), 1), 1 - warper.top_p)
+    # How many tokens are removed: those up to which the sum is at most the rest.
+    cut = torch.searchsorted(ordered.softmax(-1).cumsum(-1), rest, right=True)
+    cut.clamp_(max=max(0, scores.shape[1] - warper.min_tokens_to_keep))
     least = ordered.gather(1, cut)
-    kept = scores.masked_fill(scores < least, warper.filter_value)
+    kept = torch.where(scores < least, warper.filter_value, scores)
     tied = (cut > 0) & (ordered.gather(1, (cut - 1).clamp_(min=0)) == least)
     if tied.any():
         rows = tied[:, 0]

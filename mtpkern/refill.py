@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 
 # Prompts that are looked at for the next one, for each slot.
 LOOK_AHEAD = 4
-# On a CPU a free slot waits for one that has but this part of its answer left, drafts counted as told: answers of equal
-# length end within a few passes of one another, and one prefill of several prompts is less work than several of one.
-NEARLY_DONE = 1 / 20
 
 
 @dataclass(frozen=True)
@@ -153,19 +150,11 @@ class Slots(Poll):
         while True:
             if self.on_cpu:
                 self.deliver(wait=True)
-            if not self._waits():
-                with unrouted(self.decoder.model):
-                    self.fill()
+            with unrouted(self.decoder.model):
+                self.fill()
             # Some have come to their end in the prefill already; where the state is known, none makes a pass in vain.
             if not self.on_cpu or not self._collect(self.state()):
                 return sum(job is not None for job in self.inside)
-
-    def _waits(self) -> bool:
-        """Whether another slot is about to become free; only where what is on the device is known."""
-        if not self.on_cpu or self.entering is not None or all(self.inside):
-            return False
-        left = (self.sequences.limit - self.sequences.length).tolist()
-        return any(job is not None and left[slot] <= NEARLY_DONE * job.new for slot, job in enumerate(self.inside))
 
     def _collect(self, state: Tensor) -> bool:
         """Let those go that have ended; returns whether anybody has."""

@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import LogitsProcessor, StopStringCriteria
 
 from mtpkern.fields import OF_SAMPLING, OF_SCORES, checked_field
+from mtpkern.stops import stop_criterion
 
 _LIMITS = ("max_length", "max_new_tokens")
 _TOKENS = ("pad_token_id", "bos_token_id")
@@ -336,7 +337,7 @@ def _checked_criteria(criteria: Any) -> list[Any]:
     return list(criteria)
 
 
-def _string_criteria(strings: Any, tokenizer: Any, given: list[Any]) -> list[StopStringCriteria]:
+def _string_criteria(strings: Any, tokenizer: Any, given: list[Any]) -> list[StoppingCriteria]:
     """The criterion that transformers would make; its own generate loses the tokenizer on the way to a callable.
 
     As there, none beside one that the call has brought.
@@ -353,13 +354,7 @@ def _string_criteria(strings: Any, tokenizer: Any, given: list[Any]) -> list[Sto
         )
     if any(type(x) is StopStringCriteria for x in given):
         return []
-    try:
-        return [StopStringCriteria(tokenizer, list(listed))]
-    except ValueError as error:  # a tokenizer of whole words, say
-        raise ValueError(
-            f"transformers cannot look for stop_strings={strings!r} in what this {type(tokenizer).__name__} decodes: "
-            f"{error}. Pass stopping_criteria that decode the text"
-        ) from error
+    return [stop_criterion(tokenizer, listed)]
 
 
 def _checked_processors(processors: Any) -> list[Any]:

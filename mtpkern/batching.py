@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import MaxLengthCriteria, MaxTimeCriteria
 from transformers.generation import logits_process as theirs
 
@@ -399,9 +399,11 @@ def _refuse(kwargs: dict[str, Any], file: GenerationConfig | None) -> None:
     bad = {n: v for n, v in asked.items() if n not in _HONOURED and not (n in known and inert(n, v)) and v is not None}
     if bad:
         values = ", ".join(f"{name}={value!r:.60}" for name, value in bad.items())
+        arguments = {name for f in (generate, GenerationMixin.generate) for name in signature(f).parameters}
+        unknown = not bad.keys() & (known | arguments | {"attention_mask"})
+        why = "which nobody knows" if unknown else "which is no matter of each prompt alone"
         raise ValueError(
-            f"mtpkern.generate_batch does not support {values}, which it does not know or which is no matter of each "
-            "prompt alone; leave it out, or use mtpkern.generate"
+            f"mtpkern.generate_batch does not support {values}, {why}; leave it out, or use mtpkern.generate"
         )
 
 

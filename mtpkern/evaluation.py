@@ -98,7 +98,7 @@ class Evaluation:
 
         prompts = [self._encode(case) for case in cases]
         inputs = pad(prompts, self.model.device)
-        options = self._options(inputs["input_ids"].shape[1])
+        options = self._options()
         ways: dict[str, dict[int, dict[str, Any]]] = {}
         for name in rotated(list(self.ways), batch):
             strategy = self.ways[name]
@@ -138,14 +138,12 @@ class Evaluation:
             raise ValueError(f"{case.where}: the prompt has no tokens; give one with text in it")
         return ids
 
-    def _options(self, width: int) -> dict[str, Any]:
-        from mtpkern.stops import stop_options
-
+    def _options(self) -> dict[str, Any]:
         options = {"max_new_tokens": self.max_new_tokens, **self.options}
         # The original stops where the model does.
         stop = self.model.generation_config.eos_token_id
         options["eos_token_id"] = self.tokenizer.eos_token_id if stop is None else stop
-        return options | stop_options(self.tokenizer, self.stops, width)
+        return options | ({"stop_strings": list(self.stops), "tokenizer": self.tokenizer} if self.stops else {})
 
     def _way(
         self, cases: Sequence[Case], completions: Sequence[Completion], seconds: float

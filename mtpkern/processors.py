@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.generation import logits_process as theirs
 
+from mtpkern.nucleus import keep_top_p
+
 # What looks at the scores alone: called as it is, on all rows at once.
 _OF_SCORES = (
     *(theirs.TemperatureLogitsWarper, theirs.TopKLogitsWarper, theirs.TopPLogitsWarper, theirs.MinPLogitsWarper),
@@ -81,7 +83,10 @@ class OfScores(Processor):
     processor: theirs.LogitsProcessor = field(compare=False)
 
     def on(self, device: torch.device, vocabulary: int) -> Apply:
-        """Theirs as it is."""
+        """Theirs as it is; on a CPU, where the host may look at the scores, top-p in a cheaper way."""
+        if device.type == "cpu" and type(self.processor) is theirs.TopPLogitsWarper:
+            warper = self.processor
+            return lambda scores, texts: keep_top_p(warper, scores)
         return lambda scores, texts: self.processor(None, scores)  # type: ignore[arg-type]
 
 

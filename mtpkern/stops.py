@@ -1,4 +1,9 @@
-"""Stop strings for tokenizers in which transformers cannot look for them (of whole words, say): in the decoded text."""
+"""Stop strings: what looks for them in a text that is being written.
+
+transformers' criterion knows of each token the text that it stands for, and needs to look into no text. It finds that
+out by itself, which fails with some tokenizers: of whole words, say, or where it cannot tell a token from the space
+before it. With those the text is decoded. Either way a text ends at the same token: the first that completes a string.
+"""
 
 from __future__ import annotations
 
@@ -12,35 +17,54 @@ from transformers import StoppingCriteria, StopStringCriteria
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Stands where there is no token: above every vocabulary, and in no stop string.
+NO_TOKEN = 1 << 40
+# Behind so many tokens the text is that of the whole: the first may lose its space, or begin within a character.
+_LEAD = 4
+_NO_CHARACTER = "\ufffd"
+
+
+def stop_criterion(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> StoppingCriteria:
+    """Says of each prefix [B, T] whether its last token completes one of the strings, with any tokenizer.
+
+    Raises TypeError for what cannot decode.
+
+        model.generate(**inputs, stopping_criteria=[stop_criterion(tokenizer, ["Q:"])])
+    """
+    if not callable(getattr(tokenizer, "decode", None)):
+        raise TypeError(f"tokenizer must be the model's tokenizer itself, got {tokenizer!r:.60}")
+    try:
+        return StopStringCriteria(tokenizer, list(strings))
+    except Exception:  # whatever comes of a tokenizer that is of another kind than it expects
+        return TextStops(tokenizer, strings)
+
 
 class TextStops(StoppingCriteria):
-    """Ends a sequence whose new text holds one of the strings. start: where it begins, the width T of the prompts.
+    """As `StopStringCriteria`, of the decoded text: `TextStops(tokenizer, ["Q:"])(input_ids, None)` is bool [B]."""
 
-    model.generate(**inputs, stopping_criteria=[TextStops(tokenizer, ["Q:"], inputs["input_ids"].shape[1])])
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], start: int) -> None:
-        self.tokenizer, self.stops, self.start = tokenizer, stops, start
-        # Asked behind every token, and a token says a byte at least: a match that is new lies in so many of them.
-        self.reach = max(len(stop.encode()) for stop in stops) + 4
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> None:
+        self.tokenizer, self.strings = tokenizer, tuple(strings)
+        # A token says a byte at least, so that no match begins before these.
+        self.maximum_token_len = max(len(string.encode()) for string in strings) + _LEAD
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Whether each of the sequences input_ids [B, T + new] has ended, bool [B]."""
-        new = input_ids[:, max(self.start, input_ids.shape[1] - self.reach) :].tolist()
-        texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in new]
-        found = [any(stop in text for stop in self.stops) for text in texts]
-        return torch.tensor(found, device=input_ids.device)
+        """Whether the last token of each of the sequences input_ids [B, T] completes a string, bool [B]."""
+        windows = input_ids[:, -self.maximum_token_len :].tolist()
+        return torch.tensor([self._completes(row) for row in windows], device=input_ids.device)
 
+    def _completes(self, window: list[int]) -> bool:
+        ids = [token for token in window if token < NO_TOKEN]
+        # Some decoders make nothing of a character whose first byte is missing, nor of those that follow it.
+        for start in range(_LEAD):
+            text = self._decode(ids[start:])
+            if any(string in text for string in self.strings):
+                # What was there before the last token does not count: the prompt may hold a string.
+                pairs = zip(text, earlier := self._decode(ids[start:-1]))
+                before = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(earlier)))
+                return any(text.find(string, max(0, before - len(string) + 1)) >= 0 for string in self.strings)
+            if _NO_CHARACTER not in text:
+                break
+        return False
 
-def stop_options(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], start: int) -> dict[str, Any]:
-    """The stop strings as arguments of `mtpkern.generate`, for prompts of width `start`; none for none.
-
-    mtpkern.generate(model, **inputs, **stop_options(tokenizer, ["Q:"], inputs["input_ids"].shape[1]))
-    """
-    if not stops:
-        return {}
-    try:
-        StopStringCriteria(tokenizer, list(stops))
-    except ValueError:
-        return {"stopping_criteria": [TextStops(tokenizer, stops, start)]}
-    return {"stop_strings": list(stops), "tokenizer": tokenizer}
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids))

@@ -28,17 +28,16 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTime
 
 from mtpkern.kernels.state import FAULT, LIMIT, RUNNING, STOPPED, Sequences
 from mtpkern.poll import Poll
+from mtpkern.stops import NO_TOKEN, TextStops
 from mtpkern.strategies import Strategy
 
 Criterion = TypeVar("Criterion")
 # Criteria whose meaning is known; a subclass may mean anything.
-_KNOWN = (MaxLengthCriteria, EosTokenCriteria, MaxTimeCriteria, StopStringCriteria)
+_KNOWN = (MaxLengthCriteria, EosTokenCriteria, MaxTimeCriteria, StopStringCriteria, TextStops)
 # Where two reasons fall on one token, the first of these is told.
 _PRECEDENCE = ("stop", "stop_string", "criteria", "time", "closed", "length", "fault")
 # Why the device has ended a sequence; one that the passes have not sufficed for is at its limit.
 REASONS = {RUNNING: "length", STOPPED: "stop", LIMIT: "length", FAULT: "fault"}
-# An id above every vocabulary's, which no stop string contains.
-_NO_TOKEN = 1 << 40
 # What a clock is shown, which does not look.
 _ANYTHING = torch.zeros(1, 1, dtype=torch.int64)
 
@@ -90,7 +89,7 @@ class Watch:
         self.streamer = streamer
         self.by_blocks = hasattr(streamer, "put_block")
         self.closed: Event | None = getattr(streamer, "closed", None) if self.by_blocks else None
-        self.strings = of_kind(criteria, StopStringCriteria)
+        self.strings = [*of_kind(criteria, StopStringCriteria), *of_kind(criteria, TextStops)]
         self.clocks = of_kind(criteria, MaxTimeCriteria)
         self.others = StoppingCriteriaList(x for x in criteria if type(x) not in _KNOWN)
         self.begun = False
@@ -122,7 +121,7 @@ class Watch:
         if self.strings:
             # The end of the prompt, as much as a match may reach into, is as good as the whole.
             L = self.reach = max(criterion.maximum_token_len for criterion in self.strings)
-            self.leads = F.pad(input_ids.long(), (L, 0), value=_NO_TOKEN)[:, -L:].tolist()
+            self.leads = F.pad(input_ids.long(), (L, 0), value=NO_TOKEN)[:, -L:].tolist()
         if self.others:
             self.ids = torch.cat([input_ids.long(), torch.full((B, new), padding)], dim=1)  # up to `columns`
         # On a GPU criteria are asked beside the passes, on a stream of their own: they would wait for one otherwise.

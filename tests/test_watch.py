@@ -378,14 +378,6 @@ def test_what_the_models_file_says_of_strings_and_time_counts(
     assert mtpkern.generate(own, **inputs, **passes_of_a_second, max_time=None).shape == (3, 12 + NEW)
 
 
-def test_a_tokenizer_that_transformers_cannot_search_is_named(model: Any, inputs: Any) -> None:
-    from transformers import AutoTokenizer
-
-    words = AutoTokenizer.from_pretrained(mtpkern.ASSETS)
-    with pytest.raises(ValueError, match=r"cannot look for stop_strings='Question:' .* Pass stopping_criteria"):
-        mtpkern.generate(model, **inputs, max_new_tokens=4, stop_strings="Question:", tokenizer=words)
-
-
 # transformers' own streamers
 
 

@@ -640,14 +640,8 @@ def test_options_of_throughput(monkeypatch, capsys):
     assert asked == [
         {"model": "Qwen3-4B", "batches": [1, 64], "contexts": None, "most_tokens": None, "right": ["problems"]}
     ]
-    for wrong in (
-        ["--batches", "0"],
-        ["--most-tokens", "-1"],
-        ["--model", "other"],
-        ["--right", "0.7"],
-        ["--right", "often"],
-    ):
+    for wrong in ("--batches 0", "--most-tokens -1", "--model other", "--right 0.7", "--right often"):
         with pytest.raises(SystemExit):
-            throughput.main(["--device", "cpu", *wrong])
+            throughput.main(["--device", "cpu", *wrong.split()])
     # What no model was measured to do is not imposed.
     assert "invalid choice: 'often'" in capsys.readouterr().err

@@ -24,6 +24,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from time import perf_counter, process_time
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -272,7 +273,7 @@ def measure(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
-    options = {
+    options: dict[str, dict[str, Any]] = {
         "--model": {"choices": [*CONFIGS, SHIPPED], "default": MODEL, "help": f"(default {MODEL})"},
         "--batches": {"type": positive, "nargs": "+", "metavar": "B", "help": "sequences side by side"},
         "--contexts": {"type": positive, "nargs": "+", "metavar": "L", "help": "tokens that stand before"},

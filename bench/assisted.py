@@ -1,8 +1,10 @@
-"""Greedy decoding of held-out problems by others' means: transformers' assisted generation by prompt lookup, in turns.
+"""Greedy decoding of held-out problems by others' means: transformers' assisted generation, in turns.
 
-All ways write the model's own greedy tokens. Prompt lookup drafts what stood behind the same words before, for one
-prompt at a time; it needs no training, and gains where an answer repeats its prompt. Static caches under torch.compile
-are measured by mtpkern.bench.compiled, FlexAttention and flash-attn by the attention benchmarks, Liger by distill.
+All ways write the model's own greedy tokens, for one prompt at a time, and theirs need no training. Prompt lookup
+drafts what stood behind the same words before, and gains where an answer repeats its prompt. Assisted generation lets a
+small model draft; the shipped one is the smallest of its vocabulary, so its own first layers do (early exit). Static
+caches under torch.compile are measured by mtpkern.bench.compiled, FlexAttention and flash-attn by the attention
+benchmarks, Liger by distill.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from mtpkern.compare import Completion, encode, hugging_face, ours, read_problem
 from mtpkern.output import exit_status
 from mtpkern.strategies import Static, Verified
 
-LOOKUP = 10
+LOOKUP, LAYERS = 10, 2
 HEADER = ("way", "identical to HF greedy", "tokens/s", "× HF generate, median")
 
 
@@ -34,6 +36,9 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
     ways: dict[str, Callable[..., list[Completion]]] = {
         "HF generate": partial(hugging_face, model),
         f"HF generate, prompt lookup of {LOOKUP}": partial(hugging_face, model, prompt_lookup_num_tokens=LOOKUP),
+        f"HF generate, assisted by its first {LAYERS} layers": partial(
+            hugging_face, model, assistant_early_exit=LAYERS
+        ),
         "one a pass": partial(ours, model, strategy=Static(1)),
         "Verified": partial(ours, model, strategy=Verified()),
     }

@@ -1,4 +1,4 @@
-"""Tables of results in README and docs, made from bench/results: `python -m mtpkern.bench.readme`, or --check.
+"""Tables of results in README, docs and cards, made from bench/results: `python -m mtpkern.bench.readme`, or --check.
 
 A table stands between `<!-- results: NAME -->` and `<!-- end of results -->`; NAME is a function of `TABLES`.
 """
@@ -13,12 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mtpkern import ASSETS
 from mtpkern.bench.report import RESULTS
 from mtpkern.bench_plots import masks_right
 from mtpkern.output import exit_status
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-FIGURES = README.parent / "docs" / "figures" / "README.md"
+DOCS = README.parent / "docs"
+FIGURES, PERFORMANCE = DOCS / "figures" / "README.md", DOCS / "performance.md"
+CARDS = (ASSETS / "README.md", ASSETS / "smollm2" / "README.md")
 COMMAND = "python -m mtpkern.bench.readme"
 
 
@@ -82,13 +85,47 @@ def throughput_table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
+def concurrency_table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A row a context and batch: for each way masks are right, tokens a pass and the ratio to one token a pass."""
+    records = results["tables"][0]["records"]
+    ways = list(dict.fromkeys(masks_right(one) for one in records))
+    rows: list[tuple[str, ...]] = [("context", "sequences", *(f"masks right: {way}" for way in ways))]
+    found: dict[tuple[int, int], dict[str, str]] = {}
+    for one in records:
+        said = f"{one['ratio']:.2f} at {one['tokens_a_pass']:.2f}"
+        found.setdefault((one["context"], one["B"]), {})[masks_right(one)] = said
+    rows += [(f"{context:,}", str(B), *(cells.get(way, "") for way in ways)) for (context, B), cells in found.items()]
+    return rows
+
+
+def shipped_table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The shipped checkpoint in every way of docs/figures."""
+    rows: list[tuple[str, ...]] = [("way", "right", "tokens a pass", "Eff. k", "speed")]
+    for way, f in results["figures"].items():
+        right = f"{f['accuracy']:.1%} ± {f['standard_error']:.1%}".replace("%", " %")
+        rows.append((way, right, f"{f['tokens_per_pass']:.2f}", f"{f['effective_k']:.2f}", f"{f['wall_clock']:.2f}"))
+    return rows
+
+
+def acceptance_table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """By position, of the ways of docs/figures that do not keep all."""
+    kept = {way: f["acceptance"] for way, f in results["figures"].items() if not way.startswith("static")}
+    most = max(map(len, kept.values()))
+    rows: list[tuple[str, ...]] = [("way", *map(str, range(2, most + 1)))]
+    return rows + [(way, *(f"{x:.2f}" for x in a[1:]), *[""] * (most - len(a))) for way, a in kept.items()]
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], list[tuple[str, ...]]]] = {
     "decode": decode_table,
     "real": real_table,
     "throughput": throughput_table,
+    "concurrency": concurrency_table,
+    "shipped": shipped_table,
+    "acceptance": acceptance_table,
 }
 # Those that do not bear the table's name.
-_FILES = {"throughput": "h200/throughput.json"}
+_FILES = {"throughput": "h200/throughput.json", "concurrency": "cpu/throughput.json"}
+_FILES |= dict.fromkeys(("shipped", "acceptance"), "../../docs/figures/results.json")
 
 
 def rewritten(text: str, folder: Path = RESULTS) -> str:
@@ -115,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.split("\n\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where a page differs")
     args = parser.parse_args(argv)
-    for page in (README, FIGURES):
+    for page in (README, FIGURES, PERFORMANCE, *CARDS):
         before = page.read_text(encoding="utf-8")
         after = rewritten(before)
         if args.check and before != after:

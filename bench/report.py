@@ -120,13 +120,15 @@ def run(
     measure: Callable[..., Iterable[Table]],
     argv: Sequence[str] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
+    on_cpu: Callable[[argparse.Namespace], bool] = lambda args: False,
 ) -> None:
     """The command line of a benchmark: measure, write all so far after each table, print each row as it comes.
 
     `measure(device, quick)` yields tables; one may come again and again under the same caption, each time with another
     row, so that a run that is cut keeps the rows it has. quick says that the grids should take seconds; on a CPU they
     are tiny in any case, and the page says that it is a dry run and is written only where --results names a folder.
-    options: further ones by name, as argparse's add_argument takes them; measure gets their values by keyword.
+    options: further ones by name, as argparse's add_argument takes them; measure gets their values by keyword. on_cpu:
+    whether what these ask for is measured on a CPU too, instead of rehearsed.
 
         def main() -> None:
             run("readout", "Readout", measure)
@@ -138,7 +140,7 @@ def run(
     further = [parser.add_argument(option, **facts).dest for option, facts in (options or {}).items()]
     args = parser.parse_args(argv)
     device = torch.device(args.device)
-    dry_run = device.type == "cpu"
+    dry_run = device.type == "cpu" and not on_cpu(args)
     if dry_run:
         title += " (DRY RUN on a CPU: its figures say nothing)"
     folder = args.results or (None if dry_run else RESULTS)

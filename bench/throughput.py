@@ -8,9 +8,11 @@ independently of all others, and is as sure as that. The readout runs as it is, 
 both ways.
 
     python -m mtpkern.bench.throughput --batches 1 4 16 64 --contexts 1024 32768 --right never problems
+    python -m mtpkern.bench.throughput --model shipped --device cpu --most-tokens 524288 --results bench/results/cpu
 
-The chances are those that a real model's predictions were measured to have, or a number for every place. What does not
-fit the memory is left out, by name, before anything of it is made.
+The chances are those that a real model's predictions were measured to have, and the threshold is the one that this
+model decodes best with. What does not fit the memory is left out, by name, before anything of it is made. On a CPU
+Qwen3-4B's tiny kin rehearses; the shipped model, with positions for any context, is measured there, in float32.
 
 What is timed is what a call of `generate` does behind its prefill: passes, polls and the choice of rungs, with all
 sequences running to the last.
@@ -18,31 +20,34 @@ sequences running to the last.
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Iterator, Sequence
-from time import perf_counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from time import perf_counter, process_time
+from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from mtpkern import ASSETS
 from mtpkern.attention import attention_context
 from mtpkern.bench.report import Table, positive, run
-from mtpkern.bench.step import MASK, build
+from mtpkern.bench.step import CONFIGS, MASK, build
 from mtpkern.bench.timing import free
 from mtpkern.compare import synchronize
 from mtpkern.decoder import Decoder
 from mtpkern.kernels.readout import readout
-from mtpkern.load import Ladder, default_rows
+from mtpkern.load import Ladder, _times, default_rows
 from mtpkern.memory import FIXED_SHARE, available_memory, kv_bytes
 from mtpkern.output import exit_status
 from mtpkern.strategies import Static, Strategy, Verified
 
-MODEL = "Qwen3-4B"
-K = 8
-# Masks behind drafts, a sequence, up to the batch of which there are rows for them.
+MODEL, SHIPPED = "Qwen3-4B", "shipped"
+# The threshold is that of the model whose chances are imposed: a mask is as sure as it is likely to be right.
+K, THRESHOLD = 8, 0.2
+# Masks behind drafts, a sequence, up to the batch of which a GPU has rows for them.
 MASKS = {1: 9}
 # How often the j-th prediction behind the certain one is right where the truth stands in front; those behind are taken
 # as the last. Of SmolLM2-135M-Instruct with its gated adapter, on held-out prompts (mtpkern/assets/smollm2/README.md).
@@ -52,6 +57,8 @@ MEASURED = {
 }
 RIGHT = {"never": (0.0,), **MEASURED}
 BATCHES, CONTEXTS, PASSES = (1, 16, 64, 128), (1024,), 100
+# On a CPU: of the shipped model, and of the rehearsal.
+LOADS, TEXTS, FEWER = (1, 2, 4, 8, 16, 32, 64), (1024, 8192, 32_768), 24
 _PROMPT = 8
 
 
@@ -112,12 +119,18 @@ class Course:
             for place in (decoder.all_rows.prefix_end, decoder.all_rows.span_start):
                 place.add_(up * in_use)
         decoder.max_passes = self.passes
-        with attention_context(self.model, decoder.cache) as route, patch("mtpkern.decoder.readout", self.readout):
+        now = clock(self.model.device)
+        with (
+            attention_context(self.model, decoder.cache) as route,
+            patch("mtpkern.decoder.readout", self.readout),
+            # What rows cost is learned by the clock that judges.
+            patch("mtpkern.decoder.perf_counter", now),
+        ):
             synchronize(self.model.device)
-            start = perf_counter()
+            start = now()
             decoder.run(route)
             synchronize(self.model.device)
-        seconds = perf_counter() - start
+        seconds = now() - start
         assert (sequences.passes == self.passes + 1).all()
         # Behind the prefill one token is certain, the first.
         certain = sequences.length - sequences.pending - self.context
@@ -142,6 +155,22 @@ class Course:
         return torch.where(wrong, 2 + right % 2, right), torch.where(is_mask, chance, 1.0).to(confidence.dtype)
 
 
+def clock(device: torch.device) -> Callable[[], float]:
+    """Seconds: of the process where it is one thread on a CPU, which then need not be free of other work."""
+    return process_time if device.type == "cpu" and torch.get_num_threads() == 1 else perf_counter
+
+
+def model_of(name: str, device: torch.device) -> PreTrainedModel:
+    """The shipped model in float32 with positions for any context, or one of bench/step.py's."""
+    if name != SHIPPED:
+        return build(name, device)
+    config = AutoConfig.from_pretrained(ASSETS, trust_remote_code=False, max_position_embeddings=1 << 18)
+    model = AutoModelForCausalLM.from_pretrained(
+        ASSETS, config=config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+    )
+    return model.to(device).eval()
+
+
 def climb(course: Course) -> dict[int, float]:
     """Have every rung of the ladder made and timed; returns milliseconds of their passes (none without a graph)."""
     ladder = course.decoder._ladder
@@ -154,10 +183,14 @@ def climb(course: Course) -> dict[int, float]:
     return {rows: ladder.times.seconds.get(rows, float("nan")) * 1e3 for rows in ladder.rungs}
 
 
+def _masks(batch: int, device: torch.device) -> int:
+    return 0 if device.type == "cpu" else MASKS.get(batch, 0)
+
+
 def require_room(model: PreTrainedModel, batch: int, context: int, passes: int) -> None:
     """Raises ValueError, with the bytes, where keys and values of both ways leave no room for graphs."""
     plain = kv_bytes(model, batch, context + passes + 3)
-    ours = kv_bytes(model, batch, context + (passes + 2) * K + 1, MASKS.get(batch, 0))
+    ours = kv_bytes(model, batch, context + (passes + 2) * K + 1, _masks(batch, model.device))
     there = available_memory(model.device)
     if plain is None or ours is None or there is None or ours <= FIXED_SHARE * (there - plain):
         return
@@ -173,84 +206,86 @@ def measure(
     batches: Sequence[int] | None = None,
     contexts: Sequence[int] | None = None,
     right: Sequence[str] = tuple(RIGHT),
+    model: str = MODEL,
+    most_tokens: int | None = None,
 ) -> Iterator[Table]:
     """A row for each context, batch and chance, the table so far after each row.
 
-    batches, contexts: of sequences, and of tokens; small ones on a CPU unless given. right: names of `RIGHT`, or
-    numbers from 0 to 1
+    batches, contexts: of sequences, and of tokens; small ones where a CPU rehearses unless given. right: names of
+    `RIGHT`. most_tokens: of all sequences together; what has more is left out
     """
     cpu = device.type == "cpu"
-    batches = batches or ((1, 2) if cpu else BATCHES)
-    contexts, passes = contexts or ((24,) if cpu else CONTEXTS), 12 if cpu else PASSES
-    chances = {(name if name in RIGHT else f"{float(name):.0%}"): RIGHT.get(name) or (float(name),) for name in right}
-    model = build(MODEL, device)
+    there = (LOADS, TEXTS) if model == SHIPPED else ((1, 2), (24,)) if cpu else (BATCHES, CONTEXTS)
+    batches, contexts, passes = batches or there[0], contexts or there[1], FEWER if cpu else PASSES
+    judged = model_of(model, device)
     rows: list[tuple[str, ...]] = []
     records: list[dict[str, object]] = []
     skipped: list[str] = []
-    measured = "; ".join(f"{name}: {', '.join(f'{x:.0%}' for x in chance)}" for name, chance in chances.items())
+    measured = "; ".join(f"{name}: {', '.join(f'{x:.0%}' for x in RIGHT[name])}" for name in right)
+    form = "float32" if judged.dtype == torch.float32 else "bf16"
+    how = f"{form}, one thread's CPU time" if clock(device) is process_time else f"{form}"
     note = (
-        f"{passes} passes, k = {K}, masks behind drafts at batch {', '.join(map(str, MASKS))}; bf16, random weights, "
-        "layers compiled, in graphs; the least of some runs, in turns. ratio: tokens a second over those of one token "
-        f"a pass. How often a mask is right by its place in the span: {measured}."
+        f"{passes} passes, k = {K}, threshold {THRESHOLD}, "
+        f"{'no masks behind drafts' if cpu else f'masks behind drafts at batch {next(iter(MASKS))}'}; {how}"
+        f"{', positions for any context' if model == SHIPPED else ', random weights'}"
+        f"{'' if cpu else ', layers compiled, in graphs'}; the least of some runs, in turns. ratio: tokens a second "
+        "over those of one token a pass. How often a mask is right by its place in the span, of SmolLM2-135M-Instruct "
+        f"with its adapter: {measured}."
     )
-    header = ("batch", "context", "masks right", "tokens a pass", "tokens/s", "ratio", "ms a pass by rows")
+    header = ("batch", "context", "masks right", "tokens a pass", "tokens/s", "ratio", "ms a pass, one token: ours")
+    table = partial(Table, f"Whole runs of {model if model != SHIPPED else 'the shipped model'}", note, header)
     for context in contexts:
         for batch in batches:
             try:
-                require_room(model, batch, context, passes)
+                if most_tokens is not None and batch * context > most_tokens:
+                    raise ValueError(f"{batch * context:,} tokens, and --most-tokens is {most_tokens:,}")
+                require_room(judged, batch, context, passes)
             except ValueError as error:
                 skipped.append(f"batch {batch}, context {context}: {error}")
-                yield Table(f"Whole runs of {MODEL}", note, header, [*rows], [*records], skipped=[*skipped])
+                yield table([*rows], [*records], skipped=[*skipped])
                 continue
-            plain = Course(model, batch, context, passes, Static(1))
-            course = Course(model, batch, context, passes, Verified(K, masks=MASKS.get(batch, 0)))
+            # A process that decodes like this and nothing else.
+            _times.pop(judged, None)
+            plain = Course(judged, batch, context, passes, Static(1))
+            course = Course(judged, batch, context, passes, Verified(K, THRESHOLD, masks=_masks(batch, device)))
             for _ in range(2):
                 plain.run(RIGHT["never"])
             rungs = climb(course)
-            steps = ", ".join(f"{r}: {ms:.2f}" for r, ms in rungs.items())
-            for name, chance in chances.items():
+            for name in right:
                 slow, fast, tokens = [], [], 0.0
                 for _ in range(2 if quick else 5):
-                    seconds, tokens = course.run(chance)
+                    seconds, tokens = course.run(RIGHT[name])
                     fast.append(seconds)
-                    slow.append(plain.run(chance)[0])
+                    slow.append(plain.run(RIGHT[name])[0])
                 ratio = tokens * min(slow) / min(fast)
                 rate = batch * passes * tokens / min(fast)
+                steps = f"{min(slow) / passes * 1e3:.2f}: {min(fast) / passes * 1e3:.2f}"
                 rows.append((str(batch), str(context), name, f"{tokens:.2f}", f"{rate:.0f}", f"{ratio:.2f}", steps))
                 records.append(
-                    {"B": batch, "context": context, "right": name, "chance": list(chance), "tokens_a_pass": tokens}
-                    | {"ratio": ratio, "tokens_a_second": rate, "plain_s": slow, "s": fast, "ms_by_rows": rungs}
+                    {"B": batch, "context": context, "right": name, "chance": list(RIGHT[name])}
+                    | {"tokens_a_pass": tokens, "ratio": ratio, "tokens_a_second": rate, "plain_s": slow, "s": fast}
+                    | {"ms_by_rows": rungs}
                 )
-                yield Table(f"Whole runs of {MODEL}", note, header, [*rows], [*records], skipped=[*skipped])
+                yield table([*rows], [*records], skipped=[*skipped])
             del plain, course
             free(device)
 
 
-def _right(text: str) -> str:
-    if text not in RIGHT:
-        try:
-            given = float(text)
-        except ValueError:
-            given = -1.0
-        if not 0 <= given <= 1:
-            raise argparse.ArgumentTypeError(f"expected {', '.join(RIGHT)} or a number from 0 to 1, got {text!r}")
-    return text
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
-    options = {
+    options: dict[str, dict[str, Any]] = {
+        "--model": {"choices": [*CONFIGS, SHIPPED], "default": MODEL, "help": f"(default {MODEL})"},
         "--batches": {"type": positive, "nargs": "+", "metavar": "B", "help": "sequences side by side"},
         "--contexts": {"type": positive, "nargs": "+", "metavar": "L", "help": "tokens that stand before"},
+        "--most-tokens": {"type": positive, "metavar": "N", "help": "leave out what has more in all its sequences"},
         "--right": {
-            "type": _right,
+            "choices": list(RIGHT),
             "nargs": "+",
-            "metavar": "HOW",
             "default": list(RIGHT),
-            "help": f"how often masks are: {', '.join(RIGHT)}, as measured, or a number from 0 to 1",
+            "help": "how often masks are, as measured (default: all)",
         },
     }
-    run("throughput", "Runs with rows by load", measure, argv, options)
+    run("throughput", "Runs with rows by load", measure, argv, options, on_cpu=lambda args: args.model == SHIPPED)
 
 
 if __name__ == "__main__":

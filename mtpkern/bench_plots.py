@@ -1,6 +1,6 @@
 """Figures of benchmarks' results, for `mtpkern plot`: of mtpkern.bench.throughput and mtpkern.bench.real.
 
-throughput.png  tokens a second in all against those of each sequence, a line a context and a way masks are right
+throughput.png  tokens a second in all against those of each sequence, a panel a context, a line a way masks are right
 real.png        how many tokens a pass each held-out prompt brought
 """
 
@@ -35,29 +35,28 @@ def throughput(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def draw_throughput(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Throughput against what each sequence gets, batch by batch."""
+    """Throughput against what each sequence gets, batch by batch: a panel a context."""
     from matplotlib.figure import Figure  # type: ignore[import-not-found]  # of an extra
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="tokens a second of each sequence", ylabel="tokens a second in all")
-    axes.grid(alpha=0.3)
     contexts = list(dict.fromkeys(row["context"] for row in rows))
-    lines = []
-    for context in contexts:
+    figure = Figure(figsize=(max(7, 4.2 * len(contexts)), 4.5), layout="constrained")
+    for i, context in enumerate(contexts, 1):
+        axes = figure.add_subplot(1, len(contexts), i, xlabel="tokens a second of each sequence")
+        axes.set_title(f"context of {context} tokens" if context else "", fontsize="small")
+        axes.grid(alpha=0.3)
         rights = list(dict.fromkeys(row["masks_right"] for row in rows if row["context"] == context))
-        lines += [("one a pass", context, rights[0]), *(("Verified", context, right) for right in rights)]
-    for line in lines:
-        mine = [row for row in rows if (row["of"], row["context"], row["masks_right"]) == line]
-        mine.sort(key=lambda row: row["batch"])
-        of, context, right = line
-        label = of if of == "one a pass" else f"{of}, masks right: {right}"
-        label += f", context {context}" if len(contexts) > 1 else ""
-        each, total = [row["tokens_a_second_each"] for row in mine], [row["tokens_a_second"] for row in mine]
-        axes.plot(each, total, marker="o", label=label)
-        for row, x, y in zip(mine, each, total):
-            axes.annotate(f" {row['batch']}", (x, y), fontsize="x-small")
-    axes.set_yscale("log")
-    axes.legend(fontsize="small", title="numbers: sequences side by side", title_fontsize="x-small")
+        for of, right in [("one a pass", rights[0]), *(("Verified", right) for right in rights)]:
+            line = (of, context, right)
+            mine = [row for row in rows if (row["of"], row["context"], row["masks_right"]) == line]
+            mine.sort(key=lambda row: row["batch"])
+            each, total = [row["tokens_a_second_each"] for row in mine], [row["tokens_a_second"] for row in mine]
+            axes.plot(each, total, marker="o", label=of if of == "one a pass" else f"{of}, masks right: {right}")
+            for row, x, y in zip(mine, each, total):
+                axes.annotate(f" {row['batch']}", (x, y), fontsize="x-small")
+        axes.set_yscale("log")
+        if i == 1:
+            axes.set_ylabel("tokens a second in all")
+            axes.legend(fontsize="small", title="numbers: sequences side by side", title_fontsize="x-small")
     figure.savefig(path, dpi=150)
 
 

@@ -219,7 +219,7 @@ def tasks_of(names: Sequence[str], include_path: Path | None = None) -> Tasks:
 
     include_path: a folder with tasks of one's own (yaml), whose names come before the harness's
 
-    Raises ValueError for a name that nothing bears.
+    Raises ValueError for a name that nothing bears and where a task's data or packages are not here.
 
         tasks_of(["gsm8k_cot"]).members["gsm8k_cot"][1]  # "exact_match,flexible-extract"
     """
@@ -235,12 +235,31 @@ def tasks_of(names: Sequence[str], include_path: Path | None = None) -> Tasks:
         )
     found = {}
     for name in names:
-        tasks = list(manager.load([ready[name].task])["tasks"].values())
+        tasks = _loaded(manager, name, ready[name].task)
         for task in tasks:
             for key, value in ready[name].changes.items():
                 task.set_config(key=key, value=value)
         found[name] = (tasks, ready[name].metric or None)
     return Tasks(manager, found)
+
+
+def _loaded(manager: TaskManager, name: str, task: str) -> list[Any]:
+    """A name's tasks with their data. ValueError where these are not here and cannot be fetched."""
+    try:
+        return list(manager.load([task])["tasks"].values())
+    except ImportError as error:
+        raise ValueError(
+            f"--tasks {name}: needs a package that is not here ({error}); the harness names its own as extras, such as "
+            "pip install 'lm_eval[ifeval]'"
+        ) from error
+    # The libraries for data raise one or the other where there is no network, no such set, or no leave to read it.
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"--tasks {name}: the data of {task} could not be read ({str(error).strip().splitlines()[0]}); they come "
+            "from the hub once, some after you have agreed to their terms and logged in (hf auth login), and are then "
+            "read from the cache, offline too; or give --include-path a folder with a task of yours whose data lie in "
+            "files"
+        ) from error
 
 
 def evaluate_tasks(

@@ -625,10 +625,10 @@ def test_what_does_not_fit_is_left_out_by_name(monkeypatch):
     monkeypatch.setattr(throughput, "available_memory", lambda device: 1 << 20)
     monkeypatch.setattr(throughput, "climb", lambda course: {})
     monkeypatch.setattr(throughput, "Course", lambda *args: SimpleNamespace(run=lambda chances: (0.5, 2.0)))
-    tables = list(throughput.measure(torch.device("cpu"), True, [1], [24, 1 << 15], ["never", "0.5"]))
+    tables = list(throughput.measure(torch.device("cpu"), True, [1], [24, 1 << 15], ["never", "problems"]))
     # As each row is there.
     assert [len(table.rows) for table in tables] == [1, 2, 2]
-    assert [record["right"] for record in tables[-1].records] == ["never", "50%"]
+    assert [record["right"] for record in tables[-1].records] == ["never", "problems"]
     (line,) = tables[-1].skipped
     assert line.startswith("batch 1, context 32768: keys and values take ")
 
@@ -636,9 +636,12 @@ def test_what_does_not_fit_is_left_out_by_name(monkeypatch):
 def test_options_of_throughput(monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(throughput, "measure", lambda *args, **options: asked.append(options) or iter(()))
-    throughput.main(["--device", "cpu", "--batches", "1", "64", "--right", "problems", "0.5"])
-    assert asked == [{"batches": [1, 64], "contexts": None, "right": ["problems", "0.5"]}]
-    for wrong in (["--batches", "0"], ["--right", "often"], ["--right", "1.5"], ["--right", "nan"]):
+    throughput.main(["--device", "cpu", "--batches", "1", "64", "--right", "problems"])
+    assert asked == [
+        {"model": "Qwen3-4B", "batches": [1, 64], "contexts": None, "most_tokens": None, "right": ["problems"]}
+    ]
+    for wrong in ("--batches 0", "--most-tokens -1", "--model other", "--right 0.7", "--right often"):
         with pytest.raises(SystemExit):
-            throughput.main(["--device", "cpu", *wrong])
-    assert "expected never, problems, instructions or a number from 0 to 1, got 'often'" in capsys.readouterr().err
+            throughput.main(["--device", "cpu", *wrong.split()])
+    # What no model was measured to do is not imposed.
+    assert "invalid choice: 'often'" in capsys.readouterr().err

@@ -84,8 +84,9 @@ def test_assisted_generation_writes_the_same_tokens():
     from mtpkern.bench.harness import COMPARATORS, environment
 
     (table,) = assisted.measure(torch.device("cpu"), True)
-    assert [row[1] for row in table.rows] == ["1 of 1"] * 4
-    assert any("prompt lookup" in row[0] for row in table.rows)
+    assert [row[1] for row in table.rows] == ["1 of 1"] * 5
+    for way in ("prompt lookup", "assisted by"):
+        assert any(way in row[0] for row in table.rows)
     facts = environment(torch.device("cpu"))
     assert all(facts[name] for name in COMPARATORS)
 

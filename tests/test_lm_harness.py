@@ -197,3 +197,29 @@ def test_without_the_harness_it_says_what_to_install(tmp_path, monkeypatch, caps
 def test_options_of_the_other_source_are_refused(tmp_path, capsys, words, says):
     assert main(["eval", str(ASSETS), *words, "--output", str(tmp_path / "out")]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub (LocalEntryNotFoundError)"), "Couldn't reach"),
+        (
+            FileNotFoundError("'gpqa' is a gated dataset on the Hub.\nVisit it"),
+            "gated dataset",
+        ),
+        (ModuleNotFoundError("No module named 'langdetect'"), "pip install 'lm_eval[ifeval]'"),
+    ],
+)
+def test_what_is_not_here_is_named_before_a_model_is_loaded(task, tmp_path, monkeypatch, capsys, error, says):
+    from mtpkern import lm_harness
+
+    def load(self, names):
+        raise error
+
+    monkeypatch.setattr(lm_harness.TaskManager(include_path=str(tmp_path / "tasks")).__class__, "load", load)
+    monkeypatch.setattr(eval_command, "_loaded", lambda *args, **options: pytest.fail("loaded"))
+    assert main(command(tmp_path)) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert "--tasks word_problems: " in said
+    assert not (tmp_path / "out").exists()

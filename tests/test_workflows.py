@@ -74,3 +74,15 @@ def test_a_planted_fault_is_found(old, new):
     text = (FOLDER / "gpu.yml").read_text()
     assert old in text
     assert faults(text.replace(old, new))
+
+
+def test_the_gpu_workflow_runs_the_kernels_tests():
+    """`make gpu` is bench/gpu.py, which begins with the files whose tests need a GPU: those of every Triton kernel."""
+    from mtpkern.bench import gpu
+
+    done = subprocess.run(["make", "--dry-run", "gpu"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "bench/gpu.py" in done.stdout
+    tests = "".join(Path(file).read_text() for file in gpu.test_files())
+    kernels = [path.stem for path in (ROOT / "kernels").glob("*.py") if "@triton.jit" in path.read_text()]
+    assert len(kernels) > 5
+    assert not [stem for stem in kernels if not re.search(rf"\bmtpkern\.kernels\b.*\b{stem}\b", tests)]

@@ -108,7 +108,7 @@ class TeacherCollator:
         return {"input_ids": input_ids, "labels": labels}
 
 
-def common_arguments(work: Path, phase: str, learning_rate: float) -> dict[str, Any]:
+def common_arguments(work: Path, phase: str, learning_rate: float, float32: bool = False) -> dict[str, Any]:
     """Arguments that all phases share: AdamW, a short warm-up, a constant rate, a decay over the last 40 %."""
     steps = STEPS[phase]
     return {
@@ -121,7 +121,7 @@ def common_arguments(work: Path, phase: str, learning_rate: float) -> dict[str, 
         "lr_scheduler_kwargs": {"num_decay_steps": int(0.4 * steps), "decay_type": "linear"},
         "adam_beta2": 0.98,
         "weight_decay": 0.01,
-        "bf16": True,
+        "bf16": not float32,
         "use_cpu": True,
         "seed": SEED,
         "train_sampling_strategy": "group_by_length",
@@ -156,7 +156,7 @@ def run_phase(trainer: Trainer, out: Path) -> None:
         )
 
 
-def train_teacher(work: Path, learning_rate: float) -> None:
+def train_teacher(work: Path, learning_rate: float, float32: bool = False) -> None:
     """Phase 1: an ordinary causal language model."""
     out = work / "teacher"
     if (out / "model.safetensors").exists():
@@ -164,7 +164,7 @@ def train_teacher(work: Path, learning_rate: float) -> None:
     tokenizer = build_tokenizer()
     trainer = Trainer(
         model=build_model(tokenizer),
-        args=TrainingArguments(**common_arguments(work, "teacher", learning_rate)),
+        args=TrainingArguments(**common_arguments(work, "teacher", learning_rate, float32)),
         train_dataset=examples(tokenizer, STEPS["teacher"] * BATCH, data_seed("teacher")),
         data_collator=TeacherCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
@@ -188,7 +188,7 @@ def publish(work: Path, out: Path) -> None:
     (work / "curves.json").write_text(json.dumps(curves))
 
 
-def train_mtp(work: Path, phase: str, start: str, target: str, learning_rate: float) -> None:
+def train_mtp(work: Path, phase: str, start: str, target: str, learning_rate: float, float32: bool = False) -> None:
     """Phases 2 and 3: multi-token prediction from the model of phase `start`, which is also the frozen teacher."""
     out = work / phase
     if (out / "model.safetensors").exists():
@@ -205,7 +205,7 @@ def train_mtp(work: Path, phase: str, start: str, target: str, learning_rate: fl
         model=model,
         teacher=teacher,
         args=MTPConfig(
-            **common_arguments(work, phase, learning_rate),
+            **common_arguments(work, phase, learning_rate, float32),
             k_min=2,
             k_max=K_MAX,
             num_spans=NUM_SPANS,
@@ -230,12 +230,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="where model and tokenizer go (default: shipped, in --work)")
     parser.add_argument("--work", type=Path, default=Path("runs/checkpoint"), help="checkpoints, to stop and resume")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--float32", action="store_true", help="not bf16, which some CPUs compute many times slower")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
-    train_teacher(args.work, 4e-3)
-    train_mtp(args.work, "warmup", "teacher", "gt", 2e-3)
-    train_mtp(args.work, "distill", "warmup", "hard", 1e-3)
+    train_teacher(args.work, 4e-3, args.float32)
+    train_mtp(args.work, "warmup", "teacher", "gt", 2e-3, args.float32)
+    train_mtp(args.work, "distill", "warmup", "hard", 1e-3, args.float32)
     out = args.out or args.work / "shipped"
     publish(args.work, out)
     print(f"the model is in {out}; the same command with --out mtpkern/assets puts it in the place of the shipped one")

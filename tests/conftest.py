@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.interpreter import prepare
 from torch import Tensor
 
 # Triton reads this when it is first imported: without a GPU, its interpreter runs the kernels on CPU tensors.
@@ -248,78 +249,9 @@ def undrawn_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def products_and_bfloat16_in_the_interpreter() -> None:
-    """Triton's interpreter multiplies by numpy's matmul, and keeps bfloat16 as bits.
-
-    How matmul rounds hangs on the processor, and on some a row's bits hang on its place in the tile: here products are
-    summed over k in order, which is the same everywhere. Bits it would multiply as integers and cut off in casts: here
-    casts round to nearest even and products are those of the numbers, as on a GPU. All other arithmetic of two
-    bfloat16, which our kernels do in float32, is refused instead of being done on the bits.
-    """
-    if not find_spec("triton") or os.environ.get("TRITON_INTERPRET") != "1":
-        return
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-    from triton.runtime.interpreter import TensorHandle
-
-    def is_bfloat16(x: Any) -> bool:
-        return x.dtype.scalar == tl.bfloat16
-
-    def wide(x: Any) -> Any:
-        """A handle's numbers in float32 where they are bfloat16."""
-        return TensorHandle((x.data.astype("uint32") << 16).view("float32"), tl.float32) if is_bfloat16(x) else x
-
-    def narrow(numbers: Any) -> Any:
-        bits = torch.from_numpy(numbers.astype("float32")).bfloat16().view(torch.int16)
-        return TensorHandle(bits.numpy().view("uint16"), tl.bfloat16)
-
-    builder = interpreter.InterpreterBuilder
-    cast_impl = builder.cast_impl
-
-    def cast(self: Any, x: Any, to: Any) -> Any:
-        if to.scalar == tl.bfloat16:
-            return x if is_bfloat16(x) else narrow(x.data)
-        return cast_impl(self, wide(x), to)
-
-    def dot(self: Any, a: Any, b: Any, sums: Any, *precision: Any) -> Any:
-        """sums + a b: [..., M, N] + [..., M, K] [..., K, N]. No operation here adds and multiplies at once."""
-        a, b = wide(a).data.swapaxes(-1, -2)[..., None], wide(b).data[..., None, :]
-        terms = np.multiply(a, b, dtype=sums.data.dtype, order="C")  # [..., K, M, N]: k outside is added in order
-        return TensorHandle(terms.sum(-3, dtype=terms.dtype) + sums.data, sums.dtype.scalar)
-
-    def refusing(operation: Callable[..., Any]) -> Callable[..., Any]:
-        def refuse(self: Any, *handles: Any) -> Any:
-            if any(isinstance(x, TensorHandle) and is_bfloat16(x) for x in handles):
-                raise NotImplementedError("arithmetic in bfloat16: cast to float32 first")
-            return operation(self, *handles)
-
-        return refuse
-
-    builder.cast_impl, builder.create_dot = cast, dot
-    for name in ("binary_op", "unary_op", "create_fabs", "create_fma", "create_clampf"):
-        setattr(builder, name, refusing(getattr(builder, name)))
-    reduction = interpreter.ReduceScanOpInterface.check_tensor
-
-    def check_tensor(self: Any, tensors: Any) -> None:
-        reduction(self, tensors)
-        if any(is_bfloat16(x.handle) for x in tensors):
-            raise NotImplementedError("reductions in bfloat16: cast to float32 first")
-
-    interpreter.ReduceScanOpInterface.check_tensor = check_tensor
-
-    # Nothing is compiled in this process, so that what is patched may stay: nearly all of the time went into patching
-    # at each launch and at each call of a device function, `tl.sum` included.
-    patch_lang = interpreter._patch_lang
-    patched = set()
-
-    def patch_once(fn: Any) -> Any:
-        if fn.__module__ not in patched:
-            patch_lang(fn)
-            patched.add(fn.__module__)
-        return SimpleNamespace(restore=lambda: None)
-
-    interpreter._patch_lang = patch_once
+def prepared_interpreter() -> None:
+    if find_spec("triton") and os.environ.get("TRITON_INTERPRET") == "1":
+        prepare()
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import mtpkern.model
 import mtpkern.products
 from mtpkern import ConfAdapt, Static, Verified, reference
 from mtpkern.strategies import Strategy
+from support.models import LATENT
 
 NEW = 12
 
@@ -56,13 +57,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "cohere2": {"logit_scale": 0.5, **_SLIDING},
     # Latent attention, with keys and values of different width.
     "deepseek_v3": {
-        "q_lora_rank": 8,
-        "kv_lora_rank": 8,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 4,
-        "v_head_dim": 6,
-        "head_dim": 4,
-        "num_key_value_heads": 4,
+        **LATENT,
         "n_routed_experts": 4,
         "n_shared_experts": 1,
         "n_group": 1,

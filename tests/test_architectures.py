@@ -80,6 +80,9 @@ CASES: list[tuple[Strategy, tuple[int, ...]]] = [
     (Verified(k=4, threshold=0.0, masks=5), (6, 11, 8)),
 ]
 
+# What an architecture can make a difference to: rows that are masks, and drafts with masks behind them.
+MOST = [case for case in CASES if case[0].k == 4]
+
 
 def test_what_is_tested_is_what_generate_trusts() -> None:
     assert set(ARCHITECTURES) == mtpkern.model.TESTED
@@ -122,7 +125,7 @@ def test_every_strategy_equals_the_reference_and_greedy_decoding(architecture: s
     model = tiny.model(architecture, **ARCHITECTURES[architecture])
     seen: set[int] = set()
     longest_draft = 0
-    for strategy, lengths in CASES:
+    for strategy, lengths in CASES if architecture in ("llama", "gpt_oss") else MOST:
         ids, real = tiny.prompts(*lengths)
         expected = slow(model, ids, real, strategy)
         assert fast(model, ids, real, strategy) == expected, strategy

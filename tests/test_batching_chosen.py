@@ -65,10 +65,18 @@ GREEDY: dict[str, dict[str, Any]] = {
 }
 
 
+STRATEGIES = [Verified(3, threshold=0.1), Verified(3, threshold=0.1, masks=2), Static(2)]
+
+
+# Each with one strategy in turn; what is the most with all.
 @pytest.mark.parametrize(
-    "strategy", [Verified(3, threshold=0.1), Verified(3, threshold=0.1, masks=2), Static(2)], ids=str
+    ("kind", "strategy"),
+    [
+        *((kind, STRATEGIES[i % 3]) for i, kind in enumerate(GREEDY) if kind != "both"),
+        *(("both", strategy) for strategy in STRATEGIES),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("kind", GREEDY)
 def test_what_chooses_and_what_stops(model: Any, kind: str, strategy: Any) -> None:
     options = {"strategy": strategy, **GREEDY[kind]}
     outputs = mtpkern.generate_batch(model, PROMPTS, max_new_tokens=NEW, batch_size=3, **options)

@@ -57,7 +57,7 @@ def test_the_ladder_changes_no_token(
         return rows, float("inf") if rows == ladder.rungs[0] else rng.choice([0.0, 0.1, 0.4])
 
     for seed in range(6):
-        call = {"seed": seed, "max_new_tokens": 40, "eos_token_id": 3, **options}
+        call = {"seed": seed, "max_new_tokens": 24, "eos_token_id": 3, **options}
         expected = generate(tiny, model, 9, 4, 12, use_graph=False, **call)
         with monkeypatch.context() as patch:
             patch.setattr(Ladder, "choose", choose)

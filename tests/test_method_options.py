@@ -84,9 +84,10 @@ def step_losses(run, change):
     return found, plan["layout"].position.shape
 
 
-@pytest.fixture
-def plain_run(tmp_path):
-    run = trainer(tmp_path, llama(), near(llama()), **BASE)
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory):
+    """One for all: a step trains nothing, and its options are put back."""
+    run = trainer(tmp_path_factory.mktemp("plain"), llama(), near(llama()), **BASE)
     return run, *step_losses(run, {})
 
 

@@ -61,19 +61,28 @@ GREEDY: dict[str, dict[str, Any]] = {
     "own": {"logits_processor": [NotTwice()]},
     "criterion": {"stopping_criteria": [SumOfText()]},
     "length": {"stopping_criteria": [MaxLengthCriteria(11)]},
-    "both": {"logits_processor": [NotTwice()], "stopping_criteria": [SumOfText()], "repetition_penalty": 1.3},
+}
+# All at once, what would hide the others left out.
+GREEDY["all"] = {
+    "repetition_penalty": 1.3,
+    "bad_words_ids": [[7, 7], [1]],
+    "sequence_bias": {(3,): 2.0, (7, 8): -5.0},
+    "min_new_tokens": 3,
+    "no_repeat_ngram_size": 2,
+    "logits_processor": [NotTwice()],
+    "stopping_criteria": [SumOfText(), MaxLengthCriteria(13)],
 }
 
 
 STRATEGIES = [Verified(3, threshold=0.1), Verified(3, threshold=0.1, masks=2), Static(2)]
 
 
-# Each with one strategy in turn; what is the most with all.
+# Each alone with one strategy in turn, and all at once with all.
 @pytest.mark.parametrize(
     ("kind", "strategy"),
     [
-        *((kind, STRATEGIES[i % 3]) for i, kind in enumerate(GREEDY) if kind != "both"),
-        *(("both", strategy) for strategy in STRATEGIES),
+        *((kind, STRATEGIES[i % 3]) for i, kind in enumerate(GREEDY) if kind != "all"),
+        *(("all", strategy) for strategy in STRATEGIES),
     ],
     ids=str,
 )

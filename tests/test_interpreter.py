@@ -86,7 +86,7 @@ def test_integers_that_overflow_are_an_error(stride: int, back: int) -> None:
     _offset_kernel[(1,)](x, y, stride - 1, BACK=back, N=4)
     assert y.tolist() == [o * (stride - 1) if back == 0 else o - stride + 1 - back for o in range(4)]
     with pytest.raises(Exception, match=f"{'sub' if back else 'mul'} overflows"):
-        _offset_kernel[(1,)](x, y, stride + 1 if back == 0 else stride + 5, BACK=back, N=4)
+        _offset_kernel[(1,)](x, y, 2 * stride - 1 if back == 0 else stride + 5, BACK=back, N=4)
 
 
 @triton.jit

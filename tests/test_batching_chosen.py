@@ -68,6 +68,7 @@ GREEDY["all"] = {
     "bad_words_ids": [[7, 7], [1]],
     "sequence_bias": {(3,): 2.0, (7, 8): -5.0},
     "min_new_tokens": 3,
+    "eos_token_id": [2],
     "no_repeat_ngram_size": 2,
     "logits_processor": [NotTwice()],
     "stopping_criteria": [SumOfText(), MaxLengthCriteria(13)],
@@ -95,6 +96,13 @@ def test_what_chooses_and_what_stops(model: Any, kind: str, strategy: Any) -> No
         assert (output.tokens, output.finish_reason) == alone(model, prompt, new, **options)
         assert sum(output.blocks) == len(output.tokens)
     assert [output.tokens for output in outputs] != [output.tokens for output in plain]
+
+
+def test_least_tokens_of_a_text_that_nothing_stops(model: Any) -> None:
+    """Without stop tokens there is nothing to hold back, as in transformers; what else chooses does."""
+    options = {"min_new_tokens": 3, "repetition_penalty": 1.7}
+    outputs = mtpkern.generate_batch(model, PROMPTS[:3], max_new_tokens=4, **options)
+    assert [output.tokens for output in outputs] == [alone(model, prompt, 4, **options)[0] for prompt in PROMPTS[:3]]
 
 
 SAMPLED = {"do_sample": True, "temperature": 1.3, "top_k": 12, "top_p": 0.95}

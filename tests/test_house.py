@@ -213,6 +213,11 @@ def test_an_interrupted_program(start, called, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
+def test_no_test_file_is_long():
+    lengths = {path: len(path.read_text().splitlines()) for path in (ROOT / "tests").rglob("*.py")}
+    assert not {path.name: n for path, n in lengths.items() if n > 450}
+
+
 def test_every_kernel_has_its_test():
     stems = {path.stem for path in ROOMS["mtpkern.kernels"].glob("*.py")} - {"__init__"}
     assert not [stem for stem in sorted(stems) if not (ROOT / "tests" / f"test_{stem}.py").exists()]

@@ -62,33 +62,38 @@ GREEDY: dict[str, dict[str, Any]] = {
     "criterion": {"stopping_criteria": [SumOfText()]},
     "length": {"stopping_criteria": [MaxLengthCriteria(11)]},
 }
-# All at once, what would hide the others left out.
-GREEDY["all"] = {
-    "repetition_penalty": 1.3,
-    "bad_words_ids": [[7, 7], [1]],
-    "sequence_bias": {(3,): 2.0, (7, 8): -5.0},
-    "min_new_tokens": 3,
-    "eos_token_id": [2],
-    "no_repeat_ngram_size": 2,
-    "logits_processor": [NotTwice()],
-    "stopping_criteria": [SumOfText(), MaxLengthCriteria(13)],
+# Several at once, none of which hides another: each left out shows.
+SEVERAL: dict[str, dict[str, Any]] = {
+    "scores": {
+        "repetition_penalty": 1.3,
+        "sequence_bias": {(3,): 2.0, (7, 8): -5.0},
+        "min_new_tokens": 3,
+        "eos_token_id": [2],
+        "stopping_criteria": [SumOfText()],
+    },
+    "banned": {
+        "bad_words_ids": [[7, 7], [1], [9]],
+        "no_repeat_ngram_size": 2,
+        "logits_processor": [NotTwice()],
+        "stopping_criteria": [MaxLengthCriteria(13)],
+    },
 }
 
 
 STRATEGIES = [Verified(3, threshold=0.1), Verified(3, threshold=0.1, masks=2), Static(2)]
 
 
-# Each alone with one strategy in turn, and all at once with all.
+# Each alone with one strategy in turn, several at once with every one.
 @pytest.mark.parametrize(
     ("kind", "strategy"),
     [
-        *((kind, STRATEGIES[i % 3]) for i, kind in enumerate(GREEDY) if kind != "all"),
-        *(("all", strategy) for strategy in STRATEGIES),
+        *((kind, STRATEGIES[i % 3]) for i, kind in enumerate(GREEDY)),
+        *((kind, strategy) for kind in SEVERAL for strategy in STRATEGIES),
     ],
     ids=str,
 )
 def test_what_chooses_and_what_stops(model: Any, kind: str, strategy: Any) -> None:
-    options = {"strategy": strategy, **GREEDY[kind]}
+    options = {"strategy": strategy, **{**GREEDY, **SEVERAL}[kind]}
     outputs = mtpkern.generate_batch(model, PROMPTS, max_new_tokens=NEW, batch_size=3, **options)
     plain = mtpkern.generate_batch(model, PROMPTS, max_new_tokens=NEW, batch_size=3, strategy=strategy)
     for prompt, new, output in zip(PROMPTS, NEW, outputs):

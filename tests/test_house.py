@@ -162,7 +162,7 @@ def test_arrows_catch_a_planted_import(room, source):
 
 def test_tests_import_no_bare_folder():
     heads = {
-        name.split(".")[0] for path in (ROOT / "tests").glob("*.py") for name in imported_names(path.read_text(), "")
+        name.split(".")[0] for path in (ROOT / "tests").rglob("*.py") for name in imported_names(path.read_text(), "")
     }
     assert not heads & {"kernels", "train", "bench"}
 

@@ -254,7 +254,7 @@ class _Batch:
         ids, settings = settings_of(self.model, ids, asked, mask, stacklevel=4)
         _refuse_of_one_batch(settings.get("logits_processor", ()), settings.get("stopping_criteria", ()))
         config, criteria, choosing = prepared(self.model, ids, settings, mask)
-        if choosing is not None and config.min_new_tokens:
+        if choosing is not None and config.min_new_tokens and config._eos_token_tensor is not None:
             # transformers says the same once more as the length of a text, which is the probe's.
             said = Suppress(numbers(config._eos_token_tensor), shorter=ids.shape[1] + config.min_new_tokens)
             choosing = replace(choosing, processors=tuple(x for x in choosing.processors if x != said))

@@ -1,10 +1,7 @@
 import gc
+import json
 import os
-import signal
-import socket
 import sys
-import time
-import traceback
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
@@ -17,6 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from support.gguf import llama_as_gguf
+from support.interpreter import prepare
+from support.models import MASK, PAD, PUBLISHED, VOCABULARY, adapted_model, byte_tokenizer, random_model, random_prompts
+from support.processes import run_in_two_processes
+
+# Their fixtures are there for all.
+pytest_plugins = [f"support.{name}" for name in ("batches", "made_up_device", "recipes", "recording", "watching")]
+
 # Triton reads this when it is first imported: without a GPU, its interpreter runs the kernels on CPU tensors.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -24,8 +29,6 @@ if not torch.cuda.is_available():
 # Autograd makes its threads for other devices than the CPU at the first backward, if it knows of any, and a process
 # that has such threads cannot be forked: in a build with CUDA a made-up device of some test would count.
 torch.ones((), requires_grad=True).backward()
-# Of two processes that talk.
-SECONDS = 240
 
 
 def laid_out(x: Tensor, device: str) -> Tensor:
@@ -110,74 +113,9 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
             out.write(f"==== {report.nodeid} ({report.when})\n{report.longreprtext}\n{report.capstderr[-2000:]}\n")
 
 
-# So few tokens that drafts come true by chance every few passes.
-VOCABULARY = 16
-MASK = VOCABULARY - 1
-PAD = 0
-
-_COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": False,
-    "pad_token_id": PAD,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-
-
-def random_model(model_type: str, *, seed: int = 0, attention: str = "sdpa", **settings: Any) -> Any:
-    """A tiny random model in float32 whose text varies, its mask token recorded.
-
-    Weights as transformers draws them make a model echo its input: they leave the residual stream to the embedding,
-    which gemma scales up besides. Here every matrix is drawn wide, and neither embedding leans on the other.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(model_type, **{**_COMMON, **settings})
-    config.mtpkern = {"mask_token_id": MASK, "k_max": 5, "version": 1}
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() >= 2:
-                weight.normal_(0, 1.5 * weight.shape[-1] ** -0.5, generator=generator)
-            elif "norm" not in name:
-                weight.normal_(0, 0.5, generator=generator)
-        model.get_input_embeddings().weight.normal_(0, 1, generator=generator)
-        model.get_output_embeddings().weight.normal_(0, 0.5, generator=generator)
-    return model
-
-
-def random_prompts(*lengths: int, seed: int = 1) -> tuple[Tensor, Tensor]:
-    """Left-padded prompts [B, T] of these lengths, without the mask token, and their attention mask."""
-    generator = torch.Generator().manual_seed(seed)
-    words = torch.randint(1, MASK, (len(lengths), max(lengths)), generator=generator)
-    real = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
-    return words.masked_fill(~real, PAD), real.long()
-
-
-def adapted_model(model: Any, targets: str = "all-linear", seed: int = 1) -> Any:
-    """A model with a gated adapter of rank 4 that changes what its mask rows predict; none of it is trained."""
-    lora = pytest.importorskip("mtpkern.train.lora")
-    del model.config.mtpkern
-    peft_model = lora.add_gated_lora(model, rank=4, k_max=4, targets=targets).eval()
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in peft_model.named_parameters():
-        parameter.requires_grad_(False)
-        if "lora_B" in name:
-            parameter.normal_(0, 0.5, generator=generator)
-    return peft_model
-
-
 @pytest.fixture(scope="session")
 def tiny() -> SimpleNamespace:
-    """What the tests of decoding share; test files cannot import one another."""
+    """What the tests of decoding share."""
     return SimpleNamespace(
         model=random_model,
         adapted=adapted_model,
@@ -188,44 +126,25 @@ def tiny() -> SimpleNamespace:
     )
 
 
+@pytest.fixture
+def model(tiny: SimpleNamespace) -> Any:
+    """A tiny random Llama, new in each test."""
+    return tiny.model("llama")
+
+
+@pytest.fixture
+def inputs(tiny: SimpleNamespace) -> dict[str, Tensor]:
+    """Three prompts for it, padded on the left."""
+    ids, real = tiny.prompts(9, 4, 12)
+    return {"input_ids": ids, "attention_mask": real}
+
+
 @pytest.fixture(scope="session")
 def in_two_processes() -> Callable[[Callable[[int], None]], None]:
     """Runs work(rank) in two forks that can talk, as torchrun sets them up; fails with what either of them says."""
     if not hasattr(os, "fork"):
         pytest.skip("needs os.fork")
     return run_in_two_processes
-
-
-def run_in_two_processes(work: Callable[[int], None]) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pids = []
-    for rank in range(2):
-        if pid := os.fork():
-            pids.append(pid)
-            continue
-        code = 1
-        try:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            work(rank)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    deadline, codes = time.monotonic() + SECONDS, dict[int, int]()
-    while len(codes) < 2 and time.monotonic() < deadline and not any(codes.values()):
-        for pid in set(pids) - set(codes):
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                codes[pid] = os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
-    for pid in set(pids) - set(codes):
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    assert list(codes.values()) == [0, 0], "a process failed or took too long; its error stands above"
 
 
 @pytest.fixture(autouse=True)
@@ -248,78 +167,9 @@ def undrawn_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def products_and_bfloat16_in_the_interpreter() -> None:
-    """Triton's interpreter multiplies by numpy's matmul, and keeps bfloat16 as bits.
-
-    How matmul rounds hangs on the processor, and on some a row's bits hang on its place in the tile: here products are
-    summed over k in order, which is the same everywhere. Bits it would multiply as integers and cut off in casts: here
-    casts round to nearest even and products are those of the numbers, as on a GPU. All other arithmetic of two
-    bfloat16, which our kernels do in float32, is refused instead of being done on the bits.
-    """
-    if not find_spec("triton") or os.environ.get("TRITON_INTERPRET") != "1":
-        return
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-    from triton.runtime.interpreter import TensorHandle
-
-    def is_bfloat16(x: Any) -> bool:
-        return x.dtype.scalar == tl.bfloat16
-
-    def wide(x: Any) -> Any:
-        """A handle's numbers in float32 where they are bfloat16."""
-        return TensorHandle((x.data.astype("uint32") << 16).view("float32"), tl.float32) if is_bfloat16(x) else x
-
-    def narrow(numbers: Any) -> Any:
-        bits = torch.from_numpy(numbers.astype("float32")).bfloat16().view(torch.int16)
-        return TensorHandle(bits.numpy().view("uint16"), tl.bfloat16)
-
-    builder = interpreter.InterpreterBuilder
-    cast_impl = builder.cast_impl
-
-    def cast(self: Any, x: Any, to: Any) -> Any:
-        if to.scalar == tl.bfloat16:
-            return x if is_bfloat16(x) else narrow(x.data)
-        return cast_impl(self, wide(x), to)
-
-    def dot(self: Any, a: Any, b: Any, sums: Any, *precision: Any) -> Any:
-        """sums + a b: [..., M, N] + [..., M, K] [..., K, N]. No operation here adds and multiplies at once."""
-        a, b = wide(a).data.swapaxes(-1, -2)[..., None], wide(b).data[..., None, :]
-        terms = np.multiply(a, b, dtype=sums.data.dtype, order="C")  # [..., K, M, N]: k outside is added in order
-        return TensorHandle(terms.sum(-3, dtype=terms.dtype) + sums.data, sums.dtype.scalar)
-
-    def refusing(operation: Callable[..., Any]) -> Callable[..., Any]:
-        def refuse(self: Any, *handles: Any) -> Any:
-            if any(isinstance(x, TensorHandle) and is_bfloat16(x) for x in handles):
-                raise NotImplementedError("arithmetic in bfloat16: cast to float32 first")
-            return operation(self, *handles)
-
-        return refuse
-
-    builder.cast_impl, builder.create_dot = cast, dot
-    for name in ("binary_op", "unary_op", "create_fabs", "create_fma", "create_clampf"):
-        setattr(builder, name, refusing(getattr(builder, name)))
-    reduction = interpreter.ReduceScanOpInterface.check_tensor
-
-    def check_tensor(self: Any, tensors: Any) -> None:
-        reduction(self, tensors)
-        if any(is_bfloat16(x.handle) for x in tensors):
-            raise NotImplementedError("reductions in bfloat16: cast to float32 first")
-
-    interpreter.ReduceScanOpInterface.check_tensor = check_tensor
-
-    # Nothing is compiled in this process, so that what is patched may stay: nearly all of the time went into patching
-    # at each launch and at each call of a device function, `tl.sum` included.
-    patch_lang = interpreter._patch_lang
-    patched = set()
-
-    def patch_once(fn: Any) -> Any:
-        if fn.__module__ not in patched:
-            patch_lang(fn)
-            patched.add(fn.__module__)
-        return SimpleNamespace(restore=lambda: None)
-
-    interpreter._patch_lang = patch_once
+def prepared_interpreter() -> None:
+    if find_spec("triton") and os.environ.get("TRITON_INTERPRET") == "1":
+        prepare()
 
 
 @pytest.fixture
@@ -334,46 +184,6 @@ def nan_in_new_tensors() -> Iterator[None]:
 @pytest.fixture
 def interpreter(nan_in_new_tensors: None) -> None:
     """A test of kernels in Triton's interpreter. What nobody has written is NaN, so that reading it shows."""
-
-
-_TEMPLATES = {
-    "llama": (
-        "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
-        "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
-        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-    ),
-    "qwen": (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    ),
-}
-
-
-def byte_tokenizer(kind: str) -> Any:
-    """A tokenizer of bytes with the special tokens and the manner of template of Llama 3 ("llama") or Qwen3 ("qwen").
-
-    A blank line is one token, as theirs is; a Llama has BOS put in front, a Qwen has none.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: i for i, letter in enumerate([*letters, "ĊĊ"])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ċ", "Ċ")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    if kind == "llama":
-        special = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
-        others = ["<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
-    else:
-        special, others = {"eos_token": "<|im_end|>"}, ["<|endoftext|>", "<|im_start|>"]
-    tokenizer.add_special_tokens([*special.values(), *others])
-    if kind == "llama":
-        bos = special["bos_token"]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=_TEMPLATES[kind], **special)
 
 
 @pytest.fixture
@@ -392,6 +202,18 @@ def start(tmp_path: Path, tiny: SimpleNamespace) -> Path:
     model.save_pretrained(tmp_path / "start")
     tokenizer.save_pretrained(tmp_path / "start")
     return tmp_path / "start"
+
+
+@pytest.fixture
+def served(start: Path) -> Callable[[str], Path]:
+    """`served("Qwen3")`: that folder, with the generation configuration that this model is published with."""
+
+    def publish(name: str) -> Path:
+        path = start / "generation_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **PUBLISHED[name]}))
+        return start
+
+    return publish
 
 
 @pytest.fixture(scope="session")
@@ -417,70 +239,6 @@ def solver(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return folder
 
     return make
-
-
-def llama_as_gguf(path: Any, *, pre: str = "smollm", eot: bool = True) -> tuple[Any, Any]:
-    """A tiny llama as llama.cpp writes one, its matrices in Q8_0: returns the model that it is, and its tokenizer."""
-    gguf = pytest.importorskip("gguf")
-    tokenizer = byte_tokenizer("qwen")
-    model = random_model("llama", vocab_size=261, hidden_size=32, intermediate_size=64, eos_token_id=256)
-    vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
-    vocabulary.append("ĠĠ")  # a list of one merge is none, to some readers
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name("tiny")
-    writer.add_block_count(2)
-    writer.add_context_length(128)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_rope_dimension_count(8)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_vocab_size(261)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(vocabulary)
-    writer.add_token_types([3 if token.startswith("<|") else 1 for token in vocabulary])
-    writer.add_token_merges(["Ċ Ċ", "Ġ Ġ"])
-    # As in SmolLM2's: BOS is the begin of a turn, which is not put in front.
-    writer.add_bos_token_id(tokenizer.convert_tokens_to_ids("<|im_start|>"))
-    writer.add_add_bos_token(False)
-    # The template ends an answer with <|im_end|>; that is all that says so.
-    writer.add_eos_token_id(tokenizer.convert_tokens_to_ids("<|endoftext|>"))
-    if eot:
-        writer.add_eot_token_id(tokenizer.convert_tokens_to_ids("<|im_start|>"))
-    writer.add_chat_template(tokenizer.chat_template)
-    heads = {"attn_q": 4, "attn_k": 2}
-    names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
-    names |= {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
-    names |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-    state = model.state_dict()
-    for name, x in state.items():
-        parts = name.split(".")
-        if "layers" in parts:
-            theirs = f"blk.{parts[2]}.{names[parts[-2]]}"
-        else:
-            theirs = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}[parts[-2]]
-        data = x.numpy()
-        if data.ndim == 1:
-            writer.add_tensor(f"{theirs}.weight", data)
-            continue
-        n = heads.get(theirs.rpartition(".")[2])
-        if n:  # llama.cpp turns neighbours, transformers halves
-            data = data.reshape(n, 2, -1, data.shape[1]).swapaxes(1, 2).reshape(data.shape)
-        kind = gguf.GGMLQuantizationType.Q8_0
-        packed = gguf.quantize(data, kind)
-        back = gguf.dequantize(packed, kind)
-        if n:
-            back = back.reshape(n, -1, 2, data.shape[1]).swapaxes(1, 2).reshape(data.shape)
-        x.copy_(torch.from_numpy(back.copy()))
-        writer.add_tensor(f"{theirs}.weight", packed, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return model, tokenizer
 
 
 @pytest.fixture

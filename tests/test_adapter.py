@@ -39,15 +39,18 @@ def pair(tiny, kind="llama", seed=0, **settings):
     return base, peft_model
 
 
+FULL = ("llama", "phi3")  # of one matrix for each projection, and of one for all
+
+
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_verified_writes_the_originals_greedy_output(tiny, kind):
     base, peft_model = pair(tiny, kind)
     ids, mask = tiny.prompts(7, 4, 9)
-    for rows in (slice(0, 1), slice(0, 3)):
+    for rows in (slice(0, 1), slice(0, 3)) if kind in FULL else (slice(0, 3),):
         inputs = {"input_ids": ids[rows], "attention_mask": mask[rows]}
-        want = base.generate(**inputs, do_sample=False, max_new_tokens=24)
-        for strategy in (None, mtpkern.Verified(4, 0.0), mtpkern.Static(1)):
-            out = mtpkern.generate(peft_model, **inputs, strategy=strategy, max_new_tokens=24)
+        want = base.generate(**inputs, do_sample=False, max_new_tokens=16)
+        for strategy in (None, mtpkern.Verified(4, 0.0), mtpkern.Static(1))[: 3 if kind in FULL else 2]:
+            out = mtpkern.generate(peft_model, **inputs, strategy=strategy, max_new_tokens=16)
             assert out.equal(want), (kind, strategy)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,6 +12,7 @@ import pytest
 
 from mtpkern.bench import aot, aot_budgets
 from mtpkern.bench.report import RESULTS
+from support.processes import forks_of
 
 pytestmark = pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed")
 
@@ -37,48 +37,19 @@ MORE = {
 
 Run = Callable[..., str]
 
-# Everything is imported once, and each program has a fork of that: what it changes stays its own.
-FORKS = """
-import contextlib, json, os, sys, traceback
-import mtpkern.bench.aot
-
-for line in sys.stdin:
-    code, arguments, out = json.loads(line)
-    pid = os.fork()
-    if not pid:
-        status = 1
-        try:
-            with open(out, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-                sys.argv = ["-c", *arguments]
-                try:
-                    exec(compile(code, "a program of the test", "exec"), {"__name__": "__main__"})
-                    status = 0
-                except BaseException:
-                    traceback.print_exc()
-        finally:
-            os._exit(status)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
 
 @pytest.fixture(scope="module")
-def without_interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+def without_interpreter() -> Iterator[Run]:
     """`without_interpreter(code, *arguments)`: what a program prints where Triton compiles."""
-    out = tmp_path_factory.mktemp("aot") / "printed"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", FORKS]
-    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as forks:
+    with forks_of("mtpkern.bench.aot", environment=environment) as run:
 
-        def run(code: str, *arguments: str) -> str:
-            print(json.dumps([code, arguments, str(out)]), file=forks.stdin, flush=True)
-            status = forks.stdout.readline().strip()
-            assert status, "the process that forks has ended; its error stands above"
-            printed = out.read_text(encoding="utf-8")
-            assert status == "0", printed[-4000:]
-            return printed
+        def printed(code: str, *arguments: str) -> str:
+            status, text = run(code, *arguments)
+            assert status == 0, text[-4000:]
+            return text
 
-        yield run
-        forks.stdin.close()
+        yield printed
 
 
 COMPILE = """

@@ -15,6 +15,7 @@ import mtpkern.model
 import mtpkern.products
 from mtpkern import ConfAdapt, Static, Verified, reference
 from mtpkern.strategies import Strategy
+from support.models import LATENT
 
 NEW = 12
 
@@ -56,13 +57,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "cohere2": {"logit_scale": 0.5, **_SLIDING},
     # Latent attention, with keys and values of different width.
     "deepseek_v3": {
-        "q_lora_rank": 8,
-        "kv_lora_rank": 8,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 4,
-        "v_head_dim": 6,
-        "head_dim": 4,
-        "num_key_value_heads": 4,
+        **LATENT,
         "n_routed_experts": 4,
         "n_shared_experts": 1,
         "n_group": 1,
@@ -84,6 +79,9 @@ CASES: list[tuple[Strategy, tuple[int, ...]]] = [
     (Verified(k=5, threshold=0.0), (9, 4, 12, 7)),
     (Verified(k=4, threshold=0.0, masks=5), (6, 11, 8)),
 ]
+
+# What an architecture can make a difference to: rows that are masks, and drafts with masks behind them.
+MOST = [case for case in CASES if case[0].k == 4]
 
 
 def test_what_is_tested_is_what_generate_trusts() -> None:
@@ -127,7 +125,7 @@ def test_every_strategy_equals_the_reference_and_greedy_decoding(architecture: s
     model = tiny.model(architecture, **ARCHITECTURES[architecture])
     seen: set[int] = set()
     longest_draft = 0
-    for strategy, lengths in CASES:
+    for strategy, lengths in CASES if architecture in ("llama", "gpt_oss") else MOST:
         ids, real = tiny.prompts(*lengths)
         expected = slow(model, ids, real, strategy)
         assert fast(model, ids, real, strategy) == expected, strategy

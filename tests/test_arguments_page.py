@@ -163,7 +163,7 @@ def test_every_argument_has_a_row_that_says_what_happens() -> None:
         "stopping_criteria": [lambda ids, scores: False],
         "tokenizer": SimpleNamespace(),
         "logits_processor": [MinLengthLogitsProcessor(5, 3)],
-        "streamer": None,  # is taken before: tests/test_watch.py
+        "streamer": None,  # is taken before: tests/test_streamers.py
     }
     for name, (says, why) in ARGUMENTS.items():
         assert why

@@ -1,9 +1,7 @@
-"""generate_batch: what each prompt gets alone, through slots that stay full."""
+"""generate_batch: each prompt gets what it gets alone, whatever stands beside it."""
 
 import random
-import threading
 from collections.abc import Callable
-from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,60 +13,11 @@ from transformers.generation import MaxTimeCriteria, MinNewTokensLengthLogitsPro
 import mtpkern
 from mtpkern import ConfAdapt, Static, Verified, refill
 from mtpkern.attention import attention_context
-from mtpkern.batching import BatchOutput, generate_batch, iterate_batch
+from mtpkern.batching import generate_batch, iterate_batch
 from mtpkern.decoder import Decoder
 from mtpkern.kernels.state import RUNNING
-from mtpkern.poll import LAG, Poll
 from mtpkern.strategies import Strategy
-
-STOP = 3
-STRATEGIES = [Verified(3, threshold=0.2), Verified(4, threshold=0.1, masks=3), ConfAdapt(3, threshold=0.3), Static(2)]
-WINDOWED = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
-
-
-def mixed_prompts(n: int = 12, seed: int = 0, begin: int = 20) -> tuple[list[list[int]], list[int]]:
-    """Prompts from one token up, a third of which begin alike, and how many new tokens each may have."""
-    rng = random.Random(seed)
-
-    def words(length: int) -> list[int]:
-        return [rng.randint(1, 14) for _ in range(length)]
-
-    alike = words(begin)
-    prompts = [words(rng.choice([1, 2, 5, 9, 17, 30])) for _ in range(n - n // 3)]
-    prompts += [alike + words(rng.choice([0, 1, 5, 9])) for _ in range(n // 3)]
-    rng.shuffle(prompts)
-    return prompts, [rng.randint(1, 12) for _ in prompts]
-
-
-def alone(model: Any, prompt: list[int], new: int, strategy: Strategy | None = None) -> Any:
-    output = mtpkern.generate(
-        model,
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt)),  # of padding there is none, whatever the words are
-        strategy=strategy,
-        max_new_tokens=new,
-        eos_token_id=STOP,
-        return_dict_in_generate=True,
-    )
-    return SimpleNamespace(
-        tokens=output.sequences[0, len(prompt) :].tolist(),
-        blocks=output.blocks[0],
-        finish_reason=output.finish_reasons[0],
-    )
-
-
-def assert_as_alone(
-    model: Any, prompts: list[list[int]], new: list[int], outputs: list[BatchOutput], strategy: Strategy | None = None
-) -> None:
-    assert [output.index for output in outputs] == list(range(len(prompts)))
-    for prompt, n, output in zip(prompts, new, outputs):
-        expected = alone(model, prompt, n, strategy)
-        assert output.error is None
-        assert (output.tokens, output.finish_reason) == (expected.tokens, expected.finish_reason)
-        # How sure the drafts of others were is forgotten where one comes in, which may deal masks out otherwise.
-        if strategy is not None and not strategy.masks:
-            assert output.blocks == expected.blocks
-        assert sum(output.blocks) == len(output.tokens) == round(output.tokens_per_pass * output.passes)
+from support.batches import STOP, STRATEGIES, alone, assert_as_alone, mixed_prompts
 
 
 @pytest.fixture(scope="module")
@@ -81,65 +30,6 @@ def known(model: Any) -> tuple[list[list[int]], list[int], list[list[int]]]:
     """Prompts, limits, and what each gets alone."""
     prompts, new = mixed_prompts(seed=1)
     return prompts, new, [alone(model, prompt, n).tokens for prompt, n in zip(prompts, new)]
-
-
-@pytest.fixture(params=["llama", "gemma3_text", "gated"], scope="module")
-def any_model(request: pytest.FixtureRequest, tiny: SimpleNamespace) -> Any:
-    if request.param != "gated":
-        return tiny.model(request.param, **(WINDOWED if request.param == "gemma3_text" else {}))
-    pytest.importorskip("peft")
-    from mtpkern.train.lora import add_gated_lora
-
-    base = tiny.model("llama")
-    del base.config.mtpkern
-    adapted = add_gated_lora(base, rank=4, k_max=5).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, weight in adapted.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(0, 0.3, generator=generator)
-    return adapted
-
-
-@pytest.fixture
-def prefilled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Sequences and columns of every prefill that runs."""
-    seen: list[tuple[int, int]] = []
-    original = Decoder.prefill_chunk
-
-    def noted(self: Any, cache: Any, columns: Any, real: Any, position: Any, end: int, **options: Any) -> Any:
-        seen.append((len(columns), end - cache.seen))
-        return original(self, cache, columns, real, position, end, **options)
-
-    monkeypatch.setattr(Decoder, "prefill_chunk", noted)
-    return seen
-
-
-@pytest.fixture
-def lagging(monkeypatch: pytest.MonkeyPatch) -> None:
-    """States and copies of the device are read late, as on a GPU."""
-
-    class Event:
-        asked = 0
-
-        def __init__(self, device: Any) -> None: ...
-        def record(self) -> None: ...
-        def synchronize(self) -> None: ...
-
-        def query(self) -> bool:
-            self.asked += 1
-            return self.asked > 2
-
-    init = Poll.__init__
-
-    def late(self: Any, sequences: Any) -> None:
-        init(self, sequences)
-        self.on_cpu = False
-        self.copies = torch.empty(LAG + 1, *self.state().shape, dtype=torch.int64)
-        self.events = [Event(None)] * (LAG + 1)
-
-    monkeypatch.setattr(torch, "Event", Event)
-    monkeypatch.setattr(Poll, "__init__", late)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=repr)
@@ -287,57 +177,6 @@ def test_short_memory_takes_slots_and_no_answer(model: Any, known: Any, monkeypa
     assert set(told) == {6, 3}
 
 
-# Prefixes
-
-
-def test_a_beginning_that_is_there_is_not_read_again(any_model: Any, prefilled: list[tuple[int, int]]) -> None:
-    """The first brings it; all others, in its slot and beside it, read what is their own."""
-    begin, rng = [1 + i % 14 for i in range(40)], random.Random(0)
-    alike = [begin + [word] + [rng.randint(1, 14) for _ in range(rng.randint(1, 9))] for word in range(1, 8)]
-    new = [6] * len(alike)
-    outputs = generate_batch(
-        any_model, alike, strategy=Static(1), max_new_tokens=new, batch_size=2, order="given", eos_token_id=STOP
-    )
-    # Of two that come in together the shorter has a few columns of padding, or of what it has already.
-    needed = sum(len(prompt) - 1 for prompt in alike) - 40 * (len(alike) - 1)
-    assert needed <= sum(n * columns for n, columns in prefilled) <= needed + 9 * len(alike)
-    assert [output.shared for output in outputs] == [0] + [40] * (len(alike) - 1)
-    prefilled.clear()
-    assert_as_alone(any_model, alike, new, outputs, Static(1))
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=repr)
-def test_the_next_turn_of_a_chat_finds_the_last_one(model: Any, strategy: Strategy) -> None:
-    """A prompt that goes on behind an answer: keys of what was emitted count as far as they are the tokens' own."""
-    first = [5, 9, 2, 14, 7, 7, 1, 12, 4]
-    answer = alone(model, first, 12, strategy)
-    turns = [first, first + answer.tokens + [8, 1, 9]]
-    outputs = generate_batch(
-        model, turns, strategy=strategy, max_new_tokens=12, batch_size=1, order="given", eos_token_id=STOP
-    )
-    assert_as_alone(model, turns, [12, 12], outputs, strategy)
-    assert outputs[1].shared == len(first) + sum(outputs[0].blocks[:-1]) > len(first)
-
-
-def test_the_next_prompt_is_the_one_that_shares_most(model: Any) -> None:
-    rng = random.Random(0)
-    begins = [[rng.randint(1, 14) for _ in range(20)] for _ in range(2)]
-    prompts = [begin + [rng.randint(1, 14)] * 3 for _ in range(4) for begin in begins]
-    options: dict[str, Any] = {"max_new_tokens": 2, "batch_size": 1, "order": "given"}
-    with iterate_batch(model, prompts, **options) as outputs:
-        # Two windows of four prompts, each of two kinds.
-        assert [output.index for output in outputs] == [0, 2, 1, 3, 5, 7, 4, 6]
-
-
-def test_latent_attention_makes_all_keys_anew(tiny: SimpleNamespace) -> None:
-    latent = {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
-    model = tiny.model("deepseek_v3", **latent, num_key_value_heads=4, first_k_dense_replace=2)
-    prompts, new = mixed_prompts(9)
-    outputs = generate_batch(model, prompts, max_new_tokens=new, eos_token_id=STOP, batch_size=3, prefill_chunk=9)
-    assert_as_alone(model, prompts, new, outputs)
-    assert {output.shared for output in outputs} == {0}
-
-
 # The call
 
 
@@ -413,51 +252,6 @@ def test_what_shows_progress_is_called(model: Any) -> None:
 def test_no_prompts_and_no_warning(model: Any, recwarn: pytest.WarningsRecorder) -> None:
     assert generate_batch(model, [], max_new_tokens=4) == []
     assert not [str(warning.message) for warning in recwarn]
-
-
-# The iterator
-
-
-def test_outputs_come_as_they_end(model: Any) -> None:
-    prompts = [[5, 6], [7, 8], [9, 1]]
-    options: dict[str, Any] = {"strategy": Static(1), "batch_size": 2, "order": "given", "max_new_tokens": [9, 2, 3]}
-    assert [output.index for output in iterate_batch(model, prompts, **options)] == [1, 2, 0]
-
-
-@pytest.mark.parametrize("leave", ["close", "break", "raise"])
-def test_a_reader_that_leaves_leaves_the_model_whole(model: Any, leave: str) -> None:
-    prompts, new = mixed_prompts()
-    before = threading.active_count()
-    outputs = iterate_batch(model, prompts, max_new_tokens=new, batch_size=2)
-    if leave == "close":
-        next(outputs)
-        # Between two outputs the model is the reader's, as it was.
-        assert model.config._attn_implementation == "sdpa"
-        outputs.close()
-        assert list(outputs) == []
-    else:
-        for _ in outputs:
-            break
-        with suppress(KeyboardInterrupt), outputs:
-            if leave == "raise":
-                raise KeyboardInterrupt
-    assert threading.active_count() == before
-    assert (
-        alone(model, prompts[0], 5).tokens
-        == generate_batch(model, prompts[:1], max_new_tokens=5, eos_token_id=STOP)[0].tokens
-    )
-
-
-def test_an_exception_in_the_middle_leaves_the_model_whole(model: Any) -> None:
-    def interrupt(done: int) -> None:
-        if done == 3:
-            raise KeyboardInterrupt
-
-    prompts, new = mixed_prompts()
-    with pytest.raises(KeyboardInterrupt):
-        generate_batch(model, prompts, max_new_tokens=new, batch_size=2, progress=interrupt)
-    assert model.config._attn_implementation == "sdpa"
-    assert_as_alone(model, prompts[:1], [5], generate_batch(model, prompts[:1], max_new_tokens=5, eos_token_id=STOP))
 
 
 # What it stands on

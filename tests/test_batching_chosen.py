@@ -61,16 +61,39 @@ GREEDY: dict[str, dict[str, Any]] = {
     "own": {"logits_processor": [NotTwice()]},
     "criterion": {"stopping_criteria": [SumOfText()]},
     "length": {"stopping_criteria": [MaxLengthCriteria(11)]},
-    "both": {"logits_processor": [NotTwice()], "stopping_criteria": [SumOfText()], "repetition_penalty": 1.3},
+}
+# Several at once, none of which hides another: each left out shows.
+SEVERAL: dict[str, dict[str, Any]] = {
+    "scores": {
+        "repetition_penalty": 1.3,
+        "sequence_bias": {(3,): 2.0, (7, 8): -5.0},
+        "min_new_tokens": 3,
+        "eos_token_id": [2],
+        "stopping_criteria": [SumOfText()],
+    },
+    "banned": {
+        "bad_words_ids": [[7, 7], [1], [9]],
+        "no_repeat_ngram_size": 2,
+        "logits_processor": [NotTwice()],
+        "stopping_criteria": [MaxLengthCriteria(13)],
+    },
 }
 
 
+STRATEGIES = [Verified(3, threshold=0.1), Verified(3, threshold=0.1, masks=2), Static(2)]
+
+
+# Each alone with one strategy in turn, several at once with every one.
 @pytest.mark.parametrize(
-    "strategy", [Verified(3, threshold=0.1), Verified(3, threshold=0.1, masks=2), Static(2)], ids=str
+    ("kind", "strategy"),
+    [
+        *((kind, STRATEGIES[i % 3]) for i, kind in enumerate(GREEDY)),
+        *((kind, strategy) for kind in SEVERAL for strategy in STRATEGIES),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("kind", GREEDY)
 def test_what_chooses_and_what_stops(model: Any, kind: str, strategy: Any) -> None:
-    options = {"strategy": strategy, **GREEDY[kind]}
+    options = {"strategy": strategy, **{**GREEDY, **SEVERAL}[kind]}
     outputs = mtpkern.generate_batch(model, PROMPTS, max_new_tokens=NEW, batch_size=3, **options)
     plain = mtpkern.generate_batch(model, PROMPTS, max_new_tokens=NEW, batch_size=3, strategy=strategy)
     for prompt, new, output in zip(PROMPTS, NEW, outputs):
@@ -78,6 +101,13 @@ def test_what_chooses_and_what_stops(model: Any, kind: str, strategy: Any) -> No
         assert (output.tokens, output.finish_reason) == alone(model, prompt, new, **options)
         assert sum(output.blocks) == len(output.tokens)
     assert [output.tokens for output in outputs] != [output.tokens for output in plain]
+
+
+def test_least_tokens_of_a_text_that_nothing_stops(model: Any) -> None:
+    """Without stop tokens there is nothing to hold back, as in transformers; what else chooses does."""
+    options = {"min_new_tokens": 3, "repetition_penalty": 1.7}
+    outputs = mtpkern.generate_batch(model, PROMPTS[:3], max_new_tokens=4, **options)
+    assert [output.tokens for output in outputs] == [alone(model, prompt, 4, **options)[0] for prompt in PROMPTS[:3]]
 
 
 SAMPLED = {"do_sample": True, "temperature": 1.3, "top_k": 12, "top_p": 0.95}

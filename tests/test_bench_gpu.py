@@ -87,7 +87,7 @@ def test_what_was_measured_stays(tmp_path):
 
 def test_files_with_tests_for_a_gpu():
     files = {Path(file).stem for file in gpu.test_files()}
-    assert files >= {"test_graph", "test_advance", "test_no_sync", "test_triton_decode", "test_triton_distill"}
+    assert files >= {"test_gpu_graph", "test_advance", "test_no_sync", "test_triton_decode", "test_triton_distill"}
     assert files >= {"test_triton_span", "test_gpu_training", "test_kv_write", "test_readout", "test_decode_attention"}
     assert not files & {"test_trainer", "test_evaluate", "test_resume", "test_cli_train"}  # not without peft
 

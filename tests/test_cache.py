@@ -11,6 +11,7 @@ from mtpkern.cache import KVCache, PrefillCache
 from mtpkern.decoder import Decoder
 from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.state import Rows
+from support.models import LATENT
 
 B, HKV, D, C = 2, 2, 4, 6
 CPU = torch.device("cpu")
@@ -179,15 +180,7 @@ CHUNKED: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 5},
     "gemma2": {"attention": "eager", "sliding_window": 5, "attn_logit_softcapping": 2.0},
     "gpt_oss": {"attention": "eager", "sliding_window": 5, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "minicpm3": {
-        "q_lora_rank": 8,
-        "kv_lora_rank": 8,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 4,
-        "v_head_dim": 6,
-        "head_dim": 4,
-        "num_key_value_heads": 4,
-    },
+    "minicpm3": LATENT,
 }
 
 

@@ -1,7 +1,5 @@
 """Steps as graphs, with a stand-in for the graph: the same training, few shapes, and no belief in a wrong replay."""
 
-import os
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -20,10 +18,9 @@ from mtpkern.train.gated_trainer import GatedTrainer
 from mtpkern.train.layout import build_layout
 from mtpkern.train.lora import add_gated_lora
 from mtpkern.train.prefix import Packing, texts_of
+from support.made_up_device import FAKE, SyncError, Watcher, to_fake
 
-# Its accelerator that is not there; pytest imports test files by their paths.
-sys.path.append(os.path.dirname(__file__))
-from test_no_sync import FAKE, SyncError, Watcher, autocast_off_on_the_made_up_device, to_fake  # noqa: F401
+pytestmark = pytest.mark.usefixtures("autocast_off_on_the_made_up_device")
 
 EOS = 7
 

@@ -1,11 +1,8 @@
-"""`mtpkern demo` and `mtpkern generate`, on a tiny random model."""
+"""The command line: text and files in, the same tokens as `generate` out."""
 
 import json
 import re
-import shlex
 import shutil
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -16,13 +13,12 @@ import mtpkern
 import mtpkern.batching
 from mtpkern.bench.problems import HELD_OUT, problems
 from mtpkern.cli import main
-from mtpkern.compare import HF_GENERATE, Completion, Problem, Tally, pad, read_problems
+from mtpkern.compare import HF_GENERATE, Problem, Tally, pad, read_problems
 from mtpkern.demo import ASSETS, summary
 from mtpkern.prompting import Prompting
 from mtpkern.train.arithmetic import build_tokenizer
 from mtpkern.train.formats import conversation_of
-
-TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}Answer:"
+from support.commands import TEMPLATE, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +27,6 @@ def checkpoint(solver):
     folder = solver(4, TEMPLATE)
     write_jsonl(folder / "problems.jsonl", [vars(p) for p in problems("test", 8)])
     return folder
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def read_jsonl(text):
@@ -360,69 +351,6 @@ def test_a_checkpoint_whose_file_samples_is_decoded_greedily(checkpoint, tmp_pat
     assert read_jsonl(output.read_text())[0]["tokens"] == tokens
 
 
-# What a model or a file could do to the terminal
-
-STEERS = "\x1b[2Ja\r\x9b31m\u202eb\x07"
-
-
-@pytest.fixture
-def steering(checkpoint, monkeypatch):
-    """The checkpoint's model writes what would clear the screen and turn text around."""
-    tokens = [5, 6]
-    monkeypatch.setattr("mtpkern.cli._complete", lambda *args, **kwargs: iter([Completion(tokens, [1, 1])]))
-    kind = type(build_tokenizer())
-    monkeypatch.setattr(kind, "decode", lambda self, ids, **kwargs: STEERS[: len(STEERS) * len(ids) // 2])
-    return checkpoint
-
-
-def steers(text):
-    return set(text) & set(STEERS) - set("[2Ja31mb")
-
-
-@pytest.mark.parametrize("options", ["", "--show", "--output"])
-def test_text_of_a_model_does_not_steer_the_terminal(steering, options, tmp_path, capsys, monkeypatch):
-    output = tmp_path / "out.jsonl"
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setenv("COLORTERM", "truecolor")  # rich keeps a style as it first shows it
-    command = ["generate", str(steering), "--prompt", "Ba has 3 eggs.", *options.split()]
-    assert main([*command, str(output)] if options == "--output" else command) == 0
-    out, err = capsys.readouterr()
-    out = re.sub("\x1b\\[[0-9;]*m", "", out)  # colours of our own
-    assert not steers(out + err)
-    assert r"a\r\x9b31m" in out.replace("|", "")
-    if output.exists():
-        line = output.read_text(encoding="utf-8")
-        assert not steers(line)
-        assert json.loads(line)["text"] == STEERS
-
-
-def test_rows_are_printed_without_control_characters(steering, tmp_path, capsys):
-    file = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "Ba has 3 eggs.", "id": STEERS}])
-    assert main(["generate", str(steering), "--file", str(file)]) == 0
-    out = capsys.readouterr().out
-    assert not steers(out)
-    assert (json.loads(out)["text"], json.loads(out)["id"]) == (STEERS, STEERS)
-
-
-def test_a_program_that_reads_the_text_gets_it_as_it_is(steering, capsys):
-    assert main(["generate", str(steering), "--prompt", "Ba has 3 eggs."]) == 0
-    assert capsys.readouterr().out == STEERS + "\n"
-
-
-def test_errors_quote_without_steering(tmp_path, capsys):
-    file = tmp_path / f"in{STEERS}.jsonl"
-    for text in (f'{{"prompt": "{STEERS}', json.dumps({STEERS: 1}), json.dumps({"prompt": {"x": STEERS}})):
-        file.write_text(text, encoding="utf-8")
-        assert main(["generate", "no-model", "--file", str(file)]) == 2
-        assert main(["generate", STEERS, "--prompt", "x"]) == 2
-        out, err = capsys.readouterr()
-        assert err
-        assert not steers(out + err)
-    with pytest.raises(SystemExit):
-        main(["generate", "no-model", "--prompt", "x", f"--{STEERS}"])
-    assert not steers(capsys.readouterr().err)
-
-
 def test_a_template_that_refuses_names_the_row(checkpoint, tmp_path, capsys):
     folder = tmp_path / "strict"
     shutil.copytree(checkpoint, folder)
@@ -439,17 +367,6 @@ def test_text_that_brings_its_own_bos_gets_no_second(bytes_of):
     one = Prompting().encode(tokenizer, {"prompt": "Hi"})
     assert one[0] == tokenizer.bos_token_id
     assert one == Prompting().encode(tokenizer, {"prompt": f"{tokenizer.bos_token}Hi"})
-
-
-def test_an_interrupt_leaves_no_draft(checkpoint, tmp_path, capsys, monkeypatch):
-    def interrupt(*args, **kwargs):
-        assert len(list(tmp_path.iterdir())) == 1  # the draft is there
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("mtpkern.refill.enter", interrupt)
-    command = ["generate", str(checkpoint), "--prompt", "Ba has 3 eggs.", "--output", str(tmp_path / "out.jsonl")]
-    assert main(command) == 130
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_demo(checkpoint, tmp_path, capsys, monkeypatch):
@@ -486,39 +403,3 @@ def test_summary_divides_tokens_per_second():
         "speedup_vs_hf_generate": {HF_GENERATE: 1.0, "verified": 3.0},
         "speedup_vs_hf_generate_batch_8": {HF_GENERATE: 1.0, "verified": 1.0},
     }
-
-
-def test_devices_that_are_not_here(checkpoint, capsys, monkeypatch):
-    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
-    for device in ("cuda", "cuda:3", "mps", "meta"):
-        assert main(["generate", str(checkpoint), "--prompt", "x", "--device", device]) == 2
-        assert f"--device {device}: torch finds no such device here; this machine has cpu" in capsys.readouterr().err
-    assert main(["generate", str(checkpoint), "--prompt", "x", "--device", "gpu"]) == 2
-    assert "--device gpu: there is no such kind of device" in capsys.readouterr().err
-
-
-def test_version(capsys):
-    with pytest.raises(SystemExit) as done:
-        main(["--version"])
-    assert done.value.code == 0
-    assert capsys.readouterr().out == f"mtpkern {mtpkern.__version__}\n"
-
-
-def test_a_reader_that_leaves():
-    """As `| head` does: no traceback, no message, and not the status of success."""
-    code = "import sys, mtpkern.cli as c; c._demo = lambda args: print('x' * 100_000); sys.exit(c.main(['demo']))"
-    command = f"set -o pipefail; {shlex.join([sys.executable, '-c', code])} | true"
-    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (141, "")
-
-
-@pytest.mark.parametrize("module", ["arithmetic", "layout"])
-def test_a_program_whose_reader_leaves(module):
-    command = f"set -o pipefail; {sys.executable} -u -m mtpkern.train.{module} | true"
-    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (141, "")
-
-
-def test_help_needs_no_model_library():
-    code = "import sys, mtpkern.cli; mtpkern.cli._parser(); print({'torch', 'transformers'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from mtpkern.adapter import gate_of
 from mtpkern.attention import attention_context
@@ -11,38 +10,13 @@ from mtpkern.train.layout import build_layout, pack
 from mtpkern.train.lora import add_gated_lora
 from mtpkern.train.objective import Objective, SpanContext, backbone, gather_rows, within_text
 from mtpkern.train.prefix import Prefixes, texts_of
+from support.three_layers import EOS, EOS_IDS, V, gemma, llama
 
-V, EOS = 61, 7
-TINY = {
-    "vocab_size": V,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.3,
-    "eos_token_id": EOS,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-}
-EOS_IDS = torch.tensor([EOS])
 K = 4
-
-
-def llama(**change):
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**TINY, **change)).eval()
 
 
 def tied():
     return llama(tie_word_embeddings=True)
-
-
-def gemma():
-    torch.manual_seed(0)
-    window = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-    return Gemma3ForCausalLM(Gemma3TextConfig(**TINY, **window)).eval()
 
 
 def adapted(make):

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import mtpkern
 from mtpkern.host import on_host
 
-CPU, ELSEWHERE = torch.device("cpu"), torch.device("lazy:0")  # of all names, this one: see test_no_sync.py
+CPU, ELSEWHERE = torch.device("cpu"), torch.device("lazy:0")  # of all names, this one: see support/made_up_device.py
 # What the host has to know a value for. A number that lies on a GPU is read before masked_fill fills in with it.
 READING = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "masked_fill", "masked_fill_"}
 
@@ -68,7 +68,7 @@ class Accelerator(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
             return ELSEWHERE if isinstance(args[0], There) else CPU
-        # In inference mode composite operations arrive whole; see test_no_sync.py.
+        # In inference mode composite operations arrive whole; see support/made_up_device.py.
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             with self:
                 return func.decompose(*args, **kwargs)

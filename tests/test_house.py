@@ -15,6 +15,7 @@ import pytest
 import tomllib
 
 import mtpkern
+from support.processes import forks_of
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {
@@ -80,6 +81,16 @@ def run_python(code: str, *, cwd: Path = ROOT, pythonpath: Path | None = None, i
     return subprocess.run(
         [sys.executable, *flags, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
     )
+
+
+@pytest.fixture(scope="module")
+def with_torch():
+    """`with_torch(code)`: how a program ends that finds torch imported and nothing else, and what it prints."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    with forks_of("torch", cwd=ROOT, environment=environment) as run:
+        heads = {"triton", "transformers", "accelerate", "datasets", "peft", "mtpkern"}
+        assert run(f"import sys; print({heads} & set(sys.modules))") == (0, "set()\n")
+        yield run
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -151,7 +162,7 @@ def test_arrows_catch_a_planted_import(room, source):
 
 def test_tests_import_no_bare_folder():
     heads = {
-        name.split(".")[0] for path in (ROOT / "tests").glob("*.py") for name in imported_names(path.read_text(), "")
+        name.split(".")[0] for path in (ROOT / "tests").rglob("*.py") for name in imported_names(path.read_text(), "")
     }
     assert not heads & {"kernels", "train", "bench"}
 
@@ -202,6 +213,11 @@ def test_an_interrupted_program(start, called, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
+def test_no_test_file_is_long():
+    lengths = {path: len(path.read_text().splitlines()) for path in (ROOT / "tests").rglob("*.py")}
+    assert not {path.name: n for path, n in lengths.items() if n > 450}
+
+
 def test_every_kernel_has_its_test():
     stems = {path.stem for path in ROOMS["mtpkern.kernels"].glob("*.py")} - {"__init__"}
     assert not [stem for stem in sorted(stems) if not (ROOT / "tests" / f"test_{stem}.py").exists()]
@@ -220,7 +236,7 @@ def test_import_takes_no_longer_than_torch():
     assert ours < float(run_python(code.format("torch")).stdout)
 
 
-def test_every_import_without_triton():
+def test_every_import_without_triton(with_torch):
     """As on macOS and Windows: in a fresh process, every public name is found, and then every module imported."""
     names = [name for modules in MODULES.values() for name in modules if not name.endswith("__main__")]
     if find_spec("lm_eval") is None:
@@ -240,8 +256,8 @@ except AttributeError as error:
 else:
     raise AssertionError("an unknown name was found")
 """
-    result = run_python(code + "\n".join(f"importlib.import_module({name!r})" for name in names))
-    assert result.returncode == 0, result.stderr
+    status, said = with_torch(code + "\n".join(f"importlib.import_module({name!r})" for name in names))
+    assert status == 0, said
 
 
 def test_no_module_is_named_like_a_public_name():
@@ -301,7 +317,7 @@ def test_missing_transformers_says_what_to_install(clone):
 
 
 @pytest.mark.parametrize("missing", ["accelerate", "peft"])
-def test_missing_extra_says_what_to_install(missing):
+def test_missing_extra_says_what_to_install(missing, with_torch):
     code = (
         f"import importlib, sys\nsys.modules[{missing!r}] = None\n"
         + """
@@ -312,18 +328,18 @@ for module in ("trainer", "command"):
         print(error)
 """
     )
-    said = run_python(code).stdout.splitlines()
+    said = with_torch(code)[1].splitlines()
     assert len(said) == 2
     for line in said:
         assert missing in line
         assert "pip install 'mtpkern[train]'" in line
 
 
-def test_what_a_machine_with_torch_and_transformers_alone_is_to_measure():
+def test_what_a_machine_with_torch_and_transformers_alone_is_to_measure(with_torch):
     code = "import sys; sys.modules |= dict.fromkeys(['accelerate', 'datasets', 'peft'])"
     modules = "mtpkern.train.objective, mtpkern.bench.span_attention, mtpkern.bench.train_step"
-    result = run_python(f"{code}; import {modules}")
-    assert result.returncode == 0, result.stderr
+    status, said = with_torch(f"{code}; import {modules}")
+    assert status == 0, said
 
 
 def test_bounds_and_pins_agree():

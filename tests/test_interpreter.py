@@ -1,4 +1,4 @@
-"""Products and bfloat16 in Triton's interpreter, as conftest.py teaches it: what the tests of the kernels lean on."""
+"""Triton's interpreter as support/interpreter.py teaches it: what the tests of the kernels lean on."""
 
 import pytest
 import torch
@@ -70,3 +70,40 @@ def test_other_arithmetic_is_refused() -> None:
         _double_kernel[(1,)](x, N=16)
     with pytest.raises(Exception, match="reductions in bfloat16"):
         _sum_kernel[(1,)](x, x, N=16)
+
+
+@triton.jit
+def _offset_kernel(x_ptr, y_ptr, stride, BACK: tl.constexpr, N: tl.constexpr):
+    o = tl.arange(0, N)
+    far = o * stride if BACK == 0 else o - stride - BACK
+    tl.store(y_ptr + o, tl.load(x_ptr + o) + far)
+
+
+@pytest.mark.parametrize(("stride", "back"), [(1 << 29, 0), (1 << 30, 1 << 30)])
+def test_integers_that_overflow_are_an_error(stride: int, back: int) -> None:
+    """As offsets do that should have been 64 bits wide."""
+    x, y = torch.zeros(4, dtype=torch.int32), torch.empty(4, dtype=torch.int64)
+    _offset_kernel[(1,)](x, y, stride - 1, BACK=back, N=4)
+    assert y.tolist() == [o * (stride - 1) if back == 0 else o - stride + 1 - back for o in range(4)]
+    with pytest.raises(Exception, match=f"{'sub' if back else 'mul'} overflows"):
+        _offset_kernel[(1,)](x, y, 2 * stride - 1 if back == 0 else stride + 5, BACK=back, N=4)
+
+
+@triton.jit
+def _mixed_kernel(x_ptr, y_ptr, M: tl.constexpr, N: tl.constexpr):
+    o_m, o_n = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :]
+    x = tl.load(x_ptr + o_m * N + o_n)
+    most = tl.max(x, 1)[:, None]
+    y = tl.where(x == most, x / 2, (x - most) * 2) + o_m // 2 + (o_n % 3).to(tl.float32) + 1
+    tl.store(y_ptr + o_m * N + o_n, y)
+
+
+def test_types_and_shapes_are_what_they_were() -> None:
+    """Blocks of one shape and of several, scalars, integers beside floats, products, quotients and remainders."""
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).half()
+    y = torch.empty(4, 8, dtype=torch.float32)
+    _mixed_kernel[(1,)](x, y, M=4, N=8)
+    wide, most = x.float(), x.float().amax(1, keepdim=True)
+    expected = torch.where(wide == most, wide / 2, (x - most.half()).float() * 2)
+    expected += torch.arange(4)[:, None] // 2 + torch.arange(8)[None] % 3 + 1
+    torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3)

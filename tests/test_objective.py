@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from mtpkern.attention import attention_context
 from mtpkern.train.layout import build_layout, pack
@@ -18,34 +17,12 @@ from mtpkern.train.objective import (
     mtp_loss,
     until_fail,
 )
-
-V, MASK, EOS = 61, 60, 7
-TINY = {
-    "vocab_size": V,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.3,
-    "eos_token_id": EOS,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-}
-EOS_IDS = torch.tensor([EOS])
-
-
-def llama(seed=0):
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**TINY)).eval()
+from support.three_layers import EOS, EOS_IDS, MASK, V, llama
+from support.three_layers import gemma as gemma_of
 
 
 def gemma():
-    torch.manual_seed(0)
-    window = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-    return Gemma3ForCausalLM(Gemma3TextConfig(**TINY, **window)).eval()
+    return gemma_of(tie_word_embeddings=False)
 
 
 def batch(k=4, **options):

@@ -32,16 +32,10 @@ def test_a_row_for_each_way_of_decoding():
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_a_run_prints_a_table_and_how_to_go_on(tmp_path, tiny, bytes_of, capsys, gated):
-    tokenizer = bytes_of("llama")
-    model = tiny.model("llama", vocab_size=len(tokenizer), num_hidden_layers=1, max_position_embeddings=512)
-    del model.config.mtpkern
-    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(tmp_path / "start")
-    tokenizer.save_pretrained(tmp_path / "start")
+def test_a_run_prints_a_table_and_how_to_go_on(tmp_path, start, capsys, gated):
     data, out = tmp_path / "rows.jsonl", tmp_path / "out folder"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    flags = ["--model", str(tmp_path / "start"), "--train-data", str(data), "--output-dir", str(out), "--no-chat"]
+    flags = ["--model", str(start), "--train-data", str(data), "--output-dir", str(out), "--no-chat"]
     flags += ["--eval-data", str(data), "--eval-strategy", "steps", "--eval-steps", "2", "--logging-steps", "1"]
     flags += ["--use-cpu", "--k-max", "3", "--num-spans", "2", "--max-steps", "2", "--report-to", "none"]
     assert main(["train", *flags, *(["--gated", "--lora-rank", "2"] if gated else [])]) == 0

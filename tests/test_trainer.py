@@ -1,88 +1,18 @@
-"""MTPTrainer: trains, resumes exactly, counts rows over micro-batches, and refuses what it cannot do."""
+"""MTPTrainer: what a step is, and what it leaves."""
 
 import copy
-import json
-from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, Trainer
 
 from mtpkern.generation import generate
 from mtpkern.train.collator import MTPCollator
-from mtpkern.train.config import MTPConfig
 from mtpkern.train.trainer import MTPTrainer
+from support.trained import EOS, MASK, V, config, data, llama, losses, same_weights, trainer
 
-V, MASK, EOS = 41, 40, 7
 aten = torch.ops.aten
-
-
-def llama(seed=0, **change):
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=change.pop("vocab_size", V),
-            **change,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            initializer_range=0.3,
-            eos_token_id=EOS,
-            bos_token_id=1,
-            pad_token_id=0,
-        )
-    )
-
-
-def data(n=24):
-    """Counting texts: the answer goes on where the prompt stops."""
-    rows = []
-    for i in range(n):
-        start, length = 8 + i % 7, 10 + i % 4
-        ids = [1, *(start + j for j in range(length)), EOS]
-        rows.append({"input_ids": ids, "prompt_length": 4})
-    return rows
-
-
-def config(path, **change):
-    arguments = {
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_steps": 2,
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "k_min": 2,
-        "k_max": 4,
-        "num_spans": 3,
-        "spacing": "random",
-    }
-    return MTPConfig(str(path), **arguments | change)
-
-
-def trainer(path, student=None, teacher="random", **change):
-    student = student or llama()
-    return MTPTrainer(
-        model=student,
-        teacher=llama(3) if teacher == "random" else teacher,
-        args=config(path, **change),
-        mask_token_id=MASK,
-        train_dataset=data(),
-        eval_dataset=data(6),
-        data_collator=MTPCollator(0),
-    )
-
-
-def same_weights(a, b, **tolerance):
-    for x, y in zip(a.parameters(), b.parameters()):
-        torch.testing.assert_close(x, y, **tolerance)
 
 
 def test_it_learns_and_logs(tmp_path):
@@ -140,17 +70,6 @@ def test_gradient_accumulation_equals_one_batch(tmp_path):
     same_weights(*models, rtol=1e-4, atol=1e-6)
     with pytest.raises(AssertionError):
         same_weights(models[0], llama(), rtol=1e-4, atol=1e-6)
-
-
-def test_saved_model_is_a_plain_checkpoint(tmp_path):
-    run = trainer(tmp_path, max_steps=1)
-    run.train()
-    run.save_model(str(tmp_path / "final"))
-    recorded = json.loads((tmp_path / "final" / "config.json").read_text())
-    assert {"mask_token_id": MASK, "k_max": 4}.items() <= recorded["mtpkern"].items()
-    assert "attn_implementation" not in json.dumps(recorded)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
-    same_weights(run.model.cpu(), loaded, rtol=0, atol=0)
 
 
 def test_static_shape_changes_nothing_but_the_shape(tmp_path):
@@ -248,10 +167,6 @@ def test_the_attention_switch_is_left_after_training(tmp_path):
     assert model(torch.tensor([[1, 2]])).logits.shape == (1, 2, V)
 
 
-def losses(run):
-    return [x["loss"] for x in run.state.log_history if "loss" in x]
-
-
 def test_gt_warmup_is_a_schedule_inside_one_run(tmp_path):
     runs = [
         trainer(tmp_path / str(i), max_steps=3, save_strategy="no", **change)
@@ -273,49 +188,6 @@ def test_loss_that_is_not_finite_stops_before_anything_is_saved(tmp_path, loggin
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_saved_in_another_dtype(tmp_path, tied):
-    student = llama(tie_word_embeddings=tied)
-    trainer(tmp_path, student=student, save_dtype="bfloat16").save_model(str(tmp_path))
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        assert ("lm_head.weight" in file.keys()) != tied  # noqa: SIM118
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert loaded.dtype == torch.bfloat16
-    assert loaded.config.use_cache
-    assert student.dtype == torch.float32
-    same_weights(student.bfloat16(), loaded, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_lora_teaches_itself_and_saves_a_plain_model(tmp_path, dtype):
-    student = llama().to(getattr(torch, dtype))
-    base = copy.deepcopy(student)
-    ids = torch.randint(8, 30, (2, 9))
-    ids[1, 5] = MASK
-    options = {"lora_rank": 2, "student_dtype": dtype, "save_dtype": dtype, "k_min": 3, "k_max": 3}
-    whole = trainer(tmp_path / "a", student=student, teacher=None, **options)
-    whole.train()
-    torch.manual_seed(1234)
-    rest = trainer(tmp_path / "a", student=copy.deepcopy(base), teacher=None, **options)
-    rest.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
-    trained = {name: p for name, p in whole.model.named_parameters() if p.requires_grad}
-    assert {p.dtype for p in trained.values()} == {torch.float32}
-    same_weights(whole.model, rest.model, rtol=0, atol=0)
-
-    with torch.no_grad(), whole.model.disable_adapter():
-        assert torch.equal(whole.model.eval()(ids).logits, base(ids).logits)
-    whole.save_model(str(tmp_path / "plain"))
-    assert (tmp_path / "plain" / "custom_generate" / "generate.py").is_file()
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
-    assert loaded.dtype == getattr(torch, dtype)
-    with torch.no_grad():
-        changed = (loaded.model.embed_tokens.weight != base.model.embed_tokens.weight).any(1)
-        assert changed.nonzero().tolist() == [[MASK]]
-        close = {"rtol": 1e-4, "atol": 1e-4} if dtype == "float32" else {"rtol": 0.2, "atol": 0.2}
-        torch.testing.assert_close(loaded(ids).logits, whole.model(ids).logits, **close)
-        assert not torch.allclose(loaded(ids).logits, base(ids).logits, **close)
-
-
 def test_anchor_and_support_reach_the_loss(tmp_path):
     """The loss that is trained on is the mean of the spans' rows plus the weighted mean of the answers' rows."""
     losses = {}
@@ -333,93 +205,6 @@ def test_anchor_and_support_reach_the_loss(tmp_path):
     args = config(tmp_path, teacher_target="gt", anchor_kl_weight=1.0)
     with pytest.raises(ValueError, match="anchor_kl_weight"):
         MTPTrainer(model=llama(), args=args, mask_token_id=MASK)
-
-
-def test_pure_bf16_trains_and_freezes(tmp_path):
-    """Asked for by name, with a warning: at 1e-5 hardly a weight moves; at a high rate it learns, resumed exactly."""
-
-    def run(name, lr, resume=None, **change):
-        change = {"weight_decay": 0.1, "learning_rate": lr, **change}
-        made = trainer(tmp_path / name, llama().to(torch.bfloat16 if "pure_bf16" in change else None), **change)
-        before = copy.deepcopy(made.model.state_dict())
-        made.train(resume_from_checkpoint=resume)
-        after = made.model.state_dict()
-        same = {key: (after[key] == before[key]).float().mean().item() for key in after if "mlp" in key}
-        return made, after, max(same.values()), min(same.values())
-
-    with pytest.warns(UserWarning, match="at 1e-5 .* never moved.*; learning_rate here is 1e-05"):
-        made, _, _, still = run("frozen", 1e-5, pure_bf16=True)
-    assert made.model.dtype == torch.bfloat16
-    assert still > 0.9
-    _, _, still, _ = run("float", 1e-5)
-    assert still < 0.1
-
-    with pytest.warns(UserWarning, match=r"learning_rate here is 0\.01"):
-        made, whole, still, _ = run("whole", 1e-2, pure_bf16=True)
-    with pytest.warns(UserWarning, match="pure_bf16"):
-        _, rest, _, _ = run("rest", 1e-2, str(tmp_path / "whole" / "checkpoint-2"), pure_bf16=True)
-    assert still < 0.5
-    assert all(torch.equal(whole[key], rest[key]) for key in whole)
-    losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0]
-    with pytest.warns(UserWarning, match="pure_bf16"), pytest.raises(ValueError, match=r"dtype=torch\.bfloat16"):
-        trainer(tmp_path, pure_bf16=True)
-
-
-def test_refusals(tmp_path):
-    with pytest.raises(ValueError, match="needs teacher"):
-        MTPTrainer(model=llama(), args=config(tmp_path), mask_token_id=MASK)
-    with pytest.raises(ValueError, match="float32"):
-        MTPTrainer(model=llama().bfloat16(), args=config(tmp_path), teacher=llama(), mask_token_id=MASK)
-    with pytest.raises(ValueError, match="no mask token"):
-        MTPTrainer(model=llama(), args=config(tmp_path), teacher=llama())
-    for change, word in (
-        ({"k_min": 5}, "k_min"),
-        ({"teacher_target": "harder"}, "teacher_target"),
-        ({"loss_support": "some"}, "loss_support"),
-        ({"anchor_kl_weight": -1.0}, "anchor_kl_weight"),
-        ({"spacing": "dense"}, "spacing"),
-        ({"layout": "paper"}, "max_length"),
-        ({"k_scope": "world"}, "k_scope"),
-        ({"offset_scope": "world"}, "offset_scope"),
-        ({"offset_scope": "rank"}, "spacing='stride'"),
-        ({"offset_scope": "rank", "spacing": "stride", "span_offset": 0}, "no span_offset"),
-        ({"prefix_scope": "some"}, "prefix_scope"),
-        ({"prefix_scope": "all"}, "prefix_weight"),
-        ({"pure_bf16": True, "bf16": True}, "leave out bf16, or"),
-        ({"pure_bf16": True, "lora_rank": 2}, "leave out lora_rank, or"),
-        ({"pure_bf16": True, "student_dtype": "float16"}, "leave out student_dtype float16, or"),
-        ({"num_spans": 0}, "num_spans"),
-        ({"span_offset": 3}, "spacing='stride'"),
-        ({"gt_warmup_steps": -1}, "gt_warmup_steps"),
-        ({"student_dtype": "bfloat16"}, "bf16=True"),
-        ({"save_dtype": "float8"}, "save_dtype"),
-        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "ZeRO-3"),
-        ({"use_liger_kernel": True}, "use_liger_kernel"),
-        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
-        ({"average_tokens_across_devices": False}, "average_tokens"),
-        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches"),
-        ({"parallelism_config": SimpleNamespace(tp_size=2)}, "tp_size"),
-        ({"parallelism_config": SimpleNamespace(cp_size=2)}, "cp_size"),
-        ({"fsdp": True, "fsdp_config": {"version": 1}}, "FSDP version 1"),
-    ):
-        with pytest.raises(ValueError, match=word):
-            config(tmp_path, **change)
-    with pytest.raises(ValueError, match="without its adapters"):
-        trainer(tmp_path, lora_rank=2)
-    with pytest.raises(ValueError, match="student_dtype"):
-        trainer(tmp_path, teacher=None, lora_rank=2, student_dtype="bfloat16")
-    with pytest.raises(ValueError, match="share a vocabulary"):
-        trainer(tmp_path, teacher=llama(vocab_size=V + 9))
-    sharded = llama()
-    sharded._device_mesh = "that from_pretrained laid it over"
-    with pytest.raises(ValueError, match="sharded by from_pretrained"):
-        trainer(tmp_path, sharded)
-    with pytest.raises(ValueError, match="compute_metrics"):
-        MTPTrainer(model=llama(), args=config(tmp_path), teacher=llama(), mask_token_id=MASK, compute_metrics=len)
-    with pytest.raises(ValueError, match="pad_to"):
-        MTPCollator(0, pad_to=5)(data(1))
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")

@@ -1,0 +1,80 @@
+"""A tiny run of MTPTrainer."""
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mtpkern.train.collator import MTPCollator
+from mtpkern.train.config import MTPConfig
+from mtpkern.train.trainer import MTPTrainer
+
+V, MASK, EOS = 41, 40, 7
+
+
+def llama(seed=0, **change):
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=change.pop("vocab_size", V),
+            **change,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            initializer_range=0.3,
+            eos_token_id=EOS,
+            bos_token_id=1,
+            pad_token_id=0,
+        )
+    )
+
+
+def data(n=24):
+    """Counting texts: the answer goes on where the prompt stops."""
+    rows = []
+    for i in range(n):
+        start, length = 8 + i % 7, 10 + i % 4
+        ids = [1, *(start + j for j in range(length)), EOS]
+        rows.append({"input_ids": ids, "prompt_length": 4})
+    return rows
+
+
+def config(path, **change):
+    arguments = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_steps": 2,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "k_min": 2,
+        "k_max": 4,
+        "num_spans": 3,
+        "spacing": "random",
+    }
+    return MTPConfig(str(path), **arguments | change)
+
+
+def trainer(path, student=None, teacher="random", **change):
+    student = student or llama()
+    return MTPTrainer(
+        model=student,
+        teacher=llama(3) if teacher == "random" else teacher,
+        args=config(path, **change),
+        mask_token_id=MASK,
+        train_dataset=data(),
+        eval_dataset=data(6),
+        data_collator=MTPCollator(0),
+    )
+
+
+def same_weights(a, b, **tolerance):
+    for x, y in zip(a.parameters(), b.parameters()):
+        torch.testing.assert_close(x, y, **tolerance)
+
+
+def losses(run):
+    return [x["loss"] for x in run.state.log_history if "loss" in x]

@@ -1,0 +1,217 @@
+"""Goals of the benchmarks of kernels and steps, on a device that is not there."""
+
+import json
+import weakref
+from functools import partial
+from unittest.mock import patch
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mtpkern.bench import compiled, decode_attention, kv_write, readout, step
+from mtpkern.bench.harness import Spread
+from mtpkern.bench.report import Goal, Table, run, write
+from mtpkern.bench.timing import Peak
+from mtpkern.cache import KVCache
+from support.benches import H200, goals
+
+CUDA = torch.device("cuda")
+
+
+def flat(x):
+    return Spread(x, x, x)
+
+
+@pytest.fixture
+def no_device(monkeypatch):
+    """The grids of a GPU without one: what is timed is made up by the test."""
+    for module in (decode_attention, kv_write, readout, step):
+        monkeypatch.setattr(module, "free", lambda device: None)
+    for module in (decode_attention, readout, step):
+        monkeypatch.setattr(module, "peak", lambda device: H200)
+    monkeypatch.setattr(readout, "launches", lambda action, device: 3)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_goals_of_decode_attention(no_device, monkeypatch, quick):
+    def times(shape, device, *, flex, splits):
+        spread = flat(shape.bytes / 4e12 * 1e6 / (0.9 if shape.W < 8 else 0.85) + (1 if shape.L <= 4096 else 0))
+        ways = {decode_attention.OURS: spread, decode_attention.UNSPLIT: flat(spread.median * 6)}
+        return ways, ["flash-attn: not there"]
+
+    monkeypatch.setattr(decode_attention, "times", times)
+    monkeypatch.setattr(decode_attention, "form_tables", lambda device: [])
+    tables = list(decode_attention.measure(CUDA, quick))
+    # A table a row, each with all rows so far.
+    captions = [table.caption for table in tables]
+    assert len(set(captions)) == (1 if quick else 2)
+    assert [len(table.rows) for table in tables[: captions.count(captions[0])]] == list(
+        range(1, captions.count(captions[0]) + 1)
+    )
+    whole = tables[captions.count(captions[0]) - 1]
+    assert ("33 splits" in whole.header) == quick
+    found = goals(tables)
+    assert len(found) == 4
+    share, met = found["decode attention, B·L ≥ 64k, k ≤ 8: least share of bandwidth"]
+    assert 80 < share <= 85
+    assert not met
+    slowest, met = found["decode attention, B = 1, L ≤ 4k: slowest"]
+    assert slowest == pytest.approx(4096 * 4096 / 4e12 * 1e6 / 0.85 + 1)
+    assert met
+    assert found["decode attention over one split, L ≥ 16k, B ≤ 4: least"] == (pytest.approx(6), True)
+    cost, met = found["decode attention, 15 rows over 1 row: greatest"]
+    assert cost == pytest.approx(0.9 / 0.85, rel=1e-2)
+    assert met
+    assert whole.skipped == [f"flash-attn: not there ({len(whole.rows)} of {len(whole.rows)} shapes)"]
+
+
+def test_goals_of_readout(no_device, monkeypatch):
+    def times(R, vocabulary, device):
+        assert vocabulary == readout.V
+        return {readout.OURS: flat(2 * R * vocabulary / 4e12 * 1e6 / 0.9), readout.TORCH: flat(1000)}
+
+    class NoDevice:
+        def __init__(self, batch, vocabulary, device, *, ours):
+            self.logits = [None]
+            self.advance_ = self.both = None
+
+    monkeypatch.setattr(readout, "_readout_times", times)
+    monkeypatch.setattr(readout, "Taken", NoDevice)
+    monkeypatch.setattr(readout, "race", lambda *_, **__: ({readout.OURS: flat(9), readout.TORCH: flat(63)}, []))
+    ways = readout.PRODUCT, readout.OURS, readout.NO_PDL
+    monkeypatch.setattr(readout, "_behind_product_times", lambda *_: dict(zip(ways, map(flat, (5, 8, 12)))))
+    found = goals(readout.measure(CUDA, quick=False))
+    assert found["readout of 16 rows, V 152k"] == (pytest.approx(32 * readout.V / 4e6 / 0.9), True)
+    assert found["readout of 128 rows: share of bandwidth"] == (pytest.approx(90), True)
+    assert found["readout + advance, 15 rows, V 152k"] == (9, True)
+    assert found["readout + advance over separate torch operations"] == (7, False)
+    assert goals(readout.measure(CUDA, quick=True)).keys() == found.keys()
+
+
+def test_goals_of_kv_write(no_device, monkeypatch):
+    ways = {kv_write.OURS: 2, kv_write.TORCH: 9, kv_write.ROTARY: 8, kv_write.NORM: 8, kv_write.ALL: 18}
+    times = {way: flat(x) for way, x in ways.items()}
+    monkeypatch.setattr(kv_write, "times", lambda *_: (times, ["compiled: no"]))
+    *_, table = kv_write.measure(CUDA, quick=True)
+    assert goals([table]) == {"KV write of 15 rows": (2, True)}
+    assert table.records[0]["at_most_saved_us_a_pass"] == 16 * 36
+    assert table.skipped == ["compiled: no"]
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("name", step.CONFIGS)
+def test_goals_of_the_step(no_device, monkeypatch, name, quick):
+    model = step.build(name, torch.device("cpu"))
+    monkeypatch.setattr(
+        step, "points", partial(lambda points, name, device, quick: points(name, CUDA, quick), step.points)
+    )
+
+    def times(model, group):
+        found = {f"{at} whole": flat(step.floor(model, at) / 0.8 + at.R) for at in group}
+        return found | {f"{at} body": flat(step.floor(model, at) / 0.8) for at in group}, 0.0, (700, 600)
+
+    monkeypatch.setattr(step, "_pass_times", times)
+    monkeypatch.setattr(
+        step, "_tokens_times", lambda model, B, L, budgets: {"plain": flat(100), **{str(R): flat(R) for R in budgets}}
+    )
+    *_, table = step.pass_tables(name, model, quick)
+    assert "Of 700 launches at batch 16, 100 are beside the body, in 2 layers." in table.note
+    found = goals([table])
+    assert found[f"{name}: host syncs in a step"] == (0, True)
+    share = f"{name}, batch 1, 2k context, 15 rows: share of the floor"
+    assert (share in found) == (name != "Qwen3-0.6B")
+    assert (f"{name}, batch 1, 2k context: 15 rows over 1" in found) == (name == "Qwen3-4B")
+    if name == "Llama-3.1-8B":
+        monkeypatch.setattr(type(model), "device", CUDA)
+        found = goals(step.tokens_tables(name, model, quick))
+        assert list(found.values()) == [(pytest.approx(3 * 100 / 128), True)]
+
+
+def test_the_floor_of_a_pass():
+    """Llama-3.1-8B: 8,030,261,248 parameters, 131,072 bytes of keys and values a token."""
+    with torch.device("meta"):
+        _, settings = step.CONFIGS["Llama-3.1-8B"]
+        model = LlamaForCausalLM(LlamaConfig(**settings))
+    assert step.weights(model) == 8_030_261_248 - 128_256 * 4096
+    bytes = 2 * step.weights(model) + 131_072 * 16 * 2048
+    machine = Peak(1e12, 1e18, "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "peak", lambda device: machine)
+        assert step.floor(model, step.Point(16, 2048, 8, 128)) == pytest.approx(bytes / 1e12 * 1e6)
+
+
+@pytest.fixture
+def most_kv(monkeypatch):
+    """The most bytes of keys and values that have existed at once, as a list that grows."""
+    alive, most = {}, [0]
+    fill = KVCache.fill
+
+    def filled(cache, layer, *args):
+        fill(cache, layer, *args)
+        for x in cache.layers[layer]:
+            if id(x) not in alive:
+                alive[id(x)] = x.nbytes
+                weakref.finalize(x, alive.pop, id(x))
+        most.append(sum(alive.values()))
+
+    monkeypatch.setattr(KVCache, "fill", filled)
+    return most
+
+
+def test_stands_of_a_batch_have_one_set_of_caches(most_kv):
+    """At 16 texts of 16k tokens two sets would not fit beside the weights, not even while a second stand is built."""
+    cpu = torch.device("cpu")
+    model = step.build("Llama-3.1-8B", cpu)
+    config = model.config
+    token = 2 * 4 * config.num_hidden_layers // 2 * config.num_key_value_heads * config.head_dim
+
+    def one(B, L):
+        return B * (L + step.PASSES * 16 + 1) * token
+
+    list(step.pass_tables("Llama-3.1-8B", model, quick=False))
+    assert max(most_kv) == max(one(1, 32), one(2, 24))
+    most_kv[:] = [0]
+    list(step.tokens_tables("Llama-3.1-8B", model, quick=False))
+    assert max(most_kv) == one(2, 24)
+    most_kv[:] = [0]
+    with patch("mtpkern.layers.BACKEND", "eager"):
+        list(compiled.pass_tables("Llama-3.1-8B", model, [step.Point(1, 24, 2, 3), step.Point(2, 24, 2, 5)]))
+    assert max(most_kv) == one(2, 24)
+
+
+def test_rows_are_printed_as_they_come(capsys):
+    """Whoever is killed in the middle of a table has said what it knew."""
+    printed = []
+
+    def measure(device, quick):
+        for n in (1, 2):
+            yield Table("A", "Note.", ("n",), [(str(i),) for i in range(n)], goals=[Goal("g", 1, n, "x")])
+            printed.append(capsys.readouterr().out)
+        yield Table("A", "Note.", ("n",), [("7",), ("8",)])  # other rows than before: all of it again
+        printed.append(capsys.readouterr().out)
+        yield Table("B", "", ("n",), [("3",)])
+
+    run("x", "Title", measure, ["--device", "cpu"])
+    assert printed[0].endswith("## A\n\nNote.\n\n| n |\n| --- |\n| 0 |\n")
+    assert printed[1:] == ["| 1 |\n", "| n |\n| --- |\n| 7 |\n| 8 |\n"]
+
+
+def test_a_run_that_is_cut_keeps_its_rows(tmp_path, capsys):
+    """Also of a table that is not whole; and half a file is never there."""
+
+    def measure(device, quick):
+        yield Table("A", "", ("n",), [("1",)])
+        yield Table("A", "", ("n",), [("1",), ("2",)])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run("x", "Title", measure, ["--device", "cpu", "--results", str(tmp_path)])
+    (table,) = json.loads((tmp_path / "x.json").read_text())["tables"]
+    assert table["rows"] == [["1"], ["2"]]
+    printed = capsys.readouterr().out
+    assert printed.count("## A") == 1
+    assert printed.count("| 1 |") == printed.count("| 2 |") == 1
+    with pytest.raises(TypeError, match="cannot write"):
+        write("x", "Title", {}, [], {"object": object()}, tmp_path)
+    assert json.loads((tmp_path / "x.json").read_text())["tables"] == [table]

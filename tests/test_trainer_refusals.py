@@ -1,0 +1,65 @@
+"""What the trainer refuses."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from mtpkern.train.collator import MTPCollator
+from mtpkern.train.trainer import MTPTrainer
+from support.trained import MASK, V, config, data, llama, trainer
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(ValueError, match="needs teacher"):
+        MTPTrainer(model=llama(), args=config(tmp_path), mask_token_id=MASK)
+    with pytest.raises(ValueError, match="float32"):
+        MTPTrainer(model=llama().bfloat16(), args=config(tmp_path), teacher=llama(), mask_token_id=MASK)
+    with pytest.raises(ValueError, match="no mask token"):
+        MTPTrainer(model=llama(), args=config(tmp_path), teacher=llama())
+    for change, word in (
+        ({"k_min": 5}, "k_min"),
+        ({"teacher_target": "harder"}, "teacher_target"),
+        ({"loss_support": "some"}, "loss_support"),
+        ({"anchor_kl_weight": -1.0}, "anchor_kl_weight"),
+        ({"spacing": "dense"}, "spacing"),
+        ({"layout": "paper"}, "max_length"),
+        ({"k_scope": "world"}, "k_scope"),
+        ({"offset_scope": "world"}, "offset_scope"),
+        ({"offset_scope": "rank"}, "spacing='stride'"),
+        ({"offset_scope": "rank", "spacing": "stride", "span_offset": 0}, "no span_offset"),
+        ({"prefix_scope": "some"}, "prefix_scope"),
+        ({"prefix_scope": "all"}, "prefix_weight"),
+        ({"pure_bf16": True, "bf16": True}, "leave out bf16, or"),
+        ({"pure_bf16": True, "lora_rank": 2}, "leave out lora_rank, or"),
+        ({"pure_bf16": True, "student_dtype": "float16"}, "leave out student_dtype float16, or"),
+        ({"num_spans": 0}, "num_spans"),
+        ({"span_offset": 3}, "spacing='stride'"),
+        ({"gt_warmup_steps": -1}, "gt_warmup_steps"),
+        ({"student_dtype": "bfloat16"}, "bf16=True"),
+        ({"save_dtype": "float8"}, "save_dtype"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "ZeRO-3"),
+        ({"use_liger_kernel": True}, "use_liger_kernel"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"average_tokens_across_devices": False}, "average_tokens"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches"),
+        ({"parallelism_config": SimpleNamespace(tp_size=2)}, "tp_size"),
+        ({"parallelism_config": SimpleNamespace(cp_size=2)}, "cp_size"),
+        ({"fsdp": True, "fsdp_config": {"version": 1}}, "FSDP version 1"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            config(tmp_path, **change)
+    with pytest.raises(ValueError, match="without its adapters"):
+        trainer(tmp_path, lora_rank=2)
+    with pytest.raises(ValueError, match="student_dtype"):
+        trainer(tmp_path, teacher=None, lora_rank=2, student_dtype="bfloat16")
+    with pytest.raises(ValueError, match="share a vocabulary"):
+        trainer(tmp_path, teacher=llama(vocab_size=V + 9))
+    sharded = llama()
+    sharded._device_mesh = "that from_pretrained laid it over"
+    with pytest.raises(ValueError, match="sharded by from_pretrained"):
+        trainer(tmp_path, sharded)
+    with pytest.raises(ValueError, match="compute_metrics"):
+        MTPTrainer(model=llama(), args=config(tmp_path), teacher=llama(), mask_token_id=MASK, compute_metrics=len)
+    with pytest.raises(ValueError, match="pad_to"):
+        MTPCollator(0, pad_to=5)(data(1))

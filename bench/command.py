@@ -27,9 +27,9 @@ from mtpkern.output import printable
 ROOT = Path(__file__).resolve().parents[1]
 
 GROUPS = {
-    "ops": ("readout", "decode_attention", "span_attention", "kv_write", "linear", "gated_lora", "distill"),
+    "ops": ("readout", "decode_attention", "span_attention", "kv_write", "linear", "packed", "gated_lora", "distill"),
     "step": ("step", "gated_step", "compiled", "train_step"),
-    "generation": ("decode", "real", "throughput", "assisted"),
+    "generation": ("decode", "call", "real", "throughput", "assisted"),
     "all of it": ("preflight", "gpu", "aot", "tiles"),
 }
 _NAMES = [name for names in GROUPS.values() for name in names]

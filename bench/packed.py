@@ -33,7 +33,7 @@ def groups_of(shapes: Sequence[tuple[int, Sequence[int]]]) -> list[list[nn.Linea
 
 
 @torch.inference_mode()
-def measure(groups: Sequence[Sequence[nn.Linear]], rows: Sequence[int], rounds: int) -> Table:
+def both_ways(groups: Sequence[Sequence[nn.Linear]], rows: Sequence[int], rounds: int) -> Table:
     """By rows: milliseconds of all products both ways, as multiples of torch's with one row."""
     copies = [packed.Packed.of(layers) for layers in groups]
     cpu = torch.device("cpu")
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     facts = environment(torch.device("cpu"))
-    table = measure(groups_of([*LAYER * LAYERS, HEAD]), ROWS, args.rounds)
+    table = both_ways(groups_of([*LAYER * LAYERS, HEAD]), ROWS, args.rounds)
     print(table.markdown())
     if args.results is not None:
         print(write("packed", "Products of few rows on a CPU", facts, [table], {"rows": table.records}, args.results))

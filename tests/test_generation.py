@@ -232,7 +232,9 @@ def test_mask_token_may_be_given_as_an_argument(model: Any, inputs: Any, tiny: A
     del model.config.mtpkern
     with pytest.raises(ValueError, match="mask_token_id"):
         mtpkern.generate(model, **inputs, max_new_tokens=6)
-    output = mtpkern.generate(model, **inputs, strategy=Static(3), max_new_tokens=6, mask_token_id=tiny.mask)
+    output = mtpkern.generate(
+        model, **inputs, check_model=False, strategy=Static(3), max_new_tokens=6, mask_token_id=tiny.mask
+    )
     assert output.equal(expected)
 
 
@@ -240,13 +242,13 @@ def test_mask_token_may_be_given_as_an_argument(model: Any, inputs: Any, tiny: A
 def test_mask_token_is_never_emitted_however_large_its_logit(
     strategy: Strategy, model: Any, inputs: Any, tiny: Any
 ) -> None:
-    expected = mtpkern.generate(model, **inputs, strategy=strategy, max_new_tokens=10)
+    expected = mtpkern.generate(model, **inputs, check_model=False, strategy=strategy, max_new_tokens=10)
 
     def favour(head: Any, args: Any, logits: Tensor) -> Tensor:
         return logits + 1e4 * torch.nn.functional.one_hot(torch.tensor(tiny.mask), tiny.vocabulary)
 
     model.lm_head.register_forward_hook(favour)
-    output = mtpkern.generate(model, **inputs, strategy=strategy, max_new_tokens=10)
+    output = mtpkern.generate(model, **inputs, check_model=False, strategy=strategy, max_new_tokens=10)
     # It takes no probability either, so the confidences, and with them the blocks, are as before.
     assert output.equal(expected)
 
@@ -266,7 +268,7 @@ def test_the_model_is_as_before(model: Any, inputs: Any) -> None:
     config, generation_config = model.config.to_json_string(), model.generation_config.to_json_string()
     during = []
     model.lm_head.register_forward_hook(lambda *_: during.append(model.config.to_json_string()))
-    mtpkern.generate(model, **inputs, strategy=Static(3), max_new_tokens=7)
+    mtpkern.generate(model, **inputs, check_model=False, strategy=Static(3), max_new_tokens=7)
     assert model.config._attn_implementation == "sdpa"
     assert model.config.to_json_string() == config
     assert model.generation_config.to_json_string() == generation_config
@@ -287,23 +289,23 @@ def test_the_model_is_as_before_after_an_exception(failing_pass: int, model: Any
 
     hook = model.lm_head.register_forward_hook(fail)
     with pytest.raises(KeyboardInterrupt):
-        mtpkern.generate(model, **inputs, strategy=Static(3), max_new_tokens=7)
+        mtpkern.generate(model, **inputs, check_model=False, strategy=Static(3), max_new_tokens=7)
     assert model.config._attn_implementation == "sdpa"
     hook.remove()
-    assert mtpkern.generate(model, **inputs, max_new_tokens=7).shape == (3, 19)
+    assert mtpkern.generate(model, **inputs, check_model=False, max_new_tokens=7).shape == (3, 19)
 
 
 @pytest.mark.parametrize("busy_pass", [1, 2])
 @pytest.mark.parametrize("in_thread", [False, True])
 def test_a_second_call_at_the_same_time_is_refused(busy_pass: int, in_thread: bool, model: Any, inputs: Any) -> None:
     """In the prefill and in a step, from the same thread (a hook) or another: no wrong text, one clear error."""
-    expected = mtpkern.generate(model, **inputs, strategy=Static(3), max_new_tokens=7)
+    expected = mtpkern.generate(model, **inputs, check_model=False, strategy=Static(3), max_new_tokens=7)
     errors: list[str] = []
     calls = 0
 
     def second() -> None:
         try:
-            mtpkern.generate(model, **inputs, max_new_tokens=7, wait=not in_thread)
+            mtpkern.generate(model, **inputs, check_model=False, max_new_tokens=7, wait=not in_thread)
         except RuntimeError as error:
             errors.append(str(error))
 
@@ -319,7 +321,7 @@ def test_a_second_call_at_the_same_time_is_refused(busy_pass: int, in_thread: bo
                 second()
 
     model.lm_head.register_forward_hook(interfere)
-    output = mtpkern.generate(model, **inputs, strategy=Static(3), max_new_tokens=7)
+    output = mtpkern.generate(model, **inputs, check_model=False, strategy=Static(3), max_new_tokens=7)
     assert len(errors) == 1
     assert ("in another thread; run one call at a time" if in_thread else "in this very thread") in errors[0]
     assert output.equal(expected)
@@ -328,7 +330,7 @@ def test_a_second_call_at_the_same_time_is_refused(busy_pass: int, in_thread: bo
 
 def test_calls_from_a_pool_of_threads_wait_in_line(model: Any, inputs: Any) -> None:
     """One of them fails in its first pass, which takes nothing from the others."""
-    expected = mtpkern.generate(model, **inputs, strategy=Static(3), max_new_tokens=7)
+    expected = mtpkern.generate(model, **inputs, check_model=False, strategy=Static(3), max_new_tokens=7)
     calls = 0
 
     def fail_once(*_: Any) -> None:
@@ -340,7 +342,7 @@ def test_calls_from_a_pool_of_threads_wait_in_line(model: Any, inputs: Any) -> N
     model.lm_head.register_forward_hook(fail_once)
 
     def call(_: int) -> Tensor:
-        return mtpkern.generate(model, **inputs, strategy=Static(3), max_new_tokens=7)
+        return mtpkern.generate(model, **inputs, check_model=False, strategy=Static(3), max_new_tokens=7)
 
     with ThreadPoolExecutor(8) as pool:
         results = [pool.submit(call, i) for i in range(8)]
@@ -366,7 +368,7 @@ def test_faulty_logits_name_their_sequences(failing_pass: int, value: float, mod
 
     model.lm_head.register_forward_hook(break_second)
     with pytest.raises(RuntimeError, match=r"NaN or inf for sequences \[1\]"):
-        mtpkern.generate(model, **inputs, strategy=Static(k), max_new_tokens=12)
+        mtpkern.generate(model, **inputs, check_model=False, strategy=Static(k), max_new_tokens=12)
 
 
 def test_output_and_model_are_as_good_for_training_as_before(model: Any, inputs: Any) -> None:

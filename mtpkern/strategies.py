@@ -37,7 +37,7 @@ class Strategy:
         if self.k is not None and self.k > LARGEST_K:
             raise ValueError(
                 f"{type(self).__name__}: k must be at most {LARGEST_K}, got {self.k}: a pass brings up to 2k - 1 rows "
-                "of each sequence, all of them with logits over the whole vocabulary; give the k_max of training, or less"
+                "of each sequence, all of them with logits over the vocabulary; give the k_max of training, or less"
             )
         # Every confidence is above -1: that is Static, and nobody else may ask for it.
         number = isinstance(self.threshold, (int, float))

@@ -15,15 +15,15 @@ Source   gated LoRA: Samragh et al., arXiv 2507.11851; LoRA on mask rows only: I
 
 from __future__ import annotations
 
-import base64
-import hashlib
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from copy import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,47 +31,25 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mtpkern.adapter_config import (
+    GatedSettings,
+    is_gated,
+    marked,
+    require_base,
+    require_gateable,
+    row_of,
+    settings_of,
+)
 from mtpkern.loading import require_found
 from mtpkern.siblings import Siblings, adapt
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from peft import PeftModel
 
-MARK = "mtpkern"
-VERSION = 1
-# Variants of LoRA whose update is more than a product of two matrices, and what else peft can do to a layer.
-_UNGATEABLE = (
-    *("use_dora", "lora_bias", "modules_to_save", "target_parameters"),
-    *("trainable_token_indices", "layer_replication"),
-)
 _DEAF = (
     "cannot be gated, because peft would adapt all their rows; load the base unquantised, or quantised by "
     "bitsandbytes, torchao or quanto"
 )
-# Elements of each weight that the digest of a base reads.
-_SAMPLE = 64
-
-
-@dataclass(frozen=True)
-class GatedSettings:
-    """What the folder of a gated adapter records beside peft's own settings.
-
-    mask_token_id   the first id behind the base's vocabulary
-    k_max           predictions of a pass that it was trained for
-    base, digest    the base's name, and a digest of its weights; none where they were quantised
-    chat            whether prompts were rendered by the chat template; None where nobody said
-    separator       behind a prompt where they were not
-    finished        whether the run that made it had ended
-    """
-
-    mask_token_id: int
-    k_max: int
-    base: str
-    digest: str
-    chat: bool | None = None
-    separator: str | None = None
-    finished: bool | None = None
-    version: int = VERSION
 
 
 class Gate:
@@ -221,35 +199,97 @@ def wrapping() -> Iterator[None]:
             raise ValueError(f"layers of this model {_DEAF}") from error
 
 
-def attach(model: PeftModel, row: nn.Parameter, adapter: str = "default") -> Gate:
-    """Put the gate of a gated adapter before peft's layers; doing it twice changes nothing.
+def attach(model: nn.Module, row: nn.Parameter, adapter: str = "default") -> Gate:
+    """Put the gate of a gated adapter before peft's layers, and make it the model's; doing it twice changes nothing.
 
-    row   the mask token's embedding [H], which becomes the parameter `mask_row` of the peft model
+    model   a PeftModel, or one that transformers itself has given the adapter
+    row     the mask token's embedding [H], which becomes the parameter `mask_row` of a PeftModel
 
+    Each of several adapters has a gate and a row of its own; the model's is that of the active one (see `adopt`).
     Raises ValueError, the model as it was before, for layers that would not ask the gate.
     """
-    from peft.tuners.lora import LoraLayer
+    base = _base_of(model)
+    layers = [layer for layer in _lora_layers(base) if adapter in layer.lora_A]
+    gate = next((found for layer in layers if (found := _gate_before(layer, adapter)) is not None), None)
+    if gate is None:
+        # Of some kinds of quantised layers peft adds the update itself, whatever variant it is of.
+        deaf = {type(x).__name__ for x in layers if "lora_variant" not in type(x).forward.__code__.co_names}
+        if deaf:
+            raise ValueError(f"peft's {', '.join(sorted(deaf))} {_DEAF}")
+        gate = Gate(settings_of(model.peft_config[adapter]), row)  # type: ignore[index, union-attr]
+        variant = _GatedLora(gate)
+        for layer in layers:
+            layer.lora_variant[adapter] = variant
+    if model is not base:
+        # A method, which copies of the model copy as their own.
+        vars(model.base_model)["unload"] = MethodType(_unload, model.base_model)
+    _choose(model, gate)
+    return gate
 
-    base = model.get_base_model()
-    found = gate_of(base)
-    if found is not None:
-        return found
-    gate = Gate(settings_of(model.peft_config[adapter]), row)
-    layers = [x for x in base.modules() if isinstance(x, LoraLayer) and adapter in x.lora_A]
-    # Of some kinds of quantised layers peft adds the update itself, whatever variant it is of.
-    deaf = {type(x).__name__ for x in layers if "lora_variant" not in type(x).forward.__code__.co_names}
-    if deaf:
-        raise ValueError(f"peft's {', '.join(sorted(deaf))} {_DEAF}")
-    model.register_parameter("mask_row", row)
-    for module in layers:
-        module.lora_variant[adapter] = _GatedLora(gate)
-    embedding = base.get_input_embeddings()
+
+def _choose(model: nn.Module, gate: Gate | None) -> None:
+    """Make this gate the model's: its row stands for the mask token, its rows are adapted. None leaves the base."""
+    base = _base_of(model)
+    if gate_of(base) is gate:
+        return
+    for module in base.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Gate)]:
+                del hooks[key]
+    for name in ("mtpkern_gate", "mtpkern_siblings"):
+        vars(base).pop(name, None)
+    if model is not base:
+        model._parameters.pop("mask_row", None)
+    if gate is None:
+        return
+    if model is not base:
+        model.register_parameter("mask_row", gate.row)
+    embedding = base.get_input_embeddings()  # type: ignore[operator]
     embedding.register_forward_pre_hook(gate.hide_mask_tokens)
     embedding.register_forward_hook(gate.embed_mask_tokens)
-    base.mtpkern_gate = gate
+    base.mtpkern_gate = gate  # type: ignore[assignment]
     # No part of the gate, which the layers hold: they would go with a collection of cycles alone.
-    base.mtpkern_siblings = Siblings(base)
-    return gate
+    base.mtpkern_siblings = Siblings(base)  # type: ignore[assignment]
+
+
+def _unload(tuner: Any) -> nn.Module:
+    """peft's `unload`, behind which the base has no gate either."""
+    base: nn.Module = type(tuner).unload(tuner)
+    _choose(base, None)
+    return base
+
+
+def _base_of(model: nn.Module) -> Any:
+    """The model of transformers, of one that is peft's the one in it."""
+    peft = sys.modules.get("peft")
+    if peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
+        return model.base_model.model if isinstance(model, peft.PeftMixedModel) else model.get_base_model()
+    return model
+
+
+def _lora_layers(base: nn.Module) -> Iterator[Any]:
+    from peft.tuners.lora import LoraLayer
+
+    return (module for module in base.modules() if isinstance(module, LoraLayer))
+
+
+def _gate_before(layer: Any, adapter: str) -> Gate | None:
+    """The gate that this adapter of the layer asks."""
+    return getattr(layer.lora_variant.get(adapter), "gate", None)
+
+
+def require_bare(model: nn.Module) -> None:
+    """Raise ValueError for a model whose layers carry adapters already: the next would be written over the first."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = _base_of(model)
+    if base is not model or any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+        names = ", ".join(map(repr, getattr(model, "peft_config", None) or {})) or "of peft's"
+        raise ValueError(
+            f"{type(base).__name__} carries adapters already ({names}); expected the base alone, which unload() of the "
+            "PeftModel returns. For a second one beside the first, let the PeftModel load it: "
+            "peft_model.load_adapter(path, 'second'), then peft_model.set_adapter('second')"
+        )
 
 
 @contextmanager
@@ -263,59 +303,39 @@ def unloaded_on_error(model: PeftModel) -> Iterator[None]:
 
 
 def adopt(model: nn.Module) -> None:
-    """Attach the gate of an adapter that peft itself has loaded; nothing for any other model."""
-    configs = getattr(model, "peft_config", None) or {}
-    for name in [name for name, config in configs.items() if is_gated(config)]:
-        if gate_of(model) is None:
-            base = model.get_base_model()  # type: ignore[operator]
-            require_gateable(configs[name])
-            require_base(base, settings_of(configs[name]), f"adapter {name!r}")
-            row = row_of(configs[name]).requires_grad_(False)
-            row.data = row.data.to(base.device)
-            attach(model, row, name)  # type: ignore[arg-type]
+    """Make the gate of the active gated adapter the model's, whoever has loaded it, set it or taken it away.
 
-
-def marked(settings: GatedSettings, row: Tensor) -> dict[str, Any]:
-    """What a LoraConfig carries as `auto_mapping`: the settings and the mask token's row, in float32."""
-    # Of a copy: memory that numpy has seen is never given back, which FSDP does with what it has gathered.
-    data = row.detach().float().cpu().clone().numpy().tobytes()
-    return {MARK: {**asdict(settings), "mask_row": base64.b64encode(data).decode("ascii")}}
-
-
-def is_gated(config: Any) -> bool:
-    """Whether a config of peft is that of a gated adapter."""
-    return MARK in (getattr(config, "auto_mapping", None) or {})
-
-
-def settings_of(config: Any) -> GatedSettings:
-    """What a gated adapter has recorded. Raises ValueError for a newer version than this one knows."""
-    values = {name: x for name, x in config.auto_mapping[MARK].items() if name != "mask_row"}
-    if values.get("version", VERSION) > VERSION:
-        raise ValueError(f"the gated adapter has version {values['version']}, this mtpkern knows {VERSION}: upgrade it")
-    return GatedSettings(**values)
-
-
-def row_of(config: Any) -> nn.Parameter:
-    """The mask token's row [H] float32 that a gated adapter has recorded."""
-    data = bytearray(base64.b64decode(config.auto_mapping[MARK]["mask_row"]))
-    return nn.Parameter(torch.frombuffer(data, dtype=torch.float32).clone())
-
-
-def digest(model: PreTrainedModel) -> str:
-    """A digest of a model's weights: shapes, and samples in bfloat16 so that the dtype of loading is no matter.
-
-    digest(model) == digest(the_same_checkpoint_loaded_in_another_dtype)
+    Raises ValueError for several that are active, and for one that is of another base or cannot be gated. Does nothing
+    to a model without gated adapters.
     """
-    hash_ = hashlib.blake2b(digest_size=16)
-    for name, weight in sorted(model.state_dict().items()):
-        name = name.replace(".base_layer.", ".")
-        if "lora_" in name or not weight.is_floating_point():
-            continue
-        flat = weight.flatten()
-        step = max(1, len(flat) // _SAMPLE)
-        hash_.update(f"{name} {tuple(weight.shape)}".encode())
-        hash_.update(flat[::step][:_SAMPLE].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
-    return hash_.hexdigest()
+    base = _base_of(model)
+    configs = getattr(model, "peft_config", None) or {}
+    gated = {name for name, config in configs.items() if is_gated(config)}
+    if not gated:
+        _choose(model, None)
+        return
+    # peft activates an adapter in all layers, in those too that it does not change.
+    anywhere = next(_lora_layers(base), None)
+    active = [name for name in getattr(anywhere, "active_adapters", ()) if name in gated]
+    if len(active) > 1:
+        raise ValueError(
+            f"{type(base).__name__} has {len(active)} active gated adapters ({', '.join(map(repr, active))}), and a "
+            "mask token has one row; activate one: model.set_adapter(name)"
+        )
+    if not active:
+        _choose(model, None)
+        return
+    [name] = active
+    own = next((layer for layer in _lora_layers(base) if name in layer.lora_A), None)
+    gate = None if own is None else _gate_before(own, name)
+    if gate is None:
+        require_gateable(configs[name])
+        require_base(base, settings_of(configs[name]), f"adapter {name!r}")
+        gate = attach(model, row_of(configs[name]).requires_grad_(False), name)
+    # A row that is no parameter of the model has stayed where it was.
+    if gate.row.device != base.device:
+        gate.row.data = gate.row.data.to(base.device)
+    _choose(model, gate)
 
 
 def load_adapter(
@@ -329,9 +349,14 @@ def load_adapter(
     dtype          of the adapter's weights; that of the model unless given, and float32 for one to train
     is_trainable   for `mtpkern.train.GatedTrainer`, which then trains it further
 
+    Several adapters of one base, which are switched by peft's own means:
+
+        model.load_adapter("another", "second")
+        model.set_adapter("second")
+
     Raises ValueError for an adapter that is not gated, is gated but for another base, or changes more than linear
-    layers; FileNotFoundError for a name that leads nowhere; ImportError without peft. The model gets peft's layers in
-    place, as by `PeftModel.from_pretrained`.
+    layers, and for a model that carries adapters already; FileNotFoundError for a name that leads nowhere; ImportError
+    without peft. The model gets peft's layers in place, as by `PeftModel.from_pretrained`.
 
         model = mtpkern.load_adapter(AutoModelForCausalLM.from_pretrained("base"), "adapter")
         ids = mtpkern.generate(model, **inputs, max_new_tokens=256)
@@ -341,6 +366,7 @@ def load_adapter(
     except ModuleNotFoundError as error:
         raise ImportError("mtpkern.load_adapter needs peft; run: pip install peft") from error
 
+    require_bare(model)
     require_found(str(path))
     config = PeftConfig.from_pretrained(str(path))
     if not is_gated(config):
@@ -386,35 +412,18 @@ def save_adapter(model: PeftModel, folder: str | Path | None, *, dtype: torch.dt
 
 def record_row(model: PeftModel) -> None:
     """Bring the mask token's row, as trained by now, and what the gate records into the config that peft saves."""
-    gate = gate_of(model.get_base_model())
-    for config in model.peft_config.values():
-        if gate is not None and is_gated(config):
-            config.auto_mapping = marked(gate.settings, _whole(model.mask_row))
+    base = model.get_base_model()
+    gated = [name for name, config in model.peft_config.items() if is_gated(config)]
+    for name in gated:
+        gates = (_gate_before(layer, name) for layer in _lora_layers(base) if name in layer.lora_A)
+        gate = next(gates, None)
+        if gate is not None:
+            # In shards the gate's own is what a call has gathered.
+            row = model.mask_row if gate is gate_of(base) else gate.row
+            model.peft_config[name].auto_mapping = marked(gate.settings, _whole(row))
 
 
 def _whole(x: Tensor) -> Tensor:
     """The tensor, gathered where it is a shard."""
     x = x.detach()
     return x.full_tensor() if hasattr(x, "full_tensor") else x
-
-
-def require_gateable(config: LoraConfig | Any) -> None:
-    """Raise ValueError for what peft offers and a gate cannot hold: anything but plain LoRA on linear layers."""
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    if kind != "LORA":
-        raise ValueError(f"only LoRA can be gated; got an adapter of type {kind}")
-    changed = [name for name in _UNGATEABLE if getattr(config, name, None)]
-    if changed:
-        raise ValueError(f"a gated adapter is plain LoRA on linear layers; got one with {', '.join(changed)}")
-
-
-def require_base(model: PreTrainedModel, settings: GatedSettings, path: str) -> None:
-    """Raise ValueError where a model is not the base that an adapter was trained for."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    # Quantised weights, then or now, are stored in a way of their own: nothing to compare.
-    found = settings.digest if getattr(model, "is_quantized", False) or not settings.digest else digest(model)
-    if rows != settings.mask_token_id or found != settings.digest:
-        raise ValueError(
-            f"{path} was trained for {settings.base} ({settings.mask_token_id} tokens, weights {settings.digest}), got "
-            f"a model with {rows} tokens and weights {found}: load the base unchanged, without add_mask_token"
-        )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,14 +15,20 @@ RESULT_FIELDS = ("text", "tokens", "blocks", "tokens_per_pass", "finished")
 
 
 @contextmanager
-def answers_file(path: Path, asked: Sequence[dict[str, Any]]) -> Iterator[tuple[int, TextIO]]:
+def answers_file(
+    path: Path, asked: Sequence[dict[str, Any]], options: Mapping[str, Any], *, overwrite: bool = False
+) -> Iterator[tuple[int, TextIO]]:
     """How many of the rows `asked` have their answer at `path` already, and the file to which those of the others go.
 
-    The answers that are there must be to the first rows, field by field; half a line, of a run that was killed, is cut
-    off. A pipe or a device holds none. Raises ValueError for a file that holds anything else, OSError for a place that
-    cannot be written; both before anything is changed.
+    options    what decides the answers, by the names of a command's flags; kept beside the file, in `path`.options
+    overwrite  begin anew, whatever is there
 
-        with answers_file(Path("out.jsonl"), [{"prompt": "1 + 1?"}]) as (done, file):
+    The answers that are there must be to the first rows, field by field; half a line, of a run that was killed, is cut
+    off. A pipe or a device holds none. Where no options are kept, nobody knows what wrote them. Raises ValueError for a
+    file that holds anything else, or that other options wrote, OSError for a place that cannot be written; both before
+    anything is changed.
+
+        with answers_file(Path("out.jsonl"), [{"prompt": "1 + 1?"}], {"--max-new-tokens": 256}) as (done, file):
             ...
     """
     if path.exists() and not path.is_file():
@@ -35,15 +41,36 @@ def answers_file(path: Path, asked: Sequence[dict[str, Any]]) -> Iterator[tuple[
             pass  # a place that cannot be written is known at once, and from here on the file is there
     elif not os.access(path, os.W_OK):
         raise PermissionError(f"{path}: this file may not be written; give another name or change its mode")
-    done, size = _read(path, asked)
+    kept = path.with_name(f"{path.name}.options")
+    done, size = (0, 0) if overwrite else _read(path, asked)
+    options = json.loads(json.dumps(options))
+    if done and kept.is_file():
+        _require_same(path, done, json.loads(kept.read_text(encoding="utf-8")), options)
     if size < path.stat().st_size:
         os.truncate(path, size)
+    if not done:
+        with suppress(PermissionError):  # of the folder: the file itself may be written
+            kept.write_text(json_line(options) + "\n", encoding="utf-8")
     try:
         with path.open("a", encoding="utf-8") as file:
             yield done, file
     finally:
         if path.stat().st_size == 0:
             path.unlink()
+            kept.unlink(missing_ok=True)
+
+
+def _require_same(path: Path, done: int, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    other = [
+        f"{name} {before.get(name)}, now {now.get(name)}"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    ]
+    if other:
+        raise ValueError(
+            f"{path} has {done} answers that other options wrote ({'; '.join(other)}); give the same options, another "
+            "--output, or --overwrite to begin anew"
+        )
 
 
 def _begins(half: bytes, asked: dict[str, Any]) -> bool:

@@ -53,7 +53,8 @@ def mtpkern_attention(
     """Attention as transformers calls it: query [B, Hq, T, D], key and value [B, Hkv, T, D] -> ([B, T, Hq, D], None).
 
     Raises ValueError where the model asks for something that the context would silently drop: a mask of its own,
-    attention dropout, a tensor argument that nobody here knows.
+    attention dropout, a tensor argument that nobody here knows. Contexts of training are `without_dropout`, which the
+    trainer has said.
     """
     context = mtpkern if mtpkern is not None else route_of(getattr(module, "config", None))
     if context is None:
@@ -66,8 +67,8 @@ def mtpkern_attention(
         raise ValueError(
             f"{who} builds an attention mask of its own {tuple(attention_mask.shape)}; mtpkern cannot honour it"
         )
-    if dropout:
-        raise ValueError(f"{who} asks for attention dropout {dropout}; mtpkern has none: set attention_dropout=0")
+    if dropout and not getattr(context, "without_dropout", False):
+        raise ValueError(f"{who} asks for attention dropout {dropout}, and mtpkern has none: call model.eval()")
     unknown = [name for name, x in kwargs.items() if isinstance(x, Tensor) and name not in _KNOWN_TENSORS]
     if unknown:
         raise ValueError(

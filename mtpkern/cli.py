@@ -100,6 +100,13 @@ class _Parser(argparse.ArgumentParser):
         super().error(printable(message))  # it quotes what was typed, or what a pattern of the shell has found
 
 
+# Options that decide, beside model and strategy, what the answers to prompts are.
+_DECIDING = (
+    *("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "mask_token_id", "dtype", "chat"),
+    *("separator", "base"),
+)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="mtpkern", description="Several tokens per forward pass.")
     parser.add_argument("--version", action="version", version=f"mtpkern {mtpkern.__version__}")
@@ -118,7 +125,8 @@ def _parser() -> argparse.ArgumentParser:
         help="decode prompts with any checkpoint",
         description="Greedy decoding, unless there is a --temperature. --prompt prints the text, with control "
         "characters as escapes on a terminal and as it is anywhere else; --file prints one JSON object a row. With "
-        "--file an --output grows row by row, and the same command again goes on behind those that are there.",
+        "--file an --output grows row by row, and the same command again goes on behind those that are there; what "
+        "wrote them stands beside, in FILE.options.",
     )
     generate.add_argument("model", metavar="MODEL", help="path or hub id of a checkpoint, or of a gated adapter")
     source = generate.add_mutually_exclusive_group(required=True)
@@ -163,6 +171,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--output", type=Path, metavar="FILE", help="write JSONL there, with --prompt whole or not at all"
     )
+    generate.add_argument(
+        "--overwrite", action="store_true", help="with --file: begin --output anew, whatever answers it has"
+    )
     generate.set_defaults(run=_generate)
 
     for name, (_, text) in _HANDED_ON.items():
@@ -204,11 +215,13 @@ def _generate(args: argparse.Namespace) -> None:
         with whole_file(args.output) as output, whole_file(args.html) as args.page:
             _decode_rows(rows, strategy, args, output)
         return
-    with answers_file(args.output, [row.fields for row in rows]) as (done, output):
+    options = {f"--{name.replace('_', '-')}": getattr(args, name) for name in _DECIDING}
+    options = {"MODEL": args.model, "the strategy": str(strategy), **options}
+    with answers_file(args.output, [row.fields for row in rows], options, overwrite=args.overwrite) as (done, output):
         if done:
             print(
                 f"{printable(str(args.output))} has the first {done} of {len(rows)} answers already, which stay as "
-                "they are, whatever options wrote them",
+                "they are",
                 file=sys.stderr,
             )
         if done < len(rows):

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mtpkern.adapter import base_alone, gated
-from mtpkern.attention import AttentionContext, captured
+from mtpkern.attention import AttentionContext, captured, unrouted
 from mtpkern.cache import CapturedPrefill, KVCache, PrefillCache
 from mtpkern.choosing import Choice, Choosing
 from mtpkern.graph import StepGraph, wants_graph
@@ -329,7 +329,9 @@ class Decoder:
         """Token and confidence [R] of rows [R, V], of which those of sequence b stand from start [B + 1] on."""
         if self.choice is None:
             return readout(logits, self.mask_token_id)
-        return self.choice(logits, seq, position, start)
+        # A processor may call the model as it is.
+        with unrouted(self.model) if self.choice.choosing.on_host else nullcontext():
+            return self.choice(logits, seq, position, start)
 
     def run(self, route: dict[str, AttentionContext], poll: Poll | None = None) -> None:
         """Step until every sequence is done, at most max_passes; `poll` may do more than count."""
@@ -345,7 +347,7 @@ class Decoder:
         scarce = self.by_load and B * (2 * strategy.k - 1 + strategy.masks) > R
         odds = OddsPoll(self.sequences) if scarce else None
         for _ in range(self.max_passes):
-            if not poll.running():
+            if not self._goes_on(poll):
                 break
             if odds is not None and odds.running():
                 self.terms.price.fill_(price_of(*odds.seen, strategy.k, R, None))
@@ -355,6 +357,11 @@ class Decoder:
             else:
                 self.graph(partial(self.step, route), R)
 
+    def _goes_on(self, poll: Poll) -> int:
+        """How many sequences do; streamers and criteria, who are asked here, may call the model as it is."""
+        with nullcontext() if type(poll) is Poll else unrouted(self.model):
+            return poll.running()
+
     def _run_on_ladder(self, route: dict[str, AttentionContext], poll: Poll, graph: StepGraph) -> None:
         """As `run`, where passes come in a few numbers of rows: that of a pass is told to the device a pass ahead."""
         ladder, terms = self._ladder, self.terms
@@ -363,7 +370,7 @@ class Decoder:
         told: tuple[int, float] = len(self.all_rows.seq), 0.0
         rows = told[0]
         for _ in range(self.max_passes):
-            if not poll.running():
+            if not self._goes_on(poll):
                 break
             if poll.has_queued and timed.passes:
                 timed.passes[-1] = 0  # what lies behind it counts to its time
@@ -395,7 +402,7 @@ class Decoder:
         """As `run`, where the state is known, and rows and slots cost: each pass has those that it needs, no more."""
         load = self._load
         for _ in range(self.max_passes):
-            if not poll.running():
+            if not self._goes_on(poll):
                 break
             self._fit()
             if load is None:

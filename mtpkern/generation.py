@@ -342,6 +342,10 @@ def _choosing(
     generation_config: GenerationConfig, processors: LogitsProcessorList, T: int, mask: int, logprobs: bool
 ) -> Choosing | None:
     """What stands between logits and tokens; None where it is the argmax alone."""
+    for name in ("forced_bos_token_id", "forced_eos_token_id"):
+        forced = getattr(generation_config, name, None)
+        if mask in (forced if isinstance(forced, (list, tuple)) else [forced]):
+            raise ValueError(f"{name}={forced} asks for the mask token {mask}, which is never emitted; force another")
     keeps = {"logprobs"} if logprobs else set()
     if generation_config.return_dict_in_generate:
         keeps |= {name for name in ("scores", "logits") if getattr(generation_config, f"output_{name}", False)}

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from mtpkern.adapter import GatedSettings
+    from mtpkern.adapter_config import GatedSettings
 
 
 def require_found(name: str, kind: str = "model") -> None:
@@ -134,7 +134,7 @@ def _adapter_settings(name: str) -> GatedSettings | None:
         from peft import PeftConfig
     except ModuleNotFoundError as error:
         raise ImportError(f"{name} is an adapter, which needs peft; run: pip install peft") from error
-    from mtpkern.adapter import is_gated, settings_of
+    from mtpkern.adapter_config import is_gated, settings_of
 
     config = PeftConfig.from_pretrained(name)
     return settings_of(config) if is_gated(config) else None

@@ -180,38 +180,48 @@ def has_latent_attention(model: PreTrainedModel) -> bool:
 
 def require_decodable(model: PreTrainedModel) -> None:
     """Raise ValueError, with the reason, for a model that this project would decode wrong."""
-    name = type(model).__name__
+    kind = type(model).__name__
     if recorded_settings(model).get("bidirectional"):
         raise ValueError(
-            f"{name} was trained with bidirectional=True: its masks expect to see those behind them, and a decoding "
+            f"{kind} was trained with bidirectional=True: its masks expect to see those behind them, and a decoding "
             "pass is causal; train without it, or measure it by its agreement"
         )
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder-decoder; mtpkern decodes causal language models")
+        raise ValueError(f"{kind} is an encoder-decoder; mtpkern decodes causal language models")
+    # Some have been made over into readers of a whole text, by one name or another.
+    for part in (model.config, config):
+        for name, causal in (("is_causal", True), ("use_bidirectional_attention", False)):
+            value = getattr(part, name, None)
+            # Gemma's later kinds see images both ways, and text as ever.
+            if value is not None and value != "vision" and bool(value) != causal:
+                raise ValueError(
+                    f"{kind} is configured with {name}={value!r}, so that a token sees those behind it, and no "
+                    f"text grows token by token: set model.config.{name} = {causal}, if it was trained so"
+                )
     if model.training:
-        raise ValueError(f"{name} is in training mode, where dropout would change the output: call model.eval() first")
+        raise ValueError(f"{kind} is in training mode, where dropout would change the output: call model.eval() first")
     strange = sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS)
     if strange:
-        raise ValueError(f"{name} has layers of type {', '.join(strange)}; mtpkern knows full and sliding attention")
+        raise ValueError(f"{kind} has layers of type {', '.join(strange)}; mtpkern knows full and sliding attention")
     devices = set((getattr(model, "hf_device_map", None) or {}).values())
     if len(devices) > 1:
-        raise ValueError(f"{name} is spread over {len(devices)} devices by device_map; load it on one")
+        raise ValueError(f"{kind} is spread over {len(devices)} devices by device_map; load it on one")
     # Rotary settings come as one dict, or as one dict per type of layer.
     rope = getattr(config, "rope_parameters", None) or {}
     for entry in [rope, *(x for x in rope.values() if isinstance(x, dict))]:
         if entry.get("rope_type") in _BATCH_DEPENDENT_ROPE:
             raise ValueError(
-                f"{name} uses {entry['rope_type']!r} rotary embeddings, whose frequencies depend on the longest "
+                f"{kind} uses {entry['rope_type']!r} rotary embeddings, whose frequencies depend on the longest "
                 "sequence of the batch; set rope_parameters to 'default', 'linear', 'llama3' or 'yarn'"
             )
     if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
         raise ValueError(
-            f"{name} caps its attention logits, which 'sdpa' ignores: load it with attn_implementation='eager'"
+            f"{kind} caps its attention logits, which 'sdpa' ignores: load it with attn_implementation='eager'"
         )
     own = config._attn_implementation
     if has_latent_attention(model) and own not in ("sdpa", "eager"):
         raise ValueError(
-            f"{name} has latent attention, prefilled through 'sdpa' or 'eager' only, and was loaded with {own!r}; "
+            f"{kind} has latent attention, prefilled through 'sdpa' or 'eager' only, and was loaded with {own!r}; "
             "load it with attn_implementation='sdpa'"
         )

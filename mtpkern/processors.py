@@ -218,7 +218,14 @@ class RowByRow(Processor):
                     text = texts.tokens[b, :end][None]
                     if texts.prompts is not None:
                         text = torch.cat([texts.prompts[b], texts.tokens[b, end - new : end]])[None]
-                    processed[r] = self.processor(text, scores[r : r + 1])[0]
+                    row = self.processor(text, scores[r : r + 1])
+                    if not isinstance(row, Tensor) or row.shape != scores[r : r + 1].shape:
+                        got = f"a tensor {list(row.shape)}" if isinstance(row, Tensor) else f"{type(row).__name__}"
+                        raise ValueError(
+                            f"{type(self.processor).__name__} must return the scores [1, {scores.shape[1]}] of the "
+                            f"text that it is called with, got {got}"
+                        )
+                    processed[r] = row[0]
             return processed
 
         return apply

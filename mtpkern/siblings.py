@@ -226,12 +226,13 @@ def adapt(outs: Sequence[Tensor], x: Tensor, rows: Tensor, layers: Sequence[Any]
 
     adapt([y], x, rows, [layer], ["default"])
     """
-    adapters = list(zip(layers, names))
+    adapters, dtype = list(zip(layers, names)), outs[0].dtype
     gated_lora(
         [y.flatten(0, -2) for y in outs],
-        x.to(outs[0].dtype).flatten(0, -2),
+        x.to(dtype).flatten(0, -2),
         rows.flatten(),
-        [layer.lora_A[name].weight for layer, name in adapters],
-        [layer.lora_B[name].weight for layer, name in adapters],
+        # peft loads adapters in float32, whatever the base is in.
+        [layer.lora_A[name].weight.to(dtype) for layer, name in adapters],
+        [layer.lora_B[name].weight.to(dtype) for layer, name in adapters],
         [layer.scaling[name] for layer, name in adapters],
     )

@@ -7,12 +7,17 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+# Every sequence's rows of a pass, up to 2k - 1 and masks, have logits over the whole vocabulary, and slots of the KV
+# cache: 0.3 GB and 2,000 slots at a vocabulary of 150,000. Nobody trains for as many predictions.
+LARGEST_K = 256
+LARGEST_MASKS = 1024
+
 
 @dataclass(frozen=True)
 class Strategy:
     """A rule of acceptance; use `Static`, `ConfAdapt` or `Verified`.
 
-    k is the number of tokens that one pass predicts; left out, `mtpkern.generate` takes it from the model
+    k is the number of tokens that one pass predicts, 256 at most; left out, `mtpkern.generate` takes it from the model
     (`for_model`). A prediction counts as sure when its confidence (top-1 probability) is above `threshold`. A strategy
     that verifies keeps sure predictions as drafts only, and emits them once the next pass, which is fed with them
     anyway, has come to the same tokens.
@@ -29,6 +34,11 @@ class Strategy:
     def __post_init__(self) -> None:
         if isinstance(self.k, bool) or not isinstance(self.k, int | None) or (self.k is not None and self.k < 1):
             raise ValueError(f"{type(self).__name__}: k must be a whole number of tokens from 1 up, got {self.k!r}")
+        if self.k is not None and self.k > LARGEST_K:
+            raise ValueError(
+                f"{type(self).__name__}: k must be at most {LARGEST_K}, got {self.k}: a pass brings up to 2k - 1 rows "
+                "of each sequence, all of them with logits over the vocabulary; give the k_max of training, or less"
+            )
         # Every confidence is above -1: that is Static, and nobody else may ask for it.
         number = isinstance(self.threshold, (int, float))
         if not (isinstance(self, Static) or (number and 0.0 <= self.threshold <= 1.0)):
@@ -121,6 +131,11 @@ class Verified(Strategy):
         super().__post_init__()
         if isinstance(self.masks, bool) or not isinstance(self.masks, int) or self.masks < 0:
             raise ValueError(f"Verified: masks must be a whole number of rows from 0 up, got {self.masks!r}")
+        if self.masks > LARGEST_MASKS:
+            raise ValueError(
+                f"Verified: masks must be at most {LARGEST_MASKS}, got {self.masks}: each is a row of every pass "
+                "of every sequence, with logits over the whole vocabulary; a few times k are of use"
+            )
         if self.k and self.masks > (self.k - 1) ** 2:
             raise ValueError(
                 f"Verified: masks={self.masks} is more than k - 1 = {self.k - 1} masks behind each of as many tokens; "

@@ -10,17 +10,18 @@ import inspect
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
 
-from mtpkern.adapter import gated
+from mtpkern.adapter import adopt, gated
 from mtpkern.arguments import plain_greedy
 from mtpkern.attention import exclusive, routed
 from mtpkern.decoder import Decoder
+from mtpkern.foreign import foreign, settings_of
 from mtpkern.kernels.state import FAULT
 from mtpkern.model import is_tested, require_decodable, resolve_mask_token
 from mtpkern.strategies import Static
@@ -81,6 +82,7 @@ def check(
         report = mtpkern.check(AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32))
         assert report.ok, report
     """
+    adopt(model)
     plain = unwrapped(model, {})
     require_decodable(plain)
     mask_token_id = resolve_mask_token(plain, mask_token_id)
@@ -88,36 +90,36 @@ def check(
         return _compare(plain, input_ids, mask_token_id, k, steps, WINDOW)
 
 
-# Classes, and single models, that decode right; models that do not, and why.
+# Classes, with their settings, that decode right; of single models, what was found of them as they then were.
 _verified: set[Any] = set()
-_verified_models: WeakSet[PreTrainedModel] = WeakSet()
-_faults: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
+_found: WeakKeyDictionary[PreTrainedModel, tuple[Any, str | None]] = WeakKeyDictionary()
 _lock = Lock()
 
 
 def require_verified(model: PreTrainedModel, mask_token_id: int) -> None:
     """Raise ValueError for a model of a kind that the tests do not cover and that a quick `check` finds decoding wrong.
 
-    Once in a process for each class (and attention function) that decodes right; once for each model that does not, of
-    which another may have sound weights, or whose forward has been replaced or hooked on the instance. The caller holds
-    the model.
+    Once in a process for each class, with its settings and attention function, that decodes right; once for each model
+    that does not, of which another may have sound weights, and for each state of one into which somebody has put hooks,
+    forwards or modules of his own (`mtpkern.foreign`), of whatever kind it is. The caller holds the model.
     """
-    own = "forward" in vars(model) or "prepare_inputs_for_generation" in vars(model)
-    own = own or bool(model._forward_hooks or model._forward_pre_hooks)
-    kind, config = type(model), model.config.get_text_config(decoder=True)
-    if not own and is_tested(model):
+    state = foreign(model)
+    if not state and is_tested(model):
         return
-    verified: Any = _verified_models if own else _verified
-    key: Any = model if own else (kind, config._attn_implementation)
+    kind, config = type(model), model.config.get_text_config(decoder=True)
+    key = kind, config._attn_implementation, settings_of(model.config)
     with _lock:
-        known, fault = key in verified or model in _faults, _faults.get(model)
+        found = _found.get(model)
+        known = found is not None and found[0] == (key, state)
+        fault = found[1] if found is not None and known else None
+        known = known or (not state and key in _verified)
     if not known:
         fault = _fault(model, mask_token_id)
         with _lock:
-            if fault is None:
-                verified.add(key)
+            if fault is None and not state:
+                _verified.add(key)
             else:
-                _faults[model] = fault
+                _found[model] = (key, state), fault
     if fault is not None:
         raise ValueError(
             f"mtpkern cannot decode {kind.__name__}: {fault}. Use model.generate; check_model=False skips this check, "

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from mtpkern.adapter import is_gated
+from mtpkern.adapter_config import is_gated
 
 # Adapters of peft whose whole effect lies in the model's layers and falls on each row by itself.
 _ROW_WISE = {

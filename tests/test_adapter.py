@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import mtpkern
-from mtpkern.adapter import digest, gate_of, save_adapter
+from mtpkern.adapter import gate_of, save_adapter
+from mtpkern.adapter_config import digest
 from mtpkern.train.lora import add_gated_lora, add_lora
 
 ARCHITECTURES = {

@@ -217,6 +217,7 @@ def test_generate_takes_prompts_in_chunks(tiny: Any) -> None:
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     options: dict[str, Any] = {"attention_mask": real, "max_new_tokens": 9, "strategy": Verified(3, threshold=0.2)}
+    options["check_model"] = False  # which takes passes
     expected = mtpkern.generate(model, ids, **options)
     assert seen[0] == 15
     seen.clear()

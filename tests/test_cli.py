@@ -233,7 +233,7 @@ def one_bad(monkeypatch):
     return calls, faulty
 
 
-def test_one_bad_row_loses_none_and_the_same_command_goes_on(checkpoint, tmp_path, capsys, one_bad):
+def test_one_bad_row_loses_none_and_the_same_command_goes_on(checkpoint, tmp_path, capsys, one_bad, monkeypatch):
     calls, faulty = one_bad
     file = write_jsonl(tmp_path / "in.jsonl", [{"prompt": f"Ba has {i} eggs.", "id": i} for i in range(9)])
     whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
@@ -254,7 +254,10 @@ def test_one_bad_row_loses_none_and_the_same_command_goes_on(checkpoint, tmp_pat
     assert main([*command, "--output", str(whole)]) == 0
     assert output.read_text() == whole.read_text()
     # All there: no model is looked for.
-    assert main(["generate", "./nowhere", *command[2:], "--output", str(output)]) == 0
+    calls.clear()
+    monkeypatch.setattr("mtpkern.loading.load", None)
+    assert main([*command, "--output", str(output)]) == 0
+    assert not calls
     assert output.read_text() == whole.read_text()
     for rows in ([{"prompt": "another", "id": 0}], [{"prompt": "Ba has 0 eggs.", "id": 1}]):
         write_jsonl(file, rows)

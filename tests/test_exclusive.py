@@ -19,7 +19,7 @@ def test_the_model_is_as_before(model: Any, inputs: Any) -> None:
     config, generation_config = model.config.to_json_string(), model.generation_config.to_json_string()
     during = []
     model.lm_head.register_forward_hook(lambda *_: during.append(model.config.to_json_string()))
-    mtpkern.generate(model, **inputs, strategy=Static(3), max_new_tokens=7)
+    mtpkern.generate(model, **inputs, check_model=False, strategy=Static(3), max_new_tokens=7)
     assert model.config._attn_implementation == "sdpa"
     assert model.config.to_json_string() == config
     assert model.generation_config.to_json_string() == generation_config
@@ -40,23 +40,23 @@ def test_the_model_is_as_before_after_an_exception(failing_pass: int, model: Any
 
     hook = model.lm_head.register_forward_hook(fail)
     with pytest.raises(KeyboardInterrupt):
-        mtpkern.generate(model, **inputs, strategy=Static(3), max_new_tokens=7)
+        mtpkern.generate(model, **inputs, check_model=False, strategy=Static(3), max_new_tokens=7)
     assert model.config._attn_implementation == "sdpa"
     hook.remove()
-    assert mtpkern.generate(model, **inputs, max_new_tokens=7).shape == (3, 19)
+    assert mtpkern.generate(model, **inputs, check_model=False, max_new_tokens=7).shape == (3, 19)
 
 
 @pytest.mark.parametrize("busy_pass", [1, 2])
 @pytest.mark.parametrize("in_thread", [False, True])
 def test_a_second_call_at_the_same_time_is_refused(busy_pass: int, in_thread: bool, model: Any, inputs: Any) -> None:
     """In the prefill and in a step, from the same thread (a hook) or another: no wrong text, one clear error."""
-    expected = mtpkern.generate(model, **inputs, strategy=Static(3), max_new_tokens=7)
+    expected = mtpkern.generate(model, **inputs, check_model=False, strategy=Static(3), max_new_tokens=7)
     errors: list[str] = []
     calls = 0
 
     def second() -> None:
         try:
-            mtpkern.generate(model, **inputs, max_new_tokens=7, wait=not in_thread)
+            mtpkern.generate(model, **inputs, check_model=False, max_new_tokens=7, wait=not in_thread)
         except RuntimeError as error:
             errors.append(str(error))
 
@@ -72,7 +72,7 @@ def test_a_second_call_at_the_same_time_is_refused(busy_pass: int, in_thread: bo
                 second()
 
     model.lm_head.register_forward_hook(interfere)
-    output = mtpkern.generate(model, **inputs, strategy=Static(3), max_new_tokens=7)
+    output = mtpkern.generate(model, **inputs, check_model=False, strategy=Static(3), max_new_tokens=7)
     assert len(errors) == 1
     assert ("in another thread; run one call at a time" if in_thread else "in this very thread") in errors[0]
     assert output.equal(expected)
@@ -81,7 +81,7 @@ def test_a_second_call_at_the_same_time_is_refused(busy_pass: int, in_thread: bo
 
 def test_calls_from_a_pool_of_threads_wait_in_line(model: Any, inputs: Any) -> None:
     """One of them fails in its first pass, which takes nothing from the others."""
-    expected = mtpkern.generate(model, **inputs, strategy=Static(3), max_new_tokens=7)
+    expected = mtpkern.generate(model, **inputs, check_model=False, strategy=Static(3), max_new_tokens=7)
     calls = 0
 
     def fail_once(*_: Any) -> None:
@@ -93,7 +93,7 @@ def test_calls_from_a_pool_of_threads_wait_in_line(model: Any, inputs: Any) -> N
     model.lm_head.register_forward_hook(fail_once)
 
     def call(_: int) -> Tensor:
-        return mtpkern.generate(model, **inputs, strategy=Static(3), max_new_tokens=7)
+        return mtpkern.generate(model, **inputs, check_model=False, strategy=Static(3), max_new_tokens=7)
 
     with ThreadPoolExecutor(8) as pool:
         results = [pool.submit(call, i) for i in range(8)]
@@ -119,12 +119,12 @@ def test_faulty_logits_name_their_sequences(failing_pass: int, value: float, mod
 
     model.lm_head.register_forward_hook(break_second)
     with pytest.raises(RuntimeError, match=r"NaN or inf for sequences \[1\]"):
-        mtpkern.generate(model, **inputs, strategy=Static(k), max_new_tokens=12)
+        mtpkern.generate(model, **inputs, check_model=False, strategy=Static(k), max_new_tokens=12)
 
 
 def test_output_and_model_are_as_good_for_training_as_before(model: Any, inputs: Any) -> None:
     """Decoding runs in inference mode, whose tensors autograd does not take: none may be left over."""
-    output = mtpkern.generate(model, **inputs, strategy=Static(3), max_new_tokens=7)
+    output = mtpkern.generate(model, **inputs, check_model=False, strategy=Static(3), max_new_tokens=7)
     assert not output.is_inference()
     output[0, 0] = 1
     model.train()(output, labels=output).loss.backward()

@@ -255,8 +255,7 @@ def test_adapters_that_are_more_than_ours(tiny, served):
     assert not torch.equal(scaled, first)
     attention.v_proj.set_scale("default", 1.0)
     model.model.layers[0].mlp.up_proj.lora_A.double()
-    with pytest.raises(ValueError, match="A must be float32"):  # as ever
-        logits(model, ids)
+    assert torch.equal(logits(model, ids), first)
     model.model.layers[0].mlp.up_proj.lora_A.float()
     again, calls = both_ways()
     assert torch.equal(again, first)

@@ -11,7 +11,7 @@ from peft import PeftConfig
 from safetensors.torch import load_file
 
 from mtpkern import cli
-from mtpkern.adapter import settings_of
+from mtpkern.adapter_config import settings_of
 from mtpkern.bench import real
 from mtpkern.rows import read_lines
 from mtpkern.sets import HELD_OUT_TEMPLATES

@@ -6,18 +6,22 @@ from __future__ import annotations
 from mtpkern.train.extra import DynamoBackend, PeftModel  # isort: split
 
 import logging
+import math
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, Trainer
+from transformers.integrations import is_fsdp_enabled
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
+from mtpkern.attention import exclusive
 from mtpkern.loading import require_found
 from mtpkern.train.config import ModelArguments, MTPConfig
 from mtpkern.train.data import DataArguments, require_readable
 from mtpkern.train.lora import plain_model
+from mtpkern.verify import require_verified
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +33,9 @@ def require_consistent(model: ModelArguments, data: DataArguments, config: MTPCo
     strategy = config.train_sampling_strategy
     out = Path(str(config.output_dir))
     files = [str(path) for path in (out, *out.parents) if path.is_file()]
+    read = [name for name in (model.model, model.teacher, config.init_adapter) if name and Path(name).exists()]
+    within = [name for name in read if Path(name).resolve() in (out.resolve(), *out.resolve().parents)]
+    nan = [name for name, value in vars(config).items() if isinstance(value, float) and math.isnan(value)]
     for wrong, says in (
         (config.per_device_train_batch_size < 1, "per_device_train_batch_size must be at least 1"),
         (
@@ -69,6 +76,16 @@ def require_consistent(model: ModelArguments, data: DataArguments, config: MTPCo
             f"lr_scheduler_kwargs must be names and values, as JSON in a flag; got {config.lr_scheduler_kwargs!r}",
         ),
         (
+            bool(nan) or math.isinf(config.learning_rate),
+            f"{', '.join(nan) or 'learning_rate'} must be a finite number; got "
+            f"{getattr(config, nan[0] if nan else 'learning_rate')}",
+        ),
+        (
+            bool(within),
+            f"output_dir {out} is, or lies in, {', '.join(within)}, which the run reads and would write over; take "
+            "another output_dir (a run that was stopped goes on from there by itself, with the model it began with)",
+        ),
+        (
             bool(files),
             f"output_dir must be a folder; {', '.join(files)} is a file",
         ),
@@ -104,6 +121,38 @@ def load(kind: Any, name: str, **options: Any) -> Any:
         return kind.from_pretrained(name, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         raise OSError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def require_trainable(model: nn.Module, args: MTPConfig) -> None:
+    """Raise ValueError for a model that mtpkern would decode wrong, or whose attention it cannot take the place of.
+
+    Known kinds pass; others are tried as `mtpkern.generate` tries them. The model is left in the mode that it was in.
+    """
+    plain = plain_model(model)
+    if (args.process_index and is_fsdp_enabled()) or any(p.is_meta for p in plain.parameters()):
+        return  # the first process has the weights
+    modes = [(module, module.training) for module in plain.modules()]
+    plain.eval()
+    try:
+        with exclusive(plain):
+            require_verified(plain, 0)  # any token stands for the masks of a trial
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def warn_of_dropout(model: PreTrainedModel) -> None:
+    """Say that a model's attention drops nothing in training, where its configuration asks for it."""
+    asked = {
+        name: value
+        for name, value in vars(model.config.get_text_config(decoder=True)).items()
+        if "drop" in name and ("attn" in name or "attention" in name) and isinstance(value, float) and value > 0
+    }
+    if asked:
+        logger.warning(
+            f"{type(model).__name__} asks for {', '.join(f'{name}={value}' for name, value in asked.items())}, which "
+            "is left out: the span attention of training drops nothing"
+        )
 
 
 def require_sound(model: nn.Module, teacher: PreTrainedModel | None, args: MTPConfig) -> None:

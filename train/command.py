@@ -34,7 +34,7 @@ from mtpkern.rows import shown
 from mtpkern.strategies import name_of, strategy_of
 from mtpkern.train import smollm2
 from mtpkern.train.card import card, write_card
-from mtpkern.train.checks import load, require_consistent, require_sources
+from mtpkern.train.checks import load, require_consistent, require_sources, require_trainable
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.config import ModelArguments, MTPConfig
 from mtpkern.train.data import BadData, DataArguments, EncodedTexts, Report, load_data, load_held_out
@@ -162,6 +162,7 @@ def _train(
     model, tokenizer = load_student(name, getattr(torch, str(config.student_dtype)), gated=config.gated)
     if not config.bidirectional:
         require_decodable(model)
+    require_trainable(model, config)
     teacher = None
     if config.needs_teacher and not config.lora_rank:
         computed = "bfloat16" if config.bf16 or config.pure_bf16 else "float16" if config.fp16 else "float32"

@@ -16,6 +16,7 @@ Source   gated LoRA: arXiv 2507.11851; adapters on mask rows behind a shared pre
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ class BehindPrefixContext:
     texts: list[Text] | Packing | None = None
     layers: Layers = field(default_factory=dict)
     masks: dict[int | None, Tensor] = field(default_factory=dict)
+    without_dropout: ClassVar[bool] = True
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Span attention of the last rows of one layer: [B, T - N, Hq, D] (mtpkern.attention.AttentionContext)."""

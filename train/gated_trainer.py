@@ -17,7 +17,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
-from mtpkern.adapter import Gate, gate_of, record_row, row_of, save_adapter
+from mtpkern.adapter import Gate, gate_of, record_row, save_adapter
+from mtpkern.adapter_config import row_of
 from mtpkern.attention import AttentionContext, attention_context
 from mtpkern.train.captured import CapturedSteps
 from mtpkern.train.config import MTPConfig

@@ -15,20 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mtpkern.adapter import (
-    Gate,
-    GatedSettings,
-    attach,
-    digest,
-    gate_of,
-    is_gated,
-    load_adapter,
-    marked,
-    require_gateable,
-    row_of,
-    unloaded_on_error,
-    wrapping,
-)
+from mtpkern.adapter import Gate, attach, gate_of, load_adapter, require_bare, unloaded_on_error, wrapping
+from mtpkern.adapter_config import GatedSettings, digest, is_gated, marked, require_gateable, row_of
 from mtpkern.loading import require_found
 from mtpkern.train.extra import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
@@ -99,6 +87,7 @@ def add_gated_lora(
 
         peft_model = add_gated_lora(model, rank=16, k_max=8)
     """
+    require_bare(model)
     embedding = model.get_input_embeddings()
     for module in (embedding, model.get_output_embeddings()):
         if type(module.weight) not in (Tensor, nn.Parameter) or not module.weight.is_floating_point():

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ class SpanContext:
 
     layout: Layout
     masks: dict[int | None, Tensor] = field(default_factory=dict)
+    without_dropout: ClassVar[bool] = True
 
     def prepare(self, window: int | None) -> None:
         """Build the masks without and with the model's window; the kernel needs none.

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -113,6 +114,7 @@ class PrefixContext:
     position: Tensor
     layers: Layers = field(default_factory=dict)
     masks: dict[int | None, Tensor] = field(default_factory=dict)
+    without_dropout: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         rows = self.position.shape[1]

@@ -32,7 +32,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from mtpkern.adapter import gate_of
 from mtpkern.attention import AttentionContext, attention_context
 from mtpkern.model import record_settings, resolve_mask_token
-from mtpkern.train.checks import require_sound, require_tested_engine
+from mtpkern.train.checks import require_sound, require_tested_engine, require_trainable, warn_of_dropout
 from mtpkern.train.compilation import CompiledLayers
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import HeldOut
@@ -95,6 +95,9 @@ class MTPTrainer(RunTrainer):
         **kwargs: Any,
     ) -> None:
         plain = plain_model(model)
+        require_trainable(plain, args)
+        if args.process_index == 0:
+            warn_of_dropout(plain)
         if args.lora_rank and not isinstance(model, PeftModel):
             model = self._adapted(plain, mask_token_id, args)
         self.mask_token_id = resolve_mask_token(plain, mask_token_id)

@@ -1,0 +1,47 @@
+"""Answers to a file of prompts go on where the same options wrote them, and begin anew where that is asked for."""
+
+import json
+
+import pytest
+
+from mtpkern.answers import answers_file
+
+ASKED = [{"prompt": "a"}, {"prompt": "b", "id": 2}]
+OPTIONS = {"MODEL": "m", "--max-new-tokens": 8, "--stop": ("x",)}
+
+
+def write(path, options, rows, **more):
+    with answers_file(path, ASKED, options, **more) as (done, file):
+        for row in ASKED[done : done + rows]:
+            file.write(json.dumps({**row, "text": "t"}) + "\n")
+    return done
+
+
+def test_other_options_are_refused_by_name_and_change_nothing(tmp_path):
+    path = tmp_path / "out.jsonl"
+    assert write(path, OPTIONS, 1) == 0
+    assert write(path, OPTIONS, 1) == 1
+    text = path.read_text()
+    for done in (2, 1):
+        path.write_text("".join(text.splitlines(keepends=True)[:done]))
+        with pytest.raises(
+            ValueError, match=rf"out.jsonl has {done} answers that other options wrote \(--max-new-tokens 8, now 9\)"
+        ):
+            write(path, {**OPTIONS, "--max-new-tokens": 9}, 1)
+        with pytest.raises(ValueError, match=r"MODEL m, now n; --seed None, now 3.*--overwrite to begin anew"):
+            write(path, {**OPTIONS, "MODEL": "n", "--seed": 3}, 1)
+        assert len(path.read_text().splitlines()) == done
+    assert write(path, {**OPTIONS, "--seed": 3}, 2, overwrite=True) == 0
+    assert path.read_text() == text
+    assert write(path, {**OPTIONS, "--seed": 3}, 0) == 2
+
+
+def test_nothing_is_left_of_a_run_without_answers(tmp_path):
+    write(tmp_path / "out.jsonl", OPTIONS, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_answers_of_which_nobody_knows_go_on(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_text(json.dumps({**ASKED[0], "text": "t"}) + "\n")
+    assert write(path, OPTIONS, 1) == 1

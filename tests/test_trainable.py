@@ -1,0 +1,113 @@
+"""What cannot be decoded is not trained, attention drops nothing in training, and no run writes over its start."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from mtpkern.cli import main
+from mtpkern.train.collator import MTPCollator
+from mtpkern.train.config import MTPConfig
+from mtpkern.train.gated_trainer import GatedTrainer
+from mtpkern.train.trainer import MTPTrainer
+
+TEXT = {"input_ids": [1, 2, *range(10, 22), 7], "prompt_length": 3}
+OPTIONS = {"k_max": 3, "num_spans": 2, "max_steps": 1, "use_cpu": True, "report_to": "none", "save_strategy": "no"}
+FLAGS = ["--max-steps", "1", "--per-device-train-batch-size", "2", "--use-cpu", "--warmup-steps", "0", "--k-max", "3"]
+
+
+def trainer(model, out, gated, **options):
+    more = {"gated": True, "lora_rank": 2} if gated else {"teacher_target": "gt"}
+    args = MTPConfig(str(out), **{**OPTIONS, **more, **options})
+    kind, mask = (GatedTrainer, None) if gated else (MTPTrainer, 31)
+    data = {"train_dataset": [TEXT] * 4, "data_collator": MTPCollator(0)}
+    return kind(model=model, args=args, mask_token_id=mask, **data)
+
+
+def untold(model):
+    """Without the mask token that the tests' models record, with a stop token."""
+    vars(model.config).pop("mtpkern", None)
+    model.config.eos_token_id = model.generation_config.eos_token_id = 7
+    return model
+
+
+def bloom(tiny):
+    return untold(tiny.model("bloom", vocab_size=41, hidden_size=32, n_layer=1, n_head=4, attention="eager"))
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["full", "gated"])
+def test_a_kind_that_cannot_be_decoded_is_refused_as_it_was(tiny, tmp_path, gated):
+    model = bloom(tiny).train()
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=r"cannot decode BloomForCausalLM: .*did not call the attention interface"):
+        trainer(model, tmp_path / "out", gated)
+    assert model.training
+    assert [name for name, _ in model.named_modules()] == names
+
+
+def test_the_command_refuses_it_before_the_data_are_read(tiny, tmp_path, bytes_of, capfd):
+    tokenizer = bytes_of("qwen")
+    folder, rows = tmp_path / "bloom", tmp_path / "rows.jsonl"
+    untold(
+        tiny.model("bloom", vocab_size=len(tokenizer), hidden_size=32, n_layer=1, n_head=4, attention="eager")
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    rows.write_text("".join(json.dumps({"prompt": f"{i}?", "completion": "yes and no"}) + "\n" for i in range(4)))
+    flags = ["--model", str(folder), "--train-data", str(rows), "--output-dir", str(tmp_path / "out"), *FLAGS]
+    for more in ([], ["--gated", "--lora-rank", "2"]):
+        assert main(["train", *flags, *more]) == 2
+        err = capfd.readouterr().err
+        assert "cannot decode BloomForCausalLM" in err
+        assert "Traceback" not in err
+        assert "rows" not in err.replace(str(rows), "")
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["full", "gated"])
+@pytest.mark.parametrize(
+    ("kind", "settings", "field"),
+    [
+        ("gpt2", {"n_embd": 32, "n_layer": 1, "n_head": 4}, "attn_pdrop=0.1"),
+        ("opt", {"ffn_dim": 48, "num_hidden_layers": 1, "word_embed_proj_dim": 32, "attention_dropout": 0.2},
+         "attention_dropout=0.2"),
+        ("llama", {"num_hidden_layers": 1, "attention_dropout": 0.3}, "attention_dropout=0.3"),
+    ],
+    ids=lambda x: x if isinstance(x, str) and "=" not in x else "",
+)  # fmt: skip
+def test_attention_drops_nothing_which_is_said_once(tiny, tmp_path, caplog, gated, kind, settings, field):
+    model = untold(tiny.model(kind, vocab_size=41, **settings))
+    with caplog.at_level(logging.WARNING, "mtpkern.train.checks"):
+        run = trainer(model, tmp_path, gated)
+        run.train()
+    said = [record.getMessage() for record in caplog.records if "drops nothing" in record.getMessage()]
+    assert len(said) == 1
+    assert field in said[0]
+    assert all(torch.isfinite(p).all() for p in run.model.parameters())
+
+
+@pytest.mark.parametrize("where", ["", "inner", "../start", "link"])
+@pytest.mark.parametrize("of", ["--model", "--teacher", "--init-adapter"])
+def test_a_run_does_not_write_over_what_it_reads(tmp_path, capfd, where, of):
+    start = tmp_path / "start"
+    start.mkdir()
+    (tmp_path / "link").symlink_to(start)
+    (tmp_path / "other").mkdir()
+    out = tmp_path / "link" if where == "link" else start / where
+    flags = ["--train-data", "rows.jsonl", "--output-dir", str(out), *FLAGS]
+    if of != "--model":
+        flags += ["--model", str(tmp_path / "other")]
+    if of == "--init-adapter":
+        flags += ["--gated", "--lora-rank", "2"]
+    assert main(["train", *flags, of, str(start)]) == 2
+    err = capfd.readouterr().err
+    assert f"is, or lies in, {start}, which the run reads and would write over; take another output_dir" in err
+    assert list(start.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags", [["--learning-rate", "nan"], ["--learning-rate", "inf"], ["--weight-decay", "nan"]])
+def test_a_number_that_is_none_is_named(tmp_path, capfd, flags):
+    common = ["--model", "m", "--train-data", "rows.jsonl", "--output-dir", str(tmp_path / "out"), *FLAGS]
+    assert main(["train", *common, *flags]) == 2
+    err = capfd.readouterr().err
+    assert f"{flags[0][2:].replace('-', '_')} must be a finite number; got {flags[1]}" in err
+    assert "Traceback" not in err

@@ -331,7 +331,9 @@ def adopt(model: nn.Module) -> None:
     if gate is None:
         require_gateable(configs[name])
         require_base(base, settings_of(configs[name]), f"adapter {name!r}")
-        gate = attach(model, row_of(configs[name]).requires_grad_(False), name)
+        row = row_of(configs[name])
+        row.requires_grad = False
+        gate = attach(model, row, name)
     # A row that is no parameter of the model has stayed where it was.
     if gate.row.device != base.device:
         gate.row.data = gate.row.data.to(base.device)

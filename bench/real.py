@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--show", type=int, default=3, metavar="N", help="answers shown in coloured blocks (default 3)")
-    parser.add_argument("--results", type=Path, help="folder for real.md and real.json")
+    parser.add_argument("--results", type=Path, help="folder for real.*, or real_by_load.*")
     args = parser.parse_args(argv)
 
     base = args.base or smollm2.base()
@@ -202,6 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         records = [{"prompts": kind, "batch_size": size, **asdict(sums)} for (kind, size), sums in found.items()]
         return Table("SmolLM2-135M-Instruct with its gated adapter", note, HEADER, rows, records)
 
+    file = "real_by_load" if args.by_load else "real"
     reference: dict[int, list[int]] = {}
     if args.truth_batch_size:
         for batch in batches(list(enumerate(prompts)), args.truth_batch_size):
@@ -233,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     # All so far: a run that is cut keeps what it has.
                     so_far = table()
                     data = {"rows": so_far.records}
-                    page = write("real", "The original model's own tokens", facts, [so_far], data, args.results)
+                    page = write(file, "The original model's own tokens", facts, [so_far], data, args.results)
     print(table().markdown())
     print(json.dumps(facts) if args.results is None else f"written: {page}")
 

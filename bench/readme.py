@@ -54,7 +54,12 @@ def real_table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     for row in results["rows"]:
         ours, theirs = row["tallies"]["ours"], row["tallies"].get("hf_generate")
         same = f"{ours['right']} of {ours['problems']}"
-        cells: tuple[str, ...] = (names[row["prompts"]], str(row["batch_size"]), same, f"{ours['tokens'] / ours['passes']:.2f}")
+        cells: tuple[str, ...] = (
+            names[row["prompts"]],
+            str(row["batch_size"]),
+            same,
+            f"{ours['tokens'] / ours['passes']:.2f}",
+        )
         if timed:
             cells += (f"{(ours['tokens'] / ours['seconds']) / (theirs['tokens'] / theirs['seconds']):.2f}",)
         rows.append(cells)
@@ -115,7 +120,6 @@ def acceptance_table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
 TABLES: dict[str, Callable[[Mapping[str, Any]], list[tuple[str, ...]]]] = {
     "decode": decode_table,
     "real": real_table,
-    "real_by_load": real_table,
     "throughput": throughput_table,
     "concurrency": concurrency_table,
     "shipped": shipped_table,

@@ -19,9 +19,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
 from copy import copy
-from dataclasses import replace
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -32,7 +30,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mtpkern.adapter_config import (
-    GatedSettings,
     is_gated,
     marked,
     require_base,
@@ -40,119 +37,20 @@ from mtpkern.adapter_config import (
     row_of,
     settings_of,
 )
+from mtpkern.gate import Gate, GatedLora
 from mtpkern.loading import require_found
-from mtpkern.siblings import Siblings, adapt
+from mtpkern.siblings import Siblings
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
+# What peft does not change where it loads over an adapter, and where the hub has it.
+_SHAPE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules")
+_OF_HUB = ("revision", "token", "cache_dir", "subfolder")
 _DEAF = (
     "cannot be gated, because peft would adapt all their rows; load the base unquantised, or quantised by "
     "bitsandbytes, torchao or quanto"
 )
-
-
-class Gate:
-    """Which rows of the running pass are adapted, and the embedding row of the mask token [H]; one for a model.
-
-    with gate.open(input_ids == gate.mask_token_id):
-        logits = model(input_ids=input_ids, ...).logits
-
-    Closed, which it is wherever no block of this thread has opened it, adapters add nothing.
-    """
-
-    def __init__(self, settings: GatedSettings, row: nn.Parameter) -> None:
-        self.settings = settings
-        self.mask_token_id = settings.mask_token_id
-        self.row = row
-        # A training pass, whose rows are masks all of them; seen by all threads, because activation checkpointing runs
-        # the forward again in one of autograd's.
-        self.all_rows = False
-        # What torch.compile reads, which knows no context variables; the thread that holds the model has opened it.
-        self.opened: Tensor | bool = False
-
-    def record(self, **settings: Any) -> None:
-        """Change what the adapter's folder will record."""
-        self.settings = replace(self.settings, **settings)
-
-    @property
-    def rows(self) -> Tensor | bool:
-        """The adapted rows [B, T] bool of this thread's pass; True for all, False for none."""
-        if self.all_rows:
-            return True
-        if torch.compiler.is_compiling():
-            return self.opened
-        opened = _opened.get()
-        return opened[1] if opened is not None and opened[0] is self else False
-
-    @contextmanager
-    def open(self, rows: Tensor) -> Iterator[None]:
-        """Adapt these rows [B, T] of the passes inside the block."""
-        token = _opened.set((self, rows))
-        before, self.opened = self.opened, rows
-        try:
-            yield
-        finally:
-            self.opened = before
-            _opened.reset(token)
-
-    @contextmanager
-    def open_for_training(self, all_rows: bool = True) -> Iterator[None]:
-        """Adapt all rows inside the block, which stays open around backward; other threads see it too."""
-        before, self.all_rows = self.all_rows, all_rows
-        try:
-            yield
-        finally:
-            self.all_rows = before
-
-    def closed(self) -> AbstractContextManager[None]:
-        """A block that adapts none, which is the base's own part of a training pass."""
-        return self.open_for_training(False)
-
-    def hide_mask_tokens(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Before the embedding: it has no row for the mask token, so any other stands in."""
-        ids = args[0]
-        return (ids.masked_fill(ids == self.mask_token_id, 0), *args[1:])
-
-    def embed_mask_tokens(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Behind the embedding: the mask token's own row in its place."""
-        rows = self.rows
-        if rows is False:
-            return output
-        row = self.row.to(output.dtype).expand_as(output)
-        # In memory as any other, so that what torch.compile makes of later layers serves the first.
-        return row.contiguous() if rows is True else torch.where(rows.unsqueeze(-1), row, output)  # type: ignore[union-attr]
-
-
-_opened: ContextVar[tuple[Gate, Tensor] | None] = ContextVar("mtpkern_gate", default=None)
-
-
-class _GatedLora:
-    """What a LoRA layer of peft does in place of its plain update: one object for all layers of a model."""
-
-    def __init__(self, gate: Gate) -> None:
-        self.gate = gate
-
-    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """result [B, T, N] of the base's layer for x [B, T, H], with the update in its gated rows."""
-        rows = self.gate.rows
-        if rows is False:
-            return result
-        a, b, scale = (part[active_adapter] for part in (module.lora_A, module.lora_B, module.scaling))
-        if rows is True or torch.is_grad_enabled():  # the op has no backward
-            low = a(module.lora_dropout[active_adapter](x))
-            if rows is not True:
-                low = torch.where(rows.unsqueeze(-1), low, 0.0)
-            # Added by the product itself: nothing else of the update's size is made, or kept for backward.
-            base = result.to(low.dtype)
-            return torch.addmm(base.flatten(0, -2), low.flatten(0, -2), b.weight.T, alpha=scale).view_as(result)
-        adapt([result], x, rows, [module], [active_adapter])
-        return result
-
-    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError("a gated adapter acts on mask rows only and cannot be merged into the weights; keep it apart")
-
-    merge_safe = merge_unsafe = unmerge = _refuse
 
 
 def gate_of(model: nn.Module) -> Gate | None:
@@ -217,12 +115,13 @@ def attach(model: nn.Module, row: nn.Parameter, adapter: str = "default") -> Gat
         if deaf:
             raise ValueError(f"peft's {', '.join(sorted(deaf))} {_DEAF}")
         gate = Gate(settings_of(model.peft_config[adapter]), row)  # type: ignore[index, union-attr]
-        variant = _GatedLora(gate)
+        variant = GatedLora(gate)
         for layer in layers:
             layer.lora_variant[adapter] = variant
     if model is not base:
-        # A method, which copies of the model copy as their own.
+        # Methods, which copies of the model copy as their own.
         vars(model.base_model)["unload"] = MethodType(_unload, model.base_model)
+        vars(model)["load_adapter"] = MethodType(_load_adapter, model)
     _choose(model, gate)
     return gate
 
@@ -257,6 +156,33 @@ def _unload(tuner: Any) -> nn.Module:
     base: nn.Module = type(tuner).unload(tuner)
     _choose(base, None)
     return base
+
+
+def _load_adapter(model: Any, path: Any, adapter_name: str, is_trainable: bool = False, **kwargs: Any) -> Any:
+    """peft's `load_adapter`: where the name is taken it writes over the weights, and the gate's row goes with them."""
+    from peft import PeftConfig
+
+    before, now = model.peft_config.get(adapter_name), None
+    # One that goes on learning takes its row, and keeps its settings, by itself.
+    if before is not None and is_gated(before) and not is_trainable:
+        now = PeftConfig.from_pretrained(str(path), **{name: kwargs[name] for name in _OF_HUB if name in kwargs})
+        other = [name for name in _SHAPE if getattr(now, name, None) != getattr(before, name)]
+        if not is_gated(now) or other:
+            raise ValueError(
+                f"the adapter {adapter_name!r} of this model is gated, and what is in {path} "
+                f"{'is another kind' if not is_gated(now) else 'has another ' + ', '.join(other)}; load it under "
+                f"another name, or model.delete_adapter({adapter_name!r}) first"
+            )
+        require_base(_base_of(model), settings_of(now), str(path))
+    result = type(model).load_adapter(model, path, adapter_name, is_trainable=is_trainable, **kwargs)
+    if now is not None:
+        layers = (layer for layer in _lora_layers(_base_of(model)) if adapter_name in layer.lora_A)
+        gate = _gate_before(next(layers), adapter_name)
+        if gate is not None:
+            gate.settings = settings_of(now)
+            gate.row.data.copy_(row_of(now))
+        before.auto_mapping = now.auto_mapping
+    return result
 
 
 def _base_of(model: nn.Module) -> Any:
@@ -332,8 +258,7 @@ def adopt(model: nn.Module) -> None:
         require_gateable(configs[name])
         require_base(base, settings_of(configs[name]), f"adapter {name!r}")
         row = row_of(configs[name])
-        row.requires_grad = False
-        gate = attach(model, row, name)
+        gate = attach(model, row.requires_grad_(False), name)  # type: ignore[arg-type]
     # A row that is no parameter of the model has stayed where it was.
     if gate.row.device != base.device:
         gate.row.data = gate.row.data.to(base.device)

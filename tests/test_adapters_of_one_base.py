@@ -112,6 +112,15 @@ def test_deleting_and_deactivating(base, folders, alone, tiny):
         said(model, tiny)
 
 
+def test_loading_over_an_adapter_takes_its_row_along(base, folders, alone, tiny):
+    model = mtpkern.load_adapter(copy.deepcopy(base), folders[0])
+    model.load_adapter(str(folders[1]), "default")
+    assert said(model, tiny).equal(alone[1])
+    with pytest.raises(ValueError, match=r"has another target_modules; load it under another name"):
+        model.load_adapter(str(folders[2]), "default")
+    assert said(model, tiny).equal(alone[1])
+
+
 def test_loaded_by_transformers_itself(base, folders, alone, tiny):
     model = copy.deepcopy(base)
     model.load_adapter(str(folders[0]))

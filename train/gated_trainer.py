@@ -17,9 +17,10 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
-from mtpkern.adapter import Gate, gate_of, record_row, save_adapter
+from mtpkern.adapter import gate_of, record_row, save_adapter
 from mtpkern.adapter_config import row_of
 from mtpkern.attention import AttentionContext, attention_context
+from mtpkern.gate import Gate
 from mtpkern.train.captured import CapturedSteps
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import HeldOut

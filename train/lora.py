@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mtpkern.adapter import Gate, attach, gate_of, load_adapter, require_bare, unloaded_on_error, wrapping
+from mtpkern.adapter import attach, gate_of, load_adapter, require_bare, unloaded_on_error, wrapping
 from mtpkern.adapter_config import GatedSettings, digest, is_gated, marked, require_gateable, row_of
+from mtpkern.gate import Gate
 from mtpkern.loading import require_found
 from mtpkern.train.extra import LoraConfig, PeftConfig, PeftModel, get_peft_model
 

@@ -102,7 +102,8 @@ def measure_model(model: PreTrainedModel, batches: tuple[int, ...], rounds: int,
 def measure(device: torch.device, quick: bool, model: str = "") -> Iterator[Table]:
     """One table, of the shipped checkpoint unless a model is named."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    loaded = AutoModelForCausalLM.from_pretrained(model or ASSETS, dtype=dtype).eval().to(device)
+    loaded = AutoModelForCausalLM.from_pretrained(model or ASSETS, dtype=dtype, trust_remote_code=False)
+    loaded = loaded.eval().to(device)
     batches, rounds, tokens = (
         ((1,), 1, 8) if quick and device.type == "cpu" else ((1, 8), 3 if quick else 9, NEW_TOKENS)
     )

@@ -169,9 +169,10 @@ if find_spec("triton"):
                     grad -= tl.exp(t - teacher_lse)
                 grad = tl.where(x == float("-inf"), 0.0, grad * slope * head[2] * weight)
                 tl.store(z + o_v, grad.to(z.dtype.element_ty), mask=o_v < _padded(head[1]))
-            for v in range(read, head[1], BLOCK):
-                o_v = v + tl.arange(0, BLOCK)
-                tl.store(z + o_v, tl.zeros([BLOCK], z.dtype.element_ty), mask=o_v < _padded(head[1]))
+            if weight == 0:
+                for v in range(0, head[1], BLOCK):
+                    o_v = v + tl.arange(0, BLOCK)
+                    tl.store(z + o_v, tl.zeros([BLOCK], z.dtype.element_ty), mask=o_v < _padded(head[1]))
 
 
 # Logits that a program of those kernels holds at once, and its warps.

@@ -9,7 +9,8 @@ copied.
 
 That look is a product with one row that never changes, over all weights: it costs what one pass of one row does, and
 sees what no version of a tensor tells (a write to `weight.data`), whatever was written where. The copies are kept with
-the model and go with it, or with `mtpkern.release_graphs`.
+the model and go with it, or with `mtpkern.release_graphs`. Weights that somebody writes to while a call runs, the
+reader of a stream say, are taken up by the next one.
 
 Siblings (mtpkern.siblings) are one product here as well, and so is what a gated adapter adds to them: its matrices are
 small, and each call joins them anew. In a pass of five rows of SmolLM2 the adapter took 25 ms, most of it for starting
@@ -58,8 +59,9 @@ def _has_packed_products() -> bool:
     """Whether this build of torch has them, and they do what is expected: their names are no promise of torch's."""
     if not torch.backends.mkldnn.is_available():
         return False
-    x, weight, bias = torch.arange(6.0).view(1, 2, 3), torch.arange(12.0).view(4, 3), torch.arange(4.0)
-    with suppress(Exception):
+    x, weight, bias = (torch.arange(n, dtype=torch.float32) for n in (6, 12, 4))
+    x, weight = x.view(1, 2, 3), weight.view(4, 3)
+    with suppress(Exception), torch.autocast("cpu", enabled=False):
         found = _product(x, _rearranged(weight), bias)
         return found.shape == (1, 2, 4) and torch.allclose(found, nn.functional.linear(x, weight, bias))
     return False
@@ -105,7 +107,7 @@ class Packed:
 def _look(layers: Sequence[nn.Linear]) -> Tensor:
     """A number for each row of their weights, which another value in it changes, and their biases, as bits."""
     # As irregular as random values, and the same ever after.
-    row = torch.arange(1.0, layers[0].in_features + 1).sin_().add_(2)
+    row = torch.arange(1, layers[0].in_features + 1, dtype=torch.float32).sin_().add_(2)
     parts = [part for layer in layers for part in (layer.weight @ row, layer.bias) if part is not None]
     return torch.cat([part.detach() for part in parts]).view(torch.int32)
 
@@ -124,8 +126,7 @@ class GatedRows:
         """Those of this thread's pass, counted through its sequences; None for none."""
         opened = self.gate.rows
         if self._known[0] is not opened:
-            all_or_none = slice(None) if opened is True else None
-            found = gated_rows(opened.flatten()) if isinstance(opened, Tensor) else all_or_none
+            found = gated_rows(opened.flatten()) if isinstance(opened, Tensor) else None
             self._known = opened, None if isinstance(found, Tensor) and not len(found) else found
         return self._known[1]
 
@@ -145,7 +146,7 @@ class Update:
         adapted = [(layer, name) for layer, name in zip(layers, names) if name is not None]
         downs = [layer.lora_A[name].weight.float() for layer, name in adapted]
         ups = [
-            torch.zeros(0, layer.out_features)
+            torch.zeros(0, layer.out_features, dtype=torch.float32)
             if name is None
             else layer.lora_B[name].weight.float().T * layer.scaling[name]
             for layer, name in zip(layers, names)
@@ -165,8 +166,15 @@ class Update:
             y.index_add_(0, rows, low @ self.b)
 
 
-# Layers that read the same tensor, and what the first of them holds while a pass runs.
-Reading = tuple[Sequence[nn.Module], dict[str, Any]]
+@dataclass(frozen=True)
+class Reading:
+    """What the first of some layers holds while a pass runs; in a copy of the model that is made then, nothing."""
+
+    packed: Packed | None = None
+    update: Update | None = None
+
+    def __reduce__(self) -> tuple[type[Reading], tuple[()]]:
+        return Reading, ()
 
 
 class PackedProducts:
@@ -183,7 +191,7 @@ class PackedProducts:
     """
 
     def __init__(self) -> None:
-        self.groups: list[Reading] | None = None
+        self.groups: list[tuple[Sequence[nn.Module], dict[str, Any]]] | None = None
 
     @contextmanager
     def sought(self, model: PreTrainedModel) -> Iterator[None]:
@@ -205,7 +213,10 @@ class PackedProducts:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _groups(model: PreTrainedModel, siblings: Sequence[Sequence[nn.Linear]]) -> list[Reading]:
+@torch.autocast("cpu", enabled=False)
+def _groups(
+    model: PreTrainedModel, siblings: Sequence[Sequence[nn.Linear]]
+) -> list[tuple[Sequence[nn.Module], dict[str, Any]]]:
     """What is run together: siblings and single layers, or the LoRA layers around them."""
     loras = model.mtpkern_siblings.layers if hasattr(model, "mtpkern_siblings") else []
     taken = {layer for group in siblings for layer in group}
@@ -223,7 +234,7 @@ def _groups(model: PreTrainedModel, siblings: Sequence[Sequence[nn.Linear]]) -> 
         found.append(bases)
         more.append((layers, Update.of(layers, names, gated) if any(names) else None))
     return [
-        (layers, {"mtpkern_packed": (packed, update)})
+        (layers, {"mtpkern_packed": Reading(packed, update)})
         for packed, (layers, update) in zip(pack(model, found), more)
         if packed is not None
     ]
@@ -241,9 +252,17 @@ def _fit(layers: Sequence[nn.Linear]) -> bool:
 
 
 def _run(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor] | None:
-    packed, update = layers[0].mtpkern_packed
+    packed, update = layers[0].mtpkern_packed.packed, layers[0].mtpkern_packed.update
     rows = x.numel() // max(1, x.shape[-1])
-    if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or torch.is_grad_enabled():
+    gate = False if update is None else update.gated.gate.rows
+    # Open for all rows it is in training alone.
+    if (
+        packed is None
+        or gate is True
+        or x.dtype != torch.float32
+        or torch.is_autocast_enabled("cpu")
+        or torch.is_grad_enabled()
+    ):
         return None
     if 1 < rows <= MOST_ROWS:
         y = _product(x, packed.weight, packed.bias)
@@ -254,9 +273,8 @@ def _run(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor] | None:
         return None
     # Past peft, as `mtpkern.siblings` does it.
     outs = [getattr(layer, "base_layer", layer)(x) for layer in layers]
-    gate = update.gated.gate.rows
-    adapted = [(y, layer, name) for y, layer, name in zip(outs, layers, update.names) if name is not None]
-    if gate is not False:
+    if isinstance(gate, Tensor):
+        adapted = [(y, layer, name) for y, layer, name in zip(outs, layers, update.names) if name is not None]
         ys, of, names = zip(*adapted)
         adapt(ys, x, gate, of, names)
     return outs
@@ -267,10 +285,10 @@ def pack(model: PreTrainedModel, groups: Sequence[Sequence[nn.Linear]]) -> list[
 
     None of those for which there is no memory.
     """
-    known = {packed.layers[0]: packed for packed in _packed.pop(model, ())}
+    known = {packed.layers[0](): packed for packed in _packed.pop(model, ())}
     found: list[Packed | None] = []
     for layers in groups:
-        packed = known.pop(ref(layers[0]), None)
+        packed = known.pop(layers[0], None)
         found.append(packed if packed is not None and packed.is_of(layers) else None)
     known.clear()  # what is wrong goes before anything new comes
     missing = [i for i, packed in enumerate(found) if packed is None]

@@ -1,5 +1,6 @@
 """Products over weights laid out for few rows: the same tokens, weights as they were, copies that keep up."""
 
+import copy
 import gc
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -156,6 +157,9 @@ def test_copies_follow_the_weights(
         model.load_state_dict({key: x.flip(0) for key, x in model.state_dict().items()})
     else:
         model.model.layers[1].mlp.down_proj = nn.Linear(layer.in_features, layer.out_features, bias=False).eval()
+    del layer
+    if write == "other":
+        gc.collect()  # of the replaced layer nothing is left
     rows.clear()
     wanted = plain(monkeypatch, tiny, model)
     assert torch.equal(generate(tiny, model), wanted)
@@ -266,3 +270,51 @@ def test_the_benchmark_compares_the_same_products() -> None:
     table = bench.both_ways(bench.groups_of([(48, (32, 16)), (32, (48,))]), (1, 5), 2)
     assert [row[0] for row in table.rows] == ["1", "5"]
     assert table.rows[0][1] == "1.00"
+
+
+@pytest.mark.parametrize("around", ["bfloat16", "autocast", "cold autocast"])
+def test_settings_of_the_process_are_no_matter(
+    around: str, tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, rows: list[int]
+) -> None:
+    model = tiny.model("llama", vocab_size=17)
+    if "cold" in around:
+        packed._has_packed_products.cache_clear()
+    else:
+        generate(tiny, model)
+    before = copies(model)
+    if around == "bfloat16":
+        torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.autocast("cpu", torch.bfloat16, enabled="autocast" in around):
+            assert torch.equal(generate(tiny, model), plain(monkeypatch, tiny, model))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    if before:
+        assert all(a is b for a, b in zip(copies(model), before, strict=True))
+    rows.clear()
+    generate(tiny, model)
+    assert rows
+
+
+def test_an_unloaded_adapter_leaves_a_base_that_is_packed(tiny: SimpleNamespace, rows: list[int]) -> None:
+    base = tiny.model("llama")
+    generate(tiny, base)
+    wanted = len(copies(base))
+    model = tiny.adapted(tiny.model("llama"))
+    generate(tiny, model)
+    bare = model.unload()
+    generate(tiny, bare, mask_token_id=tiny.mask)
+    assert len(copies(bare)) == wanted
+
+
+def test_a_copy_that_is_made_in_a_pass_is_a_model(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("llama")
+    wanted = plain(monkeypatch, tiny, model)
+    made: list[Any] = []
+    handle = model.model.layers[0].register_forward_hook(lambda *_: made.append(copy.deepcopy(model)))
+    generate(tiny, model, max_new_tokens=3)
+    handle.remove()
+    assert len(made) > 2
+    other = made[-1]
+    other.model.layers[0]._forward_hooks.clear()
+    assert torch.equal(generate(tiny, other), wanted)

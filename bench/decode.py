@@ -42,6 +42,7 @@ from mtpkern.compare import (
 from mtpkern.decoder import Decoder
 from mtpkern.demo import ASSETS, MAX_NEW_TOKENS, load
 from mtpkern.kernels.readout import readout
+from mtpkern.loading import device_of
 from mtpkern.model import resolve_mask_token
 from mtpkern.output import exit_status
 from mtpkern.show import progress
@@ -304,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     parts = args.only or PARTS
-    device = torch.device(args.device)
+    device = device_of(args.device)
     facts = environment(device)
     bench = Bench(args.checkpoint, device)
     held = read_problems(args.checkpoint / "problems.jsonl", args.problems)

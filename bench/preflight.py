@@ -48,6 +48,7 @@ from mtpkern.kernels.linear import MOST_ROWS
 from mtpkern.kernels.packed_rows import PackedRows
 from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.state import Sequences
+from mtpkern.loading import device_of
 from mtpkern.options import strategy_for
 from mtpkern.output import exit_status
 from mtpkern.products import Products
@@ -328,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--results", type=Path, help="a file for the lines of JSON")
     args = parser.parse_args(argv)
-    device = torch.device(args.device)
+    device = device_of(args.device)
     rows, fewer = ((9, 4, 1), (4, 1)) if device.type == "cpu" else (ROWS, ROWS_COMPILED)
     models: list[Any] = []
 

@@ -28,6 +28,7 @@ from mtpkern import ASSETS, load_adapter, show
 from mtpkern.bench.harness import environment
 from mtpkern.bench.report import Table, write
 from mtpkern.compare import HF_GENERATE, Completion, Tally, batches, decode, pad, rotated, timed
+from mtpkern.loading import device_of
 from mtpkern.output import exit_status, printable
 from mtpkern.pool import slots_for
 from mtpkern.prompting import Prompting
@@ -166,11 +167,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, help="folder for real.*, or real_by_load.*")
     args = parser.parse_args(argv)
 
+    device = device_of(args.device)
     base = args.base or smollm2.base()
     dtype = getattr(torch, args.dtype)
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     original, plain = (
-        AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False).to(args.device).eval()
+        AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False).to(device).eval()
         for _ in range(2)
     )
     adapted = load_adapter(plain, args.adapter)
@@ -178,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     by_load = Verified(threshold=args.threshold)
     strategy = by_load if args.by_load else Verified(args.k, args.threshold, args.masks)
     console = Console(highlight=False)
-    facts: Mapping[str, str] = environment(torch.device(args.device)) | {
+    facts: Mapping[str, str] = environment(device) | {
         "dtype": args.dtype,
         "new tokens": f"at most {args.max_new_tokens}",
         "strategy": repr(strategy) + (", rows by load" if args.by_load else ""),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mtpkern.bench.harness import as_json, environment
+from mtpkern.loading import device_of
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -139,7 +140,7 @@ def run(
     parser.add_argument("--results", type=Path, help="folder of the result files (default: bench/results; cpu: none)")
     further = [parser.add_argument(option, **facts).dest for option, facts in (options or {}).items()]
     args = parser.parse_args(argv)
-    device = torch.device(args.device)
+    device = device_of(args.device)
     dry_run = device.type == "cpu" and not on_cpu(args)
     if dry_run:
         title += " (DRY RUN on a CPU: its figures say nothing)"

@@ -114,6 +114,11 @@ def attach(model: nn.Module, row: nn.Parameter, adapter: str = "default") -> Gat
         deaf = {type(x).__name__ for x in layers if "lora_variant" not in type(x).forward.__code__.co_names}
         if deaf:
             raise ValueError(f"peft's {', '.join(sorted(deaf))} {_DEAF}")
+        if base.get_output_embeddings() in layers:
+            raise ValueError(
+                f"the adapter changes the output head of {type(base).__name__}, which reads other rows than the layers "
+                "before it and cannot be gated; leave the head out of target_modules"
+            )
         gate = Gate(settings_of(model.peft_config[adapter]), row)  # type: ignore[index, union-attr]
         variant = GatedLora(gate)
         for layer in layers:

@@ -156,3 +156,10 @@ def test_an_adapter_in_another_dtype_than_its_base(base, folders, tiny, of_base,
     model = copy.deepcopy(base).to(of_base)
     model.load_adapter(str(folders[0]))
     said(model, tiny)
+
+
+def test_an_adapter_of_the_head_is_refused(tiny):
+    model = tiny.model("llama")
+    with pytest.raises(ValueError, match="output head of LlamaForCausalLM"):
+        tiny.adapted(model, targets="q_proj,lm_head")
+    assert not any("lora" in name for name, _ in model.named_parameters()), "the base has its own layers again"

@@ -110,3 +110,9 @@ def test_a_tree_is_run_as_a_package_of_its_own(tmp_path, monkeypatch, status):
             command._run(command.ROOT, "readout", ["--quick"], tmp_path)
     else:
         assert command._run(command.ROOT, "readout", ["--quick"], tmp_path) == results(1.0, "this")
+
+
+@pytest.mark.parametrize("name", ["readout", "decode", "real", "throughput", "preflight"])
+def test_a_device_that_is_not_here_is_named(name, capsys):
+    assert main(["bench", name, "--device", "cuda:77"]) == 2
+    assert "--device cuda:77: torch finds no such device here" in capsys.readouterr().err

@@ -117,7 +117,7 @@ class Decoder:
         self.graph = StepGraph(device) if wants_graph(use_graph, device) else None
         self.compile = compile
         self.products: Products | PackedProducts
-        if self._on_cpu and packs(device, rows, max_new_tokens):
+        if self._on_cpu and packs(device, max_new_tokens):
             self.products = PackedProducts()
         else:
             captured = self.graph is not None

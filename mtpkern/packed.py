@@ -1,11 +1,12 @@
 """Products of few rows on a CPU, over a copy of the weights that is laid out for them.
 
 The product of 2 to 32 rows that torch calls first rearranges the weights, in each call, and so reads and writes them
-several times: a pass of two rows took 1.7 times as long as one of one row, where two rows are read as fast as one.
-oneDNN rearranges once and for all: 3 rows then take as long as one, 6 rows 1.2 times (docs/log.md, "Weights laid out
-for few rows"). Compilers use these operations of torch for weights that they take as constants. Here a model stays what
-it is, which costs a second copy of its linear layers' weights, and a look at each call whether they still are what was
-copied.
+several times: a pass of two rows took 1.6 to 1.8 times as long as one of one row, where two rows are read as fast as
+one. oneDNN rearranges once and for all. 2 rows then take 0.9 of what one row takes torch with one thread and 0.7 with
+two, 8 rows 1.3 and 1.05 (bench/results/packed.md, and docs/log.md, "Weights laid out for few rows"); one row gains a
+tenth and a third. Compilers use these operations of torch for weights that they take as constants. Here a model stays
+what it is, which costs a second copy of its linear layers' weights, and a look at each call whether they still are what
+was copied.
 
 That look is a product with one row that never changes, over all weights: it costs what one pass of one row does, and
 sees what no version of a tensor tells (a write to `weight.data`), whatever was written where. The copies are kept with
@@ -36,22 +37,21 @@ from mtpkern.model import is_tested
 from mtpkern.products import families, is_plain
 from mtpkern.siblings import adapt, adapter_of, disjoint, together, watched
 
-# Products of one row are torch's, which read the weights as they lie; with more than these a call's own rearranging is
-# hidden behind its arithmetic.
+# With more rows than these a call's own rearranging is hidden behind its arithmetic.
 MOST_ROWS = 128
 # Rows that the copies are laid out for; with others they serve as well.
 ROWS = 16
 # Weights of fewer elements lie in a cache, and the call itself takes longest.
 LEAST_WEIGHT = 1 << 18
-# Tokens that a run must be to make if it is to be worth the first copy, which takes as long as ten passes of one row.
+# Tokens that a run must be to make for the first copy to be worth it, which takes as long as some 14 passes of one row.
 LEAST_TOKENS = 64
 # Copies take no more than this part of the memory that is free.
 FREE_PART = 4
 
 
-def packs(device: torch.device, rows: int, new_tokens: int) -> bool:
-    """Whether a run of so many tokens, at most so many rows a pass, may read packed weights."""
-    return device.type == "cpu" and rows > 1 and new_tokens >= LEAST_TOKENS and _has_packed_products()
+def packs(device: torch.device, new_tokens: int) -> bool:
+    """Whether a run of so many tokens may read packed weights."""
+    return device.type == "cpu" and new_tokens >= LEAST_TOKENS and _has_packed_products()
 
 
 @cache
@@ -264,7 +264,7 @@ def _run(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor] | None:
         or torch.is_grad_enabled()
     ):
         return None
-    if 1 < rows <= MOST_ROWS:
+    if rows <= MOST_ROWS:
         y = _product(x, packed.weight, packed.bias)
         if update is not None:
             update.add(y, x)

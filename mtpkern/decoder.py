@@ -200,7 +200,9 @@ class Decoder:
         self._maskless = False
         self._load = None
         if self.by_load and self._on_cpu:
-            self._load = Load(times_of(self.model), strategy.k, len(self.all_rows.seq))
+            self._load = Load(
+                times_of(self.model, isinstance(self.products, PackedProducts)), strategy.k, len(self.all_rows.seq)
+            )
             self.terms.price.fill_(self._load.price(self.sequences))
 
     @torch.inference_mode()

@@ -16,7 +16,8 @@ what it would have saved comes to what the first graph took to make, so that no 
 
 On a CPU each pass is timed as it runs, unless its layers are compiled; a constant would be wrong, since eight rows
 take the time of one on one processor and of two on another. Passes without masks are tried on purpose now and then, at
-ever longer intervals, because their time is the one that nothing else shows. What a sequence brings changes when its
+ever longer intervals, because their time is the one that nothing else shows; and passes with them, where for long there
+was none. What a sequence brings changes when its
 tokens come, not which, but for near-ties: products of other numbers of rows round otherwise.
 """
 
@@ -45,6 +46,8 @@ FIXED_GPU = 400
 STEP = 64
 # The pass before which one without masks is tried first, and the factor to the next.
 FIRST_LOOK, LOOK_AGAIN = 3, 4
+# Passes without masks before one has them again, whatever their time was: what was seen of it may have been disturbed.
+PATIENCE = 32
 
 
 def default_rows(strategy: Strategy, batch: int, device: torch.device) -> int:
@@ -108,12 +111,12 @@ def _rounded(rows: np.ndarray) -> np.ndarray:
     return step * np.floor(rows / step)
 
 
-_times: WeakKeyDictionary[PreTrainedModel, PassTimes] = WeakKeyDictionary()
+_times: WeakKeyDictionary[PreTrainedModel, dict[bool, PassTimes]] = WeakKeyDictionary()
 
 
-def times_of(model: PreTrainedModel) -> PassTimes:
-    """What passes of this model have taken in this process."""
-    return _times.setdefault(model, PassTimes())
+def times_of(model: PreTrainedModel, packed: bool = False) -> PassTimes:
+    """What passes of this model have taken in this process: over packed weights (mtpkern.packed), or by torch alone."""
+    return _times.setdefault(model, {}).setdefault(packed, PassTimes())
 
 
 def price_of(hits: np.ndarray, chains: np.ndarray, k: int, rows: int, times: PassTimes | None) -> float:
@@ -137,13 +140,18 @@ def _promised(hits: np.ndarray, chains: np.ndarray, k: int) -> tuple[np.ndarray,
     shown too, in place of what is not known of this one: else each would have to fail for itself, some ten times.
     """
     prior, power = PRIOR_HITS + PRIOR_CHAINS, np.arange(1, k)
-    own = (hits + PRIOR_HITS) / (hits + chains + prior)
+    own = _odds(hits, chains)
     other_hits, other_chains = hits.sum() - hits, chains.sum() - chains
     alike = (other_hits + PRIOR_HITS) / (other_hits + other_chains + prior)
     judged = (hits + prior * alike) / (hits + chains + prior)
     bought = own[:, None, None] ** power[:, None] >= PRICES
     masks, tokens = bought.sum((0, 1)), (judged[:, None, None] ** power[:, None] * bought).sum((0, 1))
     return len(hits) + tokens, len(hits) + masks + tokens
+
+
+def _odds(hits: np.ndarray, chains: np.ndarray) -> np.ndarray:
+    """That the next of a sequence's drafts is right, by what its own have been worth."""
+    return (hits + PRIOR_HITS) / (hits + chains + PRIOR_HITS + PRIOR_CHAINS)
 
 
 def _fitted(tokens: np.ndarray, needed: np.ndarray, running: int, rows: int) -> np.ndarray:
@@ -162,15 +170,24 @@ class Load:
     def __init__(self, times: PassTimes, k: int, rows: int) -> None:
         self.times, self.k, self.rows = times, k, rows
         self.passes = 0
+        # Passes since one has had masks, and how many it may be before one is to have them.
+        self.plain, self.patience = 0, PATIENCE
 
     def price(self, sequences: Sequences) -> float:
         """What a row of the pass after the next must promise."""
         if self.times.wants_a_look():
             return math.inf
         running = sequences.status.numpy() == RUNNING
-        return price_of(
-            sequences.hits.numpy()[running], sequences.chains.numpy()[running], self.k, self.rows, self.times
-        )
+        hits, chains = sequences.hits.numpy()[running], sequences.chains.numpy()[running]
+        price = price_of(hits, chains, self.k, self.rows, self.times)
+        if _odds(hits, chains).max(initial=0.0) >= price:
+            self.plain, self.patience = 0, PATIENCE
+            return price
+        self.plain += 1
+        if self.plain < self.patience:
+            return price
+        self.plain, self.patience = 0, self.patience * LOOK_AGAIN
+        return price_of(hits, chains, self.k, self.rows, None)
 
     def saw(self, rows: int, seconds: float) -> None:
         """Note a pass; not a run's first, which does more than a pass."""

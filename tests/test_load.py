@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import mtpkern
 import mtpkern.decoder
 from mtpkern import ConfAdapt, Static, Verified
 from mtpkern.kernels.worth import FORGOTTEN, FORGOTTEN_IDLE, UNIT
-from mtpkern.load import PRICES, Ladder, Load, PassTimes, default_rows, price_of, times_of
+from mtpkern.load import PATIENCE, PRICES, Ladder, Load, PassTimes, default_rows, price_of, times_of
 
 
 @pytest.fixture
@@ -185,6 +186,33 @@ def test_only_where_nothing_is_asked_for(tiny: Any, monkeypatch: pytest.MonkeyPa
 def test_times_are_each_models_own(tiny: Any) -> None:
     one, other = tiny.model("llama"), tiny.model("llama")
     assert times_of(one) is times_of(one) is not times_of(other)
+    assert times_of(one, packed=True) is times_of(one, packed=True) is not times_of(one)
+
+
+def test_a_disturbed_pass_with_masks_is_not_the_last() -> None:
+    """Drafts are good, rows are cheap, but the first pass of several took ten times as long as it should have."""
+    seen = times(lambda r: 1 + 0.05 * r, 1)
+    seen.saw(4, 10.0)
+    load = Load(seen, k=4, rows=7)
+    sequences: Any = SimpleNamespace(
+        status=torch.zeros(1, dtype=torch.int32), hits=torch.tensor([90 * UNIT]), chains=torch.tensor([110 * UNIT])
+    )
+    had_masks = []
+    for _ in range(400):
+        had_masks.append(load.price(sequences) < 0.5)
+        rows = 4 if had_masks[-1] else 1
+        load.saw(rows, 1 + 0.05 * rows)
+    first = had_masks.index(True)
+    assert PATIENCE - 1 <= first <= PATIENCE + 2
+    # From then on all have, but for those that look how long one without takes.
+    assert sum(had_masks[first:]) >= 400 - first - 4
+    # Where rows are dear, and stay it, looks become rare.
+    seen, had_masks = times(lambda r: r, 1, 2, 4, 7), []
+    load = Load(seen, k=4, rows=7)
+    for _ in range(400):
+        had_masks.append(load.price(sequences) < 0.5)
+        load.saw(7 if had_masks[-1] else 1, 7.0 if had_masks[-1] else 1.0)
+    assert 1 <= sum(had_masks) <= 3
 
 
 def test_rows_of_a_pass_on_a_gpu() -> None:

@@ -55,7 +55,7 @@ fmt: $(STAMP) ## Sort imports, mend what ruff can mend, format.
 # REAL_ARGS="--number 20 --batch-size 1 8" for fewer prompts, or eight at a time as well.
 REAL_ARGS ?=
 real: $(STAMP) ## SmolLM2-135M-Instruct with its gated adapter: its own answers several tokens a pass, beside its own generate.
-	$(BIN)/python -m mtpkern.bench.real $(REAL_ARGS)
+	$(BIN)/python -m mtpkern.bench.real --by-load $(REAL_ARGS)
 
 # FIGURES_ARGS="--limit 1000" for more problems; runs/figures keeps what is decoded, and a second call goes on.
 FIGURES_ARGS ?= --limit 400

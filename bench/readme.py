@@ -120,6 +120,7 @@ def acceptance_table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
 TABLES: dict[str, Callable[[Mapping[str, Any]], list[tuple[str, ...]]]] = {
     "decode": decode_table,
     "real": real_table,
+    "real_by_load": real_table,
     "throughput": throughput_table,
     "concurrency": concurrency_table,
     "shipped": shipped_table,

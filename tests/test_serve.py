@@ -144,3 +144,14 @@ def test_clients_at_once_get_what_each_gets_alone(server: SimpleNamespace, expec
             return [answer.choices[0].text for answer in answers]
 
     assert asyncio.run(ask()) == [text_of(server, expected)] * 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_completion_ends_at_a_stop_string(server: SimpleNamespace, expected: torch.Tensor, stream: bool) -> None:
+    """The shipped tokenizer is one that transformers' own criterion cannot read."""
+    string = server.tokenizer.decode(expected[7:9])
+    ask = {"model": server.name, "prompt": PROMPT, "max_tokens": 100, "temperature": 0, "stop": [string]}
+    answer = server.client.completions.create(**ask, stream=stream)
+    text = "".join(c.choices[0].text for c in answer) if stream else answer.choices[0].text
+    whole = text_of(server, expected)
+    assert text == whole[: whole.index(string) + len(string)]

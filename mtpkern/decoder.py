@@ -116,12 +116,9 @@ class Decoder:
         self.all_rows = self.rows = Rows.allocate(rows, batch, device, strategy.k)
         self.graph = StepGraph(device) if wants_graph(use_graph, device) else None
         self.compile = compile
-        self.products: Products | PackedProducts
-        if self._on_cpu and packs(device, max_new_tokens):
-            self.products = PackedProducts()
-        else:
-            captured = self.graph is not None
-            self.products = Products(wants_one_product(captured), few_rows(captured, device))
+        captured, packed = self.graph is not None, self._on_cpu and packs(device, max_new_tokens)
+        ours = Products(wants_one_product(captured), few_rows(captured, device))
+        self.products: Products | PackedProducts = PackedProducts() if packed else ours
         self.cache = KVCache(
             strategy.masks + capacity,
             self.rows,

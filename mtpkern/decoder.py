@@ -116,8 +116,8 @@ class Decoder:
         self.all_rows = self.rows = Rows.allocate(rows, batch, device, strategy.k)
         self.graph = StepGraph(device) if wants_graph(use_graph, device) else None
         self.compile = compile
-        captured, packed = self.graph is not None, self._on_cpu and packs(device, max_new_tokens)
-        ours = Products(wants_one_product(captured), few_rows(captured, device))
+        in_graph, packed = self.graph is not None, self._on_cpu and packs(device, max_new_tokens)
+        ours = Products(wants_one_product(in_graph), few_rows(in_graph, device))
         self.products: Products | PackedProducts = PackedProducts() if packed else ours
         self.cache = KVCache(
             strategy.masks + capacity,

@@ -227,11 +227,12 @@ def adapt(outs: Sequence[Tensor], x: Tensor, rows: Tensor, layers: Sequence[Any]
     adapt([y], x, rows, [layer], ["default"])
     """
     adapters, dtype = list(zip(layers, names)), outs[0].dtype
+    if layers[0].lora_A[names[0]].weight.dtype == torch.float32:
+        dtype = torch.float32  # as peft loads adapters, whatever the base is in; the op takes them so
     gated_lora(
         [y.flatten(0, -2) for y in outs],
-        x.to(dtype).flatten(0, -2),
+        x.to(outs[0].dtype).flatten(0, -2),
         rows.flatten(),
-        # peft loads adapters in float32, whatever the base is in.
         [layer.lora_A[name].weight.to(dtype) for layer, name in adapters],
         [layer.lora_B[name].weight.to(dtype) for layer, name in adapters],
         [layer.scaling[name] for layer, name in adapters],

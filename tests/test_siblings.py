@@ -373,3 +373,27 @@ def test_in_a_graph(compile, tiny, monkeypatch):
         assert torch.equal(found, expected)
     assert model.mtpkern_siblings.found
     assert mtpkern.release_graphs(model) == 1
+
+
+@pytest.mark.parametrize(
+    ("base", "adapter", "taken"),
+    [
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_matrices_are_cast_only_where_the_op_does_not_take_them(base, adapter, taken, tiny, monkeypatch):
+    """A cast would be a launch of each captured pass, and one to bfloat16 would lose digits of the adapter."""
+    model = tiny.adapted(tiny.model("llama").to(base)).get_base_model()
+    for name, x in model.named_parameters():
+        if "lora_" in name:
+            x.data = x.data.to(adapter)
+    seen = []
+    op = siblings.gated_lora
+    monkeypatch.setattr(siblings, "gated_lora", lambda *args: seen.append(args[3][0].dtype) or op(*args))
+    mask = gate_of(model).mask_token_id
+    ids = torch.tensor([[3, mask]])
+    with torch.inference_mode(), gated(model, ids):
+        model(ids, use_cache=False)
+    assert set(seen) == {taken}

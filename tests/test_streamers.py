@@ -25,12 +25,6 @@ def model(tiny: Any) -> Any:
     return tiny.model("llama")
 
 
-@pytest.fixture(scope="module")
-def one(tiny: Any) -> dict[str, Tensor]:
-    ids, real = tiny.prompts(7)
-    return {"input_ids": ids, "attention_mask": real}
-
-
 # Equal to transformers, token by token
 
 

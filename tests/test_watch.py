@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import (
     StoppingCriteriaList,
 )
@@ -34,12 +33,6 @@ from support.watching import (
 @pytest.fixture(scope="module")
 def model(tiny: Any) -> Any:
     return tiny.model("llama")
-
-
-@pytest.fixture(scope="module")
-def one(tiny: Any) -> dict[str, Tensor]:
-    ids, real = tiny.prompts(7)
-    return {"input_ids": ids, "attention_mask": real}
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -192,3 +192,10 @@ def check_blocks(strategy: Strategy, model: Any, inputs: Any, late: Any = False)
     assert stream.output.blocks == expected.blocks
     assert stream.output.finish_reasons == expected.finish_reasons
     assert next(stream, None) is None
+
+
+@pytest.fixture(scope="session")
+def one(tiny: Any) -> dict[str, Tensor]:
+    """A prompt of seven tokens, by itself."""
+    ids, real = tiny.prompts(7)
+    return {"input_ids": ids, "attention_mask": real}

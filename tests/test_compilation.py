@@ -71,12 +71,13 @@ def losses(run):
     return [x["loss"] for x in run.state.log_history if "loss" in x]
 
 
-def test_compiled_layers_train_the_same(tmp_path):
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_compiled_layers_train_the_same(tmp_path, backend):
     """Nine steps with evaluations and held-out prompts between them; two forms, of student and teacher, serve all."""
     held_out = HeldOut([[1, 9, 10], [1, 12]], ["1", "2"], build_tokenizer(), max_new_tokens=6)
     options = {"eval_strategy": "steps", "eval_steps": 4}
     runs = {}
-    for name, change in {"plain": {}, "compiled": {"torch_compile_backend": "aot_eager"}}.items():
+    for name, change in {"plain": {}, "compiled": {"torch_compile_backend": backend}}.items():
         runs[name] = trainer(tmp_path / name, held_out=held_out, **options, **change)
         runs[name].train()
     plain, compiled = runs.values()
@@ -103,7 +104,7 @@ def test_adapters_and_activation_checkpointing(tmp_path):
     assert losses(plain) == pytest.approx(losses(compiled), abs=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("compilation::test_compiled_layers_train_the_same")
 def test_gated_adapters_share_forms_too(tmp_path):
     """Steps of several k and lengths, prefixes kept and not: all layers and steps run what the first step has made.
 

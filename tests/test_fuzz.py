@@ -221,7 +221,7 @@ def test_tokens_of_transformers_or_an_error_that_says(model_type: str) -> None:
     assert not [(call, x) for call, x in found if not x.good]
 
 
-@pytest.mark.slow
+@pytest.mark.slow("fuzz::test_tokens_of_transformers_or_an_error_that_says")
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif("MTPKERN_WALK" not in os.environ, reason="takes minutes: set MTPKERN_WALK=1")
 @pytest.mark.filterwarnings("ignore")

@@ -57,6 +57,7 @@ def test_launched_by_torchrun(tmp_path, checkpoint, monkeypatch):
     trained(out)
 
 
+@pytest.mark.slow("launchers::test_launched_by_torchrun")
 def test_launched_by_accelerate(tmp_path, checkpoint, capsys, monkeypatch):
     """What its launcher makes of the command line, run in this process: its environment, its module, its arguments."""
     data, out = write(tmp_path / "rows.jsonl", GSM8K), tmp_path / "out"

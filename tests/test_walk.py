@@ -249,7 +249,7 @@ def test_a_handful(model_type: str) -> None:
         assert HANDFUL[model_type] in what
 
 
-@pytest.mark.slow
+@pytest.mark.slow("walk::test_a_handful")
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif("MTPKERN_WALK" not in os.environ, reason="takes minutes: set MTPKERN_WALK=1")
 def test_the_whole_walk() -> None:
@@ -258,7 +258,7 @@ def test_the_whole_walk() -> None:
     assert len(table["equal"]) > 50
 
 
-@pytest.mark.slow
+@pytest.mark.slow("walk::test_verified_equals_greedy_over_some_tokens")
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif("MTPKERN_WALK" not in os.environ, reason="takes minutes: set MTPKERN_WALK=1")
 def test_verified_equals_greedy_over_many_tokens() -> None:

@@ -218,6 +218,10 @@ def test_no_test_file_is_long():
     assert not {path.name: n for path, n in lengths.items() if n > 450}
 
 
+def marks_slow(node: ast.AST) -> bool:
+    return any(isinstance(part, ast.Attribute) and part.attr == "slow" for part in ast.walk(node))
+
+
 def slow_without_quick(files: dict[str, ast.Module]) -> list[str]:
     """What is marked slow with no quicker test of the same beside it, of files by the name behind `test_`.
 
@@ -237,11 +241,9 @@ def slow_without_quick(files: dict[str, ast.Module]) -> list[str]:
         if (beside := re.fullmatch(r"pytest\.mark\.slow(?:\('(.*)'\))?", mark))
     }
     wrong = [name for name, beside in slow.items() if beside[1] not in tests.keys() - slow.keys()]
-    for name, node in tests.items():
-        for decorator in node.decorator_list:
-            values = decorator.args[1].elts if "parametrize" in (text := ast.unparse(decorator)) else []
-            if "mark.slow" in text and all("mark.slow" in ast.unparse(value) for value in values):
-                wrong += [name] * (name not in slow)
+    for name in tests.keys() - slow.keys():
+        for decorator in filter(marks_slow, tests[name].decorator_list):
+            wrong += [name] * all(map(marks_slow, getattr(decorator.args[1], "elts", [])))
     return wrong
 
 

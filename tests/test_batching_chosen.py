@@ -11,6 +11,7 @@ from transformers.generation import LogitsProcessor, MaxLengthCriteria
 
 import mtpkern
 from mtpkern import ConfAdapt, Static, Verified
+from support.slow import slow_but
 
 PROMPTS = [[5, 6, 7], [4] * 9, [9, 1], [3, 3, 8, 2, 1], [7], [5, 6, 7], [2, 9, 4, 4, 4, 1, 8], [11, 12]]
 NEW = [12, 9, 14, 5, 12, 12, 1, 10]
@@ -86,10 +87,13 @@ STRATEGIES = [Verified(3, threshold=0.1), Verified(3, threshold=0.1, masks=2), S
 # Each alone with one strategy in turn, several at once with every one.
 @pytest.mark.parametrize(
     ("kind", "strategy"),
-    [
-        *((kind, STRATEGIES[i % 3]) for i, kind in enumerate(GREEDY)),
-        *((kind, strategy) for kind in SEVERAL for strategy in STRATEGIES),
-    ],
+    slow_but(
+        [
+            *((kind, STRATEGIES[i % 3]) for i, kind in enumerate(GREEDY)),
+            *((kind, strategy) for kind in SEVERAL for strategy in STRATEGIES),
+        ],
+        *(("bans", STRATEGIES[1]), *((kind, strategy) for kind in SEVERAL for strategy in STRATEGIES[::2])),
+    ),
     ids=str,
 )
 def test_what_chooses_and_what_stops(model: Any, kind: str, strategy: Any) -> None:

@@ -93,6 +93,7 @@ def test_compiled_layers_train_the_same(tmp_path, backend):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow("compilation::test_compiled_layers_train_the_same")
 def test_adapters_and_activation_checkpointing(tmp_path):
     """The layers run again in backward, compiled. Up to the compiler's own work, which is not what is tested here."""
     options = {"lora_rank": 2, "activation_checkpointing": True, "max_steps": 3, "teacher_target": "gt"}

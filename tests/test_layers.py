@@ -84,6 +84,7 @@ def test_our_attention_is_in_no_form(forms: list[Any], tiny: SimpleNamespace) ->
     assert "mtpkern_attention" in reason
 
 
+@pytest.mark.slow("layers::test_few_forms_serve_all_layers")
 def test_a_gated_adapter_in_compiled_layers(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """The op is part of the forms, and reads the mask rows of its own pass: their predictions are emitted here.
 

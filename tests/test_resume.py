@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback
 from mtpkern.train.record import RECORD
 from mtpkern.train.resume import Endless, checkpoints
 from support.resumed import rows, same, trainer
+from support.slow import slow_but
 
 
 class Stream(IterableDataset):
@@ -28,7 +29,9 @@ class Stream(IterableDataset):
         yield from (data[i] for i in (order if worker is None else order[worker.id :: worker.num_workers]))
 
 
-@pytest.mark.parametrize("kind", ["lists", "by length", "workers", "stream and workers"])
+@pytest.mark.parametrize(
+    "kind", slow_but(["lists", "by length", "workers", "stream and workers"], "lists", "stream and workers")
+)
 def test_resumed_run_equals_the_uninterrupted(tmp_path, kind):
     """Six steps of four rows from eighteen: the first epoch ends at step 5, in half a step; resumed from 2 or 5."""
     options = {"dataloader_num_workers": 2 if "workers" in kind else 0, "save_steps": 2, "max_steps": 6}
@@ -125,7 +128,7 @@ FREE = {
 }
 
 
-@pytest.mark.parametrize("kind", FREE)
+@pytest.mark.parametrize("kind", slow_but(FREE, "longer", "cadence"))
 def test_what_is_no_difference_leaves_the_run_what_it_is(tmp_path, kind):
     """The first three steps with one setting, the rest with the other: to the bit a run that had one throughout."""
     first, then = FREE[kind]

@@ -14,6 +14,7 @@ from mtpkern.kernels.span_attention import Tiles, span_attention_reference, span
 from mtpkern.kernels.span_mask import Rule, span_mask
 from mtpkern.train import objective
 from mtpkern.train.layout import build_layout
+from support.slow import slow_but
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -317,7 +318,7 @@ def test_inputs_need_not_be_dense(monkeypatch):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("form", ["torch", "triton"])
+@pytest.mark.parametrize("form", slow_but(["torch", "triton"], "triton"))
 def test_a_compiled_step_has_no_graph_break(monkeypatch, form):
     """Loss and gradients of an unmodified Llama with activation checkpointing, compiled whole and not."""
     torch.manual_seed(0)

@@ -15,6 +15,7 @@ from mtpkern.kernels import decode_attention as module
 from mtpkern.kernels.decode_attention import decode_attention, decode_attention_triton
 from mtpkern.kernels.packed_rows import PackedRows
 from mtpkern.kernels.scoring import Scoring
+from support.slow import slow_but
 
 FORMS = [decode_attention, pytest.param(decode_attention_triton, marks=pytest.mark.kernel)]
 STALE = 1e4  # what a slot may hold that no row sees
@@ -180,10 +181,14 @@ def test_softcap_and_sinks(form: Form, window: int | None) -> None:
 @pytest.mark.parametrize("form", [decode_attention_triton])
 @pytest.mark.parametrize(
     ("splits", "window", "scratch"),
-    [
-        *((3, None, 12), ("batch-invariant", None, 70), (3, 100, 12), ("batch-invariant", 100, 12)),
-        *((1, 5, 70), (7, 5, 70), (7, 40, 300), ("batch-invariant", 40, 300)),
-    ],
+    slow_but(
+        [
+            *((3, None, 12), ("batch-invariant", None, 70), (3, 100, 12), ("batch-invariant", 100, 12)),
+            *((1, 5, 70), (7, 5, 70), (7, 40, 300), ("batch-invariant", 40, 300)),
+        ],
+        *((3, None, 12), (1, 5, 70), ("batch-invariant", 40, 300)),
+        interpreted=True,
+    ),
 )
 def test_splits(form: Form, splits: int | str, window: int | None, scratch: int, nan_in_new_tensors: None) -> None:
     """Scratch slots of less than a tile, of several, and of more than a chunk; texts that a window hides most of."""

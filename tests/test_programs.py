@@ -11,6 +11,7 @@ import mtpkern.batching
 from mtpkern.bench.problems import problems
 from mtpkern.cli import main
 from support.commands import TEMPLATE, write_jsonl
+from support.slow import slow_but
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_a_reader_that_leaves():
     assert (result.returncode, result.stderr) == (141, "")
 
 
-@pytest.mark.parametrize("module", ["arithmetic", "layout"])
+@pytest.mark.parametrize("module", slow_but(["arithmetic", "layout"], "arithmetic"))
 def test_a_program_whose_reader_leaves(module):
     command = f"set -o pipefail; {sys.executable} -u -m mtpkern.train.{module} | true"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)

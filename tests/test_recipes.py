@@ -35,9 +35,9 @@ MAGPIE = [
     ("name", "kind", "rows", "says"),
     [
         ("metamath-llama", "llama", METAMATH, " of them cut)"),
-        ("metamath-qwen3", "qwen", METAMATH, " of them cut)"),
+        pytest.param("metamath-qwen3", "qwen", METAMATH, " of them cut)", marks=pytest.mark.slow),
         ("magpie", "llama", MAGPIE, " in the other split"),
-        ("gsm8k", "qwen", GSM8K, "12 used"),
+        pytest.param("gsm8k", "qwen", GSM8K, "12 used", marks=pytest.mark.slow),
     ],
 )
 def test_a_shipped_configuration_trains_and_saves_a_plain_checkpoint(

@@ -10,21 +10,12 @@ import mtpkern
 from mtpkern.cli import main
 from mtpkern.train import arithmetic, checks, command
 from mtpkern.train.options import parse
+from support.resumed import files_of
+from support.rows import write
 from support.slow import slow_but
 
 ROWS = [{"question": f"How many are {i} and 1?", "answer": f"They are {i + 1}.\n#### {i + 1}"} for i in range(8)]
 TINY = ["--use-cpu", "--k-max", "3", "--num-spans", "2", "--per-device-train-batch-size", "2"]
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def files_of(folder):
-    return {
-        str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()
-    }
 
 
 @pytest.fixture

@@ -15,16 +15,12 @@ from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import HeldOut
 from mtpkern.train.gated_trainer import GatedTrainer
 from mtpkern.train.trainer import MTPTrainer
+from support.trained import losses
 
 V, MASK, EOS = 41, 40, 7
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def llama(seed=0, layers=3):
@@ -65,10 +61,6 @@ def trainer(path, held_out=None, **change):
         held_out=held_out,
         data_collator=MTPCollator(0),
     )
-
-
-def losses(run):
-    return [x["loss"] for x in run.state.log_history if "loss" in x]
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])

@@ -12,7 +12,8 @@ import torch
 from accelerate.commands import launch
 from torch.distributed import run as torchrun
 
-from support.recipes import GSM8K, TINY, write
+from support.recipes import GSM8K, TINY
+from support.rows import write
 
 
 def trained(out):

@@ -19,22 +19,18 @@ from mtpkern.cli import main
 from mtpkern.grading import is_right
 from mtpkern.model import TESTED
 from mtpkern.train.options import parse
+from support.pages import fenced
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 
-def blocks(text: str, language: str) -> list[str]:
-    """The fenced blocks in a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
-
-
 EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
 
-COMMANDS = [line for text in (README, CONTRIBUTING) for block in blocks(text, "sh") for line in block.splitlines()]
+COMMANDS = [line for text in (README, CONTRIBUTING) for block in fenced(text, "sh") for line in block.splitlines()]
 
-(CONFIGURATION,) = blocks(README, "yaml")
+(CONFIGURATION,) = fenced(README, "yaml")
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,8 @@ from mtpkern.train import arithmetic
 from mtpkern.train import checkpoint as checkpoint_program
 from mtpkern.train.checkpoint import K_MAX, NUM_SPANS, PREFIX_WEIGHT, common_arguments
 from mtpkern.train.options import parse, read_config, shipped_configs
-from support.recipes import GSM8K, METAMATH, TINY, write
+from support.recipes import GSM8K, METAMATH, TINY
+from support.rows import write
 
 MAGPIE = [
     {

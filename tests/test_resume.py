@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback
 
 from mtpkern.train.record import RECORD
 from mtpkern.train.resume import Endless, checkpoints
-from support.resumed import rows, same, trainer
+from support.resumed import files_of, rows, same, trainer
 from support.slow import slow_but
 
 
@@ -60,12 +60,6 @@ def test_endless_stream_goes_on_with_the_next_epoch():
     assert again != first
     assert sorted(map(str, again)) == sorted(map(str, first))
     assert list(Endless([])) == []
-
-
-def files_of(folder):
-    return {
-        str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()
-    }
 
 
 class Rates(TrainerCallback):

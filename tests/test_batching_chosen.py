@@ -123,7 +123,10 @@ def sampled(model: Any, prompts: list[list[int]], **options: Any) -> list[list[i
     return [output.tokens for output in outputs]
 
 
-@pytest.mark.parametrize("extra", [{}, {"repetition_penalty": 1.4, "logits_processor": [NotTwice()]}], ids=["", "own"])
+OWN = {"repetition_penalty": 1.4, "logits_processor": [NotTwice()]}
+
+
+@pytest.mark.parametrize("extra", slow_but([{}, OWN], OWN), ids=["", "own"])
 def test_a_seed_gives_the_same_text_whatever_is_beside_it(model: Any, extra: dict[str, Any]) -> None:
     whole = sampled(model, PROMPTS, **extra)
     assert whole[0] != whole[5]  # one prompt twice draws twice

@@ -182,7 +182,8 @@ def test_a_clone_is_laid_out_as_the_package(tmp_path):
     code = "import mtpkern.named, mtpkern.kernels.named, mtpkern.train.named, mtpkern.bench.named as bench;"
     code += "print(mtpkern.named.WHERE, mtpkern.kernels.named.WHERE, mtpkern.train.named.WHERE, bench.WHERE)"
     environment = os.environ | {"PYTHONPATH": str(linked)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["mtpkern", "kernels", "train", "bench"]
 
 

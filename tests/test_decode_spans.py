@@ -164,7 +164,7 @@ def test_ragged_batches(form: Form, batch: int, dtype: torch.dtype, nan_in_new_t
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("window", [1, 2, 3, 6, 500])
+@pytest.mark.parametrize("window", slow_but([1, 2, 3, 6, 500], 2, 6, interpreted=True))
 def test_a_window_counts_positions(form: Form, window: int) -> None:
     """Below the length of a group it hides a mask's own prefix, and of its group all but the nearest."""
     compare(form, Case.of(*RAGGED, scratch=11, window=window))
@@ -200,7 +200,7 @@ def test_splits(form: Form, splits: int | str, window: int | None, scratch: int,
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("form", [decode_attention_triton])
-@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("window", slow_but([None, 5], 5, interpreted=True))
 def test_nothing_is_read_that_the_launch_writes(
     form: Form, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,7 +104,10 @@ def test_a_short_text_takes_few_splits(form: Form, length: int, monkeypatch: pyt
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("form", [decode_attention_triton])
-@pytest.mark.parametrize(("splits", "window"), [(1, None), (3, 5), ("batch-invariant", None)])
+@pytest.mark.parametrize(
+    ("splits", "window"),
+    slow_but([(1, None), (3, 5), ("batch-invariant", None)], (1, None), (3, 5), interpreted=True),
+)
 def test_nothing_is_read_that_the_launch_writes(
     form: Form, splits: int | str, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,7 +83,7 @@ class StopAt(TrainerCallback):
 @pytest.mark.parametrize(
     ("change", "stop"),
     [
-        ({"max_steps": 2, "save_steps": 2, "lr_scheduler_type": "constant"}, None),
+        pytest.param({"max_steps": 2, "save_steps": 2, "lr_scheduler_type": "constant"}, None, marks=pytest.mark.slow),
         ({"max_steps": 3, "lr_scheduler_type": "linear"}, None),
         ({"max_steps": -1, "num_train_epochs": 1, "save_steps": 5, "lr_scheduler_type": "constant"}, None),
         # Stopped by a callback before it had all its steps.

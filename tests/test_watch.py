@@ -37,7 +37,7 @@ def model(tiny: Any) -> Any:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("batch", ["one", "inputs"])
+@pytest.mark.parametrize("batch", slow_but(["one", "inputs"], "inputs"))
 @pytest.mark.filterwarnings("ignore:k=")
 def test_criteria_are_asked_what_generate_asks_them(
     rule: str, batch: str, model: Any, tiny: Any, request: pytest.FixtureRequest

@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 SOURCES := setup.py mtpkern kernels train bench tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo real test check lint types fmt figures checkpoint ablate aot gpu test-oldest clean
+.PHONY: help install demo real test test-all check lint types fmt figures checkpoint ablate aot gpu test-oldest clean
 
 help: ## List the targets.
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -32,7 +32,10 @@ $(STAMP): constraints.txt pyproject.toml setup.py
 demo: $(STAMP) ## Solve word problems with the shipped checkpoint, several tokens at a time.
 	$(BIN)/mtpkern demo
 
-test: $(STAMP) ## Run the tests, at most four processes of one thread each.
+test: $(STAMP) ## Run the tests but for those marked slow, at most four processes of one thread each.
+	$(PYTEST) -m "not slow" -n auto --maxprocesses=4 $(PYTEST_ARGS)
+
+test-all: $(STAMP) ## Run every test, as .ci/run does.
 	$(PYTEST) -n auto --maxprocesses=4 $(PYTEST_ARGS)
 
 check: lint types ## Lint, format check and types; edits nothing.
@@ -114,5 +117,5 @@ $(OLDEST)/.installed: constraints.txt constraints-oldest.txt pyproject.toml setu
 	$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check -c $(OLDEST)/constraints.txt -e '.[test]'
 	@touch $@
 
-test-oldest: $(OLDEST)/.installed ## Run the tests on the oldest supported versions, those that GPU machines carry.
+test-oldest: $(OLDEST)/.installed ## Run every test on the oldest supported versions, those that GPU machines carry.
 	$(subst $(BIN),$(OLDEST)/bin,$(PYTEST)) -n auto --maxprocesses=4 $(PYTEST_ARGS)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from support.commands import TEMPLATE, write_jsonl
 from support.gguf import llama_as_gguf
 from support.interpreter import prepare
 from support.models import MASK, PAD, PUBLISHED, VOCABULARY, adapted_model, byte_tokenizer, random_model, random_prompts
@@ -132,10 +133,23 @@ def model(tiny: SimpleNamespace) -> Any:
     return tiny.model("llama")
 
 
+@pytest.fixture(scope="module")
+def shared(tiny: SimpleNamespace) -> Any:
+    """One for all tests of a file, which leave it as it is."""
+    return tiny.model("llama")
+
+
 @pytest.fixture
 def inputs(tiny: SimpleNamespace) -> dict[str, Tensor]:
     """Three prompts for it, padded on the left."""
     ids, real = tiny.prompts(9, 4, 12)
+    return {"input_ids": ids, "attention_mask": real}
+
+
+@pytest.fixture
+def pair(tiny: SimpleNamespace) -> dict[str, Tensor]:
+    """Two of them."""
+    ids, real = tiny.prompts(6, 4)
     return {"input_ids": ids, "attention_mask": real}
 
 
@@ -239,6 +253,27 @@ def solver(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def chat_solver(solver: Callable[..., Path]) -> Path:
+    """Such a folder with a chat template and eight problems."""
+    from mtpkern.bench.problems import problems
+
+    folder = solver(4, TEMPLATE)
+    write_jsonl(folder / "problems.jsonl", [vars(p) for p in problems("test", 8)])
+    return folder
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing is compiled yet, and the compiler's counters stand at zero; nor is anything behind the test."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

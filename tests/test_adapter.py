@@ -11,6 +11,7 @@ import mtpkern
 from mtpkern.adapter import gate_of, save_adapter
 from mtpkern.adapter_config import digest
 from mtpkern.train.lora import add_gated_lora, add_lora
+from support.slow import slow_but
 
 ARCHITECTURES = {
     "llama": {},
@@ -43,7 +44,7 @@ def pair(tiny, kind="llama", seed=0, **settings):
 FULL = ("llama", "phi3")  # of one matrix for each projection, and of one for all
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", slow_but(ARCHITECTURES, "llama", "gemma3_text"))
 def test_verified_writes_the_originals_greedy_output(tiny, kind):
     base, peft_model = pair(tiny, kind)
     ids, mask = tiny.prompts(7, 4, 9)

@@ -9,11 +9,12 @@ from hypothesis import example, given, settings
 from mtpkern.kernels.advance import advance, advance_triton
 from mtpkern.kernels.state import FAULT, LIMIT, RUNNING, STOPPED
 from support.advancing import MASK, Form, Machine, decode, scenarios, state
+from support.slow import slow_but
 
 FORMS = [advance, advance.reference, pytest.param(advance_triton, marks=pytest.mark.kernel)]
 
 
-@pytest.mark.parametrize("form", [advance, advance.reference])
+@pytest.mark.parametrize("form", slow_but([advance, advance.reference], advance))
 @given(scenario=scenarios())
 @settings(max_examples=100, derandomize=True, deadline=None)
 def test_equals_the_plain_python_model(form: Form, scenario: dict[str, object]) -> None:

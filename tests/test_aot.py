@@ -61,7 +61,7 @@ print(json.dumps([[asdict(one) for one in kernels] for kernels in compile_all(ca
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow("aot::test_the_command_says_what_is_over_budget_and_writes_nothing_unasked")
 @pytest.mark.parametrize("target", aot_budgets.TARGETS)
 def test_budgets(target: str, without_interpreter: Run) -> None:
     cases = [*KERNELS, *MORE.get(target, ())]
@@ -346,7 +346,7 @@ print([len(re.findall(r"(?:ld|st)[.]global[.]b16", text)) for text in texts])
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow("aot::test_variants_do_not_grow_with_shapes")
 def test_an_odd_vocabulary_is_read_16_bytes_at_a_time(without_interpreter: Run) -> None:
     """Llama's with a mask token is odd. Only a row's weight and its target's logit are 2 bytes wide."""
     assert json.loads(without_interpreter(WIDE)) == [0, 2, 1]

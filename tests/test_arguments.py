@@ -19,17 +19,6 @@ from support.models import PUBLISHED
 NEW = 3
 
 
-@pytest.fixture(scope="module")
-def shared(tiny: Any) -> Any:
-    return tiny.model("llama")
-
-
-@pytest.fixture
-def inputs(tiny: Any) -> dict[str, Tensor]:
-    ids, real = tiny.prompts(6, 4)
-    return {"input_ids": ids, "attention_mask": real}
-
-
 def theirs(model: Any, tiny: Any, **kwargs: Any) -> Tensor:
     """transformers' own greedy decoding of the same tokens, that of the mask token left out."""
 
@@ -53,7 +42,7 @@ FIELDS = sorted(name for name in vars(GenerationConfig()) if not name.startswith
 
 @pytest.mark.parametrize("name", [name for name in FIELDS if name not in HONOURED])
 @pytest.mark.filterwarnings("ignore")
-def test_every_field_is_inert_or_refused_by_name(name: str, shared: Any, inputs: Any, tiny: Any) -> None:
+def test_every_field_is_inert_or_refused_by_name(name: str, shared: Any, pair: Any, tiny: Any) -> None:
     """No third outcome: what is accepted gives the tokens that transformers gives with it, all else names the field."""
     accepted, refused = [], []
     for value in VALUES:
@@ -62,7 +51,7 @@ def test_every_field_is_inert_or_refused_by_name(name: str, shared: Any, inputs:
         outcomes = set()
         for given in ({name: value}, {"generation_config": config}):
             try:
-                _, settings, left_out = read_arguments(GenerationConfig(), inputs["input_ids"], given)
+                _, settings, left_out = read_arguments(GenerationConfig(), pair["input_ids"], given)
                 outcomes.add("accepted")
             except ValueError as error:
                 outcomes.add(str(error).partition(";")[0])
@@ -70,13 +59,13 @@ def test_every_field_is_inert_or_refused_by_name(name: str, shared: Any, inputs:
             assert (settings, left_out) == ({}, {})
         assert outcomes in ({"accepted"}, {f"mtpkern.generate does not support {name}={value!r}"})
         (accepted if outcomes == {"accepted"} else refused).append(value)
-    ours = mtpkern.generate(shared, **inputs, max_new_tokens=NEW, **{name: accepted[0] if accepted else None})
+    ours = mtpkern.generate(shared, **pair, max_new_tokens=NEW, **{name: accepted[0] if accepted else None})
     for value in accepted:
         try:
-            expected = theirs(shared, tiny, **inputs, max_new_tokens=NEW, **{name: value})
+            expected = theirs(shared, tiny, **pair, max_new_tokens=NEW, **{name: value})
         except (ValueError, TypeError, AttributeError, IndexError):
             # transformers stumbles over what asks for nothing: an empty list, a wrong type beside which it is greedy.
-            expected = theirs(shared, tiny, **inputs, max_new_tokens=NEW)
+            expected = theirs(shared, tiny, **pair, max_new_tokens=NEW)
         assert ours.equal(expected), value
 
 
@@ -107,12 +96,12 @@ def test_every_field_is_inert_or_refused_by_name(name: str, shared: Any, inputs:
     ],
     ids=str,
 )
-def test_what_changes_nothing_is_accepted(given: dict[str, Any], shared: Any, inputs: Any) -> None:
-    expected = mtpkern.generate(shared, **inputs, max_new_tokens=NEW)
-    assert mtpkern.generate(shared, **{**inputs, "max_new_tokens": NEW, **given}).equal(expected)
+def test_what_changes_nothing_is_accepted(given: dict[str, Any], shared: Any, pair: Any) -> None:
+    expected = mtpkern.generate(shared, **pair, max_new_tokens=NEW)
+    assert mtpkern.generate(shared, **{**pair, "max_new_tokens": NEW, **given}).equal(expected)
 
 
-def test_a_field_of_a_later_transformers_is_refused(shared: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_field_of_a_later_transformers_is_refused(shared: Any, pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     init = GenerationConfig.__init__
 
     def later(self: GenerationConfig, **kwargs: Any) -> None:
@@ -122,12 +111,12 @@ def test_a_field_of_a_later_transformers_is_refused(shared: Any, inputs: Any, mo
     monkeypatch.setattr(GenerationConfig, "__init__", later)
     for given in ({"telepathy": 3}, {"generation_config": GenerationConfig(telepathy=3)}):
         with pytest.raises(ValueError, match="telepathy=3"):
-            mtpkern.generate(shared, **inputs, max_new_tokens=NEW, **given)
+            mtpkern.generate(shared, **pair, max_new_tokens=NEW, **given)
 
 
-def test_a_name_that_transformers_does_not_know_is_refused_in_a_config_too(shared: Any, inputs: Any) -> None:
+def test_a_name_that_transformers_does_not_know_is_refused_in_a_config_too(shared: Any, pair: Any) -> None:
     with pytest.raises(ValueError, match=r"tempreature=0\.5"):
-        mtpkern.generate(shared, **inputs, generation_config=GenerationConfig(max_new_tokens=4, tempreature=0.5))
+        mtpkern.generate(shared, **pair, generation_config=GenerationConfig(max_new_tokens=4, tempreature=0.5))
 
 
 # Arguments of model.generate that are no fields of GenerationConfig, each with a value that would mean something.
@@ -149,10 +138,10 @@ ARGUMENTS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_arguments_that_are_not_honoured_are_refused_by_name(name: str, shared: Any, inputs: Any) -> None:
+def test_arguments_that_are_not_honoured_are_refused_by_name(name: str, shared: Any, pair: Any) -> None:
     instead = "give the calls a prefix_cache" if name == "past_key_values" else "leave it out"
     with pytest.raises(ValueError, match=f"does not support {name}; {instead}"):
-        mtpkern.generate(shared, **inputs, max_new_tokens=4, **{name: ARGUMENTS[name]})
+        mtpkern.generate(shared, **pair, max_new_tokens=4, **{name: ARGUMENTS[name]})
 
 
 def test_every_argument_of_generate_is_accounted_for(shared: Any) -> None:
@@ -161,14 +150,14 @@ def test_every_argument_of_generate_is_accounted_for(shared: Any) -> None:
     assert set(inspect.signature(LlamaForCausalLM.generate).parameters) <= known | {"self"}
 
 
-def test_what_a_models_own_preparation_adds_is_refused(model: Any, inputs: Any) -> None:
+def test_what_a_models_own_preparation_adds_is_refused(model: Any, pair: Any) -> None:
     class Adds(LlamaForCausalLM):
         def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-            return LogitsProcessorList([EncoderRepetitionPenaltyLogitsProcessor(1.2, inputs["input_ids"])])
+            return LogitsProcessorList([EncoderRepetitionPenaltyLogitsProcessor(1.2, pair["input_ids"])])
 
     model.__class__ = Adds
     with pytest.raises(ValueError, match="the logits processor EncoderRepetitionPenaltyLogitsProcessor"):
-        mtpkern.generate(model, **inputs, max_new_tokens=4)
+        mtpkern.generate(model, **pair, max_new_tokens=4)
 
 
 # The model's own file
@@ -193,47 +182,47 @@ FILES: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_what_only_the_models_file_asks_for_is_greedy(name: str, model: Any, inputs: Any, tiny: Any) -> None:
+def test_what_only_the_models_file_asks_for_is_greedy(name: str, model: Any, pair: Any, tiny: Any) -> None:
     """The stop ids and limits of the file count, its sampling does not; what else would change tokens is said once."""
     values, said = FILES[name]
     stops, pad = values.get("eos_token_id"), values.get("pad_token_id", model.generation_config.pad_token_id)
-    plain = theirs(model, tiny, **inputs, max_new_tokens=12, eos_token_id=stops, pad_token_id=pad)
+    plain = theirs(model, tiny, **pair, max_new_tokens=12, eos_token_id=stops, pad_token_id=pad)
     model.generation_config = GenerationConfig.from_dict({"pad_token_id": pad, **values})
     before = copy.deepcopy(model.generation_config)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        output = mtpkern.generate(model, **inputs, max_new_tokens=12)
+        output = mtpkern.generate(model, **pair, max_new_tokens=12)
     assert output.equal(plain)
     messages = [str(w.message) for w in caught if "mtpkern" in str(w.message)]
     assert len(messages) == bool(said)
     assert all(value in messages[0] for value in said)
     assert model.generation_config == before
     # What the warning names is what makes the two equal, for us and for them.
-    _, _, left_out = read_arguments(model.generation_config, inputs["input_ids"], {})
+    _, _, left_out = read_arguments(model.generation_config, pair["input_ids"], {})
     assert sorted(f"{n}={v!r}" for n, v in left_out.items()) == sorted(said)
     without = {n: GenerationConfig._get_default_generation_params().get(n) for n in left_out}
     if "output_scores" not in values:
         model.generation_config.use_cache = True
-        assert theirs(model, tiny, **inputs, max_new_tokens=12, do_sample=False, **without).equal(plain)
+        assert theirs(model, tiny, **pair, max_new_tokens=12, do_sample=False, **without).equal(plain)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert mtpkern.generate(model, **inputs, max_new_tokens=12, **without).equal(plain)
+        assert mtpkern.generate(model, **pair, max_new_tokens=12, **without).equal(plain)
 
 
-def test_a_file_that_contradicts_itself_is_named(model: Any, inputs: Any) -> None:
+def test_a_file_that_contradicts_itself_is_named(model: Any, pair: Any) -> None:
     model.generation_config.num_return_sequences = 2
     with pytest.raises(ValueError, match=r"^the model's generation_config must be .*num_return_sequences.* Set the"):
-        mtpkern.generate(model, **inputs, max_new_tokens=NEW)
+        mtpkern.generate(model, **pair, max_new_tokens=NEW)
     model.generation_config.do_sample = True
-    assert mtpkern.generate(model, **inputs, max_new_tokens=NEW).shape == (2, 6 + NEW)
+    assert mtpkern.generate(model, **pair, max_new_tokens=NEW).shape == (2, 6 + NEW)
 
 
-def test_limits_of_the_models_file_count(model: Any, inputs: Any) -> None:
+def test_limits_of_the_models_file_count(model: Any, pair: Any) -> None:
     model.generation_config = GenerationConfig(max_new_tokens=3.0, do_sample=True)
-    assert mtpkern.generate(model, **inputs).shape == (2, 9)
-    assert mtpkern.generate(model, **inputs, max_new_tokens=2).shape == (2, 8)
+    assert mtpkern.generate(model, **pair).shape == (2, 9)
+    assert mtpkern.generate(model, **pair, max_new_tokens=2).shape == (2, 8)
     model.generation_config = GenerationConfig(max_length=11, do_sample=True)
-    assert mtpkern.generate(model, **inputs).shape == (2, 11)
+    assert mtpkern.generate(model, **pair).shape == (2, 11)
 
 
 @pytest.mark.parametrize(
@@ -247,28 +236,28 @@ def test_limits_of_the_models_file_count(model: Any, inputs: Any) -> None:
     ids=str,
 )
 def test_what_the_call_asks_for_is_refused_whatever_the_file_says(
-    asked: dict[str, Any], names: str, model: Any, inputs: Any
+    asked: dict[str, Any], names: str, model: Any, pair: Any
 ) -> None:
     """Beside a file that samples, a temperature alone asks for sampling, and greedy tokens would be the wrong ones."""
     model.generation_config.update(do_sample=True, temperature=0.5, repetition_penalty=1.1)
     with pytest.raises(ValueError, match=names):
-        mtpkern.generate(model, **inputs, max_new_tokens=4, **asked)
+        mtpkern.generate(model, **pair, max_new_tokens=4, **asked)
 
 
-def test_the_models_own_config_given_to_the_call_asks_for_no_more(model: Any, inputs: Any) -> None:
+def test_the_models_own_config_given_to_the_call_asks_for_no_more(model: Any, pair: Any) -> None:
     model.generation_config.update(do_sample=True, temperature=0.6, max_new_tokens=4)
-    expected = mtpkern.generate(model, **inputs)
-    assert mtpkern.generate(model, **inputs, generation_config=model.generation_config).equal(expected)
+    expected = mtpkern.generate(model, **pair)
+    assert mtpkern.generate(model, **pair, generation_config=model.generation_config).equal(expected)
     # The call's sampling settings mean nothing once it says do_sample=False, in either place.
-    assert mtpkern.generate(model, **inputs, do_sample=False, temperature=0.2).equal(expected)
+    assert mtpkern.generate(model, **pair, do_sample=False, temperature=0.2).equal(expected)
     config = GenerationConfig(do_sample=False, temperature=0.2, max_new_tokens=4)
-    assert mtpkern.generate(model, **inputs, generation_config=config).equal(expected)
+    assert mtpkern.generate(model, **pair, generation_config=config).equal(expected)
 
 
-def test_plain_greedy_makes_their_generate_greedy(model: Any, inputs: Any, tiny: Any) -> None:
-    expected = theirs(model, tiny, **inputs, max_new_tokens=NEW)
+def test_plain_greedy_makes_their_generate_greedy(model: Any, pair: Any, tiny: Any) -> None:
+    expected = theirs(model, tiny, **pair, max_new_tokens=NEW)
     model.generation_config.update(do_sample=True, repetition_penalty=1.5, num_beams=3, eos_token_id=3)
     settings = plain_greedy(model.generation_config)
     assert settings == {"do_sample": False, "repetition_penalty": 1.0, "num_beams": 1} | settings
     assert "eos_token_id" not in settings
-    assert theirs(model, tiny, **inputs, **settings, max_new_tokens=NEW, eos_token_id=None).equal(expected)
+    assert theirs(model, tiny, **pair, **settings, max_new_tokens=NEW, eos_token_id=None).equal(expected)

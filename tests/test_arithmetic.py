@@ -1,7 +1,10 @@
 import hashlib
+import os
 import re
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from itertools import islice
 from typing import get_args
 
@@ -48,7 +51,7 @@ def names_of(text: str) -> set[str]:
 
 
 def test_splits_share_no_names_and_no_numbers(difficulty):
-    seen = {split: list(problems(split, 400, difficulty=difficulty)) for split in SPLITS}
+    seen = {split: list(problems(split, 150, difficulty=difficulty)) for split in SPLITS}
     for split, of_split in seen.items():
         for problem in of_split:
             people = names_of(problem.question + problem.answer)
@@ -73,7 +76,7 @@ def test_training_uses_the_whole_vocabulary_of_the_other_splits(tokenizer):
     def used(split, n):
         return {i for problem in problems(split, n) for i in encode(problem, tokenizer)[0]}
 
-    assert used("train", 3000) >= used("test", 1000) | used("validation", 1000)
+    assert used("train", 1500) >= used("test", 400) | used("validation", 400)
 
 
 def worked_total(problem: Problem) -> int:
@@ -99,7 +102,7 @@ def worked_total(problem: Problem) -> int:
 def test_answers_are_right(difficulty):
     level = LEVELS[difficulty]
     operations = set()
-    for problem in problems("train", 2000, difficulty=difficulty):
+    for problem in problems("train", 500, difficulty=difficulty):
         steps = re.findall(r"(\d+) ([-+×÷]) (\d+) = (\d+)", problem.answer)
         assert min(level.steps) <= len(steps) <= max(level.steps)
         for left, operation, right, result in steps:
@@ -129,6 +132,7 @@ def test_the_question_fixes_the_answer():
 
 
 def test_same_problems_in_every_process():
+    """Strings hash differently in each, unless a seed is set, as it is in the one beside this."""
     program = (
         "import hashlib; from mtpkern.train.arithmetic import problems, build_tokenizer;"
         "text = repr([list(problems(s, 20, seed=3, difficulty=d))"
@@ -136,13 +140,13 @@ def test_same_problems_in_every_process():
         "text += build_tokenizer().backend_tokenizer.to_str();"
         "print(hashlib.sha256(text.encode()).hexdigest())"
     )
-    digests = {
-        subprocess.run(
-            [sys.executable, "-c", program], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(digests) == 1
+    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    other = subprocess.run(
+        [sys.executable, "-c", program], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+    ).stdout
+    with redirect_stdout(StringIO()) as here:
+        exec(program, {})
+    assert here.getvalue() == other
 
 
 def test_shipped_problems_have_not_changed():
@@ -167,7 +171,7 @@ def test_wrong_arguments_are_refused(arguments):
 
 
 def test_text_survives_the_tokenizer(tokenizer, difficulty):
-    for problem in (p for split in SPLITS for p in problems(split, 300, difficulty=difficulty)):
+    for problem in (p for split in SPLITS for p in problems(split, 60, difficulty=difficulty)):
         ids, length = encode(problem, tokenizer)
         text = f"{prompt(problem)} {problem.answer}"
         assert tokenizer.unk_token_id not in ids

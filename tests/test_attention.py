@@ -25,11 +25,6 @@ module: Any = SimpleNamespace(layer_idx=3)
 q, k, v = torch.zeros(1, 4, 5, 16), torch.zeros(1, 2, 5, 16), torch.zeros(1, 2, 5, 16)
 
 
-@pytest.fixture
-def model(tiny: Any) -> Any:
-    return tiny.model("llama")
-
-
 def test_what_a_layer_asks_for_reaches_the_context() -> None:
     context = Recording()
     sinks = torch.ones(4)

@@ -18,6 +18,7 @@ from mtpkern.decoder import Decoder
 from mtpkern.kernels.state import RUNNING
 from mtpkern.strategies import Strategy
 from support.batches import STOP, STRATEGIES, alone, assert_as_alone, mixed_prompts
+from support.slow import slow_but
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def known(model: Any) -> tuple[list[list[int]], list[int], list[list[int]]]:
     return prompts, new, [alone(model, prompt, n).tokens for prompt, n in zip(prompts, new)]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=repr)
+@pytest.mark.parametrize("strategy", slow_but(STRATEGIES, *STRATEGIES[:2]), ids=repr)
 def test_each_gets_what_it_gets_alone(any_model: Any, strategy: Strategy) -> None:
     prompts, new = mixed_prompts(12)
     options = {"strategy": strategy, "max_new_tokens": new, "eos_token_id": STOP, "batch_size": 3}
@@ -54,7 +55,7 @@ def test_each_gets_what_it_gets_alone(any_model: Any, strategy: Strategy) -> Non
     ],
     ids=repr,
 )
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("late", slow_but([False, True], False))
 def test_no_option_changes_a_token(
     model: Any, known: Any, options: dict[str, Any], late: bool, request: pytest.FixtureRequest
 ) -> None:

@@ -11,6 +11,7 @@ from transformers.generation import LogitsProcessor, MaxLengthCriteria
 
 import mtpkern
 from mtpkern import ConfAdapt, Static, Verified
+from support.slow import slow_but
 
 PROMPTS = [[5, 6, 7], [4] * 9, [9, 1], [3, 3, 8, 2, 1], [7], [5, 6, 7], [2, 9, 4, 4, 4, 1, 8], [11, 12]]
 NEW = [12, 9, 14, 5, 12, 12, 1, 10]
@@ -86,10 +87,13 @@ STRATEGIES = [Verified(3, threshold=0.1), Verified(3, threshold=0.1, masks=2), S
 # Each alone with one strategy in turn, several at once with every one.
 @pytest.mark.parametrize(
     ("kind", "strategy"),
-    [
-        *((kind, STRATEGIES[i % 3]) for i, kind in enumerate(GREEDY)),
-        *((kind, strategy) for kind in SEVERAL for strategy in STRATEGIES),
-    ],
+    slow_but(
+        [
+            *((kind, STRATEGIES[i % 3]) for i, kind in enumerate(GREEDY)),
+            *((kind, strategy) for kind in SEVERAL for strategy in STRATEGIES),
+        ],
+        *(("bans", STRATEGIES[1]), *((kind, strategy) for kind in SEVERAL for strategy in STRATEGIES[::2])),
+    ),
     ids=str,
 )
 def test_what_chooses_and_what_stops(model: Any, kind: str, strategy: Any) -> None:
@@ -119,7 +123,10 @@ def sampled(model: Any, prompts: list[list[int]], **options: Any) -> list[list[i
     return [output.tokens for output in outputs]
 
 
-@pytest.mark.parametrize("extra", [{}, {"repetition_penalty": 1.4, "logits_processor": [NotTwice()]}], ids=["", "own"])
+OWN = {"repetition_penalty": 1.4, "logits_processor": [NotTwice()]}
+
+
+@pytest.mark.parametrize("extra", slow_but([{}, OWN], OWN), ids=["", "own"])
 def test_a_seed_gives_the_same_text_whatever_is_beside_it(model: Any, extra: dict[str, Any]) -> None:
     whole = sampled(model, PROMPTS, **extra)
     assert whole[0] != whole[5]  # one prompt twice draws twice

@@ -133,7 +133,12 @@ def test_a_part_alone(checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "stem", ["compiled", "decode_attention", "gated_lora", "kv_write", "linear", "readout", "step", "throughput"]
+    "stem",
+    [
+        *("decode_attention", "gated_lora", "kv_write", "linear", "readout", "step"),
+        # Parts of them run in the quick tests of `times` (test_bench_goals.py) and `Course` below.
+        *(pytest.param(stem, marks=pytest.mark.slow) for stem in ("compiled", "throughput")),
+    ],
 )
 def test_dry_run(stem):
     """Every table of a benchmark at tiny shapes: no typo may wait for a GPU."""

@@ -171,6 +171,23 @@ def test_tests_share_the_gpu_among_eight(calls, monkeypatch):
     assert command[command.index("-n") + 1] == "8"
 
 
+def test_a_clone_is_laid_out_as_the_package(tmp_path):
+    """And what it is laid out as is found before what is installed."""
+    clone = tmp_path / "clone"
+    for folder in ("mtpkern", "kernels", "train", "bench"):
+        (clone / folder).mkdir(parents=True)
+        for name in ("__init__.py", "named.py"):
+            (clone / folder / name).write_text(f"WHERE = {folder!r}\n")
+    linked = gpu.link(tmp_path / "linked", clone)
+    code = "import mtpkern.named, mtpkern.kernels.named, mtpkern.train.named, mtpkern.bench.named as bench;"
+    code += "print(mtpkern.named.WHERE, mtpkern.kernels.named.WHERE, mtpkern.train.named.WHERE, bench.WHERE)"
+    environment = os.environ | {"PYTHONPATH": str(linked)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["mtpkern", "kernels", "train", "bench"]
+
+
+@pytest.mark.slow("bench_gpu::test_a_clone_is_laid_out_as_the_package")
 def test_by_python_alone_from_a_clone_that_nobody_installed(tmp_path):
     """`python bench/gpu.py`, no make and no PYTHONPATH: what runs is the clone, also where another is installed."""
     clone = tmp_path / "clone"
@@ -202,6 +219,7 @@ def steps_of(path):
     return {record["step"]: record for record in map(json.loads, path.read_text().splitlines())}
 
 
+@pytest.mark.slow("bench_gpu::test_preflight_takes_no_uncompiled_layers_for_compiled")
 def test_preflight_rehearsed(tmp_path, monkeypatch, capsys):
     """All but the compilation, whose command is only looked at: tests/test_aot.py compiles."""
     ran = []

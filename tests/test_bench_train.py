@@ -239,6 +239,7 @@ def test_plain_step_is_the_same_training(all_rows):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()) + 1e-8)
 
 
+@pytest.mark.slow("bench_train::test_steps_run_under_autocast")
 def test_train_step_runs(fake_gpu_memory):
     plain, checkpointed, compiled = train_step.measure(CPU, quick=False)
     assert [row[0] for row in compiled.rows] == [train_step.OURS, train_step.COMPILED]

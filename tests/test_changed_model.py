@@ -129,6 +129,7 @@ def test_buffers_that_no_longer_fit_are_made_anew(
     hook.remove()
 
 
+@pytest.mark.slow("changed_model::test_siblings_as_one_product_are_captured_and_kept")
 def test_compiled_layers_are_captured_and_kept(
     recorded: type[RecordedStep], tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,25 +18,17 @@ from mtpkern.demo import ASSETS, summary
 from mtpkern.prompting import Prompting
 from mtpkern.train.arithmetic import build_tokenizer
 from mtpkern.train.formats import conversation_of
-from support.commands import TEMPLATE, write_jsonl
-
-
-@pytest.fixture(scope="module")
-def checkpoint(solver):
-    """A tiny random Llama with tokenizer, chat template and problems; its weights vary enough not to echo."""
-    folder = solver(4, TEMPLATE)
-    write_jsonl(folder / "problems.jsonl", [vars(p) for p in problems("test", 8)])
-    return folder
+from support.commands import write_jsonl
 
 
 def read_jsonl(text):
     return [json.loads(line) for line in text.splitlines()]
 
 
-def greedy(checkpoint, prompt, new, **options):
+def greedy(chat_solver, prompt, new, **options):
     """What the model's own generate writes, one prompt at a time."""
     tokenizer = build_tokenizer()
-    model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model = LlamaForCausalLM.from_pretrained(chat_solver, dtype=torch.float32)
     ids = torch.tensor([tokenizer(prompt).input_ids])
     return model.generate(ids, do_sample=False, max_new_tokens=new, **options)[0, ids.shape[1] :].tolist()
 
@@ -48,10 +40,10 @@ def test_pad_is_on_the_left():
     assert inputs["attention_mask"].tolist() == [[1, 1], [0, 1]]
 
 
-def test_too_few_problems_are_refused(checkpoint):
-    assert read_problems(checkpoint / "problems.jsonl", 2)[0] == problems("test", 1)[0]
+def test_too_few_problems_are_refused(chat_solver):
+    assert read_problems(chat_solver / "problems.jsonl", 2)[0] == problems("test", 1)[0]
     with pytest.raises(ValueError, match="holds 8 problems; expected at least 9"):
-        read_problems(checkpoint / "problems.jsonl", 9)
+        read_problems(chat_solver / "problems.jsonl", 9)
 
 
 def test_the_shipped_problems_are_the_test_split():
@@ -59,18 +51,18 @@ def test_the_shipped_problems_are_the_test_split():
     assert isinstance(problems("test", 1)[0], Problem)
 
 
-def test_prompt_prints_the_text(checkpoint, capsys):
+def test_prompt_prints_the_text(chat_solver, capsys):
     prompt = problems("test", 1)[0].prompt
-    assert main(["generate", str(checkpoint), "--prompt", prompt, "--max-new-tokens", "12"]) == 0
-    expected = build_tokenizer().decode(greedy(checkpoint, prompt, 12), skip_special_tokens=True)
+    assert main(["generate", str(chat_solver), "--prompt", prompt, "--max-new-tokens", "12"]) == 0
+    expected = build_tokenizer().decode(greedy(chat_solver, prompt, 12), skip_special_tokens=True)
     assert capsys.readouterr().out == expected + "\n"
 
 
-def test_file_gives_the_same_rows_in_order_whatever_the_batch(checkpoint, tmp_path, capsys):
+def test_file_gives_the_same_rows_in_order_whatever_the_batch(chat_solver, tmp_path, capsys):
     prompts = [p.prompt for p in problems("test", 5)]
     file = write_jsonl(tmp_path / "in.jsonl", [{"prompt": p, "id": i} for i, p in enumerate(prompts)])
     output = tmp_path / "out.jsonl"
-    command = ["generate", str(checkpoint), "--file", str(file), "--max-new-tokens", "10"]
+    command = ["generate", str(chat_solver), "--file", str(file), "--max-new-tokens", "10"]
     assert main([*command, "--batch-size", "2"]) == 0
     printed = capsys.readouterr().out
     assert main([*command, "--output", str(output)]) == 0
@@ -80,16 +72,16 @@ def test_file_gives_the_same_rows_in_order_whatever_the_batch(checkpoint, tmp_pa
     assert rows == read_jsonl(printed)
     for i, row in enumerate(rows):
         assert (row["id"], row["prompt"]) == (i, prompts[i])
-        assert row["tokens"] == greedy(checkpoint, prompts[i], 10)
+        assert row["tokens"] == greedy(chat_solver, prompts[i], 10)
         assert sum(row["blocks"]) == len(row["tokens"])
         assert row["tokens_per_pass"] == round(len(row["tokens"]) / len(row["blocks"]), 3)
 
 
-def test_strategy_options_reach_the_decoder(checkpoint, capsys, tmp_path):
+def test_strategy_options_reach_the_decoder(chat_solver, capsys, tmp_path):
     output = tmp_path / "out.jsonl"
     command = [
         "generate",
-        str(checkpoint),
+        str(chat_solver),
         "--prompt",
         "Ba has 3 eggs.",
         "--output",
@@ -107,21 +99,21 @@ def test_strategy_options_reach_the_decoder(checkpoint, capsys, tmp_path):
     assert max(blocks["confadapt --threshold 1"]) == 1
 
 
-def test_chat_applies_the_template(checkpoint, tmp_path, capsys):
+def test_chat_applies_the_template(chat_solver, tmp_path, capsys):
     chat = [{"role": "user", "content": "Ba has 3 eggs."}]
     file = write_jsonl(tmp_path / "in.jsonl", [{"messages": chat}, {"prompt": "Ba has 3 eggs."}])
-    command = ["generate", str(checkpoint), "--file", str(file), "--max-new-tokens", "6"]
+    command = ["generate", str(chat_solver), "--file", str(file), "--max-new-tokens", "6"]
     assert main([*command, "--chat"]) == 0
     both = read_jsonl(capsys.readouterr().out)
     assert both[0]["tokens"] == both[1]["tokens"]
     assert main(command) == 0
     plain = read_jsonl(capsys.readouterr().out)
     assert plain[0]["tokens"] == both[0]["tokens"]
-    assert plain[1]["tokens"] == greedy(checkpoint, "Ba has 3 eggs.", 6)
+    assert plain[1]["tokens"] == greedy(chat_solver, "Ba has 3 eggs.", 6)
 
 
-def test_show_names_the_prompt_and_marks_the_blocks(checkpoint, tmp_path, capsys):
-    command = ["generate", str(checkpoint), "--prompt", "Ba has 3 eggs.", "--max-new-tokens", "6", "--show"]
+def test_show_names_the_prompt_and_marks_the_blocks(chat_solver, tmp_path, capsys):
+    command = ["generate", str(chat_solver), "--prompt", "Ba has 3 eggs.", "--max-new-tokens", "6", "--show"]
     assert main([*command, "--strategy", "static", "--k", "3"]) == 0
     out = capsys.readouterr().out
     assert out.count("|") >= 1
@@ -192,10 +184,10 @@ def test_wrong_numbers_are_refused(options, capsys):
     capsys.readouterr()
 
 
-def test_a_row_that_cannot_be_encoded_is_named_before_any_is_decoded(checkpoint, tmp_path, capsys):
+def test_a_row_that_cannot_be_encoded_is_named_before_any_is_decoded(chat_solver, tmp_path, capsys):
     """The third row has no template; what another program has put at the output is refused and stays as it was."""
     bare = tmp_path / "bare"
-    LlamaForCausalLM.from_pretrained(checkpoint).save_pretrained(bare)
+    LlamaForCausalLM.from_pretrained(chat_solver).save_pretrained(bare)
     build_tokenizer().save_pretrained(bare)
     rows = [{"prompt": "Ba has 3 eggs."}] * 2 + [{"messages": [{"role": "user", "content": "x"}]}]
     file = write_jsonl(tmp_path / "in.jsonl", rows)
@@ -233,11 +225,11 @@ def one_bad(monkeypatch):
     return calls, faulty
 
 
-def test_one_bad_row_loses_none_and_the_same_command_goes_on(checkpoint, tmp_path, capsys, one_bad, monkeypatch):
+def test_one_bad_row_loses_none_and_the_same_command_goes_on(chat_solver, tmp_path, capsys, one_bad, monkeypatch):
     calls, faulty = one_bad
     file = write_jsonl(tmp_path / "in.jsonl", [{"prompt": f"Ba has {i} eggs.", "id": i} for i in range(9)])
     whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
-    command = ["generate", str(checkpoint), "--file", str(file), "--batch-size", "4", "--max-new-tokens", "4"]
+    command = ["generate", str(chat_solver), "--file", str(file), "--batch-size", "4", "--max-new-tokens", "4"]
     assert main([*command, "--output", str(output)]) == 2
     assert "row 6: --max-new-tokens: no room" in capsys.readouterr().err
     # The row before it in its batch is there.
@@ -266,17 +258,17 @@ def test_one_bad_row_loses_none_and_the_same_command_goes_on(checkpoint, tmp_pat
         assert output.read_text() == whole.read_text()
 
 
-def test_what_the_limit_cut_is_marked(checkpoint, tmp_path, capsys):
+def test_what_the_limit_cut_is_marked(chat_solver, tmp_path, capsys):
     prompt = problems("test", 1)[0].prompt
     file = write_jsonl(tmp_path / "in.jsonl", [{"prompt": prompt}])
-    command = ["generate", str(checkpoint), "--file", str(file), "--max-new-tokens"]
+    command = ["generate", str(chat_solver), "--file", str(file), "--max-new-tokens"]
     assert main([*command, "6"]) == 0
     (cut,) = read_jsonl(capsys.readouterr().out)
     assert (len(cut["tokens"]), cut["finished"]) == (6, False)
     assert not conversation_of(cut, "generated").finished
     # The same model with its third token as a stop.
     folder = tmp_path / "stops"
-    shutil.copytree(checkpoint, folder)
+    shutil.copytree(chat_solver, folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": cut["tokens"][2]}))
     assert main(["generate", str(folder), *command[2:], "6"]) == 0
     (whole,) = read_jsonl(capsys.readouterr().out)
@@ -284,9 +276,9 @@ def test_what_the_limit_cut_is_marked(checkpoint, tmp_path, capsys):
     assert whole["finished"]
 
 
-def test_an_untrained_model_is_decoded_one_token_a_pass(checkpoint, tmp_path, capsys):
+def test_an_untrained_model_is_decoded_one_token_a_pass(chat_solver, tmp_path, capsys):
     plain = tmp_path / "plain"
-    shutil.copytree(checkpoint, plain)
+    shutil.copytree(chat_solver, plain)
     config = json.loads((plain / "config.json").read_text())
     del config["mtpkern"]
     (plain / "config.json").write_text(json.dumps(config))
@@ -339,9 +331,9 @@ def test_missing_things_are_named(tmp_path, capsys):
     ],
     ids=["Llama-3.1", "Qwen2.5", "gemma-2", "stop strings"],
 )
-def test_a_checkpoint_whose_file_samples_is_decoded_greedily(checkpoint, tmp_path, capsys, values, warned):
+def test_a_checkpoint_whose_file_samples_is_decoded_greedily(chat_solver, tmp_path, capsys, values, warned):
     folder, output = tmp_path / "instruct", tmp_path / "out.jsonl"
-    shutil.copytree(checkpoint, folder)
+    shutil.copytree(chat_solver, folder)
     (folder / "generation_config.json").write_text(json.dumps(values))
     prompt = problems("test", 1)[0].prompt
     command = ["generate", str(folder), "--prompt", prompt, "--max-new-tokens", "12", "--output", str(output)]
@@ -350,13 +342,13 @@ def test_a_checkpoint_whose_file_samples_is_decoded_greedily(checkpoint, tmp_pat
         assert main(command) == 0, capsys.readouterr().err
     said = " ".join(str(w.message) for w in caught)
     assert (warned in said) if warned else "mtpkern" not in said
-    tokens = greedy(checkpoint, prompt, 12, eos_token_id=values.get("eos_token_id", build_tokenizer().eos_token_id))
+    tokens = greedy(chat_solver, prompt, 12, eos_token_id=values.get("eos_token_id", build_tokenizer().eos_token_id))
     assert read_jsonl(output.read_text())[0]["tokens"] == tokens
 
 
-def test_a_template_that_refuses_names_the_row(checkpoint, tmp_path, capsys):
+def test_a_template_that_refuses_names_the_row(chat_solver, tmp_path, capsys):
     folder = tmp_path / "strict"
-    shutil.copytree(checkpoint, folder)
+    shutil.copytree(chat_solver, folder)
     tokenizer = build_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('only users speak') }}"
     tokenizer.save_pretrained(folder)
@@ -372,17 +364,17 @@ def test_text_that_brings_its_own_bos_gets_no_second(bytes_of):
     assert one == Prompting().encode(tokenizer, {"prompt": f"{tokenizer.bos_token}Hi"})
 
 
-def test_demo(checkpoint, tmp_path, capsys, monkeypatch):
+def test_demo(chat_solver, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("mtpkern.demo.MAX_NEW_TOKENS", 8)
     page = tmp_path / "blocks.html"
-    assert main(["demo", "--checkpoint", str(checkpoint), "--problems", "2", "--html", str(page)]) == 0
+    assert main(["demo", "--checkpoint", str(chat_solver), "--problems", "2", "--html", str(page)]) == 0
     out, err = capsys.readouterr()
     assert "Verified(4, 0.6), batch 8" in out
     assert "{" not in out
     assert max(map(len, out.splitlines())) <= 80
     assert "2 of 2" in err
     assert page.read_text(encoding="utf-8").count('class="blocks"') == 4
-    assert main(["demo", "--checkpoint", str(checkpoint), "--problems", "2", "--json"]) == 0
+    assert main(["demo", "--checkpoint", str(chat_solver), "--problems", "2", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     ways = ["hf_generate", "static_1", "confadapt_0.99", "confadapt_0.9", "confadapt_0.6", "verified"]
     for figure in ("tokens_per_pass", "accuracy", "speedup_vs_hf_generate"):

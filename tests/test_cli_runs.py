@@ -10,20 +10,12 @@ import mtpkern
 from mtpkern.cli import main
 from mtpkern.train import arithmetic, checks, command
 from mtpkern.train.options import parse
+from support.resumed import files_of
+from support.rows import write
+from support.slow import slow_but
 
 ROWS = [{"question": f"How many are {i} and 1?", "answer": f"They are {i + 1}.\n#### {i + 1}"} for i in range(8)]
 TINY = ["--use-cpu", "--k-max", "3", "--num-spans", "2", "--per-device-train-batch-size", "2"]
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def files_of(folder):
-    return {
-        str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()
-    }
 
 
 @pytest.fixture
@@ -32,7 +24,7 @@ def no_weights(monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("weights"))
 
 
-@pytest.mark.parametrize("save", ["steps", "no"])
+@pytest.mark.parametrize("save", slow_but(["steps", "no"], "steps"))
 def test_a_run_that_has_ended_is_left_alone(tmp_path, start, capsys, monkeypatch, save):
     data, out = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "out"
     common = ["train", "--model", str(start), "--train-data", data, "--output-dir", str(out), *TINY]
@@ -263,7 +255,9 @@ def test_a_folder_that_another_run_writes_to_is_refused(tmp_path, start, capsys,
     assert "another run writes there" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("published", ["Llama-3.1-Instruct", "Qwen2.5-7B-Instruct", "gemma-3-it"])
+@pytest.mark.parametrize(
+    "published", slow_but(["Llama-3.1-Instruct", "Qwen2.5-7B-Instruct", "gemma-3-it"], "Qwen2.5-7B-Instruct")
+)
 def test_a_model_that_samples_by_its_file_is_trained_evaluated_and_decoded(tmp_path, served, capsys, published):
     """As instruct models are published; what the call does not ask for, decoding does not do."""
     data, out = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "out"

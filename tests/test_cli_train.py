@@ -13,7 +13,8 @@ from mtpkern.grading import is_right
 from mtpkern.train.command import load_student, load_teacher
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.options import help_text, parse
-from support.recipes import GSM8K, METAMATH, TINY, write
+from support.recipes import GSM8K, METAMATH, TINY
+from support.rows import write
 
 
 def test_flags_win_over_a_file(tmp_path):

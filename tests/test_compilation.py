@@ -15,16 +15,12 @@ from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import HeldOut
 from mtpkern.train.gated_trainer import GatedTrainer
 from mtpkern.train.trainer import MTPTrainer
+from support.trained import losses
 
 V, MASK, EOS = 41, 40, 7
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def llama(seed=0, layers=3):
@@ -67,16 +63,13 @@ def trainer(path, held_out=None, **change):
     )
 
 
-def losses(run):
-    return [x["loss"] for x in run.state.log_history if "loss" in x]
-
-
-def test_compiled_layers_train_the_same(tmp_path):
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_compiled_layers_train_the_same(tmp_path, backend):
     """Nine steps with evaluations and held-out prompts between them; two forms, of student and teacher, serve all."""
     held_out = HeldOut([[1, 9, 10], [1, 12]], ["1", "2"], build_tokenizer(), max_new_tokens=6)
     options = {"eval_strategy": "steps", "eval_steps": 4}
     runs = {}
-    for name, change in {"plain": {}, "compiled": {"torch_compile_backend": "aot_eager"}}.items():
+    for name, change in {"plain": {}, "compiled": {"torch_compile_backend": backend}}.items():
         runs[name] = trainer(tmp_path / name, held_out=held_out, **options, **change)
         runs[name].train()
     plain, compiled = runs.values()
@@ -92,6 +85,7 @@ def test_compiled_layers_train_the_same(tmp_path):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow("compilation::test_compiled_layers_train_the_same")
 def test_adapters_and_activation_checkpointing(tmp_path):
     """The layers run again in backward, compiled. Up to the compiler's own work, which is not what is tested here."""
     options = {"lora_rank": 2, "activation_checkpointing": True, "max_steps": 3, "teacher_target": "gt"}
@@ -103,7 +97,7 @@ def test_adapters_and_activation_checkpointing(tmp_path):
     assert losses(plain) == pytest.approx(losses(compiled), abs=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("compilation::test_compiled_layers_train_the_same")
 def test_gated_adapters_share_forms_too(tmp_path):
     """Steps of several k and lengths, prefixes kept and not: all layers and steps run what the first step has made.
 

@@ -15,6 +15,7 @@ from mtpkern.kernels import decode_attention as module
 from mtpkern.kernels.decode_attention import decode_attention, decode_attention_triton
 from mtpkern.kernels.packed_rows import PackedRows
 from mtpkern.kernels.scoring import Scoring
+from support.slow import slow_but
 
 FORMS = [decode_attention, pytest.param(decode_attention_triton, marks=pytest.mark.kernel)]
 STALE = 1e4  # what a slot may hold that no row sees
@@ -163,7 +164,7 @@ def test_ragged_batches(form: Form, batch: int, dtype: torch.dtype, nan_in_new_t
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("window", [1, 2, 3, 6, 500])
+@pytest.mark.parametrize("window", slow_but([1, 2, 3, 6, 500], 2, 6, interpreted=True))
 def test_a_window_counts_positions(form: Form, window: int) -> None:
     """Below the length of a group it hides a mask's own prefix, and of its group all but the nearest."""
     compare(form, Case.of(*RAGGED, scratch=11, window=window))
@@ -180,10 +181,14 @@ def test_softcap_and_sinks(form: Form, window: int | None) -> None:
 @pytest.mark.parametrize("form", [decode_attention_triton])
 @pytest.mark.parametrize(
     ("splits", "window", "scratch"),
-    [
-        *((3, None, 12), ("batch-invariant", None, 70), (3, 100, 12), ("batch-invariant", 100, 12)),
-        *((1, 5, 70), (7, 5, 70), (7, 40, 300), ("batch-invariant", 40, 300)),
-    ],
+    slow_but(
+        [
+            *((3, None, 12), ("batch-invariant", None, 70), (3, 100, 12), ("batch-invariant", 100, 12)),
+            *((1, 5, 70), (7, 5, 70), (7, 40, 300), ("batch-invariant", 40, 300)),
+        ],
+        *((3, None, 12), (1, 5, 70), ("batch-invariant", 40, 300)),
+        interpreted=True,
+    ),
 )
 def test_splits(form: Form, splits: int | str, window: int | None, scratch: int, nan_in_new_tensors: None) -> None:
     """Scratch slots of less than a tile, of several, and of more than a chunk; texts that a window hides most of."""
@@ -195,7 +200,7 @@ def test_splits(form: Form, splits: int | str, window: int | None, scratch: int,
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("form", [decode_attention_triton])
-@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("window", slow_but([None, 5], 5, interpreted=True))
 def test_nothing_is_read_that_the_launch_writes(
     form: Form, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

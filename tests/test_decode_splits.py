@@ -10,6 +10,7 @@ from torch import Tensor
 from mtpkern.kernels import decode_attention as module
 from mtpkern.kernels.decode_attention import decode_attention_triton
 from support.attended import RAGGED, Case, Form, compare, make_case
+from support.slow import slow_but
 
 
 class WithoutWriters:
@@ -32,10 +33,14 @@ LONG = [[286, 287, 288, 289, 290], [63, 64, 65], [], [0], [255, 256, 257]]
 @pytest.mark.parametrize("form", [decode_attention_triton])
 @pytest.mark.parametrize(
     ("splits", "window", "heads"),
-    [
-        *((1, 100, 2), (2, None, 2), (2, 100, 4), (3, 5, 2), (7, None, 2), (7, 100, 2)),
-        *(("batch-invariant", None, 2), ("batch-invariant", 5, 4)),
-    ],
+    slow_but(
+        [
+            *((1, 100, 2), (2, None, 2), (2, 100, 4), (3, 5, 2), (7, None, 2), (7, 100, 2)),
+            *(("batch-invariant", None, 2), ("batch-invariant", 5, 4)),
+        ],
+        *((1, 100, 2), (7, None, 2), ("batch-invariant", 5, 4)),
+        interpreted=True,
+    ),
 )
 def test_splits(form: Form, splits: int | str, window: int | None, heads: int, nan_in_new_tensors: None) -> None:
     case = make_case(LONG, capacity=299, heads=heads, dim=16, window=window)
@@ -76,7 +81,7 @@ def test_splits_fill_the_processors_and_are_not_too_short(k: int, B: int, C: int
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("form", [decode_attention_triton])
-@pytest.mark.parametrize("length", [40, 140, 290])
+@pytest.mark.parametrize("length", slow_but([40, 140, 290], 140, interpreted=True))
 def test_a_short_text_takes_few_splits(form: Form, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many a captured graph provides: those without keys write nothing but that."""
     case = make_case([list(range(length - 2, length))], heads=16, groups=16, capacity=299, unused=1, dim=16)
@@ -99,7 +104,10 @@ def test_a_short_text_takes_few_splits(form: Form, length: int, monkeypatch: pyt
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("form", [decode_attention_triton])
-@pytest.mark.parametrize(("splits", "window"), [(1, None), (3, 5), ("batch-invariant", None)])
+@pytest.mark.parametrize(
+    ("splits", "window"),
+    slow_but([(1, None), (3, 5), ("batch-invariant", None)], (1, None), (3, 5), interpreted=True),
+)
 def test_nothing_is_read_that_the_launch_writes(
     form: Form, splits: int | str, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,7 +120,7 @@ def run_engine(folder, tied, *, resumed=True, **change):
         torch.save(results, folder / "results.pt")
 
 
-@pytest.mark.slow
+@pytest.mark.slow("distributed::test_two_processes_take_the_gated_step_of_one")
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_fsdp_equals_ddp_and_both_resume_exactly(tmp_path, tied, in_two_processes):
     """Weights that are shared matter to what gathers and saves them: tied, shards alone are resumed."""
@@ -160,7 +160,7 @@ def test_fsdp_equals_ddp_and_both_resume_exactly(tmp_path, tied, in_two_processe
     assert all((weights["ddp"][key] - start[key]).abs().max() > 1e-3 for key in start)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("distributed::test_two_processes_take_the_gated_step_of_one")
 def test_bfloat16_weights_under_fsdp(tmp_path, in_two_processes):
     """Shards stay bfloat16: the losses are DDP's, and they resume exactly."""
 
@@ -178,7 +178,7 @@ def test_bfloat16_weights_under_fsdp(tmp_path, in_two_processes):
     assert ddp["whole"]["losses"][0] == pytest.approx(fsdp["whole"]["losses"][0], abs=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("distributed::test_two_processes_take_the_gated_step_of_one")
 def test_two_processes_take_the_step_of_one(tmp_path, in_two_processes):
     """Rows weigh the same on every rank; one rank's first micro-batch has no answer and so no span at all."""
     texts = rows(24)
@@ -292,7 +292,7 @@ def results(run):
     return {"losses": losses, "found": [found["eval_loss"], found["eval_tokens_per_pass"]]}, whole(run)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True], ids=["untied", "tied"])
 def test_two_processes_take_the_gated_step_of_one(tmp_path, tied, in_two_processes):
     """Adapters and the mask token's row, with prefixes kept on each rank; base and adapters whole and in shards."""
 
@@ -333,7 +333,7 @@ def test_two_processes_take_the_gated_step_of_one(tmp_path, tied, in_two_process
         assert all(torch.equal(p, theirs[key]) for key, p in saved.items())
 
 
-@pytest.mark.slow
+@pytest.mark.slow("distributed::test_two_processes_take_the_gated_step_of_one")
 def test_a_gated_run_in_shards_resumes_exactly(tmp_path, in_two_processes):
     """A base in bfloat16, adapters and their moments in float32."""
 

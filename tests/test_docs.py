@@ -10,15 +10,13 @@ import pytest
 import mtpkern
 from mtpkern.bench import readme
 from mtpkern.cli import main
+from support.pages import fenced
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("quality", "strategies", "performance", "tutorial", "serving", "models", "figures/README")
 
 
-def fenced(text, language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
-
-
+@pytest.mark.slow("readme::test_the_readme_in_an_empty_folder")
 def test_the_tutorial_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)

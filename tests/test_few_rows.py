@@ -141,6 +141,7 @@ def test_below_a_gated_adapter(siblings: bool, tiny: SimpleNamespace, multiplied
 
 
 @pytest.mark.usefixtures("forgotten")
+@pytest.mark.slow("few_rows::test_all_products_of_a_pass_and_its_head")
 def test_compiled_layers_call_the_op(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """In as few forms as without; the head, which is not compiled, beside them."""
     ours: list[int] = []

@@ -34,6 +34,7 @@ sys.path.append(os.path.dirname(__file__))
 from test_walk import MASK, tiny_model
 
 from support.calls import PAD, Call, draw
+from support.slow import slow_but
 
 # The judge
 
@@ -214,14 +215,14 @@ def fuzz(model: Any, seed: str, calls: int, *, of_refused: int = 2) -> list[tupl
 HANDFUL = ("llama", "gpt2", "gemma3_text", "roberta", "deepseek_v3", "bloom")
 
 
-@pytest.mark.parametrize("model_type", HANDFUL)
+@pytest.mark.parametrize("model_type", slow_but(HANDFUL, "llama", "gemma3_text", "bloom"))
 @pytest.mark.filterwarnings("ignore")
 def test_tokens_of_transformers_or_an_error_that_says(model_type: str) -> None:
     found = fuzz(tiny_model(model_type), f"{model_type} 0", 8, of_refused=3)
     assert not [(call, x) for call, x in found if not x.good]
 
 
-@pytest.mark.slow
+@pytest.mark.slow("fuzz::test_tokens_of_transformers_or_an_error_that_says")
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif("MTPKERN_WALK" not in os.environ, reason="takes minutes: set MTPKERN_WALK=1")
 @pytest.mark.filterwarnings("ignore")

@@ -10,6 +10,7 @@ from mtpkern.train.layout import build_layout, pack
 from mtpkern.train.lora import add_gated_lora
 from mtpkern.train.objective import Objective, SpanContext, backbone, gather_rows, within_text
 from mtpkern.train.prefix import Prefixes, texts_of
+from support.slow import slow_but
 from support.three_layers import EOS, EOS_IDS, V, gemma, llama
 
 K = 4
@@ -131,7 +132,7 @@ def assert_equals_one_joint_pass(make, shape, options):
         assert_equal(peft_model, run(peft_model, tokens, layout, texts, prefixes=prefixes, **options), want)
 
 
-@pytest.mark.parametrize("make", [llama, tied, gemma])
+@pytest.mark.parametrize("make", slow_but([llama, tied, gemma], llama))
 @pytest.mark.parametrize(
     "options",
     [

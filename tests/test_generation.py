@@ -12,6 +12,7 @@ import mtpkern
 import mtpkern.attention
 from mtpkern import ConfAdapt, MTPGenerateOutput, Static, Verified, reference
 from mtpkern.strategies import Strategy
+from support.slow import slow_but
 
 STRATEGIES = [
     Static(3),
@@ -21,6 +22,9 @@ STRATEGIES = [
 ]
 
 
+some_strategies = pytest.mark.parametrize(
+    "strategy", slow_but(STRATEGIES, STRATEGIES[1], STRATEGIES[3]), ids=lambda s: type(s).__name__
+)
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: type(s).__name__)
 
 
@@ -120,7 +124,7 @@ def test_a_stop_token_at_the_limit_is_a_stop(model: Any, inputs: Any) -> None:
     assert new_tokens(output.sequences, one) == [tokens[:last]]
 
 
-@every_strategy
+@some_strategies
 def test_stop_token_cuts_exactly_wherever_it_stands_in_a_block(strategy: Strategy, model: Any, tiny: Any) -> None:
     """Every emitted token in turn is the stop token: the text is the same up to its first place, and ends there.
 
@@ -153,7 +157,7 @@ def test_stop_token_cuts_exactly_wherever_it_stands_in_a_block(strategy: Strateg
     assert {place for size, place in places if size >= width} >= set(range(width))
 
 
-@every_strategy
+@some_strategies
 def test_limit_is_reached_exactly_and_never_passed(strategy: Strategy, model: Any, inputs: Any) -> None:
     most = 2 * strategy.k + 1
     for new in range(1, most + 1):

@@ -178,7 +178,7 @@ def test_memory_does_not_grow(captures: list[Any], tiny: SimpleNamespace) -> Non
 
 
 @pytest.mark.gpu
-@pytest.mark.slow
+@pytest.mark.slow("graph::test_replays_give_the_tokens_of_fresh_runs")
 def test_soak(captures: list[Any], tiny: SimpleNamespace) -> None:
     """A hundred thousand passes of two graphs that share a pool, always the same tokens, no memory: about a minute."""
     model = tiny.model("llama").cuda()

@@ -19,6 +19,7 @@ from mtpkern.load import Ladder
 from mtpkern.refill import Slots
 from mtpkern.strategies import Strategy
 from support.recording import STRATEGIES, RecordedStep, assert_same, generate, kept, poison
+from support.slow import slow_but
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -40,7 +41,10 @@ def test_replays_give_the_tokens_of_fresh_runs(name: str, recorded: type[Recorde
     assert recorded.captures == 1
 
 
-@pytest.mark.parametrize("options", [{}, {"strategy": Verified(threshold=0.1, masks=2)}])
+MASKED = {"strategy": Verified(threshold=0.1, masks=2)}
+
+
+@pytest.mark.parametrize("options", slow_but([{}, MASKED], MASKED))
 def test_the_ladder_changes_no_token(
     options: dict[str, Any], recorded: type[RecordedStep], tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

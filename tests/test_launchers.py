@@ -12,7 +12,8 @@ import torch
 from accelerate.commands import launch
 from torch.distributed import run as torchrun
 
-from support.recipes import GSM8K, TINY, write
+from support.recipes import GSM8K, TINY
+from support.rows import write
 
 
 def trained(out):
@@ -57,6 +58,7 @@ def test_launched_by_torchrun(tmp_path, checkpoint, monkeypatch):
     trained(out)
 
 
+@pytest.mark.slow("launchers::test_launched_by_torchrun")
 def test_launched_by_accelerate(tmp_path, checkpoint, capsys, monkeypatch):
     """What its launcher makes of the command line, run in this process: its environment, its module, its arguments."""
     data, out = write(tmp_path / "rows.jsonl", GSM8K), tmp_path / "out"

@@ -3,7 +3,7 @@
 import gc
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any
@@ -22,13 +22,7 @@ from mtpkern.graph import fingerprint
 from mtpkern.layers import CompiledLayers, decoder_layers, wants_compile
 from mtpkern.options import strategy_for
 
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 @pytest.fixture
@@ -84,6 +78,7 @@ def test_our_attention_is_in_no_form(forms: list[Any], tiny: SimpleNamespace) ->
     assert "mtpkern_attention" in reason
 
 
+@pytest.mark.slow("layers::test_few_forms_serve_all_layers")
 def test_a_gated_adapter_in_compiled_layers(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """The op is part of the forms, and reads the mask rows of its own pass: their predictions are emitted here.
 

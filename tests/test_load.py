@@ -18,6 +18,7 @@ import mtpkern.decoder
 from mtpkern import ConfAdapt, Static, Verified
 from mtpkern.kernels.worth import FORGOTTEN, FORGOTTEN_IDLE, UNIT
 from mtpkern.load import PATIENCE, PRICES, Ladder, Load, PassTimes, default_rows, price_of, times_of
+from support.slow import slow_but
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_price_by_hand() -> None:
 
 
 @pytest.mark.parametrize("sure", [False, True])
-@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("batch", slow_but([1, 8], 1))
 def test_where_no_draft_is_right_it_costs_five_per_cent(
     tiny: Any, monkeypatch: pytest.MonkeyPatch, batch: int, sure: bool
 ) -> None:

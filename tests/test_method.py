@@ -10,6 +10,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.config import MTPConfig
 from support.paper import MASK, SHAPE, STOPS, llama, near, texts, trainer
+from support.slow import slow_but
 
 
 def gemma():
@@ -144,7 +145,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("the paper's", "soft, both ways, padded", "packed, nothing behind the text", "windows", "adapters")
+
+
+@pytest.mark.parametrize("name", slow_but(CASES, *QUICK))
 def test_a_step_is_the_definitions(tmp_path, name):
     change = dict(CASES[name])
     model = change.pop("model", llama)()

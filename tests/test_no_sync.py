@@ -44,6 +44,7 @@ from mtpkern.slots import Newcomer, enter
 from mtpkern.strategies import Strategy
 from mtpkern.watch import Watch, snapshot
 from support.made_up_device import FAKE, SyncError, Watcher, to_fake
+from support.slow import slow_but
 
 pytestmark = pytest.mark.usefixtures("autocast_off_on_the_made_up_device")
 
@@ -59,7 +60,10 @@ MODELS: dict[str, dict[str, Any]] = {
 # Every strategy on one model, every model with all that a strategy can bring.
 EACH = pytest.mark.parametrize(
     ("name", "strategy"),
-    [(name, strategy) for name in MODELS for strategy in (STRATEGIES if name == "llama" else STRATEGIES[-1:])],
+    slow_but(
+        [(name, strategy) for name in MODELS for strategy in (STRATEGIES if name == "llama" else STRATEGIES[-1:])],
+        *(("llama", STRATEGIES[2]), ("llama", STRATEGIES[3]), ("qwen3_moe", STRATEGIES[3])),
+    ),
     ids=repr,
 )
 
@@ -132,7 +136,7 @@ CHOOSING = Choosing.of(
 )
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=repr)
+@pytest.mark.parametrize("strategy", slow_but(STRATEGIES, *STRATEGIES[2:]), ids=repr)
 def test_choosing_has_no_sync(tiny: SimpleNamespace, strategy: Strategy) -> None:
     assert CHOOSING is not None
     assert not CHOOSING.on_host
@@ -253,7 +257,11 @@ def test_planted_bug_is_seen_on_real_tensors(real_decoder: Decoder, monkeypatch:
         watch(real_decoder, Watcher())
 
 
-@pytest.mark.parametrize("bug", ACCELERATOR_BUGS)
+# Those that real tensors do not show, and a few of the others.
+BY_DEVICE = [name for name in ACCELERATOR_BUGS if name not in REAL_BUGS]
+
+
+@pytest.mark.parametrize("bug", slow_but(ACCELERATOR_BUGS, "item", "nonzero", "index by mask", *BY_DEVICE))
 def test_planted_bug_is_seen_on_an_accelerator(
     fake_decoder: tuple[FakeTensorMode, Decoder], monkeypatch: pytest.MonkeyPatch, bug: str
 ) -> None:

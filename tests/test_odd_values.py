@@ -5,24 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import mtpkern
 from mtpkern.arguments import require_prompts, whole_number
 
 NEW = 3
-
-
-@pytest.fixture(scope="module")
-def shared(tiny: Any) -> Any:
-    return tiny.model("llama")
-
-
-@pytest.fixture
-def inputs(tiny: Any) -> dict[str, Tensor]:
-    ids, real = tiny.prompts(6, 4)
-    return {"input_ids": ids, "attention_mask": real}
 
 
 # Odd values
@@ -109,66 +97,66 @@ def inputs(tiny: Any) -> dict[str, Tensor]:
     ids=lambda x: "" if not isinstance(x, str) else x,
 )
 def test_odd_values_are_named(
-    given: dict[str, Any], error: type[Exception], message: str, shared: Any, inputs: Any
+    given: dict[str, Any], error: type[Exception], message: str, shared: Any, pair: Any
 ) -> None:
     with pytest.raises(error, match=message):
-        mtpkern.generate(shared, **{**inputs, "max_new_tokens": 4, **given})
+        mtpkern.generate(shared, **{**pair, "max_new_tokens": 4, **given})
 
 
 @pytest.mark.parametrize("stray", [-1, 16, 1 << 40])
 @pytest.mark.parametrize("at", [(0, 0), (1, 5)], ids=str)
-def test_ids_outside_of_the_vocabulary(stray: int, at: tuple[int, int], shared: Any, inputs: Any) -> None:
+def test_ids_outside_of_the_vocabulary(stray: int, at: tuple[int, int], shared: Any, pair: Any) -> None:
     """Also in the padding: the embedding looks all of them up."""
-    ids = inputs["input_ids"].clone()
+    ids = pair["input_ids"].clone()
     ids[at] = stray
     with pytest.raises(ValueError, match=rf"from 0 to 15, .*got {stray} in sequences \[{at[0]}\]"):
-        mtpkern.generate(shared, ids, attention_mask=inputs["attention_mask"], max_new_tokens=4)
+        mtpkern.generate(shared, ids, attention_mask=pair["attention_mask"], max_new_tokens=4)
 
 
-def test_a_prompt_of_padding_alone_is_named_where_the_mask_is_inferred(shared: Any, inputs: Any, tiny: Any) -> None:
-    ids = inputs["input_ids"].clone()
+def test_a_prompt_of_padding_alone_is_named_where_the_mask_is_inferred(shared: Any, pair: Any, tiny: Any) -> None:
+    ids = pair["input_ids"].clone()
     ids[1] = tiny.pad
     with pytest.raises(ValueError, match=r"sequences \[1\] of attention_mask .*it follows pad_token_id.* hide every"):
         mtpkern.generate(shared, ids, max_new_tokens=4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.float16, torch.float32])
-def test_masks_of_every_type(dtype: torch.dtype, shared: Any, inputs: Any) -> None:
-    expected = mtpkern.generate(shared, **inputs, max_new_tokens=NEW)
-    mask = inputs["attention_mask"].to(dtype)
-    assert mtpkern.generate(shared, inputs["input_ids"], attention_mask=mask, max_new_tokens=NEW).equal(expected)
+def test_masks_of_every_type(dtype: torch.dtype, shared: Any, pair: Any) -> None:
+    expected = mtpkern.generate(shared, **pair, max_new_tokens=NEW)
+    mask = pair["attention_mask"].to(dtype)
+    assert mtpkern.generate(shared, pair["input_ids"], attention_mask=mask, max_new_tokens=NEW).equal(expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
-def test_ids_of_every_whole_type(dtype: torch.dtype, shared: Any, inputs: Any) -> None:
-    expected = mtpkern.generate(shared, **inputs, max_new_tokens=NEW)
-    ids = inputs["input_ids"].to(dtype)
-    assert mtpkern.generate(shared, ids, attention_mask=inputs["attention_mask"], max_new_tokens=NEW).equal(expected)
+def test_ids_of_every_whole_type(dtype: torch.dtype, shared: Any, pair: Any) -> None:
+    expected = mtpkern.generate(shared, **pair, max_new_tokens=NEW)
+    ids = pair["input_ids"].to(dtype)
+    assert mtpkern.generate(shared, ids, attention_mask=pair["attention_mask"], max_new_tokens=NEW).equal(expected)
 
 
-def test_whole_numbers_of_every_type_are_taken(shared: Any, inputs: Any) -> None:
+def test_whole_numbers_of_every_type_are_taken(shared: Any, pair: Any) -> None:
     numpy = pytest.importorskip("numpy")
-    expected = mtpkern.generate(shared, **inputs, max_new_tokens=5, eos_token_id=[3, 7], pad_token_id=2)
+    expected = mtpkern.generate(shared, **pair, max_new_tokens=5, eos_token_id=[3, 7], pad_token_id=2)
     given = {"max_new_tokens": numpy.int64(5), "eos_token_id": torch.tensor([3, 7]), "pad_token_id": 2.0}
     options = {"prefill_chunk": 16.0, "rows": numpy.int32(30), "mask_token_id": 15.0}
-    assert mtpkern.generate(shared, **inputs, **given, **options).equal(expected)
+    assert mtpkern.generate(shared, **pair, **given, **options).equal(expected)
     assert type(whole_number("n", numpy.float64(4))) is int
 
 
-def test_require_prompts_takes_good_ones(inputs: Any) -> None:
-    require_prompts(inputs["input_ids"], inputs["attention_mask"], mask_token_id=15, vocabulary=16)
-    require_prompts(inputs["input_ids"], None, mask_token_id=15, vocabulary=16)
+def test_require_prompts_takes_good_ones(pair: Any) -> None:
+    require_prompts(pair["input_ids"], pair["attention_mask"], mask_token_id=15, vocabulary=16)
+    require_prompts(pair["input_ids"], None, mask_token_id=15, vocabulary=16)
 
 
-def test_nothing_of_the_callers_is_changed(shared: Any, inputs: Any) -> None:
+def test_nothing_of_the_callers_is_changed(shared: Any, pair: Any) -> None:
     config = GenerationConfig(max_new_tokens=4.0, eos_token_id=[3, 7], do_sample=False)
-    before, given = copy.deepcopy(config), {**inputs, "generation_config": config}
+    before, given = copy.deepcopy(config), {**pair, "generation_config": config}
     mtpkern.generate(shared, **given)
     assert config == before
-    assert given.keys() == {*inputs, "generation_config"}
+    assert given.keys() == {*pair, "generation_config"}
 
 
-def test_a_model_of_another_vocabulary_is_judged_by_its_embedding(inputs: Any) -> None:
+def test_a_model_of_another_vocabulary_is_judged_by_its_embedding(pair: Any) -> None:
     config = LlamaConfig(
         vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )

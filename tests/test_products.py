@@ -369,7 +369,13 @@ def test_a_gated_adapter_on_top(tiny: SimpleNamespace, rows: list[list[int]], mo
     assert torch.equal(generate(tiny, model, **options), generate(tiny, other, **options))
 
 
-@pytest.mark.parametrize(("name", "backend"), [("llama, biased", "aot_eager"), ("adapted", "eager")])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("llama, biased", "aot_eager"),
+        pytest.param("adapted", "eager", marks=pytest.mark.slow("products::test_few_forms_serve_all_layers")),
+    ],
+)
 def test_few_forms_serve_all_layers(
     name: str, backend: str, tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

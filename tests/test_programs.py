@@ -8,36 +8,27 @@ import pytest
 
 import mtpkern
 import mtpkern.batching
-from mtpkern.bench.problems import problems
 from mtpkern.cli import main
-from support.commands import TEMPLATE, write_jsonl
+from support.slow import slow_but
 
 
-@pytest.fixture(scope="module")
-def checkpoint(solver):
-    """A tiny random Llama with tokenizer, chat template and problems; its weights vary enough not to echo."""
-    folder = solver(4, TEMPLATE)
-    write_jsonl(folder / "problems.jsonl", [vars(p) for p in problems("test", 8)])
-    return folder
-
-
-def test_an_interrupt_leaves_no_draft(checkpoint, tmp_path, capsys, monkeypatch):
+def test_an_interrupt_leaves_no_draft(chat_solver, tmp_path, capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         assert len(list(tmp_path.iterdir())) == 1  # the draft is there
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mtpkern.refill.enter", interrupt)
-    command = ["generate", str(checkpoint), "--prompt", "Ba has 3 eggs.", "--output", str(tmp_path / "out.jsonl")]
+    command = ["generate", str(chat_solver), "--prompt", "Ba has 3 eggs.", "--output", str(tmp_path / "out.jsonl")]
     assert main(command) == 130
     assert list(tmp_path.iterdir()) == []
 
 
-def test_devices_that_are_not_here(checkpoint, capsys, monkeypatch):
+def test_devices_that_are_not_here(chat_solver, capsys, monkeypatch):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     for device in ("cuda", "cuda:3", "mps", "meta"):
-        assert main(["generate", str(checkpoint), "--prompt", "x", "--device", device]) == 2
+        assert main(["generate", str(chat_solver), "--prompt", "x", "--device", device]) == 2
         assert f"--device {device}: torch finds no such device here; this machine has cpu" in capsys.readouterr().err
-    assert main(["generate", str(checkpoint), "--prompt", "x", "--device", "gpu"]) == 2
+    assert main(["generate", str(chat_solver), "--prompt", "x", "--device", "gpu"]) == 2
     assert "--device gpu: there is no such kind of device" in capsys.readouterr().err
 
 
@@ -56,7 +47,7 @@ def test_a_reader_that_leaves():
     assert (result.returncode, result.stderr) == (141, "")
 
 
-@pytest.mark.parametrize("module", ["arithmetic", "layout"])
+@pytest.mark.parametrize("module", slow_but(["arithmetic", "layout"], "arithmetic"))
 def test_a_program_whose_reader_leaves(module):
     command = f"set -o pipefail; {sys.executable} -u -m mtpkern.train.{module} | true"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)

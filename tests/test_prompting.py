@@ -8,15 +8,11 @@ from mtpkern import batching
 from mtpkern.cli import main
 from mtpkern.model import recorded_settings
 from mtpkern.prompting import Prompting, warnings_of
+from support.rows import write
 
 ROWS = [{"question": f"How many are {i} and 1?", "answer": f"They are {i + 1}.\n#### {i + 1}"} for i in range(8)]
 SAID = {"prompt": "How many are 2 and 1?"}
 MESSAGES = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 1?"}]}
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 @pytest.mark.parametrize(

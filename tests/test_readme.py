@@ -19,22 +19,18 @@ from mtpkern.cli import main
 from mtpkern.grading import is_right
 from mtpkern.model import TESTED
 from mtpkern.train.options import parse
+from support.pages import fenced
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 
-def blocks(text: str, language: str) -> list[str]:
-    """The fenced blocks in a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
-
-
 EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
 
-COMMANDS = [line for text in (README, CONTRIBUTING) for block in blocks(text, "sh") for line in block.splitlines()]
+COMMANDS = [line for text in (README, CONTRIBUTING) for block in fenced(text, "sh") for line in block.splitlines()]
 
-(CONFIGURATION,) = blocks(README, "yaml")
+(CONFIGURATION,) = fenced(README, "yaml")
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -65,9 +61,13 @@ def check_command(command: str) -> None:
         result = run("make", "--dry-run", *words[1:])
         assert result.returncode == 0, result.stderr
     elif words[0] == "mtpkern":
-        result = run(sys.executable, "-m", "mtpkern.cli", words[1], "--help")
-        assert result.returncode == 0, result.stderr
-        offered = set(re.findall(r"--[a-z][a-z-]*", result.stdout))
+        with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
+            try:
+                status = main([words[1], "--help"])
+            except SystemExit as end:
+                status = end.code
+        assert status in (0, None), said.getvalue()
+        offered = set(re.findall(r"--[a-z][a-z-]*", said.getvalue()))
         assert {word.split("=")[0] for word in words if word.startswith("--")} <= offered, command
     elif words[:2] == ["git", "clone"]:
         assert words[-1] != "mtpkern", "in the folder that holds it Python would take it for the package"

@@ -13,7 +13,8 @@ from mtpkern.train import arithmetic
 from mtpkern.train import checkpoint as checkpoint_program
 from mtpkern.train.checkpoint import K_MAX, NUM_SPANS, PREFIX_WEIGHT, common_arguments
 from mtpkern.train.options import parse, read_config, shipped_configs
-from support.recipes import GSM8K, METAMATH, TINY, write
+from support.recipes import GSM8K, METAMATH, TINY
+from support.rows import write
 
 MAGPIE = [
     {
@@ -35,9 +36,9 @@ MAGPIE = [
     ("name", "kind", "rows", "says"),
     [
         ("metamath-llama", "llama", METAMATH, " of them cut)"),
-        ("metamath-qwen3", "qwen", METAMATH, " of them cut)"),
+        pytest.param("metamath-qwen3", "qwen", METAMATH, " of them cut)", marks=pytest.mark.slow),
         ("magpie", "llama", MAGPIE, " in the other split"),
-        ("gsm8k", "qwen", GSM8K, "12 used"),
+        pytest.param("gsm8k", "qwen", GSM8K, "12 used", marks=pytest.mark.slow),
     ],
 )
 def test_a_shipped_configuration_trains_and_saves_a_plain_checkpoint(

@@ -10,7 +10,8 @@ from transformers import Trainer, TrainerCallback
 
 from mtpkern.train.record import RECORD
 from mtpkern.train.resume import Endless, checkpoints
-from support.resumed import rows, same, trainer
+from support.resumed import files_of, rows, same, trainer
+from support.slow import slow_but
 
 
 class Stream(IterableDataset):
@@ -28,7 +29,9 @@ class Stream(IterableDataset):
         yield from (data[i] for i in (order if worker is None else order[worker.id :: worker.num_workers]))
 
 
-@pytest.mark.parametrize("kind", ["lists", "by length", "workers", "stream and workers"])
+@pytest.mark.parametrize(
+    "kind", slow_but(["lists", "by length", "workers", "stream and workers"], "lists", "stream and workers")
+)
 def test_resumed_run_equals_the_uninterrupted(tmp_path, kind):
     """Six steps of four rows from eighteen: the first epoch ends at step 5, in half a step; resumed from 2 or 5."""
     options = {"dataloader_num_workers": 2 if "workers" in kind else 0, "save_steps": 2, "max_steps": 6}
@@ -59,12 +62,6 @@ def test_endless_stream_goes_on_with_the_next_epoch():
     assert list(Endless([])) == []
 
 
-def files_of(folder):
-    return {
-        str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()
-    }
-
-
 class Rates(TrainerCallback):
     """The learning rates that the optimizer has had, which a log may tell otherwise."""
 
@@ -86,7 +83,7 @@ class StopAt(TrainerCallback):
 @pytest.mark.parametrize(
     ("change", "stop"),
     [
-        ({"max_steps": 2, "save_steps": 2, "lr_scheduler_type": "constant"}, None),
+        pytest.param({"max_steps": 2, "save_steps": 2, "lr_scheduler_type": "constant"}, None, marks=pytest.mark.slow),
         ({"max_steps": 3, "lr_scheduler_type": "linear"}, None),
         ({"max_steps": -1, "num_train_epochs": 1, "save_steps": 5, "lr_scheduler_type": "constant"}, None),
         # Stopped by a callback before it had all its steps.
@@ -125,7 +122,7 @@ FREE = {
 }
 
 
-@pytest.mark.parametrize("kind", FREE)
+@pytest.mark.parametrize("kind", slow_but(FREE, "longer", "cadence"))
 def test_what_is_no_difference_leaves_the_run_what_it_is(tmp_path, kind):
     """The first three steps with one setting, the rest with the other: to the bit a run that had one throughout."""
     first, then = FREE[kind]

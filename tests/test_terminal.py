@@ -6,20 +6,10 @@ import sys
 
 import pytest
 
-from mtpkern.bench.problems import problems
 from mtpkern.cli import main
 from mtpkern.compare import Completion
 from mtpkern.train.arithmetic import build_tokenizer
-from support.commands import TEMPLATE, write_jsonl
-
-
-@pytest.fixture(scope="module")
-def checkpoint(solver):
-    """A tiny random Llama with tokenizer, chat template and problems; its weights vary enough not to echo."""
-    folder = solver(4, TEMPLATE)
-    write_jsonl(folder / "problems.jsonl", [vars(p) for p in problems("test", 8)])
-    return folder
-
+from support.commands import write_jsonl
 
 # What a model or a file could do to the terminal
 
@@ -27,13 +17,13 @@ STEERS = "\x1b[2Ja\r\x9b31m\u202eb\x07"
 
 
 @pytest.fixture
-def steering(checkpoint, monkeypatch):
+def steering(chat_solver, monkeypatch):
     """The checkpoint's model writes what would clear the screen and turn text around."""
     tokens = [5, 6]
     monkeypatch.setattr("mtpkern.cli._complete", lambda *args, **kwargs: iter([Completion(tokens, [1, 1])]))
     kind = type(build_tokenizer())
     monkeypatch.setattr(kind, "decode", lambda self, ids, **kwargs: STEERS[: len(STEERS) * len(ids) // 2])
-    return checkpoint
+    return chat_solver
 
 
 def steers(text):

@@ -14,6 +14,7 @@ from mtpkern.kernels.advance import advance_triton
 from mtpkern.kernels.decode_attention import decode_attention_triton
 from mtpkern.kernels.kv_write import kv_write_triton
 from mtpkern.kernels.readout import readout_triton
+from support.slow import slow_but
 
 pytest.importorskip("triton")
 
@@ -66,10 +67,14 @@ def in_triton(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 @pytest.mark.parametrize(
     ("name", "strategy"),
-    [
-        *((name, strategy) for name in MODELS for strategy in STRATEGIES[:2]),
-        *(("llama", STRATEGIES[2]), ("gemma3_text", STRATEGIES[3])),
-    ],
+    slow_but(
+        [
+            *((name, strategy) for name in MODELS for strategy in STRATEGIES[:2]),
+            *(("llama", STRATEGIES[2]), ("gemma3_text", STRATEGIES[3])),
+        ],
+        *(("llama", STRATEGIES[1]), ("gemma3_text", STRATEGIES[0]), ("gemma3_text", STRATEGIES[3])),
+        interpreted=True,
+    ),
     ids=str,
 )
 def test_generation_with_the_kernels_in_the_loop(

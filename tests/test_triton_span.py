@@ -14,6 +14,7 @@ from mtpkern.kernels.span_attention import Tiles, span_attention_reference, span
 from mtpkern.kernels.span_mask import Rule, span_mask
 from mtpkern.train import objective
 from mtpkern.train.layout import build_layout
+from support.slow import slow_but
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -317,7 +318,7 @@ def test_inputs_need_not_be_dense(monkeypatch):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("form", ["torch", "triton"])
+@pytest.mark.parametrize("form", slow_but(["torch", "triton"], "triton", interpreted=True))
 def test_a_compiled_step_has_no_graph_break(monkeypatch, form):
     """Loss and gradients of an unmodified Llama with activation checkpointing, compiled whole and not."""
     torch.manual_seed(0)
@@ -356,7 +357,7 @@ def test_the_op_is_what_torch_expects_of_one():
     torch.library.opcheck(torch.ops.mtpkern.span_attention, (*leaves[:3], rule, 0.3, 4, 2.0, leaves[3]))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", slow_but([False, True], True, interpreted=True))
 def test_a_training_step_equals_the_torch_path(monkeypatch, checkpointing):
     """Loss and gradients of a tiny model with sliding window: teacher pass, student pass, head and loss."""
     layers = ["sliding_attention", "full_attention"]

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import mtpkern
 from mtpkern import Static, Verified
+from support.slow import slow_but
 
 NEW = 8
 MASK = 47
@@ -239,7 +240,11 @@ HANDFUL = {
 }
 
 
-@pytest.mark.parametrize("model_type", HANDFUL)
+# Of what decodes one, and each way to be refused.
+QUICK = [name for name, what in HANDFUL.items() if what != "equal" or name == "starcoder2"]
+
+
+@pytest.mark.parametrize("model_type", slow_but(HANDFUL, *QUICK))
 def test_a_handful(model_type: str) -> None:
     kind, what = outcome(tiny_model(model_type))
     if HANDFUL[model_type] == "equal":
@@ -249,7 +254,7 @@ def test_a_handful(model_type: str) -> None:
         assert HANDFUL[model_type] in what
 
 
-@pytest.mark.slow
+@pytest.mark.slow("walk::test_a_handful")
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif("MTPKERN_WALK" not in os.environ, reason="takes minutes: set MTPKERN_WALK=1")
 def test_the_whole_walk() -> None:
@@ -258,7 +263,7 @@ def test_the_whole_walk() -> None:
     assert len(table["equal"]) > 50
 
 
-@pytest.mark.slow
+@pytest.mark.slow("walk::test_verified_equals_greedy_over_some_tokens")
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif("MTPKERN_WALK" not in os.environ, reason="takes minutes: set MTPKERN_WALK=1")
 def test_verified_equals_greedy_over_many_tokens() -> None:

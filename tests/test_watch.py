@@ -14,6 +14,7 @@ from mtpkern import Static, Verified, decoder
 from mtpkern.poll import Poll
 from mtpkern.strategies import Strategy
 from mtpkern.watch import Watch
+from support.slow import slow_but
 from support.watching import (
     NEW,
     RULES,
@@ -36,7 +37,7 @@ def model(tiny: Any) -> Any:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("batch", ["one", "inputs"])
+@pytest.mark.parametrize("batch", slow_but(["one", "inputs"], "inputs"))
 @pytest.mark.filterwarnings("ignore:k=")
 def test_criteria_are_asked_what_generate_asks_them(
     rule: str, batch: str, model: Any, tiny: Any, request: pytest.FixtureRequest
@@ -69,7 +70,7 @@ def test_stop_strings_end_where_generate_ends(model: Any, inputs: Any, tokenizer
     assert len(outputs) > 8
 
 
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("late", slow_but([False, True], False))
 @every_strategy
 def test_stop_strings_at_every_place_of_a_block(
     strategy: Strategy, late: bool, model: Any, inputs: Any, tokenizer: Any, request: pytest.FixtureRequest

@@ -47,9 +47,9 @@ def run_until_killed(path, function, nth):
         ((torch, "save"), 1, None),
         # Four calls a checkpoint: arguments, optimizer, scheduler, random state.
         ((torch, "save"), 5, "checkpoint-2"),
-        ((torch, "save"), 8, "checkpoint-2"),
+        pytest.param((torch, "save"), 8, "checkpoint-2", marks=pytest.mark.slow),
         ((os, "replace"), 4, "checkpoint-2"),
-        ((run_module, "rotate"), 2, "checkpoint-4"),
+        pytest.param((run_module, "rotate"), 2, "checkpoint-4", marks=pytest.mark.slow),
         ((shutil, "rmtree"), 1, "checkpoint-4"),
     ],
 )

@@ -16,11 +16,6 @@ NEW = 12
 ALL = ["q_proj", "v_proj", "down_proj"]
 
 
-@pytest.fixture
-def model(tiny: Any) -> Any:
-    return tiny.model("llama")
-
-
 def wild(model: Any, *, scale: float = 0.3) -> Any:
     """Adapters as they are after training: none of them does nothing."""
     generator = torch.Generator().manual_seed(5)

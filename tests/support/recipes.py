@@ -1,7 +1,5 @@
 """A tiny run of `mtpkern train`: its rows, and options that make it small."""
 
-import json
-
 import pytest
 
 # Rows as the data sets have them: their columns, their order, their kinds of values.
@@ -29,11 +27,6 @@ GSM8K = [
 
 
 TINY = ["--max-steps", "1", "--per-device-train-batch-size", "2", "--use-cpu", "--warmup-steps", "0"]
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture

@@ -49,3 +49,9 @@ def trainer(path, dataset=None, seed=0, **change):
 
 def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.model.parameters(), b.model.parameters()))
+
+
+def files_of(folder):
+    return {
+        str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()
+    }

@@ -27,10 +27,10 @@ from mtpkern.output import printable
 ROOT = Path(__file__).resolve().parents[1]
 
 GROUPS = {
-    "ops": ("readout", "decode_attention", "span_attention", "kv_write", "linear", "packed", "gated_lora", "distill"),
-    "step": ("step", "gated_step", "compiled", "train_step"),
+    "ops": ("readout", "decode_attention", "span_attention", "linear", "packed", "gated_lora", "distill"),
+    "step": ("gated_step", "compiled", "train_step"),
     "generation": ("decode", "call", "real", "throughput", "assisted"),
-    "all of it": ("preflight", "gpu", "aot", "tiles"),
+    "all of it": ("preflight", "gpu", "aot"),
 }
 _NAMES = [name for names in GROUPS.values() for name in names]
 

@@ -6,13 +6,13 @@ import argparse
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mtpkern.bench.harness import as_json, environment
+from mtpkern.bench.harness import Spread, as_json, environment
 from mtpkern.loading import device_of
 
 RESULTS = Path(__file__).parent / "results"
@@ -53,10 +53,18 @@ class Table:
     caption: str
     note: str
     header: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[str]] = ()
     records: Sequence[Mapping[str, object]] = ()
     goals: Sequence[Goal] = ()
     skipped: Sequence[str] = ()
+
+    def plus(
+        self, row: Sequence[str], record: Mapping[str, object], *goals: Goal, skipped: Iterable[str] = ()
+    ) -> Table:
+        """The same with a row more: `yield (table := table.plus(("1", "2 µs"), {"rows": 1, "us": 2.0}))`."""
+        lines = list(dict.fromkeys([*self.skipped, *skipped]))
+        grown = {"rows": [*self.rows, row], "records": [*self.records, record], "goals": [*self.goals, *goals]}
+        return replace(self, **grown, skipped=lines)
 
     def markdown(self) -> str:
         """The table as Markdown; the first column is aligned left, the others right."""
@@ -71,6 +79,11 @@ class Table:
         parts = [grid(GOALS_HEADER, [goal.row() for goal in self.goals])] if self.goals else []
         parts += [f"Skipped: {line}" for line in self.skipped]
         return "".join(f"\n{part}\n" for part in parts)
+
+
+def cells(found: Mapping[str, Spread], ways: Iterable[str], digits: int = 1) -> tuple[str, ...]:
+    """What was found of each way, "–" of one that was left out: `cells({"a": Spread(2, 1, 3)}, ["a", "b"], 0)`."""
+    return tuple(found[way].text(digits) if way in found else "–" for way in ways)
 
 
 def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -93,14 +106,19 @@ def _news(table: Table, before: Table | None) -> str:
 
 
 def write(
-    name: str, title: str, environment: Mapping[str, str], tables: Sequence[Table], data: object, folder: Path = RESULTS
+    name: str,
+    title: str,
+    environment: Mapping[str, str],
+    tables: Sequence[Table],
+    data: Mapping[str, object],
+    folder: Path = RESULTS,
 ) -> Path:
     """Write name.md and name.json to `folder` and return the path of the former.
 
     write("decode", "Decoding", environment(device), [table], {"accuracy": {...}})
     """
     facts = "\n".join(f"- {key}: {value}" for key, value in environment.items())
-    record = json.dumps({"environment": environment, **_fields(data)}, indent=1, default=as_json)
+    record = json.dumps({"environment": environment, **data}, indent=1, default=as_json)
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / f"{name}.md"
     _replace(page, f"# {title}\n\n{facts}\n\n" + "\n".join(t.markdown() for t in tables))
@@ -168,9 +186,3 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
-
-
-def _fields(data: object) -> dict[str, object]:
-    if not isinstance(data, Mapping):
-        raise TypeError(f"data must be a mapping of named results, got {type(data).__name__}")
-    return dict(data)

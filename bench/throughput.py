@@ -33,8 +33,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mtpkern import ASSETS
 from mtpkern.attention import attention_context
+from mtpkern.bench.models import MASK, SHAPES, build
 from mtpkern.bench.report import Table, positive, run
-from mtpkern.bench.step import CONFIGS, MASK, build
 from mtpkern.bench.timing import free
 from mtpkern.compare import synchronize
 from mtpkern.decoder import Decoder
@@ -161,7 +161,7 @@ def clock(device: torch.device) -> Callable[[], float]:
 
 
 def model_of(name: str, device: torch.device) -> PreTrainedModel:
-    """The shipped model in float32 with positions for any context, or one of bench/step.py's."""
+    """The shipped model in float32 with positions for any context, or one of bench/models.py's."""
     if name != SHIPPED:
         return build(name, device)
     config = AutoConfig.from_pretrained(ASSETS, trust_remote_code=False, max_position_embeddings=1 << 18)
@@ -274,7 +274,7 @@ def measure(
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
     options: dict[str, dict[str, Any]] = {
-        "--model": {"choices": [*CONFIGS, SHIPPED], "default": MODEL, "help": f"(default {MODEL})"},
+        "--model": {"choices": [*SHAPES, SHIPPED], "default": MODEL, "help": f"(default {MODEL})"},
         "--batches": {"type": positive, "nargs": "+", "metavar": "B", "help": "sequences side by side"},
         "--contexts": {"type": positive, "nargs": "+", "metavar": "L", "help": "tokens that stand before"},
         "--most-tokens": {"type": positive, "metavar": "N", "help": "leave out what has more in all its sequences"},

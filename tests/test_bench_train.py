@@ -8,12 +8,11 @@ import torch.nn.functional as F
 from torch.nn.attention import flex_attention
 
 from mtpkern.attention import attention_context
-from mtpkern.bench import distill, gated_step, span_attention, tiles, train_step
+from mtpkern.bench import distill, gated_step, span_attention, train_step
 from mtpkern.bench.distill import Case, Inputs
 from mtpkern.bench.harness import Spread
 from mtpkern.bench.span_attention import FLEX, INTERLEAVED, OURS, SDPA, Shape
 from mtpkern.bench.timing import Peak
-from mtpkern.kernels import span_attention as kernels
 from mtpkern.kernels.distill import Head
 from mtpkern.kernels.span_mask import span_mask
 from mtpkern.train.layout import build_layout, stride_prefixes
@@ -278,35 +277,6 @@ def test_head_of_the_plain_step_bans_the_mask():
     assert (some[:, trainee.mask] == float("-inf")).all()
     torch.testing.assert_close(some, all_)
     assert isinstance(train_step.head_of(trainee.student, trainee.mask), Head)
-
-
-def test_tiles_runs():
-    *spans, hard, soft = tiles.measure(CPU, quick=True)
-    assert [len(table.rows) for table in spans] == [1 + len(tiles.CANDIDATES[kernel]) for kernel in tiles.CANDIDATES]
-    for table in (*spans, hard, soft):
-        assert tiles.SHIPPED in [row[0] for row in table.rows]
-        assert not table.skipped
-
-
-def test_a_candidate_reaches_the_launcher_and_leaves_the_table_alone(monkeypatch):
-    """The tiles that the kernel would take, seen from inside the call."""
-    shape = span_attention.TINY[0]
-    layout = shape.layout()
-    inputs = [span_attention.Inputs.draw(shape, layout.position.shape[1], torch.float32, CPU)]
-    seen = []
-
-    def attend(q, k, v):
-        seen.append(kernels.TILES["dkdv", 4])
-        return q
-
-    before = dict(kernels.TILES)
-    monkeypatch.setattr(span_attention.Way, "both", span_attention.Way.forward)
-    shipped, actions = tiles.span_actions("dkdv", shape, span_attention.Way(attend, inputs))
-    for action in actions.values():
-        action(0)
-    assert before == kernels.TILES
-    taken = [next(x for limit, x in table.items() if shape.dim <= limit) for table in seen]
-    assert taken == [x for x in tiles.CANDIDATES["dkdv"] if x != shipped]
 
 
 def test_ways_of_a_gated_step(monkeypatch):

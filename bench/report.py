@@ -140,6 +140,7 @@ def run(
     argv: Sequence[str] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     on_cpu: Callable[[argparse.Namespace], bool] = lambda args: False,
+    device: str = "",
 ) -> None:
     """The command line of a benchmark: measure, write all so far after each table, print each row as it comes.
 
@@ -147,27 +148,30 @@ def run(
     row, so that a run that is cut keeps the rows it has. quick says that the grids should take seconds; on a CPU they
     are tiny in any case, and the page says that it is a dry run and is written only where --results names a folder.
     options: further ones by name, as argparse's add_argument takes them; measure gets their values by keyword. on_cpu:
-    whether what these ask for is measured on a CPU too, instead of rehearsed.
+    whether what these ask for is measured on a CPU too, instead of rehearsed. device: the only one, if there is.
 
         def main() -> None:
             run("readout", "Readout", measure)
     """
     parser = argparse.ArgumentParser(prog=f"python -m mtpkern.bench.{name}", description=title)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    if device:
+        parser.set_defaults(device=device)
+    else:
+        parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="the most telling shapes only")
     parser.add_argument("--results", type=Path, help="folder of the result files (default: bench/results; cpu: none)")
     further = [parser.add_argument(option, **facts).dest for option, facts in (options or {}).items()]
     args = parser.parse_args(argv)
-    device = device_of(args.device)
-    dry_run = device.type == "cpu" and not on_cpu(args)
+    here = device_of(args.device)
+    dry_run = here.type == "cpu" and not on_cpu(args)
     if dry_run:
         title += " (DRY RUN on a CPU: its figures say nothing)"
     folder = args.results or (None if dry_run else RESULTS)
-    facts = {**environment(device), "quick": str(args.quick)}
+    facts = {**environment(here), "quick": str(args.quick)}
     tables: list[Table] = []
     print(f"# {title}\n", flush=True)
     try:
-        for table in measure(device, args.quick, **{key: getattr(args, key) for key in further}):
+        for table in measure(here, args.quick, **{key: getattr(args, key) for key in further}):
             if tables and tables[-1].caption != table.caption:
                 print(tables[-1].foot(), flush=True)
             print(_news(table, tables[-1] if tables else None), flush=True)
@@ -175,7 +179,8 @@ def run(
             tables = [*(t for t in tables if t.caption != table.caption), table]
             if folder is not None:
                 data = {"title": title, "dry_run": dry_run, "tables": [asdict(t) for t in tables]}
-                write(name, title, facts, tables, data, folder)
+                # As many threads as the benchmark has set.
+                write(name, title, facts | {"threads": str(torch.get_num_threads())}, tables, data, folder)
     finally:
         if tables:
             print(tables[-1].foot(), flush=True)

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,7 @@ from mtpkern.train.layout import Layout, build_layout, draw_prefixes, tokens_apa
 
 OURS = "mtpkern"
 FLEX, INTERLEAVED, SDPA = "FlexAttention, our order", "FlexAttention, interleaved", "SDPA, dense mask"
+HEADER = ("way", "forward", "of floor", "backward", "of floor", "forward + backward", "ours is faster by")
 TARGETS = {FLEX: 1.2, INTERLEAVED: 1.8, SDPA: 4.0}
 
 # (b, h, row, key) -> whether the row sees the key.
@@ -141,17 +143,27 @@ def with_flex(rule: MaskMod, layout: Layout) -> Attend:
     return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=True)
 
 
+def additive_mask(layout: Layout, dtype: torch.dtype) -> Tensor:
+    """[B, 1, T, T]: 0 where a row sees a key, else -inf."""
+    mask = span_mask(*layout.rule).unsqueeze(1)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, **options: Any) -> Tensor:
+    """Attention as transformers does it with a mask: keys and values repeated for their group."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, **options)
+
+
 def with_sdpa(layout: Layout, dtype: torch.dtype) -> Attend:
     """scaled_dot_product_attention by its memory-efficient kernel, which is a CUDA device's alone."""
-    mask = span_mask(layout.position, layout.prefix_end, layout.span_start).unsqueeze(1)
-    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
-    backend = SDPBackend.EFFICIENT_ATTENTION if mask.is_cuda else SDPBackend.MATH
+    bias = additive_mask(layout, dtype)
+    backend = SDPBackend.EFFICIENT_ATTENTION if bias.is_cuda else SDPBackend.MATH
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        groups = q.shape[1] // k.shape[1]
-        k, v = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            return sdpa(q, k, v, bias)
 
     return attend
 
@@ -297,32 +309,6 @@ def measure_shape(shape: Shape, device: torch.device, rounds: int, *, compiled: 
         skipped += [f"{line} ({name})" for line in lost]
     floor = {name: peak(device).floor(**x) for name, x in work(shape, layout).items()}
 
-    lines, records = [], []
-    best = passes["forward + backward"][OURS].median
-    ratio, share = {}, {}
-    for name in found:
-        if any(name not in times for times in passes.values()):
-            continue
-        forward, both = passes["forward"][name], passes["forward + backward"][name]
-        backward = both.median - forward.median
-        ratio[name] = both.median / best
-        share[name] = {
-            "forward": 100 * floor["forward"] / forward.median,
-            "backward": 100 * floor["backward"] / backward,
-        }
-        lines.append(
-            (
-                name,
-                forward.text(1),
-                f"{share[name]['forward']:.0f} %",
-                f"{backward:.1f}",
-                f"{share[name]['backward']:.0f} %",
-                both.text(1),
-                f"{ratio[name]:.2f}",
-            )
-        )
-        records.append({"way": name, "forward": forward, "backward": backward, "both": both, "floor": floor})
-
     note = (
         f"{visible_pairs(layout):,} visible pairs in {layout.position.numel():,} rows, {dtype}. Microseconds, median "
         f"(range); floor {floor['forward']:.1f} forward, {floor['backward']:.1f} backward, of {peak(device).source}."
@@ -333,10 +319,21 @@ def measure_shape(shape: Shape, device: torch.device, rounds: int, *, compiled: 
             INTERLEAVED: lambda i: block_mask(interleaved_rule(layout), layout),
         }
         spent = timed(making, device, rounds=3, graph=False)
-        note += " Making a BlockMask, not counted: " + ", ".join(
-            f"{spread.median:.0f} ({name})" for name, spread in spent.items()
-        )
-        note += "."
+        said = ", ".join(f"{spread.median:.0f} ({name})" for name, spread in spent.items())
+        note += f" Making a BlockMask, not counted: {said}."
+    table = Table(f"Span attention, {shape.text()}", note, HEADER, skipped=skipped)
+    ratio, share = {}, {}
+    for name in found:
+        if any(name not in times for times in passes.values()):
+            continue
+        forward, both = passes["forward"][name], passes["forward + backward"][name]
+        took = {"forward": forward.median, "backward": both.median - forward.median}
+        ratio[name] = both.median / passes["forward + backward"][OURS].median
+        share[name] = {x: 100 * floor[x] / us for x, us in took.items()}
+        of_floor = [f"{x:.0f} %" for x in share[name].values()]
+        row = name, forward.text(1), of_floor[0], f"{took['backward']:.1f}", of_floor[1], both.text(1)
+        record = {"way": name, "forward": forward, "backward": took["backward"], "both": both, "floor": floor}
+        table = table.plus((*row, f"{ratio[name]:.2f}"), record)
     goals = []
     if shape == SHAPES[0]:
         goals = [Goal(f"forward + backward against {x}", t, ratio[x], "x") for x, t in TARGETS.items() if x in ratio]
@@ -345,8 +342,7 @@ def measure_shape(shape: Shape, device: torch.device, rounds: int, *, compiled: 
             Goal(f"{x} at N = {shape.tokens:,}, share of the floor", t, share[OURS][x], "%")
             for x, t in (("forward", 50), ("backward", 38))
         ]
-    header = ("way", "forward", "of floor", "backward", "of floor", "forward + backward", "ours is faster by")
-    return Table(f"Span attention, {shape.text()}", note, header, lines, records, goals, skipped)
+    return replace(table, goals=goals)
 
 
 def measure(device: torch.device, quick: bool) -> Iterator[Table]:

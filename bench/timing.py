@@ -285,6 +285,17 @@ def kernels_by_name(action: Action, device: torch.device) -> list[tuple[str, int
     return sorted(events, key=lambda event: -event[2])
 
 
+def peak_of(action: Action, device: torch.device) -> float:
+    """Bytes allocated at the height of a call, with what was there before; NaN on a CPU."""
+    if device.type != "cuda":
+        return float("nan")
+    free(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    action(0)
+    torch.cuda.synchronize(device)
+    return float(torch.cuda.max_memory_allocated(device))
+
+
 def reason(error: BaseException) -> str:
     """An exception in one line: `reason(ValueError("no"))` is "ValueError: no"."""
     lines = str(error).strip().splitlines()

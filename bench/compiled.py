@@ -148,10 +148,5 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
         yield from pass_tables("Llama-3.1-8B", build("Llama-3.1-8B", device), grid(device)[:2])
 
 
-def main() -> None:
-    """Measure, print, write."""
-    run("compiled", "Compiled models", measure)
-
-
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(exit_status(partial(run, "compiled", "Compiled models", measure)))

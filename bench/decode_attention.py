@@ -11,12 +11,13 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from mtpkern.bench.harness import Spread
 from mtpkern.bench.report import Goal, Table, cells, run
@@ -98,6 +99,9 @@ class Case:
         q, k, v = self.padded(i)
         return self.packed(F.scaled_dot_product_attention(q, k, v, self.visible, enable_gqa=True))
 
+    # The two below are made where they are first called, so that what their making raises is met there.
+
+    @cached_property
     def flash(self) -> Action:
         """flash_attn_with_kvcache."""
         attend = importlib.import_module("flash_attn").flash_attn_with_kvcache
@@ -109,10 +113,9 @@ class Case:
 
         return call
 
+    @cached_property
     def flex(self) -> Action:
         """FlexAttention, compiled on a GPU; its block mask is made beforehand."""
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
         device, slot = self.seq.device, self.slot.view(self.shape.B, self.shape.W)
 
         def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
@@ -122,34 +125,18 @@ class Case:
         attend: Callable[..., Any] = flex_attention
         if device.type == "cuda":
             attend = torch.compile(flex_attention, fullgraph=True, dynamic=False)
-
-        def call(i: int) -> Tensor:
-            return self.packed(attend(*self.padded(i), block_mask=mask, enable_gqa=True))
-
-        return call
-
-
-def deferred(make: Callable[[], Action]) -> Action:
-    """An action that is made at its first call, so that what its making raises is met where its calls are watched."""
-    made: list[Action] = []
-
-    def call(i: int) -> object:
-        if not made:
-            made.append(make())
-        return made[0](i)
-
-    return call
+        return lambda i: self.packed(attend(*self.padded(i), block_mask=mask, enable_gqa=True))
 
 
 def times(shape: Shape, device: torch.device, *, flex: bool) -> tuple[dict[str, Spread], list[str]]:
     """Microseconds of each way at a shape, and what was left out."""
     case = Case(shape, device)
     ours = {OURS: case.attend(decode_attention), INVARIANT: case.attend(decode_attention, batch_invariant=True)}
-    theirs: dict[str, Action] = {SDPA: case.sdpa, FLASH: deferred(case.flash)}
+    theirs: dict[str, Action] = {SDPA: case.sdpa, FLASH: lambda i: case.flash(i)}
     if device.type == "cuda":
         ours[UNSPLIT] = case.attend(decode_attention_triton, splits=1)
     if flex:
-        theirs[FLEX] = deferred(case.flex)
+        theirs[FLEX] = lambda i: case.flex(i)
     found, skipped = race(ours, theirs, device, calls=case.n)
     return found | {BEHIND: _behind_product(case, device)}, skipped
 
@@ -248,10 +235,5 @@ def _goals(spent: Mapping[Shape, Mapping[str, Spread]], device: torch.device) ->
     return goals
 
 
-def main() -> None:
-    """Measure, print, write."""
-    run("decode_attention", "Decode attention", measure)
-
-
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(exit_status(partial(run, "decode_attention", "Decode attention", measure)))

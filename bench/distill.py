@@ -188,7 +188,8 @@ def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: i
     goals = []
     if not isnan(memory[OURS]):
         goals.append(Goal(f"peak memory, {title}", bound / MIB, memory[OURS] / MIB, "MiB", at_most=True))
-        slope = (peak_of_case(replace(case, rows=4 * case.rows), device, dtype) - memory[OURS]) / (3 * case.rows)
+        more = Inputs.draw(replace(case, rows=4 * case.rows), dtype, device)
+        slope = (peak_memory(partial(step, ours, more), device) - memory[OURS]) / (3 * case.rows)
         goals.append(Goal(f"memory a row, {title}", 8 * case.width + 64, slope, "bytes", at_most=True))
         plain = min((times[name].median for name in (FLOAT32, BF16) if name in times), default=float("nan"))
         goals.append(Goal(f"time against the faster of all logits, {title}", 1.1, best / plain, "x", at_most=True))
@@ -200,12 +201,6 @@ def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: i
         f"floor {floor:.0f} of {peak(device).source}; memory above the inputs in MiB, bound {bound / MIB:,.0f}."
     )
     return Table(f"Head and loss: {title}", note, HEADER, _rows(times, floor, memory), records, goals, skipped)
-
-
-def peak_of_case(case: Case, device: torch.device, dtype: torch.dtype) -> float:
-    """Our peak memory in another case."""
-    inputs = Inputs.draw(case, dtype, device)
-    return peak_memory(partial(step, ours, inputs), device)
 
 
 def measure_readout(case: Case, device: torch.device, dtype: torch.dtype, rounds: int) -> Table:
@@ -259,10 +254,5 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
         free(device)
 
 
-def main() -> None:
-    """The command line."""
-    run("distill", "Head and loss", measure)
-
-
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(exit_status(partial(run, "distill", "Head and loss", measure)))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -104,10 +105,5 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
         yield table
 
 
-def main() -> None:
-    """Measure, print, write."""
-    run("gated_lora", "Gated LoRA", measure)
-
-
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(exit_status(partial(run, "gated_lora", "Gated LoRA", measure)))

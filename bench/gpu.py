@@ -38,31 +38,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 
-
 # Seconds that each may take, in the order in which they run; a first call ends within nine minutes.
 PREFLIGHT_LIMIT, TESTS_LIMIT = 80.0, 130.0
-SHORT_LIMITS = {
-    "compiled": 90.0,
-    "decode_attention": 45.0,
-    "span_attention": 25.0,
-    "train_step": 45.0,
-    "distill": 25.0,
-    "readout": 20.0,
-}
+SHORT_LIMITS = {"compiled": 90.0, "decode_attention": 45.0, "span_attention": 25.0}
+SHORT_LIMITS |= {"train_step": 45.0, "distill": 25.0, "readout": 20.0}
 # While time is left. First FlexAttention.
-WHOLE_LIMITS = {
-    "span_attention": 150.0,
-    "compiled": 300.0,
-    "decode_attention": 90.0,
-    "train_step": 150.0,
-    "distill": 60.0,
-    "readout": 40.0,
-    "gated_lora": 60.0,
-    "linear": 75.0,
-    "throughput": 150.0,
-    "assisted": 60.0,
-    "call": 40.0,
-}
+WHOLE_LIMITS = {"span_attention": 150.0, "compiled": 300.0, "decode_attention": 90.0, "train_step": 150.0}
+WHOLE_LIMITS |= {"distill": 60.0, "readout": 40.0, "gated_lora": 60.0, "linear": 75.0}
+WHOLE_LIMITS |= {"throughput": 150.0, "assisted": 60.0, "call": 40.0}
 SLOW_LIMIT = 120.0
 PREFLIGHT, TESTS, SLOW, SHORT, WHOLE = "pre-flight", "tests", "slow tests", "short grid", "whole grid"
 # Of a single test, where pytest-timeout is installed: one that hangs must not take those behind it along.
@@ -117,9 +100,8 @@ def supervise(what: str, command: Sequence[str], limit: float, *, cwd: Path, log
     """
     start = monotonic()
     with log.open("w") as out:
-        process = subprocess.Popen(
-            command, cwd=cwd, env={**os.environ, **environment}, stdout=out, stderr=out, start_new_session=True
-        )
+        where: dict[str, Any] = {"cwd": cwd, "env": {**os.environ, **environment}, "start_new_session": True}
+        process = subprocess.Popen(command, stdout=out, stderr=out, **where)
         try:
             code = process.wait(max(limit, 0.0))
             status = "done" if code == 0 else f"failed with {code}"
@@ -218,9 +200,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python bench/gpu.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cuda", help="cpu rehearses, without the tests")
     parser.add_argument("--minutes", type=float, default=9.0, help="for all of it")
-    parser.add_argument(
-        "--parts", nargs="+", choices=WHOLE_LIMITS, default=list(WHOLE_LIMITS), help="benchmarks to run"
-    )
+    every = list(WHOLE_LIMITS)
+    parser.add_argument("--parts", nargs="+", choices=every, default=every, help="benchmarks to run")
     parser.add_argument("--no-tests", action="store_true", help="no pre-flight either")
     parser.add_argument("--results", type=Path, help="a further folder for all that is written")
     args = parser.parse_args(argv)
@@ -234,9 +215,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     print(f"python {sys.executable}, torch {torch.__version__}, CUDA {torch.version.cuda}, clone {ROOT}", flush=True)
-    print(
-        ", ".join(f"{d.name} {d.version}" for d in distributions() if d.name in ("triton", "transformers")), flush=True
-    )
+    there = (f"{d.name} {d.version}" for d in distributions() if d.name in ("triton", "transformers"))
+    print(", ".join(there), flush=True)
     if not dry_run and not torch.cuda.is_available():
         print("this python's torch sees no GPU: nothing was run (--device cpu rehearses the benchmarks)")
         return 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -127,10 +128,5 @@ def times(layers: Layers, R: int, names: Sequence[str]) -> tuple[Mapping[str, Sp
     return found, skipped
 
 
-def main() -> None:
-    """Measure, print, write."""
-    run("linear", "Linear layers with few rows", measure)
-
-
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(exit_status(partial(run, "linear", "Linear layers with few rows", measure)))

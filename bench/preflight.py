@@ -342,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     status = 0
     makes = (machine, compiled, kernels, checkpoint, passes, layers, products)
     for name, make in zip(STEPS + ASKED, makes, strict=True):
-        if name not in args.steps:
+        if name not in args.steps or status == WRONG:
             continue
         start = time.perf_counter()
         try:
@@ -357,8 +357,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.results:
             with args.results.open("a", encoding="utf-8") as out:
                 out.write(line + "\n")
-        if status == WRONG:
-            break
     return status
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -177,10 +178,5 @@ def _ratio(times: Mapping[str, Spread]) -> str:
     return f"{times[TORCH].median / times[OURS].median:.1f}"
 
 
-def main() -> None:
-    """Measure, print, write."""
-    run("readout", "Readout and advance", measure)
-
-
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(exit_status(partial(run, "readout", "Readout and advance", measure)))

@@ -358,10 +358,5 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
             free(device)
 
 
-def main() -> None:
-    """The command line."""
-    run("span_attention", "Span attention", measure)
-
-
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(exit_status(partial(run, "span_attention", "Span attention", measure)))

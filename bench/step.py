@@ -77,18 +77,11 @@ class Stand:
             self.decoder.cache.layers = share.decoder.cache.layers
         prompt = torch.randint(2, model.config.vocab_size, (at.B, _PROMPT), device=model.device)
         self.decoder.prefill(prompt)
-        cache, sequences, rows = self.decoder.cache, self.decoder.sequences, self.decoder.rows
         with torch.inference_mode():
             if share is None:
-                for buffers in cache.layers.values():
-                    for buffer in buffers:
-                        buffer.normal_()
-            up = at.L - _PROMPT
-            for place in (sequences.length, sequences.limit):
-                place.add_(up)
-            in_use = rows.slot < cache.capacity
-            for place in (rows.position, rows.slot):
-                place.add_(up * in_use)
+                fill(self.decoder)
+            move_up(self.decoder, at.L - _PROMPT)
+        cache, sequences, rows = self.decoder.cache, self.decoder.sequences, self.decoder.rows
         self.state = [*vars(sequences).values(), *vars(rows).values()]
         self.before = [x.clone() for x in self.state]
 
@@ -109,6 +102,23 @@ class Stand:
     def body(self, i: int) -> Tensor:
         """The model on the rows of the pass, attention left out, and nothing taken in: logits."""
         return self.decoder._forward({"mtpkern": Body()})
+
+
+def fill(decoder: Decoder) -> None:
+    """Noise for keys and values: it costs the same to read as text."""
+    for buffers in decoder.cache.layers.values():
+        for buffer in buffers:
+            buffer.normal_()
+
+
+def move_up(decoder: Decoder, by: int) -> None:
+    """Behind a prefill: as if so many tokens more stood before what is pending."""
+    rows, masks = decoder.all_rows, decoder.strategy.masks
+    in_use = rows.slot < decoder.cache.capacity
+    for place in (decoder.sequences.length, decoder.sequences.limit):
+        place.add_(by)
+    for place in (rows.position, rows.slot, *((rows.prefix_end, rows.span_start) if masks else ())):
+        place.add_(by * in_use)
 
 
 def reset(stands: Sequence[Stand]) -> None:

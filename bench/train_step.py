@@ -233,10 +233,5 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
         free(device)
 
 
-def main() -> None:
-    """The command line."""
-    run("train_step", "Training step", measure)
-
-
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(exit_status(partial(run, "train_step", "Training step", measure)))

@@ -53,7 +53,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtpkern.kernels.form import pdl_options
+from mtpkern.kernels.form import pdl_options, strides
 from mtpkern.kernels.kv_write import kv_write, kv_write_triton
 from mtpkern.kernels.op import op
 from mtpkern.kernels.packed_rows import PackedRows
@@ -61,8 +61,6 @@ from mtpkern.kernels.scoring import Scoring
 
 # Keys of a split in the batch-invariant mode, counted from slot 0.
 CHUNK = 256
-# False has the caches written by a launch before, as on AMD's GPUs: for a comparison.
-WRITE_INSIDE = True
 
 if find_spec("triton"):
     import triton
@@ -491,95 +489,45 @@ def decode_attention_triton(
     # As every projection leaves them.
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     assert k_cache.stride(-1) == v_cache.stride(-1) == 1
-    write = WRITE_INSIDE and torch.version.hip is None
+    write, split = torch.version.hip is None, splits > 1
     if not write:
         kv_write_triton(k_cache, v_cache, key, value, rows.seq, rows.slot)
-    split = splits > 1
     out = query.new_empty(R, Hq, D_V)
     part = query.new_empty(splits, R, Hq, D_V, dtype=torch.float32) if split else out[None]
     lse = query.new_empty(splits, R, Hq, dtype=torch.float32)
-    sink = query if sinks is None else sinks  # a pointer is a pointer
+    # A pointer is a pointer, where there is nothing to point to.
+    sink = query if sinks is None else sinks
+    of_rows = rows.seq, rows.slot, *((rows.prefix_end, rows.span_start) if spans else [rows.slot] * 2), rows.start
     # Enough programs that none writes more rows than it has in flight at once: one after the other they would take as
     # long as the attention of a large batch.
     BLOCK_W = 16
     writers = triton.cdiv(R, BLOCK_W * TILES * splits) if write or not split else 0
+    tensors = query, key, value, k_cache, v_cache
+    numbers = B, R, C, splits, scoring.scale, scoring.softcap or 0.0, scoring.window or 0, rows.scratch
+    sizes = {"G": G, "D": D, "D_V": D_V, "BLOCK_D": BLOCK_D, "BLOCK_V": BLOCK_V, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
+    sizes |= {"TILES": TILES, "BLOCK_W": BLOCK_W, "CHUNK": CHUNK if batch_invariant else 0, "LEAST": least}
+    has = {"HAS_SPANS": spans, "HAS_WINDOW": scoring.window is not None, "HAS_SOFTCAP": scoring.softcap is not None}
+    has_sinks, pdl = {"HAS_SINKS": sinks is not None}, pdl_options(query.device)
     _attend_kernel[(TILES * splits, Hkv, B + writers)](
-        query,
-        key,
-        value,
-        k_cache,
-        v_cache,
-        rows.seq,
-        rows.slot,
-        rows.prefix_end if spans else rows.slot,
-        rows.span_start if spans else rows.slot,
-        rows.start,
-        sink,
-        part,
-        lse,
-        query.stride(),
-        key.stride(),
-        value.stride(),
-        k_cache.stride(),
-        v_cache.stride(),
-        part.stride(),
-        lse.stride(),
-        B,
-        R,
-        C,
-        splits,
-        scoring.scale,
-        scoring.softcap or 0.0,
-        scoring.window or 0,
-        rows.scratch,
-        G=G,
-        D=D,
-        D_V=D_V,
-        TILES=TILES,
-        BLOCK_M=BLOCK_M,
-        BLOCK_N=BLOCK_N,
-        BLOCK_D=BLOCK_D,
-        BLOCK_V=BLOCK_V,
-        CHUNK=CHUNK if batch_invariant else 0,
-        LEAST=least,
-        BLOCK_W=BLOCK_W,
+        *(*tensors, *of_rows, sink, part, lse),
+        *strides(*tensors, part, lse),
+        *numbers,
         WRITE=write,
         SPLIT=split,
-        HAS_SPANS=spans,
-        HAS_WINDOW=scoring.window is not None,
-        HAS_SOFTCAP=scoring.softcap is not None,
-        HAS_SINKS=sinks is not None,
         PRECISION=precision,
         num_warps=num_warps,
         num_stages=num_stages,
-        **pdl_options(query.device),
+        **(sizes | has | has_sinks | pdl),
     )
     if split:
-        merge_triton(out, part, lse, rows.slot, sinks, C)
+        _merge_kernel[(R, Hq)](
+            *(part, lse, rows.slot, sink, out, *strides(part, lse, out), C, splits),
+            D_V=D_V,
+            BLOCK_V=BLOCK_V,
+            BLOCK_S=16,
+            BLOCK_L=64,
+            # A row of a part fills a warp, so that no sum crosses warps.
+            num_warps=max(1, BLOCK_V // 128),
+            **(has_sinks | pdl),
+        )
     return out
-
-
-def merge_triton(out: Tensor, part: Tensor, lse: Tensor, row_slot: Tensor, sinks: Tensor | None, C: int) -> None:
-    """Bring what splits have left, part [n_splits, R, Hq, D_V] and lse [n_splits, R, Hq], into out [R, Hq, D_V]."""
-    n_splits, R, Hq, D_V = part.shape
-    BLOCK_V = max(16, triton.next_power_of_2(D_V))
-    _merge_kernel[(R, Hq)](
-        part,
-        lse,
-        row_slot,
-        out if sinks is None else sinks,  # a pointer is a pointer
-        out,
-        part.stride(),
-        lse.stride(),
-        out.stride(),
-        C,
-        n_splits,
-        D_V=D_V,
-        BLOCK_V=BLOCK_V,
-        BLOCK_S=16,
-        BLOCK_L=64,
-        HAS_SINKS=sinks is not None,
-        # A row of a part fills a warp, so that no sum crosses warps.
-        num_warps=max(1, BLOCK_V // 128),
-        **pdl_options(out.device),
-    )

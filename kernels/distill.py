@@ -270,6 +270,12 @@ def _buffer(hidden: Tensor, rows: int, vocabulary: int, dtype: torch.dtype) -> T
     return hidden.new_empty(rows, -(-vocabulary // 16) * 16, dtype=dtype)[:, :vocabulary]
 
 
+def _product(hidden: Tensor, head: Head, buffer: Tensor) -> tuple[Tensor, Tensor]:
+    """States in the dtype of the head's weight, and their product with it, in the first rows of a buffer."""
+    states = hidden.to(head.weight.dtype)
+    return states, torch.mm(states, head.weight.t(), out=buffer[: len(states)])
+
+
 def _readout_rows_triton(z: Tensor, head: Head, read: Readout) -> None:
     with on_device(z):
         _readout_kernel[(len(z),)](z, head.options(), *read, z.stride(0), BLOCK=BLOCK, num_warps=WARPS)
@@ -296,10 +302,10 @@ def _readout_op(
     buffer = _buffer(hidden, min(chunk, rows), vocabulary, dtype)
     wide = torch.promote_types(dtype, torch.float32)
     read = Readout(*(hidden.new_empty(rows, dtype=x) for x in (torch.int64, wide, wide)))
+    form = _readout_rows_triton if triton else _readout_rows_torch
     for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
-        z = torch.mm(hidden[part].to(dtype), head.weight.t(), out=buffer[: rows - start])
-        form = _readout_rows_triton if triton else _readout_rows_torch
+        _, z = _product(hidden[part], head, buffer)
         form(z, head, Readout(*(x[part] for x in read)))
     return read.token, read.confidence.float(), read.entropy.float()
 
@@ -385,21 +391,12 @@ class _Chunk(NamedTuple):
 
 
 def _loss_rows_triton(c: _Chunk, need_grad: bool) -> None:
-    with on_device(c.z):
-        _loss_kernel[(len(c.z),)](
-            c.z,
-            c.head.options(),
-            c.target,
-            c.teacher_z,
-            None if c.teacher_head is None else c.teacher_head.options(),
-            c.row_weight,
-            c.loss,
-            c.z.stride(0),
-            0 if c.teacher_z is None else c.teacher_z.stride(0),
-            NEED_GRAD=need_grad,
-            BLOCK=BLOCK,
-            num_warps=WARPS,
-        )
+    z, head, target, teacher_z, teacher_head, row_weight, loss = c
+    teacher = teacher_z, None if teacher_head is None else teacher_head.options()
+    between_rows = z.stride(0), 0 if teacher_z is None else teacher_z.stride(0)
+    options = {"NEED_GRAD": need_grad, "BLOCK": BLOCK, "num_warps": WARPS}
+    with on_device(z):
+        _loss_kernel[(len(z),)](z, head.options(), target, *teacher, row_weight, loss, *between_rows, **options)
 
 
 def _loss_rows_torch(c: _Chunk, need_grad: bool) -> None:
@@ -472,7 +469,6 @@ def _loss_op(
     # A teacher's logits live beside the student's.
     chunk = chunk or _chunk(rows, vocabulary * (1 if teacher_hidden is None else 2), dtype, triton)
     buffer = _buffer(hidden, min(chunk, rows), vocabulary, dtype)
-    teacher_z = None
     if teacher_head is not None:
         assert teacher_dtype is not None
         teacher_head = teacher_head.within(teacher_dtype)
@@ -483,17 +479,15 @@ def _loss_op(
     if rows == 0:
         for gradient in gradients:
             gradient.zero_()
+    form = _loss_rows_triton if triton else _loss_rows_torch
     for start in range(0, rows, chunk):
         part: Any = slice(start, start + chunk)
         loss = losses[part]
-        if some is not None:
-            part = some[part]
-        states = hidden[part].to(dtype)
-        z = torch.mm(states, head.weight.t(), out=buffer[: len(states)])
+        part = part if some is None else some[part]
+        states, z = _product(hidden[part], head, buffer)
+        teacher_z = None
         if teacher_head is not None and teacher_hidden is not None:
-            teacher_states = teacher_hidden[part].to(teacher_dtype)
-            teacher_z = torch.mm(teacher_states, teacher_head.weight.t(), out=teacher_buffer[: len(states)])
-        form = _loss_rows_triton if triton else _loss_rows_torch
+            _, teacher_z = _product(teacher_hidden[part], teacher_head, teacher_buffer)
         labels = None if target is None else target[part]
         form(_Chunk(z, head, labels, teacher_z, teacher_head, row_weight[part], loss), any(needs))
         if needs[0]:

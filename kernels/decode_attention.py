@@ -39,7 +39,7 @@ consecutive slots, and those in scratch slots come last, in consecutive ones too
 that a tile sees thus lies nothing that no row of the sequence sees. So it is with scratch slots, which are so many keys
 more; with a window the tiles between them and what the window shows are left out.
 
-One file, though a long one: half of it are the two kernels, and what decides their launch has to be read beside them.
+A long file, because what decides the launch of its two kernels, which are half of it, has to be read beside them.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -386,11 +386,9 @@ def decode_attention(
         out = decode_attention(q, k, v, k_cache, v_cache, PackedRows(seq, slot, start, max_rows=15), Scoring(D**-0.5))
     """
     kv_write.reference(k_cache, v_cache, key, value, rows.seq, rows.slot)
-    B, Hkv, D = k_cache.shape[0], k_cache.shape[1], k_cache.shape[3]
-    C = k_cache.shape[2] - 1 if slots is None else slots
-    R, Hq, _ = query.shape
+    (B, Hkv, C, D), (R, Hq, _), Dv = k_cache.shape, query.shape, v_cache.shape[-1]
+    C, W = C - 1 if slots is None else slots, R if B == 1 else rows.max_rows
     scale, softcap, sinks = scoring.scale, scoring.softcap, scoring.sinks
-    Dv, W = v_cache.shape[-1], R if B == 1 else rows.max_rows
     spread = rows.spread(scoring.window, C, query.dtype)
     q = query
     if spread.place is not None:
@@ -464,10 +462,9 @@ def decode_attention_triton(
 
     On AMD's GPUs one more: their compiler takes no pointers into two tensors, and to load from both costs registers.
     """
-    B, Hkv, C, D = k_cache.shape[0], k_cache.shape[1], k_cache.shape[2] - 1, k_cache.shape[3]
-    R, Hq, _ = query.shape
+    (B, Hkv, C, D), (R, Hq, _), D_V = k_cache.shape, query.shape, v_cache.shape[3]
+    C, G = C - 1, Hq // Hkv
     max_rows, spans, sinks = rows.max_rows, rows.prefix_end is not None, scoring.sinks
-    G, D_V = Hq // Hkv, v_cache.shape[3]
     # Padded in the registers only: a head width that is no power of two costs arithmetic, which is not what bounds us.
     BLOCK_D, BLOCK_V = (max(16, triton.next_power_of_2(width)) for width in (D, D_V))
     processors, shared_memory = _machine(query.device)

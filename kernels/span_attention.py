@@ -25,8 +25,7 @@ FLOPs    4 Hq D a visible pair forward, 10 Hq D backward; the Triton form comput
 Source   arXiv 2602.06019 (mask); tiles and recomputation after FlashAttention-2, arXiv 2307.08691; softcap as in
          Gemma 2, sinks as in gpt-oss
 
-One file, though a long one: forward and backward share their rule, their tiles and their device functions, and each
-kernel is checked against the lines above.
+A long file, because forward and backward share rule, tiles and device functions, and are read against the lines above.
 """
 
 # mypy: disable-error-code="no-untyped-def"

@@ -92,17 +92,3 @@ def draw_mask(*rule: Tensor | None, window: int | None = None) -> str:
         marks = " ".join(("▪" if j >= own else "■") if seen else "·" for j, seen in enumerate(keys))
         lines.append(f"{row:3d}  {int(one.position[row]):8d}  {marks}")
     return "\n".join(lines)
-
-
-def main() -> None:
-    """Draw six tokens with two spans of three predictions, behind 2 and 4 tokens: plain, in a window, both ways."""
-    position = torch.tensor([0, 1, 2, 3, 4, 5, 2, 3, 4, 5])
-    prefix_end = torch.tensor([1, 2, 3, 4, 5, 6, 2, 2, 4, 4])
-    span_start = torch.tensor([1, 2, 3, 4, 5, 6, 6, 6, 8, 8])
-    span_end = torch.tensor([1, 2, 3, 4, 5, 6, 8, 8, 10, 10])
-    for title, both, window in (("causal", None, None), ("window 3", None, 3), ("both directions", span_end, None)):
-        print(f"{title}\n{draw_mask(position, prefix_end, span_start, both, window=window)}\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -15,14 +15,12 @@ from torch import Tensor
 from mtpkern.bench.harness import Spread
 from mtpkern.bench.models import products
 from mtpkern.bench.report import Goal, Table, cells, run
-from mtpkern.bench.timing import copies, drawn, free, peak, race, with_constants
-from mtpkern.kernels import form
+from mtpkern.bench.timing import copies, drawn, free, peak, race
 from mtpkern.kernels.gated_lora import gated_lora, gated_update
 from mtpkern.output import exit_status
 
 BASE, OURS, TORCH = "base", "ours", "torch operations"
-NO_PDL = "ours, no PDL"  # each launch behind the end of the one ahead (kernels/form.py)
-WAYS = (BASE, OURS, NO_PDL, TORCH)
+WAYS = (BASE, OURS, TORCH)
 LAYERS, RANK, SCALE = 36, 32, 2.0
 # Of all weights in bf16, which a pass reads: its floor.
 WEIGHTS = 8.04e9
@@ -68,8 +66,7 @@ def times(case: Case, device: torch.device) -> tuple[dict[str, Spread], list[str
     """Microseconds of a call in each way, and what was left out."""
     n = len(case.weights)
     base, _ = race({BASE: case.base}, {}, device, calls=n)
-    ours = {OURS: case.ours, NO_PDL: with_constants(case.ours, form, PDL=False)}
-    adapted, skipped = race(ours, {TORCH: case.torch_operations}, device, calls=n)
+    adapted, skipped = race({OURS: case.ours}, {TORCH: case.torch_operations}, device, calls=n)
     return base | adapted, skipped
 
 

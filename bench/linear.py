@@ -18,8 +18,7 @@ from torch.nn.functional import linear
 from mtpkern.bench.harness import Spread
 from mtpkern.bench.models import Products, products
 from mtpkern.bench.report import Goal, Table, cells, run
-from mtpkern.bench.timing import Action, drawn, free, peak, race, with_constants
-from mtpkern.kernels import form
+from mtpkern.bench.timing import Action, drawn, free, peak, race
 from mtpkern.kernels.linear import few_rows_linear, new_counters
 from mtpkern.output import exit_status
 
@@ -27,9 +26,9 @@ MODELS = ("Qwen3-4B", "Llama-3.1-8B", "SmolLM2-135M")
 GRID = (1, 8, 16, 24, 32)
 # Of all weights of a chain, of which each product's must exceed the cache; and the most layers.
 CHAIN_BYTES, MOST_LAYERS = 3 << 29, 128
-SEPARATE, JOINED, OURS, NO_PDL = "torch, each", "torch, joined", "ours", "ours, no PDL"
+SEPARATE, JOINED, OURS = "torch, each", "torch, joined", "ours"
 TORCH_BETWEEN, OURS_BETWEEN = "torch, joined, behind a small operation", "ours, behind a small operation"
-WAYS = (SEPARATE, JOINED, OURS, NO_PDL, TORCH_BETWEEN, OURS_BETWEEN)
+WAYS = (SEPARATE, JOINED, OURS, TORCH_BETWEEN, OURS_BETWEEN)
 Multiply = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -108,8 +107,7 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
 
 def times(layers: Layers, R: int, names: Sequence[str]) -> tuple[Mapping[str, Spread], list[str]]:
     """Microseconds of products one behind another in each way, and what was left out."""
-    ours = layers.chain(R, layers.ours, names=names)
-    theirs: dict[str, Action] = {OURS: ours, NO_PDL: with_constants(ours, form, PDL=False)}
+    theirs: dict[str, Action] = {OURS: layers.chain(R, layers.ours, names=names)}
     if len(names) > 1 or len(layers.products[names[0]][1]) > 1:
         theirs[SEPARATE] = layers.chain(R, linear, names=names, apart=True)
     # Four products and their roundings on the way.

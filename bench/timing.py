@@ -17,9 +17,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import count
-from types import ModuleType
-from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -95,19 +92,6 @@ def _cache_size(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size
 
 
-def with_constants(action: Action, module: ModuleType, **constants: Any) -> Action:
-    """The action with constants of a module set at each call: at its capture they say which form is launched.
-
-    with_constants(lambda i: decode_attention(...), mtpkern.kernels.form, PDL=False)
-    """
-
-    def call(i: int) -> object:
-        with patch.multiple(module, **constants):
-            return action(i)
-
-    return call
-
-
 def timed(
     actions: Mapping[str, Action],
     device: torch.device,
@@ -142,9 +126,9 @@ def race(
 ) -> tuple[dict[str, Spread], list[str]]:
     """`timed` for ours and for those comparators that run and agree, and a line "name: why" for each other one.
 
-    Outputs are compared before anything is timed: the first of ours says what is right, and every other output's
-    largest difference from it must stay within `tolerance` times its largest magnitude (None: outputs that cannot be
-    compared). Where one of ours does not run or differs, that is an error; a comparator is left out.
+    The first of ours says what is right, and every other output's largest difference from it must stay within
+    `tolerance` times its largest magnitude (None: outputs that cannot be compared). Where one of ours does not run or
+    differs, that is an error; a comparator is left out.
 
         times, skipped = race({"ours": lambda i: a @ b}, {"einsum": lambda i: torch.einsum("ij,jk", a, b)}, a.device)
     """
@@ -165,8 +149,7 @@ def race(
             wrong = reason(error)
         if wrong and name in ours:
             raise RuntimeError(f"{name} differs from {next(iter(ours))}: {wrong}")
-        if wrong:
-            skipped.append(f"{name}: {wrong}")
+        skipped += [f"{name}: {wrong}"] if wrong else []
     return _in_turns(runs, device, rounds, None, flush=not graph), skipped
 
 
@@ -185,12 +168,7 @@ def _prepared(action: Action, calls: int, device: torch.device, graph: bool) -> 
 
 
 def _in_turns(
-    runs: Mapping[str, _Run],
-    device: torch.device,
-    rounds: int,
-    reset: Callable[[], object] | None,
-    *,
-    flush: bool,
+    runs: Mapping[str, _Run], device: torch.device, rounds: int, reset: Callable[[], object] | None, *, flush: bool
 ) -> dict[str, Spread]:
     cuda = device.type == "cuda"
     cache = torch.empty(2 * _cache_size(device), dtype=torch.uint8, device=device) if cuda and flush else None
@@ -278,10 +256,8 @@ def kernels_by_name(action: Action, device: torch.device) -> list[tuple[str, int
     with torch.profiler.profile(activities=[kind], acc_events=True) as profile:
         replay()
         synchronize(device)
-    events = [
-        (event.key[:100], event.count, round(event.self_device_time_total if cuda else event.self_cpu_time_total, 1))
-        for event in profile.key_averages()
-    ]
+    took = "self_device_time_total" if cuda else "self_cpu_time_total"
+    events = [(x.key[:100], x.count, round(getattr(x, took), 1)) for x in profile.key_averages()]
     return sorted(events, key=lambda event: -event[2])
 
 

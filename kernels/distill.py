@@ -371,8 +371,8 @@ def distill_loss(
     return _loss_op(hidden, head, dtype, target, states, its_head, its_dtype, row_weight, needs, chunk, triton)[0]
 
 
-# Of a chunk: z [r, V] is the product under the head, over which its gradient is written; teacher, where there is one, is
-# its product and head; loss [r] is written.
+# Of a chunk: z [r, V] is the product under the head, and its gradient is written over it; teacher, where there is one,
+# is its product and head; loss [r] is written.
 
 
 def _loss_rows_triton(z, head, target, teacher, row_weight, loss, need_grad):

@@ -221,17 +221,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("this python's torch sees no GPU: nothing was run (--device cpu rehearses the benchmarks)")
         return 1
 
-    folders = [args.results] if args.results else []
-    if not dry_run:
-        folders.insert(0, RESULTS)
-    elif not folders:
-        folders.append(work)
+    folders = ([] if dry_run else [RESULTS]) + ([args.results] if args.results else [])
+    folders = folders or [work]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     title = "DRY RUN on a CPU: its figures say nothing" if dry_run else "Tests and benchmarks on a GPU"
     results = Results(folders, title)
-    environment = {"PYTHONPATH": str(links), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-    environment["TOKENIZERS_PARALLELISM"] = "false"
+    quiet = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {"PYTHONPATH": str(links), **quiet}
 
     told = work / "gpu-preflight.jsonl"
     tests, failures, logs, log = (work / f"gpu-{name}.txt" for name in ("tests", "failures", "log", "part"))
@@ -259,13 +256,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         limit = left() if dry_run else min(limit, left())
         return supervise(what, command, limit, cwd=links, log=log, **environment)
 
-    def preflight() -> bool:
-        """Whether no kernel has turned out wrong; what else goes wrong there stops nothing."""
-        outcome = module("preflight", PREFLIGHT, PREFLIGHT_LIMIT, "--results", str(told))
-        finish(outcome)
-        environment.update(known_peak(told))
-        return outcome.status != f"failed with {WRONG}"
-
     def test(what: str, limit: float) -> None:
         limit = min(limit, left())
         if not (args.no_tests or dry_run) and limit > 10:
@@ -284,7 +274,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for folder in folders:
         for file in (told, tests, failures, logs):
             (folder / file.name).unlink(missing_ok=True)  # of an earlier run
-    right = args.no_tests or preflight()
+    right = True
+    if not args.no_tests:
+        outcome = module("preflight", PREFLIGHT, PREFLIGHT_LIMIT, "--results", str(told))
+        finish(outcome)
+        environment.update(known_peak(told))
+        # What else goes wrong there stops nothing.
+        right = outcome.status != f"failed with {WRONG}"
     test(TESTS, TESTS_LIMIT)
     if right:
         for name, limit in SHORT_LIMITS.items():

@@ -82,11 +82,9 @@ def machine(device: torch.device) -> Facts:
 
 def target(device: torch.device) -> str:
     """The GPU as ahead-of-time compilation names it: "sm_90"; that one too for a CPU."""
-    if device.type != "cuda":
-        return "sm_90"
-    if torch.version.hip:
+    if device.type == "cuda" and torch.version.hip:
         return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
     return f"sm_{major}{minor}"
 
 
@@ -175,10 +173,10 @@ def check_span_attention(device: torch.device) -> None:
 def check_distill(device: torch.device) -> None:
     """The loss and its gradients with hard and soft targets, and the readout of the head."""
     small = device.type == "cpu"
-    R, V, H = (24, 50, 16) if small else (256, distill.VOCABULARY, 1024)
-    dtype = torch.float32 if small else torch.bfloat16
+    shape = (24, 50, 16) if small else (256, distill.VOCABULARY, 1024)
     for soft in (False, True):
-        inputs = distill.Inputs.draw(distill.Case(R, V, H, soft, trained=True), dtype, device)
+        case = distill.Case(*shape, soft, trained=True)
+        inputs = distill.Inputs.draw(case, torch.float32 if small else torch.bfloat16, device)
         right = distill.step(partial(distill.all_logits, dtype=torch.float32), inputs)
         _require(f"distill_loss, {'soft' if soft else 'hard'}", distill.step(distill.ours, inputs), right)
     head, hidden = Head(inputs.weight.detach()), inputs.hidden.detach()
@@ -328,25 +326,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.filterwarnings("error", "torch.compile could not compile", RuntimeWarning)
             yield
 
-    def passes(device: torch.device) -> Facts:
-        return profiled(rows, compile=False)
-
-    def layers(device: torch.device) -> Facts:
-        with compiling():
-            return profiled(fewer, compile=True)
-
-    def products(device: torch.device) -> Facts:
-        with compiling():
-            return products_table(model(), fewer)
-
+    within = compiling()
+    makes: list[Callable[[], Facts]] = [partial(make, device) for make in (machine, compiled, kernels, checkpoint)]
+    makes += [partial(profiled, rows, compile=False), within(partial(profiled, fewer, compile=True))]
+    makes += [within(lambda: products_table(model(), fewer))]
     status = 0
-    makes = (machine, compiled, kernels, checkpoint, passes, layers, products)
     for name, make in zip(STEPS + ASKED, makes, strict=True):
         if name not in args.steps or status == WRONG:
             continue
         start = time.perf_counter()
         try:
-            facts = make(device)
+            facts = make()
         except WrongKernelError as error:
             status, facts = WRONG, {"wrong": str(error)}
         except Exception as error:  # what fails here may still be measured elsewhere

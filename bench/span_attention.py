@@ -3,8 +3,8 @@
 The layout is the paper's: N tokens, N // 2k spans, N/M tokens apart from a random offset, T = N + spans (k - 1) rows.
 FlexAttention runs it in two orders: ours, and the interleaved order of the paper's figure, where the masks of a span
 stand behind their prefix and a row sees what is behind it, if that is a token or belongs to its own span. Its BlockMask
-is made once, and its making timed apart. SDPA gets an additive mask, made once, and keys and values repeated for their
-group, as transformers does it: its memory-efficient kernel takes no groups.
+is made once, and its making timed apart. SDPA gets an additive mask, made once: its memory-efficient kernel takes no
+groups.
 
 Before anything is timed, every alternative's output and gradients are compared with float32 arithmetic. The calls of
 each are captured in a graph; backward is forward + backward less forward.
@@ -70,11 +70,8 @@ class Shape:
 
     def text(self) -> str:
         """As a caption names it."""
-        spans = self.tokens // (2 * self.k)
-        return (
-            f"N = {self.tokens:,}, k = {self.k}, {spans} spans, B = {self.batch}, "
-            f"{self.heads}/{self.kv_heads} heads, D = {self.dim}"
-        )
+        spans = f"N = {self.tokens:,}, k = {self.k}, {self.tokens // (2 * self.k)} spans"
+        return f"{spans}, B = {self.batch}, {self.heads}/{self.kv_heads} heads, D = {self.dim}"
 
 
 # The first is the one that the targets on ratios are about, the second the one of those on the floor.
@@ -255,27 +252,23 @@ def ways(
     Without `compiled` those that torch.compile takes long for are left out, and a line says so.
     """
     order = interleaved_order(layout)
-    dtype = inputs[0].leaves[0].dtype
-
-    def interleaved() -> Way:
-        return Way(with_flex(interleaved_rule(layout), layout), [x.ordered(order) for x in inputs], order)
-
     makers: dict[str, Callable[[], Way]] = {
         OURS: lambda: Way(with_ours(layout), inputs),
         FLEX: lambda: Way(with_flex(our_rule(layout), layout), inputs),
-        INTERLEAVED: interleaved,
-        SDPA: lambda: Way(with_sdpa(layout, dtype), inputs),
+        INTERLEAVED: lambda: Way(
+            with_flex(interleaved_rule(layout), layout), [x.ordered(order) for x in inputs], order
+        ),
+        SDPA: lambda: Way(with_sdpa(layout, inputs[0].leaves[0].dtype), inputs),
     }
     right = truth(layout, inputs[0])
     found: dict[str, Way] = {}
     skipped = []
     for name, make in makers.items():
-        if name in (FLEX, INTERLEAVED) and not compiled:
-            skipped.append(f"{name}: cut before it was compiled")
-            continue
+        wrong = "" if compiled or name not in (FLEX, INTERLEAVED) else "cut before it was compiled"
         try:
-            way = make()
-            wrong = disagreement(way.sample(), right)
+            if not wrong:
+                way = make()
+                wrong = disagreement(way.sample(), right)
         except Exception as error:  # a foreign library that fails to compile or to fit must not take our figures along
             if name == OURS:
                 raise

@@ -53,10 +53,7 @@ K, THRESHOLD = 8, 0.2
 MASKS = {1: 9}
 # How often the j-th prediction behind the certain one is right where the truth stands in front; those behind are taken
 # as the last. Of SmolLM2-135M-Instruct with its gated adapter, on held-out prompts (mtpkern/assets/smollm2/README.md).
-MEASURED = {
-    "problems": (0.65, 0.48, 0.35, 0.27, 0.19, 0.14),
-    "instructions": (0.52, 0.36, 0.24, 0.18, 0.13, 0.09),
-}
+MEASURED = {"problems": (0.65, 0.48, 0.35, 0.27, 0.19, 0.14), "instructions": (0.52, 0.36, 0.24, 0.18, 0.13, 0.09)}
 RIGHT = {"never": (0.0,), **MEASURED}
 BATCHES, CONTEXTS, PASSES = (1, 16, 64, 128), (1024,), 100
 # On a CPU: of the shipped model, and of the rehearsal.

@@ -160,9 +160,8 @@ _Run = tuple[Callable[[], object], int]
 def _prepared(action: Action, calls: int, device: torch.device, graph: bool) -> _Run:
     if device.type == "cuda" and graph:
         return _captured(action, calls, device)
-    if device.type == "cuda":
-        for i in range(3):
-            action(i)
+    for i in range(3 if device.type == "cuda" else 0):
+        action(i)
     counter = count()
     return (lambda: action(next(counter))), 1
 

@@ -88,11 +88,10 @@ class DenseContext(SpanContext):
 
 def span_logits(model: PreTrainedModel, ids: Tensor, context: SpanContext, mask: int, all_rows: bool) -> Tensor:
     """Logits [span rows, V] in float32, the mask token's at -inf, by way of those of all rows or not."""
-    states = backbone(model, ids, context)
-    if all_rows:
-        z = gather_rows(F.linear(states, head_of(model, mask).weight), context.layout.row).float()
-    else:
-        z = F.linear(gather_rows(states, context.layout.row), head_of(model, mask).weight).float()
+    x, weight = backbone(model, ids, context), head_of(model, mask).weight
+    row = context.layout.row
+    z = gather_rows(F.linear(x, weight), row) if all_rows else F.linear(gather_rows(x, row), weight)
+    z = z.float()
     z[:, mask] = float("-inf")
     return z
 
@@ -207,12 +206,11 @@ def measure_batch(trainee: Trainee, batch: Batch, rounds: int) -> Table:
         rows.append((name, *cells, f"{memory[name] / GIB:.2f}", f"{memory[OURS] / memory[name]:.2f}"))
         records.append({"way": name, "tokens": number, "time": spread, "memory": memory[name]})
     goals = []
-    for name in times:
-        if name in (SPAN_ROWS, ALL_ROWS) and not isnan(memory[name]):
-            goals += [
-                Goal(f"tokens/s against {name}, {batch.text()}", 1.5, times[name].median / best, "x"),
-                Goal(f"memory against {name}, {batch.text()}", 0.6, memory[OURS] / memory[name], "x", at_most=True),
-            ]
+    for name in (SPAN_ROWS, ALL_ROWS):
+        if name in times and not isnan(memory[name]):
+            goals.append(Goal(f"tokens/s against {name}, {batch.text()}", 1.5, times[name].median / best, "x"))
+            less = memory[OURS] / memory[name]
+            goals.append(Goal(f"memory against {name}, {batch.text()}", 0.6, less, "x", at_most=True))
     header = ("way", "tokens/s", "ms a step", "ours is faster by", "peak GiB", "ours takes")
     note = (
         "Tokens of the text, without masks; median (range). Peak memory is all that is allocated: float32 weights, "

@@ -235,10 +235,6 @@ def tables(compiled: Sequence[Compiled], targets: Sequence[str]) -> list[Table]:
     ]
 
 
-def _lasting(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {name: value for name, value in fields if name != "seconds"}
-
-
 def fault_line(one: Compiled, fault: str) -> str:
     """Which kernel, for which GPU, in which form, and by how much."""
     form = f"{one.num_warps} warps, {one.num_stages} stages" + f", tile of {one.rows} rows" * bool(one.rows)
@@ -279,7 +275,7 @@ def main() -> int:
     if arguments.write:
         facts = environment(torch.device("cpu")) | {"triton": version("triton")}
         # What differs from run to run stays out.
-        data = {"kernels": [asdict(one, dict_factory=_lasting) for one in different]}
+        data = {"kernels": [{x: y for x, y in asdict(one).items() if x != "seconds"} for one in different]}
         print("wrote", write("aot", "Ahead-of-time compilation", facts, tables(different, arguments.targets), data))
     what = f"{len(different)} kernels of {len(cases)} cases for {', '.join(arguments.targets)}"
     verdict = f"{exceeded} over budget" if exceeded else "all within budget"

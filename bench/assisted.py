@@ -2,9 +2,7 @@
 
 All ways write the model's own greedy tokens, for one prompt at a time, and theirs need no training. Prompt lookup
 drafts what stood behind the same words before, and gains where an answer repeats its prompt. Assisted generation lets a
-small model draft; the shipped one is the smallest of its vocabulary, so its own first layers do (early exit). Static
-caches under torch.compile are measured by mtpkern.bench.compiled, FlexAttention and flash-attn by the attention
-benchmarks, Liger by distill.
+small model draft; the shipped one is the smallest of its vocabulary, so its own first layers do (early exit).
 """
 
 from __future__ import annotations

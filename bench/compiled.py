@@ -103,19 +103,19 @@ def generate_table(name: str, model: PreTrainedModel) -> Table:
         "HF generate": partial(model.generate, ids, **options),
         "HF generate, static cache, compiled": partial(model.generate, ids, cache_implementation="static", **options),
     }
-    running, skipped = {}, []
-    for way, call in ways.items():
+    skipped = []
+    for way, call in list(ways.items()):
         try:
             for _ in range(2):  # compiles
                 call()
-            running[way] = call
         except Exception as error:  # a foreign compiler's
             if way.startswith("mtpkern"):
                 raise
             skipped.append(f"{way}: {reason(error)}")
+            del ways[way]
     note = f"Batch 1, {4 * n} prompt tokens, {n} new ones; ms of the whole call on the host's clock, prefill included."
     table = Table(f"Token by token with {name}", note, ("way", "ms", "tokens/s"), skipped=skipped)
-    for way, spread in interleaved(running, 2 if device.type == "cpu" else 5, device, warm_up=0).items():
+    for way, spread in interleaved(ways, 2 if device.type == "cpu" else 5, device, warm_up=0).items():
         rate = n / spread.median * 1e3
         row = way, spread.text(1), f"{rate:.1f}"
         table = table.plus(row, {"way": way, "ms": spread, "tokens_per_second": rate})

@@ -1,7 +1,5 @@
 """Decoding with the shipped checkpoint: accuracy, tokens per pass, wall-clock time, and where a step's time goes.
 
-`python -m mtpkern.bench.decode` measures everything and writes bench/results/decode.{md,json}.
-
 Thresholds are chosen on the validation split (seed 0, the first --validation problems); every figure of the tables
 comes from the 1,000 held-out problems of mtpkern/assets/problems.jsonl (test split, seed 0). Accuracy and tokens per
 pass are counted in batches with all masks for every sequence, which is what a batch of one gets. Times are taken in
@@ -34,9 +32,8 @@ from mtpkern.compare import (
     batches,
     compare,
     count_right,
+    decode,
     encode,
-    hugging_face,
-    ours,
     read_problems,
 )
 from mtpkern.decoder import Decoder
@@ -86,11 +83,8 @@ class Bench:
         out: list[Completion] = []
         for batch in batches(held, BATCH):
             inputs = encode(self.tokenizer, [p.prompt for p in batch], self.model.device)
-            if strategy is None:
-                out += hugging_face(self.model, inputs, max_new_tokens=MAX_NEW_TOKENS)
-            else:
-                rows = len(batch) * (2 * strategy.k - 1)
-                out += ours(self.model, inputs, strategy=strategy, rows=rows, max_new_tokens=MAX_NEW_TOKENS)
+            rows = {} if strategy is None else {"rows": len(batch) * (2 * strategy.k - 1)}
+            out += decode(self.model, inputs, strategy, max_new_tokens=MAX_NEW_TOKENS, **rows)
         return out
 
     def count(self, label: str, held: Sequence[Problem], ways: Mapping[str, Strategy | None]) -> dict[str, Figures]:

@@ -178,10 +178,8 @@ def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: i
     floor = peak(device).floor(flops=case.flops)
     bound = case.bound(dtype.itemsize)
     best = times[OURS].median
-    records = [
-        {"way": name, "case": case.text(), "width": case.width, "time": spread, "memory": memory[name], "bound": bound}
-        for name, spread in times.items()
-    ]
+    of_all = {"case": case.text(), "width": case.width, "bound": bound}
+    records = [{"way": name, "time": spread, "memory": memory[name], **of_all} for name, spread in times.items()]
     title = f"{case.text()}, H = {case.width:,}"
     goals = []
     if not isnan(memory[OURS]):

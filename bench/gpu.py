@@ -6,11 +6,10 @@
 First the pre-flight (bench/preflight.py), which stops all that is timed where a kernel is wrong, then the tests marked
 `gpu`, then the most telling benchmarks on a short grid; then, while time is left, every benchmark on its whole grid and
 the tests that are slow. Each runs in a process of its own with a limit, so that a hang or an illegal memory access
-takes nothing else along, and a cut leaves the rows that were measured until then. What is there so far is always on
-paper, in bench/results/ and in the folder that --results names: gpu.md and gpu.json, beside them gpu-preflight.jsonl (a
-line a step), gpu-tests.txt (what pytest said), gpu-failures.txt (each failure at once) and gpu-log.txt (what all others
-said). The exit status is 1 where a test failed or a benchmark did, or its short grid was cut; goals that are not met
-are reported and change nothing.
+takes nothing else along. What is there so far is always on paper, in bench/results/ and in the folder of --results:
+gpu.md and gpu.json, gpu-preflight.jsonl (a line a step), gpu-tests.txt (what pytest said), gpu-failures.txt (each
+failure at once) and gpu-log.txt (all others). The exit status is 1 where a test failed or a benchmark did, or its short
+grid was cut; goals that are not met change nothing.
 
 Only the standard library is imported here until the package can be found.
 """

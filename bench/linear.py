@@ -1,14 +1,13 @@
 """Linear layers with few rows: the products of a decoder layer, our kernel's beside torch's.
 
 Chains of products in captured graphs, each over weights of its own that together exceed the L2 cache several times, so
-that weights come from memory and a launch may start early behind the one ahead, as in a pass. Of a whole layer also
-with a small operation of torch before each product, which our launches then cannot overlap with.
+that weights come from memory and a launch may start early behind the one ahead, as in a pass.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -26,9 +25,7 @@ MODELS = ("Qwen3-4B", "Llama-3.1-8B", "SmolLM2-135M")
 GRID = (1, 8, 16, 24, 32)
 # Of all weights of a chain, of which each product's must exceed the cache; and the most layers.
 CHAIN_BYTES, MOST_LAYERS = 3 << 29, 128
-SEPARATE, JOINED, OURS = "torch, each", "torch, joined", "ours"
-TORCH_BETWEEN, OURS_BETWEEN = "torch, joined, behind a small operation", "ours, behind a small operation"
-WAYS = (SEPARATE, JOINED, OURS, TORCH_BETWEEN, OURS_BETWEEN)
+WAYS = SEPARATE, JOINED, OURS = "torch, each", "torch, joined", "ours"
 Multiply = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -66,11 +63,6 @@ class Layers:
         return call
 
 
-def _behind(multiply: Multiply) -> Multiply:
-    """A small operation of torch before each product, as norms and activations are."""
-    return lambda x, weight: multiply(x.neg(), weight)
-
-
 @torch.inference_mode()
 def measure(device: torch.device, quick: bool) -> Iterator[Table]:
     """A table for each model: a row for each number of rows and product, and for the layer in all."""
@@ -105,25 +97,16 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
         free(device)
 
 
-def times(layers: Layers, R: int, names: Sequence[str]) -> tuple[Mapping[str, Spread], list[str]]:
+def times(layers: Layers, R: int, names: Sequence[str]) -> tuple[dict[str, Spread], list[str]]:
     """Microseconds of products one behind another in each way, and what was left out."""
     theirs: dict[str, Action] = {OURS: layers.chain(R, layers.ours, names=names)}
     if len(names) > 1 or len(layers.products[names[0]][1]) > 1:
         theirs[SEPARATE] = layers.chain(R, linear, names=names, apart=True)
+    right = {JOINED: layers.chain(R, linear, names=names)}
     # Four products and their roundings on the way.
     tolerance = 5e-2 if len(names) > 1 else 2e-2
     calls = len(layers.weights[names[0]])
-    races = [({JOINED: layers.chain(R, linear, names=names)}, theirs)]
-    if len(names) > 1:
-        between = (layers.chain(R, _behind(multiply), names=names) for multiply in (linear, layers.ours))
-        races.append(({TORCH_BETWEEN: next(between)}, {OURS_BETWEEN: next(between)}))
-    found: dict[str, Spread] = {}
-    skipped: list[str] = []
-    for right, others in races:
-        some, left_out = race(right, others, layers.device, rounds=7, calls=calls, tolerance=tolerance)
-        found |= some
-        skipped += left_out
-    return found, skipped
+    return race(right, theirs, layers.device, rounds=7, calls=calls, tolerance=tolerance)
 
 
 if __name__ == "__main__":

@@ -38,31 +38,23 @@ class Taken:
     """
 
     def __init__(
-        self,
-        batch: int,
-        vocabulary: int,
-        device: torch.device,
-        *,
-        ours: bool,
-        k: int = K,
-        dtype: torch.dtype = torch.bfloat16,
+        self, batch: int, vocabulary: int, device: torch.device, *, ours: bool, dtype: torch.dtype = torch.bfloat16
     ) -> None:
-        R = batch * (2 * k - 1)
+        R = batch * (2 * K - 1)
         passes = _PASSES if device.type == "cuda" else 64
-        self.k = k
         self.readout: Callable[..., tuple[Tensor, Tensor]] = readout if ours else READOUT_REFERENCE
         self.advance: Callable[..., None] = advance if ours else ADVANCE_REFERENCE
-        self.sequences = Sequences.allocate(batch, passes + 2 * k, passes, device)
+        self.sequences = Sequences.allocate(batch, passes + 2 * K, passes, device)
         self.rows = Rows.allocate(R, batch, device)
         self.logits = _random_logits(R, vocabulary, device, dtype)
         self.terms = Terms.allocate(1, device)
         self.terms.threshold.fill_(0.5)
         self.sequences.length.fill_(1)
         self.sequences.pending.fill_(1)
-        self.sequences.limit.fill_(passes + k)
+        self.sequences.limit.fill_(passes + K)
         # As after a prefill: each sequence has read its last token's row and those of k - 1 masks.
-        self.rows.start.copy_(torch.arange(batch + 1, device=device) * k)
-        self.token, self.confidence = self.readout(self.logits[0][: batch * k], vocabulary - 1)
+        self.rows.start.copy_(torch.arange(batch + 1, device=device) * K)
+        self.token, self.confidence = self.readout(self.logits[0][: batch * K], vocabulary - 1)
         self.vocabulary = vocabulary
         self.advance_(0)
         self.token, self.confidence = self.readout(self.logits[0], vocabulary - 1)
@@ -73,26 +65,15 @@ class Taken:
 
     def advance_(self, i: int) -> tuple[Tensor, ...]:
         """Take one pass in; returns the plan of the next."""
-        self.take_in(self.token, self.confidence)
-        return self.plan()
+        return self._take_in(self.token, self.confidence)
 
     def both(self, i: int) -> tuple[Tensor, ...]:
         """Readout and `advance`, as in a pass."""
-        self.take_in(*self.readout_(i))
-        return self.plan()
+        return self._take_in(*self.readout_(i))
 
-    def take_in(self, token: Tensor, confidence: Tensor) -> None:
-        """`advance` with a readout."""
-        self.advance(
-            *(self.sequences, self.rows, self.terms, token, confidence),
-            k=self.k,
-            verify=True,
-            mask_token_id=self.vocabulary - 1,
-        )
-
-    def plan(self) -> tuple[Tensor, ...]:
-        """The rows of the next pass."""
-        rows = self.rows
+    def _take_in(self, token: Tensor, confidence: Tensor) -> tuple[Tensor, ...]:
+        rows, options = self.rows, {"k": K, "verify": True, "mask_token_id": self.vocabulary - 1}
+        self.advance(self.sequences, rows, self.terms, token, confidence, **options)
         return rows.seq, rows.position, rows.slot, rows.token, rows.start
 
 

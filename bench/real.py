@@ -176,16 +176,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "new tokens": f"at most {args.max_new_tokens}",
         "strategy": repr(strategy) + (", rows by load" if args.by_load else ""),
     }
-    hf = "" if args.hf is None else f" (of the first {args.hf} of each kind; else its tokens one a pass by our code)"
     if not (args.against or args.truth_batch_size):
         parser.error("with nothing to compare with, give --truth-batch-size to say what is right")
-    at_a_time = args.truth_batch_size or args.batch_size[0]
-    if args.truth_batch_size:
-        hf = ", before all else"
+    hf = "" if args.hf is None else f" (of the first {args.hf} of each kind; else its tokens one a pass by our code)"
+    hf = ", before all else" if args.truth_batch_size else hf
     note = (
         "Identical: the tokens of Hugging Face's greedy generate of the original, decoded "
-        f"{at_a_time} at a time{hf}. Times include the prefill, and are sums; beside them the ratios of "
-        "single batches. One a pass: the original by the same code, in a CUDA graph too where there is one."
+        f"{args.truth_batch_size or args.batch_size[0]} at a time{hf}. Times include the prefill, and are sums; beside "
+        "them the ratios of single batches. One a pass: the original by the same code, in a CUDA graph too where there "
+        "is one."
     )
     found: dict[tuple[str, int], Sums] = {}
 

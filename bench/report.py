@@ -150,8 +150,7 @@ def run(
     options: further ones by name, as argparse's add_argument takes them; measure gets their values by keyword. on_cpu:
     whether what these ask for is measured on a CPU too, instead of rehearsed. device: the only one, if there is.
 
-        def main() -> None:
-            run("readout", "Readout", measure)
+        run("readout", "Readout", measure)
     """
     parser = argparse.ArgumentParser(prog=f"python -m mtpkern.bench.{name}", description=title)
     if device:

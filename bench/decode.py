@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -121,7 +122,7 @@ class Bench:
     ) -> dict[str, dict[str, Spread]]:
         """Tokens per second and its ratio to Hugging Face's generate, over rounds of fresh problems."""
         rates: dict[str, list[float]] = {name: [] for name in ways}
-        options = {"batch_size": batch, "max_new_tokens": MAX_NEW_TOKENS}
+        options: dict[str, Any] = {"batch_size": batch, "max_new_tokens": MAX_NEW_TOKENS}
         with progress(f"speed at batch {batch}, {len(ways)} ways", rounds) as done:
             for i in range(rounds):
                 start = i * per_round % len(held)

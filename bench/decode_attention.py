@@ -223,16 +223,17 @@ def _goals(spent: Mapping[Shape, Mapping[str, Spread]], device: torch.device) ->
     split = [t[UNSPLIT].median / t[OURS].median for s, t in at.items() if s.L >= 16384 and s.B <= 4 and UNSPLIT in t]
     one = {(s.B, s.L): t[OURS].median for s, t in at.items() if s.W == 1}
     cost = [t[OURS].median / one[s.B, s.L] for s, t in at.items() if s.W == 15 and (s.B, s.L) in one]
-    goals = []
-    if wide:
-        goals.append(Goal("decode attention, B·L ≥ 64k, k ≤ 8: least share of bandwidth", 85, min(wide), "%"))
-    if short:
-        goals.append(Goal("decode attention, B = 1, L ≤ 4k: slowest", 8, max(short), "µs", at_most=True))
-    if split:
-        goals.append(Goal("decode attention over one split, L ≥ 16k, B ≤ 4: least", 5, min(split), "×"))
-    if cost:
-        goals.append(Goal("decode attention, 15 rows over 1 row: greatest", 1.15, max(cost), "×", at_most=True))
-    return goals
+    worst = (
+        (", B·L ≥ 64k, k ≤ 8: least share of bandwidth", 85, min, wide, "%"),
+        (", B = 1, L ≤ 4k: slowest", 8, max, short, "µs"),
+        (" over one split, L ≥ 16k, B ≤ 4: least", 5, min, split, "×"),
+        (", 15 rows over 1 row: greatest", 1.15, max, cost, "×"),
+    )
+    return [
+        Goal(f"decode attention{what}", target, of(found), unit, at_most=of is max)
+        for what, target, of, found, unit in worst
+        if found
+    ]
 
 
 if __name__ == "__main__":

@@ -123,8 +123,10 @@ def comparators(case: Case, device: torch.device) -> tuple[dict[str, Loss], list
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-        found |= {} if case.soft else {LIGER: lambda x: loss(x.weight, x.hidden, x.target)}
-        skipped += [f"{LIGER}: its cross-entropy takes hard targets only"] if case.soft else []
+        if case.soft:
+            skipped.append(f"{LIGER}: its cross-entropy takes hard targets only")
+        else:
+            found[LIGER] = lambda x: loss(x.weight, x.hidden, x.target)
     except Exception as error:  # also where it is installed, but not for this version of torch or triton
         skipped.append(f"{LIGER}: {reason(error)}")
     return found, skipped

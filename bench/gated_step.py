@@ -177,8 +177,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--rounds": {"type": positive, "default": 3},
         "--tiny": {"action": "store_true", "help": "a tiny shape, to rehearse on: its figures say nothing"},
     }
-    measured = {"on_cpu": lambda args: not args.tiny, "device": "cpu"}
-    run("gated_step", "Gated training step", take_steps, argv, options, **measured)
+    how: dict[str, Any] = {"on_cpu": lambda args: not args.tiny, "device": "cpu"}
+    run("gated_step", "Gated training step", take_steps, argv, options, **how)
 
 
 if __name__ == "__main__":

@@ -125,10 +125,7 @@ def _readout_tables(device: torch.device, vocabulary: int, grid: tuple[int, ...]
 def _readout_times(R: int, vocabulary: int, device: torch.device) -> dict[str, Spread]:
     logits = _random_logits(R, vocabulary, device)
     n, mask = len(logits), vocabulary - 1
-    actions = {
-        OURS: lambda i: readout(logits[i % n], mask),
-        TORCH: lambda i: READOUT_REFERENCE(logits[i % n], mask),
-    }
+    actions = {OURS: lambda i: readout(logits[i % n], mask), TORCH: lambda i: READOUT_REFERENCE(logits[i % n], mask)}
     return race(actions, {}, device, calls=n)[0]
 
 

@@ -62,9 +62,13 @@ class Table:
         self, row: Sequence[str], record: Mapping[str, object], *goals: Goal, skipped: Iterable[str] = ()
     ) -> Table:
         """The same with a row more: `yield (table := table.plus(("1", "2 µs"), {"rows": 1, "us": 2.0}))`."""
-        lines = list(dict.fromkeys([*self.skipped, *skipped]))
-        grown = {"rows": [*self.rows, row], "records": [*self.records, record], "goals": [*self.goals, *goals]}
-        return replace(self, **grown, skipped=lines)
+        return replace(
+            self,
+            rows=[*self.rows, row],
+            records=[*self.records, record],
+            goals=[*self.goals, *goals],
+            skipped=list(dict.fromkeys([*self.skipped, *skipped])),
+        )
 
     def markdown(self) -> str:
         """The table as Markdown; the first column is aligned left, the others right."""

@@ -15,6 +15,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import isnan
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -184,7 +185,7 @@ class Trainee:
         context = DenseContext(layout, dtype=self.dtype)
         with attention_context(self.student, context):
             with self.autocast():
-                ids = {"mask_token_id": self.mask, "eos_token_ids": self.eos}
+                ids: dict[str, Any] = {"mask_token_id": self.mask, "eos_token_ids": self.eos}
                 loss = plain_loss(self.student, self.teacher, tokens, context, **ids, all_rows=all_rows)
             loss.backward()
         return loss.detach()

@@ -35,6 +35,7 @@ from torch import Tensor
 from mtpkern.kernels.form import pdl_options, strides
 from mtpkern.kernels.op import op
 
+Tensors = Sequence[Tensor]
 # Of H: the least elements of a chunk, and the most chunks.
 CHUNK, CHUNKS = 256, 16
 # Up to so many rows each chunk has programs of its own; above, the partial sums would take memory for nothing.
@@ -207,9 +208,7 @@ def shrink_triton(x: Tensor, gate: Tensor, as_: Sequence[Tensor]) -> Tensor:
     return h
 
 
-def expand_triton(
-    outs: Sequence[Tensor], h: Tensor, gate: Tensor, bs: Sequence[Tensor], scales: Sequence[float]
-) -> None:
+def expand_triton(outs: Tensors, h: Tensor, gate: Tensor, bs: Tensors, scales: Sequence[float]) -> None:
     """Add s_i * h_i B_i^T to the gated rows of each y_i in one launch; h [n, R, M], any dtype, is summed over n."""
     chunks, R, _ = h.shape
     Ns, ranks = tuple(b.shape[0] for b in bs), tuple(b.shape[1] for b in bs)
@@ -226,12 +225,7 @@ def expand_triton(
 
 
 def gated_lora(
-    outs: Sequence[Tensor],
-    x: Tensor,
-    gate: Tensor,
-    as_: Sequence[Tensor],
-    bs: Sequence[Tensor],
-    scale: float | Sequence[float],
+    outs: Tensors, x: Tensor, gate: Tensor, as_: Tensors, bs: Tensors, scale: float | Sequence[float]
 ) -> None:
     """Add the adapter of sibling layers to their outputs, in place, in the rows whose gate is not 0.
 
@@ -256,14 +250,7 @@ def gated_lora(
 
 
 @op(mutates=["outs"], name="gated_lora", float64=False)
-def gated_update(
-    outs: Sequence[Tensor],
-    x: Tensor,
-    gate: Tensor,
-    as_: Sequence[Tensor],
-    bs: Sequence[Tensor],
-    scales: Sequence[float],
-) -> None:
+def gated_update(outs: Tensors, x: Tensor, gate: Tensor, as_: Tensors, bs: Tensors, scales: Sequence[float]) -> None:
     """`gated_lora`, unchecked. The torch form computes in float32, or in float64 for float64 inputs.
 
     On a CPU the gated rows alone are computed, where casting a narrow adapter costs less than multiplying it does.

@@ -46,15 +46,8 @@ from mtpkern.kernels import decode_attention, form, span_attention
 from mtpkern.output import exit_status
 
 # The rows of a kernel's matrix products, by the name of its launch option.
-_MATRIX_ROWS = {
-    "_shrink_kernel": "BLOCK_R",
-    "_expand_kernel": "BLOCK_R",
-    "_linear_kernel": "BLOCK_N",
-    "_attend_kernel": "BLOCK_M",
-    "_forward_kernel": "ROWS",
-    "_dq_kernel": "ROWS",
-    "_dkdv_kernel": "KEYS",
-}
+_MATRIX_ROWS = {"_shrink_kernel": "BLOCK_R", "_expand_kernel": "BLOCK_R", "_linear_kernel": "BLOCK_N"}
+_MATRIX_ROWS |= {"_attend_kernel": "BLOCK_M", "_forward_kernel": "ROWS", "_dq_kernel": "ROWS", "_dkdv_kernel": "KEYS"}
 
 
 @contextmanager

@@ -107,13 +107,11 @@ class Bench:
         floor = ACCURACY_KEPT * figures[STATIC].tally.accuracy
 
         def best(kind: type[ConfAdapt] | type[Verified]) -> Strategy:
-            rated = [
-                (figures[name].tally.tokens_per_pass, strategy)
-                for name, strategy in ways.items()
-                if isinstance(strategy, kind) and figures[name].tally.accuracy >= floor
-            ]
+            good = {name: figures[name].tally for name, way in ways.items() if isinstance(way, kind)}
+            good = {name: tally for name, tally in good.items() if tally.accuracy >= floor}
             # Where no threshold keeps the accuracy, the most careful one stands.
-            return max(rated, key=lambda r: r[0])[1] if rated else self.strategy(kind, max(CONFADAPT))
+            careful = self.strategy(kind, max(CONFADAPT))
+            return ways[max(good, key=lambda name: good[name].tokens_per_pass)] if good else careful
 
         return best(ConfAdapt), best(Verified)
 

@@ -1,10 +1,9 @@
 """A training step of a gated adapter on a CPU: kept prefixes, a prefix pass in each step, one joint pass of all rows.
 
 SmolLM2-135M's shape with random weights, float32, one thread, rank 16 on all linear layers, ground truth until the
-first miss: the recipe's step of 256 mask rows from 4 texts. The joint pass is the definition (tests/test_gated.py):
-tokens and masks in one pass with autograd through all rows, adapters gated by row, the loss by the same ops. Losses are
-compared before anything is timed; time is that of the process, in turns, and counts the optimizer's step. The peak of
-memory is that of a process of its own which makes two steps in one way, weights and Python included.
+first miss: the recipe's step of 256 mask rows from 4 texts. The joint pass is the definition (tests/test_gated.py).
+Losses are compared before anything is timed; time is that of the process, in turns, and counts the optimizer's step.
+The peak of memory is that of a process of its own which makes two steps in one way, weights and Python included.
 """
 
 from __future__ import annotations

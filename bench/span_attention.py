@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from mtpkern.bench.report import Goal, Table, run
-from mtpkern.bench.timing import Action, copies, free, peak, race, reason, timed
+from mtpkern.bench.timing import Action, copies, difference, free, peak, race, reason, timed
 from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.span_attention import span_attention, span_attention_reference
 from mtpkern.kernels.span_mask import Rule, span_mask
@@ -235,13 +235,9 @@ def truth(layout: Layout, inputs: Inputs) -> list[Tensor]:
     return [x.detach()[0] for x in (out, *grads)]
 
 
-def disagreement(found: list[Tensor], right: list[Tensor], tolerance: float = 3e-2) -> str:
+def disagreement(found: list[Tensor], right: list[Tensor]) -> str:
     """What is wrong with output and gradients, or nothing."""
-    for name, f, r in zip(("out", "dq", "dk", "dv"), found, right, strict=True):
-        off, scale = (f.float() - r).abs().max().item(), r.abs().max().item()
-        if not off <= tolerance * scale:
-            return f"{name} is off by {off:.3g} where the largest value is {scale:.3g}"
-    return ""
+    return difference(found, right, 3e-2, ("out", "dq", "dk", "dv"))
 
 
 def ways(

@@ -13,7 +13,7 @@ import gc
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import count
@@ -283,16 +283,16 @@ def _outputs(value: object) -> list[Tensor]:
     return [out for part in value for out in _outputs(part)] if isinstance(value, (tuple, list)) else []
 
 
-def difference(found: list[Tensor], right: list[Tensor], tolerance: float) -> str:
+def difference(found: list[Tensor], right: list[Tensor], tolerance: float, names: Sequence[str] = ()) -> str:
     """What is wrong with outputs, where one is off by more than `tolerance` of its greatest magnitude; else nothing."""
     if len(found) != len(right):
         return f"{len(found)} outputs instead of {len(right)}"
-    for a, b in zip(found, right, strict=True):
+    for a, b, name in zip(found, right, names or ["its output"] * len(right), strict=True):
         if a.shape != b.shape:
             return f"output of shape {tuple(a.shape)} instead of {tuple(b.shape)}"
         scale, off = b.double().abs().max().item(), (a.double() - b.double()).abs().max().item()
         if not off <= tolerance * scale:
-            return f"its output is off by {off:.3g} where the largest value is {scale:.3g}"
+            return f"{name} is off by {off:.3g} where the largest value is {scale:.3g}"
     return ""
 
 

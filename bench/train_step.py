@@ -137,17 +137,15 @@ class Trainee:
         """The ways to make a step on a batch, by name."""
         layout = batch.layout().to(self.device)
         tokens = torch.randint(1, self.mask, (batch.size, batch.tokens), device=self.device)
-        ours = partial(self.ours, tokens, layout)
-        loss: dict[str, Callable[[], Tensor]] = {
-            OURS: ours,
-            SPAN_ROWS: lambda: self.plain(tokens, layout, all_rows=False),
-            ALL_ROWS: lambda: self.plain(tokens, layout, all_rows=True),
-        }
+        ours, plain = partial(self.ours, tokens, layout), partial(self.plain, tokens, layout)
+        loss: dict[str, Callable[[], Tensor]] = {OURS: ours}
         if batch.compiled:
             # To rehearse, tracing is enough; a CPU's code would need a C++ compiler.
             backend = "inductor" if self.device.type == "cuda" else "eager"
             within = CompiledLayers(self.student, self.teacher, backend=backend)()  # a context, and so a decorator
-            loss = {OURS: ours, COMPILED: within(ours)}
+            loss[COMPILED] = within(ours)
+        else:
+            loss |= {SPAN_ROWS: partial(plain, all_rows=False), ALL_ROWS: partial(plain, all_rows=True)}
         if batch.checkpointing:
             self.student.gradient_checkpointing_enable()
         try:

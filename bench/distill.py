@@ -152,7 +152,7 @@ HEADER = ("way", "time", "of floor", "ours is faster by", "memory")
 
 
 def _rows(times: Mapping[str, Spread], floor: float, memory: Mapping[str, float]) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, spread in times.items():
         shares = f"{100 * floor / spread.median:.0f} %", f"{spread.median / times[OURS].median:.2f}"
         rows.append((name, spread.text(0), *shares, f"{memory[name] / MIB:,.0f}"))

@@ -88,7 +88,7 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
             free(device)
             for way in WAYS:
                 spent[way] += found[way].median if way in found else float("nan")
-            record = {"rows": R, "group": name, "us": found, "adapter_floor_us": floor}
+            record: dict[str, object] = {"rows": R, "group": name, "us": found, "adapter_floor_us": floor}
             table = table.plus((f"{R}: {name}", *cells(found, WAYS), f"{floor:.2f}"), record, skipped=skipped)
         shares = {way: LAYERS * (spent[way] - spent[BASE]) / whole for way in WAYS}
         what = f"adapter of rank {RANK}, 15 rows: share of a Qwen3-4B pass at its floor"

@@ -7,14 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-_NAMES: tuple[str, ...] = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-)
-_NAMES += ("head_dim", "vocab_size", "tie_word_embeddings")
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+_NAMES = (*_SIZES, "head_dim", "vocab_size", "tie_word_embeddings")
 # The kind of each, and its numbers in the order of _NAMES.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     name: (kind, dict(zip(_NAMES, numbers, strict=True)))

@@ -146,8 +146,8 @@ def _noted(target: str, name: str, rows: int, bits: int, kernel: Any, seconds: f
         registers, spill = r"\.vgpr_count:\s+(\d+)", r"\.private_segment_fixed_size:\s+(\d+)"
         names = {"mfma": "v_mfma"}
     meta = kernel.metadata
-    taken = (int(re.findall(pattern, report)[-1]) for pattern in (registers, spill))
-    sizes = meta.num_warps, meta.num_stages, *taken, meta.shared
+    used, spilled = (int(re.findall(pattern, report)[-1]) for pattern in (registers, spill))
+    sizes = meta.num_warps, meta.num_stages, used, spilled, meta.shared
     matrix = next((name for name, instruction in names.items() if instruction in text), "none")
     early = _early(text) if getattr(meta, "launch_pdl", False) else ""
     facts = matrix, _unordered(text), kernel.source, early, seconds

@@ -130,11 +130,11 @@ def check_decode_attention(device: torch.device) -> None:
 
 def check_kv_write(device: torch.device) -> None:
     """To the bit."""
-    new = [torch.randn(1, 15, 8, 128, device=device, dtype=torch.bfloat16)[0] for _ in range(2)]
-    found, right = (new[0].new_zeros(2, 1, 8, 65, 128) for _ in range(2))
+    key, value = torch.randn(2, 15, 8, 128, device=device, dtype=torch.bfloat16)
+    found, right = (key.new_zeros(2, 1, 8, 65, 128) for _ in range(2))
     place = torch.zeros(15, dtype=torch.int64, device=device), torch.arange(49, 64, device=device)
-    write(*found, *new, *place)
-    KV_WRITE_REFERENCE(*right, *new, *place)
+    write(found[0], found[1], key, value, *place)
+    KV_WRITE_REFERENCE(right[0], right[1], key, value, *place)
     _require("kv_write", [found], [right], 0.0)
 
 
@@ -273,7 +273,7 @@ def products_table(model: Any, rows: Sequence[int]) -> Facts:
             ):
                 stands[name] = _stand(model, R, rows[0], first, compile=True)
             first = first or stands[name]
-        assert stands["one"].decoder.products.found  # type: ignore[attr-defined]
+        assert stands["one"].decoder.products.found  # type: ignore[union-attr]
         with attention_context(model, step.Body()):
             actions = {name: stand.step for name, stand in stands.items()}
             found = timed(actions, model.device, rounds=20, reset=partial(step.reset, list(stands.values())))

@@ -46,15 +46,8 @@ from mtpkern.kernels import decode_attention, form, span_attention
 from mtpkern.output import exit_status
 
 # The rows of a kernel's matrix products, by the name of its launch option.
-_MATRIX_ROWS = {
-    "_shrink_kernel": "BLOCK_R",
-    "_expand_kernel": "BLOCK_R",
-    "_linear_kernel": "BLOCK_N",
-    "_attend_kernel": "BLOCK_M",
-    "_forward_kernel": "ROWS",
-    "_dq_kernel": "ROWS",
-    "_dkdv_kernel": "KEYS",
-}
+_MATRIX_ROWS = {"_shrink_kernel": "BLOCK_R", "_expand_kernel": "BLOCK_R", "_linear_kernel": "BLOCK_N"}
+_MATRIX_ROWS |= {"_attend_kernel": "BLOCK_M", "_forward_kernel": "ROWS", "_dq_kernel": "ROWS", "_dkdv_kernel": "KEYS"}
 
 
 @contextmanager
@@ -75,12 +68,8 @@ def compiling(target: str, known: Mapping[str, Compiled] = MappingProxyType({}))
         self: Any, key: Any, signature: Any, device: Any, constants: Any, options: Any, attrs: Any, warmup: bool
     ) -> Any:
         built_with = {name: x for name, x in vars(options).items() if name != "extern_libs"}  # where they lie on disk
-        what = (
-            ASTSource(self, signature, constants, attrs).hash(),
-            target,
-            sorted(built_with.items()),
-            version("triton"),
-        )
+        source = ASTSource(self, signature, constants, attrs).hash()
+        what = source, target, sorted(built_with.items()), version("triton")
         source = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
         if source in known:
             return known[source]
@@ -156,23 +145,13 @@ def _noted(target: str, name: str, rows: int, bits: int, kernel: Any, seconds: f
         text = report = kernel.asm["amdgcn"]
         registers, spill = r"\.vgpr_count:\s+(\d+)", r"\.private_segment_fixed_size:\s+(\d+)"
         names = {"mfma": "v_mfma"}
-    return Compiled(
-        "",
-        target,
-        name,
-        rows,
-        bits,
-        kernel.metadata.num_warps,
-        kernel.metadata.num_stages,
-        int(re.findall(registers, report)[-1]),
-        int(re.findall(spill, report)[-1]),
-        kernel.metadata.shared,
-        next((name for name, instruction in names.items() if instruction in text), "none"),
-        _unordered(text),
-        kernel.source,
-        _early(text) if getattr(kernel.metadata, "launch_pdl", False) else "",
-        seconds,
-    )
+    meta = kernel.metadata
+    used, spilled = (int(re.findall(pattern, report)[-1]) for pattern in (registers, spill))
+    sizes = meta.num_warps, meta.num_stages, used, spilled, meta.shared
+    matrix = next((name for name, instruction in names.items() if instruction in text), "none")
+    early = _early(text) if getattr(meta, "launch_pdl", False) else ""
+    facts = matrix, _unordered(text), kernel.source, early, seconds
+    return Compiled("", target, name, rows, bits, *sizes, *facts)
 
 
 def _unordered(text: str) -> bool:
@@ -236,20 +215,17 @@ def tables(compiled: Sequence[Compiled], targets: Sequence[str]) -> list[Table]:
             + f" {one.matrix}" * (one.matrix != "none")
             + " **over**" * bool(over_budget(one))
         )
+    note = (
+        "Registers a thread / spilled bytes a thread / KiB of shared memory, instruction of matrix products; nothing "
+        "where an earlier row has the same kernel."
+    )
+    header = ("case", "kernel", *targets)
     return [
         Table(
-            op,
-            "Registers a thread / spilled bytes a thread / KiB of shared memory, instruction of matrix products; "
-            "nothing where an earlier row has the same kernel.",
-            ("case", "kernel", *targets),
-            [[*case, *(cells.get(target, "") for target in targets)] for case, cells in table.items()],
+            op, note, header, [[*case, *(cells.get(target, "") for target in targets)] for case, cells in kept.items()]
         )
-        for op, table in rows.items()
+        for op, kept in rows.items()
     ]
-
-
-def _lasting(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {name: value for name, value in fields if name != "seconds"}
 
 
 def fault_line(one: Compiled, fault: str) -> str:
@@ -292,13 +268,11 @@ def main() -> int:
     if arguments.write:
         facts = environment(torch.device("cpu")) | {"triton": version("triton")}
         # What differs from run to run stays out.
-        data = {"kernels": [asdict(one, dict_factory=_lasting) for one in different]}
+        data = {"kernels": [{x: y for x, y in asdict(one).items() if x != "seconds"} for one in different]}
         print("wrote", write("aot", "Ahead-of-time compilation", facts, tables(different, arguments.targets), data))
-    what = (
-        f"{len(different)} kernels of {len(cases)} cases for {', '.join(arguments.targets)}, triton {version('triton')}"
-    )
+    what = f"{len(different)} kernels of {len(cases)} cases for {', '.join(arguments.targets)}"
     verdict = f"{exceeded} over budget" if exceeded else "all within budget"
-    print(f"{what}: {verdict}, {time.perf_counter() - start:.0f} s")
+    print(f"{what}, triton {version('triton')}: {verdict}, {time.perf_counter() - start:.0f} s")
     # A table of another version of Triton says nothing here.
     known = committed() if arguments.changed and not arguments.write else {}
     missing = len({one.source for one in different} - set(known)) if known else 0

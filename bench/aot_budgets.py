@@ -52,101 +52,65 @@ class Compiled:
     seconds: float = 0.0
 
 
-# Bytes a thread that may be spilled, on Triton 3.6 and on 3.7, by the beginning of the case, the kernel and the target;
+# Bytes a thread that may be spilled, on Triton 3.6 and on 3.7, by kernel, target and the beginning of the case;
 # elsewhere none. From equal tiles the two versions' compilers come to different code, by tens of bytes either way.
-SPILL: dict[tuple[str, str], dict[str, tuple[int, int]]] = {
-    # One launch a step, of one program; many sequences at once leave few registers a thread.
-    ("advance B1 k8 verified", "_advance_kernel"): {"sm_80": (8, 8)},
-    ("advance B16 k8 verified", "_advance_kernel"): {
-        "sm_80": (8, 8),
-        "sm_89": (8, 8),
-        "sm_90": (8, 8),
-        "sm_100": (8, 8),
-    },
-    ("advance B128 k8 verified", "_advance_kernel"): {
-        "sm_80": (144, 0),
-        "sm_89": (96, 0),
-        "sm_90": (88, 0),
-        "sm_100": (80, 0),
-    },
-    ("advance B1024 k16 verified", "_advance_kernel"): {
-        "sm_80": (72, 72),
-        "sm_89": (32, 24),
-        "sm_90": (16, 24),
-        "sm_100": (16, 32),
-    },
-    ("advance B1 k4 verified, masks", "_advance_kernel"): {"sm_89": (0, 8)},
-    ("advance B16 k8 verified, masks", "_advance_kernel"): {
-        "sm_80": (0, 8),
-        "sm_89": (8, 8),
-        "sm_90": (0, 24),
-        "sm_100": (8, 8),
-    },
-    ("advance B16 k8 unverified", "_advance_kernel"): {"sm_89": (8, 0)},
-    # Two numbers put away before its loop and fetched behind it.
-    ("decode_attention bf16 D128 k16", "_attend_kernel"): {"sm_90": (8, 8)},
-    # What only 3.6's compiler puts on a stack.
-    ("decode_attention bf16 D256 k8", "_attend_kernel"): {"sm_100": (8, 0)},
-    ("decode_attention fp16 D256 k8", "_attend_kernel"): {"sm_100": (8, 0)},
-    ("decode_attention bf16 D256 k16", "_attend_kernel"): {"sm_80": (24, 0), "sm_89": (40, 0)},
-    # Where nothing is aligned, each element has an address of its own.
-    ("gated_lora bf16 r12, odd widths", "_expand_kernel"): {"sm_90": (16, 16), "sm_100": (24, 24)},
-    # Ampere's and Ada's products take both factors from registers, Hopper's from shared memory: the tiles are Hopper's,
-    # whose 64 keys wgmma wants. In dQ before and behind its loops but for 9 of 540 instructions.
-    **{
-        (f"span_attention {case}", "_forward_kernel"): {"sm_80": ampere, "sm_89": ada}
-        for case, ampere, ada in (
-            ("bf16 D80", (16, 16), (40, 40)),
-            ("bf16 D96", (16, 16), (40, 40)),
-            ("bf16 D128", (120, 56), (72, 72)),
-            ("fp16 D128", (120, 56), (72, 72)),
-        )
-    },
-    # On sm_100 sums lie in tensor memory and a thread is given 128 registers: 3.6 keeps 14 of its numbers elsewhere.
-    **{
-        (f"span_attention {case}", "_dq_kernel"): {"sm_80": ampere, "sm_90": hopper, "sm_100": (56, 0)}
-        for case, ampere, hopper in (
-            ("bf16 D80", (64, 48), (16, 8)),
-            ("bf16 D96", (64, 48), (16, 8)),
-            ("bf16 D128", (88, 80), (0, 0)),
-            ("fp16 D128", (88, 80), (0, 0)),
-        )
-    },
-    **{
-        (f"span_attention {case}", "_dkdv_kernel"): {"sm_80": ampere, "sm_89": ada}
-        for case, ampere, ada in (
-            ("bf16 D80", (24, 16), (16, 16)),
-            ("bf16 D96", (24, 16), (16, 16)),
-            ("bf16 D128", (40, 16), (24, 0)),
-            ("fp16 D128", (40, 16), (24, 0)),
-        )
-    },
-    ("span_attention bf16 D64", "_forward_kernel"): {"sm_100": (8, 8)},
-    ("span_attention bf16 D256", "_forward_kernel"): {"sm_80": (32, 0), "sm_89": (40, 0)},
-    # The slope of the soft cap takes registers: without a cap 8, and 160 in dK and dV. Fewer stages or more rows a tile
-    # spill four times as much.
-    ("span_attention bf16 D256", "_dq_kernel"): {"sm_90": (16, 16)},
-    ("span_attention bf16 D256", "_dkdv_kernel"): {"sm_80": (8, 8), "sm_90": (216, 168), "gfx942": (92, 16)},
-    ("span_attention bf16 D256 softcap", "_dq_kernel"): {"sm_90": (56, 48), "sm_100": (24, 0)},
-    ("span_attention bf16 D256 softcap", "_dkdv_kernel"): {
-        "sm_80": (32, 24),
-        "sm_89": (16, 8),
-        "sm_90": (232, 200),
-        "gfx942": (148, 0),
-    },
-    # Exact products without tensor cores hold a row and a column of 256 in registers, whatever the tile: half the warps
-    # or twice the rows spill ten times that.
-    ("span_attention fp32 D64", "_forward_kernel"): {"sm_100": (8, 0)},
-    ("span_attention fp32 D256", "_dq_kernel"): {
-        "sm_80": (320, 280),
-        "sm_89": (272, 240),
-        "sm_90": (280, 280),
-        "sm_100": (288, 328),
-    },
+_SPILL = """
+# kernel sm_80    sm_89    sm_90    sm_100   gfx942   case
+# One launch a step, of one program; many sequences at once leave few registers a thread.
+advance  8/8      .        .        .        .        advance B1 k8 verified
+advance  8/8      8/8      8/8      8/8      .        advance B16 k8 verified
+advance  144/0    96/0     88/0     80/0     .        advance B128 k8 verified
+advance  72/72    32/24    16/24    16/32    .        advance B1024 k16 verified
+advance  .        0/8      .        .        .        advance B1 k4 verified, masks
+advance  0/8      8/8      0/24     8/8      .        advance B16 k8 verified, masks
+advance  .        8/0      .        .        .        advance B16 k8 unverified
+# Two numbers put away before its loop and fetched behind it.
+attend   .        .        8/8      .        .        decode_attention bf16 D128 k16
+# What only 3.6's compiler puts on a stack.
+attend   .        .        .        8/0      .        decode_attention bf16 D256 k8
+attend   .        .        .        8/0      .        decode_attention fp16 D256 k8
+attend   24/0     40/0     .        .        .        decode_attention bf16 D256 k16
+# Where nothing is aligned, each element has an address of its own.
+expand   .        .        16/16    24/24    .        gated_lora bf16 r12, odd widths
+# Ampere's and Ada's products take both factors from registers, Hopper's from shared memory: the tiles are Hopper's,
+# whose 64 keys wgmma wants. In dQ before and behind its loops but for 9 of 540 instructions. On sm_100 its sums lie in
+# tensor memory and a thread is given 128 registers: 3.6 keeps 14 of its numbers elsewhere.
+forward  16/16    40/40    .        .        .        span_attention bf16 D80
+forward  16/16    40/40    .        .        .        span_attention bf16 D96
+forward  120/56   72/72    .        .        .        span_attention bf16 D128
+forward  120/56   72/72    .        .        .        span_attention fp16 D128
+dq       64/48    .        16/8     56/0     .        span_attention bf16 D80
+dq       64/48    .        16/8     56/0     .        span_attention bf16 D96
+dq       88/80    .        0/0      56/0     .        span_attention bf16 D128
+dq       88/80    .        0/0      56/0     .        span_attention fp16 D128
+dkdv     24/16    16/16    .        .        .        span_attention bf16 D80
+dkdv     24/16    16/16    .        .        .        span_attention bf16 D96
+dkdv     40/16    24/0     .        .        .        span_attention bf16 D128
+dkdv     40/16    24/0     .        .        .        span_attention fp16 D128
+forward  .        .        .        8/8      .        span_attention bf16 D64
+forward  32/0     40/0     .        .        .        span_attention bf16 D256
+# The slope of the soft cap takes registers: without a cap 8, and 160 in dK and dV. Fewer stages or more rows a tile
+# spill four times as much.
+dq       .        .        16/16    .        .        span_attention bf16 D256
+dkdv     8/8      .        216/168  .        92/16    span_attention bf16 D256
+dq       .        .        56/48    24/0     .        span_attention bf16 D256 softcap
+dkdv     32/24    16/8     232/200  .        148/0    span_attention bf16 D256 softcap
+# Exact products without tensor cores hold a row and a column of 256 in registers, whatever the tile: half the warps
+# or twice the rows spill ten times that.
+forward  .        .        .        8/0      .        span_attention fp32 D64
+dq       320/280  272/240  280/280  288/328  .        span_attention fp32 D256
+"""
+SPILL: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
+    (case, f"_{kernel}_kernel"): {
+        target: tuple(map(int, cell.split("/"))) for target, cell in zip(TARGETS, cells) if cell != "."
+    }
+    for kernel, *cells, case in (
+        line.split(maxsplit=1 + len(TARGETS)) for line in _SPILL.strip().splitlines() if not line.startswith("#")
+    )
 }
 
 
-def of_this_version(budget: tuple[int, int]) -> int:
+def of_this_version(budget: tuple[int, ...]) -> int:
     """A budget of SPILL for the installed Triton."""
     return budget[tuple(map(int, version("triton").split(".")[:2])) >= (3, 7)]
 

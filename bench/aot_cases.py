@@ -112,8 +112,10 @@ def distill_case(dtype: torch.dtype, V: int, **options: Any) -> None:
     distill_loss(hidden, head, teacher=(hidden.detach(), head), triton=True)
 
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+_DTYPES = {"bf16": bf16, "fp16": fp16, "fp32": fp32}
 _DIMS = (64, 80, 96, 128, 256)
+_VOCABULARIES = (151_936, 128_257)  # the second is odd: Llama-3.1 and one mask token
 
 # With 4 query heads a KV head, k = 1, 4, 8 and 16 fill tiles of 16, 32, 64 and twice 64 rows in the narrow types (128
 # at D 256). Tiles go by the padded head dimension and the bytes of an element, so that not every pair has to be there.
@@ -122,73 +124,58 @@ _SHAPES = {
     "fp16": [(128, 8), (256, 8)],
     "fp32": [(64, 1), *product(_DIMS, (8,))],
 }
+_attend, _linear, _adapter, _span = decode_attention_case, linear_case, gated_lora_case, span_attention_case
 CASES: dict[str, Callable[[], object]] = {
     # First, for on AMD's GPUs decode attention launches these as well.
-    **{f"kv_write bf16 D{D}": partial(kv_write_case, torch.bfloat16, D) for D in _DIMS},
-    "kv_write fp32 D128": partial(kv_write_case, torch.float32, 128),
+    **{f"kv_write bf16 D{D}": partial(kv_write_case, bf16, D) for D in _DIMS},
+    "kv_write fp32 D128": partial(kv_write_case, fp32, 128),
     **{
-        f"decode_attention {name} D{D} k{k}": partial(decode_attention_case, _DTYPES[name], D, 2 * k - 1)
+        f"decode_attention {name} D{D} k{k}": partial(_attend, _DTYPES[name], D, 2 * k - 1)
         for name, shapes in _SHAPES.items()
         for D, k in shapes
     },
-    "decode_attention bf16 D128 k8 one split": partial(
-        decode_attention_case, torch.bfloat16, 128, 15, how={"splits": 1}
-    ),
-    "decode_attention bf16 D128 k8 batch-invariant": partial(
-        decode_attention_case, torch.bfloat16, 128, 15, how={"batch_invariant": True}
-    ),
+    "decode_attention bf16 D128 k8 one split": partial(_attend, bf16, 128, 15, how={"splits": 1}),
+    "decode_attention bf16 D128 k8 batch-invariant": partial(_attend, bf16, 128, 15, how={"batch_invariant": True}),
     "decode_attention bf16 D64 k8 window, sinks": partial(
-        decode_attention_case, torch.bfloat16, 64, 15, window=128, sinks=torch.zeros(32, dtype=torch.bfloat16)
+        _attend, bf16, 64, 15, window=128, sinks=torch.zeros(32, dtype=bf16)
     ),
-    "decode_attention bf16 D256 k8 window, softcap": partial(
-        decode_attention_case, torch.bfloat16, 256, 15, window=512, softcap=50.0
-    ),
+    "decode_attention bf16 D256 k8 window, softcap": partial(_attend, bf16, 256, 15, window=512, softcap=50.0),
     **{
         f"advance B{B} k{k} {'verified' if verify else 'unverified'}": partial(advance_case, B, k, verify)
         for B, k in ((1, 8), (16, 8), (128, 8), (1024, 16))
         for verify in (True, False)
     },
     **{f"advance B{B} k{k} verified, masks": partial(advance_case, B, k, True, 9) for B, k in ((1, 4), (16, 8))},
-    "decode_attention bf16 D128 k4 masks": partial(decode_attention_case, torch.bfloat16, 128, 16, 9),
-    "decode_attention bf16 D256 k4 masks, window": partial(
-        decode_attention_case, torch.bfloat16, 256, 16, 9, window=512
-    ),
-    "decode_attention fp32 D64 k4 masks, sinks": partial(
-        decode_attention_case, torch.float32, 64, 16, 9, sinks=torch.zeros(32)
-    ),
+    "decode_attention bf16 D128 k4 masks": partial(_attend, bf16, 128, 16, 9),
+    "decode_attention bf16 D256 k4 masks, window": partial(_attend, bf16, 256, 16, 9, window=512),
+    "decode_attention fp32 D64 k4 masks, sinks": partial(_attend, fp32, 64, 16, 9, sinks=torch.zeros(32)),
     **{
-        f"readout {name} V{V}": partial(readout_case, dtype, V)
+        f"{op} {name} V{V}": partial(case, dtype, V)
+        for op, case in (("readout", readout_case), ("sample", sample_case))
         for name, dtype in _DTYPES.items()
-        for V in (151_936, 128_257)  # the second is odd: Llama-3.1 and one mask token
+        for V in _VOCABULARIES
     },
-    **{
-        f"sample {name} V{V}": partial(sample_case, dtype, V)
-        for name, dtype in _DTYPES.items()
-        for V in (151_936, 128_257)
-    },
-    **{f"gated_lora {name} r32": partial(gated_lora_case, dtype, dtype, 32) for name, dtype in _DTYPES.items()},
-    "gated_lora bf16, adapter fp32": partial(gated_lora_case, torch.bfloat16, torch.float32, 32),
-    "gated_lora bf16 r12, odd widths": partial(
-        gated_lora_case, torch.bfloat16, torch.bfloat16, 12, 15, 2561, (1001, 7)
-    ),
-    "gated_lora bf16 r32, 8,192 rows": partial(gated_lora_case, torch.bfloat16, torch.bfloat16, 32, 8192, 14_336),
+    **{f"gated_lora {name} r32": partial(_adapter, dtype, dtype, 32) for name, dtype in _DTYPES.items()},
+    "gated_lora bf16, adapter fp32": partial(_adapter, bf16, fp32, 32),
+    "gated_lora bf16 r12, odd widths": partial(_adapter, bf16, bf16, 12, 15, 2561, (1001, 7)),
+    "gated_lora bf16 r32, 8,192 rows": partial(_adapter, bf16, bf16, 32, 8192, 14_336),
     # One and several parts of K, each with as many rows as there are forms.
     **{
-        f"linear bf16 {N}x{K}, {rows} rows": partial(linear_case, torch.bfloat16, rows, N, K)
+        f"linear bf16 {N}x{K}, {rows} rows": partial(_linear, bf16, rows, N, K)
         for N, K in ((19_456, 2560), (2560, 9728))
         for rows in (16, 32)
     },
-    "linear fp16 2560x4096, 16 rows": partial(linear_case, torch.float16, 16, 2560, 4096),
-    "linear bf16 1000x144, bias, 7 rows": partial(linear_case, torch.bfloat16, 7, 1000, 144, bias=True),
-    "linear bf16 1000x592, bias, 7 rows": partial(linear_case, torch.bfloat16, 7, 1000, 592, bias=True),
+    "linear fp16 2560x4096, 16 rows": partial(_linear, fp16, 16, 2560, 4096),
+    "linear bf16 1000x144, bias, 7 rows": partial(_linear, bf16, 7, 1000, 144, bias=True),
+    "linear bf16 1000x592, bias, 7 rows": partial(_linear, bf16, 7, 1000, 592, bias=True),
     **{
-        f"span_attention {name} D{D}": partial(span_attention_case, dtype, D)
-        for name, dtype in _DTYPES.items()
-        for D in {"bf16": _DIMS, "fp16": (128,), "fp32": (64, 128, 256)}[name]
+        f"span_attention {name} D{D}": partial(_span, _DTYPES[name], D)
+        for name, dims in {"bf16": _DIMS, "fp16": (128,), "fp32": (64, 128, 256)}.items()
+        for D in dims
     },
-    "span_attention bf16 D64 sinks": partial(span_attention_case, torch.bfloat16, 64, sinks=True),
-    "span_attention bf16 D256 softcap": partial(span_attention_case, torch.bfloat16, 256, softcap=50.0),
+    "span_attention bf16 D64 sinks": partial(_span, bf16, 64, sinks=True),
+    "span_attention bf16 D256 softcap": partial(_span, bf16, 256, softcap=50.0),
     **{f"distill {name} V144": partial(distill_case, dtype, 144) for name, dtype in _DTYPES.items()},
-    "distill bf16 V129": partial(distill_case, torch.bfloat16, 129),  # odd, as above
-    "distill bf16 V144 softcap": partial(distill_case, torch.bfloat16, 144, softcap=30.0),
+    "distill bf16 V129": partial(distill_case, bf16, 129),  # odd, as above
+    "distill bf16 V144 softcap": partial(distill_case, bf16, 144, softcap=30.0),
 }

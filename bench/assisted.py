@@ -2,9 +2,7 @@
 
 All ways write the model's own greedy tokens, for one prompt at a time, and theirs need no training. Prompt lookup
 drafts what stood behind the same words before, and gains where an answer repeats its prompt. Assisted generation lets a
-small model draft; the shipped one is the smallest of its vocabulary, so its own first layers do (early exit). Static
-caches under torch.compile are measured by mtpkern.bench.compiled, FlexAttention and flash-attn by the attention
-benchmarks, Liger by distill.
+small model draft; the shipped one is the smallest of its vocabulary, so its own first layers do (early exit).
 """
 
 from __future__ import annotations
@@ -33,14 +31,13 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
     problems, most = (1, 8) if device.type == "cpu" else (16 if quick else 64, 128)
     model = AutoModelForCausalLM.from_pretrained(ASSETS, dtype=torch.float32, trust_remote_code=False).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(ASSETS, trust_remote_code=False)
+    theirs, mine = partial(hugging_face, model), partial(ours, model)
     ways: dict[str, Callable[..., list[Completion]]] = {
-        "HF generate": partial(hugging_face, model),
-        f"HF generate, prompt lookup of {LOOKUP}": partial(hugging_face, model, prompt_lookup_num_tokens=LOOKUP),
-        f"HF generate, assisted by its first {LAYERS} layers": partial(
-            hugging_face, model, assistant_early_exit=LAYERS
-        ),
-        "one a pass": partial(ours, model, strategy=Static(1)),
-        "Verified": partial(ours, model, strategy=Verified()),
+        "HF generate": theirs,
+        f"HF generate, prompt lookup of {LOOKUP}": partial(theirs, prompt_lookup_num_tokens=LOOKUP),
+        f"HF generate, assisted by its first {LAYERS} layers": partial(theirs, assistant_early_exit=LAYERS),
+        "one a pass": partial(mine, strategy=Static(1)),
+        "Verified": partial(mine, strategy=Verified()),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     tokens: dict[str, list[list[int]]] = {name: [] for name in ways}
@@ -56,22 +53,16 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
                 seconds[name].append(time.perf_counter() - start)
                 tokens[name].append(found.tokens)
     first, *_ = ways
-    rows, records = [], []
+    note = f"The shipped checkpoint, one prompt at a time, at most {most} tokens, float32; in turns."
+    table = Table("Held-out problems", note, HEADER)
     for name in ways:
-        same = sum(a == b for a, b in zip(tokens[name], tokens[first]))
+        same, of = sum(a == b for a, b in zip(tokens[name], tokens[first])), len(tokens[name])
         rate = sum(map(len, tokens[name])) / sum(seconds[name])
         ratio = median(a / b for a, b in zip(seconds[first], seconds[name]))
-        rows.append((name, f"{same} of {len(tokens[name])}", f"{rate:.0f}", f"{ratio:.2f}"))
-        records.append({"way": name, "identical": same, "problems": len(tokens[name])})
-        records[-1] |= {"tokens_a_second": rate, "ratio": ratio}
-    note = f"The shipped checkpoint, one prompt at a time, at most {most} tokens, float32; in turns."
-    yield Table("Held-out problems", note, HEADER, rows, records)
-
-
-def main() -> None:
-    """Measure, print, write."""
-    run("assisted", "Beside assisted generation", measure)
+        record = {"way": name, "identical": same, "problems": of, "tokens_a_second": rate, "ratio": ratio}
+        table = table.plus((name, f"{same} of {of}", f"{rate:.0f}", f"{ratio:.2f}"), record)
+    yield table
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(exit_status(partial(run, "assisted", "Beside assisted generation", measure)))

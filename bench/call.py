@@ -75,7 +75,8 @@ def measure_model(model: PreTrainedModel, batches: tuple[int, ...], rounds: int,
         ways["Verified"] = Verified()
     vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
-    rows, records, goals = [], [], []
+    note = f"{new_tokens} new tokens behind {PROMPT} of a random prompt, {model.dtype}, medians of {rounds} rounds."
+    table = Table(f"A call of {type(model).__name__}", note, HEADER)
     for batch in batches:
         ids = torch.randint(vocabulary // 2, (batch, PROMPT), generator=generator).to(model.device)
         # Without padding, and the last token ends no text of these.
@@ -89,14 +90,12 @@ def measure_model(model: PreTrainedModel, batches: tuple[int, ...], rounds: int,
                     found[name].append(parts)
         for name, parts_found in found.items():
             total, around, between = (Spread.of(x) for x in zip(*parts_found))
-            beyond = around.median + between.median
-            share = 100 * beyond / total.median
-            cells = (f"{1e3 * x.median:.1f}" for x in (total, around, between))
-            rows.append((name, str(batch), *cells, f"{share:.1f} %"))
-            records.append({"way": name, "batch": batch, "total": total, "around": around, "between": between})
-            goals.append(Goal(f"beyond the passes, {name}, batch {batch}", SHARE, share, "%", at_most=True))
-    note = f"{new_tokens} new tokens behind {PROMPT} of a random prompt, {model.dtype}, medians of {rounds} rounds."
-    return Table(f"A call of {type(model).__name__}", note, HEADER, rows, records, goals)
+            share = 100 * (around.median + between.median) / total.median
+            row = name, str(batch), *(f"{1e3 * x.median:.1f}" for x in (total, around, between)), f"{share:.1f} %"
+            goal = Goal(f"beyond the passes, {name}, batch {batch}", SHARE, share, "%", at_most=True)
+            record = {"way": name, "batch": batch, "total": total, "around": around, "between": between}
+            table = table.plus(row, record, goal)
+    return table
 
 
 def measure(device: torch.device, quick: bool, model: str = "") -> Iterator[Table]:
@@ -104,16 +103,10 @@ def measure(device: torch.device, quick: bool, model: str = "") -> Iterator[Tabl
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     loaded = AutoModelForCausalLM.from_pretrained(model or ASSETS, dtype=dtype, trust_remote_code=False)
     loaded = loaded.eval().to(device)
-    batches, rounds, tokens = (
-        ((1,), 1, 8) if quick and device.type == "cpu" else ((1, 8), 3 if quick else 9, NEW_TOKENS)
-    )
-    yield measure_model(loaded, batches, rounds, tokens)
-
-
-def main() -> None:
-    """The command line."""
-    run("call", "A call", measure, options={"--model": {"default": "", "help": "path or hub id (default: shipped)"}})
+    tiny = quick and device.type == "cpu"
+    yield measure_model(loaded, *(((1,), 1, 8) if tiny else ((1, 8), 3 if quick else 9, NEW_TOKENS)))
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    options = {"--model": {"default": "", "help": "path or hub id (default: shipped)"}}
+    sys.exit(exit_status(partial(run, "call", "A call", measure, options=options)))

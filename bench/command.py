@@ -27,10 +27,10 @@ from mtpkern.output import printable
 ROOT = Path(__file__).resolve().parents[1]
 
 GROUPS = {
-    "ops": ("readout", "decode_attention", "span_attention", "kv_write", "linear", "packed", "gated_lora", "distill"),
-    "step": ("step", "gated_step", "compiled", "train_step"),
+    "ops": ("readout", "decode_attention", "span_attention", "linear", "packed", "gated_lora", "distill"),
+    "step": ("gated_step", "compiled", "train_step"),
     "generation": ("decode", "call", "real", "throughput", "assisted"),
-    "all of it": ("preflight", "gpu", "aot", "tiles"),
+    "all of it": ("preflight", "gpu", "aot"),
 }
 _NAMES = [name for names in GROUPS.values() for name in names]
 
@@ -52,12 +52,9 @@ def main(argv: Sequence[str]) -> None:
 
     main(["readout", "--device", "cpu"])
     """
-    parser = argparse.ArgumentParser(
-        prog="mtpkern bench",
-        description="Runs a benchmark; what follows its name are its own options.",
-        epilog=listing(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    said = "Runs a benchmark; what follows its name are its own options."
+    as_it_is = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("mtpkern bench", description=said, epilog=listing(), formatter_class=as_it_is)
     parser.add_argument("--base", metavar="REF", help="a commit to compare with, run in turns with this tree")
     parser.add_argument("--rounds", type=int, metavar="N", help="with --base: so many turns (default 1)")
     parser.add_argument("name", nargs="?", choices=["list", *_NAMES], default="list", metavar="NAME")
@@ -114,9 +111,8 @@ def _run(tree: Path, name: str, arguments: Sequence[str], folder: Path) -> dict[
     done = subprocess.run(words, cwd=folder, env=environment, stdout=sys.stderr)
     results = folder / f"{name}.json"
     if done.returncode or not results.is_file():
-        raise ValueError(
-            f"{tree}: {shlex.join(words[1:])} ended with {done.returncode}, and no {results.name} to compare"
-        )
+        ended = f"{shlex.join(words[1:])} ended with {done.returncode}"
+        raise ValueError(f"{tree}: {ended}, and no {results.name} to compare")
     return dict(json.loads(results.read_text(encoding="utf-8")))
 
 
@@ -126,11 +122,8 @@ def compared(base: Sequence[Mapping[str, Any]], this: Sequence[Mapping[str, Any]
     Raises ValueError where they have none in common.
     """
     there, here = _figures(base), _figures(this)
-    rows: list[tuple[str, ...]] = [
-        (name, f"{there[name]:.4g}", f"{here[name]:.4g}", f"{here[name] / there[name]:.3f}")
-        for name in here
-        if there.get(name)
-    ]
+    both = ((name, there[name], here[name]) for name in here if there.get(name))
+    rows: list[tuple[str, ...]] = [(name, f"{a:.4g}", f"{b:.4g}", f"{b / a:.3f}") for name, a, b in both]
     if not rows:
         raise ValueError("the results have no figures in common: nothing to compare")
     return rows

@@ -1,7 +1,6 @@
-"""The layers through torch.compile: what fusing their small operations is worth, for our step and for Hugging Face's.
+"""A pass by its rows, as it is and its layers through torch.compile, against its floor; and whole calls token by token.
 
-`python -m mtpkern.bench.compiled` captures steps in CUDA graphs with `compile` off and on, times `generate` as people
-call it, and writes bench/results/compiled.{md,json}. Compiling takes most of the time.
+Steps are captured in CUDA graphs, with `compile` off and on. Compiling takes most of the time.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 
 from mtpkern.attention import attention_context
 from mtpkern.bench.harness import Spread, interleaved
-from mtpkern.bench.report import Goal, Table, run
-from mtpkern.bench.step import Body, Point, Stand, build, floor, reset
+from mtpkern.bench.models import build
+from mtpkern.bench.report import Goal, Table, cells, run
+from mtpkern.bench.step import Body, Point, Stand, floor, reset
 from mtpkern.bench.timing import free, peak, reason, timed
 from mtpkern.generation import generate
 from mtpkern.output import exit_status
@@ -53,41 +54,39 @@ def times(model: PreTrainedModel, points: Sequence[Point]) -> Iterator[tuple[Poi
 def pass_tables(name: str, model: PreTrainedModel, points: Sequence[Point]) -> Iterator[Table]:
     """The table so far, after each point; points of one batch and context stand together."""
     device = model.device
-    rows, records, skipped = [], [], set()
+    note = (
+        "bf16, random weights, µs in a graph, median (least–greatest); every row in use. compiled: each decoder layer "
+        "through torch.compile before the capture, attention kept out. Floor: weights, keys and values read once; "
+        f"{peak(device).source}."
+    )
+    header = ("batch", "context", "rows", "pass", "compiled", "ratio", "floor", "share", "share, compiled")
+    table = Table(f"A pass of {name}, compiled", note, header)
     fused: dict[Point, float] = {}
     for _, group in groupby(points, key=lambda at: (at.B, at.L)):
         for at, found, failed in times(model, list(group)):
-            skipped |= set(failed)
             plain, fast = found[PLAIN], found[COMPILED]
             if not failed:
                 fused[at] = fast.median
             least = floor(model, at)
             shares = (f"{least / spread.median:.0%}" for spread in (plain, fast))
-            cells = (plain.text(0), fast.text(0), f"{plain.median / fast.median:.2f}", f"{least:.0f}")
-            rows.append((str(at.B), str(at.L), str(at.R), *cells, *shares))
-            records.append({**vars(at), "us": plain, "compiled_us": fast, "floor_us": least})
-            note = (
-                "bf16, random weights, µs in a graph, median (least–greatest); every row in use. compiled: each "
-                "decoder layer through torch.compile before the capture, attention kept out. Floor: weights, keys and "
-                "values read once; "
-                f"{peak(device).source}."
-            )
-            header = ("batch", "context", "rows", "pass", "compiled", "ratio", "floor", "share", "share, compiled")
-            goals = _goals(name, model, fused)
-            yield Table(f"A pass of {name}, compiled", note, header, [*rows], [*records], goals, sorted(skipped))
+            ratio = f"{plain.median / fast.median:.2f}"
+            row = (str(at.B), str(at.L), str(at.R), *cells(found, (PLAIN, COMPILED), 0), ratio, f"{least:.0f}", *shares)
+            record = {**vars(at), "us": plain, "compiled_us": fast, "floor_us": least}
+            table = replace(table.plus(row, record, skipped=failed), goals=_goals(name, model, fused))
+            yield table
         free(device)
 
 
 def _goals(name: str, model: PreTrainedModel, fused: Mapping[Point, float]) -> list[Goal]:
     """What 15 rows of one text may cost, where those and the pass token by token have been compiled."""
-    one = next((us for at, us in fused.items() if (at.B, at.R) == (1, 1)), None)
-    goals = []
-    for at, us in fused.items():
-        if (at.B, at.R) == (1, 15):
-            what = f"{name}, batch 1, 2k context, compiled"
-            goals.append(Goal(f"{what}, 15 rows: share of the floor", 80, floor(model, at) / us * 100, "%"))
-            if one is not None:
-                goals.append(Goal(f"{what}: 15 rows over 1", 1.15, us / one, "×", at_most=True))
+    one, many = (next((at for at in fused if (at.B, at.R) == (1, R)), None) for R in (1, 15))
+    if many is None:
+        return []
+    what = f"{name}, batch 1, 2k context, compiled"
+    share = floor(model, many) / fused[many] * 100
+    goals = [Goal(f"{what}, 15 rows: share of the floor", 80, share, "%")]
+    if one is not None:
+        goals.append(Goal(f"{what}: 15 rows over 1", 1.15, fused[many] / fused[one], "×", at_most=True))
     return goals
 
 
@@ -97,32 +96,30 @@ def generate_table(name: str, model: PreTrainedModel) -> Table:
     n = 4 if device.type == "cpu" else 128
     ids = torch.randint(2, model.config.vocab_size, (1, 4 * n), device=device)
     options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": n, "do_sample": False}
+    ours = partial(generate, model, ids, strategy=Static(1), **options)
     ways: dict[str, Callable[[], object]] = {
-        "mtpkern.generate, Static(1)": partial(generate, model, ids, strategy=Static(1), compile=False, **options),
-        "mtpkern.generate, Static(1), compiled": partial(
-            generate, model, ids, strategy=Static(1), compile=True, **options
-        ),
+        "mtpkern.generate, Static(1)": partial(ours, compile=False),
+        "mtpkern.generate, Static(1), compiled": partial(ours, compile=True),
         "HF generate": partial(model.generate, ids, **options),
         "HF generate, static cache, compiled": partial(model.generate, ids, cache_implementation="static", **options),
     }
-    running, skipped = {}, []
-    for way, call in ways.items():
+    skipped = []
+    for way, call in list(ways.items()):
         try:
             for _ in range(2):  # compiles
                 call()
-            running[way] = call
         except Exception as error:  # a foreign compiler's
             if way.startswith("mtpkern"):
                 raise
             skipped.append(f"{way}: {reason(error)}")
-    found = interleaved(running, 2 if device.type == "cpu" else 5, device, warm_up=0)
-    rows, records = [], []
-    for way, spread in found.items():
-        rate = n / spread.median * 1e3
-        rows.append((way, spread.text(1), f"{rate:.1f}"))
-        records.append({"way": way, "ms": spread, "tokens_per_second": rate})
+            del ways[way]
     note = f"Batch 1, {4 * n} prompt tokens, {n} new ones; ms of the whole call on the host's clock, prefill included."
-    return Table(f"Token by token with {name}", note, ("way", "ms", "tokens/s"), rows, records, skipped=skipped)
+    table = Table(f"Token by token with {name}", note, ("way", "ms", "tokens/s"), skipped=skipped)
+    for way, spread in interleaved(ways, 2 if device.type == "cpu" else 5, device, warm_up=0).items():
+        rate = n / spread.median * 1e3
+        row = way, spread.text(1), f"{rate:.1f}"
+        table = table.plus(row, {"way": way, "ms": spread, "tokens_per_second": rate})
+    return table
 
 
 def grid(device: torch.device) -> list[Point]:
@@ -151,10 +148,5 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
         yield from pass_tables("Llama-3.1-8B", build("Llama-3.1-8B", device), grid(device)[:2])
 
 
-def main() -> None:
-    """Measure, print, write."""
-    run("compiled", "Compiled models", measure)
-
-
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(exit_status(partial(run, "compiled", "Compiled models", measure)))

@@ -1,7 +1,5 @@
 """Decoding with the shipped checkpoint: accuracy, tokens per pass, wall-clock time, and where a step's time goes.
 
-`python -m mtpkern.bench.decode` measures everything and writes bench/results/decode.{md,json}.
-
 Thresholds are chosen on the validation split (seed 0, the first --validation problems); every figure of the tables
 comes from the 1,000 held-out problems of mtpkern/assets/problems.jsonl (test split, seed 0). Accuracy and tokens per
 pass are counted in batches with all masks for every sequence, which is what a batch of one gets. Times are taken in
@@ -13,12 +11,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mtpkern.attention import attention_context
@@ -34,9 +33,8 @@ from mtpkern.compare import (
     batches,
     compare,
     count_right,
+    decode,
     encode,
-    hugging_face,
-    ours,
     read_problems,
 )
 from mtpkern.decoder import Decoder
@@ -86,11 +84,8 @@ class Bench:
         out: list[Completion] = []
         for batch in batches(held, BATCH):
             inputs = encode(self.tokenizer, [p.prompt for p in batch], self.model.device)
-            if strategy is None:
-                out += hugging_face(self.model, inputs, max_new_tokens=MAX_NEW_TOKENS)
-            else:
-                rows = len(batch) * (2 * strategy.k - 1)
-                out += ours(self.model, inputs, strategy=strategy, rows=rows, max_new_tokens=MAX_NEW_TOKENS)
+            rows = {} if strategy is None else {"rows": len(batch) * (2 * strategy.k - 1)}
+            out += decode(self.model, inputs, strategy, max_new_tokens=MAX_NEW_TOKENS, **rows)
         return out
 
     def count(self, label: str, held: Sequence[Problem], ways: Mapping[str, Strategy | None]) -> dict[str, Figures]:
@@ -112,13 +107,11 @@ class Bench:
         floor = ACCURACY_KEPT * figures[STATIC].tally.accuracy
 
         def best(kind: type[ConfAdapt] | type[Verified]) -> Strategy:
-            rated = [
-                (figures[name].tally.tokens_per_pass, strategy)
-                for name, strategy in ways.items()
-                if isinstance(strategy, kind) and figures[name].tally.accuracy >= floor
-            ]
+            good = {name: figures[name].tally for name, way in ways.items() if isinstance(way, kind)}
+            good = {name: tally for name, tally in good.items() if tally.accuracy >= floor}
             # Where no threshold keeps the accuracy, the most careful one stands.
-            return max(rated, key=lambda r: r[0])[1] if rated else self.strategy(kind, max(CONFADAPT))
+            careful = self.strategy(kind, max(CONFADAPT))
+            return ways[max(good, key=lambda name: good[name].tokens_per_pass)] if good else careful
 
         return best(ConfAdapt), best(Verified)
 
@@ -127,23 +120,21 @@ class Bench:
     ) -> dict[str, dict[str, Spread]]:
         """Tokens per second and its ratio to Hugging Face's generate, over rounds of fresh problems."""
         rates: dict[str, list[float]] = {name: [] for name in ways}
-        ratios: dict[str, list[float]] = {name: [] for name in ways}
+        options: dict[str, Any] = {"batch_size": batch, "max_new_tokens": MAX_NEW_TOKENS}
         with progress(f"speed at batch {batch}, {len(ways)} ways", rounds) as done:
             for i in range(rounds):
                 start = i * per_round % len(held)
-                tallies = compare(
-                    self.model,
-                    self.tokenizer,
-                    held[start : start + per_round],
-                    ways,
-                    batch_size=batch,
-                    max_new_tokens=MAX_NEW_TOKENS,
-                )
-                for name, tally in tallies.items():
+                fresh = held[start : start + per_round]
+                for name, tally in compare(self.model, self.tokenizer, fresh, ways, **options).items():
                     rates[name].append(tally.tokens_per_second)
-                    ratios[name].append(tally.tokens_per_second / tallies[HF_GENERATE].tokens_per_second)
                 done(i + 1)
-        return {name: {"tokens_per_second": Spread.of(rates[name]), "ratio": Spread.of(ratios[name])} for name in ways}
+        return {
+            name: {
+                "tokens_per_second": Spread.of(rate),
+                "ratio": Spread.of([ours / theirs for ours, theirs in zip(rate, rates[HF_GENERATE])]),
+            }
+            for name, rate in rates.items()
+        }
 
     @torch.inference_mode()
     def step(self, held: Sequence[Problem], strategy: Strategy, rounds: int) -> dict[str, Spread]:
@@ -153,47 +144,39 @@ class Bench:
         its queries, so that forward - body is what attention and the writing of K/V cost. one_token: the model's own
         cached forward of one token a sequence, which is what a step of Hugging Face's generate calls.
         """
-        inputs = encode(self.tokenizer, [p.prompt for p in held], self.model.device)
+        model = self.model
+        inputs = encode(self.tokenizer, [p.prompt for p in held], model.device)
         new = rounds * strategy.k + 64
         decoder = Decoder(
-            self.model,
+            model,
             strategy,
-            mask_token_id=resolve_mask_token(self.model),
+            mask_token_id=resolve_mask_token(model),
             stop_ids=torch.tensor([], dtype=torch.long),
             batch=len(held),
             capacity=inputs["input_ids"].shape[1] + new,
             max_new_tokens=new,
         )
         decoder.prefill(inputs["input_ids"], inputs["attention_mask"])
-
-        def forward(route: dict) -> Tensor:
-            rows = decoder.rows
-            return self.model(
-                input_ids=rows.token[None],
-                position_ids=rows.position[None],
-                past_key_values=None,
-                use_cache=False,
-                **route,
-            ).logits[0]
-
-        past = self.model(**inputs, use_cache=True).past_key_values
+        past = model(**inputs, use_cache=True).past_key_values
         last = inputs["input_ids"][:, -1:]
 
         def one_token() -> None:
-            self.model(input_ids=last, past_key_values=past, use_cache=True)
+            model(input_ids=last, past_key_values=past, use_cache=True)
             past.crop(-1)
 
-        with attention_context(self.model, Body()) as route:
-            body = interleaved({"body": lambda: forward(route)}, rounds, self.model.device)
-        one = interleaved({"one_token": one_token}, rounds, self.model.device)
-        with attention_context(self.model, decoder.cache) as route:
-            logits = forward(route)
-            actions = {
-                "whole": lambda: decoder.step(route),
-                "forward": lambda: forward(route),
-                "readout": lambda: readout(logits, decoder.mask_token_id),
-            }
-            step = interleaved(actions, rounds, self.model.device)
+        def timed(**actions: Callable[[], object]) -> dict[str, Spread]:
+            return interleaved(actions, rounds, model.device)
+
+        with attention_context(model, Body()) as route:
+            body = timed(body=partial(decoder._forward, route))
+        one = timed(one_token=one_token)
+        with attention_context(model, decoder.cache) as route:
+            logits = decoder._forward(route)
+            step = timed(
+                whole=partial(decoder.step, route),
+                forward=partial(decoder._forward, route),
+                readout=partial(readout, logits, decoder.mask_token_id),
+            )
         return step | body | one
 
 
@@ -214,16 +197,11 @@ class Figures:
 
     def record(self) -> dict[str, object]:
         """The figures for JSON."""
-        tally = self.tally
-        return {
-            "problems": tally.problems,
-            "accuracy": tally.accuracy,
-            "standard_error": tally.standard_error,
-            "tokens_per_pass": tally.tokens_per_pass,
-            "effective_k": tally.effective_k[0],
-            "effective_k_deviation": tally.effective_k[1],
-            "tokens": tally.tokens,
-            "passes": tally.passes,
+        names = ("problems", "accuracy", "standard_error", "tokens_per_pass", "tokens", "passes")
+        mean, deviation = self.tally.effective_k
+        return {name: getattr(self.tally, name) for name in names} | {
+            "effective_k": mean,
+            "effective_k_deviation": deviation,
             "identical_to_hf_greedy": self.identical,
             "blocks_by_size": {str(size): n for size, n in sorted(self.blocks.items())},
         }
@@ -233,17 +211,11 @@ def accuracy_table(figures: Mapping[str, Figures]) -> Table:
     """One row a way: accuracy, tokens per pass, identity, block sizes."""
     rows = []
     for name, f in figures.items():
+        tally, (mean, deviation) = f.tally, f.tally.effective_k
         share = ", ".join(f"{s}: {n / f.blocks.total():.0%}" for s, n in sorted(f.blocks.items()))
-        rows.append(
-            (
-                name,
-                f"{f.tally.accuracy:.2%} ± {f.tally.standard_error:.2%}",
-                f"{f.tally.tokens_per_pass:.3f}",
-                f"{f.tally.effective_k[0]:.2f} ± {f.tally.effective_k[1]:.2f}",
-                f"{f.identical} of {f.tally.problems}",
-                share,
-            )
-        )
+        right = f"{tally.accuracy:.2%} ± {tally.standard_error:.2%}"
+        k, same = f"{mean:.2f} ± {deviation:.2f}", f"{f.identical} of {tally.problems}"
+        rows.append((name, right, f"{tally.tokens_per_pass:.3f}", k, same, share))
     n = next(iter(figures.values())).tally.problems
     note = (
         f"{n} held-out problems. Tokens per pass = tokens emitted / passes, the prefill counted; effective k (Eff. k "
@@ -268,19 +240,9 @@ def step_table(steps: Mapping[str, Mapping[str, Spread]]) -> Table:
     """One row a batch size: the step and its parts in milliseconds."""
     rows = []
     for name, s in steps.items():
-        rest = s["whole"].median - s["forward"].median - s["readout"].median
-        rows.append(
-            (
-                name,
-                s["whole"].text(),
-                f"{s['body'].median:.2f}",
-                f"{s['forward'].median - s['body'].median:.2f}",
-                f"{s['readout'].median:.2f}",
-                f"{rest:.2f}",
-                f"{s['forward'].median / s['whole'].median:.0%}",
-                s["one_token"].text(),
-            )
-        )
+        whole, forward, body, read = (s[part].median for part in ("whole", "forward", "body", "readout"))
+        parts = (f"{ms:.2f}" for ms in (body, forward - body, read, whole - forward - read))
+        rows.append((name, s["whole"].text(), *parts, f"{forward / whole:.0%}", s["one_token"].text()))
     note = (
         "Milliseconds, medians. model: the forward with an attention that does nothing; attention: with ours, KV write "
         "included, minus that; advance: what the step takes beyond forward and readout; one token: the model's own "

@@ -1,9 +1,7 @@
 """Decode attention: packed rows of a batch against their KV caches, against its floor and what else there is.
 
-`python -m mtpkern.bench.decode_attention` times one layer's attention in captured graphs, keys and values read from
-memory, and writes bench/results/decode_attention.{md,json}. With --quick first the forms that a launcher can take: one
-launch that writes the caches and attends, or one for each; with its merge and without; and behind a matrix product, as
-in a pass, what it costs where kernels start early (kernels/form.py) and where they do not.
+One layer's attention in captured graphs, keys and values read from memory; alone, and behind a matrix product as in a
+pass, where its launch may start early (kernels/form.py).
 """
 
 from __future__ import annotations
@@ -12,30 +10,25 @@ import importlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from mtpkern.bench.harness import Spread
-from mtpkern.bench.report import Goal, Table, run
-from mtpkern.bench.timing import Action, copies, difference, drawn, free, peak, race, timed, with_constants
-from mtpkern.kernels import decode_attention as op
-from mtpkern.kernels import form as forms
+from mtpkern.bench.report import Goal, Table, cells, run
+from mtpkern.bench.timing import Action, copies, drawn, free, peak, race, timed
 from mtpkern.kernels.decode_attention import decode_attention, decode_attention_triton
 from mtpkern.kernels.packed_rows import PackedRows
 from mtpkern.kernels.scoring import Scoring
 from mtpkern.output import exit_status
 
-OURS, UNSPLIT, INVARIANT = "ours", "one split", "batch-invariant"
-# Beside the split rule's own choice, in the short grid.
-SPLITS = (4, 8, 16, 33)
+OURS, BEHIND, UNSPLIT, INVARIANT = "ours", "behind a product", "one split", "batch-invariant"
 SDPA, FLASH, FLEX = "SDPA, mask", "flash-attn", "FlexAttention"
-INSIDE, BEFORE, NO_MERGE, PRODUCT = "writes and attends", "kv_write, attends", "no merge", "product"
-STEP, STEP_BEFORE, STEP_NO_PDL = f"+ {INSIDE}", f"+ {BEFORE}", f"+ {INSIDE}, no PDL"
 
 
 @dataclass(frozen=True)
@@ -106,6 +99,9 @@ class Case:
         q, k, v = self.padded(i)
         return self.packed(F.scaled_dot_product_attention(q, k, v, self.visible, enable_gqa=True))
 
+    # The two below are made where they are first called, so that what their making raises is met there.
+
+    @cached_property
     def flash(self) -> Action:
         """flash_attn_with_kvcache."""
         attend = importlib.import_module("flash_attn").flash_attn_with_kvcache
@@ -117,10 +113,9 @@ class Case:
 
         return call
 
+    @cached_property
     def flex(self) -> Action:
         """FlexAttention, compiled on a GPU; its block mask is made beforehand."""
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
         device, slot = self.seq.device, self.slot.view(self.shape.B, self.shape.W)
 
         def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
@@ -130,43 +125,36 @@ class Case:
         attend: Callable[..., Any] = flex_attention
         if device.type == "cuda":
             attend = torch.compile(flex_attention, fullgraph=True, dynamic=False)
-
-        def call(i: int) -> Tensor:
-            return self.packed(attend(*self.padded(i), block_mask=mask, enable_gqa=True))
-
-        return call
+        return lambda i: self.packed(attend(*self.padded(i), block_mask=mask, enable_gqa=True))
 
 
-def deferred(make: Callable[[], Action]) -> Action:
-    """An action that is made at its first call, so that what its making raises is met where its calls are watched."""
-    made: list[Action] = []
-
-    def call(i: int) -> object:
-        if not made:
-            made.append(make())
-        return made[0](i)
-
-    return call
-
-
-def times(
-    shape: Shape, device: torch.device, *, flex: bool, splits: Sequence[int] = ()
-) -> tuple[dict[str, Spread], list[str]]:
+def times(shape: Shape, device: torch.device, *, flex: bool) -> tuple[dict[str, Spread], list[str]]:
     """Microseconds of each way at a shape, and what was left out."""
     case = Case(shape, device)
     ours = {OURS: case.attend(decode_attention), INVARIANT: case.attend(decode_attention, batch_invariant=True)}
-    theirs: dict[str, Action] = {SDPA: case.sdpa, FLASH: deferred(case.flash)}
+    theirs: dict[str, Action] = {SDPA: case.sdpa, FLASH: lambda i: case.flash(i)}
     if device.type == "cuda":
-        for n in (1, *splits):
-            ours[in_splits(n)] = case.attend(decode_attention_triton, splits=n)
+        ours[UNSPLIT] = case.attend(decode_attention_triton, splits=1)
     if flex:
-        theirs[FLEX] = deferred(case.flex)
-    return race(ours, theirs, device, calls=case.n)
+        theirs[FLEX] = lambda i: case.flex(i)
+    found, skipped = race(ours, theirs, device, calls=case.n)
+    return found | {BEHIND: _behind_product(case, device)}, skipped
 
 
-def in_splits(n: int) -> str:
-    """As a column is named: `in_splits(8)` is "8 splits"."""
-    return UNSPLIT if n == 1 else f"{n} splits"
+def _behind_product(case: Case, device: torch.device) -> Spread:
+    """What ours adds behind a product of the rows with a weight that is read from memory, as in a pass."""
+    shape, attend = case.shape, case.attend(decode_attention)
+    hidden, width = 64 if device.type == "cpu" else 2560, shape.Hq * shape.D
+    weights = drawn(copies(2 * hidden * width, device), hidden, width, device=device)
+    (x,) = drawn(1, shape.B * shape.W, hidden, device=device)
+
+    def product(i: int) -> Tensor:
+        return x @ weights[i % len(weights)]
+
+    actions: dict[str, Action] = {"product": product, "both": lambda i: (product(i), attend(i))}
+    found = timed(actions, device, calls=max(case.n, len(weights)))
+    alone, both = found["product"].median, found["both"]
+    return Spread(both.median - alone, both.low - alone, both.high - alone)
 
 
 def grid(device: torch.device, quick: bool) -> list[Shape]:
@@ -174,73 +162,15 @@ def grid(device: torch.device, quick: bool) -> list[Shape]:
     if device.type == "cpu":
         return [Shape(B, L, W, Hq=4, Hkv=2, D=16) for B, L, W in ((1, 40, 1), (1, 40, 15), (2, 24, 3))]
     if quick:
-        points = [(1, 4096), (4, 16384), (32, 4096)]
+        points = [(1, 2048), (1, 4096), (4, 16384), (32, 4096)]
         return [Shape(B, L, W) for B, L in points for W in (1, 15)]
     points = [(1, 1024), (1, 4096), (1, 16384), (1, 65536), (1, 131072), (4, 4096), (4, 16384), (4, 65536)]
     points += [(16, 2048), (16, 4096), (16, 16384), (64, 2048), (64, 16384), (256, 2048)]
     return [Shape(B, L, W) for B, L in points for W in (1, 8, 15, 31)]
 
 
-def form_times(shape: Shape, device: torch.device, hidden: int) -> dict[str, Spread]:
-    """Microseconds of each form at a shape, alone and behind a product of its rows with weights read from memory."""
-    case = Case(shape, device)
-    inside = case.attend(decode_attention)
-    before = with_constants(inside, op, WRITE_INSIDE=False)
-    wrong = difference([before(0)], [inside(0)], 2e-2)  # type: ignore[list-item]
-    if wrong:
-        raise RuntimeError(f"{BEFORE} differs from {INSIDE}: {wrong}")
-    width = shape.Hq * shape.D
-    weights = drawn(copies(2 * hidden * width, device), hidden, width, device=device)
-    (x,) = drawn(1, shape.B * shape.W, hidden, device=device)
-
-    def product(i: int) -> Tensor:
-        return x @ weights[i % len(weights)]
-
-    def behind_product(action: Action) -> Action:
-        return lambda i: (product(i), action(i))
-
-    actions = {
-        INSIDE: inside,
-        BEFORE: before,
-        NO_MERGE: with_constants(inside, op, merge_triton=lambda *_: None),
-        PRODUCT: product,
-        STEP: behind_product(inside),
-        STEP_BEFORE: behind_product(before),
-        STEP_NO_PDL: with_constants(behind_product(inside), forms, PDL=False),
-    }
-    return timed(actions, device, calls=max(case.n, len(weights)))
-
-
-def form_tables(device: torch.device) -> Iterator[Table]:
-    """The forms at k = 8 and at as many rows as fill a tile of 16: a row at a time."""
-    shapes = [Shape(B, L, W) for B, L in ((1, 2048), (1, 4096), (16, 2048), (64, 2048)) for W in (15, 4)]
-    if device.type == "cpu":
-        shapes = [Shape(B, 40, W, Hq=4, Hkv=2, D=16) for B, W in ((1, 15), (2, 4))]
-    hidden = 64 if device.type == "cpu" else 2560
-    rows, records = [], []
-    for s in shapes:
-        spent = form_times(s, device, hidden)
-        free(device)
-        shares = {way: s.bytes / peak(device).bandwidth * 1e6 / spent[way].median for way in (INSIDE, BEFORE)}
-        alone = [f"{spent[way].text(1)}, {shares[way]:.0%}" for way in shares]
-        merge = spent[INSIDE].median - spent[NO_MERGE].median
-        added = [f"{spent[way].median - spent[PRODUCT].median:.1f}" for way in (STEP, STEP_BEFORE, STEP_NO_PDL)]
-        rows.append((str(s.B), str(s.L), str(s.W), *alone, f"{merge:.1f}", spent[PRODUCT].text(1), *added))
-        records.append({**vars(s), "us": spent, "share_of_bandwidth": shares, "merge_us": merge})
-        note = (
-            f"One layer, {s.Hq} query heads, {s.Hkv} KV heads, width {s.D}, bf16, µs in a graph, median "
-            "(least–greatest), and share of bandwidth. merge: what the launch that merges the splits adds. product: of "
-            f"the rows with a weight [{hidden}, {s.Hq * s.D}] read from memory; the last three: what is added behind "
-            f"it; {peak(device).source}."
-        )
-        header = ("batch", "context", "rows each", INSIDE, BEFORE, "merge", PRODUCT, STEP, STEP_BEFORE, STEP_NO_PDL)
-        yield Table("Decode attention, its forms", note, header, [*rows], [*records])
-
-
 def measure(device: torch.device, quick: bool) -> Iterator[Table]:
-    """If quick, the forms; the grid, a row at a time; then, unless quick, other widths of heads."""
-    if quick:
-        yield from form_tables(device)
+    """The grid, a row at a time; then, unless quick, other widths of heads."""
     yield from _tables("Decode attention", grid(device, quick), device, quick)
     if device.type == "cuda" and not quick:
         others = [(16, 8, 128), (32, 8, 64), (64, 8, 128), (32, 32, 128), (16, 8, 256), (32, 8, 80), (32, 8, 96)]
@@ -258,26 +188,26 @@ def _with_flex(s: Shape, device: torch.device, quick: bool) -> bool:
 
 def _tables(caption: str, shapes: Sequence[Shape], device: torch.device, quick: bool) -> Iterator[Table]:
     """The table so far, after each shape."""
-    splits = SPLITS if quick else ()
-    ways = [OURS, *map(in_splits, (1, *splits)), INVARIANT, SDPA, FLASH, FLEX]
-    rows, records, skipped = [], [], []
+    ways = [OURS, BEHIND, UNSPLIT, INVARIANT, SDPA, FLASH, FLEX]
+    note = (
+        "One layer, bf16, µs in a graph, median (least–greatest). Floor: keys and values read once, or both products, "
+        f"whichever takes longer; {peak(device).source}. heads: query heads, KV heads, head width. {BEHIND}: what ours "
+        "adds there, which may start early."
+    )
+    table = Table(caption, note, ("batch", "context", "rows each", "heads", *ways, "floor", "share of bandwidth"))
+    skipped: list[str] = []
     spent: dict[Shape, dict[str, Spread]] = {}
     for s in shapes:
-        spent[s], left_out = times(s, device, flex=_with_flex(s, device, quick), splits=splits)
+        spent[s], left_out = times(s, device, flex=_with_flex(s, device, quick))
         free(device)
         skipped += left_out
         floor = peak(device).floor(bytes=s.bytes, flops=s.flops)
         share = s.bytes / peak(device).bandwidth * 1e6 / spent[s][OURS].median
-        cells = [spent[s][way].text(1) if way in spent[s] else "–" for way in ways]
         heads = f"{s.Hq}/{s.Hkv}/{s.D}"
-        rows.append((str(s.B), str(s.L), str(s.W), heads, *cells, f"{floor:.1f}", f"{share:.0%}"))
-        records.append({**vars(s), "us": spent[s], "floor_us": floor, "share_of_bandwidth": share})
-        note = (
-            "One layer, bf16, µs in a graph, median (least–greatest). Floor: keys and values read once, or both "
-            f"products, whichever takes longer; {peak(device).source}. heads: query heads, KV heads, head width."
-        )
-        header = ("batch", "context", "rows each", "heads", *ways, "floor", "share of bandwidth")
-        yield Table(caption, note, header, [*rows], [*records], _goals(spent, device), _grouped(skipped, len(rows)))
+        row = (str(s.B), str(s.L), str(s.W), heads, *cells(spent[s], ways), f"{floor:.1f}", f"{share:.0%}")
+        table = table.plus(row, {**vars(s), "us": spent[s], "floor_us": floor, "share_of_bandwidth": share})
+        lines = [f"{line} ({n} of {len(table.rows)} shapes)" for line, n in Counter(skipped).items()]
+        yield replace(table, goals=_goals(spent, device), skipped=lines)
 
 
 def _goals(spent: Mapping[Shape, Mapping[str, Spread]], device: torch.device) -> list[Goal]:
@@ -293,26 +223,18 @@ def _goals(spent: Mapping[Shape, Mapping[str, Spread]], device: torch.device) ->
     split = [t[UNSPLIT].median / t[OURS].median for s, t in at.items() if s.L >= 16384 and s.B <= 4 and UNSPLIT in t]
     one = {(s.B, s.L): t[OURS].median for s, t in at.items() if s.W == 1}
     cost = [t[OURS].median / one[s.B, s.L] for s, t in at.items() if s.W == 15 and (s.B, s.L) in one]
-    goals = []
-    if wide:
-        goals.append(Goal("decode attention, B·L ≥ 64k, k ≤ 8: least share of bandwidth", 85, min(wide), "%"))
-    if short:
-        goals.append(Goal("decode attention, B = 1, L ≤ 4k: slowest", 8, max(short), "µs", at_most=True))
-    if split:
-        goals.append(Goal("decode attention over one split, L ≥ 16k, B ≤ 4: least", 5, min(split), "×"))
-    if cost:
-        goals.append(Goal("decode attention, 15 rows over 1 row: greatest", 1.15, max(cost), "×", at_most=True))
-    return goals
-
-
-def _grouped(lines: Sequence[str], shapes: int) -> list[str]:
-    return [f"{line} ({n} of {shapes} shapes)" for line, n in Counter(lines).items()]
-
-
-def main() -> None:
-    """Measure, print, write."""
-    run("decode_attention", "Decode attention", measure)
+    worst = (
+        (", B·L ≥ 64k, k ≤ 8: least share of bandwidth", 85, min, wide, "%"),
+        (", B = 1, L ≤ 4k: slowest", 8, max, short, "µs"),
+        (" over one split, L ≥ 16k, B ≤ 4: least", 5, min, split, "×"),
+        (", 15 rows over 1 row: greatest", 1.15, max, cost, "×"),
+    )
+    return [
+        Goal(f"decode attention{what}", target, of(found), unit, at_most=of is max)
+        for what, target, of, found, unit in worst
+        if found
+    ]
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(exit_status(partial(run, "decode_attention", "Decode attention", measure)))

@@ -11,7 +11,7 @@ Bound    V H bytes of a trained head's gradient + 4 R H + 0.5 GiB; from row to r
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtpkern.bench.harness import Spread
 from mtpkern.bench.report import Goal, Table, run
-from mtpkern.bench.timing import Action, free, peak, race, reason
+from mtpkern.bench.timing import Action, free, peak, peak_of, race, reason
 from mtpkern.kernels.distill import Head, distill_loss, head_readout
 from mtpkern.output import exit_status
 
@@ -120,14 +121,14 @@ def comparators(case: Case, device: torch.device) -> tuple[dict[str, Loss], list
         skipped.append(f"{BF16}: a rehearsal on a CPU is in float32")
     try:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-    except Exception as error:  # also where it is installed, but not for this version of torch or triton
-        skipped.append(f"{LIGER}: {reason(error)}")
-    else:
+
+        loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
         if case.soft:
             skipped.append(f"{LIGER}: its cross-entropy takes hard targets only")
         else:
-            loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
             found[LIGER] = lambda x: loss(x.weight, x.hidden, x.target)
+    except Exception as error:  # also where it is installed, but not for this version of torch or triton
+        skipped.append(f"{LIGER}: {reason(error)}")
     return found, skipped
 
 
@@ -144,13 +145,18 @@ def peak_memory(action: Action, device: torch.device) -> float:
     # Compilation and the workspaces of the vendor's library come with the first call and stay.
     action(0)
     free(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    kept = action(1)
-    torch.cuda.synchronize(device)
-    highest = torch.cuda.max_memory_allocated(device)
-    del kept
-    return float(highest - before)
+    return peak_of(action, device) - torch.cuda.memory_allocated(device)
+
+
+HEADER = ("way", "time", "of floor", "ours is faster by", "memory")
+
+
+def _rows(times: Mapping[str, Spread], floor: float, memory: Mapping[str, float]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for name, spread in times.items():
+        shares = f"{100 * floor / spread.median:.0f} %", f"{spread.median / times[OURS].median:.2f}"
+        rows.append((name, spread.text(0), *shares, f"{memory[name] / MIB:,.0f}"))
+    return rows
 
 
 def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: int) -> Table:
@@ -167,37 +173,21 @@ def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: i
                 raise
             skipped.append(f"{name}: {reason(error)}")
         free(device)
-    times, lost = race(
-        {OURS: partial(step, ours, inputs)},
-        {name: partial(step, loss, inputs) for name, loss in others.items() if name in memory},
-        device,
-        rounds=rounds,
-        graph=False,
-    )
+    theirs: dict[str, Action] = {x: partial(step, loss, inputs) for x, loss in others.items() if x in memory}
+    times, lost = race({OURS: partial(step, ours, inputs)}, theirs, device, rounds=rounds, graph=False)
     skipped += lost
 
     floor = peak(device).floor(flops=case.flops)
     bound = case.bound(dtype.itemsize)
     best = times[OURS].median
-    rows = [
-        (
-            name,
-            f"{spread.text(0)}",
-            f"{100 * floor / spread.median:.0f} %",
-            f"{spread.median / best:.2f}",
-            f"{memory[name] / MIB:,.0f}",
-        )
-        for name, spread in times.items()
-    ]
-    records = [
-        {"way": name, "case": case.text(), "width": case.width, "time": spread, "memory": memory[name], "bound": bound}
-        for name, spread in times.items()
-    ]
+    of_all = {"case": case.text(), "width": case.width, "bound": bound}
+    records = [{"way": name, "time": spread, "memory": memory[name], **of_all} for name, spread in times.items()]
     title = f"{case.text()}, H = {case.width:,}"
     goals = []
     if not isnan(memory[OURS]):
         goals.append(Goal(f"peak memory, {title}", bound / MIB, memory[OURS] / MIB, "MiB", at_most=True))
-        slope = (peak_of(replace(case, rows=4 * case.rows), device, dtype) - memory[OURS]) / (3 * case.rows)
+        more = Inputs.draw(replace(case, rows=4 * case.rows), dtype, device)
+        slope = (peak_memory(partial(step, ours, more), device) - memory[OURS]) / (3 * case.rows)
         goals.append(Goal(f"memory a row, {title}", 8 * case.width + 64, slope, "bytes", at_most=True))
         plain = min((times[name].median for name in (FLOAT32, BF16) if name in times), default=float("nan"))
         goals.append(Goal(f"time against the faster of all logits, {title}", 1.1, best / plain, "x", at_most=True))
@@ -208,14 +198,7 @@ def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: i
         "backward, microseconds, median (range); "
         f"floor {floor:.0f} of {peak(device).source}; memory above the inputs in MiB, bound {bound / MIB:,.0f}."
     )
-    header = ("way", "time", "of floor", "ours is faster by", "memory")
-    return Table(f"Head and loss: {title}", note, header, rows, records, goals, skipped)
-
-
-def peak_of(case: Case, device: torch.device, dtype: torch.dtype) -> float:
-    """Our peak memory in another case."""
-    inputs = Inputs.draw(case, dtype, device)
-    return peak_memory(partial(step, ours, inputs), device)
+    return Table(f"Head and loss: {title}", note, HEADER, _rows(times, floor, memory), records, goals, skipped)
 
 
 def measure_readout(case: Case, device: torch.device, dtype: torch.dtype, rounds: int) -> Table:
@@ -238,35 +221,18 @@ def measure_readout(case: Case, device: torch.device, dtype: torch.dtype, rounds
     if not torch.allclose(picked, some.amax(-1), rtol=1e-2, atol=1e-2):
         raise RuntimeError("head_readout did not pick the greatest logits")
     del some, picked
-    actions: dict[str, Action] = {
-        "all logits, argmax": argmax,
-        "all logits, float32 softmax and argmax": softmax,
-    }
-    memory = {
-        name: peak_memory(a, device) for name, a in {OURS: lambda i: head_readout(hidden, head), **actions}.items()
-    }
-    times, skipped = race(
-        {OURS: lambda i: head_readout(hidden, head)}, actions, device, rounds=rounds, graph=False, tolerance=None
-    )
+    mine: dict[str, Action] = {OURS: lambda i: head_readout(hidden, head)}
+    theirs: dict[str, Action] = {"all logits, argmax": argmax, "all logits, float32 softmax and argmax": softmax}
+    memory = {name: peak_memory(action, device) for name, action in (mine | theirs).items()}
+    times, skipped = race(mine, theirs, device, rounds=rounds, graph=False, tolerance=None)
     floor = peak(device).floor(flops=2.0 * case.rows * case.vocabulary * case.width)
-    best = times[OURS].median
-    rows = [
-        (
-            name,
-            spread.text(0),
-            f"{100 * floor / spread.median:.0f} %",
-            f"{spread.median / best:.2f}",
-            f"{memory[name] / MIB:,.0f}",
-        )
-        for name, spread in times.items()
-    ]
     records = [{"way": name, "time": spread, "memory": memory[name]} for name, spread in times.items()]
     note = (
         f"R = {case.rows:,}, V = {case.vocabulary:,}, {dtype}; microseconds, median (range); floor {floor:.0f}; memory "
         "above the inputs in MiB. Only the second alternative gives the confidence too, as ours does."
     )
-    header = ("way", "time", "of floor", "ours is faster by", "memory")
-    return Table(f"Readout of the teacher, H = {case.width:,}", note, header, rows, records, (), skipped)
+    rows = _rows(times, floor, memory)
+    return Table(f"Readout of the teacher, H = {case.width:,}", note, HEADER, rows, records, skipped=skipped)
 
 
 def measure(device: torch.device, quick: bool) -> Iterator[Table]:
@@ -286,10 +252,5 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
         free(device)
 
 
-def main() -> None:
-    """The command line."""
-    run("distill", "Head and loss", measure)
-
-
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(exit_status(partial(run, "distill", "Head and loss", measure)))

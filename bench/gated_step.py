@@ -1,33 +1,28 @@
 """A training step of a gated adapter on a CPU: kept prefixes, a prefix pass in each step, one joint pass of all rows.
 
 SmolLM2-135M's shape with random weights, float32, one thread, rank 16 on all linear layers, ground truth until the
-first miss: the recipe's step of 256 mask rows from 4 texts. The joint pass is the definition (tests/test_gated.py):
-tokens and masks in one pass with autograd through all rows, adapters gated by row, the loss by the same ops. Losses are
-compared before anything is timed; time is that of the process, in turns, and counts the optimizer's step. The peak of
-memory is that of a process of its own which makes two steps in one way, weights and Python included.
-
-    python -m mtpkern.bench.gated_step
+first miss: the recipe's step of 256 mask rows from 4 texts. The joint pass is the definition (tests/test_gated.py).
+Losses are compared before anything is timed; time is that of the process, in turns, and counts the optimizer's step.
+The peak of memory is that of a process of its own which makes two steps in one way, weights and Python included.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import resource
-import subprocess
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from mtpkern.adapter import gate_of
 from mtpkern.attention import attention_context
-from mtpkern.bench.harness import Spread, environment
-from mtpkern.bench.report import RESULTS, Goal, Table, write
+from mtpkern.bench.harness import Spread
+from mtpkern.bench.models import random_model
+from mtpkern.bench.report import Goal, Table, positive, run
 from mtpkern.compare import rotated
 from mtpkern.kernels.distill import distill_loss, head_readout
 from mtpkern.output import exit_status
@@ -39,28 +34,10 @@ from mtpkern.train.prefix import Prefixes, texts_of
 
 KEPT, EACH, JOINT = "prefix kept", "prefix pass in each step", "one joint pass of all rows"
 WAYS = (KEPT, EACH, JOINT)
+HEADER = ("way", "rows/s", "s a step", "of joint", "peak MiB", "of joint", "MiB over weights")
 MIB = 2**20
 EOS = 2
 
-SMOLLM2: dict[str, Any] = {
-    "vocab_size": 49_152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "tie_word_embeddings": True,
-}
-TINY = SMOLLM2 | {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
 # Tokens of the texts of a step: 703, as the probe's had (docs/log.md).
 LENGTHS, TINY_LENGTHS = (231, 187, 160, 125), (14, 11)
 K, SPANS = 5, 16
@@ -69,17 +46,20 @@ K, SPANS = 5, 16
 class Trainee:
     """A model with a gated adapter, one batch, and a step of training in each way."""
 
-    def __init__(self, settings: dict[str, Any], lengths: tuple[int, ...], spans: int) -> None:
+    def __init__(self, tiny: bool) -> None:
         torch.manual_seed(0)
-        config = AutoConfig.for_model("llama", **settings, eos_token_id=EOS, bos_token_id=1, pad_token_id=0)
-        peft_model = add_gated_lora(AutoModelForCausalLM.from_config(config, dtype=torch.float32), rank=16, k_max=K)
+        torch.set_num_threads(1)
+        lengths, spans = (TINY_LENGTHS, 2) if tiny else (LENGTHS, SPANS)
+        ids = {"eos_token_id": EOS, "bos_token_id": 1, "pad_token_id": 0}
+        base = random_model("SmolLM2-135M", tiny, torch.float32, torch.device("cpu"), **ids)
+        peft_model = add_gated_lora(base, rank=16, k_max=K)
         self.model = peft_model.get_base_model()
         gate = gate_of(self.model)
         assert gate is not None
         self.gate = gate
         self.trained = [p for p in peft_model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=0.0)
-        self.tokens = torch.randint(3, settings["vocab_size"], (len(lengths), max(lengths)))
+        self.tokens = torch.randint(3, base.config.vocab_size, (len(lengths), max(lengths)))
         self.layout = self._layout(lengths, spans)
         self.rows = int(self.layout.valid[..., 1:].sum())
         names = [bytes([i]) for i in range(len(lengths))]
@@ -122,11 +102,6 @@ class Trainee:
         return float(loss.detach())
 
 
-def trainee(tiny: bool) -> Trainee:
-    """On SmolLM2's shape, or a tiny one to rehearse on."""
-    return Trainee(TINY, TINY_LENGTHS, 2) if tiny else Trainee(SMOLLM2, LENGTHS, SPANS)
-
-
 def seconds(work: Trainee, rounds: int) -> dict[str, Spread]:
     """The process' time of a step in each way, in turns. Raises ValueError where the ways differ in their losses."""
     losses = {way: work.step(way) for way in WAYS}  # what keeps prefixes has them now
@@ -143,7 +118,7 @@ def seconds(work: Trainee, rounds: int) -> dict[str, Spread]:
 
 def peaks(way: str, tiny: bool) -> tuple[int, int]:
     """The process' greatest resident bytes after two steps in one way, and before them: run it in a new process."""
-    work = trainee(tiny)
+    work = Trainee(tiny)
     before = _resident()
     for _ in range(2):
         work.step(way)
@@ -157,64 +132,52 @@ def _resident() -> int:
 
 
 def _peaks_of(way: str, tiny: bool) -> tuple[int, int]:
-    command = [sys.executable, "-m", "mtpkern.bench.gated_step", "--peak", way, *(["--tiny"] if tiny else [])]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    whole, before = json.loads(done.stdout.splitlines()[-1])
-    return whole, before
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(peaks, way, tiny).result()
 
 
-def take_steps(tiny: bool, rounds: int, peaks_of: Callable[[str, bool], tuple[int, int]] = _peaks_of) -> Table:
-    """Rows a second and memory of each way."""
+def take_steps(
+    device: torch.device,
+    quick: bool,
+    tiny: bool = False,
+    rounds: int = 3,
+    peaks_of: Callable[[str, bool], tuple[int, int]] = _peaks_of,
+) -> Iterator[Table]:
+    """Rows a second and memory of each way; `quick` takes one round."""
+    rounds = 1 if quick else rounds
     memory = {way: peaks_of(way, tiny) for way in WAYS}
-    work = trainee(tiny)
+    work = Trainee(tiny)
     times = seconds(work, rounds)
     tokens = sum(len(text) for text in work.texts)
     rate = {way: work.rows / spread.median for way, spread in times.items()}
-    rows = [
-        (
-            way,
-            f"{rate[way]:.0f}",
-            times[way].text(),
-            f"{rate[way] / rate[JOINT]:.2f}",
-            f"{memory[way][0] / MIB:.0f}",
-            f"{memory[way][0] / memory[JOINT][0]:.2f}",
-            f"{(memory[way][0] - memory[way][1]) / MIB:.0f}",
-        )
-        for way in WAYS
-    ]
-    records = [{"way": way, "seconds": times[way], "rows": work.rows, "memory": memory[way]} for way in WAYS]
-    goals = [
-        Goal("rows a second, prefix kept against one joint pass", 2.4, rate[KEPT] / rate[JOINT], "x"),
-        Goal("memory, likewise", 0.6, memory[KEPT][0] / memory[JOINT][0], "x", at_most=True),
-    ]
-    header = ("way", "rows/s", "s a step", "of joint", "peak MiB", "of joint", "MiB over weights")
     note = (
         f"{work.rows} mask rows behind {len(work.texts)} texts of {tokens} tokens, padded to "
         f"{work.tokens.shape[1]} each, K = {K}; median (range) of {rounds} "
         f"steps, seconds of the process. Kept prefixes take {work.kept.bytes / tokens / 1024:.0f} KiB a token; those "
         "of this batch are in its peak, those of all texts come on top."
     )
-    return Table("Gated training step", note, header, rows, records, goals)
+    goals = [
+        Goal("rows a second, prefix kept against one joint pass", 2.4, rate[KEPT] / rate[JOINT], "x"),
+        Goal("memory, likewise", 0.6, memory[KEPT][0] / memory[JOINT][0], "x", at_most=True),
+    ]
+    table = Table("Gated training step", note, HEADER, goals=goals)
+    for way, spread in times.items():
+        most, before = memory[way]
+        speed = f"{rate[way]:.0f}", spread.text(), f"{rate[way] / rate[JOINT]:.2f}"
+        held = f"{most / MIB:.0f}", f"{most / memory[JOINT][0]:.2f}", f"{(most - before) / MIB:.0f}"
+        record = {"way": way, "seconds": spread, "rows": work.rows, "memory": memory[way]}
+        table = table.plus((way, *speed, *held), record)
+    yield table
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mtpkern.bench.gated_step", description="Gated training step")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tiny", action="store_true", help="a tiny shape, to rehearse on: its figures say nothing")
-    parser.add_argument("--results", type=Path, help="folder of the result files (default: bench/results; tiny: none)")
-    parser.add_argument("--peak", choices=WAYS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    if args.peak:
-        print(json.dumps(peaks(args.peak, args.tiny)))
-        return
-    table = take_steps(args.tiny, args.rounds)
-    print(table.markdown())
-    folder = args.results or (None if args.tiny else RESULTS)
-    if folder is not None:
-        facts = environment(torch.device("cpu"))
-        write("gated_step", "Gated training step", facts, [table], {"records": table.records}, folder)
+    options: dict[str, dict[str, Any]] = {
+        "--rounds": {"type": positive, "default": 3},
+        "--tiny": {"action": "store_true", "help": "a tiny shape, to rehearse on: its figures say nothing"},
+    }
+    how: dict[str, Any] = {"on_cpu": lambda args: not args.tiny, "device": "cpu"}
+    run("gated_step", "Gated training step", take_steps, argv, options, **how)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,10 @@
 First the pre-flight (bench/preflight.py), which stops all that is timed where a kernel is wrong, then the tests marked
 `gpu`, then the most telling benchmarks on a short grid; then, while time is left, every benchmark on its whole grid and
 the tests that are slow. Each runs in a process of its own with a limit, so that a hang or an illegal memory access
-takes nothing else along, and a cut leaves the rows that were measured until then. What is there so far is always on
-paper, in bench/results/ and in the folder that --results names: gpu.md and gpu.json, beside them gpu-preflight.jsonl (a
-line a step), gpu-tests.txt (what pytest said), gpu-failures.txt (each failure at once) and gpu-log.txt (what all others
-said). The exit status is 1 where a test failed or a benchmark did, or its short grid was cut; goals that are not met
-are reported and change nothing.
+takes nothing else along. What is there so far is always on paper, in bench/results/ and in the folder of --results:
+gpu.md and gpu.json, gpu-preflight.jsonl (a line a step), gpu-tests.txt (what pytest said), gpu-failures.txt (each
+failure at once) and gpu-log.txt (all others). The exit status is 1 where a test failed or a benchmark did, or its short
+grid was cut; goals that are not met change nothing.
 
 Only the standard library is imported here until the package can be found.
 """
@@ -38,34 +37,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 
-
 # Seconds that each may take, in the order in which they run; a first call ends within nine minutes.
 PREFLIGHT_LIMIT, TESTS_LIMIT = 80.0, 130.0
-SHORT_LIMITS = {
-    "compiled": 90.0,
-    "decode_attention": 45.0,
-    "span_attention": 25.0,
-    "train_step": 45.0,
-    "distill": 25.0,
-    "readout": 20.0,
-}
-# While time is left. First FlexAttention, and the tiles that are not shipped.
-WHOLE_LIMITS = {
-    "span_attention": 150.0,
-    "tiles": 120.0,
-    "step": 240.0,
-    "compiled": 300.0,
-    "decode_attention": 90.0,
-    "train_step": 150.0,
-    "distill": 60.0,
-    "readout": 40.0,
-    "kv_write": 40.0,
-    "gated_lora": 60.0,
-    "linear": 75.0,
-    "throughput": 150.0,
-    "assisted": 60.0,
-    "call": 40.0,
-}
+SHORT_LIMITS = {"compiled": 90.0, "decode_attention": 45.0, "span_attention": 25.0}
+SHORT_LIMITS |= {"train_step": 45.0, "distill": 25.0, "readout": 20.0}
+# While time is left. First FlexAttention.
+WHOLE_LIMITS = {"span_attention": 150.0, "compiled": 300.0, "decode_attention": 90.0, "train_step": 150.0}
+WHOLE_LIMITS |= {"distill": 60.0, "readout": 40.0, "gated_lora": 60.0, "linear": 75.0}
+WHOLE_LIMITS |= {"throughput": 150.0, "assisted": 60.0, "call": 40.0}
 SLOW_LIMIT = 120.0
 PREFLIGHT, TESTS, SLOW, SHORT, WHOLE = "pre-flight", "tests", "slow tests", "short grid", "whole grid"
 # Of a single test, where pytest-timeout is installed: one that hangs must not take those behind it along.
@@ -91,7 +70,7 @@ class Outcome:
 
     @property
     def line(self) -> str:
-        """In one line: `step (short): done, 31 s`."""
+        """In one line: `compiled, short grid: done, 31 s`."""
         telling = self.status.startswith("failed") or self.what in (TESTS, SLOW)
         last = f": {self.said[-1]}" if self.said and telling else ""
         return f"{self.what}: {self.status}, {self.seconds:.0f} s{last}"
@@ -120,9 +99,8 @@ def supervise(what: str, command: Sequence[str], limit: float, *, cwd: Path, log
     """
     start = monotonic()
     with log.open("w") as out:
-        process = subprocess.Popen(
-            command, cwd=cwd, env={**os.environ, **environment}, stdout=out, stderr=out, start_new_session=True
-        )
+        where: dict[str, Any] = {"cwd": cwd, "env": {**os.environ, **environment}, "start_new_session": True}
+        process = subprocess.Popen(command, stdout=out, stderr=out, **where)
         try:
             code = process.wait(max(limit, 0.0))
             status = "done" if code == 0 else f"failed with {code}"
@@ -221,9 +199,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python bench/gpu.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cuda", help="cpu rehearses, without the tests")
     parser.add_argument("--minutes", type=float, default=9.0, help="for all of it")
-    parser.add_argument(
-        "--parts", nargs="+", choices=WHOLE_LIMITS, default=list(WHOLE_LIMITS), help="benchmarks to run"
-    )
+    every = list(WHOLE_LIMITS)
+    parser.add_argument("--parts", nargs="+", choices=every, default=every, help="benchmarks to run")
     parser.add_argument("--no-tests", action="store_true", help="no pre-flight either")
     parser.add_argument("--results", type=Path, help="a further folder for all that is written")
     args = parser.parse_args(argv)
@@ -237,24 +214,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     print(f"python {sys.executable}, torch {torch.__version__}, CUDA {torch.version.cuda}, clone {ROOT}", flush=True)
-    print(
-        ", ".join(f"{d.name} {d.version}" for d in distributions() if d.name in ("triton", "transformers")), flush=True
-    )
+    there = (f"{d.name} {d.version}" for d in distributions() if d.name in ("triton", "transformers"))
+    print(", ".join(there), flush=True)
     if not dry_run and not torch.cuda.is_available():
         print("this python's torch sees no GPU: nothing was run (--device cpu rehearses the benchmarks)")
         return 1
 
-    folders = [args.results] if args.results else []
-    if not dry_run:
-        folders.insert(0, RESULTS)
-    elif not folders:
-        folders.append(work)
+    folders = ([] if dry_run else [RESULTS]) + ([args.results] if args.results else [])
+    folders = folders or [work]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     title = "DRY RUN on a CPU: its figures say nothing" if dry_run else "Tests and benchmarks on a GPU"
     results = Results(folders, title)
-    environment = {"PYTHONPATH": str(links), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-    environment["TOKENIZERS_PARALLELISM"] = "false"
+    quiet = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {"PYTHONPATH": str(links), **quiet}
 
     told = work / "gpu-preflight.jsonl"
     tests, failures, logs, log = (work / f"gpu-{name}.txt" for name in ("tests", "failures", "log", "part"))
@@ -282,13 +255,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         limit = left() if dry_run else min(limit, left())
         return supervise(what, command, limit, cwd=links, log=log, **environment)
 
-    def preflight() -> bool:
-        """Whether no kernel has turned out wrong; what else goes wrong there stops nothing."""
-        outcome = module("preflight", PREFLIGHT, PREFLIGHT_LIMIT, "--results", str(told))
-        finish(outcome)
-        environment.update(known_peak(told))
-        return outcome.status != f"failed with {WRONG}"
-
     def test(what: str, limit: float) -> None:
         limit = min(limit, left())
         if not (args.no_tests or dry_run) and limit > 10:
@@ -307,7 +273,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for folder in folders:
         for file in (told, tests, failures, logs):
             (folder / file.name).unlink(missing_ok=True)  # of an earlier run
-    right = args.no_tests or preflight()
+    right = True
+    if not args.no_tests:
+        outcome = module("preflight", PREFLIGHT, PREFLIGHT_LIMIT, "--results", str(told))
+        finish(outcome)
+        environment.update(known_peak(told))
+        # What else goes wrong there stops nothing.
+        right = outcome.status != f"failed with {WRONG}"
     test(TESTS, TESTS_LIMIT)
     if right:
         for name, limit in SHORT_LIMITS.items():

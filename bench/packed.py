@@ -6,78 +6,74 @@ copies, as a pass does; both ways in turns. What is compared is what a number of
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mtpkern import packed
-from mtpkern.bench.harness import Spread, environment, interleaved
-from mtpkern.bench.report import Table, positive, write
+from mtpkern.bench.harness import Spread, interleaved
+from mtpkern.bench.models import products
+from mtpkern.bench.report import Table, positive, run
 from mtpkern.output import exit_status
 
-# What reads the same: the width that it reads, and those that it makes.
-LAYER = [(576, (576, 192, 192)), (576, (576,)), (576, (1536, 1536)), (1536, (576,))]
-LAYERS, HEAD = 30, (576, (49152,))
+LAYERS = 30
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
 HEADER = ("rows", "torch", "packed", "packed over torch")
 
 
-def groups_of(shapes: Sequence[tuple[int, Sequence[int]]]) -> list[list[nn.Linear]]:
-    """Layers with random weights, those that read the same together."""
-    return [[nn.Linear(width, n, bias=False) for n in widths] for width, widths in shapes]
-
-
 @torch.inference_mode()
-def both_ways(groups: Sequence[Sequence[nn.Linear]], rows: Sequence[int], rounds: int) -> Table:
-    """By rows: milliseconds of all products both ways, as multiples of torch's with one row."""
-    copies = [packed.Packed.of(layers) for layers in groups]
-    cpu = torch.device("cpu")
+def both_ways(shapes: Sequence[tuple[int, Sequence[int]]], rows: Sequence[int], rounds: int) -> Iterator[Table]:
+    """By rows: milliseconds of all products both ways, as multiples of torch's with one row; the table so far.
 
-    def torchs(x: dict[int, Tensor]) -> None:
-        for layers in groups:
-            for layer in layers:
-                layer(x[layer.in_features])
-
-    def ours(x: dict[int, Tensor]) -> None:
-        for layers, copy in zip(groups, copies):
-            packed._product(x[layers[0].in_features], copy.weight, copy.bias)
-
-    one: Spread | None = None
-    lines, records = [], []
-    for R in rows:
-        x = {layers[0].in_features: torch.randn(1, R, layers[0].in_features) for layers in groups}
-        found = interleaved({"torch": lambda x=x: torchs(x), "packed": lambda x=x: ours(x)}, rounds, cpu)  # type: ignore[misc]
-        one = one or found["torch"]
-        ratio = found["packed"].median / found["torch"].median
-        lines.append((str(R), *(f"{found[name].median / one.median:.2f}" for name in found), f"{ratio:.2f}"))
-        records.append({"rows": R, "milliseconds": {name: asdict(spread) for name, spread in found.items()}})
+    shapes: what each group of layers reads, and their widths; weights are random
+    """
+    groups = [[nn.Linear(width, n, bias=False) for n in widths] for width, widths in shapes]
+    packs = [packed.Packed.of(layers) for layers in groups]
     bytes = sum(layer.weight.nbytes for layers in groups for layer in layers)
     note = (
-        f"{len(copies)} products over {bytes / 1e6:.0f} MB of float32 weights, threads: {torch.get_num_threads()}. "
+        f"{len(packs)} products over {bytes / 1e6:.0f} MB of float32 weights, threads: {torch.get_num_threads()}. "
         f"Medians of {rounds} rounds in turns, as multiples of torch's one row, which passes of one row take."
     )
-    return Table("Products of few rows", note, HEADER, lines, records)
+    table = Table("Products of few rows", note, HEADER)
+    one: Spread | None = None
+    for R in rows:
+        x = {width: torch.randn(1, R, width) for width, _ in shapes}
+
+        def torchs(x: dict[int, Tensor] = x) -> None:
+            for layers in groups:
+                for layer in layers:
+                    layer(x[layer.in_features])
+
+        def ours(x: dict[int, Tensor] = x) -> None:
+            for (width, _), pack in zip(shapes, packs):
+                packed._product(x[width], pack.weight, pack.bias)
+
+        found = interleaved({"torch": torchs, "packed": ours}, rounds, torch.device("cpu"))
+        one = one or found["torch"]
+        ratio = found["packed"].median / found["torch"].median
+        row = (str(R), *(f"{found[name].median / one.median:.2f}" for name in found), f"{ratio:.2f}")
+        table = table.plus(row, {"rows": R, "milliseconds": found})
+        yield table
+
+
+def take_products(device: torch.device, quick: bool, threads: int | None, rounds: int) -> Iterator[Table]:
+    """All products of the model."""
+    if threads:
+        torch.set_num_threads(threads)
+    of_layer, head = products("SmolLM2-135M")
+    yield from both_ways([*of_layer.values()] * LAYERS + [*head.values()], ROWS[::4] if quick else ROWS, rounds)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mtpkern.bench.packed", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--threads", type=positive, help="(default: torch's own)")
-    parser.add_argument("--rounds", type=positive, default=9)
-    parser.add_argument("--results", type=Path, help="folder for packed.md and packed.json")
-    args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    facts = environment(torch.device("cpu"))
-    table = both_ways(groups_of([*LAYER * LAYERS, HEAD]), ROWS, args.rounds)
-    print(table.markdown())
-    if args.results is not None:
-        print(write("packed", "Products of few rows on a CPU", facts, [table], {"rows": table.records}, args.results))
+    options: dict[str, dict[str, Any]] = {
+        "--threads": {"type": positive, "help": "(default: torch's own)"},
+        "--rounds": {"type": positive, "default": 9},
+    }
+    run("packed", "Products of few rows on a CPU", take_products, argv, options, on_cpu=lambda args: True, device="cpu")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -36,10 +36,11 @@ import torch
 from torch import Tensor
 
 from mtpkern.attention import attention_context
-from mtpkern.bench import decode_attention, distill, kv_write, readout, span_attention, step
+from mtpkern.bench import decode_attention, distill, readout, span_attention, step
 from mtpkern.bench.harness import as_json, environment
+from mtpkern.bench.models import build
 from mtpkern.bench.timing import Action, difference, free, kernels_by_name, launches, peak, reason, timed
-from mtpkern.compare import encode, read_problems, synchronize
+from mtpkern.compare import encode, read_problems
 from mtpkern.demo import ASSETS, load
 from mtpkern.generation import generate
 from mtpkern.kernels.distill import Head, head_readout
@@ -51,7 +52,6 @@ from mtpkern.kernels.state import Sequences
 from mtpkern.loading import device_of
 from mtpkern.options import strategy_for
 from mtpkern.output import exit_status
-from mtpkern.products import Products
 from mtpkern.strategies import Static, Verified
 
 WRONG = 3
@@ -82,11 +82,9 @@ def machine(device: torch.device) -> Facts:
 
 def target(device: torch.device) -> str:
     """The GPU as ahead-of-time compilation names it: "sm_90"; that one too for a CPU."""
-    if device.type != "cuda":
-        return "sm_90"
-    if torch.version.hip:
+    if device.type == "cuda" and torch.version.hip:
         return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
     return f"sm_{major}{minor}"
 
 
@@ -132,15 +130,12 @@ def check_decode_attention(device: torch.device) -> None:
 
 def check_kv_write(device: torch.device) -> None:
     """To the bit."""
-    case = kv_write.Case(15, 1, 64, device)
-    caches = case.k_cache, case.v_cache
-    key = case.k.transpose(1, 2)
-    found = [x.clone() for x in case.write(write, key)]
-    for x in caches:
-        x.zero_()
-    slots = (slice(None), slice(None), case.slot)
-    right = [x[slots] for x in case.write(KV_WRITE_REFERENCE, key)]
-    _require("kv_write", [x[slots] for x in found], right, 0.0)
+    key, value = torch.randn(2, 15, 8, 128, device=device, dtype=torch.bfloat16)
+    found, right = (key.new_zeros(2, 1, 8, 65, 128) for _ in range(2))
+    place = torch.zeros(15, dtype=torch.int64, device=device), torch.arange(49, 64, device=device)
+    write(found[0], found[1], key, value, *place)
+    KV_WRITE_REFERENCE(right[0], right[1], key, value, *place)
+    _require("kv_write", [found], [right], 0.0)
 
 
 def check_readout(device: torch.device) -> None:
@@ -178,10 +173,10 @@ def check_span_attention(device: torch.device) -> None:
 def check_distill(device: torch.device) -> None:
     """The loss and its gradients with hard and soft targets, and the readout of the head."""
     small = device.type == "cpu"
-    R, V, H = (24, 50, 16) if small else (256, distill.VOCABULARY, 1024)
-    dtype = torch.float32 if small else torch.bfloat16
+    shape = (24, 50, 16) if small else (256, distill.VOCABULARY, 1024)
     for soft in (False, True):
-        inputs = distill.Inputs.draw(distill.Case(R, V, H, soft, trained=True), dtype, device)
+        case = distill.Case(*shape, soft, trained=True)
+        inputs = distill.Inputs.draw(case, torch.float32 if small else torch.bfloat16, device)
         right = distill.step(partial(distill.all_logits, dtype=torch.float32), inputs)
         _require(f"distill_loss, {'soft' if soft else 'hard'}", distill.step(distill.ours, inputs), right)
     head, hidden = Head(inputs.weight.detach()), inputs.hidden.detach()
@@ -192,13 +187,8 @@ def check_distill(device: torch.device) -> None:
     _require("head_readout, confidence", [confidence], [z.softmax(-1).amax(-1)], 2e-2)
 
 
-CHECKS: dict[str, Callable[[torch.device], None]] = {
-    "kv_write": check_kv_write,
-    "readout and advance": check_readout,
-    "decode_attention": check_decode_attention,
-    "span_attention": check_span_attention,
-    "distill": check_distill,
-}
+CHECKS: dict[str, Callable[[torch.device], None]] = {"kv_write": check_kv_write, "readout and advance": check_readout}
+CHECKS |= {"decode_attention": check_decode_attention, "span_attention": check_span_attention, "distill": check_distill}
 
 
 def kernels(device: torch.device) -> Facts:
@@ -235,30 +225,35 @@ def checkpoint(device: torch.device) -> Facts:
     return {"equal": list(ways), "warnings": sorted({str(w.message)[:300] for w in caught})}
 
 
-def rows_table(model: Any, rows: Sequence[int], *, compile: bool) -> tuple[Facts, Action]:
-    """Microseconds of a pass by its rows, and of its body unless compiled; and the last pass but one itself.
+def _stand(model: Any, R: int, most: int, share: step.Stand | None, *, compile: bool) -> step.Stand:
+    """Of one text, in the middle of it, with room for passes of `most` rows; rows are made many by a large k."""
+    at = step.Point(1, _context(model), R // 2 + 1, R)
+    room = step.PASSES * (most // 2 + 1)
+    return step.Stand(model, at, Static(at.k), share=share, room=room, compile=compile)
 
-    Of one text, in the middle of it; rows are made many by a large k.
-    """
-    device = model.device
-    L = 24 if device.type == "cpu" else 2048
-    room = step.PASSES * (rows[0] // 2 + 1)
+
+def _context(model: Any) -> int:
+    return 24 if model.device.type == "cpu" else 2048
+
+
+def _floor(model: Any) -> Facts:
+    return {"model": MODEL, "floor_us": round(step.floor(model, step.Point(1, _context(model), 1, 1)), 1)}
+
+
+def rows_table(model: Any, rows: Sequence[int], *, compile: bool) -> tuple[Facts, Action]:
+    """Microseconds of a pass by its rows, and of its body unless compiled; and the last pass but one itself."""
     stands: list[step.Stand] = []
-    whole, body = {}, {}
+    spent: dict[str, dict[int, float]] = {}
     for R in rows:
-        at = step.Point(1, L, R // 2 + 1, R)
-        share = stands[0] if stands else None
-        stand = step.Stand(model, at, Static(at.k), share=share, room=room, compile=compile)
+        stand = _stand(model, R, rows[0], stands[0] if stands else None, compile=compile)
         stands.append(stand)
-        actions: dict[str, Action] = {"whole": stand.step, **({} if compile else {"body": stand.body})}
+        actions: dict[str, Action] = {"us_by_rows": stand.step, **({} if compile else {"body_us_by_rows": stand.body})}
         with attention_context(model, step.Body()):
-            found = timed(actions, device, rounds=10, reset=stand.reset)
-        whole[R] = round(found["whole"].median, 1)
-        if not compile:
-            body[R] = round(found["body"].median, 1)
-    stands[-2].reset()
-    facts = {"us_by_rows": whole, "floor_us": round(step.floor(model, step.Point(1, L, 1, 1)), 1)}
-    return facts | ({} if compile else {"body_us_by_rows": body}), stands[-2].step
+            found = timed(actions, model.device, rounds=10, reset=partial(step.reset, [stand]))
+        for name, spread in found.items():
+            spent.setdefault(name, {})[R] = round(spread.median, 1)
+    step.reset(stands[-2:-1])
+    return {**_floor(model), **spent}, stands[-2].step
 
 
 def products_table(model: Any, rows: Sequence[int]) -> Facts:
@@ -267,52 +262,28 @@ def products_table(model: Any, rows: Sequence[int]) -> Facts:
     With least and greatest. All of one model in one process, in turns; by themselves are layers whose weights lie
     together, too.
     """
-    device = model.device
-    L = 24 if device.type == "cpu" else 2048
-    room = step.PASSES * (rows[0] // 2 + 1)
-    moved = _joined(model)
     first: step.Stand | None = None
     spent: Facts = {}
-    nodes: Facts = {}
     for R in rows:
-        at = step.Point(1, L, R // 2 + 1, R)
         stands: dict[str, step.Stand] = {}
         for name, one, few in (("one", True, 0), ("each", False, 0), ("one, ours", True, MOST_ROWS)):
             with (
                 patch("mtpkern.decoder.wants_one_product", lambda captured, one=one: one),
                 patch("mtpkern.decoder.few_rows", lambda *_, few=few: few),
             ):
-                stands[name] = step.Stand(model, at, Static(at.k), share=first, room=room, compile=True)
+                stands[name] = _stand(model, R, rows[0], first, compile=True)
             first = first or stands[name]
-        joined = stands["one"].decoder.products
-        assert isinstance(joined, Products)
-        assert joined.found
+        assert stands["one"].decoder.products.found  # type: ignore[union-attr]
         with attention_context(model, step.Body()):
             actions = {name: stand.step for name, stand in stands.items()}
-            found = timed(actions, device, rounds=20, reset=partial(step.reset, list(stands.values())))
+            found = timed(actions, model.device, rounds=20, reset=partial(step.reset, list(stands.values())))
         spent[str(R)] = {name: [round(x, 1) for x in (s.median, s.low, s.high)] for name, s in found.items()}
+    nodes: Facts = {}
     for name, stand in stands.items():
         step.reset([stand])
         with attention_context(model, step.Body()):
-            nodes[name] = launches(stand.step, device)
-    floor = step.floor(model, step.Point(1, L, 1, 1))
-    return {"us_by_rows": spent, "nodes": nodes, "floor_us": round(floor, 1), **moved}
-
-
-def _joined(model: Any) -> Facts:
-    """Seconds of a pass that moves weights together, and bytes of torch's memory before and after."""
-    cuda = model.device.type == "cuda"
-    ids = torch.full((1, 4), step.MASK + 1, device=model.device)
-    bytes_: list[tuple[int, int]] = []
-    with torch.inference_mode():
-        for wanted in (False, True):
-            start = time.perf_counter()
-            with Products(wanted).sought(model):
-                model(ids, use_cache=False)
-            synchronize(model.device)
-            bytes_.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) if cuda else (0, 0))
-            seconds = round(time.perf_counter() - start, 3)
-    return {"moved_s": seconds, "allocated_reserved": bytes_}
+            nodes[name] = launches(stand.step, model.device)
+    return {**_floor(model), "us_by_rows": spent, "nodes": nodes}
 
 
 def _profiled(model: Any, action: Action) -> Facts:
@@ -324,24 +295,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the steps; 0, 1 where one failed, 3 where a kernel is wrong."""
     parser = argparse.ArgumentParser(prog="python -m mtpkern.bench.preflight", description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--steps", nargs="+", choices=STEPS + ASKED, default=STEPS, help="which (default: all but products)"
-    )
+    which = "which (default: all but products)"
+    parser.add_argument("--steps", nargs="+", choices=STEPS + ASKED, default=STEPS, help=which)
     parser.add_argument("--results", type=Path, help="a file for the lines of JSON")
     args = parser.parse_args(argv)
     device = device_of(args.device)
     rows, fewer = ((9, 4, 1), (4, 1)) if device.type == "cpu" else (ROWS, ROWS_COMPILED)
-    models: list[Any] = []
 
+    @cache
     def model() -> Any:
-        if not models:
-            torch.manual_seed(0)
-            models.append(step.build(MODEL, device))
-        return models[0]
+        torch.manual_seed(0)
+        return build(MODEL, device)
 
-    def passes(device: torch.device) -> Facts:
-        facts, action = rows_table(model(), rows, compile=False)
-        return {"model": MODEL, **facts, **_profiled(model(), action)}
+    def profiled(rows: Sequence[int], compile: bool) -> Facts:
+        facts, action = rows_table(model(), rows, compile=compile)
+        return {**facts, **_profiled(model(), action)}
 
     @contextmanager
     def compiling() -> Iterator[None]:
@@ -353,23 +321,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.filterwarnings("error", "torch.compile could not compile", RuntimeWarning)
             yield
 
-    def layers(device: torch.device) -> Facts:
-        with compiling():
-            facts, action = rows_table(model(), fewer, compile=True)
-            return {"model": MODEL, **facts, **_profiled(model(), action)}
-
-    def products(device: torch.device) -> Facts:
-        with compiling():
-            return {"model": MODEL, **products_table(model(), fewer)}
-
+    within = compiling()
+    makes: list[Callable[[], Facts]] = [partial(make, device) for make in (machine, compiled, kernels, checkpoint)]
+    makes += [partial(profiled, rows, compile=False), within(partial(profiled, fewer, compile=True))]
+    makes += [within(lambda: products_table(model(), fewer))]
     status = 0
-    makes = (machine, compiled, kernels, checkpoint, passes, layers, products)
     for name, make in zip(STEPS + ASKED, makes, strict=True):
-        if name not in args.steps:
+        if name not in args.steps or status == WRONG:
             continue
         start = time.perf_counter()
         try:
-            facts = make(device)
+            facts = make()
         except WrongKernelError as error:
             status, facts = WRONG, {"wrong": str(error)}
         except Exception as error:  # what fails here may still be measured elsewhere
@@ -380,8 +342,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.results:
             with args.results.open("a", encoding="utf-8") as out:
                 out.write(line + "\n")
-        if status == WRONG:
-            break
     return status
 
 

@@ -139,28 +139,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--number", type=int, metavar="N", help="the first N of them (default: 40, if there are)")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(default 64)")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1], metavar="N")
-    parser.add_argument(
-        "--against",
-        nargs="*",
-        choices=(HF_GENERATE, PLAIN),
-        default=[HF_GENERATE, PLAIN],
-        help="what is decoded beside ours (default: both; nothing only where --truth-batch-size says what is right)",
+    beside, both = (
+        "what is decoded beside ours (default: both; nothing only with --truth-batch-size)",
+        (HF_GENERATE, PLAIN),
     )
+    parser.add_argument("--against", nargs="*", choices=both, default=both, help=beside)
     parser.add_argument("--hf", type=int, metavar="N", help="prompts of each kind that HF decodes too (default: all)")
-    parser.add_argument(
-        "--truth-batch-size",
-        type=int,
-        metavar="N",
-        help="have HF decode all prompts before, N at a time, to say what is right (default: what it says in its turn)",
-    )
+    before = "have HF decode all prompts before, N at a time, to say what is right (default: what it says in its turn)"
+    parser.add_argument("--truth-batch-size", type=int, metavar="N", help=before)
     parser.add_argument("--k", type=int, default=4)
     parser.add_argument("--threshold", type=float, default=0.2)
     parser.add_argument("--masks", type=int, default=9, help="rows more a pass of each prompt, for when drafts fail")
-    parser.add_argument(
-        "--by-load",
-        action="store_true",
-        help="the adapter's own k, as many rows as are worth their time, and no masks behind drafts (mtpkern.load)",
-    )
+    by_load = "the adapter's own k, as many rows as are worth their time, no masks behind drafts (mtpkern.load)"
+    parser.add_argument("--by-load", action="store_true", help=by_load)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--show", type=int, default=3, metavar="N", help="answers shown in coloured blocks (default 3)")
@@ -177,25 +168,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     adapted = load_adapter(plain, args.adapter)
     prompts = read_prompts(args.prompts, tokenizer, args.number)[: args.number or 40]
-    by_load = Verified(threshold=args.threshold)
-    strategy = by_load if args.by_load else Verified(args.k, args.threshold, args.masks)
+    fixed = {} if args.by_load else {"k": args.k, "masks": args.masks}
+    strategy = Verified(threshold=args.threshold, **fixed)
     console = Console(highlight=False)
     facts: Mapping[str, str] = environment(device) | {
         "dtype": args.dtype,
         "new tokens": f"at most {args.max_new_tokens}",
         "strategy": repr(strategy) + (", rows by load" if args.by_load else ""),
-        "threads": str(torch.get_num_threads()),
     }
-    hf = "" if args.hf is None else f" (of the first {args.hf} of each kind; else its tokens one a pass by our code)"
     if not (args.against or args.truth_batch_size):
         parser.error("with nothing to compare with, give --truth-batch-size to say what is right")
-    at_a_time = args.truth_batch_size or args.batch_size[0]
-    if args.truth_batch_size:
-        hf = ", before all else"
+    hf = "" if args.hf is None else f" (of the first {args.hf} of each kind; else its tokens one a pass by our code)"
+    hf = ", before all else" if args.truth_batch_size else hf
     note = (
         "Identical: the tokens of Hugging Face's greedy generate of the original, decoded "
-        f"{at_a_time} at a time{hf}. Times include the prefill, and are sums; beside them the ratios of "
-        "single batches. One a pass: the original by the same code, in a CUDA graph too where there is one."
+        f"{args.truth_batch_size or args.batch_size[0]} at a time{hf}. Times include the prefill, and are sums; beside "
+        "them the ratios of single batches. One a pass: the original by the same code, in a CUDA graph too where there "
+        "is one."
     )
     found: dict[tuple[str, int], Sums] = {}
 
@@ -213,17 +202,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             reference |= {i: one.tokens for (i, _), one in zip(batch, theirs)}
     for size in args.batch_size:
         done = 0
-        run = decode_in_turns(
-            original,
-            adapted,
-            prompts,
-            strategy,
-            batch_size=size,
-            max_new_tokens=args.max_new_tokens,
-            reference=reference,
-            against=args.against,
-            hf=args.hf,
-        )
+        how = {"batch_size": size, "max_new_tokens": args.max_new_tokens, "against": args.against, "hf": args.hf}
+        run = decode_in_turns(original, adapted, prompts, strategy, reference=reference, **how)
         with show.progress(f"{len(prompts)} prompts, {size} at a time", len(prompts)) as progress:
             for kind, completions, sums in run:
                 found[kind, size] = sums

@@ -6,13 +6,13 @@ import argparse
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mtpkern.bench.harness import as_json, environment
+from mtpkern.bench.harness import Spread, as_json, environment
 from mtpkern.loading import device_of
 
 RESULTS = Path(__file__).parent / "results"
@@ -53,10 +53,22 @@ class Table:
     caption: str
     note: str
     header: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[str]] = ()
     records: Sequence[Mapping[str, object]] = ()
     goals: Sequence[Goal] = ()
     skipped: Sequence[str] = ()
+
+    def plus(
+        self, row: Sequence[str], record: Mapping[str, object], *goals: Goal, skipped: Iterable[str] = ()
+    ) -> Table:
+        """The same with a row more: `yield (table := table.plus(("1", "2 µs"), {"rows": 1, "us": 2.0}))`."""
+        return replace(
+            self,
+            rows=[*self.rows, row],
+            records=[*self.records, record],
+            goals=[*self.goals, *goals],
+            skipped=list(dict.fromkeys([*self.skipped, *skipped])),
+        )
 
     def markdown(self) -> str:
         """The table as Markdown; the first column is aligned left, the others right."""
@@ -71,6 +83,11 @@ class Table:
         parts = [grid(GOALS_HEADER, [goal.row() for goal in self.goals])] if self.goals else []
         parts += [f"Skipped: {line}" for line in self.skipped]
         return "".join(f"\n{part}\n" for part in parts)
+
+
+def cells(found: Mapping[str, Spread], ways: Iterable[str], digits: int = 1) -> tuple[str, ...]:
+    """What was found of each way, "–" of one that was left out: `cells({"a": Spread(2, 1, 3)}, ["a", "b"], 0)`."""
+    return tuple(found[way].text(digits) if way in found else "–" for way in ways)
 
 
 def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -93,14 +110,19 @@ def _news(table: Table, before: Table | None) -> str:
 
 
 def write(
-    name: str, title: str, environment: Mapping[str, str], tables: Sequence[Table], data: object, folder: Path = RESULTS
+    name: str,
+    title: str,
+    environment: Mapping[str, str],
+    tables: Sequence[Table],
+    data: Mapping[str, object],
+    folder: Path = RESULTS,
 ) -> Path:
     """Write name.md and name.json to `folder` and return the path of the former.
 
     write("decode", "Decoding", environment(device), [table], {"accuracy": {...}})
     """
     facts = "\n".join(f"- {key}: {value}" for key, value in environment.items())
-    record = json.dumps({"environment": environment, **_fields(data)}, indent=1, default=as_json)
+    record = json.dumps({"environment": environment, **data}, indent=1, default=as_json)
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / f"{name}.md"
     _replace(page, f"# {title}\n\n{facts}\n\n" + "\n".join(t.markdown() for t in tables))
@@ -122,6 +144,7 @@ def run(
     argv: Sequence[str] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     on_cpu: Callable[[argparse.Namespace], bool] = lambda args: False,
+    device: str = "",
 ) -> None:
     """The command line of a benchmark: measure, write all so far after each table, print each row as it comes.
 
@@ -129,27 +152,29 @@ def run(
     row, so that a run that is cut keeps the rows it has. quick says that the grids should take seconds; on a CPU they
     are tiny in any case, and the page says that it is a dry run and is written only where --results names a folder.
     options: further ones by name, as argparse's add_argument takes them; measure gets their values by keyword. on_cpu:
-    whether what these ask for is measured on a CPU too, instead of rehearsed.
+    whether what these ask for is measured on a CPU too, instead of rehearsed. device: the only one, if there is.
 
-        def main() -> None:
-            run("readout", "Readout", measure)
+        run("readout", "Readout", measure)
     """
     parser = argparse.ArgumentParser(prog=f"python -m mtpkern.bench.{name}", description=title)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    if device:
+        parser.set_defaults(device=device)
+    else:
+        parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="the most telling shapes only")
     parser.add_argument("--results", type=Path, help="folder of the result files (default: bench/results; cpu: none)")
     further = [parser.add_argument(option, **facts).dest for option, facts in (options or {}).items()]
     args = parser.parse_args(argv)
-    device = device_of(args.device)
-    dry_run = device.type == "cpu" and not on_cpu(args)
+    here = device_of(args.device)
+    dry_run = here.type == "cpu" and not on_cpu(args)
     if dry_run:
         title += " (DRY RUN on a CPU: its figures say nothing)"
     folder = args.results or (None if dry_run else RESULTS)
-    facts = {**environment(device), "quick": str(args.quick)}
+    facts = {**environment(here), "quick": str(args.quick)}
     tables: list[Table] = []
     print(f"# {title}\n", flush=True)
     try:
-        for table in measure(device, args.quick, **{key: getattr(args, key) for key in further}):
+        for table in measure(here, args.quick, **{key: getattr(args, key) for key in further}):
             if tables and tables[-1].caption != table.caption:
                 print(tables[-1].foot(), flush=True)
             print(_news(table, tables[-1] if tables else None), flush=True)
@@ -157,7 +182,8 @@ def run(
             tables = [*(t for t in tables if t.caption != table.caption), table]
             if folder is not None:
                 data = {"title": title, "dry_run": dry_run, "tables": [asdict(t) for t in tables]}
-                write(name, title, facts, tables, data, folder)
+                # As many threads as the benchmark has set.
+                write(name, title, facts | {"threads": str(torch.get_num_threads())}, tables, data, folder)
     finally:
         if tables:
             print(tables[-1].foot(), flush=True)
@@ -168,9 +194,3 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
-
-
-def _fields(data: object) -> dict[str, object]:
-    if not isinstance(data, Mapping):
-        raise TypeError(f"data must be a mapping of named results, got {type(data).__name__}")
-    return dict(data)

@@ -3,8 +3,8 @@
 The layout is the paper's: N tokens, N // 2k spans, N/M tokens apart from a random offset, T = N + spans (k - 1) rows.
 FlexAttention runs it in two orders: ours, and the interleaved order of the paper's figure, where the masks of a span
 stand behind their prefix and a row sees what is behind it, if that is a token or belongs to its own span. Its BlockMask
-is made once, and its making timed apart. SDPA gets an additive mask, made once, and keys and values repeated for their
-group, as transformers does it: its memory-efficient kernel takes no groups.
+is made once, and its making timed apart. SDPA gets an additive mask, made once: its memory-efficient kernel takes no
+groups.
 
 Before anything is timed, every alternative's output and gradients are compared with float32 arithmetic. The calls of
 each are captured in a graph; backward is forward + backward less forward.
@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from mtpkern.bench.report import Goal, Table, run
-from mtpkern.bench.timing import Action, copies, free, peak, race, reason, timed
+from mtpkern.bench.timing import Action, copies, difference, free, peak, race, reason, timed
 from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.span_attention import span_attention, span_attention_reference
 from mtpkern.kernels.span_mask import Rule, span_mask
@@ -36,6 +37,7 @@ from mtpkern.train.layout import Layout, build_layout, draw_prefixes, tokens_apa
 
 OURS = "mtpkern"
 FLEX, INTERLEAVED, SDPA = "FlexAttention, our order", "FlexAttention, interleaved", "SDPA, dense mask"
+HEADER = ("way", "forward", "of floor", "backward", "of floor", "forward + backward", "ours is faster by")
 TARGETS = {FLEX: 1.2, INTERLEAVED: 1.8, SDPA: 4.0}
 
 # (b, h, row, key) -> whether the row sees the key.
@@ -68,11 +70,8 @@ class Shape:
 
     def text(self) -> str:
         """As a caption names it."""
-        spans = self.tokens // (2 * self.k)
-        return (
-            f"N = {self.tokens:,}, k = {self.k}, {spans} spans, B = {self.batch}, "
-            f"{self.heads}/{self.kv_heads} heads, D = {self.dim}"
-        )
+        spans = f"N = {self.tokens:,}, k = {self.k}, {self.tokens // (2 * self.k)} spans"
+        return f"{spans}, B = {self.batch}, {self.heads}/{self.kv_heads} heads, D = {self.dim}"
 
 
 # The first is the one that the targets on ratios are about, the second the one of those on the floor.
@@ -141,17 +140,27 @@ def with_flex(rule: MaskMod, layout: Layout) -> Attend:
     return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=True)
 
 
+def additive_mask(layout: Layout, dtype: torch.dtype) -> Tensor:
+    """[B, 1, T, T]: 0 where a row sees a key, else -inf."""
+    mask = span_mask(*layout.rule).unsqueeze(1)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, **options: Any) -> Tensor:
+    """Attention as transformers does it with a mask: keys and values repeated for their group."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, **options)
+
+
 def with_sdpa(layout: Layout, dtype: torch.dtype) -> Attend:
     """scaled_dot_product_attention by its memory-efficient kernel, which is a CUDA device's alone."""
-    mask = span_mask(layout.position, layout.prefix_end, layout.span_start).unsqueeze(1)
-    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
-    backend = SDPBackend.EFFICIENT_ATTENTION if mask.is_cuda else SDPBackend.MATH
+    bias = additive_mask(layout, dtype)
+    backend = SDPBackend.EFFICIENT_ATTENTION if bias.is_cuda else SDPBackend.MATH
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        groups = q.shape[1] // k.shape[1]
-        k, v = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            return sdpa(q, k, v, bias)
 
     return attend
 
@@ -226,13 +235,9 @@ def truth(layout: Layout, inputs: Inputs) -> list[Tensor]:
     return [x.detach()[0] for x in (out, *grads)]
 
 
-def disagreement(found: list[Tensor], right: list[Tensor], tolerance: float = 3e-2) -> str:
+def disagreement(found: list[Tensor], right: list[Tensor]) -> str:
     """What is wrong with output and gradients, or nothing."""
-    for name, f, r in zip(("out", "dq", "dk", "dv"), found, right, strict=True):
-        off, scale = (f.float() - r).abs().max().item(), r.abs().max().item()
-        if not off <= tolerance * scale:
-            return f"{name} is off by {off:.3g} where the largest value is {scale:.3g}"
-    return ""
+    return difference(found, right, 3e-2, ("out", "dq", "dk", "dv"))
 
 
 def ways(
@@ -243,27 +248,23 @@ def ways(
     Without `compiled` those that torch.compile takes long for are left out, and a line says so.
     """
     order = interleaved_order(layout)
-    dtype = inputs[0].leaves[0].dtype
-
-    def interleaved() -> Way:
-        return Way(with_flex(interleaved_rule(layout), layout), [x.ordered(order) for x in inputs], order)
-
     makers: dict[str, Callable[[], Way]] = {
         OURS: lambda: Way(with_ours(layout), inputs),
         FLEX: lambda: Way(with_flex(our_rule(layout), layout), inputs),
-        INTERLEAVED: interleaved,
-        SDPA: lambda: Way(with_sdpa(layout, dtype), inputs),
+        INTERLEAVED: lambda: Way(
+            with_flex(interleaved_rule(layout), layout), [x.ordered(order) for x in inputs], order
+        ),
+        SDPA: lambda: Way(with_sdpa(layout, inputs[0].leaves[0].dtype), inputs),
     }
     right = truth(layout, inputs[0])
     found: dict[str, Way] = {}
     skipped = []
     for name, make in makers.items():
-        if name in (FLEX, INTERLEAVED) and not compiled:
-            skipped.append(f"{name}: cut before it was compiled")
-            continue
+        wrong = "" if compiled or name not in (FLEX, INTERLEAVED) else "cut before it was compiled"
         try:
-            way = make()
-            wrong = disagreement(way.sample(), right)
+            if not wrong:
+                way = make()
+                wrong = disagreement(way.sample(), right)
         except Exception as error:  # a foreign library that fails to compile or to fit must not take our figures along
             if name == OURS:
                 raise
@@ -297,32 +298,6 @@ def measure_shape(shape: Shape, device: torch.device, rounds: int, *, compiled: 
         skipped += [f"{line} ({name})" for line in lost]
     floor = {name: peak(device).floor(**x) for name, x in work(shape, layout).items()}
 
-    lines, records = [], []
-    best = passes["forward + backward"][OURS].median
-    ratio, share = {}, {}
-    for name in found:
-        if any(name not in times for times in passes.values()):
-            continue
-        forward, both = passes["forward"][name], passes["forward + backward"][name]
-        backward = both.median - forward.median
-        ratio[name] = both.median / best
-        share[name] = {
-            "forward": 100 * floor["forward"] / forward.median,
-            "backward": 100 * floor["backward"] / backward,
-        }
-        lines.append(
-            (
-                name,
-                forward.text(1),
-                f"{share[name]['forward']:.0f} %",
-                f"{backward:.1f}",
-                f"{share[name]['backward']:.0f} %",
-                both.text(1),
-                f"{ratio[name]:.2f}",
-            )
-        )
-        records.append({"way": name, "forward": forward, "backward": backward, "both": both, "floor": floor})
-
     note = (
         f"{visible_pairs(layout):,} visible pairs in {layout.position.numel():,} rows, {dtype}. Microseconds, median "
         f"(range); floor {floor['forward']:.1f} forward, {floor['backward']:.1f} backward, of {peak(device).source}."
@@ -333,10 +308,21 @@ def measure_shape(shape: Shape, device: torch.device, rounds: int, *, compiled: 
             INTERLEAVED: lambda i: block_mask(interleaved_rule(layout), layout),
         }
         spent = timed(making, device, rounds=3, graph=False)
-        note += " Making a BlockMask, not counted: " + ", ".join(
-            f"{spread.median:.0f} ({name})" for name, spread in spent.items()
-        )
-        note += "."
+        said = ", ".join(f"{spread.median:.0f} ({name})" for name, spread in spent.items())
+        note += f" Making a BlockMask, not counted: {said}."
+    table = Table(f"Span attention, {shape.text()}", note, HEADER, skipped=skipped)
+    ratio, share = {}, {}
+    for name in found:
+        if any(name not in times for times in passes.values()):
+            continue
+        forward, both = passes["forward"][name], passes["forward + backward"][name]
+        took = {"forward": forward.median, "backward": both.median - forward.median}
+        ratio[name] = both.median / passes["forward + backward"][OURS].median
+        share[name] = {x: 100 * floor[x] / us for x, us in took.items()}
+        of_floor = [f"{x:.0f} %" for x in share[name].values()]
+        row = name, forward.text(1), of_floor[0], f"{took['backward']:.1f}", of_floor[1], both.text(1)
+        record = {"way": name, "forward": forward, "backward": took["backward"], "both": both, "floor": floor}
+        table = table.plus((*row, f"{ratio[name]:.2f}"), record)
     goals = []
     if shape == SHAPES[0]:
         goals = [Goal(f"forward + backward against {x}", t, ratio[x], "x") for x, t in TARGETS.items() if x in ratio]
@@ -345,8 +331,7 @@ def measure_shape(shape: Shape, device: torch.device, rounds: int, *, compiled: 
             Goal(f"{x} at N = {shape.tokens:,}, share of the floor", t, share[OURS][x], "%")
             for x, t in (("forward", 50), ("backward", 38))
         ]
-    header = ("way", "forward", "of floor", "backward", "of floor", "forward + backward", "ours is faster by")
-    return Table(f"Span attention, {shape.text()}", note, header, lines, records, goals, skipped)
+    return replace(table, goals=goals)
 
 
 def measure(device: torch.device, quick: bool) -> Iterator[Table]:
@@ -362,10 +347,5 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
             free(device)
 
 
-def main() -> None:
-    """The command line."""
-    run("span_attention", "Span attention", measure)
-
-
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(exit_status(partial(run, "span_attention", "Span attention", measure)))

@@ -62,12 +62,12 @@ def read(config: str, source: Path | None) -> Iterable[Mapping[str, Any]]:
         import datasets
     except ImportError:
         raise ImportError("SPEED-Bench is read by datasets; run: pip install 'mtpkern[train]'") from None
+    if source is not None and (source.suffix not in _READERS or not source.is_file()):
+        raise ValueError(f"--source {source}: expected a .parquet or .jsonl file, there is none of that name")
     if source is None:
         rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(NAME, config, split="test")
-        return rows
-    if source.suffix not in _READERS or not source.is_file():
-        raise ValueError(f"--source {source}: expected a .parquet or .jsonl file, there is none of that name")
-    rows = datasets.load_dataset(_READERS[source.suffix], data_files=str(source), split="train")
+    else:
+        rows = datasets.load_dataset(_READERS[source.suffix], data_files=str(source), split="train")
     return rows
 
 

@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from dataclasses import replace
+from itertools import product
 from time import perf_counter, process_time
 from typing import Any
 from unittest.mock import patch
@@ -33,8 +34,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mtpkern import ASSETS
 from mtpkern.attention import attention_context
+from mtpkern.bench.models import MASK, SHAPES, build
 from mtpkern.bench.report import Table, positive, run
-from mtpkern.bench.step import CONFIGS, MASK, build
+from mtpkern.bench.step import fill, move_up
 from mtpkern.bench.timing import free
 from mtpkern.compare import synchronize
 from mtpkern.decoder import Decoder
@@ -51,14 +53,12 @@ K, THRESHOLD = 8, 0.2
 MASKS = {1: 9}
 # How often the j-th prediction behind the certain one is right where the truth stands in front; those behind are taken
 # as the last. Of SmolLM2-135M-Instruct with its gated adapter, on held-out prompts (mtpkern/assets/smollm2/README.md).
-MEASURED = {
-    "problems": (0.65, 0.48, 0.35, 0.27, 0.19, 0.14),
-    "instructions": (0.52, 0.36, 0.24, 0.18, 0.13, 0.09),
-}
+MEASURED = {"problems": (0.65, 0.48, 0.35, 0.27, 0.19, 0.14), "instructions": (0.52, 0.36, 0.24, 0.18, 0.13, 0.09)}
 RIGHT = {"never": (0.0,), **MEASURED}
 BATCHES, CONTEXTS, PASSES = (1, 16, 64, 128), (1024,), 100
 # On a CPU: of the shipped model, and of the rehearsal.
 LOADS, TEXTS, FEWER = (1, 2, 4, 8, 16, 32, 64), (1024, 8192, 32_768), 24
+HEADER = ("batch", "context", "masks right", "tokens a pass", "tokens/s", "ratio", "ms a pass, one token: ours")
 _PROMPT = 8
 
 
@@ -104,20 +104,9 @@ class Course:
         decoder.restart(self.strategy, self.stop_ids, self.room)
         decoder.prefill(self.prompt)
         if not self.filled and self.context > _PROMPT:
-            # Noise costs the same to read as text.
-            for buffers in decoder.cache.layers.values():
-                for buffer in buffers:
-                    buffer.normal_()
+            fill(decoder)
             self.filled = True
-        up = self.context - _PROMPT
-        in_use = decoder.all_rows.slot < decoder.cache.capacity
-        for place in (sequences.length, sequences.limit):
-            place.add_(up)
-        for place in (decoder.all_rows.position, decoder.all_rows.slot):
-            place.add_(up * in_use)
-        if self.strategy.masks:
-            for place in (decoder.all_rows.prefix_end, decoder.all_rows.span_start):
-                place.add_(up * in_use)
+        move_up(decoder, self.context - _PROMPT)
         decoder.max_passes = self.passes
         now = clock(self.model.device)
         with (
@@ -161,7 +150,7 @@ def clock(device: torch.device) -> Callable[[], float]:
 
 
 def model_of(name: str, device: torch.device) -> PreTrainedModel:
-    """The shipped model in float32 with positions for any context, or one of bench/step.py's."""
+    """The shipped model in float32 with positions for any context, or one of bench/models.py's."""
     if name != SHIPPED:
         return build(name, device)
     config = AutoConfig.from_pretrained(ASSETS, trust_remote_code=False, max_position_embeddings=1 << 18)
@@ -218,72 +207,60 @@ def measure(
     there = (LOADS, TEXTS) if model == SHIPPED else ((1, 2), (24,)) if cpu else (BATCHES, CONTEXTS)
     batches, contexts, passes = batches or there[0], contexts or there[1], FEWER if cpu else PASSES
     judged = model_of(model, device)
-    rows: list[tuple[str, ...]] = []
-    records: list[dict[str, object]] = []
-    skipped: list[str] = []
     measured = "; ".join(f"{name}: {', '.join(f'{x:.0%}' for x in RIGHT[name])}" for name in right)
-    form = "float32" if judged.dtype == torch.float32 else "bf16"
-    how = f"{form}, one thread's CPU time" if clock(device) is process_time else f"{form}"
+    how = ["float32" if judged.dtype == torch.float32 else "bf16"]
+    how += ["one thread's CPU time"] * (clock(device) is process_time)
+    how += ["positions for any context" if model == SHIPPED else "random weights"]
+    how += [] if cpu else ["layers compiled", "in graphs"]
+    masks = "no masks behind drafts" if cpu else f"masks behind drafts at batch {next(iter(MASKS))}"
     note = (
-        f"{passes} passes, k = {K}, threshold {THRESHOLD}, "
-        f"{'no masks behind drafts' if cpu else f'masks behind drafts at batch {next(iter(MASKS))}'}; {how}"
-        f"{', positions for any context' if model == SHIPPED else ', random weights'}"
-        f"{'' if cpu else ', layers compiled, in graphs'}; the least of some runs, in turns. ratio: tokens a second "
-        "over those of one token a pass. How often a mask is right by its place in the span, of SmolLM2-135M-Instruct "
-        f"with its adapter: {measured}."
+        f"{passes} passes, k = {K}, threshold {THRESHOLD}, {masks}; {', '.join(how)}; the least of some runs, in "
+        "turns. ratio: tokens a second over those of one token a pass. How often a mask is right by its place in the "
+        f"span, of SmolLM2-135M-Instruct with its adapter: {measured}."
     )
-    header = ("batch", "context", "masks right", "tokens a pass", "tokens/s", "ratio", "ms a pass, one token: ours")
-    table = partial(Table, f"Whole runs of {model if model != SHIPPED else 'the shipped model'}", note, header)
-    for context in contexts:
-        for batch in batches:
-            try:
-                if most_tokens is not None and batch * context > most_tokens:
-                    raise ValueError(f"{batch * context:,} tokens, and --most-tokens is {most_tokens:,}")
-                require_room(judged, batch, context, passes)
-            except ValueError as error:
-                skipped.append(f"batch {batch}, context {context}: {error}")
-                yield table([*rows], [*records], skipped=[*skipped])
-                continue
-            # A process that decodes like this and nothing else.
-            _times.pop(judged, None)
-            plain = Course(judged, batch, context, passes, Static(1))
-            course = Course(judged, batch, context, passes, Verified(K, THRESHOLD, masks=_masks(batch, device)))
-            for _ in range(2):
-                plain.run(RIGHT["never"])
-            rungs = climb(course)
-            for name in right:
-                slow, fast, tokens = [], [], 0.0
-                for _ in range(2 if quick else 5):
-                    seconds, tokens = course.run(RIGHT[name])
-                    fast.append(seconds)
-                    slow.append(plain.run(RIGHT[name])[0])
-                ratio = tokens * min(slow) / min(fast)
-                rate = batch * passes * tokens / min(fast)
-                steps = f"{min(slow) / passes * 1e3:.2f}: {min(fast) / passes * 1e3:.2f}"
-                rows.append((str(batch), str(context), name, f"{tokens:.2f}", f"{rate:.0f}", f"{ratio:.2f}", steps))
-                records.append(
-                    {"B": batch, "context": context, "right": name, "chance": list(RIGHT[name])}
-                    | {"tokens_a_pass": tokens, "ratio": ratio, "tokens_a_second": rate, "plain_s": slow, "s": fast}
-                    | {"ms_by_rows": rungs}
-                )
-                yield table([*rows], [*records], skipped=[*skipped])
-            del plain, course
-            free(device)
+    table = Table(f"Whole runs of {model if model != SHIPPED else 'the shipped model'}", note, HEADER)
+    for context, batch in product(contexts, batches):
+        try:
+            if most_tokens is not None and batch * context > most_tokens:
+                raise ValueError(f"{batch * context:,} tokens, and --most-tokens is {most_tokens:,}")
+            require_room(judged, batch, context, passes)
+        except ValueError as error:
+            table = replace(table, skipped=[*table.skipped, f"batch {batch}, context {context}: {error}"])
+            yield table
+            continue
+        # A process that decodes like this and nothing else.
+        _times.pop(judged, None)
+        plain = Course(judged, batch, context, passes, Static(1))
+        course = Course(judged, batch, context, passes, Verified(K, THRESHOLD, masks=_masks(batch, device)))
+        for _ in range(2):
+            plain.run(RIGHT["never"])
+        rungs = climb(course)
+        for name in right:
+            slow, fast, tokens = [], [], 0.0
+            for _ in range(2 if quick else 5):
+                seconds, tokens = course.run(RIGHT[name])
+                fast.append(seconds)
+                slow.append(plain.run(RIGHT[name])[0])
+            ratio = tokens * min(slow) / min(fast)
+            rate = batch * passes * tokens / min(fast)
+            steps = f"{min(slow) / passes * 1e3:.2f}: {min(fast) / passes * 1e3:.2f}"
+            row = str(batch), str(context), name, f"{tokens:.2f}", f"{rate:.0f}", f"{ratio:.2f}", steps
+            record: dict[str, object] = {"B": batch, "context": context, "right": name, "chance": list(RIGHT[name])}
+            record |= {"tokens_a_pass": tokens, "ratio": ratio, "tokens_a_second": rate, "plain_s": slow, "s": fast}
+            table = table.plus(row, record | {"ms_by_rows": rungs})
+            yield table
+        del plain, course
+        free(device)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
     options: dict[str, dict[str, Any]] = {
-        "--model": {"choices": [*CONFIGS, SHIPPED], "default": MODEL, "help": f"(default {MODEL})"},
+        "--model": {"choices": [*SHAPES, SHIPPED], "default": MODEL, "help": f"(default {MODEL})"},
         "--batches": {"type": positive, "nargs": "+", "metavar": "B", "help": "sequences side by side"},
         "--contexts": {"type": positive, "nargs": "+", "metavar": "L", "help": "tokens that stand before"},
         "--most-tokens": {"type": positive, "metavar": "N", "help": "leave out what has more in all its sequences"},
-        "--right": {
-            "choices": list(RIGHT),
-            "nargs": "+",
-            "default": list(RIGHT),
-            "help": "how often masks are, as measured (default: all)",
-        },
+        "--right": {"choices": [*RIGHT], "nargs": "+", "default": [*RIGHT], "help": "as measured (default: all)"},
     }
     run("throughput", "Runs with rows by load", measure, argv, options, on_cpu=lambda args: args.model == SHIPPED)
 

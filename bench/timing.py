@@ -13,13 +13,10 @@ import gc
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import count
-from types import ModuleType
-from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -95,19 +92,6 @@ def _cache_size(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size
 
 
-def with_constants(action: Action, module: ModuleType, **constants: Any) -> Action:
-    """The action with constants of a module set at each call: at its capture they say which form is launched.
-
-    with_constants(lambda i: decode_attention(...), mtpkern.kernels.form, PDL=False)
-    """
-
-    def call(i: int) -> object:
-        with patch.multiple(module, **constants):
-            return action(i)
-
-    return call
-
-
 def timed(
     actions: Mapping[str, Action],
     device: torch.device,
@@ -142,9 +126,9 @@ def race(
 ) -> tuple[dict[str, Spread], list[str]]:
     """`timed` for ours and for those comparators that run and agree, and a line "name: why" for each other one.
 
-    Outputs are compared before anything is timed: the first of ours says what is right, and every other output's
-    largest difference from it must stay within `tolerance` times its largest magnitude (None: outputs that cannot be
-    compared). Where one of ours does not run or differs, that is an error; a comparator is left out.
+    The first of ours says what is right, and every other output's largest difference from it must stay within
+    `tolerance` times its largest magnitude (None: outputs that cannot be compared). Where one of ours does not run or
+    differs, that is an error; a comparator is left out.
 
         times, skipped = race({"ours": lambda i: a @ b}, {"einsum": lambda i: torch.einsum("ij,jk", a, b)}, a.device)
     """
@@ -165,8 +149,7 @@ def race(
             wrong = reason(error)
         if wrong and name in ours:
             raise RuntimeError(f"{name} differs from {next(iter(ours))}: {wrong}")
-        if wrong:
-            skipped.append(f"{name}: {wrong}")
+        skipped += [f"{name}: {wrong}"] if wrong else []
     return _in_turns(runs, device, rounds, None, flush=not graph), skipped
 
 
@@ -177,20 +160,14 @@ _Run = tuple[Callable[[], object], int]
 def _prepared(action: Action, calls: int, device: torch.device, graph: bool) -> _Run:
     if device.type == "cuda" and graph:
         return _captured(action, calls, device)
-    if device.type == "cuda":
-        for i in range(3):
-            action(i)
+    for i in range(3 if device.type == "cuda" else 0):
+        action(i)
     counter = count()
     return (lambda: action(next(counter))), 1
 
 
 def _in_turns(
-    runs: Mapping[str, _Run],
-    device: torch.device,
-    rounds: int,
-    reset: Callable[[], object] | None,
-    *,
-    flush: bool,
+    runs: Mapping[str, _Run], device: torch.device, rounds: int, reset: Callable[[], object] | None, *, flush: bool
 ) -> dict[str, Spread]:
     cuda = device.type == "cuda"
     cache = torch.empty(2 * _cache_size(device), dtype=torch.uint8, device=device) if cuda and flush else None
@@ -278,11 +255,20 @@ def kernels_by_name(action: Action, device: torch.device) -> list[tuple[str, int
     with torch.profiler.profile(activities=[kind], acc_events=True) as profile:
         replay()
         synchronize(device)
-    events = [
-        (event.key[:100], event.count, round(event.self_device_time_total if cuda else event.self_cpu_time_total, 1))
-        for event in profile.key_averages()
-    ]
+    took = "self_device_time_total" if cuda else "self_cpu_time_total"
+    events = [(x.key[:100], x.count, round(getattr(x, took), 1)) for x in profile.key_averages()]
     return sorted(events, key=lambda event: -event[2])
+
+
+def peak_of(action: Action, device: torch.device) -> float:
+    """Bytes allocated at the height of a call, with what was there before; NaN on a CPU."""
+    if device.type != "cuda":
+        return float("nan")
+    free(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    action(0)
+    torch.cuda.synchronize(device)
+    return float(torch.cuda.max_memory_allocated(device))
 
 
 def reason(error: BaseException) -> str:
@@ -297,16 +283,16 @@ def _outputs(value: object) -> list[Tensor]:
     return [out for part in value for out in _outputs(part)] if isinstance(value, (tuple, list)) else []
 
 
-def difference(found: list[Tensor], right: list[Tensor], tolerance: float) -> str:
+def difference(found: list[Tensor], right: list[Tensor], tolerance: float, names: Sequence[str] = ()) -> str:
     """What is wrong with outputs, where one is off by more than `tolerance` of its greatest magnitude; else nothing."""
     if len(found) != len(right):
         return f"{len(found)} outputs instead of {len(right)}"
-    for a, b in zip(found, right, strict=True):
+    for a, b, name in zip(found, right, names or ["its output"] * len(right), strict=True):
         if a.shape != b.shape:
             return f"output of shape {tuple(a.shape)} instead of {tuple(b.shape)}"
         scale, off = b.double().abs().max().item(), (a.double() - b.double()).abs().max().item()
         if not off <= tolerance * scale:
-            return f"its output is off by {off:.3g} where the largest value is {scale:.3g}"
+            return f"{name} is off by {off:.3g} where the largest value is {scale:.3g}"
     return ""
 
 

@@ -20,14 +20,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mtpkern.attention import attention_context
+from mtpkern.bench.harness import Spread
+from mtpkern.bench.models import random_model
 from mtpkern.bench.report import Goal, Table, run
-from mtpkern.bench.span_attention import paper_layout
-from mtpkern.bench.timing import free, race
+from mtpkern.bench.span_attention import additive_mask, paper_layout, sdpa
+from mtpkern.bench.timing import Action, free, peak_of, race
 from mtpkern.kernels.scoring import Scoring
-from mtpkern.kernels.span_mask import span_mask
 from mtpkern.output import exit_status
 from mtpkern.train.compilation import CompiledLayers
 from mtpkern.train.layout import Layout
@@ -37,27 +38,7 @@ OURS, SPAN_ROWS, ALL_ROWS = "mtpkern", "SDPA mask, logits of span rows", "SDPA m
 COMPILED = "mtpkern, layers compiled"
 GIB = 2**30
 
-QWEN3_06B: dict[str, Any] = {
-    "vocab_size": 151_936,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "tie_word_embeddings": True,
-}
-MASK, EOS = 151_669, 151_645
-TINY: dict[str, Any] = QWEN3_06B | {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-}
-TINY_MASK, TINY_EOS = 60, 0
+MODEL, EOS = "Qwen3-0.6B", 0
 
 
 @dataclass(frozen=True)
@@ -90,7 +71,7 @@ TINY_BATCHES = (Batch(2, 16, 3), Batch(2, 16, 3, checkpointing=True), Batch(2, 1
 
 @dataclass
 class DenseContext(SpanContext):
-    """Attention as transformers does it with a mask: keys and values repeated for their group."""
+    """Attention as transformers does it with a mask."""
 
     dtype: torch.dtype = torch.bfloat16
 
@@ -98,26 +79,20 @@ class DenseContext(SpanContext):
         """[B, T, Hq, D]. Windows, caps and sinks are not for this model."""
         if scoring != Scoring(scoring.scale):
             raise ValueError(f"expected full attention without cap and sinks; got {scoring}")
-        groups = query.shape[1] // key.shape[1]
-        key, value = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (key, value))
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=self.bias, scale=scoring.scale)
-        return out.transpose(1, 2)
+        return sdpa(query, key, value, self.bias, scale=scoring.scale).transpose(1, 2)
 
     @cached_property
     def bias(self) -> Tensor:
         """The additive mask [B, 1, T, T], made at the first layer of a step."""
-        layout = self.layout
-        mask = span_mask(layout.position, layout.prefix_end, layout.span_start).unsqueeze(1)
-        return torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+        return additive_mask(self.layout, self.dtype)
 
 
 def span_logits(model: PreTrainedModel, ids: Tensor, context: SpanContext, mask: int, all_rows: bool) -> Tensor:
     """Logits [span rows, V] in float32, the mask token's at -inf, by way of those of all rows or not."""
-    states = backbone(model, ids, context)
-    if all_rows:
-        z = gather_rows(F.linear(states, head_of(model, mask).weight), context.layout.row).float()
-    else:
-        z = F.linear(gather_rows(states, context.layout.row), head_of(model, mask).weight).float()
+    x, weight = backbone(model, ids, context), head_of(model, mask).weight
+    row = context.layout.row
+    z = gather_rows(F.linear(x, weight), row) if all_rows else F.linear(gather_rows(x, row), weight)
+    z = z.float()
     z[:, mask] = float("-inf")
     return z
 
@@ -146,35 +121,31 @@ def plain_loss(
 class Trainee:
     """Student, teacher and optimizer, and steps of training in one way or another; `dtype` is that of products."""
 
-    def __init__(self, settings: dict[str, Any], mask: int, eos: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
         self.device = device
         self.dtype = dtype
-        self.mask = mask
-        self.eos = torch.tensor([eos], device=device)
-        config = AutoConfig.for_model("qwen3", **settings, eos_token_id=eos)
-        with device:
-            student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        self.student: PreTrainedModel = student.train()
-        self.teacher: PreTrainedModel = deepcopy(student).to(dtype).requires_grad_(False).eval()
-        self.optimizer = torch.optim.AdamW(student.parameters(), lr=0.0, fused=device.type == "cuda")
+        self.eos = torch.tensor([EOS], device=device)
+        tiny = device.type == "cpu"
+        self.student = random_model(MODEL, tiny, torch.float32, device, eos_token_id=EOS).train()
+        self.mask: int = self.student.config.vocab_size - 1
+        self.teacher: PreTrainedModel = deepcopy(self.student).to(dtype).requires_grad_(False).eval()
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=0.0, fused=device.type == "cuda")
 
     @contextmanager
     def on(self, batch: Batch) -> Iterator[dict[str, Callable[[int], Tensor]]]:
         """The ways to make a step on a batch, by name."""
         layout = batch.layout().to(self.device)
         tokens = torch.randint(1, self.mask, (batch.size, batch.tokens), device=self.device)
-        ours = partial(self.ours, tokens, layout)
-        loss: dict[str, Callable[[], Tensor]] = {
-            OURS: ours,
-            SPAN_ROWS: lambda: self.plain(tokens, layout, all_rows=False),
-            ALL_ROWS: lambda: self.plain(tokens, layout, all_rows=True),
-        }
+        ours, plain = partial(self.ours, tokens, layout), partial(self.plain, tokens, layout)
+        loss: dict[str, Callable[[], Tensor]] = {OURS: ours}
         if batch.compiled:
             # To rehearse, tracing is enough; a CPU's code would need a C++ compiler.
             backend = "inductor" if self.device.type == "cuda" else "eager"
-            layers = CompiledLayers(self.student, self.teacher, backend=backend)
-            loss = {OURS: ours, COMPILED: partial(self.within, layers, ours)}
+            within = CompiledLayers(self.student, self.teacher, backend=backend)()  # a context, and so a decorator
+            loss[COMPILED] = within(ours)
+        else:
+            loss |= {SPAN_ROWS: partial(plain, all_rows=False), ALL_ROWS: partial(plain, all_rows=True)}
         if batch.checkpointing:
             self.student.gradient_checkpointing_enable()
         try:
@@ -190,12 +161,6 @@ class Trainee:
         value = loss()
         self.optimizer.step()
         return value
-
-    @staticmethod
-    def within(layers: CompiledLayers, loss: Callable[[], Tensor]) -> Tensor:
-        """The loss, and its gradients, by compiled layers."""
-        with layers():
-            return loss()
 
     def autocast(self) -> torch.autocast:
         """Products in `dtype`, where that is not the weights' own."""
@@ -218,65 +183,33 @@ class Trainee:
         context = DenseContext(layout, dtype=self.dtype)
         with attention_context(self.student, context):
             with self.autocast():
-                loss = plain_loss(
-                    self.student,
-                    self.teacher,
-                    tokens,
-                    context,
-                    mask_token_id=self.mask,
-                    eos_token_ids=self.eos,
-                    all_rows=all_rows,
-                )
+                ids: dict[str, Any] = {"mask_token_id": self.mask, "eos_token_ids": self.eos}
+                loss = plain_loss(self.student, self.teacher, tokens, context, **ids, all_rows=all_rows)
             loss.backward()
         return loss.detach()
-
-
-def peak_of(step: Callable[[int], Tensor], device: torch.device) -> float:
-    """Bytes allocated at the height of a step, weights and all; NaN on a CPU."""
-    if device.type != "cuda":
-        return float("nan")
-    free(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    step(0)
-    torch.cuda.synchronize(device)
-    return float(torch.cuda.max_memory_allocated(device))
 
 
 def measure_batch(trainee: Trainee, batch: Batch, rounds: int) -> Table:
     """Tokens a second and peak memory of every way to make a step on one batch."""
     device = trainee.device
     with trainee.on(batch) as steps:
-        times, skipped = race(
-            {OURS: steps[OURS]},
-            {name: step for name, step in steps.items() if name != OURS},
-            device,
-            rounds=rounds,
-            graph=False,
-        )
+        theirs: dict[str, Action] = {name: step for name, step in steps.items() if name != OURS}
+        times, skipped = race({OURS: steps[OURS]}, theirs, device, rounds=rounds, graph=False)
         memory = {name: peak_of(steps[name], device) for name in times}
     best = times[OURS].median
     number = batch.size * batch.tokens
-    rows = [
-        (
-            name,
-            f"{1e6 * number / spread.median:,.0f}",
-            f"{spread.median / 1e3:.1f} ({spread.low / 1e3:.1f}–{spread.high / 1e3:.1f})",
-            f"{spread.median / best:.2f}",
-            f"{memory[name] / GIB:.2f}",
-            f"{memory[OURS] / memory[name]:.2f}",
-        )
-        for name, spread in times.items()
-    ]
-    records = [
-        {"way": name, "tokens": number, "time": spread, "memory": memory[name]} for name, spread in times.items()
-    ]
+    rows, records = [], []
+    for name, spread in times.items():
+        ms = Spread(spread.median / 1e3, spread.low / 1e3, spread.high / 1e3)
+        cells = (f"{1e6 * number / spread.median:,.0f}", ms.text(1), f"{spread.median / best:.2f}")
+        rows.append((name, *cells, f"{memory[name] / GIB:.2f}", f"{memory[OURS] / memory[name]:.2f}"))
+        records.append({"way": name, "tokens": number, "time": spread, "memory": memory[name]})
     goals = []
-    for name in times:
-        if name in (SPAN_ROWS, ALL_ROWS) and not isnan(memory[name]):
-            goals += [
-                Goal(f"tokens/s against {name}, {batch.text()}", 1.5, times[name].median / best, "x"),
-                Goal(f"memory against {name}, {batch.text()}", 0.6, memory[OURS] / memory[name], "x", at_most=True),
-            ]
+    for name in (SPAN_ROWS, ALL_ROWS):
+        if name in times and not isnan(memory[name]):
+            goals.append(Goal(f"tokens/s against {name}, {batch.text()}", 1.5, times[name].median / best, "x"))
+            less = memory[OURS] / memory[name]
+            goals.append(Goal(f"memory against {name}, {batch.text()}", 0.6, less, "x", at_most=True))
     header = ("way", "tokens/s", "ms a step", "ours is faster by", "peak GiB", "ours takes")
     note = (
         "Tokens of the text, without masks; median (range). Peak memory is all that is allocated: float32 weights, "
@@ -288,11 +221,8 @@ def measure_batch(trainee: Trainee, batch: Batch, rounds: int) -> Table:
 def measure(device: torch.device, quick: bool) -> Iterator[Table]:
     """A table a batch."""
     cuda = device.type == "cuda"
-    if cuda:
-        trainee = Trainee(QWEN3_06B, MASK, EOS, device, torch.bfloat16)
-    else:
-        # In so small a model one argmax that rounding turns would change the loss by more than races allow.
-        trainee = Trainee(TINY, TINY_MASK, TINY_EOS, device, torch.float32)
+    # In so small a model as a CPU's one argmax that rounding turns would change the loss by more than races allow.
+    trainee = Trainee(device, torch.bfloat16 if cuda else torch.float32)
     batches = BATCHES if cuda else TINY_BATCHES
     # The first in plain torch, and compiled.
     for batch in (batches[0], batches[-1]) if quick else batches:
@@ -300,10 +230,5 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
         free(device)
 
 
-def main() -> None:
-    """The command line."""
-    run("train_step", "Training step", measure)
-
-
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(exit_status(partial(run, "train_step", "Training step", measure)))

@@ -56,6 +56,10 @@ from mtpkern.kernels.plan import plan
 from mtpkern.kernels.state import FAULT, LIMIT, RUNNING, STOPPED, Rows, Sequences, Terms
 from mtpkern.kernels.worth import FORGOTTEN, FORGOTTEN_IDLE, PRIOR_CHAINS, PRIOR_HITS, UNIT, remembered
 
+_CONSTANTS = {"RUNNING": RUNNING, "STOPPED": STOPPED, "LIMIT": LIMIT, "FAULT": FAULT, "UNIT": UNIT}
+_CONSTANTS |= {"PRIOR_HITS": PRIOR_HITS, "PRIOR_CHAINS": PRIOR_CHAINS}
+_CONSTANTS |= {"FORGOTTEN": FORGOTTEN, "FORGOTTEN_IDLE": FORGOTTEN_IDLE}
+
 if find_spec("triton"):
     import triton
     import triton.language as tl
@@ -426,25 +430,6 @@ def advance_triton(sequences, rows, terms, token, confidence, *, k, verify, mask
     state = *vars(sequences).values(), *vars(rows).values(), token, confidence, *vars(terms).values()
     strides = sequences.tokens.stride(0), sequences.blocks.stride(0)
     numbers = B, rows.seq.shape[0], sequences.tokens.shape[1] - 1, terms.stop_ids.shape[0], mask_token_id
-    _advance_kernel[(1,)](
-        *state,
-        *strides,
-        *numbers,
-        K=k,
-        VERIFY=verify,
-        MASKS=masks,
-        W=W,
-        BLOCK_B=BLOCK_B,
-        BLOCK_W=BLOCK_W,
-        RUNNING=RUNNING,
-        STOPPED=STOPPED,
-        LIMIT=LIMIT,
-        FAULT=FAULT,
-        UNIT=UNIT,
-        PRIOR_HITS=PRIOR_HITS,
-        PRIOR_CHAINS=PRIOR_CHAINS,
-        FORGOTTEN=FORGOTTEN,
-        FORGOTTEN_IDLE=FORGOTTEN_IDLE,
-        num_warps=4 if BLOCK_B * BLOCK_W <= 1024 else 16,
-        **pdl_options(token.device),
-    )
+    sizes = {"K": k, "VERIFY": verify, "MASKS": masks, "W": W, "BLOCK_B": BLOCK_B, "BLOCK_W": BLOCK_W}
+    sizes["num_warps"] = 4 if BLOCK_B * BLOCK_W <= 1024 else 16
+    _advance_kernel[(1,)](*state, *strides, *numbers, **sizes, **_CONSTANTS, **pdl_options(token.device))

@@ -39,7 +39,7 @@ consecutive slots, and those in scratch slots come last, in consecutive ones too
 that a tile sees thus lies nothing that no row of the sequence sees. So it is with scratch slots, which are so many keys
 more; with a window the tiles between them and what the window shows are left out.
 
-One file, though a long one: half of it are the two kernels, and what decides their launch has to be read beside them.
+A long file, because what decides the launch of its two kernels, which are half of it, has to be read beside them.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -53,7 +53,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtpkern.kernels.form import pdl_options
+from mtpkern.kernels.form import pdl_options, strides
 from mtpkern.kernels.kv_write import kv_write, kv_write_triton
 from mtpkern.kernels.op import op
 from mtpkern.kernels.packed_rows import PackedRows
@@ -61,8 +61,6 @@ from mtpkern.kernels.scoring import Scoring
 
 # Keys of a split in the batch-invariant mode, counted from slot 0.
 CHUNK = 256
-# False has the caches written by a launch before, as on AMD's GPUs: for a comparison.
-WRITE_INSIDE = True
 
 if find_spec("triton"):
     import triton
@@ -388,11 +386,9 @@ def decode_attention(
         out = decode_attention(q, k, v, k_cache, v_cache, PackedRows(seq, slot, start, max_rows=15), Scoring(D**-0.5))
     """
     kv_write.reference(k_cache, v_cache, key, value, rows.seq, rows.slot)
-    B, Hkv, D = k_cache.shape[0], k_cache.shape[1], k_cache.shape[3]
-    C = k_cache.shape[2] - 1 if slots is None else slots
-    R, Hq, _ = query.shape
+    (B, Hkv, C, D), (R, Hq, _), Dv = k_cache.shape, query.shape, v_cache.shape[-1]
+    C, W = C - 1 if slots is None else slots, R if B == 1 else rows.max_rows
     scale, softcap, sinks = scoring.scale, scoring.softcap, scoring.sinks
-    Dv, W = v_cache.shape[-1], R if B == 1 else rows.max_rows
     spread = rows.spread(scoring.window, C, query.dtype)
     q = query
     if spread.place is not None:
@@ -466,10 +462,9 @@ def decode_attention_triton(
 
     On AMD's GPUs one more: their compiler takes no pointers into two tensors, and to load from both costs registers.
     """
-    B, Hkv, C, D = k_cache.shape[0], k_cache.shape[1], k_cache.shape[2] - 1, k_cache.shape[3]
-    R, Hq, _ = query.shape
+    (B, Hkv, C, D), (R, Hq, _), D_V = k_cache.shape, query.shape, v_cache.shape[3]
+    C, G = C - 1, Hq // Hkv
     max_rows, spans, sinks = rows.max_rows, rows.prefix_end is not None, scoring.sinks
-    G, D_V = Hq // Hkv, v_cache.shape[3]
     # Padded in the registers only: a head width that is no power of two costs arithmetic, which is not what bounds us.
     BLOCK_D, BLOCK_V = (max(16, triton.next_power_of_2(width)) for width in (D, D_V))
     processors, shared_memory = _machine(query.device)
@@ -491,95 +486,45 @@ def decode_attention_triton(
     # As every projection leaves them.
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     assert k_cache.stride(-1) == v_cache.stride(-1) == 1
-    write = WRITE_INSIDE and torch.version.hip is None
+    write, split = torch.version.hip is None, splits > 1
     if not write:
         kv_write_triton(k_cache, v_cache, key, value, rows.seq, rows.slot)
-    split = splits > 1
     out = query.new_empty(R, Hq, D_V)
     part = query.new_empty(splits, R, Hq, D_V, dtype=torch.float32) if split else out[None]
     lse = query.new_empty(splits, R, Hq, dtype=torch.float32)
-    sink = query if sinks is None else sinks  # a pointer is a pointer
+    # A pointer is a pointer, where there is nothing to point to.
+    sink = query if sinks is None else sinks
+    of_rows = rows.seq, rows.slot, *((rows.prefix_end, rows.span_start) if spans else [rows.slot] * 2), rows.start
     # Enough programs that none writes more rows than it has in flight at once: one after the other they would take as
     # long as the attention of a large batch.
     BLOCK_W = 16
     writers = triton.cdiv(R, BLOCK_W * TILES * splits) if write or not split else 0
+    tensors = query, key, value, k_cache, v_cache
+    numbers = B, R, C, splits, scoring.scale, scoring.softcap or 0.0, scoring.window or 0, rows.scratch
+    sizes = {"G": G, "D": D, "D_V": D_V, "BLOCK_D": BLOCK_D, "BLOCK_V": BLOCK_V, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
+    sizes |= {"TILES": TILES, "BLOCK_W": BLOCK_W, "CHUNK": CHUNK if batch_invariant else 0, "LEAST": least}
+    has = {"HAS_SPANS": spans, "HAS_WINDOW": scoring.window is not None, "HAS_SOFTCAP": scoring.softcap is not None}
+    has_sinks, pdl = {"HAS_SINKS": sinks is not None}, pdl_options(query.device)
     _attend_kernel[(TILES * splits, Hkv, B + writers)](
-        query,
-        key,
-        value,
-        k_cache,
-        v_cache,
-        rows.seq,
-        rows.slot,
-        rows.prefix_end if spans else rows.slot,
-        rows.span_start if spans else rows.slot,
-        rows.start,
-        sink,
-        part,
-        lse,
-        query.stride(),
-        key.stride(),
-        value.stride(),
-        k_cache.stride(),
-        v_cache.stride(),
-        part.stride(),
-        lse.stride(),
-        B,
-        R,
-        C,
-        splits,
-        scoring.scale,
-        scoring.softcap or 0.0,
-        scoring.window or 0,
-        rows.scratch,
-        G=G,
-        D=D,
-        D_V=D_V,
-        TILES=TILES,
-        BLOCK_M=BLOCK_M,
-        BLOCK_N=BLOCK_N,
-        BLOCK_D=BLOCK_D,
-        BLOCK_V=BLOCK_V,
-        CHUNK=CHUNK if batch_invariant else 0,
-        LEAST=least,
-        BLOCK_W=BLOCK_W,
+        *(*tensors, *of_rows, sink, part, lse),
+        *strides(*tensors, part, lse),
+        *numbers,
         WRITE=write,
         SPLIT=split,
-        HAS_SPANS=spans,
-        HAS_WINDOW=scoring.window is not None,
-        HAS_SOFTCAP=scoring.softcap is not None,
-        HAS_SINKS=sinks is not None,
         PRECISION=precision,
         num_warps=num_warps,
         num_stages=num_stages,
-        **pdl_options(query.device),
+        **(sizes | has | has_sinks | pdl),
     )
     if split:
-        merge_triton(out, part, lse, rows.slot, sinks, C)
+        _merge_kernel[(R, Hq)](
+            *(part, lse, rows.slot, sink, out, *strides(part, lse, out), C, splits),
+            D_V=D_V,
+            BLOCK_V=BLOCK_V,
+            BLOCK_S=16,
+            BLOCK_L=64,
+            # A row of a part fills a warp, so that no sum crosses warps.
+            num_warps=max(1, BLOCK_V // 128),
+            **(has_sinks | pdl),
+        )
     return out
-
-
-def merge_triton(out: Tensor, part: Tensor, lse: Tensor, row_slot: Tensor, sinks: Tensor | None, C: int) -> None:
-    """Bring what splits have left, part [n_splits, R, Hq, D_V] and lse [n_splits, R, Hq], into out [R, Hq, D_V]."""
-    n_splits, R, Hq, D_V = part.shape
-    BLOCK_V = max(16, triton.next_power_of_2(D_V))
-    _merge_kernel[(R, Hq)](
-        part,
-        lse,
-        row_slot,
-        out if sinks is None else sinks,  # a pointer is a pointer
-        out,
-        part.stride(),
-        lse.stride(),
-        out.stride(),
-        C,
-        n_splits,
-        D_V=D_V,
-        BLOCK_V=BLOCK_V,
-        BLOCK_S=16,
-        BLOCK_L=64,
-        HAS_SINKS=sinks is not None,
-        # A row of a part fills a warp, so that no sum crosses warps.
-        num_warps=max(1, BLOCK_V // 128),
-        **pdl_options(out.device),
-    )

@@ -4,10 +4,9 @@
     hard  L = sum_r weight_r (lse_r - z_r,y_r)                                 y_r the teacher's argmax, or a label
     soft  L = sum_r weight_r sum_v q_rv (log q_rv - log p_rv)                  q_r, p_r: softmax of teacher, student
 
-`distill_loss` computes the gradients of hidden states and head in its forward pass, chunk by chunk, and backward only
-scales them in place: the logits of a chunk live once, their gradient is written over them. Nothing is left out of a
-gradient. `head_readout` gives each row's argmax, its probability and the row's entropy. Both are operators of torch:
-`torch.compile` sees one node.
+`distill_loss` computes the gradients of hidden states and head in its forward pass: the logits of a chunk live once,
+their gradient is written over them, and backward only scales. Nothing is left out of a gradient. Both public functions
+are operators of torch: `torch.compile` sees one node.
 
 Shapes   hidden [R, H];  weight [V, H];  bias [V];  target, token [R] int64;  row_weight, confidence, entropy [R]
 Memory   at most LOGITS bytes of logits of student and teacher together (at V = 152k in 2 bytes: 1,280 rows hard, 640
@@ -17,8 +16,7 @@ Traffic  behind the matrix product of a chunk the Triton form reads the logits t
 Ties     the lowest index wins
 Source   arXiv 2602.06019, section on the online self-distillation objective
 
-One file, though a long one: readout and loss share the head, the chunks of its product and what their kernels make of a
-logit.
+A long file, because readout and loss share the head, its chunks and what their kernels make of a logit.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -31,7 +29,6 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -270,6 +267,12 @@ def _buffer(hidden: Tensor, rows: int, vocabulary: int, dtype: torch.dtype) -> T
     return hidden.new_empty(rows, -(-vocabulary // 16) * 16, dtype=dtype)[:, :vocabulary]
 
 
+def _product(hidden: Tensor, head: Head, buffer: Tensor) -> tuple[Tensor, Tensor]:
+    """States in the dtype of the head's weight, and their product with it, in the first rows of a buffer."""
+    states = hidden.to(head.weight.dtype)
+    return states, torch.mm(states, head.weight.t(), out=buffer[: len(states)])
+
+
 def _readout_rows_triton(z: Tensor, head: Head, read: Readout) -> None:
     with on_device(z):
         _readout_kernel[(len(z),)](z, head.options(), *read, z.stride(0), BLOCK=BLOCK, num_warps=WARPS)
@@ -296,10 +299,10 @@ def _readout_op(
     buffer = _buffer(hidden, min(chunk, rows), vocabulary, dtype)
     wide = torch.promote_types(dtype, torch.float32)
     read = Readout(*(hidden.new_empty(rows, dtype=x) for x in (torch.int64, wide, wide)))
+    form = _readout_rows_triton if triton else _readout_rows_torch
     for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
-        z = torch.mm(hidden[part].to(dtype), head.weight.t(), out=buffer[: rows - start])
-        form = _readout_rows_triton if triton else _readout_rows_torch
+        _, z = _product(hidden[part], head, buffer)
         form(z, head, Readout(*(x[part] for x in read)))
     return read.token, read.confidence.float(), read.entropy.float()
 
@@ -311,9 +314,8 @@ def _(hidden, *_):
 
 @torch.no_grad()
 def head_readout(hidden: Tensor, head: Head, chunk: int | None = None, *, triton: bool | None = None) -> Readout:
-    """Each row's most probable token, its probability and the row's entropy; `chunk` rows of logits live at once.
+    """Each row's most probable token, its probability and the row's entropy; `chunk` and `triton` as in `distill_loss`.
 
-    triton: by the kernel, or in plain torch; the former on a GPU unless given.
     Source: arXiv 2602.06019, the student's span y' and the hard teacher's targets.
 
         token, confidence, entropy = head_readout(hidden, Head(model.lm_head.weight, banned=mask_token_id))
@@ -369,41 +371,20 @@ def distill_loss(
     return _loss_op(hidden, head, dtype, target, states, its_head, its_dtype, row_weight, needs, chunk, triton)[0]
 
 
-class _Chunk(NamedTuple):
-    """Rows whose logits live at once: products z [r, V] under their heads, the student's and perhaps a teacher's.
-
-    Their weighted losses [r] are written, and over z its gradient.
-    """
-
-    z: Tensor
-    head: Head
-    target: Tensor | None
-    teacher_z: Tensor | None
-    teacher_head: Head | None
-    row_weight: Tensor
-    loss: Tensor
+# Of a chunk: z [r, V] is the product under the head, and its gradient is written over it; teacher, where there is one,
+# is its product and head; loss [r] is written.
 
 
-def _loss_rows_triton(c: _Chunk, need_grad: bool) -> None:
-    with on_device(c.z):
-        _loss_kernel[(len(c.z),)](
-            c.z,
-            c.head.options(),
-            c.target,
-            c.teacher_z,
-            None if c.teacher_head is None else c.teacher_head.options(),
-            c.row_weight,
-            c.loss,
-            c.z.stride(0),
-            0 if c.teacher_z is None else c.teacher_z.stride(0),
-            NEED_GRAD=need_grad,
-            BLOCK=BLOCK,
-            num_warps=WARPS,
-        )
+def _loss_rows_triton(z, head, target, teacher, row_weight, loss, need_grad):
+    its_z, its_head = teacher or (None, None)
+    teacher_of = its_z, its_head and its_head.options()
+    between_rows = z.stride(0), 0 if its_z is None else its_z.stride(0)
+    options = {"NEED_GRAD": need_grad, "BLOCK": BLOCK, "num_warps": WARPS}
+    with on_device(z):
+        _loss_kernel[(len(z),)](z, head.options(), target, *teacher_of, row_weight, loss, *between_rows, **options)
 
 
-def _loss_rows_torch(c: _Chunk, need_grad: bool) -> None:
-    z, head, target, teacher_z, teacher_head, row_weight, loss = c
+def _loss_rows_torch(z, head, target, teacher, row_weight, loss, need_grad):
     x = head.finish(z)
     grad = x.log_softmax(-1)
     if target is not None:
@@ -411,9 +392,8 @@ def _loss_rows_torch(c: _Chunk, need_grad: bool) -> None:
         losses = -grad.gather(-1, index).squeeze(-1)
         grad.exp_().scatter_add_(-1, index, grad.new_full((), -1.0).expand(index.shape))
     else:
-        assert teacher_z is not None
-        assert teacher_head is not None
-        log_q = teacher_head.finish(teacher_z).log_softmax(-1)
+        its_z, its_head = teacher
+        log_q = its_head.finish(its_z).log_softmax(-1)
         # The same operations on equal logits: a student equal to its teacher gets a gradient of exactly 0.
         q, known = log_q.exp(), log_q.shape[1]
         # 0 * inf at a banned token is NaN: there q is 0 and the term is 0.
@@ -472,7 +452,6 @@ def _loss_op(
     # A teacher's logits live beside the student's.
     chunk = chunk or _chunk(rows, vocabulary * (1 if teacher_hidden is None else 2), dtype, triton)
     buffer = _buffer(hidden, min(chunk, rows), vocabulary, dtype)
-    teacher_z = None
     if teacher_head is not None:
         assert teacher_dtype is not None
         teacher_head = teacher_head.within(teacher_dtype)
@@ -480,22 +459,19 @@ def _loss_op(
     if row_weight is None:
         row_weight = hidden.new_ones(rows)
     losses = hidden.new_empty(rows, dtype=torch.promote_types(dtype, torch.float32))
-    if rows == 0:
-        for gradient in gradients:
-            gradient.zero_()
+    for gradient in gradients if rows == 0 else ():
+        gradient.zero_()
+    form = _loss_rows_triton if triton else _loss_rows_torch
     for start in range(0, rows, chunk):
         part: Any = slice(start, start + chunk)
         loss = losses[part]
-        if some is not None:
-            part = some[part]
-        states = hidden[part].to(dtype)
-        z = torch.mm(states, head.weight.t(), out=buffer[: len(states)])
+        part = part if some is None else some[part]
+        states, z = _product(hidden[part], head, buffer)
+        teacher = None
         if teacher_head is not None and teacher_hidden is not None:
-            teacher_states = teacher_hidden[part].to(teacher_dtype)
-            teacher_z = torch.mm(teacher_states, teacher_head.weight.t(), out=teacher_buffer[: len(states)])
-        form = _loss_rows_triton if triton else _loss_rows_torch
+            teacher = _product(teacher_hidden[part], teacher_head, teacher_buffer)[1], teacher_head
         labels = None if target is None else target[part]
-        form(_Chunk(z, head, labels, teacher_z, teacher_head, row_weight[part], loss), any(needs))
+        form(z, head, labels, teacher, row_weight[part], loss, any(needs))
         if needs[0]:
             d_hidden[part] = (z @ head.weight).to(d_hidden.dtype)
         if needs[1]:
@@ -540,26 +516,3 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 _loss_op.registered.register_autograd(_backward, setup_context=_setup_context)
-
-
-def distill_loss_reference(
-    hidden: Tensor,
-    head: Head,
-    *,
-    target: Tensor | None = None,
-    teacher: tuple[Tensor, Head] | None = None,
-    row_weight: Tensor | None = None,
-) -> Tensor:
-    """`distill_loss` in plain torch with all logits at once, differentiated by autograd (float64 too)."""
-    log_p = head.logits(hidden).log_softmax(-1)
-    if target is not None:
-        losses = -log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
-    else:
-        assert teacher is not None
-        log_q = teacher[1].logits(teacher[0]).detach().log_softmax(-1)
-        # The student may have tokens (the mask) that the teacher lacks; 0 * -inf at a banned token is NaN.
-        log_q = F.pad(log_q, (0, log_p.shape[-1] - log_q.shape[-1]), value=float("-inf"))
-        losses = torch.where(log_q.isinf(), 0, log_q.exp() * (log_q - log_p.masked_fill(log_q.isinf(), 0))).sum(-1)
-    if row_weight is not None:
-        losses = torch.where(row_weight != 0, losses * row_weight, 0)
-    return losses.sum()

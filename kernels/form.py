@@ -70,6 +70,11 @@ def on_device(x: Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
+def strides(*tensors: Tensor) -> list[tuple[int, ...]]:
+    """The strides of each, as kernels take them: `strides(torch.zeros(2, 3))` is [(3, 1)]."""
+    return [x.stride() for x in tensors]
+
+
 def pdl_options(device: torch.device) -> dict[str, Any]:
     """What a launch adds so that the kernel, which begins with `gdc_wait(PDL)`, may start early where the GPU can.
 

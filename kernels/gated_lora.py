@@ -18,12 +18,8 @@ whatever its company. Where rows alone fill a GPU, one program takes all chunks,
 whatever R, for the same reason: few enough for one sequence's 15, and 512 read A and B no more than 16 times. No tile
 has columns of two siblings, so that a layer has the same bits with its siblings as by itself.
 
-A tile without a gated row returns before it reads a weight. Gated rows are not gathered into fewer tiles: up to 32 rows
-there is one tile anyway, and above, a further reading of A and B comes from the L2 cache (0.9 MB for q, k, v of
-Qwen3-4B, 0.2 us), which takes less than a prefix sum over the gate at the head of either launch would. In one launch
-instead of two, every program of the expansion would compute x A^T for itself: 0.24 MB (q, k, v) to 0.9 MB (down) a
-processor, 6 to 22 us from L2, where a launch takes about 2. Programs that wait for one another would need atomics.
-(All times here are estimates for an H100: bench/gated_lora.py measures them where there is a GPU.)
+A tile without a gated row returns before it reads a weight. Gated rows are not gathered into fewer tiles, and two
+launches not made one: either would take longer, by estimate (docs/log.md; bench/gated_lora.py measures).
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -36,9 +32,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from mtpkern.kernels.form import pdl_options
+from mtpkern.kernels.form import pdl_options, strides
 from mtpkern.kernels.op import op
 
+Tensors = Sequence[Tensor]
 # Of H: the least elements of a chunk, and the most chunks.
 CHUNK, CHUNKS = 256, 16
 # Up to so many rows each chunk has programs of its own; above, the partial sums would take memory for nothing.
@@ -188,31 +185,22 @@ def _precision(dtype: torch.dtype) -> str | None:
 
 
 def shrink_triton(x: Tensor, gate: Tensor, as_: Sequence[Tensor]) -> Tensor:
-    """x A_i^T of the gated rows, side by side, in one launch: [n, R, M] float32, to be summed over n; nothing in the
-    other rows.
-    """
+    """x A_i^T of the gated rows, side by side, in one launch: [n, R, M] float32, to be summed over n."""
     R, H = x.shape
     ranks = tuple(len(a) for a in as_)
     n = triton.cdiv(H, _chunk(H))
     split = R <= SPLIT_ROWS
     h = x.new_empty(n if split else 1, R, sum(ranks), dtype=torch.float32)
+    sizes = {
+        "CHUNKS": 1 if split else n,
+        "BLOCK_R": BLOCK_R,
+        "BLOCK_M": BLOCK_M,
+        "BLOCK_H": 128 // as_[0].element_size(),
+    }
     _shrink_kernel[(triton.cdiv(R, BLOCK_R), sum(triton.cdiv(r, BLOCK_M) for r in ranks), len(h))](
-        x,
-        gate,
-        tuple(as_),
-        h,
-        x.stride(),
-        gate.stride(),
-        tuple(a.stride() for a in as_),
-        h.stride(),
-        R,
-        H,
-        ranks,
-        _chunk(H),
-        CHUNKS=1 if split else n,
-        BLOCK_R=BLOCK_R,
-        BLOCK_M=BLOCK_M,
-        BLOCK_H=128 // as_[0].element_size(),
+        *(x, gate, tuple(as_), h, x.stride(), gate.stride(), tuple(strides(*as_)), h.stride()),
+        *(R, H, ranks, _chunk(H)),
+        **sizes,
         PRECISION=_precision(as_[0].dtype),
         num_stages=5,
         **pdl_options(x.device),
@@ -220,47 +208,24 @@ def shrink_triton(x: Tensor, gate: Tensor, as_: Sequence[Tensor]) -> Tensor:
     return h
 
 
-def expand_triton(
-    outs: Sequence[Tensor], h: Tensor, gate: Tensor, bs: Sequence[Tensor], scales: Sequence[float]
-) -> None:
-    """Add s_i * h_i B_i^T to the gated rows of each y_i in one launch; h [n, R, M], any dtype, is summed over n.
-
-    It may come from elsewhere: where A stands below the base's weight in one buffer, the base's product has it, too.
-    """
-    R = h.shape[1]
+def expand_triton(outs: Tensors, h: Tensor, gate: Tensor, bs: Tensors, scales: Sequence[float]) -> None:
+    """Add s_i * h_i B_i^T to the gated rows of each y_i in one launch; h [n, R, M], any dtype, is summed over n."""
+    chunks, R, _ = h.shape
     Ns, ranks = tuple(b.shape[0] for b in bs), tuple(b.shape[1] for b in bs)
+    sizes = {"CHUNKS": chunks, "GROUP": min(16 // bs[0].element_size(), chunks)}
+    sizes |= {"BLOCK_R": BLOCK_R, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "num_warps": 8, "num_stages": 1}
     _expand_kernel[(triton.cdiv(R, BLOCK_R), sum(triton.cdiv(N, BLOCK_N) for N in Ns))](
-        h,
-        gate,
-        tuple(bs),
-        tuple(outs),
-        tuple(scales),
-        h.stride(),
-        gate.stride(),
-        tuple(b.stride() for b in bs),
-        tuple(y.stride() for y in outs),
-        R,
-        Ns,
-        ranks,
-        CHUNKS=h.shape[0],
-        GROUP=min(16 // bs[0].element_size(), h.shape[0]),
-        BLOCK_R=BLOCK_R,
-        BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K,
+        *(h, gate, tuple(bs), tuple(outs), tuple(scales)),
+        *(h.stride(), gate.stride(), tuple(strides(*bs)), tuple(strides(*outs))),
+        *(R, Ns, ranks),
+        **sizes,
         PRECISION=_precision(bs[0].dtype),
-        num_warps=8,
-        num_stages=1,
         **pdl_options(h.device),
     )
 
 
 def gated_lora(
-    outs: Sequence[Tensor],
-    x: Tensor,
-    gate: Tensor,
-    as_: Sequence[Tensor],
-    bs: Sequence[Tensor],
-    scale: float | Sequence[float],
+    outs: Tensors, x: Tensor, gate: Tensor, as_: Tensors, bs: Tensors, scale: float | Sequence[float]
 ) -> None:
     """Add the adapter of sibling layers to their outputs, in place, in the rows whose gate is not 0.
 
@@ -285,14 +250,7 @@ def gated_lora(
 
 
 @op(mutates=["outs"], name="gated_lora", float64=False)
-def gated_update(
-    outs: Sequence[Tensor],
-    x: Tensor,
-    gate: Tensor,
-    as_: Sequence[Tensor],
-    bs: Sequence[Tensor],
-    scales: Sequence[float],
-) -> None:
+def gated_update(outs: Tensors, x: Tensor, gate: Tensor, as_: Tensors, bs: Tensors, scales: Sequence[float]) -> None:
     """`gated_lora`, unchecked. The torch form computes in float32, or in float64 for float64 inputs.
 
     On a CPU the gated rows alone are computed, where casting a narrow adapter costs less than multiplying it does.
@@ -334,32 +292,32 @@ def gated_lora_triton(outs, x, gate, as_, bs, scales):
 
 def _require_fitting(outs, x, gate, as_, bs, scales):
     """ValueError where a kernel would read or write what is not there, or something else than was meant."""
-    if not len(outs) == len(as_) == len(bs) == len(scales) or not outs:
-        raise ValueError(
-            f"gated_lora: outs, as_, bs and scale want one entry for each sibling, got {len(outs)}, {len(as_)}, "
-            f"{len(bs)} and {len(scales)}"
-        )
+    numbers = [len(given) for given in (outs, as_, bs, scales)]
+    if numbers != [len(outs)] * 4 or not outs:
+        _refuse("outs, as_, bs and scale want one entry for each sibling, got {}, {}, {} and {}".format(*numbers))
     if x.dim() != 2:
-        raise ValueError(f"gated_lora: x [R, H] expected, got {tuple(x.shape)}")
+        _refuse(f"x [R, H] expected, got {tuple(x.shape)}")
     R, H = x.shape
     if gate.shape != (R,) or gate.dtype not in (torch.bool, torch.uint8, torch.int8):
-        raise ValueError(
-            f"gated_lora: gate must be [R] = [{R}] of bool, uint8 or int8, got {tuple(gate.shape)} of {gate.dtype}"
-        )
+        _refuse(f"gate must be [R] = [{R}] of bool, uint8 or int8, got {tuple(gate.shape)} of {gate.dtype}")
     if as_[0].dtype not in (torch.float32, x.dtype):
-        raise ValueError(f"gated_lora: A must be float32 or {x.dtype}, as x is, got {as_[0].dtype}; cast the adapter")
+        _refuse(f"A must be float32 or {x.dtype}, as x is, got {as_[0].dtype}; cast the adapter")
     for i, (y, a, b) in enumerate(zip(outs, as_, bs)):
         if a.dim() != 2 or b.dim() != 2 or a.shape != (b.shape[1], H) or y.shape != (R, b.shape[0]):
-            raise ValueError(
-                f"gated_lora: sibling {i}: A [r, H], B [N, r] and an output [R, N] with H = {H} and R = {R} expected, "
-                f"got {tuple(a.shape)}, {tuple(b.shape)} and {tuple(y.shape)}"
+            _refuse(
+                f"sibling {i}: A [r, H], B [N, r] and an output [R, N] with H = {H} and R = {R} expected, got "
+                f"{tuple(a.shape)}, {tuple(b.shape)} and {tuple(y.shape)}"
             )
         if y.dtype != x.dtype or not a.dtype == b.dtype == as_[0].dtype:
-            raise ValueError(
-                f"gated_lora: sibling {i}: the output must be {x.dtype}, as x is, A and B {as_[0].dtype}, as the first "
-                f"A is, got {y.dtype}, {a.dtype} and {b.dtype}"
+            _refuse(
+                f"sibling {i}: the output must be {x.dtype}, as x is, A and B {as_[0].dtype}, as the first A is, got "
+                f"{y.dtype}, {a.dtype} and {b.dtype}"
             )
     if any(t.device != x.device for t in (gate, *as_, *outs, *bs)):
-        raise ValueError(f"gated_lora: all tensors must be on {x.device}, where x is")
+        _refuse(f"all tensors must be on {x.device}, where x is")
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *as_, *outs, *bs)):
-        raise ValueError("gated_lora has no backward: call it under torch.no_grad(), and train the adapter as a module")
+        _refuse("there is no backward: call it under torch.no_grad(), and train the adapter as a module")
+
+
+def _refuse(says):
+    raise ValueError(f"gated_lora: {says}")

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
-from mtpkern.kernels.form import pdl_options
+from mtpkern.kernels.form import pdl_options, strides
 from mtpkern.kernels.op import op
 
 if find_spec("triton"):
@@ -83,22 +83,8 @@ def kv_write_triton(k_cache, v_cache, key, value, row_seq, row_slot):
     row_seq, row_slot = row_seq.contiguous(), row_slot.contiguous()
     BLOCK_K, BLOCK_V = triton.next_power_of_2(D_K), triton.next_power_of_2(D_V)
     BLOCK_H = min(triton.next_power_of_2(Hkv), max(1, 4096 // max(BLOCK_K, BLOCK_V)))
+    tensors = k_cache, v_cache, key, value
+    sizes = {"D_K": D_K, "D_V": D_V, "BLOCK_H": BLOCK_H, "BLOCK_K": BLOCK_K, "BLOCK_V": BLOCK_V}
     _kv_write_kernel[(R, triton.cdiv(Hkv, BLOCK_H))](
-        k_cache,
-        v_cache,
-        key,
-        value,
-        row_seq,
-        row_slot,
-        k_cache.stride(),
-        v_cache.stride(),
-        key.stride(),
-        value.stride(),
-        Hkv,
-        D_K=D_K,
-        D_V=D_V,
-        BLOCK_H=BLOCK_H,
-        BLOCK_K=BLOCK_K,
-        BLOCK_V=BLOCK_V,
-        **pdl_options(key.device),
+        *tensors, row_seq, row_slot, *strides(*tensors), Hkv, **sizes, **pdl_options(key.device)
     )

@@ -22,10 +22,7 @@ it, and what is done about it here:
 The weight is the side of the product that has many rows, so 64 of N fill wgmma's 64 and x's rows, padded to 16 or 32,
 its other side. Weights go through shared memory past L1 and are the first to leave L2, x the last.
 
-On an H200 the four products of a layer of Qwen3-4B take 58 us with 16 rows, 81 % of its bandwidth; torch's 66 with
-siblings joined and 77 apart. With 24 rows and a layout made for 64 they took 70 and torch's joined 66; with 64 and more
-torch's were faster, too. Asking for the first of a weight to be brought into L2 before the wait for the kernel ahead
-made every product slower (bench/results/h200/linear.md).
+What it reaches on an H200, beside torch, and what did not help there: bench/results/h200/linear.md and docs/log.md.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -204,29 +201,15 @@ def few_rows_linear_triton(x, weight, bias, counters, tiles=None):
     sums = rows.new_empty(n * splits * tiles.BLOCK_N * BLOCK_R, dtype=torch.float32) if splits > 1 else y
     # So that two programs share a processor's memory all the same.
     stages = tiles.stages - (BLOCK_R == 32 and tiles.stages > 4)
+    tensors = rows, weight, weight if bias is None else bias, y, sums, counters
+    forms = {"HAS_BIAS": bias is not None, "EVEN_K": K % tiles.BLOCK_K == 0, "SPLITS": splits}
+    sizes = {"BLOCK_R": BLOCK_R, "BLOCK_N": tiles.BLOCK_N, "BLOCK_K": tiles.BLOCK_K, "num_warps": tiles.warps}
+    sizes["num_stages"] = 2 if torch.version.hip else stages
     with on_device(x):
         _linear_kernel[(splits, n)](
-            rows,
-            weight,
-            weight if bias is None else bias,
-            y,
-            sums,
-            counters,
-            rows.stride(0),
-            weight.stride(0),
-            y.stride(0),
-            R,
-            N,
-            K,
-            chunk,
-            HAS_BIAS=bias is not None,
-            EVEN_K=K % tiles.BLOCK_K == 0,
-            SPLITS=splits,
-            BLOCK_R=BLOCK_R,
-            BLOCK_N=tiles.BLOCK_N,
-            BLOCK_K=tiles.BLOCK_K,
-            num_warps=tiles.warps,
-            num_stages=2 if torch.version.hip else stages,
+            *(*tensors, rows.stride(0), weight.stride(0), y.stride(0), R, N, K, chunk),
+            **forms,
+            **sizes,
             **pdl_options(x.device),
         )
     return y.view(*x.shape[:-1], N)

@@ -50,21 +50,18 @@ class Operator(Generic[P, T]):
         flat: dict[str, Any] = {}
         for argument, hint in hints.items():
             kind = next((x for x in (hint, *get_args(hint)) if is_dataclass(x)), None)
-            if kind is None:
-                self._parts[argument], flat[argument] = (None, ()), hint
-                continue
-            handed = {f.name: get_type_hints(kind)[f.name] for f in fields(kind) if f.compare}
+            handed = {f.name: get_type_hints(kind)[f.name] for f in fields(kind) if f.compare} if kind else {}
             self._parts[argument] = kind, tuple(handed)
             # One that may be missing is handed on as nothing but None.
-            flat |= {f"{argument}_{key}": x if hint is kind else Optional[x] for key, x in handed.items()}  # noqa: UP045
+            parts = {f"{argument}_{key}": x if hint is kind else Optional[x] for key, x in handed.items()}  # noqa: UP045
+            flat |= parts if kind else {argument: hint}
 
         def run(*values: Any) -> T:
             return self.run(**self._made_again(values))
 
         of_schema = [Parameter(key, Parameter.POSITIONAL_OR_KEYWORD, annotation=x) for key, x in flat.items()]
-        sign = signature(run).replace(
-            parameters=of_schema, return_annotation=None if returns is type(None) else returns
-        )
+        back = None if returns is type(None) else returns
+        sign = signature(run).replace(parameters=of_schema, return_annotation=back)
         setattr(run, "__signature__", sign)  # noqa: B010 (no attribute that mypy knows)
         self.registered = torch.library.custom_op(f"mtpkern::{name}", run, mutates_args=mutates)
         self._overload = getattr(torch.ops.mtpkern, name).default

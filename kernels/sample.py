@@ -155,25 +155,13 @@ def sample_triton(logits, key, stream, position, greedy_above, mask_token_id):
     """Two launches, the first of them `readout`'s."""
     chunks, read = chunks_triton(logits, mask_token_id), no_values(logits)
     R, n = chunks[0].shape
+    numbers = {"M1": M1, "M2": M2, "SPREAD": SPREAD, "BELOW_ONE": BELOW_ONE}
+    sizes = {"CHUNK": CHUNK, "BLOCK": triton.next_power_of_2(n)}
     _draw_kernel[(R,)](
-        logits,
-        *chunks,
-        key,
-        stream,
-        position,
-        greedy_above,
-        *read,
-        logits.stride(),
-        greedy_above.stride(0),
-        logits.shape[1],
-        n,
-        mask_token_id,
-        M1=M1,
-        M2=M2,
-        SPREAD=SPREAD,
-        BELOW_ONE=BELOW_ONE,
-        CHUNK=CHUNK,
-        BLOCK=triton.next_power_of_2(n),
+        *(logits, *chunks, key, stream, position, greedy_above, *read, logits.stride(), greedy_above.stride(0)),
+        *(logits.shape[1], n, mask_token_id),
+        **numbers,
+        **sizes,
         **pdl_options(logits.device),
     )
     return read

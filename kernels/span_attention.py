@@ -25,8 +25,7 @@ FLOPs    4 Hq D a visible pair forward, 10 Hq D backward; the Triton form comput
 Source   arXiv 2602.06019 (mask); tiles and recomputation after FlashAttention-2, arXiv 2307.08691; softcap as in
          Gemma 2, sinks as in gpt-oss
 
-One file, though a long one: forward and backward share their rule, their tiles and their device functions, and each
-kernel is checked against the lines above.
+A long file, because forward and backward share rule, tiles and device functions, and are read against the lines above.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -509,16 +508,9 @@ def _numbers(scoring: Scoring) -> tuple[float, float, int]:
 
 def _options(kernel: str, query: Tensor, scoring: Scoring) -> dict[str, Any]:
     """What all kernels with matrix products are compiled for."""
-    tiles = _tiles(kernel, query)
-    return {
-        "ROWS": tiles.rows,
-        "KEYS": tiles.keys,
-        "D": query.shape[-1],
-        "BD": _columns(query),
-        "HAS_SOFTCAP": scoring.softcap is not None,
-        "num_warps": tiles.warps,
-        "num_stages": tiles.stages,
-    }
+    rows, keys, warps, stages = _tiles(kernel, query)
+    sizes = {"ROWS": rows, "KEYS": keys, "D": query.shape[-1], "BD": _columns(query)}
+    return sizes | {"HAS_SOFTCAP": scoring.softcap is not None, "num_warps": warps, "num_stages": stages}
 
 
 def _addressable(x: Tensor) -> Tensor:
@@ -546,24 +538,15 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, layout: Sequence[Tensor], scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
     """`out` [B, T, Hq, D] and `lse`: one op to torch.compile, which looks no further."""
-    query, key, value = map(_addressable, (query, key, value))
-    (batch, heads, rows, _), kv_heads = query.shape, key.shape[1]
+    query, key, value = qkv = [_addressable(x) for x in (query, key, value)]
+    batch, heads, rows, _ = query.shape
     out, lse = _forward_fake(query)
     options = _options("forward", query, scoring)
     with on_device(query):
         _forward_kernel[batch * heads, triton.cdiv(rows, options["ROWS"])](
-            query,
-            key,
-            value,
-            scoring.sinks,
-            tuple(layout),
-            out,
-            lse,
-            *_strides(query, key, value, out.transpose(1, 2)),
-            *_extent(query, key),
-            heads,
-            heads // kv_heads,
-            *_numbers(scoring),
+            *(*qkv, scoring.sinks, tuple(layout), out, lse),
+            *_strides(*qkv, out.transpose(1, 2)),
+            *(*_extent(query, key), heads, heads // key.shape[1], *_numbers(scoring)),
             **options,
             HAS_SINKS=scoring.sinks is not None,
         )
@@ -589,55 +572,31 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, and `delta`."""
     d_query, d_key, d_value, delta = _backward_fake(query, key, value, out, lse)
+    extent = _extent(query, key)
     for x in (d_key, d_value):
-        x[:, :, : key.shape[2] - query.shape[2]] = 0
-    out, d_out = out.transpose(1, 2), d_out.transpose(1, 2)
-    query, key, value, d_out = map(_addressable, (query, key, value, d_out))
+        x[:, :, : extent[-1]] = 0
+    out, d_out = out.transpose(1, 2), _addressable(d_out.transpose(1, 2))
+    query, key, value = qkv = [_addressable(x) for x in (query, key, value)]
     (batch, heads, rows, _), kv_heads = query.shape, key.shape[1]
     layout = tuple(layout)
-    extent = _extent(query, key)
     tail = heads // kv_heads, *_numbers(scoring)
-
-    options = _options("dq", query, scoring)
-    with on_device(query):
-        _dq_kernel[batch * heads, triton.cdiv(rows, options["ROWS"])](
-            query,
-            key,
-            value,
-            layout,
-            out,
-            d_out,
-            lse,
-            delta,
-            d_query,
-            *_strides(query, key, value, out, d_out, d_query),
-            *extent,
-            heads,
-            *tail,
-            **options,
-        )
-    options = _options("dkdv", query, scoring)
-    tiles = triton.cdiv(rows, options["KEYS"])
+    for_dq, for_dkdv = (_options(kernel, query, scoring) for kernel in ("dq", "dkdv"))
+    sizes = {name: for_dkdv[name] for name in ("ROWS", "KEYS")}
+    tiles = triton.cdiv(rows, sizes["KEYS"])
     plan = lse.new_empty(batch, tiles, 8, dtype=torch.int32)
-    sizes = {name: options[name] for name in ("ROWS", "KEYS")}
     with on_device(query):
+        _dq_kernel[batch * heads, triton.cdiv(rows, for_dq["ROWS"])](
+            *(*qkv, layout, out, d_out, lse, delta, d_query),
+            *_strides(*qkv, out, d_out, d_query),
+            *(*extent, heads, *tail),
+            **for_dq,
+        )
         _row_tiles_kernel[tiles, batch](layout, plan, *extent, tail[-1], **sizes, TILES=1024 // sizes["ROWS"])
         _dkdv_kernel[batch * kv_heads, tiles](
-            query,
-            key,
-            value,
-            layout,
-            plan,
-            d_out,
-            lse,
-            delta,
-            d_key,
-            d_value,
-            *_strides(query, key, value, d_out, d_key, d_value),
-            *extent,
-            kv_heads,
-            *tail,
-            **options,
+            *(*qkv, layout, plan, d_out, lse, delta, d_key, d_value),
+            *_strides(*qkv, d_out, d_key, d_value),
+            *(*extent, kv_heads, *tail),
+            **for_dkdv,
         )
     return d_query, d_key, d_value, delta
 
@@ -697,8 +656,7 @@ def span_attention(
 
         out = span_attention(q, k, v, layout.rule, Scoring(q.shape[-1] ** -0.5))
     """
-    batch, heads, queries, dim = query.shape
-    rows = key.shape[2]
+    (batch, heads, queries, dim), rows = query.shape, key.shape[2]
     fits = key.shape[0] == batch and key.shape[3] == dim and queries <= rows and heads % key.shape[1] == 0
     if key.shape != value.shape or not fits:
         raise ValueError(
@@ -739,21 +697,19 @@ def span_attention_reference(
     q = query.reshape(batch * kv_heads, -1, dim)
     bias = bias.reshape(len(q), -1, key.shape[2])
     # Constants apart from keys that get a gradient, which would else be computed for both.
-    parts = [(before, True), (key.shape[2] - before, False)] if before else [(key.shape[2], False)]
-    ends = 0
-    score, values = [], []
-    for n, constant in parts:
-        k, v = (x[:, :, ends : ends + n].flatten(0, 1) for x in (key, value))
-        k, v = (k.detach(), v.detach()) if constant else (k, v)
-        here = bias[..., ends : ends + n]
+    sizes = [before, key.shape[2] - before] if before else [key.shape[2]]
+    keys, values, biases = (
+        x.split(sizes, dim) for x, dim in ((key.flatten(0, 1), 1), (value.flatten(0, 1), 1), (bias, -1))
+    )
+    if before:
+        keys, values = ((x[0].detach(), x[1]) for x in (keys, values))
+    score = []
+    for k, here in zip(keys, biases):
         if softcap is None:
             score.append(torch.baddbmm(here, q, k.mT, alpha=scale))
         else:
             score.append(here + softcap * torch.tanh(torch.bmm(q, k.mT) * (scale / softcap)))
-        values.append(v)
-        ends += n
-    weight = (score[0] if len(score) == 1 else torch.cat(score, dim=-1)).softmax(-1)
-    weights = weight.split([n for n, _ in parts], dim=-1)
+    weights = (score[0] if len(score) == 1 else torch.cat(score, dim=-1)).softmax(-1).split(sizes, dim=-1)
     out = torch.bmm(weights[0], values[0])
     if before:
         out = torch.baddbmm(out, weights[1], values[1])

@@ -79,36 +79,16 @@ def span_mask(
     return ((key >= lower) & (key < prefix_end)) | ((key >= own_lower) & (key < own_upper))
 
 
-def draw_mask(
-    position: Tensor,
-    prefix_end: Tensor,
-    span_start: Tensor,
-    span_end: Tensor | None = None,
-    *,
-    window: int | None = None,
-) -> str:
-    """The mask of one sequence [T] as text, a line a row: `■` a visible token, `▪` a visible row of the own span.
+def draw_mask(*rule: Tensor | None, window: int | None = None) -> str:
+    """The mask of one sequence, by `span_mask`'s tensors [T], as text: `■` a visible token, `▪` one of the own span.
 
     print(draw_mask(torch.tensor([0, 1, 1]), torch.tensor([1, 2, 1]), torch.tensor([1, 2, 2])))
     """
-    visible = span_mask(position, prefix_end, span_start, span_end, window=window)
+    one = Rule(*rule)  # type: ignore[arg-type]
+    visible = span_mask(*one, window=window)
     lines = ["row  position  keys"]
     for row, keys in enumerate(visible.tolist()):
-        own = int(span_start[row])
+        own = int(one.span_start[row])
         marks = " ".join(("▪" if j >= own else "■") if seen else "·" for j, seen in enumerate(keys))
-        lines.append(f"{row:3d}  {int(position[row]):8d}  {marks}")
+        lines.append(f"{row:3d}  {int(one.position[row]):8d}  {marks}")
     return "\n".join(lines)
-
-
-def main() -> None:
-    """Draw six tokens with two spans of three predictions, behind 2 and 4 tokens: plain, in a window, both ways."""
-    position = torch.tensor([0, 1, 2, 3, 4, 5, 2, 3, 4, 5])
-    prefix_end = torch.tensor([1, 2, 3, 4, 5, 6, 2, 2, 4, 4])
-    span_start = torch.tensor([1, 2, 3, 4, 5, 6, 6, 6, 8, 8])
-    span_end = torch.tensor([1, 2, 3, 4, 5, 6, 8, 8, 10, 10])
-    for title, both, window in (("causal", None, None), ("window 3", None, 3), ("both directions", span_end, None)):
-        print(f"{title}\n{draw_mask(position, prefix_end, span_start, both, window=window)}\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -5,7 +5,7 @@ Every tensor keeps its address from pass to pass and from run to run (see mtpker
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -36,21 +36,9 @@ class Sequences:
     @classmethod
     def allocate(cls, batch: int, capacity: int, max_passes: int, device: torch.device) -> Sequences:
         """B empty running sequences that hold up to `capacity` tokens and `max_passes` passes."""
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.int64, device=device)
-
-        return cls(
-            tokens=zeros(batch, capacity + 1),
-            length=zeros(batch),
-            pending=zeros(batch),
-            limit=zeros(batch),
-            status=zeros(batch),
-            passes=zeros(batch),
-            hits=zeros(batch),
-            chains=zeros(batch),
-            blocks=zeros(batch, max_passes + 1),
-        )
+        shapes = {"tokens": (batch, capacity + 1), "blocks": (batch, max_passes + 1)}
+        names = (field.name for field in fields(cls))
+        return cls(*(torch.zeros(shapes.get(x, (batch,)), dtype=torch.int64, device=device) for x in names))
 
 
 @dataclass(frozen=True)
@@ -87,9 +75,7 @@ class Rows:
         """The first `rows` of these, in the same memory; all of them where there are no more."""
         if rows >= len(self.seq):
             return self
-        per_row = self.seq, self.position, self.slot, self.token, self.prefix_end, self.span_start
-        seq, position, slot, token, prefix_end, span_start = (x[:rows] for x in per_row)
-        return Rows(seq, position, slot, token, prefix_end, span_start, self.start, self.behind)
+        return Rows(*(x if x is self.start or x is self.behind else x[:rows] for x in vars(self).values()))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mtpkern.bench import decode, step, throughput
+from mtpkern.bench import decode, models, throughput
 from mtpkern.bench.problems import problems
 from mtpkern.compare import HF_GENERATE, Completion, Tally, sample_k
 from mtpkern.strategies import ConfAdapt, Static, Verified
@@ -135,7 +135,7 @@ def test_a_part_alone(checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize(
     "stem",
     [
-        *("decode_attention", "gated_lora", "kv_write", "linear", "readout", "step"),
+        *("decode_attention", "gated_lora", "linear", "readout"),
         # Parts of them run in the quick tests of `times` (test_bench_goals.py) and `Course` below.
         *(pytest.param(stem, marks=pytest.mark.slow) for stem in ("compiled", "throughput")),
     ],
@@ -155,7 +155,7 @@ def test_dry_run(stem):
 def test_acceptance_is_imposed_place_by_place(masks):
     """Right in so many places of a span and then never: a pass brings as many tokens, and the certain one."""
     torch.manual_seed(0)
-    model = step.build("Qwen3-4B", torch.device("cpu"))
+    model = models.build("Qwen3-4B", torch.device("cpu"))
     course = throughput.Course(model, 2, 24, 8, Verified(4, masks=masks))
     course.decoder.by_load = False
     for right in range(4):

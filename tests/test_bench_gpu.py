@@ -193,20 +193,20 @@ def test_by_python_alone_from_a_clone_that_nobody_installed(tmp_path):
     clone = tmp_path / "clone"
     for folder in ("mtpkern", "kernels", "train", "bench"):
         shutil.copytree(ROOT / folder, clone / folder, ignore=shutil.ignore_patterns("__pycache__", "results"))
-    marked = clone / "bench" / "kv_write.py"
-    marked.write_text(marked.read_text().replace('"KV write"', '"KV write of the clone"'))
+    marked = clone / "bench" / "gated_lora.py"
+    marked.write_text(marked.read_text().replace('"Gated LoRA"', '"Gated LoRA of the clone"'))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "bench/gpu.py", "--device", "cpu", "--no-tests", "--parts", "kv_write"]
+    command = [sys.executable, "bench/gpu.py", "--device", "cpu", "--no-tests", "--parts", "gated_lora"]
     done = subprocess.run(
         [*command, "--results", "../results"], cwd=clone, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert "written: ../results/gpu.md" in done.stdout
     record = json.loads((tmp_path / "results" / "gpu.json").read_text())
-    assert [(run["what"], run["status"]) for run in record["runs"]] == [(f"kv_write, {gpu.WHOLE}", "done")]
+    assert [(run["what"], run["status"]) for run in record["runs"]] == [(f"gated_lora, {gpu.WHOLE}", "done")]
     page = (tmp_path / "results" / "gpu.md").read_text()
     assert "DRY RUN" in page.splitlines()[0]
-    assert "## KV write of the clone, whole grid" in page
+    assert "## Gated LoRA of the clone, whole grid" in page
 
 
 def test_no_gpu_is_said(capsys, monkeypatch):

@@ -8,12 +8,11 @@ import torch.nn.functional as F
 from torch.nn.attention import flex_attention
 
 from mtpkern.attention import attention_context
-from mtpkern.bench import distill, gated_step, span_attention, tiles, train_step
+from mtpkern.bench import distill, gated_step, span_attention, timing, train_step
 from mtpkern.bench.distill import Case, Inputs
 from mtpkern.bench.harness import Spread
 from mtpkern.bench.span_attention import FLEX, INTERLEAVED, OURS, SDPA, Shape
 from mtpkern.bench.timing import Peak
-from mtpkern.kernels import span_attention as kernels
 from mtpkern.kernels.distill import Head
 from mtpkern.kernels.span_mask import span_mask
 from mtpkern.train.layout import build_layout, stride_prefixes
@@ -37,7 +36,7 @@ def fake_gpu_memory(monkeypatch):
 
 
 def trainee_in(dtype):
-    return train_step.Trainee(train_step.TINY, train_step.TINY_MASK, train_step.TINY_EOS, CPU, dtype)
+    return train_step.Trainee(CPU, dtype)
 
 
 def in_torch(rule, layout):
@@ -184,7 +183,7 @@ def test_peak_memory_counts_above_what_was_there(monkeypatch):
         "max_memory_allocated": lambda device: state["height"],
         "synchronize": lambda device: None,
     }
-    for module in (distill, train_step):
+    for module in (distill, timing):
         monkeypatch.setattr(module, "free", lambda device: None)
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
@@ -197,7 +196,7 @@ def test_peak_memory_counts_above_what_was_there(monkeypatch):
     device = torch.device("cuda")
     assert distill.peak_memory(action, device) == 60
     assert train_step.peak_of(action, device) == 70
-    assert calls == [0, 1, 0]
+    assert calls == [0, 0, 0]
 
 
 def test_readout_that_picks_wrong_is_an_error(monkeypatch):
@@ -281,41 +280,12 @@ def test_head_of_the_plain_step_bans_the_mask():
     assert isinstance(train_step.head_of(trainee.student, trainee.mask), Head)
 
 
-def test_tiles_runs():
-    *spans, hard, soft = tiles.measure(CPU, quick=True)
-    assert [len(table.rows) for table in spans] == [1 + len(tiles.CANDIDATES[kernel]) for kernel in tiles.CANDIDATES]
-    for table in (*spans, hard, soft):
-        assert tiles.SHIPPED in [row[0] for row in table.rows]
-        assert not table.skipped
-
-
-def test_a_candidate_reaches_the_launcher_and_leaves_the_table_alone(monkeypatch):
-    """The tiles that the kernel would take, seen from inside the call."""
-    shape = span_attention.TINY[0]
-    layout = shape.layout()
-    inputs = [span_attention.Inputs.draw(shape, layout.position.shape[1], torch.float32, CPU)]
-    seen = []
-
-    def attend(q, k, v):
-        seen.append(kernels.TILES["dkdv", 4])
-        return q
-
-    before = dict(kernels.TILES)
-    monkeypatch.setattr(span_attention.Way, "both", span_attention.Way.forward)
-    shipped, actions = tiles.span_actions("dkdv", shape, span_attention.Way(attend, inputs))
-    for action in actions.values():
-        action(0)
-    assert before == kernels.TILES
-    taken = [next(x for limit, x in table.items() if shape.dim <= limit) for table in seen]
-    assert taken == [x for x in tiles.CANDIDATES["dkdv"] if x != shipped]
-
-
 def test_ways_of_a_gated_step(monkeypatch):
     """One loss in all of them, and the one that keeps prefixes makes one pass a step."""
-    table = gated_step.take_steps(True, 1, gated_step.peaks)
+    (table,) = gated_step.take_steps(CPU, True, tiny=True, peaks_of=gated_step.peaks)
     assert [row[0] for row in table.rows] == list(gated_step.WAYS)
     assert len(table.goals) == 2
-    work = gated_step.trainee(tiny=True)
+    work = gated_step.Trainee(tiny=True)
     passes = []
     work.model.base_model.register_forward_pre_hook(lambda *args: passes.append(1))
     work.step(gated_step.KEPT)

@@ -7,7 +7,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mtpkern.kernels import distill
-from mtpkern.kernels.distill import Head, distill_loss, distill_loss_reference, head_readout
+from mtpkern.kernels.distill import Head, distill_loss, head_readout
+from support.losses import distill_loss_reference
 
 distill_loss_triton, head_readout_triton = (partial(form, triton=True) for form in (distill_loss, head_readout))
 

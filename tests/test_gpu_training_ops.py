@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from mtpkern.kernels import distill, span_attention
-from mtpkern.kernels.distill import Head, distill_loss, distill_loss_reference, head_readout
+from mtpkern.kernels.distill import Head, distill_loss, head_readout
 from mtpkern.kernels.span_mask import span_mask
 from mtpkern.train.layout import build_layout, draw_prefixes
+from support.losses import distill_loss_reference
 from support.training_ops import DEVICE, gradients, no_sync
 
 pytestmark = pytest.mark.gpu

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from mtpkern.bench.decode_attention import Case, Shape
-from mtpkern.bench.gated_lora import GROUPS, RANK
+from mtpkern.bench.gated_lora import RANK
 from mtpkern.bench.gated_lora import Case as AdapterCase
-from mtpkern.bench.kv_write import Case as WriteCase
+from mtpkern.bench.models import products
 from mtpkern.bench.readout import Taken
 from mtpkern.compare import synchronize
 from mtpkern.kernels.decode_attention import decode_attention
@@ -27,13 +27,14 @@ def attention():
 
 
 def write():
-    case = WriteCase(15, 1, 4096 if CUDA else 32, DEVICE)
-    keys = case.k.transpose(1, 2)
-    return lambda i: case.write(kv_write, keys)
+    caches = torch.zeros(2, 1, 8, 4097 if CUDA else 33, 128, device=DEVICE, dtype=torch.bfloat16)
+    key = torch.randn(8, 15, 128, device=DEVICE, dtype=torch.bfloat16).transpose(0, 1)
+    place = torch.zeros(15, dtype=torch.int64, device=DEVICE), torch.arange(15, device=DEVICE)
+    return lambda i: kv_write(*caches, key, key, *place)
 
 
 def adapter():
-    hidden, widths = GROUPS["q, k, v"] if CUDA else (40, (24, 8, 8))
+    hidden, widths = products("Qwen3-4B", tiny=not CUDA)[0]["q, k, v"]
     return AdapterCase(15, hidden, widths, RANK, DEVICE).ours
 
 

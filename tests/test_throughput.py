@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from mtpkern.bench import step, throughput
+from mtpkern.bench import models, throughput
 from mtpkern.strategies import Verified
 
 CPU = torch.device("cpu")
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 def test_drafts_that_are_seldom_right_are_drafts_too():
     """At the threshold of the model whose chances are imposed; at the default one draft a pass would be kept."""
     course = throughput.Course(
-        step.build("Qwen3-4B", CPU), 2, 24, 40, Verified(throughput.K, throughput.THRESHOLD, masks=21)
+        models.build("Qwen3-4B", CPU), 2, 24, 40, Verified(throughput.K, throughput.THRESHOLD, masks=21)
     )
     course.decoder.by_load = False
     tokens = course.run(throughput.MEASURED["problems"])[1]

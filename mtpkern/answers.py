@@ -61,11 +61,8 @@ def answers_file(
 
 
 def _require_same(path: Path, done: int, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    other = [
-        f"{name} {before.get(name)}, now {now.get(name)}"
-        for name in {**before, **now}
-        if before.get(name) != now.get(name)
-    ]
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    other = [f"{name} {before.get(name)}, now {now.get(name)}" for name in changed]
     if other:
         raise ValueError(
             f"{path} has {done} answers that other options wrote ({'; '.join(other)}); give the same options, another "

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mtpkern.evidence import markdown
-from mtpkern.output import whole_file
+from mtpkern.output import write_whole
 
 MARK = "<!-- card: written by mtpkern train, completed by mtpkern eval -->"
 _FACTS = ("prompts", "metric", "baseline", "dtype", "hardware", "torch", "transformers", "commit", "command", "date")
@@ -38,7 +38,5 @@ def add_to_card(
     text = re.sub(rf"\n*{re.escape(begin)}\n.*?{re.escape(end)}\n", "", text, flags=re.DOTALL)
     page = markdown(figures, f"Measured: {name}", {fact: facts[fact] for fact in _FACTS if fact in facts})
     body = re.sub(r"^(#+ )", r"#\1", page, flags=re.MULTILINE)
-    with whole_file(card) as out:
-        assert out is not None
-        out.write(f"{text.rstrip()}\n\n{begin}\n{body}{end}\n")
+    write_whole(card, f"{text.rstrip()}\n\n{begin}\n{body}{end}\n")
     return card

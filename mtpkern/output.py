@@ -10,7 +10,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -47,6 +47,11 @@ def exit_status(main: Callable[[], int | None]) -> int:
     return status or 0
 
 
+def first_line(error: BaseException) -> str:
+    """What kind of error it is, and the first line of what it says: `first_line(ValueError("a\\nb"))`."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 def json_line(value: Any) -> str:
     """The value as JSON in one line, readable, with control characters as escapes: parsed, it is the same value."""
     return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(value, ensure_ascii=False))
@@ -71,12 +76,8 @@ def whole_file(path: Path | None) -> Iterator[TextIO | None]:
     except FileNotFoundError:
         there = None
     stream = None if there is None else _standard_stream(there)
-    if stream is not None:
-        with os.fdopen(os.dup(stream), "w", encoding="utf-8") as file:
-            yield file
-        return
-    if there is not None and (stat.S_ISCHR(there.st_mode) or stat.S_ISFIFO(there.st_mode)):
-        with path.open("w", encoding="utf-8") as file:
+    if stream is not None or (there is not None and (stat.S_ISCHR(there.st_mode) or stat.S_ISFIFO(there.st_mode))):
+        with open(path if stream is None else os.dup(stream), "w", encoding="utf-8") as file:
             yield file
         return
     if there is not None and not stat.S_ISREG(there.st_mode):
@@ -100,14 +101,19 @@ def whole_file(path: Path | None) -> Iterator[TextIO | None]:
         draft.unlink(missing_ok=True)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """The text as a file that appears at `path` complete or not at all; see `whole_file`."""
+    with whole_file(path) as out:
+        assert out is not None
+        out.write(text)
+
+
 def _standard_stream(there: os.stat_result) -> int | None:
     """1 or 2, where that is what the program's stdout or stderr goes to (as /dev/stdout does); None for all else."""
     for stream in (1, 2):
-        try:
+        with suppress(OSError):  # it is closed
             if os.path.samestat(there, os.fstat(stream)):
                 return stream
-        except OSError:
-            continue  # it is closed
     return None
 
 

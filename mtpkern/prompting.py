@@ -64,6 +64,16 @@ class Prompting:
             text += "" if text.endswith(self.separator or "") else self.separator
         return tokenizer(own_bos(tokenizer, text)).input_ids
 
+    def encode_at(self, where: str, tokenizer: PreTrainedTokenizerBase, fields: Mapping[str, Any]) -> list[int]:
+        """As `encode`; all that is wrong, a prompt without tokens too, is a ValueError that begins with `where`."""
+        try:
+            ids = self.encode(tokenizer, fields)
+        except Exception as error:  # a template and a tokenizer raise what they like
+            raise ValueError(f"{where}: {error}") from error
+        if not ids:
+            raise ValueError(f"{where}: the prompt has no tokens; give one with text in it")
+        return ids
+
 
 def warnings_of(recorded: Mapping[str, Any], prompting: Prompting) -> Iterator[str]:
     """What a user should know of the model before it is decoded so: prompts unlike its training's, or half a training.

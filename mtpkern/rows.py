@@ -118,6 +118,22 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def require_prompt(where: str, name: str, value: Any) -> None:
+    """Raise ValueError, which begins with `where`, for a row's prompt without text, or messages that are none."""
+    if name != "messages":
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"{where}: {name} must be a string with text in it; got {shown(value)}")
+        return
+    if (
+        not isinstance(value, list)
+        or not value
+        or not all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+        )
+    ):
+        raise ValueError(f'{where}: messages must be a list of {{"role": str, "content": str}}; got {shown(value)}')
+
+
 def own_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """The text without the BOS in front that the tokenizer puts there itself: one that is brought along is enough.
 

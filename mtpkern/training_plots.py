@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 STATE = "trainer_state.json"
@@ -28,6 +29,7 @@ _PRINTED = {
 }
 _FIGURES = tuple(_PRINTED.values())
 _LEFT, _WIDTH = 8, 8
+_OF_SPANS = ("confidence", "teacher_loss")
 
 
 def state_of(folder: Path) -> Path | None:
@@ -100,32 +102,35 @@ def spans(path: Path) -> list[dict[str, Any]]:
     try:
         kept = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return [
-            {"step": one["step"], "k": len(one["confidence"]), "confidence": _mean(one["confidence"]),
-             "teacher_loss": _mean(one["teacher_loss"])}
+            {"step": one["step"], "k": len(one["confidence"]), **{name: mean(one[name]) for name in _OF_SPANS}}
             for one in kept
-        ]  # fmt: skip
-    except (ValueError, KeyError, TypeError, ZeroDivisionError):
+        ]
+    except (ValueError, KeyError, TypeError):  # of no span, which has no mean, too
         raise ValueError(f"{path}: expected the spans that a training run has kept, this is something else") from None
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def axes_of(n: int = 1, *, size: tuple[float, float] = (7, 4.5), xlabel: str) -> tuple[Any, Sequence[Any]]:
+    """A figure of n panels side by side, and their axes; ImportError without matplotlib."""
+    from matplotlib.figure import Figure  # type: ignore[import-not-found]  # of an extra
+
+    figure = Figure(figsize=size, layout="constrained")
+    panels = [figure.add_subplot(1, n, i, xlabel=xlabel) for i in range(1, n + 1)]
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    return figure, panels
 
 
 def draw_course(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Two panels by step: acceleration, and right answers or else the loss."""
-    from matplotlib.figure import Figure  # type: ignore[import-not-found]  # of an extra
-
     decoded = any(row["tokens_per_pass"] != "" for row in rows)
     judged = any(row["accuracy"] != "" for row in rows)
-    figure = Figure(figsize=(10, 4), layout="constrained")
     panels = (
         ("tokens_per_pass", "tokens a pass", 1) if decoded else ("agreeing_prefix", "agreeing prefix, tokens", 1),
         ("accuracy", "right answers, %", 100) if judged else ("loss", "loss", 1),
     )
-    for i, (name, label, scale) in enumerate(panels, 1):
-        axes = figure.add_subplot(1, 2, i, xlabel="step", ylabel=label)
-        axes.grid(alpha=0.3)
+    figure, both = axes_of(2, size=(10, 4), xlabel="step")
+    for axes, (name, label, scale) in zip(both, panels):
+        axes.set_ylabel(label)
         for of in dict.fromkeys(row["of"] for row in rows):
             mine = [row for row in rows if row["of"] == of and row[name] != ""]
             if mine:
@@ -136,20 +141,9 @@ def draw_course(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def draw_spans(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """A point a span, those of later steps darker."""
-    from matplotlib.figure import Figure  # type: ignore[import-not-found]  # of an extra
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot(
-        xlabel="confidence of the student, mean of the span", ylabel="teacher's loss, nats a token"
-    )
-    axes.grid(alpha=0.3)
-    points = axes.scatter(
-        [row["confidence"] for row in rows],
-        [row["teacher_loss"] for row in rows],
-        c=[row["step"] for row in rows],
-        cmap="viridis_r",
-        s=8,
-        alpha=0.6,
-    )
+    figure, (axes,) = axes_of(xlabel="confidence of the student, mean of the span")
+    axes.set_ylabel("teacher's loss, nats a token")
+    x, y, steps = ([row[name] for row in rows] for name in (*_OF_SPANS, "step"))
+    points = axes.scatter(x, y, c=steps, cmap="viridis_r", s=8, alpha=0.6)
     figure.colorbar(points, label="step")
     figure.savefig(path, dpi=150)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from mtpkern.batching import iterate_batch as iterate_batch
     from mtpkern.generation import MTPGenerateOutput as MTPGenerateOutput
     from mtpkern.generation import generate as generate
-    from mtpkern.graph import release_graphs as release_graphs
     from mtpkern.model import add_mask_token as add_mask_token
+    from mtpkern.pool import release_graphs as release_graphs
     from mtpkern.prefix_cache import PrefixCache as PrefixCache
     from mtpkern.strategies import ConfAdapt as ConfAdapt
     from mtpkern.strategies import Static as Static
@@ -67,7 +67,7 @@ _MODULE_OF = {
     "generate_batch": "mtpkern.batching",
     "iterate_batch": "mtpkern.batching",
     "load_adapter": "mtpkern.adapter",
-    "release_graphs": "mtpkern.graph",
+    "release_graphs": "mtpkern.pool",
     "stream": "mtpkern.streaming",
 }
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import Lock, get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -159,20 +159,16 @@ def routed(model: PreTrainedModel, context: AttentionContext) -> Iterator[dict[s
         yield {"mtpkern": context}
 
 
-@contextmanager
-def captured(model: PreTrainedModel, context: Any) -> Iterator[None]:
+def captured(model: PreTrainedModel, context: Any) -> AbstractContextManager[None]:
     """Inside the block `context.take(layer, key, value)` gets what the model's own attention works on."""
-    with routed_config(model.config.get_text_config(decoder=True), context, CAPTURE):
-        yield
+    return routed_config(model.config.get_text_config(decoder=True), context, CAPTURE)
 
 
-@contextmanager
-def unrouted(model: PreTrainedModel) -> Iterator[None]:
+def unrouted(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Inside the block, which may lie in one of `routed`, this thread runs the model with its own attention."""
     config = model.config.get_text_config(decoder=True)
     own = plain_name(config)
-    with nullcontext() if own is None else routed_config(config, None, own):
-        yield
+    return nullcontext() if own is None else routed_config(config, None, own)
 
 
 @contextmanager

@@ -39,12 +39,12 @@ from mtpkern.attention import exclusive, routed
 from mtpkern.choosing import Choosing
 from mtpkern.fields import OF_SAMPLING
 from mtpkern.generation import generate, past_positions, prepared, settings_of, stop_ids_of
-from mtpkern.graph import kept_bytes, release_graphs, without_kernels
+from mtpkern.graph import without_kernels
 from mtpkern.memory import require_room
 from mtpkern.model import has_latent_attention, learned_positions
 from mtpkern.options import Options
 from mtpkern.parallel import agree, is_parallel
-from mtpkern.pool import decoder_for
+from mtpkern.pool import decoder_for, kept_bytes, release_graphs
 from mtpkern.processors import Suppress, numbers
 from mtpkern.refill import BatchOutput as BatchOutput
 from mtpkern.refill import Job, Slots

@@ -70,10 +70,8 @@ class KVCache:
         if layer not in self.layers:
             B, (_, Hkv, _, D) = len(self.rows.start) - 1, key.shape
             # Zeros, because a reference that multiplies by zero weights must not meet NaN.
-            self.layers[layer] = (
-                key.new_zeros(B, Hkv, self.held + 1, D),
-                value.new_zeros(B, Hkv, self.held + 1, value.shape[-1]),
-            )
+            sizes = (B, Hkv, self.held + 1)
+            self.layers[layer] = key.new_zeros(*sizes, D), value.new_zeros(*sizes, value.shape[-1])
         k_cache, v_cache = self.layers[layer]
         for name, x, cached in (("keys", key, k_cache), ("values", value, v_cache)):
             here, there = ((y.shape[1], y.shape[3], y.dtype, y.device) for y in (x, cached))
@@ -84,15 +82,9 @@ class KVCache:
                     f"{there[3]}; mtpkern decodes models whose layers keep to one form"
                 )
         seq = torch.arange(slot.shape[0], device=slot.device) if seq is None else seq
-        seq = seq[:, None].expand_as(slot)
-        kv_write(
-            k_cache,
-            v_cache,
-            key.transpose(1, 2).flatten(0, 1),
-            value.transpose(1, 2).flatten(0, 1),
-            seq.flatten(),
-            slot.flatten(),
-        )
+        seq = seq[:, None].expand_as(slot).flatten()
+        key, value = (x.transpose(1, 2).flatten(0, 1) for x in (key, value))
+        kv_write(k_cache, v_cache, key, value, seq, slot.flatten())
 
     def reserve(self, slots: int) -> None:
         """Make room for so many slots: new buffers of twice the size or more, a layer at a time."""
@@ -258,8 +250,7 @@ class PrefillCache(_Chunks, Cache):
         self._bring(layer_idx, "caches keys", key_states, value_states)
         if not self.seen:
             return key_states, value_states
-        slot = self.slot[:, :end]
-        seq = self.seq[:, None]
+        seq, slot = self.seq[:, None], self.slot[:, :end]
         k_cache, v_cache = self.kv.layers[layer_idx]
         return k_cache[seq, :, slot].transpose(1, 2), v_cache[seq, :, slot].transpose(1, 2)
 
@@ -267,10 +258,9 @@ class PrefillCache(_Chunks, Cache):
         """Columns before the chunk that runs."""
         return self.seen
 
-    def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
-        """Columns that a chunk's mask covers, and the first of them. Older versions of transformers pass positions."""
-        n = query_length if isinstance(query_length, int) else query_length.shape[0]
-        return self.seen + n, 0
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Columns that a chunk's mask covers, and the first of them."""
+        return self.seen + query_length, 0
 
 
 class CapturedPrefill(_Chunks, DynamicCache):
@@ -287,3 +277,7 @@ class CapturedPrefill(_Chunks, DynamicCache):
     def take(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Store a chunk's keys and values; they come [B, Hkv, seen + n, D], behind those of all columns before."""
         self._bring(layer, "calls attention", key[:, :, self.seen :], value[:, :, self.seen :])
+
+
+# What a model is given as its cache where it reads prompts.
+Prefill = PrefillCache | CapturedPrefill

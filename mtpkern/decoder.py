@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from mtpkern.adapter import base_alone, gated
 from mtpkern.attention import AttentionContext, captured, unrouted
-from mtpkern.cache import CapturedPrefill, KVCache, PrefillCache
+from mtpkern.cache import CapturedPrefill, KVCache, Prefill, PrefillCache
 from mtpkern.choosing import Choice, Choosing
 from mtpkern.graph import StepGraph, wants_graph
 from mtpkern.kernels.advance import advance
@@ -116,9 +116,10 @@ class Decoder:
         self.all_rows = self.rows = Rows.allocate(rows, batch, device, strategy.k)
         self.graph = StepGraph(device) if wants_graph(use_graph, device) else None
         self.compile = compile
-        in_graph, packed = self.graph is not None, self._on_cpu and packs(device, max_new_tokens)
-        ours = Products(wants_one_product(in_graph), few_rows(in_graph, device))
-        self.products: Products | PackedProducts = PackedProducts() if packed else ours
+        self.products: Products | PackedProducts = PackedProducts()
+        if not (self._on_cpu and packs(device, max_new_tokens)):
+            in_graph = self.graph is not None
+            self.products = Products(wants_one_product(in_graph), few_rows(in_graph, device))
         self.cache = KVCache(
             strategy.masks + capacity,
             self.rows,
@@ -181,10 +182,8 @@ class Decoder:
 
     def _begin(self, strategy: Strategy, stop_ids: Tensor, max_new_tokens: int) -> None:
         self.strategy = strategy
-        self.planning: dict[str, Any] = {
-            **{name: getattr(strategy, name) for name in ("k", "verify", "masks")},
-            "mask_token_id": self.mask_token_id,
-        }
+        self.planning: dict[str, Any] = {name: getattr(strategy, name) for name in ("k", "verify", "masks")}
+        self.planning["mask_token_id"] = self.mask_token_id
         self.max_new_tokens = max_new_tokens
         self.max_passes = max_new_tokens - 1
         self.terms.threshold.fill_(strategy.threshold)
@@ -197,9 +196,8 @@ class Decoder:
         self._maskless = False
         self._load = None
         if self.by_load and self._on_cpu:
-            self._load = Load(
-                times_of(self.model, isinstance(self.products, PackedProducts)), strategy.k, len(self.all_rows.seq)
-            )
+            times = times_of(self.model, isinstance(self.products, PackedProducts))
+            self._load = Load(times, strategy.k, len(self.all_rows.seq))
             self.terms.price.fill_(self._load.price(self.sequences))
 
     @torch.inference_mode()
@@ -238,11 +236,9 @@ class Decoder:
         columns = torch.cat([input_ids, masks], dim=1)
         cache = self.prefill_cache(scratch + place)
         cache.seen = 0 if known is None else known(self.cache)
-        n = max(1, chunk // B)
-        ends = [*range(cache.seen + n, T, n), T + k - 1]
-        mask = None if attention_mask is None else seen
-        for end in ends:
-            logits = self.prefill_chunk(cache, columns, mask, told, end, keep=k if end == ends[-1] else 1)
+        n, mask = max(1, chunk // B), None if attention_mask is None else seen
+        for end in [*range(cache.seen + n, T, n), T + k - 1]:
+            logits = self.prefill_chunk(cache, columns, mask, told, end, keep=k if end >= T else 1)
         self.cache.require_cached(self.model.config)
         places = None
         if self.choice is not None:
@@ -250,20 +246,13 @@ class Decoder:
             agree(self.model, self.choice.key)
         return self._take_in(logits[:, -k:].flatten(0, 1), places)
 
-    def prefill_cache(self, slot: Tensor, seq: Tensor | None = None) -> PrefillCache | CapturedPrefill:
+    def prefill_cache(self, slot: Tensor, seq: Tensor | None = None) -> Prefill:
         """What the model is given as its cache where it reads prompts whose columns belong in slot [n, T]."""
         return (CapturedPrefill if has_latent_attention(self.model) else PrefillCache)(self.cache, slot, seq)
 
     @torch.inference_mode()
     def prefill_chunk(
-        self,
-        cache: PrefillCache | CapturedPrefill,
-        columns: Tensor,
-        seen: Tensor | None,
-        position: Tensor,
-        end: int,
-        *,
-        keep: int = 1,
+        self, cache: Prefill, columns: Tensor, seen: Tensor | None, position: Tensor, end: int, *, keep: int = 1
     ) -> Tensor:
         """Run the columns [n, T] of prompts, those from `cache.seen` to `end`, through the model's own attention.
 
@@ -336,11 +325,9 @@ class Decoder:
         """Step until every sequence is done, at most max_passes; `poll` may do more than count."""
         poll = poll or Poll(self.sequences)
         if self._on_cpu:
-            self._run_on_cpu(route, poll)
-            return
+            return self._run_on_cpu(route, poll)
         if self.by_load and self.graph is not None and len(self._ladder.rungs) > 1:
-            self._run_on_ladder(route, poll, self.graph)
-            return
+            return self._run_on_ladder(route, poll, self.graph)
         B, R, strategy = len(self.sequences.status), len(self.all_rows.seq), self.strategy
         # Where there are rows for everybody, everybody has them: they cost the same used or not.
         scarce = self.by_load and B * (2 * strategy.k - 1 + strategy.masks) > R
@@ -366,8 +353,8 @@ class Decoder:
         ladder, terms = self._ladder, self.terms
         assert terms.budget is not None
         timed = TimedPoll(self.sequences)
-        told: tuple[int, float] = len(self.all_rows.seq), 0.0
-        rows = told[0]
+        rows = len(self.all_rows.seq)
+        told: tuple[int, float] = rows, 0.0
         for _ in range(self.max_passes):
             if not self._goes_on(poll):
                 break
@@ -376,9 +363,8 @@ class Decoder:
             timed.running()
             if timed.replayed:
                 ladder.saw(timed.replayed, timed.seconds)
-            terms_of_next = ladder.choose(*timed.seen)
-            if terms_of_next != told:
-                told = terms_of_next
+            before, told = told, ladder.choose(*timed.seen)
+            if told != before:
                 terms.budget.fill_(told[0])
                 terms.price.fill_(told[1])
             self._take(rows)

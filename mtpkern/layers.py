@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from mtpkern.output import first_line
 from mtpkern.routing import attention_apart
 
 # Whether `compile=None` means yes for a captured pass: on an H200 one of Qwen3-4B with 16 rows takes 1.78 times as long
@@ -107,7 +108,7 @@ def or_as_it_is(
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                 raise  # of the capture, and announced there
             error = getattr(error, "inner_exception", error)  # what torch wraps says more
-            announce(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            announce(first_line(error))
         return forward(*args, **kwargs)
 
     return call

@@ -58,13 +58,22 @@ _lock = Lock()
 def routed_config(config: PreTrainedConfig, context: Any, name: str = NAME) -> Iterator[None]:
     """Have the config answer `name` to this thread inside the block, and its layers find `context`."""
     block = _Block(context, name)
-    _enter(config, block)
+    with _lock:
+        blocks = _everywhere.setdefault(id(config), [])
+        blocks.append(block)
+        if len(blocks) == 1:
+            kind: Any = type(config)
+            config.__class__ = _answering(kind)
     token = _here.set({**_here.get({}), id(config): block})
     try:
         yield
     finally:
         _here.reset(token)
-        _leave(config, block)
+        with _lock:
+            blocks.remove(block)
+            if not blocks:
+                del _everywhere[id(config)]
+                config.__class__ = type(config).__bases__[0]
 
 
 @contextmanager
@@ -75,24 +84,6 @@ def attention_apart() -> Iterator[None]:
         yield
     finally:
         _apart.reset(token)
-
-
-def _enter(config: PreTrainedConfig, block: _Block) -> None:
-    with _lock:
-        blocks = _everywhere.setdefault(id(config), [])
-        blocks.append(block)
-        if len(blocks) == 1:
-            kind: Any = type(config)
-            config.__class__ = _answering(kind)
-
-
-def _leave(config: PreTrainedConfig, block: _Block) -> None:
-    with _lock:
-        blocks = _everywhere[id(config)]
-        blocks.remove(block)
-        if not blocks:
-            del _everywhere[id(config)]
-            config.__class__ = type(config).__bases__[0]
 
 
 def route_of(config: PreTrainedConfig | None) -> Any:
@@ -151,18 +142,8 @@ def _answering(plain: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     def reduce(self: PreTrainedConfig, protocol: Any) -> tuple[Any, ...]:
         return object.__new__, (plain,), dict(vars(self))
 
-    routing: type[PreTrainedConfig] = type(
-        plain.__name__,
-        (plain,),
-        {
-            "__module__": plain.__module__,
-            "__qualname__": plain.__qualname__,
-            "__doc__": plain.__doc__,
-            "__init__": plain.__init__,
-            "__eq__": equal,
-            "__hash__": plain.__hash__,
-            "__reduce_ex__": reduce,
-            "_attn_implementation": property(answer, own.fset),
-        },
-    )
+    kept = ("__module__", "__qualname__", "__doc__", "__init__", "__hash__")
+    held = {name: getattr(plain, name) for name in kept} | {"__eq__": equal, "__reduce_ex__": reduce}
+    held["_attn_implementation"] = property(answer, own.fset)
+    routing: type[PreTrainedConfig] = type(plain.__name__, (plain,), held)
     return routing

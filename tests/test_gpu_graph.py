@@ -12,7 +12,7 @@ import mtpkern
 from mtpkern import Static, Verified, graph
 from mtpkern.attention import attention_context
 from mtpkern.decoder import Decoder
-from mtpkern.graph import release_graphs
+from mtpkern.pool import release_graphs
 from mtpkern.strategies import Strategy
 from support.recording import STRATEGIES, assert_same, generate, kept, poison
 

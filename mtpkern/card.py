@@ -24,8 +24,6 @@ def add_to_card(
     """Write the figures of an evaluation, called by the name of its data, into the model's card, if it has one of ours.
 
     model: the folder of the model. Returns the card that was written, None where there is none.
-
-        add_to_card("runs/mine", "gsm8k_cot", found, {"prompts": "1319"})
     """
     card = Path(model) / "README.md"
     if not card.is_file():

@@ -115,8 +115,6 @@ def read_problems(path: Path, n: int | None = None) -> list[Problem]:
     """The first n problems (all, if None) of a JSONL file with the fields of `Problem`.
 
     Raises ValueError where the file holds fewer, OSError where there is none.
-
-        read_problems(Path("mtpkern/assets/problems.jsonl"), 100)
     """
     require_file(path)
     with path.open(encoding="utf-8") as lines:
@@ -127,10 +125,7 @@ def read_problems(path: Path, n: int | None = None) -> list[Problem]:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
-    """Token ids of the prompts as `generate` takes them: input_ids and attention_mask [B, T], padded on the left.
-
-    encode(tokenizer, ["Ann has 3 eggs.", "Hi"], model.device)["input_ids"].shape[0]  # 2
-    """
+    """Token ids of the prompts as `generate` takes them: input_ids and attention_mask [B, T], padded on the left."""
     return pad([tokenizer(prompt).input_ids for prompt in prompts], device)
 
 
@@ -147,10 +142,7 @@ def pad(ids: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]
 
 
 def ours(model: PreTrainedModel, inputs: Mapping[str, Tensor], **options: Any) -> list[Completion]:
-    """Decode one batch with `mtpkern.generate`; inputs as `pad` makes them, options are keyword arguments of it.
-
-    ours(model, encode(tokenizer, ["Ann has 3 eggs."], model.device), strategy=Verified(k=8), max_new_tokens=64)
-    """
+    """Decode one batch with `mtpkern.generate`; inputs as `pad` makes them, options are keyword arguments of it."""
     out = generate(model, **{**inputs, **options}, return_dict_in_generate=True)
     assert isinstance(out, MTPGenerateOutput)
     assert out.blocks is not None

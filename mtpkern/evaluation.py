@@ -141,10 +141,7 @@ def cut(text: str, stops: Sequence[str]) -> str:
 
 
 def nll(model: PreTrainedModel, prompt: Sequence[int], tokens: Sequence[int]) -> float | None:
-    """Nats of the tokens behind the prompt under the model; None where one is none of its tokens.
-
-    nll(model, [5, 6, 7], [8, 2])
-    """
+    """Nats of the tokens behind the prompt under the model; None where one is none of its tokens."""
     if not tokens or max(tokens) >= model.get_input_embeddings().weight.shape[0]:
         return None
     ids = torch.tensor([[*prompt, *tokens]], device=model.device)

@@ -98,10 +98,7 @@ def _mark(call: Callable[..., Any]) -> Any:
 
 
 def settings_of(value: Any) -> Any:
-    """The settings of a configuration, hashable: equal for models that compute in the same way.
-
-    settings_of(model.config) == settings_of(another_checkpoint_of_the_same_shape.config)
-    """
+    """The settings of a configuration, hashable: equal for models that compute in the same way."""
     if isinstance(value, PreTrainedConfig):
         value = {name: x for name, x in vars(value).items() if not name.startswith("_") and name not in _NAMES}
     if isinstance(value, dict):

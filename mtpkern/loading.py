@@ -60,10 +60,7 @@ def require_model(name: str) -> None:
 
 
 def device_of(name: str | None = None) -> torch.device:
-    """The device of that name; without one the accelerator, if there is one. ValueError for a device that is not here.
-
-    device_of("cuda:0")
-    """
+    """The device of that name; without one the accelerator, if there is one. ValueError for a device that is not here."""
     import torch
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -98,8 +95,6 @@ def load(
 
     dtype: "auto" or a name in torch. Raises OSError for what cannot be loaded, ValueError for what needs its own code,
     for a base that is not the adapter's, and for one that is given to a whole checkpoint.
-
-        model, tokenizer = load("my-model", "float32", torch.device("cpu"))
     """
     require_model(name)
     settings = _adapter_settings(name)

@@ -80,12 +80,10 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 def recorded_settings(model: PreTrainedModel) -> dict[str, Any]:
     """What training has recorded in the config or a gated adapter; what nobody has said is not there.
 
-        mask_token_id, k_max, bidirectional, version
-        chat        whether prompts were rendered by the chat template
-        separator   what stood behind a prompt where they were not
-        finished    whether the run that made the checkpoint had ended
-
-    recorded_settings(model).get("k_max")
+    mask_token_id, k_max, bidirectional, version
+    chat        whether prompts were rendered by the chat template
+    separator   what stood behind a prompt where they were not
+    finished    whether the run that made the checkpoint had ended
     """
     gate = gate_of(model)
     if gate is not None:

@@ -21,10 +21,7 @@ def strategy_for(model: PreTrainedModel, strategy: Strategy | None = None) -> St
 
 
 class Options:
-    """What a call says of these, as `generate` explains them; raises what is wrong with them, by name.
-
-    Options(model, {"strategy": None, "mask_token_id": None, "rows": 16, ...}).strategy.k
-    """
+    """What a call says of these, as `generate` explains them; raises what is wrong with them, by name."""
 
     # fmt: off
     NAMES = (

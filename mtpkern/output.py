@@ -31,8 +31,6 @@ def exit_status(main: Callable[[], int | None]) -> int:
     """The exit status of a program: what its `main` returns, 0 for None; without a traceback where somebody ended it.
 
     130 after an interrupt, which it says, and 141 where the reader of its output, as `head`, has left.
-
-    sys.exit(exit_status(main))
     """
     try:
         status = main()

@@ -65,8 +65,6 @@ def plot(source: Path, folder: Path) -> list[Path]:
     what a training has printed, or the results of mtpkern.bench.throughput or real
 
     Raises ValueError for what is none of these, and ImportError, when the CSV files are there, without matplotlib.
-
-        plot(Path("runs/eval"), Path("docs/figures"))
     """
     tables = _tables(source)
     if not tables:

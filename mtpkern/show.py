@@ -56,8 +56,6 @@ def terminal(parts: Sequence[str], *, colour: bool) -> Text:
     """The blocks as text for rich: one background a block, or "|" between them where `colour` is off.
 
     Control characters are shown as escapes: what a model writes does not steer the terminal.
-
-        rich.print(terminal(["She", " has 12"], colour=True))
     """
     parts = [printable(part) for part in parts]
     if not colour:
@@ -77,10 +75,7 @@ def sizes(blocks: Sequence[int]) -> str:
 
 
 def html(parts: Sequence[str], blocks: Sequence[int]) -> str:
-    """The blocks as an HTML paragraph; text is escaped, and a block of several tokens carries its size.
-
-    html(["She", " has 12"], [1, 2])
-    """
+    """The blocks as an HTML paragraph; text is escaped, and a block of several tokens carries its size."""
     spans = []
     for i, (part, size) in enumerate(zip(parts, blocks, strict=True)):
         label = f"pass {i + 1}: {size} token{'s' if size > 1 else ''}"
@@ -90,10 +85,7 @@ def html(parts: Sequence[str], blocks: Sequence[int]) -> str:
 
 
 def answer_page(tokenizer: PreTrainedTokenizerBase, question: str, tokens: Sequence[int], blocks: Sequence[int]) -> str:
-    """A whole page of one answer: the question, the coloured blocks, their sizes.
-
-    answer_page(tokenizer, "How many eggs?", [5, 6, 7], [1, 2])
-    """
+    """A whole page of one answer: the question, the coloured blocks, their sizes."""
     body = [
         f'<p class="question">{escape(question)}</p>',
         html(pieces(tokenizer, tokens, blocks), blocks),
@@ -103,10 +95,7 @@ def answer_page(tokenizer: PreTrainedTokenizerBase, question: str, tokens: Seque
 
 
 def page(title: str, body: str) -> str:
-    """A whole page around `body` (HTML): no scripts, no fonts, nothing fetched; light or dark as the reader's system.
-
-    Path("blocks.html").write_text(page("Blocks", html(parts, blocks)), encoding="utf-8")
-    """
+    """A whole page around `body` (HTML): no scripts, no fonts, nothing fetched; light or dark as the reader's system."""
     light = " ".join(f".b{i} {{ background: {c}; color: #000 }}" for i, c in enumerate(LIGHT))
     dark = " ".join(f".b{i} {{ background: {c}; color: #fff }}" for i, c in enumerate(DARK))
     return f"""<!doctype html>

@@ -223,8 +223,6 @@ def adapt(outs: Sequence[Tensor], x: Tensor, rows: Tensor, layers: Sequence[Any]
     """Add what LoRA layers of peft make of x [B, T, H] to outputs of their base [B, T, N_i], in place, in rows [B, T].
 
     names   of each layer's adapter
-
-    adapt([y], x, rows, [layer], ["default"])
     """
     adapters, dtype = list(zip(layers, names)), outs[0].dtype
     if layers[0].lora_A[names[0]].weight.dtype == torch.float32:

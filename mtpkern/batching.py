@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from inspect import signature
 from threading import Event
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,18 +26,11 @@ from transformers.generation import MaxLengthCriteria, MaxTimeCriteria
 from transformers.generation import logits_process as theirs
 
 from mtpkern.adapter import adopt
-from mtpkern.arguments import (
-    HONOURED,
-    inert,
-    require_bool,
-    require_prompts,
-    require_tensors,
-    whole_number,
-)
+from mtpkern.arguments import FIELDS, HONOURED, inert, require_bool, require_prompts, require_tensors
 from mtpkern.attention import exclusive, routed
 from mtpkern.choosing import Choosing
-from mtpkern.fields import OF_SAMPLING
-from mtpkern.generation import generate, past_positions, prepared, settings_of, stop_ids_of
+from mtpkern.fields import OF_SAMPLING, whole_number
+from mtpkern.generation import choosing_of, generate, past_positions, prepared, settings_of, stop_ids_of
 from mtpkern.graph import without_kernels
 from mtpkern.memory import require_room
 from mtpkern.model import has_latent_attention, learned_positions
@@ -132,27 +124,14 @@ def iterate_batch(model: PreTrainedModel, prompts: Iterable[Prompt], **options: 
     return BatchOutputs(_Batch(model, prompts, **options))
 
 
-class BatchOutputs(Iterator[BatchOutput]):
-    """The outputs of a run as they come; see `iterate_batch`."""
+class BatchOutputs(Stream[BatchOutput]):
+    """The outputs of a run as they come; see `iterate_batch`. Those that were not read are lost where it is closed."""
 
     def __init__(self, batch: _Batch) -> None:
-        self._stream = Stream(partial(_feed, batch), batch.model.device)
+        super().__init__(partial(_feed, batch), batch.model.device)
 
-    def __next__(self) -> BatchOutput:
-        block: list[Any] = next(self._stream)
+    def _shown(self, block: Any) -> BatchOutput:
         return block[0]  # type: ignore[no-any-return]
-
-    def close(self) -> None:
-        """End the run, and wait for it to be over. Outputs that were not read are lost."""
-        self._stream.close()
-
-    def __enter__(self) -> BatchOutputs:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _feed(batch: _Batch, streamer: Any) -> None:
@@ -214,8 +193,7 @@ class _Batch:
         if isinstance(prompt, str) and self.tokenizer is None:
             raise TypeError("prompts are texts: pass the model's tokenizer as tokenizer=, or token ids")
         try:
-            if isinstance(prompt, str):
-                assert self.tokenizer is not None
+            if isinstance(prompt, str) and self.tokenizer is not None:
                 prompt = self.tokenizer(prompt).input_ids
             try:
                 ids = torch.as_tensor(prompt)
@@ -253,7 +231,8 @@ class _Batch:
         mask = self.options.mask_token_id
         ids, settings = settings_of(self.model, ids, asked, mask, stacklevel=4)
         _refuse_of_one_batch(settings.get("logits_processor", ()), settings.get("stopping_criteria", ()))
-        config, criteria, choosing = prepared(self.model, ids, settings, mask)
+        call = prepared(self.model, ids, settings)
+        config, choosing = call.config, choosing_of(call, mask)
         if choosing is not None and config.min_new_tokens and config._eos_token_tensor is not None:
             # transformers says the same once more as the length of a text, which is the probe's.
             said = Suppress(numbers(config._eos_token_tensor), shorter=ids.shape[1] + config.min_new_tokens)
@@ -269,7 +248,7 @@ class _Batch:
                 return each[number]
             return limit - length if whole else most
 
-        return stop_ids_of(criteria), criteria, choosing, new
+        return stop_ids_of(call.criteria), call.criteria, choosing, new
 
     def _jobs(self, prompts: list[np.ndarray | None], new: Callable[[int, int], int]) -> list[Job]:
         """Those that can be decoded, in the order in which they will be; the others fail."""
@@ -348,16 +327,8 @@ class _Batch:
             ) as decoder,
         ):
             decoder.max_passes = sys.maxsize
-            poll = Slots(
-                decoder,
-                jobs,
-                emit,
-                closed=closed,
-                tokenizer=self.tokenizer,
-                chunk=self.options.prefill_chunk,
-                reuse=self.reuse,
-                criteria=self.criteria,
-            )
+            how = {"chunk": self.options.prefill_chunk, "reuse": self.reuse, "criteria": self.criteria}
+            poll = Slots(decoder, jobs, emit, closed=closed, tokenizer=self.tokenizer, **how)
             poll.fill()
             with routed(model, decoder.cache) as route:
                 decoder.run(route, poll)
@@ -393,14 +364,13 @@ def _refuse(kwargs: dict[str, Any], file: GenerationConfig | None) -> None:
     """Refuse by name what `generate` may know and is not honoured here."""
     config = kwargs.get("generation_config")
     asked = dict(vars(config)) if isinstance(config, GenerationConfig) and config is not file else {}
-    known = vars(GenerationConfig()).keys()
-    asked = {name: value for name, value in asked.items() if name in known and not name.startswith("_")}
+    asked = {name: value for name, value in asked.items() if name in FIELDS}
     asked |= {name: value for name, value in kwargs.items() if name != "generation_config"}
-    bad = {n: v for n, v in asked.items() if n not in _HONOURED and not (n in known and inert(n, v)) and v is not None}
+    bad = {n: v for n, v in asked.items() if n not in _HONOURED and not (n in FIELDS and inert(n, v)) and v is not None}
     if bad:
         values = ", ".join(f"{name}={value!r:.60}" for name, value in bad.items())
         arguments = {name for f in (generate, GenerationMixin.generate) for name in signature(f).parameters}
-        unknown = not bad.keys() & (known | arguments | {"attention_mask"})
+        unknown = not bad.keys() & (FIELDS | arguments | {"attention_mask"})
         why = "which nobody knows" if unknown else "which is no matter of each prompt alone"
         raise ValueError(
             f"mtpkern.generate_batch does not support {values}, {why}; leave it out, or use mtpkern.generate"

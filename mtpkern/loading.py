@@ -60,7 +60,7 @@ def require_model(name: str) -> None:
 
 
 def device_of(name: str | None = None) -> torch.device:
-    """The device of that name; without one the accelerator, if there is one. ValueError for a device that is not here."""
+    """The device of that name; without one the accelerator, if there is one. ValueError for one that is not here."""
     import torch
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

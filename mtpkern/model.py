@@ -10,7 +10,7 @@ from torch.nn import Embedding
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mtpkern.adapter import gate_of
-from mtpkern.arguments import whole_number
+from mtpkern.fields import whole_number
 
 # What tests/test_architectures.py compares token by token, by the model_type of the config.
 TESTED = {

@@ -76,7 +76,7 @@ class Prompting:
 
 
 def warnings_of(recorded: Mapping[str, Any], prompting: Prompting) -> Iterator[str]:
-    """What a user should know of the model before it is decoded so: prompts unlike its training's, or half a training."""
+    """What a user should know before a model is decoded so: prompts unlike its training's, or half a training."""
     if recorded.get("finished") is False:
         yield "its training had not ended when it was saved"
     trained = recorded.get("chat")

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, StoppingCriteriaList
 
 from mtpkern.attention import unrouted
 from mtpkern.decoder import Decoder
-from mtpkern.generation import past_positions
+from mtpkern.generation import faults_of, past_positions
 from mtpkern.kernels.state import FAULT, RUNNING, Sequences
 from mtpkern.poll import Poll
 from mtpkern.prefix_cache import common
@@ -295,11 +295,7 @@ class _Left:
             self.event.synchronize()
         number, prompt, new = self.job.number, len(self.job.ids), self.job.new
         if self.reason == "fault":
-            error = RuntimeError(
-                "the model's logits hold NaN or inf for this prompt; check its weights and dtype, and whether "
-                "processors leave any token"
-            )
-            return BatchOutput(number, error=error, shared=self.shared)
+            return BatchOutput(number, error=RuntimeError(faults_of("this prompt")), shared=self.shared)
         length, passes, *rest = self.copy.tolist()
         reason = self.reason
         if reason == "length" and self.job.asked is not None:

@@ -95,7 +95,7 @@ def answer_page(tokenizer: PreTrainedTokenizerBase, question: str, tokens: Seque
 
 
 def page(title: str, body: str) -> str:
-    """A whole page around `body` (HTML): no scripts, no fonts, nothing fetched; light or dark as the reader's system."""
+    """A whole page around `body` (HTML): no scripts, no fonts, nothing fetched; light or dark as the system."""
     light = " ".join(f".b{i} {{ background: {c}; color: #000 }}" for i, c in enumerate(LIGHT))
     dark = " ".join(f".b{i} {{ background: {c}; color: #fff }}" for i, c in enumerate(DARK))
     return f"""<!doctype html>

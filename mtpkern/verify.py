@@ -24,6 +24,7 @@ from mtpkern.decoder import Decoder
 from mtpkern.foreign import foreign, settings_of
 from mtpkern.kernels.state import FAULT
 from mtpkern.model import is_tested, require_decodable, resolve_mask_token
+from mtpkern.output import first_line
 from mtpkern.strategies import Static
 from mtpkern.wrappers import unwrapped
 
@@ -136,7 +137,7 @@ def _fault(model: PreTrainedModel, mask_token_id: int) -> str | None:
     except Exception as error:  # a model may fail in any way where it is called as it was not meant to be
         if isinstance(error, ValueError) and str(error).startswith(type(model).__name__):
             return str(error).partition(": ")[2].rstrip(".")
-        return f"a trial of it ended in {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return f"a trial of it ended in {first_line(error)}"
     if report.ok:
         return None
     return (
@@ -180,10 +181,8 @@ def _compare(
 
 def _window(model: PreTrainedModel) -> int | None:
     config = model.config.get_text_config(decoder=True)
-    window = getattr(config, "sliding_window", None)
-    used = getattr(config, "use_sliding_window", True) and "sliding_attention" in (
-        getattr(config, "layer_types", None) or ["sliding_attention"]
-    )
+    window, types = (getattr(config, name, None) for name in ("sliding_window", "layer_types"))
+    used = getattr(config, "use_sliding_window", True) and "sliding_attention" in (types or ["sliding_attention"])
     return window if used and isinstance(window, int) and window > 0 else None
 
 
@@ -216,16 +215,9 @@ def _prompts(model: PreTrainedModel, mask_token_id: int, window: int, new: int) 
 def _decoder(model: PreTrainedModel, input_ids: Tensor, mask_token_id: int, k: int, steps: int) -> Decoder:
     B, T = input_ids.shape
     new = k * (steps + 1)
-    return Decoder(
-        model,
-        Static(k),
-        mask_token_id=mask_token_id,
-        stop_ids=torch.tensor([-1]),
-        batch=B,
-        capacity=T + new,
-        max_new_tokens=new,
-        use_graph=False,
-    )
+    sizes: dict[str, Any] = {"batch": B, "capacity": T + new, "max_new_tokens": new}
+    no_stop = torch.tensor([-1])
+    return Decoder(model, Static(k), mask_token_id=mask_token_id, stop_ids=no_stop, use_graph=False, **sizes)
 
 
 def _step(model: PreTrainedModel, decoder: Decoder) -> Tensor:
@@ -296,10 +288,8 @@ def _against_generate(
                 text = theirs.sequences[b : b + 1, : T + i][:, attention_mask[b].argmax() :]
                 noise.append(_difference(expected[b], _recomputed(model, text)[-1].to(logits.dtype)))
             # From a token on that differs, which nearly equal logits allow, there is nothing to compare.
-            same &= (
-                decoder.sequences.tokens.gather(1, decoder.sequences.length[:, None] - 1)[:, 0]
-                == theirs.sequences[:, T + i]
-            )
+            last = decoder.sequences.tokens.gather(1, decoder.sequences.length[:, None] - 1)[:, 0]
+            same &= last == theirs.sequences[:, T + i]
             if i + 1 == len(theirs.logits) or not same.any():
                 break
             logits = _step(model, decoder)

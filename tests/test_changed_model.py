@@ -12,7 +12,8 @@ import torch
 import mtpkern
 from mtpkern import Static, graph, layers, products
 from mtpkern.decoder import Decoder
-from mtpkern.graph import fingerprint, release_graphs
+from mtpkern.graph import fingerprint
+from mtpkern.pool import release_graphs
 from support.recording import RecordedStep, assert_same, generate, hook, kept
 
 

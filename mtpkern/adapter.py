@@ -1,9 +1,8 @@
 """The gated adapter: LoRA that acts on the rows of mask tokens only; every other row is the original model's own.
 
 Prompt, accepted tokens and drafts run through the frozen weights, so the KV cache holds what the original model would
-have put there, and what `Verified` emits is the original model's greedy output. Adapted are the mask rows of a pass
-alone: `Gate` says which those are, and closed, as it is outside of mtpkern, the model is the original to the last bit.
-In decoding, layers that read the same tensor are adapted together (`mtpkern.siblings`), each with the bits of its own.
+have put there, and what `Verified` emits is the original model's greedy output. `Gate` says which rows of a pass are
+masks, and closed, as it is outside of mtpkern, the model is the original to the last bit.
 
 The adapter is peft's: its LoRA layers, and its folder, whose config also says that it is gated, for which base, and
 holds the one embedding row that has no place in the base: the mask token is the first id behind the vocabulary, so
@@ -60,10 +59,7 @@ def gate_of(model: nn.Module) -> Gate | None:
 
 @contextmanager
 def gated(model: nn.Module, input_ids: Tensor) -> Iterator[None]:
-    """A block in which the model's gate, where it has one, is open for the mask tokens among input_ids [B, T].
-
-    Layers that read the same tensor are adapted together in it (see `mtpkern.siblings`).
-    """
+    """A block in which the model's gate, where it has one, is open for the mask tokens among input_ids [B, T]."""
     gate = gate_of(model)
     if gate is None:
         yield
@@ -79,10 +75,7 @@ def base_alone(model: nn.Module) -> AbstractContextManager[None]:
 
 @contextmanager
 def wrapping() -> Iterator[None]:
-    """Around peft's wrapping of a model: without transformers' warning of an old name that peft reads.
-
-    Raises ValueError for layers of which peft knows that they would not ask a gate.
-    """
+    """Around peft's wrapping of a model: no warning of an old name; ValueError for layers that cannot be gated."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         try:
@@ -94,13 +87,10 @@ def wrapping() -> Iterator[None]:
 
 
 def attach(model: nn.Module, row: nn.Parameter, adapter: str = "default") -> Gate:
-    """Put the gate of a gated adapter before peft's layers, and make it the model's; doing it twice changes nothing.
+    """Put the gate of a gated adapter before the LoRA layers of a model, and make it the model's, as `adopt` does.
 
-    model   a PeftModel, or one that transformers itself has given the adapter
-    row     the mask token's embedding [H], which becomes the parameter `mask_row` of a PeftModel
-
-    Each of several adapters has a gate and a row of its own; the model's is that of the active one (see `adopt`).
-    Raises ValueError, the model as it was before, for layers that would not ask the gate.
+    row [H]: the mask token's embedding, which becomes the parameter `mask_row` of a PeftModel. Doing it twice changes
+    nothing. Raises ValueError, the model as it was before, for layers that would not ask the gate.
     """
     base = _base_of(model)
     layers = [layer for layer in _lora_layers(base) if adapter in layer.lora_A]
@@ -230,10 +220,9 @@ def unloaded_on_error(model: PeftModel) -> Iterator[None]:
 
 
 def adopt(model: nn.Module) -> None:
-    """Make the gate of the active gated adapter the model's, whoever has loaded it, set it or taken it away.
+    """Make the gate of the active gated adapter, if there is one, the model's, whoever has loaded it or set it.
 
-    Raises ValueError for several that are active, and for one that is of another base or cannot be gated. Does nothing
-    to a model without gated adapters.
+    Raises ValueError for several that are active, and for one that is of another base or cannot be gated.
     """
     base = _base_of(model)
     configs = getattr(model, "peft_config", None) or {}
@@ -272,19 +261,18 @@ def load_adapter(
     """Give a model the gated adapter of a folder or hub id; `mtpkern.generate` then decodes several tokens a pass.
 
     The model's own weights stay what they are, and so does what `generate` emits: `Verified`, the default, writes the
-    original model's greedy output.
+    original model's greedy output. The model gets peft's layers in place, as by `PeftModel.from_pretrained`.
 
     dtype          of the adapter's weights; that of the model unless given, and float32 for one to train
     is_trainable   for `mtpkern.train.GatedTrainer`, which then trains it further
 
-    Several adapters of one base, which are switched by peft's own means:
-
-        model.load_adapter("another", "second")
-        model.set_adapter("second")
+    Several adapters of one base are switched by peft's own means: model.load_adapter("another", "second"), then
+    model.set_adapter("second").
 
     Raises ValueError for an adapter that is not gated, is gated but for another base, or changes more than linear
-    layers, and for a model that carries adapters already; FileNotFoundError for a name that leads nowhere; ImportError
-    without peft. The model gets peft's layers in place, as by `PeftModel.from_pretrained`.
+    layers,
+    and for a model that carries adapters already; FileNotFoundError for a name that leads nowhere; ImportError without
+    peft.
 
         model = mtpkern.load_adapter(AutoModelForCausalLM.from_pretrained("base"), "adapter")
         ids = mtpkern.generate(model, **inputs, max_new_tokens=256)

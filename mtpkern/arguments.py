@@ -1,10 +1,4 @@
-"""What a call of generate may ask for: honoured, inert, or refused by name. Pure functions; nothing is decoded here.
-
-Every argument belongs to one of three kinds, by the rules below:
-
-    honoured   it means what it means in `model.generate`
-    inert      its value changes nothing; it is accepted
-    refused    everything else, by name
+"""What a call of generate may ask for: honoured, inert (its value changes nothing), or refused by name. Pure functions.
 
 Two may ask: the call (keywords, or a `generation_config` given to it) and the model's own file, generation_config.json.
 What only the file asks for, decoding does without: published instruct models come with files that sample. Where that

@@ -5,14 +5,8 @@ A Hugging Face model looks its attention function up by the name that its config
 and values to `context.attend(...)`. Decoding brings a context that writes the KV cache and reads it (mtpkern.cache),
 training one that holds a layout of spans (mtpkern.train.objective).
 
-Neither model nor settings are modified: for the length of the block the config answers through a class of its own
-(mtpkern.routing), in this thread "mtpkern", in all others what it always did.
-
-For models of latent attention, which cache one thing and attend to another, `captured` takes during the prefill what
-the model's own attention works on.
-
-"mtpkern" is registered as an attention function only, not as a mask function: transformers then builds no mask, and
-skips the checks on packed sequences that would wait for the device.
+Neither model nor settings are modified (mtpkern.routing). "mtpkern" is registered as an attention function only, not as
+a mask function: transformers then builds no mask, and skips checks on packed sequences that would wait for the device.
 """
 
 from __future__ import annotations
@@ -178,9 +172,10 @@ def attention_context(model: PreTrainedModel, context: AttentionContext) -> Iter
         with attention_context(model, context) as route:
             logits = model(input_ids=ids, position_ids=positions, use_cache=False, **route).logits
 
-    Only calls of this thread are routed; others run the model as it is. The exception is activation checkpointing,
-    whose second forward autograd may run in a thread of its own: a block that was opened where gradients are recorded
-    covers it, and training keeps it open around backward.
+    Only calls of this thread are routed, and of activation checkpointing the second forward, which autograd may run in
+    a
+    thread of its own: a block that was opened where gradients are recorded, and is kept open around backward, covers
+    it.
     Another run of the same model is waited for; raises RuntimeError where this thread has one open itself.
     """
     with exclusive(model), routed(model, context) as route:

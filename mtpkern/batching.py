@@ -1,10 +1,8 @@
 """generate_batch(): many prompts through a few slots that stay full.
 
-A slot whose sequence has ended takes the next prompt while the others go on (mtpkern.refill, mtpkern.slots), so that a
-pass is as wide at the end of a file as at its beginning, and no prompt waits for the longest answer beside it.
-
-Which prompt is next: by default the one that may become longest. Its neighbours are then of its length, so that those
-that are prefilled together have hardly any padding, and what runs alone at the end is short.
+A slot whose sequence has ended takes the next prompt while the others go on (mtpkern.refill, mtpkern.slots). Which is
+next: by default the one that may become longest. Its neighbours are then of its length, so that those that are
+prefilled together have hardly any padding, and what runs alone at the end is short.
 """
 
 from __future__ import annotations
@@ -218,10 +216,7 @@ class _Batch:
     def _prepare(
         self, probe: np.ndarray | None, kwargs: dict[str, Any], each: list[int] | None
     ) -> tuple[Tensor, StoppingCriteriaList, Choosing | None, Callable[[int, int], int]]:
-        """Stop tokens [S], criteria, what chooses, and how many new tokens a prompt gets, by its number and length.
-
-        each: new tokens of each prompt, where the call itself tells.
-        """
+        """Stop tokens [S], criteria, what chooses, and how many new tokens a prompt gets, by its number and length."""
         _refuse(kwargs, getattr(self.model, "generation_config", None))
         ids = torch.from_numpy(np.zeros(1, dtype=np.int64) if probe is None else probe)[None].to(self.model.device)
         asked = {**kwargs, "attention_mask": torch.ones_like(ids), "return_dict_in_generate": None}

@@ -1,10 +1,8 @@
 """The KV buffers of a decoding run, and the transformers cache that fills them during the prefill.
 
-Slot = position: a token's key and value stand where the token stands in its own text, whatever padding came before
-it. Nothing is ever removed: the next pass overwrites the slots that masks and dropped drafts have used, and until
-then no row sees them. Masks behind drafts have scratch slots of their own, before the first token's: with S of them,
-slot = S + position.
-
+Slot = position: a token's key and value stand where the token stands in its own text, whatever padding came before it.
+Nothing is ever removed: the next pass overwrites the slots of masks and dropped drafts, which no row sees until then.
+Masks behind drafts have scratch slots of their own, before the first token's: with S of them, slot = S + position.
 Without a CUDA graph, which needs fixed addresses, the buffers hold what is in use and grow as the texts do.
 """
 
@@ -29,10 +27,8 @@ class KVCache:
     """Keys and values [B, Hkv, H + 1, D] of every layer; slot H is trash. The attention context of a decoding step.
 
     H = `held` slots are there, C = `capacity` at most: `reserve` makes more. Rows know the trash slot as C. The first
-    `scratch` of them hold no token.
-
-    Buffers are made from the first keys that arrive, so local heads under tensor parallelism and models with layers of
-    different widths are right by construction.
+    `scratch` of them hold no token. Buffers are made from the first keys that arrive, so local heads under tensor
+    parallelism and models with layers of different widths are right by construction.
     """
 
     def __init__(
@@ -233,9 +229,8 @@ class PrefillCache(_Chunks, Cache):
     """A transformers cache that hands every layer's keys and values to a `KVCache`, for a prompt in one or more chunks.
 
     The model gets back the keys of all columns so far, in their places: the new ones as they are in a first chunk, else
-    gathered from the buffers, a layer at a time. So it runs its own attention, with its own masks for left padding,
-    sliding windows and sinks, on what a cache of transformers would hold, and no second copy of the prompt's keys and
-    values exists.
+    gathered from the buffers, a layer at a time. So it runs its own attention, with its own masks, on what a cache of
+    transformers would hold, and no second copy of the prompt's keys and values exists.
     """
 
     def __init__(self, kv: KVCache, slot: Tensor, seq: Tensor | None = None) -> None:

@@ -1,8 +1,7 @@
-"""The same prompts decoded in several ways, in turns, with time, passes and right answers counted.
+"""The same prompts decoded in several ways, with time, passes and right answers counted.
 
-Used by `mtpkern demo` and by mtpkern.bench. A way is a strategy of ours, or None for Hugging Face's own `generate`.
-Ways are timed interleaved, batch by batch and each time in another order, so that a machine that slows down or warms
-up does so for all of them.
+A way is a strategy of ours, or None for Hugging Face's own `generate`. Ways are timed interleaved, batch by batch and
+each time in another order, so that a machine that slows down or warms up does so for all of them.
 """
 
 from __future__ import annotations
@@ -40,9 +39,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Completion:
-    """The emitted tokens of one sequence (its stop token included) and how many of them each pass emitted.
-
-    finished: False where the limit cut it
+    """The emitted tokens of one sequence, its stop token included, and how many each pass emitted; whether no limit cut
+    it.
     """
 
     tokens: list[int]
@@ -53,12 +51,11 @@ class Completion:
 def sample_k(blocks: Sequence[int]) -> float:
     """The mean k of one sample: tokens that a pass emitted, without the last, which a stop token or the limit trims.
 
-    A sample of one pass has that one's. Tokens per pass of several samples are counted in two ways:
-
-        tokens per pass   pooled: all tokens / all passes, so that long samples weigh more; what the time goes by
-        effective k       the paper's "Eff. k": the mean over samples of each one's mean k, ± its standard deviation
-
-    Of the samples [4, 4, 4, 1] and [2, 1] the first is 16 / 6 = 2.67; the second has 4.0 and 2.0, which is 3.0 ± 1.41.
+    A sample of one pass has that one's. Over several samples tokens per pass are pooled, all tokens / all passes, which
+    is
+    what the time goes by; the paper's "Eff. k" is the mean over samples of each one's mean k, ± its standard deviation.
+    Of
+    [4, 4, 4, 1] and [2, 1] the first is 16 / 6 = 2.67; the second has 4.0 and 2.0, which is 3.0 ± 1.41.
 
         sample_k([4, 4, 4, 1])  # 4.0
     """
@@ -112,10 +109,7 @@ class Tally:
 
 
 def read_problems(path: Path, n: int | None = None) -> list[Problem]:
-    """The first n problems (all, if None) of a JSONL file with the fields of `Problem`.
-
-    Raises ValueError where the file holds fewer, OSError where there is none.
-    """
+    """The first n problems (all, if None) of a JSONL file of `Problem`s; ValueError where it holds fewer."""
     require_file(path)
     with path.open(encoding="utf-8") as lines:
         problems = [Problem(**json.loads(line)) for line in lines]
@@ -212,9 +206,6 @@ def compare(
 
     ways: name -> strategy, None for Hugging Face's generate; progress: called with the number of problems done;
     options: keyword arguments of `model.generate`, such as max_new_tokens.
-
-        tallies = compare(model, tokenizer, problems, {HF_GENERATE: None, "verified": Verified(k=8)}, max_new_tokens=96)
-        tallies["verified"].tokens_per_second / tallies[HF_GENERATE].tokens_per_second
     """
     tallies = {name: Tally() for name in ways}
     for number, batch in enumerate(batches(problems, batch_size)):

@@ -4,10 +4,9 @@ A step is one call of the unmodified model on R packed rows, then `readout`, the
 address from step to step and from run to run, and nothing in a step waits for the host or depends on what it knows: so
 on a GPU the whole step is one CUDA graph (mtpkern.graph).
 
-Where the host waits for the device, in a run on a GPU: nowhere in `prefill` but where transformers looks whether a mask
-is needed at all (it does for prompts with padding) and where a PrefixCache looks at the weights, nowhere in `run` but
-for the poll's event, a step behind, for the capture of a new graph, and without a graph where the buffers may have to
-grow: each time they may have filled up.
+The host waits for the device, in a run on a GPU, where transformers looks whether a mask is needed at all (for prompts
+with padding) and where a PrefixCache looks at the weights; between passes for the poll's event, a step behind, for the
+capture of a new graph, and without a graph each time the buffers may have filled up.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def places_for(stop_ids: Tensor) -> int:
 
 
 class Decoder:
-    """Decodes B sequences side by side, each at its own pace.
+    """Decodes B sequences side by side, each at its own pace; `restart` prepares for another run of the same shape.
 
         decoder = Decoder(model, strategy, mask_token_id=m, stop_ids=stops, batch=2, capacity=256, max_new_tokens=64)
         decoder.prefill(input_ids, attention_mask)
@@ -63,21 +62,17 @@ class Decoder:
             decoder.run(route)
         decoder.sequences.tokens, decoder.sequences.length    # the result, on the device
 
-    capacity is the longest prompt + max_new_tokens or more; stop_ids [S] int64; rows is the row budget R of a step,
-    from batch * k up, with verification from batch up. Capacity counts tokens; scratch slots for masks behind drafts
-    come on top.
-
+    capacity: tokens, the longest prompt + max_new_tokens or more. stop_ids: [S] int64. rows: the row budget R of a
+    step,
+        from batch * k up, with verification from batch up; in a graph with by_load the most that a pass may have.
     by_load: sequences bring no more rows than are worth their time (mtpkern.load), with verification only, whose output
-        does not depend on it. In a graph `rows` is then the most that a pass may have.
-
+        does not depend on it.
     use_graph: capture the step in a CUDA graph; None does where there is a CUDA device.
-    compile: send the model's layers through `torch.compile`, for passes alone (see `mtpkern.layers`).
-    batch_invariant: no bit of the attention depends on what else is in the batch (see `decode_attention`); the model's
-        matrix products still depend on the number of rows.
-
-    choosing: what stands between the model's logits and the tokens (`mtpkern.choosing`); None: the argmax.
-
-    `restart` prepares for another run of the same shape.
+    compile: send the model's layers through `torch.compile`, for passes alone (mtpkern.layers).
+    batch_invariant: no bit of the attention depends on what else is in the batch (`decode_attention`); the model's
+    matrix
+        products still depend on the number of rows.
+    choosing: what stands between the model's logits and the tokens (mtpkern.choosing); None: the argmax.
     """
 
     def __init__(
@@ -212,9 +207,10 @@ class Decoder:
         """Run the left-padded prompts [B, T] with k - 1 masks behind them and take in their first predictions.
 
         Uses the model's own attention, on at most `chunk` tokens of all prompts together at a time; the masks come with
-        the last of them. Returns the logits [B * k, V] that were read out.
-
-        known(cache) stores keys that are there already, and returns the first column that has to run.
+        the
+        last of them. known(cache) stores keys that are there already, and returns the first column that has to run.
+        Returns
+        the logits [B * k, V] that were read out.
         """
         B, T = input_ids.shape
         k, scratch, capacity = self.strategy.k, self.cache.scratch, self.cache.capacity - self.cache.scratch
@@ -424,8 +420,9 @@ class Decoder:
     def _reserve(self) -> None:
         """Keep room for the next pass where the host does not know how far the sequences are.
 
-        It asks once they may have come to the end of what there is. Attention looks at all slots there are. Rows stay
-        as many as they are, because torch.compile would make new forms for fewer.
+        It asks once they may have come to the end of what there is. Attention looks at all slots there are, and rows
+        stay as
+        many as they are, because torch.compile would make new forms for fewer.
         """
         cache, k = self.cache, self.strategy.k
         self._reach += k  # tokens of a pass, at most; the masks behind them come on top

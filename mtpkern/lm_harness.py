@@ -6,8 +6,7 @@ results folder holds
 
     run.json                 what makes the evaluation what it is; another one is refused there
     samples.jsonl            a line a prompt, as of mtpkern.evaluation, with the task and a digest of what was asked
-    TASK/results.json, .md   figures of every way (mtpkern.evidence) by the task's headline metric; beside them, under
-                             "metrics", all that the harness says
+    TASK/results.json, .md   figures of every way (mtpkern.evidence) by the headline metric, and all the harness says
 
 A prompt that is asked again in the same words is not decoded again: more tasks, a larger limit or another way of
 counting go on in the same folder.
@@ -217,11 +216,9 @@ class Tasks:
 def tasks_of(names: Sequence[str], include_path: Path | None = None) -> Tasks:
     """The harness's tasks of each name, with their data; the headline metric is known of those in `READY`.
 
-    include_path: a folder with tasks of one's own (yaml), whose names come before the harness's
-
-    Raises ValueError for a name that nothing bears and where a task's data or packages are not here.
-
-        tasks_of(["gsm8k_cot"]).members["gsm8k_cot"][1]  # "exact_match,flexible-extract"
+    include_path: a folder with tasks of one's own (yaml), whose names come before the harness's. Raises ValueError for
+    a
+    name that nothing bears and where a task's data or packages are not here.
     """
     if include_path is not None and not include_path.is_dir():
         raise ValueError(f"{include_path}: expected a folder with tasks in yaml files (--include-path), there is none")
@@ -273,13 +270,14 @@ def evaluate_tasks(
     limit: int | None = None,
     metric: str | None = None,
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Decode and judge the tasks, write their results, and return the figures of every way by task.
+    """Decode and judge the tasks of `tasks_of`, write their results, and return the figures of every way by task.
 
-    tasks: of `tasks_of`; answers: writes its samples into the folder; settings: what makes the evaluation what it is
-    chat: by the chat template, few-shot examples as turns; limit: documents of each task (of a group's each)
-    metric: the headline, such as "exact_match,strict-match"; unless given the task's own first
-
-    Raises ValueError for a metric that a task does not have, and for settings other than the folder's.
+    answers: writes its samples into the folder; settings: what makes the evaluation what it is; chat: by the chat
+    template, few-shot examples as turns; limit: documents of each task (of a group's each); metric: the headline, such
+    as
+    "exact_match,strict-match"; unless given the task's own first. Raises ValueError for a metric that a task does not
+    have,
+    and for settings other than the folder's.
     """
     require_same(folder / "run.json", settings)
     found = {}

@@ -95,8 +95,9 @@ class Slots(Poll):
         slots.deliver(wait=True)
 
     emit gets each output as soon as it is on the host; closed ends the run behind the next pass. jobs are taken in
-    their order, but for those that find their keys in a slot. Keys are shared where reuse is true. criteria are asked
-    of each sequence by itself, as it is alone; nobody asks where they hold nothing but limits and stop tokens.
+    their
+    order, but for those that find their keys in a slot (reuse). criteria are asked of each sequence as if it were
+    alone.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 The device stops at stop tokens and limits by itself. What it cannot know (stop strings, criteria of the caller's, the
 time) is asked here, of every prefix in order, so a sequence ends at the token where `model.generate` would have ended
-it, wherever that stands in a block. What the device has decoded beyond it meanwhile is cut off.
+it, wherever that stands in a block; what the device has decoded beyond it is cut off. Drafts never get here.
 
 The copy that the poll makes of each state of the device carries the last tokens along, so that nothing waits which
 would not have waited anyway. Nobody watching: no `Watch`, and the loop is what it was.
@@ -10,8 +10,6 @@ would not have waited anyway. Nobody watching: no `Watch`, and the loop is what 
 Two paces. Stop strings look at one sequence and are asked as soon as its tokens are there. A streamer and criteria of
 the caller's may look at the whole batch, so they get it column by column as `model.generate` has it: prompts and t new
 tokens of each sequence, padding behind those that have ended, once every sequence is that far.
-
-Drafts of `Verified` are not certain and never get here.
 """
 
 from __future__ import annotations
@@ -75,14 +73,13 @@ class Watch:
     """Sees a run of B sequences through `poll`, and knows where each has ended.
 
         watch = Watch.of(streamer, stopping_criteria)    # None where nobody watches
-        watch.begin(input_ids, new=max_new_tokens, padding=0)
+        watch.begin(input_ids, attention_mask, new=max_new_tokens, padding=0, device=device)
         poll = watch.poll(decoder.sequences, strategy)
         decoder.run(route, poll)
         poll.finish()
         watch.ends, watch.reasons    # new tokens of each sequence, and why there are no more
 
-    criteria is what transformers has prepared, the caller's included; the limit and stop tokens among it are left to
-    the device. Whatever a streamer or criterion raises goes through `decoder.run`.
+    criteria is what transformers has prepared, the caller's included; limits and stop tokens among it are the device's.
     """
 
     def __init__(self, streamer: Any, criteria: Iterable[Any]) -> None:
@@ -102,9 +99,8 @@ class Watch:
         return watch if wanted else None
 
     def begin(self, input_ids: Tensor, attention_mask: Tensor | None, *, new: int, padding: int, device: Any) -> None:
-        """Take in the prompts [B, T], which are on the host, and show them; once, should the run begin anew.
-
-        device is where criteria get their prefixes: that of the call's input_ids.
+        """Take in the prompts [B, T], on the host, and show them; once, should the run begin anew. Criteria run on
+        `device`.
         """
         if self.begun:
             return
@@ -273,9 +269,6 @@ class _WatchedPoll(Poll):
 
 
 def snapshot(sequences: Sequences, window: Tensor) -> Tensor:
-    """[B, 3 + W]: status, length, pending, and the W tokens before `length`, which hold all that a pass has added.
-
-    window: arange(-W, 0) on the device, W = 2k - 1.
-    """
+    """[B, 3 + W]: status, length, pending, and the W = 2k - 1 tokens before `length`; window: arange(-W, 0)."""
     tokens = sequences.tokens.gather(1, (sequences.length[:, None] + window).clamp_(min=0))
     return torch.cat([torch.stack([sequences.status, sequences.length, sequences.pending], dim=1), tokens], dim=1)

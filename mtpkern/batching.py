@@ -14,12 +14,18 @@ from dataclasses import replace
 from functools import partial
 from inspect import signature
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 from transformers.generation import MaxLengthCriteria, MaxTimeCriteria
 from transformers.generation import logits_process as theirs
 
@@ -42,9 +48,6 @@ from mtpkern.slots import vacate
 from mtpkern.streaming import Stream
 from mtpkern.watch import of_kind
 from mtpkern.wrappers import unwrapped
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # What `generate` honours and means nothing here, or hangs on where the prompts of a batch end.
 _ONLY_FOR_ONE_BATCH = {
@@ -126,15 +129,14 @@ class BatchOutputs(Stream[BatchOutput]):
     """The outputs of a run as they come; see `iterate_batch`. Those that were not read are lost where it is closed."""
 
     def __init__(self, batch: _Batch) -> None:
-        super().__init__(partial(_feed, batch), batch.model.device)
+        def feed(streamer: Any) -> None:
+            streamer.put(torch.empty(0))  # the prompts are taken
+            batch.run(lambda output: streamer.put_block([output]), streamer.closed)
+
+        super().__init__(feed, batch.model.device)
 
     def _shown(self, block: Any) -> BatchOutput:
         return block[0]  # type: ignore[no-any-return]
-
-
-def _feed(batch: _Batch, streamer: Any) -> None:
-    streamer.put(torch.empty(0))  # the prompts are taken
-    batch.run(lambda output: streamer.put_block([output]), streamer.closed)
 
 
 class _Batch:

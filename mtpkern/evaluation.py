@@ -46,10 +46,6 @@ class Evaluation:
     options   further keyword arguments of `mtpkern.generate`, such as mask_token_id
 
     Raises ValueError for an original whose tokens are not the model's.
-
-        evaluation = Evaluation(model, tokenizer, {"verified": Verified()}, max_new_tokens=128)
-        samples = evaluation.decode(read_cases(path), batch=0, warm=True)
-        figures(samples)["verified"]["accuracy"]
     """
 
     model: PreTrainedModel

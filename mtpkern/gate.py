@@ -18,9 +18,6 @@ from mtpkern.siblings import adapt
 class Gate:
     """Which rows of the running pass are adapted, and the embedding row of the mask token [H]; one for a model.
 
-    with gate.open(input_ids == gate.mask_token_id):
-        logits = model(input_ids=input_ids, ...).logits
-
     Closed, which it is wherever no block of this thread has opened it, adapters add nothing.
     """
 

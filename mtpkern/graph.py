@@ -38,9 +38,6 @@ def wants_graph(use_graph: bool | None, device: torch.device) -> bool:
 class StepGraph:
     """Runs a step as it is until it is warm, then captures it, then replays it; a step of each number of rows apart.
 
-        graph = StepGraph(device)
-        graph(step, 16)     # one real step of 16 rows each time, whichever way it runs
-
     step reads and writes tensors that never move, and what it returns is not looked at. One that cannot be captured
     goes on as it is, as do all of other sizes; a RuntimeWarning announces it.
     """

@@ -41,10 +41,6 @@ def wants_compile(compile: bool | None, captured: bool) -> bool:
 class CompiledLayers:
     """The decoder layers of a model, compiled for fixed shapes inside the block that a call opens.
 
-        layers = CompiledLayers(model)
-        with attention_context(model, context) as route, layers():
-            logits = model(input_ids=ids, position_ids=positions, use_cache=False, **route).logits
-
     Compiling takes place in the first passes of a shape. A model without layers of the kind that transformers
     checkpoints, or with one that torch.compile cannot take, runs as it is, which a RuntimeWarning announces.
     """

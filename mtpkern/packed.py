@@ -179,12 +179,6 @@ Groups = list[tuple[Sequence[nn.Module], dict[str, Any]]]
 class PackedProducts:
     """The products of a model's plain layers over packed weights, inside the block that a call opens.
 
-        products = PackedProducts()
-        with products.sought(model):
-            model(input_ids=prompt, ...)    # the first time, this shows who reads the same
-        with products():
-            logits = model(input_ids=ids, ...).logits
-
     As `mtpkern.products.Products`, whose place it takes on a CPU; float32 alone. With a gated adapter it does what
     `mtpkern.siblings` does as well.
     """

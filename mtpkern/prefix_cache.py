@@ -114,12 +114,7 @@ def require_prefix_cache(value: Any, model: PreTrainedModel) -> None:
 
 
 class Reuse:
-    """What one call takes out of a PrefixCache and puts into it, while it holds the model; prompts are token ids [T].
-
-    reuse = Reuse(prefix_cache, model, prompts)
-    decoder.prefill(input_ids, attention_mask, known=reuse.fill)
-    reuse.keep(decoder.cache, new_tokens, fed)    # behind all passes
-    """
+    """What one call takes out of a PrefixCache and puts into it, while it holds the model; prompts: ids [T]."""
 
     def __init__(self, prefix_cache: PrefixCache, model: PreTrainedModel, prompts: Sequence[np.ndarray]) -> None:
         self.prefix_cache = prefix_cache

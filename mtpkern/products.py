@@ -146,15 +146,12 @@ def is_plain(layer: Any) -> bool:
     if any(vars(layer).get(name) for name in _HOOKS):
         return False
     # Of quantised and distributed weights the parameter is of another type.
+    if layer._parameters.get("weight") is None:
+        return False
     parameters = [p for p in layer._parameters.values() if p is not None]
-    return layer._parameters.get("weight") is not None and all(
-        type(p) is nn.Parameter
-        and p.device.type != "meta"
-        and p.is_contiguous()
-        and not p.is_inference()
-        and p.grad is None
-        for p in parameters
-    )
+    if any(type(p) is not nn.Parameter or p.device.type == "meta" for p in parameters):
+        return False
+    return all(p.is_contiguous() and not p.is_inference() and p.grad is None for p in parameters)
 
 
 def _parameters(layers: Sequence[nn.Linear]) -> list[list[Tensor | None]]:

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from threading import Event
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StoppingCriteriaList
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from mtpkern.attention import unrouted
 from mtpkern.decoder import Decoder
@@ -25,9 +24,6 @@ from mtpkern.poll import Poll
 from mtpkern.prefix_cache import common
 from mtpkern.slots import Newcomer, enter
 from mtpkern.watch import REASONS, Watch, first_tokens, snapshot
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # Prompts that are looked at for the next one, for each slot.
 LOOK_AHEAD = 4
@@ -87,12 +83,6 @@ class Job:
 
 class Slots(Poll):
     """Takes what has ended out of its slot, and puts the next prompt in.
-
-        slots = Slots(decoder, jobs, outputs.append, closed=None, tokenizer=None, chunk=8192, reuse=True)
-        slots.fill()
-        with routed(model, decoder.cache) as route:
-            decoder.run(route, slots)
-        slots.deliver(wait=True)
 
     emit gets each output as soon as it is on the host; closed ends the run behind the next pass. jobs are taken in
     their

@@ -35,10 +35,6 @@ if TYPE_CHECKING:
 class Siblings:
     """The siblings of a model that carries a gated adapter; a pass inside the block that a call opens runs them so.
 
-        siblings = Siblings(model)
-        with gate.open(input_ids == gate.mask_token_id), siblings():
-            logits = model(input_ids=input_ids, ...).logits
-
     The first such pass runs as it is and is watched. The caller holds the model (see `exclusive`).
     """
 

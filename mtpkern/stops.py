@@ -8,14 +8,11 @@ before it. With those the text is decoded. Either way a text ends at the same to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StopStringCriteria
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StopStringCriteria
 
 # Stands where there is no token: above every vocabulary, and in no stop string.
 NO_TOKEN = 1 << 40

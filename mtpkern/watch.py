@@ -72,13 +72,6 @@ def of_kind(criteria: Iterable[Any], kind: type[Criterion]) -> list[Criterion]:
 class Watch:
     """Sees a run of B sequences through `poll`, and knows where each has ended.
 
-        watch = Watch.of(streamer, stopping_criteria)    # None where nobody watches
-        watch.begin(input_ids, attention_mask, new=max_new_tokens, padding=0, device=device)
-        poll = watch.poll(decoder.sequences, strategy)
-        decoder.run(route, poll)
-        poll.finish()
-        watch.ends, watch.reasons    # new tokens of each sequence, and why there are no more
-
     criteria is what transformers has prepared, the caller's included; limits and stop tokens among it are the device's.
     """
 

@@ -301,10 +301,7 @@ def _listed(name: str, value: Any, kind: type) -> list[Any]:
 
 
 def _string_criteria(strings: Any, tokenizer: Any, given: list[Any]) -> list[StoppingCriteria]:
-    """The criterion that transformers would make; its own generate loses the tokenizer on the way to a callable.
-
-    As there, none beside one that the call has brought.
-    """
+    """The criterion that transformers would make, whose own generate loses the tokenizer on the way to a callable."""
     if strings is None or (isinstance(strings, (list, tuple)) and not strings):
         return []
     listed = [strings] if isinstance(strings, str) else strings

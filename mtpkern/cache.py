@@ -59,10 +59,7 @@ class KVCache:
         self.memo: dict[str, PackedRows] = {}
 
     def fill(self, layer: int, key: Tensor, value: Tensor, slot: Tensor, seq: Tensor | None = None) -> None:
-        """Store the prefill's key and value [n, Hkv, T, D] at slot [n, T] int64 (H for what is not to be kept).
-
-        seq [n] int64: whose they are; None: of all sequences, in order.
-        """
+        """Store key and value [n, Hkv, T, D] of sequences seq [n] (None: all) at slot [n, T] int64; H is not kept."""
         if layer not in self.layers:
             B, (_, Hkv, _, D) = len(self.rows.start) - 1, key.shape
             # Zeros, because a reference that multiplies by zero weights must not meet NaN.

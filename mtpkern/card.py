@@ -21,9 +21,8 @@ _FACTS = ("prompts", "metric", "baseline", "dtype", "hardware", "torch", "transf
 def add_to_card(
     model: str, name: str, figures: Mapping[str, Mapping[str, Any]], facts: Mapping[str, str]
 ) -> Path | None:
-    """Write the figures of an evaluation, called by the name of its data, into the model's card, if it has one of ours.
-
-    model: the folder of the model. Returns the card that was written, None where there is none.
+    """Write the figures of an evaluation of some data into the card of a model's folder, if it has one that is ours;
+    returns the card.
     """
     card = Path(model) / "README.md"
     if not card.is_file():

@@ -76,12 +76,9 @@ class Choice:
         self.first = 0
 
     def begin(self, input_ids: Tensor, real: Tensor, max_new_tokens: int) -> tuple[Tensor, Tensor]:
-        """Begin a run from left-padded prompts [B, T], `real` where a token counts; seq and position of prefill's rows.
-
-        The call's key comes from the default generator of the device, once.
-        """
+        """Begin a run from left-padded prompts [B, T], `real` where a token counts; seq and position of its rows."""
         if self.choosing.samples:
-            self.key.random_()
+            self.key.random_()  # once a call, from the device's default generator
         B = len(input_ids)
         torch.arange(B, out=self.stream)
         self.prompt.copy_(real.sum(1))

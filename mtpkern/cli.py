@@ -53,10 +53,7 @@ class Row:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, or 2 with a message on stderr where the user can help.
-
-    130 after an interrupt, and 141 where the reader of a pipe, such as `head`, has left.
-    """
+    """Run the command line; returns its `exit_status`, or 2 with a message on stderr where the user can help."""
     words = list(sys.argv[1:] if argv is None else argv)
     handed_on = words[0] if words and words[0] in _HANDED_ON else None
     args = _parser().parse_args(words) if handed_on is None else argparse.Namespace(command=handed_on)
@@ -324,10 +321,7 @@ def _complete(
     advance: Callable[[int], object],
     first: int,
 ) -> Iterator[Completion]:
-    """The completions in the order of the rows, each as soon as those before it are there.
-
-    Raises ValueError, or RuntimeError where the model is at fault, that names the row, behind those before it.
-    """
+    """The completions in the order of the rows, each as soon as those before it are there; an error names its row."""
     import torch
 
     from mtpkern.batching import BatchOutput, iterate_batch

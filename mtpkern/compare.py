@@ -39,9 +39,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Completion:
-    """The emitted tokens of one sequence, its stop token included, and how many each pass emitted; whether no limit cut
-    it.
-    """
+    """The emitted tokens of one sequence, its stop token included, how many each pass emitted, and whether it ended."""
 
     tokens: list[int]
     blocks: list[int]
@@ -51,11 +49,10 @@ class Completion:
 def sample_k(blocks: Sequence[int]) -> float:
     """The mean k of one sample: tokens that a pass emitted, without the last, which a stop token or the limit trims.
 
-    A sample of one pass has that one's. Over several samples tokens per pass are pooled, all tokens / all passes, which
-    is
-    what the time goes by; the paper's "Eff. k" is the mean over samples of each one's mean k, ± its standard deviation.
-    Of
-    [4, 4, 4, 1] and [2, 1] the first is 16 / 6 = 2.67; the second has 4.0 and 2.0, which is 3.0 ± 1.41.
+    Over several samples tokens per pass are pooled, all tokens / all passes, which is what the time goes by; the
+    paper's
+    "Eff. k" is the mean over samples of each one's mean k, ± its standard deviation. Of [4, 4, 4, 1] and [2, 1] the
+    first is 16 / 6 = 2.67; the second has 4.0 and 2.0, which is 3.0 ± 1.41.
 
         sample_k([4, 4, 4, 1])  # 4.0
     """
@@ -142,10 +139,8 @@ def ours(model: PreTrainedModel, inputs: Mapping[str, Tensor], **options: Any) -
     assert out.blocks is not None
     assert out.finish_reasons is not None
     rows = out.sequences[:, inputs["input_ids"].shape[1] :].tolist()
-    return [
-        Completion(row[: sum(blocks)], blocks, reason in ("stop", "stop_string", "criteria"))
-        for row, blocks, reason in zip(rows, out.blocks, out.finish_reasons, strict=True)
-    ]
+    ended = [reason in ("stop", "stop_string", "criteria") for reason in out.finish_reasons]
+    return [Completion(row[: sum(n)], n, end) for row, n, end in zip(rows, out.blocks, ended, strict=True)]
 
 
 def hugging_face(model: PreTrainedModel, inputs: Mapping[str, Tensor], **options: Any) -> list[Completion]:

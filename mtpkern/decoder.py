@@ -206,11 +206,8 @@ class Decoder:
     ) -> Tensor:
         """Run the left-padded prompts [B, T] with k - 1 masks behind them and take in their first predictions.
 
-        Uses the model's own attention, on at most `chunk` tokens of all prompts together at a time; the masks come with
-        the
-        last of them. known(cache) stores keys that are there already, and returns the first column that has to run.
-        Returns
-        the logits [B * k, V] that were read out.
+        Uses the model's own attention, on at most `chunk` tokens of all prompts together at a time. known(cache) stores
+        keys that are there already, and returns the first column that has to run. Returns the logits [B * k, V].
         """
         B, T = input_ids.shape
         k, scratch, capacity = self.strategy.k, self.cache.scratch, self.cache.capacity - self.cache.scratch
@@ -420,9 +417,7 @@ class Decoder:
     def _reserve(self) -> None:
         """Keep room for the next pass where the host does not know how far the sequences are.
 
-        It asks once they may have come to the end of what there is. Attention looks at all slots there are, and rows
-        stay as
-        many as they are, because torch.compile would make new forms for fewer.
+        Attention looks at all slots there are, and rows stay as many as they are: torch.compile would make new forms.
         """
         cache, k = self.cache, self.strategy.k
         self._reach += k  # tokens of a pass, at most; the masks behind them come on top

@@ -44,10 +44,7 @@ def ways(k_max: int) -> dict[str, Strategy | None]:
 
 
 def load(folder: Path, base: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model (float32, evaluation mode, on the CPU) and tokenizer of a checkpoint's folder or a gated adapter's.
-
-    Raises FileNotFoundError where there is none, and as `mtpkern.loading.load`.
-    """
+    """Model (float32, on the CPU) and tokenizer of a folder; FileNotFoundError where none is, else as `load_named`."""
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise FileNotFoundError(
             f"no checkpoint in {folder}: expected config.json there; make one with: make checkpoint"

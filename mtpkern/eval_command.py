@@ -83,10 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command line: decode, print the tables, write the results.
-
-    Raises ValueError or OSError where the user can help.
-    """
+    """The command line: decode, print, write. ValueError, OSError or ImportError where the user can help."""
     args = _parser().parse_args(argv)
     # What can be checked without the model is checked before it is loaded.
     _require_fitting(args)

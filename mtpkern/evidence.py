@@ -95,9 +95,7 @@ def _agreeing(a: Sequence[int], b: Sequence[int]) -> int:
 def paired(differences: Sequence[float]) -> tuple[float, float]:
     """Mean of the differences of pairs, and its standard error (0 of one pair).
 
-    Of two ways that are right on the same problems it is 0 ± 0, however hard these are.
-
-        paired([1, 0, 0, -1])  # (0.0, 0.408...)
+    paired([1, 0, 0, -1])  # (0.0, 0.408...)
     """
     error = stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
     return mean(differences), error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -62,14 +63,10 @@ def available_memory(device: torch.device) -> int | None:
 def _left_in_cgroup(free: int) -> list[int]:
     """What a container's limit leaves, if it has one: version 2 of control groups, then version 1."""
     left = [free]
-    for limit, usage in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
+    version_1 = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
+    for limit, usage in (("memory.max", "memory.current"), version_1):
+        with suppress(OSError, ValueError):  # no such file, or "max"
             left.append(int((_CGROUP / limit).read_text()) - int((_CGROUP / usage).read_text()))
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
     return left
 
 

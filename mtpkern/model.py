@@ -139,10 +139,7 @@ def mask_token_for(model: PreTrainedModel, k: int, mask_token_id: int | None = N
 
 
 def layer_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """The text config as each layer sees it.
-
-    Newer versions of transformers know configurations whose layers differ, and refuse to speak of them as one.
-    """
+    """The text config as each layer sees it: in newer versions of transformers layers may differ."""
     config = model.config.get_text_config(decoder=True)
     layers = getattr(config, "num_hidden_layers", 1)
     return list(getattr(config, "per_layer_config", None) or [config] * (layers if isinstance(layers, int) else 1))

@@ -28,10 +28,7 @@ def printable(text: str) -> str:
 
 
 def exit_status(main: Callable[[], int | None]) -> int:
-    """The exit status of a program: what its `main` returns, 0 for None; without a traceback where somebody ended it.
-
-    130 after an interrupt, which it says, and 141 where the reader of its output, as `head`, has left.
-    """
+    """What `main` returns, 0 for None; 130 after an interrupt, which it says, 141 where a pipe's reader has left."""
     try:
         status = main()
         sys.stdout.flush()

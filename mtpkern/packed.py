@@ -177,11 +177,7 @@ Groups = list[tuple[Sequence[nn.Module], dict[str, Any]]]
 
 
 class PackedProducts:
-    """The products of a model's plain layers over packed weights, inside the block that a call opens.
-
-    As `mtpkern.products.Products`, whose place it takes on a CPU; float32 alone. With a gated adapter it does what
-    `mtpkern.siblings` does as well.
-    """
+    """As `mtpkern.products.Products`, over packed weights on a CPU, float32 alone; with what a gated adapter adds."""
 
     def __init__(self) -> None:
         self.groups: Groups | None = None
@@ -266,10 +262,7 @@ def _run(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor] | None:
 
 
 def pack(model: PreTrainedModel, groups: Sequence[Sequence[nn.Linear]]) -> list[Packed | None]:
-    """The packed weights of these groups of layers: those that are kept and still right, and new ones.
-
-    None of those for which there is no memory.
-    """
+    """The packed weights of these groups: those that are kept and still right, new ones, None where memory is short."""
     known = {packed.layers[0](): packed for packed in _packed.pop(model, ())}
     found: list[Packed | None] = []
     for layers in groups:

@@ -113,14 +113,14 @@ def require_prefix_cache(value: Any, model: PreTrainedModel) -> None:
         )
 
 
+@dataclass
 class Reuse:
     """What one call takes out of a PrefixCache and puts into it, while it holds the model; prompts: ids [T]."""
 
-    def __init__(self, prefix_cache: PrefixCache, model: PreTrainedModel, prompts: Sequence[np.ndarray]) -> None:
-        self.prefix_cache = prefix_cache
-        self.model = model
-        self.prompts = prompts
-        self.sample = b""
+    prefix_cache: PrefixCache
+    model: PreTrainedModel
+    prompts: Sequence[np.ndarray]
+    sample: bytes = b""
 
     def fill(self, cache: KVCache) -> int:
         """Store the keys that the prompts find there in the buffers; returns the first padded column to be run."""
@@ -174,12 +174,8 @@ def _state_of(model: PreTrainedModel) -> tuple[Any, ...]:
     """What keys depend on beside tokens and the values of weights; and how often these were written to."""
     kind = model.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return (
-        model.device,
-        autocast,
-        fingerprint(model),
-        [0 if x.is_inference() else x._version for x in _plain_tensors(model)],
-    )
+    versions = [0 if x.is_inference() else x._version for x in _plain_tensors(model)]
+    return model.device, autocast, fingerprint(model), versions
 
 
 def _sample(model: PreTrainedModel) -> bytes:

@@ -226,10 +226,7 @@ def _among(tokens: Tensor, where: Tensor, scores: Tensor) -> Tensor:
 
 
 def from_transformers(processor: Any, T: int) -> Processor:
-    """The description of one of the processors that transformers hands over for prompts [B, T].
-
-    Raises ValueError for one that is unknown.
-    """
+    """The description of one of transformers' processors for prompts [B, T]; ValueError for one that is unknown."""
     kind = type(processor)
     if kind in _OF_SCORES:
         return OfScores((kind, *sorted(vars(processor).items())), processor)

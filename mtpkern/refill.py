@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from threading import Event
 
 import numpy as np
@@ -85,9 +86,7 @@ class Slots(Poll):
     """Takes what has ended out of its slot, and puts the next prompt in.
 
     emit gets each output as soon as it is on the host; closed ends the run behind the next pass. jobs are taken in
-    their
-    order, but for those that find their keys in a slot (reuse). criteria are asked of each sequence as if it were
-    alone.
+    their order, but for those that find their keys in a slot (reuse). criteria are asked of each sequence alone.
     """
 
     def __init__(
@@ -204,12 +203,9 @@ class Slots(Poll):
                     self.held[x.slot] = self.held[x.slot][:0]
                 self.entering = enter(self.decoder, newcomers, self.owner, chunk=self.chunk)
             self.has_queued = True
-            if any(job is not None for job in self.inside):
-                if next(self.entering, self) is None:
+            for _ in self.entering:
+                if any(job is not None for job in self.inside):
                     return  # there is more of it, behind the next pass
-            else:
-                for _ in self.entering:
-                    pass
             self.entering = None
             for job, x in self.arriving:
                 self.inside[x.slot], self.held[x.slot] = job, job.ids
@@ -255,14 +251,10 @@ class Slots(Poll):
 
     def _best(self) -> tuple[Job, int, int]:
         """The prompt among the next that finds most of its keys in a slot: it, the slot, and how many."""
-        best = self.next[0], 0, 0
-        if self.reuse:
-            for job in self.next:
-                for source, held in enumerate(self.held):
-                    shared = common(job.keys, held)
-                    if shared > best[2]:
-                        best = job, source, shared
-        return best
+        first = self.next[0], 0, 0
+        slots = list(enumerate(self.held)) if self.reuse else []
+        found = ((job, source, common(job.keys, held)) for job in self.next for source, held in slots)
+        return max(chain([first], found), key=lambda one: one[2])
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import cache
 from threading import Lock
 from typing import Any, Protocol
@@ -36,15 +37,14 @@ class AttentionContext(Protocol):
         ...
 
 
+@dataclass(eq=False)
 class _Block:
-    """A block that is open."""
+    """A block that is open; bare: as far as seen, the model hands no keyword arguments on to its layers."""
 
-    def __init__(self, context: Any, name: str) -> None:
-        self.context = context
-        self.name = name
-        self.trains = torch.is_grad_enabled()
-        # Whether the model hands its keyword arguments on to its layers, as far as seen.
-        self.bare = False
+    context: Any
+    name: str
+    trains: bool = field(default_factory=torch.is_grad_enabled)
+    bare: bool = False
 
 
 # The blocks that this thread has open, and those of all threads, by the config's id: the innermost of a config last.

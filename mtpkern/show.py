@@ -141,11 +141,7 @@ body {{ background: #111; color: #eee }}
 
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, or a line at each quarter where that is no terminal; yields `done -> None`.
-
-    with progress("100 problems", 100) as done:
-        done(50)
-    """
+    """A progress bar on stderr, or a line at each quarter where that is no terminal; yields `done -> None`."""
     console = Console(stderr=True)
     if console.is_terminal:
         # Text for stdout goes there, and not through the bar to stderr.

@@ -33,10 +33,7 @@ if TYPE_CHECKING:
 
 
 class Siblings:
-    """The siblings of a model that carries a gated adapter; a pass inside the block that a call opens runs them so.
-
-    The first such pass runs as it is and is watched. The caller holds the model (see `exclusive`).
-    """
+    """Runs the siblings of a model with a gated adapter so, in a block; its first pass is watched (see `exclusive`)."""
 
     def __init__(self, model: nn.Module) -> None:
         from peft.tuners.lora import Linear
@@ -204,11 +201,7 @@ def adapter_of(layer: Any) -> str | None:
 
 
 def adapt(outs: Sequence[Tensor], x: Tensor, rows: Tensor, layers: Sequence[Any], names: Sequence[Any]) -> None:
-    """Add what LoRA layers of peft, each with its adapter's name, make of x [B, T, H] to outputs of their base [B, T,
-    N_i].
-
-    In place, in rows [B, T] bool alone.
-    """
+    """Add what LoRA layers make of x [B, T, H] to outputs of their base [B, T, N_i], in place, in rows [B, T] bool."""
     adapters, dtype = list(zip(layers, names)), outs[0].dtype
     if layers[0].lora_A[names[0]].weight.dtype == torch.float32:
         dtype = torch.float32  # as peft loads adapters, whatever the base is in; the op takes them so

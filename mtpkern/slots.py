@@ -95,10 +95,7 @@ def enter(decoder: Decoder, newcomers: Sequence[Newcomer], owner: Tensor, *, chu
 
 
 def _take_in(decoder: Decoder, logits: Tensor, seq: Tensor) -> None:
-    """As behind `Decoder.prefill`, for sequences seq [n] alone: logits [n * k, V] of last tokens and masks behind.
-
-    The others stay as they are, and the next pass is planned anew.
-    """
+    """As behind `Decoder.prefill`, for sequences seq [n] alone: logits [n * k, V]; then the next pass is planned."""
     sequences, n, k, device = decoder.sequences, len(seq), decoder.strategy.k, decoder.device
     o = torch.arange(n * k, device=device)
     start = torch.zeros(len(sequences.status) + 1, dtype=torch.int64, device=device)

@@ -40,10 +40,7 @@ def state_of(folder: Path) -> Path | None:
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """The logs of a run: of a trainer_state.json, or of a file with the table that the run has printed.
-
-    Raises ValueError for a file that is neither.
-    """
+    """The logs of a run, of its trainer_state.json or of the table that it printed; ValueError for another file."""
     if path.suffix != ".json":
         try:
             return _printed(path.read_text(encoding="utf-8"))

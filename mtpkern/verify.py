@@ -110,10 +110,10 @@ def require_verified(model: PreTrainedModel, mask_token_id: int) -> None:
     kind, config = type(model), model.config.get_text_config(decoder=True)
     key = kind, config._attn_implementation, settings_of(model.config)
     with _lock:
-        found = _found.get(model)
-        known = found is not None and found[0] == (key, state)
-        fault = found[1] if found is not None and known else None
-        known = known or (not state and key in _verified)
+        seen, fault = _found.get(model, (None, None))
+        if seen != (key, state):
+            fault = None
+        known = seen == (key, state) or (not state and key in _verified)
     if not known:
         fault = _fault(model, mask_token_id)
         with _lock:

@@ -70,10 +70,7 @@ def of_kind(criteria: Iterable[Any], kind: type[Criterion]) -> list[Criterion]:
 
 
 class Watch:
-    """Sees a run of B sequences through `poll`, and knows where each has ended.
-
-    criteria is what transformers has prepared, the caller's included; limits and stop tokens among it are the device's.
-    """
+    """Sees a run of B sequences through `poll`: new tokens of each (`ends`), and why there are no more (`reasons`)."""
 
     def __init__(self, streamer: Any, criteria: Iterable[Any]) -> None:
         self.streamer = streamer
@@ -92,9 +89,7 @@ class Watch:
         return watch if wanted else None
 
     def begin(self, input_ids: Tensor, attention_mask: Tensor | None, *, new: int, padding: int, device: Any) -> None:
-        """Take in the prompts [B, T], on the host, and show them; once, should the run begin anew. Criteria run on
-        `device`.
-        """
+        """Take in the prompts [B, T], on the host, and show them, once; criteria get prefixes on `device`."""
         if self.begun:
             return
         self.begun = True

@@ -93,8 +93,7 @@ def attach(model: nn.Module, row: nn.Parameter, adapter: str = "default") -> Gat
     nothing. Raises ValueError, the model as it was before, for layers that would not ask the gate.
     """
     base = _base_of(model)
-    layers = [layer for layer in _lora_layers(base) if adapter in layer.lora_A]
-    gate = next((found for layer in layers if (found := _gate_before(layer, adapter)) is not None), None)
+    layers, gate = _layers_of(base, adapter), _gate_before(base, adapter)
     if gate is None:
         # Of some kinds of quantised layers peft adds the update itself, whatever variant it is of.
         deaf = {type(x).__name__ for x in layers if "lora_variant" not in type(x).forward.__code__.co_names}
@@ -167,8 +166,7 @@ def _load_adapter(model: Any, path: Any, adapter_name: str, is_trainable: bool =
         require_base(_base_of(model), settings_of(now), str(path))
     result = type(model).load_adapter(model, path, adapter_name, is_trainable=is_trainable, **kwargs)
     if now is not None:
-        layers = (layer for layer in _lora_layers(_base_of(model)) if adapter_name in layer.lora_A)
-        gate = _gate_before(next(layers), adapter_name)
+        gate = _gate_before(_base_of(model), adapter_name)
         if gate is not None:
             gate.settings = settings_of(now)
             gate.row.data.copy_(row_of(now))
@@ -184,15 +182,17 @@ def _base_of(model: nn.Module) -> Any:
     return model
 
 
-def _lora_layers(base: nn.Module) -> Iterator[Any]:
+def _layers_of(base: nn.Module, adapter: str) -> list[Any]:
+    """The LoRA layers that an adapter changes."""
     from peft.tuners.lora import LoraLayer
 
-    return (module for module in base.modules() if isinstance(module, LoraLayer))
+    return [module for module in base.modules() if isinstance(module, LoraLayer) and adapter in module.lora_A]
 
 
-def _gate_before(layer: Any, adapter: str) -> Gate | None:
-    """The gate that this adapter of the layer asks."""
-    return getattr(layer.lora_variant.get(adapter), "gate", None)
+def _gate_before(base: nn.Module, adapter: str) -> Gate | None:
+    """The gate that this adapter asks."""
+    asked = (getattr(layer.lora_variant.get(adapter), "gate", None) for layer in _layers_of(base, adapter))
+    return next((gate for gate in asked if gate is not None), None)
 
 
 def require_bare(model: nn.Module) -> None:
@@ -228,10 +228,9 @@ def adopt(model: nn.Module) -> None:
     configs = getattr(model, "peft_config", None) or {}
     gated = {name for name, config in configs.items() if is_gated(config)}
     if not gated:
-        _choose(model, None)
-        return
+        return _choose(model, None)
     # peft activates an adapter in all layers, in those too that it does not change.
-    anywhere = next(_lora_layers(base), None)
+    anywhere = next((layer for name in gated for layer in _layers_of(base, name)), None)
     active = [name for name in getattr(anywhere, "active_adapters", ()) if name in gated]
     if len(active) > 1:
         raise ValueError(
@@ -239,11 +238,9 @@ def adopt(model: nn.Module) -> None:
             "mask token has one row; activate one: model.set_adapter(name)"
         )
     if not active:
-        _choose(model, None)
-        return
+        return _choose(model, None)
     [name] = active
-    own = next((layer for layer in _lora_layers(base) if name in layer.lora_A), None)
-    gate = None if own is None else _gate_before(own, name)
+    gate = _gate_before(base, name)
     if gate is None:
         require_gateable(configs[name])
         require_base(base, settings_of(configs[name]), f"adapter {name!r}")
@@ -327,10 +324,8 @@ def save_adapter(model: PeftModel, folder: str | Path | None, *, dtype: torch.dt
 def record_row(model: PeftModel) -> None:
     """Bring the mask token's row, as trained by now, and what the gate records into the config that peft saves."""
     base = model.get_base_model()
-    gated = [name for name, config in model.peft_config.items() if is_gated(config)]
-    for name in gated:
-        gates = (_gate_before(layer, name) for layer in _lora_layers(base) if name in layer.lora_A)
-        gate = next(gates, None)
+    for name in [name for name, config in model.peft_config.items() if is_gated(config)]:
+        gate = _gate_before(base, name)
         if gate is not None:
             # In shards the gate's own is what a call has gathered.
             row = model.mask_row if gate is gate_of(base) else gate.row

@@ -120,7 +120,7 @@ class Choice:
         if self.choosing.keeps:
             # Verified, what is emitted stems from rows of tokens; else from the last of them and the masks behind it.
             emits = is_token if self.verify else used & (position + 1 >= standing)
-            self._keep(logits, scores, token, confidence, seq, position, emits)
+            self._keep(logits, scores, (token, confidence), seq, position, emits)
         return token, confidence
 
     def _texts(self, tokens: Tensor, seq: Tensor, position: Tensor, end: Tensor, used: Tensor, known: Tensor) -> Texts:
@@ -162,14 +162,7 @@ class Choice:
         return token, confidence, processed
 
     def _keep(
-        self,
-        logits: Tensor,
-        scores: Tensor,
-        token: Tensor,
-        confidence: Tensor,
-        seq: Tensor,
-        position: Tensor,
-        emits: Tensor,
+        self, logits: Tensor, scores: Tensor, read: tuple[Tensor, Tensor], seq: Tensor, position: Tensor, emits: Tensor
     ) -> None:
         """Note at each token's place what it was chosen with; what was noted there of a draft, or too early, goes."""
         trash = self.sequences.tokens.shape[1] - 1
@@ -177,6 +170,7 @@ class Choice:
         if self.logprobs is not None and self.confidences is not None:
             z = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
             z[:, self.mask_token_id : self.mask_token_id + 1] = -torch.inf
+            token, confidence = read
             logprob = z.gather(1, token.clamp(min=0)[:, None])[:, 0] - z.logsumexp(-1)
             self.logprobs[seq, place] = logprob.float()
             self.confidences[seq, place] = confidence.float()

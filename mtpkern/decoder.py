@@ -292,12 +292,9 @@ class Decoder:
         """Logits [R, V] of the packed rows; the model is told of no position behind the last, unless that is None."""
         input_ids, position = self.rows.token[None], self.rows.position[None]
         with base_alone(self.model) if self._maskless else gated(self.model, input_ids):
+            told = position if self.last_position is None else position.clamp(max=self.last_position)
             return self.model(
-                input_ids=input_ids,
-                position_ids=position if self.last_position is None else position.clamp(max=self.last_position),
-                past_key_values=None,
-                use_cache=False,
-                **route,
+                input_ids=input_ids, position_ids=told, past_key_values=None, use_cache=False, **route
             ).logits[0]
 
     def _take_in(self, logits: Tensor, places: tuple[Tensor, Tensor] | None = None) -> Tensor:

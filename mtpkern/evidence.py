@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, median, stdev
 from typing import Any
 
-from mtpkern.compare import Tally, sample_k
+from mtpkern.compare import Completion, Tally
 
 ORIGINAL = "original"
 PLAIN = "static_1"
@@ -44,14 +44,9 @@ def figures(samples: Sequence[Sample]) -> dict[str, dict[str, Any]]:
 
 def _figures(samples: Sequence[Sample], name: str) -> dict[str, Any]:
     mine = [sample["ways"][name] for sample in samples]
-    tally = Tally(
-        problems=len(mine),
-        right=sum(bool(way["right"]) for way in mine),
-        tokens=sum(len(way["tokens"]) for way in mine),
-        passes=sum(len(way["blocks"]) for way in mine),
-        seconds=sum(way["seconds"] for way in mine),
-        sample_ks=[sample_k(way["blocks"]) for way in mine],
-    )
+    tally = Tally()
+    completions = [Completion(way["tokens"], way["blocks"]) for way in mine]
+    tally.add(completions, sum(bool(way["right"]) for way in mine), sum(way["seconds"] for way in mine))
     k, deviation = tally.effective_k
     found: dict[str, Any] = {"problems": tally.problems, "finished": mean(way["finished"] for way in mine)}
     scores = [way["right"] for way in mine]

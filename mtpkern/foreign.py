@@ -36,8 +36,8 @@ def foreign(model: nn.Module) -> tuple[Any, ...]:
         foreign(model)  # ((<weakref to the layer>, 7),)
     """
     found: list[Any] = []
-    found += [key for key, hook in torch_module._global_forward_hooks.items() if not _is_known(hook)]
-    found += [key for key, hook in torch_module._global_forward_pre_hooks.items() if not _is_known(hook)]
+    for hooks in (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks):
+        found += [key for key, hook in hooks.items() if not _is_known(hook)]
     prepare = vars(model).get("prepare_inputs_for_generation")
     if prepare is not None and not _is_known(prepare):
         found.append(_mark(prepare))
@@ -51,9 +51,8 @@ def foreign(model: nn.Module) -> tuple[Any, ...]:
         kinds[type(module)] = None
         if held["_modules"]:
             modules += held["_modules"].values()
-        if held["_forward_hooks"] or held["_forward_pre_hooks"]:
-            # torch counts hooks through the process.
-            for hooks in (held["_forward_hooks"], held["_forward_pre_hooks"]):
+        for hooks in (held["_forward_hooks"], held["_forward_pre_hooks"]):
+            if hooks:  # torch counts them through the process
                 found += [(ref(module), key) for key, hook in hooks.items() if not _is_known(hook)]
         if "forward" in held and not _is_known(held["forward"]):
             found.append((ref(module), _mark(held["forward"])))

@@ -72,9 +72,8 @@ def device_of(name: str | None = None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device {name}: there is no such kind of device; this machine has {here}") from None
-    if device.type != "cpu" and (
-        accelerator is None or device.type != accelerator.type or (device.index or 0) >= count
-    ):
+    there = accelerator is not None and device.type == accelerator.type and (device.index or 0) < count
+    if device.type != "cpu" and not there:
         raise ValueError(f"--device {name}: torch finds no such device here; this machine has {here}")
     return device
 
@@ -105,10 +104,9 @@ def load(
         return model.to(device).eval(), tokenizer
     from mtpkern.adapter import load_adapter
 
-    found = base or settings.base
     try:
-        require_model(found)
-        model, tokenizer = _load(found, dtype)
+        require_model(base or settings.base)
+        model, tokenizer = _load(base or settings.base, dtype)
     except OSError as error:
         if base is not None:
             raise

@@ -41,11 +41,8 @@ def kind_of(way: str) -> str:
 def pareto(figures: Figures) -> list[dict[str, Any]]:
     """A row a way for the figure of accuracy against tokens a pass; none where the data had no expected answers."""
     names = ("accuracy", "standard_error", "tokens_per_pass", "effective_k", "wall_clock", "problems")
-    return [
-        {"way": way, "kind": kind_of(way), **{name: f.get(name, "") for name in names}}
-        for way, f in figures.items()
-        if "accuracy" in f
-    ]
+    scored = {way: f for way, f in figures.items() if "accuracy" in f}
+    return [{"way": way, "kind": kind_of(way), **{n: f.get(n, "") for n in names}} for way, f in scored.items()]
 
 
 def acceptance(figures: Figures) -> list[dict[str, Any]]:
@@ -68,16 +65,13 @@ def plot(source: Path, folder: Path) -> list[Path]:
     """
     tables = _tables(source)
     if not tables:
-        raise ValueError(
-            f"{source}: nothing to draw: no expected answers and no way of more than one token a pass, or no step "
-            "logged"
-        )
+        why = "no expected answers and no way of more than one token a pass, or no step logged"
+        raise ValueError(f"{source}: nothing to draw: {why}")
     folder.mkdir(parents=True, exist_ok=True)
     written = [_write(rows, folder / f"{name}.csv") for name, rows in tables.items()]
     if find_spec("matplotlib") is None:
-        raise ImportError(
-            f"pictures need matplotlib; the numbers are in {folder} as CSV; run: pip install 'mtpkern[plot]'"
-        )
+        there = f"the numbers are in {folder} as CSV"
+        raise ImportError(f"pictures need matplotlib; {there}; run: pip install 'mtpkern[plot]'")
     for name, rows in tables.items():
         _DRAW[name](rows, folder / f"{name}.png")
         written.append(folder / f"{name}.png")

@@ -32,10 +32,9 @@ def parse(text: str, expected: str = "a JSON object") -> Any:
     except BadRow:
         raise
     except (ValueError, RecursionError) as error:
+        reason = str(error).split(";")[0]  # a number of thousands of digits, or lists in lists in lists
         if isinstance(error, json.JSONDecodeError):
             reason = f"line {error.lineno}: {error.msg}" if error.lineno > 1 else error.msg
-        else:  # a number of thousands of digits, or lists in lists in lists
-            reason = str(error).split(";")[0]
         raise BadRow("no JSON", f"expected {expected}, got {shown(text.strip())} ({reason})") from None
     # Only an escape can bring half a character into a string, and looking at every string takes time.
     if "\\ud" in text or "\\uD" in text:

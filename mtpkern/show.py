@@ -86,12 +86,9 @@ def html(parts: Sequence[str], blocks: Sequence[int]) -> str:
 
 def answer_page(tokenizer: PreTrainedTokenizerBase, question: str, tokens: Sequence[int], blocks: Sequence[int]) -> str:
     """A whole page of one answer: the question, the coloured blocks, their sizes."""
-    body = [
-        f'<p class="question">{escape(question)}</p>',
-        html(pieces(tokenizer, tokens, blocks), blocks),
-        f"<p>{escape(sizes(blocks))}, {len(tokens) / len(blocks):.2f} a pass</p>",
-    ]
-    return page("Several tokens per pass", "\n".join(body))
+    asked, answer = f'<p class="question">{escape(question)}</p>', html(pieces(tokenizer, tokens, blocks), blocks)
+    size = f"<p>{escape(sizes(blocks))}, {len(tokens) / len(blocks):.2f} a pass</p>"
+    return page("Several tokens per pass", "\n".join([asked, answer, size]))
 
 
 def page(title: str, body: str) -> str:

@@ -92,7 +92,7 @@ def attach(model: nn.Module, row: nn.Parameter, adapter: str = "default") -> Gat
     row [H]: the mask token's embedding, which becomes the parameter `mask_row` of a PeftModel. Doing it twice changes
     nothing. Raises ValueError, the model as it was before, for layers that would not ask the gate.
     """
-    base = _base_of(model)
+    base = base_of(model)
     layers, gate = _layers_of(base, adapter), _gate_before(base, adapter)
     if gate is None:
         # Of some kinds of quantised layers peft adds the update itself, whatever variant it is of.
@@ -118,7 +118,7 @@ def attach(model: nn.Module, row: nn.Parameter, adapter: str = "default") -> Gat
 
 def _choose(model: nn.Module, gate: Gate | None) -> None:
     """Make this gate the model's: its row stands for the mask token, its rows are adapted. None leaves the base."""
-    base = _base_of(model)
+    base = base_of(model)
     if gate_of(base) is gate:
         return
     for module in base.modules():
@@ -163,10 +163,10 @@ def _load_adapter(model: Any, path: Any, adapter_name: str, is_trainable: bool =
                 f"{'is another kind' if not is_gated(now) else 'has another ' + ', '.join(other)}; load it under "
                 f"another name, or model.delete_adapter({adapter_name!r}) first"
             )
-        require_base(_base_of(model), settings_of(now), str(path))
+        require_base(base_of(model), settings_of(now), str(path))
     result = type(model).load_adapter(model, path, adapter_name, is_trainable=is_trainable, **kwargs)
     if now is not None:
-        gate = _gate_before(_base_of(model), adapter_name)
+        gate = _gate_before(base_of(model), adapter_name)
         if gate is not None:
             gate.settings = settings_of(now)
             gate.row.data.copy_(row_of(now))
@@ -174,7 +174,7 @@ def _load_adapter(model: Any, path: Any, adapter_name: str, is_trainable: bool =
     return result
 
 
-def _base_of(model: nn.Module) -> Any:
+def base_of(model: nn.Module) -> Any:
     """The model of transformers, of one that is peft's the one in it."""
     peft = sys.modules.get("peft")
     if peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
@@ -199,7 +199,7 @@ def require_bare(model: nn.Module) -> None:
     """Raise ValueError for a model whose layers carry adapters already: the next would be written over the first."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    base = _base_of(model)
+    base = base_of(model)
     if base is not model or any(isinstance(module, BaseTunerLayer) for module in base.modules()):
         names = ", ".join(map(repr, getattr(model, "peft_config", None) or {})) or "of peft's"
         raise ValueError(
@@ -224,7 +224,7 @@ def adopt(model: nn.Module) -> None:
 
     Raises ValueError for several that are active, and for one that is of another base or cannot be gated.
     """
-    base = _base_of(model)
+    base = base_of(model)
     configs = getattr(model, "peft_config", None) or {}
     gated = {name for name, config in configs.items() if is_gated(config)}
     if not gated:

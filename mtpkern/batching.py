@@ -369,9 +369,8 @@ def _refuse(kwargs: dict[str, Any], file: GenerationConfig | None) -> None:
         arguments = {name for f in (generate, GenerationMixin.generate) for name in signature(f).parameters}
         unknown = not bad.keys() & (FIELDS | arguments | {"attention_mask"})
         why = "which nobody knows" if unknown else "which is no matter of each prompt alone"
-        raise ValueError(
-            f"mtpkern.generate_batch does not support {values}, {why}; leave it out, or use mtpkern.generate"
-        )
+        remedy = "leave it out, or use mtpkern.generate"
+        raise ValueError(f"mtpkern.generate_batch does not support {values}, {why}; {remedy}")
 
 
 def _refuse_of_one_batch(processors: Iterable[Any], criteria: Iterable[Any]) -> None:

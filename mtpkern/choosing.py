@@ -4,10 +4,9 @@ Processors change the scores (mtpkern.processors), sampling draws (kernels/sampl
 probability is kept where somebody asks for it. Greedy decoding without any of that has no `Choosing` at all.
 
 `Verified` is exact: what a row draws is a function of key, sequence, position and the scores behind the row's text, and
-a draft stands where the row before it draws the same. So it is kept with the probability that the model's own
-distribution p gives it, p(x), as in rejection sampling, where a draft that its proposer was sure of is kept with
-min(1, p(x) / 1); no rule keeps more of such drafts and leaves the distribution as it is. What is drawn in its place is
-distributed as p without x. And the text is the same whatever was drafted: whatever k, masks, rows or load are.
+a draft stands where the row before it draws the same: with the probability p(x) that the model's own distribution gives
+it, as in rejection sampling of drafts that the proposer was sure of. What is drawn in its place is distributed as p
+without x, and the text is the same whatever was drafted: whatever k, masks, rows or load are.
 """
 
 from __future__ import annotations

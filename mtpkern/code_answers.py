@@ -1,8 +1,8 @@
 """Answers that are code: asked for as a continuation or in a chat, and right where the task's own tests hold.
 
-Whoever has them judged runs what a model has written. Each program runs in a process of its own, in an empty folder,
-without this one's environment, and with limits on time, memory, files and further processes. That keeps accidents
-small and is no sandbox: nothing keeps it from reading files or from the network.
+Whoever has them judged runs what a model has written: in a process of its own, in an empty folder, without this one's
+environment, and with limits on time, memory, files and further processes. That keeps accidents small and is no sandbox:
+nothing keeps it from reading files or from the network.
 """
 
 from __future__ import annotations

@@ -2,11 +2,8 @@
 
 Layers are alike: a few forms, made in the time of one layer, serve all of them. Attention is kept out: it writes the
 caches of its own layer, and a form that looked inside would be one layer's. So a layer is compiled in the parts before
-and behind its attention, which costs nothing in a CUDA graph. What lies around the layers, embedding, last norm and
-head, stays as it is.
-
-A layer has a forward of its own only while a pass of this thread runs; other threads, `fingerprint`, saving and whoever
-looks at the model meanwhile know nothing of it.
+and behind its attention, which costs nothing in a CUDA graph. It has a forward of its own only while a pass of this
+thread runs; other threads, `fingerprint`, saving and whoever looks at the model meanwhile know nothing of it.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Logits processors for packed rows: what transformers has prepared, applied to each row's own text, on the device.
 
 transformers calls a processor with the text so far and the scores of its next token. A pass has rows of several texts
-of different length, among them drafts: the text of a row is what stands up to the row's own token, that included. What
-transformers prepares is a list of processors in an order; `from_transformers` makes of each a description that can be
-compared (a captured step has it baked in), and `on` makes of the description what a step calls.
+of different length, among them drafts: the text of a row is what stands up to the row's own token, that included.
+`from_transformers` makes of each processor a description that can be compared (a captured step has it baked in), and
+`on` makes of the description what a step calls.
 
-A processor of the caller's own takes the slow way: it is called for each row alone, with the text as transformers would
-lay it out. The host has to know the text for that, so that it waits for every pass, and no graph is captured.
+A processor of the caller's own is called for each row alone, with the text as transformers would lay it out. The host
+has to know the text for that, so that it waits for every pass, and no graph is captured.
 """
 
 from __future__ import annotations

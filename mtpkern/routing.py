@@ -1,9 +1,8 @@
 """What a config answers when transformers asks for the attention function: ours in a routed thread, its own elsewhere.
 
-Configs are shared: by threads that use one model, by models that were built from one config. So nothing is written
-into them. For the length of a block a config's class is a subclass that differs in one property, which looks up whether
-this thread has the block open: `_attn_implementation`. Copies, pickles, comparisons and JSON are those of the plain
-class.
+Configs are shared, by threads and by models, so nothing is written into them. For the length of a block a config's
+class is a subclass that differs in one property, which looks up whether this thread has the block open:
+`_attn_implementation`. Copies, pickles, comparisons and JSON are those of the plain class.
 """
 
 from __future__ import annotations

@@ -191,11 +191,9 @@ class Watch:
     def _step_columns(self) -> None:
         """Ask the caller's criteria of, and show to the streamer, every column that all sequences have come to."""
         by_column = self.streamer is not None and not self.by_blocks
-        if not self.others and not by_column:
-            return
         if not self.others:
             # Nobody ends a sequence meanwhile, so that all of them can be made at once.
-            n = self._last_column() - self.columns
+            n = self._last_column() - self.columns if by_column else 0
             if n > 0:
                 texts = [text[self.columns : self.columns + n] for text in self.text]
                 rows = [text + [self.padding] * (n - len(text)) for text in texts]

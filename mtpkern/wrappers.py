@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from mtpkern.adapter import base_of
 from mtpkern.adapter_config import is_gated
 
 # Adapters of peft whose whole effect lies in the model's layers and falls on each row by itself.
@@ -47,7 +48,7 @@ def unwrapped(model: Any, arguments: dict[str, Any]) -> PreTrainedModel:
     if peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
         mixed = isinstance(model, peft.PeftMixedModel)
         _require_row_wise(name, model.peft_config, model.active_adapter if mixed else model.active_adapters)
-        plain = model.base_model.model if mixed else model.get_base_model()
+        plain = base_of(model)
         if not isinstance(plain, PreTrainedModel):
             raise TypeError(f"{name} wraps {type(plain).__name__}; expected a PreTrainedModel in it")
         if model.generation_config is not plain.generation_config:

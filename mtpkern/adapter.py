@@ -93,7 +93,7 @@ def attach(model: nn.Module, row: nn.Parameter, adapter: str = "default") -> Gat
     nothing. Raises ValueError, the model as it was before, for layers that would not ask the gate.
     """
     base = base_of(model)
-    layers, gate = _layers_of(base, adapter), _gate_before(base, adapter)
+    layers, gate = list(_layers_of(base, adapter)), _gate_before(base, adapter)
     if gate is None:
         # Of some kinds of quantised layers peft adds the update itself, whatever variant it is of.
         deaf = {type(x).__name__ for x in layers if "lora_variant" not in type(x).forward.__code__.co_names}
@@ -182,11 +182,11 @@ def base_of(model: nn.Module) -> Any:
     return model
 
 
-def _layers_of(base: nn.Module, adapter: str) -> list[Any]:
+def _layers_of(base: nn.Module, adapter: str) -> Iterator[Any]:
     """The LoRA layers that an adapter changes."""
     from peft.tuners.lora import LoraLayer
 
-    return [module for module in base.modules() if isinstance(module, LoraLayer) and adapter in module.lora_A]
+    return (module for module in base.modules() if isinstance(module, LoraLayer) and adapter in module.lora_A)
 
 
 def _gate_before(base: nn.Module, adapter: str) -> Gate | None:

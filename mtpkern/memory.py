@@ -52,12 +52,17 @@ def available_memory(device: torch.device) -> int | None:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type != "cpu":
         return None
+    free = free_bytes()
+    return None if free is None else min(free, *_left_in_cgroup(free))
+
+
+def free_bytes() -> int | None:
+    """Bytes that this machine can give away without swapping; None where it does not say so as Linux does."""
     try:
         facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(facts["MemAvailable"].split()[0]) * 1024
+        return int(facts["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
-    return min(free, *_left_in_cgroup(free))
 
 
 def _left_in_cgroup(free: int) -> list[int]:

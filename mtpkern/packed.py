@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mtpkern.kernels.gated_lora import gated_rows
-from mtpkern.memory import available_memory
+from mtpkern.memory import free_bytes
 from mtpkern.model import is_tested
 from mtpkern.products import families, is_plain
 from mtpkern.siblings import adapt, adapter_of, disjoint, together, watched
@@ -271,7 +271,7 @@ def pack(model: PreTrainedModel, groups: Sequence[Sequence[nn.Linear]]) -> list[
     known.clear()  # what is wrong goes before anything new comes
     missing = [i for i, packed in enumerate(found) if packed is None]
     needed = sum(layer.weight.nbytes for i in missing for layer in groups[i])
-    if needed * FREE_PART <= (available_memory(torch.device("cpu")) or 0):
+    if needed * FREE_PART <= (free_bytes() or 0):
         for i in missing:
             found[i] = Packed.of(groups[i])
     _packed[model] = [packed for packed in found if packed is not None]

@@ -267,9 +267,8 @@ def load_adapter(
     model.set_adapter("second").
 
     Raises ValueError for an adapter that is not gated, is gated but for another base, or changes more than linear
-    layers,
-    and for a model that carries adapters already; FileNotFoundError for a name that leads nowhere; ImportError without
-    peft.
+    layers, and for a model that carries adapters already; FileNotFoundError for a name that leads nowhere; ImportError
+    without peft.
 
         model = mtpkern.load_adapter(AutoModelForCausalLM.from_pretrained("base"), "adapter")
         ids = mtpkern.generate(model, **inputs, max_new_tokens=256)

@@ -174,8 +174,7 @@ def attention_context(model: PreTrainedModel, context: AttentionContext) -> Iter
 
     Only calls of this thread are routed, and of activation checkpointing the second forward, which autograd may run in
     a thread of its own: a block that was opened where gradients are recorded, and stays open around backward, covers
-    it.
-    Another run of the same model is waited for; raises RuntimeError where this thread has one open itself.
+    it. Another run of the same model is waited for; raises RuntimeError where this thread has one open itself.
     """
     with exclusive(model), routed(model, context) as route:
         yield route

@@ -50,9 +50,8 @@ def sample_k(blocks: Sequence[int]) -> float:
     """The mean k of one sample: tokens that a pass emitted, without the last, which a stop token or the limit trims.
 
     Over several samples tokens per pass are pooled, all tokens / all passes, which is what the time goes by; the
-    paper's
-    "Eff. k" is the mean over samples of each one's mean k, ± its standard deviation. Of [4, 4, 4, 1] and [2, 1] the
-    first is 16 / 6 = 2.67; the second has 4.0 and 2.0, which is 3.0 ± 1.41.
+    paper's "Eff. k" is the mean over samples of each one's mean k, ± its standard deviation. Of [4, 4, 4, 1] and [2, 1]
+    the first is 16 / 6 = 2.67; the second has 4.0 and 2.0, which is 3.0 ± 1.41.
 
         sample_k([4, 4, 4, 1])  # 4.0
     """

@@ -114,9 +114,8 @@ def _clear_up(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any)
     """Do what torch leaves undone where a capture is broken off, by a wait for the device say.
 
     It would take the capture to go on: its allocator would give back no memory to the device where it is short of it,
-    none
-    at all that several streams have used, and start no other capture in the same pool; and, in older versions, nothing
-    could draw random numbers or replay another graph before the next capture that ends well.
+    none at all that several streams have used, and start no other capture in the same pool; and, in older versions,
+    nothing could draw random numbers or replay another graph before the next capture that ends well.
     """
     try:
         torch._C._cuda_endAllocateToPool(stream.device_index, pool)
@@ -183,8 +182,7 @@ def fingerprint(model: PreTrainedModel) -> tuple[Any, ...]:
 
     Of every module: which one it is, addresses and forms of its tensors, its hooks, its plain settings, and which other
     objects it holds (a forward of its own, say); of the configuration its plain settings. Values of weights are read
-    anew
-    at each replay and may change in place; a LoRA that is merged in place shows in the module's list of them.
+    anew at each replay and may change in place; a LoRA that is merged in place shows in the module's list of them.
     """
     facts = [_facts(vars(model.config)), _facts(vars(model.config.get_text_config(decoder=True)))]
     # By hand, as a walk by torch's own means would take longer than several passes.

@@ -195,8 +195,7 @@ def tasks_of(names: Sequence[str], include_path: Path | None = None) -> Tasks:
     """The harness's tasks of each name, with their data; the headline metric is known of those in `READY`.
 
     include_path: a folder with tasks of one's own (yaml), whose names come before the harness's. Raises ValueError for
-    a
-    name that nothing bears and where a task's data or packages are not here.
+    a name that nothing bears and where a task's data or packages are not here.
     """
     if include_path is not None and not include_path.is_dir():
         raise ValueError(f"{include_path}: expected a folder with tasks in yaml files (--include-path), there is none")
@@ -252,10 +251,8 @@ def evaluate_tasks(
 
     answers: writes its samples into the folder; settings: what makes the evaluation what it is; chat: by the chat
     template, few-shot examples as turns; limit: documents of each task (of a group's each); metric: the headline, such
-    as
-    "exact_match,strict-match"; unless given the task's own first. Raises ValueError for a metric that a task does not
-    have,
-    and for settings other than the folder's.
+    as "exact_match,strict-match"; unless given the task's own first. Raises ValueError for a metric that a task does
+    not have, and for settings other than the folder's.
     """
     require_same(folder / "run.json", settings)
     found = {}

@@ -52,8 +52,7 @@ def default_rows(strategy: Strategy, batch: int, device: torch.device) -> int:
     """Rows of a pass at most: B * (2k - 1 + masks) gives every sequence all its masks, and those behind drafts.
 
     Without verification a sequence must have them, or what it emits would depend on its neighbours. Verified emits the
-    same
-    with fewer, and on a GPU gets those that are nearly free, four a sequence at least. On a CPU rows are used as
+    same with fewer, and on a GPU gets those that are nearly free, four a sequence at least. On a CPU rows are used as
     needed.
     """
     most = batch * (2 * strategy.k - 1)

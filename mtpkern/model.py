@@ -31,14 +31,12 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     """Give the model and its tokenizer the mask token; returns its id. Adding it twice changes nothing.
 
     The token's rows of the embedding and the unembedding are drawn from a normal distribution with the mean and
-    variance,
-    per dimension, of the rows in use (arXiv 2602.06019); a fixed generator makes them the same every time. Where the
-    embedding has no free row, it grows to a multiple of 64 rows, which matrix products are laid out for; those behind
-    the
-    mask token's are the mean of those in use, so that their logit is never the greatest. The id is recorded in
-    `model.config.mtpkern`, which `save_pretrained` keeps, and in the generation config's `suppress_tokens`, so that no
-    other decoder emits it. Raises ValueError where the model has neither a free row nor an embedding that can be
-    resized.
+    variance, per dimension, of the rows in use (arXiv 2602.06019); a fixed generator makes them the same every time.
+    Where the embedding has no free row, it grows to a multiple of 64 rows, which matrix products are laid out for;
+    those behind the mask token's are the mean of those in use, so that their logit is never the greatest. The id is
+    recorded in `model.config.mtpkern`, which `save_pretrained` keeps, and in the generation config's `suppress_tokens`,
+    so that no other decoder emits it. Raises ValueError where the model has neither a free row nor an embedding that
+    can be resized.
 
         mask_token_id = mtpkern.add_mask_token(model, tokenizer)
     """

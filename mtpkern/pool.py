@@ -134,9 +134,8 @@ def release_graphs(model: PreTrainedModel | None = None) -> int:
     """Drop the CUDA graphs and KV buffers that earlier calls of `generate` have kept, of one model or of all.
 
     Weights that a pass has moved together (mtpkern.products) are apart again, but of a model that a call is running; on
-    a CPU the copies that passes of few rows read (mtpkern.packed) go as well.
-    Returns how many were dropped. The memory goes back to torch, which returns it to the device at
-    `torch.cuda.empty_cache()`. The next call captures anew.
+    a CPU the copies that passes of few rows read (mtpkern.packed) go as well. Returns how many were dropped. The memory
+    goes back to torch, which returns it to the device at `torch.cuda.empty_cache()`. The next call captures anew.
 
         mtpkern.release_graphs(model)
     """

@@ -52,22 +52,17 @@ class PrefixCache:
         cache.shared  # [n]: the first n tokens of the last prompt were there already, and have not been read again
 
     Unlike transformers' past_key_values it may be given with any prompts: whole tokens are compared, from the first on,
-    and
-    what differs is read anew. Fewer than 8 are not worth a copy. So a chat need only give the whole conversation each
-    time,
-    rendered as ever. Strategy, k, masks, sampling, limits and padding may differ from call to call, and a batch may
-    have
-    more or fewer prompts: each looks among all texts of the last call. Tokens are those of a whole prefill but for
-    rounding, as keys may come from passes of other shapes.
+    and what differs is read anew. Fewer than 8 are not worth a copy. So a chat need only give the whole conversation
+    each time, rendered as ever. Strategy, k, masks, sampling, limits and padding may differ from call to call, and a
+    batch may have more or fewer prompts: each looks among all texts of the last call. Tokens are those of a whole
+    prefill but for rounding, as keys may come from passes of other shapes.
 
     Nothing is taken from what another model has read, or the same one before its weights, dtype, device, adapters,
-    hooks,
-    settings or autocast changed. Of weights, versions are compared and 64 values of each; a write of single ones past
-    autograd's eyes (`weight.data[0] = 1`) may show in neither: call `clear()` behind one.
+    hooks, settings or autocast changed. Of weights, versions are compared and 64 values of each; a write of single ones
+    past autograd's eyes (`weight.data[0] = 1`) may show in neither: call `clear()` behind one.
 
     A call that raises an error leaves what was there. The object alone holds the memory, on the model's device: the
-    keys of
-    the texts of one call. Threads may share one; what the last call to end has read is kept.
+    keys of the texts of one call. Threads may share one; what the last call to end has read is kept.
     """
 
     def __init__(self) -> None:

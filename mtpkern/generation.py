@@ -258,7 +258,7 @@ def _decode(
         reuse = Reuse(prefix_cache, model, [row[T - n :].numpy() for row, n in zip(host_ids.long(), prompts)])
     if watch is not None:
         watch.begin(host_ids, host_mask, new=max_new_tokens, padding=filler, device=given_on)
-    prompt = {"input_ids": input_ids, "attention_mask": attention_mask, "chunk": options.prefill_chunk}
+    prompt: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "chunk": options.prefill_chunk}
     prompt["known"] = None if reuse is None else reuse.fill
     # The prefill runs through the model's own attention, and the results are read before another run may have the
     # decoder.

@@ -258,8 +258,7 @@ class PrefillCache(_Chunks, Cache):
 class CapturedPrefill(_Chunks, DynamicCache):
     """The prefill's cache of a model of latent attention, and the context of `captured` that fills a `KVCache`.
 
-    Such a model caches what its keys and values are made from. So it keeps that to itself, here, until the prefill is
-    over, and what its layers attend to is stored as it gets there.
+    Such a model caches what keys and values are made from, here; what its layers attend to is stored as it gets there.
     """
 
     def __init__(self, kv: KVCache, slot: Tensor, seq: Tensor | None = None) -> None:

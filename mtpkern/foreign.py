@@ -1,7 +1,6 @@
 """What somebody has put into a model: hooks, forwards and classes that are not those of the libraries.
 
-A kind of model is trusted as transformers has written it. A hook that mixes positions, a forward that has been replaced
-or a module of another class make it another model, wherever in it they stand.
+A kind of model is trusted as transformers has written it; any of these make it another, wherever in it they stand.
 """
 
 from __future__ import annotations
@@ -29,11 +28,8 @@ def foreign(model: nn.Module) -> tuple[Any, ...]:
     """What stands in a model's modules that no library has put there; equal as long as nobody changes it.
 
     Hooks and forwards of an instance, classes and their forwards from elsewhere, and attention that has been told not
-    to be causal. Empty for a model as it was loaded, with adapters or without.
-
-        foreign(model)  # ()
-        model.model.layers[0].register_forward_hook(lambda module, args, output: output * 2)
-        foreign(model)  # ((<weakref to the layer>, 7),)
+    to be
+    causal: ((<weakref to the layer>, 7),) say. Empty for a model as it was loaded, with adapters or without.
     """
     found: list[Any] = []
     for hooks in (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks):

@@ -77,10 +77,7 @@ class Rendered(Prompting):
 
 
 class Answers(LM):  # type: ignore[misc]  # of a library without types
-    """The harness's model: every prompt decoded once in all ways, kept in a file; `way` says whose answers are given.
-
-    max_new_tokens: instead of the tasks' own limits
-    """
+    """The harness's model: every prompt decoded once in all ways, kept in a file; `way` says whose are given."""
 
     def __init__(
         self,

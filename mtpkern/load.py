@@ -64,10 +64,9 @@ def default_rows(strategy: Strategy, batch: int, device: torch.device) -> int:
 class PassTimes:
     """Seconds of a pass by its rows, of one model; learned from passes as they run.
 
-    times = PassTimes()
-    times.saw(1, 0.02)
-    times.saw(8, 0.04)
-    times.of(np.array([1, 4, 8]))  # [0.02, 0.028..., 0.04]
+        times = PassTimes()
+        times.saw(1, 0.02), times.saw(8, 0.04)
+        times.of(np.array([1, 4, 8]))  # [0.02, 0.028..., 0.04]
 
     Rows of the same three leading binary digits count as one. Between what was seen times are interpolated; beyond it
     they grow as if a pass without rows took the time of `fixed` rows.

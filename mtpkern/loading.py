@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 
 
 def require_found(name: str, kind: str = "model") -> None:
-    """Raise FileNotFoundError for what is no local path and no hub id, whose form a download would complain of.
-
-    kind: what it is on the hub, "model" or "dataset"
+    """Raise FileNotFoundError for what is no local path and no id of a "model" or "dataset" (kind) on the hub.
 
     A name without an owner, as some old ids are, counts where the hub's cache has it or the hub knows it. That is asked
     once, where a download would try for half a minute.
@@ -91,7 +89,6 @@ def load(
     """Model, in evaluation mode, and tokenizer of a checkpoint's path or hub id; code that comes with it is not run.
 
     A gated adapter is loaded upon the base that it records, or upon the folder or hub id `base`, and has its tokenizer.
-
     dtype: "auto" or a name in torch. Raises OSError for what cannot be loaded, ValueError for what needs its own code,
     for a base that is not the adapter's, and for one that is given to a whole checkpoint.
     """

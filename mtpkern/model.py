@@ -76,13 +76,7 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def recorded_settings(model: PreTrainedModel) -> dict[str, Any]:
-    """What training has recorded in the config or a gated adapter; what nobody has said is not there.
-
-    mask_token_id, k_max, bidirectional, version
-    chat        whether prompts were rendered by the chat template
-    separator   what stood behind a prompt where they were not
-    finished    whether the run that made the checkpoint had ended
-    """
+    """What training has recorded (`GatedSettings`, bidirectional, version) in the config or a gated adapter."""
     gate = gate_of(model)
     if gate is not None:
         ours = ("mask_token_id", "k_max", "chat", "separator", "finished")
@@ -128,8 +122,6 @@ def mask_token_for(model: PreTrainedModel, k: int, mask_token_id: int | None = N
     """The mask token for decoding k tokens a pass: `resolve_mask_token`, but one token a pass asks for no mask.
 
     A model that records none, and is given none, then gets the first id behind its vocabulary, which nothing emits.
-
-        mask_token_for(untrained, 1)  # 32000, where untrained has 32000 tokens
     """
     if k == 1 and mask_token_id is None and "mask_token_id" not in recorded_settings(model):
         return int(model.get_input_embeddings().weight.shape[0])
@@ -144,10 +136,7 @@ def layer_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
 
 
 def learned_positions(model: PreTrainedModel, *, needed: int) -> int | None:
-    """How many positions the model has a row for each of, learned as a rule, where these are fewer than are needed.
-
-    None where they suffice, or where positions are computed as they come and have no end.
-    """
+    """How many positions the model has a row for each of, where these are fewer than are needed, or None."""
     most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if not isinstance(most, int) or needed <= most:
         return None

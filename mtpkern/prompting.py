@@ -30,8 +30,6 @@ class Prompting:
         """What a model has recorded (`mtpkern.model.recorded_settings`), but for the flags that are given.
 
         Raises ValueError for a separator where the chat template is applied.
-
-            Prompting.of({"chat": False, "separator": "\\n"})  # Prompting(chat=False, separator="\\n")
         """
         if chat is None:
             # Who names a separator wants no template.

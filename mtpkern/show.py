@@ -1,8 +1,7 @@
 """Blocks made visible: the text of every pass in a colour of its own, for terminals and for a page.
 
 A pass emits a block of tokens. `pieces` cuts the text into the same blocks; `terminal` colours them (or parts them by
-"|" where there is no colour) and `page` writes them as one self-contained HTML file. `progress` shows that something
-is going on meanwhile.
+"|" where there is no colour) and `page` writes them as one self-contained HTML file.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ DARK = ("#0b4a75", "#6b3d00", "#14532d", "#701a55", "#444444", "#574b00")
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], blocks: Sequence[int]) -> list[str]:
-    """The text of each block, so that the pieces put together are the text of all tokens.
+    """The text of each block, so that the pieces put together are the text of all tokens; ValueError where sizes do not
+    sum.
 
-    tokens: the emitted ids; blocks: how many of them each pass emitted. Special tokens have no text; a character
-    whose bytes are spread over several blocks belongs to the block that completes it.
-    Raises ValueError where the blocks do not sum to the number of tokens.
+    Special tokens have no text; a character whose bytes are spread over several blocks belongs to the one that
+    completes it.
 
         pieces(tokenizer, [5, 6, 7], [1, 2])   # ["She", " has 12"]
     """

@@ -1,7 +1,6 @@
 """Does a model decode right? `check` compares it with itself; `require_verified` does where nobody has tried its kind.
 
-Two truths: the model's own forward on the whole text, without a cache or a neighbour, and transformers' own greedy
-decoding, with all that the model prepares for it.
+Two truths: the model's own forward on the whole text, and transformers' own greedy decoding, with all it prepares.
 """
 
 from __future__ import annotations
@@ -101,8 +100,8 @@ def require_verified(model: PreTrainedModel, mask_token_id: int) -> None:
     """Raise ValueError for a model of a kind that the tests do not cover and that a quick `check` finds decoding wrong.
 
     Once in a process for each class, with its settings and attention function, that decodes right; once for each model
-    that does not, of which another may have sound weights, and for each state of one into which somebody has put hooks,
-    forwards or modules of his own (`mtpkern.foreign`), of whatever kind it is. The caller holds the model.
+    that does not, and for each state of one into which somebody has put hooks, forwards or modules of his own (see
+    `foreign`). The caller holds the model.
     """
     state = foreign(model)
     if not state and is_tested(model):

@@ -43,8 +43,8 @@ _ANYTHING = torch.zeros(1, 1, dtype=torch.int64)
 class Streamer(Protocol):
     """What transformers calls a streamer: `put` gets the prompts [B, T], then each column of new tokens [B].
 
-    One with a `put_block` gets, behind the prompts, newly certain tokens by that: a list for each sequence. If it has
-    an event `closed`, that ends the run.
+    One with a `put_block` gets, behind the prompts, a list of newly certain tokens for each sequence by that, and may
+    have an event `closed` that ends the run.
     """
 
     def put(self, value: Tensor) -> None:

@@ -119,41 +119,32 @@ def _parser() -> argparse.ArgumentParser:
         "--file an --output grows row by row, and the same command again goes on behind those that are there; what "
         "wrote them stands beside, in FILE.options.",
     )
-    generate.add_argument("model", metavar="MODEL", help="path or hub id of a checkpoint, or of a gated adapter")
+    add = generate.add_argument
+    add("model", metavar="MODEL", help="path or hub id of a checkpoint, or of a gated adapter")
     source = generate.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="the prompt itself")
     source.add_argument("--file", type=Path, help='JSONL: {"prompt": "..."} or {"messages": [...]} in each row')
-    generate.add_argument(
+    add(
         "--strategy",
         default="verified",
         metavar="NAME[:K][:THRESHOLD]",
         help="verified (default), confadapt or static, as in static:1, confadapt:0.9 or verified:8:0.6",
     )
-    generate.add_argument("--k", type=positive, help="tokens predicted in one pass, as in --strategy")
-    generate.add_argument("--threshold", type=float, help="confidence above which a token counts as sure, 0 to 1")
-    generate.add_argument(
-        "--masks", type=int, metavar="N", help="rows more a pass of each prompt, for when drafts fail; with verified"
-    )
-    generate.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="(default 256)")
-    generate.add_argument("--batch-size", type=positive, default=8, metavar="N", help="side by side (default 8)")
-    generate.add_argument(
-        "--temperature", type=float, metavar="T", help="sample at this temperature; greedy unless given, or at 0"
-    )
-    generate.add_argument("--top-k", type=positive, metavar="N", help="with --temperature: of the N best tokens alone")
-    generate.add_argument("--top-p", type=float, metavar="P", help="with --temperature: of the best that make up P")
-    generate.add_argument("--seed", type=int, help="with --temperature: the same text again, whatever the batch size")
-    generate.add_argument(
-        "--stop", action="append", metavar="TEXT", help="end behind this text, which stays; may be given several times"
-    )
+    add("--k", type=positive, help="tokens predicted in one pass, as in --strategy")
+    add("--threshold", type=float, help="confidence above which a token counts as sure, 0 to 1")
+    add("--masks", type=int, metavar="N", help="rows more a pass of each prompt, for when drafts fail; with verified")
+    add("--max-new-tokens", type=positive, default=256, metavar="N", help="(default 256)")
+    add("--batch-size", type=positive, default=8, metavar="N", help="side by side (default 8)")
+    add("--temperature", type=float, metavar="T", help="sample at this temperature; greedy unless given, or at 0")
+    add("--top-k", type=positive, metavar="N", help="with --temperature: of the N best tokens alone")
+    add("--top-p", type=float, metavar="P", help="with --temperature: of the best that make up P")
+    add("--seed", type=int, help="with --temperature: the same text again, whatever the batch size")
+    add("--stop", action="append", metavar="TEXT", help="end behind this text, which stays; may be given several times")
     add_model_options(generate)
-    generate.add_argument("--html", type=Path, metavar="FILE", help="with --prompt: the coloured blocks as a page")
-    generate.add_argument("--show", action="store_true", help="print prompt and text, in blocks, one colour a pass")
-    generate.add_argument(
-        "--output", type=Path, metavar="FILE", help="write JSONL there, with --prompt whole or not at all"
-    )
-    generate.add_argument(
-        "--overwrite", action="store_true", help="with --file: begin --output anew, whatever answers it has"
-    )
+    add("--html", type=Path, metavar="FILE", help="with --prompt: the coloured blocks as a page")
+    add("--show", action="store_true", help="print prompt and text, in blocks, one colour a pass")
+    add("--output", type=Path, metavar="FILE", help="write JSONL there, with --prompt whole or not at all")
+    add("--overwrite", action="store_true", help="with --file: begin --output anew, whatever answers it has")
     generate.set_defaults(run=_generate)
 
     for name, (_, text) in _HANDED_ON.items():

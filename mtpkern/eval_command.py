@@ -34,7 +34,8 @@ def _parser() -> argparse.ArgumentParser:
         "wall-clock ratio and nearness to the original model, as a page, as JSON and a line a prompt. The same command "
         "again goes on where it was stopped.",
     )
-    parser.add_argument("model", metavar="MODEL", help="path or hub id of a checkpoint, or of a gated adapter")
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="path or hub id of a checkpoint, or of a gated adapter")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--data",
@@ -49,8 +50,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TASK",
         help="of lm-evaluation-harness (extra eval); as in the paper: gsm8k_cot bbh ifeval aime25 gpqa cnn_dm",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the results")
-    parser.add_argument(
+    add("--output", type=Path, required=True, metavar="DIR", help="folder of the results")
+    add(
         "--strategies",
         nargs="+",
         default=["verified"],
@@ -58,26 +59,22 @@ def _parser() -> argparse.ArgumentParser:
         help="such as static:2 confadapt:16:0.9 verified verified:4:0.2:9 (default: verified); static:1 always comes "
         "first",
     )
-    parser.add_argument("--include-path", type=Path, metavar="DIR", help="with --tasks: a folder with tasks in yaml")
-    parser.add_argument(
-        "--fewshot", type=int, metavar="N", help="with --tasks: examples instead of the task's own number"
-    )
-    parser.add_argument("--metric", metavar="NAME,FILTER", help="with --tasks: what is right; else the task's first")
-    parser.add_argument("--answer", choices=RULES, metavar="RULE", help=f"{', '.join(RULES)} (default auto)")
-    parser.add_argument("--answer-field", metavar="NAME", help="the field of a row that says what is right")
-    parser.add_argument(
+    add("--include-path", type=Path, metavar="DIR", help="with --tasks: a folder with tasks in yaml")
+    add("--fewshot", type=int, metavar="N", help="with --tasks: examples instead of the task's own number")
+    add("--metric", metavar="NAME,FILTER", help="with --tasks: what counts as right; else the task's first")
+    add("--answer", choices=RULES, metavar="RULE", help=f"{', '.join(RULES)} (default auto)")
+    add("--answer-field", metavar="NAME", help="the field of a row that says what is right")
+    add(
         "--run-code",
         action="store_true",
         help="with --data human-eval: judge answers by running them, each in a process of its own with limits on time "
         "and memory; it is no sandbox",
     )
-    parser.add_argument("--baseline", metavar="ORIGINAL", help="the model that training began with")
-    parser.add_argument(
-        "--limit", type=positive, metavar="N", help="the first N rows, or of each task; more later goes on"
-    )
-    parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="(default 256, or the task's)")
-    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="(default 8)")
-    parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="stop strings, such as Q:")
+    add("--baseline", metavar="ORIGINAL", help="the model that training began with")
+    add("--limit", type=positive, metavar="N", help="the first N rows, or of each task; more later goes on")
+    add("--max-new-tokens", type=positive, metavar="N", help="(default 256, or the task's)")
+    add("--batch-size", type=positive, default=8, metavar="N", help="(default 8)")
+    add("--stop", nargs="+", default=[], metavar="TEXT", help="stop strings, such as Q:")
     add_model_options(parser)
     return parser
 

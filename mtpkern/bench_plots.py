@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mtpkern.training_plots import axes_of
+from mtpkern.training_plots import drawn
 
 
 def masks_right(one: Mapping[str, Any]) -> str:
@@ -38,23 +38,21 @@ def throughput(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 def draw_throughput(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Throughput against what each sequence gets, batch by batch: a panel a context."""
     contexts = list(dict.fromkeys(row["context"] for row in rows))
-    n = len(contexts)
-    figure, panels = axes_of(n, size=(max(7, 4.2 * n), 4.5), xlabel="tokens a second of each sequence")
-    for axes, context in zip(panels, contexts):
-        axes.set_title(f"context of {context} tokens" if context else "", fontsize="small")
-        rights = list(dict.fromkeys(row["masks_right"] for row in rows if row["context"] == context))
-        for of, right in [("one a pass", rights[0]), *(("Verified", right) for right in rights)]:
-            line = (of, context, right)
-            mine = [row for row in rows if (row["of"], row["context"], row["masks_right"]) == line]
-            mine.sort(key=lambda row: row["batch"])
-            each, total = [row["tokens_a_second_each"] for row in mine], [row["tokens_a_second"] for row in mine]
-            axes.plot(each, total, marker="o", label=of if of == "one a pass" else f"{of}, masks right: {right}")
-            for row, x, y in zip(mine, each, total):
-                axes.annotate(f" {row['batch']}", (x, y), fontsize="x-small")
-        axes.set_yscale("log")
-    panels[0].set_ylabel("tokens a second in all")
-    panels[0].legend(fontsize="small", title="numbers: sequences side by side", title_fontsize="x-small")
-    figure.savefig(path, dpi=150)
+    labels, size = ["tokens a second in all", *[""] * (len(contexts) - 1)], (max(7, 4.2 * len(contexts)), 4.5)
+    with drawn(path, "tokens a second of each sequence", *labels, size=size) as panels:
+        for axes, context in zip(panels, contexts):
+            axes.set_title(f"context of {context} tokens" if context else "", fontsize="small")
+            rights = list(dict.fromkeys(row["masks_right"] for row in rows if row["context"] == context))
+            for of, right in [("one a pass", rights[0]), *(("Verified", right) for right in rights)]:
+                line = (of, context, right)
+                mine = [row for row in rows if (row["of"], row["context"], row["masks_right"]) == line]
+                mine.sort(key=lambda row: row["batch"])
+                each, total = [row["tokens_a_second_each"] for row in mine], [row["tokens_a_second"] for row in mine]
+                axes.plot(each, total, marker="o", label=of if of == "one a pass" else f"{of}, masks right: {right}")
+                for row, x, y in zip(mine, each, total):
+                    axes.annotate(f" {row['batch']}", (x, y), fontsize="x-small")
+            axes.set_yscale("log")
+        panels[0].legend(fontsize="small", title="numbers: sequences side by side", title_fontsize="x-small")
 
 
 def real(results: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -68,9 +66,8 @@ def real(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def draw_real(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """A histogram for each kind of prompts."""
-    figure, (axes,) = axes_of(xlabel="tokens a pass, mean of a prompt")
-    axes.set_ylabel("prompts")
     kinds = dict.fromkeys(row["prompts"] for row in rows)
-    axes.hist([[row["mean_k"] for row in rows if row["prompts"] == kind] for kind in kinds], bins=20, label=list(kinds))
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    means = [[row["mean_k"] for row in rows if row["prompts"] == kind] for kind in kinds]
+    with drawn(path, "tokens a pass, mean of a prompt", "prompts") as (axes,):
+        axes.hist(means, bins=20, label=list(kinds))
+        axes.legend()

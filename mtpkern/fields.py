@@ -102,13 +102,10 @@ _part = _number("a number from 0 to 1", lambda x: 0 <= x <= 1)
 
 OF_SCORES: dict[str, Callable[[Any], Any]] = {
     "repetition_penalty": _positive,
-    "no_repeat_ngram_size": _count,
+    **dict.fromkeys(("no_repeat_ngram_size", "min_length", "min_new_tokens"), _count),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), _tokens),
     "bad_words_ids": _words,
     "sequence_bias": _biases,
-    "suppress_tokens": _tokens,
-    "begin_suppress_tokens": _tokens,
-    "min_length": _count,
-    "min_new_tokens": _count,
     "forced_bos_token_id": _token,
     "forced_eos_token_id": _token_or_tokens,
     "exponential_decay_length_penalty": _decay,
@@ -116,12 +113,8 @@ OF_SCORES: dict[str, Callable[[Any], Any]] = {
 OF_SAMPLING: dict[str, Callable[[Any], Any]] = {
     "temperature": _positive,
     "top_k": _count,
-    "top_p": _share,
-    "min_p": _part,
-    "typical_p": _share,
-    "top_h": _share,
-    "epsilon_cutoff": _part,
-    "eta_cutoff": _part,
+    **dict.fromkeys(("top_p", "typical_p", "top_h"), _share),
+    **dict.fromkeys(("min_p", "epsilon_cutoff", "eta_cutoff"), _part),
 }
 _OTHERS: dict[str, Callable[[Any], Any]] = {
     "num_return_sequences": partial(whole, least=1),

@@ -20,7 +20,7 @@ from typing import Any
 
 from mtpkern.bench_plots import draw_real, draw_throughput, real, throughput
 from mtpkern.output import printable, whole_file
-from mtpkern.training_plots import SPANS, STATE, axes_of, course, draw_course, draw_spans, read_history, spans, state_of
+from mtpkern.training_plots import SPANS, STATE, course, draw_course, draw_spans, drawn, read_history, spans, state_of
 
 Figures = Mapping[str, Mapping[str, Any]]
 
@@ -127,29 +127,25 @@ def _write(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
 
 
 def _draw_pareto(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    figure, (axes,) = axes_of(xlabel="tokens a pass")
-    axes.set_ylabel("right answers, %")
-    for kind, (colour, mark) in _KINDS.items():
-        mine = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["tokens_per_pass"])
-        if mine:
-            x, right = [row["tokens_per_pass"] for row in mine], [100 * row["accuracy"] for row in mine]
-            error = [100 * row["standard_error"] for row in mine]
-            axes.errorbar(x, right, yerr=error, color=colour, marker=mark, capsize=2, label=kind)
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    with drawn(path, "tokens a pass", "right answers, %") as (axes,):
+        for kind, (colour, mark) in _KINDS.items():
+            mine = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["tokens_per_pass"])
+            if mine:
+                x, right = [row["tokens_per_pass"] for row in mine], [100 * row["accuracy"] for row in mine]
+                error = [100 * row["standard_error"] for row in mine]
+                axes.errorbar(x, right, yerr=error, color=colour, marker=mark, capsize=2, label=kind)
+        axes.legend()
 
 
 def _draw_acceptance(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    figure, (axes,) = axes_of(xlabel="position in the pass")
-    axes.set_ylabel("kept, where the positions before were")
-    axes.set_ylim(0, 1.02)
-    for way in dict.fromkeys(row["way"] for row in rows):
-        mine = [row for row in rows if row["way"] == way]
-        colour, mark = _KINDS.get(mine[0]["kind"], _KINDS["original"])
-        positions = [row["position"] for row in mine]
-        axes.plot(positions, [row["acceptance"] for row in mine], color=colour, marker=mark, alpha=0.7, label=way)
-    axes.legend(fontsize="x-small", ncols=2)
-    figure.savefig(path, dpi=150)
+    with drawn(path, "position in the pass", "kept, where the positions before were") as (axes,):
+        axes.set_ylim(0, 1.02)
+        for way in dict.fromkeys(row["way"] for row in rows):
+            mine = [row for row in rows if row["way"] == way]
+            colour, mark = _KINDS.get(mine[0]["kind"], _KINDS["original"])
+            x, y = [row["position"] for row in mine], [row["acceptance"] for row in mine]
+            axes.plot(x, y, color=colour, marker=mark, alpha=0.7, label=way)
+        axes.legend(fontsize="x-small", ncols=2)
 
 
 _DRAW = {

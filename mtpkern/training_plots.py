@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -103,41 +104,37 @@ def spans(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path}: expected the spans that a training run has kept, this is something else") from None
 
 
-def axes_of(n: int = 1, *, size: tuple[float, float] = (7, 4.5), xlabel: str) -> tuple[Any, Sequence[Any]]:
-    """A figure of n panels side by side, and their axes; ImportError without matplotlib."""
+@contextmanager
+def drawn(path: Path, xlabel: str, *ylabels: str, size: tuple[float, float] = (7, 4.5)) -> Iterator[Sequence[Any]]:
+    """The axes of a picture with a panel a ylabel, side by side, which is written at the end of the block."""
     from matplotlib.figure import Figure  # type: ignore[import-not-found]  # of an extra
 
-    figure = Figure(figsize=size, layout="constrained")
-    panels = [figure.add_subplot(1, n, i, xlabel=xlabel) for i in range(1, n + 1)]
+    figure, n = Figure(figsize=size, layout="constrained"), len(ylabels)
+    panels = [figure.add_subplot(1, n, i, xlabel=xlabel, ylabel=label) for i, label in enumerate(ylabels, 1)]
     for axes in panels:
         axes.grid(alpha=0.3)
-    return figure, panels
+    yield panels
+    figure.savefig(path, dpi=150)
 
 
 def draw_course(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Two panels by step: acceleration, and right answers or else the loss."""
     decoded = any(row["tokens_per_pass"] != "" for row in rows)
     judged = any(row["accuracy"] != "" for row in rows)
-    panels = (
-        ("tokens_per_pass", "tokens a pass", 1) if decoded else ("agreeing_prefix", "agreeing prefix, tokens", 1),
-        ("accuracy", "right answers, %", 100) if judged else ("loss", "loss", 1),
-    )
-    figure, both = axes_of(2, size=(10, 4), xlabel="step")
-    for axes, (name, label, scale) in zip(both, panels):
-        axes.set_ylabel(label)
-        for of in dict.fromkeys(row["of"] for row in rows):
-            mine = [row for row in rows if row["of"] == of and row[name] != ""]
-            if mine:
-                axes.plot([row["step"] for row in mine], [scale * row[name] for row in mine], marker=".", label=of)
-        axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+    gained = ("tokens_per_pass", "tokens a pass", 1) if decoded else ("agreeing_prefix", "agreeing prefix, tokens", 1)
+    kept = ("accuracy", "right answers, %", 100) if judged else ("loss", "loss", 1)
+    with drawn(path, "step", gained[1], kept[1], size=(10, 4)) as panels:
+        for axes, (name, _, scale) in zip(panels, (gained, kept)):
+            for of in dict.fromkeys(row["of"] for row in rows):
+                mine = [row for row in rows if row["of"] == of and row[name] != ""]
+                if mine:
+                    axes.plot([row["step"] for row in mine], [scale * row[name] for row in mine], marker=".", label=of)
+            axes.legend(fontsize="small")
 
 
 def draw_spans(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """A point a span, those of later steps darker."""
-    figure, (axes,) = axes_of(xlabel="confidence of the student, mean of the span")
-    axes.set_ylabel("teacher's loss, nats a token")
     x, y, steps = ([row[name] for row in rows] for name in (*_OF_SPANS, "step"))
-    points = axes.scatter(x, y, c=steps, cmap="viridis_r", s=8, alpha=0.6)
-    figure.colorbar(points, label="step")
-    figure.savefig(path, dpi=150)
+    with drawn(path, "confidence of the student, mean of the span", "teacher's loss, nats a token") as (axes,):
+        points = axes.scatter(x, y, c=steps, cmap="viridis_r", s=8, alpha=0.6)
+        axes.figure.colorbar(points, label="step")

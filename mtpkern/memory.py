@@ -52,8 +52,8 @@ def available_memory(device: torch.device) -> int | None:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type != "cpu":
         return None
-    free = free_bytes()
-    return None if free is None else min(free, *_left_in_cgroup(free))
+    spare = free_bytes()
+    return None if spare is None else min(spare, *_left_in_cgroup(spare))
 
 
 def free_bytes() -> int | None:

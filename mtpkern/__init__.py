@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from mtpkern.batching import iterate_batch as iterate_batch
     from mtpkern.generation import MTPGenerateOutput as MTPGenerateOutput
     from mtpkern.generation import generate as generate
-    from mtpkern.graph import release_graphs as release_graphs
     from mtpkern.model import add_mask_token as add_mask_token
+    from mtpkern.pool import release_graphs as release_graphs
     from mtpkern.prefix_cache import PrefixCache as PrefixCache
     from mtpkern.strategies import ConfAdapt as ConfAdapt
     from mtpkern.strategies import Static as Static
@@ -31,45 +31,23 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = [
-    "ASSETS",
-    "BatchOutput",
-    "ConfAdapt",
-    "MTPGenerateOutput",
-    "PrefixCache",
-    "Static",
-    "Verified",
-    "__version__",
-    "add_mask_token",
-    "check",
-    "generate",
-    "generate_batch",
-    "iterate_batch",
-    "load_adapter",
-    "reference",
-    "release_graphs",
-    "stream",
-]
 
 # The folder of the small checkpoint that comes along, with its tokenizer and held-out problems.
 ASSETS = Path(__file__).parent / "assets"
 
-_MODULE_OF = {
-    "BatchOutput": "mtpkern.batching",
-    "ConfAdapt": "mtpkern.strategies",
-    "MTPGenerateOutput": "mtpkern.generation",
-    "PrefixCache": "mtpkern.prefix_cache",
-    "Static": "mtpkern.strategies",
-    "Verified": "mtpkern.strategies",
-    "add_mask_token": "mtpkern.model",
-    "check": "mtpkern.verify",
-    "generate": "mtpkern.generation",
-    "generate_batch": "mtpkern.batching",
-    "iterate_batch": "mtpkern.batching",
-    "load_adapter": "mtpkern.adapter",
-    "release_graphs": "mtpkern.graph",
-    "stream": "mtpkern.streaming",
+_PUBLIC = {
+    "adapter": ("load_adapter",),
+    "batching": ("BatchOutput", "generate_batch", "iterate_batch"),
+    "generation": ("MTPGenerateOutput", "generate"),
+    "model": ("add_mask_token",),
+    "pool": ("release_graphs",),
+    "prefix_cache": ("PrefixCache",),
+    "strategies": ("ConfAdapt", "Static", "Verified"),
+    "streaming": ("stream",),
+    "verify": ("check",),
 }
+_MODULE_OF = {name: f"mtpkern.{module}" for module, names in _PUBLIC.items() for name in names}
+__all__ = sorted([*_MODULE_OF, "ASSETS", "__version__", "reference"])
 
 _OLDEST_TRANSFORMERS = "5.17"
 

@@ -1,9 +1,8 @@
 """The gated adapter: LoRA that acts on the rows of mask tokens only; every other row is the original model's own.
 
 Prompt, accepted tokens and drafts run through the frozen weights, so the KV cache holds what the original model would
-have put there, and what `Verified` emits is the original model's greedy output. Adapted are the mask rows of a pass
-alone: `Gate` says which those are, and closed, as it is outside of mtpkern, the model is the original to the last bit.
-In decoding, layers that read the same tensor are adapted together (`mtpkern.siblings`), each with the bits of its own.
+have put there, and what `Verified` emits is the original model's greedy output. `Gate` says which rows of a pass are
+masks, and closed, as it is outside of mtpkern, the model is the original to the last bit.
 
 The adapter is peft's: its LoRA layers, and its folder, whose config also says that it is gated, for which base, and
 holds the one embedding row that has no place in the base: the mask token is the first id behind the vocabulary, so
@@ -60,10 +59,7 @@ def gate_of(model: nn.Module) -> Gate | None:
 
 @contextmanager
 def gated(model: nn.Module, input_ids: Tensor) -> Iterator[None]:
-    """A block in which the model's gate, where it has one, is open for the mask tokens among input_ids [B, T].
-
-    Layers that read the same tensor are adapted together in it (see `mtpkern.siblings`).
-    """
+    """A block in which the model's gate, where it has one, is open for the mask tokens among input_ids [B, T]."""
     gate = gate_of(model)
     if gate is None:
         yield
@@ -73,20 +69,13 @@ def gated(model: nn.Module, input_ids: Tensor) -> Iterator[None]:
 
 
 def base_alone(model: nn.Module) -> AbstractContextManager[None]:
-    """A block for a pass without mask rows: `gated` without the cost of layers that have nothing to add.
-
-    with base_alone(model):
-        logits = model(input_ids=tokens, use_cache=False, ...).logits
-    """
+    """A block for a pass without mask rows: `gated` without the cost of layers that have nothing to add."""
     return nullcontext() if gate_of(model) is None else model.mtpkern_siblings.aside()  # type: ignore[operator,union-attr]
 
 
 @contextmanager
 def wrapping() -> Iterator[None]:
-    """Around peft's wrapping of a model: without transformers' warning of an old name that peft reads.
-
-    Raises ValueError for layers of which peft knows that they would not ask a gate.
-    """
+    """Around peft's wrapping of a model: no warning of an old name; ValueError for layers that cannot be gated."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         try:
@@ -98,17 +87,13 @@ def wrapping() -> Iterator[None]:
 
 
 def attach(model: nn.Module, row: nn.Parameter, adapter: str = "default") -> Gate:
-    """Put the gate of a gated adapter before peft's layers, and make it the model's; doing it twice changes nothing.
+    """Put the gate of a gated adapter before the LoRA layers of a model, and make it the model's, as `adopt` does.
 
-    model   a PeftModel, or one that transformers itself has given the adapter
-    row     the mask token's embedding [H], which becomes the parameter `mask_row` of a PeftModel
-
-    Each of several adapters has a gate and a row of its own; the model's is that of the active one (see `adopt`).
-    Raises ValueError, the model as it was before, for layers that would not ask the gate.
+    row [H]: the mask token's embedding, which becomes the parameter `mask_row` of a PeftModel. Doing it twice changes
+    nothing. Raises ValueError, the model as it was before, for layers that would not ask the gate.
     """
-    base = _base_of(model)
-    layers = [layer for layer in _lora_layers(base) if adapter in layer.lora_A]
-    gate = next((found for layer in layers if (found := _gate_before(layer, adapter)) is not None), None)
+    base = base_of(model)
+    layers, gate = list(_layers_of(base, adapter)), _gate_before(base, adapter)
     if gate is None:
         # Of some kinds of quantised layers peft adds the update itself, whatever variant it is of.
         deaf = {type(x).__name__ for x in layers if "lora_variant" not in type(x).forward.__code__.co_names}
@@ -133,7 +118,7 @@ def attach(model: nn.Module, row: nn.Parameter, adapter: str = "default") -> Gat
 
 def _choose(model: nn.Module, gate: Gate | None) -> None:
     """Make this gate the model's: its row stands for the mask token, its rows are adapted. None leaves the base."""
-    base = _base_of(model)
+    base = base_of(model)
     if gate_of(base) is gate:
         return
     for module in base.modules():
@@ -178,11 +163,10 @@ def _load_adapter(model: Any, path: Any, adapter_name: str, is_trainable: bool =
                 f"{'is another kind' if not is_gated(now) else 'has another ' + ', '.join(other)}; load it under "
                 f"another name, or model.delete_adapter({adapter_name!r}) first"
             )
-        require_base(_base_of(model), settings_of(now), str(path))
+        require_base(base_of(model), settings_of(now), str(path))
     result = type(model).load_adapter(model, path, adapter_name, is_trainable=is_trainable, **kwargs)
     if now is not None:
-        layers = (layer for layer in _lora_layers(_base_of(model)) if adapter_name in layer.lora_A)
-        gate = _gate_before(next(layers), adapter_name)
+        gate = _gate_before(base_of(model), adapter_name)
         if gate is not None:
             gate.settings = settings_of(now)
             gate.row.data.copy_(row_of(now))
@@ -190,7 +174,7 @@ def _load_adapter(model: Any, path: Any, adapter_name: str, is_trainable: bool =
     return result
 
 
-def _base_of(model: nn.Module) -> Any:
+def base_of(model: nn.Module) -> Any:
     """The model of transformers, of one that is peft's the one in it."""
     peft = sys.modules.get("peft")
     if peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
@@ -198,22 +182,24 @@ def _base_of(model: nn.Module) -> Any:
     return model
 
 
-def _lora_layers(base: nn.Module) -> Iterator[Any]:
+def _layers_of(base: nn.Module, adapter: str) -> Iterator[Any]:
+    """The LoRA layers that an adapter changes."""
     from peft.tuners.lora import LoraLayer
 
-    return (module for module in base.modules() if isinstance(module, LoraLayer))
+    return (module for module in base.modules() if isinstance(module, LoraLayer) and adapter in module.lora_A)
 
 
-def _gate_before(layer: Any, adapter: str) -> Gate | None:
-    """The gate that this adapter of the layer asks."""
-    return getattr(layer.lora_variant.get(adapter), "gate", None)
+def _gate_before(base: nn.Module, adapter: str) -> Gate | None:
+    """The gate that this adapter asks."""
+    asked = (getattr(layer.lora_variant.get(adapter), "gate", None) for layer in _layers_of(base, adapter))
+    return next((gate for gate in asked if gate is not None), None)
 
 
 def require_bare(model: nn.Module) -> None:
     """Raise ValueError for a model whose layers carry adapters already: the next would be written over the first."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    base = _base_of(model)
+    base = base_of(model)
     if base is not model or any(isinstance(module, BaseTunerLayer) for module in base.modules()):
         names = ", ".join(map(repr, getattr(model, "peft_config", None) or {})) or "of peft's"
         raise ValueError(
@@ -234,19 +220,17 @@ def unloaded_on_error(model: PeftModel) -> Iterator[None]:
 
 
 def adopt(model: nn.Module) -> None:
-    """Make the gate of the active gated adapter the model's, whoever has loaded it, set it or taken it away.
+    """Make the gate of the active gated adapter, if there is one, the model's, whoever has loaded it or set it.
 
-    Raises ValueError for several that are active, and for one that is of another base or cannot be gated. Does nothing
-    to a model without gated adapters.
+    Raises ValueError for several that are active, and for one that is of another base or cannot be gated.
     """
-    base = _base_of(model)
+    base = base_of(model)
     configs = getattr(model, "peft_config", None) or {}
     gated = {name for name, config in configs.items() if is_gated(config)}
     if not gated:
-        _choose(model, None)
-        return
+        return _choose(model, None)
     # peft activates an adapter in all layers, in those too that it does not change.
-    anywhere = next(_lora_layers(base), None)
+    anywhere = next((layer for name in gated for layer in _layers_of(base, name)), None)
     active = [name for name in getattr(anywhere, "active_adapters", ()) if name in gated]
     if len(active) > 1:
         raise ValueError(
@@ -254,11 +238,9 @@ def adopt(model: nn.Module) -> None:
             "mask token has one row; activate one: model.set_adapter(name)"
         )
     if not active:
-        _choose(model, None)
-        return
+        return _choose(model, None)
     [name] = active
-    own = next((layer for layer in _lora_layers(base) if name in layer.lora_A), None)
-    gate = None if own is None else _gate_before(own, name)
+    gate = _gate_before(base, name)
     if gate is None:
         require_gateable(configs[name])
         require_base(base, settings_of(configs[name]), f"adapter {name!r}")
@@ -276,19 +258,17 @@ def load_adapter(
     """Give a model the gated adapter of a folder or hub id; `mtpkern.generate` then decodes several tokens a pass.
 
     The model's own weights stay what they are, and so does what `generate` emits: `Verified`, the default, writes the
-    original model's greedy output.
+    original model's greedy output. The model gets peft's layers in place, as by `PeftModel.from_pretrained`.
 
     dtype          of the adapter's weights; that of the model unless given, and float32 for one to train
     is_trainable   for `mtpkern.train.GatedTrainer`, which then trains it further
 
-    Several adapters of one base, which are switched by peft's own means:
-
-        model.load_adapter("another", "second")
-        model.set_adapter("second")
+    Several adapters of one base are switched by peft's own means: model.load_adapter("another", "second"), then
+    model.set_adapter("second").
 
     Raises ValueError for an adapter that is not gated, is gated but for another base, or changes more than linear
     layers, and for a model that carries adapters already; FileNotFoundError for a name that leads nowhere; ImportError
-    without peft. The model gets peft's layers in place, as by `PeftModel.from_pretrained`.
+    without peft.
 
         model = mtpkern.load_adapter(AutoModelForCausalLM.from_pretrained("base"), "adapter")
         ids = mtpkern.generate(model, **inputs, max_new_tokens=256)
@@ -323,8 +303,6 @@ def save_adapter(model: PeftModel, folder: str | Path | None, *, dtype: torch.dt
     """Write a gated adapter's folder: peft's config with our mark, and its weights, in `dtype` or as they are.
 
     Of a model in shards all ranks call it, and those without a folder write nothing.
-
-    save_adapter(peft_model, "adapter", dtype=torch.bfloat16)
     """
     from peft import get_peft_model_state_dict
 
@@ -345,10 +323,8 @@ def save_adapter(model: PeftModel, folder: str | Path | None, *, dtype: torch.dt
 def record_row(model: PeftModel) -> None:
     """Bring the mask token's row, as trained by now, and what the gate records into the config that peft saves."""
     base = model.get_base_model()
-    gated = [name for name, config in model.peft_config.items() if is_gated(config)]
-    for name in gated:
-        gates = (_gate_before(layer, name) for layer in _lora_layers(base) if name in layer.lora_A)
-        gate = next(gates, None)
+    for name in [name for name, config in model.peft_config.items() if is_gated(config)]:
+        gate = _gate_before(base, name)
         if gate is not None:
             # In shards the gate's own is what a call has gathered.
             row = model.mask_row if gate is gate_of(base) else gate.row

@@ -27,9 +27,6 @@ def answers_file(
     off. A pipe or a device holds none. Where no options are kept, nobody knows what wrote them. Raises ValueError for a
     file that holds anything else, or that other options wrote, OSError for a place that cannot be written; both before
     anything is changed.
-
-        with answers_file(Path("out.jsonl"), [{"prompt": "1 + 1?"}], {"--max-new-tokens": 256}) as (done, file):
-            ...
     """
     if path.exists() and not path.is_file():
         with whole_file(path) as file:
@@ -45,7 +42,14 @@ def answers_file(
     done, size = (0, 0) if overwrite else _read(path, asked)
     options = json.loads(json.dumps(options))
     if done and kept.is_file():
-        _require_same(path, done, json.loads(kept.read_text(encoding="utf-8")), options)
+        before = json.loads(kept.read_text(encoding="utf-8"))
+        changed = [name for name in {**before, **options} if before.get(name) != options.get(name)]
+        if changed:
+            other = "; ".join(f"{name} {before.get(name)}, now {options.get(name)}" for name in changed)
+            raise ValueError(
+                f"{path} has {done} answers that other options wrote ({other}); give the same options, another "
+                "--output, or --overwrite to begin anew"
+            )
     if size < path.stat().st_size:
         os.truncate(path, size)
     if not done:
@@ -58,19 +62,6 @@ def answers_file(
         if path.stat().st_size == 0:
             path.unlink()
             kept.unlink(missing_ok=True)
-
-
-def _require_same(path: Path, done: int, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    other = [
-        f"{name} {before.get(name)}, now {now.get(name)}"
-        for name in {**before, **now}
-        if before.get(name) != now.get(name)
-    ]
-    if other:
-        raise ValueError(
-            f"{path} has {done} answers that other options wrote ({'; '.join(other)}); give the same options, another "
-            "--output, or --overwrite to begin anew"
-        )
 
 
 def _begins(half: bytes, asked: dict[str, Any]) -> bool:

@@ -1,10 +1,4 @@
-"""What a call of generate may ask for: honoured, inert, or refused by name. Pure functions; nothing is decoded here.
-
-Every argument belongs to one of three kinds, by the rules below:
-
-    honoured   it means what it means in `model.generate`
-    inert      its value changes nothing; it is accepted
-    refused    everything else, by name
+"""What a call of generate may ask for: honoured, inert (its value changes nothing), or refused by name. Pure functions.
 
 Two may ask: the call (keywords, or a `generation_config` given to it) and the model's own file, generation_config.json.
 What only the file asks for, decoding does without: published instruct models come with files that sample. Where that
@@ -14,7 +8,6 @@ that says do_sample=True is decoded with all that the file says of scores, as in
 
 from __future__ import annotations
 
-import operator
 import warnings
 from copy import copy
 from numbers import Number
@@ -25,9 +18,12 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import LogitsProcessor, StopStringCriteria
 
-from mtpkern.fields import OF_SAMPLING, OF_SCORES, checked_field
+from mtpkern.fields import OF_SAMPLING, OF_SCORES, checked_field, whole_number
 from mtpkern.stops import stop_criterion
 
+# The fields of GenerationConfig, and what each is where nobody says.
+FIELDS = frozenset(name for name in vars(GenerationConfig()) if not name.startswith("_"))
+DEFAULTS = GenerationConfig._get_default_generation_params()
 _LIMITS = ("max_length", "max_new_tokens")
 _TOKENS = ("pad_token_id", "bos_token_id")
 _PLAIN = {*_LIMITS, *_TOKENS, "eos_token_id", "return_dict_in_generate"}
@@ -86,16 +82,17 @@ def read_arguments(
         # ids, {"max_new_tokens": 8, "do_sample": False, "repetition_penalty": 1.0}, {"repetition_penalty": 1.1}
     """
     arguments = dict(arguments)
-    input_ids = _one_of(input_ids, arguments.pop("inputs", None))
-    attention_mask = arguments.pop("attention_mask", None)
+    if input_ids is not None and arguments.get("inputs") is not None:
+        raise ValueError("inputs and input_ids are two names of the prompts, got both; leave one out")
+    inputs, attention_mask = arguments.pop("inputs", None), arguments.pop("attention_mask", None)
+    input_ids = inputs if input_ids is None else input_ids
     tokenizer, criteria = arguments.pop("tokenizer", None), arguments.pop("stopping_criteria", None)
     require_tensors(input_ids, attention_mask)
-    fields = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
     asked = _asked(arguments.pop("generation_config", None), file)
-    asked |= {name: arguments.pop(name) for name in sorted(fields & arguments.keys())}
-    processors = _checked_processors(arguments.pop("logits_processor", None))
+    asked |= {name: arguments.pop(name) for name in sorted(FIELDS & arguments.keys())}
+    processors = _listed("logits_processor", arguments.pop("logits_processor", None), LogitsProcessor)
     _refuse_arguments(arguments)
-    unknown = {name: value for name, value in asked.items() if name not in fields}
+    unknown = {name: value for name, value in asked.items() if name not in FIELDS}
     samples = bool(file.do_sample) and "do_sample" not in asked
     sampling = _checked("do_sample", asked.get("do_sample")) is True
     honoured = HONOURED | _ONLY_WITH_SAMPLING if sampling else HONOURED
@@ -114,7 +111,7 @@ def read_arguments(
     left_out.pop("max_time", None)
     if attention_mask is not None:
         settings["attention_mask"] = attention_mask
-    criteria = _checked_criteria(criteria)
+    criteria = _listed("stopping_criteria", criteria, StoppingCriteria)
     if tokenizer is not None or "stop_strings" in asked:
         left_out.pop("stop_strings", None)
         criteria += _string_criteria(asked.get("stop_strings", file.stop_strings), tokenizer, criteria)
@@ -126,8 +123,12 @@ def read_arguments(
         value = _checked(name, asked[name])
         if value is None and name not in settings:
             continue
-        settings[name] = GenerationConfig._get_default_generation_params().get(name) if value is None else value
-    _require_together(settings, sampling)
+        settings[name] = DEFAULTS.get(name) if value is None else value
+    if (answers := settings.get("num_return_sequences") or 1) > 1 and not sampling:
+        raise ValueError(
+            f"num_return_sequences must be 1 where one decodes greedily, which has one answer, got {answers}; pass "
+            "do_sample=True for several"
+        )
     for name in _PLAIN | {"max_time"}:
         # Without a max_length of the call's, transformers knows what to do; with None it does not.
         given = name in asked and not (name == "max_length" and asked[name] is None)
@@ -142,12 +143,8 @@ def plain_greedy(file: GenerationConfig) -> dict[str, Any]:
     """Keyword arguments that make `model.generate` greedy and nothing else, whatever the model's own file asks for.
 
     For every field that the file sets, the value that changes nothing; but for limits and token ids, which stay.
-
-        model.generate(ids, **plain_greedy(model.generation_config), max_new_tokens=8)
     """
-    defaults = GenerationConfig._get_default_generation_params()
-    fields = sorted(name for name in vars(GenerationConfig()).keys() - _PLAIN if not name.startswith("_"))
-    return {name: defaults.get(name) for name in fields if getattr(file, name, None) is not None}
+    return {name: DEFAULTS.get(name) for name in sorted(FIELDS - _PLAIN) if getattr(file, name, None) is not None}
 
 
 def inert(name: str, value: Any, *, samples: bool = False) -> bool:
@@ -162,7 +159,7 @@ def inert(name: str, value: Any, *, samples: bool = False) -> bool:
         return True
     if name in _ONLY_WITH_SAMPLING:
         return not samples
-    neutral = (GenerationConfig._get_default_generation_params().get(name), *_NEUTRAL.get(name, ()))
+    neutral = (DEFAULTS.get(name), *_NEUTRAL.get(name, ()))
     return isinstance(value, (Number, str, list, tuple, dict)) and value in neutral
 
 
@@ -170,9 +167,8 @@ def warn_of_left_out(model_name: str, left_out: dict[str, Any], *, stacklevel: i
     """One warning that names what the model's file asks for in vain, and how to compare without it."""
     if not left_out:
         return
-    defaults = GenerationConfig._get_default_generation_params()
     values = ", ".join(f"{name}={value!r}" for name, value in left_out.items())
-    without = ", ".join(f"{name}={defaults.get(name)!r}" for name in left_out)
+    without = ", ".join(f"{name}={DEFAULTS.get(name)!r}" for name in left_out)
     warnings.warn(
         f"the generation_config of this {model_name} asks for {values}, which mtpkern.generate decodes without; "
         f"compare with model.generate(..., do_sample=False, {without}). Passing {without} ends this warning.",
@@ -182,10 +178,8 @@ def warn_of_left_out(model_name: str, left_out: dict[str, Any], *, stacklevel: i
 
 def require_prepared(generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
     """Refuse what transformers, or a model's own preparation, has made of the call and what is not honoured."""
-    fields = [name for name in vars(GenerationConfig()) if not name.startswith("_") and name not in HONOURED]
-    values = {name: getattr(generation_config, name, None) for name in fields}
-    if generation_config.do_sample:
-        values = {name: value for name, value in values.items() if name not in _ONLY_WITH_SAMPLING}
+    honoured = HONOURED | _ONLY_WITH_SAMPLING if generation_config.do_sample else HONOURED
+    values = {name: getattr(generation_config, name, None) for name in sorted(FIELDS - honoured)}
     _refuse({name: value for name, value in values.items() if not inert(name, value)})
     expected = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
     for name, value in model_kwargs.items():
@@ -203,17 +197,14 @@ def require_tensors(input_ids: Any, attention_mask: Any) -> None:
         raise ValueError(f"input_ids must be [B, T] with at least one token, got shape {list(input_ids.shape)}")
     if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
         raise TypeError(f"input_ids must be whole numbers, got {input_ids.dtype}; give what a tokenizer returns")
-    if attention_mask is not None:
-        if not isinstance(attention_mask, Tensor):
-            raise TypeError(
-                f"attention_mask must be a tensor like input_ids, got {type(attention_mask).__name__}; "
-                "tokenize with return_tensors='pt'"
-            )
-        if attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask must have the shape of input_ids {list(input_ids.shape)}, got "
-                f"{list(attention_mask.shape)}"
-            )
+    if attention_mask is not None and not isinstance(attention_mask, Tensor):
+        raise TypeError(
+            f"attention_mask must be a tensor like input_ids, got {type(attention_mask).__name__}; "
+            "tokenize with return_tensors='pt'"
+        )
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        shapes = f"{list(input_ids.shape)}, got {list(attention_mask.shape)}"
+        raise ValueError(f"attention_mask must have the shape of input_ids {shapes}")
     for name, x in (("input_ids", input_ids), ("attention_mask", attention_mask)):
         if x is not None and x.device.type == "meta":
             raise ValueError(f"{name} must hold values, got a tensor on the meta device; move it before it is filled")
@@ -260,39 +251,10 @@ def require_prompts(input_ids: Tensor, attention_mask: Tensor | None, *, mask_to
         )
 
 
-def whole_number(name: str, value: Any, *, least: int | None = None) -> int:
-    """The value as an int, where it is a whole number of any type (3, 3.0, a tensor of one); no bool is one.
-
-    Raises TypeError for what is no number, ValueError for a fraction or for less than `least`.
-
-        whole_number("max_new_tokens", 3.0, least=1)  # 3
-    """
-    expected = f"{name} must be a whole number" + (f" of at least {least}" if least is not None else "")
-    if isinstance(value, float):
-        if not value.is_integer():
-            raise ValueError(f"{expected}, got {value!r}")
-        value = int(value)
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None:
-        raise TypeError(f"{expected}, got {value!r}")
-    if least is not None and number < least:
-        raise ValueError(f"{expected}, got {value!r}")
-    return number
-
-
 def require_bool(name: str, value: Any) -> None:
     """Raise TypeError for what is neither True nor False: a text such as "no" would count as True."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
-
-
-def _one_of(input_ids: Any, inputs: Any) -> Any:
-    if input_ids is not None and inputs is not None:
-        raise ValueError("inputs and input_ids are two names of the prompts, got both; leave one out")
-    return inputs if input_ids is None else input_ids
 
 
 def _asked(generation_config: GenerationConfig | None, file: GenerationConfig) -> dict[str, Any]:
@@ -303,8 +265,7 @@ def _asked(generation_config: GenerationConfig | None, file: GenerationConfig) -
         raise TypeError(f"generation_config must be a GenerationConfig, got {type(generation_config).__name__}")
     given = {name: value for name, value in vars(generation_config).items() if not name.startswith("_")}
     # Some files carry names that transformers does not know; a config made from such a file asks for nothing by them.
-    known = vars(GenerationConfig())
-    return {n: v for n, v in given.items() if v is not None and (n in known or getattr(file, n, None) != v)}
+    return {n: v for n, v in given.items() if v is not None and (n in FIELDS or getattr(file, n, None) != v)}
 
 
 def _require_valid(file: GenerationConfig) -> None:
@@ -327,21 +288,18 @@ def require_streamer(streamer: Any) -> None:
         )
 
 
-def _checked_criteria(criteria: Any) -> list[Any]:
-    if criteria is None:
-        return []
-    if not isinstance(criteria, (list, tuple)) or not all(callable(x) for x in criteria):
-        raise TypeError(
-            f"stopping_criteria must be a StoppingCriteriaList or a list of StoppingCriteria, got {criteria!r}"
-        )
-    return list(criteria)
+def _listed(name: str, value: Any, kind: type) -> list[Any]:
+    """The criteria or processors of a list; criteria may be any functions."""
+    good = isinstance(value, (list, tuple)) and all(
+        callable(x) if kind is StoppingCriteria else isinstance(x, kind) for x in value
+    )
+    if value is not None and not good:
+        raise TypeError(f"{name} must be a {kind.__name__}List or a list of {kind.__name__}, got {value!r}")
+    return list(value or ())
 
 
 def _string_criteria(strings: Any, tokenizer: Any, given: list[Any]) -> list[StoppingCriteria]:
-    """The criterion that transformers would make; its own generate loses the tokenizer on the way to a callable.
-
-    As there, none beside one that the call has brought.
-    """
+    """The criterion that transformers would make, whose own generate loses the tokenizer on the way to a callable."""
     if strings is None or (isinstance(strings, (list, tuple)) and not strings):
         return []
     listed = [strings] if isinstance(strings, str) else strings
@@ -355,25 +313,6 @@ def _string_criteria(strings: Any, tokenizer: Any, given: list[Any]) -> list[Sto
     if any(type(x) is StopStringCriteria for x in given):
         return []
     return [stop_criterion(tokenizer, listed)]
-
-
-def _checked_processors(processors: Any) -> list[Any]:
-    if processors is None:
-        return []
-    if not isinstance(processors, (list, tuple)) or not all(isinstance(x, LogitsProcessor) for x in processors):
-        raise TypeError(
-            f"logits_processor must be a LogitsProcessorList or a list of LogitsProcessor, got {processors!r}"
-        )
-    return list(processors)
-
-
-def _require_together(settings: dict[str, Any], sampling: bool) -> None:
-    answers = settings.get("num_return_sequences") or 1
-    if answers > 1 and not sampling:
-        raise ValueError(
-            f"num_return_sequences must be 1 where one decodes greedily, which has one answer, got {answers}; pass "
-            "do_sample=True for several"
-        )
 
 
 def _checked(name: str, value: Any) -> Any:

@@ -5,21 +5,15 @@ A Hugging Face model looks its attention function up by the name that its config
 and values to `context.attend(...)`. Decoding brings a context that writes the KV cache and reads it (mtpkern.cache),
 training one that holds a layout of spans (mtpkern.train.objective).
 
-Neither model nor settings are modified: for the length of the block the config answers through a class of its own
-(mtpkern.routing), in this thread "mtpkern", in all others what it always did.
-
-For models of latent attention, which cache one thing and attend to another, `captured` takes during the prefill what
-the model's own attention works on.
-
-"mtpkern" is registered as an attention function only, not as a mask function: transformers then builds no mask, and
-skips the checks on packed sequences that would wait for the device.
+Neither model nor settings are modified (mtpkern.routing). "mtpkern" is registered as an attention function only, not as
+a mask function: transformers then builds no mask, and skips checks on packed sequences that would wait for the device.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import Lock, get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -159,20 +153,16 @@ def routed(model: PreTrainedModel, context: AttentionContext) -> Iterator[dict[s
         yield {"mtpkern": context}
 
 
-@contextmanager
-def captured(model: PreTrainedModel, context: Any) -> Iterator[None]:
+def captured(model: PreTrainedModel, context: Any) -> AbstractContextManager[None]:
     """Inside the block `context.take(layer, key, value)` gets what the model's own attention works on."""
-    with routed_config(model.config.get_text_config(decoder=True), context, CAPTURE):
-        yield
+    return routed_config(model.config.get_text_config(decoder=True), context, CAPTURE)
 
 
-@contextmanager
-def unrouted(model: PreTrainedModel) -> Iterator[None]:
+def unrouted(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Inside the block, which may lie in one of `routed`, this thread runs the model with its own attention."""
     config = model.config.get_text_config(decoder=True)
     own = plain_name(config)
-    with nullcontext() if own is None else routed_config(config, None, own):
-        yield
+    return nullcontext() if own is None else routed_config(config, None, own)
 
 
 @contextmanager
@@ -182,10 +172,9 @@ def attention_context(model: PreTrainedModel, context: AttentionContext) -> Iter
         with attention_context(model, context) as route:
             logits = model(input_ids=ids, position_ids=positions, use_cache=False, **route).logits
 
-    Only calls of this thread are routed; others run the model as it is. The exception is activation checkpointing,
-    whose second forward autograd may run in a thread of its own: a block that was opened where gradients are recorded
-    covers it, and training keeps it open around backward.
-    Another run of the same model is waited for; raises RuntimeError where this thread has one open itself.
+    Only calls of this thread are routed, and of activation checkpointing the second forward, which autograd may run in
+    a thread of its own: a block that was opened where gradients are recorded, and stays open around backward, covers
+    it. Another run of the same model is waited for; raises RuntimeError where this thread has one open itself.
     """
     with exclusive(model), routed(model, context) as route:
         yield route

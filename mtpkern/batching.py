@@ -1,50 +1,46 @@
 """generate_batch(): many prompts through a few slots that stay full.
 
-A slot whose sequence has ended takes the next prompt while the others go on (mtpkern.refill, mtpkern.slots), so that a
-pass is as wide at the end of a file as at its beginning, and no prompt waits for the longest answer beside it.
-
-Which prompt is next: by default the one that may become longest. Its neighbours are then of its length, so that those
-that are prefilled together have hardly any padding, and what runs alone at the end is short.
+A slot whose sequence has ended takes the next prompt while the others go on (mtpkern.refill, mtpkern.slots). Which is
+next: by default the one that may become longest. Its neighbours are then of its length, so that those that are
+prefilled together have hardly any padding, and what runs alone at the end is short.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from inspect import signature
 from threading import Event
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 from transformers.generation import MaxLengthCriteria, MaxTimeCriteria
 from transformers.generation import logits_process as theirs
 
 from mtpkern.adapter import adopt
-from mtpkern.arguments import (
-    HONOURED,
-    inert,
-    require_bool,
-    require_prompts,
-    require_tensors,
-    whole_number,
-)
+from mtpkern.arguments import FIELDS, HONOURED, inert, require_bool, require_prompts, require_tensors
 from mtpkern.attention import exclusive, routed
 from mtpkern.choosing import Choosing
-from mtpkern.fields import OF_SAMPLING
-from mtpkern.generation import generate, past_positions, prepared, settings_of, stop_ids_of
-from mtpkern.graph import kept_bytes, release_graphs, without_kernels
+from mtpkern.fields import OF_SAMPLING, whole_number
+from mtpkern.generation import choosing_of, generate, past_positions, prepared, settings_of, stop_ids_of
+from mtpkern.graph import without_kernels
 from mtpkern.memory import require_room
 from mtpkern.model import has_latent_attention, learned_positions
 from mtpkern.options import Options
 from mtpkern.parallel import agree, is_parallel
-from mtpkern.pool import decoder_for
+from mtpkern.pool import decoder_for, kept_bytes, release_graphs
 from mtpkern.processors import Suppress, numbers
 from mtpkern.refill import BatchOutput as BatchOutput
 from mtpkern.refill import Job, Slots
@@ -52,9 +48,6 @@ from mtpkern.slots import vacate
 from mtpkern.streaming import Stream
 from mtpkern.watch import of_kind
 from mtpkern.wrappers import unwrapped
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # What `generate` honours and means nothing here, or hangs on where the prompts of a batch end.
 _ONLY_FOR_ONE_BATCH = {
@@ -132,32 +125,18 @@ def iterate_batch(model: PreTrainedModel, prompts: Iterable[Prompt], **options: 
     return BatchOutputs(_Batch(model, prompts, **options))
 
 
-class BatchOutputs(Iterator[BatchOutput]):
-    """The outputs of a run as they come; see `iterate_batch`."""
+class BatchOutputs(Stream[BatchOutput]):
+    """The outputs of a run as they come; see `iterate_batch`. Those that were not read are lost where it is closed."""
 
     def __init__(self, batch: _Batch) -> None:
-        self._stream = Stream(partial(_feed, batch), batch.model.device)
+        def feed(streamer: Any) -> None:
+            streamer.put(torch.empty(0))  # the prompts are taken
+            batch.run(lambda output: streamer.put_block([output]), streamer.closed)
 
-    def __next__(self) -> BatchOutput:
-        block: list[Any] = next(self._stream)
+        super().__init__(feed, batch.model.device)
+
+    def _shown(self, block: Any) -> BatchOutput:
         return block[0]  # type: ignore[no-any-return]
-
-    def close(self) -> None:
-        """End the run, and wait for it to be over. Outputs that were not read are lost."""
-        self._stream.close()
-
-    def __enter__(self) -> BatchOutputs:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def _feed(batch: _Batch, streamer: Any) -> None:
-    streamer.put(torch.empty(0))  # the prompts are taken
-    batch.run(lambda output: streamer.put_block([output]), streamer.closed)
 
 
 class _Batch:
@@ -214,8 +193,7 @@ class _Batch:
         if isinstance(prompt, str) and self.tokenizer is None:
             raise TypeError("prompts are texts: pass the model's tokenizer as tokenizer=, or token ids")
         try:
-            if isinstance(prompt, str):
-                assert self.tokenizer is not None
+            if isinstance(prompt, str) and self.tokenizer is not None:
                 prompt = self.tokenizer(prompt).input_ids
             try:
                 ids = torch.as_tensor(prompt)
@@ -240,10 +218,7 @@ class _Batch:
     def _prepare(
         self, probe: np.ndarray | None, kwargs: dict[str, Any], each: list[int] | None
     ) -> tuple[Tensor, StoppingCriteriaList, Choosing | None, Callable[[int, int], int]]:
-        """Stop tokens [S], criteria, what chooses, and how many new tokens a prompt gets, by its number and length.
-
-        each: new tokens of each prompt, where the call itself tells.
-        """
+        """Stop tokens [S], criteria, what chooses, and how many new tokens a prompt gets, by its number and length."""
         _refuse(kwargs, getattr(self.model, "generation_config", None))
         ids = torch.from_numpy(np.zeros(1, dtype=np.int64) if probe is None else probe)[None].to(self.model.device)
         asked = {**kwargs, "attention_mask": torch.ones_like(ids), "return_dict_in_generate": None}
@@ -253,7 +228,8 @@ class _Batch:
         mask = self.options.mask_token_id
         ids, settings = settings_of(self.model, ids, asked, mask, stacklevel=4)
         _refuse_of_one_batch(settings.get("logits_processor", ()), settings.get("stopping_criteria", ()))
-        config, criteria, choosing = prepared(self.model, ids, settings, mask)
+        call = prepared(self.model, ids, settings)
+        config, choosing = call.config, choosing_of(call, mask)
         if choosing is not None and config.min_new_tokens and config._eos_token_tensor is not None:
             # transformers says the same once more as the length of a text, which is the probe's.
             said = Suppress(numbers(config._eos_token_tensor), shorter=ids.shape[1] + config.min_new_tokens)
@@ -269,7 +245,7 @@ class _Batch:
                 return each[number]
             return limit - length if whole else most
 
-        return stop_ids_of(criteria), criteria, choosing, new
+        return stop_ids_of(call.criteria), call.criteria, choosing, new
 
     def _jobs(self, prompts: list[np.ndarray | None], new: Callable[[int, int], int]) -> list[Job]:
         """Those that can be decoded, in the order in which they will be; the others fail."""
@@ -348,16 +324,8 @@ class _Batch:
             ) as decoder,
         ):
             decoder.max_passes = sys.maxsize
-            poll = Slots(
-                decoder,
-                jobs,
-                emit,
-                closed=closed,
-                tokenizer=self.tokenizer,
-                chunk=self.options.prefill_chunk,
-                reuse=self.reuse,
-                criteria=self.criteria,
-            )
+            how = {"chunk": self.options.prefill_chunk, "reuse": self.reuse, "criteria": self.criteria}
+            poll = Slots(decoder, jobs, emit, closed=closed, tokenizer=self.tokenizer, **how)
             poll.fill()
             with routed(model, decoder.cache) as route:
                 decoder.run(route, poll)
@@ -393,18 +361,16 @@ def _refuse(kwargs: dict[str, Any], file: GenerationConfig | None) -> None:
     """Refuse by name what `generate` may know and is not honoured here."""
     config = kwargs.get("generation_config")
     asked = dict(vars(config)) if isinstance(config, GenerationConfig) and config is not file else {}
-    known = vars(GenerationConfig()).keys()
-    asked = {name: value for name, value in asked.items() if name in known and not name.startswith("_")}
+    asked = {name: value for name, value in asked.items() if name in FIELDS}
     asked |= {name: value for name, value in kwargs.items() if name != "generation_config"}
-    bad = {n: v for n, v in asked.items() if n not in _HONOURED and not (n in known and inert(n, v)) and v is not None}
+    bad = {n: v for n, v in asked.items() if n not in _HONOURED and not (n in FIELDS and inert(n, v)) and v is not None}
     if bad:
         values = ", ".join(f"{name}={value!r:.60}" for name, value in bad.items())
         arguments = {name for f in (generate, GenerationMixin.generate) for name in signature(f).parameters}
-        unknown = not bad.keys() & (known | arguments | {"attention_mask"})
+        unknown = not bad.keys() & (FIELDS | arguments | {"attention_mask"})
         why = "which nobody knows" if unknown else "which is no matter of each prompt alone"
-        raise ValueError(
-            f"mtpkern.generate_batch does not support {values}, {why}; leave it out, or use mtpkern.generate"
-        )
+        remedy = "leave it out, or use mtpkern.generate"
+        raise ValueError(f"mtpkern.generate_batch does not support {values}, {why}; {remedy}")
 
 
 def _refuse_of_one_batch(processors: Iterable[Any], criteria: Iterable[Any]) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mtpkern.training_plots import drawn
+
 
 def masks_right(one: Mapping[str, Any]) -> str:
     """How often masks of a record were right, as it is told: by a name, or of older results by the chance of each."""
@@ -25,39 +27,32 @@ def throughput(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 continue
             B, rate = one["B"], one["tokens_a_second"]
             asked = {"batch": B, "context": one.get("context", ""), "masks_right": masks_right(one)}
-            rows.append({**asked, "of": "Verified", "tokens_a_pass": one["tokens_a_pass"],
-                         "tokens_a_second": rate, "tokens_a_second_each": rate / B})  # fmt: skip
-            # The same turns, one token a pass.
-            plain = rate / one["ratio"]
-            rows.append({**asked, "of": "one a pass", "tokens_a_pass": 1.0,
-                         "tokens_a_second": plain, "tokens_a_second_each": plain / B})  # fmt: skip
+            # In the same turns, one token a pass besides.
+            both = ("Verified", one["tokens_a_pass"], rate), ("one a pass", 1.0, rate / one["ratio"])
+            for of, passed, second in both:
+                speed = {"tokens_a_second": second, "tokens_a_second_each": second / B}
+                rows.append({**asked, "of": of, "tokens_a_pass": passed, **speed})
     return rows
 
 
 def draw_throughput(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Throughput against what each sequence gets, batch by batch: a panel a context."""
-    from matplotlib.figure import Figure  # type: ignore[import-not-found]  # of an extra
-
     contexts = list(dict.fromkeys(row["context"] for row in rows))
-    figure = Figure(figsize=(max(7, 4.2 * len(contexts)), 4.5), layout="constrained")
-    for i, context in enumerate(contexts, 1):
-        axes = figure.add_subplot(1, len(contexts), i, xlabel="tokens a second of each sequence")
-        axes.set_title(f"context of {context} tokens" if context else "", fontsize="small")
-        axes.grid(alpha=0.3)
-        rights = list(dict.fromkeys(row["masks_right"] for row in rows if row["context"] == context))
-        for of, right in [("one a pass", rights[0]), *(("Verified", right) for right in rights)]:
-            line = (of, context, right)
-            mine = [row for row in rows if (row["of"], row["context"], row["masks_right"]) == line]
-            mine.sort(key=lambda row: row["batch"])
-            each, total = [row["tokens_a_second_each"] for row in mine], [row["tokens_a_second"] for row in mine]
-            axes.plot(each, total, marker="o", label=of if of == "one a pass" else f"{of}, masks right: {right}")
-            for row, x, y in zip(mine, each, total):
-                axes.annotate(f" {row['batch']}", (x, y), fontsize="x-small")
-        axes.set_yscale("log")
-        if i == 1:
-            axes.set_ylabel("tokens a second in all")
-            axes.legend(fontsize="small", title="numbers: sequences side by side", title_fontsize="x-small")
-    figure.savefig(path, dpi=150)
+    labels, size = ["tokens a second in all", *[""] * (len(contexts) - 1)], (max(7, 4.2 * len(contexts)), 4.5)
+    with drawn(path, "tokens a second of each sequence", *labels, size=size) as panels:
+        for axes, context in zip(panels, contexts):
+            axes.set_title(f"context of {context} tokens" if context else "", fontsize="small")
+            rights = list(dict.fromkeys(row["masks_right"] for row in rows if row["context"] == context))
+            for of, right in [("one a pass", rights[0]), *(("Verified", right) for right in rights)]:
+                line = (of, context, right)
+                mine = [row for row in rows if (row["of"], row["context"], row["masks_right"]) == line]
+                mine.sort(key=lambda row: row["batch"])
+                each, total = [row["tokens_a_second_each"] for row in mine], [row["tokens_a_second"] for row in mine]
+                axes.plot(each, total, marker="o", label=of if of == "one a pass" else f"{of}, masks right: {right}")
+                for row, x, y in zip(mine, each, total):
+                    axes.annotate(f" {row['batch']}", (x, y), fontsize="x-small")
+            axes.set_yscale("log")
+        panels[0].legend(fontsize="small", title="numbers: sequences side by side", title_fontsize="x-small")
 
 
 def real(results: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -71,12 +66,8 @@ def real(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def draw_real(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """A histogram for each kind of prompts."""
-    from matplotlib.figure import Figure  # type: ignore[import-not-found]  # of an extra
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="tokens a pass, mean of a prompt", ylabel="prompts")
     kinds = dict.fromkeys(row["prompts"] for row in rows)
-    axes.hist([[row["mean_k"] for row in rows if row["prompts"] == kind] for kind in kinds], bins=20, label=list(kinds))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    means = [[row["mean_k"] for row in rows if row["prompts"] == kind] for kind in kinds]
+    with drawn(path, "tokens a pass, mean of a prompt", "prompts") as (axes,):
+        axes.hist(means, bins=20, label=list(kinds))
+        axes.legend()

@@ -1,10 +1,8 @@
 """The KV buffers of a decoding run, and the transformers cache that fills them during the prefill.
 
-Slot = position: a token's key and value stand where the token stands in its own text, whatever padding came before
-it. Nothing is ever removed: the next pass overwrites the slots that masks and dropped drafts have used, and until
-then no row sees them. Masks behind drafts have scratch slots of their own, before the first token's: with S of them,
-slot = S + position.
-
+Slot = position: a token's key and value stand where the token stands in its own text, whatever padding came before it.
+Nothing is ever removed: the next pass overwrites the slots of masks and dropped drafts, which no row sees until then.
+Masks behind drafts have scratch slots of their own, before the first token's: with S of them, slot = S + position.
 Without a CUDA graph, which needs fixed addresses, the buffers hold what is in use and grow as the texts do.
 """
 
@@ -29,10 +27,8 @@ class KVCache:
     """Keys and values [B, Hkv, H + 1, D] of every layer; slot H is trash. The attention context of a decoding step.
 
     H = `held` slots are there, C = `capacity` at most: `reserve` makes more. Rows know the trash slot as C. The first
-    `scratch` of them hold no token.
-
-    Buffers are made from the first keys that arrive, so local heads under tensor parallelism and models with layers of
-    different widths are right by construction.
+    `scratch` of them hold no token. Buffers are made from the first keys that arrive, so local heads under tensor
+    parallelism and models with layers of different widths are right by construction.
     """
 
     def __init__(
@@ -63,17 +59,12 @@ class KVCache:
         self.memo: dict[str, PackedRows] = {}
 
     def fill(self, layer: int, key: Tensor, value: Tensor, slot: Tensor, seq: Tensor | None = None) -> None:
-        """Store the prefill's key and value [n, Hkv, T, D] at slot [n, T] int64 (H for what is not to be kept).
-
-        seq [n] int64: whose they are; None: of all sequences, in order.
-        """
+        """Store key and value [n, Hkv, T, D] of sequences seq [n] (None: all) at slot [n, T] int64; H is not kept."""
         if layer not in self.layers:
             B, (_, Hkv, _, D) = len(self.rows.start) - 1, key.shape
             # Zeros, because a reference that multiplies by zero weights must not meet NaN.
-            self.layers[layer] = (
-                key.new_zeros(B, Hkv, self.held + 1, D),
-                value.new_zeros(B, Hkv, self.held + 1, value.shape[-1]),
-            )
+            sizes = (B, Hkv, self.held + 1)
+            self.layers[layer] = key.new_zeros(*sizes, D), value.new_zeros(*sizes, value.shape[-1])
         k_cache, v_cache = self.layers[layer]
         for name, x, cached in (("keys", key, k_cache), ("values", value, v_cache)):
             here, there = ((y.shape[1], y.shape[3], y.dtype, y.device) for y in (x, cached))
@@ -84,15 +75,9 @@ class KVCache:
                     f"{there[3]}; mtpkern decodes models whose layers keep to one form"
                 )
         seq = torch.arange(slot.shape[0], device=slot.device) if seq is None else seq
-        seq = seq[:, None].expand_as(slot)
-        kv_write(
-            k_cache,
-            v_cache,
-            key.transpose(1, 2).flatten(0, 1),
-            value.transpose(1, 2).flatten(0, 1),
-            seq.flatten(),
-            slot.flatten(),
-        )
+        seq = seq[:, None].expand_as(slot).flatten()
+        key, value = (x.transpose(1, 2).flatten(0, 1) for x in (key, value))
+        kv_write(k_cache, v_cache, key, value, seq, slot.flatten())
 
     def reserve(self, slots: int) -> None:
         """Make room for so many slots: new buffers of twice the size or more, a layer at a time."""
@@ -241,9 +226,8 @@ class PrefillCache(_Chunks, Cache):
     """A transformers cache that hands every layer's keys and values to a `KVCache`, for a prompt in one or more chunks.
 
     The model gets back the keys of all columns so far, in their places: the new ones as they are in a first chunk, else
-    gathered from the buffers, a layer at a time. So it runs its own attention, with its own masks for left padding,
-    sliding windows and sinks, on what a cache of transformers would hold, and no second copy of the prompt's keys and
-    values exists.
+    gathered from the buffers, a layer at a time. So it runs its own attention, with its own masks, on what a cache of
+    transformers would hold, and no second copy of the prompt's keys and values exists.
     """
 
     def __init__(self, kv: KVCache, slot: Tensor, seq: Tensor | None = None) -> None:
@@ -258,8 +242,7 @@ class PrefillCache(_Chunks, Cache):
         self._bring(layer_idx, "caches keys", key_states, value_states)
         if not self.seen:
             return key_states, value_states
-        slot = self.slot[:, :end]
-        seq = self.seq[:, None]
+        seq, slot = self.seq[:, None], self.slot[:, :end]
         k_cache, v_cache = self.kv.layers[layer_idx]
         return k_cache[seq, :, slot].transpose(1, 2), v_cache[seq, :, slot].transpose(1, 2)
 
@@ -267,17 +250,15 @@ class PrefillCache(_Chunks, Cache):
         """Columns before the chunk that runs."""
         return self.seen
 
-    def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
-        """Columns that a chunk's mask covers, and the first of them. Older versions of transformers pass positions."""
-        n = query_length if isinstance(query_length, int) else query_length.shape[0]
-        return self.seen + n, 0
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Columns that a chunk's mask covers, and the first of them."""
+        return self.seen + query_length, 0
 
 
 class CapturedPrefill(_Chunks, DynamicCache):
     """The prefill's cache of a model of latent attention, and the context of `captured` that fills a `KVCache`.
 
-    Such a model caches what its keys and values are made from. So it keeps that to itself, here, until the prefill is
-    over, and what its layers attend to is stored as it gets there.
+    Such a model caches what keys and values are made from, here; what its layers attend to is stored as it gets there.
     """
 
     def __init__(self, kv: KVCache, slot: Tensor, seq: Tensor | None = None) -> None:
@@ -287,3 +268,7 @@ class CapturedPrefill(_Chunks, DynamicCache):
     def take(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Store a chunk's keys and values; they come [B, Hkv, seen + n, D], behind those of all columns before."""
         self._bring(layer, "calls attention", key[:, :, self.seen :], value[:, :, self.seen :])
+
+
+# What a model is given as its cache where it reads prompts.
+Prefill = PrefillCache | CapturedPrefill

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mtpkern.evidence import markdown
-from mtpkern.output import whole_file
+from mtpkern.output import write_whole
 
 MARK = "<!-- card: written by mtpkern train, completed by mtpkern eval -->"
 _FACTS = ("prompts", "metric", "baseline", "dtype", "hardware", "torch", "transformers", "commit", "command", "date")
@@ -21,11 +21,8 @@ _FACTS = ("prompts", "metric", "baseline", "dtype", "hardware", "torch", "transf
 def add_to_card(
     model: str, name: str, figures: Mapping[str, Mapping[str, Any]], facts: Mapping[str, str]
 ) -> Path | None:
-    """Write the figures of an evaluation, called by the name of its data, into the model's card, if it has one of ours.
-
-    model: the folder of the model. Returns the card that was written, None where there is none.
-
-        add_to_card("runs/mine", "gsm8k_cot", found, {"prompts": "1319"})
+    """Write the figures of an evaluation of some data into the card of a model's folder, if it has one that is ours;
+    returns the card.
     """
     card = Path(model) / "README.md"
     if not card.is_file():
@@ -38,7 +35,5 @@ def add_to_card(
     text = re.sub(rf"\n*{re.escape(begin)}\n.*?{re.escape(end)}\n", "", text, flags=re.DOTALL)
     page = markdown(figures, f"Measured: {name}", {fact: facts[fact] for fact in _FACTS if fact in facts})
     body = re.sub(r"^(#+ )", r"#\1", page, flags=re.MULTILINE)
-    with whole_file(card) as out:
-        assert out is not None
-        out.write(f"{text.rstrip()}\n\n{begin}\n{body}{end}\n")
+    write_whole(card, f"{text.rstrip()}\n\n{begin}\n{body}{end}\n")
     return card

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mtpkern.grading import is_right
-from mtpkern.rows import BadRow, read_lines, shown
+from mtpkern.rows import BadRow, read_lines, require_prompt, shown
 
 ANSWER_FIELDS = ("answer", "result", "completion", "response", "expected")
 
@@ -40,8 +40,6 @@ def read_cases(path: Path, limit: int | None = None, answer_field: str | None = 
 
     Raises ValueError, by line, for what is no such row, and for a file in which some rows have an answer and others
     none; OSError for what is no file.
-
-        read_cases(mtpkern.ASSETS / "problems.jsonl", 2)[0].expected  # "75"
     """
     cases: list[Case] = []
     for number, fields in read_lines(path):
@@ -75,16 +73,10 @@ def _case(where: str, fields: Any, answer_field: str | None) -> Case:
     if isinstance(expected, bool) or not isinstance(expected, str | int | float | None):
         raise ValueError(f"{where}: {found} must be a text or a number; got {shown(expected)}")
     prompt = fields[name]
-    if name != "messages":
-        if not isinstance(prompt, str) or not prompt:
-            raise ValueError(f"{where}: {name} must be a string with text in it; got {shown(prompt)}")
-        return Case(where, {"prompt": prompt}, None if expected is None else str(expected))
-    good = isinstance(prompt, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
-    )
-    if good and prompt and prompt[-1]["role"] == "assistant":
+    require_prompt(where, name, prompt)
+    if name == "messages" and prompt[-1]["role"] == "assistant":
         expected = prompt[-1]["content"] if expected is None else expected
         prompt = prompt[:-1]
-    if not good or not prompt:
-        raise ValueError(f'{where}: messages must be a list of {{"role": str, "content": str}}; got {shown(prompt)}')
-    return Case(where, {"messages": prompt}, None if expected is None else str(expected))
+        require_prompt(where, name, prompt)
+    kept = "messages" if name == "messages" else "prompt"
+    return Case(where, {kept: prompt}, None if expected is None else str(expected))

@@ -4,10 +4,9 @@ Processors change the scores (mtpkern.processors), sampling draws (kernels/sampl
 probability is kept where somebody asks for it. Greedy decoding without any of that has no `Choosing` at all.
 
 `Verified` is exact: what a row draws is a function of key, sequence, position and the scores behind the row's text, and
-a draft stands where the row before it draws the same. So it is kept with the probability that the model's own
-distribution p gives it, p(x), as in rejection sampling, where a draft that its proposer was sure of is kept with
-min(1, p(x) / 1); no rule keeps more of such drafts and leaves the distribution as it is. What is drawn in its place is
-distributed as p without x. And the text is the same whatever was drafted: whatever k, masks, rows or load are.
+a draft stands where the row before it draws the same: with the probability p(x) that the model's own distribution gives
+it, as in rejection sampling of drafts that the proposer was sure of. What is drawn in its place is distributed as p
+without x, and the text is the same whatever was drafted: whatever k, masks, rows or load are.
 """
 
 from __future__ import annotations
@@ -76,12 +75,9 @@ class Choice:
         self.first = 0
 
     def begin(self, input_ids: Tensor, real: Tensor, max_new_tokens: int) -> tuple[Tensor, Tensor]:
-        """Begin a run from left-padded prompts [B, T], `real` where a token counts; seq and position of prefill's rows.
-
-        The call's key comes from the default generator of the device, once.
-        """
+        """Begin a run from left-padded prompts [B, T], `real` where a token counts; seq and position of its rows."""
         if self.choosing.samples:
-            self.key.random_()
+            self.key.random_()  # once a call, from the device's default generator
         B = len(input_ids)
         torch.arange(B, out=self.stream)
         self.prompt.copy_(real.sum(1))
@@ -123,7 +119,7 @@ class Choice:
         if self.choosing.keeps:
             # Verified, what is emitted stems from rows of tokens; else from the last of them and the masks behind it.
             emits = is_token if self.verify else used & (position + 1 >= standing)
-            self._keep(logits, scores, token, confidence, seq, position, emits)
+            self._keep(logits, scores, (token, confidence), seq, position, emits)
         return token, confidence
 
     def _texts(self, tokens: Tensor, seq: Tensor, position: Tensor, end: Tensor, used: Tensor, known: Tensor) -> Texts:
@@ -165,14 +161,7 @@ class Choice:
         return token, confidence, processed
 
     def _keep(
-        self,
-        logits: Tensor,
-        scores: Tensor,
-        token: Tensor,
-        confidence: Tensor,
-        seq: Tensor,
-        position: Tensor,
-        emits: Tensor,
+        self, logits: Tensor, scores: Tensor, read: tuple[Tensor, Tensor], seq: Tensor, position: Tensor, emits: Tensor
     ) -> None:
         """Note at each token's place what it was chosen with; what was noted there of a draft, or too early, goes."""
         trash = self.sequences.tokens.shape[1] - 1
@@ -180,6 +169,7 @@ class Choice:
         if self.logprobs is not None and self.confidences is not None:
             z = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
             z[:, self.mask_token_id : self.mask_token_id + 1] = -torch.inf
+            token, confidence = read
             logprob = z.gather(1, token.clamp(min=0)[:, None])[:, 0] - z.logsumexp(-1)
             self.logprobs[seq, place] = logprob.float()
             self.confidences[seq, place] = confidence.float()

@@ -18,21 +18,18 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 import mtpkern
 from mtpkern.answers import RESULT_FIELDS, answers_file
 from mtpkern.output import exit_status, json_line, printable, whole_file
+from mtpkern.rows import BadRow, read_lines, require_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from mtpkern.compare import Completion
-    from mtpkern.prompting import Prompting
     from mtpkern.strategies import Strategy
 
 # Commands with a parser of their own, some of the house next door, which this one does not import: a name is looked up
 # when it is called for.
 _HANDED_ON = {
-    "eval": (
-        "mtpkern.eval_command",
-        "decode a data set in several ways: accuracy, tokens a pass, wall-clock ratios",
-    ),
+    "eval": ("mtpkern.eval_command", "decode a data set in several ways: accuracy, tokens a pass, wall-clock ratios"),
     "plot": ("mtpkern.plots", "draw the figures of an evaluation, a training run or a benchmark"),
     "bench": ("mtpkern.bench.command", "run a benchmark by its name, or against another commit"),
     "train": ("mtpkern.train.command", "train a checkpoint for multi-token prediction"),
@@ -56,15 +53,9 @@ class Row:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, or 2 with a message on stderr where the user can help.
-
-    130 after an interrupt, and 141 where the reader of a pipe, such as `head`, has left.
-
-    main(["demo", "--problems", "16"])
-    """
+    """Run the command line; returns its `exit_status`, or 2 with a message on stderr where the user can help."""
     words = list(sys.argv[1:] if argv is None else argv)
     handed_on = words[0] if words and words[0] in _HANDED_ON else None
-    # Such a command has a parser of its own.
     args = _parser().parse_args(words) if handed_on is None else argparse.Namespace(command=handed_on)
 
     def run() -> None:
@@ -87,7 +78,7 @@ def _in_flags(message: str) -> str:
     message = message.replace("strategy=mtpkern.Static(1)", "--strategy static:1")
     message = re.sub(
         r"\b(mask_token_id|max_new_tokens)\b(?:=(\w+)|=)?",
-        lambda match: f"--{match[1].replace('_', '-')}" + (f" {match[2]}" if match[2] else ""),
+        lambda match: flag(match[1]) + (f" {match[2]}" if match[2] else ""),
         message,
     )
     return re.sub(
@@ -113,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="the shipped checkpoint solves held-out problems, with wall-clock ratios")
-    demo.add_argument("--problems", type=_positive, default=64, metavar="N", help="problems in the table (default 64)")
+    demo.add_argument("--problems", type=positive, default=64, metavar="N", help="problems in the table (default 64)")
     demo.add_argument("--html", type=Path, metavar="FILE", help="write the coloured blocks as a page")
     demo.add_argument("--checkpoint", type=Path, metavar="DIR", help="a folder like the shipped one")
     demo.add_argument("--base", metavar="MODEL", help="of a gated adapter, where its base is not where it was")
@@ -128,52 +119,32 @@ def _parser() -> argparse.ArgumentParser:
         "--file an --output grows row by row, and the same command again goes on behind those that are there; what "
         "wrote them stands beside, in FILE.options.",
     )
-    generate.add_argument("model", metavar="MODEL", help="path or hub id of a checkpoint, or of a gated adapter")
+    add = generate.add_argument
+    add("model", metavar="MODEL", help="path or hub id of a checkpoint, or of a gated adapter")
     source = generate.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="the prompt itself")
     source.add_argument("--file", type=Path, help='JSONL: {"prompt": "..."} or {"messages": [...]} in each row')
-    generate.add_argument(
+    add(
         "--strategy",
         default="verified",
         metavar="NAME[:K][:THRESHOLD]",
         help="verified (default), confadapt or static, as in static:1, confadapt:0.9 or verified:8:0.6",
     )
-    generate.add_argument("--k", type=_positive, help="tokens predicted in one pass, as in --strategy")
-    generate.add_argument("--threshold", type=float, help="confidence above which a token counts as sure, 0 to 1")
-    generate.add_argument(
-        "--masks", type=int, metavar="N", help="rows more a pass of each prompt, for when drafts fail; with verified"
-    )
-    generate.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="(default 256)")
-    generate.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="side by side (default 8)")
-    generate.add_argument(
-        "--temperature", type=float, metavar="T", help="sample at this temperature; greedy unless given, or at 0"
-    )
-    generate.add_argument("--top-k", type=_positive, metavar="N", help="with --temperature: of the N best tokens alone")
-    generate.add_argument("--top-p", type=float, metavar="P", help="with --temperature: of the best that make up P")
-    generate.add_argument("--seed", type=int, help="with --temperature: the same text again, whatever the batch size")
-    generate.add_argument(
-        "--stop", action="append", metavar="TEXT", help="end behind this text, which stays; may be given several times"
-    )
-    generate.add_argument(
-        "--mask-token-id", type=int, metavar="ID", help="where the checkpoint does not record it; --k 1 needs none"
-    )
-    generate.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    generate.add_argument("--device", help="such as cpu or cuda:0 (default: the accelerator, if there is one)")
-    generate.add_argument(
-        "--chat",
-        action=argparse.BooleanOptionalAction,
-        help="apply the chat template or not; unless given as in the training of MODEL, else to messages alone",
-    )
-    generate.add_argument("--separator", metavar="TEXT", help="what follows a prompt; unless given as in its training")
-    generate.add_argument("--base", metavar="MODEL", help="of a gated adapter, where its base is not where it was")
-    generate.add_argument("--html", type=Path, metavar="FILE", help="with --prompt: the coloured blocks as a page")
-    generate.add_argument("--show", action="store_true", help="print prompt and text, in blocks, one colour a pass")
-    generate.add_argument(
-        "--output", type=Path, metavar="FILE", help="write JSONL there, with --prompt whole or not at all"
-    )
-    generate.add_argument(
-        "--overwrite", action="store_true", help="with --file: begin --output anew, whatever answers it has"
-    )
+    add("--k", type=positive, help="tokens predicted in one pass, as in --strategy")
+    add("--threshold", type=float, help="confidence above which a token counts as sure, 0 to 1")
+    add("--masks", type=int, metavar="N", help="rows more a pass of each prompt, for when drafts fail; with verified")
+    add("--max-new-tokens", type=positive, default=256, metavar="N", help="(default 256)")
+    add("--batch-size", type=positive, default=8, metavar="N", help="side by side (default 8)")
+    add("--temperature", type=float, metavar="T", help="sample at this temperature; greedy unless given, or at 0")
+    add("--top-k", type=positive, metavar="N", help="with --temperature: of the N best tokens alone")
+    add("--top-p", type=float, metavar="P", help="with --temperature: of the best that make up P")
+    add("--seed", type=int, help="with --temperature: the same text again, whatever the batch size")
+    add("--stop", action="append", metavar="TEXT", help="end behind this text, which stays; may be given several times")
+    add_model_options(generate)
+    add("--html", type=Path, metavar="FILE", help="with --prompt: the coloured blocks as a page")
+    add("--show", action="store_true", help="print prompt and text, in blocks, one colour a pass")
+    add("--output", type=Path, metavar="FILE", help="write JSONL there, with --prompt whole or not at all")
+    add("--overwrite", action="store_true", help="with --file: begin --output anew, whatever answers it has")
     generate.set_defaults(run=_generate)
 
     for name, (_, text) in _HANDED_ON.items():
@@ -181,10 +152,32 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a command that say how its MODEL is loaded, and how prompts are put to it."""
+    parser.add_argument(
+        "--mask-token-id", type=int, metavar="ID", help="where the checkpoint does not record it; k = 1 needs none"
+    )
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--device", help="such as cpu or cuda:0 (default: the accelerator, if there is one)")
+    parser.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="apply the chat template or not; unless given as in the training of MODEL, else to messages alone",
+    )
+    parser.add_argument("--separator", metavar="TEXT", help="what follows a prompt; unless given as in its training")
+    parser.add_argument("--base", metavar="MODEL", help="of a gated adapter, where its base is not where it was")
+
+
+def positive(text: str) -> int:
+    """The number of an option, from 1 up."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def flag(name: str) -> str:
+    """An option as it is typed: `flag("top_k")` is "--top-k"."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -203,9 +196,7 @@ def _generate(args: argparse.Namespace) -> None:
     if args.html is not None and args.prompt is None:
         raise ValueError("--html shows one prompt as a page; give it as --prompt, or leave --html out")
     if not args.temperature:
-        given = [
-            f"--{name.replace('_', '-')}" for name in ("top_k", "top_p", "seed") if getattr(args, name) is not None
-        ]
+        given = [flag(name) for name in ("top_k", "top_p", "seed") if getattr(args, name) is not None]
         if given:
             raise ValueError(f"{' and '.join(given)} say how to sample, and decoding is greedy; give a --temperature")
     rows = [_row("--prompt", {"prompt": args.prompt})] if args.file is None else read_rows(args.file)
@@ -215,15 +206,12 @@ def _generate(args: argparse.Namespace) -> None:
         with whole_file(args.output) as output, whole_file(args.html) as args.page:
             _decode_rows(rows, strategy, args, output)
         return
-    options = {f"--{name.replace('_', '-')}": getattr(args, name) for name in _DECIDING}
-    options = {"MODEL": args.model, "the strategy": str(strategy), **options}
+    options = {"MODEL": args.model, "the strategy": str(strategy)}
+    options |= {flag(name): getattr(args, name) for name in _DECIDING}
     with answers_file(args.output, [row.fields for row in rows], options, overwrite=args.overwrite) as (done, output):
         if done:
-            print(
-                f"{printable(str(args.output))} has the first {done} of {len(rows)} answers already, which stay as "
-                "they are",
-                file=sys.stderr,
-            )
+            there = f"{printable(str(args.output))} has the first {done} of {len(rows)} answers already"
+            print(f"{there}, which stay as they are", file=sys.stderr)
         if done < len(rows):
             _decode_rows(rows[done:], strategy, args, output, first=done)
 
@@ -238,13 +226,16 @@ def _decode_rows(
 
     require_model(args.model)
     model, tokenizer = load(args.model, args.dtype, device_of(args.device), base=args.base)
-    if strategy.k != 1:
-        _require_mask_token(model, args)
     recorded = recorded_settings(model)
+    if strategy.k != 1 and args.mask_token_id is None and "mask_token_id" not in recorded:
+        raise ValueError(
+            f"{args.model} records no mask token: decode it one token a pass with --strategy static --k 1, give "
+            "--mask-token-id for a checkpoint trained elsewhere, or train it with mtpkern train"
+        )
     prompting = Prompting.of(recorded, args.chat, args.separator)
     for warning in warnings_of(recorded, prompting):
         print(f"mtpkern generate: warning: {printable(args.model)}: {printable(warning)}", file=sys.stderr)
-    prompts = [_encode(tokenizer, row, prompting) for row in rows]
+    prompts = [prompting.encode_at(row.where, tokenizer, row.fields) for row in rows]
     # Rows that appear on a terminal tell by themselves how far things are.
     hidden = args.file is not None and (output is not None or not sys.stdout.isatty()) and not args.show
     with show.progress(f"{len(rows)} prompts", len(rows)) if hidden else nullcontext(lambda done: None) as advance:
@@ -255,29 +246,12 @@ def _decode_rows(
             (output or sys.stdout).flush()
 
 
-def _require_mask_token(model: PreTrainedModel, args: argparse.Namespace) -> None:
-    from mtpkern.model import resolve_mask_token
-
-    if args.mask_token_id is None:
-        try:
-            resolve_mask_token(model)
-        except ValueError:
-            raise ValueError(
-                f"{args.model} records no mask token: decode it one token a pass with --strategy static --k 1, give "
-                "--mask-token-id for a checkpoint trained elsewhere, or train it with mtpkern train"
-            ) from None
-
-
 def read_rows(path: Path) -> list[Row]:
     """All rows of a JSONL file, checked; blank lines are skipped, but counted.
 
     Raises ValueError with the row's number for what is not an object with either a prompt or messages, or what
     already has a field that the result would bring.
-
-        read_rows(Path("prompts.jsonl"))[0].fields["prompt"]
     """
-    from mtpkern.rows import BadRow, read_lines
-
     rows = []
     for number, fields in read_lines(path):
         where = f"{path}, row {number}"
@@ -302,22 +276,12 @@ def _row(where: str, fields: Any) -> Row:
             f"{where}: has {', '.join(steering)}, which would change the prompt and is not supported; render it "
             "yourself and give the text as prompt, or rename the column"
         )
-    if "prompt" in fields:
-        if not isinstance(fields["prompt"], str) or not fields["prompt"]:
-            raise ValueError(f"{where}: prompt must be a string with text in it; got {fields['prompt']!r}")
-    else:
-        messages = fields["messages"]
-        good = isinstance(messages, list) and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in messages
-        )
-        if not good or not messages:
-            raise ValueError(f'{where}: messages must be a list of {{"role": str, "content": str}}; got {messages!r}')
+    name = "prompt" if "prompt" in fields else "messages"
+    require_prompt(where, name, fields[name])
     return Row(where, fields)
 
 
 def _strategy(args: argparse.Namespace) -> Strategy:
-    """The strategy of the options."""
     from mtpkern.strategies import Static, Verified, strategy_of
 
     try:
@@ -338,17 +302,6 @@ def _strategy(args: argparse.Namespace) -> Strategy:
     return replace(strategy, **given)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, row: Row, prompting: Prompting) -> list[int]:
-    """The token ids of a row's prompt. Raises ValueError that names the row."""
-    try:
-        ids = prompting.encode(tokenizer, row.fields)
-    except Exception as error:  # a template and a tokenizer raise what they like
-        raise ValueError(f"{row.where}: {error}") from error
-    if not ids:
-        raise ValueError(f"{row.where}: the prompt has no tokens; give one with text in it")
-    return ids
-
-
 def _complete(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -359,10 +312,7 @@ def _complete(
     advance: Callable[[int], object],
     first: int,
 ) -> Iterator[Completion]:
-    """The completions in the order of the rows, each as soon as those before it are there.
-
-    Raises ValueError, or RuntimeError where the model is at fault, that names the row, behind those before it.
-    """
+    """The completions in the order of the rows, each as soon as those before it are there; an error names its row."""
     import torch
 
     from mtpkern.batching import BatchOutput, iterate_batch
@@ -396,36 +346,28 @@ def _complete(
 
 
 def _write(
-    tokenizer: PreTrainedTokenizerBase,
-    row: Row,
-    completion: Completion,
-    args: argparse.Namespace,
-    output: TextIO | None,
+    tokenizer: PreTrainedTokenizerBase, row: Row, one: Completion, args: argparse.Namespace, output: TextIO | None
 ) -> None:
     """One result: JSONL to the file or, for --file, to stdout; as text or blocks to stdout."""
-    text = str(tokenizer.decode(completion.tokens, skip_special_tokens=True))
-    rate = len(completion.tokens) / len(completion.blocks)
-    values = (text, completion.tokens, completion.blocks, round(rate, 3), completion.finished)
+    from rich.console import Console
+
+    from mtpkern import show
+
+    text = str(tokenizer.decode(one.tokens, skip_special_tokens=True))
+    rate = len(one.tokens) / len(one.blocks)
+    values = (text, one.tokens, one.blocks, round(rate, 3), one.finished)
     line = json_line(row.fields | dict(zip(RESULT_FIELDS, values, strict=True)))
     if output is not None:
         print(line, file=output)
     if args.html is not None:
-        from mtpkern import show
-
-        args.page.write(show.answer_page(tokenizer, row.question, completion.tokens, completion.blocks))
+        args.page.write(show.answer_page(tokenizer, row.question, one.tokens, one.blocks))
     if args.show:
-        from rich.console import Console
-
-        from mtpkern import show
-
         console = Console(highlight=False)
-        prompt = row.question
-        console.print(
-            printable(prompt if args.file is None else f"{row.where}: {prompt}"), style="italic", markup=False
-        )
-        parts = show.pieces(tokenizer, completion.tokens, completion.blocks)
+        prompt = row.question if args.file is None else f"{row.where}: {row.question}"
+        console.print(printable(prompt), style="italic", markup=False)
+        parts = show.pieces(tokenizer, one.tokens, one.blocks)
         console.print(show.terminal(parts, colour=show.coloured(console)))
-        console.print(f"{show.sizes(completion.blocks)}, {rate:.2f} a pass", style="dim")
+        console.print(f"{show.sizes(one.blocks)}, {rate:.2f} a pass", style="dim")
     elif args.prompt is not None:
         # A program that reads the text gets it as it is; a terminal would obey it.
         print(printable(text) if sys.stdout.isatty() else text)

@@ -1,8 +1,8 @@
 """Answers that are code: asked for as a continuation or in a chat, and right where the task's own tests hold.
 
-Whoever has them judged runs what a model has written. Each program runs in a process of its own, in an empty folder,
-without this one's environment, and with limits on time, memory, files and further processes. That keeps accidents
-small and is no sandbox: nothing keeps it from reading files or from the network.
+Whoever has them judged runs what a model has written: in a process of its own, in an empty folder, without this one's
+environment, and with limits on time, memory, files and further processes. That keeps accidents small and is no sandbox:
+nothing keeps it from reading files or from the network.
 """
 
 from __future__ import annotations
@@ -58,9 +58,8 @@ class CodeCase(Case):
     def in_chat(self) -> CodeCase:
         """The same case as a message that says what is wanted."""
         content = _INSTRUCTION.format(self.fields["prompt"])
-        return replace(
-            self, fields={"messages": [{"role": "user", "content": content}], "prompt": self.fields["prompt"]}
-        )
+        asked = [{"role": "user", "content": content}]
+        return replace(self, fields={"messages": asked, "prompt": self.fields["prompt"]})
 
     def right(self, text: str, rule: str = "auto") -> bool | None:
         """Whether the tests hold of an answer; None where answers are not run."""
@@ -104,6 +103,4 @@ def passes(program: str) -> bool:
 def require_limits() -> None:
     """Raises ValueError where code cannot be run within the limits, as on Windows, before any answer is."""
     if os.name != "posix" or not passes("pass"):
-        raise ValueError(
-            "--run-code: this system cannot limit what a process takes; leave it out, and run answers elsewhere"
-        )
+        raise ValueError("--run-code: this system cannot limit what a process takes; leave it out, or run it elsewhere")

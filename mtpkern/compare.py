@@ -1,8 +1,7 @@
-"""The same prompts decoded in several ways, in turns, with time, passes and right answers counted.
+"""The same prompts decoded in several ways, with time, passes and right answers counted.
 
-Used by `mtpkern demo` and by mtpkern.bench. A way is a strategy of ours, or None for Hugging Face's own `generate`.
-Ways are timed interleaved, batch by batch and each time in another order, so that a machine that slows down or warms
-up does so for all of them.
+A way is a strategy of ours, or None for Hugging Face's own `generate`. Ways are timed interleaved, batch by batch and
+each time in another order, so that a machine that slows down or warms up does so for all of them.
 """
 
 from __future__ import annotations
@@ -40,10 +39,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Completion:
-    """The emitted tokens of one sequence (its stop token included) and how many of them each pass emitted.
-
-    finished: False where the limit cut it
-    """
+    """The emitted tokens of one sequence, its stop token included, how many each pass emitted, and whether it ended."""
 
     tokens: list[int]
     blocks: list[int]
@@ -53,12 +49,9 @@ class Completion:
 def sample_k(blocks: Sequence[int]) -> float:
     """The mean k of one sample: tokens that a pass emitted, without the last, which a stop token or the limit trims.
 
-    A sample of one pass has that one's. Tokens per pass of several samples are counted in two ways:
-
-        tokens per pass   pooled: all tokens / all passes, so that long samples weigh more; what the time goes by
-        effective k       the paper's "Eff. k": the mean over samples of each one's mean k, ± its standard deviation
-
-    Of the samples [4, 4, 4, 1] and [2, 1] the first is 16 / 6 = 2.67; the second has 4.0 and 2.0, which is 3.0 ± 1.41.
+    Over several samples tokens per pass are pooled, all tokens / all passes, which is what the time goes by; the
+    paper's "Eff. k" is the mean over samples of each one's mean k, ± its standard deviation. Of [4, 4, 4, 1] and [2, 1]
+    the first is 16 / 6 = 2.67; the second has 4.0 and 2.0, which is 3.0 ± 1.41.
 
         sample_k([4, 4, 4, 1])  # 4.0
     """
@@ -112,12 +105,7 @@ class Tally:
 
 
 def read_problems(path: Path, n: int | None = None) -> list[Problem]:
-    """The first n problems (all, if None) of a JSONL file with the fields of `Problem`.
-
-    Raises ValueError where the file holds fewer, OSError where there is none.
-
-        read_problems(Path("mtpkern/assets/problems.jsonl"), 100)
-    """
+    """The first n problems (all, if None) of a JSONL file of `Problem`s; ValueError where it holds fewer."""
     require_file(path)
     with path.open(encoding="utf-8") as lines:
         problems = [Problem(**json.loads(line)) for line in lines]
@@ -127,10 +115,7 @@ def read_problems(path: Path, n: int | None = None) -> list[Problem]:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
-    """Token ids of the prompts as `generate` takes them: input_ids and attention_mask [B, T], padded on the left.
-
-    encode(tokenizer, ["Ann has 3 eggs.", "Hi"], model.device)["input_ids"].shape[0]  # 2
-    """
+    """Token ids of the prompts as `generate` takes them: input_ids and attention_mask [B, T], padded on the left."""
     return pad([tokenizer(prompt).input_ids for prompt in prompts], device)
 
 
@@ -147,19 +132,14 @@ def pad(ids: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]
 
 
 def ours(model: PreTrainedModel, inputs: Mapping[str, Tensor], **options: Any) -> list[Completion]:
-    """Decode one batch with `mtpkern.generate`; inputs as `pad` makes them, options are keyword arguments of it.
-
-    ours(model, encode(tokenizer, ["Ann has 3 eggs."], model.device), strategy=Verified(k=8), max_new_tokens=64)
-    """
+    """Decode one batch with `mtpkern.generate`; inputs as `pad` makes them, options are keyword arguments of it."""
     out = generate(model, **{**inputs, **options}, return_dict_in_generate=True)
     assert isinstance(out, MTPGenerateOutput)
     assert out.blocks is not None
     assert out.finish_reasons is not None
     rows = out.sequences[:, inputs["input_ids"].shape[1] :].tolist()
-    return [
-        Completion(row[: sum(blocks)], blocks, reason in ("stop", "stop_string", "criteria"))
-        for row, blocks, reason in zip(rows, out.blocks, out.finish_reasons, strict=True)
-    ]
+    ended = [reason in ("stop", "stop_string", "criteria") for reason in out.finish_reasons]
+    return [Completion(row[: sum(n)], n, end) for row, n, end in zip(rows, out.blocks, ended, strict=True)]
 
 
 def hugging_face(model: PreTrainedModel, inputs: Mapping[str, Tensor], **options: Any) -> list[Completion]:
@@ -220,9 +200,6 @@ def compare(
 
     ways: name -> strategy, None for Hugging Face's generate; progress: called with the number of problems done;
     options: keyword arguments of `model.generate`, such as max_new_tokens.
-
-        tallies = compare(model, tokenizer, problems, {HF_GENERATE: None, "verified": Verified(k=8)}, max_new_tokens=96)
-        tallies["verified"].tokens_per_second / tallies[HF_GENERATE].tokens_per_second
     """
     tallies = {name: Tally() for name in ways}
     for number, batch in enumerate(batches(problems, batch_size)):

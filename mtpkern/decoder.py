@@ -4,10 +4,9 @@ A step is one call of the unmodified model on R packed rows, then `readout`, the
 address from step to step and from run to run, and nothing in a step waits for the host or depends on what it knows: so
 on a GPU the whole step is one CUDA graph (mtpkern.graph).
 
-Where the host waits for the device, in a run on a GPU: nowhere in `prefill` but where transformers looks whether a mask
-is needed at all (it does for prompts with padding) and where a PrefixCache looks at the weights, nowhere in `run` but
-for the poll's event, a step behind, for the capture of a new graph, and without a graph where the buffers may have to
-grow: each time they may have filled up.
+The host waits for the device, in a run on a GPU, where transformers looks whether a mask is needed at all (for prompts
+with padding) and where a PrefixCache looks at the weights; between passes for the poll's event, a step behind, for the
+capture of a new graph, and without a graph each time the buffers may have filled up.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from transformers import PreTrainedModel
 
 from mtpkern.adapter import base_alone, gated
 from mtpkern.attention import AttentionContext, captured, unrouted
-from mtpkern.cache import CapturedPrefill, KVCache, PrefillCache
+from mtpkern.cache import CapturedPrefill, KVCache, Prefill, PrefillCache
 from mtpkern.choosing import Choice, Choosing
 from mtpkern.graph import StepGraph, wants_graph
 from mtpkern.kernels.advance import advance
@@ -55,7 +54,7 @@ def places_for(stop_ids: Tensor) -> int:
 
 
 class Decoder:
-    """Decodes B sequences side by side, each at its own pace.
+    """Decodes B sequences side by side, each at its own pace; `restart` prepares for another run of the same shape.
 
         decoder = Decoder(model, strategy, mask_token_id=m, stop_ids=stops, batch=2, capacity=256, max_new_tokens=64)
         decoder.prefill(input_ids, attention_mask)
@@ -63,21 +62,17 @@ class Decoder:
             decoder.run(route)
         decoder.sequences.tokens, decoder.sequences.length    # the result, on the device
 
-    capacity is the longest prompt + max_new_tokens or more; stop_ids [S] int64; rows is the row budget R of a step,
-    from batch * k up, with verification from batch up. Capacity counts tokens; scratch slots for masks behind drafts
-    come on top.
-
+    capacity: tokens, the longest prompt + max_new_tokens or more. stop_ids: [S] int64. rows: the row budget R of a
+    step,
+        from batch * k up, with verification from batch up; in a graph with by_load the most that a pass may have.
     by_load: sequences bring no more rows than are worth their time (mtpkern.load), with verification only, whose output
-        does not depend on it. In a graph `rows` is then the most that a pass may have.
-
+        does not depend on it.
     use_graph: capture the step in a CUDA graph; None does where there is a CUDA device.
-    compile: send the model's layers through `torch.compile`, for passes alone (see `mtpkern.layers`).
-    batch_invariant: no bit of the attention depends on what else is in the batch (see `decode_attention`); the model's
-        matrix products still depend on the number of rows.
-
-    choosing: what stands between the model's logits and the tokens (`mtpkern.choosing`); None: the argmax.
-
-    `restart` prepares for another run of the same shape.
+    compile: send the model's layers through `torch.compile`, for passes alone (mtpkern.layers).
+    batch_invariant: no bit of the attention depends on what else is in the batch (`decode_attention`); the model's
+    matrix
+        products still depend on the number of rows.
+    choosing: what stands between the model's logits and the tokens (mtpkern.choosing); None: the argmax.
     """
 
     def __init__(
@@ -116,9 +111,10 @@ class Decoder:
         self.all_rows = self.rows = Rows.allocate(rows, batch, device, strategy.k)
         self.graph = StepGraph(device) if wants_graph(use_graph, device) else None
         self.compile = compile
-        in_graph, packed = self.graph is not None, self._on_cpu and packs(device, max_new_tokens)
-        ours = Products(wants_one_product(in_graph), few_rows(in_graph, device))
-        self.products: Products | PackedProducts = PackedProducts() if packed else ours
+        self.products: Products | PackedProducts = PackedProducts()
+        if not (self._on_cpu and packs(device, max_new_tokens)):
+            in_graph = self.graph is not None
+            self.products = Products(wants_one_product(in_graph), few_rows(in_graph, device))
         self.cache = KVCache(
             strategy.masks + capacity,
             self.rows,
@@ -181,10 +177,8 @@ class Decoder:
 
     def _begin(self, strategy: Strategy, stop_ids: Tensor, max_new_tokens: int) -> None:
         self.strategy = strategy
-        self.planning: dict[str, Any] = {
-            **{name: getattr(strategy, name) for name in ("k", "verify", "masks")},
-            "mask_token_id": self.mask_token_id,
-        }
+        self.planning: dict[str, Any] = {name: getattr(strategy, name) for name in ("k", "verify", "masks")}
+        self.planning["mask_token_id"] = self.mask_token_id
         self.max_new_tokens = max_new_tokens
         self.max_passes = max_new_tokens - 1
         self.terms.threshold.fill_(strategy.threshold)
@@ -197,9 +191,8 @@ class Decoder:
         self._maskless = False
         self._load = None
         if self.by_load and self._on_cpu:
-            self._load = Load(
-                times_of(self.model, isinstance(self.products, PackedProducts)), strategy.k, len(self.all_rows.seq)
-            )
+            times = times_of(self.model, isinstance(self.products, PackedProducts))
+            self._load = Load(times, strategy.k, len(self.all_rows.seq))
             self.terms.price.fill_(self._load.price(self.sequences))
 
     @torch.inference_mode()
@@ -213,10 +206,8 @@ class Decoder:
     ) -> Tensor:
         """Run the left-padded prompts [B, T] with k - 1 masks behind them and take in their first predictions.
 
-        Uses the model's own attention, on at most `chunk` tokens of all prompts together at a time; the masks come with
-        the last of them. Returns the logits [B * k, V] that were read out.
-
-        known(cache) stores keys that are there already, and returns the first column that has to run.
+        Uses the model's own attention, on at most `chunk` tokens of all prompts together at a time. known(cache) stores
+        keys that are there already, and returns the first column that has to run. Returns the logits [B * k, V].
         """
         B, T = input_ids.shape
         k, scratch, capacity = self.strategy.k, self.cache.scratch, self.cache.capacity - self.cache.scratch
@@ -238,11 +229,9 @@ class Decoder:
         columns = torch.cat([input_ids, masks], dim=1)
         cache = self.prefill_cache(scratch + place)
         cache.seen = 0 if known is None else known(self.cache)
-        n = max(1, chunk // B)
-        ends = [*range(cache.seen + n, T, n), T + k - 1]
-        mask = None if attention_mask is None else seen
-        for end in ends:
-            logits = self.prefill_chunk(cache, columns, mask, told, end, keep=k if end == ends[-1] else 1)
+        n, mask = max(1, chunk // B), None if attention_mask is None else seen
+        for end in [*range(cache.seen + n, T, n), T + k - 1]:
+            logits = self.prefill_chunk(cache, columns, mask, told, end, keep=k if end >= T else 1)
         self.cache.require_cached(self.model.config)
         places = None
         if self.choice is not None:
@@ -250,20 +239,13 @@ class Decoder:
             agree(self.model, self.choice.key)
         return self._take_in(logits[:, -k:].flatten(0, 1), places)
 
-    def prefill_cache(self, slot: Tensor, seq: Tensor | None = None) -> PrefillCache | CapturedPrefill:
+    def prefill_cache(self, slot: Tensor, seq: Tensor | None = None) -> Prefill:
         """What the model is given as its cache where it reads prompts whose columns belong in slot [n, T]."""
         return (CapturedPrefill if has_latent_attention(self.model) else PrefillCache)(self.cache, slot, seq)
 
     @torch.inference_mode()
     def prefill_chunk(
-        self,
-        cache: PrefillCache | CapturedPrefill,
-        columns: Tensor,
-        seen: Tensor | None,
-        position: Tensor,
-        end: int,
-        *,
-        keep: int = 1,
+        self, cache: Prefill, columns: Tensor, seen: Tensor | None, position: Tensor, end: int, *, keep: int = 1
     ) -> Tensor:
         """Run the columns [n, T] of prompts, those from `cache.seen` to `end`, through the model's own attention.
 
@@ -310,12 +292,9 @@ class Decoder:
         """Logits [R, V] of the packed rows; the model is told of no position behind the last, unless that is None."""
         input_ids, position = self.rows.token[None], self.rows.position[None]
         with base_alone(self.model) if self._maskless else gated(self.model, input_ids):
+            told = position if self.last_position is None else position.clamp(max=self.last_position)
             return self.model(
-                input_ids=input_ids,
-                position_ids=position if self.last_position is None else position.clamp(max=self.last_position),
-                past_key_values=None,
-                use_cache=False,
-                **route,
+                input_ids=input_ids, position_ids=told, past_key_values=None, use_cache=False, **route
             ).logits[0]
 
     def _take_in(self, logits: Tensor, places: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -336,11 +315,9 @@ class Decoder:
         """Step until every sequence is done, at most max_passes; `poll` may do more than count."""
         poll = poll or Poll(self.sequences)
         if self._on_cpu:
-            self._run_on_cpu(route, poll)
-            return
+            return self._run_on_cpu(route, poll)
         if self.by_load and self.graph is not None and len(self._ladder.rungs) > 1:
-            self._run_on_ladder(route, poll, self.graph)
-            return
+            return self._run_on_ladder(route, poll, self.graph)
         B, R, strategy = len(self.sequences.status), len(self.all_rows.seq), self.strategy
         # Where there are rows for everybody, everybody has them: they cost the same used or not.
         scarce = self.by_load and B * (2 * strategy.k - 1 + strategy.masks) > R
@@ -366,8 +343,8 @@ class Decoder:
         ladder, terms = self._ladder, self.terms
         assert terms.budget is not None
         timed = TimedPoll(self.sequences)
-        told: tuple[int, float] = len(self.all_rows.seq), 0.0
-        rows = told[0]
+        rows = len(self.all_rows.seq)
+        told: tuple[int, float] = rows, 0.0
         for _ in range(self.max_passes):
             if not self._goes_on(poll):
                 break
@@ -376,9 +353,8 @@ class Decoder:
             timed.running()
             if timed.replayed:
                 ladder.saw(timed.replayed, timed.seconds)
-            terms_of_next = ladder.choose(*timed.seen)
-            if terms_of_next != told:
-                told = terms_of_next
+            before, told = told, ladder.choose(*timed.seen)
+            if told != before:
                 terms.budget.fill_(told[0])
                 terms.price.fill_(told[1])
             self._take(rows)
@@ -438,8 +414,7 @@ class Decoder:
     def _reserve(self) -> None:
         """Keep room for the next pass where the host does not know how far the sequences are.
 
-        It asks once they may have come to the end of what there is. Attention looks at all slots there are. Rows stay
-        as many as they are, because torch.compile would make new forms for fewer.
+        Attention looks at all slots there are, and rows stay as many as they are: torch.compile would make new forms.
         """
         cache, k = self.cache, self.strategy.k
         self._reach += k  # tokens of a pass, at most; the masks behind them come on top

@@ -44,10 +44,7 @@ def ways(k_max: int) -> dict[str, Strategy | None]:
 
 
 def load(folder: Path, base: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model (float32, evaluation mode, on the CPU) and tokenizer of a checkpoint's folder or a gated adapter's.
-
-    Raises FileNotFoundError where there is none, and as `mtpkern.loading.load`.
-    """
+    """Model (float32, on the CPU) and tokenizer of a folder; FileNotFoundError where none is, else as `load_named`."""
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise FileNotFoundError(
             f"no checkpoint in {folder}: expected config.json there; make one with: make checkpoint"
@@ -68,8 +65,6 @@ def demo(
     problems: how many held-out problems the table counts; html: where to write the picture as a page; folder: a
     checkpoint, or gated adapter upon `base`, with its problems.jsonl; as_json: print the figures as one JSON object and
     nothing else. Colours follow the terminal and NO_COLOR; progress goes to stderr.
-
-        demo(16)
     """
     if problems < 1:
         raise ValueError(f"problems must be at least 1; got {problems}")
@@ -95,17 +90,11 @@ def _run(problems: int, folder: Path, base: str | None, page: TextIO | None, con
         )
     rows = ways(k_max)
 
-    console.print(
-        Text.assemble(
-            (
-                f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, trained on word problems. ",
-                "bold",
-            ),
-            "Each colour is one forward pass; left several tokens a pass, right one.\n"
-            if show.coloured(console)
-            else "Each | ends one forward pass; first several tokens a pass, then one.\n",
-        )
-    )
+    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, trained on word problems. "
+    legend = "Each | ends one forward pass; first several tokens a pass, then one.\n"
+    if show.coloured(console):
+        legend = "Each colour is one forward pass; left several tokens a pass, right one.\n"
+    console.print(Text.assemble((size, "bold"), legend))
     pictures = []
     for problem in held_out[:PICTURES]:
         pair = _pair(model, tokenizer, problem, rows["verified"])
@@ -122,18 +111,20 @@ def _run(problems: int, folder: Path, base: str | None, page: TextIO | None, con
 
     where = f"{platform.machine()} {model.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     title = f"{problems} held-out problems, {where}"
-    table = _table(rows, single, batched)
-    console.print(_rich_table(title, table))
+    lines = _lines(rows, single, batched)
+    table = Table(title=title, title_justify="left")
+    for name in HEADER:
+        table.add_column(name, justify="left" if name == HEADER[0] else "right")
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
     if page is not None:
-        page.write(_page(tokenizer, pictures, title, table))
+        page.write(_page(tokenizer, pictures, title, lines))
     return summary(single, batched)
 
 
 def summary(single: Mapping[str, Tally], batched: Mapping[str, Tally]) -> dict[str, object]:
-    """What --json prints: per way tokens per pass, accuracy, and tokens per second over Hugging Face's generate.
-
-    summary(tallies, batched)["speedup_vs_hf_generate"]["verified"]
-    """
+    """What --json prints: per way tokens per pass, accuracy, and tokens per second over Hugging Face's generate."""
     return {
         "problems": single[HF_GENERATE].problems,
         "tokens_per_pass": {name: round(t.tokens_per_pass, 3) for name, t in single.items()},
@@ -164,10 +155,7 @@ def _pair(
 
 
 def _picture(
-    console: Console,
-    tokenizer: PreTrainedTokenizerBase,
-    problem: Problem,
-    pair: Sequence[tuple[str, Completion]],
+    console: Console, tokenizer: PreTrainedTokenizerBase, problem: Problem, pair: Sequence[tuple[str, Completion]]
 ) -> Table:
     """Both decodings side by side, or one below the other where there is little room."""
     cells = []
@@ -178,17 +166,14 @@ def _picture(
             cell.append(f"\n{show.sizes(completion.blocks)}", style="dim")
         cells.append(cell)
     grid = Table.grid(padding=(0, 2), expand=console.is_terminal)
-    if console.is_terminal and console.width >= 80:
-        for _ in cells:
-            grid.add_column(ratio=1)
-        grid.add_row(*cells)
-    else:
-        for cell in cells:
-            grid.add_row(cell)
+    wide = console.is_terminal and console.width >= 80
+    for _ in cells if wide else ():
+        grid.add_column(ratio=1)
+    for row in [cells] if wide else zip(cells):
+        grid.add_row(*row)
     outer = Table.grid(expand=console.is_terminal)
-    outer.add_row(Text(printable(problem.prompt), style="italic"))
-    outer.add_row(grid)
-    outer.add_row("")
+    for part in (Text(printable(problem.prompt), style="italic"), grid, ""):
+        outer.add_row(part)
     return outer
 
 
@@ -198,11 +183,11 @@ HEADER = ("way of decoding", "right", "tokens/pass", "tokens/s", "× HF")
 def _label(strategy: Strategy | None) -> str:
     if strategy is None:
         return "HF generate"
-    settings = [strategy.k] if isinstance(strategy, Static) else [strategy.k, strategy.threshold]
-    return f"{type(strategy).__name__}({', '.join(map(str, settings))})"
+    settings = f"{strategy.k}" if isinstance(strategy, Static) else f"{strategy.k}, {strategy.threshold}"
+    return f"{type(strategy).__name__}({settings})"
 
 
-def _table(rows: Mapping[str, Strategy | None], *runs: Mapping[str, Tally]) -> list[tuple[str, ...]]:
+def _lines(rows: Mapping[str, Strategy | None], *runs: Mapping[str, Tally]) -> list[tuple[str, ...]]:
     """The rows of the table as text; the second run is the batched one."""
     out: list[tuple[str, ...]] = []
     for tallies, batch in zip(runs, ("", f", batch {BATCH}")):
@@ -212,15 +197,6 @@ def _table(rows: Mapping[str, Strategy | None], *runs: Mapping[str, Tally]) -> l
             right = f"{t.accuracy:.1%} ± {t.standard_error:.1%}"
             out.append((label + batch, right, f"{t.tokens_per_pass:.2f}", f"{t.tokens_per_second:.0f}", f"{ratio:.2f}"))
     return out
-
-
-def _rich_table(title: str, rows: Sequence[tuple[str, ...]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for i, name in enumerate(HEADER):
-        table.add_column(name, justify="left" if i == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def _page(

@@ -12,11 +12,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from mtpkern import show
 from mtpkern.cases import Case, read_cases
+from mtpkern.cli import add_model_options, flag, positive
 from mtpkern.code_answers import STOPS, CodeCase, require_limits
 from mtpkern.evaluation import Evaluation, evaluate
 from mtpkern.grading import RULES
+from mtpkern.loading import device_of, load, quiet, require_model
+from mtpkern.model import recorded_settings
+from mtpkern.origin import origin
 from mtpkern.output import printable
+from mtpkern.prompting import Prompting, warnings_of
 from mtpkern.sets import CODE, SETS, digest, named_cases
 from mtpkern.strategies import Strategy, name_of, strategy_of
 
@@ -28,7 +34,8 @@ def _parser() -> argparse.ArgumentParser:
         "wall-clock ratio and nearness to the original model, as a page, as JSON and a line a prompt. The same command "
         "again goes on where it was stopped.",
     )
-    parser.add_argument("model", metavar="MODEL", help="path or hub id of a checkpoint, or of a gated adapter")
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="path or hub id of a checkpoint, or of a gated adapter")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--data",
@@ -43,8 +50,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TASK",
         help="of lm-evaluation-harness (extra eval); as in the paper: gsm8k_cot bbh ifeval aime25 gpqa cnn_dm",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the results")
-    parser.add_argument(
+    add("--output", type=Path, required=True, metavar="DIR", help="folder of the results")
+    add(
         "--strategies",
         nargs="+",
         default=["verified"],
@@ -52,50 +59,28 @@ def _parser() -> argparse.ArgumentParser:
         help="such as static:2 confadapt:16:0.9 verified verified:4:0.2:9 (default: verified); static:1 always comes "
         "first",
     )
-    parser.add_argument("--include-path", type=Path, metavar="DIR", help="with --tasks: a folder with tasks in yaml")
-    parser.add_argument(
-        "--fewshot", type=int, metavar="N", help="with --tasks: examples instead of the task's own number"
-    )
-    parser.add_argument(
-        "--metric", metavar="NAME,FILTER", help="with --tasks: what counts as right; else the task's first"
-    )
-    parser.add_argument("--answer", choices=RULES, metavar="RULE", help=f"{', '.join(RULES)} (default auto)")
-    parser.add_argument("--answer-field", metavar="NAME", help="the field of a row that says what is right")
-    parser.add_argument(
+    add("--include-path", type=Path, metavar="DIR", help="with --tasks: a folder with tasks in yaml")
+    add("--fewshot", type=int, metavar="N", help="with --tasks: examples instead of the task's own number")
+    add("--metric", metavar="NAME,FILTER", help="with --tasks: what counts as right; else the task's first")
+    add("--answer", choices=RULES, metavar="RULE", help=f"{', '.join(RULES)} (default auto)")
+    add("--answer-field", metavar="NAME", help="the field of a row that says what is right")
+    add(
         "--run-code",
         action="store_true",
         help="with --data human-eval: judge answers by running them, each in a process of its own with limits on time "
         "and memory; it is no sandbox",
     )
-    parser.add_argument("--baseline", metavar="ORIGINAL", help="the model that training began with")
-    parser.add_argument(
-        "--limit", type=_positive, metavar="N", help="the first N rows, or of each task; more later goes on"
-    )
-    parser.add_argument("--max-new-tokens", type=_positive, metavar="N", help="(default 256, or the task's)")
-    parser.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="(default 8)")
-    parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="stop strings, such as Q:")
-    parser.add_argument("--mask-token-id", type=int, metavar="ID", help="where the checkpoint does not record it")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    parser.add_argument("--device", help="such as cpu or cuda:0 (default: the accelerator, if there is one)")
-    parser.add_argument("--chat", action=argparse.BooleanOptionalAction, help="as in mtpkern generate")
-    parser.add_argument("--separator", metavar="TEXT", help="as in mtpkern generate")
-    parser.add_argument("--base", metavar="MODEL", help="of a gated adapter, where its base is not where it was")
+    add("--baseline", metavar="ORIGINAL", help="the model that training began with")
+    add("--limit", type=positive, metavar="N", help="the first N rows, or of each task; more later goes on")
+    add("--max-new-tokens", type=positive, metavar="N", help="(default 256, or the task's)")
+    add("--batch-size", type=positive, default=8, metavar="N", help="(default 8)")
+    add("--stop", nargs="+", default=[], metavar="TEXT", help="stop strings, such as Q:")
+    add_model_options(parser)
     return parser
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
 def main(argv: Sequence[str]) -> None:
-    """The command line: decode, print the tables, write the results.
-
-    Raises ValueError or OSError where the user can help.
-
-        main(["my-model", "--data", "held.jsonl", "--strategies", "verified", "confadapt:0.9", "--output", "runs/eval"])
-    """
+    """The command line: decode, print, write. ValueError, OSError or ImportError where the user can help."""
     args = _parser().parse_args(argv)
     # What can be checked without the model is checked before it is loaded.
     _require_fitting(args)
@@ -114,7 +99,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _require_fitting(args: argparse.Namespace) -> None:
-    """Raises ValueError, by name, for an option of the other source."""
+    """Raise ValueError, by name, for an option of the other source."""
     ours, theirs = ("--data", "--tasks") if args.tasks is None else ("--tasks", "--data")
     of_rows = ("answer", "answer_field", "separator", "stop", "run_code")
     names = ("include_path", "fewshot", "metric") if args.tasks is None else of_rows
@@ -129,7 +114,7 @@ def _require_fitting(args: argparse.Namespace) -> None:
 
 def _given(args: argparse.Namespace, names: Sequence[str]) -> str:
     """Those of the options that the user has named."""
-    return ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, [], False))
+    return ", ".join(flag(name) for name in names if getattr(args, name) not in (None, [], False))
 
 
 def _cases(args: argparse.Namespace) -> tuple[Sequence[Case], str]:
@@ -146,12 +131,9 @@ def _cases(args: argparse.Namespace) -> tuple[Sequence[Case], str]:
 def _rows(
     args: argparse.Namespace, argv: Sequence[str], ways: Mapping[str, Strategy], cases: Sequence[Case], sha256: str
 ) -> None:
-    from mtpkern import show
-    from mtpkern.prompting import Prompting
-
     options = {"rule": args.answer or "auto", "stops": args.stop, "max_new_tokens": args.max_new_tokens or 256}
     evaluation = _loaded(args, ways, **options)
-    evaluation.prompting = prompting = Prompting.of(_recorded(evaluation), args.chat, args.separator)
+    evaluation.prompting = prompting = Prompting.of(recorded_settings(evaluation.model), args.chat, args.separator)
     if str(args.data) == CODE:
         evaluation.stops = args.stop or ([] if prompting.chat else STOPS)
         cases = [case.in_chat() if prompting.chat and isinstance(case, CodeCase) else case for case in cases]
@@ -167,35 +149,28 @@ def _rows(
         **({"run_code": args.run_code} if str(args.data) == CODE else {}),
         **_settings(args, argv, evaluation),
     }
-    label = f"{len(cases)} prompts, {len(evaluation.ways)} ways"
-    with show.progress(label, len(cases)) as advance:
+    with show.progress(f"{len(cases)} prompts, {len(evaluation.ways)} ways", len(cases)) as advance:
         evaluate(evaluation, cases, args.output, settings, batch_size=args.batch_size, progress=advance)
     print((args.output / "results.md").read_text(encoding="utf-8"))
 
 
 def _tasks(args: argparse.Namespace, argv: Sequence[str], ways: Mapping[str, Strategy]) -> None:
-    from mtpkern import lm_harness, show
-    from mtpkern.prompting import Prompting
+    from mtpkern import lm_harness  # of an extra
 
     tasks = lm_harness.tasks_of(args.tasks, args.include_path)
     evaluation = _loaded(args, ways)
     template = evaluation.tokenizer.chat_template is not None
-    chat = _recorded(evaluation).get("chat", template) if args.chat is None else args.chat
+    chat = recorded_settings(evaluation.model).get("chat", template) if args.chat is None else args.chat
     if chat and not template:
         raise ValueError(f"{args.model}: the tokenizer has no chat template; give --no-chat")
     evaluation.prompting = lm_harness.Rendered(True) if chat else Prompting(False)
     _warn(args, evaluation)
     # What a task asks is part of each sample; here stands what is the same for all.
-    common = {"max_new_tokens": args.max_new_tokens, "lm_eval": version("lm_eval")}
-    settings = {**common, **_settings(args, argv, evaluation)}
+    settings = {"max_new_tokens": args.max_new_tokens, "lm_eval": version("lm_eval")}
+    settings |= _settings(args, argv, evaluation)
     args.output.mkdir(parents=True, exist_ok=True)
-    answers = lm_harness.Answers(
-        evaluation,
-        args.output / "samples.jsonl",
-        batch_size=args.batch_size,
-        max_new_tokens=args.max_new_tokens,
-        progress=show.progress,
-    )
+    how = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens, "progress": show.progress}
+    answers = lm_harness.Answers(evaluation, args.output / "samples.jsonl", **how)
     options = {"chat": bool(chat), "fewshot": args.fewshot, "limit": args.limit, "metric": args.metric}
     for name in lm_harness.evaluate_tasks(answers, tasks, args.output, settings, **options):
         print((args.output / name / "results.md").read_text(encoding="utf-8"))
@@ -203,8 +178,6 @@ def _tasks(args: argparse.Namespace, argv: Sequence[str], ways: Mapping[str, Str
 
 def _loaded(args: argparse.Namespace, ways: Mapping[str, Strategy], **options: Any) -> Evaluation:
     """The model, and the original where one is named, as an evaluation of the ways."""
-    from mtpkern.loading import device_of, load, quiet, require_model
-
     for name in filter(None, (args.model, args.baseline)):
         require_model(name)
     quiet()
@@ -215,24 +188,14 @@ def _loaded(args: argparse.Namespace, ways: Mapping[str, Strategy], **options: A
     return Evaluation(model, tokenizer, ways, None, original, theirs, options=mask, **options)
 
 
-def _recorded(evaluation: Evaluation) -> Mapping[str, Any]:
-    from mtpkern.model import recorded_settings
-
-    return recorded_settings(evaluation.model)
-
-
 def _warn(args: argparse.Namespace, evaluation: Evaluation) -> None:
-    from mtpkern.prompting import warnings_of
-
     assert evaluation.prompting is not None
-    for warning in warnings_of(_recorded(evaluation), evaluation.prompting):
+    for warning in warnings_of(recorded_settings(evaluation.model), evaluation.prompting):
         print(f"mtpkern eval: warning: {printable(args.model)}: {printable(warning)}", file=sys.stderr)
 
 
 def _settings(args: argparse.Namespace, argv: Sequence[str], evaluation: Evaluation) -> dict[str, Any]:
     """What makes an evaluation what it is, whatever its prompts come from, and what it ran on."""
-    from mtpkern.origin import origin
-
     assert evaluation.prompting is not None
     model = evaluation.model
     return {

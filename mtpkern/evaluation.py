@@ -14,23 +14,22 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mtpkern.card import add_to_card
 from mtpkern.cases import Case
+from mtpkern.compare import Completion, decode, pad, rotated, timed
 from mtpkern.evidence import ORIGINAL, PLAIN, figures, markdown
-from mtpkern.output import json_line, whole_file
-from mtpkern.strategies import Strategy
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from mtpkern.compare import Completion
-    from mtpkern.prompting import Prompting
+from mtpkern.options import strategy_for
+from mtpkern.output import json_line, write_whole
+from mtpkern.prompting import Prompting
+from mtpkern.strategies import Static, Strategy
 
 # What may differ between two calls that go on with one another.
 FREE = ("command", "date", "hardware", "threads", "python", "torch", "transformers", "mtpkern", "commit", "lm_eval")
@@ -47,10 +46,6 @@ class Evaluation:
     options   further keyword arguments of `mtpkern.generate`, such as mask_token_id
 
     Raises ValueError for an original whose tokens are not the model's.
-
-        evaluation = Evaluation(model, tokenizer, {"verified": Verified()}, max_new_tokens=128)
-        samples = evaluation.decode(read_cases(path), batch=0, warm=True)
-        figures(samples)["verified"]["accuracy"]
     """
 
     model: PreTrainedModel
@@ -65,9 +60,6 @@ class Evaluation:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        from mtpkern.options import strategy_for
-        from mtpkern.strategies import Static
-
         ways = {PLAIN: Static(1), **self.ways}
         # A k in any case: without one the rows of a pass, and with them the passes, would follow measured times.
         self.ways = {name: strategy_for(self.model, strategy) for name, strategy in ways.items()}
@@ -93,28 +85,17 @@ class Evaluation:
 
         batch: the number of this batch; first: the row of its first case; warm: decode once untimed before.
         """
-        from mtpkern.compare import ours, pad, rotated, synchronize
-        from mtpkern.strategies import Static
-
-        prompts = [self._encode(case) for case in cases]
-        inputs = pad(prompts, self.model.device)
-        options = self._options()
-        ways: dict[str, dict[int, dict[str, Any]]] = {}
+        prompts = [(self.prompting or Prompting()).encode_at(case.where, self.tokenizer, case.fields) for case in cases]
+        inputs, options = pad(prompts, self.model.device), self._options()
+        ways: dict[str, list[dict[str, Any]]] = {}
         for name in rotated(list(self.ways), batch):
-            strategy = self.ways[name]
             if warm:
-                ours(self.model, inputs, strategy=strategy, **options)
-            synchronize(self.model.device)
-            start = time.perf_counter()
-            completions = ours(self.model, inputs, strategy=strategy, **options)
-            synchronize(self.model.device)
-            ways[name] = self._way(cases, completions, (time.perf_counter() - start) / len(cases))
+                decode(self.model, inputs, self.ways[name], **options)
+            ways[name] = self._way(cases, *timed(self.model, inputs, self.ways[name], **options))
         if self.original is not None:
             there = pad(prompts, self.original.device)
-            start = time.perf_counter()
-            completions = ours(self.original, there, strategy=Static(1), **options | {"mask_token_id": None})
-            synchronize(self.original.device)
-            ways[ORIGINAL] = self._way(cases, completions, (time.perf_counter() - start) / len(cases))
+            options["mask_token_id"] = None
+            ways[ORIGINAL] = self._way(cases, *timed(self.original, there, Static(1), **options))
             for i, prompt in enumerate(prompts):
                 known: dict[tuple[int, ...], float | None] = {}
                 for way in ways.values():
@@ -127,17 +108,6 @@ class Evaluation:
             for i in range(len(cases))
         ]
 
-    def _encode(self, case: Case) -> list[int]:
-        from mtpkern.prompting import Prompting
-
-        try:
-            ids = (self.prompting or Prompting()).encode(self.tokenizer, case.fields)
-        except Exception as error:  # a template and a tokenizer raise what they like
-            raise ValueError(f"{case.where}: {error}") from error
-        if not ids:
-            raise ValueError(f"{case.where}: the prompt has no tokens; give one with text in it")
-        return ids
-
     def _options(self) -> dict[str, Any]:
         options = {"max_new_tokens": self.max_new_tokens, **self.options}
         # The original stops where the model does.
@@ -145,22 +115,20 @@ class Evaluation:
         options["eos_token_id"] = self.tokenizer.eos_token_id if stop is None else stop
         return options | ({"stop_strings": list(self.stops), "tokenizer": self.tokenizer} if self.stops else {})
 
-    def _way(
-        self, cases: Sequence[Case], completions: Sequence[Completion], seconds: float
-    ) -> dict[int, dict[str, Any]]:
-        found = {}
-        for i, (case, completion) in enumerate(zip(cases, completions, strict=True)):
-            text = cut(str(self.tokenizer.decode(completion.tokens, skip_special_tokens=True)), self.stops)
-            found[i] = {
+    def _way(self, cases: Sequence[Case], completions: Sequence[Completion], seconds: float) -> list[dict[str, Any]]:
+        texts = [cut(str(self.tokenizer.decode(c.tokens, skip_special_tokens=True)), self.stops) for c in completions]
+        return [
+            {
                 "tokens": completion.tokens,
                 "blocks": completion.blocks,
                 "finished": completion.finished,
-                "seconds": seconds,
+                "seconds": seconds / len(cases),
                 "text": text,
                 "right": case.right(text, self.rule),
                 "nll": None,
             }
-        return found
+            for case, completion, text in zip(cases, completions, texts, strict=True)
+        ]
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
@@ -169,12 +137,7 @@ def cut(text: str, stops: Sequence[str]) -> str:
 
 
 def nll(model: PreTrainedModel, prompt: Sequence[int], tokens: Sequence[int]) -> float | None:
-    """Nats of the tokens behind the prompt under the model; None where one is none of its tokens.
-
-    nll(model, [5, 6, 7], [8, 2])
-    """
-    import torch
-
+    """Nats of the tokens behind the prompt under the model; None where one is none of its tokens."""
     if not tokens or max(tokens) >= model.get_input_embeddings().weight.shape[0]:
         return None
     ids = torch.tensor([[*prompt, *tokens]], device=model.device)
@@ -232,12 +195,8 @@ def write_results(
     record: its settings name the model, whose card is completed (mtpkern.card), and the data or the task
     """
     found = figures(samples)
-    with whole_file(folder / "results.json") as out:
-        assert out is not None
-        out.write(json.dumps({**record, "figures": found}, indent=1) + "\n")
-    with whole_file(folder / "results.md") as out:
-        assert out is not None
-        out.write(markdown(found, title, facts))
+    write_whole(folder / "results.json", json.dumps({**record, "figures": found}, indent=1) + "\n")
+    write_whole(folder / "results.md", markdown(found, title, facts))
     settings = record["settings"]
     add_to_card(str(settings["model"]), str(settings.get("task", settings.get("data"))), found, facts)
     return found
@@ -258,9 +217,7 @@ def require_same(path: Path, settings: Mapping[str, Any]) -> None:
         return
     if (path.parent / "samples.jsonl").exists():
         raise ValueError(f"{path.parent} holds samples and no run.json that says of what; give another --output")
-    with whole_file(path) as out:
-        assert out is not None
-        out.write(json.dumps(settings, indent=1) + "\n")
+    write_whole(path, json.dumps(settings, indent=1) + "\n")
 
 
 def samples_there(path: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, median, stdev
 from typing import Any
 
-from mtpkern.compare import Tally, sample_k
+from mtpkern.compare import Completion, Tally
 
 ORIGINAL = "original"
 PLAIN = "static_1"
@@ -37,8 +37,6 @@ def figures(samples: Sequence[Sample]) -> dict[str, dict[str, Any]]:
     agreeing_prefix_original           tokens of the answer before the first that is another, mean over prompts
     nll_original                       nats a token under the original model, pooled
     finished                           share that ended before the limit
-
-        figures(samples)["verified"]["tokens_per_pass"]
     """
     names = list(samples[0]["ways"])
     return {name: _figures(samples, name) for name in names}
@@ -46,14 +44,9 @@ def figures(samples: Sequence[Sample]) -> dict[str, dict[str, Any]]:
 
 def _figures(samples: Sequence[Sample], name: str) -> dict[str, Any]:
     mine = [sample["ways"][name] for sample in samples]
-    tally = Tally(
-        problems=len(mine),
-        right=sum(bool(way["right"]) for way in mine),
-        tokens=sum(len(way["tokens"]) for way in mine),
-        passes=sum(len(way["blocks"]) for way in mine),
-        seconds=sum(way["seconds"] for way in mine),
-        sample_ks=[sample_k(way["blocks"]) for way in mine],
-    )
+    tally = Tally()
+    completions = [Completion(way["tokens"], way["blocks"]) for way in mine]
+    tally.add(completions, sum(bool(way["right"]) for way in mine), sum(way["seconds"] for way in mine))
     k, deviation = tally.effective_k
     found: dict[str, Any] = {"problems": tally.problems, "finished": mean(way["finished"] for way in mine)}
     scores = [way["right"] for way in mine]
@@ -97,9 +90,7 @@ def _agreeing(a: Sequence[int], b: Sequence[int]) -> int:
 def paired(differences: Sequence[float]) -> tuple[float, float]:
     """Mean of the differences of pairs, and its standard error (0 of one pair).
 
-    Of two ways that are right on the same problems it is 0 ± 0, however hard these are.
-
-        paired([1, 0, 0, -1])  # (0.0, 0.408...)
+    paired([1, 0, 0, -1])  # (0.0, 0.408...)
     """
     error = stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
     return mean(differences), error
@@ -159,10 +150,7 @@ def _points(difference: Sequence[float]) -> str:
 
 
 def markdown(found: Mapping[str, Mapping[str, Any]], title: str, facts: Mapping[str, str]) -> str:
-    """The figures as a page: what made them, a row a way, and below it acceptance by position.
-
-    markdown(figures(samples), "mine on problems.jsonl", {"hardware": "..."})
-    """
+    """The figures as a page: what made them, a row a way, and below it acceptance by position."""
     columns = [name for name in _COLUMNS if any(name in f for f in found.values())]
     rows = [[way, *(_COLUMNS[c][1](f) if c in f else "" for c in columns)] for way, f in found.items()]
     lines = [f"# {title}", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]

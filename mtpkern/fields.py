@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 
@@ -22,22 +23,34 @@ def _number(expected: str, fits: Callable[[float], bool]) -> Callable[[Any], flo
     return check
 
 
-def _whole(least: int) -> Callable[[Any], int]:
-    def check(value: Any) -> int:
-        try:
-            if isinstance(value, bool):
-                raise TypeError
-            number = operator.index(int(value) if isinstance(value, float) and value.is_integer() else value)
-        except TypeError:
-            raise ValueError(f"a whole number of at least {least}, got {value!r}") from None
-        if number < least:
-            raise ValueError(f"a whole number of at least {least}, got {value!r}")
-        return number
+def whole(value: Any, least: int | None = None) -> int:
+    """The value as an int, where it is a whole number of any type (3, 3.0, a tensor of one); no bool is one.
 
-    return check
+    Raises TypeError for what is no number, ValueError for a fraction or for less than `least`.
+    """
+    said = "a whole number" + ("" if least is None else f" of at least {least}") + f", got {value!r}"
+    if isinstance(value, float) and not value.is_integer():
+        raise ValueError(said)
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(int(value) if isinstance(value, float) else value)
+    except TypeError:
+        raise TypeError(said) from None
+    if least is not None and number < least:
+        raise ValueError(said)
+    return number
 
 
-_token = _whole(0)
+def whole_number(name: str, value: Any, *, least: int | None = None) -> int:
+    """As `whole`, with messages that begin with the name: `whole_number("max_new_tokens", 3.0, least=1)` is 3."""
+    try:
+        return whole(value, least)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name} must be {error}") from None
+
+
+_token = _count = partial(whole, least=0)
 
 
 def _tokens(value: Any) -> list[int] | None:
@@ -74,7 +87,7 @@ def _biases(value: Any) -> dict[tuple[int, ...], float] | None:
 def _decay(value: Any) -> tuple[int, float]:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         raise ValueError(f"a pair of a number of tokens and a factor, got {value!r}")
-    return _whole(0)(value[0]), _positive(value[1])
+    return _count(value[0]), _positive(value[1])
 
 
 def _flag(value: Any) -> bool:
@@ -89,39 +102,29 @@ _part = _number("a number from 0 to 1", lambda x: 0 <= x <= 1)
 
 OF_SCORES: dict[str, Callable[[Any], Any]] = {
     "repetition_penalty": _positive,
-    "no_repeat_ngram_size": _whole(0),
+    **dict.fromkeys(("no_repeat_ngram_size", "min_length", "min_new_tokens"), _count),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), _tokens),
     "bad_words_ids": _words,
     "sequence_bias": _biases,
-    "suppress_tokens": _tokens,
-    "begin_suppress_tokens": _tokens,
-    "min_length": _whole(0),
-    "min_new_tokens": _whole(0),
     "forced_bos_token_id": _token,
     "forced_eos_token_id": _token_or_tokens,
     "exponential_decay_length_penalty": _decay,
 }
 OF_SAMPLING: dict[str, Callable[[Any], Any]] = {
     "temperature": _positive,
-    "top_k": _whole(0),
-    "top_p": _share,
-    "min_p": _part,
-    "typical_p": _share,
-    "top_h": _share,
-    "epsilon_cutoff": _part,
-    "eta_cutoff": _part,
+    "top_k": _count,
+    **dict.fromkeys(("top_p", "typical_p", "top_h"), _share),
+    **dict.fromkeys(("min_p", "epsilon_cutoff", "eta_cutoff"), _part),
 }
 _OTHERS: dict[str, Callable[[Any], Any]] = {
-    "num_return_sequences": _whole(1),
+    "num_return_sequences": partial(whole, least=1),
     **dict.fromkeys(("do_sample", "renormalize_logits", "output_scores", "output_logits"), _flag),
 }
 
 
 def checked_field(name: str, value: Any) -> Any:
-    """The value as transformers takes it; None for an empty list. Raises ValueError that begins with the name.
-
-    checked_field("repetition_penalty", 2)  # 2.0
-    """
+    """The value as transformers takes it; None for an empty list. Raises ValueError that begins with the name."""
     try:
         return (OF_SCORES | OF_SAMPLING | _OTHERS)[name](value)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{name} must be {error}") from None

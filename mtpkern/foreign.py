@@ -1,7 +1,6 @@
 """What somebody has put into a model: hooks, forwards and classes that are not those of the libraries.
 
-A kind of model is trusted as transformers has written it. A hook that mixes positions, a forward that has been replaced
-or a module of another class make it another model, wherever in it they stand.
+A kind of model is trusted as transformers has written it; any of these make it another, wherever in it they stand.
 """
 
 from __future__ import annotations
@@ -29,15 +28,12 @@ def foreign(model: nn.Module) -> tuple[Any, ...]:
     """What stands in a model's modules that no library has put there; equal as long as nobody changes it.
 
     Hooks and forwards of an instance, classes and their forwards from elsewhere, and attention that has been told not
-    to be causal. Empty for a model as it was loaded, with adapters or without.
-
-        foreign(model)  # ()
-        model.model.layers[0].register_forward_hook(lambda module, args, output: output * 2)
-        foreign(model)  # ((<weakref to the layer>, 7),)
+    to be
+    causal: ((<weakref to the layer>, 7),) say. Empty for a model as it was loaded, with adapters or without.
     """
     found: list[Any] = []
-    found += [key for key, hook in torch_module._global_forward_hooks.items() if not _is_known(hook)]
-    found += [key for key, hook in torch_module._global_forward_pre_hooks.items() if not _is_known(hook)]
+    for hooks in (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks):
+        found += [key for key, hook in hooks.items() if not _is_known(hook)]
     prepare = vars(model).get("prepare_inputs_for_generation")
     if prepare is not None and not _is_known(prepare):
         found.append(_mark(prepare))
@@ -51,9 +47,8 @@ def foreign(model: nn.Module) -> tuple[Any, ...]:
         kinds[type(module)] = None
         if held["_modules"]:
             modules += held["_modules"].values()
-        if held["_forward_hooks"] or held["_forward_pre_hooks"]:
-            # torch counts hooks through the process.
-            for hooks in (held["_forward_hooks"], held["_forward_pre_hooks"]):
+        for hooks in (held["_forward_hooks"], held["_forward_pre_hooks"]):
+            if hooks:  # torch counts them through the process
                 found += [(ref(module), key) for key, hook in hooks.items() if not _is_known(hook)]
         if "forward" in held and not _is_known(held["forward"]):
             found.append((ref(module), _mark(held["forward"])))
@@ -98,10 +93,7 @@ def _mark(call: Callable[..., Any]) -> Any:
 
 
 def settings_of(value: Any) -> Any:
-    """The settings of a configuration, hashable: equal for models that compute in the same way.
-
-    settings_of(model.config) == settings_of(another_checkpoint_of_the_same_shape.config)
-    """
+    """The settings of a configuration, hashable: equal for models that compute in the same way."""
     if isinstance(value, PreTrainedConfig):
         value = {name: x for name, x in vars(value).items() if not name.startswith("_") and name not in _NAMES}
     if isinstance(value, dict):

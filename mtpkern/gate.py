@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,9 +17,6 @@ from mtpkern.siblings import adapt
 
 class Gate:
     """Which rows of the running pass are adapted, and the embedding row of the mask token [H]; one for a model.
-
-    with gate.open(input_ids == gate.mask_token_id):
-        logits = model(input_ids=input_ids, ...).logits
 
     Closed, which it is wherever no block of this thread has opened it, adapters add nothing.
     """
@@ -90,11 +87,11 @@ class Gate:
 _opened: ContextVar[tuple[Gate, Tensor] | None] = ContextVar("mtpkern_gate", default=None)
 
 
+@dataclass
 class GatedLora:
     """What a LoRA layer of peft does in place of its plain update: one object for all layers of a model."""
 
-    def __init__(self, gate: Gate) -> None:
-        self.gate = gate
+    gate: Gate
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """result [B, T, N] of the base's layer for x [B, T, H], with the update in its gated rows."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -135,43 +135,23 @@ def generate(
         output = mtpkern.generate(model, **tokenizer("Two and two is", return_tensors="pt"), max_new_tokens=64)
         print(tokenizer.decode(output[0]))
     """
+    given = dict(locals())
     if getattr(kwargs.get("custom_generate"), "__module__", None) == __name__:
         # Our own call has come back, through a class's generate that leads here.
         kwargs.setdefault("inputs", input_ids)
         return GenerationMixin.generate(model, **kwargs)
     adopt(model)
     model = unwrapped(model, kwargs)
-    options = Options(
-        model,
-        {
-            "strategy": strategy,
-            "mask_token_id": mask_token_id,
-            "rows": rows,
-            "use_graph": use_graph,
-            "compile": compile,
-            "batch_invariant": batch_invariant,
-            "prefill_chunk": prefill_chunk,
-            "wait": wait,
-            "check_model": check_model,
-        },
-    )
+    options = Options(model, given)
     require_bool("return_logprobs", return_logprobs)
     require_streamer(streamer)
     require_prefix_cache(prefix_cache, model)
     input_ids, settings = settings_of(model, input_ids, kwargs, options.mask_token_id, stacklevel=2)
     require_same_on_all(model, settings.get("max_time"), settings.get("stopping_criteria", ()))
 
-    def decode(
-        input_ids: Tensor,
-        processors: LogitsProcessorList,
-        criteria: StoppingCriteriaList,
-        config: GenerationConfig,
-        attention_mask: Tensor | None,
-    ) -> Tensor | MTPGenerateOutput:
-        choosing = _choosing(config, processors, input_ids.shape[1], options.mask_token_id, return_logprobs)
-        watch = Watch.of(streamer, criteria)
-        call = input_ids, options, config, criteria, attention_mask, watch, choosing, prefix_cache
-        run = partial(_decode, model, *call)
+    def decode(call: Prepared) -> Tensor | MTPGenerateOutput:
+        choosing = choosing_of(call, options.mask_token_id, return_logprobs)
+        run = partial(_decode, model, call, options, Watch.of(streamer, call.criteria), choosing, prefix_cache)
         try:
             return run()
         except Exception as error:
@@ -180,6 +160,16 @@ def generate(
         return run()
 
     return _prepared_by_theirs(model, input_ids, settings, decode)
+
+
+class Prepared(NamedTuple):
+    """A call as transformers prepares it: prompts [B, T], processors, criteria, settings, mask [B, T]."""
+
+    input_ids: Tensor
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    config: GenerationConfig
+    attention_mask: Tensor | None
 
 
 def settings_of(
@@ -197,9 +187,9 @@ def settings_of(
 
 
 def _prepared_by_theirs(
-    model: PreTrainedModel, input_ids: Tensor, settings: dict[str, Any], decode: Callable[..., Any]
+    model: PreTrainedModel, input_ids: Tensor, settings: dict[str, Any], decode: Callable[[Prepared], Any]
 ) -> Any:
-    """What comes of decode(input_ids, processors, criteria, config, attention_mask), as transformers prepares them."""
+    """What comes of the call by `decode`, once transformers has prepared it."""
     reached = False
 
     def ours(
@@ -215,8 +205,8 @@ def _prepared_by_theirs(
         if not model_kwargs.get("mm_encoder_outputs", True):
             del model_kwargs["mm_encoder_outputs"]  # of a model that could see images, and has been given none
         require_prepared(generation_config, model_kwargs)
-        attention_mask = model_kwargs.get("attention_mask")
-        return decode(input_ids, logits_processor, stopping_criteria, generation_config, attention_mask)
+        mask = model_kwargs.get("attention_mask")
+        return decode(Prepared(input_ids, logits_processor, stopping_criteria, generation_config, mask))
 
     # Not through the instance, whose generate may be `mtpkern.generate`. A class's own is called, and what it does
     # around the call is done; it has to lead to transformers'.
@@ -231,15 +221,13 @@ def _prepared_by_theirs(
 
 def _decode(
     model: PreTrainedModel,
-    input_ids: Tensor,
+    call: Prepared,
     options: Options,
-    generation_config: GenerationConfig,
-    stopping_criteria: StoppingCriteriaList,
-    attention_mask: Tensor | None,
     watch: Watch | None,
     choosing: Choosing | None,
     prefix_cache: PrefixCache | None,
 ) -> Tensor | MTPGenerateOutput:
+    input_ids, _, stopping_criteria, generation_config, attention_mask = call
     # The host looks at the prompts once, before anything runs.
     given_on, padding = input_ids.device, generation_config._pad_token_tensor
     told = [torch.zeros(1) if padding is None else padding, *([] if attention_mask is None else [attention_mask])]
@@ -270,6 +258,8 @@ def _decode(
         reuse = Reuse(prefix_cache, model, [row[T - n :].numpy() for row, n in zip(host_ids.long(), prompts)])
     if watch is not None:
         watch.begin(host_ids, host_mask, new=max_new_tokens, padding=filler, device=given_on)
+    prompt: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "chunk": options.prefill_chunk}
+    prompt["known"] = None if reuse is None else reuse.fill
     # The prefill runs through the model's own attention, and the results are read before another run may have the
     # decoder.
     with (
@@ -281,13 +271,7 @@ def _decode(
             stop_ids,
             tokens=T + max_new_tokens,
             max_new_tokens=max_new_tokens,
-            prefill=partial(
-                prefill_with_room,
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                chunk=options.prefill_chunk,
-                known=None if reuse is None else reuse.fill,
-            ),
+            prefill=partial(prefill_with_room, **prompt),
             batch=B,
             choosing=choosing,
             **options.of_decoder(on_host=bool(choosing and choosing.on_host)),
@@ -310,17 +294,12 @@ def _decode(
             ends = torch.tensor([start + n for start, n in zip(prompts, emitted)]).to(model.device, non_blocking=True)
         faulty = [b for b, reason in enumerate(reasons) if reason == "fault"]
         if faulty:
-            raise RuntimeError(
-                f"the model's logits hold NaN or inf for sequences {faulty}; check its weights and dtype, and whether "
-                "processors leave any token"
-            )
+            raise RuntimeError(faults_of(f"sequences {faulty}"))
         if positions is not None and "length" in reasons:
             raise ValueError(past_positions(model, positions, longest, asked))
         output = torch.cat([input_ids, _new_tokens(decoder, ends, attention_mask, T, max(emitted), filler)], dim=1)
         kept = [first_tokens(row, n) for row, n in zip(blocks.tolist(), emitted)]
-        of_tokens: dict[str, Any] = {}
-        if decoder.choice is not None:
-            of_tokens = decoder.choice.of_tokens(ends, max(emitted), filler)
+        of_tokens = {} if decoder.choice is None else decoder.choice.of_tokens(ends, max(emitted), filler)
         if reuse is not None:
             # Of what the last pass has emitted there may be no keys.
             reuse.keep(decoder.cache, output[:, T:], [sum(row[:-1]) for row in kept])
@@ -338,10 +317,9 @@ def _decode(
     )
 
 
-def _choosing(
-    generation_config: GenerationConfig, processors: LogitsProcessorList, T: int, mask: int, logprobs: bool
-) -> Choosing | None:
+def choosing_of(call: Prepared, mask: int, logprobs: bool = False) -> Choosing | None:
     """What stands between logits and tokens; None where it is the argmax alone."""
+    generation_config = call.config
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
         forced = getattr(generation_config, name, None)
         if mask in (forced if isinstance(forced, (list, tuple)) else [forced]):
@@ -353,29 +331,30 @@ def _choosing(
         raise ValueError("return_logprobs needs return_dict_in_generate=True, which brings the object that holds them")
     # As training records it for other decoders; ours never emits it.
     alone = generation_config.suppress_tokens == [mask]
-    wanted = [x for x in processors if not (alone and type(x) is SuppressTokensLogitsProcessor)]
-    return Choosing.of(wanted, T, samples=bool(generation_config.do_sample), keeps=frozenset(keeps))
+    wanted = [x for x in call.processors if not (alone and type(x) is SuppressTokensLogitsProcessor)]
+    return Choosing.of(
+        wanted, call.input_ids.shape[1], samples=bool(generation_config.do_sample), keeps=frozenset(keeps)
+    )
 
 
-def prepared(
-    model: PreTrainedModel, input_ids: Tensor, settings: dict[str, Any], mask_token_id: int
-) -> tuple[GenerationConfig, StoppingCriteriaList, Choosing | None]:
+def prepared(model: PreTrainedModel, input_ids: Tensor, settings: dict[str, Any]) -> Prepared:
     """What transformers makes of a call with these settings, as `settings_of` returns them; nothing is decoded."""
-    found: list[tuple[GenerationConfig, StoppingCriteriaList, Choosing | None]] = []
+    found: list[Prepared] = []
 
-    def note(
-        input_ids: Tensor,
-        processors: LogitsProcessorList,
-        criteria: StoppingCriteriaList,
-        config: GenerationConfig,
-        attention_mask: Tensor | None,
-    ) -> Tensor:
-        choosing = _choosing(config, processors, input_ids.shape[1], mask_token_id, False)
-        found.append((config, criteria, choosing))
-        return input_ids
+    def note(call: Prepared) -> Tensor:
+        found.append(call)
+        return call.input_ids
 
     _prepared_by_theirs(model, input_ids, settings, note)
     return found[0]
+
+
+def faults_of(whom: str) -> str:
+    """What is said of a sequence, or several, whose logits are not finite."""
+    return (
+        f"the model's logits hold NaN or inf for {whom}; check its weights and dtype, and whether processors leave any "
+        "token"
+    )
 
 
 def past_positions(model: PreTrainedModel, positions: int, prompt: int, new: int) -> str:

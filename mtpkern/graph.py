@@ -1,39 +1,28 @@
-"""The step as a CUDA graph: captured once, replayed until its model changes, kept for the next call.
+"""The step as a CUDA graph: captured once, replayed until its model changes.
 
 A graph holds addresses and plain numbers, not Python. So all that a step reads and writes belongs to its `Decoder`,
-which is kept together with its graph and given to the next call of the same shape; what differs from call to call
-(prompts, lengths, threshold, stop tokens) is written into the same tensors. What the graph has baked in of the model,
-the addresses of its weights and the settings of its modules, is compared before each call's passes: `fingerprint`.
-
-Memory: for each model the last `KEPT` decoders stay, as long as their keys, values and tokens take no more than
-`KEPT_SHARE` of the device's memory together; the graphs of a model share one pool for what a step computes in between.
-All goes with the model, or at `release_graphs()`.
+which is kept together with its graph and given to the next call of the same shape (mtpkern.pool); what differs from
+call to call (prompts, lengths, threshold, stop tokens) is written into the same tensors. What the graph has baked in of
+the model, the addresses of its weights and the settings of its modules, is compared before each call's passes:
+`fingerprint`.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from mtpkern.kernels.form import go_without_kernels, has_kernels
-from mtpkern.packed import unpack
-from mtpkern.products import separate
+from mtpkern.output import first_line
 
-if TYPE_CHECKING:
-    from mtpkern.decoder import Decoder
-
-# Decoders that stay for each model, and the share of the device's memory that their state may take.
-KEPT = 8
-KEPT_SHARE = 0.2
 # Steps that run as they are before the capture: the first compiles our kernels, the second what torch.compile makes of
 # the layers, the third is like all that follow.
 WARM_UP = 3
@@ -48,9 +37,6 @@ def wants_graph(use_graph: bool | None, device: torch.device) -> bool:
 
 class StepGraph:
     """Runs a step as it is until it is warm, then captures it, then replays it; a step of each number of rows apart.
-
-        graph = StepGraph(device)
-        graph(step, 16)     # one real step of 16 rows each time, whichever way it runs
 
     step reads and writes tensors that never move, and what it returns is not looked at. One that cannot be captured
     goes on as it is, as do all of other sizes; a RuntimeWarning announces it.
@@ -70,8 +56,7 @@ class StepGraph:
         """Run one step of so many rows."""
         if rows not in self.captured and self.warm[rows] == WARM_UP and not self.refused:
             try:
-                beside = next(iter(self.captured.values()), self.beside)
-                self.captured[rows] = CapturedStep(step, self.device, beside)
+                self.captured[rows] = CapturedStep(step, self.device, next(iter(self.captured.values()), self.beside))
             except RuntimeError as error:  # out of memory is one, too
                 self.refused = True
                 _announce(error)
@@ -103,12 +88,7 @@ class CapturedStep:
 
 @contextmanager
 def capturing(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any = None) -> Iterator[None]:
-    """Capture what the block queues, on the side stream; `torch.cuda.graph` that clears up where a capture fails.
-
-    with capturing(graph, x.device):
-        y = x + 1
-    graph.replay()
-    """
+    """Capture what the block queues, on the side stream; `torch.cuda.graph` that clears up where a capture fails."""
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
     with on_side_stream(device) as stream:
         # cuBLAS has one workspace a stream, which this graph would share with all others and with the warm-up, and lose
@@ -134,9 +114,8 @@ def _clear_up(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any)
     """Do what torch leaves undone where a capture is broken off, by a wait for the device say.
 
     It would take the capture to go on: its allocator would give back no memory to the device where it is short of it,
-    none at all that several streams have used, and start no other capture in the same pool; and (until its generators
-    told captures apart) nothing could draw random numbers on the device, or replay another graph, before the next
-    capture that ends well.
+    none at all that several streams have used, and start no other capture in the same pool; and, in older versions,
+    nothing could draw random numbers or replay another graph before the next capture that ends well.
     """
     try:
         torch._C._cuda_endAllocateToPool(stream.device_index, pool)
@@ -169,109 +148,18 @@ def on_side_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
 
 
 def _announce(error: Exception) -> None:
+    remedy = "pass use_graph=False, or look for what waits for the device in the model's forward"
     if isinstance(error, torch.OutOfMemoryError):
         remedy = (
             "decode fewer sequences, or free memory and call mtpkern.release_graphs(), which drops what earlier calls "
             "have kept and lets the next one try again"
         )
-    else:
-        remedy = "pass use_graph=False, or look for what waits for the device in the model's forward"
     warnings.warn(
         f"the decoding step could not be captured in a CUDA graph and runs without one, which is slower; {remedy}: "
-        f"{_first_line(error)}",
+        f"{first_line(error)}",
         RuntimeWarning,
         stacklevel=2,
     )
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
-# What each model has kept, the last used at the end.
-_kept: WeakKeyDictionary[PreTrainedModel, OrderedDict[Hashable, Decoder]] = WeakKeyDictionary()
-
-
-@contextmanager
-def kept_decoder(
-    model: PreTrainedModel, key: Hashable, make: Callable[[], Decoder], begin: Callable[[Decoder], object]
-) -> Iterator[Decoder]:
-    """The decoder that an earlier call has left under this key, or a new one; kept again at the end of the block.
-
-    begin(decoder) starts its next run, prefill included, before the block. What an earlier call has left is compared
-    with the model behind that, while the device is at work: where the model has changed since, all that was captured
-    before is dropped, and a new decoder begins anew. One whose run raised an error is not kept. The caller holds the
-    model (see `exclusive`).
-    """
-    kept = _kept.setdefault(model, OrderedDict())
-    decoder = _begun(model, kept, kept.pop(key, None), begin)
-    if decoder is None:
-        decoder = make()
-        graph = decoder.graph
-        assert graph is not None, "a decoder without a graph is not worth keeping"
-        graph.beside = next((step for d in kept.values() if d.graph for step in d.graph.captured.values()), None)
-        begin(decoder)
-    yield decoder
-    if decoder.fingerprint is None:
-        # Now, because a model's first forward may change it.
-        decoder.fingerprint = fingerprint(model)
-    decoder.leave()
-    kept[key] = decoder
-    room = KEPT_SHARE * memory_of(decoder.device)
-    while len(kept) > KEPT or (len(kept) > 1 and sum(d.nbytes for d in kept.values()) > room):
-        kept.popitem(last=False)
-
-
-def _begun(
-    model: PreTrainedModel,
-    kept: OrderedDict[Hashable, Decoder],
-    decoder: Decoder | None,
-    begin: Callable[[Decoder], object],
-) -> Decoder | None:
-    """An earlier call's decoder once its next run has begun; None where there is none that the model still is that of.
-
-    What others are left of a model that has changed is dropped.
-    """
-    if decoder is not None:
-        decoder.enter(model)
-        try:
-            begin(decoder)
-        except Exception:  # of buffers that no longer fit the model, perhaps
-            if decoder.fingerprint == fingerprint(model):
-                raise
-    now = fingerprint(model)
-    for stale in [k for k, other in kept.items() if other.fingerprint != now]:
-        del kept[stale]
-    return None if decoder is None or decoder.fingerprint != now else decoder
-
-
-def is_kept(model: PreTrainedModel, key: Hashable) -> bool:
-    """Whether an earlier call has left a decoder under this key."""
-    return key in _kept.get(model, ())
-
-
-def kept_bytes(device: torch.device) -> int:
-    """Bytes of keys, values and tokens that earlier calls have left on a device, of all models."""
-    return sum(d.nbytes for kept in list(_kept.values()) for d in list(kept.values()) if d.device == device)
-
-
-def release_graphs(model: PreTrainedModel | None = None) -> int:
-    """Drop the CUDA graphs and KV buffers that earlier calls of `generate` have kept, of one model or of all.
-
-    Weights that a pass has moved together (mtpkern.products) are apart again, but of a model that a call is running; on
-    a CPU the copies that passes of few rows read (mtpkern.packed) go as well.
-    Returns how many were dropped. The memory goes back to torch, which returns it to the device at
-    `torch.cuda.empty_cache()`. The next call captures anew.
-
-        mtpkern.release_graphs(model)
-    """
-    dropped = 0
-    for kept in list(_kept.values()) if model is None else [_kept.get(model, OrderedDict())]:
-        dropped += len(kept)
-        kept.clear()
-    separate(model)
-    unpack(model)
-    return dropped
 
 
 def without_kernels(error: Exception, device: torch.device) -> bool:
@@ -282,24 +170,18 @@ def without_kernels(error: Exception, device: torch.device) -> bool:
     warnings.warn(
         f"a Triton kernel of mtpkern could not be compiled for {device}, or does not fit on it; decoding there takes "
         "plain torch operations instead, which are slower. Try another version of triton, or report the device and "
-        f"the message: {_first_line(error)}",
+        f"the message: {first_line(error)}",
         RuntimeWarning,
         stacklevel=2,
     )
     return True
 
 
-@cache
-def memory_of(device: torch.device) -> int:
-    """Bytes of memory of a GPU."""
-    return torch.cuda.get_device_properties(device).total_memory
-
-
 def fingerprint(model: PreTrainedModel) -> tuple[Any, ...]:
     """What a captured step has baked in of its model; equal as long as the step may be replayed.
 
     Of every module: which one it is, addresses and forms of its tensors, its hooks, its plain settings, and which other
-    objects it holds (a forward of its own, say). Of the configuration: its plain settings. Values of weights are read
+    objects it holds (a forward of its own, say); of the configuration its plain settings. Values of weights are read
     anew at each replay and may change in place; a LoRA that is merged in place shows in the module's list of them.
     """
     facts = [_facts(vars(model.config)), _facts(vars(model.config.get_text_config(decoder=True)))]
@@ -322,8 +204,8 @@ def fingerprint(model: PreTrainedModel) -> tuple[Any, ...]:
 
 # What torch keeps in every module and no forward depends on.
 _BOOKKEEPING = set(vars(torch.nn.Module())) - {
-    *("training", "_parameters", "_buffers"),
-    *("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"),
+    *("training", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks"),
+    *("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"),
 }
 _PLAIN = {bool, int, float, str, torch.dtype, torch.device}
 

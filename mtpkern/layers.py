@@ -2,11 +2,8 @@
 
 Layers are alike: a few forms, made in the time of one layer, serve all of them. Attention is kept out: it writes the
 caches of its own layer, and a form that looked inside would be one layer's. So a layer is compiled in the parts before
-and behind its attention, which costs nothing in a CUDA graph. What lies around the layers, embedding, last norm and
-head, stays as it is.
-
-A layer has a forward of its own only while a pass of this thread runs; other threads, `fingerprint`, saving and whoever
-looks at the model meanwhile know nothing of it.
+and behind its attention, which costs nothing in a CUDA graph. It has a forward of its own only while a pass of this
+thread runs; other threads, `fingerprint`, saving and whoever looks at the model meanwhile know nothing of it.
 """
 
 from __future__ import annotations
@@ -21,6 +18,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from mtpkern.output import first_line
 from mtpkern.routing import attention_apart
 
 # Whether `compile=None` means yes for a captured pass: on an H200 one of Qwen3-4B with 16 rows takes 1.78 times as long
@@ -39,10 +37,6 @@ def wants_compile(compile: bool | None, captured: bool) -> bool:
 
 class CompiledLayers:
     """The decoder layers of a model, compiled for fixed shapes inside the block that a call opens.
-
-        layers = CompiledLayers(model)
-        with attention_context(model, context) as route, layers():
-            logits = model(input_ids=ids, position_ids=positions, use_cache=False, **route).logits
 
     Compiling takes place in the first passes of a shape. A model without layers of the kind that transformers
     checkpoints, or with one that torch.compile cannot take, runs as it is, which a RuntimeWarning announces.
@@ -107,7 +101,7 @@ def or_as_it_is(
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                 raise  # of the capture, and announced there
             error = getattr(error, "inner_exception", error)  # what torch wraps says more
-            announce(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            announce(first_line(error))
         return forward(*args, **kwargs)
 
     return call

@@ -6,8 +6,7 @@ results folder holds
 
     run.json                 what makes the evaluation what it is; another one is refused there
     samples.jsonl            a line a prompt, as of mtpkern.evaluation, with the task and a digest of what was asked
-    TASK/results.json, .md   figures of every way (mtpkern.evidence) by the task's headline metric; beside them, under
-                             "metrics", all that the harness says
+    TASK/results.json, .md   figures of every way (mtpkern.evidence) by the headline metric, and all the harness says
 
 A prompt that is asked again in the same words is not decoded again: more tasks, a larger limit or another way of
 counting go on in the same folder.
@@ -19,7 +18,8 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from transformers import PreTrainedTokenizerBase
 
+# Of a digest: whose request it is, its stop strings and limit.
+Missing = tuple[int, tuple[str, ...], int]
 # yields done -> None
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
@@ -48,22 +50,20 @@ class Ready:
 
     task: str
     metric: str
-    changes: Mapping[str, Any]
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
+
+_STEP_BY_STEP = "Q: {{question}}\n\nA: Let's think step by step."
 
 # arXiv 2602.06019, evaluated with the chat template, few-shot examples as turns and in float32. The variants of BBH
 # and GPQA are the harness's ones with reasoning; which the paper took it does not say.
 READY = {
-    "gsm8k_cot": Ready(
-        "gsm8k_cot",
-        "exact_match,flexible-extract",
-        {"doc_to_text": "Q: {{question}}\n\nA: Let's think step by step."},
-    ),
-    "bbh": Ready("bbh_cot_fewshot", "exact_match,get-answer", {}),
-    "ifeval": Ready("ifeval", "prompt_level_strict_acc,none", {}),
-    "aime25": Ready("aime25", "exact_match,none", {}),
-    "gpqa": Ready("gpqa_main_cot_n_shot", "exact_match,flexible-extract", {}),
-    "cnn_dm": Ready("cnn_dailymail_abisee", "rougeL,none", {}),
+    "gsm8k_cot": Ready("gsm8k_cot", "exact_match,flexible-extract", {"doc_to_text": _STEP_BY_STEP}),
+    "bbh": Ready("bbh_cot_fewshot", "exact_match,get-answer"),
+    "ifeval": Ready("ifeval", "prompt_level_strict_acc,none"),
+    "aime25": Ready("aime25", "exact_match,none"),
+    "gpqa": Ready("gpqa_main_cot_n_shot", "exact_match,flexible-extract"),
+    "cnn_dm": Ready("cnn_dailymail_abisee", "rougeL,none"),
 }
 
 
@@ -77,14 +77,7 @@ class Rendered(Prompting):
 
 
 class Answers(LM):  # type: ignore[misc]  # of a library without types
-    """The harness's model: every prompt decoded once in all ways, kept in a file; `way` says whose answers are given.
-
-    max_new_tokens: instead of the tasks' own limits
-
-        answers = Answers(evaluation, Path("runs/eval/samples.jsonl"), batch_size=8)
-        answers.way = "verified"
-        simple_evaluate(model=answers, tasks=["gsm8k_cot"])
-    """
+    """The harness's model: every prompt decoded once in all ways, kept in a file; `way` says whose are given."""
 
     def __init__(
         self,
@@ -97,7 +90,8 @@ class Answers(LM):  # type: ignore[misc]  # of a library without types
     ) -> None:
         super().__init__()
         self.evaluation, self.path, self.batch_size = evaluation, path, batch_size
-        self.max_new_tokens, self.progress = max_new_tokens, progress
+        self.max_new_tokens = max_new_tokens
+        self.progress = progress or (lambda label, total: nullcontext(lambda done: None))
         self.way = PLAIN
         self._known = {sample["asked"]: sample for sample in samples_there(path)}
         self._batches = 1 + max((sample["batch"] for sample in self._known.values()), default=-1)
@@ -108,8 +102,7 @@ class Answers(LM):  # type: ignore[misc]  # of a library without types
         """The texts of the way, one a request; what is not in the file yet is decoded before, in all ways."""
         asked = [self._asked(request) for request in requests]
         missing = {digest: (i, stops, limit) for i, (digest, stops, limit) in enumerate(asked)}
-        missing = {digest: found for digest, found in missing.items() if digest not in self._known}
-        if missing:
+        if missing := {digest: found for digest, found in missing.items() if digest not in self._known}:
             self._decode(requests, missing)
         for request, (digest, _, _) in zip(requests, asked, strict=True):
             self.samples[request.task_name, request.doc_id] = self._known[digest]
@@ -129,14 +122,8 @@ class Answers(LM):  # type: ignore[misc]  # of a library without types
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as one text, by the tokenizer's template."""
-        return str(
-            self.evaluation.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-        )
+        how = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        return str(self.evaluation.tokenizer.apply_chat_template(chat_history, tokenize=False, **how))
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """The tokenizer's template."""
@@ -165,9 +152,9 @@ class Answers(LM):  # type: ignore[misc]  # of a library without types
         digest = hashlib.sha256(json.dumps([context, stops, limit]).encode()).hexdigest()
         return digest, stops, limit
 
-    def _decode(self, requests: Sequence[Instance], missing: Mapping[str, tuple[int, tuple[str, ...], int]]) -> None:
+    def _decode(self, requests: Sequence[Instance], missing: Mapping[str, Missing]) -> None:
         label = f"{len(missing)} prompts, {len(self.evaluation.names)} ways"
-        with self.path.open("a", encoding="utf-8") as file, self._progress(label, len(missing)) as advance:
+        with self.path.open("a", encoding="utf-8") as file, self.progress(label, len(missing)) as advance:
             done = 0
             judges: dict[tuple[tuple[str, ...], int], Evaluation] = {}
             for stops, limit, digests in _alike(missing, self.batch_size):
@@ -184,26 +171,13 @@ class Answers(LM):  # type: ignore[misc]  # of a library without types
                 done += len(digests)
                 advance(done)
 
-    def _progress(self, label: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        return nullcontext(lambda done: None) if self.progress is None else self.progress(label, total)
 
-
-def _alike(
-    missing: Mapping[str, tuple[int, tuple[str, ...], int]], size: int
-) -> Iterator[tuple[tuple[str, ...], int, list[str]]]:
+def _alike(missing: Mapping[str, Missing], size: int) -> Iterator[tuple[tuple[str, ...], int, list[str]]]:
     """Digests that are decoded together: in order, with the same stop strings and limit."""
-    batch: list[str] = []
-    last: tuple[tuple[str, ...], int] | None = None
-    for digest, (_, stops, limit) in missing.items():
-        now = (stops, limit)
-        if batch and (now != last or len(batch) == size):
-            assert last is not None
-            yield *last, batch
-            batch = []
-        batch.append(digest)
-        last = now
-    if last is not None:
-        yield *last, batch
+    for (stops, limit), run in groupby(missing, key=lambda digest: missing[digest][1:]):
+        digests = list(run)
+        for i in range(0, len(digests), size):
+            yield stops, limit, digests[i : i + size]
 
 
 @dataclass(frozen=True)
@@ -217,16 +191,13 @@ class Tasks:
 def tasks_of(names: Sequence[str], include_path: Path | None = None) -> Tasks:
     """The harness's tasks of each name, with their data; the headline metric is known of those in `READY`.
 
-    include_path: a folder with tasks of one's own (yaml), whose names come before the harness's
-
-    Raises ValueError for a name that nothing bears and where a task's data or packages are not here.
-
-        tasks_of(["gsm8k_cot"]).members["gsm8k_cot"][1]  # "exact_match,flexible-extract"
+    include_path: a folder with tasks of one's own (yaml), whose names come before the harness's. Raises ValueError for
+    a name that nothing bears and where a task's data or packages are not here.
     """
     if include_path is not None and not include_path.is_dir():
         raise ValueError(f"{include_path}: expected a folder with tasks in yaml files (--include-path), there is none")
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    ready = {name: READY.get(name, Ready(name, "", {})) for name in names}
+    ready = {name: READY.get(name, Ready(name, "")) for name in names}
     unknown = [name for name in names if ready[name].task not in manager.all_tasks]
     if unknown:
         raise ValueError(
@@ -273,13 +244,12 @@ def evaluate_tasks(
     limit: int | None = None,
     metric: str | None = None,
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Decode and judge the tasks, write their results, and return the figures of every way by task.
+    """Decode and judge the tasks of `tasks_of`, write their results, and return the figures of every way by task.
 
-    tasks: of `tasks_of`; answers: writes its samples into the folder; settings: what makes the evaluation what it is
-    chat: by the chat template, few-shot examples as turns; limit: documents of each task (of a group's each)
-    metric: the headline, such as "exact_match,strict-match"; unless given the task's own first
-
-    Raises ValueError for a metric that a task does not have, and for settings other than the folder's.
+    answers: writes its samples into the folder; settings: what makes the evaluation what it is; chat: by the chat
+    template, few-shot examples as turns; limit: documents of each task (of a group's each); metric: the headline, such
+    as "exact_match,strict-match"; unless given the task's own first. Raises ValueError for a metric that a task does
+    not have, and for settings other than the folder's.
     """
     require_same(folder / "run.json", settings)
     found = {}
@@ -287,16 +257,8 @@ def evaluate_tasks(
         judged: dict[str, Any] = {}
         for way in answers.evaluation.names:
             answers.way, answers.samples = way, {}
-            judged[way] = simple_evaluate(
-                model=answers,
-                tasks=members,
-                num_fewshot=fewshot,
-                limit=limit,
-                apply_chat_template=chat,
-                fewshot_as_multiturn=chat,
-                bootstrap_iters=0,
-                task_manager=tasks.manager,
-            )
+            how = {"num_fewshot": fewshot, "apply_chat_template": chat, "fewshot_as_multiturn": chat, "limit": limit}
+            judged[way] = simple_evaluate(answers, tasks=members, bootstrap_iters=0, task_manager=tasks.manager, **how)
         by_way = {way: _scores(results["samples"]) for way, results in judged.items()}
         chosen = _headline(name, by_way, metric or headline)
         samples = [

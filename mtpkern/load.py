@@ -6,18 +6,16 @@ price is the one with the highest quotient over all sequences,
 
     (n + sum of y) / T(n + sum of m + y)        n: sequences that run
 
-among a few, of which the highest buys nothing: then a pass is one of plain decoding. Where rows are as
-good as free, as on a GPU up to a number of rows, the price only shares these out.
+among a few, of which the highest buys nothing: a pass of plain decoding. Where rows are as good as free, as on a GPU up
+to a number of rows, the price only shares these out.
 
-On a GPU passes have one of a few numbers of rows, the rungs of a ladder, each with a graph of its own: the device plans
-as many rows as the host has told it to, and the host takes the rung with the best quotient. The lowest has one row a
-sequence and no masks: a pass of plain decoding. A rung that has no graph yet is guessed at, and gets one as soon as
-what it would have saved comes to what the first graph took to make, so that no call pays much for what it does not use.
+On a GPU passes have one of a few numbers of rows, the rungs of a ladder, each with a graph of its own; the host takes
+the rung with the best quotient. The lowest has one row a sequence and no masks. A rung that has no graph yet is guessed
+at, and gets one as soon as what it would have saved comes to what the first graph took to make.
 
-On a CPU each pass is timed as it runs, unless its layers are compiled; a constant would be wrong, since eight rows
-take the time of one on one processor and of two on another. Passes without masks are tried on purpose now and then, at
-ever longer intervals, because their time is the one that nothing else shows; and passes with them, where for long there
-was none. What a sequence brings changes when its
+On a CPU each pass is timed as it runs, unless its layers are compiled: eight rows take the time of one on one processor
+and of two on another. Passes without masks are tried on purpose now and then, at ever longer intervals, because nothing
+else shows their time; and passes with them, where for long there was none. What a sequence brings changes when its
 tokens come, not which, but for near-ties: products of other numbers of rows round otherwise.
 """
 
@@ -54,8 +52,8 @@ def default_rows(strategy: Strategy, batch: int, device: torch.device) -> int:
     """Rows of a pass at most: B * (2k - 1 + masks) gives every sequence all its masks, and those behind drafts.
 
     Without verification a sequence must have them, or what it emits would depend on its neighbours. Verified emits the
-    same with fewer, and on a GPU gets those that are nearly free, four a sequence at least. On a CPU a pass has the
-    rows that are in use, and what they cost is measured (mtpkern.load).
+    same with fewer, and on a GPU gets those that are nearly free, four a sequence at least. On a CPU rows are used as
+    needed.
     """
     most = batch * (2 * strategy.k - 1)
     if strategy.verify and device.type != "cpu":
@@ -66,10 +64,9 @@ def default_rows(strategy: Strategy, batch: int, device: torch.device) -> int:
 class PassTimes:
     """Seconds of a pass by its rows, of one model; learned from passes as they run.
 
-    times = PassTimes()
-    times.saw(1, 0.02)
-    times.saw(8, 0.04)
-    times.of(np.array([1, 4, 8]))  # [0.02, 0.028..., 0.04]
+        times = PassTimes()
+        times.saw(1, 0.02), times.saw(8, 0.04)
+        times.of(np.array([1, 4, 8]))  # [0.02, 0.028..., 0.04]
 
     Rows of the same three leading binary digits count as one. Between what was seen times are interpolated; beyond it
     they grow as if a pass without rows took the time of `fixed` rows.
@@ -137,7 +134,8 @@ def _promised(hits: np.ndarray, chains: np.ndarray, k: int) -> tuple[np.ndarray,
     """By price: tokens of a pass of all sequences, and the rows that it takes.
 
     A sequence brings what its own odds buy (kernels/worth.py). What that is worth is judged by what the others have
-    shown too, in place of what is not known of this one: else each would have to fail for itself, some ten times.
+    shown
+    too: else each would have to fail for itself, some ten times.
     """
     prior, power = PRIOR_HITS + PRIOR_CHAINS, np.arange(1, k)
     own = _odds(hits, chains)
@@ -160,12 +158,7 @@ def _fitted(tokens: np.ndarray, needed: np.ndarray, running: int, rows: int) -> 
 
 
 class Load:
-    """The price of each pass of one run on a CPU, where the state is known when the host asks.
-
-    load = Load(times_of(model), k=8, rows=15)
-    price = load.price(sequences)   # before a pass
-    load.saw(rows, seconds)         # behind it
-    """
+    """The price of each pass of one run on a CPU, where the state is known when the host asks."""
 
     def __init__(self, times: PassTimes, k: int, rows: int) -> None:
         self.times, self.k, self.rows = times, k, rows
@@ -199,13 +192,10 @@ class Load:
 class Ladder:
     """How many rows the passes of one batch have on a GPU, and the price at which they are shared out.
 
-    batch   sequences: the lowest rung, a row for each
-    rows    the highest
-
-        ladder = Ladder(batch=64, rows=256, k=8)
-        ladder.rungs                                # [64, 128, 256]
-        rows, price = ladder.choose(hits, chains)   # of the running sequences
-        ladder.saw(rows, seconds)                   # a pass
+    ladder = Ladder(batch=64, rows=256, k=8)
+    ladder.rungs                                # [64, 128, 256]
+    rows, price = ladder.choose(hits, chains)   # of the running sequences
+    ladder.saw(rows, seconds)                   # a pass
     """
 
     def __init__(self, batch: int, rows: int, k: int) -> None:

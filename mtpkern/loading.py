@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 
 
 def require_found(name: str, kind: str = "model") -> None:
-    """Raise FileNotFoundError for what is no local path and no hub id, whose form a download would complain of.
-
-    kind: what it is on the hub, "model" or "dataset"
+    """Raise FileNotFoundError for what is no local path and no id of a "model" or "dataset" (kind) on the hub.
 
     A name without an owner, as some old ids are, counts where the hub's cache has it or the hub knows it. That is asked
     once, where a download would try for half a minute.
@@ -60,10 +58,7 @@ def require_model(name: str) -> None:
 
 
 def device_of(name: str | None = None) -> torch.device:
-    """The device of that name; without one the accelerator, if there is one. ValueError for a device that is not here.
-
-    device_of("cuda:0")
-    """
+    """The device of that name; without one the accelerator, if there is one. ValueError for one that is not here."""
     import torch
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -75,9 +70,8 @@ def device_of(name: str | None = None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device {name}: there is no such kind of device; this machine has {here}") from None
-    if device.type != "cpu" and (
-        accelerator is None or device.type != accelerator.type or (device.index or 0) >= count
-    ):
+    there = accelerator is not None and device.type == accelerator.type and (device.index or 0) < count
+    if device.type != "cpu" and not there:
         raise ValueError(f"--device {name}: torch finds no such device here; this machine has {here}")
     return device
 
@@ -95,11 +89,8 @@ def load(
     """Model, in evaluation mode, and tokenizer of a checkpoint's path or hub id; code that comes with it is not run.
 
     A gated adapter is loaded upon the base that it records, or upon the folder or hub id `base`, and has its tokenizer.
-
     dtype: "auto" or a name in torch. Raises OSError for what cannot be loaded, ValueError for what needs its own code,
     for a base that is not the adapter's, and for one that is given to a whole checkpoint.
-
-        model, tokenizer = load("my-model", "float32", torch.device("cpu"))
     """
     require_model(name)
     settings = _adapter_settings(name)
@@ -110,10 +101,9 @@ def load(
         return model.to(device).eval(), tokenizer
     from mtpkern.adapter import load_adapter
 
-    found = base or settings.base
     try:
-        require_model(found)
-        model, tokenizer = _load(found, dtype)
+        require_model(base or settings.base)
+        model, tokenizer = _load(base or settings.base, dtype)
     except OSError as error:
         if base is not None:
             raise

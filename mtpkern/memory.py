@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -20,8 +21,6 @@ def kv_bytes(model: PreTrainedModel, batch: int, capacity: int, scratch: int = 0
     """Bytes of keys and values of `batch` sequences of `capacity` tokens each, by the config; None where it is unusual.
 
     scratch: slots of each sequence that hold no token (`Verified.masks`)
-
-    kv_bytes(model, batch=8, capacity=4096)
     """
     each = [_elements_of(config) for config in layer_configs(model)]
     if None in each:
@@ -53,25 +52,26 @@ def available_memory(device: torch.device) -> int | None:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type != "cpu":
         return None
+    spare = free_bytes()
+    return None if spare is None else min(spare, *_left_in_cgroup(spare))
+
+
+def free_bytes() -> int | None:
+    """Bytes that this machine can give away without swapping; None where it does not say so as Linux does."""
     try:
         facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(facts["MemAvailable"].split()[0]) * 1024
+        return int(facts["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
-    return min(free, *_left_in_cgroup(free))
 
 
 def _left_in_cgroup(free: int) -> list[int]:
     """What a container's limit leaves, if it has one: version 2 of control groups, then version 1."""
     left = [free]
-    for limit, usage in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
+    version_1 = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
+    for limit, usage in (("memory.max", "memory.current"), version_1):
+        with suppress(OSError, ValueError):  # no such file, or "max"
             left.append(int((_CGROUP / limit).read_text()) - int((_CGROUP / usage).read_text()))
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
     return left
 
 

@@ -10,7 +10,7 @@ from torch.nn import Embedding
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mtpkern.adapter import gate_of
-from mtpkern.arguments import whole_number
+from mtpkern.fields import whole_number
 
 # What tests/test_architectures.py compares token by token, by the model_type of the config.
 TESTED = {
@@ -32,13 +32,11 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
     The token's rows of the embedding and the unembedding are drawn from a normal distribution with the mean and
     variance, per dimension, of the rows in use (arXiv 2602.06019); a fixed generator makes them the same every time.
-    Where the embedding has no free row for it, it grows to a multiple of 64 rows, which matrix products are laid out
-    for. The rows behind the mask token's are the mean of those in use, so that their logit is the mean of the others'
-    and never the greatest.
-    The id is recorded in `model.config.mtpkern`, which `save_pretrained` keeps and no custom code is needed for, and
-    in the generation config's `suppress_tokens`, so that no other decoder emits it.
-
-    Raises ValueError where the model has neither a free row nor an embedding that can be resized.
+    Where the embedding has no free row, it grows to a multiple of 64 rows, which matrix products are laid out for;
+    those behind the mask token's are the mean of those in use, so that their logit is never the greatest. The id is
+    recorded in `model.config.mtpkern`, which `save_pretrained` keeps, and in the generation config's `suppress_tokens`,
+    so that no other decoder emits it. Raises ValueError where the model has neither a free row nor an embedding that
+    can be resized.
 
         mask_token_id = mtpkern.add_mask_token(model, tokenizer)
     """
@@ -78,15 +76,7 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def recorded_settings(model: PreTrainedModel) -> dict[str, Any]:
-    """What training has recorded in the config or a gated adapter; what nobody has said is not there.
-
-        mask_token_id, k_max, bidirectional, version
-        chat        whether prompts were rendered by the chat template
-        separator   what stood behind a prompt where they were not
-        finished    whether the run that made the checkpoint had ended
-
-    recorded_settings(model).get("k_max")
-    """
+    """What training has recorded (`GatedSettings`, bidirectional, version) in the config or a gated adapter."""
     gate = gate_of(model)
     if gate is not None:
         ours = ("mask_token_id", "k_max", "chat", "separator", "finished")
@@ -132,8 +122,6 @@ def mask_token_for(model: PreTrainedModel, k: int, mask_token_id: int | None = N
     """The mask token for decoding k tokens a pass: `resolve_mask_token`, but one token a pass asks for no mask.
 
     A model that records none, and is given none, then gets the first id behind its vocabulary, which nothing emits.
-
-        mask_token_for(untrained, 1)  # 32000, where untrained has 32000 tokens
     """
     if k == 1 and mask_token_id is None and "mask_token_id" not in recorded_settings(model):
         return int(model.get_input_embeddings().weight.shape[0])
@@ -141,20 +129,14 @@ def mask_token_for(model: PreTrainedModel, k: int, mask_token_id: int | None = N
 
 
 def layer_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """The text config as each layer sees it.
-
-    Newer versions of transformers know configurations whose layers differ, and refuse to speak of them as one.
-    """
+    """The text config as each layer sees it: in newer versions of transformers layers may differ."""
     config = model.config.get_text_config(decoder=True)
     layers = getattr(config, "num_hidden_layers", 1)
     return list(getattr(config, "per_layer_config", None) or [config] * (layers if isinstance(layers, int) else 1))
 
 
 def learned_positions(model: PreTrainedModel, *, needed: int) -> int | None:
-    """How many positions the model has a row for each of, learned as a rule, where these are fewer than are needed.
-
-    None where they suffice, or where positions are computed as they come and have no end.
-    """
+    """How many positions the model has a row for each of, where these are fewer than are needed, or None."""
     most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if not isinstance(most, int) or needed <= most:
         return None

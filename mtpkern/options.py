@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from mtpkern.arguments import require_bool, whole_number
+from mtpkern.arguments import require_bool
+from mtpkern.fields import whole_number
 from mtpkern.graph import wants_graph
 from mtpkern.layers import wants_compile
 from mtpkern.model import mask_token_for, recorded_settings, require_decodable
@@ -21,17 +22,12 @@ def strategy_for(model: PreTrainedModel, strategy: Strategy | None = None) -> St
 
 
 class Options:
-    """What a call says of these, as `generate` explains them; raises what is wrong with them, by name.
+    """What a call says of these, as `generate` explains them; raises what is wrong with them, by name."""
 
-    Options(model, {"strategy": None, "mask_token_id": None, "rows": 16, ...}).strategy.k
-    """
-
-    # fmt: off
     NAMES = (
-        "strategy", "mask_token_id", "rows", "use_graph", "compile", "batch_invariant", "prefill_chunk", "wait",
-        "check_model",
+        *("strategy", "mask_token_id", "rows", "use_graph", "compile"),
+        *("batch_invariant", "prefill_chunk", "wait", "check_model"),
     )
-    # fmt: on
 
     def __init__(self, model: PreTrainedModel, given: Mapping[str, Any]) -> None:
         strategy, rows = given["strategy"], given["rows"]

@@ -10,7 +10,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,12 +28,7 @@ def printable(text: str) -> str:
 
 
 def exit_status(main: Callable[[], int | None]) -> int:
-    """The exit status of a program: what its `main` returns, 0 for None; without a traceback where somebody ended it.
-
-    130 after an interrupt, which it says, and 141 where the reader of its output, as `head`, has left.
-
-    sys.exit(exit_status(main))
-    """
+    """What `main` returns, 0 for None; 130 after an interrupt, which it says, 141 where a pipe's reader has left."""
     try:
         status = main()
         sys.stdout.flush()
@@ -45,6 +40,11 @@ def exit_status(main: Callable[[], int | None]) -> int:
         sys.stderr.write("interrupted\n")
         return 130
     return status or 0
+
+
+def first_line(error: BaseException) -> str:
+    """What kind of error it is, and the first line of what it says: `first_line(ValueError("a\\nb"))`."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def json_line(value: Any) -> str:
@@ -59,9 +59,6 @@ def whole_file(path: Path | None) -> Iterator[TextIO | None]:
     A link is followed, and what it points to is written. A device or a pipe, which cannot appear whole, is written
     directly, and so is what stdout or stderr already goes to. An existing file keeps its mode, its owner and its other
     names. Raises OSError at once, before anything is written, where the place cannot be written.
-
-        with whole_file(Path("out.jsonl")) as out:
-            out.write("...")
     """
     if path is None:
         yield None
@@ -71,12 +68,8 @@ def whole_file(path: Path | None) -> Iterator[TextIO | None]:
     except FileNotFoundError:
         there = None
     stream = None if there is None else _standard_stream(there)
-    if stream is not None:
-        with os.fdopen(os.dup(stream), "w", encoding="utf-8") as file:
-            yield file
-        return
-    if there is not None and (stat.S_ISCHR(there.st_mode) or stat.S_ISFIFO(there.st_mode)):
-        with path.open("w", encoding="utf-8") as file:
+    if stream is not None or (there is not None and (stat.S_ISCHR(there.st_mode) or stat.S_ISFIFO(there.st_mode))):
+        with open(path if stream is None else os.dup(stream), "w", encoding="utf-8") as file:
             yield file
         return
     if there is not None and not stat.S_ISREG(there.st_mode):
@@ -100,14 +93,19 @@ def whole_file(path: Path | None) -> Iterator[TextIO | None]:
         draft.unlink(missing_ok=True)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """The text as a file that appears at `path` complete or not at all; see `whole_file`."""
+    with whole_file(path) as out:
+        assert out is not None
+        out.write(text)
+
+
 def _standard_stream(there: os.stat_result) -> int | None:
     """1 or 2, where that is what the program's stdout or stderr goes to (as /dev/stdout does); None for all else."""
     for stream in (1, 2):
-        try:
+        with suppress(OSError):  # it is closed
             if os.path.samestat(there, os.fstat(stream)):
                 return stream
-        except OSError:
-            continue  # it is closed
     return None
 
 

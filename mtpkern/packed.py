@@ -2,16 +2,14 @@
 
 The product of 2 to 32 rows that torch calls first rearranges the weights, in each call, and so reads and writes them
 several times: a pass of two rows took 1.6 to 1.8 times as long as one of one row, where two rows are read as fast as
-one. oneDNN rearranges once and for all. 2 rows then take 0.9 of what one row takes torch with one thread and 0.7 with
-two, 8 rows 1.3 and 1.05 (bench/results/packed.md, and docs/log.md, "Weights laid out for few rows"); one row gains a
-tenth and a third. Compilers use these operations of torch for weights that they take as constants. Here a model stays
-what it is, which costs a second copy of its linear layers' weights, and a look at each call whether they still are what
-was copied.
+one. oneDNN rearranges once and for all: 2 rows then take 0.9 of what one row takes torch with one thread and 0.7 with
+two, 8 rows 1.3 and 1.05 (bench/results/packed.md, and docs/log.md, "Weights laid out for few rows"). Compilers use
+these operations of torch for weights that they take as constants. Here a model stays what it is, which costs a second
+copy of its linear layers' weights, and a look at each call whether they still are what was copied.
 
 That look is a product with one row that never changes, over all weights: it costs what one pass of one row does, and
-sees what no version of a tensor tells (a write to `weight.data`), whatever was written where. The copies are kept with
-the model and go with it, or with `mtpkern.release_graphs`. Weights that somebody writes to while a call runs, the
-reader of a stream say, are taken up by the next one.
+sees what no version of a tensor tells (a write to `weight.data`). The copies are kept with the model and go with it, or
+with `mtpkern.release_graphs`. Weights that somebody writes to while a call runs are taken up by the next one.
 
 Siblings (mtpkern.siblings) are one product here as well, and so is what a gated adapter adds to them: its matrices are
 small, and each call joins them anew. In a pass of five rows of SmolLM2 the adapter took 25 ms, most of it for starting
@@ -21,10 +19,9 @@ some twenty operations a layer.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -33,6 +30,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mtpkern.kernels.gated_lora import gated_rows
+from mtpkern.memory import free_bytes
 from mtpkern.model import is_tested
 from mtpkern.products import families, is_plain
 from mtpkern.siblings import adapt, adapter_of, disjoint, together, watched
@@ -145,12 +143,9 @@ class Update:
         """The adapters of these layers, of which others than LoRA layers have none."""
         adapted = [(layer, name) for layer, name in zip(layers, names) if name is not None]
         downs = [layer.lora_A[name].weight.float() for layer, name in adapted]
-        ups = [
-            torch.zeros(0, layer.out_features, dtype=torch.float32)
-            if name is None
-            else layer.lora_B[name].weight.float().T * layer.scaling[name]
-            for layer, name in zip(layers, names)
-        ]
+        ups = [layer.lora_B[name].weight.float().T * layer.scaling[name] for layer, name in adapted]
+        for i in (i for i, name in enumerate(names) if name is None):
+            ups.insert(i, torch.zeros(0, layers[i].out_features, dtype=torch.float32))
         return cls(names, gated, torch.cat(downs), torch.block_diag(*ups))
 
     def add(self, y: Tensor, x: Tensor) -> None:
@@ -177,21 +172,15 @@ class Reading:
         return Reading, ()
 
 
+# Layers, and what the first of them holds while a pass runs.
+Groups = list[tuple[Sequence[nn.Module], dict[str, Any]]]
+
+
 class PackedProducts:
-    """The products of a model's plain layers over packed weights, inside the block that a call opens.
-
-        products = PackedProducts()
-        with products.sought(model):
-            model(input_ids=prompt, ...)    # the first time, this shows who reads the same
-        with products():
-            logits = model(input_ids=ids, ...).logits
-
-    As `mtpkern.products.Products`, whose place it takes on a CPU; float32 alone. With a gated adapter it does what
-    `mtpkern.siblings` does as well.
-    """
+    """As `mtpkern.products.Products`, over packed weights on a CPU, float32 alone; with what a gated adapter adds."""
 
     def __init__(self) -> None:
-        self.groups: list[tuple[Sequence[nn.Module], dict[str, Any]]] | None = None
+        self.groups: Groups | None = None
 
     @contextmanager
     def sought(self, model: PreTrainedModel) -> Iterator[None]:
@@ -204,19 +193,15 @@ class PackedProducts:
         siblings = [group for group in disjoint(readers) if _are_alike(group)]
         self.groups = _groups(model, siblings) if is_tested(model) else []
 
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
+    def __call__(self) -> AbstractContextManager[None]:
         """A pass of this thread inside the block reads packed weights, where it has few rows."""
-        with together((layers, _run, more) for layers, more in self.groups or ()):
-            yield
+        return together((layers, _run, more) for layers, more in self.groups or ())
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 @torch.autocast("cpu", enabled=False)
-def _groups(
-    model: PreTrainedModel, siblings: Sequence[Sequence[nn.Linear]]
-) -> list[tuple[Sequence[nn.Module], dict[str, Any]]]:
+def _groups(model: PreTrainedModel, siblings: Sequence[Sequence[nn.Linear]]) -> Groups:
     """What is run together: siblings and single layers, or the LoRA layers around them."""
     loras = model.mtpkern_siblings.layers if hasattr(model, "mtpkern_siblings") else []
     taken = {layer for group in siblings for layer in group}
@@ -256,13 +241,9 @@ def _run(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor] | None:
     rows = x.numel() // max(1, x.shape[-1])
     gate = False if update is None else update.gated.gate.rows
     # Open for all rows it is in training alone.
-    if (
-        packed is None
-        or gate is True
-        or x.dtype != torch.float32
-        or torch.is_autocast_enabled("cpu")
-        or torch.is_grad_enabled()
-    ):
+    if packed is None or gate is True or x.dtype != torch.float32:
+        return None
+    if torch.is_autocast_enabled("cpu") or torch.is_grad_enabled():
         return None
     if rows <= MOST_ROWS:
         y = _product(x, packed.weight, packed.bias)
@@ -281,10 +262,7 @@ def _run(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor] | None:
 
 
 def pack(model: PreTrainedModel, groups: Sequence[Sequence[nn.Linear]]) -> list[Packed | None]:
-    """The packed weights of these groups of layers: those that are kept and still right, and new ones.
-
-    None of those for which there is no memory.
-    """
+    """The packed weights of these groups: those that are kept and still right, new ones, None where memory is short."""
     known = {packed.layers[0](): packed for packed in _packed.pop(model, ())}
     found: list[Packed | None] = []
     for layers in groups:
@@ -292,7 +270,8 @@ def pack(model: PreTrainedModel, groups: Sequence[Sequence[nn.Linear]]) -> list[
         found.append(packed if packed is not None and packed.is_of(layers) else None)
     known.clear()  # what is wrong goes before anything new comes
     missing = [i for i, packed in enumerate(found) if packed is None]
-    if sum(layer.weight.nbytes for i in missing for layer in groups[i]) * FREE_PART <= _free_bytes():
+    needed = sum(layer.weight.nbytes for i in missing for layer in groups[i])
+    if needed * FREE_PART <= (free_bytes() or 0):
         for i in missing:
             found[i] = Packed.of(groups[i])
     _packed[model] = [packed for packed in found if packed is not None]
@@ -301,17 +280,5 @@ def pack(model: PreTrainedModel, groups: Sequence[Sequence[nn.Linear]]) -> list[
 
 def unpack(model: PreTrainedModel | None = None) -> None:
     """Let the packed weights of one model or of all go; a call that runs keeps its own until it ends."""
-    if model is None:
-        _packed.clear()
-    else:
-        _packed.pop(model, None)
-
-
-def _free_bytes() -> int:
-    """Bytes that this machine can give away without swapping; 0 where it does not say so as Linux does."""
-    with suppress(OSError, ValueError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name == "MemAvailable":
-                return int(value.split()[0]) * 1024
-    return 0
+    for one in list(_packed) if model is None else [model]:
+        _packed.pop(one, None)

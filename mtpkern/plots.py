@@ -20,7 +20,7 @@ from typing import Any
 
 from mtpkern.bench_plots import draw_real, draw_throughput, real, throughput
 from mtpkern.output import printable, whole_file
-from mtpkern.training_plots import SPANS, STATE, course, draw_course, draw_spans, read_history, spans, state_of
+from mtpkern.training_plots import SPANS, STATE, course, draw_course, draw_spans, drawn, read_history, spans, state_of
 
 Figures = Mapping[str, Mapping[str, Any]]
 
@@ -41,11 +41,8 @@ def kind_of(way: str) -> str:
 def pareto(figures: Figures) -> list[dict[str, Any]]:
     """A row a way for the figure of accuracy against tokens a pass; none where the data had no expected answers."""
     names = ("accuracy", "standard_error", "tokens_per_pass", "effective_k", "wall_clock", "problems")
-    return [
-        {"way": way, "kind": kind_of(way), **{name: f.get(name, "") for name in names}}
-        for way, f in figures.items()
-        if "accuracy" in f
-    ]
+    scored = {way: f for way, f in figures.items() if "accuracy" in f}
+    return [{"way": way, "kind": kind_of(way), **{n: f.get(n, "") for n in names}} for way, f in scored.items()]
 
 
 def acceptance(figures: Figures) -> list[dict[str, Any]]:
@@ -65,21 +62,16 @@ def plot(source: Path, folder: Path) -> list[Path]:
     what a training has printed, or the results of mtpkern.bench.throughput or real
 
     Raises ValueError for what is none of these, and ImportError, when the CSV files are there, without matplotlib.
-
-        plot(Path("runs/eval"), Path("docs/figures"))
     """
     tables = _tables(source)
     if not tables:
-        raise ValueError(
-            f"{source}: nothing to draw: no expected answers and no way of more than one token a pass, or no step "
-            "logged"
-        )
+        why = "no expected answers and no way of more than one token a pass, or no step logged"
+        raise ValueError(f"{source}: nothing to draw: {why}")
     folder.mkdir(parents=True, exist_ok=True)
     written = [_write(rows, folder / f"{name}.csv") for name, rows in tables.items()]
     if find_spec("matplotlib") is None:
-        raise ImportError(
-            f"pictures need matplotlib; the numbers are in {folder} as CSV; run: pip install 'mtpkern[plot]'"
-        )
+        there = f"the numbers are in {folder} as CSV"
+        raise ImportError(f"pictures need matplotlib; {there}; run: pip install 'mtpkern[plot]'")
     for name, rows in tables.items():
         _DRAW[name](rows, folder / f"{name}.png")
         written.append(folder / f"{name}.png")
@@ -88,26 +80,23 @@ def plot(source: Path, folder: Path) -> list[Path]:
 
 def _tables(source: Path) -> dict[str, list[dict[str, Any]]]:
     """The rows of each figure that a source has."""
-    state = None
     if source.is_dir():
-        state, results = state_of(source), source / "results.json"
+        state, results, kept = state_of(source), source / "results.json", source / SPANS
         if state is None and not results.is_file():
             raise FileNotFoundError(
                 f"{source}: there is no results.json and no {STATE}; make the one with mtpkern eval --output, the "
                 "other with mtpkern train"
             )
-        kept = [path for path in [source / SPANS] if path.is_file()]
+        tables = _measured(results) if results.is_file() else {}
+        if kept.is_file():
+            tables["spans"] = spans(kept)
+    elif not source.is_file():
+        raise FileNotFoundError(f"{source}: there is no such file or folder")
     else:
-        kept, results = [], source
-        if not source.is_file():
-            raise FileNotFoundError(f"{source}: there is no such file or folder")
-        if source.name == STATE or source.suffix != ".json":
-            state = source
-    tables = _measured(results) if state is None or (source.is_dir() and results.is_file()) else {}
+        state = source if source.name == STATE or source.suffix != ".json" else None
+        tables = _measured(source) if state is None else {}
     if state is not None:
         tables["training"] = course(read_history(state))
-    for path in kept:
-        tables["spans"] = spans(path)
     return {name: rows for name, rows in tables.items() if rows}
 
 
@@ -132,51 +121,31 @@ def _write(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
         assert file is not None
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(
-            {name: round(value, 6) if isinstance(value, float) else value for name, value in row.items()}
-            for row in rows
-        )
+        for row in rows:
+            writer.writerow({name: round(x, 6) if isinstance(x, float) else x for name, x in row.items()})
     return path
 
 
-def _axes(xlabel: str, ylabel: str) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # type: ignore[import-not-found]  # of an extra
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
-    axes.grid(alpha=0.3)
-    return figure, axes
-
-
 def _draw_pareto(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    figure, axes = _axes("tokens a pass", "right answers, %")
-    for kind, (colour, mark) in _KINDS.items():
-        mine = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["tokens_per_pass"])
-        if not mine:
-            continue
-        axes.errorbar(
-            [row["tokens_per_pass"] for row in mine],
-            [100 * row["accuracy"] for row in mine],
-            yerr=[100 * row["standard_error"] for row in mine],
-            color=colour,
-            marker=mark,
-            capsize=2,
-            label=kind,
-        )
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    with drawn(path, "tokens a pass", "right answers, %") as (axes,):
+        for kind, (colour, mark) in _KINDS.items():
+            mine = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["tokens_per_pass"])
+            if mine:
+                x, right = [row["tokens_per_pass"] for row in mine], [100 * row["accuracy"] for row in mine]
+                error = [100 * row["standard_error"] for row in mine]
+                axes.errorbar(x, right, yerr=error, color=colour, marker=mark, capsize=2, label=kind)
+        axes.legend()
 
 
 def _draw_acceptance(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    figure, axes = _axes("position in the pass", "kept, where the positions before were")
-    axes.set_ylim(0, 1.02)
-    for way in dict.fromkeys(row["way"] for row in rows):
-        mine = [row for row in rows if row["way"] == way]
-        colour, mark = _KINDS.get(mine[0]["kind"], _KINDS["original"])
-        positions = [row["position"] for row in mine]
-        axes.plot(positions, [row["acceptance"] for row in mine], color=colour, marker=mark, alpha=0.7, label=way)
-    axes.legend(fontsize="x-small", ncols=2)
-    figure.savefig(path, dpi=150)
+    with drawn(path, "position in the pass", "kept, where the positions before were") as (axes,):
+        axes.set_ylim(0, 1.02)
+        for way in dict.fromkeys(row["way"] for row in rows):
+            mine = [row for row in rows if row["way"] == way]
+            colour, mark = _KINDS.get(mine[0]["kind"], _KINDS["original"])
+            x, y = [row["position"] for row in mine], [row["acceptance"] for row in mine]
+            axes.plot(x, y, color=colour, marker=mark, alpha=0.7, label=way)
+        axes.legend(fontsize="x-small", ncols=2)
 
 
 _DRAW = {
@@ -190,10 +159,7 @@ _DRAW = {
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command line: draw the figures of results, beside them unless told otherwise.
-
-    main(["runs/eval", "--output", "docs/figures"])
-    """
+    """The command line: draw the figures of results, beside them unless told otherwise."""
     parser = argparse.ArgumentParser(
         prog="mtpkern plot", description="Figures of an evaluation, a training or a benchmark, PNG and CSV."
     )

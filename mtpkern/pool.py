@@ -1,26 +1,40 @@
-"""Pool: a decoder for a call: one that an earlier call has left with its graph, or a new one where there is room."""
+"""Pool: a decoder for a call: one that an earlier call has left with its graph, or a new one where there is room.
+
+For each model the last `KEPT` decoders with a graph stay, as long as their keys, values and tokens take no more than
+`KEPT_SHARE` of the device's memory together; the graphs of a model share one pool for what a step computes in between.
+All goes with the model, or at `release_graphs()`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from mtpkern.adapter import gate_of
-from mtpkern.cache import KVCache
 from mtpkern.decoder import Decoder, places_for
-from mtpkern.graph import is_kept, kept_bytes, kept_decoder, release_graphs
+from mtpkern.graph import fingerprint
 from mtpkern.memory import fits_at_once, require_room
+from mtpkern.packed import unpack
+from mtpkern.products import separate
 from mtpkern.strategies import Strategy
 from mtpkern.verify import require_verified
 
 # Capacities are rounded up, so that runs of similar length share their shapes.
 CAPACITY_STEP = 16
+# Decoders that stay for each model, and the share of the device's memory that their state may take.
+KEPT = 8
+KEPT_SHARE = 0.2
+
+# What each model has kept, the last used at the end.
+_kept: WeakKeyDictionary[PreTrainedModel, OrderedDict[Hashable, Decoder]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -31,7 +45,6 @@ def decoder_for(
     *,
     tokens: int,
     max_new_tokens: int,
-    mask_token_id: int,
     use_graph: bool,
     check_model: bool,
     by_load: bool,
@@ -40,46 +53,105 @@ def decoder_for(
 ) -> Iterator[Decoder]:
     """A decoder whose prefill is queued, for a model that decodes right and where there is room for it.
 
-    With a graph one that an earlier call has left, or that is kept for the next.
+    With a graph one that an earlier call has left, or that is kept for the next, unless its run raises an error. The
+    caller holds the model (see `exclusive`).
     """
     if check_model:
         # Where the model has none, any token stands for the masks of a trial.
-        known = gate_of(model) is not None or mask_token_id < model.get_input_embeddings().weight.shape[0]
-        require_verified(model, mask_token_id if known else 0)
-
-    def shape(capacity: int) -> dict[str, Any]:
-        return {"capacity": capacity, "mask_token_id": mask_token_id, **options}
-
-    def make(use_graph: bool) -> Decoder:
-        return Decoder(
-            model,
-            strategy,
-            stop_ids=stop_ids,
-            max_new_tokens=max_new_tokens,
-            use_graph=use_graph,
-            by_load=by_load,
-            **shape(slots_for(tokens, use_graph)),
-        )
-
+        mask = options["mask_token_id"]
+        known = gate_of(model) is not None or mask < model.get_input_embeddings().weight.shape[0]
+        require_verified(model, mask if known else 0)
     capacity = slots_for(tokens, use_graph)
-    key = (strategy.k, strategy.verify, strategy.masks, places_for(stop_ids), *shape(capacity).values())
-    if not (use_graph and is_kept(model, key)):
-        scratch = strategy.masks
-        require_room(model, options["batch"], tokens, scratch=scratch, kept=kept_bytes(model.device))
-        use_graph = use_graph and fits_at_once(model, options["batch"], capacity, scratch=scratch)
-    if not use_graph:
-        decoder = make(False)
-        prefill(decoder)
-        yield decoder
-        return
+    key = (strategy.k, strategy.verify, strategy.masks, places_for(stop_ids), capacity, *options.values())
+    if not (use_graph and key in _kept.get(model, ())):
+        batch, scratch = options["batch"], strategy.masks
+        require_room(model, batch, tokens, scratch=scratch, kept=kept_bytes(model.device))
+        use_graph = use_graph and fits_at_once(model, batch, capacity, scratch=scratch)
+
+    def make() -> Decoder:
+        capacity = slots_for(tokens, use_graph)
+        of_run: dict[str, Any] = {"stop_ids": stop_ids, "max_new_tokens": max_new_tokens, "by_load": by_load}
+        return Decoder(model, strategy, capacity=capacity, use_graph=use_graph, **of_run, **options)
 
     def begin(decoder: Decoder) -> None:
         decoder.by_load = by_load
         decoder.restart(strategy, stop_ids, max_new_tokens)
         prefill(decoder)
 
-    with kept_decoder(model, key, partial(make, True), begin) as decoder:
+    if not use_graph:
+        decoder = make()
+        prefill(decoder)
         yield decoder
+        return
+    kept = _kept.setdefault(model, OrderedDict())
+    found = _begun(model, kept, kept.pop(key, None), begin)
+    if found is None:
+        found = make()
+        assert found.graph is not None
+        found.graph.beside = next((step for d in kept.values() if d.graph for step in d.graph.captured.values()), None)
+        begin(found)
+    yield found
+    if found.fingerprint is None:
+        # Now, because a model's first forward may change it.
+        found.fingerprint = fingerprint(model)
+    found.leave()
+    kept[key] = found
+    room = KEPT_SHARE * memory_of(found.device)
+    while len(kept) > KEPT or (len(kept) > 1 and sum(d.nbytes for d in kept.values()) > room):
+        kept.popitem(last=False)
+
+
+def _begun(
+    model: PreTrainedModel,
+    kept: OrderedDict[Hashable, Decoder],
+    decoder: Decoder | None,
+    begin: Callable[[Decoder], object],
+) -> Decoder | None:
+    """An earlier call's decoder once its next run has begun; None where there is none that the model still is that of.
+
+    What it has baked in is compared behind the prefill, while the device is at work; where the model has changed since,
+    all that was captured before is dropped.
+    """
+    if decoder is not None:
+        decoder.enter(model)
+        try:
+            begin(decoder)
+        except Exception:  # of buffers that no longer fit the model, perhaps
+            if decoder.fingerprint == fingerprint(model):
+                raise
+    now = fingerprint(model)
+    for stale in [k for k, other in kept.items() if other.fingerprint != now]:
+        del kept[stale]
+    return None if decoder is None or decoder.fingerprint != now else decoder
+
+
+def kept_bytes(device: torch.device) -> int:
+    """Bytes of keys, values and tokens that earlier calls have left on a device, of all models."""
+    return sum(d.nbytes for kept in list(_kept.values()) for d in list(kept.values()) if d.device == device)
+
+
+def release_graphs(model: PreTrainedModel | None = None) -> int:
+    """Drop the CUDA graphs and KV buffers that earlier calls of `generate` have kept, of one model or of all.
+
+    Weights that a pass has moved together (mtpkern.products) are apart again, but of a model that a call is running; on
+    a CPU the copies that passes of few rows read (mtpkern.packed) go as well. Returns how many were dropped. The memory
+    goes back to torch, which returns it to the device at `torch.cuda.empty_cache()`. The next call captures anew.
+
+        mtpkern.release_graphs(model)
+    """
+    dropped = 0
+    for kept in list(_kept.values()) if model is None else [_kept.get(model, OrderedDict())]:
+        dropped += len(kept)
+        kept.clear()
+    separate(model)
+    unpack(model)
+    return dropped
+
+
+@cache
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory of a GPU."""
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def slots_for(tokens: int, use_graph: bool) -> int:
@@ -88,19 +160,13 @@ def slots_for(tokens: int, use_graph: bool) -> int:
     return -(-tokens // step) * step
 
 
-def prefill_with_room(
-    decoder: Decoder,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    chunk: int,
-    known: Callable[[KVCache], int] | None = None,
-) -> None:
-    """Run the prefill; where memory is short, once more without what earlier calls have kept."""
+def prefill_with_room(decoder: Decoder, **prompts: Any) -> None:
+    """Run `decoder.prefill(**prompts)`; where memory is short, once more without what earlier calls have kept."""
     try:
-        decoder.prefill(input_ids, attention_mask, chunk=chunk, known=known)
+        decoder.prefill(**prompts)
         return
     except torch.OutOfMemoryError:
         if not release_graphs():
             raise
     # Outside of the handler, whose traceback holds on to what the first attempt has allocated.
-    decoder.prefill(input_ids, attention_mask, chunk=chunk, known=known)
+    decoder.prefill(**prompts)

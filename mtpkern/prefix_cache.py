@@ -2,10 +2,8 @@
 
 Kept are the keys of each text of the last call, prompt and answer, and the tokens that they stand for. Keys of tokens
 know neither masks nor drafts nor a strategy, so any other call of the same model may go on from them: each of its
-prompts takes the text that it shares most of its beginning with. Copied in and copied out, a decoder's buffers stay its
-own; one that is kept with its CUDA graph gets them at the addresses that it has.
-
-What keys depend on beside tokens is the model as it is: another, or one that has changed since, finds nothing.
+prompts takes the text that it shares most of its beginning with. They are copied in and out: a decoder's buffers stay
+its own. What keys depend on beside tokens is the model as it is: another, or one that has changed since, finds nothing.
 """
 
 from __future__ import annotations
@@ -55,19 +53,16 @@ class PrefixCache:
 
     Unlike transformers' past_key_values it may be given with any prompts: whole tokens are compared, from the first on,
     and what differs is read anew. Fewer than 8 are not worth a copy. So a chat need only give the whole conversation
-    each time, rendered as ever; what its template makes of an answer differs from what was written, as a rule, in a few
-    tokens at the end. Strategy, k, masks, sampling, limits and padding may differ from call to call, and a batch may
-    have more or fewer prompts: each looks among all texts of the last call.
-
-    Tokens are those of a whole prefill but for rounding, as keys may come from passes of other shapes.
+    each time, rendered as ever. Strategy, k, masks, sampling, limits and padding may differ from call to call, and a
+    batch may have more or fewer prompts: each looks among all texts of the last call. Tokens are those of a whole
+    prefill but for rounding, as keys may come from passes of other shapes.
 
     Nothing is taken from what another model has read, or the same one before its weights, dtype, device, adapters,
     hooks, settings or autocast changed. Of weights, versions are compared and 64 values of each; a write of single ones
     past autograd's eyes (`weight.data[0] = 1`) may show in neither: call `clear()` behind one.
 
     A call that raises an error leaves what was there. The object alone holds the memory, on the model's device: the
-    keys of the texts of one call. For several conversations in turn take an object each. Threads may share one; what
-    the last call to end has read is kept.
+    keys of the texts of one call. Threads may share one; what the last call to end has read is kept.
     """
 
     def __init__(self) -> None:
@@ -100,32 +95,24 @@ def require_prefix_cache(value: Any, model: PreTrainedModel) -> None:
         return
     if not isinstance(value, PrefixCache):
         raise TypeError(f"prefix_cache must be a mtpkern.PrefixCache() or None, got {type(value).__name__}")
-    name = type(model).__name__
+    why = None
     if has_latent_attention(model):
-        raise ValueError(
-            f"mtpkern.generate does not support prefix_cache with {name}, whose latent attention does not go on from "
-            "keys but from what they are made of; leave it out"
-        )
-    if is_parallel(model):
-        raise ValueError(
-            f"mtpkern.generate does not support prefix_cache with {name} split over processes, each of which would "
-            "have to find the same; leave it out"
-        )
+        why = ", whose latent attention does not go on from keys but from what they are made of"
+    elif is_parallel(model):
+        why = " split over processes, each of which would have to find the same"
+    if why is not None:
+        name = type(model).__name__
+        raise ValueError(f"mtpkern.generate does not support prefix_cache with {name}{why}; leave it out")
 
 
+@dataclass
 class Reuse:
-    """What one call takes out of a PrefixCache and puts into it, while it holds the model; prompts are token ids [T].
+    """What one call takes out of a PrefixCache and puts into it, while it holds the model; prompts: ids [T]."""
 
-    reuse = Reuse(prefix_cache, model, prompts)
-    decoder.prefill(input_ids, attention_mask, known=reuse.fill)
-    reuse.keep(decoder.cache, new_tokens, fed)    # behind all passes
-    """
-
-    def __init__(self, prefix_cache: PrefixCache, model: PreTrainedModel, prompts: Sequence[np.ndarray]) -> None:
-        self.prefix_cache = prefix_cache
-        self.model = model
-        self.prompts = prompts
-        self.sample = b""
+    prefix_cache: PrefixCache
+    model: PreTrainedModel
+    prompts: Sequence[np.ndarray]
+    sample: bytes = b""
 
     def fill(self, cache: KVCache) -> int:
         """Store the keys that the prompts find there in the buffers; returns the first padded column to be run."""
@@ -179,12 +166,8 @@ def _state_of(model: PreTrainedModel) -> tuple[Any, ...]:
     """What keys depend on beside tokens and the values of weights; and how often these were written to."""
     kind = model.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return (
-        model.device,
-        autocast,
-        fingerprint(model),
-        [0 if x.is_inference() else x._version for x in _plain_tensors(model)],
-    )
+    versions = [0 if x.is_inference() else x._version for x in _plain_tensors(model)]
+    return model.device, autocast, fingerprint(model), versions
 
 
 def _sample(model: PreTrainedModel) -> bytes:

@@ -1,12 +1,12 @@
 """Logits processors for packed rows: what transformers has prepared, applied to each row's own text, on the device.
 
 transformers calls a processor with the text so far and the scores of its next token. A pass has rows of several texts
-of different length, among them drafts: the text of a row is what stands up to the row's own token, that included. What
-transformers prepares is a list of processors in an order; `from_transformers` makes of each a description that can be
-compared (a captured step has it baked in), and `on` makes of the description what a step calls.
+of different length, among them drafts: the text of a row is what stands up to the row's own token, that included.
+`from_transformers` makes of each processor a description that can be compared (a captured step has it baked in), and
+`on` makes of the description what a step calls.
 
-A processor of the caller's own takes the slow way: it is called for each row alone, with the text as transformers would
-lay it out. The host has to know the text for that, so that it waits for every pass, and no graph is captured.
+A processor of the caller's own is called for each row alone, with the text as transformers would lay it out. The host
+has to know the text for that, so that it waits for every pass, and no graph is captured.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _OF_SCORES = (
 _ROW_BY_ROW = (
     *(theirs.SuppressTokensAtBeginLogitsProcessor, theirs.ForcedBOSTokenLogitsProcessor),
     *(theirs.RepetitionPenaltyLogitsProcessor, theirs.ForcedEOSTokenLogitsProcessor, theirs.EtaLogitsWarper),
-    *(theirs.ExponentialDecayLengthPenalty, getattr(theirs, "TopHLogitsWarper", theirs.EtaLogitsWarper)),
+    *(theirs.ExponentialDecayLengthPenalty, theirs.TopHLogitsWarper),
 )
 
 
@@ -71,8 +71,8 @@ class Processor:
     by_row: ClassVar[bool] = False
 
     def on(self, device: torch.device, vocabulary: int) -> Apply:
-        """The function; made before any step is captured."""
-        raise NotImplementedError
+        """The function, made before any step is captured: itself, where there is nothing to make."""
+        return self  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,9 @@ class Suppress(Processor):
 
     def on(self, device: torch.device, vocabulary: int) -> Apply:
         """A mask of the vocabulary."""
-        banned = _of_tokens(self.tokens, vocabulary, device)
+        mask = torch.zeros(vocabulary, dtype=torch.bool)
+        mask[[t for t in self.tokens if 0 <= t < vocabulary]] = True
+        banned = mask.to(device, non_blocking=True)
 
         def apply(scores: Tensor, texts: Texts) -> Tensor:
             if self.fewer_new is None and self.shorter is None:
@@ -118,18 +120,12 @@ class RepetitionPenalty(Processor):
     penalty: float
     reads_text: ClassVar[bool] = True
 
-    def on(self, device: torch.device, vocabulary: int) -> Apply:
+    def __call__(self, scores: Tensor, texts: Texts) -> Tensor:
         """Which tokens have been seen, by a scatter of the text."""
-
-        def apply(scores: Tensor, texts: Texts) -> Tensor:
-            text = texts.tokens[texts.seq].clamp(max=vocabulary)
-            known = torch.arange(text.shape[1], device=text.device) < texts.end[:, None]
-            seen = scores.new_zeros(len(scores), vocabulary + 1, dtype=torch.bool)
-            seen.scatter_(1, torch.where(known, text, vocabulary), True)
-            punished = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
-            return torch.where(seen[:, :vocabulary], punished, scores)
-
-        return apply
+        text = texts.tokens[texts.seq]
+        known = torch.arange(text.shape[1], device=text.device) < texts.end[:, None]
+        punished = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
+        return torch.where(_among(text, known, scores), punished, scores)
 
 
 @dataclass(frozen=True)
@@ -139,19 +135,13 @@ class NoRepeatNGram(Processor):
     n: int
     reads_text: ClassVar[bool] = True
 
-    def on(self, device: torch.device, vocabulary: int) -> Apply:
+    def __call__(self, scores: Tensor, texts: Texts) -> Tensor:
         """Every window of the text is compared with its end."""
-
-        def apply(scores: Tensor, texts: Texts) -> Tensor:
-            text = F.pad(texts.tokens[texts.seq], (0, max(0, self.n - texts.tokens.shape[1])))
-            windows = text.unfold(1, self.n, 1)
-            o_last = torch.arange(windows.shape[1], device=text.device) + self.n - 1
-            same = (windows[..., :-1] == texts.last(self.n - 1)[:, None]).all(-1) & (o_last < texts.end[:, None])
-            banned = scores.new_zeros(len(scores), vocabulary + 1, dtype=torch.bool)
-            banned.scatter_(1, torch.where(same, windows[..., -1].clamp(max=vocabulary), vocabulary), True)
-            return scores.masked_fill(banned[:, :vocabulary], -torch.inf)
-
-        return apply
+        text = F.pad(texts.tokens[texts.seq], (0, max(0, self.n - texts.tokens.shape[1])))
+        windows = text.unfold(1, self.n, 1)
+        o_last = torch.arange(windows.shape[1], device=text.device) + self.n - 1
+        same = (windows[..., :-1] == texts.last(self.n - 1)[:, None]).all(-1) & (o_last < texts.end[:, None])
+        return scores.masked_fill(_among(windows[..., -1], same, scores), -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -207,44 +197,36 @@ class RowByRow(Processor):
     reads_text: ClassVar[bool] = True
     by_row: ClassVar[bool] = True
 
-    def on(self, device: torch.device, vocabulary: int) -> Apply:
+    def __call__(self, scores: Tensor, texts: Texts) -> Tensor:
         """A loop over the rows whose text is known, on the host's time."""
-
-        def apply(scores: Tensor, texts: Texts) -> Tensor:
-            processed = scores.clone()
-            rows = zip(texts.known.tolist(), texts.seq.tolist(), texts.end.tolist(), texts.new.tolist())
-            for r, (known, b, end, new) in enumerate(rows):
-                if known and new >= 0:
-                    text = texts.tokens[b, :end][None]
-                    if texts.prompts is not None:
-                        text = torch.cat([texts.prompts[b], texts.tokens[b, end - new : end]])[None]
-                    row = self.processor(text, scores[r : r + 1])
-                    if not isinstance(row, Tensor) or row.shape != scores[r : r + 1].shape:
-                        got = f"a tensor {list(row.shape)}" if isinstance(row, Tensor) else f"{type(row).__name__}"
-                        raise ValueError(
-                            f"{type(self.processor).__name__} must return the scores [1, {scores.shape[1]}] of the "
-                            f"text that it is called with, got {got}"
-                        )
-                    processed[r] = row[0]
-            return processed
-
-        return apply
+        processed = scores.clone()
+        rows = zip(texts.known.tolist(), texts.seq.tolist(), texts.end.tolist(), texts.new.tolist())
+        for r, (known, b, end, new) in enumerate(rows):
+            if not known or new < 0:
+                continue
+            text = texts.tokens[b, :end][None]
+            if texts.prompts is not None:
+                text = torch.cat([texts.prompts[b], texts.tokens[b, end - new : end]])[None]
+            row = self.processor(text, scores[r : r + 1])
+            if not isinstance(row, Tensor) or row.shape != scores[r : r + 1].shape:
+                got = f"a tensor {list(row.shape)}" if isinstance(row, Tensor) else f"{type(row).__name__}"
+                raise ValueError(
+                    f"{type(self.processor).__name__} must return the scores [1, {scores.shape[1]}] of the text that "
+                    f"it is called with, got {got}"
+                )
+            processed[r] = row[0]
+        return processed
 
 
-def _of_tokens(tokens: tuple[int, ...], vocabulary: int, device: torch.device) -> Tensor:
-    """A mask [V] of these, those outside left out."""
-    mask = torch.zeros(vocabulary, dtype=torch.bool)
-    mask[[t for t in tokens if 0 <= t < vocabulary]] = True
-    return mask.to(device, non_blocking=True)
+def _among(tokens: Tensor, where: Tensor, scores: Tensor) -> Tensor:
+    """Which of the vocabulary [R, V] are among each row's tokens [R, n], of which those count that are true there."""
+    R, V = scores.shape
+    found = scores.new_zeros(R, V + 1, dtype=torch.bool)
+    return found.scatter_(1, torch.where(where, tokens.clamp(max=V), V), True)[:, :V]
 
 
 def from_transformers(processor: Any, T: int) -> Processor:
-    """The description of one of the processors that transformers hands over for prompts [B, T].
-
-    Raises ValueError for one that is unknown.
-
-        from_transformers(TopKLogitsWarper(50), 12)
-    """
+    """The description of one of transformers' processors for prompts [B, T]; ValueError for one that is unknown."""
     kind = type(processor)
     if kind in _OF_SCORES:
         return OfScores((kind, *sorted(vars(processor).items())), processor)
@@ -261,9 +243,8 @@ def from_transformers(processor: Any, T: int) -> Processor:
         return Suppress(numbers(processor.eos_token_id), shorter=processor.min_length)
     if kind is theirs.NoRepeatNGramLogitsProcessor:
         return NoRepeatNGram(processor.ngram_size)
-    if kind is theirs.RepetitionPenaltyLogitsProcessor and not isinstance(
-        getattr(processor, "prompt_ignore_length", None), int
-    ):
+    # How long each row's padding is, a tensor, is known here anyway.
+    if kind is theirs.RepetitionPenaltyLogitsProcessor and not isinstance(processor.prompt_ignore_length, int):
         return RepetitionPenalty(processor.penalty)
     if kind in (theirs.SequenceBiasLogitsProcessor, theirs.NoBadWordsLogitsProcessor):
         name = "sequence_bias" if kind is theirs.SequenceBiasLogitsProcessor else "bad_words_ids"

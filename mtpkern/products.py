@@ -5,12 +5,9 @@ less than it could: one product instead of three, one instead of two. Which laye
 run shows (mtpkern.siblings).
 
 Nothing is held twice: the weights of such layers move into one buffer, and each layer's parameter becomes a view of its
-rows. Parameters stay the same objects with the same values, so each layer by itself, saving and training are what they
-were; only the addresses are others. As captured graphs hold those, weights stay where they are between calls, until
-`mtpkern.release_graphs`, which gives each layer memory of its own again.
-
-That weights lie together is seen in the weights themselves, at each pass that is no replay: what has moved since (to
-another device or dtype, say), or been replaced, is a product of its own again.
+rows, the same object with the same values. Only the addresses are others; as captured graphs hold those, weights stay
+where they are between calls, until `mtpkern.release_graphs`. That they lie together is seen in the weights themselves,
+at each pass that is no replay: what has moved since, or been replaced, is a product of its own again.
 
 A product of few rows can be our kernel's (kernels/linear.py), siblings' and single layers', the head's too: in the same
 passes, for as long as one runs, and without moving anything.
@@ -20,7 +17,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -102,8 +99,7 @@ class Products:
         join(model, siblings)
         self.found = [tuple(map(ref, layers)) for layers in siblings]
 
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
+    def __call__(self) -> AbstractContextManager[None]:
         """A pass of this thread inside the block makes one product of siblings whose weights lie together."""
         few = (self.few_rows, self.counters)
         groups: list[Group] = []
@@ -117,11 +113,7 @@ class Products:
         for layer in (layer for r in self.plain if (layer := r()) is not None and layer not in taken):
             if is_plain(layer) and self.counters is not None and layer.weight.device == self.counters.device:
                 groups.append(([layer], _product, {"mtpkern_whole": (*_own(layer), [len(layer.weight)], *few)}))
-        if not groups:
-            yield
-            return
-        with together(groups):
-            yield
+        return together(groups)
 
 
 def _product(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor]:
@@ -154,15 +146,12 @@ def is_plain(layer: Any) -> bool:
     if any(vars(layer).get(name) for name in _HOOKS):
         return False
     # Of quantised and distributed weights the parameter is of another type.
+    if layer._parameters.get("weight") is None:
+        return False
     parameters = [p for p in layer._parameters.values() if p is not None]
-    return layer._parameters.get("weight") is not None and all(
-        type(p) is nn.Parameter
-        and p.device.type != "meta"
-        and p.is_contiguous()
-        and not p.is_inference()
-        and p.grad is None
-        for p in parameters
-    )
+    if any(type(p) is not nn.Parameter or p.device.type == "meta" for p in parameters):
+        return False
+    return all(p.is_contiguous() and not p.is_inference() and p.grad is None for p in parameters)
 
 
 def _parameters(layers: Sequence[nn.Linear]) -> list[list[Tensor | None]]:
@@ -172,11 +161,9 @@ def _parameters(layers: Sequence[nn.Linear]) -> list[list[Tensor | None]]:
 def whole_of(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of all layers as one, where they fill one storage in this order; None where they do not."""
     weights, biases = _parameters(layers)
-    weight = _whole(weights)
-    if weight is None or all(b is None for b in biases):
-        return None if weight is None else (weight, None)
-    bias = _whole(biases)
-    return None if bias is None else (weight, bias)
+    weight, bias = _whole(weights), _whole(biases)
+    plain = all(b is None for b in biases)
+    return None if weight is None or (bias is None and not plain) else (weight, bias)
 
 
 @torch.inference_mode(False)

@@ -30,8 +30,6 @@ class Prompting:
         """What a model has recorded (`mtpkern.model.recorded_settings`), but for the flags that are given.
 
         Raises ValueError for a separator where the chat template is applied.
-
-            Prompting.of({"chat": False, "separator": "\\n"})  # Prompting(chat=False, separator="\\n")
         """
         if chat is None:
             # Who names a separator wants no template.
@@ -64,12 +62,19 @@ class Prompting:
             text += "" if text.endswith(self.separator or "") else self.separator
         return tokenizer(own_bos(tokenizer, text)).input_ids
 
+    def encode_at(self, where: str, tokenizer: PreTrainedTokenizerBase, fields: Mapping[str, Any]) -> list[int]:
+        """As `encode`; all that is wrong, a prompt without tokens too, is a ValueError that begins with `where`."""
+        try:
+            ids = self.encode(tokenizer, fields)
+        except Exception as error:  # a template and a tokenizer raise what they like
+            raise ValueError(f"{where}: {error}") from error
+        if not ids:
+            raise ValueError(f"{where}: the prompt has no tokens; give one with text in it")
+        return ids
+
 
 def warnings_of(recorded: Mapping[str, Any], prompting: Prompting) -> Iterator[str]:
-    """What a user should know of the model before it is decoded so: prompts unlike its training's, or half a training.
-
-    list(warnings_of({"chat": True, "finished": False}, Prompting(chat=False)))  # two sentences
-    """
+    """What a user should know before a model is decoded so: prompts unlike its training's, or half a training."""
     if recorded.get("finished") is False:
         yield "its training had not ended when it was saved"
     trained = recorded.get("chat")

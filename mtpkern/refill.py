@@ -9,25 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from threading import Event
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StoppingCriteriaList
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from mtpkern.attention import unrouted
 from mtpkern.decoder import Decoder
-from mtpkern.generation import past_positions
+from mtpkern.generation import faults_of, past_positions
 from mtpkern.kernels.state import FAULT, RUNNING, Sequences
 from mtpkern.poll import Poll
 from mtpkern.prefix_cache import common
 from mtpkern.slots import Newcomer, enter
 from mtpkern.watch import REASONS, Watch, first_tokens, snapshot
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # Prompts that are looked at for the next one, for each slot.
 LOOK_AHEAD = 4
@@ -88,15 +85,8 @@ class Job:
 class Slots(Poll):
     """Takes what has ended out of its slot, and puts the next prompt in.
 
-        slots = Slots(decoder, jobs, outputs.append, closed=None, tokenizer=None, chunk=8192, reuse=True)
-        slots.fill()
-        with routed(model, decoder.cache) as route:
-            decoder.run(route, slots)
-        slots.deliver(wait=True)
-
     emit gets each output as soon as it is on the host; closed ends the run behind the next pass. jobs are taken in
-    their order, but for those that find their keys in a slot. Keys are shared where reuse is true. criteria are asked
-    of each sequence by itself, as it is alone; nobody asks where they hold nothing but limits and stop tokens.
+    their order, but for those that find their keys in a slot (reuse). criteria are asked of each sequence alone.
     """
 
     def __init__(
@@ -213,12 +203,9 @@ class Slots(Poll):
                     self.held[x.slot] = self.held[x.slot][:0]
                 self.entering = enter(self.decoder, newcomers, self.owner, chunk=self.chunk)
             self.has_queued = True
-            if any(job is not None for job in self.inside):
-                if next(self.entering, self) is None:
+            for _ in self.entering:
+                if any(job is not None for job in self.inside):
                     return  # there is more of it, behind the next pass
-            else:
-                for _ in self.entering:
-                    pass
             self.entering = None
             for job, x in self.arriving:
                 self.inside[x.slot], self.held[x.slot] = job, job.ids
@@ -264,14 +251,10 @@ class Slots(Poll):
 
     def _best(self) -> tuple[Job, int, int]:
         """The prompt among the next that finds most of its keys in a slot: it, the slot, and how many."""
-        best = self.next[0], 0, 0
-        if self.reuse:
-            for job in self.next:
-                for source, held in enumerate(self.held):
-                    shared = common(job.keys, held)
-                    if shared > best[2]:
-                        best = job, source, shared
-        return best
+        first = self.next[0], 0, 0
+        slots = list(enumerate(self.held)) if self.reuse else []
+        found = ((job, source, common(job.keys, held)) for job in self.next for source, held in slots)
+        return max(chain([first], found), key=lambda one: one[2])
 
 
 @dataclass(frozen=True)
@@ -295,11 +278,7 @@ class _Left:
             self.event.synchronize()
         number, prompt, new = self.job.number, len(self.job.ids), self.job.new
         if self.reason == "fault":
-            error = RuntimeError(
-                "the model's logits hold NaN or inf for this prompt; check its weights and dtype, and whether "
-                "processors leave any token"
-            )
-            return BatchOutput(number, error=error, shared=self.shared)
+            return BatchOutput(number, error=RuntimeError(faults_of("this prompt")), shared=self.shared)
         length, passes, *rest = self.copy.tolist()
         reason = self.reason
         if reason == "length" and self.job.asked is not None:

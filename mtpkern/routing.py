@@ -1,9 +1,8 @@
 """What a config answers when transformers asks for the attention function: ours in a routed thread, its own elsewhere.
 
-Configs are shared: by threads that use one model, by models that were built from one config. So nothing is written
-into them. For the length of a block a config's class is a subclass that differs in one property, which looks up whether
-this thread has the block open: `_attn_implementation`. Copies, pickles, comparisons and JSON are those of the plain
-class.
+Configs are shared, by threads and by models, so nothing is written into them. For the length of a block a config's
+class is a subclass that differs in one property, which looks up whether this thread has the block open:
+`_attn_implementation`. Copies, pickles, comparisons and JSON are those of the plain class.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import cache
 from threading import Lock
 from typing import Any, Protocol
@@ -36,15 +36,14 @@ class AttentionContext(Protocol):
         ...
 
 
+@dataclass(eq=False)
 class _Block:
-    """A block that is open."""
+    """A block that is open; bare: as far as seen, the model hands no keyword arguments on to its layers."""
 
-    def __init__(self, context: Any, name: str) -> None:
-        self.context = context
-        self.name = name
-        self.trains = torch.is_grad_enabled()
-        # Whether the model hands its keyword arguments on to its layers, as far as seen.
-        self.bare = False
+    context: Any
+    name: str
+    trains: bool = field(default_factory=torch.is_grad_enabled)
+    bare: bool = False
 
 
 # The blocks that this thread has open, and those of all threads, by the config's id: the innermost of a config last.
@@ -58,13 +57,22 @@ _lock = Lock()
 def routed_config(config: PreTrainedConfig, context: Any, name: str = NAME) -> Iterator[None]:
     """Have the config answer `name` to this thread inside the block, and its layers find `context`."""
     block = _Block(context, name)
-    _enter(config, block)
+    with _lock:
+        blocks = _everywhere.setdefault(id(config), [])
+        blocks.append(block)
+        if len(blocks) == 1:
+            kind: Any = type(config)
+            config.__class__ = _answering(kind)
     token = _here.set({**_here.get({}), id(config): block})
     try:
         yield
     finally:
         _here.reset(token)
-        _leave(config, block)
+        with _lock:
+            blocks.remove(block)
+            if not blocks:
+                del _everywhere[id(config)]
+                config.__class__ = type(config).__bases__[0]
 
 
 @contextmanager
@@ -75,24 +83,6 @@ def attention_apart() -> Iterator[None]:
         yield
     finally:
         _apart.reset(token)
-
-
-def _enter(config: PreTrainedConfig, block: _Block) -> None:
-    with _lock:
-        blocks = _everywhere.setdefault(id(config), [])
-        blocks.append(block)
-        if len(blocks) == 1:
-            kind: Any = type(config)
-            config.__class__ = _answering(kind)
-
-
-def _leave(config: PreTrainedConfig, block: _Block) -> None:
-    with _lock:
-        blocks = _everywhere[id(config)]
-        blocks.remove(block)
-        if not blocks:
-            del _everywhere[id(config)]
-            config.__class__ = type(config).__bases__[0]
 
 
 def route_of(config: PreTrainedConfig | None) -> Any:
@@ -151,18 +141,8 @@ def _answering(plain: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     def reduce(self: PreTrainedConfig, protocol: Any) -> tuple[Any, ...]:
         return object.__new__, (plain,), dict(vars(self))
 
-    routing: type[PreTrainedConfig] = type(
-        plain.__name__,
-        (plain,),
-        {
-            "__module__": plain.__module__,
-            "__qualname__": plain.__qualname__,
-            "__doc__": plain.__doc__,
-            "__init__": plain.__init__,
-            "__eq__": equal,
-            "__hash__": plain.__hash__,
-            "__reduce_ex__": reduce,
-            "_attn_implementation": property(answer, own.fset),
-        },
-    )
+    kept = ("__module__", "__qualname__", "__doc__", "__init__", "__hash__")
+    held = {name: getattr(plain, name) for name in kept} | {"__eq__": equal, "__reduce_ex__": reduce}
+    held["_attn_implementation"] = property(answer, own.fset)
+    routing: type[PreTrainedConfig] = type(plain.__name__, (plain,), held)
     return routing

@@ -32,10 +32,9 @@ def parse(text: str, expected: str = "a JSON object") -> Any:
     except BadRow:
         raise
     except (ValueError, RecursionError) as error:
+        reason = str(error).split(";")[0]  # a number of thousands of digits, or lists in lists in lists
         if isinstance(error, json.JSONDecodeError):
             reason = f"line {error.lineno}: {error.msg}" if error.lineno > 1 else error.msg
-        else:  # a number of thousands of digits, or lists in lists in lists
-            reason = str(error).split(";")[0]
         raise BadRow("no JSON", f"expected {expected}, got {shown(text.strip())} ({reason})") from None
     # Only an escape can bring half a character into a string, and looking at every string takes time.
     if "\\ud" in text or "\\uD" in text:
@@ -116,6 +115,22 @@ def shown(value: Any) -> str:
     except (RecursionError, ValueError):  # nested too deeply, or a number of thousands of digits
         return f"<{type(value).__name__}>"
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def require_prompt(where: str, name: str, value: Any) -> None:
+    """Raise ValueError, which begins with `where`, for a row's prompt without text, or messages that are none."""
+    if name != "messages":
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"{where}: {name} must be a string with text in it; got {shown(value)}")
+        return
+    if (
+        not isinstance(value, list)
+        or not value
+        or not all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+        )
+    ):
+        raise ValueError(f'{where}: messages must be a list of {{"role": str, "content": str}}; got {shown(value)}')
 
 
 def own_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

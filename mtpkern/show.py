@@ -1,8 +1,7 @@
 """Blocks made visible: the text of every pass in a colour of its own, for terminals and for a page.
 
 A pass emits a block of tokens. `pieces` cuts the text into the same blocks; `terminal` colours them (or parts them by
-"|" where there is no colour) and `page` writes them as one self-contained HTML file. `progress` shows that something
-is going on meanwhile.
+"|" where there is no colour) and `page` writes them as one self-contained HTML file.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ DARK = ("#0b4a75", "#6b3d00", "#14532d", "#701a55", "#444444", "#574b00")
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], blocks: Sequence[int]) -> list[str]:
-    """The text of each block, so that the pieces put together are the text of all tokens.
+    """The text of each block, so that the pieces put together are the text of all tokens; ValueError where sizes do not
+    sum.
 
-    tokens: the emitted ids; blocks: how many of them each pass emitted. Special tokens have no text; a character
-    whose bytes are spread over several blocks belongs to the block that completes it.
-    Raises ValueError where the blocks do not sum to the number of tokens.
+    Special tokens have no text; a character whose bytes are spread over several blocks belongs to the one that
+    completes it.
 
         pieces(tokenizer, [5, 6, 7], [1, 2])   # ["She", " has 12"]
     """
@@ -56,8 +55,6 @@ def terminal(parts: Sequence[str], *, colour: bool) -> Text:
     """The blocks as text for rich: one background a block, or "|" between them where `colour` is off.
 
     Control characters are shown as escapes: what a model writes does not steer the terminal.
-
-        rich.print(terminal(["She", " has 12"], colour=True))
     """
     parts = [printable(part) for part in parts]
     if not colour:
@@ -77,10 +74,7 @@ def sizes(blocks: Sequence[int]) -> str:
 
 
 def html(parts: Sequence[str], blocks: Sequence[int]) -> str:
-    """The blocks as an HTML paragraph; text is escaped, and a block of several tokens carries its size.
-
-    html(["She", " has 12"], [1, 2])
-    """
+    """The blocks as an HTML paragraph; text is escaped, and a block of several tokens carries its size."""
     spans = []
     for i, (part, size) in enumerate(zip(parts, blocks, strict=True)):
         label = f"pass {i + 1}: {size} token{'s' if size > 1 else ''}"
@@ -90,23 +84,14 @@ def html(parts: Sequence[str], blocks: Sequence[int]) -> str:
 
 
 def answer_page(tokenizer: PreTrainedTokenizerBase, question: str, tokens: Sequence[int], blocks: Sequence[int]) -> str:
-    """A whole page of one answer: the question, the coloured blocks, their sizes.
-
-    answer_page(tokenizer, "How many eggs?", [5, 6, 7], [1, 2])
-    """
-    body = [
-        f'<p class="question">{escape(question)}</p>',
-        html(pieces(tokenizer, tokens, blocks), blocks),
-        f"<p>{escape(sizes(blocks))}, {len(tokens) / len(blocks):.2f} a pass</p>",
-    ]
-    return page("Several tokens per pass", "\n".join(body))
+    """A whole page of one answer: the question, the coloured blocks, their sizes."""
+    asked, answer = f'<p class="question">{escape(question)}</p>', html(pieces(tokenizer, tokens, blocks), blocks)
+    size = f"<p>{escape(sizes(blocks))}, {len(tokens) / len(blocks):.2f} a pass</p>"
+    return page("Several tokens per pass", "\n".join([asked, answer, size]))
 
 
 def page(title: str, body: str) -> str:
-    """A whole page around `body` (HTML): no scripts, no fonts, nothing fetched; light or dark as the reader's system.
-
-    Path("blocks.html").write_text(page("Blocks", html(parts, blocks)), encoding="utf-8")
-    """
+    """A whole page around `body` (HTML): no scripts, no fonts, nothing fetched; light or dark as the system."""
     light = " ".join(f".b{i} {{ background: {c}; color: #000 }}" for i, c in enumerate(LIGHT))
     dark = " ".join(f".b{i} {{ background: {c}; color: #fff }}" for i, c in enumerate(DARK))
     return f"""<!doctype html>
@@ -152,11 +137,7 @@ body {{ background: #111; color: #eee }}
 
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, or a line at each quarter where that is no terminal; yields `done -> None`.
-
-    with progress("100 problems", 100) as done:
-        done(50)
-    """
+    """A progress bar on stderr, or a line at each quarter where that is no terminal; yields `done -> None`."""
     console = Console(stderr=True)
     if console.is_terminal:
         # Text for stdout goes there, and not through the bar to stderr.

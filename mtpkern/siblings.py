@@ -2,11 +2,9 @@
 
 Which layers those are, a first pass shows, whatever their names: children of one module that were called with the very
 same tensor. From then on the first of them runs all, in their order, and leaves the others their outputs. Each of these
-looks whether it is called with that very tensor, and gives out what was left for it, once; called with any other, it
-runs by itself. So do all in other threads' passes, and LoRA layers whose adapters have been changed.
-
-`Siblings` runs the base's layers one by one and adapts their outputs at once; `mtpkern.products` makes one product of
-plain layers.
+looks whether it is called with that very tensor, and gives out what was left for it, once; called with any other, or in
+another thread's pass, it runs by itself. `Siblings` runs the base's layers one by one and adapts their outputs at once;
+`mtpkern.products` makes one product of plain layers.
 
 In a pass without mask rows, where the host knows that it is one, each layer is the base's alone: what peft does around
 it took a tenth of a pass of one row on a CPU.
@@ -18,7 +16,8 @@ granted is that nothing is written into a tensor between its readers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from threading import get_ident
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -34,14 +33,7 @@ if TYPE_CHECKING:
 
 
 class Siblings:
-    """The siblings of a model that carries a gated adapter; a pass inside the block that a call opens runs them so.
-
-        siblings = Siblings(model)
-        with gate.open(input_ids == gate.mask_token_id), siblings():
-            logits = model(input_ids=input_ids, ...).logits
-
-    The first such pass runs as it is and is watched. The caller holds the model (see `exclusive`).
-    """
+    """Runs the siblings of a model with a gated adapter so, in a block; its first pass is watched (see `exclusive`)."""
 
     def __init__(self, model: nn.Module) -> None:
         from peft.tuners.lora import Linear
@@ -71,7 +63,7 @@ class Siblings:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """A pass of this thread inside the block, without mask rows, runs the base's layers past peft's."""
-        # Methods of one kind, as above; a forward that somebody else has put stays.
+        # A forward that somebody else has put stays.
         free = [layer for layer in self.layers if "forward" not in vars(layer)]
         try:
             for layer in free:
@@ -92,30 +84,22 @@ def watched(families: Iterable[Sequence[nn.Module]]) -> Iterator[list[list[Any]]
     """
     readers: list[list[Any]] = []
 
-    def noting() -> Callable[[Any, tuple[Any, ...]], None]:
-        known: list[tuple[ref[Tensor], list[Any]]] = []
-
-        def note(layer: Any, args: tuple[Any, ...]) -> None:
-            if torch.compiler.is_compiling() or not args:
+    def note(known: list[tuple[ref[Tensor], list[Any]]], layer: Any, args: tuple[Any, ...]) -> None:
+        if torch.compiler.is_compiling() or not args:
+            return
+        for x, layers in known:
+            if x() is args[0] and layer not in layers:
+                layers.append(layer)
                 return
-            for x, layers in known:
-                if x() is args[0] and layer not in layers:
-                    layers.append(layer)
-                    return
-            readers.append([layer])
-            known.append((ref(args[0]), readers[-1]))
+        readers.append([layer])
+        known.append((ref(args[0]), readers[-1]))
 
-        return note
-
-    handles = []
-    for family in families:
-        note = noting()
-        handles += [layer.register_forward_pre_hook(note) for layer in family]
-    try:
+    with ExitStack() as hooks:
+        for family in families:
+            noted = partial(note, [])
+            for layer in family:
+                hooks.callback(layer.register_forward_pre_hook(noted).remove)
         yield readers
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def disjoint(readers: Iterable[Sequence[Any]]) -> list[tuple[Any, ...]]:
@@ -173,10 +157,7 @@ def _base_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The forward of a layer that has siblings, while a pass runs; or of one by itself, which is the first.
-
-    Such a layer holds those behind it, where it is the first, and what the first has read and made for it.
-    """
+    """The forward of a layer that has siblings, or is run so by itself, while a pass runs."""
     # What torch.compile makes runs in this thread alone.
     ours = torch.compiler.is_compiling() or getattr(layer, "mtpkern_thread", None) == get_ident()
     if ours and not args and not kwargs:
@@ -220,12 +201,7 @@ def adapter_of(layer: Any) -> str | None:
 
 
 def adapt(outs: Sequence[Tensor], x: Tensor, rows: Tensor, layers: Sequence[Any], names: Sequence[Any]) -> None:
-    """Add what LoRA layers of peft make of x [B, T, H] to outputs of their base [B, T, N_i], in place, in rows [B, T].
-
-    names   of each layer's adapter
-
-    adapt([y], x, rows, [layer], ["default"])
-    """
+    """Add what LoRA layers make of x [B, T, H] to outputs of their base [B, T, N_i], in place, in rows [B, T] bool."""
     adapters, dtype = list(zip(layers, names)), outs[0].dtype
     if layers[0].lora_A[names[0]].weight.dtype == torch.float32:
         dtype = torch.float32  # as peft loads adapters, whatever the base is in; the op takes them so

@@ -6,8 +6,8 @@ A prompt enters in three steps, all queued between two passes and none of them w
     prefill  of the others and of masks behind them, through the model's own attention, chunk by chunk
     state    what the prefill has predicted is taken in, and the next pass planned anew
 
-As in `Decoder.prefill` the last of it is a pass like any other: one pending token, with masks behind it. So what a
-newcomer emits, pass by pass, is what it would emit alone. Nothing moves: a captured step replays over the same tensors.
+The last of it is a pass like any other: one pending token, with masks behind it. So what a newcomer emits, pass by
+pass, is what it would emit alone. Nothing moves: a captured step replays over the same tensors.
 """
 
 from __future__ import annotations
@@ -95,10 +95,7 @@ def enter(decoder: Decoder, newcomers: Sequence[Newcomer], owner: Tensor, *, chu
 
 
 def _take_in(decoder: Decoder, logits: Tensor, seq: Tensor) -> None:
-    """As behind `Decoder.prefill`, for sequences seq [n] alone: logits [n * k, V] of last tokens and masks behind.
-
-    The others stay as they are, and the next pass is planned anew.
-    """
+    """As behind `Decoder.prefill`, for sequences seq [n] alone: logits [n * k, V]; then the next pass is planned."""
     sequences, n, k, device = decoder.sequences, len(seq), decoder.strategy.k, decoder.device
     o = torch.arange(n * k, device=device)
     start = torch.zeros(len(sequences.status) + 1, dtype=torch.int64, device=device)

@@ -1,21 +1,18 @@
 """Stop strings: what looks for them in a text that is being written.
 
-transformers' criterion knows of each token the text that it stands for, and needs to look into no text. It finds that
-out by itself, which fails with some tokenizers: of whole words, say, or where it cannot tell a token from the space
-before it. With those the text is decoded. Either way a text ends at the same token: the first that completes a string.
+transformers' criterion knows of each token the text that it stands for, which it fails to find out with some
+tokenizers: of whole words, say, or where it cannot tell a token from the space before it. With those the text is
+decoded. Either way a text ends at the same token: the first that completes a string.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StopStringCriteria
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StopStringCriteria
 
 # Stands where there is no token: above every vocabulary, and in no stop string.
 NO_TOKEN = 1 << 40

@@ -32,19 +32,18 @@ class Strategy:
     largest_k: ClassVar[int | None]
 
     def __post_init__(self) -> None:
+        name = type(self).__name__
         if isinstance(self.k, bool) or not isinstance(self.k, int | None) or (self.k is not None and self.k < 1):
-            raise ValueError(f"{type(self).__name__}: k must be a whole number of tokens from 1 up, got {self.k!r}")
+            raise ValueError(f"{name}: k must be a whole number of tokens from 1 up, got {self.k!r}")
         if self.k is not None and self.k > LARGEST_K:
             raise ValueError(
-                f"{type(self).__name__}: k must be at most {LARGEST_K}, got {self.k}: a pass brings up to 2k - 1 rows "
+                f"{name}: k must be at most {LARGEST_K}, got {self.k}: a pass brings up to 2k - 1 rows "
                 "of each sequence, all of them with logits over the vocabulary; give the k_max of training, or less"
             )
         # Every confidence is above -1: that is Static, and nobody else may ask for it.
         number = isinstance(self.threshold, (int, float))
         if not (isinstance(self, Static) or (number and 0.0 <= self.threshold <= 1.0)):
-            raise ValueError(
-                f"{type(self).__name__}: threshold must be a probability from 0 to 1, got {self.threshold!r}"
-            )
+            raise ValueError(f"{name}: threshold must be a probability from 0 to 1, got {self.threshold!r}")
 
     def for_model(self, k_max: int | None) -> Strategy:
         """With a k in any case: the one that was given, else what suits a model that was trained for k_max predictions.
@@ -168,16 +167,11 @@ def strategy_of(text: str) -> Strategy:
             f"as they are wanted, such as static:1, confadapt:0.9 or verified:8:0.6; got {text!r}"
         )
     name, k, threshold, masks = match.groups()
+    if masks is not None and name != "verified":
+        raise ValueError(f"{name} makes no drafts, so no masks stand behind any; got {text!r}: leave out :{masks}")
     kinds: dict[str, type[Strategy]] = {"verified": Verified, "confadapt": ConfAdapt, "static": Static}
-    given: dict[str, Any] = {}
-    if k is not None:
-        given["k"] = int(k)
-    if threshold is not None:
-        given["threshold"] = float(threshold)
-    if masks is not None:
-        if name != "verified":
-            raise ValueError(f"{name} makes no drafts, so no masks stand behind any; got {text!r}: leave out :{masks}")
-        given["masks"] = int(masks)
+    written = (("k", int, k), ("threshold", float, threshold), ("masks", int, masks))
+    given: dict[str, Any] = {field: read(value) for field, read, value in written if value is not None}
     return kinds[name](**given)
 
 

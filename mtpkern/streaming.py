@@ -15,8 +15,7 @@ from contextvars import copy_context
 from functools import cache, partial
 from queue import SimpleQueue
 from threading import Event, Thread
-from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,8 +23,10 @@ from transformers import PreTrainedModel
 
 from mtpkern.generation import MTPGenerateOutput, generate
 
+Block = TypeVar("Block")
 
-def stream(model: PreTrainedModel, input_ids: Tensor | None = None, **options: Any) -> Stream:
+
+def stream(model: PreTrainedModel, input_ids: Tensor | None = None, **options: Any) -> Stream[list[list[int]]]:
     """`mtpkern.generate` with the same arguments, read while it runs: yields blocks of newly certain tokens.
 
     A block is a list of B lists of token ids, one for each sequence, empty where a sequence has no news; so a single
@@ -45,7 +46,7 @@ def stream(model: PreTrainedModel, input_ids: Tensor | None = None, **options: A
     return Stream(partial(generate, model, input_ids, **options), getattr(model, "device", None))
 
 
-class Stream(Iterator[list[list[int]]]):
+class Stream(Iterator[Block]):
     """A run of `generate` in a thread of its own, as an iterator over its blocks; see `stream`.
 
     output: what `generate` returns, once the iterator has come to its end or is closed; None before. Of a run that
@@ -69,13 +70,17 @@ class Stream(Iterator[list[list[int]]]):
         self._thread.start()
         self._next()  # the prompts are taken, or the call is refused
 
-    def __next__(self) -> list[list[int]]:
-        block = None if self._over else self._next()
+    def __next__(self) -> Block:
+        block: Any = None if self._over else self._next()
         if block is None:
             raise StopIteration
-        return block
+        return self._shown(block)
 
-    def _next(self) -> list[list[int]] | None:
+    def _shown(self, block: Any) -> Block:
+        """What the reader gets of what the run puts."""
+        return block  # type: ignore[no-any-return]
+
+    def _next(self) -> list[Any] | None:
         try:
             item = self._sink.items.get()
         except BaseException:  # Ctrl-C while waiting
@@ -96,12 +101,10 @@ class Stream(Iterator[list[list[int]]]):
         while not self._over:
             self._next()
 
-    def __enter__(self) -> Stream:
+    def __enter__(self) -> Stream[Block]:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 STATE = "trainer_state.json"
@@ -28,6 +30,7 @@ _PRINTED = {
 }
 _FIGURES = tuple(_PRINTED.values())
 _LEFT, _WIDTH = 8, 8
+_OF_SPANS = ("confidence", "teacher_loss")
 
 
 def state_of(folder: Path) -> Path | None:
@@ -38,10 +41,7 @@ def state_of(folder: Path) -> Path | None:
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """The logs of a run: of a trainer_state.json, or of a file with the table that the run has printed.
-
-    Raises ValueError for a file that is neither.
-    """
+    """The logs of a run, of its trainer_state.json or of the table that it printed; ValueError for another file."""
     if path.suffix != ".json":
         try:
             return _printed(path.read_text(encoding="utf-8"))
@@ -77,10 +77,7 @@ def _printed(text: str) -> list[dict[str, Any]]:
 
 
 def course(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row a log: of training, of an evaluation, and of each way in which one decoded; blank what it does not say.
-
-    course([{"step": 50, "loss": 1.2, "agreeing_prefix": 1.5}])  # one row, of "training"
-    """
+    """A row a log: of training, of an evaluation, and of each way in which one decoded; blank what it does not say."""
     rows = []
     for entry in history:
         ways = [name.removeprefix("eval_accuracy_") for name in entry if name.startswith("eval_accuracy_")]
@@ -100,56 +97,44 @@ def spans(path: Path) -> list[dict[str, Any]]:
     try:
         kept = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return [
-            {"step": one["step"], "k": len(one["confidence"]), "confidence": _mean(one["confidence"]),
-             "teacher_loss": _mean(one["teacher_loss"])}
+            {"step": one["step"], "k": len(one["confidence"]), **{name: mean(one[name]) for name in _OF_SPANS}}
             for one in kept
-        ]  # fmt: skip
-    except (ValueError, KeyError, TypeError, ZeroDivisionError):
+        ]
+    except (ValueError, KeyError, TypeError):  # of no span, which has no mean, too
         raise ValueError(f"{path}: expected the spans that a training run has kept, this is something else") from None
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+@contextmanager
+def drawn(path: Path, xlabel: str, *ylabels: str, size: tuple[float, float] = (7, 4.5)) -> Iterator[Sequence[Any]]:
+    """The axes of a picture with a panel a ylabel, side by side, which is written at the end of the block."""
+    from matplotlib.figure import Figure  # type: ignore[import-not-found]  # of an extra
+
+    figure, n = Figure(figsize=size, layout="constrained"), len(ylabels)
+    panels = [figure.add_subplot(1, n, i, xlabel=xlabel, ylabel=label) for i, label in enumerate(ylabels, 1)]
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    yield panels
+    figure.savefig(path, dpi=150)
 
 
 def draw_course(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Two panels by step: acceleration, and right answers or else the loss."""
-    from matplotlib.figure import Figure  # type: ignore[import-not-found]  # of an extra
-
     decoded = any(row["tokens_per_pass"] != "" for row in rows)
     judged = any(row["accuracy"] != "" for row in rows)
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    panels = (
-        ("tokens_per_pass", "tokens a pass", 1) if decoded else ("agreeing_prefix", "agreeing prefix, tokens", 1),
-        ("accuracy", "right answers, %", 100) if judged else ("loss", "loss", 1),
-    )
-    for i, (name, label, scale) in enumerate(panels, 1):
-        axes = figure.add_subplot(1, 2, i, xlabel="step", ylabel=label)
-        axes.grid(alpha=0.3)
-        for of in dict.fromkeys(row["of"] for row in rows):
-            mine = [row for row in rows if row["of"] == of and row[name] != ""]
-            if mine:
-                axes.plot([row["step"] for row in mine], [scale * row[name] for row in mine], marker=".", label=of)
-        axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+    gained = ("tokens_per_pass", "tokens a pass", 1) if decoded else ("agreeing_prefix", "agreeing prefix, tokens", 1)
+    kept = ("accuracy", "right answers, %", 100) if judged else ("loss", "loss", 1)
+    with drawn(path, "step", gained[1], kept[1], size=(10, 4)) as panels:
+        for axes, (name, _, scale) in zip(panels, (gained, kept)):
+            for of in dict.fromkeys(row["of"] for row in rows):
+                mine = [row for row in rows if row["of"] == of and row[name] != ""]
+                if mine:
+                    axes.plot([row["step"] for row in mine], [scale * row[name] for row in mine], marker=".", label=of)
+            axes.legend(fontsize="small")
 
 
 def draw_spans(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """A point a span, those of later steps darker."""
-    from matplotlib.figure import Figure  # type: ignore[import-not-found]  # of an extra
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot(
-        xlabel="confidence of the student, mean of the span", ylabel="teacher's loss, nats a token"
-    )
-    axes.grid(alpha=0.3)
-    points = axes.scatter(
-        [row["confidence"] for row in rows],
-        [row["teacher_loss"] for row in rows],
-        c=[row["step"] for row in rows],
-        cmap="viridis_r",
-        s=8,
-        alpha=0.6,
-    )
-    figure.colorbar(points, label="step")
-    figure.savefig(path, dpi=150)
+    x, y, steps = ([row[name] for row in rows] for name in (*_OF_SPANS, "step"))
+    with drawn(path, "confidence of the student, mean of the span", "teacher's loss, nats a token") as (axes,):
+        points = axes.scatter(x, y, c=steps, cmap="viridis_r", s=8, alpha=0.6)
+        axes.figure.colorbar(points, label="step")

@@ -1,7 +1,6 @@
 """Does a model decode right? `check` compares it with itself; `require_verified` does where nobody has tried its kind.
 
-Two truths: the model's own forward on the whole text, without a cache or a neighbour, and transformers' own greedy
-decoding, with all that the model prepares for it.
+Two truths: the model's own forward on the whole text, and transformers' own greedy decoding, with all it prepares.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from mtpkern.decoder import Decoder
 from mtpkern.foreign import foreign, settings_of
 from mtpkern.kernels.state import FAULT
 from mtpkern.model import is_tested, require_decodable, resolve_mask_token
+from mtpkern.output import first_line
 from mtpkern.strategies import Static
 from mtpkern.wrappers import unwrapped
 
@@ -100,8 +100,8 @@ def require_verified(model: PreTrainedModel, mask_token_id: int) -> None:
     """Raise ValueError for a model of a kind that the tests do not cover and that a quick `check` finds decoding wrong.
 
     Once in a process for each class, with its settings and attention function, that decodes right; once for each model
-    that does not, of which another may have sound weights, and for each state of one into which somebody has put hooks,
-    forwards or modules of his own (`mtpkern.foreign`), of whatever kind it is. The caller holds the model.
+    that does not, and for each state of one into which somebody has put hooks, forwards or modules of his own (see
+    `foreign`). The caller holds the model.
     """
     state = foreign(model)
     if not state and is_tested(model):
@@ -109,10 +109,10 @@ def require_verified(model: PreTrainedModel, mask_token_id: int) -> None:
     kind, config = type(model), model.config.get_text_config(decoder=True)
     key = kind, config._attn_implementation, settings_of(model.config)
     with _lock:
-        found = _found.get(model)
-        known = found is not None and found[0] == (key, state)
-        fault = found[1] if found is not None and known else None
-        known = known or (not state and key in _verified)
+        seen, fault = _found.get(model, (None, None))
+        if seen != (key, state):
+            fault = None
+        known = seen == (key, state) or (not state and key in _verified)
     if not known:
         fault = _fault(model, mask_token_id)
         with _lock:
@@ -136,7 +136,7 @@ def _fault(model: PreTrainedModel, mask_token_id: int) -> str | None:
     except Exception as error:  # a model may fail in any way where it is called as it was not meant to be
         if isinstance(error, ValueError) and str(error).startswith(type(model).__name__):
             return str(error).partition(": ")[2].rstrip(".")
-        return f"a trial of it ended in {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return f"a trial of it ended in {first_line(error)}"
     if report.ok:
         return None
     return (
@@ -180,10 +180,8 @@ def _compare(
 
 def _window(model: PreTrainedModel) -> int | None:
     config = model.config.get_text_config(decoder=True)
-    window = getattr(config, "sliding_window", None)
-    used = getattr(config, "use_sliding_window", True) and "sliding_attention" in (
-        getattr(config, "layer_types", None) or ["sliding_attention"]
-    )
+    window, types = (getattr(config, name, None) for name in ("sliding_window", "layer_types"))
+    used = getattr(config, "use_sliding_window", True) and "sliding_attention" in (types or ["sliding_attention"])
     return window if used and isinstance(window, int) and window > 0 else None
 
 
@@ -216,16 +214,9 @@ def _prompts(model: PreTrainedModel, mask_token_id: int, window: int, new: int) 
 def _decoder(model: PreTrainedModel, input_ids: Tensor, mask_token_id: int, k: int, steps: int) -> Decoder:
     B, T = input_ids.shape
     new = k * (steps + 1)
-    return Decoder(
-        model,
-        Static(k),
-        mask_token_id=mask_token_id,
-        stop_ids=torch.tensor([-1]),
-        batch=B,
-        capacity=T + new,
-        max_new_tokens=new,
-        use_graph=False,
-    )
+    sizes: dict[str, Any] = {"batch": B, "capacity": T + new, "max_new_tokens": new}
+    no_stop = torch.tensor([-1])
+    return Decoder(model, Static(k), mask_token_id=mask_token_id, stop_ids=no_stop, use_graph=False, **sizes)
 
 
 def _step(model: PreTrainedModel, decoder: Decoder) -> Tensor:
@@ -296,10 +287,8 @@ def _against_generate(
                 text = theirs.sequences[b : b + 1, : T + i][:, attention_mask[b].argmax() :]
                 noise.append(_difference(expected[b], _recomputed(model, text)[-1].to(logits.dtype)))
             # From a token on that differs, which nearly equal logits allow, there is nothing to compare.
-            same &= (
-                decoder.sequences.tokens.gather(1, decoder.sequences.length[:, None] - 1)[:, 0]
-                == theirs.sequences[:, T + i]
-            )
+            last = decoder.sequences.tokens.gather(1, decoder.sequences.length[:, None] - 1)[:, 0]
+            same &= last == theirs.sequences[:, T + i]
             if i + 1 == len(theirs.logits) or not same.any():
                 break
             logits = _step(model, decoder)

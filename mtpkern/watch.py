@@ -2,7 +2,7 @@
 
 The device stops at stop tokens and limits by itself. What it cannot know (stop strings, criteria of the caller's, the
 time) is asked here, of every prefix in order, so a sequence ends at the token where `model.generate` would have ended
-it, wherever that stands in a block. What the device has decoded beyond it meanwhile is cut off.
+it, wherever that stands in a block; what the device has decoded beyond it is cut off. Drafts never get here.
 
 The copy that the poll makes of each state of the device carries the last tokens along, so that nothing waits which
 would not have waited anyway. Nobody watching: no `Watch`, and the loop is what it was.
@@ -10,8 +10,6 @@ would not have waited anyway. Nobody watching: no `Watch`, and the loop is what 
 Two paces. Stop strings look at one sequence and are asked as soon as its tokens are there. A streamer and criteria of
 the caller's may look at the whole batch, so they get it column by column as `model.generate` has it: prompts and t new
 tokens of each sequence, padding behind those that have ended, once every sequence is that far.
-
-Drafts of `Verified` are not certain and never get here.
 """
 
 from __future__ import annotations
@@ -45,8 +43,8 @@ _ANYTHING = torch.zeros(1, 1, dtype=torch.int64)
 class Streamer(Protocol):
     """What transformers calls a streamer: `put` gets the prompts [B, T], then each column of new tokens [B].
 
-    One with a `put_block` gets, behind the prompts, newly certain tokens by that: a list for each sequence. If it has
-    an event `closed`, that ends the run.
+    One with a `put_block` gets, behind the prompts, a list of newly certain tokens for each sequence by that, and may
+    have an event `closed` that ends the run.
     """
 
     def put(self, value: Tensor) -> None:
@@ -72,18 +70,7 @@ def of_kind(criteria: Iterable[Any], kind: type[Criterion]) -> list[Criterion]:
 
 
 class Watch:
-    """Sees a run of B sequences through `poll`, and knows where each has ended.
-
-        watch = Watch.of(streamer, stopping_criteria)    # None where nobody watches
-        watch.begin(input_ids, new=max_new_tokens, padding=0)
-        poll = watch.poll(decoder.sequences, strategy)
-        decoder.run(route, poll)
-        poll.finish()
-        watch.ends, watch.reasons    # new tokens of each sequence, and why there are no more
-
-    criteria is what transformers has prepared, the caller's included; the limit and stop tokens among it are left to
-    the device. Whatever a streamer or criterion raises goes through `decoder.run`.
-    """
+    """Sees a run of B sequences through `poll`: new tokens of each (`ends`), and why there are no more (`reasons`)."""
 
     def __init__(self, streamer: Any, criteria: Iterable[Any]) -> None:
         self.streamer = streamer
@@ -102,10 +89,7 @@ class Watch:
         return watch if wanted else None
 
     def begin(self, input_ids: Tensor, attention_mask: Tensor | None, *, new: int, padding: int, device: Any) -> None:
-        """Take in the prompts [B, T], which are on the host, and show them; once, should the run begin anew.
-
-        device is where criteria get their prefixes: that of the call's input_ids.
-        """
+        """Take in the prompts [B, T], on the host, and show them, once; criteria get prefixes on `device`."""
         if self.begun:
             return
         self.begun = True
@@ -207,11 +191,9 @@ class Watch:
     def _step_columns(self) -> None:
         """Ask the caller's criteria of, and show to the streamer, every column that all sequences have come to."""
         by_column = self.streamer is not None and not self.by_blocks
-        if not self.others and not by_column:
-            return
         if not self.others:
             # Nobody ends a sequence meanwhile, so that all of them can be made at once.
-            n = self._last_column() - self.columns
+            n = self._last_column() - self.columns if by_column else 0
             if n > 0:
                 texts = [text[self.columns : self.columns + n] for text in self.text]
                 rows = [text + [self.padding] * (n - len(text)) for text in texts]
@@ -273,9 +255,6 @@ class _WatchedPoll(Poll):
 
 
 def snapshot(sequences: Sequences, window: Tensor) -> Tensor:
-    """[B, 3 + W]: status, length, pending, and the W tokens before `length`, which hold all that a pass has added.
-
-    window: arange(-W, 0) on the device, W = 2k - 1.
-    """
+    """[B, 3 + W]: status, length, pending, and the W = 2k - 1 tokens before `length`; window: arange(-W, 0)."""
     tokens = sequences.tokens.gather(1, (sequences.length[:, None] + window).clamp_(min=0))
     return torch.cat([torch.stack([sequences.status, sequences.length, sequences.pending], dim=1), tokens], dim=1)

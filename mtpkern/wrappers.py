@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from mtpkern.adapter import base_of
 from mtpkern.adapter_config import is_gated
 
 # Adapters of peft whose whole effect lies in the model's layers and falls on each row by itself.
@@ -30,8 +31,6 @@ def unwrapped(model: Any, arguments: dict[str, Any]) -> PreTrainedModel:
     Raises ValueError, with the reason, for everything around a model that decoding would pass over: virtual tokens,
     adapters that act by row or by place, compiled and distributed wrappers, weights that move. TypeError for what is
     no model of transformers.
-
-        plain = unwrapped(peft_model, {})
     """
     name = type(model).__name__
     for argument in _ADAPTER_ARGUMENTS:
@@ -49,7 +48,7 @@ def unwrapped(model: Any, arguments: dict[str, Any]) -> PreTrainedModel:
     if peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
         mixed = isinstance(model, peft.PeftMixedModel)
         _require_row_wise(name, model.peft_config, model.active_adapter if mixed else model.active_adapters)
-        plain = model.base_model.model if mixed else model.get_base_model()
+        plain = base_of(model)
         if not isinstance(plain, PreTrainedModel):
             raise TypeError(f"{name} wraps {type(plain).__name__}; expected a PreTrainedModel in it")
         if model.generation_config is not plain.generation_config:

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import mtpkern
-from mtpkern import Static, graph, layers, products
+from mtpkern import Static, layers, pool, products
 from mtpkern.decoder import Decoder
-from mtpkern.graph import fingerprint, release_graphs
+from mtpkern.graph import fingerprint
+from mtpkern.pool import release_graphs
 from support.recording import RecordedStep, assert_same, generate, hook, kept
 
 
@@ -87,7 +88,7 @@ def test_a_model_is_compared_behind_the_prefill(
     def noting(name: str, call: Any) -> Any:
         return lambda *args, **options: (order.append(name), call(*args, **options))[1]
 
-    monkeypatch.setattr(graph, "fingerprint", noting("fingerprint", graph.fingerprint))
+    monkeypatch.setattr(pool, "fingerprint", noting("fingerprint", pool.fingerprint))
     monkeypatch.setattr(Decoder, "prefill", noting("prefill", Decoder.prefill))
     monkeypatch.setattr(RecordedStep, "replay", noting("replay", RecordedStep.replay))
     assert_same(generate(tiny, model, 6, 4), expected)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import mtpkern
-from mtpkern import Static, Verified, graph
+from mtpkern import Static, Verified, pool
 from mtpkern.attention import attention_context
 from mtpkern.decoder import Decoder
-from mtpkern.graph import release_graphs
+from mtpkern.pool import release_graphs
 from mtpkern.strategies import Strategy
 from support.recording import STRATEGIES, assert_same, generate, kept, poison
 
@@ -122,8 +122,8 @@ def test_a_graph_outlives_the_others(captures: list[Any], tiny: SimpleNamespace)
 
     captures.clear()
     release_graphs(other)
-    for key in list(graph._kept[model])[1:]:
-        del graph._kept[model][key]
+    for key in list(pool._kept[model])[1:]:
+        del pool._kept[model][key]
     torch._C._cuda_clearCublasWorkspaces()
     gc.collect()
     torch.cuda.empty_cache()

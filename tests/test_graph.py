@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 import mtpkern
-from mtpkern import ConfAdapt, Static, Verified, graph
+from mtpkern import ConfAdapt, Static, Verified, pool
 from mtpkern.attention import attention_context
 from mtpkern.decoder import Decoder
-from mtpkern.graph import release_graphs
 from mtpkern.load import Ladder
+from mtpkern.pool import release_graphs
 from mtpkern.refill import Slots
 from mtpkern.strategies import Strategy
 from support.recording import STRATEGIES, RecordedStep, assert_same, generate, kept, poison
@@ -146,7 +146,7 @@ def test_what_is_baked_in_makes_another_graph(
     recorded: type[RecordedStep], tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny.model("llama")
-    monkeypatch.setattr(graph, "KEPT", 9)
+    monkeypatch.setattr(pool, "KEPT", 9)
     common = {"max_new_tokens": 5}
     for options in (
         {"strategy": Verified(2)},
@@ -170,12 +170,12 @@ def test_kept_graphs_are_few(
     recorded: type[RecordedStep], tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny.model("llama", num_hidden_layers=1)
-    monkeypatch.setattr(graph, "KEPT", 2)
+    monkeypatch.setattr(pool, "KEPT", 2)
     for k in (1, 2, 1, 3):
         generate(tiny, model, 4, strategy=Static(k), max_new_tokens=2)
     assert [decoder.strategy.k for decoder in kept(model)] == [1, 3]  # the one unused for longest has gone
     # The last one stays, however large it is.
-    monkeypatch.setattr(graph, "memory_of", lambda device: 1)
+    monkeypatch.setattr(pool, "memory_of", lambda device: 1)
     generate(tiny, model, 4, strategy=Static(2), max_new_tokens=2)
     assert [decoder.strategy.k for decoder in kept(model)] == [2]
     assert kept(model)[0].nbytes > 2 * 2 * 8 * 256 * 4
@@ -187,11 +187,11 @@ def test_a_forgotten_model_takes_its_graphs_along(recorded: type[RecordedStep], 
     model = tiny.model("llama", num_hidden_layers=1)
     generate(tiny, model, 4)
     (decoder,) = [weakref.ref(x) for x in kept(model)]
-    held = len(graph._kept)
+    held = len(pool._kept)
     del model
     gc.collect()
     assert decoder() is None
-    assert len(graph._kept) < held
+    assert len(pool._kept) < held
 
 
 def test_a_run_that_failed_leaves_nothing(recorded: type[RecordedStep], tiny: SimpleNamespace) -> None:
@@ -242,7 +242,7 @@ def test_a_kept_decoder_gets_known_keys_at_its_own_addresses(
             assert decoded(model, prompt[::-1], **options) != tokens  # another's keys in the same buffers
             assert cache.shared[0] >= (8 if turn or prompt is not prompts[0] else 0)
         assert recorded.captures == 1
-    assert len(graph._kept[model]) == 1
+    assert len(pool._kept[model]) == 1
 
 
 def decoded(model: Any, prompt: list[int], **options: Any) -> list[int]:

@@ -187,11 +187,11 @@ def test_without_memory_nothing_is_copied(
     model = tiny.model("llama")
     wanted = plain(monkeypatch, tiny, model)
     needed = sum(x.weight.nbytes for x in model.modules() if isinstance(x, nn.Linear))
-    monkeypatch.setattr(packed, "_free_bytes", lambda: packed.FREE_PART * needed - 1)
+    monkeypatch.setattr(packed, "free_bytes", lambda: packed.FREE_PART * needed - 1)
     assert torch.equal(generate(tiny, model), wanted)
     assert not rows
     assert not copies(model)
-    monkeypatch.setattr(packed, "_free_bytes", lambda: packed.FREE_PART * needed)
+    monkeypatch.setattr(packed, "free_bytes", lambda: packed.FREE_PART * needed)
     assert torch.equal(generate(tiny, model), wanted)
     assert rows
     assert copies(model)

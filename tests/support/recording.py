@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mtpkern
-from mtpkern import ConfAdapt, Static, Verified, graph
+from mtpkern import ConfAdapt, Static, Verified, graph, pool
 from mtpkern.decoder import Decoder
-from mtpkern.graph import release_graphs
 from mtpkern.poll import LAG, Poll
+from mtpkern.pool import release_graphs
 
 
 class Recorder(TorchDispatchMode):
@@ -88,7 +88,7 @@ def captured_by(step: type, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Steps on the CPU are captured, by this stand-in, and kept."""
     monkeypatch.setattr(graph, "CapturedStep", step)
     monkeypatch.setattr(graph, "on_side_stream", lambda device: nullcontext())
-    monkeypatch.setattr(graph, "memory_of", lambda device: 1 << 40)
+    monkeypatch.setattr(pool, "memory_of", lambda device: 1 << 40)
     monkeypatch.setattr(torch, "Event", Event)
     for module in ("mtpkern.decoder", "mtpkern.options"):
         monkeypatch.setattr(f"{module}.wants_graph", lambda use_graph, device: use_graph is not False)
@@ -139,7 +139,7 @@ def assert_same(got: Any, expected: Any) -> None:
 
 
 def kept(model: Any) -> list[Decoder]:
-    return list(graph._kept.get(model, {}).values())
+    return list(pool._kept.get(model, {}).values())
 
 
 def poison(decoder: Decoder) -> None:

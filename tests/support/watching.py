@@ -14,7 +14,7 @@ from transformers import (
 from transformers.generation import StopStringCriteria
 
 import mtpkern
-from mtpkern import ConfAdapt, Static, Verified, graph
+from mtpkern import ConfAdapt, Static, Verified, pool
 from mtpkern.strategies import Strategy
 from support.recording import captured_by
 
@@ -52,7 +52,7 @@ def kept(model: Any, monkeypatch: pytest.MonkeyPatch, lagging: None) -> Iterator
             self.replay = step
 
     with captured_by(Captured, monkeypatch):
-        yield lambda: len(graph._kept.get(model, {}))
+        yield lambda: len(pool._kept.get(model, {}))
 
 
 class Recorder:

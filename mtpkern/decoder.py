@@ -116,7 +116,7 @@ class Decoder:
         self.all_rows = self.rows = Rows.allocate(rows, batch, device, strategy.k)
         self.graph = StepGraph(device) if wants_graph(use_graph, device) else None
         self.compile = compile
-        in_graph, packed = self.graph is not None, self._on_cpu and packs(device, max_new_tokens)
+        in_graph, packed = self.graph is not None, self._on_cpu and packs(model, max_new_tokens)
         ours = Products(wants_one_product(in_graph), few_rows(in_graph, device))
         self.products: Products | PackedProducts = PackedProducts() if packed else ours
         self.cache = KVCache(

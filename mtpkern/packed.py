@@ -20,22 +20,26 @@ some twenty operations a layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mtpkern.kernels.form import lacks_products
 from mtpkern.kernels.gated_lora import gated_rows
 from mtpkern.model import is_tested
 from mtpkern.products import families, is_plain
-from mtpkern.siblings import adapt, adapter_of, disjoint, together, watched
+from mtpkern.siblings import Group, adapt, adapter_of, disjoint, together, watched
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # With more rows than these a call's own rearranging is hidden behind its arithmetic.
 MOST_ROWS = 128
@@ -45,13 +49,16 @@ ROWS = 16
 LEAST_WEIGHT = 1 << 18
 # Tokens that a run must be to make for the first copy to be worth it, which takes as long as some 14 passes of one row.
 LEAST_TOKENS = 64
+# The same for 16-bit weights, whose products take nine times as long without: one pass of several rows is worth it.
+LEAST_TOKENS_HALF = 4
 # Copies take no more than this part of the memory that is free.
 FREE_PART = 4
 
 
-def packs(device: torch.device, new_tokens: int) -> bool:
+def packs(model: PreTrainedModel, new_tokens: int) -> bool:
     """Whether a run of so many tokens may read packed weights."""
-    return device.type == "cpu" and new_tokens >= LEAST_TOKENS and _has_packed_products()
+    least = LEAST_TOKENS_HALF if lacks_products(model.dtype) else LEAST_TOKENS
+    return model.device.type == "cpu" and new_tokens >= least and _has_packed_products()
 
 
 @cache
@@ -75,6 +82,13 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
+def _kept(make: Callable[P, T]) -> Callable[P, T]:
+    """What makes tensors that outlive the call, and are float32 whatever the caller computes in."""
+    for around in (torch.autocast("cpu", enabled=False), torch.no_grad(), torch.inference_mode(False)):
+        make = around(make)
+    return make
+
+
 @dataclass(frozen=True)
 class Packed:
     """Weights of layers that read the same tensor, one behind another, laid out for few rows."""
@@ -92,8 +106,8 @@ class Packed:
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         return cls(
             tuple(map(ref, layers)),
-            _rearranged(torch.cat(weights) if len(weights) > 1 else weights[0]),
-            torch.cat(biases) if biases else None,
+            _rearranged((torch.cat(weights) if len(weights) > 1 else weights[0]).float()),
+            torch.cat(biases).float() if biases else None,
             [layer.out_features for layer in layers],
             _look(layers),
         )
@@ -108,8 +122,12 @@ def _look(layers: Sequence[nn.Linear]) -> Tensor:
     """A number for each row of their weights, which another value in it changes, and their biases, as bits."""
     # As irregular as random values, and the same ever after.
     row = torch.arange(1, layers[0].in_features + 1, dtype=torch.float32).sin_().add_(2)
-    parts = [part for layer in layers for part in (layer.weight @ row, layer.bias) if part is not None]
-    return torch.cat([part.detach() for part in parts]).view(torch.int32)
+    looks = []
+    for layer in layers:
+        # 16 bits of a product would not tell of every value; made float32 in pieces that lie in a cache.
+        looks += [piece.float() @ row for piece in layer.weight.detach().split(max(1, LEAST_WEIGHT // len(row)))]
+        looks += [] if layer.bias is None else [layer.bias.detach().float()]
+    return torch.cat(looks).view(torch.int32)
 
 
 _packed: WeakKeyDictionary[PreTrainedModel, list[Packed]] = WeakKeyDictionary()
@@ -141,6 +159,7 @@ class Update:
     b: Tensor  # [M, N], a block for each layer, with its scale
 
     @classmethod
+    @_kept
     def of(cls, layers: Sequence[Any], names: list[str | None], gated: GatedRows) -> Update:
         """The adapters of these layers, of which others than LoRA layers have none."""
         adapted = [(layer, name) for layer, name in zip(layers, names) if name is not None]
@@ -172,6 +191,7 @@ class Reading:
 
     packed: Packed | None = None
     update: Update | None = None
+    dtype: torch.dtype = torch.float32
 
     def __reduce__(self) -> tuple[type[Reading], tuple[()]]:
         return Reading, ()
@@ -191,51 +211,80 @@ class PackedProducts:
     """
 
     def __init__(self) -> None:
-        self.groups: list[tuple[Sequence[nn.Module], dict[str, Any]]] | None = None
+        self.groups: list[Group] | None = None
 
     @contextmanager
     def sought(self, model: PreTrainedModel) -> Iterator[None]:
-        """See in a pass inside the block, where none has been seen yet, who reads the same, and copy their weights."""
+        """See in a prefill inside the block, where it is not known, who reads the same, and copy their weights.
+
+        A prefill in 16 bits, which takes as much longer as other passes, reads copies from the first on.
+        """
+        if self.groups is None and (known := _known(model)) is not None:
+            self.groups = _groups(model, known)
         if self.groups is not None:
-            yield
+            with self():
+                yield
             return
-        with watched(families(model)) as readers:
+        # Each by itself until it is seen which are siblings, and inside its adapter's layer.
+        alone = [((layer,), (layer,), None) for layer in _plain_layers(model)] if lacks_products(model.dtype) else []
+        with watched(families(model)) as readers, together(_read(model, alone) if alone else ()):
             yield
-        siblings = [group for group in disjoint(readers) if _are_alike(group)]
-        self.groups = _groups(model, siblings) if is_tested(model) else []
+        self.groups = _groups(model, [group for group in disjoint(readers) if _are_alike(group)])
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """A pass of this thread inside the block reads packed weights, where it has few rows."""
-        with together((layers, _run, more) for layers, more in self.groups or ()):
+        with together(self.groups or ()):
             yield
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
-@torch.autocast("cpu", enabled=False)
-def _groups(
-    model: PreTrainedModel, siblings: Sequence[Sequence[nn.Linear]]
-) -> list[tuple[Sequence[nn.Module], dict[str, Any]]]:
+def _known(model: PreTrainedModel) -> list[tuple[Any, ...]] | None:
+    """Layers whose weights were copied together, where all whose were are still the model's; else None."""
+    groups = [tuple(r() for r in packed.layers) for packed in _packed.get(model, ())]
+    own = set(_plain_layers(model))
+    if model not in _packed or not all(own.issuperset(group) for group in groups):
+        return None
+    return [group for group in groups if len(group) > 1]
+
+
+def _loras(model: PreTrainedModel) -> list[Any]:
+    return model.mtpkern_siblings.layers if hasattr(model, "mtpkern_siblings") else []
+
+
+def _plain_layers(model: PreTrainedModel) -> list[Any]:
+    """The base's, without what adapters are made of; none of a model of a kind that is not tested."""
+    if not is_tested(model):
+        return []
+    own = {layer for lora in _loras(model) for low in (lora.lora_A, lora.lora_B) for layer in low.values()}
+    return [layer for layer in model.modules() if is_plain(layer) and layer not in own]
+
+
+def _groups(model: PreTrainedModel, siblings: Sequence[Sequence[nn.Linear]]) -> list[Group]:
     """What is run together: siblings and single layers, or the LoRA layers around them."""
-    loras = model.mtpkern_siblings.layers if hasattr(model, "mtpkern_siblings") else []
+    loras = _loras(model)
     taken = {layer for group in siblings for layer in group}
-    taken |= {layer for lora in loras for low in (lora.lora_A, lora.lora_B) for layer in low.values()}
-    single = [(layer,) for layer in model.modules() if is_plain(layer) and layer not in taken]
+    single = [(layer,) for layer in _plain_layers(model) if layer not in taken]
     # What calls a base's layer: peft's, where it is adapted by ours.
     callers = {lora.base_layer: lora for lora in loras}
     gated = GatedRows(getattr(model, "mtpkern_gate", None))
-    found, more = [], []
-    for bases in filter(_fit, [*siblings, *single]):
+    found = []
+    for bases in [*siblings, *single]:
         layers = [callers.get(base, base) for base in bases]
         names = [None if layer is base else adapter_of(layer) for layer, base in zip(layers, bases)]
         if any(name is None and layer is not base for name, layer, base in zip(names, layers, bases)):
             continue  # an adapter that somebody has switched off, or changed
-        found.append(bases)
-        more.append((layers, Update.of(layers, names, gated) if any(names) else None))
+        found.append((bases, layers, Update.of(layers, names, gated) if any(names) else None))
+    return _read(model, found)
+
+
+def _read(
+    model: PreTrainedModel, groups: Iterable[tuple[Sequence[nn.Linear], Sequence[nn.Module], Update | None]]
+) -> list[Group]:
+    """Those of these layers, what calls them, and their adapters, that are to read packed weights."""
+    groups = [group for group in groups if _fit(group[0])]
     return [
-        (layers, {"mtpkern_packed": Reading(packed, update)})
-        for packed, (layers, update) in zip(pack(model, found), more)
+        (layers, _run, {"mtpkern_packed": Reading(packed, update, bases[0].weight.dtype)})
+        for packed, (bases, layers, update) in zip(pack(model, [bases for bases, *_ in groups]), groups)
         if packed is not None
     ]
 
@@ -247,27 +296,31 @@ def _are_alike(layers: Sequence[nn.Linear]) -> bool:
 
 def _fit(layers: Sequence[nn.Linear]) -> bool:
     tensors = [x for layer in layers for x in (layer.weight, layer.bias) if x is not None]
-    plain = all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
-    return plain and sum(layer.weight.numel() for layer in layers) >= LEAST_WEIGHT
+    dtype = tensors[0].dtype
+    alike = all(x.dtype == dtype and x.device.type == "cpu" for x in tensors)
+    large = sum(layer.weight.numel() for layer in layers) >= LEAST_WEIGHT
+    return alike and ((dtype == torch.float32 and large) or lacks_products(dtype))
 
 
 def _run(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor] | None:
-    packed, update = layers[0].mtpkern_packed.packed, layers[0].mtpkern_packed.update
-    rows = x.numel() // max(1, x.shape[-1])
+    reading: Reading = layers[0].mtpkern_packed
+    packed, update, dtype = reading.packed, reading.update, reading.dtype
     gate = False if update is None else update.gated.gate.rows
     # Open for all rows it is in training alone.
     if (
         packed is None
         or gate is True
-        or x.dtype != torch.float32
+        or x.dtype != dtype
         or torch.is_autocast_enabled("cpu")
         or torch.is_grad_enabled()
     ):
         return None
-    if rows <= MOST_ROWS:
+    if dtype != torch.float32 or x.numel() <= MOST_ROWS * x.shape[-1]:
+        x = x.float()
         y = _product(x, packed.weight, packed.bias)
         if update is not None:
             update.add(y, x)
+        y = y.to(dtype)
         return y.split(packed.widths, -1) if len(layers) > 1 else [y]
     if update is None:
         return None
@@ -280,6 +333,7 @@ def _run(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor] | None:
     return outs
 
 
+@_kept
 def pack(model: PreTrainedModel, groups: Sequence[Sequence[nn.Linear]]) -> list[Packed | None]:
     """The packed weights of these groups of layers: those that are kept and still right, and new ones.
 
@@ -292,7 +346,7 @@ def pack(model: PreTrainedModel, groups: Sequence[Sequence[nn.Linear]]) -> list[
         found.append(packed if packed is not None and packed.is_of(layers) else None)
     known.clear()  # what is wrong goes before anything new comes
     missing = [i for i, packed in enumerate(found) if packed is None]
-    if sum(layer.weight.nbytes for i in missing for layer in groups[i]) * FREE_PART <= _free_bytes():
+    if sum(4 * layer.weight.numel() for i in missing for layer in groups[i]) * FREE_PART <= _free_bytes():
         for i in missing:
             found[i] = Packed.of(groups[i])
     _packed[model] = [packed for packed in found if packed is not None]

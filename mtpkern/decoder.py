@@ -272,8 +272,8 @@ class Decoder:
         here = slice(cache.seen, end)
         with (
             captured(self.model, cache) if isinstance(cache, CapturedPrefill) else nullcontext(),
-            gated(self.model, columns[:, here]),
             self.products.sought(self.model),
+            gated(self.model, columns[:, here]),
         ):
             logits: Tensor = self.model(
                 input_ids=columns[:, here],

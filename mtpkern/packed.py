@@ -315,7 +315,9 @@ def _run(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor] | None:
         or torch.is_grad_enabled()
     ):
         return None
-    if dtype != torch.float32 or x.numel() <= MOST_ROWS * x.shape[-1]:
+    # In 16 bits torch reads half as much for one row, and with more rows its arithmetic never catches up.
+    rows = x.numel() // max(1, x.shape[-1])
+    if rows <= MOST_ROWS if dtype == torch.float32 else rows > 1:
         x = x.float()
         y = _product(x, packed.weight, packed.bias)
         if update is not None:

@@ -138,6 +138,17 @@ def test_a_model_that_changes_its_dtype_is_followed(tiny: SimpleNamespace, produ
         assert bool(products) == (dtype in HALVES), dtype  # these weights are small: torch's in float32
 
 
+def test_a_row_by_itself_is_torchs(tiny: SimpleNamespace, products: list[torch.Size]) -> None:
+    """Which reads half as many bytes for it: one token a pass is what Hugging Face's generate makes of it."""
+    model, ids = tiny.model("llama").to(torch.bfloat16), tiny.prompts(9)[0]
+    wanted = model.generate(ids, do_sample=False, max_new_tokens=24)
+    mtpkern.generate(model, ids, strategy=Verified(4), max_new_tokens=24, check_model=False)  # makes the copies
+    products.clear()
+    tokens = mtpkern.generate(model, ids, strategy=Static(1), max_new_tokens=24, check_model=False)
+    assert {shape[:-1].numel() for shape in products} == {9}
+    assert tokens.shape == wanted.shape
+
+
 def test_a_processor_that_has_them_is_left_to_torch(
     tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, products: list[torch.Size]
 ) -> None:

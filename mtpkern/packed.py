@@ -47,18 +47,20 @@ MOST_ROWS = 128
 ROWS = 16
 # Weights of fewer elements lie in a cache, and the call itself takes longest.
 LEAST_WEIGHT = 1 << 18
-# Tokens that a run must be to make for the first copy to be worth it, which takes as long as some 14 passes of one row.
+# Tokens that a model's runs must be to make for the first copies to be worth it, which take as long as some 14 passes of
+# one row; and a run for the look at them, which takes as long as one, or in 16 bits for anything.
 LEAST_TOKENS = 64
-# The same for 16-bit weights, whose products take nine times as long without: one pass of several rows is worth it.
-LEAST_TOKENS_HALF = 4
+LEAST_OF_A_RUN = 4
 # Copies take no more than this part of the memory that is free.
 FREE_PART = 4
 
 
 def packs(model: PreTrainedModel, new_tokens: int) -> bool:
-    """Whether a run of so many tokens may read packed weights."""
-    least = LEAST_TOKENS_HALF if lacks_products(model.dtype) else LEAST_TOKENS
-    return model.device.type == "cpu" and new_tokens >= least and _has_packed_products()
+    """Whether a run of so many tokens, which is counted, may read packed weights."""
+    if model.device.type != "cpu" or new_tokens < LEAST_OF_A_RUN or not _has_packed_products():
+        return False
+    _asked[model] = _asked.get(model, 0) + new_tokens
+    return lacks_products(model.dtype) or _asked[model] >= LEAST_TOKENS
 
 
 @cache
@@ -131,6 +133,8 @@ def _look(layers: Sequence[nn.Linear]) -> Tensor:
 
 
 _packed: WeakKeyDictionary[PreTrainedModel, list[Packed]] = WeakKeyDictionary()
+# Tokens that the runs of a model were to make at most.
+_asked: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
 
 
 class GatedRows:
@@ -357,10 +361,11 @@ def pack(model: PreTrainedModel, groups: Sequence[Sequence[nn.Linear]]) -> list[
 
 def unpack(model: PreTrainedModel | None = None) -> None:
     """Let the packed weights of one model or of all go; a call that runs keeps its own until it ends."""
-    if model is None:
-        _packed.clear()
-    else:
-        _packed.pop(model, None)
+    for kept in (_packed, _asked):
+        if model is None:
+            kept.clear()
+        else:
+            kept.pop(model, None)
 
 
 def _free_bytes() -> int:

@@ -47,8 +47,8 @@ MOST_ROWS = 128
 ROWS = 16
 # Weights of fewer elements lie in a cache, and the call itself takes longest.
 LEAST_WEIGHT = 1 << 18
-# Tokens that a model's runs must be to make for the first copies to be worth it, which take as long as some 14 passes of
-# one row; and a run for the look at them, which takes as long as one, or in 16 bits for anything.
+# Tokens that a model's runs must be to make for the first copies to be worth it, which take as long as some 14 passes
+# of one row; and a run for the look at them, which takes as long as one, or in 16 bits for anything.
 LEAST_TOKENS = 64
 LEAST_OF_A_RUN = 4
 # Copies take no more than this part of the memory that is free.

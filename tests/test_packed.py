@@ -235,7 +235,14 @@ def test_a_short_run_copies_nothing(tiny: SimpleNamespace, monkeypatch: pytest.M
     model = tiny.model("llama")
     monkeypatch.undo()
     assert packs(model, packed.LEAST_TOKENS)
-    assert not packs(model, packed.LEAST_TOKENS - 1)
+    packed.unpack(model)
+    few = packed.LEAST_OF_A_RUN
+    assert not packs(model, packed.LEAST_TOKENS - 2 * few)
+    assert not packs(model, few)
+    assert packs(model, few), "short runs add up"
+    assert not packs(model, few - 1)
+    packed.unpack()
+    assert not packs(model, few)
     assert not packs(model.to("meta"), 1000)
 
 

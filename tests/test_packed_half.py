@@ -134,7 +134,7 @@ def test_a_model_that_changes_its_dtype_is_followed(tiny: SimpleNamespace, produ
     for dtype in (torch.bfloat16, torch.float32, torch.float16, torch.float64, torch.bfloat16):
         model.to(dtype)
         products.clear()
-        generate(tiny, model, max_new_tokens=64 if dtype == torch.float32 else 5)
+        generate(tiny, model, max_new_tokens=packed.LEAST_TOKENS if dtype == torch.float32 else 5)
         assert bool(products) == (dtype in HALVES), dtype  # these weights are small: torch's in float32
 
 
@@ -160,5 +160,5 @@ def test_a_processor_that_has_them_is_left_to_torch(
 def test_what_a_run_must_be_long_for(tiny: SimpleNamespace) -> None:
     assert not lacks_products.__wrapped__(torch.float32)
     model = tiny.model("llama").to(torch.float16)
-    assert packs(model, packed.LEAST_TOKENS_HALF)
-    assert not packs(model, packed.LEAST_TOKENS_HALF - 1)
+    assert packs(model, packed.LEAST_OF_A_RUN)
+    assert not packs(model, packed.LEAST_OF_A_RUN - 1)

@@ -53,7 +53,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtpkern.kernels.form import pdl_options, strides
+from mtpkern.kernels.form import lacks_products, pdl_options, strides
 from mtpkern.kernels.kv_write import kv_write, kv_write_triton
 from mtpkern.kernels.op import op
 from mtpkern.kernels.packed_rows import PackedRows
@@ -381,7 +381,8 @@ def decode_attention(
     `slots`, where the host knows that only so many hold anything, this pass's included: no more are looked at.
 
     The torch form spreads rows to [B, W], attends as a padded batch does, and gathers rows back. With a softcap or
-    sinks it computes in float32, or in float64 for float64 inputs; else as scaled_dot_product_attention does.
+    sinks it computes in float32, or in float64 for float64 inputs; else as scaled_dot_product_attention does, of 16-bit
+    inputs in float32 on a processor without 16-bit products.
 
         out = decode_attention(q, k, v, k_cache, v_cache, PackedRows(seq, slot, start, max_rows=15), Scoring(D**-0.5))
     """
@@ -389,13 +390,16 @@ def decode_attention(
     (B, Hkv, C, D), (R, Hq, _), Dv = k_cache.shape, query.shape, v_cache.shape[-1]
     C, W = C - 1 if slots is None else slots, R if B == 1 else rows.max_rows
     scale, softcap, sinks = scoring.scale, scoring.softcap, scoring.sinks
-    spread = rows.spread(scoring.window, C, query.dtype)
+    # What F.scaled_dot_product_attention takes in 16 bits is several times slower where the processor lacks them.
+    wide = torch.float32 if query.device.type == "cpu" and lacks_products(query.dtype) else query.dtype
+    spread = rows.spread(scoring.window, C, wide)
     q = query
     if spread.place is not None:
         q = query.new_zeros(B * W + 1, Hq, D).index_copy_(0, spread.place, query)[:-1]
     q = q.view(B, W, Hq, D).transpose(1, 2)
     k, v = k_cache[:, :, :C], v_cache[:, :, :C]
     if softcap is None and sinks is None:
+        q, k, v = (x.to(wide) for x in (q, k, v))
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=spread.bias, scale=scale, enable_gqa=Hq > Hkv)
     else:
         dtype = torch.promote_types(query.dtype, torch.float32)

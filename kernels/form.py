@@ -89,3 +89,13 @@ def _has_pdl(device: torch.device) -> bool:
         return False
     # Of those of capability 12 a capture was seen to fail (sglang's pull request 18596).
     return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+@cache
+def lacks_products(dtype: torch.dtype) -> bool:
+    """Whether this processor has no products of that 16-bit type, so that torch takes long over them."""
+    has = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype in has and not has[dtype]()

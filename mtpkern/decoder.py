@@ -112,7 +112,7 @@ class Decoder:
         self.graph = StepGraph(device) if wants_graph(use_graph, device) else None
         self.compile = compile
         self.products: Products | PackedProducts = PackedProducts()
-        if not (self._on_cpu and packs(device, max_new_tokens)):
+        if not (self._on_cpu and packs(model, max_new_tokens)):
             in_graph = self.graph is not None
             self.products = Products(wants_one_product(in_graph), few_rows(in_graph, device))
         self.cache = KVCache(
@@ -254,8 +254,8 @@ class Decoder:
         here = slice(cache.seen, end)
         with (
             captured(self.model, cache) if isinstance(cache, CapturedPrefill) else nullcontext(),
-            gated(self.model, columns[:, here]),
             self.products.sought(self.model),
+            gated(self.model, columns[:, here]),
         ):
             logits: Tensor = self.model(
                 input_ids=columns[:, here],

@@ -22,6 +22,7 @@ tokens come, not which, but for near-ties: products of other numbers of rows rou
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -29,7 +30,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mtpkern.kernels.state import RUNNING, Sequences
-from mtpkern.kernels.worth import PRIOR_CHAINS, PRIOR_HITS
+from mtpkern.kernels.worth import PRIOR_CHAINS, PRIOR_HITS, UNIT
 from mtpkern.strategies import Strategy
 
 # Up to this many rows a pass on a GPU is bound by reading the weights, so that rows are nearly free.
@@ -44,8 +45,10 @@ FIXED_GPU = 400
 STEP = 64
 # The pass before which one without masks is tried first, and the factor to the next.
 FIRST_LOOK, LOOK_AGAIN = 3, 4
+# So much is kept of what earlier runs have shown.
+MOST_SHOWN = 64 * UNIT
 # Passes without masks before one has them again, whatever their time was: what was seen of it may have been disturbed.
-PATIENCE = 32
+PATIENCE = 8
 
 
 def default_rows(strategy: Strategy, batch: int, device: torch.device) -> int:
@@ -77,6 +80,8 @@ class PassTimes:
         self.seconds: dict[int, float] = {}
         self.passes = 0
         self.look = FIRST_LOOK
+        # Hits and chains of the model's runs on a CPU, the later the more.
+        self.shown = np.zeros(2)
 
     def saw(self, rows: int, seconds: float) -> None:
         """Note a pass. Disturbances only ever add time, so less is believed at once and more slowly."""
@@ -116,30 +121,39 @@ def times_of(model: PreTrainedModel, packed: bool = False) -> PassTimes:
     return _times.setdefault(model, {}).setdefault(packed, PassTimes())
 
 
-def price_of(hits: np.ndarray, chains: np.ndarray, k: int, rows: int, times: PassTimes | None) -> float:
+def price_of(
+    hits: np.ndarray,
+    chains: np.ndarray,
+    k: int,
+    rows: int,
+    times: PassTimes | None,
+    shown: Sequence[float] | np.ndarray = (0, 0),
+) -> float:
     """The price of a row, for running sequences with these hits and chains [n] and at most so many rows.
 
-    times: None where all passes take the same.
+    times: None where all passes take the same. shown: hits and chains of the model's earlier runs.
 
         price_of(np.array([0]), np.array([0]), k=4, rows=7, times=None)  # 0.0: there are rows for everything
     """
-    tokens, needed = _promised(hits, chains, k)
+    tokens, needed = _promised(hits, chains, k, shown)
     if times is None:
         return float(PRICES[np.argmax(_fitted(tokens, needed, len(hits), rows))])
     speed = tokens / times.of(np.minimum(needed, rows))
     return float(PRICES[np.argmax(speed)])
 
 
-def _promised(hits: np.ndarray, chains: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def _promised(
+    hits: np.ndarray, chains: np.ndarray, k: int, shown: Sequence[float] | np.ndarray = (0, 0)
+) -> tuple[np.ndarray, np.ndarray]:
     """By price: tokens of a pass of all sequences, and the rows that it takes.
 
-    A sequence brings what its own odds buy (kernels/worth.py). What that is worth is judged by what the others have
-    shown
-    too: else each would have to fail for itself, some ten times.
+    A sequence brings what its own odds buy (kernels/worth.py). What that is worth is judged by what the others and
+    earlier runs have shown too, in place of what is not known of this one: else each would have to fail for itself,
+    some ten times.
     """
     prior, power = PRIOR_HITS + PRIOR_CHAINS, np.arange(1, k)
     own = _odds(hits, chains)
-    other_hits, other_chains = hits.sum() - hits, chains.sum() - chains
+    other_hits, other_chains = hits.sum() - hits + shown[0], chains.sum() - chains + shown[1]
     alike = (other_hits + PRIOR_HITS) / (other_hits + other_chains + prior)
     judged = (hits + prior * alike) / (hits + chains + prior)
     bought = own[:, None, None] ** power[:, None] >= PRICES
@@ -165,6 +179,7 @@ class Load:
         self.passes = 0
         # Passes since one has had masks, and how many it may be before one is to have them.
         self.plain, self.patience = 0, PATIENCE
+        self.shown = times.shown
 
     def price(self, sequences: Sequences) -> float:
         """What a row of the pass after the next must promise."""
@@ -172,7 +187,10 @@ class Load:
             return math.inf
         running = sequences.status.numpy() == RUNNING
         hits, chains = sequences.hits.numpy()[running], sequences.chains.numpy()[running]
-        price = price_of(hits, chains, self.k, self.rows, self.times)
+        if len(hits):
+            shown = self.shown + np.array([hits.mean(), chains.mean()])
+            self.times.shown = shown * min(1.0, MOST_SHOWN / max(shown.sum(), 1))
+        price = price_of(hits, chains, self.k, self.rows, self.times, self.shown)
         if _odds(hits, chains).max(initial=0.0) >= price:
             self.plain, self.patience = 0, PATIENCE
             return price

@@ -11,6 +11,10 @@ That look is a product with one row that never changes, over all weights: it cos
 sees what no version of a tensor tells (a write to `weight.data`). The copies are kept with the model and go with it, or
 with `mtpkern.release_graphs`. Weights that somebody writes to while a call runs are taken up by the next one.
 
+Weights of 16 bits are copied as float32 where the processor has no products of 16 bits (AVX2 and nothing later, say):
+torch then takes 1.8, 3.4 and 6.9 times as long for 2, 4 and 8 rows as for one. One row stays torch's, which reads half
+as many bytes for it; all other numbers of rows read the copies, a prompt's too, from the first pass on.
+
 Siblings (mtpkern.siblings) are one product here as well, and so is what a gated adapter adds to them: its matrices are
 small, and each call joins them anew. In a pass of five rows of SmolLM2 the adapter took 25 ms, most of it for starting
 some twenty operations a layer.
@@ -18,22 +22,26 @@ some twenty operations a layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mtpkern.kernels.form import lacks_products
 from mtpkern.kernels.gated_lora import gated_rows
 from mtpkern.memory import free_bytes
 from mtpkern.model import is_tested
 from mtpkern.products import families, is_plain
-from mtpkern.siblings import adapt, adapter_of, disjoint, together, watched
+from mtpkern.siblings import Group, adapt, adapter_of, disjoint, together, watched
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # With more rows than these a call's own rearranging is hidden behind its arithmetic.
 MOST_ROWS = 128
@@ -41,15 +49,20 @@ MOST_ROWS = 128
 ROWS = 16
 # Weights of fewer elements lie in a cache, and the call itself takes longest.
 LEAST_WEIGHT = 1 << 18
-# Tokens that a run must be to make for the first copy to be worth it, which takes as long as some 14 passes of one row.
+# Tokens that a model's runs must be to make for the first copies to be worth it, which take as long as some 14 passes
+# of one row; and a run for the look at them, which takes as long as one, or in 16 bits for anything.
 LEAST_TOKENS = 64
+LEAST_OF_A_RUN = 4
 # Copies take no more than this part of the memory that is free.
 FREE_PART = 4
 
 
-def packs(device: torch.device, new_tokens: int) -> bool:
-    """Whether a run of so many tokens may read packed weights."""
-    return device.type == "cpu" and new_tokens >= LEAST_TOKENS and _has_packed_products()
+def packs(model: PreTrainedModel, new_tokens: int) -> bool:
+    """Whether a run of so many tokens, which is counted, may read packed weights."""
+    if model.device.type != "cpu" or new_tokens < LEAST_OF_A_RUN or not _has_packed_products():
+        return False
+    _asked[model] = _asked.get(model, 0) + new_tokens
+    return lacks_products(model.dtype) or _asked[model] >= LEAST_TOKENS
 
 
 @cache
@@ -73,6 +86,13 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
+def _kept(make: Callable[P, T]) -> Callable[P, T]:
+    """What makes tensors that outlive the call, and are float32 whatever the caller computes in."""
+    for around in (torch.autocast("cpu", enabled=False), torch.no_grad(), torch.inference_mode(False)):
+        make = around(make)
+    return make
+
+
 @dataclass(frozen=True)
 class Packed:
     """Weights of layers that read the same tensor, one behind another, laid out for few rows."""
@@ -90,8 +110,8 @@ class Packed:
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         return cls(
             tuple(map(ref, layers)),
-            _rearranged(torch.cat(weights) if len(weights) > 1 else weights[0]),
-            torch.cat(biases) if biases else None,
+            _rearranged((torch.cat(weights) if len(weights) > 1 else weights[0]).float()),
+            torch.cat(biases).float() if biases else None,
             [layer.out_features for layer in layers],
             _look(layers),
         )
@@ -106,11 +126,17 @@ def _look(layers: Sequence[nn.Linear]) -> Tensor:
     """A number for each row of their weights, which another value in it changes, and their biases, as bits."""
     # As irregular as random values, and the same ever after.
     row = torch.arange(1, layers[0].in_features + 1, dtype=torch.float32).sin_().add_(2)
-    parts = [part for layer in layers for part in (layer.weight @ row, layer.bias) if part is not None]
-    return torch.cat([part.detach() for part in parts]).view(torch.int32)
+    looks = []
+    for layer in layers:
+        # 16 bits of a product would not tell of every value; made float32 in pieces that lie in a cache.
+        looks += [piece.float() @ row for piece in layer.weight.detach().split(max(1, LEAST_WEIGHT // len(row)))]
+        looks += [] if layer.bias is None else [layer.bias.detach().float()]
+    return torch.cat(looks).view(torch.int32)
 
 
 _packed: WeakKeyDictionary[PreTrainedModel, list[Packed]] = WeakKeyDictionary()
+# Tokens that the runs of a model were to make at most.
+_asked: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
 
 
 class GatedRows:
@@ -139,6 +165,7 @@ class Update:
     b: Tensor  # [M, N], a block for each layer, with its scale
 
     @classmethod
+    @_kept
     def of(cls, layers: Sequence[Any], names: list[str | None], gated: GatedRows) -> Update:
         """The adapters of these layers, of which others than LoRA layers have none."""
         adapted = [(layer, name) for layer, name in zip(layers, names) if name is not None]
@@ -167,60 +194,88 @@ class Reading:
 
     packed: Packed | None = None
     update: Update | None = None
+    dtype: torch.dtype = torch.float32
 
     def __reduce__(self) -> tuple[type[Reading], tuple[()]]:
         return Reading, ()
 
 
-# Layers, and what the first of them holds while a pass runs.
-Groups = list[tuple[Sequence[nn.Module], dict[str, Any]]]
-
-
 class PackedProducts:
-    """As `mtpkern.products.Products`, over packed weights on a CPU, float32 alone; with what a gated adapter adds."""
+    """As `mtpkern.products.Products`, over packed weights on a CPU; with what a gated adapter adds."""
 
     def __init__(self) -> None:
-        self.groups: Groups | None = None
+        self.groups: list[Group] | None = None
 
     @contextmanager
     def sought(self, model: PreTrainedModel) -> Iterator[None]:
-        """See in a pass inside the block, where none has been seen yet, who reads the same, and copy their weights."""
+        """See in a prefill inside the block, where it is not known, who reads the same, and copy their weights.
+
+        A prefill in 16 bits, which takes as much longer as other passes, reads copies from the first on.
+        """
+        if self.groups is None and (known := _known(model)) is not None:
+            self.groups = _groups(model, known)
         if self.groups is not None:
-            yield
+            with self():
+                yield
             return
-        with watched(families(model)) as readers:
+        # Each by itself until it is seen which are siblings, and inside its adapter's layer.
+        alone = [((layer,), (layer,), None) for layer in _plain_layers(model)] if lacks_products(model.dtype) else []
+        with watched(families(model)) as readers, together(_read(model, alone) if alone else ()):
             yield
-        siblings = [group for group in disjoint(readers) if _are_alike(group)]
-        self.groups = _groups(model, siblings) if is_tested(model) else []
+        self.groups = _groups(model, [group for group in disjoint(readers) if _are_alike(group)])
 
     def __call__(self) -> AbstractContextManager[None]:
-        """A pass of this thread inside the block reads packed weights, where it has few rows."""
-        return together((layers, _run, more) for layers, more in self.groups or ())
+        """A pass of this thread inside the block reads packed weights."""
+        return together(self.groups or ())
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
-@torch.autocast("cpu", enabled=False)
-def _groups(model: PreTrainedModel, siblings: Sequence[Sequence[nn.Linear]]) -> Groups:
+def _known(model: PreTrainedModel) -> list[tuple[Any, ...]] | None:
+    """Layers whose weights were copied together, where all whose were are still the model's; else None."""
+    groups = [tuple(r() for r in packed.layers) for packed in _packed.get(model, ())]
+    own = set(_plain_layers(model))
+    if model not in _packed or not all(own.issuperset(group) for group in groups):
+        return None
+    return [group for group in groups if len(group) > 1]
+
+
+def _loras(model: PreTrainedModel) -> list[Any]:
+    return model.mtpkern_siblings.layers if hasattr(model, "mtpkern_siblings") else []
+
+
+def _plain_layers(model: PreTrainedModel) -> list[Any]:
+    """The base's, without what adapters are made of; none of a model of a kind that is not tested."""
+    if not is_tested(model):
+        return []
+    own = {layer for lora in _loras(model) for low in (lora.lora_A, lora.lora_B) for layer in low.values()}
+    return [layer for layer in model.modules() if is_plain(layer) and layer not in own]
+
+
+def _groups(model: PreTrainedModel, siblings: Sequence[Sequence[nn.Linear]]) -> list[Group]:
     """What is run together: siblings and single layers, or the LoRA layers around them."""
-    loras = model.mtpkern_siblings.layers if hasattr(model, "mtpkern_siblings") else []
+    loras = _loras(model)
     taken = {layer for group in siblings for layer in group}
-    taken |= {layer for lora in loras for low in (lora.lora_A, lora.lora_B) for layer in low.values()}
-    single = [(layer,) for layer in model.modules() if is_plain(layer) and layer not in taken]
+    single = [(layer,) for layer in _plain_layers(model) if layer not in taken]
     # What calls a base's layer: peft's, where it is adapted by ours.
     callers = {lora.base_layer: lora for lora in loras}
     gated = GatedRows(getattr(model, "mtpkern_gate", None))
-    found, more = [], []
-    for bases in filter(_fit, [*siblings, *single]):
+    found = []
+    for bases in [*siblings, *single]:
         layers = [callers.get(base, base) for base in bases]
         names = [None if layer is base else adapter_of(layer) for layer, base in zip(layers, bases)]
         if any(name is None and layer is not base for name, layer, base in zip(names, layers, bases)):
             continue  # an adapter that somebody has switched off, or changed
-        found.append(bases)
-        more.append((layers, Update.of(layers, names, gated) if any(names) else None))
+        found.append((bases, layers, Update.of(layers, names, gated) if any(names) else None))
+    return _read(model, found)
+
+
+def _read(
+    model: PreTrainedModel, groups: Iterable[tuple[Sequence[nn.Linear], Sequence[nn.Module], Update | None]]
+) -> list[Group]:
+    """Those of these layers, what calls them, and their adapters, that are to read packed weights."""
+    groups = [group for group in groups if _fit(group[0])]
     return [
-        (layers, {"mtpkern_packed": Reading(packed, update)})
-        for packed, (layers, update) in zip(pack(model, found), more)
+        (layers, _run, {"mtpkern_packed": Reading(packed, update, bases[0].weight.dtype)})
+        for packed, (bases, layers, update) in zip(pack(model, [bases for bases, *_ in groups]), groups)
         if packed is not None
     ]
 
@@ -232,23 +287,29 @@ def _are_alike(layers: Sequence[nn.Linear]) -> bool:
 
 def _fit(layers: Sequence[nn.Linear]) -> bool:
     tensors = [x for layer in layers for x in (layer.weight, layer.bias) if x is not None]
-    plain = all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
-    return plain and sum(layer.weight.numel() for layer in layers) >= LEAST_WEIGHT
+    dtype = tensors[0].dtype
+    alike = all(x.dtype == dtype and x.device.type == "cpu" for x in tensors)
+    large = sum(layer.weight.numel() for layer in layers) >= LEAST_WEIGHT
+    return alike and ((dtype == torch.float32 and large) or lacks_products(dtype))
 
 
 def _run(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor] | None:
-    packed, update = layers[0].mtpkern_packed.packed, layers[0].mtpkern_packed.update
-    rows = x.numel() // max(1, x.shape[-1])
+    reading: Reading = layers[0].mtpkern_packed
+    packed, update, dtype = reading.packed, reading.update, reading.dtype
     gate = False if update is None else update.gated.gate.rows
     # Open for all rows it is in training alone.
-    if packed is None or gate is True or x.dtype != torch.float32:
+    if packed is None or gate is True or x.dtype != dtype:
         return None
     if torch.is_autocast_enabled("cpu") or torch.is_grad_enabled():
         return None
-    if rows <= MOST_ROWS:
+    # In 16 bits torch reads half as much for one row, and with more rows its arithmetic never catches up.
+    rows = x.numel() // max(1, x.shape[-1])
+    if rows <= MOST_ROWS if dtype == torch.float32 else rows > 1:
+        x = x.float()
         y = _product(x, packed.weight, packed.bias)
         if update is not None:
             update.add(y, x)
+        y = y.to(dtype)
         return y.split(packed.widths, -1) if len(layers) > 1 else [y]
     if update is None:
         return None
@@ -261,6 +322,7 @@ def _run(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor] | None:
     return outs
 
 
+@_kept
 def pack(model: PreTrainedModel, groups: Sequence[Sequence[nn.Linear]]) -> list[Packed | None]:
     """The packed weights of these groups: those that are kept and still right, new ones, None where memory is short."""
     known = {packed.layers[0](): packed for packed in _packed.pop(model, ())}
@@ -270,7 +332,7 @@ def pack(model: PreTrainedModel, groups: Sequence[Sequence[nn.Linear]]) -> list[
         found.append(packed if packed is not None and packed.is_of(layers) else None)
     known.clear()  # what is wrong goes before anything new comes
     missing = [i for i, packed in enumerate(found) if packed is None]
-    needed = sum(layer.weight.nbytes for i in missing for layer in groups[i])
+    needed = sum(4 * layer.weight.numel() for i in missing for layer in groups[i])
     if needed * FREE_PART <= (free_bytes() or 0):
         for i in missing:
             found[i] = Packed.of(groups[i])
@@ -280,5 +342,6 @@ def pack(model: PreTrainedModel, groups: Sequence[Sequence[nn.Linear]]) -> list[
 
 def unpack(model: PreTrainedModel | None = None) -> None:
     """Let the packed weights of one model or of all go; a call that runs keeps its own until it ends."""
-    for one in list(_packed) if model is None else [model]:
-        _packed.pop(one, None)
+    for kept in (_packed, _asked):
+        for one in list(kept) if model is None else [model]:
+            kept.pop(one, None)

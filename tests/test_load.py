@@ -285,3 +285,30 @@ def test_the_ladder_costs_five_per_cent_where_no_draft_is_right(batch: int, new:
         chains = chains - (chains >> (FORGOTTEN if tried else FORGOTTEN_IDLE)) + tried * UNIT
         seen.append(chains)
     assert new * gpu(batch) / spent >= 0.95
+
+
+def test_what_earlier_runs_have_shown_stands_in_for_what_is_not_known() -> None:
+    """A model without a right draft is not asked again by every run; one that has become right is found out."""
+    seen = times(lambda r: 1 + 0.1 * r, 1, 2, 4, 7)
+
+    def run(right: int) -> tuple[list[bool], Load]:
+        load = Load(seen, k=4, rows=7)
+        hits = chains = 0
+        had_masks = []
+        for _ in range(64):
+            sequences: Any = SimpleNamespace(
+                status=torch.zeros(1, dtype=torch.int32),
+                hits=torch.tensor([hits * UNIT]),
+                chains=torch.tensor([chains * UNIT]),
+            )
+            price = load.price(sequences)
+            had_masks.append(price < (hits + 4) / (hits + chains + 6))
+            hits, chains = hits + right * had_masks[-1], chains + had_masks[-1]
+        return had_masks, load
+
+    first, second, third = (sum(run(right=0)[0]) for _ in range(3))
+    assert first > 3 * second
+    assert third <= second <= 4
+    better, _ = run(right=3)
+    assert sum(better) >= 64 - 2 * PATIENCE
+    assert sum(run(right=3)[0]) >= 62

@@ -31,6 +31,9 @@ def always(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small weights and short runs too."""
     monkeypatch.setattr(packed, "LEAST_WEIGHT", 1)
     monkeypatch.setattr(packed, "LEAST_TOKENS", 1)
+    monkeypatch.setattr(
+        packed, "lacks_products", lambda dtype: False
+    )  # whatever this processor has; test_packed_half.py
     yield
     mtpkern.release_graphs()
 
@@ -228,19 +231,26 @@ def test_more_rows_than_pay_are_torchs(tiny: SimpleNamespace, monkeypatch: pytes
     assert rows
 
 
-def test_a_short_run_copies_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
+def test_a_short_run_copies_nothing(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("llama")
     monkeypatch.undo()
-    assert packs(cpu, packed.LEAST_TOKENS)
-    assert not packs(cpu, packed.LEAST_TOKENS - 1)
-    assert not packs(torch.device("cuda"), 1000)
+    assert packs(model, packed.LEAST_TOKENS)
+    packed.unpack(model)
+    few = packed.LEAST_OF_A_RUN
+    assert not packs(model, packed.LEAST_TOKENS - 2 * few)
+    assert not packs(model, few)
+    assert packs(model, few), "short runs add up"
+    assert not packs(model, few - 1)
+    packed.unpack()
+    assert not packs(model, few)
+    assert not packs(model.to("meta"), 1000)
 
 
-def test_a_build_without_them_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_without_them_is_found_out(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     packed._has_packed_products.cache_clear()
     try:
         monkeypatch.setattr(packed, "_product", lambda x, weight, bias: x.new_zeros(1, 2, 4))
-        assert not packs(torch.device("cpu"), 1000)
+        assert not packs(tiny.model("llama"), 1000)
     finally:
         packed._has_packed_products.cache_clear()
 

@@ -1,0 +1,164 @@
+"""16-bit models on a processor without 16-bit products: float32 copies are read in every pass, the prefill's too."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mtpkern
+from mtpkern import Static, Verified, packed
+from mtpkern.adapter import gate_of, gated
+from mtpkern.kernels.form import lacks_products
+from mtpkern.packed import PackedProducts, packs
+
+pytestmark = pytest.mark.skipif(not packed._has_packed_products(), reason="torch without oneDNN")
+HALVES = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def lacking(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A processor as if it had none, whatever it has."""
+    monkeypatch.setattr(packed, "lacks_products", lambda dtype: dtype in HALVES)
+    yield
+    mtpkern.release_graphs()
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes of what each product over packed weights has read."""
+    seen: list[torch.Size] = []
+    product = packed._product
+
+    def note(x: Tensor, *weights: Any) -> Tensor:
+        seen.append(x.shape)
+        return product(x, *weights)
+
+    monkeypatch.setattr(packed, "_product", note)
+    return seen
+
+
+def generate(tiny: SimpleNamespace, model: Any, **options: Any) -> Tensor:
+    ids, mask = tiny.prompts(9, 4, 6)
+    options = {"max_new_tokens": 12, "strategy": Verified(4, threshold=0.2), "check_model": False, **options}
+    return mtpkern.generate(model, ids, attention_mask=mask, **options)
+
+
+def error(found: Tensor, truth: Tensor) -> Tensor:
+    return (found.double() - truth).square().mean().sqrt()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3_text", "phi3"])
+def test_logits_are_at_least_as_near_to_the_truth_as_torchs(
+    name: str, dtype: torch.dtype, tiny: SimpleNamespace, products: list[torch.Size]
+) -> None:
+    model = tiny.model(name).to(dtype)
+    ids = tiny.prompts(150)[0]
+    ours = PackedProducts()
+    with torch.inference_mode():
+        torchs = model(ids).logits
+        with ours.sought(model):
+            first = model(ids).logits
+        assert products
+        products.clear()
+        with ours():
+            later = model(ids).logits
+        truth = model.double()(ids).logits
+    if name != "phi3":  # which joins them itself
+        assert len(products) < len([x for x in model.modules() if isinstance(x, nn.Linear)]), "siblings are joined"
+    for found in (first, later):
+        assert found.dtype == dtype
+        assert error(found, truth) <= 1.1 * error(torchs, truth)
+
+
+def test_every_pass_reads_them_and_weights_stay(tiny: SimpleNamespace, products: list[torch.Size]) -> None:
+    model = tiny.model("llama").to(torch.bfloat16)
+    before = {key: x.clone() for key, x in model.state_dict().items()}
+    tokens = generate(tiny, model, strategy=Static(1))
+    plain = [x for x in model.modules() if isinstance(x, nn.Linear)]
+    assert max(shape[:-1].numel() for shape in products) == 3 * 9, "the prefill reads them"
+    assert len([shape for shape in products if shape[:-1].numel() == 3]) >= 11
+    assert all(torch.equal(x, before[key]) and x.dtype == before[key].dtype for key, x in model.state_dict().items())
+    assert not any("forward" in vars(x) for x in plain)
+    products.clear()
+    assert torch.equal(generate(tiny, model, strategy=Static(1)), tokens)
+    assert products
+
+
+@pytest.mark.parametrize("adapter", [*HALVES, torch.float32])
+def test_a_gated_adapter_changes_its_rows_and_no_others(
+    adapter: torch.dtype, tiny: SimpleNamespace, products: list[torch.Size]
+) -> None:
+    model = tiny.adapted(tiny.model("llama").to(torch.bfloat16))
+    for name, weight in model.named_parameters():
+        if "lora" in name:
+            weight.data = weight.data.to(adapter)
+    base = model.get_base_model()
+    mask = gate_of(base).mask_token_id
+    ids = torch.cat([tiny.prompts(3)[0], torch.tensor([[mask, mask]])], 1)
+    ours = PackedProducts()
+    with torch.inference_mode(), gated(base, ids):
+        torchs = base(ids, use_cache=False).logits
+        with ours.sought(base):
+            first = base(ids, use_cache=False).logits
+        with ours():
+            later = base(ids, use_cache=False).logits
+    with torch.inference_mode(), ours():
+        unadapted = base(ids.where(ids != mask, 0), use_cache=False).logits
+    assert products
+    for found in (first, later):
+        assert error(found, torchs.double()) < 0.05
+    assert torch.equal(later[:, :3], unadapted[:, :3])
+    assert not torch.allclose(later[:, 3:].float(), unadapted[:, 3:].float(), atol=0.05)
+    generate(tiny, model)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_the_least_change_of_a_weight_or_bias_is_seen(dtype: torch.dtype, tiny: SimpleNamespace) -> None:
+    layer = nn.Linear(577, 193, dtype=dtype)
+    before = packed._look([layer])
+    for tensor in (layer.weight, layer.bias):
+        for at in (0, tensor.numel() // 2, -1):
+            bits = tensor.data.view(torch.int16).flatten()
+            bits[at] ^= 1
+            assert not torch.equal(packed._look([layer]), before)
+            bits[at] ^= 1
+    assert torch.equal(packed._look([layer]), before)
+
+
+def test_a_model_that_changes_its_dtype_is_followed(tiny: SimpleNamespace, products: list[torch.Size]) -> None:
+    model = tiny.model("llama").to(torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float32, torch.float16, torch.float64, torch.bfloat16):
+        model.to(dtype)
+        products.clear()
+        generate(tiny, model, max_new_tokens=packed.LEAST_TOKENS if dtype == torch.float32 else 5)
+        assert bool(products) == (dtype in HALVES), dtype  # these weights are small: torch's in float32
+
+
+def test_a_row_by_itself_is_torchs(tiny: SimpleNamespace, products: list[torch.Size]) -> None:
+    """Which reads half as many bytes for it: one token a pass is what Hugging Face's generate makes of it."""
+    model, ids = tiny.model("llama").to(torch.bfloat16), tiny.prompts(9)[0]
+    wanted = model.generate(ids, do_sample=False, max_new_tokens=24)
+    mtpkern.generate(model, ids, strategy=Verified(4), max_new_tokens=24, check_model=False)  # makes the copies
+    products.clear()
+    tokens = mtpkern.generate(model, ids, strategy=Static(1), max_new_tokens=24, check_model=False)
+    assert {shape[:-1].numel() for shape in products} == {9}
+    assert tokens.shape == wanted.shape
+
+
+def test_a_processor_that_has_them_is_left_to_torch(
+    tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, products: list[torch.Size]
+) -> None:
+    monkeypatch.setattr(packed, "lacks_products", lambda dtype: False)
+    generate(tiny, tiny.model("llama").to(torch.bfloat16), max_new_tokens=packed.LEAST_TOKENS)
+    assert not products
+
+
+def test_what_a_run_must_be_long_for(tiny: SimpleNamespace) -> None:
+    assert not lacks_products.__wrapped__(torch.float32)
+    model = tiny.model("llama").to(torch.float16)
+    assert packs(model, packed.LEAST_OF_A_RUN)
+    assert not packs(model, packed.LEAST_OF_A_RUN - 1)

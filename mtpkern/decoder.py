@@ -62,16 +62,15 @@ class Decoder:
             decoder.run(route)
         decoder.sequences.tokens, decoder.sequences.length    # the result, on the device
 
-    capacity: tokens, the longest prompt + max_new_tokens or more. stop_ids: [S] int64. rows: the row budget R of a
-    step,
-        from batch * k up, with verification from batch up; in a graph with by_load the most that a pass may have.
+    capacity: tokens, the longest prompt + max_new_tokens or more. stop_ids: [S] int64.
+    rows: the row budget R of a step, from batch * k up, with verification from batch up; in a graph with by_load the
+        most that a pass may have.
     by_load: sequences bring no more rows than are worth their time (mtpkern.load), with verification only, whose output
         does not depend on it.
     use_graph: capture the step in a CUDA graph; None does where there is a CUDA device.
     compile: send the model's layers through `torch.compile`, for passes alone (mtpkern.layers).
     batch_invariant: no bit of the attention depends on what else is in the batch (`decode_attention`); the model's
-    matrix
-        products still depend on the number of rows.
+        matrix products still depend on the number of rows.
     choosing: what stands between the model's logits and the tokens (mtpkern.choosing); None: the argmax.
     """
 

@@ -28,8 +28,7 @@ def foreign(model: nn.Module) -> tuple[Any, ...]:
     """What stands in a model's modules that no library has put there; equal as long as nobody changes it.
 
     Hooks and forwards of an instance, classes and their forwards from elsewhere, and attention that has been told not
-    to be
-    causal: ((<weakref to the layer>, 7),) say. Empty for a model as it was loaded, with adapters or without.
+    to be causal: ((<weakref to the layer>, 7),) say. Empty for a model as it was loaded, with adapters or without.
     """
     found: list[Any] = []
     for hooks in (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks):

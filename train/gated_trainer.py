@@ -72,22 +72,13 @@ class GatedTrainer(MTPTrainer):
     def _adapted(self, plain: PreTrainedModel, mask_token_id: int | None, args: MTPConfig) -> PeftModel:
         if args.init_adapter:
             return adapter_to_train(plain, args.init_adapter, rank=args.lora_rank, k_max=args.k_max)
-        return add_gated_lora(
-            plain,
-            rank=args.lora_rank,
-            alpha=args.lora_alpha,
-            targets=args.lora_targets,
-            k_max=args.k_max,
-            seed=args.seed,
-        )
+        adapters = {"rank": args.lora_rank, "alpha": args.lora_alpha, "targets": args.lora_targets, "seed": args.seed}
+        return add_gated_lora(plain, k_max=args.k_max, **adapters)
 
     @property
     def gate(self) -> Gate:
         """The gate of the model in training."""
-        return cast(Gate, gate_of(self._core()))
-
-    def _core(self) -> PreTrainedModel:
-        return plain_model(self.accelerator.unwrap_model(self.model))
+        return cast(Gate, gate_of(self.plain))
 
     def _most(self, n: int) -> int:
         """The largest n of all ranks."""
@@ -155,16 +146,20 @@ class GatedTrainer(MTPTrainer):
         target = self._objective().target
 
         def step(x: Mapping[str, Tensor]) -> Tensor:
-            now = replace(layout, **_of("layout", x)), replace(packing, **_of("packing", x))
+            now = (
+                replace(value, **{name: x[key] for name in vars(value) if (key := f"{part}.{name}") in x})
+                for part, value in parts.items()
+            )
             context = BehindPrefixContext(*now)
-            with attention_context(self._core(), context), self.gate.open_for_training(), self._compiled():
+            with attention_context(self.plain, context), self.gate.open_for_training(), self._compiled():
                 with self.accelerator.autocast():
                     sums = self._loss_sums(core, x["tokens"], context)
                 loss = sums.span / x["counts"][0].clamp(min=1)
                 loss.backward()
             return torch.cat([loss.detach()[None], *(getattr(sums, name).detach().view(-1) for name in _SUMS)])
 
-        loss, *sums = steps(target, given, step).split([1, *_sizes(layout)])
+        sizes = [layout.row.shape[-1] if name in _BY_POSITION else 1 for name in _SUMS]
+        loss, *sums = steps(target, given, step).split([1, *sizes])
         self._sums.append(MTPLoss(**{n: x if n in _BY_POSITION else x.view(()) for n, x in zip(_SUMS, sums)}))
         return loss.view(())
 
@@ -175,7 +170,7 @@ class GatedTrainer(MTPTrainer):
     def _span_attention(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         with super()._span_attention(model, inputs) as inputs, self.gate.open_for_training():
             yield inputs
-        if isinstance(head := self._core().get_output_embeddings(), FSDPModule):
+        if isinstance(head := self.plain.get_output_embeddings(), FSDPModule):
             head.reshard()
 
     def _loss_sums(self, core: nn.Module, tokens: Tensor, context: Any, **rows: Tensor) -> MTPLoss:
@@ -183,8 +178,8 @@ class GatedTrainer(MTPTrainer):
         # No module is called for the head, which would gather it; it stays whole until backward has come to it.
         if isinstance(head := plain_model(core).get_output_embeddings(), FSDPModule):
             head.unshard()
-        objective = self._objective()
-        return gated_loss(plain_model(core), tokens, context, objective, prefixes=self.prefixes, kept=self._kept)
+        kept = {"prefixes": self.prefixes, "kept": self._kept}
+        return gated_loss(plain_model(core), tokens, context, self._objective(), **kept)
 
     def _take_row(self, core: nn.Module) -> None:
         """Inside a call of a sharded model the mask token's row is another tensor, which has been gathered."""
@@ -219,9 +214,8 @@ class GatedTrainer(MTPTrainer):
         """The mask token's row, which peft does not know; FSDP's own files hold it."""
         if self.is_fsdp_enabled:
             return
-        row = row_of(PeftConfig.from_pretrained(folder))
         with torch.no_grad():
-            self.gate.row.copy_(row)
+            self.gate.row.copy_(row_of(PeftConfig.from_pretrained(folder)))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter's folder in save_dtype; the resumable checkpoints inside training are float32."""
@@ -232,16 +226,5 @@ class GatedTrainer(MTPTrainer):
         # Shards are gathered by all ranks together.
         if self.args.should_save or self.is_fsdp_enabled:
             core = cast(PeftModel, self.accelerator.unwrap_model(self.model))
-            folder = output_dir or cast(str, self.args.output_dir)
-            dtype = getattr(torch, self.args.save_dtype)
-            save_adapter(core, folder if self.args.should_save else None, dtype=dtype)
-
-
-def _of(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The fields of one part."""
-    return {name.removeprefix(f"{part}."): x for name, x in tensors.items() if name.startswith(f"{part}.")}
-
-
-def _sizes(layout: Layout) -> list[int]:
-    """How many numbers each of a loss's sums is."""
-    return [layout.row.shape[-1] if name in _BY_POSITION else 1 for name in _SUMS]
+            folder = (output_dir or self.args.output_dir) if self.args.should_save else None
+            save_adapter(core, folder, dtype=getattr(torch, self.args.save_dtype))

@@ -38,7 +38,7 @@ Step = Callable[[Mapping[str, Tensor]], Tensor]
 class CapturedStep:
     """One shape: tensors that are read, the graph, and what it writes. Raises RuntimeError where it cannot be captured.
 
-    step    of tensors by name; leaves gradients in the parameters, which have none before
+    step leaves gradients in the parameters, which have none before.
     """
 
     def __init__(
@@ -52,10 +52,6 @@ class CapturedStep:
         with capturing(self.graph, device, pool=None if pool is None else pool.graph.pool()):
             self.output = step(self.inputs)
         self.gradients = [parameter.grad for parameter in parameters]
-
-    def replay(self) -> None:
-        """Run the step on what stands in `inputs`."""
-        self.graph.replay()
 
 
 class CapturedSteps:
@@ -111,7 +107,7 @@ class CapturedSteps:
             return step(self._sent(inputs))
         for name, x in inputs.items():
             captured.inputs[name].copy_(_pinned(x, captured.inputs[name]), non_blocking=True)
-        captured.replay()
+        captured.graph.replay()
         for parameter, gradient in zip(self.parameters, captured.gradients):
             parameter.grad = gradient
         # The next replay writes over it.
@@ -130,7 +126,7 @@ class CapturedSteps:
         try:
             captured = CapturedStep(step, inputs, self.parameters, next(iter(self._steps.values()), None))
             self._forget()
-            captured.replay()
+            captured.graph.replay()
             reason = _difference([captured.output, *captured.gradients], want)
         except RuntimeError as error:  # out of memory is one, too
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

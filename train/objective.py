@@ -27,6 +27,7 @@ from mtpkern.kernels.distill import Head, distill_loss, head_readout
 from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.span_attention import span_attention
 from mtpkern.kernels.span_mask import span_mask
+from mtpkern.train.arguments import require_one_of
 from mtpkern.train.layout import Layout
 from mtpkern.train.prefix import hidden_states
 from mtpkern.train.spans import KeptSpans
@@ -46,8 +47,7 @@ class SpanContext:
     def prepare(self, window: int | None) -> None:
         """Build the masks without and with the model's window; the kernel needs none.
 
-        Before the layers run and not in the first of them: torch.compile forbids side effects where activations are
-        computed again.
+        Before the layers run: torch.compile forbids side effects where activations are computed again.
         """
         if not self.layout.position.is_cuda:
             self.masks.update((w, span_mask(*self.layout.rule, window=w)) for w in {None, window} - set(self.masks))
@@ -77,10 +77,8 @@ class Objective:
     eos_padding: bool = True
 
     def __post_init__(self) -> None:
-        for name, known in (("target", get_args(Target)), ("loss_support", get_args(Support))):
-            if getattr(self, name) not in known:
-                expected = " or ".join(map(repr, known))
-                raise ValueError(f"{name} must be {expected}; got {getattr(self, name)!r}")
+        require_one_of("target", self.target, get_args(Target))
+        require_one_of("loss_support", self.loss_support, get_args(Support))
 
     def valid(self, layout: Layout) -> Tensor:
         """[B, M, K] bool: the predictions of a layout that may count."""
@@ -92,13 +90,7 @@ class Objective:
         return ended.cumsum(-1) == ended
 
     def loss(
-        self,
-        hidden: Tensor,
-        head: Head,
-        label: Tensor,
-        wanted: tuple[Tensor, Head] | None,
-        agree: Tensor,
-        keep: Tensor,
+        self, hidden: Tensor, head: Head, label: Tensor, wanted: tuple[Tensor, Head] | None, agree: Tensor, keep: Tensor
     ) -> Tensor:
         """Scalar loss of the rows [R, H] of spans: label, agree, keep [..., K]; wanted: the teacher's, for "soft"."""
         support = keep & until_fail(agree) if self.loss_support == "until_fail" else keep
@@ -140,13 +132,8 @@ def head_of(model: PreTrainedModel, mask_token_id: int | None) -> Head:
     module = model.get_output_embeddings()
     config = model.config.get_text_config(decoder=True)
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    return Head(
-        module.weight,
-        getattr(module, "bias", None),
-        logit_scale=scale,
-        softcap=getattr(config, "final_logit_softcapping", None),
-        banned=mask_token_id,
-    )
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(module.weight, getattr(module, "bias", None), logit_scale=scale, softcap=softcap, banned=mask_token_id)
 
 
 def stop_tokens_of(model: PreTrainedModel) -> list[int]:
@@ -168,15 +155,14 @@ def forward_as(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
     Inside it the weights of a sharded model are whole: its head can be read as a weight.
     """
-    before = vars(model).get("forward")
-    setattr(model, "forward", forward)  # noqa: B010 (an attribute of the instance hides the method)
+    attributes = vars(model)  # one of the instance hides the method
+    before = attributes.get("forward")
+    attributes["forward"] = forward
     try:
         yield
     finally:
-        if before is None:
-            delattr(model, "forward")
-        else:
-            setattr(model, "forward", before)  # noqa: B010
+        attributes.pop("forward")
+        attributes.update({} if before is None else {"forward": before})
 
 
 def gather_rows(hidden: Tensor, row: Tensor) -> Tensor:

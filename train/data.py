@@ -100,14 +100,11 @@ class DataArguments:
                 strategy_of(text)
             except ValueError as error:
                 raise ValueError(f"decode_strategies: {error}") from None
-        if not self.decode_strategies:
-            raise ValueError("decode_strategies is empty; leave it out for verified, or set decode_rows to 0")
-        if not 0 <= self.eval_fraction < 1:
-            raise ValueError(f"eval_fraction must be at least 0 and below 1; got {self.eval_fraction}")
-        if self.eval_data and self.eval_fraction:
-            raise ValueError("eval_data and eval_fraction both name held-out rows; give one of them")
-        if self.only is not None and "=" not in self.only:
-            raise ValueError(f"only must be COLUMN=PREFIX, such as type=GSM; got {self.only!r}")
+        ways, share, only = self.decode_strategies, self.eval_fraction, self.only
+        refuse(not ways, "decode_strategies is empty; leave it out for verified, or set decode_rows to 0")
+        refuse(not 0 <= share < 1, f"eval_fraction must be at least 0 and below 1; got {share}")
+        refuse(self.eval_data and share, "eval_data and eval_fraction both name held-out rows; give one of them")
+        refuse(only is not None and "=" not in only, f"only must be COLUMN=PREFIX, such as type=GSM; got {only!r}")
 
 
 @dataclass
@@ -194,12 +191,12 @@ class Source:
         first = list(islice(rows, _PEEK))
         data_format = self.arguments.data_format
         if data_format == "auto" and first:
-            objects = [row for _, row in first if isinstance(row, Mapping)]
-            if not objects:
+            columns = {key for _, row in first if isinstance(row, Mapping) for key in row}
+            if not any(isinstance(row, Mapping) for _, row in first):
                 where, row = first[0]
                 fault = row if isinstance(row, BadRow) else f"expected an object with fields; got {shown(row)}"
                 raise ValueError(f"{where}: {fault}; no format shows in the first {len(first)} rows")
-            data_format = recognise({key for row in objects for key in row}, self.name)
+            data_format = recognise(columns, self.name)
         report.data_format = data_format
         rows = islice(chain(first, rows), part[0], None, part[1])
         while chunk := list(islice(rows, _CHUNK)):
@@ -300,10 +297,7 @@ class StreamedTexts(IterableDataset[dict[str, Any]]):
     """
 
     def __init__(self, source: Source, *, buffer: int, seed: int) -> None:
-        self.source = source
-        self.buffer = buffer
-        self.seed = seed
-        self.epoch = 0
+        self.source, self.buffer, self.seed, self.epoch = source, buffer, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Trainer says so before each epoch."""

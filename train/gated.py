@@ -5,10 +5,10 @@
     mask pass      the mask rows, all of them adapted -> each sees the prefix' keys up to its own, and its own span
     scoring pass   y'_1 .. y'_{K-1} in the masks' places, adapters off, no gradient; for "hard" and "soft" only
 
-Nothing that the adapter changes reaches the prefix, so its keys and values are constants which student and teacher
-share, and no second model is held. Row 1 of a span is the base's own prediction: it has no loss and no place in the
-means, but an agreeing prefix counts it. On the base's own greedy text the argmax of the teacher is the data as long as
-the rows before were right, so "gt" with "until_fail" needs no scoring pass and learns the same.
+Nothing that the adapter changes reaches the prefix: its keys and values are constants which student and teacher share.
+Row 1 of a span is the base's own prediction: it has no loss and no place in the means, but an agreeing prefix counts
+it. On the base's own greedy text the teacher's argmax is the data as long as the rows before were right, so "gt" with
+"until_fail" needs no scoring pass and learns the same.
 
 Source   gated LoRA: arXiv 2507.11851; adapters on mask rows behind a shared prefix: arXiv 2604.11035
 """
@@ -110,7 +110,7 @@ def gated_loss(
         fed = layout.fill(tokens, said[..., :-1])[:, N:]
         return gather_rows(hidden_states(model, fed, positions, context), rows), objective.before_end(said)[..., 1:]
 
-    wanted = None
+    of_teacher = None
     if objective.target == "gt":
         label, keep = data_targets(tokens, layout, objective.eos_token_ids)
         first, label, keep = label[..., 0], label[..., 1:], (keep & valid)[..., 1:]
@@ -124,12 +124,13 @@ def gated_loss(
         with gate.closed(), torch.no_grad():
             own = head_readout(gather_rows(text, layout.row[..., 0]), head).token.view(layout.prefix.shape)
             wanted, before_end = read(own)
+            of_teacher = wanted, head
             label = head_readout(wanted, head).token.view_as(token)
         keep = valid[..., 1:] & before_end
         if kept is not None:
             kept.take(token, confidence, keep, wanted, head)
     agree = (token == label) & keep
-    loss = objective.loss(hidden, head, label, None if wanted is None else (wanted, head), agree, keep)
+    loss = objective.loss(hidden, head, label, of_teacher, agree, keep)
     exists, zero = layout.valid[..., 0], loss.new_zeros(())
     return MTPLoss(
         span=loss,

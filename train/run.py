@@ -67,11 +67,10 @@ class RunTrainer(Trainer):
 
     def _made_of(self) -> dict[str, Any]:
         """What makes this run what it is, as far as it is known here; `origin` adds the rest."""
-        stream = isinstance(self.train_dataset, IterableDataset)
-        recipe = {**options_of(self.args, stream=stream), "train_dataset": fingerprint(self.train_dataset)}
+        recipe = options_of(self.args, stream=isinstance(self.train_dataset, IterableDataset))
         if isinstance(self.model, PeftModel) and not self.args.lora_rank:
             recipe["adapters"] = adapters_of(self.model)
-        return {**recipe, **self.origin}
+        return {**recipe, "train_dataset": fingerprint(self.train_dataset), **self.origin}
 
     def _note_start(self) -> None:
         """What is noted of the model that the run starts from, before a checkpoint's weights take its place."""
@@ -137,12 +136,12 @@ class RunTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         """As Trainer's; sorting by length draws from the global state, which a run resumed in a later epoch has not."""
         sampler = super()._get_train_sampler(train_dataset)
+
+        def set_epoch(epoch: int) -> None:
+            if epoch > 0:
+                sampler.generator = torch.Generator().manual_seed(cast(int, self.args.data_seed) + epoch)
+
         if isinstance(sampler, LengthGroupedSampler):
-
-            def set_epoch(epoch: int) -> None:
-                if epoch > 0:
-                    sampler.generator = torch.Generator().manual_seed(cast(int, self.args.data_seed) + epoch)
-
             sampler.set_epoch = set_epoch
         return sampler
 

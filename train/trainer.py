@@ -31,6 +31,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from mtpkern.adapter import gate_of
 from mtpkern.attention import AttentionContext, attention_context
 from mtpkern.model import record_settings, resolve_mask_token
+from mtpkern.train.arguments import refuse
 from mtpkern.train.checks import require_sound, require_tested_engine, require_trainable, warn_of_dropout
 from mtpkern.train.compilation import CompiledLayers
 from mtpkern.train.config import MTPConfig
@@ -65,11 +66,10 @@ class MTPTrainer(RunTrainer):
     their answers' tokens that the model, decoding plainly (k = 1), predicts as the model did that the run started from
     (with LoRA its base). Not under FSDP.
 
-    Batches come from `MTPCollator`. At the end of training a summary with the curves of agreement by position stands
-    in output_dir. `save_model` writes a plain Hugging Face checkpoint, adapters merged, whose config
-    records the mask token and k_max. Raises ValueError for a missing teacher, a teacher of another vocabulary, trained
-    weights below float32, and for arguments of Trainer that would have no effect here; NotFiniteError, a
-    RuntimeError, for a loss or weights that are not finite.
+    Batches come from `MTPCollator`. At the end a summary stands in output_dir; `save_model` writes a plain Hugging Face
+    checkpoint, adapters merged, whose config records the mask token and k_max. Raises ValueError for a missing teacher
+    or one of another vocabulary, trained weights below float32, and arguments of Trainer that would have no effect
+    here; NotFiniteError, a RuntimeError, for a loss or weights that are not finite.
 
         trainer = MTPTrainer(model=model, teacher=teacher, args=MTPConfig("out", k_max=8), train_dataset=data,
                              data_collator=MTPCollator(tokenizer.pad_token_id), processing_class=tokenizer)
@@ -100,20 +100,21 @@ class MTPTrainer(RunTrainer):
         if args.lora_rank and not isinstance(model, PeftModel):
             model = self._adapted(plain, mask_token_id, args)
         self.mask_token_id = resolve_mask_token(plain, mask_token_id)
-        if not self.gated == args.gated == (gate_of(plain) is not None):
-            raise ValueError(
-                "GatedTrainer, gated=True and a gated adapter (add_gated_lora, or lora_rank on a plain model) go "
-                f"together; got {type(self).__name__}, gated={args.gated}, a model with gate: {gate_of(plain)}"
-            )
+        gate = gate_of(plain)
+        refuse(
+            not self.gated == args.gated == (gate is not None),
+            "GatedTrainer, gated=True and a gated adapter (add_gated_lora, or lora_rank on a plain model) go together; "
+            f"got {type(self).__name__}, gated={args.gated}, a model with gate: {gate}",
+        )
         require_sound(model, teacher, args)
         for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics", "model_init"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"{name} would have no effect: the loss is fixed and no logits are gathered; omit it")
-        if args.bidirectional and held_out is not None:
-            raise ValueError("held-out prompts cannot be decoded with bidirectional=True; leave held_out= out")
+            says = f"{name} would have no effect: the loss is fixed and no logits are gathered; omit it"
+            refuse(kwargs.get(name) is not None, says)
         if held_out is not None:
+            says = "held-out prompts cannot be decoded with bidirectional=True; leave held_out= out"
+            refuse(args.bidirectional, says)
             held_out.require_fit(plain)
-        if gate_of(plain) is None:
+        if gate is None:
             record_settings(plain, mask_token_id=self.mask_token_id, bidirectional=args.bidirectional)
         record_settings(plain, k_max=args.k_max)
         super().__init__(model=model, args=args, origin=origin, **kwargs)
@@ -153,9 +154,9 @@ class MTPTrainer(RunTrainer):
         """The transformers model in training, without what wraps it."""
         return plain_model(self.accelerator.unwrap_model(self.model))
 
-    def plan(self, batch: dict[str, Any], *, k: int, step: int, micro_step: int) -> dict[str, Any]:
-        """The batch with its layout, of this rank: `mtpkern.train.plan.planned`."""
-        return planned(self.args, batch, k=k, step=step, micro_step=micro_step, draw=self.draw)
+    def plan(self, batch: dict[str, Any], **draw: int) -> dict[str, Any]:
+        """The batch with its layout, of this rank: `mtpkern.train.plan.planned`, with k, step and micro_step."""
+        return planned(self.args, batch, **draw, draw=self.draw)
 
     def draw_k(self, step: int) -> int:
         """k of a step on this rank."""
@@ -192,8 +193,8 @@ class MTPTrainer(RunTrainer):
         layout: Layout = inputs["layout"]
         self._seen.add(inputs["texts"], int(self._loss_rows(layout).sum()), int(layout.lengths.sum()))
         loss = self._forward_backward(model, inputs, num_items_in_batch)
-        step = torch.full_like(self._broken_step, self.state.global_step)
-        self._broken_step = torch.where(loss.isfinite(), self._broken_step, torch.minimum(step, self._broken_step))
+        first = self._broken_step.clamp(max=self.state.global_step)
+        self._broken_step = torch.where(loss.isfinite(), self._broken_step, first)
         return loss
 
     def _forward_backward(self, model: nn.Module, inputs: dict[str, Any], counts: Tensor | int | None) -> Tensor:
@@ -420,13 +421,12 @@ class MTPTrainer(RunTrainer):
             return
         self._require_finite(weights=True, alone=not self.is_fsdp_enabled)
         core = self.accelerator.unwrap_model(self.model)
-        state: dict[str, Tensor] = {}
+        state: dict[str, Any] = {}
         if self.is_fsdp_enabled:
             # Gathered on rank 0, one after the other.
             whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            state = cast(dict[str, Tensor], get_model_state_dict(self.model, options=whole))
-        if not self.args.should_save:
-            return
-        plain = merged(core) if isinstance(core, PeftModel) else core
-        folder, dtype = Path(output_dir or cast(str, self.args.output_dir)), getattr(torch, self.args.save_dtype)
-        save_plain(plain, folder, dtype, state=state, processing_class=self.processing_class)
+            state = get_model_state_dict(self.model, options=whole)
+        if self.args.should_save:
+            plain = merged(core) if isinstance(core, PeftModel) else core
+            folder, dtype = Path(output_dir or str(self.args.output_dir)), getattr(torch, self.args.save_dtype)
+            save_plain(plain, folder, dtype, state=state, processing_class=self.processing_class)

@@ -35,10 +35,7 @@ Step = Callable[[Mapping[str, Tensor]], Tensor]
 
 
 class CapturedStep:
-    """One shape: tensors that are read, the graph, and what it writes. Raises RuntimeError where it cannot be captured.
-
-    step leaves gradients in the parameters, which have none before.
-    """
+    """One shape: tensors that are read, the graph, what it writes. Raises RuntimeError where it cannot be captured."""
 
     def __init__(
         self, step: Step, inputs: Mapping[str, Tensor], parameters: Sequence[nn.Parameter], pool: CapturedStep | None
@@ -49,7 +46,7 @@ class CapturedStep:
         # What has been left by steps as they are is of no use to a pool of its own.
         torch.cuda.empty_cache()
         with capturing(self.graph, device, pool=None if pool is None else pool.graph.pool()):
-            self.output = step(self.inputs)
+            self.output = step(self.inputs)  # leaves gradients in the parameters, which have none before
         self.gradients = [parameter.grad for parameter in parameters]
 
 

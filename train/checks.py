@@ -88,10 +88,7 @@ def require_sources(model: ModelArguments, data: DataArguments) -> set[str]:
 
 
 def load(kind: Any, name: str, **options: Any) -> Any:
-    """What `kind.from_pretrained` loads, never with code of its own; errors name the checkpoint.
-
-    load(AutoTokenizer, "my-model")
-    """
+    """`load(AutoTokenizer, "my-model")`: loaded, never with code of its own; errors name the checkpoint."""
     require_found(name)
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise FileNotFoundError(f"{name}: there is no model in this folder, config.json is missing")

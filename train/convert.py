@@ -73,12 +73,11 @@ def convert(
 
     Returns the mask token's id: the argument, the preset's, what the source records, or else the tokenizer's
     <|mtp_special_token_0|>; None for a source that has none. Stop tokens are the argument, the preset's, or else those
-    of the source. Weights keep their dtype where `dtype` ("float32", "bfloat16", "float16") asks for no other.
+    of the source. dtype: "auto", the weights' own, "float32", "bfloat16" or "float16".
 
-    Raises FileExistsError for a target that is there already, FileNotFoundError for a source that is not, ImportError
-    for a GGUF without the package that reads it, ValueError for a mask token that is another than the tokenizer's or
-    lies outside the embedding, for weights that do not fit the architecture or cannot be turned into floats, and for a
-    litgpt checkpoint.
+    Raises FileExistsError for a target that is there, FileNotFoundError for a source that is not, ImportError for a
+    GGUF without its reader, ValueError for a mask token that is not the tokenizer's or lies outside the embedding,
+    weights that do not fit the architecture or cannot be turned into floats, and a litgpt checkpoint.
 
         convert("path/of/L3.1-8B-Magpie-MTP", Path("llama-mtp"), preset="llama-magpie")  # 128259
         convert("SmolLM2-135M-Instruct.Q4_1.gguf", Path("smollm2"))  # None

@@ -332,10 +332,7 @@ def _source(
 def load_held_out(
     arguments: DataArguments, encode: Encoder, limit: int | None = None
 ) -> tuple[EncodedTexts, Report] | None:
-    """Held-out examples, at most `limit` of them, and their report; None where the arguments hold nothing out.
-
-    Raises ValueError as `load_data`.
-    """
+    """At most `limit` held-out examples and their report; None where nothing is held out. Raises as `load_data`."""
     if arguments.eval_data:
         return _load(_source(arguments, encode, arguments.eval_data, arguments.eval_split, None), "evaluate", limit)
     if arguments.eval_fraction:
@@ -378,11 +375,9 @@ def load_data(
 
 
 def require_readable(arguments: DataArguments) -> set[str]:
-    """Look at the first rows of every source, without a tokenizer; returns the formats of those to train on.
+    """The formats of the training data, by the first rows of every source, without a tokenizer. Raises as `load_data`.
 
-    Raises as `load_data` for what is wrong there.
-
-        require_readable(DataArguments(["problems.jsonl"]))  # {"question-answer"}
+    require_readable(DataArguments(["problems.jsonl"]))  # {"question-answer"}
     """
     formats = set()
     unread = cast(Encoder, lambda batch: [{} for _ in batch])

@@ -77,12 +77,10 @@ def full_disk_named(folder: str | Path, needed: int) -> Iterator[None]:
 
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """A new folder beside what is in `folder`; its files move there at the end, weights of before go.
+    """A new folder beside what is in `folder`; its files move there at the end, weights of before go. None do where writing fails.
 
-    Where writing fails, everything stays as it was.
-
-        with written_whole(Path("out")) as part:
-            model.save_pretrained(part)
+    with written_whole(Path("out")) as part:
+        model.save_pretrained(part)
     """
     part = folder / ".part"
     shutil.rmtree(part, ignore_errors=True)

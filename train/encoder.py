@@ -123,10 +123,7 @@ class Encoder:
             return fault
 
     def _cleaned(self, conversation: Conversation) -> Conversation:
-        """The conversation without the BOS in front and the EOS at the end that it brings along.
-
-        Raises BadRow for one that stands elsewhere.
-        """
+        """Without its BOS in front and its EOS at the end. Raises BadRow for one that stands elsewhere."""
         *before, last = conversation.messages
         answer = last["content"]
         # Some bring a line break behind it, too.

@@ -6,7 +6,6 @@
                    ("soft"), or against the data's own token without any teacher pass ("gt")
 
 Rows behind an EOS of the student's own span are dropped: the teacher's scores of a text that has ended mean nothing.
-Agreement of student and target, by position and as the length of the agreeing prefix, falls out of the same passes.
 
 Source   arXiv 2602.06019, section on the online self-distillation objective
 """
@@ -125,10 +124,7 @@ class MTPLoss:
 
 
 def head_of(model: PreTrainedModel, mask_token_id: int | None) -> Head:
-    """The model's language-model head as plain tensors, its mask token, if it has one, banned; no module is called.
-
-    Source of the scale and cap: the config fields of Cohere, Granite and Gemma.
-    """
+    """The model's head as plain tensors, its mask token banned; scale, cap as Cohere, Granite and Gemma name them."""
     module = model.get_output_embeddings()
     config = model.config.get_text_config(decoder=True)
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
@@ -151,10 +147,7 @@ def backbone(model: PreTrainedModel, input_ids: Tensor, context: SpanContext) ->
 
 @contextmanager
 def forward_as(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let model(...) run `forward`, so that the hooks of DDP and FSDP around the call fire as ever.
-
-    Inside it the weights of a sharded model are whole: its head can be read as a weight.
-    """
+    """Let model(...) run `forward`, inside the hooks of DDP and FSDP: there the head can be read as a whole weight."""
     attributes = vars(model)  # one of the instance hides the method
     before = attributes.get("forward")
     attributes["forward"] = forward

@@ -134,10 +134,7 @@ def rotate(output_dir: str | Path, limit: int | None, best: str | None) -> None:
 
 
 class Endless(IterableDataset):
-    """A stream that begins again where it ends, with the next epoch's order: one epoch that never ends.
-
-    A stream of unknown length has no epochs that a resumed run could count, only batches to skip.
-    """
+    """A stream that begins again where it ends, in the next epoch's order; a resumed run counts batches, no epochs."""
 
     def __init__(self, source: IterableDataset) -> None:
         self.source = source

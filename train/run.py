@@ -87,8 +87,7 @@ class RunTrainer(Trainer):
         """As Trainer's, but a step is saved before it is evaluated: what goes wrong there costs no training.
 
         Evaluation comes first only where it says what is saved (save_strategy "best") or sets the learning rate; then,
-        and where the step was not to be saved, one that fails has it saved. Not with several ranks, of which the
-        others would wait for ever.
+        and where the step was not to be saved, one that fails has it saved, but for several ranks: others would wait.
         """
         args, saves = self.args, self.control.should_save
         if args.logging_strategy == IntervalStrategy.STEPS and self.state.global_step >= self.state.max_steps:
@@ -247,10 +246,7 @@ class RunTrainer(Trainer):
         schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As Trainer's, but a kill at any moment leaves the last complete checkpoint findable.
-
-        Raises DiskFull, with the half-written checkpoint removed.
-        """
+        """As Trainer's, but the last whole one is always findable; DiskFull leaves no half-written one behind."""
         self._require_finite(weights=True)
         args, run = self.args, Path(self._get_output_dir(trial=trial))
         folder = run / f"checkpoint-{self.state.global_step}"

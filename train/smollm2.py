@@ -192,8 +192,7 @@ def prompts(n: int, *, held_out: bool = False, seed: int = SEED) -> list[dict[st
 def prepare(work: Path = WORK) -> None:
     """Make base, prompts and answers in `work`, as far as they are not there, for `mtpkern train smollm2`.
 
-    Raises ValueError in one of several processes, ImportError without the packages of the extra `smollm2`, OSError
-    where something cannot be made.
+    Raises ValueError in one of several processes, ImportError without the extra `smollm2`, OSError where it fails.
     """
     own = plan()
     asked, answers = work / "prompts.jsonl", work / "answers.jsonl"

@@ -33,6 +33,7 @@ from mtpkern.model import add_mask_token, record_settings, recorded_settings, re
 from mtpkern.rows import shown
 from mtpkern.strategies import name_of, strategy_of
 from mtpkern.train import smollm2
+from mtpkern.train.arguments import refuse
 from mtpkern.train.card import card, write_card
 from mtpkern.train.checks import load, require_consistent, require_sources, require_trainable
 from mtpkern.train.collator import MTPCollator
@@ -66,8 +67,7 @@ def load_student(
     model = load(AutoModelForCausalLM, name, dtype=dtype)
     rows = model.get_input_embeddings().num_embeddings
     highest = max(tokenizer.get_vocab().values())
-    if highest >= rows:
-        raise ValueError(f"{name}: the tokenizer has ids up to {highest}, the model only {rows} rows; give a pair")
+    refuse(highest >= rows, f"{name}: the tokenizer has ids up to {highest}, the model only {rows} rows; give a pair")
     if not gated and "mask_token_id" not in recorded_settings(model):
         add_mask_token(model, tokenizer)
     if tokenizer.eos_token_id is None:
@@ -152,8 +152,7 @@ def _train(
     command: str,
 ) -> list[Report]:
     checkpoint = _checkpoint(config)
-    before = Record.read(checkpoint) if checkpoint else None
-    if before is not None:
+    if checkpoint and (before := Record.read(checkpoint)) is not None:
         # Again in the trainer, which knows more; here no weights have been loaded yet.
         recipe = {**options_of(config, stream=data.streaming), **origin}
         before.require_same(recipe, config.allow_changes, str(checkpoint))

@@ -77,7 +77,7 @@ def full_disk_named(folder: str | Path, needed: int) -> Iterator[None]:
 
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """A new folder beside what is in `folder`; its files move there at the end, weights of before go. None do where writing fails.
+    """A folder whose files move into `folder` at its end, where weights of before go; none do where writing fails.
 
     with written_whole(Path("out")) as part:
         model.save_pretrained(part)

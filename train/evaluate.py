@@ -23,6 +23,7 @@ from mtpkern.grading import is_right
 from mtpkern.model import require_decodable
 from mtpkern.options import strategy_for
 from mtpkern.strategies import Strategy, Verified
+from mtpkern.train.arguments import refuse
 
 
 @contextmanager
@@ -75,12 +76,9 @@ class HeldOut:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        if not self.prompts or len(self.prompts) != len(self.answers):
-            raise ValueError(
-                f"prompts and answers must be as many, at least one; got {len(self.prompts)} and {len(self.answers)}"
-            )
-        if not self.strategies:
-            raise ValueError("strategies must name at least one way to decode; leave it out for Verified alone")
+        n, right = len(self.prompts), len(self.answers)
+        refuse(not n or n != right, f"prompts and answers must be as many, at least one; got {n} and {right}")
+        refuse(not self.strategies, "strategies must name at least one way to decode; leave it out for Verified alone")
 
     def require_fit(self, model: PreTrainedModel) -> None:
         """Raise ValueError for a model that cannot be decoded, or prompts that its positions do not hold."""
@@ -88,11 +86,11 @@ class HeldOut:
             require_decodable(model)
         positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         longest = max(len(self._ids(prompt)) for prompt in self.prompts)
-        if positions is not None and longest + self.max_new_tokens > positions:
-            raise ValueError(
-                f"a held-out prompt of {longest} tokens and the {self.max_new_tokens} to decode must fit the model's "
-                f"{positions} positions: lower decode_tokens (max_new_tokens), or leave long prompts out"
-            )
+        refuse(
+            positions is not None and longest + self.max_new_tokens > positions,
+            f"a held-out prompt of {longest} tokens and the {self.max_new_tokens} to decode must fit the model's "
+            f"{positions} positions: lower decode_tokens (max_new_tokens), or leave long prompts out",
+        )
 
     def try_out(self, model: PreTrainedModel) -> None:
         """Decode a token of the first prompt, so that what cannot be decoded fails before the first step."""

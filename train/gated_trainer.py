@@ -21,6 +21,7 @@ from mtpkern.adapter import gate_of, record_row, save_adapter
 from mtpkern.adapter_config import row_of
 from mtpkern.attention import AttentionContext, attention_context
 from mtpkern.gate import Gate
+from mtpkern.train.arguments import refuse
 from mtpkern.train.captured import CapturedSteps
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import HeldOut
@@ -53,11 +54,11 @@ class GatedTrainer(MTPTrainer):
     gated = True
 
     def __init__(self, model: PreTrainedModel | PeftModel, *, args: MTPConfig, **kwargs: Any) -> None:
-        if args.init_adapter and isinstance(model, PeftModel):
-            raise ValueError(
-                f"init_adapter {args.init_adapter} is for a plain base, and the model has adapters already; leave "
-                "init_adapter out, or give the base"
-            )
+        refuse(
+            args.init_adapter and isinstance(model, PeftModel),
+            f"init_adapter {args.init_adapter} is for a plain base, and the model has adapters already; leave "
+            "init_adapter out, or give the base",
+        )
         super().__init__(model, args=args, **kwargs)
         self.prefixes = Prefixes(
             int(args.prefix_memory * 2**30),
@@ -110,7 +111,6 @@ class GatedTrainer(MTPTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As MTPTrainer.train."""
-        self._steps = None
         try:
             return super().train(*args, **kwargs)
         finally:

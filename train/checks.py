@@ -178,7 +178,9 @@ def require_tested_engine(trainer: Trainer) -> None:
     if sharded and not trainer.accelerator.is_fsdp2:
         raise ValueError("FSDP asked for, but accelerate has set up none (version 1, one process, or a CPU); omit it")
     if args.fsdp and not sharded and trainer.is_world_process_zero():
-        logger.warning("fsdp has no effect on this device, where accelerate shards nothing: every rank holds it all")
+        logger.warning(
+            "fsdp has no effect on this device, where accelerate shards nothing: every rank holds all weights"
+        )
     if sharded and args.torch_compile:
         raise ValueError("torch_compile under FSDP is untested here and refused; use DDP, or leave it out")
     if sharded and getattr(model, "is_quantized", False):

@@ -328,9 +328,10 @@ def encode(problem: Problem, tokenizer: PreTrainedTokenizerFast) -> tuple[list[i
     """
     given = tokenizer(prompt(problem)).input_ids
     answer = tokenizer(problem.answer, add_special_tokens=False).input_ids
-    if tokenizer.eos_token_id is None:
+    eos = tokenizer.eos_token_id
+    if not isinstance(eos, int):
         raise ValueError("tokenizer has no EOS token; use one from build_tokenizer()")
-    return [*given, *answer, tokenizer.eos_token_id], len(given)
+    return [*given, *answer, eos], len(given)
 
 
 def row(problem: Problem) -> dict[str, str]:

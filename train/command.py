@@ -222,7 +222,7 @@ def _train(
         if config.process_index == 0:
             trainer.record(saved=True).write(config.output_dir)
             use = f"{_next_step(model_arguments, config)}\n{_SERVE}"
-            run = {"config": config, "record": trainer.record(), "history": trainer.state.log_history}
+            run: dict[str, Any] = {"config": config, "record": trainer.record(), "history": trainer.state.log_history}
             write_card(str(config.output_dir), card(base=name, data=read, command=command, use=use, **run))
             print(_next_step(model_arguments, config), flush=True)
     except (DiskFull, OtherRun, BrokenPipeError):

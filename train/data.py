@@ -365,13 +365,15 @@ def load_data(
     training = _source(
         arguments, encode, arguments.train_data, arguments.train_split, False if arguments.eval_fraction else None
     )
-    train: EncodedTexts | StreamedTexts = StreamedTexts(training, buffer=arguments.shuffle_buffer, seed=seed)
+    train: EncodedTexts | StreamedTexts
     reports = []
-    if not arguments.streaming:
+    if arguments.streaming:
+        train = StreamedTexts(training, buffer=arguments.shuffle_buffer, seed=seed)
+    else:
         train, report = _load(training, "train")
         reports.append(report)
-    held_out, *of_held_out = load_held_out(arguments, encode, arguments.max_eval_rows) or (None,)
-    return train, held_out, [*reports, *of_held_out]
+    found = load_held_out(arguments, encode, arguments.max_eval_rows)
+    return (train, None, reports) if found is None else (train, found[0], [*reports, found[1]])
 
 
 def require_readable(arguments: DataArguments) -> set[str]:

@@ -94,7 +94,7 @@ class HeldOut:
 
     def try_out(self, model: PreTrainedModel) -> None:
         """Decode a token of the first prompt, so that what cannot be decoded fails before the first step."""
-        first = {"prompts": self.prompts[:1], "answers": self.answers[:1], "max_new_tokens": 1}
+        first: dict[str, Any] = {"prompts": self.prompts[:1], "answers": self.answers[:1], "max_new_tokens": 1}
         replace(self, **first, is_right=lambda answer, expected: False).count(model)
 
     def _ids(self, prompt: str | list[int]) -> list[int]:

@@ -27,7 +27,7 @@ from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import HeldOut
 from mtpkern.train.gated import BehindPrefixContext, gated_loss
 from mtpkern.train.layout import Layout, draw_within
-from mtpkern.train.lora import adapter_to_train, add_gated_lora, plain_model
+from mtpkern.train.lora import adapter_to_train, adapters_asked, add_gated_lora, plain_model
 from mtpkern.train.objective import MTPLoss, forward_as
 from mtpkern.train.prefix import Packing, Prefixes, texts_of
 from mtpkern.train.trainer import MTPTrainer
@@ -73,8 +73,7 @@ class GatedTrainer(MTPTrainer):
     def _adapted(self, plain: PreTrainedModel, mask_token_id: int | None, args: MTPConfig) -> PeftModel:
         if args.init_adapter:
             return adapter_to_train(plain, args.init_adapter, rank=args.lora_rank, k_max=args.k_max)
-        adapters = {"rank": args.lora_rank, "alpha": args.lora_alpha, "targets": args.lora_targets, "seed": args.seed}
-        return add_gated_lora(plain, k_max=args.k_max, **adapters)
+        return add_gated_lora(plain, k_max=args.k_max, **adapters_asked(args))
 
     @property
     def gate(self) -> Gate:
@@ -178,8 +177,8 @@ class GatedTrainer(MTPTrainer):
         # No module is called for the head, which would gather it; it stays whole until backward has come to it.
         if isinstance(head := plain_model(core).get_output_embeddings(), FSDPModule):
             head.unshard()
-        kept = {"prefixes": self.prefixes, "kept": self._kept}
-        return gated_loss(plain_model(core), tokens, context, self._objective(), **kept)
+        objective = self._objective()
+        return gated_loss(plain_model(core), tokens, context, objective, prefixes=self.prefixes, kept=self._kept)
 
     def _take_row(self, core: nn.Module) -> None:
         """Inside a call of a sharded model the mask token's row is another tensor, which has been gathered."""

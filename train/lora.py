@@ -20,6 +20,7 @@ from mtpkern.adapter_config import GatedSettings, digest, is_gated, marked, requ
 from mtpkern.gate import Gate
 from mtpkern.loading import require_found
 from mtpkern.train.arguments import refuse
+from mtpkern.train.config import MTPConfig
 from mtpkern.train.extra import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
 
@@ -44,6 +45,11 @@ def add_lora(
     name = next(name for name, module in model.named_modules() if module is embedding)
     config = _config(rank, alpha, targets, trainable_token_indices={name.rpartition(".")[2]: [mask_token_id]})
     return _with_adapters(model, config, seed)
+
+
+def adapters_asked(args: MTPConfig) -> dict[str, Any]:
+    """Rank, alpha, targets and seed that a configuration asks for, as `add_lora` and `add_gated_lora` take them."""
+    return {"rank": args.lora_rank, "alpha": args.lora_alpha, "targets": args.lora_targets, "seed": args.seed}
 
 
 def _config(rank: int, alpha: float | None, targets: str, **more: Any) -> LoraConfig:

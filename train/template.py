@@ -59,11 +59,12 @@ class ChatTemplate:
 
     def require_read(self, conversation: Conversation) -> set[str]:
         """The fields of messages that the template does not read and that say nothing. Raises BadRow for others."""
-        for column in sorted(conversation.columns & (self.variables - {"messages", "tools", "add_generation_prompt"})):
+        shadowed = sorted(conversation.columns & (self.variables - {"messages", "tools", "add_generation_prompt"}))
+        if shadowed:
             raise BadRow(
                 "template variable",
-                f"column {column!r} has the name of a variable of the chat template, which columns do not set; put it "
-                "into chat_template_kwargs, or rename it",
+                f"column {shadowed[0]!r} has the name of a variable of the chat template, which columns do not set; "
+                "put it into chat_template_kwargs, or rename it",
             )
         if conversation.tools and "tools" not in self.variables:
             raise BadRow("not in the template", "tools: the chat template does not read them; drop them")

@@ -37,7 +37,7 @@ from mtpkern.train.compilation import CompiledLayers
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import HeldOut
 from mtpkern.train.layout import Layout, draw_k, draw_within, send
-from mtpkern.train.lora import add_lora, merged, plain_model
+from mtpkern.train.lora import adapters_asked, add_lora, merged, plain_model
 from mtpkern.train.metrics import Seen, span_statistics
 from mtpkern.train.objective import MTPLoss, Objective, SpanContext, forward_as, mtp_loss, stop_tokens_of
 from mtpkern.train.original import Original
@@ -146,8 +146,7 @@ class MTPTrainer(RunTrainer):
 
     def _adapted(self, plain: PreTrainedModel, mask_token_id: int | None, args: MTPConfig) -> PeftModel:
         """The model with the adapters that the configuration asks for."""
-        adapters = {"rank": args.lora_rank, "alpha": args.lora_alpha, "targets": args.lora_targets, "seed": args.seed}
-        return add_lora(plain, resolve_mask_token(plain, mask_token_id), **adapters)
+        return add_lora(plain, resolve_mask_token(plain, mask_token_id), **adapters_asked(args))
 
     @property
     def plain(self) -> PreTrainedModel:
@@ -208,8 +207,10 @@ class MTPTrainer(RunTrainer):
         if not args.torch_compile:
             return nullcontext()
         if self._layers is None:
+            teachers = [] if self.teacher is None or self.teacher is self.plain else [self.teacher]
             self._layers = CompiledLayers(
-                *([self.plain] if self.teacher in (None, self.plain) else [self.plain, self.teacher]),
+                self.plain,
+                *teachers,
                 backend=args.torch_compile_backend or "inductor",
                 mode=args.torch_compile_mode,
                 apart=self.gated,

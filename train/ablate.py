@@ -20,14 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from mtpkern.model import add_mask_token
 from mtpkern.output import exit_status
 from mtpkern.strategies import ConfAdapt, Static, Strategy, Verified
 from mtpkern.train.arithmetic import problems, prompt
-from mtpkern.train.checkpoint import K_MAX, NUM_SPANS, examples, load_float32, schedule
-from mtpkern.train.checks import load
+from mtpkern.train.checkpoint import K_MAX, NUM_SPANS, examples, load_float32, load_tokenizer, schedule
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import HeldOut, figures, markdown
@@ -69,7 +67,7 @@ def run_variant(name: str, seed: int, work: Path, args: argparse.Namespace) -> d
     if done.exists():
         return json.loads(done.read_text())
     change = variants(args.steps)[name]
-    tokenizer, model = load(AutoTokenizer, str(args.start)), load_float32(args.start)
+    model, tokenizer = load_float32(args.start), load_tokenizer(args.start)
     add_mask_token(model, tokenizer)
     settings = {
         **schedule(args.steps, 2e-3, float32=args.float32),

@@ -49,6 +49,10 @@ class CapturedStep:
             self.output = step(self.inputs)  # leaves gradients in the parameters, which have none before
         self.gradients = [parameter.grad for parameter in parameters]
 
+    def replay(self) -> None:
+        """Run the step on what stands in `inputs`."""
+        self.graph.replay()
+
 
 class CapturedSteps:
     """Runs steps through the graphs of their shapes.
@@ -103,7 +107,7 @@ class CapturedSteps:
             return step(self._sent(inputs))
         for name, x in inputs.items():
             captured.inputs[name].copy_(_pinned(x, captured.inputs[name]), non_blocking=True)
-        captured.graph.replay()
+        captured.replay()
         for parameter, gradient in zip(self.parameters, captured.gradients):
             parameter.grad = gradient
         # The next replay writes over it.
@@ -122,7 +126,7 @@ class CapturedSteps:
         try:
             captured = CapturedStep(step, inputs, self.parameters, next(iter(self._steps.values()), None))
             self._forget()
-            captured.graph.replay()
+            captured.replay()
             reason = _difference([captured.output, *captured.gradients], want)
         except RuntimeError as error:  # out of memory is one, too
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

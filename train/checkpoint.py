@@ -41,7 +41,6 @@ from mtpkern.model import add_mask_token
 from mtpkern.output import exit_status
 from mtpkern.train.arithmetic import Split, build_tokenizer, encode, problems
 from mtpkern.train.card import card, write_card
-from mtpkern.train.checks import load
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.resume import newest_checkpoint
@@ -82,7 +81,12 @@ def build_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
 
 def load_float32(folder: Path) -> PreTrainedModel:
     """The model of a folder, to be trained or to teach."""
-    return load(AutoModelForCausalLM, str(folder), dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Its tokenizer."""
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def examples(tokenizer: PreTrainedTokenizerBase, n: int, seed: int, split: Split = "train") -> list[dict[str, Any]]:
@@ -179,7 +183,7 @@ def train_teacher(work: Path, learning_rate: float, float32: bool = False) -> No
 
 def publish(work: Path, out: Path) -> None:
     """Copy the last phase's model and tokenizer to `out`, its card where none is, and all curves to curves.json."""
-    model, tokenizer = load_float32(work / "distill"), load(AutoTokenizer, str(work / "distill"))
+    model, tokenizer = load_float32(work / "distill"), load_tokenizer(work / "distill")
     # Trainer turns the cache off in the config while it trains.
     model.config.use_cache = True
     model.save_pretrained(out)
@@ -197,7 +201,7 @@ def train_mtp(work: Path, phase: str, start: str, target: str, learning_rate: fl
     out = work / phase
     if (out / "model.safetensors").exists():
         return
-    model, tokenizer = load_float32(work / start), load(AutoTokenizer, str(work / start))
+    model, tokenizer = load_float32(work / start), load_tokenizer(work / start)
     teacher = load_float32(work / start) if target != "gt" else None
     add_mask_token(model, tokenizer)
     trainer = MTPTrainer(

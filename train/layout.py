@@ -78,7 +78,8 @@ class Layout:
 
     def to(self, device: torch.device | str) -> Layout:
         """The same layout on a device."""
-        return replace(self, **{n: send(x, device) for n, x in vars(self).items() if isinstance(x, Tensor)})
+        moved: dict[str, Any] = {n: send(x, device) for n, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **moved)
 
     def causal(self) -> Layout:
         """The same layout, of which every row sees its span up to itself: what a next-token model reads."""

@@ -56,7 +56,7 @@ def texts_of(layout: Layout, num_tokens: int, names: Sequence[bytes] | None = No
     starts = first.nonzero().tolist()
     lengths = layout.lengths.tolist()
     ends = [b[1] if b[0] == a[0] else lengths[a[0]] for a, b in zip(starts, [*starts[1:], [-1, 0]])]
-    return [Text(*start, end, name) for start, end, name in zip(starts, ends, names or repeat(None))]
+    return [Text(row, start, end, name) for (row, start), end, name in zip(starts, ends, names or repeat(None))]
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ def _messages(value: Any, name: str) -> list[Message]:
     known = {r: r for r in _ROLES} | (_SHAREGPT_ROLES if role == "from" else {})
     if not isinstance(value, list) or not value:
         raise BadRow("no messages", f'{name}: expected a list of {{"{role}", "{content}"}}; got {shown(value)}')
-    messages = []
+    messages: list[Message] = []
     for i, turn in enumerate(value):
         if not isinstance(turn, Mapping):
             raise BadRow("no messages", f'{name}[{i}]: expected {{"{role}", "{content}"}}; got {shown(turn)}')

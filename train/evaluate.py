@@ -224,8 +224,8 @@ def _cells(logs: Mapping[str, Any], names: Sequence[str], end: str = "") -> list
 
 def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a Markdown table; none where it has no rows: `markdown(["step"], [["1"]])[0]  # "| step |"`."""
-    lines = [heading, ["---"] * len(heading), *rows] if rows else []
-    return [f"| {' | '.join(line)} |" for line in lines]
+    header, *lines = [f"| {' | '.join(line)} |" for line in (heading, *rows)]
+    return [header, "|" + "---|" * len(heading), *lines] if lines else []
 
 
 def _draw(found: dict[int, list[float]], path: Path) -> None:

@@ -1,9 +1,8 @@
 """`make ablate`: the recipe's switches against one another on the word problems, at matched steps, over several seeds.
 
 Every variant starts from the same model, which is its frozen teacher too, sees the same problems in the same order and
-takes the same number of steps; it differs from "hard" in the settings that VARIANTS names. Afterwards it decodes
-held-out problems. A run that is there already is not repeated, and one that was stopped goes on from its newest
-complete checkpoint.
+takes the same number of steps; `variants` names how it differs from "hard". Afterwards it decodes held-out problems. A
+run that is there is not repeated; one that was stopped goes on from its newest complete checkpoint.
 
 `python -m mtpkern.train.ablate --start runs/checkpoint/teacher [--steps 400] [--seeds 0 1] [--only hard soft]` writes a
 table to `--out`/table.md and prints it.
@@ -21,27 +20,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mtpkern.model import add_mask_token
 from mtpkern.output import exit_status
 from mtpkern.strategies import ConfAdapt, Static, Strategy, Verified
 from mtpkern.train.arithmetic import problems, prompt
-from mtpkern.train.checkpoint import K_MAX, NUM_SPANS, examples
+from mtpkern.train.checkpoint import K_MAX, NUM_SPANS, examples, load_float32, load_tokenizer, schedule
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.config import MTPConfig
-from mtpkern.train.evaluate import HeldOut, figures
+from mtpkern.train.evaluate import HeldOut, figures, markdown
 from mtpkern.train.resume import newest_checkpoint
 from mtpkern.train.trainer import MTPTrainer
 
 
 def variants(steps: int) -> dict[str, dict[str, Any]]:
     """What each variant changes in the settings of "hard", the paper's default."""
+    warmup = {"gt_warmup_steps": steps * 3 // 4}
     return {
         "hard": {},
         "soft": {"teacher_target": "soft"},
         "ground truth": {"teacher_target": "gt"},
-        "ground truth, then hard": {"gt_warmup_steps": steps * 3 // 4},
+        "ground truth, then hard": warmup,
         "anchor": {"anchor_kl_weight": 0.5},
         "prefix loss": {"prefix_weight": 0.5},
         "static k": {"k_min": K_MAX},
@@ -51,11 +50,7 @@ def variants(steps: int) -> dict[str, dict[str, Any]]:
         "the paper's stride": {"num_spans": None, "spacing": "stride"},
         "stride": {"num_spans": 5, "spacing": "stride"},
         "as many as the stride, at random": {"num_spans": 5},
-        "warm-up, anchor, first failure": {
-            "gt_warmup_steps": steps * 3 // 4,
-            "anchor_kl_weight": 0.5,
-            "loss_support": "until_fail",
-        },
+        "warm-up, anchor, first failure": {**warmup, "anchor_kl_weight": 0.5, "loss_support": "until_fail"},
     }
 
 
@@ -72,31 +67,21 @@ def run_variant(name: str, seed: int, work: Path, args: argparse.Namespace) -> d
     if done.exists():
         return json.loads(done.read_text())
     change = variants(args.steps)[name]
-    tokenizer = AutoTokenizer.from_pretrained(args.start, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(args.start, dtype=torch.float32, trust_remote_code=False)
-    teacher = AutoModelForCausalLM.from_pretrained(args.start, dtype=torch.float32, trust_remote_code=False)
+    model, tokenizer = load_float32(args.start), load_tokenizer(args.start)
     add_mask_token(model, tokenizer)
     settings = {
-        "max_steps": args.steps,
+        **schedule(args.steps, 2e-3, float32=args.float32),
         "per_device_train_batch_size": args.batch,
-        "learning_rate": 2e-3,
-        "lr_scheduler_type": "warmup_stable_decay",
-        "warmup_steps": min(100, args.steps // 10),
-        "lr_scheduler_kwargs": {"num_decay_steps": int(0.4 * args.steps), "decay_type": "linear"},
-        "adam_beta2": 0.98,
-        "bf16": not args.float32,
         "use_cpu": not torch.cuda.is_available(),
         "seed": seed,
-        "logging_steps": 25,
         "save_steps": 100,
-        "save_total_limit": 1,
         "k_max": K_MAX,
         "num_spans": NUM_SPANS,
         "spacing": "random",
     }
     trainer = MTPTrainer(
         model=model,
-        teacher=teacher,
+        teacher=load_float32(args.start),
         args=MTPConfig(str(work), **settings | change),
         train_dataset=examples(tokenizer, args.steps * args.batch, seed),
         eval_dataset=examples(tokenizer, args.problems, seed, "validation"),
@@ -110,12 +95,8 @@ def run_variant(name: str, seed: int, work: Path, args: argparse.Namespace) -> d
     texts, answers = [prompt(p) for p in held_out], [f"#### {p.result}" for p in held_out]
     for decoder, strategy in STRATEGIES.items():
         counts = HeldOut(texts, answers, tokenizer, strategies={decoder: strategy}, max_new_tokens=100).count(model)
-        found = figures(counts[0])
-        result |= {
-            f"{decoder}: right": found["accuracy"],
-            f"{decoder}: tokens per pass": found["tokens_per_pass"],
-            f"{decoder}: effective k": found["effective_k"],
-        }
+        names = {"accuracy": "right", "tokens_per_pass": "tokens per pass", "effective_k": "effective k"}
+        result |= {f"{decoder}: {names[name]}": x for name, x in figures(counts[0]).items() if name in names}
     work.mkdir(parents=True, exist_ok=True)
     done.write_text(json.dumps(result))
     return result
@@ -126,15 +107,13 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
     # One token a pass is one token a pass.
     left_out = {"k = 1: tokens per pass", "k = 1: effective k"}
     columns = [name for name in next(iter(results.values()))[0] if name not in left_out]
-    lines = ["| variant | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
-    for variant, runs in results.items():
-        cells = []
-        for column in columns:
-            values = [run[column] for run in runs]
-            spread = f" ({min(values):.3f}-{max(values):.3f})" if len(values) > 1 else ""
-            cells.append(f"{sum(values) / len(values):.3f}{spread}")
-        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+
+    def cell(values: list[float]) -> str:
+        spread = f" ({min(values):.3f}-{max(values):.3f})" if len(values) > 1 else ""
+        return f"{sum(values) / len(values):.3f}{spread}"
+
+    rows = [[name, *(cell([run[column] for run in runs]) for column in columns)] for name, runs in results.items()]
+    return "\n".join(markdown(["variant", *columns], rows)) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

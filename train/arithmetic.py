@@ -12,8 +12,7 @@ Splits   train, validation and test share neither names nor number tuples:
 Levels   shipped  two or three steps of +, - and at most one small x, totals from 2 to 99
          medium   two or three steps of +, -, x, /, two-digit operands, totals to 999
          hard     three or four such steps
-Tokens   one per word, digit or mark, two per name; a shipped problem has 75 to 155 (mean 107), of which its answer
-         has 45 to 85 (mean 60)
+Tokens   one per word, digit or mark, two per name; a shipped problem has 75 to 155, of which its answer has 45 to 85
 
 `python -m mtpkern.train.arithmetic` prints a few problems of each split with their token counts; with `--write
 FOLDER` it writes them as rows for `mtpkern train` (the configuration `arithmetic`).
@@ -29,14 +28,15 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count, islice, product
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from mtpkern.output import exit_status
+from mtpkern.train.arguments import refuse, require_one_of
 
 Split = Literal["train", "validation", "test"]
 
@@ -70,18 +70,18 @@ LEVELS = {
 }
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
+def _words(text: str) -> list[str]:
+    return text.split()
 
 
 FIRST_SYLLABLES = _words("Ba Cor Dan El Fen Gil Har Is Jo Kel Lum Mar Nor Os Pel Ron")
 SECOND_SYLLABLES = _words("bo din fa gar hen ka lio mi na pu ris sa tom va wen zel")
 OBJECTS = _words(
-    "apples pears plums lemons melons cherries oranges figs nuts carrots onions potatoes tomatoes eggs buns cakes "
-    "pies cookies rolls muffins candies marbles coins stamps cards stickers books pens pencils crayons brushes "
-    "balloons buttons beads ribbons shells stones feathers flowers roses tulips seeds leaves kites balls dolls "
-    "toys blocks puzzles robots cups plates spoons bottles candles lamps keys ropes bricks nails hats scarves "
-    "socks gloves shirts badges tickets posters maps"
+    "apples pears plums lemons melons cherries oranges figs nuts carrots onions potatoes tomatoes eggs buns cakes pies "
+    "cookies rolls muffins candies marbles coins stamps cards stickers books pens pencils crayons brushes balloons "
+    "buttons beads ribbons shells stones feathers flowers roses tulips seeds leaves kites balls dolls toys blocks "
+    "puzzles robots cups plates spoons bottles candles lamps keys ropes bricks nails hats scarves socks gloves shirts "
+    "badges tickets posters maps"
 )
 ADJECTIVES = _words("red blue green yellow white small large round old new shiny striped")
 CONTAINERS = _words("bags boxes baskets jars packs crates trays bundles")
@@ -166,12 +166,8 @@ def _split_of(bucket: int) -> Split:
 
 def names(split: Split) -> list[str]:
     """All names of a split: `"Barbo" in names("train")` and so on; 192 for train, 32 each for the others."""
-    return [
-        first + second
-        for i, first in enumerate(FIRST_SYLLABLES)
-        for j, second in enumerate(SECOND_SYLLABLES)
-        if _split_of(i + j) == split
-    ]
+    pairs = product(enumerate(FIRST_SYLLABLES), enumerate(SECOND_SYLLABLES))
+    return [first + second for (i, first), (j, second) in pairs if _split_of(i + j) == split]
 
 
 def split_of_numbers(numbers: tuple[int, ...]) -> Split:
@@ -179,8 +175,7 @@ def split_of_numbers(numbers: tuple[int, ...]) -> Split:
     return _split_of(_stable(numbers))
 
 
-@dataclass(frozen=True)
-class _Step:
+class _Step(NamedTuple):
     kind: str
     numbers: tuple[int, ...]
 
@@ -197,21 +192,15 @@ def _draw_steps(rng: random.Random, level: Level) -> tuple[int, list[_Step]]:
         if level.scaling:
             kinds += ["times", "share"]
         kind = rng.choice(kinds)
-        if kind == "group":
-            numbers: tuple[int, ...] = (rng.randint(*level.groups), rng.randint(*level.group_size))
-            after = total + numbers[0] * numbers[1]
-        elif kind in ("times", "share"):
-            numbers = (rng.randint(*level.groups),)
-            if kind == "share" and total % numbers[0]:
-                continue
-            after = total * numbers[0] if kind == "times" else total // numbers[0]
-        else:
-            numbers = (rng.randint(*level.change),)
-            after = total + numbers[0] if kind == "gain" else total - numbers[0]
+        n = rng.randint(*(level.change if kind in ("gain", "loss") else level.groups))
+        size = rng.randint(*level.group_size) if kind == "group" else 1
+        if kind == "share" and total % n:
+            continue
+        after = {"loss": total - n, "times": total * n, "share": total // n}.get(kind, total + n * size)
         if not 2 <= after <= level.limit:
             # A total may have no legal change left (too small to lose from): start over.
             return _draw_steps(rng, level)
-        steps.append(_Step(kind, numbers))
+        steps.append(_Step(kind, (n, size) if kind == "group" else (n,)))
         total = after
         left -= 2 if kind == "group" else 1
     return start, steps
@@ -259,12 +248,9 @@ def problems(split: Split, n: int | None = None, *, seed: int = 0, difficulty: s
 
         next(problems("test")).answer  # "After giving 6 to Osbo, Isna has 40 - 6 = 34 plums. ...\\n#### 34"
     """
-    if split not in get_args(Split):
-        raise ValueError(f"split must be one of {', '.join(get_args(Split))}; got {split!r}")
-    if difficulty not in LEVELS:
-        raise ValueError(f"difficulty must be one of {', '.join(LEVELS)}; got {difficulty!r}")
-    if n is not None and n < 0:
-        raise ValueError(f"n must be None (endless) or at least 0; got {n}")
+    require_one_of("split", split, get_args(Split))
+    require_one_of("difficulty", difficulty, LEVELS)
+    refuse(n is not None and n < 0, f"n must be None (endless) or at least 0; got {n}")
     return islice(_endless(split, seed, difficulty), n)
 
 
@@ -367,19 +353,17 @@ def main(argv: Sequence[str] = ()) -> None:
     parser.add_argument("--seed", type=int, default=1, help="0 is what the teacher has learned (%(default)s)")
     parser.add_argument("--difficulty", choices=LEVELS, default="shipped", help="see the module (%(default)s)")
     args = parser.parse_args(argv)
-    if args.write is not None:
-        args.write.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     for split in get_args(Split):
+        found = problems(split, seed=args.seed, difficulty=args.difficulty)
         if args.write is not None:
-            path = args.write / f"{split}.jsonl"
-            n = args.problems if split == "train" else args.held_out
-            rows = problems(split, n, seed=args.seed, difficulty=args.difficulty)
+            args.write.mkdir(parents=True, exist_ok=True)
+            path, n = args.write / f"{split}.jsonl", args.problems if split == "train" else args.held_out
             with path.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row(problem), ensure_ascii=False) + "\n" for problem in rows)
+                file.writelines(json.dumps(row(p), ensure_ascii=False) + "\n" for p in islice(found, n))
             print(f"{path}: {n:,} problems")
             continue
-        for problem in problems(split, 3, seed=args.seed, difficulty=args.difficulty):
+        for problem in islice(found, 3):
             ids, length = encode(problem, tokenizer)
             print(f"[{split}: {length} + {len(ids) - length} tokens]\n{prompt(problem)} {problem.answer}\n")
 

@@ -1,10 +1,9 @@
 """A gated training step as CUDA graphs: forward and backward of a shape are captured once and replayed from then on.
 
-A step of a small model is thousands of small launches, for which the host needs several times as long as the device. A
-graph is one. What differs from batch to batch is written into tensors of its own before it runs; what differs in shape
-makes another graph, so shapes are kept few: batches are padded to a number of tokens and of spans, and the row of the
-prefix pass to a number of rows, that only grow. Padding is seen by no row and takes no draw. A shape is captured when
-it comes again.
+A step of a small model is thousands of small launches, for which the host needs several times as long as the device; a
+graph is one. Another shape makes another graph, so shapes are kept few: batches are padded to numbers of tokens, spans
+and rows of the prefix pass that only grow. Padding is seen by no row and takes no draw. A shape is captured when it
+comes again.
 
 Nothing is believed of a graph. Before its first replay counts, the same batch has run as it is, and loss and gradients
 of the two are compared: where capturing fails or they differ, training goes on without graphs, which a RuntimeWarning
@@ -36,10 +35,7 @@ Step = Callable[[Mapping[str, Tensor]], Tensor]
 
 
 class CapturedStep:
-    """One shape: tensors that are read, the graph, and what it writes. Raises RuntimeError where it cannot be captured.
-
-    step    of tensors by name; leaves gradients in the parameters, which have none before
-    """
+    """One shape: tensors that are read, the graph, what it writes. Raises RuntimeError where it cannot be captured."""
 
     def __init__(
         self, step: Step, inputs: Mapping[str, Tensor], parameters: Sequence[nn.Parameter], pool: CapturedStep | None
@@ -50,7 +46,7 @@ class CapturedStep:
         # What has been left by steps as they are is of no use to a pool of its own.
         torch.cuda.empty_cache()
         with capturing(self.graph, device, pool=None if pool is None else pool.graph.pool()):
-            self.output = step(self.inputs)
+            self.output = step(self.inputs)  # leaves gradients in the parameters, which have none before
         self.gradients = [parameter.grad for parameter in parameters]
 
     def replay(self) -> None:

@@ -22,6 +22,7 @@ from mtpkern.card import MARK
 from mtpkern.origin import origin
 from mtpkern.output import whole_file
 from mtpkern.train.config import MTPConfig
+from mtpkern.train.evaluate import curves, markdown
 from mtpkern.train.record import Record
 
 # What of TrainingArguments a reader asks for first.
@@ -39,10 +40,7 @@ _MOST_ROWS = 12
 
 
 def write_card(folder: str | Path, text: str) -> bool:
-    """Write README.md, unless one is there that is not ours; returns whether it was written.
-
-    write_card("out", card(...))
-    """
+    """Write README.md, unless one is there that is not ours; returns whether it was written."""
     path = Path(folder) / "README.md"
     if path.exists() and MARK not in path.read_text(encoding="utf-8"):
         return False
@@ -76,18 +74,13 @@ def card(
     lines += [f"# {Path(str(config.output_dir)).name}", "", f"{kind} {base}, by mtpkern; {record.step} steps.", ""]
     lines += ["## Use", "", "```text", use, "```", ""]
     lines += ["## Data", "", *(f"- {line}" for line in data), ""]
-    for name in ("train_data", "eval_data"):
-        for source in recipe.get(name) or ():
-            lines.append(f"- {name}: {source}")
+    lines += [f"- {name}: {source}" for name in ("train_data", "eval_data") for source in recipe.get(name) or ()]
     lines += ["", "## Recipe", "", _list({n: recipe[n] for n in _USUAL if n in recipe}), ""]
     other = deviations(recipe)
-    lines += [
-        "Other than the defaults, which are those of arXiv 2602.06019 but for the layout and where spans stand:",
-        "",
-    ]
-    lines += [_list(other) if other else "- nothing", ""]
+    lines += ["Other than the defaults, which are those of arXiv 2602.06019 but for the layout and where spans stand:"]
+    lines += ["", _list(other) if other else "- nothing", ""]
     lines += [f"- changed on the way: {change}" for change in record.changes]
-    lines += ["## Acceptance", "", *_table("step", history, _LOGGED), *_table("step", history, _DECODED)]
+    lines += ["## Acceptance", "", *_table(history, _LOGGED), *_table(history, _DECODED)]
     lines += _positions(history)
     lines += ["## Speed of training", "", _list(_speed(history)), ""]
     facts = origin(torch.device(config.device), command)
@@ -105,42 +98,37 @@ def deviations(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _speed(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    last: Mapping[str, Any] = next((entry for entry in reversed(history) if "train_runtime" in entry), {})
-    rates = [entry["tokens_per_second"] for entry in history if "tokens_per_second" in entry]
-    memory = [entry["peak_memory_gib"] for entry in history if "peak_memory_gib" in entry]
+    def logged(name: str) -> list[float]:
+        return [entry[name] for entry in history if name in entry]
+
     found: dict[str, Any] = {}
-    if last:
-        found["seconds"] = round(last["train_runtime"], 1)
-    if rates:
+    if seconds := logged("train_runtime"):
+        found["seconds"] = round(seconds[-1], 1)
+    if rates := logged("tokens_per_second"):
         found["tokens of texts a second, greatest of the logs"] = round(max(rates))
-    if memory:
+    if memory := logged("peak_memory_gib"):
         found["peak memory"] = f"{max(memory):.1f} GiB"
     return found
 
 
-def _table(first: str, history: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+def _table(history: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
     """Rows of the logs that have one of the figures, evenly chosen; nothing where none has."""
     rows = [entry for entry in history if "step" in entry and names[0] in entry]
     columns = [name for name in names if any(name in row for row in rows)]
     if not rows:
         return []
     chosen = sorted({round(i * (len(rows) - 1) / (_MOST_ROWS - 1)) for i in range(_MOST_ROWS)})
-    lines = [f"| {' | '.join([first, *columns])} |", "|" + "---|" * (1 + len(columns))]
-    for i in chosen:
-        cells = [f"{rows[i][name]:.4g}" if name in rows[i] else "" for name in columns]
-        lines.append(f"| {' | '.join([str(rows[i]['step']), *cells])} |")
-    return [*lines, ""]
+    cells = [[f"{rows[i][name]:.4g}" if name in rows[i] else "" for name in columns] for i in chosen]
+    return [*markdown(["step", *columns], [[str(rows[i]["step"]), *line] for i, line in zip(chosen, cells)]), ""]
 
 
 def _positions(history: Sequence[Mapping[str, Any]]) -> list[str]:
     """Agreement by position in the span, as logged last."""
-    for prefix in ("eval_agreement_", "agreement_"):
-        for entry in reversed(history):
-            found = [entry[name] for j in range(1, 100) if (name := f"{prefix}{j}") in entry]
-            if found:
-                said = ", ".join(f"{share:.3f}" for share in found)
-                return [f"Agreement by position in the span, at step {entry['step']}: {said}.", ""]
-    return []
+    found = curves(history)
+    if not found:
+        return []
+    said = ", ".join(f"{share:.3f}" for share in found[max(found)])
+    return [f"Agreement by position in the span, at step {max(found)}: {said}.", ""]
 
 
 def _list(facts: Mapping[str, Any]) -> str:

@@ -28,6 +28,7 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
@@ -78,6 +79,16 @@ def build_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def load_float32(folder: Path) -> PreTrainedModel:
+    """The model of a folder, to be trained or to teach."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Its tokenizer."""
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
 def examples(tokenizer: PreTrainedTokenizerBase, n: int, seed: int, split: Split = "train") -> list[dict[str, Any]]:
     """`n` problems as {"input_ids": list, "prompt_length": int}; different seeds give different problems."""
     pairs = (encode(problem, tokenizer) for problem in problems(split, n, seed=seed))
@@ -89,48 +100,46 @@ def data_seed(phase: str) -> int:
     return SEED + list(STEPS).index(phase)
 
 
-class TeacherCollator:
+class TeacherCollator(MTPCollator):
     """Right-pads to the longest of the batch; labels are the whole text."""
-
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
 
     def __call__(self, batch: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Input ids and labels [B, N] int64; padding has label -100."""
-        length = max(len(x["input_ids"]) for x in batch)
-        input_ids = torch.full((len(batch), length), self.pad_token_id)
-        labels = torch.full((len(batch), length), -100)
-        for i, x in enumerate(batch):
-            ids = torch.tensor(x["input_ids"])
-            input_ids[i, : len(ids)] = ids
-            labels[i, : len(ids)] = ids
+        padded = super().__call__(batch)
+        ids, lengths = padded["input_ids"], torch.tensor(padded["lengths"])
+        labels = ids.masked_fill(torch.arange(ids.shape[1]) >= lengths[:, None], -100)
         # No attention mask: padding stands behind the text, where a causal model does not look.
-        return {"input_ids": input_ids, "labels": labels}
+        return {"input_ids": ids, "labels": labels}
 
 
-def common_arguments(work: Path, phase: str, learning_rate: float, float32: bool = False) -> dict[str, Any]:
-    """Arguments that all phases share: AdamW, a short warm-up, a constant rate, a decay over the last 40 %."""
-    steps = STEPS[phase]
+def schedule(steps: int, learning_rate: float, *, float32: bool = False) -> dict[str, Any]:
+    """AdamW, a short warm-up, a constant rate, a decay over the last 40 %; a newest checkpoint to go on from."""
     return {
-        "output_dir": str(work / phase),
         "max_steps": steps,
-        "per_device_train_batch_size": BATCH,
         "learning_rate": learning_rate,
         "lr_scheduler_type": "warmup_stable_decay",
         "warmup_steps": min(100, steps // 10),
         "lr_scheduler_kwargs": {"num_decay_steps": int(0.4 * steps), "decay_type": "linear"},
         "adam_beta2": 0.98,
-        "weight_decay": 0.01,
         "bf16": not float32,
+        "logging_steps": 25,
+        "save_total_limit": 1,
+    }
+
+
+def common_arguments(work: Path, phase: str, learning_rate: float, float32: bool = False) -> dict[str, Any]:
+    """Arguments that all phases share."""
+    return {
+        **schedule(STEPS[phase], learning_rate, float32=float32),
+        "output_dir": str(work / phase),
+        "per_device_train_batch_size": BATCH,
+        "weight_decay": 0.01,
         "use_cpu": True,
         "seed": SEED,
         "train_sampling_strategy": "group_by_length",
-        "logging_steps": 25,
         "save_steps": 200,
-        "save_total_limit": 1,
         "report_to": "none",
         "remove_unused_columns": False,
-        "dataloader_num_workers": 0,
     }
 
 
@@ -174,8 +183,7 @@ def train_teacher(work: Path, learning_rate: float, float32: bool = False) -> No
 
 def publish(work: Path, out: Path) -> None:
     """Copy the last phase's model and tokenizer to `out`, its card where none is, and all curves to curves.json."""
-    tokenizer = AutoTokenizer.from_pretrained(work / "distill", trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(work / "distill", dtype=torch.float32, trust_remote_code=False)
+    model, tokenizer = load_float32(work / "distill"), load_tokenizer(work / "distill")
     # Trainer turns the cache off in the config while it trains.
     model.config.use_cache = True
     model.save_pretrained(out)
@@ -193,13 +201,8 @@ def train_mtp(work: Path, phase: str, start: str, target: str, learning_rate: fl
     out = work / phase
     if (out / "model.safetensors").exists():
         return
-    tokenizer = AutoTokenizer.from_pretrained(work / start, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(work / start, dtype=torch.float32, trust_remote_code=False)
-    teacher = (
-        AutoModelForCausalLM.from_pretrained(work / start, dtype=torch.float32, trust_remote_code=False)
-        if target != "gt"
-        else None
-    )
+    model, tokenizer = load_float32(work / start), load_tokenizer(work / start)
+    teacher = load_float32(work / start) if target != "gt" else None
     add_mask_token(model, tokenizer)
     trainer = MTPTrainer(
         model=model,

@@ -18,6 +18,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 
 from mtpkern.attention import exclusive
 from mtpkern.loading import require_found
+from mtpkern.train.arguments import refuse
 from mtpkern.train.config import ModelArguments, MTPConfig
 from mtpkern.train.data import DataArguments, require_readable
 from mtpkern.train.lora import plain_model
@@ -28,70 +29,47 @@ logger = logging.getLogger(__name__)
 
 def require_consistent(model: ModelArguments, data: DataArguments, config: MTPConfig) -> None:
     """Raise ValueError, before anything is loaded, for options of two groups that contradict one another."""
-    held_out = bool(data.eval_data or data.eval_fraction)
+    held_out = data.eval_data or data.eval_fraction
+    refuse(config.per_device_train_batch_size < 1, "per_device_train_batch_size must be at least 1")
+    if config.max_steps == 0 or (config.max_steps < 0 and config.num_train_epochs <= 0):
+        raise ValueError("nothing would be trained: give a positive max_steps, or num_train_epochs with max_steps -1")
+    refuse(data.streaming and config.max_steps <= 0, "streaming data have no known length; set max_steps")
+    order = config.train_sampling_strategy
+    refuse(
+        data.streaming and order != "random",
+        f"streaming data have an order of their own; leave out train_sampling_strategy, which is {order!s}",
+    )
+    refuse(data.decode_rows and not held_out, "decode_rows needs held-out rows; give eval_data or eval_fraction")
+    if config.eval_strategy != "no" and not held_out:
+        raise ValueError("eval_strategy needs held-out rows; give eval_data or eval_fraction, or set eval_strategy: no")
+    if config.bidirectional and data.decode_rows:
+        raise ValueError("mtpkern.generate cannot decode a bidirectional model; set decode_rows to 0")
+    if model.teacher is not None and config.lora_rank > 0:
+        raise ValueError("with LoRA the teacher is the student without its adapters; leave teacher out")
+    if model.teacher is not None and not config.needs_teacher:
+        raise ValueError("teacher_target 'gt' without anchor_kl_weight asks no teacher; leave teacher out")
     absent = sorted({*config.report_to} - {*get_available_reporting_integrations()})
-    strategy = config.train_sampling_strategy
+    refuse(
+        absent,
+        f"report_to names {', '.join(absent)}, which is not installed or unknown; pip install it, or leave it out",
+    )
+    refuse(
+        isinstance(config.lr_scheduler_kwargs, str),
+        f"lr_scheduler_kwargs must be names and values, as JSON in a flag; got {config.lr_scheduler_kwargs!r}",
+    )
+    for name, value in vars(config).items():
+        odd = isinstance(value, float) and (math.isnan(value) or (name == "learning_rate" and math.isinf(value)))
+        refuse(odd, f"{name} must be a finite number; got {value}")
     out = Path(str(config.output_dir))
-    files = [str(path) for path in (out, *out.parents) if path.is_file()]
     read = [name for name in (model.model, model.teacher, config.init_adapter) if name and Path(name).exists()]
     within = [name for name in read if Path(name).resolve() in (out.resolve(), *out.resolve().parents)]
-    nan = [name for name, value in vars(config).items() if isinstance(value, float) and math.isnan(value)]
-    for wrong, says in (
-        (config.per_device_train_batch_size < 1, "per_device_train_batch_size must be at least 1"),
-        (
-            config.max_steps == 0 or (config.max_steps < 0 and config.num_train_epochs <= 0),
-            "nothing would be trained: give a positive max_steps, or num_train_epochs with max_steps -1",
-        ),
-        (data.streaming and config.max_steps <= 0, "streaming data have no known length; set max_steps"),
-        (
-            data.streaming and strategy != "random",
-            f"streaming data have an order of their own; leave out train_sampling_strategy, which is {strategy!s}",
-        ),
-        (
-            not held_out and bool(data.decode_rows),
-            "decode_rows needs held-out rows; give eval_data or eval_fraction",
-        ),
-        (
-            not held_out and config.eval_strategy != "no",
-            "eval_strategy needs held-out rows; give eval_data or eval_fraction, or set eval_strategy: no",
-        ),
-        (
-            config.bidirectional and bool(data.decode_rows),
-            "mtpkern.generate cannot decode a bidirectional model; set decode_rows to 0",
-        ),
-        (
-            model.teacher is not None and config.lora_rank > 0,
-            "with LoRA the teacher is the student without its adapters; leave teacher out",
-        ),
-        (
-            model.teacher is not None and not config.needs_teacher,
-            "teacher_target 'gt' without anchor_kl_weight asks no teacher; leave teacher out",
-        ),
-        (
-            bool(absent),
-            f"report_to names {', '.join(absent)}, which is not installed or unknown; pip install it, or leave it out",
-        ),
-        (
-            isinstance(config.lr_scheduler_kwargs, str),
-            f"lr_scheduler_kwargs must be names and values, as JSON in a flag; got {config.lr_scheduler_kwargs!r}",
-        ),
-        (
-            bool(nan) or math.isinf(config.learning_rate),
-            f"{', '.join(nan) or 'learning_rate'} must be a finite number; got "
-            f"{getattr(config, nan[0] if nan else 'learning_rate')}",
-        ),
-        (
-            bool(within),
-            f"output_dir {out} is, or lies in, {', '.join(within)}, which the run reads and would write over; take "
-            "another output_dir (a run that was stopped goes on from there by itself, with the model it began with)",
-        ),
-        (
-            bool(files),
-            f"output_dir must be a folder; {', '.join(files)} is a file",
-        ),
-    ):
-        if wrong:
-            raise ValueError(says)
+    refuse(
+        within,
+        f"output_dir {out} is, or lies in, {', '.join(within)}, which the run reads and would write over; take another "
+        "output_dir (a run that was stopped goes on from there by itself, with the model it began with)",
+    )
+    files = [str(path) for path in (out, *out.parents) if path.is_file()]
+    refuse(files, f"output_dir must be a folder; {', '.join(files)} is a file")
 
 
 def require_sources(model: ModelArguments, data: DataArguments) -> set[str]:
@@ -110,10 +88,7 @@ def require_sources(model: ModelArguments, data: DataArguments) -> set[str]:
 
 
 def load(kind: Any, name: str, **options: Any) -> Any:
-    """What `kind.from_pretrained` loads, never with code of its own; errors name the checkpoint.
-
-    load(AutoTokenizer, "my-model")
-    """
+    """`load(AutoTokenizer, "my-model")`: loaded, never with code of its own; errors name the checkpoint."""
     require_found(name)
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise FileNotFoundError(f"{name}: there is no model in this folder, config.json is missing")
@@ -158,16 +133,16 @@ def warn_of_dropout(model: PreTrainedModel) -> None:
 def require_sound(model: nn.Module, teacher: PreTrainedModel | None, args: MTPConfig) -> None:
     """Raise ValueError for a student and a teacher that do not fit together or the configuration."""
     adapted = isinstance(model, PeftModel)
-    if getattr(plain_model(model), "is_quantized", False) and not args.gated:
-        raise ValueError(
-            "the model's weights are quantised, and what is trained here ends as a plain checkpoint: set gated=True "
-            "for an adapter beside them, or load them in bfloat16 with student_dtype='bfloat16' (mtpkern convert makes "
-            "them so), frozen behind lora_rank"
-        )
+    refuse(
+        getattr(plain_model(model), "is_quantized", False) and not args.gated,
+        "the model's weights are quantised, and what is trained here ends as a plain checkpoint: set gated=True for an "
+        "adapter beside them, or load them in bfloat16 with student_dtype='bfloat16' (mtpkern convert makes them so), "
+        "frozen behind lora_rank",
+    )
     if adapted and teacher is not None:
         raise ValueError("with LoRA the teacher is the student without its adapters: leave teacher= out")
+    part = "anchor_kl_weight" if args.teacher_target == "gt" else f"teacher_target {args.teacher_target!r}"
     if teacher is None and not adapted and args.needs_teacher:
-        part = "anchor_kl_weight" if args.teacher_target == "gt" else f"teacher_target {args.teacher_target!r}"
         raise ValueError(f"{part} needs teacher=, the frozen original model")
     trained = {p.dtype for p in model.parameters() if p.requires_grad}
     if args.pure_bf16 and trained != {torch.bfloat16}:
@@ -177,40 +152,42 @@ def require_sound(model: nn.Module, teacher: PreTrainedModel | None, args: MTPCo
     frozen = {p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()}
     # Autocast narrows float32 weights itself, in every step.
     wide = {torch.float32} if args.gated and args.bf16 else set()
-    if adapted and frozen - wide - {getattr(torch, cast(str, args.student_dtype))}:
-        raise ValueError(
-            f"the frozen weights are {', '.join(map(str, frozen))}, student_dtype is {args.student_dtype!r}: load "
-            "the model in that dtype, or set student_dtype to its own"
-        )
+    refuse(
+        adapted and frozen - wide - {getattr(torch, cast(str, args.student_dtype))},
+        f"the frozen weights are {', '.join(map(str, frozen))}, student_dtype is {args.student_dtype!r}: load the "
+        "model in that dtype, or set student_dtype to its own",
+    )
     if teacher is not None:
         ours, theirs = (m.get_output_embeddings().weight.shape[0] for m in (plain_model(model), teacher))
         # add_mask_token may have given the student rows that the teacher lacks, up to a multiple of 64.
-        if not 0 <= ours - theirs <= 64:
-            raise ValueError(
-                f"student and teacher must share a vocabulary; got {ours} and {theirs} rows: load both from one "
-                "checkpoint, then add the mask token to the student"
-            )
+        refuse(
+            not 0 <= ours - theirs <= 64,
+            f"student and teacher must share a vocabulary; got {ours} and {theirs} rows: load both from one "
+            "checkpoint, then add the mask token to the student",
+        )
 
 
 def require_tested_engine(trainer: Trainer) -> None:
     """Raise ValueError for engines chosen from outside (accelerate launch, the number of GPUs) and untested."""
+    args, model = trainer.args, plain_model(cast(nn.Module, trainer.model))
+    sharded = trainer.is_fsdp_enabled
     if trainer.is_deepspeed_enabled:
         raise ValueError("DeepSpeed, ZeRO-3 included, is untested here and refused; use FSDP2 or DDP")
-    if trainer.args.n_gpu > 1:
+    if args.n_gpu > 1:
         raise ValueError("several GPUs in one process are refused; start one process a GPU: torchrun or accelerate")
-    if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
+    if sharded and not trainer.accelerator.is_fsdp2:
         raise ValueError("FSDP asked for, but accelerate has set up none (version 1, one process, or a CPU); omit it")
-    if trainer.args.fsdp and not trainer.is_fsdp_enabled and trainer.is_world_process_zero():
+    if args.fsdp and not sharded and trainer.is_world_process_zero():
         logger.warning(
             "fsdp has no effect on this device, where accelerate shards nothing: every rank holds all weights"
         )
-    if trainer.is_fsdp_enabled and trainer.args.torch_compile:
+    if sharded and args.torch_compile:
         raise ValueError("torch_compile under FSDP is untested here and refused; use DDP, or leave it out")
-    if trainer.is_fsdp_enabled and getattr(plain_model(cast(nn.Module, trainer.model)), "is_quantized", False):
+    if sharded and getattr(model, "is_quantized", False):
         raise ValueError("a quantised base under FSDP is untested here and refused; use DDP, or a bfloat16 base")
-    if trainer.is_fsdp_enabled and isinstance(trainer.model, PeftModel) and not trainer.args.gated:
+    if sharded and isinstance(trainer.model, PeftModel) and not args.gated:
         raise ValueError("LoRA under FSDP is refused: saving cannot merge shards; use DDP, or a gated adapter")
-    if trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO and not trainer.args.torch_compile:
+    if trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO and not args.torch_compile:
         raise ValueError("accelerate's dynamo_backend is refused; set it to 'no', and torch_compile=True here")
-    if getattr(plain_model(cast(nn.Module, trainer.model)), "_device_mesh", None) is not None:
+    if getattr(model, "_device_mesh", None) is not None:
         raise ValueError("a model sharded by from_pretrained (tensor parallel) is refused; load it whole")

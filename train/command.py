@@ -33,6 +33,7 @@ from mtpkern.model import add_mask_token, record_settings, recorded_settings, re
 from mtpkern.rows import shown
 from mtpkern.strategies import name_of, strategy_of
 from mtpkern.train import smollm2
+from mtpkern.train.arguments import refuse
 from mtpkern.train.card import card, write_card
 from mtpkern.train.checks import load, require_consistent, require_sources, require_trainable
 from mtpkern.train.collator import MTPCollator
@@ -44,6 +45,7 @@ from mtpkern.train.evaluate import HeldOut, summarise
 from mtpkern.train.gated_trainer import GatedTrainer
 from mtpkern.train.lock import alone_in
 from mtpkern.train.lora import require_adapter
+from mtpkern.train.objective import stop_tokens_of
 from mtpkern.train.options import first_steps, help_text, parse
 from mtpkern.train.progress import TableCallback
 from mtpkern.train.record import OtherRun, Record, options_of, origin_of
@@ -65,22 +67,15 @@ def load_student(
     model = load(AutoModelForCausalLM, name, dtype=dtype)
     rows = model.get_input_embeddings().num_embeddings
     highest = max(tokenizer.get_vocab().values())
-    if highest >= rows:
-        raise ValueError(f"{name}: the tokenizer has ids up to {highest}, the model only {rows} rows; give a pair")
+    refuse(highest >= rows, f"{name}: the tokenizer has ids up to {highest}, the model only {rows} rows; give a pair")
     if not gated and "mask_token_id" not in recorded_settings(model):
         add_mask_token(model, tokenizer)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{name}: the tokenizer has no EOS token, so no answer would ever end; set its eos_token")
-    stops = _stop_tokens(model)
+    stops = stop_tokens_of(model)
     if tokenizer.eos_token_id not in stops:
         model.generation_config.eos_token_id = [*stops, tokenizer.eos_token_id]
     return model, tokenizer
-
-
-def _stop_tokens(model: PreTrainedModel) -> list[int]:
-    stops = model.generation_config.eos_token_id
-    stops = model.config.eos_token_id if stops is None else stops
-    return [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
 
 
 def load_teacher(name: str, student: str, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
@@ -129,12 +124,11 @@ def _has_ended(config: MTPConfig, recipe: dict[str, Any]) -> bool:
         return False
     if end.covers(config):
         end.require_same(recipe, config.allow_changes, config.output_dir)
-        if config.process_index == 0:
-            print(
-                f"{config.output_dir} holds the model of this run, which has ended at step {end.step}: nothing is left "
-                "to train; raise max_steps to go on, or take another output_dir",
-                file=sys.stderr,
-            )
+        _say(
+            config,
+            f"{config.output_dir} holds the model of this run, which has ended at step {end.step}: nothing is left to "
+            "train; raise max_steps to go on, or take another output_dir",
+        )
         return True
     if checkpoint is None:
         raise ValueError(
@@ -142,6 +136,11 @@ def _has_ended(config: MTPConfig, recipe: dict[str, Any]) -> bool:
             f"on from; take another output_dir (and --model {config.output_dir}, if that model is to be trained on)"
         )
     return False
+
+
+def _say(config: MTPConfig, text: str) -> None:
+    if config.process_index == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 def _train(
@@ -153,8 +152,7 @@ def _train(
     command: str,
 ) -> list[Report]:
     checkpoint = _checkpoint(config)
-    before = Record.read(checkpoint) if checkpoint else None
-    if before is not None:
+    if checkpoint and (before := Record.read(checkpoint)) is not None:
         # Again in the trainer, which knows more; here no weights have been loaded yet.
         recipe = {**options_of(config, stream=data.streaming), **origin}
         before.require_same(recipe, config.allow_changes, str(checkpoint))
@@ -174,7 +172,7 @@ def _train(
         tokenizer,
         chat=data.chat,
         separator=data.separator,
-        eos_token_ids=_stop_tokens(model),
+        eos_token_ids=stop_tokens_of(model),
         # A gated adapter's is the first id behind the vocabulary.
         mask_token_id=rows if config.gated else recorded_settings(model)["mask_token_id"],
         window=min(filter(None, (config.max_length, positions)), default=None),
@@ -182,17 +180,16 @@ def _train(
         response_only=config.response_only,
     )
     train_dataset, eval_dataset, reports = load_data(data, encode, seed=config.seed)
-    if config.process_index == 0:
-        purposes = [purpose for purpose in ("training", "held out") if purpose != "training" or not data.streaming]
-        for purpose, report in zip(purposes, reports):
-            print(f"{purpose}: {report}", file=sys.stderr, flush=True)
-        if isinstance(train_dataset, EncodedTexts) and config.k_max > train_dataset.longest_answer:
-            print(
-                f"warning: k_max is {config.k_max}, and the longest of {len(train_dataset):,} answers has "
-                f"{train_dataset.longest_answer} tokens: no prediction behind those learns anything but their end",
-                file=sys.stderr,
-                flush=True,
-            )
+    purposes = ("held out",) if data.streaming else ("training", "held out")
+    read = [f"{purpose}: {report}" for purpose, report in zip(purposes, reports)]
+    for line in read:
+        _say(config, line)
+    if isinstance(train_dataset, EncodedTexts) and config.k_max > train_dataset.longest_answer:
+        _say(
+            config,
+            f"warning: k_max is {config.k_max}, and the longest of {len(train_dataset):,} answers has "
+            f"{train_dataset.longest_answer} tokens: no prediction behind those learns anything but their end",
+        )
     pad = tokenizer.pad_token_id
     trainer = (GatedTrainer if config.gated else MTPTrainer)(
         model=model,
@@ -211,8 +208,8 @@ def _train(
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(TableCallback())
-    if checkpoint is not None and config.process_index == 0:
-        print(f"going on from {checkpoint}", file=sys.stderr, flush=True)
+    if checkpoint is not None:
+        _say(config, f"going on from {checkpoint}")
     try:
         newest = checkpoint is not None and checkpoint == newest_checkpoint(config.output_dir)
         trainer.train(resume_from_checkpoint=newest or checkpoint)
@@ -224,18 +221,9 @@ def _train(
                 summarise(trainer.state.log_history, config.output_dir)
         if config.process_index == 0:
             trainer.record(saved=True).write(config.output_dir)
-            write_card(
-                str(config.output_dir),
-                card(
-                    base=name,
-                    config=config,
-                    record=trainer.record(),
-                    history=trainer.state.log_history,
-                    data=[f"{purpose}: {report}" for purpose, report in zip(("training", "held out"), reports)],
-                    command=command,
-                    use=f"{_next_step(model_arguments, config)}\n{_SERVE}",
-                ),
-            )
+            use = f"{_next_step(model_arguments, config)}\n{_SERVE}"
+            run: dict[str, Any] = {"config": config, "record": trainer.record(), "history": trainer.state.log_history}
+            write_card(str(config.output_dir), card(base=name, data=read, command=command, use=use, **run))
             print(_next_step(model_arguments, config), flush=True)
     except (DiskFull, OtherRun, BrokenPipeError):
         _close_progress_bar(trainer)
@@ -259,15 +247,15 @@ _SERVE = (
 def _next_step(model_arguments: ModelArguments, config: MTPConfig) -> str:
     """Where the model lies, and how it is decoded."""
     folder = str(config.output_dir)
+    decode = f"mtpkern generate {shlex.quote(folder)} --prompt '...'"
     if config.bidirectional:
         return f"the model is in {folder}; bidirectional, it cannot be decoded"
     if config.gated:
         return (
             f"the adapter is in {folder}, for {model_arguments.model}; to decode with it, here or in Python:\n"
-            f"  mtpkern generate {shlex.quote(folder)} --prompt '...'\n"
-            f'  model = mtpkern.load_adapter(model, "{folder}")'
+            f'  {decode}\n  model = mtpkern.load_adapter(model, "{folder}")'
         )
-    return f"the model is in {folder}; to decode with it:\n  mtpkern generate {shlex.quote(folder)} --prompt '...'"
+    return f"the model is in {folder}; to decode with it:\n  {decode}"
 
 
 def _close_progress_bar(trainer: MTPTrainer) -> None:
@@ -287,18 +275,18 @@ def _checkpoint(config: MTPConfig) -> str | None:
             f"{config.output_dir}: {', '.join(broken)} changed since it was written, and no whole checkpoint is left; "
             "bring it back, or remove it to start anew"
         )
-    if broken and config.process_index == 0:
-        print(f"{', '.join(broken)} changed since it was written and is passed over", file=sys.stderr, flush=True)
+    if broken:
+        _say(config, f"{', '.join(broken)} changed since it was written and is passed over")
     # Every option is a string here, but some are meant as a switch.
-    if asked is None or str(asked).lower() not in ("true", "false"):
-        if asked is not None:
-            require_whole(asked)
-        return asked or newest
-    if str(asked).lower() == "true" and newest is None:
+    switch = str(asked).lower()
+    if switch == "true" and newest is None:
         raise ValueError(f"resume_from_checkpoint: no complete checkpoint in {config.output_dir}; leave it out")
-    if str(asked).lower() == "false" and newest is not None:
+    if switch == "false" and newest is not None:
         raise ValueError(f"resume_from_checkpoint is false, but {newest} is there; take another output_dir")
-    return newest
+    if asked is None or switch in ("true", "false"):
+        return newest
+    require_whole(asked)
+    return asked
 
 
 def _to_decode(data: DataArguments, encode: Encoder, positions: int | None) -> HeldOut | None:
@@ -310,11 +298,9 @@ def _to_decode(data: DataArguments, encode: Encoder, positions: int | None) -> H
     if found is None:
         return None
     tokenizer = encode.tokenizer
-    prompts, answers = [], []
-    for i in range(len(found[0])):
-        ids, length = found[0][i]["input_ids"], found[0][i]["prompt_length"]
-        prompts.append(ids[:length])
-        answers.append(str(tokenizer.decode(ids[length:], skip_special_tokens=True)).strip())
+    texts = (found[0][i] for i in range(len(found[0])))
+    cut = [(text["input_ids"], text["prompt_length"]) for text in texts]
+    answers = [str(tokenizer.decode(ids[n:], skip_special_tokens=True)).strip() for ids, n in cut]
     empty = [x for x in answers if data.answer_rule != "auto" and expected_answer(x, data.answer_rule) is None]
     if empty:
         raise ValueError(
@@ -322,7 +308,7 @@ def _to_decode(data: DataArguments, encode: Encoder, positions: int | None) -> H
             f"answers, such as {shown(empty[0])}; take another rule, or auto"
         )
     return HeldOut(
-        prompts,
+        [ids[:n] for ids, n in cut],
         answers,
         tokenizer,
         is_right=partial(is_right, rule=data.answer_rule),
@@ -338,14 +324,13 @@ def main(argv: Sequence[str]) -> None:
         return
     quiet()
     command = shlex.join(["mtpkern", "train", *argv])
+    # The one configuration whose model and data the command itself makes.
+    ours = argv[0] == "smollm2"
     try:
-        # The one configuration whose model and data the command itself makes.
-        if argv[0] == "smollm2":
-            arguments = parse([argv[0], *smollm2.plan().options, *argv[1:]])
+        arguments = parse([argv[0], *(smollm2.plan().options if ours else ()), *argv[1:]])
+        if ours:
             smollm2.prepare()
-            train(*arguments, command=command)
-        else:
-            train(*parse(argv), command=command)
+        train(*arguments, command=command)
     except FileNotFoundError as error:
         before = first_steps(argv[0])
         if not before:

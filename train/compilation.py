@@ -1,12 +1,8 @@
 """torch.compile for a training step: each decoder layer of student and teacher, and nothing else.
 
-Layers are alike: one form, made in the time of one layer, serves all of them. What lies around them stays as it is:
-hooks of DDP, the embedding, head and loss, which are single ops already. Between the steps the layers have
-their own forward again, so that evaluation, decoding and saving know nothing of it.
-
-Where rows attend to keys of their layer that another pass has read, a form that looked into attention would be one
-layer's. There attention is kept out, and a layer is compiled in the parts before and behind it, as in decoding
-(mtpkern.layers): the layers share these.
+Layers are alike: one form serves all of them. Between the steps they have their own forward again, so that evaluation,
+decoding and saving know nothing of it. Where rows attend to keys of their layer that another pass has read, a form that
+looked into attention would be one layer's: there it is kept out, as in decoding (mtpkern.layers).
 """
 
 from __future__ import annotations
@@ -21,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mtpkern.layers import or_as_it_is
 from mtpkern.routing import attention_apart
+from mtpkern.train.arguments import refuse
 from mtpkern.train.objective import forward_as
 
 CUDA_GRAPH_MODES = {"reduce-overhead", "max-autotune"}
@@ -31,12 +28,9 @@ FORMS = 64
 class CompiledLayers:
     """The decoder layers of models, compiled inside the context that a call opens.
 
-    models      of transformers
-    backend     of torch.compile
-    mode        of torch.compile; none that makes CUDA graphs, because a step's shape changes with k and the texts
+    backend     of torch.compile, as mode; none that makes CUDA graphs, because a step's shape changes
     apart       whether attention is kept out of the forms
-    if_it_can   where layers cannot be compiled they run as they are, which a RuntimeWarning announces; else that is
-                an error
+    if_it_can   layers that cannot be compiled run as they are, which a RuntimeWarning announces; else that is an error
 
     Forms are made for any shape from the start. One for the first shape alone would round differently from the one
     that later replaces it, and a resumed run would not equal an uninterrupted one. Raises ValueError for a model
@@ -56,15 +50,13 @@ class CompiledLayers:
         if_it_can: bool = False,
     ) -> None:
         self.apart = apart
-        self.if_it_can = if_it_can
         self.failed = False
         self.forwards = []
         for model in models:
             layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
             if not layers:
                 says = f"{type(model).__name__} has no decoder layers of the kind that transformers can checkpoint"
-                if not if_it_can:
-                    raise ValueError(f"{says}: expected some to compile; leave out torch_compile")
+                refuse(not if_it_can, f"{says}: expected some to compile; leave out torch_compile")
                 self._announce(says)
             for layer in layers:
                 compiled = torch.compile(layer.forward, dynamic=True, fullgraph=not apart, backend=backend, mode=mode)

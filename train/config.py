@@ -14,7 +14,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from typing import Any, cast
 
 import torch
@@ -22,6 +22,7 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_bf16_gpu_available
 
+from mtpkern.train.arguments import option, refuse, require_one_of
 from mtpkern.train.compilation import CUDA_GRAPH_MODES
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -31,10 +32,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 class ModelArguments:
     """Which model is trained."""
 
-    model: str = field(metadata={"help": "The checkpoint to train: a path or hub id."})
-    teacher: str | None = field(
-        default=None, metadata={"help": "The frozen teacher; the checkpoint to train unless given."}
-    )
+    model: str = option(MISSING, "The checkpoint to train: a path or hub id.")
+    teacher: str | None = option(None, "The frozen teacher; the checkpoint to train unless given.")
 
 
 @contextmanager
@@ -68,166 +67,110 @@ class MTPConfig(TrainingArguments):
         MTPConfig("out", k_max=16, teacher_target="hard", gt_warmup_steps=500, bf16=True, max_steps=2000)
     """
 
-    k_min: int = field(default=2, metadata={"help": "Smallest number of predictions of a span."})
-    k_max: int = field(default=16, metadata={"help": "Largest; k is drawn anew each step, uniform on k_min..k_max."})
-    k_scope: str = field(default="step", metadata={"help": "Who shares a k: all ranks of a 'step', or each 'rank'."})
-    num_spans: int | None = field(
-        default=None,
-        metadata={
-            "help": "Spans a text; unless given, of its N tokens, the paper's N // (2 * k_max), N // k_max if 'random'."
-        },
+    k_min: int = option(2, "Smallest number of predictions of a span.")
+    k_max: int = option(16, "Largest; k is drawn anew each step, uniform on k_min..k_max.")
+    k_scope: str = option("step", "Who shares a k: all ranks of a 'step', or each 'rank'.")
+    num_spans: int | None = option(
+        None, "Spans a text; unless given, of its N tokens, the paper's N // (2 * k_max), N // k_max if 'random'."
     )
-    spacing: str = field(
-        default="stride",
-        metadata={"help": "'stride' (num_spans regions share the tokens that count, a span in each), or 'random'."},
+    spacing: str = option(
+        "stride", "'stride' (num_spans regions share the tokens that count, a span in each), or 'random'."
     )
-    span_offset: int | None = field(
-        default=None, metadata={"help": "Offset in tokens of the first span of a stride; drawn anew unless given."}
+    span_offset: int | None = option(None, "Offset in tokens of the first span of a stride; drawn anew unless given.")
+    offset_scope: str = option(
+        "sequence", "Who shares a drawn offset: a 'sequence' has its own, or all of a 'rank' in a step have one."
     )
-    offset_scope: str = field(
-        default="sequence",
-        metadata={
-            "help": "Who shares a drawn offset: a 'sequence' has its own, or all of a 'rank' in a step have one."
-        },
+    layout: str = option("default", "max_length counts the text's tokens, or with 'paper' the masks too.")
+    max_length: int | None = option(None, "Longer texts are cut off; None cuts none.")
+    response_only: bool = option(True, "Spans in answers only, in those of every turn; else anywhere in the text.")
+    eos_padding: bool = option(True, "Predictions behind the text's EOS count, with EOS as the data's token.")
+    teacher_target: str | None = option(
+        None, "'hard', 'soft', or 'gt' (no teacher pass); 'hard' unless given, gated 'gt'."
     )
-    layout: str = field(
-        default="default", metadata={"help": "max_length counts the text's tokens, or with 'paper' the masks too."}
+    gt_warmup_steps: int = option(0, "First steps that learn the data's tokens, without a teacher pass.")
+    loss_support: str | None = option(
+        None,
+        "'all' rows of a span, or 'until_fail': to the first that misses its target; unless given 'all', gated "
+        "'until_fail'.",
     )
-    max_length: int | None = field(default=None, metadata={"help": "Longer texts are cut off; None cuts none."})
-    response_only: bool = field(
-        default=True, metadata={"help": "Spans in answers only, in those of every turn; else anywhere in the text."}
+    prefix_weight: float = option(0.0, "Weight of a next-token loss on the data's tokens, in the rows of prefix_scope.")
+    prefix_scope: str = option("answer", "Tokens of the next-token loss: the 'answer', or 'all', the prompt's too.")
+    anchor_kl_weight: float = option(
+        0.0, "Weight of the teacher's KL on the answer's rows; keeps plain decoding as it was."
     )
-    eos_padding: bool = field(
-        default=True, metadata={"help": "Predictions behind the text's EOS count, with EOS as the data's token."}
+    static_shape: bool = option(False, "Reserve mask rows for k_max at every k.")
+    packing: bool = option(False, "A micro-batch is one row without padding; for GPUs, whose kernel skips.")
+    bidirectional: bool = option(
+        False, "Masks of a span see one another both ways: an ablation that mtpkern.generate refuses."
     )
-    teacher_target: str | None = field(
-        default=None, metadata={"help": "'hard', 'soft', or 'gt' (no teacher pass); 'hard' unless given, gated 'gt'."}
+    gated: bool = option(
+        False,
+        "Adapters that act on mask rows only, for the original model's own tokens; needs lora_rank, and texts that the "
+        "model wrote itself unless teacher_target is 'hard' or 'soft'.",
     )
-    gt_warmup_steps: int = field(
-        default=0, metadata={"help": "First steps that learn the data's tokens, without a teacher pass."}
+    prefix_memory: float = option(
+        0.0,
+        "GiB of the model's memory, on each rank, for what a gated adapter's frozen model makes of texts: kept for the "
+        "whole run; 0 computes it anew in each step.",
     )
-    loss_support: str | None = field(
-        default=None,
-        metadata={
-            "help": "'all' rows of a span, or 'until_fail': to the first that misses its target; unless given 'all', "
-            "gated 'until_fail'."
-        },
+    lora_rank: int = option(0, "Rank of LoRA adapters; 0 trains all parameters.")
+    lora_alpha: float | None = option(None, "LoRA's scale; twice the rank unless given.")
+    lora_targets: str = option("all-linear", "Modules with adapters, separated by commas, or 'all-linear'.")
+    init_adapter: str | None = option(
+        None, "Gated adapter of the same base and rank that training begins with; a new one unless given."
     )
-    prefix_weight: float = field(
-        default=0.0, metadata={"help": "Weight of a next-token loss on the data's tokens, in the rows of prefix_scope."}
+    student_dtype: str | None = option(
+        None,
+        "Of the loaded student (default float32, gated with bf16 on a GPU bfloat16); bfloat16 or float16 only for "
+        "weights that LoRA freezes.",
     )
-    prefix_scope: str = field(
-        default="answer", metadata={"help": "Tokens of the next-token loss: the 'answer', or 'all', the prompt's too."}
+    pure_bf16: bool = option(
+        False, "Train bfloat16 weights without float32 ones beside them: at a low rate most of them freeze."
     )
-    anchor_kl_weight: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the teacher's KL on the answer's rows; keeps plain decoding as it was."},
+    teacher_dtype: str | None = option(None, "The teacher is cast to it; as loaded if None.")
+    save_dtype: str = option("float32", "Of the final checkpoint that save_model writes.")
+    allow_changes: list[str] = option(
+        [], "Options in which a run may go on from a checkpoint other than it was; else they are refused."
     )
-    static_shape: bool = field(default=False, metadata={"help": "Reserve mask rows for k_max at every k."})
-    packing: bool = field(
-        default=False, metadata={"help": "A micro-batch is one row without padding; for GPUs, whose kernel skips."}
+    data_seed: int | None = option(None, "Of the data's order; seed unless given.")
+    ddp_find_unused_parameters: bool | None = option(
+        False, "DDP's search for weights without a gradient; every step here uses all."
     )
-    bidirectional: bool = field(
-        default=False,
-        metadata={"help": "Masks of a span see one another both ways: an ablation that mtpkern.generate refuses."},
-    )
-    gated: bool = field(
-        default=False,
-        metadata={
-            "help": "Adapters that act on mask rows only, for the original model's own tokens; needs lora_rank, and "
-            "texts that the model wrote itself unless teacher_target is 'hard' or 'soft'."
-        },
-    )
-    prefix_memory: float = field(
-        default=0.0,
-        metadata={
-            "help": "GiB of the model's memory, on each rank, for what a gated adapter's frozen model makes of texts: "
-            "kept for the whole run; 0 computes it anew in each step."
-        },
-    )
-    lora_rank: int = field(default=0, metadata={"help": "Rank of LoRA adapters; 0 trains all parameters."})
-    lora_alpha: float | None = field(default=None, metadata={"help": "LoRA's scale; twice the rank unless given."})
-    lora_targets: str = field(
-        default="all-linear", metadata={"help": "Modules with adapters, separated by commas, or 'all-linear'."}
-    )
-    init_adapter: str | None = field(
-        default=None,
-        metadata={"help": "Gated adapter of the same base and rank that training begins with; a new one unless given."},
-    )
-    student_dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "Of the loaded student (default float32, gated with bf16 on a GPU bfloat16); bfloat16 or float16 "
-            "only for weights that LoRA freezes."
-        },
-    )
-    pure_bf16: bool = field(
-        default=False,
-        metadata={
-            "help": "Train bfloat16 weights without float32 ones beside them: at a low rate most of them freeze."
-        },
-    )
-    teacher_dtype: str | None = field(default=None, metadata={"help": "The teacher is cast to it; as loaded if None."})
-    save_dtype: str = field(default="float32", metadata={"help": "Of the final checkpoint that save_model writes."})
-    allow_changes: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Options in which a run may go on from a checkpoint other than it was; else they are refused."
-        },
-    )
-    data_seed: int | None = field(default=None, metadata={"help": "Of the data's order; seed unless given."})
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "DDP's search for weights without a gradient; every step here uses all."}
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Columns are the collator's business."})
+    remove_unused_columns: bool = option(False, "Columns are the collator's business.")
     # As transformers 5.23 has them; 5.17 knows the former names alone, which all versions take.
-    activation_checkpointing: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Run layers again in backward instead of keeping all they compute.",
-            "nargs": "?",
-            "const": True,
-        },
+    activation_checkpointing: bool | None = option(
+        None, "Run layers again in backward instead of keeping all they compute.", nargs="?", const=True
     )
-    activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Options of activation_checkpointing, as transformers lists them."}
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = option(
+        None, "Options of activation_checkpointing, as transformers lists them."
     )
-    torch_compile: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Compile the decoder layers of student and teacher, for training steps alone (default: of gated "
-            "adapters on a GPU).",
-            "nargs": "?",
-            "const": True,
-        },
+    torch_compile: bool | None = option(
+        None,
+        "Compile the decoder layers of student and teacher, for training steps alone (default: of gated adapters on a "
+        "GPU).",
+        nargs="?",
+        const=True,
     )
-    torch_compile_backend: str | None = field(
-        default=None, metadata={"help": "Sets torch_compile; 'inductor' unless given."}
+    torch_compile_backend: str | None = option(None, "Sets torch_compile; 'inductor' unless given.")
+    torch_compile_mode: str | None = option(None, "Sets torch_compile; modes that make CUDA graphs are refused.")
+    cuda_graph: bool | None = option(
+        None,
+        "Steps of gated adapters as CUDA graphs, one for each shape of a batch: on one GPU, without packing, "
+        "prefix_memory, accumulation or checkpointing (default: wherever these allow it).",
+        nargs="?",
+        const=True,
     )
-    torch_compile_mode: str | None = field(
-        default=None, metadata={"help": "Sets torch_compile; modes that make CUDA graphs are refused."}
-    )
-    cuda_graph: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Steps of gated adapters as CUDA graphs, one for each shape of a batch: on one GPU, without "
-            "packing, prefix_memory, accumulation or checkpointing (default: wherever these allow it).",
-            "nargs": "?",
-            "const": True,
-        },
-    )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite is an error."})
+    logging_nan_inf_filter: bool = option(False, "A loss that is not finite is an error.")
 
     def __post_init__(self) -> None:
-        if self.deepspeed:
-            # Before transformers asks for its package.
-            raise ValueError("DeepSpeed, ZeRO-3 included, is untested here and refused; use FSDP2 (fsdp=True) or DDP")
-        if (self.bf16 or self.bf16_full_eval) and not self.use_cpu and not is_torch_bf16_gpu_available():
-            # transformers would ask for use_cpu alone, and on most CPUs that is slow.
-            raise ValueError(
-                "bf16 needs a GPU that computes in bfloat16, and torch finds none here; to train on the CPU set "
-                "use_cpu: true and bf16: false (--use-cpu --bf16 false)"
-            )
+        # Before transformers asks for its package.
+        refuse(self.deepspeed, "DeepSpeed, ZeRO-3 included, is untested here and refused; use FSDP2 (fsdp=True) or DDP")
+        # transformers would ask for use_cpu alone, and on most CPUs that is slow.
+        refuse(
+            (self.bf16 or self.bf16_full_eval) and not self.use_cpu and not is_torch_bf16_gpu_available(),
+            "bf16 needs a GPU that computes in bfloat16, and torch finds none here; to train on the CPU set "
+            "use_cpu: true and bf16: false (--use-cpu --bf16 false)",
+        )
         # The parents must not see it: TrainingArguments would switch TF32 on, which rounds rotary positions too.
         compiler = self.torch_compile, self.torch_compile_backend, self.torch_compile_mode
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
@@ -242,18 +185,27 @@ class MTPConfig(TrainingArguments):
         # A gated step of 64 texts on an H200: 0.075 s with compiled layers, a bfloat16 base and a CUDA graph, 0.35 s
         # without (bench/results/h200). Nobody has measured other training.
         self.torch_compile = self.gated and self._pays_to_compile() if self.compiles_if_it_can else any(compiler)
-        if self.data_seed is None:
+        narrow = self.gated and self.bf16 and self.device.type == "cuda"
+        for name, unless_given in (
             # Else the order of the data hangs on whatever has been seeded last, and a resumed run may see another.
-            self.data_seed = self.seed
-        if self.teacher_target is None:
-            self.teacher_target = "gt" if self.gated else "hard"
-        if self.loss_support is None:
-            self.loss_support = "until_fail" if self.gated else "all"
-        if self.student_dtype is None:
-            narrow = self.gated and self.bf16 and self.device.type == "cuda"
-            self.student_dtype = "bfloat16" if narrow else "float32"
-        if not 1 <= self.k_min <= self.k_max:
-            raise ValueError(f"1 <= k_min <= k_max must hold; got k_min={self.k_min}, k_max={self.k_max}")
+            ("data_seed", self.seed),
+            ("teacher_target", "gt" if self.gated else "hard"),
+            ("loss_support", "until_fail" if self.gated else "all"),
+            ("student_dtype", "bfloat16" if narrow else "float32"),
+        ):
+            if getattr(self, name) is None:
+                setattr(self, name, unless_given)
+        self._require_values()
+        self._require_room()
+        self._require_consistent()
+        against = self._against_graphs()
+        if self.cuda_graph and against:
+            raise ValueError(f"cuda_graph is of gated adapters on one GPU, and not with {against}; leave it out")
+        self.cuda_graph = self.cuda_graph or (self.cuda_graph is None and not against)
+        self._refuse_untested()
+
+    def _require_values(self) -> None:
+        """Raise ValueError for an option that is none of those there are, or out of its range."""
         for name, allowed in (
             ("teacher_target", ("hard", "soft", "gt")),
             ("loss_support", ("all", "until_fail")),
@@ -266,51 +218,47 @@ class MTPConfig(TrainingArguments):
             ("teacher_dtype", (None, *DTYPES)),
             ("save_dtype", DTYPES),
         ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {getattr(self, name)!r}")
+            require_one_of(name, getattr(self, name), allowed)
         for name in ("gt_warmup_steps", "lora_rank", "prefix_weight", "anchor_kl_weight", "prefix_memory"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
-        if self.num_spans is not None and self.num_spans < 1:
-            raise ValueError(f"num_spans must be at least 1, or None for a number by max_length; got {self.num_spans}")
-        if self.span_offset is not None and (self.span_offset < 0 or self.spacing != "stride"):
-            raise ValueError(f"span_offset must be at least 0 and needs spacing='stride'; got {self.span_offset}")
+            refuse(getattr(self, name) < 0, f"{name} must be at least 0; got {getattr(self, name)}")
+        k_min, k_max, spans, offset = self.k_min, self.k_max, self.num_spans, self.span_offset
+        refuse(not 1 <= k_min <= k_max, f"1 <= k_min <= k_max must hold; got k_min={k_min}, k_max={k_max}")
+        if spans is not None and spans < 1:
+            raise ValueError(f"num_spans must be at least 1, or None for a number by max_length; got {spans}")
+        if offset is not None and (offset < 0 or self.spacing != "stride"):
+            raise ValueError(f"span_offset must be at least 0 and needs spacing='stride'; got {offset}")
+
+    def _require_consistent(self) -> None:
+        """Raise ValueError for options that contradict one another."""
         if self.offset_scope != "sequence" and (self.span_offset is not None or self.spacing != "stride"):
             raise ValueError("offset_scope is of drawn offsets: it needs spacing='stride' and no span_offset")
         if self.prefix_scope != "answer" and not self.prefix_weight:
             raise ValueError("prefix_scope is of the prefix loss; give prefix_weight, or leave prefix_scope out")
-        self._require_room()
         for name, unset in (("lora_alpha", None), ("lora_targets", "all-linear")):
-            if not self.lora_rank and getattr(self, name) != unset:
-                raise ValueError(f"{name} needs lora_rank > 0; got {getattr(self, name)!r} and rank 0")
-        if self.teacher_dtype is not None and (self.lora_rank or not self.needs_teacher):
-            raise ValueError(
-                "teacher_dtype is of a second model; with LoRA the teacher is the student without its adapters, and "
-                "teacher_target 'gt' without an anchor needs none: leave teacher_dtype out"
-            )
+            value = getattr(self, name)
+            refuse(not self.lora_rank and value != unset, f"{name} needs lora_rank > 0; got {value!r} and rank 0")
+        refuse(
+            self.teacher_dtype is not None and (self.lora_rank or not self.needs_teacher),
+            "teacher_dtype is of a second model; with LoRA the teacher is the student without its adapters, and "
+            "teacher_target 'gt' without an anchor needs none: leave teacher_dtype out",
+        )
         if self.pure_bf16:
             self._accept_pure_bf16()
-        elif self.lora_rank == 0 and self.student_dtype != "float32":
-            raise ValueError(
-                f"student_dtype {self.student_dtype!r} needs lora_rank > 0: trained weights are float32; set bf16=True "
-                "to compute in bfloat16, or pure_bf16=True to train bfloat16 weights all the same"
-            )
+        refuse(
+            not self.pure_bf16 and self.lora_rank == 0 and self.student_dtype != "float32",
+            f"student_dtype {self.student_dtype!r} needs lora_rank > 0: trained weights are float32; set bf16=True "
+            "to compute in bfloat16, or pure_bf16=True to train bfloat16 weights all the same",
+        )
         if self.gated:
             self._require_gateable()
-        elif self.prefix_memory:
+        if self.prefix_memory and not self.gated:
             raise ValueError("prefix_memory keeps what only gated adapters leave as it is; set gated, or leave it out")
         if self.init_adapter and not self.gated:
             raise ValueError("init_adapter is a gated adapter to train further; set gated, or leave it out")
         if self.init_adapter and (self.lora_alpha is not None or self.lora_targets != "all-linear"):
             raise ValueError("init_adapter brings its own lora_alpha and lora_targets; leave those out")
-        against = self._against_graphs()
-        if self.cuda_graph and against:
-            raise ValueError(f"cuda_graph is of gated adapters on one GPU, and not with {against}; leave it out")
-        if self.cuda_graph is None:
-            self.cuda_graph = not against
         if self.packing and self.static_shape:
             raise ValueError("packing leaves out all padding, static_shape adds it; set one of them")
-        self._refuse_untested()
 
     def _pays_to_compile(self) -> bool:
         """Whether layers are compiled where nobody says: wherever a GPU waits for the host to launch what is small."""
@@ -328,40 +276,35 @@ class MTPConfig(TrainingArguments):
 
     def _against_graphs(self) -> str:
         """The first that stands against steps as CUDA graphs; empty where nothing does."""
-        for against, says in (
-            (not self.gated, "a loss on all rows"),
-            (self.device.type != "cuda", f"a device of type {self.device.type}"),
-            (self.world_size > 1 or bool(self.fsdp), "several processes"),
-            (self.gradient_accumulation_steps > 1, "gradient_accumulation_steps"),
-            (self.prefix_memory > 0, "prefix_memory"),
-            (self.packing, "packing"),
-            (self.fp16, "fp16"),
-            (bool(self.activation_checkpointing), "activation_checkpointing"),
-            (self.torch_empty_cache_steps is not None, "torch_empty_cache_steps"),
-        ):
-            if against:
-                return says
-        return ""
+        reasons = {
+            "a loss on all rows": not self.gated,
+            f"a device of type {self.device.type}": self.device.type != "cuda",
+            "several processes": self.world_size > 1 or self.fsdp,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps > 1,
+            "prefix_memory": self.prefix_memory > 0,
+            "packing": self.packing,
+            "fp16": self.fp16,
+            "activation_checkpointing": self.activation_checkpointing,
+            "torch_empty_cache_steps": self.torch_empty_cache_steps is not None,
+        }
+        return next((reason for reason, against in reasons.items() if against), "")
 
     def _require_gateable(self) -> None:
         """Raise ValueError for options that mean nothing where the text's own rows are those of the frozen model."""
-        for wrong, says in (
-            (self.lora_rank == 0, "gated adapters are LoRA: give lora_rank, such as 16"),
-            (self.k_min < 2, "the first prediction of a gated span is the base's own: k_min must be at least 2"),
-            (
-                self.prefix_weight > 0 or self.anchor_kl_weight > 0,
-                "prefix_weight and anchor_kl_weight are losses on rows that gated adapters do not change; leave them 0",
-            ),
-            (self.bidirectional, "bidirectional spans cannot be decoded, and gated adapters are for decoding; omit it"),
-            # Checkpoints cannot hold what torch.compile leaves out, and would be run as they are, unsaid.
-            (
-                self.torch_compile and bool(self.activation_checkpointing),
-                "torch_compile of gated adapters keeps attention out, which activation_checkpointing cannot hold; omit "
-                "one of them",
-            ),
-        ):
-            if wrong:
-                raise ValueError(says)
+        refuse(self.lora_rank == 0, "gated adapters are LoRA: give lora_rank, such as 16")
+        refuse(self.k_min < 2, "the first prediction of a gated span is the base's own: k_min must be at least 2")
+        refuse(
+            self.prefix_weight > 0 or self.anchor_kl_weight > 0,
+            "prefix_weight and anchor_kl_weight are losses on rows that gated adapters do not change; leave them 0",
+        )
+        if self.bidirectional:
+            raise ValueError("bidirectional spans cannot be decoded, and gated adapters are for decoding; omit it")
+        # Checkpoints cannot hold what torch.compile leaves out, and would be run as they are, unsaid.
+        refuse(
+            self.torch_compile and self.activation_checkpointing,
+            "torch_compile of gated adapters keeps attention out, which activation_checkpointing cannot hold; omit one "
+            "of them",
+        )
 
     @property
     def device(self) -> torch.device:
@@ -387,28 +330,26 @@ class MTPConfig(TrainingArguments):
 
     def _require_room(self) -> None:
         """Raise ValueError for a max_length that leaves fewer than two tokens of a text."""
+        paper = self.layout == "paper"
         if self.max_length is None:
-            if self.layout == "paper":
-                raise ValueError("layout='paper' counts masks into max_length; give max_length (the paper: 160)")
+            refuse(paper, "layout='paper' counts masks into max_length; give max_length (the paper: 160)")
             return
-        masks = self.spans_of(self.max_length) * (self.k_max - 1)
-        least = 2 + (masks if self.layout == "paper" else 0)
-        if self.max_length < least:
-            counted = f" and all {masks} masks of the spans (layout='paper')" if self.layout == "paper" else ""
-            raise ValueError(
-                f"max_length must be at least {least}, for two tokens{counted}; got {self.max_length}: raise it"
-                + (", or lower num_spans or k_max" if counted else "")
-            )
+        masks = self.spans_of(self.max_length) * (self.k_max - 1) if paper else 0
+        counted = f" and all {masks} masks of the spans (layout='paper')" if paper else ""
+        refuse(
+            self.max_length < 2 + masks,
+            f"max_length must be at least {2 + masks}, for two tokens{counted}; got {self.max_length}: raise it"
+            + (", or lower num_spans or k_max" if paper else ""),
+        )
 
     def _accept_pure_bf16(self) -> None:
         """The student is bfloat16, its trained weights too; say what that costs. ValueError with other precisions."""
-        others = {"lora_rank": self.lora_rank, "bf16": self.bf16, "fp16": self.fp16}
-        given = [name for name, value in others.items() if value]
-        if given or self.student_dtype == "float16":
-            raise ValueError(
-                f"pure_bf16 trains all weights in bfloat16; leave out {', '.join(given) or 'student_dtype float16'}, "
-                "or pure_bf16"
-            )
+        given = [name for name in ("lora_rank", "bf16", "fp16") if getattr(self, name)]
+        refuse(
+            given or self.student_dtype == "float16",
+            f"pure_bf16 trains all weights in bfloat16; leave out {', '.join(given) or 'student_dtype float16'}, or "
+            "pure_bf16",
+        )
         self.student_dtype = "bfloat16"
         warnings.warn(
             "pure_bf16: bfloat16 keeps 8 bits of a weight and AdamW's steps are as large as the learning rate, so that "
@@ -419,25 +360,22 @@ class MTPConfig(TrainingArguments):
 
     def _refuse_untested(self) -> None:
         """What TrainingArguments offer and this trainer would do wrong or ignore."""
-        parallel = self.parallelism_config
         for name in ("tp", "cp", "sp"):
-            if parallel is not None and getattr(parallel, f"{name}_size", 1) > 1:
-                raise ValueError(
-                    f"{name}_size > 1 in parallelism_config is untested here and refused; use FSDP2 or DDP"
-                )
+            refuse(
+                getattr(self.parallelism_config, f"{name}_size", 1) > 1,
+                f"{name}_size > 1 in parallelism_config is untested here and refused; use FSDP2 or DDP",
+            )
         if self.fsdp and int((self.fsdp_config or {}).get("version", 2)) != 2:
             raise ValueError("FSDP version 1 is untested here and refused; set fsdp_config={'version': 2}")
-        if self.torch_compile_mode in CUDA_GRAPH_MODES:
-            raise ValueError(
-                f"torch_compile_mode {self.torch_compile_mode!r} makes CUDA graphs, one for each of the many shapes of "
-                "a step, and is refused; use 'default' or 'max-autotune-no-cudagraphs'"
-            )
-        if self.use_liger_kernel:
-            raise ValueError("use_liger_kernel rewrites a forward that training here does not call; omit it")
+        refuse(
+            self.torch_compile_mode in CUDA_GRAPH_MODES,
+            f"torch_compile_mode {self.torch_compile_mode!r} makes CUDA graphs, one for each of the many shapes of a "
+            "step, and is refused; use 'default' or 'max-autotune-no-cudagraphs'",
+        )
+        refuse(self.use_liger_kernel, "use_liger_kernel rewrites a forward that training here does not call; omit it")
         if self.neftune_noise_alpha is not None:
             raise ValueError("neftune_noise_alpha is untested here, and LoRA's teacher would see the noise; omit it")
-        if self.label_smoothing_factor:
-            raise ValueError("label_smoothing_factor has no meaning for self-distillation; set it to 0")
+        refuse(self.label_smoothing_factor, "label_smoothing_factor has no meaning for self-distillation; set it to 0")
         if not self.average_tokens_across_devices:
             raise ValueError("average_tokens_across_devices=False would weigh rows by rank; leave it True")
         accelerator = cast(AcceleratorConfig, self.accelerator_config)

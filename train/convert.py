@@ -11,12 +11,9 @@ The result is safetensors of floats, a tokenizer and a generation config, for wh
     any other                      the same weights
 
 Custom code is neither run nor kept: no *.py, and no auto_map in config or tokenizer. A source without a mask token is
-given none: `mtpkern train` adds it.
-
-What the paper's authors published (arXiv 2602.06019) is a Hugging Face checkpoint whose weights are those of an
-ordinary Llama or Qwen3. Beside them lies custom code that its config names (auto_map); the tokenizer has 32 tokens
-<|mtp_special_token_i|>, of which the first is the mask token; the config says nothing of the mask token, nor the
-generation config of all the tokens at which these models stop.
+given none: `mtpkern train` adds it. What the paper's authors published (arXiv 2602.06019) has the weights of an
+ordinary Llama or Qwen3 beside custom code, and 32 tokens <|mtp_special_token_i|>, of which the first is the mask token;
+neither that nor all the stop tokens stand in its configs.
 
     preset           mask token  stop tokens      prompts
     llama-magpie     128259      128009, 128001   chat template
@@ -37,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtpkern.custom_generate import write_custom_generate
 from mtpkern.loading import quiet
+from mtpkern.train.arguments import refuse, require_one_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,12 +73,11 @@ def convert(
 
     Returns the mask token's id: the argument, the preset's, what the source records, or else the tokenizer's
     <|mtp_special_token_0|>; None for a source that has none. Stop tokens are the argument, the preset's, or else those
-    of the source. Weights keep their dtype where `dtype` ("float32", "bfloat16", "float16") asks for no other.
+    of the source. dtype: "auto", the weights' own, "float32", "bfloat16" or "float16".
 
-    Raises FileExistsError for a target that is there already, FileNotFoundError for a source that is not, ImportError
-    for a GGUF without the package that reads it, ValueError for a mask token that is another than the tokenizer's or
-    lies outside the embedding, for weights that do not fit the architecture or cannot be turned into floats, and for a
-    litgpt checkpoint.
+    Raises FileExistsError for a target that is there, FileNotFoundError for a source that is not, ImportError for a
+    GGUF without its reader, ValueError for a mask token that is not the tokenizer's or lies outside the embedding,
+    weights that do not fit the architecture or cannot be turned into floats, and a litgpt checkpoint.
 
         convert("path/of/L3.1-8B-Magpie-MTP", Path("llama-mtp"), preset="llama-magpie")  # 128259
         convert("SmolLM2-135M-Instruct.Q4_1.gguf", Path("smollm2"))  # None
@@ -89,12 +86,10 @@ def convert(
     from mtpkern.loading import require_found
     from mtpkern.model import record_settings, recorded_settings, resolve_mask_token
 
-    if k_max is not None and k_max < 1:
-        raise ValueError(f"k_max must be at least 1; got {k_max}")
-    if preset is not None and preset not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    refuse(k_max is not None and k_max < 1, f"k_max must be at least 1; got {k_max}")
+    require_one_of("dtype", dtype, DTYPES)
+    if preset is not None:
+        require_one_of("preset", preset, PRESETS)
     if target.exists():
         raise FileExistsError(f"{target} is there already; give a new folder")
     require_found(source)
@@ -116,13 +111,11 @@ def convert(
         raise ValueError(f"{source} has no mask token to go with k_max; give --mask-token-id, or leave --k-max out")
     model.config.use_cache = True
     stops = list(stop_token_ids or (known.stop_token_ids if known else ()))
-    if stops:
-        outside = [i for i in stops if i >= model.get_input_embeddings().num_embeddings]
-        if outside:
-            raise ValueError(f"{source}: stop tokens {outside} lie outside the embedding; give its own")
-        model.generation_config.eos_token_id = stops
-    elif model.generation_config.eos_token_id is None:
-        raise ValueError(f"{source} names no stop token; give --preset or --stop-token-ids")
+    outside = [i for i in stops if i >= model.get_input_embeddings().num_embeddings]
+    refuse(outside, f"{source}: stop tokens {outside} lie outside the embedding; give its own")
+    stops = stops or model.generation_config.eos_token_id
+    refuse(stops is None, f"{source} names no stop token; give --preset or --stop-token-ids")
+    model.generation_config.eos_token_id = stops
     part = target.with_name(f"{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -148,22 +141,20 @@ def _load(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
 
     path = gguf_of(source)
     folder = source if path is None else str(path.parent)
-    options: dict[str, Any] = {}
-    if path is not None:
-        described = metadata(path)
-        options["gguf_file"] = path.name
+    options: dict[str, Any] = {} if path is None else {"gguf_file": path.name}
+    described = {} if path is None else metadata(path)
     tokenizer = _tokenizer(folder, **options)
-    if path is not None:
-        mend_tokenizer(tokenizer, described)
-        options["quantization_config"] = GgufConfig(dequantize=True)
     method = None if path is None else "gguf"
     try:
         if path is None:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             if isinstance(getattr(config, "quantization_config", None), dict):
                 method = config.quantization_config.get("quant_method", "a method without a name")
                 config.quantization_config["dequantize"] = True
             options["config"] = config
+        else:
+            mend_tokenizer(tokenizer, described)
+            options["quantization_config"] = GgufConfig(dequantize=True)
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, trust_remote_code=False, **options
         )
@@ -210,10 +201,7 @@ def _without_auto_map(value: Any) -> Any:
 
 
 def _in_floats(model: PreTrainedModel, method: str, source: str) -> PreTrainedModel:
-    """The model without its quantiser, its weights turned into floats where loading has not done so already.
-
-    Raises ValueError where transformers cannot.
-    """
+    """The model without its quantiser, in floats. Raises ValueError where transformers cannot make them."""
     plain = _plain(model)
     if plain is None:
         with suppress(NotImplementedError, ValueError):  # which it does not offer for all, or has tried already
@@ -243,10 +231,8 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel | None:
     expected, found = plain.state_dict(), model.state_dict()
     if {name: x.shape for name, x in expected.items()} != {name: x.shape for name, x in found.items()}:
         return None
-    if any(
-        expected[name].is_floating_point() and (x.itemsize < 2 or not x.is_floating_point())
-        for name, x in found.items()
-    ):
+    floats = [x for name, x in found.items() if expected[name].is_floating_point()]
+    if any(x.itemsize < 2 or not x.is_floating_point() for x in floats):
         return None
     plain.load_state_dict(found, assign=True)
     plain.tie_weights()
@@ -275,16 +261,6 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as they are)")
     args = parser.parse_args(argv)
     quiet()
-    mask = convert(
-        args.source,
-        args.target,
-        preset=args.preset,
-        mask_token_id=args.mask_token_id,
-        stop_token_ids=args.stop_token_ids,
-        k_max=args.k_max,
-        dtype=args.dtype,
-    )
-    result: dict[str, Any] = {"checkpoint": str(args.target), "mask_token_id": mask}
-    if args.preset:
-        result["prompts"] = PRESETS[args.preset].prompts
-    print(json.dumps(result))
+    mask = convert(**vars(args))
+    prompts = {"prompts": PRESETS[args.preset].prompts} if args.preset else {}
+    print(json.dumps({"checkpoint": str(args.target), "mask_token_id": mask, **prompts}))

@@ -22,7 +22,7 @@ import re
 import unicodedata
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -33,6 +33,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from mtpkern.grading import RULES
 from mtpkern.rows import BadRow, shown
 from mtpkern.strategies import strategy_of
+from mtpkern.train.arguments import option, refuse, require_one_of
 from mtpkern.train.encoder import NO_ANSWER_LEFT, TOO_LONG, Encoder
 from mtpkern.train.formats import FORMATS, Conversation, conversation_of, recognise
 from mtpkern.train.sources import READERS, Located, read_rows
@@ -53,48 +54,36 @@ class BadData(ValueError):
 class DataArguments:
     """Where the data lies and how it is read."""
 
-    train_data: list[str] = field(
-        metadata={"help": "Files (.jsonl, .json, .parquet), folders or hub ids for datasets.load_dataset, one or more."}
+    train_data: list[str] = option(
+        MISSING, "Files (.jsonl, .json, .parquet), folders or hub ids for datasets.load_dataset, one or more."
     )
-    train_split: str = field(default="train", metadata={"help": "Split of a hub id."})
-    subset: str | None = field(default=None, metadata={"help": "Configuration of a hub id, such as 'main'."})
-    eval_data: list[str] | None = field(default=None, metadata={"help": "Held-out data, read like train_data."})
-    eval_split: str = field(default="test", metadata={"help": "Split of eval_data where that is a hub id."})
-    eval_fraction: float = field(
-        default=0.0, metadata={"help": "Share of the groups of train_data to hold out, by a hash of the group."}
+    train_split: str = option("train", "Split of a hub id.")
+    subset: str | None = option(None, "Configuration of a hub id, such as 'main'.")
+    eval_data: list[str] | None = option(None, "Held-out data, read like train_data.")
+    eval_split: str = option("test", "Split of eval_data where that is a hub id.")
+    eval_fraction: float = option(0.0, "Share of the groups of train_data to hold out, by a hash of the group.")
+    group_field: str | None = option(None, "Rows equal in this column are held out together; the prompt unless given.")
+    max_eval_rows: int = option(1000, "Held-out rows to keep at most.")
+    decode_rows: int = option(0, "Held-out rows to decode at every evaluation: accuracy and tokens per pass.")
+    decode_tokens: int = option(256, "Tokens to decode at most for each of them.")
+    decode_strategies: list[str] = option(
+        ["verified"],
+        "Ways to decode them, as NAME[:K][:THRESHOLD]: verified, static:1, confadapt:0.9 ... Figures bear their names; "
+        "the first's also stand without, and choose the best checkpoint.",
     )
-    group_field: str | None = field(
-        default=None, metadata={"help": "Rows equal in this column are held out together; the prompt unless given."}
+    answer_rule: str = option(
+        "auto",
+        "What makes a decoded answer right: the same number behind '####' (hashes), the same result behind 'The answer "
+        "is' (answer-is), the same last-number, the same text (exact); 'auto' goes by each row.",
     )
-    max_eval_rows: int = field(default=1000, metadata={"help": "Held-out rows to keep at most."})
-    decode_rows: int = field(
-        default=0, metadata={"help": "Held-out rows to decode at every evaluation: accuracy and tokens per pass."}
-    )
-    decode_tokens: int = field(default=256, metadata={"help": "Tokens to decode at most for each of them."})
-    decode_strategies: list[str] = field(
-        default_factory=lambda: ["verified"],
-        metadata={
-            "help": "Ways to decode them, as NAME[:K][:THRESHOLD]: verified, static:1, confadapt:0.9 ... Figures bear "
-            "their names; the first's also stand without, and choose the best checkpoint."
-        },
-    )
-    answer_rule: str = field(
-        default="auto",
-        metadata={
-            "help": "What makes a decoded answer right: the same number behind '####' (hashes), the same result behind "
-            "'The answer is' (answer-is), the same last-number, the same text (exact); 'auto' goes by each row."
-        },
-    )
-    data_format: str = field(default="auto", metadata={"help": f"'auto' (by the columns), {', '.join(FORMATS)}."})
-    only: str | None = field(default=None, metadata={"help": "COLUMN=PREFIX: rows whose column begins so."})
-    chat: bool = field(default=True, metadata={"help": "Apply the chat template; false joins by separator."})
-    separator: str = field(default="\n\n", metadata={"help": "Between prompt and answer without a chat template."})
-    bad_rows: str = field(default="error", metadata={"help": "What a faulty row does: 'error' or 'skip' (counted)."})
-    long_rows: str = field(
-        default="skip", metadata={"help": "What a row beyond max_length does: 'skip' (counted), 'cut' or 'error'."}
-    )
-    streaming: bool = field(default=False, metadata={"help": "Read while training; needs max_steps."})
-    shuffle_buffer: int = field(default=10_000, metadata={"help": "Rows among which a stream is shuffled; 0 for none."})
+    data_format: str = option("auto", f"'auto' (by the columns), {', '.join(FORMATS)}.")
+    only: str | None = option(None, "COLUMN=PREFIX: rows whose column begins so.")
+    chat: bool = option(True, "Apply the chat template; false joins by separator.")
+    separator: str = option("\n\n", "Between prompt and answer without a chat template.")
+    bad_rows: str = option("error", "What a faulty row does: 'error' or 'skip' (counted).")
+    long_rows: str = option("skip", "What a row beyond max_length does: 'skip' (counted), 'cut' or 'error'.")
+    streaming: bool = option(False, "Read while training; needs max_steps.")
+    shuffle_buffer: int = option(10_000, "Rows among which a stream is shuffled; 0 for none.")
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -103,24 +92,19 @@ class DataArguments:
             ("long_rows", ("skip", "cut", "error")),
             ("answer_rule", RULES),
         ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+            require_one_of(name, getattr(self, name), allowed)
         for name, least in (("max_eval_rows", 1), ("decode_rows", 0), ("decode_tokens", 1), ("shuffle_buffer", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
+            refuse((n := getattr(self, name)) < least, f"{name} must be at least {least}; got {n}")
         for text in self.decode_strategies:
             try:
                 strategy_of(text)
             except ValueError as error:
                 raise ValueError(f"decode_strategies: {error}") from None
-        if not self.decode_strategies:
-            raise ValueError("decode_strategies is empty; leave it out for verified, or set decode_rows to 0")
-        if not 0 <= self.eval_fraction < 1:
-            raise ValueError(f"eval_fraction must be at least 0 and below 1; got {self.eval_fraction}")
-        if self.eval_data and self.eval_fraction:
-            raise ValueError("eval_data and eval_fraction both name held-out rows; give one of them")
-        if self.only is not None and "=" not in self.only:
-            raise ValueError(f"only must be COLUMN=PREFIX, such as type=GSM; got {self.only!r}")
+        ways, share, only = self.decode_strategies, self.eval_fraction, self.only
+        refuse(not ways, "decode_strategies is empty; leave it out for verified, or set decode_rows to 0")
+        refuse(not 0 <= share < 1, f"eval_fraction must be at least 0 and below 1; got {share}")
+        refuse(self.eval_data and share, "eval_data and eval_fraction both name held-out rows; give one of them")
+        refuse(only is not None and "=" not in only, f"only must be COLUMN=PREFIX, such as type=GSM; got {only!r}")
 
 
 @dataclass
@@ -161,20 +145,17 @@ class Report:
             logger.warning("%s is skipped: %s (%d so far)", where, kind, count + 1)
 
     def __str__(self) -> str:
-        parts = [f"{self.used:,} used"]
         kinds = {"cut": self.cut, "unfinished, without an EOS": self.unfinished}
-        if any(kinds.values()):
-            parts[0] += f" ({', '.join(f'{count:,} of them {kind}' for kind, count in kinds.items() if count)})"
-        if self.not_counted:
-            reason = "no EOS ends them, or the template writes them otherwise"
-            parts.append(f"{self.not_counted:,} earlier answers not counted ({reason})")
-        if self.other_split:
-            parts.append(f"{self.other_split:,} in the other split")
-        if self.filtered:
-            parts.append(f"{self.filtered:,} left out by 'only'")
-        if self.unread:
-            names = ", ".join(f"{name} (in {count:,} rows)" for name, count in sorted(self.unread.items()))
-            parts.append(f"fields of messages that the chat template does not read: {names}")
+        of_them = ", ".join(f"{count:,} of them {kind}" for kind, count in kinds.items() if count)
+        parts = [f"{self.used:,} used" + (f" ({of_them})" if of_them else "")]
+        for count, what in (
+            (self.not_counted, "earlier answers not counted (no EOS ends them, or the template writes them otherwise)"),
+            (self.other_split, "in the other split"),
+            (self.filtered, "left out by 'only'"),
+        ):
+            parts += [f"{count:,} {what}"] if count else []
+        unread = ", ".join(f"{name} (in {count:,} rows)" for name, count in sorted(self.unread.items()))
+        parts += [f"fields of messages that the chat template does not read: {unread}"] if unread else []
         parts += [f"{n:,} skipped, {kind} (first: {where})" for kind, (n, where) in sorted(self.skipped.items())]
         return f"{self.source}: {self.rows:,} rows read; " + ", ".join(parts)
 
@@ -210,22 +191,16 @@ class Source:
         first = list(islice(rows, _PEEK))
         data_format = self.arguments.data_format
         if data_format == "auto" and first:
-            objects = [row for _, row in first if isinstance(row, Mapping)]
-            if not objects:
+            columns = {key for _, row in first if isinstance(row, Mapping) for key in row}
+            if not any(isinstance(row, Mapping) for _, row in first):
                 where, row = first[0]
                 fault = row if isinstance(row, BadRow) else f"expected an object with fields; got {shown(row)}"
                 raise ValueError(f"{where}: {fault}; no format shows in the first {len(first)} rows")
-            data_format = recognise({key for row in objects for key in row}, self.name)
+            data_format = recognise(columns, self.name)
         report.data_format = data_format
         rows = islice(chain(first, rows), part[0], None, part[1])
         while chunk := list(islice(rows, _CHUNK)):
-            fates: list[Conversation | BadRow | str] = []
-            for _, row in chunk:
-                try:
-                    conversation = conversation_of(row, data_format)
-                    fates.append(self._unwanted(row, conversation) or conversation)
-                except BadRow as fault:
-                    fates.append(fault)
+            fates = [self._fate(row, data_format) for _, row in chunk]
             encoded = iter(self.encode([fate for fate in fates if isinstance(fate, Conversation)]))
             for (where, _), fate in zip(chunk, fates):
                 report.rows += 1
@@ -239,19 +214,23 @@ class Source:
                 else:
                     report.other_split += 1
 
-    def _unwanted(self, row: Mapping[str, Any], conversation: Conversation) -> str | None:
-        """Why a good row is not taken, None for one that is."""
+    def _fate(self, row: Any, data_format: str) -> Conversation | BadRow | str:
+        """The conversation of a row that is taken, what is wrong with the row, or why a good one is not taken."""
         args = self.arguments
-        if args.only is not None:
-            column, prefix = args.only.split("=", 1)
-            if not _column(row, column).startswith(prefix):
-                return "filtered"
-        if self.held_out is None:
-            return None
-        messages = conversation.messages
-        prompts = [message["content"] for message in messages if message["role"] == "user"]
-        group = _column(row, args.group_field) if args.group_field else [*prompts, messages[0]["content"]][0]
-        return None if is_held_out(group, args.eval_fraction) == self.held_out else "other split"
+        try:
+            conversation = conversation_of(row, data_format)
+            if args.only is not None:
+                column, prefix = args.only.split("=", 1)
+                if not _column(row, column).startswith(prefix):
+                    return "filtered"
+            if self.held_out is None:
+                return conversation
+            messages = conversation.messages
+            prompts = [message["content"] for message in messages if message["role"] == "user"]
+            group = _column(row, args.group_field) if args.group_field else [*prompts, messages[0]["content"]][0]
+            return conversation if is_held_out(group, args.eval_fraction) == self.held_out else "other_split"
+        except BadRow as fault:
+            return fault
 
     def _fault(self, fault: BadRow, where: str, report: Report) -> None:
         by_length = fault.kind == NO_ANSWER_LEFT or (fault.kind == TOO_LONG and self.arguments.long_rows == "skip")
@@ -318,10 +297,7 @@ class StreamedTexts(IterableDataset[dict[str, Any]]):
     """
 
     def __init__(self, source: Source, *, buffer: int, seed: int) -> None:
-        self.source = source
-        self.buffer = buffer
-        self.seed = seed
-        self.epoch = 0
+        self.source, self.buffer, self.seed, self.epoch = source, buffer, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Trainer says so before each epoch."""
@@ -349,19 +325,14 @@ class StreamedTexts(IterableDataset[dict[str, Any]]):
 def _source(
     arguments: DataArguments, encode: Encoder, names: Sequence[str], split: str, held_out: bool | None
 ) -> Source:
-    def rows() -> Iterator[Located]:
-        return read_rows(names, split=split, subset=arguments.subset, streaming=arguments.streaming)
-
+    rows = partial(read_rows, names, split=split, subset=arguments.subset, streaming=arguments.streaming)
     return Source(", ".join(names), rows, encode, arguments, held_out)
 
 
 def load_held_out(
     arguments: DataArguments, encode: Encoder, limit: int | None = None
 ) -> tuple[EncodedTexts, Report] | None:
-    """Held-out examples, at most `limit` of them, and their report; None where the arguments hold nothing out.
-
-    Raises ValueError as `load_data`.
-    """
+    """At most `limit` held-out examples and their report; None where nothing is held out. Raises as `load_data`."""
     if arguments.eval_data:
         return _load(_source(arguments, encode, arguments.eval_data, arguments.eval_split, None), "evaluate", limit)
     if arguments.eval_fraction:
@@ -402,31 +373,24 @@ def load_data(
         train, report = _load(training, "train")
         reports.append(report)
     found = load_held_out(arguments, encode, arguments.max_eval_rows)
-    if found is None:
-        return train, None, reports
-    return train, found[0], [*reports, found[1]]
+    return (train, None, reports) if found is None else (train, found[0], [*reports, found[1]])
 
 
 def require_readable(arguments: DataArguments) -> set[str]:
-    """Look at the first rows of every source, without a tokenizer; returns the formats of those to train on.
+    """The formats of the training data, by the first rows of every source, without a tokenizer. Raises as `load_data`.
 
-    Raises as `load_data` for what is wrong there.
-
-        require_readable(DataArguments(["problems.jsonl"]))  # {"question-answer"}
+    require_readable(DataArguments(["problems.jsonl"]))  # {"question-answer"}
     """
     formats = set()
-
-    def unread(batch: Sequence[Conversation]) -> list[dict[str, Any] | BadRow]:
-        return [{} for _ in batch]
-
-    sources: list[tuple[Sequence[str], str]] = [(arguments.train_data, arguments.train_split)]
-    sources += [(arguments.eval_data, arguments.eval_split)] if arguments.eval_data else []
-    for names, split in sources:
+    unread = cast(Encoder, lambda batch: [{} for _ in batch])
+    held_out = False if arguments.eval_fraction else None
+    for names, split in ((arguments.train_data, arguments.train_split), (arguments.eval_data, arguments.eval_split)):
+        if not names:
+            continue
         files = all(Path(name).suffix in READERS for name in names)
         report = Report(", ".join(names))
         for part in [[name] for name in names] if files else [names]:
-            held_out = False if arguments.eval_fraction else None
-            source = _source(arguments, cast(Encoder, unread), part, split, held_out)
+            source = _source(arguments, unread, part, split, held_out)
             try:
                 first = list(islice(source.rows(), _PEEK))
             except OSError as error:

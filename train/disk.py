@@ -38,17 +38,12 @@ def checkpoint_bytes(model: nn.Module, args: MTPConfig) -> int:
     """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     saved = trained if args.lora_rank else sum(p.numel() for p in model.parameters())
-    moments = (
-        2 if str(getattr(args.optim, "value", args.optim)).startswith("adamw_torch") and not args.save_only_model else 0
-    )
-    return 4 * (saved + moments * trained)
+    adam = str(getattr(args.optim, "value", args.optim)).startswith("adamw_torch") and not args.save_only_model
+    return 4 * (saved + 2 * adam * trained)
 
 
 def require_space(folder: str | Path, model: nn.Module, args: MTPConfig) -> None:
-    """Raise DiskFull where the final model and, if any are saved, two checkpoints do not fit: one goes after the next.
-
-    require_space("runs/mine", model, args)
-    """
+    """Raise DiskFull where the final model and, if any are saved, two checkpoints do not fit, the old and the new."""
     checkpoint = 0 if args.save_strategy == "no" else checkpoint_bytes(model, args)
     final = sum(p.numel() for p in model.parameters()) * (4 if args.save_dtype == "float32" else 2)
     free = _free(folder)
@@ -71,9 +66,8 @@ def full_disk_named(folder: str | Path, needed: int) -> Iterator[None]:
         yield
     except Exception as error:
         free = _free(folder)
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        full = full or any(words in str(error) for words in _FULL)
-        if not full and not (free < needed and any(words in str(error) for words in _CUT_OFF)):
+        said = (*_FULL, *(_CUT_OFF if free < needed else ()))
+        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and not any(x in str(error) for x in said):
             raise
         raise DiskFull(
             f"{folder}: the disk is full; about {_said(needed)} are needed, {_said(free)} are free; free some and "
@@ -83,12 +77,10 @@ def full_disk_named(folder: str | Path, needed: int) -> Iterator[None]:
 
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """A new folder beside what is in `folder`; its files move there at the end, weights of before go.
+    """A folder whose files move into `folder` at its end, where weights of before go; none do where writing fails.
 
-    Where writing fails, everything stays as it was.
-
-        with written_whole(Path("out")) as part:
-            model.save_pretrained(part)
+    with written_whole(Path("out")) as part:
+        model.save_pretrained(part)
     """
     part = folder / ".part"
     shutil.rmtree(part, ignore_errors=True)

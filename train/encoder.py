@@ -5,9 +5,8 @@ contents are joined by a separator, behind the special tokens that the tokenizer
 the text brings them along. Behind a finished answer stands exactly one EOS: the template's own, or else the
 tokenizer's.
 
-In a conversation of several turns each answer of the assistant's stands behind its own prompt and goes up to its own
-EOS. Where the template writes an earlier one otherwise in a conversation than behind its prompt, or nothing ends it (as
-without a template), it is counted as such.
+In a conversation of several turns each answer stands behind its own prompt and goes up to its own EOS. An earlier one
+that the template writes otherwise there than behind its prompt, or that nothing ends, is counted as such.
 
 Source   arXiv 2602.06019, training data; its Llama has the chat template on, its Qwen3 has it off
 """
@@ -22,6 +21,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mtpkern.rows import BadRow, own_bos, shown, strings
+from mtpkern.train.arguments import refuse
 from mtpkern.train.formats import Conversation, Message
 from mtpkern.train.template import ChatTemplate
 
@@ -76,12 +76,10 @@ class Encoder:
         long_rows: str = "skip",
         response_only: bool = True,
     ) -> None:
-        if tokenizer.eos_token_id is None:
-            raise ValueError(
-                "the tokenizer has no EOS token, so no answer would ever end; set tokenizer.eos_token to the model's"
-            )
-        if chat and tokenizer.chat_template is None:
-            raise ValueError("the tokenizer has no chat template; set chat: false, or give it one")
+        says = "the tokenizer has no EOS token, so no answer would ever end; set tokenizer.eos_token to the model's"
+        refuse(tokenizer.eos_token_id is None, says)
+        no_template = chat and tokenizer.chat_template is None
+        refuse(no_template, "the tokenizer has no chat template; set chat: false, or give it one")
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer) if chat else None
         self.separator = separator
@@ -89,10 +87,8 @@ class Encoder:
         self.stop_texts = [text for i in sorted(self.stops) if (text := tokenizer.decode([i]))]
         self.bos = "" if tokenizer.bos_token_id in self.stops else tokenizer.bos_token or ""
         self.adds_bos = bool(self.bos) and own_bos(tokenizer, self.bos) == ""
-        self.mask_token_id = mask_token_id
-        self.window = window
-        self.long_rows = long_rows
-        self.response_only = response_only
+        self.mask_token_id, self.response_only = mask_token_id, response_only
+        self.window, self.long_rows = window, long_rows
 
     def __call__(self, batch: Sequence[Conversation | list[Message]]) -> list[dict[str, Any] | BadRow]:
         """One example, or what is wrong, for each conversation; the tokenizer is called once for all.
@@ -103,9 +99,9 @@ class Encoder:
         rendered = [self._render(x if isinstance(x, Conversation) else Conversation(x)) for x in batch]
         ids: dict[int, list[list[int]] | BadRow] = {}
         for special in (True, False):
-            which = [i for i, r in enumerate(rendered) if isinstance(r, _Rendered) and r.special == special]
-            texts = [[*r.prompts, r.prompts[-1] + r.answer] for i in which if isinstance(r := rendered[i], _Rendered)]
-            ids |= dict(zip(which, self._tokenize(texts, special)))
+            some = {i: r for i, r in enumerate(rendered) if isinstance(r, _Rendered) and r.special == special}
+            texts = [[*r.prompts, r.prompts[-1] + r.answer] for r in some.values()]
+            ids |= dict(zip(some, self._tokenize(texts, special)))
         return [r if isinstance(r, BadRow) else self._finish(r, ids[i]) for i, r in enumerate(rendered)]
 
     def _tokenize(self, rows: list[list[str]], special: bool) -> list[list[list[int]] | BadRow]:
@@ -127,10 +123,7 @@ class Encoder:
             return fault
 
     def _cleaned(self, conversation: Conversation) -> Conversation:
-        """The conversation without the BOS in front and the EOS at the end that it brings along.
-
-        Raises BadRow for one that stands elsewhere.
-        """
+        """Without its BOS in front and its EOS at the end. Raises BadRow for one that stands elsewhere."""
         *before, last = conversation.messages
         answer = last["content"]
         # Some bring a line break behind it, too.
@@ -142,28 +135,25 @@ class Encoder:
         messages[0] = {**messages[0], "content": own_bos(self.tokenizer, messages[0]["content"])}
         # A text that is rendered already may begin its turns with what some tokenizers call BOS and do not add.
         bos = self.bos if self.adds_bos or (self.template is not None and before) else ""
+        marks = [*((stop, "EOS", "ends") for stop in self.stop_texts), *([(bos, "BOS", "begins")] if bos else [])]
         for text in strings([*({**m, "role": ""} for m in messages), conversation.tools, conversation.options]):
-            for stop in self.stop_texts:
-                if stop in text:
-                    raise BadRow("EOS inside a text", f"{stop!r} ends a text and stands inside {shown(text)}")
-            if bos and bos in text:
-                raise BadRow("BOS inside a text", f"{bos!r} begins a text and stands inside {shown(text)}")
+            for mark, name, does in marks:
+                if mark in text:
+                    raise BadRow(f"{name} inside a text", f"{mark!r} {does} a text and stands inside {shown(text)}")
         return replace(conversation, messages=messages)
 
     def _rendered(self, conversation: Conversation) -> _Rendered:
         """Prompts and answer as text; a plain text has an empty prompt. Raises BadRow."""
-        messages = conversation.messages
-        *before, last = messages
-        answer = last["content"]
+        *before, last = conversation.messages
+        answer, finished = last["content"], conversation.finished
         earlier = [i for i, m in enumerate(before) if m["role"] == "assistant" and m.get("weight", 1)]
-        finished = conversation.finished
         if self.template is None or not before:
             self._require_plain(conversation)
             prompt = "".join(message["content"] + self.separator for message in before)
             return _Rendered([prompt], answer, len(earlier), special=True, finished=finished)
         unread = self.template.require_read(conversation)
         prompt = self.template.write(conversation, before, prompt=True)
-        whole = self.template.write(conversation, messages)
+        whole = self.template.write(conversation, conversation.messages)
         if not whole.startswith(prompt):
             same = next(i for i, (x, y) in enumerate(zip(prompt, whole + "\0")) if x != y)
             raise BadRow(
@@ -182,9 +172,8 @@ class Encoder:
             # What the template writes behind an answer would say that it has come to its end.
             said = answer.strip()
             ends = [at for stop in self.stop_texts if (at := written.find(stop)) >= 0]
-            written = written[
-                : written.rfind(said) + len(said) if said and said in written else min(ends, default=None)
-            ]
+            end = written.rfind(said) + len(said) if said and said in written else min(ends, default=None)
+            written = written[:end]
         return _Rendered(
             [*counted, prompt], written, len(earlier) - len(counted), finished=finished, unread=frozenset(unread)
         )
@@ -196,9 +185,8 @@ class Encoder:
         for i, message in enumerate(conversation.messages):
             names += [f"messages[{i}].{name}" for name in message.keys() - {"role", "content", "weight"}]
         if names:
-            raise BadRow(
-                "no template", f"{', '.join(sorted(names))}: without a chat template (chat: false) it is lost; drop it"
-            )
+            says = f"{', '.join(sorted(names))}: without a chat template (chat: false) it is lost; drop it"
+            raise BadRow("no template", says)
 
     def _answers(self, whole: str, prompt: str, content: str, up_to: str | None) -> bool:
         """Whether the text of a conversation has, behind a prompt as it stands alone, this content and then an EOS.
@@ -239,15 +227,13 @@ class Encoder:
         # Here too a prompt must be what it is when it stands alone.
         starts = [len(earlier) for earlier in before if ids[: len(earlier)] == earlier]
         ranges = [(start, next(j for j in range(start, border) if ids[j] in self.stops) + 1) for start in starts]
-        example: dict[str, Any] = {"input_ids": ids, "prompt_length": border}
-        if not_counted := text.not_counted + len(before) - len(starts):
-            example["not_counted"] = not_counted
-        if not text.finished:
-            example["unfinished"] = True
-        if text.unread:
-            example["unread"] = text.unread
-        if self.window is not None and len(ids) > self.window:
-            window = self.window
+        besides = {
+            "not_counted": text.not_counted + len(before) - len(starts),
+            "unfinished": not text.finished,
+            "unread": text.unread,
+        }
+        example = {"input_ids": ids, "prompt_length": border} | {name: x for name, x in besides.items() if x}
+        if (window := self.window) is not None and len(ids) > window:
             if self.long_rows != "cut":
                 return BadRow(TOO_LONG, f"{len(ids)} tokens, the window has {window} (max_length or the model's own)")
             ranges = [(start, min(end, window)) for start, end in ranges if start < window]

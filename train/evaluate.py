@@ -1,7 +1,6 @@
-"""Evaluation while training: real decoding of held-out prompts, and a summary with the curves of agreement.
+"""Evaluation while training: held-out prompts decoded with `mtpkern.generate`, and a summary with curves of agreement.
 
-Loss and agreement on held-out texts say how well single spans are predicted; what counts is how many tokens a pass
-yields, and how many answers are right, when the model decodes. `HeldOut` measures that with `mtpkern.generate`.
+Loss and agreement say how well single spans are predicted; what counts is tokens a pass and answers that are right.
 """
 
 from __future__ import annotations
@@ -18,12 +17,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from mtpkern.compare import pad, sample_k
+from mtpkern.compare import batches, pad, sample_k
 from mtpkern.generation import MTPGenerateOutput, generate
 from mtpkern.grading import is_right
 from mtpkern.model import require_decodable
 from mtpkern.options import strategy_for
 from mtpkern.strategies import Strategy, Verified
+from mtpkern.train.arguments import refuse
 
 
 @contextmanager
@@ -33,8 +33,8 @@ def _as_loaded(model: PreTrainedModel) -> Iterator[None]:
     Of its generation settings (those of published models sample, penalise repetition) only the tokens count: what is
     measured is greedy.
     """
-    training, cache, forward = model.training, model.config.use_cache, vars(model).pop("forward", None)
-    settings = model.generation_config
+    training, cache, settings = model.training, model.config.use_cache, model.generation_config
+    forward = vars(model).pop("forward", None)
     tokens = {name: getattr(settings, name, None) for name in ("eos_token_id", "pad_token_id", "bos_token_id")}
     model.generation_config = GenerationConfig(**tokens)
     model.config.use_cache = True
@@ -76,12 +76,9 @@ class HeldOut:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        if not self.prompts or len(self.prompts) != len(self.answers):
-            raise ValueError(
-                f"prompts and answers must be as many, at least one; got {len(self.prompts)} and {len(self.answers)}"
-            )
-        if not self.strategies:
-            raise ValueError("strategies must name at least one way to decode; leave it out for Verified alone")
+        n, right = len(self.prompts), len(self.answers)
+        refuse(not n or n != right, f"prompts and answers must be as many, at least one; got {n} and {right}")
+        refuse(not self.strategies, "strategies must name at least one way to decode; leave it out for Verified alone")
 
     def require_fit(self, model: PreTrainedModel) -> None:
         """Raise ValueError for a model that cannot be decoded, or prompts that its positions do not hold."""
@@ -89,16 +86,16 @@ class HeldOut:
             require_decodable(model)
         positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         longest = max(len(self._ids(prompt)) for prompt in self.prompts)
-        if positions is not None and longest + self.max_new_tokens > positions:
-            raise ValueError(
-                f"a held-out prompt of {longest} tokens and the {self.max_new_tokens} to decode must fit the model's "
-                f"{positions} positions: lower decode_tokens (max_new_tokens), or leave long prompts out"
-            )
+        refuse(
+            positions is not None and longest + self.max_new_tokens > positions,
+            f"a held-out prompt of {longest} tokens and the {self.max_new_tokens} to decode must fit the model's "
+            f"{positions} positions: lower decode_tokens (max_new_tokens), or leave long prompts out",
+        )
 
     def try_out(self, model: PreTrainedModel) -> None:
         """Decode a token of the first prompt, so that what cannot be decoded fails before the first step."""
-        first = replace(self, prompts=self.prompts[:1], answers=self.answers[:1], max_new_tokens=1)
-        replace(first, is_right=lambda answer, expected: False).count(model)
+        first: dict[str, Any] = {"prompts": self.prompts[:1], "answers": self.answers[:1], "max_new_tokens": 1}
+        replace(self, **first, is_right=lambda answer, expected: False).count(model)
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
         return self.tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
@@ -112,24 +109,19 @@ class HeldOut:
         mine = list(zip(self.prompts, self.answers))[rank::ranks]
         sums = torch.zeros(len(self.strategies), 6, dtype=torch.float64)
         with _as_loaded(model), torch.no_grad():
-            for i in range(0, len(mine), self.batch_size):
+            for batch in batches(mine, self.batch_size):
                 for row, strategy in zip(sums, self.strategies.values()):
-                    row += self._count_batch(model, mine[i : i + self.batch_size], strategy)
+                    row += self._count_batch(model, batch, strategy)
         return sums
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
-        """The figures of all strategies, the strategy's name behind each; those of the first stand without it, too.
-
-        They are what choosing the best checkpoint (metric_for_best_model: accuracy) and the tables go by.
-        """
+        """The figures of all strategies by their names; those of the first, which choose the best, without it, too."""
         found = figures(sums[0])
         for name, row in zip(self.strategies, sums):
             found |= {f"{figure}_{name}": value for figure, value in figures(row).items()}
         return found
 
-    def _count_batch(
-        self, model: PreTrainedModel, batch: list[tuple[str | list[int], str]], strategy: Strategy
-    ) -> Tensor:
+    def _count_batch(self, model: PreTrainedModel, batch: Sequence[tuple[Any, str]], strategy: Strategy) -> Tensor:
         ids = [self._ids(prompt) for prompt, _ in batch]
         inputs = pad(ids, model.device)
         strategy = strategy_for(model, strategy)
@@ -145,8 +137,7 @@ class HeldOut:
             max_new_tokens=self.max_new_tokens,
             return_dict_in_generate=True,
         )
-        assert isinstance(output, MTPGenerateOutput)
-        assert output.blocks is not None
+        assert isinstance(output, MTPGenerateOutput) and output.blocks is not None  # noqa: PT018
         new = output.sequences[:, inputs["input_ids"].shape[1] :]
         emitted = [sum(blocks) for blocks in output.blocks]
         right = sum(
@@ -174,12 +165,10 @@ def figures(sums: Tensor) -> dict[str, float]:
     }
 
 
-def curves(history: Sequence[dict[str, Any]]) -> dict[int, list[float]]:
+def curves(history: Sequence[Mapping[str, Any]]) -> dict[int, list[float]]:
     """Agreement by position in the span at every logged step, of evaluation where there is one, else of training.
 
-    history  Trainer's state.log_history
-
-        curves(trainer.state.log_history)[2000]  # [0.99, 0.93, 0.85, ...]
+    curves(trainer.state.log_history)[2000]  # [0.99, 0.93, 0.85, ...]
     """
     prefix = "eval_agreement_" if any("eval_agreement_1" in entry for entry in history) else "agreement_"
     found = {}
@@ -205,17 +194,16 @@ def strategies_in(logs: Mapping[str, Any]) -> list[str]:
 
 
 def summarise(history: Sequence[dict[str, Any]], folder: str | Path) -> str:
-    """Write summary.md, a row for every evaluation, and agreement.png to the folder; returns the text.
+    """Write summary.md, a row for every evaluation (and way to decode), and agreement.png; returns the text.
 
-    Where it was decoded in several ways, a second table has a row for each of them. Without matplotlib there is no
-    picture, and the summary says how to get it. Where it would hold neither a row nor a picture, nothing is written.
+    Without matplotlib there is no picture, and the summary says how to get it. Nothing is written of neither.
     """
     folder = Path(folder)
     rows = [entry for entry in history if "eval_loss" in entry]
     columns = [name for name in _COLUMNS if any(f"eval_{name}" in row for row in rows)]
-    lines = _table(["step", *columns], [[f"{row['step']}", *_cells(row, columns)] for row in rows])
+    lines = markdown(["step", *columns], [[f"{row['step']}", *_cells(row, columns)] for row in rows])
     ways = [[f"{row['step']}", way, *_cells(row, _DECODED, f"_{way}")] for row in rows for way in strategies_in(row)]
-    lines += ["", *_table(["step", "decoding", *_DECODED], ways)] if ways else []
+    lines += ["", *markdown(["step", "decoding", *_DECODED], ways)] if ways else []
     found = curves(history)
     if found and find_spec("matplotlib") is not None:
         _draw(found, folder / "agreement.png")
@@ -234,10 +222,10 @@ def _cells(logs: Mapping[str, Any], names: Sequence[str], end: str = "") -> list
     return [f"{logs[key]:.4g}" if (key := f"eval_{name}{end}") in logs else "" for name in names]
 
 
-def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table; none where it has no rows."""
-    lines = [heading, ["---"] * len(heading), *rows] if rows else []
-    return [f"| {' | '.join(line)} |" for line in lines]
+def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table; none where it has no rows: `markdown(["step"], [["1"]])[0]  # "| step |"`."""
+    header, *lines = [f"| {' | '.join(line)} |" for line in (heading, *rows)]
+    return [header, "|" + "---|" * len(heading), *lines] if lines else []
 
 
 def _draw(found: dict[int, list[float]], path: Path) -> None:
@@ -248,9 +236,8 @@ def _draw(found: dict[int, list[float]], path: Path) -> None:
     axes = figure.add_subplot(xlabel="position in the span", ylabel="agreement with the target", ylim=(0, 1.02))
     steps = sorted(found)
     shown = sorted({steps[round(i * (len(steps) - 1) / 9)] for i in range(10)})
-    for i, step in enumerate(shown):
-        shade = 0.85 - 0.85 * (i + 1) / len(shown)
-        positions = range(1, len(found[step]) + 1)
+    for i, step in enumerate(shown, 1):
+        shade, positions = 0.85 - 0.85 * i / len(shown), range(1, len(found[step]) + 1)
         axes.plot(positions, found[step], color=(shade, shade, 1 - 0.5 * (1 - shade)), marker=".", label=f"step {step}")
     axes.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)

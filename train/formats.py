@@ -111,15 +111,15 @@ def conversation_of(row: Any, data_format: str) -> Conversation:
             messages = [prompt, *messages]
         elif messages[0]["content"] != prompt["content"]:
             raise BadRow("two system prompts", f"{name}: the messages begin with another one; take one of them out")
-    tools = _from_json(row.get("tools"), "tools")
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+    tools = _from_json(row.get("tools"), "tools", [])
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadRow("wrong tools", f"tools: expected a list of JSON schemas, or its JSON; got {shown(tools)}")
-    options = _from_json(row.get("chat_template_kwargs"), "chat_template_kwargs")
-    if options is not None and not isinstance(options, dict):
+    options = _from_json(row.get("chat_template_kwargs"), "chat_template_kwargs", {})
+    if not isinstance(options, dict):
         raise BadRow("wrong options", f"chat_template_kwargs: expected an object, or its JSON; got {shown(options)}")
     read = {*FORMATS[data_format], "system", "system_prompt", "tools", "chat_template_kwargs"}
     columns = frozenset(name for name in row.keys() - read if not _nothing(row[name]))
-    return Conversation(messages, tools or [], options or {}, finished, columns)
+    return Conversation(messages, tools, options, finished, columns)
 
 
 def messages_of(row: Any, data_format: str) -> list[Message]:
@@ -141,39 +141,38 @@ def messages_of(row: Any, data_format: str) -> list[Message]:
     values = [row[name] for name in needed]
     if data_format == "text":
         return [{"role": "assistant", "content": _string(values[0], "text")}]
-    if data_format == "messages":
-        return _checked(_messages(values[0], "messages", "role", "content"))
-    if data_format == "conversations":
-        return _checked(_messages(values[0], "conversations", "from", "value"))
+    if data_format in ("messages", "conversations"):
+        return _checked(_messages(values[0], data_format))
     if data_format == "generated":
         answer = [{"role": "assistant", "content": _string(row["text"], "text")}]
         if row.get("messages") is None:
             return [{"role": "user", "content": _string(row["prompt"], "prompt")}, *answer]
         return _checked([*_given(row["messages"], "messages"), *answer])
     if data_format == "prompt-completion" and any(isinstance(value, list) for value in values):
-        return _checked([*_given(values[0], "prompt"), *_messages(values[1], "completion", "role", "content")])
+        return _checked([*_given(values[0], "prompt"), *_messages(values[1], "completion")])
     prompt, text = (_string(value, name) for name, value in zip(needed, values))
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
 
 
 def _given(value: Any, name: str) -> list[Message]:
     """Messages of a prompt: nothing in it is an answer."""
-    messages = _messages(value, name, "role", "content")
-    return [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages]
+    return [{**m, "weight": 0} if m["role"] == "assistant" else m for m in _messages(value, name)]
 
 
-def _messages(value: Any, name: str, role: str, content: str) -> list[Message]:
+def _messages(value: Any, name: str) -> list[Message]:
+    role, content = ("from", "value") if name == "conversations" else ("role", "content")
+    known = {r: r for r in _ROLES} | (_SHAREGPT_ROLES if role == "from" else {})
     if not isinstance(value, list) or not value:
         raise BadRow("no messages", f'{name}: expected a list of {{"{role}", "{content}"}}; got {shown(value)}')
-    messages = []
+    messages: list[Message] = []
     for i, turn in enumerate(value):
         if not isinstance(turn, Mapping):
             raise BadRow("no messages", f'{name}[{i}]: expected {{"{role}", "{content}"}}; got {shown(turn)}')
-        speaker = turn.get(role)
-        speaker = _SHAREGPT_ROLES.get(speaker, speaker) if role == "from" and isinstance(speaker, str) else speaker
-        if speaker not in _ROLES:
+        said = turn.get(role)
+        if not isinstance(said, str) or said not in known:
             allowed = ("system", *_SHAREGPT_ROLES, "tool") if role == "from" else _ROLES
-            raise BadRow("wrong role", f"{name}[{i}]: {role} must be {', '.join(allowed)}; got {shown(turn.get(role))}")
+            raise BadRow("wrong role", f"{name}[{i}]: {role} must be {', '.join(allowed)}; got {shown(said)}")
+        speaker = known[said]
         further = {k: v for k, v in turn.items() if k not in (role, content, "weight") and not _nothing(v)}
         if role == "from" and not further.keys().isdisjoint(("role", "content")):
             raise BadRow("no messages", f"{name}[{i}]: has both {role} and role, or {content} and content; keep one")
@@ -221,11 +220,11 @@ def _nothing(value: Any) -> bool:
     return value is None or (isinstance(value, (str, list, dict)) and not value)
 
 
-def _from_json(value: Any, name: str) -> Any:
-    """A column's value, which may be written as JSON; None for nothing."""
+def _from_json(value: Any, name: str, unless_given: Any) -> Any:
+    """A column's value, which may be written as JSON."""
     if isinstance(value, str) and value.strip():
         try:
             value = parse(value, "JSON")
         except BadRow as fault:
             raise BadRow(fault.kind, f"{name}: {fault}") from None
-    return None if _nothing(value) else value
+    return unless_given if _nothing(value) else value

@@ -5,10 +5,10 @@
     mask pass      the mask rows, all of them adapted -> each sees the prefix' keys up to its own, and its own span
     scoring pass   y'_1 .. y'_{K-1} in the masks' places, adapters off, no gradient; for "hard" and "soft" only
 
-Nothing that the adapter changes reaches the prefix, so its keys and values are constants which student and teacher
-share, and no second model is held. Row 1 of a span is the base's own prediction: it has no loss and no place in the
-means, but an agreeing prefix counts it. On the base's own greedy text the argmax of the teacher is the data as long as
-the rows before were right, so "gt" with "until_fail" needs no scoring pass and learns the same.
+Nothing that the adapter changes reaches the prefix: its keys and values are constants which student and teacher share.
+Row 1 of a span is the base's own prediction: it has no loss and no place in the means, but an agreeing prefix counts
+it. On the base's own greedy text the teacher's argmax is the data as long as the rows before were right, so "gt" with
+"until_fail" needs no scoring pass and learns the same.
 
 Source   gated LoRA: arXiv 2507.11851; adapters on mask rows behind a shared prefix: arXiv 2604.11035
 """
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,7 +28,7 @@ from mtpkern.kernels.distill import head_readout
 from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.span_attention import span_attention
 from mtpkern.train.layout import Layout
-from mtpkern.train.objective import MTPLoss, Objective, data_targets, head_of
+from mtpkern.train.objective import MTPLoss, Objective, by_position, data_targets, gather_rows, head_of
 from mtpkern.train.prefix import Layers, Packing, Prefixes, Text, hidden_states, shared_mask, texts_of
 from mtpkern.train.spans import KeptSpans
 
@@ -99,7 +100,7 @@ def gated_loss(
     states = hidden_states(model, ids, positions, context)
     head = head_of(model, None).narrowed(states)
     rows = (layout.row[..., 1:] - N).flatten(1)
-    hidden = _pick(states, rows)
+    hidden = gather_rows(states, rows)
     token, confidence, entropy = (x.view(layout.row[..., 1:].shape) for x in head_readout(hidden, head))
     valid = objective.valid(layout)
 
@@ -107,9 +108,9 @@ def gated_loss(
         """The base's states on the student's spans behind first tokens [B, M], and which rows stand before an end."""
         said = torch.cat([first.unsqueeze(-1), token], dim=-1)
         fed = layout.fill(tokens, said[..., :-1])[:, N:]
-        return _pick(hidden_states(model, fed, positions, context), rows), objective.before_end(said)[..., 1:]
+        return gather_rows(hidden_states(model, fed, positions, context), rows), objective.before_end(said)[..., 1:]
 
-    wanted = None
+    of_teacher = None
     if objective.target == "gt":
         label, keep = data_targets(tokens, layout, objective.eos_token_ids)
         first, label, keep = label[..., 0], label[..., 1:], (keep & valid)[..., 1:]
@@ -121,33 +122,21 @@ def gated_loss(
     else:
         assert text is not None
         with gate.closed(), torch.no_grad():
-            own = head_readout(_pick(text, layout.row[..., 0]), head).token.view(layout.prefix.shape)
+            own = head_readout(gather_rows(text, layout.row[..., 0]), head).token.view(layout.prefix.shape)
             wanted, before_end = read(own)
+            of_teacher = wanted, head
             label = head_readout(wanted, head).token.view_as(token)
         keep = valid[..., 1:] & before_end
         if kept is not None:
             kept.take(token, confidence, keep, wanted, head)
     agree = (token == label) & keep
-    loss = objective.loss(hidden, head, label, None if wanted is None else (wanted, head), agree, keep)
-
-    def by_position(x: Tensor) -> Tensor:
-        return torch.cat([x.new_zeros(1, dtype=torch.float32), x.float().sum((0, 1))])
-
-    exists = layout.valid[..., 0]
-    zero = loss.new_zeros(())
+    loss = objective.loss(hidden, head, label, of_teacher, agree, keep)
+    exists, zero = layout.valid[..., 0], loss.new_zeros(())
     return MTPLoss(
         span=loss,
         prefix=zero,
         anchor=zero,
-        agree=by_position(agree),
-        rows=by_position(keep),
         agreeing_prefix=((1 + agree.float().cumprod(-1).sum(-1)) * exists).sum(),
         spans=exists.float().sum(),
-        confidence=by_position(confidence * keep),
-        entropy=by_position(entropy * keep),
+        **{name: F.pad(x, (1, 0)) for name, x in by_position(agree, keep, confidence, entropy).items()},
     )
-
-
-def _pick(states: Tensor, row: Tensor) -> Tensor:
-    """Rows [B, n] of hidden states [B, T, H]: [B * n, H]."""
-    return states.gather(1, row.unsqueeze(-1).expand(-1, -1, states.shape[-1])).flatten(0, 1)

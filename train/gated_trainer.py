@@ -21,12 +21,13 @@ from mtpkern.adapter import gate_of, record_row, save_adapter
 from mtpkern.adapter_config import row_of
 from mtpkern.attention import AttentionContext, attention_context
 from mtpkern.gate import Gate
+from mtpkern.train.arguments import refuse
 from mtpkern.train.captured import CapturedSteps
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import HeldOut
 from mtpkern.train.gated import BehindPrefixContext, gated_loss
 from mtpkern.train.layout import Layout, draw_within
-from mtpkern.train.lora import adapter_to_train, add_gated_lora, plain_model
+from mtpkern.train.lora import adapter_to_train, adapters_asked, add_gated_lora, plain_model
 from mtpkern.train.objective import MTPLoss, forward_as
 from mtpkern.train.prefix import Packing, Prefixes, texts_of
 from mtpkern.train.trainer import MTPTrainer
@@ -53,11 +54,11 @@ class GatedTrainer(MTPTrainer):
     gated = True
 
     def __init__(self, model: PreTrainedModel | PeftModel, *, args: MTPConfig, **kwargs: Any) -> None:
-        if args.init_adapter and isinstance(model, PeftModel):
-            raise ValueError(
-                f"init_adapter {args.init_adapter} is for a plain base, and the model has adapters already; leave "
-                "init_adapter out, or give the base"
-            )
+        refuse(
+            args.init_adapter and isinstance(model, PeftModel),
+            f"init_adapter {args.init_adapter} is for a plain base, and the model has adapters already; leave "
+            "init_adapter out, or give the base",
+        )
         super().__init__(model, args=args, **kwargs)
         self.prefixes = Prefixes(
             int(args.prefix_memory * 2**30),
@@ -72,22 +73,12 @@ class GatedTrainer(MTPTrainer):
     def _adapted(self, plain: PreTrainedModel, mask_token_id: int | None, args: MTPConfig) -> PeftModel:
         if args.init_adapter:
             return adapter_to_train(plain, args.init_adapter, rank=args.lora_rank, k_max=args.k_max)
-        return add_gated_lora(
-            plain,
-            rank=args.lora_rank,
-            alpha=args.lora_alpha,
-            targets=args.lora_targets,
-            k_max=args.k_max,
-            seed=args.seed,
-        )
+        return add_gated_lora(plain, k_max=args.k_max, **adapters_asked(args))
 
     @property
     def gate(self) -> Gate:
         """The gate of the model in training."""
-        return cast(Gate, gate_of(self._core()))
-
-    def _core(self) -> PreTrainedModel:
-        return plain_model(self.accelerator.unwrap_model(self.model))
+        return cast(Gate, gate_of(self.plain))
 
     def _most(self, n: int) -> int:
         """The largest n of all ranks."""
@@ -119,7 +110,6 @@ class GatedTrainer(MTPTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As MTPTrainer.train."""
-        self._steps = None
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -155,16 +145,20 @@ class GatedTrainer(MTPTrainer):
         target = self._objective().target
 
         def step(x: Mapping[str, Tensor]) -> Tensor:
-            now = replace(layout, **_of("layout", x)), replace(packing, **_of("packing", x))
+            now = (
+                replace(value, **{name: x[key] for name in vars(value) if (key := f"{part}.{name}") in x})
+                for part, value in parts.items()
+            )
             context = BehindPrefixContext(*now)
-            with attention_context(self._core(), context), self.gate.open_for_training(), self._compiled():
+            with attention_context(self.plain, context), self.gate.open_for_training(), self._compiled():
                 with self.accelerator.autocast():
                     sums = self._loss_sums(core, x["tokens"], context)
                 loss = sums.span / x["counts"][0].clamp(min=1)
                 loss.backward()
             return torch.cat([loss.detach()[None], *(getattr(sums, name).detach().view(-1) for name in _SUMS)])
 
-        loss, *sums = steps(target, given, step).split([1, *_sizes(layout)])
+        sizes = [layout.row.shape[-1] if name in _BY_POSITION else 1 for name in _SUMS]
+        loss, *sums = steps(target, given, step).split([1, *sizes])
         self._sums.append(MTPLoss(**{n: x if n in _BY_POSITION else x.view(()) for n, x in zip(_SUMS, sums)}))
         return loss.view(())
 
@@ -175,7 +169,7 @@ class GatedTrainer(MTPTrainer):
     def _span_attention(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         with super()._span_attention(model, inputs) as inputs, self.gate.open_for_training():
             yield inputs
-        if isinstance(head := self._core().get_output_embeddings(), FSDPModule):
+        if isinstance(head := self.plain.get_output_embeddings(), FSDPModule):
             head.reshard()
 
     def _loss_sums(self, core: nn.Module, tokens: Tensor, context: Any, **rows: Tensor) -> MTPLoss:
@@ -219,9 +213,8 @@ class GatedTrainer(MTPTrainer):
         """The mask token's row, which peft does not know; FSDP's own files hold it."""
         if self.is_fsdp_enabled:
             return
-        row = row_of(PeftConfig.from_pretrained(folder))
         with torch.no_grad():
-            self.gate.row.copy_(row)
+            self.gate.row.copy_(row_of(PeftConfig.from_pretrained(folder)))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter's folder in save_dtype; the resumable checkpoints inside training are float32."""
@@ -232,16 +225,5 @@ class GatedTrainer(MTPTrainer):
         # Shards are gathered by all ranks together.
         if self.args.should_save or self.is_fsdp_enabled:
             core = cast(PeftModel, self.accelerator.unwrap_model(self.model))
-            folder = output_dir or cast(str, self.args.output_dir)
-            dtype = getattr(torch, self.args.save_dtype)
-            save_adapter(core, folder if self.args.should_save else None, dtype=dtype)
-
-
-def _of(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The fields of one part."""
-    return {name.removeprefix(f"{part}."): x for name, x in tensors.items() if name.startswith(f"{part}.")}
-
-
-def _sizes(layout: Layout) -> list[int]:
-    """How many numbers each of a loss's sums is."""
-    return [layout.row.shape[-1] if name in _BY_POSITION else 1 for name in _SUMS]
+            folder = (output_dir or self.args.output_dir) if self.args.should_save else None
+            save_adapter(core, folder, dtype=getattr(torch, self.args.save_dtype))

@@ -16,9 +16,8 @@ the span, and makes the span's first prediction; the token's own row sees tokens
     mask j of span at i     i + j       i - 1        the copy's index
 
 With stride spacing a sequence of N rows falls into M regions of N/M rows, whatever k is: each holds the k-1 masks of
-one span, so that N/M - (k-1) tokens lie between spans. A span may reach past the last token (EOS): it is padded out
-with EOS. The first span of a stride that reaches the last token is the last of its sample; random prefixes are problems
-of their own, so each of them may reach it.
+one span, so that N/M - (k-1) tokens lie between spans. A span that reaches past the last token (EOS) is padded out with
+EOS; in a stride it is the last of its sample, while every random prefix is a problem of its own.
 
 Source   arXiv 2602.06019, section on training and the figures of the mask-replicated layout
 """
@@ -27,7 +26,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -35,6 +34,7 @@ from torch import Tensor
 
 from mtpkern.kernels.span_mask import Rule, draw_mask
 from mtpkern.output import exit_status
+from mtpkern.train.arguments import refuse
 
 Spacing = Literal["stride", "random"]
 Counting = Literal["tokens", "paper"]
@@ -78,8 +78,7 @@ class Layout:
 
     def to(self, device: torch.device | str) -> Layout:
         """The same layout on a device."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {n: send(x, device) for n, x in values.items() if isinstance(x, Tensor)}
+        moved: dict[str, Any] = {n: send(x, device) for n, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, **moved)
 
     def causal(self) -> Layout:
@@ -88,17 +87,13 @@ class Layout:
 
     def fill(self, tokens: Tensor, masks: Tensor | int) -> Tensor:
         """Input ids [B, T]: `tokens` [B, N], then in the mask rows one id, or `masks` [B, M, K-1]."""
-        batch, total = self.position.shape
-        _, spans, k = self.row.shape
-        ids = tokens.new_zeros(batch, total - tokens.shape[1])
-        if isinstance(masks, int):
-            ids.fill_(masks)
+        batch, spans, k = self.row.shape
         width = k - 1 + self.bidirectional
+        ids = tokens.new_full((batch, self.position.shape[1] - tokens.shape[1]), masks if isinstance(masks, int) else 0)
         rows = ids[:, : spans * width].view(batch, spans, width)
         if self.bidirectional:
             rows[..., 0] = tokens.gather(1, (self.prefix - 1).clamp(min=0))
-        if not isinstance(masks, int):
-            rows[..., width - k + 1 :] = masks
+        rows[..., int(self.bidirectional) :] = masks
         return torch.cat([tokens, ids], dim=1)
 
 
@@ -140,18 +135,17 @@ def build_layout(
     width = k - 1 + copies
     used = spans * width
     mask_rows = used if mask_rows is None else mask_rows
-    if k < 1 or mask_rows < used:
-        per_span = "k" if bidirectional else "(k - 1)"
-        raise ValueError(
-            f"k must be at least 1 and mask_rows at least M * {per_span} = {used}; got {k} and {mask_rows}"
-        )
-    if int(lengths.max()) > num_tokens:
-        raise ValueError(f"num_tokens must be at least the longest length {int(lengths.max())}; got {num_tokens}")
+    rows, longest = "M * k" if bidirectional else "M * (k - 1)", int(lengths.max())
+    refuse(
+        k < 1 or mask_rows < used,
+        f"k must be at least 1 and mask_rows at least {rows} = {used}; got {k} and {mask_rows}",
+    )
+    refuse(longest > num_tokens, f"num_tokens must be at least the longest length {longest}; got {num_tokens}")
     exists = (prefix > 0).unsqueeze(-1)
     step = torch.arange(width)
     first = num_tokens + torch.arange(spans) * width
     # Predictions of a span: its prefix' last row, or the copy of it, then its masks.
-    row = _expand(first[:, None] + step, prefix)
+    row = (first[:, None] + step).expand(len(prefix), -1, -1)
     if not bidirectional:
         row = torch.cat([(prefix - 1).clamp(min=0).unsqueeze(-1), row], dim=-1)
 
@@ -160,20 +154,19 @@ def build_layout(
     seen = prefix.unsqueeze(-1) - copies
     mask_position = (seen + step).masked_fill(~exists, 0)
     mask_end = seen.masked_fill(~exists, 0).expand_as(mask_position)
-    own = first[:, None].expand_as(mask_position)
-    own = torch.where(exists, own, row[..., k - width :] + 1)
+    own = torch.where(exists, first[:, None].expand_as(mask_position), row[..., k - width :] + 1)
+    stop = torch.where(exists, first[:, None] + width, own)
     spare = torch.zeros(len(prefix), mask_rows - used, dtype=torch.int64)
     spare_row = num_tokens + used + torch.arange(mask_rows - used).expand_as(spare)
-    span_start = torch.cat([token + 1, own.flatten(1), spare_row + 1], dim=1).int()
-    span_end = None
-    if bidirectional:
-        stop = torch.where(exists, first[:, None] + width, own)
-        span_end = torch.cat([token + 1, stop.flatten(1), spare_row + 1], dim=1).int()
+
+    def rows_of(tokens: Tensor, masks: Tensor, spares: Tensor) -> Tensor:
+        return torch.cat([tokens, masks.flatten(1), spares], dim=1).int()
+
     return Layout(
-        position=torch.cat([token * real, mask_position.flatten(1), spare], dim=1).int(),
-        prefix_end=torch.cat([(token + 1) * real, mask_end.flatten(1), spare], dim=1).int(),
-        span_start=span_start,
-        span_end=span_end,
+        position=rows_of(token * real, mask_position, spare),
+        prefix_end=rows_of((token + 1) * real, mask_end, spare),
+        span_start=rows_of(token + 1, own, spare_row + 1),
+        span_end=rows_of(token + 1, stop, spare_row + 1) if bidirectional else None,
         bidirectional=bidirectional,
         row=row,
         prefix=prefix,
@@ -226,10 +219,6 @@ def pack(layout: Layout, *texts: Tensor) -> tuple[Layout, list[Tensor]]:
     return packed, [x.flatten()[send(index, x.device)][None] for x in texts]
 
 
-def _expand(x: Tensor, like: Tensor) -> Tensor:
-    return x.expand(like.shape[0], *x.shape)
-
-
 def tokens_apart(num_rows: int, num_spans: int, k: int, *, counting: Counting = "tokens") -> int:
     """Tokens between neighbouring spans of a stride: M regions share N rows evenly, whatever k is; at least 1.
 
@@ -270,8 +259,7 @@ def draw_k(k_min: int, k_max: int, *, seed: int, step: int, rank: int | None = N
 
     Raises ValueError unless 1 <= k_min <= k_max. Source: arXiv 2602.06019, training details.
     """
-    if not 1 <= k_min <= k_max:
-        raise ValueError(f"1 <= k_min <= k_max must hold; got k_min={k_min}, k_max={k_max}")
+    refuse(not 1 <= k_min <= k_max, f"1 <= k_min <= k_max must hold; got k_min={k_min}, k_max={k_max}")
     parts = (seed, step) if rank is None else (seed, step, rank)
     return int(torch.randint(k_min, k_max + 1, (), generator=_generator(*parts)))
 
@@ -307,8 +295,7 @@ def draw_prefixes(
 
     A pure function of its arguments. Raises ValueError for an unknown spacing. Source: arXiv 2602.06019.
     """
-    if spacing not in ("stride", "random"):
-        raise ValueError(f"spacing must be 'stride' or 'random'; got {spacing!r}")
+    refuse(spacing not in ("stride", "random"), f"spacing must be 'stride' or 'random'; got {spacing!r}")
     together = offset_scope == "rank" and spacing == "stride"
     generator = _generator(seed, step, 0 if together else micro_step, rank, 1)
     low = prompt_lengths.clamp(min=1)

@@ -19,6 +19,8 @@ from mtpkern.adapter import attach, gate_of, load_adapter, require_bare, unloade
 from mtpkern.adapter_config import GatedSettings, digest, is_gated, marked, require_gateable, row_of
 from mtpkern.gate import Gate
 from mtpkern.loading import require_found
+from mtpkern.train.arguments import refuse
+from mtpkern.train.config import MTPConfig
 from mtpkern.train.extra import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
 
@@ -31,14 +33,11 @@ def add_lora(
     targets: str = "all-linear",
     seed: int = 0,
 ) -> PeftModel:
-    """Freeze the model and give it float32 adapters; the embedding's row `mask_token_id` is trained in full.
+    """Freeze the model, in place, and give it float32 adapters; the embedding's row `mask_token_id` is trained in full.
 
     rank, alpha   of every adapter; its product is scaled by alpha / rank, alpha is twice the rank unless given
     targets       names of the linear layers that get one, separated by commas, or "all-linear" (all but the head)
-
     seed          of the adapters' first weights; all ranks must start from the same ones
-
-    The model is changed in place. The head's row of the mask token stays as it is: that token is never predicted.
 
         peft_model = add_lora(model, mask_token_id, rank=16)
     """
@@ -46,6 +45,11 @@ def add_lora(
     name = next(name for name, module in model.named_modules() if module is embedding)
     config = _config(rank, alpha, targets, trainable_token_indices={name.rpartition(".")[2]: [mask_token_id]})
     return _with_adapters(model, config, seed)
+
+
+def adapters_asked(args: MTPConfig) -> dict[str, Any]:
+    """Rank, alpha, targets and seed that a configuration asks for, as `add_lora` and `add_gated_lora` take them."""
+    return {"rank": args.lora_rank, "alpha": args.lora_alpha, "targets": args.lora_targets, "seed": args.seed}
 
 
 def _config(rank: int, alpha: float | None, targets: str, **more: Any) -> LoraConfig:
@@ -101,13 +105,8 @@ def add_gated_lora(
     scale = torch.as_tensor(getattr(embedding, "embed_scale", 1.0)).float().to(weight.device)
     noise = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(len(weight))).to(weight.device)
     row = (weight.mean(0) + noise * weight.std(0)) * scale
-    settings = GatedSettings(
-        mask_token_id=len(weight),
-        k_max=k_max,
-        base=model.name_or_path,
-        digest="" if getattr(model, "is_quantized", False) else digest(model),
-        chat=chat,
-    )
+    known = "" if getattr(model, "is_quantized", False) else digest(model)
+    settings = GatedSettings(mask_token_id=len(weight), k_max=k_max, base=model.name_or_path, digest=known, chat=chat)
     # A token that never comes: to peft itself the adapter is off.
     never, marks = [settings.mask_token_id], marked(settings, row)
     config = _config(rank, alpha, targets, alora_invocation_tokens=never, auto_mapping=marks)
@@ -121,23 +120,16 @@ def add_gated_lora(
 
 
 def require_adapter(folder: str, *, rank: int) -> None:
-    """Raise ValueError for what holds no gated adapter of this rank; its settings are read, no weights.
-
-    require_adapter("adapter", rank=16)
-    """
+    """Raise ValueError for what holds no gated adapter of this rank; its settings are read, no weights."""
     try:
         require_found(folder)
         config = PeftConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(f"init_adapter must be the folder of a gated adapter; got {folder}: {error}") from None
-    if not is_gated(config):
-        raise ValueError(
-            f"init_adapter must be the folder of a gated adapter; {folder} holds another one of peft's: leave it out"
-        )
-    if config.r != rank:
-        raise ValueError(
-            f"init_adapter {folder} has rank {config.r}, and lora_rank is {rank}; set lora_rank: {config.r}"
-        )
+    says = f"init_adapter must be the folder of a gated adapter; {folder} holds another one of peft's: leave it out"
+    refuse(not is_gated(config), says)
+    r = config.r
+    refuse(r != rank, f"init_adapter {folder} has rank {r}, and lora_rank is {rank}; set lora_rank: {r}")
 
 
 def adapter_to_train(model: PreTrainedModel, folder: str, *, rank: int, k_max: int) -> PeftModel:
@@ -160,19 +152,15 @@ def plain_model(model: nn.Module) -> PreTrainedModel:
 
 
 def merged(model: PeftModel) -> PreTrainedModel:
-    """A copy of the model with the adapters added to its weights; the original keeps training unchanged.
-
-    merged(peft_model).save_pretrained("out")
-    """
+    """A copy of the model with the adapters added to its weights: `merged(peft_model).save_pretrained("out")`."""
     return copy.deepcopy(model).merge_and_unload()
 
 
 def adapters_of(model: PeftModel) -> dict[str, dict]:
     """The settings of every adapter by its name, without what says where it lies and with what it was made."""
     passing = {"base_model_name_or_path", "revision", "inference_mode", "peft_version"}
-    configs = {name: config.to_dict() for name, config in model.peft_config.items()}
     # Sets have no order, and no place in a JSON file.
     return {
-        name: {k: sorted(v) if isinstance(v, set) else v for k, v in config.items() if k not in passing}
-        for name, config in configs.items()
+        name: {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items() if k not in passing}
+        for name, config in model.peft_config.items()
     }

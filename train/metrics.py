@@ -25,18 +25,9 @@ class Seen:
         self.tokens += tokens
 
     def rates(self) -> dict[str, float]:
-        """What this rank has trained on a second and, on a GPU, the peak of memory in GiB.
-
-        texts_per_second      rows of the data
-        span_rows_per_second  predictions of spans that may have a loss
-        tokens_per_second     of the texts, without the masks of their spans
-        """
+        """What this rank has trained on a second, in tokens without the masks; on a GPU, the peak of memory in GiB."""
         seconds = time.perf_counter() - self.since
-        rates = {
-            "texts_per_second": self.texts / seconds,
-            "span_rows_per_second": self.span_rows / seconds,
-            "tokens_per_second": self.tokens / seconds,
-        }
+        rates = {f"{name}_per_second": getattr(self, name) / seconds for name in ("texts", "span_rows", "tokens")}
         if torch.cuda.is_available():
             rates["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return rates
@@ -51,13 +42,8 @@ def span_statistics(
     """
     table = torch.zeros(5, max(2, k_max), device=device)
     for sums in collected:
-        k = len(sums.rows)
-        table[0, :k] += sums.agree.detach()
-        table[1, :k] += sums.rows.detach()
-        table[2, :k] += sums.confidence.detach()
-        table[3, :k] += sums.entropy.detach()
-        table[4, 0] += sums.agreeing_prefix.detach()
-        table[4, 1] += sums.spans.detach()
+        table[:4, : len(sums.rows)] += torch.stack([sums.agree, sums.rows, sums.confidence, sums.entropy])
+        table[4, :2] += torch.stack([sums.agreeing_prefix, sums.spans])
     agree, rows, confidence, entropy, other = reduce(table).tolist()
     logs = {"agreement": sum(agree) / max(1.0, sum(rows)), "agreeing_prefix": other[0] / max(1.0, other[1])}
     for j, n in enumerate(rows):

@@ -6,7 +6,6 @@
                    ("soft"), or against the data's own token without any teacher pass ("gt")
 
 Rows behind an EOS of the student's own span are dropped: the teacher's scores of a text that has ended mean nothing.
-Agreement of student and target, by position and as the length of the agreeing prefix, falls out of the same passes.
 
 Source   arXiv 2602.06019, section on the online self-distillation objective
 """
@@ -27,7 +26,9 @@ from mtpkern.kernels.distill import Head, distill_loss, head_readout
 from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.span_attention import span_attention
 from mtpkern.kernels.span_mask import span_mask
+from mtpkern.train.arguments import require_one_of
 from mtpkern.train.layout import Layout
+from mtpkern.train.prefix import hidden_states
 from mtpkern.train.spans import KeptSpans
 
 Target = Literal["hard", "soft", "gt"]
@@ -45,8 +46,7 @@ class SpanContext:
     def prepare(self, window: int | None) -> None:
         """Build the masks without and with the model's window; the kernel needs none.
 
-        Before the layers run and not in the first of them: torch.compile forbids side effects where activations are
-        computed again.
+        Before the layers run: torch.compile forbids side effects where activations are computed again.
         """
         if not self.layout.position.is_cuda:
             self.masks.update((w, span_mask(*self.layout.rule, window=w)) for w in {None, window} - set(self.masks))
@@ -76,10 +76,8 @@ class Objective:
     eos_padding: bool = True
 
     def __post_init__(self) -> None:
-        for name, known in (("target", get_args(Target)), ("loss_support", get_args(Support))):
-            if getattr(self, name) not in known:
-                expected = " or ".join(map(repr, known))
-                raise ValueError(f"{name} must be {expected}; got {getattr(self, name)!r}")
+        require_one_of("target", self.target, get_args(Target))
+        require_one_of("loss_support", self.loss_support, get_args(Support))
 
     def valid(self, layout: Layout) -> Tensor:
         """[B, M, K] bool: the predictions of a layout that may count."""
@@ -91,13 +89,7 @@ class Objective:
         return ended.cumsum(-1) == ended
 
     def loss(
-        self,
-        hidden: Tensor,
-        head: Head,
-        label: Tensor,
-        wanted: tuple[Tensor, Head] | None,
-        agree: Tensor,
-        keep: Tensor,
+        self, hidden: Tensor, head: Head, label: Tensor, wanted: tuple[Tensor, Head] | None, agree: Tensor, keep: Tensor
     ) -> Tensor:
         """Scalar loss of the rows [R, H] of spans: label, agree, keep [..., K]; wanted: the teacher's, for "soft"."""
         support = keep & until_fail(agree) if self.loss_support == "until_fail" else keep
@@ -132,58 +124,50 @@ class MTPLoss:
 
 
 def head_of(model: PreTrainedModel, mask_token_id: int | None) -> Head:
-    """The model's language-model head as plain tensors, its mask token, if it has one, banned; no module is called.
-
-    Source of the scale and cap: the config fields of Cohere, Granite and Gemma.
-    """
+    """The model's head as plain tensors, its mask token banned; scale, cap as Cohere, Granite and Gemma name them."""
     module = model.get_output_embeddings()
     config = model.config.get_text_config(decoder=True)
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    return Head(
-        module.weight,
-        getattr(module, "bias", None),
-        logit_scale=scale,
-        softcap=getattr(config, "final_logit_softcapping", None),
-        banned=mask_token_id,
-    )
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(module.weight, getattr(module, "bias", None), logit_scale=scale, softcap=softcap, banned=mask_token_id)
+
+
+def stop_tokens_of(model: PreTrainedModel) -> list[int]:
+    """The tokens at which the model's own generation stops."""
+    stops = model.generation_config.eos_token_id if model.generation_config else None
+    stops = model.config.eos_token_id if stops is None else stops
+    return [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
 
 
 def backbone(model: PreTrainedModel, input_ids: Tensor, context: SpanContext) -> Tensor:
     """Final hidden states [B, T, H] of the rows of a layout; the model's attention must be switched to the context."""
     context.prepare(getattr(model.config.get_text_config(decoder=True), "sliding_window", None))
-    positions = context.layout.position.long()
-    return model.base_model(
-        input_ids=input_ids, position_ids=positions, use_cache=False, mtpkern=context
-    ).last_hidden_state
+    return hidden_states(model, input_ids, context.layout.position, context)
 
 
 @contextmanager
 def forward_as(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let model(...) run `forward`, so that the hooks of DDP and FSDP around the call fire as ever.
-
-    Inside it the weights of a sharded model are whole: its head can be read as a weight.
-    """
-    before = vars(model).get("forward")
-    setattr(model, "forward", forward)  # noqa: B010 (an attribute of the instance hides the method)
+    """Let model(...) run `forward`, inside the hooks of DDP and FSDP: there the head can be read as a whole weight."""
+    attributes = vars(model)  # one of the instance hides the method
+    before = attributes.get("forward")
+    attributes["forward"] = forward
     try:
         yield
     finally:
-        if before is None:
-            delattr(model, "forward")
-        else:
-            setattr(model, "forward", before)  # noqa: B010
-
-
-def call_backbone(model: PreTrainedModel, input_ids: Tensor, context: SpanContext) -> Tensor:
-    """`backbone` as a call of the whole model, for one whose weights may be sharded."""
-    with forward_as(model, lambda: backbone(model, input_ids, context)):
-        return model()
+        attributes.pop("forward")
+        attributes.update({} if before is None else {"forward": before})
 
 
 def gather_rows(hidden: Tensor, row: Tensor) -> Tensor:
-    """The span rows [B * M * K, H] of hidden states [B, T, H]."""
+    """Rows [B, ...] of hidden states [B, T, H], such as those of spans [B, M, K]: [rows of the batch, H]."""
     index = row.flatten(1).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
     return hidden.gather(1, index).flatten(0, 1)
+
+
+def by_position(agree: Tensor, keep: Tensor, confidence: Tensor, entropy: Tensor) -> dict[str, Tensor]:
+    """The sums [K] of MTPLoss over spans [B, M, K], by name."""
+    rows = {"agree": agree, "rows": keep, "confidence": confidence * keep, "entropy": entropy * keep}
+    return {name: x.float().sum((0, 1)) for name, x in rows.items()}
 
 
 def within_text(layout: Layout) -> Tensor:
@@ -257,16 +241,19 @@ def mtp_loss(
     head = head_of(student, mask_token_id).narrowed(states)
     hidden = gather_rows(states, layout.row)
     token, confidence, entropy = (x.view(layout.row.shape) for x in head_readout(hidden, head))
-    valid, wanted, teacher_head = objective.valid(layout), None, head
+    valid, of_teacher, teacher_head = objective.valid(layout), None, head
 
     if target != "gt" or anchor_rows is not None:
         assert teacher is not None
         # The teacher reads the span as text, one token after the other, also where the student's masks see both ways.
         scoring = context if layout.span_end is None else SpanContext(layout.causal())
+        said = layout.fill(tokens, token[..., :-1])
         # A model that is its own teacher is held already.
         switch = attention_context if as_teacher is None else routed
-        with torch.no_grad(), switch(teacher, scoring), (as_teacher or nullcontext)():
-            scored = call_backbone(teacher, layout.fill(tokens, token[..., :-1]), scoring)
+        # A call of the whole model, whose weights may be sharded.
+        whole = forward_as(teacher, lambda: backbone(teacher, said, scoring))
+        with torch.no_grad(), switch(teacher, scoring), (as_teacher or nullcontext)(), whole:
+            scored = teacher()
         if teacher is not student:
             teacher_head = head_of(teacher, mask_token_id).narrowed(scored)
     if target == "gt":
@@ -274,12 +261,11 @@ def mtp_loss(
         keep &= valid
     else:
         keep = valid & objective.before_end(token)
-        wanted = gather_rows(scored, layout.row)
-        label = head_readout(wanted, teacher_head).token.view_as(token)
+        of_teacher = gather_rows(scored, layout.row), teacher_head
+        label = head_readout(*of_teacher).token.view_as(token)
         if kept is not None:
-            kept.take(token, confidence, keep, wanted, teacher_head)
+            kept.take(token, confidence, keep, *of_teacher)
     agree = (token == label) & keep
-    of_teacher = None if wanted is None else (wanted, teacher_head)
     loss = objective.loss(hidden, head, label, of_teacher, agree, keep)
 
     prefix_loss, anchor_loss = loss.new_zeros(()), loss.new_zeros(())
@@ -295,12 +281,9 @@ def mtp_loss(
         span=loss,
         prefix=prefix_loss,
         anchor=anchor_loss,
-        agree=agree.float().sum((0, 1)),
-        rows=keep.float().sum((0, 1)),
         agreeing_prefix=agree.float().cumprod(-1).sum(),
         spans=layout.valid[..., 0].float().sum(),
-        confidence=(confidence * keep).sum((0, 1)),
-        entropy=(entropy * keep).sum((0, 1)),
+        **by_position(agree, keep, confidence, entropy),
     )
 
 

@@ -44,19 +44,13 @@ _HELP = {
     "resume_from_checkpoint": "The checkpoint to go on from; the newest whole one of output_dir unless given.",
     "max_length": "Longer texts are treated as long_rows says; the model's positions bound them in any case.",
 }
-
-
-Arguments = tuple[ModelArguments, DataArguments, MTPConfig]
 _GROUPS = {"Model": ModelArguments, "Data": DataArguments, "Multi-token prediction and training": MTPConfig}
 _FIELDS = {f.name: f for group in _GROUPS.values() for f in fields(group) if f.init}
-_NAMES = list(_FIELDS)
 # Words for true and false where a switch is meant; YAML 1.1 took them so everywhere.
 _SWITCHES = {"yes": True, "on": True, "no": False, "off": False}
 _HINTS = {name: hint for group in _GROUPS.values() for name, hint in get_type_hints(group).items()}
 # transformers types it as a text, but means a switch.
 _HINTS["fsdp"] = bool | str | None
-
-
 # What YAML 1.1 reads otherwise: the pattern, and with what it may begin.
 _REPLACED = {
     "tag:yaml.org,2002:bool": (r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
@@ -139,7 +133,7 @@ def read_config(name: str) -> dict[str, Any]:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected names and values; got {type(values).__name__}")
-    unknown = [str(key) for key in values if key not in _NAMES]
+    unknown = [str(key) for key in values if key not in _FIELDS]
     if unknown:
         raise ValueError(f"{path}: {_unknown(unknown)}")
     for key, value in values.items():
@@ -161,10 +155,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return all(_fits(item, get_args(hint)[0]) for item in items)
     if isinstance(hint, type) and issubclass(hint, Enum):
         return isinstance(value, str)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
     if hint is bool and isinstance(value, str):
         return value.lower() in _SWITCHES
     kind = get_origin(hint) or hint
@@ -183,20 +175,14 @@ def _said(hint: Any) -> str:
 def _remedy(value: Any, hint: Any) -> str:
     if isinstance(value, list):
         return "give one value without brackets" if "a list" not in _said(hint) else "mend its items"
-    return (
-        "leave the quotes out"
-        if isinstance(value, str)
-        else "put a text in quotes"
-        if "a text" in _said(hint)
-        else "mend it"
-    )
+    if isinstance(value, str):
+        return "leave the quotes out"
+    return "put a text in quotes" if "a text" in _said(hint) else "mend it"
 
 
 def _unknown(names: Iterable[str]) -> str:
-    parts = []
-    for name in names:
-        near = get_close_matches(name, _NAMES, n=1)
-        parts.append(f"{name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    near = {name: get_close_matches(name, _FIELDS, n=1) for name in names}
+    parts = [f"{name!r} (did you mean {found[0]!r}?)" if found else f"{name!r}" for name, found in near.items()]
     return f"unknown option {', '.join(parts)}; mtpkern train --help-all names them all"
 
 
@@ -218,7 +204,7 @@ def _flags(values: dict[str, Any]) -> list[str]:
     return flags
 
 
-def parse(argv: Sequence[str]) -> Arguments:
+def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, MTPConfig]:
     """Arguments from an optional configuration and flags; flags win.
 
     Raises ValueError for what is unknown (naming the nearest known option), missing or of the wrong kind.
@@ -231,7 +217,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     flags = [*_flags(values), *rest]
     # Names first: a misspelt one shall not hide behind a complaint about another that is missing.
     options = [word.split("=")[0][2:].replace("-", "_") for word in rest if word.startswith("--")]
-    unknown = [name for name in options if name not in _NAMES and name.removeprefix("no_") not in _NAMES]
+    unknown = [name for name in options if not {name, name.removeprefix("no_")} & _FIELDS.keys()]
     if unknown:
         raise ValueError(_unknown(unknown))
     model, data, config, remaining = parser.parse_args_into_dataclasses(
@@ -255,14 +241,11 @@ def help_text(everything: bool = False) -> str:
         "--help-all also names the options of transformers.TrainingArguments that are not shown here.",
     ]
     inherited = {f.name for f in fields(TrainingArguments)}
-    hidden = []
+    hidden = [name for name in _FIELDS if name in inherited and name not in _USUAL]
     for title, group in _GROUPS.items():
         lines += ["", title]
-        shown = [f for f in fields(group) if f.init]
-        if group is MTPConfig:
-            hidden = [f.name for f in shown if f.name in inherited and f.name not in _USUAL]
-            shown = sorted((f for f in shown if f.name not in hidden), key=lambda f: f.name in inherited)
-        for f in shown:
+        shown = [f for f in fields(group) if f.init and f.name not in hidden]
+        for f in sorted(shown, key=lambda f: f.name in inherited):
             text = _HELP.get(f.name) or " ".join(str(f.metadata.get("help", "")).replace("%%", "%").split())
             if f.name in inherited and f.name not in _HELP:
                 text = text.split(". ")[0].rstrip(".") + "."

@@ -1,8 +1,4 @@
-"""What training does to plain decoding: greedy next tokens of held-out answers, of the model as it was and as it is.
-
-Agreement with a teacher on spans says how well the new way of decoding is learned; it does not show what the old way,
-one token a pass, has lost. Here every token of a held-out answer is predicted from the text in front of it.
-"""
+"""What training does to plain decoding, one token a pass: greedy next tokens of held-out answers, before and now."""
 
 from __future__ import annotations
 
@@ -36,22 +32,20 @@ class Original:
     def __init__(
         self,
         model: PreTrainedModel,
-        batches: Iterable[dict[str, Any]],
+        batches: Iterable[Any],
         *,
         mask_token_id: int | None,
         max_length: int | None = None,
     ) -> None:
-        self.mask_token_id = mask_token_id
-        self.max_length = max_length
+        self.mask_token_id, self.max_length = mask_token_id, max_length
         self.tokens = dict(self._predicted(model, batches))
 
     def agreement(self, model: PreTrainedModel, batches: Iterable[dict[str, Any]]) -> Tensor:
         """Greedy tokens that are the original's, and all [2] float64, of the texts that are known."""
         agree = rows = 0
         for text, now in self._predicted(model, batches):
-            before = self.tokens.get(text)
-            if before is not None:
-                agree += int((before == now).sum())
+            if text in self.tokens:
+                agree += int((self.tokens[text] == now).sum())
                 rows += len(now)
         return torch.tensor([agree, rows], dtype=torch.float64)
 

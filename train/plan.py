@@ -61,14 +61,13 @@ def planned(
         micro_step=micro_step,
         rank=args.process_index,
     )
-    mask_rows = most * (args.k_max - 1 + args.bidirectional) if args.static_shape else None
     layout = build_layout(
         prefix,
         lengths,
         k,
         num_tokens=tokens.shape[1],
         end=end.gather(1, prefix),
-        mask_rows=mask_rows,
+        mask_rows=most * (args.k_max - 1 + args.bidirectional) if args.static_shape else None,
         bidirectional=args.bidirectional,
     )
     if args.packing:

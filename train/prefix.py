@@ -4,12 +4,12 @@
     kept          by text, trimmed to its length, in the dtype in which the pass attends; first come, first kept
     laid out      the texts of a batch as they stand there, for the rows that stand behind them
 
-Where a run goes through its data again and again in another order, what came first is as likely to come next as what
-came last, and nothing is thrown out for it: the share of texts that are kept is the share of passes that are spared.
+Nothing is thrown out for what comes later: in an order drawn anew it is no more likely to come next, so that the share
+of texts that are kept is the share of passes that are spared.
 
-On a CPU every text runs alone. Nothing is padded, and the bits of a text's keys depend on that text only: not on the
-batch, nor on what is kept, so that a resumed run, which has kept nothing yet, equals an uninterrupted one. A GPU would
-wait for the launches of so many small passes: there all new texts of a batch run in one row, and equal rounding only.
+On a CPU every text runs alone, and the bits of its keys depend on that text only: not on the batch, nor on what is
+kept, so that a resumed run, which has kept nothing yet, equals an uninterrupted one. A GPU would wait for the launches
+of so many small passes: there all new texts of a batch run in one row, and equal rounding only.
 
 Source   arXiv 2604.11035, adapters on mask rows behind a prefix that training does not change
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import ClassVar
 
 import torch
@@ -55,10 +56,7 @@ def texts_of(layout: Layout, num_tokens: int, names: Sequence[bytes] | None = No
     starts = first.nonzero().tolist()
     lengths = layout.lengths.tolist()
     ends = [b[1] if b[0] == a[0] else lengths[a[0]] for a, b in zip(starts, [*starts[1:], [-1, 0]])]
-    return [
-        Text(row, start, end, names[i] if names is not None else None)
-        for i, ((row, start), end) in enumerate(zip(starts, ends))
-    ]
+    return [Text(row, start, end, name) for (row, start), end, name in zip(starts, ends, names or repeat(None))]
 
 
 @dataclass(frozen=True)
@@ -133,8 +131,8 @@ class Prefixes:
 
     max_bytes   what kept texts may take; 0 keeps none
     states      give, and keep, their hidden states too
-    passes      how many passes are to be made where so many are needed; more than that where other ranks, whose passes
-                gather the shards of a model together with this one's, need more. Unless given, as many as needed
+    passes      how many passes are to be made where so many are needed: more, where other ranks need more, whose passes
+                gather the shards of a model together with this one's
 
         layers, states = Prefixes(2**30).of(model, tokens, texts_of(layout, tokens.shape[1]))
     """
@@ -200,7 +198,7 @@ class Prefixes:
         return (rows, states[0]) if self.states else (rows,)
 
     def _keep(self, text: Text, parts: tuple[Tensor, ...], *, copied: bool) -> tuple[Tensor, ...]:
-        size = sum(x.numel() * x.element_size() for x in parts)
+        size = sum(x.nbytes for x in parts)
         if text.name is None or self.bytes + size > self.max_bytes:
             return parts
         self.bytes += size
@@ -212,20 +210,17 @@ class Prefixes:
         """Views of keys and values [B, Hkv, N, D] by layer."""
         sizes = [n for heads, key, value in self._shapes.values() for n in (heads * key, heads * value)]
         parts = iter(rows.split(sizes, dim=-1))
-        return {
-            layer: (
-                next(parts).unflatten(-1, (heads, key)).transpose(1, 2),
-                next(parts).unflatten(-1, (heads, value)).transpose(1, 2),
-            )
-            for layer, (heads, key, value) in self._shapes.items()
-        }
+
+        def view(heads: int, size: int) -> Tensor:
+            return next(parts).unflatten(-1, (heads, size)).transpose(1, 2)
+
+        return {layer: (view(heads, key), view(heads, value)) for layer, (heads, key, value) in self._shapes.items()}
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, position: Tensor, context: AttentionContext) -> Tensor:
     """Final hidden states [B, T, H] of rows at these positions."""
-    return model.base_model(
-        input_ids=input_ids, position_ids=position.long(), use_cache=False, mtpkern=context
-    ).last_hidden_state
+    rows = {"input_ids": input_ids, "position_ids": position.long()}
+    return model.base_model(**rows, use_cache=False, mtpkern=context).last_hidden_state
 
 
 def shared_mask(masks: dict[int | None, Tensor], rule: Rule, window: int | None, first: int) -> Tensor | None:

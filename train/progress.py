@@ -33,12 +33,9 @@ def table_row(where: str, logs: Mapping[str, Any]) -> str:
 
     table_row("50/2000", {"loss": 1.25, "agreement": 0.5})  # "50/2000           1.25    50.0%"
     """
-    cells = []
-    for name, _, form in COLUMNS:
-        value = logs.get(name, logs.get(f"eval_{name}", logs.get(f"train_{name}")))
-        text = "" if value is None else form.format(float(value))
-        cells.append(f"{text:>{_WIDTH - 1}}")
-    return " ".join([f"{where:<8}"[:8].ljust(8), *cells]).rstrip()
+    values = [(logs.get(n, logs.get(f"eval_{n}", logs.get(f"train_{n}"))), form) for n, _, form in COLUMNS]
+    texts = ["" if value is None else form.format(float(value)) for value, form in values]
+    return " ".join([f"{where[:8]:<8}", *(f"{text:>{_WIDTH - 1}}" for text in texts)]).rstrip()
 
 
 def heading() -> str:
@@ -51,13 +48,13 @@ def strategy_rows(logs: Mapping[str, Any]) -> list[str]:
 
     strategy_rows({"eval_accuracy_verified": 0.5, "eval_accuracy_static_1": 0.4})[1]  # "  static_1 ...   40.0%"
     """
-    lines = []
-    for name in strategies_in(logs):
+
+    def row(name: str) -> str:
         line = table_row("", {key: logs.get(f"eval_{key}_{name}") for key in ("accuracy", "tokens_per_pass")})
         # The name may reach into the columns that such a row leaves blank.
-        where = f"  {name}"[:_NAME].ljust(_NAME)
-        lines.append(where + line[_NAME:])
-    return lines
+        return f"  {name}"[:_NAME].ljust(_NAME) + line[_NAME:]
+
+    return [row(name) for name in strategies_in(logs)]
 
 
 class TableCallback(ProgressCallback):
@@ -76,25 +73,21 @@ class TableCallback(ProgressCallback):
     def _draws(self, args: TrainingArguments) -> bool:
         return Console(stderr=True).is_terminal and not args.disable_tqdm
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
         """Begin the bar."""
         self.current_step = state.global_step
         if self._draws(args):
-            super().on_train_begin(args, state, control, **kwargs)
+            super().on_train_begin(args, state, *rest, **kwargs)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Move the bar."""
         if self.training_bar is not None:
-            super().on_step_end(args, state, control, **kwargs)
+            super().on_step_end(*args, **kwargs)
 
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_prediction_step(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
         """Begin or move the bar of an evaluation."""
         if self._draws(args):
-            super().on_prediction_step(args, state, control, **kwargs)
+            super().on_prediction_step(args, *rest, **kwargs)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Print a row."""
@@ -123,12 +116,10 @@ class TableCallback(ProgressCallback):
         else:
             self.training_bar.write(line)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Close the bar."""
         if self.training_bar is not None:
-            super().on_train_end(args, state, control, **kwargs)
+            super().on_train_end(*args, **kwargs)
 
 
 def _duration(seconds: float) -> str:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -30,6 +29,7 @@ from torch.utils.data import IterableDataset
 from transformers import get_scheduler
 
 import mtpkern
+from mtpkern.output import whole_file
 from mtpkern.train.config import ModelArguments, MTPConfig
 from mtpkern.train.data import DataArguments
 from mtpkern.train.resume import digests
@@ -65,25 +65,19 @@ _ENDS = 1 << 20
 def options_of(args: MTPConfig, *, stream: bool = False) -> dict[str, Any]:
     """The options that change what is trained: `options_of(MTPConfig("out", k_max=8))["k_max"] == 8`."""
     values = args.to_dict()
-    kept = {
-        name: value
-        for name, value in values.items()
-        if name not in _FREE_OPTIONS and not name.startswith(_FREE_BEGINNINGS)
-    }
-    # That one follows dataloader_pin_memory.
-    kept["accelerator_config"].pop("non_blocking")
+    free = {name for name in values if name in _FREE_OPTIONS or name.startswith(_FREE_BEGINNINGS)}
     if args.load_best_model_at_end:
-        kept |= {name: values[name] for name in ("metric_for_best_model", "greater_is_better")}
+        free -= {"metric_for_best_model", "greater_is_better"}
     if stream:
-        kept["dataloader_num_workers"] = args.dataloader_num_workers
+        free -= {"dataloader_num_workers"}
+    # That one follows dataloader_pin_memory.
+    values["accelerator_config"].pop("non_blocking")
+    kept = {name: value for name, value in values.items() if name not in free}
     return _plain({**kept, "processes": args.world_size, "device": args.device.type})
 
 
 def origin_of(model: ModelArguments, data: DataArguments, args: MTPConfig) -> dict[str, Any]:
-    """What a run is made of, before any of it is loaded: model, teacher and data by what is in their files.
-
-    A hub id stands for itself.
-    """
+    """What a run is made of, before any of it is loaded: model, teacher and data by their files or hub ids."""
     free = () if args.load_best_model_at_end else _EVALUATION_DATA
     origin: dict[str, Any] = {name: value for name, value in vars(data).items() if name not in free}
     for name in ("train_data", "eval_data"):
@@ -152,8 +146,7 @@ class Record:
     """A run at one of its steps.
 
     recipe    what makes it what it is, by name
-    step      steps that are done; max_steps, num_train_epochs: how many were asked for, and how many epochs if they
-              said so (else None)
+    step      steps that are done; max_steps, num_train_epochs: how many, or how many epochs, were asked for
     changes   what was changed on the way: {"step": 400, "k_max": [8, 12]}
     saved     of a run that has ended: whether its final model is there
     """
@@ -168,9 +161,9 @@ class Record:
 
     def write(self, folder: str | Path) -> None:
         """Write it to a folder, at once or not at all."""
-        part = Path(folder) / f"{RECORD}.part"
-        part.write_text(json.dumps(vars(self), indent=2) + "\n")
-        os.replace(part, Path(folder) / RECORD)
+        with whole_file(Path(folder) / RECORD) as file:
+            assert file is not None
+            file.write(json.dumps(vars(self), indent=2) + "\n")
 
     @classmethod
     def read(cls, folder: str | Path) -> Record | None:

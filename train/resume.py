@@ -16,10 +16,12 @@ from functools import lru_cache
 from hashlib import sha256
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from torch.utils.data import IterableDataset
 from transformers.trainer import TRAINER_STATE_NAME
+
+from mtpkern.output import whole_file
 
 MARK = "complete.json"
 # Bytes of a file that one thread digests at a time.
@@ -28,13 +30,12 @@ _PART = 1 << 24
 
 def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """The digest of each file: of its parts' digests, which several threads take; of large files that is the time."""
+
+    def starts(name: str) -> range:
+        return range(0, max(1, (folder / name).stat().st_size), _PART)
+
     with ThreadPoolExecutor() as pool:
-        parts = {
-            name: [
-                pool.submit(_digest, folder / name, i) for i in range(0, max(1, (folder / name).stat().st_size), _PART)
-            ]
-            for name in names
-        }
+        parts = {name: [pool.submit(_digest, folder / name, start) for start in starts(name)] for name in names}
         return {name: sha256(b"".join(f.result() for f in found)).hexdigest() for name, found in parts.items()}
 
 
@@ -45,9 +46,8 @@ def _digest(path: Path, start: int) -> bytes:
 
 
 def _mark(folder: Path, known: dict[str, list[str]]) -> None:
-    part = folder / f"{MARK}.part"
-    part.write_text(json.dumps(known))
-    os.replace(part, folder / MARK)
+    with whole_file(folder / MARK) as mark:
+        json.dump(known, cast(TextIO, mark))
 
 
 def mark_complete(folder: Path) -> None:
@@ -97,10 +97,7 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def newest_checkpoint(output_dir: str | Path) -> str | None:
-    """The complete checkpoint with the most steps, None where there is none.
-
-    trainer.train(resume_from_checkpoint=newest_checkpoint("out"))  # from there, or from the start
-    """
+    """The complete checkpoint with the most steps, None where there is none: `newest_checkpoint("out")`."""
     return next((str(path) for path in reversed(checkpoints(output_dir)) if is_complete(path)), None)
 
 
@@ -137,10 +134,7 @@ def rotate(output_dir: str | Path, limit: int | None, best: str | None) -> None:
 
 
 class Endless(IterableDataset):
-    """A stream that begins again where it ends, with the next epoch's order: one epoch that never ends.
-
-    A stream of unknown length has no epochs that a resumed run could count, only batches to skip.
-    """
+    """A stream that begins again where it ends, in the next epoch's order; a resumed run counts batches, no epochs."""
 
     def __init__(self, source: IterableDataset) -> None:
         self.source = source

@@ -67,11 +67,10 @@ class RunTrainer(Trainer):
 
     def _made_of(self) -> dict[str, Any]:
         """What makes this run what it is, as far as it is known here; `origin` adds the rest."""
-        stream = isinstance(self.train_dataset, IterableDataset)
-        recipe = {**options_of(self.args, stream=stream), "train_dataset": fingerprint(self.train_dataset)}
+        recipe = options_of(self.args, stream=isinstance(self.train_dataset, IterableDataset))
         if isinstance(self.model, PeftModel) and not self.args.lora_rank:
             recipe["adapters"] = adapters_of(self.model)
-        return {**recipe, **self.origin}
+        return {**recipe, "train_dataset": fingerprint(self.train_dataset), **self.origin}
 
     def _note_start(self) -> None:
         """What is noted of the model that the run starts from, before a checkpoint's weights take its place."""
@@ -88,8 +87,7 @@ class RunTrainer(Trainer):
         """As Trainer's, but a step is saved before it is evaluated: what goes wrong there costs no training.
 
         Evaluation comes first only where it says what is saved (save_strategy "best") or sets the learning rate; then,
-        and where the step was not to be saved, one that fails has it saved. Not with several ranks, of which the
-        others would wait for ever.
+        and where the step was not to be saved, one that fails has it saved, but for several ranks: others would wait.
         """
         args, saves = self.args, self.control.should_save
         if args.logging_strategy == IntervalStrategy.STEPS and self.state.global_step >= self.state.max_steps:
@@ -137,12 +135,12 @@ class RunTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         """As Trainer's; sorting by length draws from the global state, which a run resumed in a later epoch has not."""
         sampler = super()._get_train_sampler(train_dataset)
+
+        def set_epoch(epoch: int) -> None:
+            if epoch > 0:
+                sampler.generator = torch.Generator().manual_seed(cast(int, self.args.data_seed) + epoch)
+
         if isinstance(sampler, LengthGroupedSampler):
-
-            def set_epoch(epoch: int) -> None:
-                if epoch > 0:
-                    sampler.generator = torch.Generator().manual_seed(cast(int, self.args.data_seed) + epoch)
-
             sampler.set_epoch = set_epoch
         return sampler
 
@@ -248,10 +246,7 @@ class RunTrainer(Trainer):
         schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As Trainer's, but a kill at any moment leaves the last complete checkpoint findable.
-
-        Raises DiskFull, with the half-written checkpoint removed.
-        """
+        """As Trainer's, but the last whole one is always findable; DiskFull leaves no half-written one behind."""
         self._require_finite(weights=True)
         args, run = self.args, Path(self._get_output_dir(trial=trial))
         folder = run / f"checkpoint-{self.state.global_step}"

@@ -33,7 +33,7 @@ def save_plain(
     # The config as the saved weights are, not as they were while training, where the cache is off.
     config = deepcopy(plain.config)
     config.use_cache, config.dtype = True, dtype
-    needed = sum(x.numel() * x.element_size() for x in state.values())
+    needed = sum(x.nbytes for x in state.values())
     with full_disk_named(folder, needed), written_whole(folder) as part:
         plain.save_pretrained(part, state_dict=state)
         config.save_pretrained(part)
@@ -44,10 +44,7 @@ def save_plain(
 
 def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Floating-point tensors in another dtype; entries that share memory (tied embeddings) go on sharing it."""
-    cast_tensors: dict[int, Tensor] = {}
-    result = {}
-    for name, x in state.items():
-        if x.is_floating_point():
-            x = cast_tensors.setdefault(x.data_ptr(), x.to(dtype))
-        result[name] = x
-    return result
+    made: dict[int, Tensor] = {}
+    return {
+        name: made.setdefault(x.data_ptr(), x.to(dtype)) if x.is_floating_point() else x for name, x in state.items()
+    }

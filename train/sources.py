@@ -6,6 +6,7 @@ Local files are read row by row rather than through Arrow, which refuses a file 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,9 @@ def _read_jsonl(path: Path) -> Iterator[Located]:
 def _read_json(path: Path) -> Iterator[Located]:
     try:
         rows = parse(path.read_text(encoding="utf-8-sig"), "one JSON list of rows")
-    except BadRow as fault:
-        raise ValueError(f"{path}: {fault}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text ({error}); convert it") from None
+    except (BadRow, UnicodeDecodeError) as error:
+        odd = f"expected UTF-8 text ({error}); convert it" if isinstance(error, UnicodeDecodeError) else error
+        raise ValueError(f"{path}: {odd}") from None
     if not isinstance(rows, list):
         raise ValueError(f"{path}: expected a JSON list of rows, got {type(rows).__name__}; for one a line use .jsonl")
     yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
@@ -75,10 +75,9 @@ def _read_parquet(path: Path) -> Iterator[Located]:
     number = 0
     try:
         with ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", _without_nulls(row)
+            rows = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches())
+            for number, row in enumerate(rows, 1):
+                yield f"{path}, row {number}", _without_nulls(row)
     except (ArrowException, OSError, ValueError) as error:
         where = f" behind row {number}" if number else ""
         raise ValueError(f"{path}: no whole parquet file{where} ({error}); write it again") from None

@@ -1,8 +1,7 @@
 """Spans of an evaluation, kept one by one: how sure the student was of each token, and the teacher's loss on it.
 
-The teacher has read the student's own span by then; its loss on a span's tokens costs a product with the head for a
-few spans' rows. Against the data's own tokens (teacher_target gt) there is no teacher, and nothing is kept, unless the
-student is a gated adapter: its base then reads the spans until enough are kept, a pass more for these batches.
+Against the data's own tokens (teacher_target gt) there is no teacher, and nothing is kept, unless the student is a
+gated adapter: its base then reads the spans until enough are kept, a pass more for these batches.
 
 Source   arXiv 2602.06019, figure of confidence against the teacher's loss on the student's span
 """
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mtpkern.kernels.distill import Head
+from mtpkern.output import whole_file
 from mtpkern.training_plots import SPANS
 
 MOST = 128
@@ -68,6 +68,6 @@ class KeptSpans:
         lines = [line for line in before if json.loads(line)["step"] < step]
         for confidence, loss in zip(self.confidence, self.teacher_loss, strict=True):
             lines.append(json.dumps({"step": step, "confidence": confidence, "teacher_loss": loss}))
-        part = path.with_name(f"{path.name}.part")
-        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        part.replace(path)
+        with whole_file(path) as out:
+            assert out is not None
+            out.write("\n".join(lines) + "\n")

@@ -76,25 +76,23 @@ class ChatTemplate:
         unread = set()
         for i, message in enumerate(conversation.messages):
             for name in message.keys() - _OF_THE_ROLE - {"weight"}:
-                known = _REASONING if name in _REASONING else (name,)
-                if self.fields.isdisjoint(known):
-                    if name in _SAID:
-                        raise BadRow(
-                            "not in the template",
-                            f"messages[{i}].{name}: the chat template does not read it, so it would be left out; take "
-                            "it out, or use a template that writes it",
-                        )
-                    unread.add(name)
+                if not self.fields.isdisjoint(_REASONING if name in _REASONING else (name,)):
+                    continue
+                if name in _SAID:
+                    raise BadRow(
+                        "not in the template",
+                        f"messages[{i}].{name}: the chat template does not read it, so it would be left out; take it "
+                        "out, or use a template that writes it",
+                    )
+                unread.add(name)
         return unread
 
     def write(self, conversation: Conversation, messages: list[Message], *, prompt: bool = False) -> str:
         """The text of these messages; with `prompt` it ends where the assistant begins. Raises BadRow."""
         given = [self._named(message) for message in messages]
-        options = {"tools": conversation.tools} if conversation.tools else {}
+        options = {**({"tools": conversation.tools} if conversation.tools else {}), **conversation.options}
         try:
-            text = self.tokenizer.apply_chat_template(
-                given, tokenize=False, add_generation_prompt=prompt, **options, **conversation.options
-            )
+            text = self.tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=prompt, **options)
         except ImportError:
             raise
         except Exception as error:  # a template is a program, and fails on odd rows like any other

@@ -16,7 +16,6 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -32,14 +31,15 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from mtpkern.adapter import gate_of
 from mtpkern.attention import AttentionContext, attention_context
 from mtpkern.model import record_settings, resolve_mask_token
+from mtpkern.train.arguments import refuse
 from mtpkern.train.checks import require_sound, require_tested_engine, require_trainable, warn_of_dropout
 from mtpkern.train.compilation import CompiledLayers
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import HeldOut
 from mtpkern.train.layout import Layout, draw_k, draw_within, send
-from mtpkern.train.lora import add_lora, merged, plain_model
+from mtpkern.train.lora import adapters_asked, add_lora, merged, plain_model
 from mtpkern.train.metrics import Seen, span_statistics
-from mtpkern.train.objective import MTPLoss, Objective, SpanContext, forward_as, mtp_loss
+from mtpkern.train.objective import MTPLoss, Objective, SpanContext, forward_as, mtp_loss, stop_tokens_of
 from mtpkern.train.original import Original
 from mtpkern.train.plan import planned
 from mtpkern.train.run import NotFiniteError, RunTrainer
@@ -66,11 +66,10 @@ class MTPTrainer(RunTrainer):
     their answers' tokens that the model, decoding plainly (k = 1), predicts as the model did that the run started from
     (with LoRA its base). Not under FSDP.
 
-    Batches come from `MTPCollator`. At the end of training a summary with the curves of agreement by position stands
-    in output_dir. `save_model` writes a plain Hugging Face checkpoint, adapters merged, whose config
-    records the mask token and k_max. Raises ValueError for a missing teacher, a teacher of another vocabulary, trained
-    weights below float32, and for arguments of Trainer that would have no effect here; NotFiniteError, a
-    RuntimeError, for a loss or weights that are not finite.
+    Batches come from `MTPCollator`. At the end a summary stands in output_dir; `save_model` writes a plain Hugging Face
+    checkpoint, adapters merged, whose config records the mask token and k_max. Raises ValueError for a missing teacher
+    or one of another vocabulary, trained weights below float32, and arguments of Trainer that would have no effect
+    here; NotFiniteError, a RuntimeError, for a loss or weights that are not finite.
 
         trainer = MTPTrainer(model=model, teacher=teacher, args=MTPConfig("out", k_max=8), train_dataset=data,
                              data_collator=MTPCollator(tokenizer.pad_token_id), processing_class=tokenizer)
@@ -101,20 +100,21 @@ class MTPTrainer(RunTrainer):
         if args.lora_rank and not isinstance(model, PeftModel):
             model = self._adapted(plain, mask_token_id, args)
         self.mask_token_id = resolve_mask_token(plain, mask_token_id)
-        if not self.gated == args.gated == (gate_of(plain) is not None):
-            raise ValueError(
-                "GatedTrainer, gated=True and a gated adapter (add_gated_lora, or lora_rank on a plain model) go "
-                f"together; got {type(self).__name__}, gated={args.gated}, a model with gate: {gate_of(plain)}"
-            )
+        gate = gate_of(plain)
+        refuse(
+            not self.gated == args.gated == (gate is not None),
+            "GatedTrainer, gated=True and a gated adapter (add_gated_lora, or lora_rank on a plain model) go together; "
+            f"got {type(self).__name__}, gated={args.gated}, a model with gate: {gate}",
+        )
         require_sound(model, teacher, args)
         for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics", "model_init"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"{name} would have no effect: the loss is fixed and no logits are gathered; omit it")
-        if args.bidirectional and held_out is not None:
-            raise ValueError("held-out prompts cannot be decoded with bidirectional=True; leave held_out= out")
+            says = f"{name} would have no effect: the loss is fixed and no logits are gathered; omit it"
+            refuse(kwargs.get(name) is not None, says)
         if held_out is not None:
+            says = "held-out prompts cannot be decoded with bidirectional=True; leave held_out= out"
+            refuse(args.bidirectional, says)
             held_out.require_fit(plain)
-        if gate_of(plain) is None:
+        if gate is None:
             record_settings(plain, mask_token_id=self.mask_token_id, bidirectional=args.bidirectional)
         record_settings(plain, k_max=args.k_max)
         super().__init__(model=model, args=args, origin=origin, **kwargs)
@@ -131,11 +131,10 @@ class MTPTrainer(RunTrainer):
         self.teacher = plain if isinstance(model, PeftModel) else teacher
         # Our loss is divided by the rows of the whole accumulated batch already; 5.17 asks for it by the second name.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
-        eos = plain.generation_config.eos_token_id if plain.generation_config else None
-        eos = plain.config.eos_token_id if eos is None else eos
-        if eos is None:
+        stops = stop_tokens_of(plain)
+        if not stops:
             raise ValueError("the model's config names no eos_token_id, behind which spans end; set it")
-        self.eos_token_ids = torch.tensor([eos] if isinstance(eos, int) else list(eos), device=args.device)
+        self.eos_token_ids = torch.tensor(stops, device=args.device)
         self.held_out = held_out
         self._layers: CompiledLayers | None = None
         self._original: Original | None = None
@@ -147,18 +146,16 @@ class MTPTrainer(RunTrainer):
 
     def _adapted(self, plain: PreTrainedModel, mask_token_id: int | None, args: MTPConfig) -> PeftModel:
         """The model with the adapters that the configuration asks for."""
-        return add_lora(
-            plain,
-            resolve_mask_token(plain, mask_token_id),
-            rank=args.lora_rank,
-            alpha=args.lora_alpha,
-            targets=args.lora_targets,
-            seed=args.seed,
-        )
+        return add_lora(plain, resolve_mask_token(plain, mask_token_id), **adapters_asked(args))
 
-    def plan(self, batch: dict[str, Any], *, k: int, step: int, micro_step: int) -> dict[str, Any]:
-        """The batch with its layout, of this rank: `mtpkern.train.plan.planned`."""
-        return planned(self.args, batch, k=k, step=step, micro_step=micro_step, draw=self.draw)
+    @property
+    def plain(self) -> PreTrainedModel:
+        """The transformers model in training, without what wraps it."""
+        return plain_model(self.accelerator.unwrap_model(self.model))
+
+    def plan(self, batch: dict[str, Any], **draw: int) -> dict[str, Any]:
+        """The batch with its layout, of this rank: `mtpkern.train.plan.planned`, with k, step and micro_step."""
+        return planned(self.args, batch, **draw, draw=self.draw)
 
     def draw_k(self, step: int) -> int:
         """k of a step on this rank."""
@@ -195,8 +192,8 @@ class MTPTrainer(RunTrainer):
         layout: Layout = inputs["layout"]
         self._seen.add(inputs["texts"], int(self._loss_rows(layout).sum()), int(layout.lengths.sum()))
         loss = self._forward_backward(model, inputs, num_items_in_batch)
-        step = torch.full_like(self._broken_step, self.state.global_step)
-        self._broken_step = torch.where(loss.isfinite(), self._broken_step, torch.minimum(step, self._broken_step))
+        first = self._broken_step.clamp(max=self.state.global_step)
+        self._broken_step = torch.where(loss.isfinite(), self._broken_step, first)
         return loss
 
     def _forward_backward(self, model: nn.Module, inputs: dict[str, Any], counts: Tensor | int | None) -> Tensor:
@@ -210,12 +207,11 @@ class MTPTrainer(RunTrainer):
         if not args.torch_compile:
             return nullcontext()
         if self._layers is None:
-            student = plain_model(self.accelerator.unwrap_model(self.model))
-            models = [student] if self.teacher is None or self.teacher is student else [student, self.teacher]
-            backend = args.torch_compile_backend or "inductor"
+            teachers = [] if self.teacher is None or self.teacher is self.plain else [self.teacher]
             self._layers = CompiledLayers(
-                *models,
-                backend=backend,
+                self.plain,
+                *teachers,
+                backend=args.torch_compile_backend or "inductor",
                 mode=args.torch_compile_mode,
                 apart=self.gated,
                 if_it_can=args.compiles_if_it_can,
@@ -224,12 +220,13 @@ class MTPTrainer(RunTrainer):
 
     @contextmanager
     def _span_attention(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        device = self.args.device
         context = self._context(inputs)
         # Found on the host, which knows them: a device would have to be asked how many they are.
-        named = ((name, inputs[name].flatten().nonzero().squeeze(1)) for name in ("prefix_rows", "anchor_rows"))
-        rows = {name: send(index, device) for name, index in named}
-        with attention_context(plain_model(self.accelerator.unwrap_model(model)), context):
+        rows = {
+            name: send(inputs[name].flatten().nonzero().squeeze(1), self.args.device)
+            for name in ("prefix_rows", "anchor_rows")
+        }
+        with attention_context(self.plain, context):
             yield {**inputs, "layout": context, **rows}
 
     def _context(self, inputs: dict[str, Any]) -> AttentionContext:
@@ -240,8 +237,7 @@ class MTPTrainer(RunTrainer):
         """What the student learns now: the data's tokens first, where a warm-up asks for it. Evaluation has one aim."""
         warming_up = self.model.training and self.state.global_step < self.args.gt_warmup_steps
         target: Any = "gt" if warming_up else self.args.teacher_target
-        support: Any = self.args.loss_support
-        return Objective(self.eos_token_ids, target, support, self.args.eos_padding)
+        return Objective(self.eos_token_ids, target, cast(Any, self.args.loss_support), self.args.eos_padding)
 
     def compute_loss(
         self,
@@ -253,7 +249,6 @@ class MTPTrainer(RunTrainer):
         """This micro-batch's share of the mean over the step's span rows, times the number of ranks (DDP averages)."""
         core = self.accelerator.unwrap_model(model)
         counts = torch.as_tensor(num_items_in_batch, device=self.args.device).clamp(min=1)
-        prefix_weight, anchor_weight = self.args.prefix_weight, self.args.anchor_kl_weight
 
         def forward(tokens: Tensor, context: Any, **rows: Tensor) -> MTPLoss:
             with self.accelerator.autocast():
@@ -262,11 +257,10 @@ class MTPTrainer(RunTrainer):
         with forward_as(core, forward):
             rows = {name: inputs[name] for name in ("prefix_rows", "anchor_rows")}
             sums: MTPLoss = model(inputs["input_ids"], inputs["layout"], **rows)
-        text = prefix_weight * sums.prefix / counts[1] + anchor_weight * sums.anchor / counts[2]
+        text = self.args.prefix_weight * sums.prefix / counts[1] + self.args.anchor_kl_weight * sums.anchor / counts[2]
         loss = (sums.span / counts[0] + text) * self.accelerator.num_processes
         # Kept for the next log; the graph must not live that long.
-        scalars = {name: getattr(sums, name).detach() for name in ("span", "prefix", "anchor")}
-        self._sums.append(replace(sums, **scalars))
+        self._sums.append(MTPLoss(**{name: x.detach() for name, x in vars(sums).items()}))
         return (loss, sums) if return_outputs else loss
 
     def _loss_sums(
@@ -293,23 +287,19 @@ class MTPTrainer(RunTrainer):
         planned = self.plan(inputs, k=self.args.k_max, step=_EVALUATION_STEP, micro_step=0)
         counts = self._count([planned], self.args.device)
         with torch.no_grad(), self._span_attention(model, planned) as ready:
-            ready = self._prepare_inputs(ready)
-            loss = self.compute_loss(model, ready, num_items_in_batch=counts)
+            loss = self.compute_loss(model, self._prepare_inputs(ready), num_items_in_batch=counts)
         return loss.detach(), None, None
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As RunTrainer.train; what is saved meanwhile records that its run has not ended."""
-        self._record_finished(False)
+        record_settings(self.plain, finished=False)
         result = super().train(*args, **kwargs)
-        self._record_finished(True)
+        record_settings(self.plain, finished=True)
         return result
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._record_finished(self.state.global_step >= self.state.max_steps)
+        record_settings(self.plain, finished=self.state.global_step >= self.state.max_steps)
         super()._save_checkpoint(model, trial)
-
-    def _record_finished(self, finished: bool) -> None:
-        record_settings(plain_model(self.accelerator.unwrap_model(self.model)), finished=finished)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As Trainer.evaluate, with the span statistics of the evaluation batches; training does not notice."""
@@ -317,9 +307,8 @@ class MTPTrainer(RunTrainer):
         training_sums, self._sums = self._sums, []
         self._kept = kept = KeptSpans()
         start, since = time.perf_counter(), self._seen.since
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(devices):
+            with self._draws_apart():
                 metrics = super().evaluate(*args, **kwargs)
             if self.is_world_process_zero():
                 kept.write(cast(str, self.args.output_dir), self.state.global_step)
@@ -333,8 +322,7 @@ class MTPTrainer(RunTrainer):
         """As Trainer's, and the held-out prompts decoded: among its metrics they are logged and choose the best."""
         output = super().evaluation_loop(*args, **kwargs)
         if self._original is not None:
-            core = plain_model(self.accelerator.unwrap_model(self.model))
-            sums = self._original.agreement(core, args[0] if args else kwargs["dataloader"])
+            sums = self._original.agreement(self.plain, args[0] if args else kwargs["dataloader"])
             agree, rows = self.accelerator.reduce(sums.float().to(self.args.device), "sum").tolist()
             if rows:
                 output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_original_agreement"] = agree / rows
@@ -348,24 +336,26 @@ class MTPTrainer(RunTrainer):
             return
         core = self.accelerator.unwrap_model(self.model)
         names: list[Any] = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else [None]
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
         # The mask token of a gated adapter is no row of the head, and on a text's own rows its adapters are off.
-        banned, base = (None, nullcontext()) if self.gated else (self.mask_token_id, self._as_base(core))
-        with torch.random.fork_rng(devices), base:
-            batches = chain.from_iterable(self.get_eval_dataloader(name) for name in names)
-            limit = self.args.max_length
-            self._original = Original(plain_model(core), batches, mask_token_id=banned, max_length=limit)
+        adapted = isinstance(core, PeftModel) and not self.gated
+        with self._draws_apart(), core.disable_adapter() if adapted else nullcontext():
+            self._original = Original(
+                self.plain,
+                chain.from_iterable(self.get_eval_dataloader(name) for name in names),
+                mask_token_id=None if self.gated else self.mask_token_id,
+                max_length=self.args.max_length,
+            )
 
-    @staticmethod
-    def _as_base(core: nn.Module) -> AbstractContextManager:
-        return core.disable_adapter() if isinstance(core, PeftModel) else nullcontext()
+    def _draws_apart(self) -> AbstractContextManager:
+        """What is drawn inside it, training does not notice."""
+        return torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else [])
 
     def _decode_held_out(self, held_out: HeldOut) -> dict[str, float]:
         # Shards of FSDP are gathered in every pass, so that all ranks must make the same passes.
         alone = self.is_fsdp_enabled
-        ranks, rank = (1, 0) if alone else (self.args.world_size, self.args.process_index)
+        share = (0, 1) if alone else (self.args.process_index, self.args.world_size)
         try:
-            sums = held_out.count(plain_model(self.accelerator.unwrap_model(self.model)), rank, ranks)
+            sums = held_out.count(self.plain, *share)
         except Exception as error:
             # What has been trained is worth more than a figure that any checkpoint gives later.
             logger.warning("no accuracy, held-out prompts were not decoded: %s: %s", type(error).__name__, error)
@@ -379,15 +369,10 @@ class MTPTrainer(RunTrainer):
         self._require_finite()
         if self._sums:
             evaluated = any(name.startswith("eval_") for name in logs)
-            statistics = span_statistics(
-                self._sums,
-                k_max=self.args.k_max,
-                device=self.args.device,
-                reduce=partial(self.accelerator.reduce, reduction="sum"),
-            )
+            reduce = partial(self.accelerator.reduce, reduction="sum")
+            statistics = span_statistics(self._sums, k_max=self.args.k_max, device=self.args.device, reduce=reduce)
             self._sums.clear()
-            for name, value in statistics.items():
-                logs["eval_" + name if evaluated else name] = value
+            logs |= {f"eval_{name}" if evaluated else name: value for name, value in statistics.items()}
             if not evaluated:
                 logs.update(self._seen.rates())
                 self._seen = Seen()
@@ -423,13 +408,10 @@ class MTPTrainer(RunTrainer):
     def _try_out(self) -> None:
         # Shards of FSDP are not there yet.
         if self.held_out is not None and not self.is_fsdp_enabled:
-            self.held_out.try_out(plain_model(self.accelerator.unwrap_model(self.model)))
+            self.held_out.try_out(self.plain)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write a plain Hugging Face checkpoint in save_dtype, adapters merged, with the tokenizer.
-
-        The resumable checkpoints inside training keep float32 weights, or the adapters alone.
-        """
+        """Write a plain checkpoint in save_dtype, adapters merged; those inside training are float32 or adapters."""
         if _internal_call:
             # FSDP's own files, which come next, hold all weights: no second copy of them.
             if not self.is_fsdp_enabled:
@@ -437,13 +419,12 @@ class MTPTrainer(RunTrainer):
             return
         self._require_finite(weights=True, alone=not self.is_fsdp_enabled)
         core = self.accelerator.unwrap_model(self.model)
-        state: dict[str, Tensor] = {}
+        state: dict[str, Any] = {}
         if self.is_fsdp_enabled:
             # Gathered on rank 0, one after the other.
             whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            state = cast(dict[str, Tensor], get_model_state_dict(self.model, options=whole))
-        if not self.args.should_save:
-            return
-        plain = merged(core) if isinstance(core, PeftModel) else core
-        folder, dtype = Path(output_dir or cast(str, self.args.output_dir)), getattr(torch, self.args.save_dtype)
-        save_plain(plain, folder, dtype, state=state, processing_class=self.processing_class)
+            state = get_model_state_dict(self.model, options=whole)
+        if self.args.should_save:
+            plain = merged(core) if isinstance(core, PeftModel) else core
+            folder, dtype = Path(output_dir or str(self.args.output_dir)), getattr(torch, self.args.save_dtype)
+            save_plain(plain, folder, dtype, state=state, processing_class=self.processing_class)

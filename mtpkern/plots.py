@@ -2,6 +2,7 @@
 
     pareto.png      accuracy against tokens a pass: static, ConfAdapt and Verified, and the original where it was asked
     acceptance.png  how often a pass keeps its j-th token where it has kept those before
+    original.png    how far answers are the original's, and how likely it finds them, against tokens a pass
     training.png, spans.png      mtpkern.training_plots
     throughput.png, real.png     mtpkern.bench_plots
 
@@ -45,6 +46,16 @@ def pareto(figures: Figures) -> list[dict[str, Any]]:
         {"way": way, "kind": kind_of(way), **{name: f.get(name, "") for name in names}}
         for way, f in figures.items()
         if "accuracy" in f
+    ]
+
+
+def nearness(figures: Figures) -> list[dict[str, Any]]:
+    """A row a way for the figure of nearness to the original; none where there was none (--baseline)."""
+    names = ("agreeing_prefix_original", "identical_to_original", "nll_original", "tokens_per_pass", "problems")
+    return [
+        {"way": way, "kind": kind_of(way), **{name: f[name] for name in names}}
+        for way, f in figures.items()
+        if "agreeing_prefix_original" in f and "nll_original" in f
     ]
 
 
@@ -115,7 +126,8 @@ def _measured(path: Path) -> dict[str, list[dict[str, Any]]]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if "figures" in found:
-            return {"pareto": pareto(found["figures"]), "acceptance": acceptance(found["figures"])}
+            made = {"pareto": pareto, "acceptance": acceptance, "original": nearness}
+            return {name: rows_of(found["figures"]) for name, rows_of in made.items()}
         tables = {"throughput": throughput(found), "real": real(found)}
     except (ValueError, KeyError, TypeError, AttributeError):
         tables = {}
@@ -150,21 +162,44 @@ def _axes(xlabel: str, ylabel: str) -> tuple[Any, Any]:
 
 def _draw_pareto(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure, axes = _axes("tokens a pass", "right answers, %")
+    _curves(axes, rows, "accuracy", 100, "standard_error")
+    figure.savefig(path, dpi=150)
+
+
+def _draw_original(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for i, (name, label) in enumerate(
+        (
+            ("agreeing_prefix_original", "the original's tokens before the first other"),
+            ("nll_original", "the original's loss on the text, nats a token"),
+        ),
+        1,
+    ):
+        axes = figure.add_subplot(1, 2, i, xlabel="tokens a pass", ylabel=label)
+        axes.grid(alpha=0.3)
+        _curves(axes, rows, name)
+    figure.savefig(path, dpi=150)
+
+
+def _curves(
+    axes: Any, rows: Sequence[Mapping[str, Any]], name: str, scale: float = 1, error: str | None = None
+) -> None:
+    """A figure of the ways against tokens a pass, a line for each kind of strategy."""
     for kind, (colour, mark) in _KINDS.items():
         mine = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["tokens_per_pass"])
-        if not mine:
-            continue
-        axes.errorbar(
-            [row["tokens_per_pass"] for row in mine],
-            [100 * row["accuracy"] for row in mine],
-            yerr=[100 * row["standard_error"] for row in mine],
-            color=colour,
-            marker=mark,
-            capsize=2,
-            label=kind,
-        )
+        if mine:
+            axes.errorbar(
+                [row["tokens_per_pass"] for row in mine],
+                [scale * row[name] for row in mine],
+                yerr=None if error is None else [scale * row[error] for row in mine],
+                color=colour,
+                marker=mark,
+                capsize=2,
+                label=kind,
+            )
     axes.legend()
-    figure.savefig(path, dpi=150)
 
 
 def _draw_acceptance(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -182,6 +217,7 @@ def _draw_acceptance(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 _DRAW = {
     "pareto": _draw_pareto,
     "acceptance": _draw_acceptance,
+    "original": _draw_original,
     "training": draw_course,
     "spans": draw_spans,
     "throughput": draw_throughput,

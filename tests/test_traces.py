@@ -25,7 +25,9 @@ def test_every_number_is_in_a_file_that_its_section_links_to(page):
 
 
 def test_a_number_of_no_file_is_found(tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps({"rows": [{"ratio": 2.6448, "share": 0.8125, "us": 1941}]}))
+    (tmp_path / "run.json").write_text(
+        json.dumps({"rows": [{"ratio": 2.6448, "share": 0.8125, "us": 1941, "sample_ks": [2.65]}]})
+    )
     (tmp_path / "run.md").write_text("# A run\n\n13.5 s\n")
     page = tmp_path / "page.md"
     link = "([run](run.md))"

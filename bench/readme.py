@@ -16,12 +16,11 @@ from typing import Any
 from mtpkern import ASSETS
 from mtpkern.bench.report import RESULTS
 from mtpkern.bench_plots import masks_right
-from mtpkern.evidence import ORIGINAL
 from mtpkern.output import exit_status
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 DOCS = README.parent / "docs"
-FIGURES, PERFORMANCE, QUALITY = DOCS / "figures" / "README.md", DOCS / "performance.md", DOCS / "quality.md"
+FIGURES, PERFORMANCE = DOCS / "figures" / "README.md", DOCS / "performance.md"
 CARDS = (ASSETS / "README.md", ASSETS / "smollm2" / "README.md")
 COMMAND = "python -m mtpkern.bench.readme"
 
@@ -110,20 +109,6 @@ def shipped_table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-def real_eval_table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """SmolLM2 with its adapter in every way: right answers, and how far they are the original's."""
-    rows: list[tuple[str, ...]] = [
-        ("way", "right", "identical to the original", "agreeing prefix, tokens", "original's NLL", "tokens a pass")
-    ]
-    for way, f in results["figures"].items():
-        right = f"{f['accuracy']:.1%} ± {f['standard_error']:.1%}".replace("%", " %")
-        same, prefix = ("", "") if way == ORIGINAL else (
-            f"{f['identical_to_original']:.1%}".replace("%", " %"), f"{f['agreeing_prefix_original']:.1f}"
-        )  # fmt: skip
-        rows.append((way, right, same, prefix, f"{f['nll_original']:.3f}", f"{f['tokens_per_pass']:.2f}"))
-    return rows
-
-
 def acceptance_table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """By position, of the ways of docs/figures that do not keep all."""
     kept = {way: f["acceptance"] for way, f in results["figures"].items() if not way.startswith("static")}
@@ -136,7 +121,6 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], list[tuple[str, ...]]]] = {
     "decode": decode_table,
     "real": real_table,
     "real_by_load": real_table,
-    "real_eval": real_eval_table,
     "throughput": throughput_table,
     "concurrency": concurrency_table,
     "shipped": shipped_table,
@@ -171,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.split("\n\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where a page differs")
     args = parser.parse_args(argv)
-    for page in (README, FIGURES, PERFORMANCE, QUALITY, *CARDS):
+    for page in (README, FIGURES, PERFORMANCE, *CARDS):
         before = page.read_text(encoding="utf-8")
         after = rewritten(before)
         if args.check and before != after:

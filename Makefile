@@ -62,7 +62,7 @@ real: $(STAMP) ## SmolLM2-135M-Instruct with its gated adapter: its own answers 
 
 # FIGURES_ARGS="--limit 1000" for more problems; runs/figures keeps what is decoded, and a second call goes on.
 FIGURES_ARGS ?= --limit 400
-figures: $(STAMP) ## The figures of docs/figures again: the shipped checkpoint in every way, a course of training, and what stands in bench/results.
+figures: $(STAMP) ## The figures of docs/figures again: the shipped checkpoint in every way, two courses of training, and what stands in bench/results.
 	$(BIN)/mtpkern eval mtpkern/assets --data mtpkern/assets/problems.jsonl --answer hashes --max-new-tokens 128 \
 	  --strategies static:2 static:3 static:4 static:6 confadapt:8:0.5 confadapt:8:0.7 confadapt:8:0.9 confadapt:8:0.99 \
 	  verified:12:0.3 verified:12:0.6 verified:12:0.8 --batch-size 32 --output runs/figures $(FIGURES_ARGS)
@@ -70,9 +70,12 @@ figures: $(STAMP) ## The figures of docs/figures again: the shipped checkpoint i
 	cp runs/figures/results.md runs/figures/results.json docs/figures/
 	$(BIN)/mtpkern generate mtpkern/assets --html docs/figures/blocks.html --prompt \
 	  "Question: Ronpu has 41 stamps. Then Ronpu buys 4 baskets with 5 stamps each. Count the stamps of Ronpu now."
-	$(BIN)/python -m mtpkern.train.arithmetic --write runs/course/problems --problems 4000 --held-out 200
+	$(BIN)/python -m mtpkern.train.arithmetic --write runs/course/problems --problems 8000 --held-out 200
 	$(BIN)/mtpkern train docs/figures/course.yaml
 	$(BIN)/mtpkern plot runs/course/run --output docs/figures/course
+	$(BIN)/python -m mtpkern.train.arithmetic --write runs/full/problems --problems 4000 --held-out 200
+	$(BIN)/mtpkern train docs/figures/full.yaml
+	$(BIN)/mtpkern plot runs/full/run --output docs/figures/full
 	for results in real.json h200/throughput.json h200/train-2.txt; do \
 	  $(BIN)/mtpkern plot bench/results/$$results --output docs/figures/real || exit; done
 	$(BIN)/mtpkern plot bench/results/cpu/throughput.json --output docs/figures/cpu

@@ -2,6 +2,7 @@
 
     pareto.png      accuracy against tokens a pass: static, ConfAdapt and Verified, and the original where it was asked
     acceptance.png  how often a pass keeps its j-th token where it has kept those before
+    original.png    how far answers are the original's, and how likely it finds them, against tokens a pass
     training.png, spans.png      mtpkern.training_plots
     throughput.png, real.png     mtpkern.bench_plots
 
@@ -43,6 +44,13 @@ def pareto(figures: Figures) -> list[dict[str, Any]]:
     names = ("accuracy", "standard_error", "tokens_per_pass", "effective_k", "wall_clock", "problems")
     scored = {way: f for way, f in figures.items() if "accuracy" in f}
     return [{"way": way, "kind": kind_of(way), **{n: f.get(n, "") for n in names}} for way, f in scored.items()]
+
+
+def nearness(figures: Figures) -> list[dict[str, Any]]:
+    """A row a way for the figure of nearness to the original; none where there was none (--baseline)."""
+    names = ("agreeing_prefix_original", "identical_to_original", "nll_original", "tokens_per_pass", "problems")
+    compared = {way: f for way, f in figures.items() if "agreeing_prefix_original" in f and "nll_original" in f}
+    return [{"way": way, "kind": kind_of(way), **{n: f[n] for n in names}} for way, f in compared.items()]
 
 
 def acceptance(figures: Figures) -> list[dict[str, Any]]:
@@ -104,7 +112,8 @@ def _measured(path: Path) -> dict[str, list[dict[str, Any]]]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if "figures" in found:
-            return {"pareto": pareto(found["figures"]), "acceptance": acceptance(found["figures"])}
+            made = {"pareto": pareto, "acceptance": acceptance, "original": nearness}
+            return {name: rows_of(found["figures"]) for name, rows_of in made.items()}
         tables = {"throughput": throughput(found), "real": real(found)}
     except (ValueError, KeyError, TypeError, AttributeError):
         tables = {}
@@ -128,13 +137,27 @@ def _write(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
 
 def _draw_pareto(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     with drawn(path, "tokens a pass", "right answers, %") as (axes,):
-        for kind, (colour, mark) in _KINDS.items():
-            mine = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["tokens_per_pass"])
-            if mine:
-                x, right = [row["tokens_per_pass"] for row in mine], [100 * row["accuracy"] for row in mine]
-                error = [100 * row["standard_error"] for row in mine]
-                axes.errorbar(x, right, yerr=error, color=colour, marker=mark, capsize=2, label=kind)
-        axes.legend()
+        _curves(axes, rows, "accuracy", 100, "standard_error")
+
+
+def _draw_original(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    near, loss = "the original's tokens before the first other", "the original's loss on the text, nats a token"
+    with drawn(path, "tokens a pass", near, loss, size=(10, 4)) as panels:
+        for axes, name in zip(panels, ("agreeing_prefix_original", "nll_original")):
+            _curves(axes, rows, name)
+
+
+def _curves(
+    axes: Any, rows: Sequence[Mapping[str, Any]], name: str, scale: float = 1, error: str | None = None
+) -> None:
+    """A figure of the ways against tokens a pass, a line for each kind of strategy."""
+    for kind, (colour, mark) in _KINDS.items():
+        mine = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["tokens_per_pass"])
+        if mine:
+            x, y = ([factor * row[of] for row in mine] for of, factor in (("tokens_per_pass", 1), (name, scale)))
+            spread = None if error is None else [scale * row[error] for row in mine]
+            axes.errorbar(x, y, yerr=spread, color=colour, marker=mark, capsize=2, label=kind)
+    axes.legend()
 
 
 def _draw_acceptance(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -151,6 +174,7 @@ def _draw_acceptance(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 _DRAW = {
     "pareto": _draw_pareto,
     "acceptance": _draw_acceptance,
+    "original": _draw_original,
     "training": draw_course,
     "spans": draw_spans,
     "throughput": draw_throughput,

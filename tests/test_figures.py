@@ -1,5 +1,6 @@
 """`make figures`: its commands as they stand, upon one problem and one step."""
 
+import csv
 import shlex
 import subprocess
 from pathlib import Path
@@ -11,6 +12,7 @@ from mtpkern.train import arithmetic
 
 ROOT = Path(__file__).resolve().parents[1]
 LESS = {"--max-new-tokens": "4", "--problems": "8", "--held-out": "2"}
+COURSES = ("course", "full")
 ONE_STEP = "--max-steps 1 --per-device-train-batch-size 1 --eval-on-start false --eval-strategy no --decode-rows 0"
 
 
@@ -30,7 +32,8 @@ def commands(tmp_path, monkeypatch):
     for name in ("mtpkern", "bench"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "docs/figures").mkdir(parents=True)
-    (tmp_path / "docs/figures/course.yaml").symlink_to(ROOT / "docs/figures/course.yaml")
+    for name in ("course.yaml", "full.yaml"):
+        (tmp_path / "docs/figures" / name).symlink_to(ROOT / "docs/figures" / name)
     monkeypatch.chdir(tmp_path)
     found = []
     for line in lines:
@@ -54,21 +57,32 @@ def run(words):
 
 def test_every_command_runs(commands, capsys):
     for words in commands:
-        # The course is a run of its own, below.
-        if not any("course" in word for word in words):
+        # The courses are runs of their own, below.
+        if not any(course in word for word in words for course in COURSES):
             run(words)
     there = {str(path.relative_to("docs/figures")) for path in Path("docs/figures").rglob("*.png")}
     assert there >= {"pareto.png", "acceptance.png", "real/real.png", "real/throughput.png", "cpu/throughput.png"}
     assert '<p class="blocks">' in Path("docs/figures/blocks.html").read_text()
-    assert {"blocks.html", "course.yaml"} <= {path.name for path in Path("docs/figures").iterdir()}
+    assert {"blocks.html", "course.yaml", "full.yaml"} <= {path.name for path in Path("docs/figures").iterdir()}
 
 
-def test_the_course_is_trained_and_drawn(commands, capsys):
-    mine = [words for words in commands if any("course" in word for word in words)]
+@pytest.mark.parametrize("course", COURSES)
+def test_a_course_is_trained_and_drawn(commands, course, capsys):
+    mine = [words for words in commands if any(course in word for word in words)]
     assert len(mine) == 3
     for words in mine:
         run(words)
-    assert Path("docs/figures/course/training.png").exists()
+    assert Path("docs/figures", course, "training.png").exists()
+
+
+def test_a_gated_course_keeps_the_models_own_tokens_and_brings_more_of_them_a_pass():
+    """The committed figure: one a pass and Verified are right as often at every step, in fewer and fewer passes."""
+    with (ROOT / "docs/figures/course/training.csv").open() as file:
+        judged = [row for row in csv.DictReader(file) if row["accuracy"]]
+    assert len({row["accuracy"] for row in judged if not row["of"].startswith("confadapt")}) == 1
+    verified = [float(row["tokens_per_pass"]) for row in judged if row["of"].startswith("verified")]
+    assert len(verified) >= 4
+    assert verified[-1] > 2 * verified[0]
 
 
 def test_what_it_makes_stands_in_the_pages():

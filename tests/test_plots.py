@@ -50,6 +50,19 @@ def test_pictures_with_their_numbers(results, tmp_path, capsys):
     assert capsys.readouterr().out.count("\n") == 4
 
 
+def test_nearness_to_the_original(tmp_path):
+    pytest.importorskip("matplotlib")
+    near = {"agreeing_prefix_original": 90.5, "identical_to_original": 0.25, "nll_original": 0.5}
+    figures = {way: f | near for way, f in FIGURES.items()} | {"original": FIGURES["static_1"] | {"nll_original": 0.4}}
+    (tmp_path / "results.json").write_text(json.dumps({"figures": figures}))
+    assert main(["plot", str(tmp_path)]) == 0
+    found = [
+        (row["way"], row["agreeing_prefix_original"], row["tokens_per_pass"]) for row in rows(tmp_path / "original.csv")
+    ]
+    assert found == [("static_1", "90.5", "1.0"), ("verified", "90.5", "2.5")]
+    assert (tmp_path / "original.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_without_matplotlib_there_are_the_numbers(results, monkeypatch, capsys):
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
     assert main(["plot", str(results)]) == 2

@@ -90,7 +90,9 @@ class Evaluation:
         ways: dict[str, list[dict[str, Any]]] = {}
         for name in rotated(list(self.ways), batch):
             if warm:
-                decode(self.model, inputs, self.ways[name], **options)
+                # A graph is captured for the lengths that it is to decode.
+                few = {} if self.model.device.type == "cuda" else {"max_new_tokens": min(4, self.max_new_tokens)}
+                decode(self.model, inputs, self.ways[name], **options | few)
             ways[name] = self._way(cases, *timed(self.model, inputs, self.ways[name], **options))
         if self.original is not None:
             there = pad(prompts, self.original.device)

@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 SOURCES := setup.py mtpkern kernels train bench tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo real test test-all check lint types fmt figures checkpoint ablate aot gpu test-oldest clean
+.PHONY: help install demo real test test-slow check lint types fmt figures checkpoint ablate aot gpu test-oldest clean
 
 help: ## List the targets.
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -35,8 +35,8 @@ demo: $(STAMP) ## Solve word problems with the shipped checkpoint, several token
 test: $(STAMP) ## Run the tests but for those marked slow, at most four processes of one thread each.
 	$(PYTEST) -m "not slow" -n auto --maxprocesses=4 $(PYTEST_ARGS)
 
-test-all: $(STAMP) ## Run every test, as .ci/run does.
-	$(PYTEST) -n auto --maxprocesses=4 $(PYTEST_ARGS)
+test-slow: $(STAMP) ## Run those marked slow; .ci/run runs both.
+	$(PYTEST) -m slow -n auto --maxprocesses=4 $(PYTEST_ARGS)
 
 check: lint types ## Lint, format check and types; edits nothing.
 

@@ -1,4 +1,4 @@
-"""Parameters of which `make test` takes a few and `make test-all` takes all."""
+"""Parameters of which `make test` takes a few and `make test-slow` the others."""
 
 from collections.abc import Iterable
 from typing import Any

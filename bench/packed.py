@@ -1,7 +1,8 @@
 """Products of few rows on a CPU: over the model's own weights, and over copies that are laid out for them.
 
 `python -m mtpkern.bench.packed` takes all linear layers of SmolLM2-135M one behind another, siblings as one in the
-copies, as a pass does; both ways in turns. What is compared is what a number of rows costs over one.
+copies, as a pass does; both ways in turns. What is compared is what a number of rows costs over one. Copies of 16-bit
+weights are float32, and so is the product; its rows are cast before and behind it.
 """
 
 from __future__ import annotations
@@ -21,26 +22,30 @@ from mtpkern.output import exit_status
 
 LAYERS = 30
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
+DTYPES = ("float32", "bfloat16", "float16")
 HEADER = ("rows", "torch", "packed", "packed over torch")
 
 
 @torch.inference_mode()
-def both_ways(shapes: Sequence[tuple[int, Sequence[int]]], rows: Sequence[int], rounds: int) -> Iterator[Table]:
+def both_ways(
+    shapes: Sequence[tuple[int, Sequence[int]]], rows: Sequence[int], rounds: int, dtype: torch.dtype = torch.float32
+) -> Iterator[Table]:
     """By rows: milliseconds of all products both ways, as multiples of torch's with one row; the table so far.
 
     shapes: what each group of layers reads, and their widths; weights are random
     """
-    groups = [[nn.Linear(width, n, bias=False) for n in widths] for width, widths in shapes]
+    name = str(dtype).removeprefix("torch.")
+    groups = [[nn.Linear(width, n, bias=False, dtype=dtype) for n in widths] for width, widths in shapes]
     packs = [packed.Packed.of(layers) for layers in groups]
     bytes = sum(layer.weight.nbytes for layers in groups for layer in layers)
     note = (
-        f"{len(packs)} products over {bytes / 1e6:.0f} MB of float32 weights, threads: {torch.get_num_threads()}. "
-        f"Medians of {rounds} rounds in turns, as multiples of torch's one row, which passes of one row take."
+        f"{len(packs)} products over {bytes / 1e6:.0f} MB of {name} weights, threads: {torch.get_num_threads()}. "
+        f"Medians of {rounds} rounds in turns, as multiples of torch's one row."
     )
-    table = Table("Products of few rows", note, HEADER)
+    table = Table(f"Products of few rows, {name}", note, HEADER)
     one: Spread | None = None
     for R in rows:
-        x = {width: torch.randn(1, R, width) for width, _ in shapes}
+        x = {width: torch.randn(1, R, width, dtype=dtype) for width, _ in shapes}
 
         def torchs(x: dict[int, Tensor] = x) -> None:
             for layers in groups:
@@ -49,7 +54,7 @@ def both_ways(shapes: Sequence[tuple[int, Sequence[int]]], rows: Sequence[int], 
 
         def ours(x: dict[int, Tensor] = x) -> None:
             for (width, _), pack in zip(shapes, packs):
-                packed._product(x[width], pack.weight, pack.bias)
+                packed._product(x[width].float(), pack.weight, pack.bias).to(dtype)
 
         found = interleaved({"torch": torchs, "packed": ours}, rounds, torch.device("cpu"))
         one = one or found["torch"]
@@ -59,12 +64,16 @@ def both_ways(shapes: Sequence[tuple[int, Sequence[int]]], rows: Sequence[int], 
         yield table
 
 
-def take_products(device: torch.device, quick: bool, threads: int | None, rounds: int) -> Iterator[Table]:
+def take_products(
+    device: torch.device, quick: bool, threads: int | None, rounds: int, dtypes: Sequence[str]
+) -> Iterator[Table]:
     """All products of the model."""
     if threads:
         torch.set_num_threads(threads)
     of_layer, head = products("SmolLM2-135M")
-    yield from both_ways([*of_layer.values()] * LAYERS + [*head.values()], ROWS[::4] if quick else ROWS, rounds)
+    shapes, rows = [*of_layer.values()] * LAYERS + [*head.values()], ROWS[::4] if quick else ROWS
+    for dtype in dtypes:
+        yield from both_ways(shapes, rows, rounds, getattr(torch, dtype))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -72,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options: dict[str, dict[str, Any]] = {
         "--threads": {"type": positive, "help": "(default: torch's own)"},
         "--rounds": {"type": positive, "default": 9},
+        "--dtypes": {"nargs": "+", "choices": DTYPES, "default": DTYPES[:2], "help": "(default: %(default)s)"},
     }
     run("packed", "Products of few rows on a CPU", take_products, argv, options, on_cpu=lambda args: True, device="cpu")
 

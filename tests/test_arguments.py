@@ -109,6 +109,7 @@ def test_a_field_of_a_later_transformers_is_refused(shared: Any, pair: Any, monk
         init(self, **kwargs)
 
     monkeypatch.setattr(GenerationConfig, "__init__", later)
+    monkeypatch.setattr("mtpkern.arguments.FIELDS", {*FIELDS, "telepathy"})
     for given in ({"telepathy": 3}, {"generation_config": GenerationConfig(telepathy=3)}):
         with pytest.raises(ValueError, match="telepathy=3"):
             mtpkern.generate(shared, **pair, max_new_tokens=NEW, **given)

@@ -239,10 +239,12 @@ class PackedProducts:
 
 def _known(model: PreTrainedModel) -> list[tuple[Any, ...]] | None:
     """Layers that have been seen to read the same tensor and are alike; None where the plain ones are others by now."""
-    found, seen = _siblings.get(model, ([], ()))
-    groups = [tuple(r() for r in group) for group in found]
+    if model not in _siblings:
+        return None
+    found, seen = _siblings[model]
+    groups: list[tuple[Any, ...]] = [tuple(r() for r in group) for group in found]
     own = set(_plain_layers(model))
-    same = model in _siblings and own.issubset(seen) and all(map(own.issuperset, groups))
+    same = own.issubset(seen) and all(map(own.issuperset, groups))
     return [group for group in groups if _are_alike(group)] if same else None
 
 

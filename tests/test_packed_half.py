@@ -149,7 +149,7 @@ def test_siblings_are_joined_whatever_came_between(
             patch.setattr(packed, "available_memory", lambda device: 0)
             generate(tiny, model)
     elif between == "another dtype":
-        generate(tiny, model.to(torch.float64))
+        generate(tiny, model.to(torch.float64), max_new_tokens=packed.LEAST_TOKENS)
         model.to(torch.bfloat16)
     elif between == "gradients":
         model(tiny.prompts(4)[0]).logits.sum().backward()

@@ -94,8 +94,8 @@ def _has_pdl(device: torch.device) -> bool:
 @cache
 def lacks_products(dtype: torch.dtype) -> bool:
     """Whether this processor has no products of that 16-bit type, so that torch takes long over them."""
-    has = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return dtype in has and not has[dtype]()
+    if dtype not in (torch.bfloat16, torch.float16) or not torch.backends.mkldnn.is_available():
+        return False  # a build without oneDNN does not even have the question
+    known = torch.ops.mkldnn
+    has = known._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else known._is_mkldnn_fp16_supported
+    return not has()

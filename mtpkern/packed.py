@@ -27,7 +27,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ParamSpec, TypeVar
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from transformers import PreTrainedModel
 
 from mtpkern.kernels.form import lacks_products
 from mtpkern.kernels.gated_lora import gated_rows
-from mtpkern.memory import free_bytes
+from mtpkern.memory import available_memory
 from mtpkern.model import is_tested
 from mtpkern.products import families, is_plain
 from mtpkern.siblings import Group, adapt, adapter_of, disjoint, together, watched
@@ -61,6 +61,8 @@ def packs(model: PreTrainedModel, new_tokens: int) -> bool:
     """Whether a run of so many tokens, which is counted, may read packed weights."""
     if model.device.type != "cpu" or new_tokens < LEAST_OF_A_RUN or not _has_packed_products():
         return False
+    if torch.is_autocast_enabled("cpu"):
+        return False  # whose products are others
     _asked[model] = _asked.get(model, 0) + new_tokens
     return lacks_products(model.dtype) or _asked[model] >= LEAST_TOKENS
 
@@ -112,7 +114,7 @@ class Packed:
             tuple(map(ref, layers)),
             _rearranged((torch.cat(weights) if len(weights) > 1 else weights[0]).float()),
             torch.cat(biases).float() if biases else None,
-            [layer.out_features for layer in layers],
+            [len(weight) for weight in weights],
             _look(layers),
         )
 
@@ -125,7 +127,7 @@ class Packed:
 def _look(layers: Sequence[nn.Linear]) -> Tensor:
     """A number for each row of their weights, which another value in it changes, and their biases, as bits."""
     # As irregular as random values, and the same ever after.
-    row = torch.arange(1, layers[0].in_features + 1, dtype=torch.float32).sin_().add_(2)
+    row = torch.arange(1, layers[0].weight.shape[1] + 1, dtype=torch.float32).sin_().add_(2)
     looks = []
     for layer in layers:
         # 16 bits of a product would not tell of every value; made float32 in pieces that lie in a cache.
@@ -135,6 +137,10 @@ def _look(layers: Sequence[nn.Linear]) -> Tensor:
 
 
 _packed: WeakKeyDictionary[PreTrainedModel, list[Packed]] = WeakKeyDictionary()
+# Layers that a prefill has shown to read the same tensor, and all plain ones there were then; with copies or without.
+_siblings: WeakKeyDictionary[PreTrainedModel, tuple[list[tuple[ref[nn.Linear], ...]], WeakSet[Any]]] = (
+    WeakKeyDictionary()
+)
 # Tokens that the runs of a model were to make at most.
 _asked: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
 
@@ -219,10 +225,12 @@ class PackedProducts:
                 yield
             return
         # Each by itself until it is seen which are siblings, and inside its adapter's layer.
-        alone = [((layer,), (layer,), None) for layer in _plain_layers(model)] if lacks_products(model.dtype) else []
+        layers = _plain_layers(model)
+        alone = [((layer,), (layer,), None) for layer in layers] if lacks_products(model.dtype) else []
         with watched(families(model)) as readers, together(_read(model, alone) if alone else ()):
             yield
-        self.groups = _groups(model, [group for group in disjoint(readers) if _are_alike(group)])
+        _siblings[model] = [tuple(map(ref, group)) for group in disjoint(readers)], WeakSet(layers)
+        self.groups = _groups(model, _known(model) or [])
 
     def __call__(self) -> AbstractContextManager[None]:
         """A pass of this thread inside the block reads packed weights."""
@@ -230,12 +238,14 @@ class PackedProducts:
 
 
 def _known(model: PreTrainedModel) -> list[tuple[Any, ...]] | None:
-    """Layers whose weights were copied together, where all whose were are still the model's; else None."""
-    groups = [tuple(r() for r in packed.layers) for packed in _packed.get(model, ())]
-    own = set(_plain_layers(model))
-    if model not in _packed or not all(own.issuperset(group) for group in groups):
+    """Layers that have been seen to read the same tensor and are alike; None where the plain ones are others by now."""
+    if model not in _siblings:
         return None
-    return [group for group in groups if len(group) > 1]
+    found, seen = _siblings[model]
+    groups: list[tuple[Any, ...]] = [tuple(r() for r in group) for group in found]
+    own = set(_plain_layers(model))
+    same = own.issubset(seen) and all(map(own.issuperset, groups))
+    return [group for group in groups if _are_alike(group)] if same else None
 
 
 def _loras(model: PreTrainedModel) -> list[Any]:
@@ -333,7 +343,7 @@ def pack(model: PreTrainedModel, groups: Sequence[Sequence[nn.Linear]]) -> list[
     known.clear()  # what is wrong goes before anything new comes
     missing = [i for i, packed in enumerate(found) if packed is None]
     needed = sum(4 * layer.weight.numel() for i in missing for layer in groups[i])
-    if needed * FREE_PART <= (free_bytes() or 0):
+    if needed * FREE_PART <= (available_memory(torch.device("cpu")) or 0):
         for i in missing:
             found[i] = Packed.of(groups[i])
     _packed[model] = [packed for packed in found if packed is not None]
@@ -342,6 +352,6 @@ def pack(model: PreTrainedModel, groups: Sequence[Sequence[nn.Linear]]) -> list[
 
 def unpack(model: PreTrainedModel | None = None) -> None:
     """Let the packed weights of one model or of all go; a call that runs keeps its own until it ends."""
-    for kept in (_packed, _asked):
+    for kept in (_packed, _siblings, _asked):
         for one in list(kept) if model is None else [model]:
             kept.pop(one, None)

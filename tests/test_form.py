@@ -62,6 +62,13 @@ def test_kernels_start_early_where_the_gpu_can(
         form._has_pdl.cache_clear()
 
 
+def test_a_build_without_onednn_is_asked_for_none_of_its_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert not form.lacks_products.__wrapped__(dtype)
+
+
 @pytest.mark.gpu
 def test_what_starts_early_reads_nothing_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products and ours in turns, each reading what the one before has written, many layers in a graph: to the bit."""

@@ -3,6 +3,7 @@
 import copy
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -190,14 +191,52 @@ def test_without_memory_nothing_is_copied(
     model = tiny.model("llama")
     wanted = plain(monkeypatch, tiny, model)
     needed = sum(x.weight.nbytes for x in model.modules() if isinstance(x, nn.Linear))
-    monkeypatch.setattr(packed, "free_bytes", lambda: packed.FREE_PART * needed - 1)
+    monkeypatch.setattr(packed, "available_memory", lambda device: packed.FREE_PART * needed - 1)
     assert torch.equal(generate(tiny, model), wanted)
     assert not rows
     assert not copies(model)
-    monkeypatch.setattr(packed, "free_bytes", lambda: packed.FREE_PART * needed)
+    monkeypatch.setattr(packed, "available_memory", lambda device: packed.FREE_PART * needed)
     assert torch.equal(generate(tiny, model), wanted)
     assert rows
     assert copies(model)
+
+
+def test_a_container_s_limit_counts(
+    tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rows: list[int]
+) -> None:
+    model = tiny.model("llama")
+    monkeypatch.setattr(mtpkern.memory, "_CGROUP", tmp_path)
+    (tmp_path / "memory.current").write_text("0")
+    for there, copied in ((100_000, False), (10**9, True)):
+        (tmp_path / "memory.max").write_text(str(there))
+        generate(tiny, model)
+        assert bool(rows) == bool(copies(model)) == copied
+
+
+def test_a_bias_that_comes_or_goes_parts_siblings(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("llama")
+    layer = model.model.layers[0].self_attn.k_proj
+    for bias in (nn.Parameter(torch.randn(layer.out_features)), None):
+        generate(tiny, model)
+        layer.bias = bias
+        assert torch.equal(generate(tiny, model), plain(monkeypatch, tiny, model))
+        assert sorted(len(one.layers) for one in copies(model)).count(3) == (2 if bias is None else 1)
+
+
+def test_sizes_are_those_of_the_weights(
+    tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, rows: list[int]
+) -> None:
+    """As pruning leaves them, where it does not tell the layers."""
+    model = tiny.model("llama")
+    generate(tiny, model)
+    mlp = model.model.layers[0].mlp
+    for layer in (mlp.gate_proj, mlp.up_proj):
+        layer.weight.data = layer.weight.data[:24].clone()
+    mlp.down_proj.weight.data = mlp.down_proj.weight.data[:, :24].clone()
+    rows.clear()
+    wanted = plain(monkeypatch, tiny, model)
+    assert torch.equal(generate(tiny, model), wanted)
+    assert rows
 
 
 def test_what_is_not_plain_stays_torchs(tiny: SimpleNamespace, rows: list[int]) -> None:
@@ -205,9 +244,11 @@ def test_what_is_not_plain_stays_torchs(tiny: SimpleNamespace, rows: list[int]) 
     handles = [x.register_forward_hook(lambda *args: None) for x in hooked.modules() if isinstance(x, nn.Linear)]
     for model in (hooked, half):
         generate(tiny, model)
+    cast = tiny.model("llama")
     with torch.autocast("cpu", torch.bfloat16):
-        generate(tiny, tiny.model("llama"))
+        generate(tiny, cast)
     assert not rows
+    assert not copies(cast), "which nothing would read"
     for handle in handles:
         handle.remove()
     generate(tiny, hooked)

@@ -138,6 +138,33 @@ def test_a_model_that_changes_its_dtype_is_followed(tiny: SimpleNamespace, produ
         assert bool(products) == (dtype in HALVES), dtype  # these weights are small: torch's in float32
 
 
+@pytest.mark.parametrize("between", ["no memory", "another dtype", "a failure", "gradients"])
+def test_siblings_are_joined_whatever_came_between(
+    between: str, tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh, model = (tiny.model("llama").to(torch.bfloat16) for _ in range(2))
+    generate(tiny, fresh)
+    if between == "no memory":
+        with monkeypatch.context() as patch:
+            patch.setattr(packed, "available_memory", lambda device: 0)
+            generate(tiny, model)
+    elif between == "another dtype":
+        generate(tiny, model.to(torch.float64), max_new_tokens=packed.LEAST_TOKENS)
+        model.to(torch.bfloat16)
+    elif between == "gradients":
+        model(tiny.prompts(4)[0]).logits.sum().backward()
+        generate(tiny, model)
+        model.zero_grad()
+    else:
+        handle = model.model.layers[1].register_forward_pre_hook(lambda *_: {}["asked for"])
+        with pytest.raises(KeyError):
+            generate(tiny, model)
+        handle.remove()
+    generate(tiny, model)
+    ours, wanted = (sorted(len(x.layers) for x in packed._packed[one]) for one in (model, fresh))
+    assert ours == wanted == [1, 1, 1, 1, 1, 2, 2, 3, 3]
+
+
 def test_a_row_by_itself_is_torchs(tiny: SimpleNamespace, products: list[torch.Size]) -> None:
     """Which reads half as many bytes for it: one token a pass is what Hugging Face's generate makes of it."""
     model, ids = tiny.model("llama").to(torch.bfloat16), tiny.prompts(9)[0]

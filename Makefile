@@ -76,7 +76,7 @@ figures: $(STAMP) ## The figures of docs/figures again: the shipped checkpoint i
 	$(BIN)/python -m mtpkern.train.arithmetic --write runs/full/problems --problems 4000 --held-out 200
 	$(BIN)/mtpkern train docs/figures/full.yaml
 	$(BIN)/mtpkern plot runs/full/run --output docs/figures/full
-	for results in real.json h200/throughput.json h200/train-2.txt; do \
+	for results in real.json real_eval.json h200/throughput.json h200/train-2.txt; do \
 	  $(BIN)/mtpkern plot bench/results/$$results --output docs/figures/real || exit; done
 	$(BIN)/mtpkern plot bench/results/cpu/throughput.json --output docs/figures/cpu
 

@@ -16,11 +16,12 @@ from typing import Any
 from mtpkern import ASSETS
 from mtpkern.bench.report import RESULTS
 from mtpkern.bench_plots import masks_right
+from mtpkern.evidence import ORIGINAL
 from mtpkern.output import exit_status
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 DOCS = README.parent / "docs"
-FIGURES, PERFORMANCE = DOCS / "figures" / "README.md", DOCS / "performance.md"
+FIGURES, PERFORMANCE, QUALITY = DOCS / "figures" / "README.md", DOCS / "performance.md", DOCS / "quality.md"
 CARDS = (ASSETS / "README.md", ASSETS / "smollm2" / "README.md")
 COMMAND = "python -m mtpkern.bench.readme"
 Rows = list[tuple[str, ...]]
@@ -90,6 +91,19 @@ def shipped_table(results: Mapping[str, Any]) -> Rows:
     return rows
 
 
+def real_eval_table(results: Mapping[str, Any]) -> Rows:
+    """SmolLM2 with its adapter in every way: right answers, and how far they are the original's."""
+    header = ("way", "right", "identical to the original", "agreeing prefix, tokens", "original's NLL", "tokens a pass")
+    rows: Rows = [header]
+    for way, f in results["figures"].items():
+        right = f"{100 * f['accuracy']:.1f} ± {100 * f['standard_error']:.1f} %"
+        near = ("", "")
+        if way != ORIGINAL:
+            near = f"{100 * f['identical_to_original']:.1f} %", f"{f['agreeing_prefix_original']:.1f}"
+        rows.append((way, right, *near, f"{f['nll_original']:.3f}", f"{f['tokens_per_pass']:.2f}"))
+    return rows
+
+
 def acceptance_table(results: Mapping[str, Any]) -> Rows:
     """By position, of the ways of docs/figures that do not keep all."""
     kept = {way: f["acceptance"] for way, f in results["figures"].items() if not way.startswith("static")}
@@ -100,7 +114,7 @@ def acceptance_table(results: Mapping[str, Any]) -> Rows:
 
 TABLES: dict[str, Callable[[Mapping[str, Any]], Rows]] = {"decode": decode_table, "throughput": throughput_table}
 TABLES |= {"real": real_table, "real_by_load": real_table, "concurrency": concurrency_table}
-TABLES |= {"shipped": shipped_table, "acceptance": acceptance_table}
+TABLES |= {"shipped": shipped_table, "acceptance": acceptance_table, "real_eval": real_eval_table}
 # Those that do not bear the table's name.
 _FILES = {"throughput": "h200/throughput.json", "concurrency": "cpu/throughput.json"}
 _FILES |= dict.fromkeys(("shipped", "acceptance"), "../../docs/figures/results.json")
@@ -130,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.split("\n\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where a page differs")
     args = parser.parse_args(argv)
-    for page in (README, FIGURES, PERFORMANCE, *CARDS):
+    for page in (README, FIGURES, PERFORMANCE, QUALITY, *CARDS):
         before = page.read_text(encoding="utf-8")
         after = rewritten(before)
         if not args.check:

@@ -59,7 +59,9 @@ def test_links_lead_somewhere():
 
 def test_readmes_tables_are_those_of_the_results():
     assert readme.main(["--check"]) == 0, f"run: {readme.COMMAND}"
-    text = "".join(page.read_text() for page in (readme.README, readme.FIGURES, readme.PERFORMANCE, *readme.CARDS))
+    text = "".join(
+        page.read_text() for page in (readme.README, readme.FIGURES, readme.PERFORMANCE, readme.QUALITY, *readme.CARDS)
+    )
     assert set(re.findall(r"<!-- results: (\w+) -->", text)) == set(readme.TABLES)
 
 

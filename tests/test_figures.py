@@ -62,6 +62,8 @@ def test_every_command_runs(commands, capsys):
             run(words)
     there = {str(path.relative_to("docs/figures")) for path in Path("docs/figures").rglob("*.png")}
     assert there >= {"pareto.png", "acceptance.png", "real/real.png", "real/throughput.png", "cpu/throughput.png"}
+    # The real model's, of its committed results.
+    assert there >= {"real/pareto.png", "real/acceptance.png", "real/original.png"}
     assert '<p class="blocks">' in Path("docs/figures/blocks.html").read_text()
     assert {"blocks.html", "course.yaml", "full.yaml"} <= {path.name for path in Path("docs/figures").iterdir()}
 

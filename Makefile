@@ -68,7 +68,7 @@ figures: $(STAMP) ## The figures of docs/figures again: the shipped checkpoint i
 	  verified:12:0.3 verified:12:0.6 verified:12:0.8 --batch-size 32 --output runs/figures $(FIGURES_ARGS)
 	$(BIN)/mtpkern plot runs/figures --output docs/figures
 	cp runs/figures/results.md runs/figures/results.json docs/figures/
-	$(BIN)/mtpkern generate mtpkern/assets --html docs/figures/blocks.html --prompt \
+	$(BIN)/mtpkern generate mtpkern/assets --strategy verified:12:0.6 --html docs/figures/blocks.html --prompt \
 	  "Question: Ronpu has 41 stamps. Then Ronpu buys 4 baskets with 5 stamps each. Count the stamps of Ronpu now."
 	$(BIN)/python -m mtpkern.train.arithmetic --write runs/course/problems --problems 8000 --held-out 200
 	$(BIN)/mtpkern train docs/figures/course.yaml

@@ -69,7 +69,11 @@ def gated(model: nn.Module, input_ids: Tensor) -> Iterator[None]:
 
 
 def base_alone(model: nn.Module) -> AbstractContextManager[None]:
-    """A block for a pass without mask rows: `gated` without the cost of layers that have nothing to add."""
+    """A block for a pass without mask rows: `gated` without the cost of layers that have nothing to add.
+
+    with base_alone(model):
+        logits = model(input_ids=tokens, use_cache=False, ...).logits
+    """
     return nullcontext() if gate_of(model) is None else model.mtpkern_siblings.aside()  # type: ignore[operator,union-attr]
 
 
@@ -303,6 +307,8 @@ def save_adapter(model: PeftModel, folder: str | Path | None, *, dtype: torch.dt
     """Write a gated adapter's folder: peft's config with our mark, and its weights, in `dtype` or as they are.
 
     Of a model in shards all ranks call it, and those without a folder write nothing.
+
+    save_adapter(peft_model, "adapter", dtype=torch.bfloat16)
     """
     from peft import get_peft_model_state_dict
 

@@ -77,7 +77,10 @@ def row_of(config: Any) -> nn.Parameter:
 
 
 def digest(model: PreTrainedModel) -> str:
-    """A digest of a model's weights: shapes, and samples in bfloat16 so that the dtype of loading is no matter."""
+    """A digest of a model's weights: shapes, and samples in bfloat16 so that the dtype of loading is no matter.
+
+    digest(model) == digest(the_same_checkpoint_loaded_in_another_dtype)
+    """
     hash_ = hashlib.blake2b(digest_size=16)
     for name, weight in sorted(model.state_dict().items()):
         name = name.replace(".base_layer.", ".")

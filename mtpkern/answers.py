@@ -27,6 +27,9 @@ def answers_file(
     off. A pipe or a device holds none. Where no options are kept, nobody knows what wrote them. Raises ValueError for a
     file that holds anything else, or that other options wrote, OSError for a place that cannot be written; both before
     anything is changed.
+
+        with answers_file(Path("out.jsonl"), [{"prompt": "1 + 1?"}], {"--max-new-tokens": 256}) as (done, file):
+            ...
     """
     if path.exists() and not path.is_file():
         with whole_file(path) as file:

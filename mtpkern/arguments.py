@@ -143,6 +143,8 @@ def plain_greedy(file: GenerationConfig) -> dict[str, Any]:
     """Keyword arguments that make `model.generate` greedy and nothing else, whatever the model's own file asks for.
 
     For every field that the file sets, the value that changes nothing; but for limits and token ids, which stay.
+
+        model.generate(ids, **plain_greedy(model.generation_config), max_new_tokens=8)
     """
     return {name: DEFAULTS.get(name) for name in sorted(FIELDS - _PLAIN) if getattr(file, name, None) is not None}
 

@@ -40,6 +40,8 @@ def read_cases(path: Path, limit: int | None = None, answer_field: str | None = 
 
     Raises ValueError, by line, for what is no such row, and for a file in which some rows have an answer and others
     none; OSError for what is no file.
+
+        read_cases(mtpkern.ASSETS / "problems.jsonl", 2)[0].expected  # "75"
     """
     cases: list[Case] = []
     for number, fields in read_lines(path):

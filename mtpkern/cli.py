@@ -53,7 +53,10 @@ class Row:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its `exit_status`, or 2 with a message on stderr where the user can help."""
+    """Run the command line; returns its `exit_status`, or 2 with a message on stderr where the user can help.
+
+    main(["demo", "--problems", "16"])
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     handed_on = words[0] if words and words[0] in _HANDED_ON else None
     args = _parser().parse_args(words) if handed_on is None else argparse.Namespace(command=handed_on)
@@ -251,6 +254,8 @@ def read_rows(path: Path) -> list[Row]:
 
     Raises ValueError with the row's number for what is not an object with either a prompt or messages, or what
     already has a field that the result would bring.
+
+        read_rows(Path("prompts.jsonl"))[0].fields["prompt"]
     """
     rows = []
     for number, fields in read_lines(path):

@@ -105,7 +105,10 @@ class Tally:
 
 
 def read_problems(path: Path, n: int | None = None) -> list[Problem]:
-    """The first n problems (all, if None) of a JSONL file of `Problem`s; ValueError where it holds fewer."""
+    """The first n problems (all, if None) of a JSONL file of `Problem`s; ValueError where it holds fewer.
+
+    read_problems(Path("mtpkern/assets/problems.jsonl"), 100)
+    """
     require_file(path)
     with path.open(encoding="utf-8") as lines:
         problems = [Problem(**json.loads(line)) for line in lines]
@@ -115,7 +118,10 @@ def read_problems(path: Path, n: int | None = None) -> list[Problem]:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
-    """Token ids of the prompts as `generate` takes them: input_ids and attention_mask [B, T], padded on the left."""
+    """Token ids of the prompts as `generate` takes them: input_ids and attention_mask [B, T], padded on the left.
+
+    encode(tokenizer, ["Ann has 3 eggs.", "Hi"], model.device)["input_ids"].shape[0]  # 2
+    """
     return pad([tokenizer(prompt).input_ids for prompt in prompts], device)
 
 
@@ -132,7 +138,10 @@ def pad(ids: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]
 
 
 def ours(model: PreTrainedModel, inputs: Mapping[str, Tensor], **options: Any) -> list[Completion]:
-    """Decode one batch with `mtpkern.generate`; inputs as `pad` makes them, options are keyword arguments of it."""
+    """Decode one batch with `mtpkern.generate`; inputs as `pad` makes them, options are keyword arguments of it.
+
+    ours(model, encode(tokenizer, ["Ann has 3 eggs."], model.device), strategy=Verified(k=8), max_new_tokens=64)
+    """
     out = generate(model, **{**inputs, **options}, return_dict_in_generate=True)
     assert isinstance(out, MTPGenerateOutput)
     assert out.blocks is not None
@@ -200,6 +209,9 @@ def compare(
 
     ways: name -> strategy, None for Hugging Face's generate; progress: called with the number of problems done;
     options: keyword arguments of `model.generate`, such as max_new_tokens.
+
+        tallies = compare(model, tokenizer, problems, {HF_GENERATE: None, "verified": Verified(k=8)}, max_new_tokens=96)
+        tallies["verified"].tokens_per_second / tallies[HF_GENERATE].tokens_per_second
     """
     tallies = {name: Tally() for name in ways}
     for number, batch in enumerate(batches(problems, batch_size)):

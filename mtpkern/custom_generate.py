@@ -27,7 +27,10 @@ def generate(*args: Any, model: Any, **kwargs: Any) -> Any:
 
 
 def write_custom_generate(folder: str | Path) -> None:
-    """Write `custom_generate/generate.py` into a checkpoint's folder, in place of one that is there."""
+    """Write `custom_generate/generate.py` into a checkpoint's folder, in place of one that is there.
+
+    write_custom_generate("runs/mine")
+    """
     file = Path(folder) / "custom_generate" / "generate.py"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(_CODE, encoding="utf-8")

@@ -65,6 +65,8 @@ def demo(
     problems: how many held-out problems the table counts; html: where to write the picture as a page; folder: a
     checkpoint, or gated adapter upon `base`, with its problems.jsonl; as_json: print the figures as one JSON object and
     nothing else. Colours follow the terminal and NO_COLOR; progress goes to stderr.
+
+        demo(16)
     """
     if problems < 1:
         raise ValueError(f"problems must be at least 1; got {problems}")
@@ -124,7 +126,10 @@ def _run(problems: int, folder: Path, base: str | None, page: TextIO | None, con
 
 
 def summary(single: Mapping[str, Tally], batched: Mapping[str, Tally]) -> dict[str, object]:
-    """What --json prints: per way tokens per pass, accuracy, and tokens per second over Hugging Face's generate."""
+    """What --json prints: per way tokens per pass, accuracy, and tokens per second over Hugging Face's generate.
+
+    summary(tallies, batched)["speedup_vs_hf_generate"]["verified"]
+    """
     return {
         "problems": single[HF_GENERATE].problems,
         "tokens_per_pass": {name: round(t.tokens_per_pass, 3) for name, t in single.items()},

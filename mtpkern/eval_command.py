@@ -80,7 +80,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command line: decode, print, write. ValueError, OSError or ImportError where the user can help."""
+    """The command line: decode, print, write. ValueError, OSError or ImportError where the user can help.
+
+    main(["my-model", "--data", "held.jsonl", "--strategies", "verified", "confadapt:0.9", "--output", "runs/eval"])
+    """
     args = _parser().parse_args(argv)
     # What can be checked without the model is checked before it is loaded.
     _require_fitting(args)

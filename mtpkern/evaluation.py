@@ -46,6 +46,10 @@ class Evaluation:
     options   further keyword arguments of `mtpkern.generate`, such as mask_token_id
 
     Raises ValueError for an original whose tokens are not the model's.
+
+        evaluation = Evaluation(model, tokenizer, {"verified": Verified()}, max_new_tokens=128)
+        samples = evaluation.decode(read_cases(path), batch=0, warm=True)
+        figures(samples)["verified"]["accuracy"]
     """
 
     model: PreTrainedModel
@@ -139,7 +143,10 @@ def cut(text: str, stops: Sequence[str]) -> str:
 
 
 def nll(model: PreTrainedModel, prompt: Sequence[int], tokens: Sequence[int]) -> float | None:
-    """Nats of the tokens behind the prompt under the model; None where one is none of its tokens."""
+    """Nats of the tokens behind the prompt under the model; None where one is none of its tokens.
+
+    nll(model, [5, 6, 7], [8, 2])
+    """
     if not tokens or max(tokens) >= model.get_input_embeddings().weight.shape[0]:
         return None
     ids = torch.tensor([[*prompt, *tokens]], device=model.device)

@@ -37,6 +37,8 @@ def figures(samples: Sequence[Sample]) -> dict[str, dict[str, Any]]:
     agreeing_prefix_original           tokens of the answer before the first that is another, mean over prompts
     nll_original                       nats a token under the original model, pooled
     finished                           share that ended before the limit
+
+        figures(samples)["verified"]["tokens_per_pass"]
     """
     names = list(samples[0]["ways"])
     return {name: _figures(samples, name) for name in names}
@@ -150,7 +152,10 @@ def _points(difference: Sequence[float]) -> str:
 
 
 def markdown(found: Mapping[str, Mapping[str, Any]], title: str, facts: Mapping[str, str]) -> str:
-    """The figures as a page: what made them, a row a way, and below it acceptance by position."""
+    """The figures as a page: what made them, a row a way, and below it acceptance by position.
+
+    markdown(figures(samples), "mine on problems.jsonl", {"hardware": "..."})
+    """
     columns = [name for name in _COLUMNS if any(name in f for f in found.values())]
     rows = [[way, *(_COLUMNS[c][1](f) if c in f else "" for c in columns)] for way, f in found.items()]
     lines = [f"# {title}", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]

@@ -123,7 +123,10 @@ _OTHERS: dict[str, Callable[[Any], Any]] = {
 
 
 def checked_field(name: str, value: Any) -> Any:
-    """The value as transformers takes it; None for an empty list. Raises ValueError that begins with the name."""
+    """The value as transformers takes it; None for an empty list. Raises ValueError that begins with the name.
+
+    checked_field("repetition_penalty", 2)  # 2.0
+    """
     try:
         return (OF_SCORES | OF_SAMPLING | _OTHERS)[name](value)
     except (TypeError, ValueError) as error:

@@ -29,6 +29,10 @@ def foreign(model: nn.Module) -> tuple[Any, ...]:
 
     Hooks and forwards of an instance, classes and their forwards from elsewhere, and attention that has been told not
     to be causal: ((<weakref to the layer>, 7),) say. Empty for a model as it was loaded, with adapters or without.
+
+        foreign(model)  # ()
+        model.model.layers[0].register_forward_hook(lambda module, args, output: output * 2)
+        foreign(model)  # ((<weakref to the layer>, 7),)
     """
     found: list[Any] = []
     for hooks in (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks):
@@ -92,7 +96,10 @@ def _mark(call: Callable[..., Any]) -> Any:
 
 
 def settings_of(value: Any) -> Any:
-    """The settings of a configuration, hashable: equal for models that compute in the same way."""
+    """The settings of a configuration, hashable: equal for models that compute in the same way.
+
+    settings_of(model.config) == settings_of(another_checkpoint_of_the_same_shape.config)
+    """
     if isinstance(value, PreTrainedConfig):
         value = {name: x for name, x in vars(value).items() if not name.startswith("_") and name not in _NAMES}
     if isinstance(value, dict):

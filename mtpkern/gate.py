@@ -19,6 +19,9 @@ class Gate:
     """Which rows of the running pass are adapted, and the embedding row of the mask token [H]; one for a model.
 
     Closed, which it is wherever no block of this thread has opened it, adapters add nothing.
+
+    with gate.open(input_ids == gate.mask_token_id):
+        logits = model(input_ids=input_ids, ...).logits
     """
 
     def __init__(self, settings: GatedSettings, row: nn.Parameter) -> None:

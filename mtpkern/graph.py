@@ -40,6 +40,9 @@ class StepGraph:
 
     step reads and writes tensors that never move, and what it returns is not looked at. One that cannot be captured
     goes on as it is, as do all of other sizes; a RuntimeWarning announces it.
+
+        graph = StepGraph(device)
+        graph(step, 16)     # one real step of 16 rows each time, whichever way it runs
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -88,7 +91,12 @@ class CapturedStep:
 
 @contextmanager
 def capturing(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any = None) -> Iterator[None]:
-    """Capture what the block queues, on the side stream; `torch.cuda.graph` that clears up where a capture fails."""
+    """Capture what the block queues, on the side stream; `torch.cuda.graph` that clears up where a capture fails.
+
+    with capturing(graph, x.device):
+        y = x + 1
+    graph.replay()
+    """
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
     with on_side_stream(device) as stream:
         # cuBLAS has one workspace a stream, which this graph would share with all others and with the warm-up, and lose

@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 def on_host(*tensors: Tensor) -> list[Tensor]:
-    """The tensors on the CPU; those of one device come in one copy, for which the host waits once."""
+    """The tensors on the CPU; those of one device come in one copy, for which the host waits once.
+
+    status, length = on_host(sequences.status, sequences.length)
+    """
     found = list(tensors)
     for device in {x.device for x in tensors if x.device.type != "cpu"}:
         here = [i for i, x in enumerate(tensors) if x.device == device]

@@ -40,6 +40,10 @@ class CompiledLayers:
 
     Compiling takes place in the first passes of a shape. A model without layers of the kind that transformers
     checkpoints, or with one that torch.compile cannot take, runs as it is, which a RuntimeWarning announces.
+
+        layers = CompiledLayers(model)
+        with attention_context(model, context) as route, layers():
+            logits = model(input_ids=ids, position_ids=positions, use_cache=False, **route).logits
     """
 
     def __init__(self, model: nn.Module) -> None:

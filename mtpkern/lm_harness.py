@@ -77,7 +77,12 @@ class Rendered(Prompting):
 
 
 class Answers(LM):  # type: ignore[misc]  # of a library without types
-    """The harness's model: every prompt decoded once in all ways, kept in a file; `way` says whose are given."""
+    """The harness's model: every prompt decoded once in all ways, kept in a file; `way` says whose are given.
+
+    answers = Answers(evaluation, Path("runs/eval/samples.jsonl"), batch_size=8)
+    answers.way = "verified"
+    simple_evaluate(model=answers, tasks=["gsm8k_cot"])
+    """
 
     def __init__(
         self,
@@ -193,6 +198,8 @@ def tasks_of(names: Sequence[str], include_path: Path | None = None) -> Tasks:
 
     include_path: a folder with tasks of one's own (yaml), whose names come before the harness's. Raises ValueError for
     a name that nothing bears and where a task's data or packages are not here.
+
+        tasks_of(["gsm8k_cot"]).members["gsm8k_cot"][1]  # "exact_match,flexible-extract"
     """
     if include_path is not None and not include_path.is_dir():
         raise ValueError(f"{include_path}: expected a folder with tasks in yaml files (--include-path), there is none")

@@ -172,7 +172,12 @@ def _fitted(tokens: np.ndarray, needed: np.ndarray, running: int, rows: int) -> 
 
 
 class Load:
-    """The price of each pass of one run on a CPU, where the state is known when the host asks."""
+    """The price of each pass of one run on a CPU, where the state is known when the host asks.
+
+    load = Load(times_of(model), k=8, rows=15)
+    price = load.price(sequences)   # before a pass
+    load.saw(rows, seconds)         # behind it
+    """
 
     def __init__(self, times: PassTimes, k: int, rows: int) -> None:
         self.times, self.k, self.rows = times, k, rows

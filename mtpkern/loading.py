@@ -58,7 +58,10 @@ def require_model(name: str) -> None:
 
 
 def device_of(name: str | None = None) -> torch.device:
-    """The device of that name; without one the accelerator, if there is one. ValueError for one that is not here."""
+    """The device of that name; without one the accelerator, if there is one. ValueError for one that is not here.
+
+    device_of("cuda:0")
+    """
     import torch
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -91,6 +94,8 @@ def load(
     A gated adapter is loaded upon the base that it records, or upon the folder or hub id `base`, and has its tokenizer.
     dtype: "auto" or a name in torch. Raises OSError for what cannot be loaded, ValueError for what needs its own code,
     for a base that is not the adapter's, and for one that is given to a whole checkpoint.
+
+        model, tokenizer = load("my-model", "float32", torch.device("cpu"))
     """
     require_model(name)
     settings = _adapter_settings(name)

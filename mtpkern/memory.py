@@ -21,6 +21,8 @@ def kv_bytes(model: PreTrainedModel, batch: int, capacity: int, scratch: int = 0
     """Bytes of keys and values of `batch` sequences of `capacity` tokens each, by the config; None where it is unusual.
 
     scratch: slots of each sequence that hold no token (`Verified.masks`)
+
+    kv_bytes(model, batch=8, capacity=4096)
     """
     each = [_elements_of(config) for config in layer_configs(model)]
     if None in each:

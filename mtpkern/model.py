@@ -76,7 +76,10 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def recorded_settings(model: PreTrainedModel) -> dict[str, Any]:
-    """What training has recorded (`GatedSettings`, bidirectional, version) in the config or a gated adapter."""
+    """What training has recorded (`GatedSettings`, bidirectional, version) in the config or a gated adapter.
+
+    recorded_settings(model).get("k_max")
+    """
     gate = gate_of(model)
     if gate is not None:
         ours = ("mask_token_id", "k_max", "chat", "separator", "finished")
@@ -122,6 +125,8 @@ def mask_token_for(model: PreTrainedModel, k: int, mask_token_id: int | None = N
     """The mask token for decoding k tokens a pass: `resolve_mask_token`, but one token a pass asks for no mask.
 
     A model that records none, and is given none, then gets the first id behind its vocabulary, which nothing emits.
+
+        mask_token_for(untrained, 1)  # 32000, where untrained has 32000 tokens
     """
     if k == 1 and mask_token_id is None and "mask_token_id" not in recorded_settings(model):
         return int(model.get_input_embeddings().weight.shape[0])

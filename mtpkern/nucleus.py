@@ -14,7 +14,10 @@ from transformers import TopPLogitsWarper
 
 
 def keep_top_p(warper: TopPLogitsWarper, scores: Tensor) -> Tensor:
-    """What the warper makes of scores [R, V] on a CPU, bit by bit."""
+    """What the warper makes of scores [R, V] on a CPU, bit by bit.
+
+    keep_top_p(TopPLogitsWarper(0.9), torch.randn(4, 50_000))
+    """
     ordered = torch.from_numpy(np.sort(scores.numpy(), axis=1))
     rest = ordered.new_full((len(scores), 1), 1 - warper.top_p)
     # How many tokens are removed: those up to which the sum is at most the rest.

@@ -28,7 +28,10 @@ def printable(text: str) -> str:
 
 
 def exit_status(main: Callable[[], int | None]) -> int:
-    """What `main` returns, 0 for None; 130 after an interrupt, which it says, 141 where a pipe's reader has left."""
+    """What `main` returns, 0 for None; 130 after an interrupt, which it says, 141 where a pipe's reader has left.
+
+    sys.exit(exit_status(main))
+    """
     try:
         status = main()
         sys.stdout.flush()
@@ -59,6 +62,9 @@ def whole_file(path: Path | None) -> Iterator[TextIO | None]:
     A link is followed, and what it points to is written. A device or a pipe, which cannot appear whole, is written
     directly, and so is what stdout or stderr already goes to. An existing file keeps its mode, its owner and its other
     names. Raises OSError at once, before anything is written, where the place cannot be written.
+
+        with whole_file(Path("out.jsonl")) as out:
+            out.write("...")
     """
     if path is None:
         yield None

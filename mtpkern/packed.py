@@ -12,8 +12,9 @@ sees what no version of a tensor tells (a write to `weight.data`). The copies ar
 with `mtpkern.release_graphs`. Weights that somebody writes to while a call runs are taken up by the next one.
 
 Weights of 16 bits are copied as float32 where the processor has no products of 16 bits (AVX2 and nothing later, say):
-torch then takes 1.8, 3.4 and 6.9 times as long for 2, 4 and 8 rows as for one. One row stays torch's, which reads half
-as many bytes for it; all other numbers of rows read the copies, a prompt's too, from the first pass on.
+torch takes 1.7, 3.2 and 6.5 times as long for 2, 4 and 8 rows as for one, over the copies it is 1.4, 1.8 and 2.3
+(bench/results/bfloat16/packed.md). One row stays torch's, which reads half as many bytes for it; all other numbers of
+rows read the copies, a prompt's too, from the first pass on.
 
 Siblings (mtpkern.siblings) are one product here as well, and so is what a gated adapter adds to them: its matrices are
 small, and each call joins them anew. In a pass of five rows of SmolLM2 the adapter took 25 ms, most of it for starting
@@ -176,9 +177,12 @@ class Update:
         """The adapters of these layers, of which others than LoRA layers have none."""
         adapted = [(layer, name) for layer, name in zip(layers, names) if name is not None]
         downs = [layer.lora_A[name].weight.float() for layer, name in adapted]
-        ups = [layer.lora_B[name].weight.float().T * layer.scaling[name] for layer, name in adapted]
-        for i in (i for i, name in enumerate(names) if name is None):
-            ups.insert(i, torch.zeros(0, layers[i].out_features, dtype=torch.float32))
+        ups = [
+            torch.zeros(0, layer.out_features, dtype=torch.float32)
+            if name is None
+            else layer.lora_B[name].weight.float().T * layer.scaling[name]
+            for layer, name in zip(layers, names)
+        ]
         return cls(names, gated, torch.cat(downs), torch.block_diag(*ups))
 
     def add(self, y: Tensor, x: Tensor) -> None:
@@ -207,7 +211,14 @@ class Reading:
 
 
 class PackedProducts:
-    """As `mtpkern.products.Products`, over packed weights on a CPU; with what a gated adapter adds."""
+    """As `mtpkern.products.Products`, over packed weights on a CPU; with what a gated adapter adds.
+
+    products = PackedProducts()
+    with products.sought(model):
+        model(input_ids=prompt, ...)    # the first time, this shows who reads the same
+    with products():
+        logits = model(input_ids=ids, ...).logits
+    """
 
     def __init__(self) -> None:
         self.groups: list[Group] | None = None

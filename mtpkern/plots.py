@@ -70,6 +70,8 @@ def plot(source: Path, folder: Path) -> list[Path]:
     what a training has printed, or the results of mtpkern.bench.throughput or real
 
     Raises ValueError for what is none of these, and ImportError, when the CSV files are there, without matplotlib.
+
+        plot(Path("runs/eval"), Path("docs/figures"))
     """
     tables = _tables(source)
     if not tables:
@@ -183,7 +185,10 @@ _DRAW = {
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command line: draw the figures of results, beside them unless told otherwise."""
+    """The command line: draw the figures of results, beside them unless told otherwise.
+
+    main(["runs/eval", "--output", "docs/figures"])
+    """
     parser = argparse.ArgumentParser(
         prog="mtpkern plot", description="Figures of an evaluation, a training or a benchmark, PNG and CSV."
     )

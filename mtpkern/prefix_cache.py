@@ -107,7 +107,12 @@ def require_prefix_cache(value: Any, model: PreTrainedModel) -> None:
 
 @dataclass
 class Reuse:
-    """What one call takes out of a PrefixCache and puts into it, while it holds the model; prompts: ids [T]."""
+    """What one call takes out of a PrefixCache and puts into it, while it holds the model; prompts: ids [T].
+
+    reuse = Reuse(prefix_cache, model, prompts)
+    decoder.prefill(input_ids, attention_mask, known=reuse.fill)
+    reuse.keep(decoder.cache, new_tokens, fed)    # behind all passes
+    """
 
     prefix_cache: PrefixCache
     model: PreTrainedModel

@@ -226,7 +226,10 @@ def _among(tokens: Tensor, where: Tensor, scores: Tensor) -> Tensor:
 
 
 def from_transformers(processor: Any, T: int) -> Processor:
-    """The description of one of transformers' processors for prompts [B, T]; ValueError for one that is unknown."""
+    """The description of one of transformers' processors for prompts [B, T]; ValueError for one that is unknown.
+
+    from_transformers(TopKLogitsWarper(50), 12)
+    """
     kind = type(processor)
     if kind in _OF_SCORES:
         return OfScores((kind, *sorted(vars(processor).items())), processor)

@@ -30,6 +30,8 @@ class Prompting:
         """What a model has recorded (`mtpkern.model.recorded_settings`), but for the flags that are given.
 
         Raises ValueError for a separator where the chat template is applied.
+
+            Prompting.of({"chat": False, "separator": "\\n"})  # Prompting(chat=False, separator="\\n")
         """
         if chat is None:
             # Who names a separator wants no template.
@@ -74,7 +76,10 @@ class Prompting:
 
 
 def warnings_of(recorded: Mapping[str, Any], prompting: Prompting) -> Iterator[str]:
-    """What a user should know before a model is decoded so: prompts unlike its training's, or half a training."""
+    """What a user should know before a model is decoded so: prompts unlike its training's, or half a training.
+
+    list(warnings_of({"chat": True, "finished": False}, Prompting(chat=False)))  # two sentences
+    """
     if recorded.get("finished") is False:
         yield "its training had not ended when it was saved"
     trained = recorded.get("chat")

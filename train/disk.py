@@ -43,7 +43,10 @@ def checkpoint_bytes(model: nn.Module, args: MTPConfig) -> int:
 
 
 def require_space(folder: str | Path, model: nn.Module, args: MTPConfig) -> None:
-    """Raise DiskFull where the final model and, if any are saved, two checkpoints do not fit, the old and the new."""
+    """Raise DiskFull where the final model and, if any are saved, two checkpoints do not fit, the old and the new.
+
+    require_space("runs/mine", model, args)
+    """
     checkpoint = 0 if args.save_strategy == "no" else checkpoint_bytes(model, args)
     final = sum(p.numel() for p in model.parameters()) * (4 if args.save_dtype == "float32" else 2)
     free = _free(folder)

@@ -29,6 +29,8 @@ def gguf_of(source: str) -> Path | None:
     """The GGUF that `source` is, or that is the only model in that folder; None where it is something else.
 
     Raises ValueError for a folder of several, ImportError where the package that reads them is missing.
+
+        gguf_of("SmolLM2-135M-Instruct.Q4_1.gguf")
     """
     path = Path(source)
     found = [path] if path.is_file() and path.suffix == ".gguf" else []

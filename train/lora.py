@@ -120,7 +120,10 @@ def add_gated_lora(
 
 
 def require_adapter(folder: str, *, rank: int) -> None:
-    """Raise ValueError for what holds no gated adapter of this rank; its settings are read, no weights."""
+    """Raise ValueError for what holds no gated adapter of this rank; its settings are read, no weights.
+
+    require_adapter("adapter", rank=16)
+    """
     try:
         require_found(folder)
         config = PeftConfig.from_pretrained(folder)

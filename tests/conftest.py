@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from support.commands import TEMPLATE, write_jsonl
-from support.gguf import llama_as_gguf
 from support.interpreter import prepare
+from support.llama_cpp import llama_as_gguf
 from support.models import MASK, PAD, PUBLISHED, VOCABULARY, adapted_model, byte_tokenizer, random_model, random_prompts
 from support.processes import run_in_two_processes
 

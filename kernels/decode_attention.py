@@ -53,7 +53,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtpkern.kernels.form import lacks_products, pdl_options, strides
+from mtpkern.kernels.form import has_products, pdl_options, strides
 from mtpkern.kernels.kv_write import kv_write, kv_write_triton
 from mtpkern.kernels.op import op
 from mtpkern.kernels.packed_rows import PackedRows
@@ -391,7 +391,7 @@ def decode_attention(
     C, W = C - 1 if slots is None else slots, R if B == 1 else rows.max_rows
     scale, softcap, sinks = scoring.scale, scoring.softcap, scoring.sinks
     # What F.scaled_dot_product_attention takes in 16 bits is several times slower where the processor lacks them.
-    wide = torch.float32 if query.device.type == "cpu" and lacks_products(query.dtype) else query.dtype
+    wide = torch.float32 if query.device.type == "cpu" and has_products(query.dtype) is False else query.dtype
     spread = rows.spread(scoring.window, C, wide)
     q = query
     if spread.place is not None:

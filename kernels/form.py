@@ -93,18 +93,21 @@ def _has_pdl(device: torch.device) -> bool:
 
 
 @cache
-def lacks_products(dtype: torch.dtype) -> bool:
-    """Whether this processor has no products of that 16-bit type, so that torch takes long over them.
+def has_products(dtype: torch.dtype) -> bool | None:
+    """Whether this processor has products of that 16-bit type, which torch uses; None where that is not known.
 
-    Asked of x86 alone, where it was measured: what oneDNN answers for others does not say what torch does there. A
-    build of torch without oneDNN does not even have the question.
+    Known of x86 alone, where it was measured: what oneDNN answers for others does not say what torch does there, and a
+    build of torch without oneDNN does not even have the question. With AVX-512 and nothing later oneDNN says yes, and
+    makes float32 of bfloat16 anew in each product.
 
-        lacks_products(torch.bfloat16)  # True with AVX2 and nothing later
+        has_products(torch.bfloat16)  # False with AVX2 and nothing later
     """
     if dtype not in (torch.bfloat16, torch.float16) or not torch.backends.mkldnn.is_available():
-        return False
+        return None
     if machine().lower() not in ("x86_64", "amd64"):
-        return False
+        return None
     known = torch.ops.mkldnn
-    has = known._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else known._is_mkldnn_fp16_supported
-    return not has()
+    if dtype == torch.float16:
+        return bool(known._is_mkldnn_fp16_supported())
+    in_name_only = torch.cpu._is_avx512_supported() and not torch.cpu._is_avx512_bf16_supported()
+    return bool(known._is_mkldnn_bf16_supported()) and not in_name_only

@@ -11,10 +11,11 @@ That look is a product with one row that never changes, over all weights: it cos
 sees what no version of a tensor tells (a write to `weight.data`). The copies are kept with the model and go with it, or
 with `mtpkern.release_graphs`. Weights that somebody writes to while a call runs are taken up by the next one.
 
-Weights of 16 bits are copied as float32 where the processor has no products of 16 bits (AVX2 and nothing later, say):
-torch takes 1.7, 3.2 and 6.5 times as long for 2, 4 and 8 rows as for one, over the copies it is 1.4, 1.8 and 2.3
-(bench/results/bfloat16/packed.md). One row stays torch's, which reads half as many bytes for it; all other numbers of
-rows read the copies, a prompt's too, from the first pass on.
+Weights of 16 bits are copied as they are where the processor has products of 16 bits: torch then takes twice as long
+for one row as up to twelve take over the copies. Where it has none (AVX2 and nothing later, say) they are copied as
+float32: torch takes 1.7, 3.2 and 6.5 times as long for 2, 4 and 8 rows as for one, over the copies it is 1.4, 1.8 and
+2.3 (bench/results/bfloat16/packed.md). One row stays torch's there, which reads half as many bytes for it; all other
+numbers of rows read the copies, a prompt's too, from the first pass on.
 
 Siblings (mtpkern.siblings) are one product here as well, and so is what a gated adapter adds to them: its matrices are
 small, and each call joins them anew. In a pass of five rows of SmolLM2 the adapter took 25 ms, most of it for starting
@@ -34,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mtpkern.kernels.form import lacks_products
+from mtpkern.kernels.form import has_products
 from mtpkern.kernels.gated_lora import gated_rows
 from mtpkern.memory import available_memory
 from mtpkern.model import is_tested
@@ -60,20 +61,32 @@ FREE_PART = 4
 
 def packs(model: PreTrainedModel, new_tokens: int) -> bool:
     """Whether a run of so many tokens, which is counted, may read packed weights."""
-    if model.device.type != "cpu" or new_tokens < LEAST_OF_A_RUN or not _has_packed_products():
+    if model.device.type != "cpu" or new_tokens < LEAST_OF_A_RUN or _dtype_of_copies(model.dtype) is None:
         return False
     if torch.is_autocast_enabled("cpu"):
         return False  # whose products are others
     _asked[model] = _asked.get(model, 0) + new_tokens
-    return lacks_products(model.dtype) or _asked[model] >= LEAST_TOKENS
+    return _is_widened(model.dtype) or _asked[model] >= LEAST_TOKENS
+
+
+def _dtype_of_copies(dtype: torch.dtype) -> torch.dtype | None:
+    """What copies of such weights are made of, and products over them computed in; None for what stays torch's."""
+    copied = dtype if dtype == torch.float32 or has_products(dtype) else torch.float32
+    known = dtype == torch.float32 or has_products(dtype) is not None
+    return copied if known and _has_packed_products(copied) else None
+
+
+def _is_widened(dtype: torch.dtype) -> bool:
+    """Whether copies are float32 of 16 bits, so that torch takes long over everything but one row."""
+    return _dtype_of_copies(dtype) not in (dtype, None)
 
 
 @cache
-def _has_packed_products() -> bool:
+def _has_packed_products(dtype: torch.dtype) -> bool:
     """Whether this build of torch has them, and they do what is expected: their names are no promise of torch's."""
     if not torch.backends.mkldnn.is_available():
         return False
-    x, weight, bias = (torch.arange(n, dtype=torch.float32) for n in (6, 12, 4))
+    x, weight, bias = (torch.arange(n, dtype=dtype) for n in (6, 12, 4))
     x, weight = x.view(1, 2, 3), weight.view(4, 3)
     with suppress(Exception), torch.autocast("cpu", enabled=False):
         found = _product(x, _rearranged(weight), bias)
@@ -98,24 +111,30 @@ def _kept(make: Callable[P, T]) -> Callable[P, T]:
 
 @dataclass(frozen=True)
 class Packed:
-    """Weights of layers that read the same tensor, one behind another, laid out for few rows."""
+    """Weights of layers that read the same tensor, one behind another, laid out for few rows.
+
+    dtype: what they are copied as, and products computed in
+    """
 
     layers: tuple[ref[nn.Linear], ...]
     weight: Tensor
     bias: Tensor | None
     widths: list[int]
+    dtype: torch.dtype
     seen: Tensor  # what `_look` has made of the weights and biases that were copied
 
     @classmethod
     def of(cls, layers: Sequence[nn.Linear]) -> Packed:
         """A copy of their weights."""
         weights = [layer.weight.detach() for layer in layers]
+        dtype = _dtype_of_copies(weights[0].dtype) or weights[0].dtype
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         return cls(
             tuple(map(ref, layers)),
-            _rearranged((torch.cat(weights) if len(weights) > 1 else weights[0]).float()),
-            torch.cat(biases).float() if biases else None,
+            _rearranged((torch.cat(weights) if len(weights) > 1 else weights[0]).to(dtype)),
+            torch.cat(biases).to(dtype) if biases else None,
             [len(weight) for weight in weights],
+            dtype,
             _look(layers),
         )
 
@@ -173,8 +192,10 @@ class Update:
 
     @classmethod
     @_kept
-    def of(cls, layers: Sequence[Any], names: list[str | None], gated: GatedRows) -> Update:
-        """The adapters of these layers, of which others than LoRA layers have none."""
+    def of(
+        cls, layers: Sequence[Any], names: list[str | None], gated: GatedRows, dtype: torch.dtype = torch.float32
+    ) -> Update:
+        """The adapters of these layers, of which others than LoRA layers have none, in this dtype."""
         adapted = [(layer, name) for layer, name in zip(layers, names) if name is not None]
         downs = [layer.lora_A[name].weight.float() for layer, name in adapted]
         ups = [
@@ -183,7 +204,7 @@ class Update:
             else layer.lora_B[name].weight.float().T * layer.scaling[name]
             for layer, name in zip(layers, names)
         ]
-        return cls(names, gated, torch.cat(downs), torch.block_diag(*ups))
+        return cls(names, gated, torch.cat(downs).to(dtype), torch.block_diag(*ups).to(dtype))
 
     def add(self, y: Tensor, x: Tensor) -> None:
         """Add it to y [..., N], in place, in the gated rows of this pass; x [..., H] is what the layers have read."""
@@ -237,7 +258,7 @@ class PackedProducts:
             return
         # Each by itself until it is seen which are siblings, and inside its adapter's layer.
         layers = _plain_layers(model)
-        alone = [((layer,), (layer,), None) for layer in layers] if lacks_products(model.dtype) else []
+        alone = [((layer,), (layer,), None) for layer in layers] if _is_widened(model.dtype) else []
         with watched(families(model)) as readers, together(_read(model, alone) if alone else ()):
             yield
         _siblings[model] = [tuple(map(ref, group)) for group in disjoint(readers)], WeakSet(layers)
@@ -285,7 +306,10 @@ def _groups(model: PreTrainedModel, siblings: Sequence[Sequence[nn.Linear]]) -> 
         names = [None if layer is base else adapter_of(layer) for layer, base in zip(layers, bases)]
         if any(name is None and layer is not base for name, layer, base in zip(names, layers, bases)):
             continue  # an adapter that somebody has switched off, or changed
-        found.append((bases, layers, Update.of(layers, names, gated) if any(names) else None))
+        update = None
+        if any(names):
+            update = Update.of(layers, names, gated, _dtype_of_copies(bases[0].weight.dtype) or torch.float32)
+        found.append((bases, layers, update))
     return _read(model, found)
 
 
@@ -311,7 +335,7 @@ def _fit(layers: Sequence[nn.Linear]) -> bool:
     dtype = tensors[0].dtype
     alike = all(x.dtype == dtype and x.device.type == "cpu" for x in tensors)
     large = sum(layer.weight.numel() for layer in layers) >= LEAST_WEIGHT
-    return alike and ((dtype == torch.float32 and large) or lacks_products(dtype))
+    return alike and _dtype_of_copies(dtype) is not None and (large or _is_widened(dtype))
 
 
 def _run(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor] | None:
@@ -323,10 +347,10 @@ def _run(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor] | None:
         return None
     if torch.is_autocast_enabled("cpu") or torch.is_grad_enabled():
         return None
-    # In 16 bits torch reads half as much for one row, and with more rows its arithmetic never catches up.
+    # Where copies are wider torch reads half as much for one row, and with more rows its arithmetic never catches up.
     rows = x.numel() // max(1, x.shape[-1])
-    if rows <= MOST_ROWS if dtype == torch.float32 else rows > 1:
-        x = x.float()
+    if rows <= MOST_ROWS if packed.dtype == dtype else rows > 1:
+        x = x.to(packed.dtype)
         y = _product(x, packed.weight, packed.bias)
         if update is not None:
             update.add(y, x)
@@ -353,12 +377,16 @@ def pack(model: PreTrainedModel, groups: Sequence[Sequence[nn.Linear]]) -> list[
         found.append(packed if packed is not None and packed.is_of(layers) else None)
     known.clear()  # what is wrong goes before anything new comes
     missing = [i for i, packed in enumerate(found) if packed is None]
-    needed = sum(4 * layer.weight.numel() for i in missing for layer in groups[i])
+    needed = sum(_bytes_of_copy(layer.weight) for i in missing for layer in groups[i])
     if needed * FREE_PART <= (available_memory(torch.device("cpu")) or 0):
         for i in missing:
             found[i] = Packed.of(groups[i])
     _packed[model] = [packed for packed in found if packed is not None]
     return found
+
+
+def _bytes_of_copy(weight: Tensor) -> int:
+    return weight.numel() * (_dtype_of_copies(weight.dtype) or weight.dtype).itemsize
 
 
 def unpack(model: PreTrainedModel | None = None) -> None:

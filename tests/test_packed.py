@@ -17,7 +17,7 @@ from mtpkern.adapter import gated
 from mtpkern.packed import PackedProducts, pack, packs
 from support.packing import generate, noted
 
-pytestmark = pytest.mark.skipif(not packed._has_packed_products(), reason="torch without oneDNN")
+pytestmark = pytest.mark.skipif(not packed._has_packed_products(torch.float32), reason="torch without oneDNN")
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -34,7 +34,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(packed, "LEAST_WEIGHT", 1)
     monkeypatch.setattr(packed, "LEAST_TOKENS", 1)
     # Whatever this processor has: 16 bits are test_packed_half.py's.
-    monkeypatch.setattr(packed, "lacks_products", lambda dtype: False)
+    monkeypatch.setattr(packed, "has_products", lambda dtype: None)
     yield
     mtpkern.release_graphs()
 

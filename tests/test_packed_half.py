@@ -10,18 +10,18 @@ from torch import Tensor, nn
 import mtpkern
 from mtpkern import Static, Verified, packed
 from mtpkern.adapter import gate_of, gated
-from mtpkern.kernels.form import lacks_products
+from mtpkern.kernels.form import has_products
 from mtpkern.packed import PackedProducts, packs
 from support.packing import generate, noted
 
-pytestmark = pytest.mark.skipif(not packed._has_packed_products(), reason="torch without oneDNN")
+pytestmark = pytest.mark.skipif(not packed._has_packed_products(torch.float32), reason="torch without oneDNN")
 HALVES = (torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(autouse=True)
 def lacking(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A processor as if it had none, whatever it has."""
-    monkeypatch.setattr(packed, "lacks_products", lambda dtype: dtype in HALVES)
+    monkeypatch.setattr(packed, "has_products", lambda dtype: False if dtype in HALVES else None)
     yield
     mtpkern.release_graphs()
 
@@ -163,13 +163,13 @@ def test_a_row_by_itself_is_torchs(tiny: SimpleNamespace, products: list[torch.S
 def test_a_processor_that_has_them_is_left_to_torch(
     tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, products: list[torch.Size]
 ) -> None:
-    monkeypatch.setattr(packed, "lacks_products", lambda dtype: False)
+    monkeypatch.setattr(packed, "has_products", lambda dtype: None)
     generate(tiny, tiny.model("llama").to(torch.bfloat16), max_new_tokens=packed.LEAST_TOKENS)
     assert not products
 
 
 def test_what_a_run_must_be_long_for(tiny: SimpleNamespace) -> None:
-    assert not lacks_products.__wrapped__(torch.float32)
+    assert has_products.__wrapped__(torch.float32) is None
     model = tiny.model("llama").to(torch.float16)
     assert packs(model, packed.LEAST_OF_A_RUN)
     assert not packs(model, packed.LEAST_OF_A_RUN - 1)

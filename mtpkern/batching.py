@@ -272,7 +272,7 @@ class _Batch:
         kept = kept_bytes(self.model.device)
         for job in list(longest):
             try:
-                require_room(self.model, slots, job.tokens, scratch=self.options.strategy.masks, kept=kept)
+                require_room(self.model, slots, job.tokens, scratch=self.options.strategy_of(slots).masks, kept=kept)
                 break
             except ValueError as error:
                 self._fail(job.number, error)
@@ -313,7 +313,7 @@ class _Batch:
             torch.accelerator.device_index(model.device.index),
             decoder_for(
                 model,
-                self.options.strategy,
+                self.options.strategy_of(slots),
                 self.stop_ids.to(model.device, non_blocking=True),
                 tokens=max(job.tokens for job in jobs),
                 max_new_tokens=max(job.new for job in jobs),

@@ -32,7 +32,7 @@ from mtpkern.kernels.plan import plan
 from mtpkern.kernels.readout import readout
 from mtpkern.kernels.state import Rows, Sequences, Terms
 from mtpkern.layers import CompiledLayers
-from mtpkern.load import Ladder, Load, default_rows, price_of, times_of
+from mtpkern.load import Bought, Ladder, Load, default_rows, price_of, times_of
 from mtpkern.model import has_latent_attention, learned_positions
 from mtpkern.packed import PackedProducts, packs
 from mtpkern.parallel import agree
@@ -134,7 +134,7 @@ class Decoder:
             self.choice = Choice(choosing, strategy, self.sequences, self.terms, mask_token_id)
         self.by_load = by_load
         # Kept with the graphs; seconds that the host has been at each.
-        self._ladder = Ladder(batch, rows, strategy.k)
+        self._ladder = Ladder(batch, rows, strategy.k, strategy.masks)
         self._making: defaultdict[int, float] = defaultdict(float)
         self.fingerprint: tuple[Any, ...] | None = None
         self._layers: CompiledLayers | None = None
@@ -191,7 +191,7 @@ class Decoder:
         self._load = None
         if self.by_load and self._on_cpu:
             times = times_of(self.model, isinstance(self.products, PackedProducts))
-            self._load = Load(times, strategy.k, len(self.all_rows.seq))
+            self._load = Load(times, strategy.k, len(self.all_rows.seq), strategy.masks)
             self.terms.price.fill_(self._load.price(self.sequences))
 
     @torch.inference_mode()
@@ -320,12 +320,12 @@ class Decoder:
         B, R, strategy = len(self.sequences.status), len(self.all_rows.seq), self.strategy
         # Where there are rows for everybody, everybody has them: they cost the same used or not.
         scarce = self.by_load and B * (2 * strategy.k - 1 + strategy.masks) > R
-        odds = OddsPoll(self.sequences) if scarce else None
+        odds, bought = OddsPoll(self.sequences) if scarce else None, Bought(strategy.masks)
         for _ in range(self.max_passes):
             if not self._goes_on(poll):
                 break
             if odds is not None and odds.running():
-                self.terms.price.fill_(price_of(*odds.seen, strategy.k, R, None))
+                self.terms.price.fill_(price_of(*odds.seen, strategy.k, R, None, bought=bought))
             if self.graph is None:
                 self._reserve()
                 self.step(route)

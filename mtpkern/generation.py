@@ -267,7 +267,7 @@ def _decode(
         torch.accelerator.device_index(model.device.index),
         decoder_for(
             model,
-            options.strategy,
+            options.strategy_of(B),
             stop_ids,
             tokens=T + max_new_tokens,
             max_new_tokens=max_new_tokens,

@@ -9,6 +9,11 @@ price is the one with the highest quotient over all sequences,
 among a few, of which the highest buys nothing: a pass of plain decoding. Where rows are as good as free, as on a GPU up
 to a number of rows, the price only shares these out.
 
+Where masks may stand behind other drafts than the last, a pass of d drafts as sure as the odds has d + 1 places for
+them: its chain ends behind draft i with the chance a^i (1 - a), behind the last with a^d, and a mask promises that much
+less. Confirmed drafts tell of the passes that they come from, which have had masks at only a part of these places: what
+a price promises is set against the part that was bought of late.
+
 On a GPU passes have one of a few numbers of rows, the rungs of a ladder, each with a graph of its own; the host takes
 the rung with the best quotient. The lowest has one row a sequence and no masks. A rung that has no graph yet is guessed
 at, and gets one as soon as what it would have saved comes to what the first graph took to make.
@@ -30,13 +35,15 @@ import torch
 from transformers import PreTrainedModel
 
 from mtpkern.kernels.state import RUNNING, Sequences
-from mtpkern.kernels.worth import PRIOR_CHAINS, PRIOR_HITS, UNIT
+from mtpkern.kernels.worth import FORGOTTEN, PRIOR_CHAINS, PRIOR_HITS, UNIT
 from mtpkern.strategies import Strategy
 
 # Up to this many rows a pass on a GPU is bound by reading the weights, so that rows are nearly free.
 FREE_ROWS = 192
 # From everything to nothing. A promise is a probability, so no row is worth the last.
 PRICES = np.array([0.0, 0.03, 0.06, 0.09, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 2.0])
+# Likewise on a CPU, whose passes have as many rows as they need: what may be bought besides.
+FREE_ROWS_CPU = 64
 # What a pass takes besides its rows, in rows: a guess, where nothing has been seen.
 FIXED = 8
 # Likewise on a GPU: Qwen3-4B on an H200 takes 1.6 times as long with 256 rows as with one (bench/results/h200).
@@ -62,6 +69,15 @@ def default_rows(strategy: Strategy, batch: int, device: torch.device) -> int:
     if strategy.verify and device.type != "cpu":
         most = min(most, max(4 * batch, FREE_ROWS))
     return most + batch * strategy.masks
+
+
+def default_masks(k: int, batch: int, device: torch.device) -> int:
+    """Masks of a sequence behind other drafts than the last, where rows go by load: as far as rows are nearly free.
+
+    default_masks(7, 1, torch.device("cuda"))  # 36: k - 1 behind each of k - 1 tokens
+    """
+    free = FREE_ROWS_CPU if device.type == "cpu" else FREE_ROWS
+    return max(0, min((k - 1) ** 2, free // batch - (2 * k - 1)))
 
 
 class PassTimes:
@@ -128,22 +144,58 @@ def price_of(
     rows: int,
     times: PassTimes | None,
     shown: Sequence[float] | np.ndarray = (0, 0),
+    bought: Bought | None = None,
 ) -> float:
     """The price of a row, for running sequences with these hits and chains [n] and at most so many rows.
 
-    times: None where all passes take the same. shown: hits and chains of the model's earlier runs.
+    times: None where all passes take the same. shown: hits and chains of the model's earlier runs. bought: of this run,
+    where masks may stand behind other drafts than the last.
 
         price_of(np.array([0]), np.array([0]), k=4, rows=7, times=None)  # 0.0: there are rows for everything
     """
-    tokens, needed = _promised(hits, chains, k, shown)
+    bought = bought or Bought()
+    tokens, needed = _promised(hits, chains, k, shown, bought)
     if times is None:
-        return float(PRICES[np.argmax(_fitted(tokens, needed, len(hits), rows))])
-    speed = tokens / times.of(np.minimum(needed, rows))
-    return float(PRICES[np.argmax(speed)])
+        best = int(np.argmax(_fitted(tokens, needed, len(hits), rows)))
+    else:
+        best = int(np.argmax(tokens / times.of(np.minimum(needed, rows))))
+    bought.note(best)
+    return float(PRICES[best])
+
+
+class Bought:
+    """What part of what its odds promise the passes of a run have bought of late, each sequence with `masks` at most.
+
+    bought = Bought(masks=9)
+    price_of(hits, chains, k=4, rows=16, times=times, bought=bought)    # which it takes in
+    """
+
+    def __init__(self, masks: int = 0) -> None:
+        self.masks = masks
+        self.part = 1.0
+        self._parts = np.ones(len(PRICES))
+
+    def scaled(self, promised: np.ndarray, odds: np.ndarray, power: np.ndarray) -> np.ndarray:
+        """Tokens promised by price [n, prices], of sequences with these odds [n], as what was bought of late tells."""
+        if not self.masks:
+            return promised
+        every = (odds[:, None] ** power).sum(1)
+        self._parts = promised.sum(0) / every.sum()
+        # What nobody has bought tells nothing; and no odds promise more than a span of masks that are always right.
+        return np.minimum(promised / max(self.part, 1e-3), len(power))
+
+    def note(self, price: int) -> None:
+        """Note which price the next pass has; those of as many passes are remembered as chains are."""
+        if self._parts[price] > 0:
+            self.part += (self._parts[price] - self.part) / (1 << FORGOTTEN)
 
 
 def _promised(
-    hits: np.ndarray, chains: np.ndarray, k: int, shown: Sequence[float] | np.ndarray = (0, 0)
+    hits: np.ndarray,
+    chains: np.ndarray,
+    k: int,
+    shown: Sequence[float] | np.ndarray = (0, 0),
+    bought: Bought | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """By price: tokens of a pass of all sequences, and the rows that it takes.
 
@@ -151,14 +203,33 @@ def _promised(
     earlier runs have shown too, in place of what is not known of this one: else each would have to fail for itself,
     some ten times.
     """
+    bought = bought or Bought()
     prior, power = PRIOR_HITS + PRIOR_CHAINS, np.arange(1, k)
     own = _odds(hits, chains)
     other_hits, other_chains = hits.sum() - hits + shown[0], chains.sum() - chains + shown[1]
     alike = (other_hits + PRIOR_HITS) / (other_hits + other_chains + prior)
     judged = (hits + prior * alike) / (hits + chains + prior)
-    bought = own[:, None, None] ** power[:, None] >= PRICES
-    masks, tokens = bought.sum((0, 1)), (judged[:, None, None] ** power[:, None] * bought).sum((0, 1))
-    return len(hits) + tokens, len(hits) + masks + tokens
+    promise, hope = own[:, None] ** power, judged[:, None] ** power
+    behind_one = promise[:, None] >= PRICES[:, None]  # [n, prices, k - 1]
+    masks, tokens = behind_one.sum(2), (hope[:, None] * behind_one).sum(2)
+    fed = tokens
+    if bought.masks:
+        fed = np.rint((promise[:, None] * behind_one).sum(2))
+        behind = _chances(own, fed, k)[..., None] * promise[:, None, None] >= PRICES[:, None, None]
+        last = np.arange(k) == fed[..., None]
+        others = (behind * ~last[..., None]).sum((2, 3))
+        # The likeliest have them; here all have less.
+        dealt = np.where(last, 1.0, np.minimum(1, bought.masks / np.maximum(others, 1))[..., None])
+        masks = (behind.sum(3) * dealt).sum(2)
+        tokens = (_chances(judged, fed, k) * dealt * (behind * hope[:, None, None]).sum(3)).sum(2)
+        tokens = bought.scaled(tokens, judged, power)
+    return len(hits) + tokens.sum(0), len(hits) + (masks + fed).sum(0)
+
+
+def _chances(odds: np.ndarray, fed: np.ndarray, k: int) -> np.ndarray:
+    """That a chain of `fed` drafts [n, prices] of these odds [n] ends behind token i of k: [n, prices, k]."""
+    i, odds = np.arange(k), odds[:, None, None]
+    return np.where(i < fed[..., None], odds**i * (1 - odds), np.where(i == fed[..., None], odds**i, 0))
 
 
 def _odds(hits: np.ndarray, chains: np.ndarray) -> np.ndarray:
@@ -179,8 +250,8 @@ class Load:
     load.saw(rows, seconds)         # behind it
     """
 
-    def __init__(self, times: PassTimes, k: int, rows: int) -> None:
-        self.times, self.k, self.rows = times, k, rows
+    def __init__(self, times: PassTimes, k: int, rows: int, masks: int = 0) -> None:
+        self.times, self.k, self.rows, self.bought = times, k, rows, Bought(masks)
         self.passes = 0
         # Passes since one has had masks, and how many it may be before one is to have them.
         self.plain, self.patience = 0, PATIENCE
@@ -195,7 +266,7 @@ class Load:
         if len(hits):
             shown = self.shown + np.array([hits.mean(), chains.mean()])
             self.times.shown = shown * min(1.0, MOST_SHOWN / max(shown.sum(), 1))
-        price = price_of(hits, chains, self.k, self.rows, self.times, self.shown)
+        price = price_of(hits, chains, self.k, self.rows, self.times, self.shown, self.bought)
         if _odds(hits, chains).max(initial=0.0) >= price:
             self.plain, self.patience = 0, PATIENCE
             return price
@@ -221,12 +292,12 @@ class Ladder:
     ladder.saw(rows, seconds)                   # a pass
     """
 
-    def __init__(self, batch: int, rows: int, k: int) -> None:
+    def __init__(self, batch: int, rows: int, k: int, masks: int = 0) -> None:
         rungs, below = [rows], rows // 2
         while rows > batch:
             rungs.append(rows := below if below > batch and rows - below >= STEP else batch)
             below = rows // 2
-        self.rungs, self.k = rungs[::-1], k
+        self.rungs, self.k, self.bought = rungs[::-1], k, Bought(masks)
         self.times = PassTimes(FIXED_GPU)
         # Rungs that have a graph, what making the first took, and what each other one would have saved up to now.
         self.made: set[int] = set()
@@ -235,7 +306,7 @@ class Ladder:
 
     def choose(self, hits: np.ndarray, chains: np.ndarray) -> tuple[int, float]:
         """The rung of the pass after the next, and what a row of it must promise; asked once a pass."""
-        promised, needed = _promised(hits, chains, self.k)
+        promised, needed = _promised(hits, chains, self.k, bought=self.bought)
         tokens = np.array([_fitted(promised, needed, len(hits), rows) for rows in self.rungs])
         # On the lowest no sequence may bring more than its row, however few are left.
         tokens[0] = len(hits)
@@ -249,7 +320,11 @@ class Ladder:
             self.saved[rows] += seconds[best] * (1 - each[wish] / each[best])
             if self.saved[rows] >= self.making:
                 best = wish
-        return self.rungs[best], math.inf if best == 0 else float(PRICES[np.argmax(tokens[best])])
+        if best == 0:
+            return self.rungs[0], math.inf
+        price = int(np.argmax(tokens[best]))
+        self.bought.note(price)
+        return self.rungs[best], float(PRICES[price])
 
     def made_one(self, rows: int, seconds: float) -> None:
         """Note that a rung has its graph, and how long the host has been at it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -11,6 +12,7 @@ from mtpkern.arguments import require_bool
 from mtpkern.fields import whole_number
 from mtpkern.graph import wants_graph
 from mtpkern.layers import wants_compile
+from mtpkern.load import default_masks
 from mtpkern.model import mask_token_for, recorded_settings, require_decodable
 from mtpkern.parallel import is_parallel
 from mtpkern.strategies import Strategy, Verified
@@ -41,6 +43,7 @@ class Options:
         self.prefill_chunk = whole_number("prefill_chunk", given["prefill_chunk"], least=1)
         self.strategy = strategy_for(model, strategy)
         self.mask_token_id = mask_token_for(model, self.strategy.k, given["mask_token_id"])
+        self._device = model.device
         # Ranks of a split model have times of their own, which may decide nothing.
         parallel = is_parallel(model)
         use_graph = False if parallel and given["use_graph"] is None else given["use_graph"]
@@ -53,6 +56,13 @@ class Options:
             "by_load": rows is None and (strategy is None or not strategy.k) and self.strategy.verify and not parallel,
             "batch_invariant": given["batch_invariant"],
         }
+        self._masks_by_load = self._others["by_load"] and (strategy is None or strategy.masks is None)
+
+    def strategy_of(self, batch: int) -> Strategy:
+        """The strategy for so many sequences side by side, with masks behind drafts where that is left to the load."""
+        if not self._masks_by_load:
+            return self.strategy
+        return replace(self.strategy, masks=default_masks(self.strategy.k, batch, self._device))
 
     def of_decoder(self, *, on_host: bool = False) -> dict[str, Any]:
         """What the decoder is to be; on_host: a step waits for the host, so that it cannot be captured."""

@@ -112,8 +112,9 @@ class Verified(Strategy):
     A draft that is corrected leaves its pass without predictions for the next, unless masks stood behind the token
     before it: `masks` is how many rows more a pass may bring for each sequence to that end, in groups of up to k - 1,
     where the chain of drafts is likeliest to break. The output stays the same. It pays where a pass takes hardly longer
-    for them, on a GPU at small batches and in bfloat16 on many CPUs, and where drafts are often corrected; in float32
-    on a CPU every row costs, so there are none unless asked for. More than (k - 1)² have no use and are refused.
+    for them, at small batches, and where drafts are often corrected. With neither k nor masks given, each pass has as
+    many as are worth their time (mtpkern.load); with a k there are none unless asked for. More than (k - 1)² have no
+    use and are refused.
 
         mtpkern.generate(model, ids, strategy=mtpkern.Verified(k=8, threshold=0.5))
         mtpkern.generate(model, ids, strategy=mtpkern.Verified(k=4, threshold=0.2, masks=9))
@@ -121,13 +122,17 @@ class Verified(Strategy):
 
     k: int = None  # type: ignore[assignment]
     threshold: float = 0.6
-    masks: int = 0  # type: ignore[misc]
+    masks: int = None  # type: ignore[assignment,misc]
     unrecorded_k: ClassVar[int] = 12
     largest_k: ClassVar[int | None] = 12
     verify: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.masks is None:
+            if self.k:
+                object.__setattr__(self, "masks", 0)
+            return
         if isinstance(self.masks, bool) or not isinstance(self.masks, int) or self.masks < 0:
             raise ValueError(f"Verified: masks must be a whole number of rows from 0 up, got {self.masks!r}")
         if self.masks > LARGEST_MASKS:
@@ -143,9 +148,9 @@ class Verified(Strategy):
 
     def for_model(self, k_max: int | None) -> Strategy:
         """As every strategy's; with no more masks than that k has a use for where none was given."""
-        if self.k:
+        if self.k or self.masks is None:
             return super().for_model(k_max)
-        k = super(Verified, replace(self, masks=0)).for_model(k_max).k
+        k = super(Verified, replace(self, masks=None)).for_model(k_max).k
         return replace(self, k=k, masks=min(self.masks, (k - 1) ** 2))
 
 

@@ -17,7 +17,20 @@ import mtpkern
 import mtpkern.decoder
 from mtpkern import ConfAdapt, Static, Verified
 from mtpkern.kernels.worth import FORGOTTEN, FORGOTTEN_IDLE, UNIT
-from mtpkern.load import PATIENCE, PRICES, Ladder, Load, PassTimes, default_rows, price_of, times_of
+from mtpkern.load import (
+    PATIENCE,
+    PRICES,
+    Bought,
+    Ladder,
+    Load,
+    PassTimes,
+    _promised,
+    default_masks,
+    default_rows,
+    price_of,
+    times_of,
+)
+from mtpkern.options import strategy_for
 from support.slow import slow_but
 
 
@@ -312,3 +325,80 @@ def test_what_earlier_runs_have_shown_stands_in_for_what_is_not_known() -> None:
     better, _ = run(right=3)
     assert sum(better) >= 64 - 2 * PATIENCE
     assert sum(run(right=3)[0]) >= 62
+
+
+def rows_bought(load: Load, hits: float, chains: float, passes: int = 200) -> list[int]:
+    """What passes of one sequence with these counts would have, as the price of each is told."""
+    sequences: Any = SimpleNamespace(
+        status=torch.zeros(1, dtype=torch.int32),
+        hits=torch.tensor([int(hits * UNIT)]),
+        chains=torch.tensor([int(chains * UNIT)]),
+    )
+    bought = []
+    for _ in range(passes):
+        price = load.price(sequences)
+        if price in PRICES:
+            _, needed = _promised(counts(hits), counts(chains), load.k, load.shown, load.bought)
+            bought.append(round(needed[PRICES.tolist().index(price)]))
+    return bought
+
+
+def test_masks_stand_behind_drafts_where_rows_are_nearly_free() -> None:
+    """At odds of 0.6 seven predictions make 1.4 drafts; masks behind all of them are 13 rows more than behind one."""
+    for slope, least, most in ((0.0, 14, 49), (0.005, 10, 49), (0.05, 3, 9), (0.5, 1, 2)):
+        load = Load(times(lambda r, slope=slope: 1 + slope * r, 1, 2, 4, 8, 16, 32, 48), k=7, rows=49, masks=36)
+        rows = rows_bought(load, 60, 40)
+        assert least <= np.median(rows) <= most, (slope, rows)
+    without = Load(times(lambda r: 1.0, 1, 2, 4, 8, 16, 32, 48), k=7, rows=13)
+    assert max(rows_bought(without, 60, 40)) <= 13
+
+
+def test_what_was_bought_of_late_is_what_drafts_tell_of() -> None:
+    """Confirmed drafts of passes with masks behind the last draft alone promise more than themselves."""
+    few, all_of_them = Bought(36), Bought(36)
+    few.part = 0.5
+    one, more = (_promised(counts(40), counts(40), 7, bought=bought)[0] for bought in (all_of_them, few))
+    assert (more[:-1] - 1 >= np.minimum(1.9 * (one[:-1] - 1), 6) - 1e-9).all()
+    assert more[-1] == one[-1] == 1
+    # It is forgotten as chains are; a pass that buys nothing tells nothing.
+    _promised(counts(40), counts(40), 7, bought=few)
+    few.note(0)
+    assert few.part == 0.5 + 0.5 / 32
+    few.note(len(PRICES) - 1)
+    assert few.part == 0.5 + 0.5 / 32
+
+
+def test_masks_of_a_pass_by_default() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [default_masks(7, batch, gpu) for batch in (1, 4, 8, 16, 128)] == [36, 35, 11, 0, 0]
+    assert [default_masks(7, batch, cpu) for batch in (1, 2, 4, 8)] == [36, 19, 3, 0]
+    assert default_masks(1, 1, gpu) == 0
+    # What is asked for is had, with a k none unless asked for.
+    assert Verified(4).masks == 0
+    assert Verified(4, masks=3).for_model(8).masks == 3
+    assert Verified(masks=0).for_model(8).masks == 0
+    assert Verified(masks=1000).for_model(4).masks == 9
+
+
+@pytest.mark.parametrize("given", [None, Verified(threshold=0.05), Verified(masks=0), Verified(masks=2), Verified(3)])
+def test_a_call_has_masks_where_they_are_left_to_the_load(
+    tiny: Any, greedy_of: Any, monkeypatch: pytest.MonkeyPatch, given: Verified | None
+) -> None:
+    model, ids, mask, expected = greedy_of("llama", 2)
+    had = []
+    make = mtpkern.decoder.Decoder.__init__
+
+    def noted(decoder: Any, model: Any, strategy: Verified, **options: Any) -> None:
+        had.append(strategy.masks)
+        make(decoder, model, strategy, **options)
+
+    monkeypatch.setattr(mtpkern.decoder.Decoder, "__init__", noted)
+    by_load = default_masks(strategy_for(model).k, 2, ids.device)
+    assert by_load > 2
+    wanted = {Verified(masks=0): 0, Verified(masks=2): 2, Verified(3): 0}
+    options: dict[str, Any] = {"max_new_tokens": 24, "strategy": given, "eos_token_id": 3}
+    found = mtpkern.generate(model, ids, attention_mask=mask, **options)
+    assert torch.equal(found, expected)
+    batch = mtpkern.generate_batch(model, [[3, 4, 5], [6, 7]], batch_size=2, **options)
+    assert len(list(batch)) == 2
+    assert had == [wanted.get(given, by_load)] * 2

@@ -42,8 +42,6 @@ from mtpkern.strategies import Strategy
 FREE_ROWS = 192
 # From everything to nothing. A promise is a probability, so no row is worth the last.
 PRICES = np.array([0.0, 0.03, 0.06, 0.09, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 2.0])
-# Likewise on a CPU, whose passes have as many rows as they need: what may be bought besides.
-FREE_ROWS_CPU = 64
 # What a pass takes besides its rows, in rows: a guess, where nothing has been seen.
 FIXED = 8
 # Likewise on a GPU: Qwen3-4B on an H200 takes 1.6 times as long with 256 rows as with one (bench/results/h200).
@@ -74,10 +72,13 @@ def default_rows(strategy: Strategy, batch: int, device: torch.device) -> int:
 def default_masks(k: int, batch: int, device: torch.device) -> int:
     """Masks of a sequence behind other drafts than the last, where rows go by load: as far as rows are nearly free.
 
-    default_masks(7, 1, torch.device("cuda"))  # 36: k - 1 behind each of k - 1 tokens
+    Behind two drafts, as nearly all is won there (docs/log.md). None on a CPU, where every row costs.
+
+    default_masks(7, 1, torch.device("cuda"))  # 12
     """
-    free = FREE_ROWS_CPU if device.type == "cpu" else FREE_ROWS
-    return max(0, min((k - 1) ** 2, free // batch - (2 * k - 1)))
+    if device.type == "cpu":
+        return 0
+    return max(0, min((k - 1) ** 2, 2 * (k - 1), FREE_ROWS // batch - (2 * k - 1)))
 
 
 class PassTimes:

@@ -117,14 +117,16 @@ def test_slots_are_refilled_between_replays(
     assert recorded.captures == len(places) == 1
 
 
+@pytest.mark.parametrize("masks", [0, 4])
 def test_the_ladder_takes_newcomers_on_any_rung(
-    recorded: type[RecordedStep], tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    masks: int, recorded: type[RecordedStep], tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, rng = tiny.model("llama"), random.Random(0)
     monkeypatch.setattr("mtpkern.load.FREE_ROWS", 0)
     monkeypatch.setattr("mtpkern.load.STEP", 1)
     prompts = [[rng.randint(1, 14) for _ in range(rng.choice([1, 4, 9, 20]))] for _ in range(12)]
     options: dict[str, Any] = {"max_new_tokens": 15, "eos_token_id": 3, "batch_size": 3}
+    options["strategy"] = Verified(threshold=0.1, masks=masks)
     expected = mtpkern.generate_batch(model, prompts, use_graph=False, **options)
 
     def choose(ladder: Ladder, *_: Any) -> tuple[int, float]:

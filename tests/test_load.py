@@ -30,7 +30,6 @@ from mtpkern.load import (
     price_of,
     times_of,
 )
-from mtpkern.options import strategy_for
 from support.slow import slow_but
 
 
@@ -252,9 +251,9 @@ def gpu(rows: int) -> float:
     return 4.3 + rows / 112
 
 
-def climbed(batch: int, rows: int) -> Ladder:
+def climbed(batch: int, rows: int, masks: int = 0) -> Ladder:
     """A ladder all of whose rungs have their graph."""
-    ladder = Ladder(batch, rows, 12)
+    ladder = Ladder(batch, rows, 12, masks)
     for rung in ladder.rungs:
         ladder.made_one(rung, 1.0)
         ladder.saw(rung, gpu(rung))
@@ -268,6 +267,17 @@ def test_the_rung_follows_what_drafts_are_worth() -> None:
     assert climbed(64, 256).choose(*(x[:2] for x in never)) == (64, math.inf)
     # A few get all that they can use where that fits.
     assert climbed(64, 256).choose(*(x[:6] for x in always)) == (128, 0.0)
+
+
+def test_masks_behind_drafts_have_a_rung_like_others() -> None:
+    strategy = Verified(12, masks=default_masks(12, 4, torch.device("cuda")))
+    ladder = climbed(4, default_rows(strategy, 4, torch.device("cuda")), strategy.masks)
+    assert ladder.rungs == [4, 90, 180]
+    # Odds of 0.6 want them, with odds of 0.1 plain decoding is quicker.
+    rows, price = ladder.choose(counts(*[60] * 4), counts(*[40] * 4))
+    assert rows > 4 * 11
+    assert price <= 0.06
+    assert ladder.choose(counts(*[0] * 4), counts(*[40] * 4)) == (4, math.inf)
 
 
 def test_a_rung_is_made_once_it_would_have_paid() -> None:
@@ -370,9 +380,9 @@ def test_what_was_bought_of_late_is_what_drafts_tell_of() -> None:
 
 def test_masks_of_a_pass_by_default() -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert [default_masks(7, batch, gpu) for batch in (1, 4, 8, 16, 128)] == [36, 35, 11, 0, 0]
-    assert [default_masks(7, batch, cpu) for batch in (1, 2, 4, 8)] == [36, 19, 3, 0]
-    assert default_masks(1, 1, gpu) == 0
+    assert [default_masks(7, batch, gpu) for batch in (1, 4, 8, 16, 128)] == [12, 12, 11, 0, 0]
+    assert [default_masks(k, 1, gpu) for k in (1, 2, 3, 12)] == [0, 1, 4, 22]
+    assert default_masks(7, 1, cpu) == 0
     # What is asked for is had, with a k none unless asked for.
     assert Verified(4).masks == 0
     assert Verified(4, masks=3).for_model(8).masks == 3
@@ -393,12 +403,12 @@ def test_a_call_has_masks_where_they_are_left_to_the_load(
         make(decoder, model, strategy, **options)
 
     monkeypatch.setattr(mtpkern.decoder.Decoder, "__init__", noted)
-    by_load = default_masks(strategy_for(model).k, 2, ids.device)
-    assert by_load > 2
+    # As on a GPU.
+    monkeypatch.setattr("mtpkern.options.default_masks", lambda k, batch, device: 1 + batch)
     wanted = {Verified(masks=0): 0, Verified(masks=2): 2, Verified(3): 0}
     options: dict[str, Any] = {"max_new_tokens": 24, "strategy": given, "eos_token_id": 3}
     found = mtpkern.generate(model, ids, attention_mask=mask, **options)
     assert torch.equal(found, expected)
     batch = mtpkern.generate_batch(model, [[3, 4, 5], [6, 7]], batch_size=2, **options)
     assert len(list(batch)) == 2
-    assert had == [wanted.get(given, by_load)] * 2
+    assert had == [wanted.get(given, 3)] * 2

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -367,7 +368,8 @@ def test_text_that_brings_its_own_bos_gets_no_second(bytes_of):
 
 def test_demo(chat_solver, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("mtpkern.demo.MAX_NEW_TOKENS", 8)
-    page = tmp_path / "blocks.html"
+    monkeypatch.chdir(tmp_path)
+    page = Path("blocks.html")
     assert main(["demo", "--checkpoint", str(chat_solver), "--problems", "2", "--html", str(page)]) == 0
     out, err = capsys.readouterr()
     assert "Verified(4, 0.6), batch 8" in out

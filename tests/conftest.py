@@ -167,9 +167,11 @@ def in_two_processes() -> Callable[[Callable[[int], None]], None]:
 
 
 @pytest.fixture(autouse=True)
-def terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However wide the one is that the tests are started from."""
+def plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 columns, and colours neither forced nor forbidden, wherever the tests are started."""
     monkeypatch.setenv("COLUMNS", "80")
+    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(autouse=True)

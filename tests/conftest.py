@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,10 +26,6 @@ pytest_plugins = [f"support.{name}" for name in ("batches", "made_up_device", "r
 # Triton reads this when it is first imported: without a GPU, its interpreter runs the kernels on CPU tensors.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-# What datasets reads it keeps under HOME, and asks where when it is first imported: ours goes when the tests end.
-ROWS_READ = TemporaryDirectory(prefix="mtpkern-tests-")
-os.environ["HF_DATASETS_CACHE"] = ROWS_READ.name
 
 # Autograd makes its threads for other devices than the CPU at the first backward, if it knows of any, and a process
 # that has such threads cannot be forked: in a build with CUDA a made-up device of some test would count.

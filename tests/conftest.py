@@ -162,6 +162,14 @@ def in_two_processes() -> Callable[[Callable[[int], None]], None]:
 
 
 @pytest.fixture(autouse=True)
+def plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 columns, and colours neither forced nor forbidden, wherever the tests are started."""
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
 def uncompiled_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiling takes seconds for each model and shape: only tests of it wait for that."""
     monkeypatch.setattr("mtpkern.layers.COMPILE_CAPTURED", False)

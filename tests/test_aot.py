@@ -39,9 +39,10 @@ Run = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
-def without_interpreter() -> Iterator[Run]:
-    """`without_interpreter(code, *arguments)`: what a program prints where Triton compiles."""
+def without_interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """`without_interpreter(code, *arguments)`: what a program prints where Triton compiles, whatever was compiled."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
     with forks_of("mtpkern.bench.aot", environment=environment) as run:
 
         def printed(code: str, *arguments: str) -> str:

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,7 +113,8 @@ def test_chat_applies_the_template(chat_solver, tmp_path, capsys):
     assert plain[1]["tokens"] == greedy(chat_solver, "Ba has 3 eggs.", 6)
 
 
-def test_show_names_the_prompt_and_marks_the_blocks(chat_solver, tmp_path, capsys):
+def test_show_names_the_prompt_and_marks_the_blocks(chat_solver, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")  # no line is broken, however long the folder's name
     command = ["generate", str(chat_solver), "--prompt", "Ba has 3 eggs.", "--max-new-tokens", "6", "--show"]
     assert main([*command, "--strategy", "static", "--k", "3"]) == 0
     out = capsys.readouterr().out
@@ -121,9 +123,9 @@ def test_show_names_the_prompt_and_marks_the_blocks(chat_solver, tmp_path, capsy
     assert out.splitlines()[-1] == "3 3 = 6 tokens in 2 passes, 3.00 a pass"
     file = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "Ba has 3 eggs."}, {"prompt": "[b]Ba has 4"}])
     assert main([*command[:2], "--file", str(file), *command[4:]]) == 0
-    out = capsys.readouterr().out.replace("\n", "")
-    assert "in.jsonl, row 1: Ba has 3 eggs." in out
-    assert "in.jsonl, row 2: [b]Ba has 4" in out
+    out = capsys.readouterr().out.splitlines()
+    assert f"{file}, row 1: Ba has 3 eggs." in out
+    assert f"{file}, row 2: [b]Ba has 4" in out
 
 
 @pytest.mark.parametrize(
@@ -366,7 +368,8 @@ def test_text_that_brings_its_own_bos_gets_no_second(bytes_of):
 
 def test_demo(chat_solver, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("mtpkern.demo.MAX_NEW_TOKENS", 8)
-    page = tmp_path / "blocks.html"
+    monkeypatch.chdir(tmp_path)
+    page = Path("blocks.html")
     assert main(["demo", "--checkpoint", str(chat_solver), "--problems", "2", "--html", str(page)]) == 0
     out, err = capsys.readouterr()
     assert "Verified(4, 0.6), batch 8" in out

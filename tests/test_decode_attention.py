@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from mtpkern.kernels import decode_attention as module
 from mtpkern.kernels.decode_attention import decode_attention, decode_attention_triton
 from support.attended import RAGGED, Case, Form, compare, make_case
 
@@ -33,6 +34,16 @@ def forms_with(dtypes: list[torch.dtype]) -> list[Any]:
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 5])
 def test_ragged_batches(form: Form, dtype: torch.dtype, batch: int) -> None:
     compare(form, make_case(RAGGED[:batch], dtype=dtype, seed=batch))
+
+
+@pytest.mark.parametrize("lacks", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_with_16_bit_products_and_without(dtype: torch.dtype, lacks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The torch form on either kind of processor, whichever this one is."""
+    asked = []
+    monkeypatch.setattr(module, "lacks_products", lambda dtype: asked.append(dtype) or lacks)
+    compare(decode_attention, make_case(RAGGED, dtype=dtype))
+    assert asked == [dtype]
 
 
 @pytest.mark.parametrize("form", FORMS)

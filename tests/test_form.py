@@ -69,6 +69,23 @@ def test_a_build_without_onednn_is_asked_for_none_of_its_operators(monkeypatch: 
         assert form.has_products.__wrapped__(dtype) is None
 
 
+@pytest.mark.parametrize(
+    ("machine", "has", "lacks"),
+    [("x86_64", False, True), ("AMD64", False, True), ("x86_64", True, False), ("aarch64", False, False)],
+)
+def test_x86_alone_is_asked_for_its_products(
+    machine: str, has: bool, lacks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Either answer, on every processor."""
+    names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(form, "machine", lambda: machine)
+    for dtype, name in names.items():
+        monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**{name: lambda: has}))
+        assert form.lacks_products.__wrapped__(dtype) == lacks
+        assert not form.lacks_products.__wrapped__(torch.float32)
+
+
 @pytest.mark.gpu
 def test_what_starts_early_reads_nothing_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products and ours in turns, each reading what the one before has written, many layers in a graph: to the bit."""

@@ -46,7 +46,6 @@ def task(tmp_path, monkeypatch):
     from mtpkern import lm_harness
 
     monkeypatch.setattr(lm_harness, "TaskManager", lambda **where: manager(include_defaults=False, **where))
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
     def write(**changes):
         (tmp_path / "tasks").mkdir(exist_ok=True)

@@ -1,6 +1,7 @@
 """Where training data come from: files, folders and streams, shuffled, held out and refused."""
 
 import json
+import os
 
 import pytest
 from torch.utils.data import DataLoader
@@ -51,10 +52,10 @@ def test_the_hash_is_the_same_in_every_process():
     assert all(is_held_out(f"\n QUESTION\t{i} ", 0.2) for i in held_out)
 
 
-def test_every_source_gives_the_same_rows(tmp_path, monkeypatch):
-    from datasets import Dataset
+def test_every_source_gives_the_same_rows(tmp_path):
+    from datasets import Dataset, config
 
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    assert str(config.HF_DATASETS_CACHE) == os.environ["HF_DATASETS_CACHE"], "imported too early: kept under HOME"
     rows = sums(7)
     lines = write(tmp_path / "a.jsonl", rows[:3])
     (tmp_path / "b.json").write_text(json.dumps(rows[3:]))

@@ -14,14 +14,13 @@ ROWS = [
 ]
 
 
-def prepare(tmp_path, rows, monkeypatch):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def prepare(tmp_path, rows):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return main([str(tmp_path / "out"), "--source", str(tmp_path / "rows.jsonl")])
 
 
-def test_a_file_a_category_that_eval_reads(tmp_path, monkeypatch, capsys):
-    assert prepare(tmp_path, ROWS, monkeypatch) == 0
+def test_a_file_a_category_that_eval_reads(tmp_path, capsys):
+    assert prepare(tmp_path, ROWS) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["coding.jsonl", "role_play.jsonl"]
     assert "coding.jsonl: 2 prompts, 1 of conversations" in capsys.readouterr().out
     cases = read_cases(tmp_path / "out" / "coding.jsonl")
@@ -41,7 +40,7 @@ def test_a_file_a_category_that_eval_reads(tmp_path, monkeypatch, capsys):
         ({"question_id": "d", "category": "", "turns": ["x"]}, "row 4: has no category"),
     ],
 )
-def test_rows_without_their_text_are_refused(tmp_path, monkeypatch, capsys, row, says):
-    assert prepare(tmp_path, [*ROWS, row], monkeypatch) == 2
+def test_rows_without_their_text_are_refused(tmp_path, capsys, row, says):
+    assert prepare(tmp_path, [*ROWS, row]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

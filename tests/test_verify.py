@@ -157,4 +157,14 @@ def test_in_bfloat16_rounding_is_no_fault(tiny: Any) -> None:
     assert report.ok, report
     assert any("bfloat16" in what for what in report.not_covered)
     assert report.max_error <= report.tolerance < report.scale
-    assert report.noise > 0
+
+
+def test_noise_is_how_far_transformers_is_from_itself(tiny: Any) -> None:
+    """It widens the tolerance. Not every processor rounds one row otherwise than several: this model's head does."""
+    model = tiny.model("llama").to(torch.bfloat16)
+    quiet = mtpkern.check(model)
+    model.lm_head.register_forward_hook(lambda _, args, logits: logits * (1 + 2**-6 * (args[0].shape[1] == 1)))
+    report = mtpkern.check(model)
+    assert report.ok, report
+    assert report.noise > max(quiet.noise, 0.05 * report.scale / 4)
+    assert report.tolerance == 4 * report.noise > quiet.tolerance

@@ -36,12 +36,14 @@ def test_ragged_batches(form: Form, dtype: torch.dtype, batch: int) -> None:
     compare(form, make_case(RAGGED[:batch], dtype=dtype, seed=batch))
 
 
-@pytest.mark.parametrize("lacks", [False, True])
+@pytest.mark.parametrize("has", [False, True, None])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_with_16_bit_products_and_without(dtype: torch.dtype, lacks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_16_bit_products_and_without(
+    dtype: torch.dtype, has: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The torch form on either kind of processor, whichever this one is."""
     asked = []
-    monkeypatch.setattr(module, "lacks_products", lambda dtype: asked.append(dtype) or lacks)
+    monkeypatch.setattr(module, "has_products", lambda dtype: asked.append(dtype) or has)
     compare(decode_attention, make_case(RAGGED, dtype=dtype))
     assert asked == [dtype]
 

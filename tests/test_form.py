@@ -70,20 +70,33 @@ def test_a_build_without_onednn_is_asked_for_none_of_its_operators(monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("machine", "has", "lacks"),
-    [("x86_64", False, True), ("AMD64", False, True), ("x86_64", True, False), ("aarch64", False, False)],
+    ("machine", "has", "known"),
+    [("x86_64", False, False), ("AMD64", False, False), ("x86_64", True, True), ("aarch64", False, None)],
 )
 def test_x86_alone_is_asked_for_its_products(
-    machine: str, has: bool, lacks: bool, monkeypatch: pytest.MonkeyPatch
+    machine: str, has: bool, known: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Either answer, on every processor."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
     names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(form, "machine", lambda: machine)
     for dtype, name in names.items():
         monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**{name: lambda: has}))
-        assert form.lacks_products.__wrapped__(dtype) == lacks
-        assert not form.lacks_products.__wrapped__(torch.float32)
+        assert form.has_products.__wrapped__(dtype) is known
+        assert form.has_products.__wrapped__(torch.float32) is None
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_with_avx_512_alone_products_of_bfloat16_are_there_in_name(
+    bfloat16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(form, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(_is_mkldnn_bf16_supported=lambda: True))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bfloat16)
+    assert form.has_products.__wrapped__(torch.bfloat16) is bfloat16
 
 
 @pytest.mark.gpu

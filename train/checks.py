@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-# First, because transformers would not name what is missing.
 from mtpkern.train.extra import DynamoBackend, PeftModel  # isort: split
 
 import logging

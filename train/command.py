@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-# First, because transformers would not name what is missing.
 import mtpkern.train.extra  # noqa: F401
 
 # isort: split

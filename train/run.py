@@ -5,7 +5,6 @@ Nothing here knows of spans: `mtpkern.train.trainer.MTPTrainer` adds what is tra
 
 from __future__ import annotations
 
-# First, because transformers would not name what is missing.
 from mtpkern.train.extra import PeftModel  # isort: split
 
 import json

@@ -9,7 +9,6 @@ Source   arXiv 2602.06019, training details
 
 from __future__ import annotations
 
-# First, because transformers would not name what is missing.
 from mtpkern.train.extra import PeftModel, TorchDynamoPlugin, fsdp2_prepare_model  # isort: split
 
 import logging
@@ -418,6 +417,10 @@ class MTPTrainer(RunTrainer):
                 super().save_model(output_dir, _internal_call=True)
             return
         self._require_finite(weights=True, alone=not self.is_fsdp_enabled)
+        self._save_final(Path(output_dir or str(self.args.output_dir)), getattr(torch, self.args.save_dtype))
+
+    def _save_final(self, folder: Path, dtype: torch.dtype) -> None:
+        """Called by all ranks, of which one writes: shards are gathered by all together."""
         core = self.accelerator.unwrap_model(self.model)
         state: dict[str, Any] = {}
         if self.is_fsdp_enabled:
@@ -426,5 +429,4 @@ class MTPTrainer(RunTrainer):
             state = get_model_state_dict(self.model, options=whole)
         if self.args.should_save:
             plain = merged(core) if isinstance(core, PeftModel) else core
-            folder, dtype = Path(output_dir or str(self.args.output_dir)), getattr(torch, self.args.save_dtype)
             save_plain(plain, folder, dtype, state=state, processing_class=self.processing_class)

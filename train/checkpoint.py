@@ -23,23 +23,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from mtpkern.output import exit_status
 from mtpkern.train.arithmetic import Split, build_tokenizer, encode, problems, write_rows
 from mtpkern.train.collator import MTPCollator
-from mtpkern.train.command import train
+from mtpkern.train.command import load_student, train
 from mtpkern.train.config import ModelArguments, MTPConfig
 from mtpkern.train.data import DataArguments
 from mtpkern.train.saving import save_plain
@@ -76,16 +66,6 @@ def build_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
     # Not the default, whose backward pass takes nearly half of a step on a CPU.
     config._attn_implementation = "eager"
     return LlamaForCausalLM(config)
-
-
-def load_float32(folder: Path) -> PreTrainedModel:
-    """The model of a folder, to be trained or to teach."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Its tokenizer."""
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def examples(tokenizer: PreTrainedTokenizerBase, n: int, seed: int, split: Split = "train") -> list[dict[str, Any]]:
@@ -161,7 +141,8 @@ def train_teacher(work: Path, learning_rate: float, float32: bool = False) -> No
 
 def publish(work: Path, out: Path) -> None:
     """Copy the last phase's model and tokenizer to `out`, its card where none is, and all curves to curves.json."""
-    save_plain(load_float32(work / "distill"), out, torch.float32, processing_class=load_tokenizer(work / "distill"))
+    model, tokenizer = load_student(str(work / "distill"), torch.float32)
+    save_plain(model, out, torch.float32, processing_class=tokenizer)
     card = work / "distill" / "README.md"
     if card.is_file() and not (out / "README.md").exists():
         shutil.copyfile(card, out / "README.md")

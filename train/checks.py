@@ -141,8 +141,7 @@ def require_sound(model: nn.Module, teacher: PreTrainedModel | None, args: MTPCo
     if adapted and teacher is not None:
         raise ValueError("with LoRA the teacher is the student without its adapters: leave teacher= out")
     part = "anchor_kl_weight" if args.teacher_target == "gt" else f"teacher_target {args.teacher_target!r}"
-    if teacher is None and not adapted and args.needs_teacher:
-        raise ValueError(f"{part} needs teacher=, the frozen original model")
+    refuse(teacher is None and not adapted and args.needs_teacher, f"{part} needs teacher=, the frozen original model")
     trained = {p.dtype for p in model.parameters() if p.requires_grad}
     if args.pure_bf16 and trained != {torch.bfloat16}:
         raise ValueError(f"pure_bf16 trains bfloat16 weights; got {trained}: load with dtype=torch.bfloat16")
@@ -170,10 +169,8 @@ def require_tested_engine(trainer: Trainer) -> None:
     """Raise ValueError for engines chosen from outside (accelerate launch, the number of GPUs) and untested."""
     args, model = trainer.args, plain_model(cast(nn.Module, trainer.model))
     sharded = trainer.is_fsdp_enabled
-    if trainer.is_deepspeed_enabled:
-        raise ValueError("DeepSpeed, ZeRO-3 included, is untested here and refused; use FSDP2 or DDP")
-    if args.n_gpu > 1:
-        raise ValueError("several GPUs in one process are refused; start one process a GPU: torchrun or accelerate")
+    refuse(trainer.is_deepspeed_enabled, "DeepSpeed, ZeRO-3 included, is untested here and refused; use FSDP2 or DDP")
+    refuse(args.n_gpu > 1, "several GPUs in one process are refused; start one process a GPU: torchrun or accelerate")
     if sharded and not trainer.accelerator.is_fsdp2:
         raise ValueError("FSDP asked for, but accelerate has set up none (version 1, one process, or a CPU); omit it")
     if args.fsdp and not sharded and trainer.is_world_process_zero():

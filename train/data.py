@@ -391,13 +391,7 @@ def require_readable(arguments: DataArguments) -> set[str]:
         report = Report(", ".join(names))
         for part in [[name] for name in names] if files else [names]:
             source = _source(arguments, unread, part, split, held_out)
-            try:
-                first = list(islice(source.rows(), _PEEK))
-            except OSError as error:
-                if files:
-                    raise
-                # Those of the hub have several lines and no name.
-                raise OSError(f"{report.source} cannot be read: {' '.join(str(error).split())}") from error
+            first = list(islice(source.rows(), _PEEK))
             for _ in replace(source, rows=partial(iter, first)).examples(report):
                 pass
             if names is arguments.train_data and report.data_format:

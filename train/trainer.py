@@ -116,6 +116,7 @@ class MTPTrainer(RunTrainer):
         if gate is None:
             record_settings(plain, mask_token_id=self.mask_token_id, bidirectional=args.bidirectional)
         record_settings(plain, k_max=args.k_max)
+        origin = {**(origin or {}), "mask_token_id": self.mask_token_id}
         super().__init__(model=model, args=args, origin=origin, **kwargs)
         require_tested_engine(self)
         # accelerate would compile the whole model, whose forward is another one in every step here.
@@ -131,8 +132,7 @@ class MTPTrainer(RunTrainer):
         # Our loss is divided by the rows of the whole accumulated batch already; 5.17 asks for it by the second name.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         stops = stop_tokens_of(plain)
-        if not stops:
-            raise ValueError("the model's config names no eos_token_id, behind which spans end; set it")
+        refuse(not stops, "the model's config names no eos_token_id, behind which spans end; set it")
         self.eos_token_ids = torch.tensor(stops, device=args.device)
         self.held_out = held_out
         self._layers: CompiledLayers | None = None
@@ -400,9 +400,6 @@ class MTPTrainer(RunTrainer):
         # Of a sharded weight each rank looks at its own part.
         local = (p.to_local() if isinstance(p, DTensor) else p for p in trained)
         return bool(torch.stack([p.isfinite().all() for p in local]).all())
-
-    def _made_of(self) -> dict[str, Any]:
-        return {**super()._made_of(), "mask_token_id": self.mask_token_id}
 
     def _try_out(self) -> None:
         # Shards of FSDP are not there yet.

@@ -16,7 +16,7 @@ from transformers.integrations import is_fsdp_enabled
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from mtpkern.attention import exclusive
-from mtpkern.loading import require_found
+from mtpkern.loading import require_model
 from mtpkern.train.arguments import refuse
 from mtpkern.train.config import ModelArguments, MTPConfig
 from mtpkern.train.data import DataArguments, require_readable
@@ -88,9 +88,7 @@ def require_sources(model: ModelArguments, data: DataArguments) -> set[str]:
 
 def load(kind: Any, name: str, **options: Any) -> Any:
     """`load(AutoTokenizer, "my-model")`: loaded, never with code of its own; errors name the checkpoint."""
-    require_found(name)
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise FileNotFoundError(f"{name}: there is no model in this folder, config.json is missing")
+    require_model(name)
     try:
         return kind.from_pretrained(name, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:

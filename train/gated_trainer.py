@@ -109,14 +109,20 @@ class GatedTrainer(MTPTrainer):
         return self._steps if self._steps is not None and not self._steps.refused and step >= 0 else None
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As MTPTrainer.train; steps are padded to few shapes where they are graphs."""
-        if self.args.cuda_graph and not self.is_fsdp_enabled:
-            self._steps = CapturedSteps([p for p in cast(nn.Module, self.model).parameters() if p.requires_grad])
+        """As MTPTrainer.train."""
         try:
             return super().train(*args, **kwargs)
         finally:
             # Graphs, and the memory that they hold.
             self._steps = None
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        """As MTPTrainer's, padded to few shapes where steps are graphs."""
+        if self.args.cuda_graph and self._steps is None and not self.is_fsdp_enabled:
+            self._steps = CapturedSteps([p for p in cast(nn.Module, self.model).parameters() if p.requires_grad])
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _forward_backward(self, model: nn.Module, inputs: dict[str, Any], counts: Tensor | int | None) -> Tensor:
         steps = self._steps

@@ -407,7 +407,10 @@ class MTPTrainer(RunTrainer):
             self.held_out.try_out(self.plain)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write a plain checkpoint in save_dtype, adapters merged; those inside training are float32 or adapters."""
+        """Write, in save_dtype, a plain checkpoint, adapters merged, or the folder of a gated adapter.
+
+        Those inside training are float32 or adapters.
+        """
         if _internal_call:
             # FSDP's own files, which come next, hold all weights: no second copy of them.
             if not self.is_fsdp_enabled:

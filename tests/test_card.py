@@ -1,7 +1,5 @@
 """The card of a trained model: what the run has recorded, and what evaluations add to it."""
 
-from types import SimpleNamespace
-
 import yaml
 
 from mtpkern.card import MARK, add_to_card
@@ -94,14 +92,10 @@ def test_cards_of_others_are_left_alone(tmp_path):
 
 def test_the_shipped_models_card_is_the_last_phases(tmp_path, monkeypatch):
     """Where its folder has none; the one that is there stays."""
-    anything = SimpleNamespace(config=SimpleNamespace(), save_pretrained=lambda out: None)
-    for name in ("AutoTokenizer", "AutoModelForCausalLM"):
-        loader = SimpleNamespace(from_pretrained=lambda *args, **kwargs: anything)
-        monkeypatch.setattr(checkpoint, name, loader)
-    monkeypatch.setattr(checkpoint, "write_custom_generate", lambda out: None)
+    monkeypatch.setattr(checkpoint, "load_student", lambda *args: (None, None))
+    monkeypatch.setattr(checkpoint, "save_plain", lambda *args, **kwargs: None)
     for folder in (*checkpoint.STEPS, "new", "old"):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "curve.json").write_text("[]")
     assert write_card(tmp_path / "distill", card(**arguments(tmp_path)))
     (tmp_path / "old" / "README.md").write_text("# mine\n")
     for folder in ("new", "old"):

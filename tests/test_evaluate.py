@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import mtpkern
 from mtpkern import ConfAdapt, Static, Verified, generate
+from mtpkern.compare import ours
 from mtpkern.train.arithmetic import build_tokenizer, encode, problems, prompt
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.config import MTPConfig
@@ -157,9 +158,7 @@ def test_confadapt_without_k_takes_the_recorded_one():
     seen = []
     texts = [prompt(p) for p in problems("validation", 2)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "mtpkern.train.evaluate.generate", lambda *a, **k: seen.append(k["strategy"]) or generate(*a, **k)
-        )
+        patch.setattr("mtpkern.train.evaluate.ours", lambda *a, **k: seen.append(k["strategy"]) or ours(*a, **k))
         ways = {"confadapt": ConfAdapt(), "confadapt_3_0.5": ConfAdapt(3, 0.5), "verified": Verified()}
         sums = HeldOut(texts, ["1", "2"], tokenizer, strategies=ways, max_new_tokens=4).count(model)
     assert seen == [ConfAdapt(12, 0.9), ConfAdapt(3, 0.5), Verified(12, 0.6)]
@@ -256,7 +255,7 @@ def test_what_cannot_be_decoded_fails_before_the_first_step(tmp_path, monkeypatc
     def refuse(*args, **kwargs):
         raise ValueError("this model cannot be decoded")
 
-    monkeypatch.setattr("mtpkern.train.evaluate.generate", refuse)
+    monkeypatch.setattr("mtpkern.train.evaluate.ours", refuse)
     with pytest.raises(ValueError, match="cannot be decoded"):
         run.train()
     assert run.state.global_step == 0

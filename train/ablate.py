@@ -20,13 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
-from mtpkern.model import add_mask_token
 from mtpkern.output import exit_status
 from mtpkern.strategies import ConfAdapt, Static, Strategy, Verified
 from mtpkern.train.arithmetic import problems, prompt
-from mtpkern.train.checkpoint import K_MAX, NUM_SPANS, examples, load_float32, load_tokenizer, schedule
+from mtpkern.train.checkpoint import K_MAX, NUM_SPANS, examples, schedule
+from mtpkern.train.checks import load
 from mtpkern.train.collator import MTPCollator
+from mtpkern.train.command import load_student
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import HeldOut, figures, markdown
 from mtpkern.train.resume import newest_checkpoint
@@ -67,8 +69,7 @@ def run_variant(name: str, seed: int, work: Path, args: argparse.Namespace) -> d
     if done.exists():
         return json.loads(done.read_text())
     change = variants(args.steps)[name]
-    model, tokenizer = load_float32(args.start), load_tokenizer(args.start)
-    add_mask_token(model, tokenizer)
+    model, tokenizer = load_student(str(args.start), torch.float32)
     settings = {
         **schedule(args.steps, 2e-3, float32=args.float32),
         "per_device_train_batch_size": args.batch,
@@ -81,7 +82,7 @@ def run_variant(name: str, seed: int, work: Path, args: argparse.Namespace) -> d
     }
     trainer = MTPTrainer(
         model=model,
-        teacher=load_float32(args.start),
+        teacher=load(AutoModelForCausalLM, str(args.start), dtype=torch.float32),
         args=MTPConfig(str(work), **settings | change),
         train_dataset=examples(tokenizer, args.steps * args.batch, seed),
         eval_dataset=examples(tokenizer, args.problems, seed, "validation"),

@@ -26,7 +26,7 @@ import json
 import random
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice, product
 from pathlib import Path
@@ -342,6 +342,12 @@ def row(problem: Problem) -> dict[str, str]:
     return {"prompt": prompt(problem), "completion": f" {problem.answer}"}
 
 
+def write_rows(path: Path, some: Iterable[Problem]) -> None:
+    """Write problems as a file of rows: `write_rows(Path("train.jsonl"), problems("train", 64_000, seed=1))`."""
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row(problem), ensure_ascii=False) + "\n" for problem in some)
+
+
 def main(argv: Sequence[str] = ()) -> None:
     """Print a few problems of each split with their token counts, or write all splits as rows."""
     parser = argparse.ArgumentParser(
@@ -359,8 +365,7 @@ def main(argv: Sequence[str] = ()) -> None:
         if args.write is not None:
             args.write.mkdir(parents=True, exist_ok=True)
             path, n = args.write / f"{split}.jsonl", args.problems if split == "train" else args.held_out
-            with path.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row(p), ensure_ascii=False) + "\n" for p in islice(found, n))
+            write_rows(path, islice(found, n))
             print(f"{path}: {n:,} problems")
             continue
         for problem in islice(found, 3):

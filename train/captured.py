@@ -20,7 +20,10 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mtpkern.graph import capturing, on_side_stream
+from mtpkern import graph
+from mtpkern.graph import on_side_stream
+from mtpkern.output import first_line
+from mtpkern.train.layout import pinned, send
 
 # Steps as they are before a capture: the first compiles kernels and layers.
 WARM_UP = 2
@@ -34,24 +37,22 @@ TOLERANCE = 0.05
 Step = Callable[[Mapping[str, Tensor]], Tensor]
 
 
-class CapturedStep:
+class CapturedStep(graph.CapturedStep):
     """One shape: tensors that are read, the graph, what it writes. Raises RuntimeError where it cannot be captured."""
 
     def __init__(
-        self, step: Step, inputs: Mapping[str, Tensor], parameters: Sequence[nn.Parameter], pool: CapturedStep | None
+        self, step: Step, inputs: Mapping[str, Tensor], parameters: Sequence[nn.Parameter], beside: CapturedStep | None
     ) -> None:
         device = parameters[0].device
         self.inputs = {name: x.to(device, copy=True) for name, x in inputs.items()}
-        self.graph = torch.cuda.CUDAGraph()
+
+        def run() -> None:
+            self.output = step(self.inputs)  # leaves gradients in the parameters, which have none before
+
         # What has been left by steps as they are is of no use to a pool of its own.
         torch.cuda.empty_cache()
-        with capturing(self.graph, device, pool=None if pool is None else pool.graph.pool()):
-            self.output = step(self.inputs)  # leaves gradients in the parameters, which have none before
+        super().__init__(run, device, beside)
         self.gradients = [parameter.grad for parameter in parameters]
-
-    def replay(self) -> None:
-        """Run the step on what stands in `inputs`."""
-        self.graph.replay()
 
 
 class CapturedSteps:
@@ -65,6 +66,7 @@ class CapturedSteps:
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = list(parameters)
+        self.device = self.parameters[0].device
         self.refused = False
         self._steps: dict[Hashable, CapturedStep] = {}
         self._seen: set[Hashable] = set()
@@ -104,9 +106,9 @@ class CapturedSteps:
         captured = self._steps.get(key)
         self._forget()
         if captured is None:
-            return step(self._sent(inputs))
+            return step({name: send(x, self.device) for name, x in inputs.items()})
         for name, x in inputs.items():
-            captured.inputs[name].copy_(_pinned(x, captured.inputs[name]), non_blocking=True)
+            captured.inputs[name].copy_(pinned(x, self.device), non_blocking=True)
         captured.replay()
         for parameter, gradient in zip(self.parameters, captured.gradients):
             parameter.grad = gradient
@@ -115,9 +117,8 @@ class CapturedSteps:
 
     def _capture(self, key: Hashable, inputs: Mapping[str, Tensor], step: Step) -> None:
         """Capture a shape, if a replay does what the step does."""
-        device = self.parameters[0].device
-        sent = self._sent(inputs)
-        with on_side_stream(device):
+        sent = {name: send(x, self.device) for name, x in inputs.items()}
+        with on_side_stream(self.device):
             for _ in range(WARM_UP):
                 self._forget()
                 output = step(sent)
@@ -129,7 +130,7 @@ class CapturedSteps:
             captured.replay()
             reason = _difference([captured.output, *captured.gradients], want)
         except RuntimeError as error:  # out of memory is one, too
-            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            reason = first_line(error)
         if not reason:
             self._steps[key] = captured
             return
@@ -151,15 +152,6 @@ class CapturedSteps:
     def _forget(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
-
-    def _sent(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        like = self.parameters[0]
-        return {name: _pinned(x, like).to(like.device, non_blocking=True) for name, x in inputs.items()}
-
-
-def _pinned(x: Tensor, like: Tensor) -> Tensor:
-    """A copy from pinned memory runs by itself."""
-    return x.contiguous().pin_memory() if like.is_cuda and not x.is_cuda else x
 
 
 def _difference(got: Sequence[Tensor | None], want: Sequence[Tensor | None]) -> str:

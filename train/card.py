@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 
 from mtpkern.card import MARK
 from mtpkern.origin import origin
-from mtpkern.output import whole_file
+from mtpkern.output import write_whole
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import curves, markdown
 from mtpkern.train.record import Record
@@ -47,9 +47,7 @@ def write_card(folder: str | Path, text: str) -> bool:
     path = Path(folder) / "README.md"
     if path.exists() and MARK not in path.read_text(encoding="utf-8"):
         return False
-    with whole_file(path) as out:
-        assert out is not None
-        out.write(text)
+    write_whole(path, text)
     return True
 
 

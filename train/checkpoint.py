@@ -1,9 +1,9 @@
 """`make checkpoint`: the shipped demonstration checkpoint from nothing, on two CPU cores.
 
-Three phases, each an ordinary Trainer run that resumes where it was stopped and is skipped once it is finished:
+Three phases, each of which resumes where it was stopped and is skipped once it is finished:
 
-    teacher  a small Llama learns the word problems of mtpkern.train.arithmetic, one token at a time
-    warmup   from the teacher, multi-token prediction with the data's own tokens as targets
+    teacher  a small Llama learns the word problems of mtpkern.train.arithmetic, one token at a time, by plain Trainer
+    warmup   from the teacher, `mtpkern train` with the data's own tokens as targets
     distill  from the warm-up, self-distillation against its own frozen start (arXiv 2602.06019, hard teacher)
 
 `python -m mtpkern.train.checkpoint [--work runs/checkpoint] [--out FOLDER]` writes model and tokenizer to `--out`,
@@ -23,28 +23,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from mtpkern.custom_generate import write_custom_generate
-from mtpkern.model import add_mask_token
 from mtpkern.output import exit_status
-from mtpkern.train.arithmetic import Split, build_tokenizer, encode, problems
-from mtpkern.train.card import card, write_card
+from mtpkern.train.arithmetic import Split, build_tokenizer, encode, problems, write_rows
 from mtpkern.train.collator import MTPCollator
-from mtpkern.train.config import MTPConfig
-from mtpkern.train.resume import newest_checkpoint
-from mtpkern.train.trainer import MTPTrainer
+from mtpkern.train.command import load_student, train
+from mtpkern.train.config import ModelArguments, MTPConfig
+from mtpkern.train.data import DataArguments
+from mtpkern.train.saving import save_plain
+from mtpkern.training_plots import read_history, state_of
 
 SEED = 0
 BATCH = 32
@@ -77,16 +66,6 @@ def build_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
     # Not the default, whose backward pass takes nearly half of a step on a CPU.
     config._attn_implementation = "eager"
     return LlamaForCausalLM(config)
-
-
-def load_float32(folder: Path) -> PreTrainedModel:
-    """The model of a folder, to be trained or to teach."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Its tokenizer."""
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def examples(tokenizer: PreTrainedTokenizerBase, n: int, seed: int, split: Split = "train") -> list[dict[str, Any]]:
@@ -143,28 +122,6 @@ def common_arguments(work: Path, phase: str, learning_rate: float, float32: bool
     }
 
 
-def run_phase(trainer: Trainer, out: Path) -> None:
-    """Train from the last stop or from the start, then save the model and the phase's log."""
-    # MTPTrainer marks checkpoints that are whole; a kill may leave others.
-    newest = newest_checkpoint if isinstance(trainer, MTPTrainer) else get_last_checkpoint
-    trainer.train(resume_from_checkpoint=newest(str(out)))
-    (out / "curve.json").write_text(json.dumps(trainer.state.log_history))
-    trainer.save_model(str(out))
-    if isinstance(trainer, MTPTrainer):
-        write_card(
-            out,
-            card(
-                base=str(out.parent / list(STEPS)[list(STEPS).index(out.name) - 1]),
-                config=trainer.args,
-                record=trainer.record(),
-                history=trainer.state.log_history,
-                data=[f"{STEPS[out.name] * BATCH:,} problems of mtpkern.train.arithmetic, seed {data_seed(out.name)}"],
-                command="python -m mtpkern.train.checkpoint",
-                use='mtpkern generate . --prompt "Question: ..."',
-            ),
-        )
-
-
 def train_teacher(work: Path, learning_rate: float, float32: bool = False) -> None:
     """Phase 1: an ordinary causal language model."""
     out = work / "teacher"
@@ -178,53 +135,46 @@ def train_teacher(work: Path, learning_rate: float, float32: bool = False) -> No
         data_collator=TeacherCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
-    run_phase(trainer, out)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)))
+    trainer.save_model(str(out))
 
 
 def publish(work: Path, out: Path) -> None:
     """Copy the last phase's model and tokenizer to `out`, its card where none is, and all curves to curves.json."""
-    model, tokenizer = load_float32(work / "distill"), load_tokenizer(work / "distill")
-    # Trainer turns the cache off in the config while it trains.
-    model.config.use_cache = True
-    model.save_pretrained(out)
-    write_custom_generate(out)
-    tokenizer.save_pretrained(out)
+    model, tokenizer = load_student(str(work / "distill"), torch.float32)
+    save_plain(model, out, torch.float32, processing_class=tokenizer)
     card = work / "distill" / "README.md"
     if card.is_file() and not (out / "README.md").exists():
         shutil.copyfile(card, out / "README.md")
-    curves = {phase: json.loads((work / phase / "curve.json").read_text()) for phase in STEPS}
+    states = {phase: state_of(work / phase) for phase in STEPS}
+    curves = {phase: read_history(state) for phase, state in states.items() if state is not None}
     (work / "curves.json").write_text(json.dumps(curves))
 
 
 def train_mtp(work: Path, phase: str, start: str, target: str, learning_rate: float, float32: bool = False) -> None:
-    """Phases 2 and 3: multi-token prediction from the model of phase `start`, which is also the frozen teacher."""
-    out = work / phase
-    if (out / "model.safetensors").exists():
+    """Phases 2 and 3: `mtpkern train` from the model of phase `start`, which is also the frozen teacher."""
+    if (work / phase / "model.safetensors").exists():
         return
-    model, tokenizer = load_float32(work / start), load_tokenizer(work / start)
-    teacher = load_float32(work / start) if target != "gt" else None
-    add_mask_token(model, tokenizer)
-    trainer = MTPTrainer(
-        model=model,
-        teacher=teacher,
-        args=MTPConfig(
-            **common_arguments(work, phase, learning_rate, float32),
-            k_min=2,
-            k_max=K_MAX,
-            num_spans=NUM_SPANS,
-            spacing="random",
-            teacher_target=target,
-            prefix_weight=PREFIX_WEIGHT,
-            eval_strategy="steps",
-            eval_steps=200,
-            per_device_eval_batch_size=64,
-        ),
-        train_dataset=examples(tokenizer, STEPS[phase] * BATCH, data_seed(phase)),
-        eval_dataset=examples(tokenizer, 256, SEED, "validation"),
-        data_collator=MTPCollator(tokenizer.pad_token_id),
-        processing_class=tokenizer,
+    seed = data_seed(phase)
+    data, held_out = work / f"train-seed{seed}.jsonl", work / f"validation-seed{SEED}.jsonl"
+    write_rows(data, problems("train", STEPS[phase] * BATCH, seed=seed))
+    write_rows(held_out, problems("validation", 256, seed=SEED))
+    config = MTPConfig(
+        **common_arguments(work, phase, learning_rate, float32),
+        k_min=2,
+        k_max=K_MAX,
+        num_spans=NUM_SPANS,
+        spacing="random",
+        teacher_target=target,
+        # As small as the model is, its teacher need not be rounded.
+        teacher_dtype=None if target == "gt" else "float32",
+        prefix_weight=PREFIX_WEIGHT,
+        eval_strategy="steps",
+        eval_steps=200,
+        per_device_eval_batch_size=64,
     )
-    run_phase(trainer, out)
+    rows = DataArguments([str(data)], eval_data=[str(held_out)], chat=False, separator="")
+    train(ModelArguments(str(work / start)), rows, config, command="python -m mtpkern.train.checkpoint")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

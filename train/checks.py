@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-# First, because transformers would not name what is missing.
 from mtpkern.train.extra import DynamoBackend, PeftModel  # isort: split
 
 import logging
@@ -17,7 +16,7 @@ from transformers.integrations import is_fsdp_enabled
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from mtpkern.attention import exclusive
-from mtpkern.loading import require_found
+from mtpkern.loading import require_model
 from mtpkern.train.arguments import refuse
 from mtpkern.train.config import ModelArguments, MTPConfig
 from mtpkern.train.data import DataArguments, require_readable
@@ -89,9 +88,7 @@ def require_sources(model: ModelArguments, data: DataArguments) -> set[str]:
 
 def load(kind: Any, name: str, **options: Any) -> Any:
     """`load(AutoTokenizer, "my-model")`: loaded, never with code of its own; errors name the checkpoint."""
-    require_found(name)
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise FileNotFoundError(f"{name}: there is no model in this folder, config.json is missing")
+    require_model(name)
     try:
         return kind.from_pretrained(name, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
@@ -142,8 +139,7 @@ def require_sound(model: nn.Module, teacher: PreTrainedModel | None, args: MTPCo
     if adapted and teacher is not None:
         raise ValueError("with LoRA the teacher is the student without its adapters: leave teacher= out")
     part = "anchor_kl_weight" if args.teacher_target == "gt" else f"teacher_target {args.teacher_target!r}"
-    if teacher is None and not adapted and args.needs_teacher:
-        raise ValueError(f"{part} needs teacher=, the frozen original model")
+    refuse(teacher is None and not adapted and args.needs_teacher, f"{part} needs teacher=, the frozen original model")
     trained = {p.dtype for p in model.parameters() if p.requires_grad}
     if args.pure_bf16 and trained != {torch.bfloat16}:
         raise ValueError(f"pure_bf16 trains bfloat16 weights; got {trained}: load with dtype=torch.bfloat16")
@@ -171,10 +167,8 @@ def require_tested_engine(trainer: Trainer) -> None:
     """Raise ValueError for engines chosen from outside (accelerate launch, the number of GPUs) and untested."""
     args, model = trainer.args, plain_model(cast(nn.Module, trainer.model))
     sharded = trainer.is_fsdp_enabled
-    if trainer.is_deepspeed_enabled:
-        raise ValueError("DeepSpeed, ZeRO-3 included, is untested here and refused; use FSDP2 or DDP")
-    if args.n_gpu > 1:
-        raise ValueError("several GPUs in one process are refused; start one process a GPU: torchrun or accelerate")
+    refuse(trainer.is_deepspeed_enabled, "DeepSpeed, ZeRO-3 included, is untested here and refused; use FSDP2 or DDP")
+    refuse(args.n_gpu > 1, "several GPUs in one process are refused; start one process a GPU: torchrun or accelerate")
     if sharded and not trainer.accelerator.is_fsdp2:
         raise ValueError("FSDP asked for, but accelerate has set up none (version 1, one process, or a CPU); omit it")
     if args.fsdp and not sharded and trainer.is_world_process_zero():

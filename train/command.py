@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-# First, because transformers would not name what is missing.
 import mtpkern.train.extra  # noqa: F401
 
 # isort: split
@@ -207,7 +206,8 @@ def _train(
         record_settings(model, **prompting)
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(TableCallback())
+    table = TableCallback()
+    trainer.add_callback(table)
     if checkpoint is not None:
         _say(config, f"going on from {checkpoint}")
     try:
@@ -225,11 +225,12 @@ def _train(
             run: dict[str, Any] = {"config": config, "record": trainer.record(), "history": trainer.state.log_history}
             write_card(str(config.output_dir), card(base=name, data=read, command=command, use=use, **run))
             print(_next_step(model_arguments, config), flush=True)
-    except (DiskFull, OtherRun, BrokenPipeError):
-        _close_progress_bar(trainer)
-        raise
-    except (BadData, NotFiniteError) as error:
-        _close_progress_bar(trainer)
+    except (DiskFull, OtherRun, BrokenPipeError, BadData, NotFiniteError) as error:
+        # Trainer leaves it open where training fails, and it would be drawn once more behind the message.
+        if table.training_bar is not None:
+            table.training_bar.close()
+        if not isinstance(error, (BadData, NotFiniteError)):
+            raise
         # A loader's worker puts its traceback in front.
         raise ValueError(str(error).strip().splitlines()[-1].split("BadData: ")[-1]) from error
     except (ValueError, TypeError, OSError):
@@ -256,13 +257,6 @@ def _next_step(model_arguments: ModelArguments, config: MTPConfig) -> str:
             f'  {decode}\n  model = mtpkern.load_adapter(model, "{folder}")'
         )
     return f"the model is in {folder}; to decode with it:\n  {decode}"
-
-
-def _close_progress_bar(trainer: MTPTrainer) -> None:
-    """Trainer leaves it open where training fails, and it would be drawn once more behind the message."""
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
-            callback.training_bar.close()
 
 
 def _checkpoint(config: MTPConfig) -> str | None:

@@ -5,7 +5,6 @@ Source   arXiv 2602.06019, training details
 
 from __future__ import annotations
 
-# First, because transformers would not name what is missing.
 import mtpkern.train.extra  # noqa: F401
 
 # isort: split

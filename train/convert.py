@@ -163,8 +163,7 @@ def _load(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
             raise ValueError(f"{source} is an architecture of its own code, which convert does not run") from error
         raise
     wrong = {name: sorted(loading[name]) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    if any(wrong.values()):
-        raise ValueError(f"{source}: the weights do not fit {type(model).__name__}: {wrong}")
+    refuse(any(wrong.values()), f"{source}: the weights do not fit {type(model).__name__}: {wrong}")
     if method is not None:
         model = _in_floats(model, method, source)
     if path is not None:

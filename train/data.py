@@ -336,12 +336,7 @@ def load_held_out(
     if arguments.eval_data:
         return _load(_source(arguments, encode, arguments.eval_data, arguments.eval_split, None), "evaluate", limit)
     if arguments.eval_fraction:
-        source = _source(arguments, encode, arguments.train_data, arguments.train_split, True)
-        try:
-            return _load(source, "evaluate", limit)
-        except BadData as error:
-            share = f"eval_fraction {arguments.eval_fraction}"
-            raise BadData(f"{error}; {share} may hold out none of few groups: raise it, or give eval_data") from None
+        return _load(_source(arguments, encode, arguments.train_data, arguments.train_split, True), "evaluate", limit)
     return None
 
 
@@ -349,7 +344,9 @@ def _load(source: Source, purpose: str, limit: int | None = None) -> tuple[Encod
     report = Report(source.name)
     texts = EncodedTexts(islice(source.examples(report), limit))
     if not len(texts):
-        raise BadData(f"no row is left to {purpose} on. {report}")
+        share = f"eval_fraction {source.arguments.eval_fraction}"
+        few = f"; {share} may hold out none of few groups: raise it, or give eval_data" if source.held_out else ""
+        raise BadData(f"no row is left to {purpose} on. {report}{few}")
     return texts, report
 
 
@@ -391,13 +388,7 @@ def require_readable(arguments: DataArguments) -> set[str]:
         report = Report(", ".join(names))
         for part in [[name] for name in names] if files else [names]:
             source = _source(arguments, unread, part, split, held_out)
-            try:
-                first = list(islice(source.rows(), _PEEK))
-            except OSError as error:
-                if files:
-                    raise
-                # Those of the hub have several lines and no name.
-                raise OSError(f"{report.source} cannot be read: {' '.join(str(error).split())}") from error
+            first = list(islice(source.rows(), _PEEK))
             for _ in replace(source, rows=partial(iter, first)).examples(report):
                 pass
             if names is arguments.train_data and report.data_format:

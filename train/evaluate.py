@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from mtpkern.compare import batches, pad, sample_k
-from mtpkern.generation import MTPGenerateOutput, generate
+from mtpkern.compare import Tally, batches, ours, pad
 from mtpkern.grading import is_right
 from mtpkern.model import require_decodable
 from mtpkern.options import strategy_for
 from mtpkern.strategies import Strategy, Verified
 from mtpkern.train.arguments import refuse
+from mtpkern.training_plots import drawn
 
 
 @contextmanager
@@ -123,29 +123,16 @@ class HeldOut:
 
     def _count_batch(self, model: PreTrainedModel, batch: Sequence[tuple[Any, str]], strategy: Strategy) -> Tensor:
         ids = [self._ids(prompt) for prompt, _ in batch]
-        inputs = pad(ids, model.device)
         strategy = strategy_for(model, strategy)
-        output = generate(
-            model,
-            inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            strategy=strategy,
-            # All masks, so that tokens per pass tell of the model and not of the device and its row budget.
-            rows=len(ids) * (2 * strategy.k - 1),
-            # Batches of many shapes, each of which would be compiled anew.
-            compile=False,
-            max_new_tokens=self.max_new_tokens,
-            return_dict_in_generate=True,
-        )
-        assert isinstance(output, MTPGenerateOutput) and output.blocks is not None  # noqa: PT018
-        new = output.sequences[:, inputs["input_ids"].shape[1] :]
-        emitted = [sum(blocks) for blocks in output.blocks]
-        right = sum(
-            self.is_right(self.tokenizer.decode(row[:n], skip_special_tokens=True), answer)
-            for row, n, (_, answer) in zip(new, emitted, batch)
-        )
-        passes, ks = sum(map(len, output.blocks)), [sample_k(blocks) for blocks in output.blocks]
-        sums = [len(batch), right, sum(emitted), passes, sum(ks), sum(k * k for k in ks)]
+        # All masks, so that tokens per pass tell of the model and not of the device and its row budget. Not compiled:
+        # batches are of many shapes, each of which would be compiled anew.
+        options = {"rows": len(ids) * (2 * strategy.k - 1), "compile": False, "max_new_tokens": self.max_new_tokens}
+        found = ours(model, pad(ids, model.device), strategy=strategy, **options)
+        texts = [str(self.tokenizer.decode(completion.tokens, skip_special_tokens=True)) for completion in found]
+        tally = Tally()
+        tally.add(found, sum(self.is_right(text, answer) for text, (_, answer) in zip(texts, batch)), seconds=0.0)
+        ks = tally.sample_ks
+        sums = [len(batch), tally.right, tally.tokens, tally.passes, sum(ks), sum(k * k for k in ks)]
         return torch.tensor(sums, dtype=torch.float64)
 
 
@@ -230,15 +217,13 @@ def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]
 
 def _draw(found: dict[int, list[float]], path: Path) -> None:
     """One line a logged step, at most ten of them, the later the darker."""
-    from matplotlib.figure import Figure  # type: ignore[import-not-found]  # of an extra
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="position in the span", ylabel="agreement with the target", ylim=(0, 1.02))
     steps = sorted(found)
     shown = sorted({steps[round(i * (len(steps) - 1) / 9)] for i in range(10)})
-    for i, step in enumerate(shown, 1):
-        shade, positions = 0.85 - 0.85 * i / len(shown), range(1, len(found[step]) + 1)
-        axes.plot(positions, found[step], color=(shade, shade, 1 - 0.5 * (1 - shade)), marker=".", label=f"step {step}")
-    axes.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with drawn(path, "position in the span", "agreement with the target") as (axes,):
+        for i, step in enumerate(shown, 1):
+            shade, positions = 0.85 - 0.85 * i / len(shown), range(1, len(found[step]) + 1)
+            color = (shade, shade, 1 - 0.5 * (1 - shade))
+            axes.plot(positions, found[step], color=color, marker=".", label=f"step {step}")
+        axes.set_ylim(0, 1.02)
+        axes.legend(fontsize="small")

@@ -1,6 +1,7 @@
 """What the trainer takes of the extra `train`, or what to install. Layout and objective do without.
 
-Not datasets: only sources on the hub need it, and say so.
+Modules import it first, because transformers would not name what is missing. Not datasets: only sources on the hub need
+it, and say so.
 """
 
 try:

@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mtpkern.rows import BadRow, parse, shown
+from mtpkern.train.arguments import refuse
 
 Message = dict[str, Any]
 
@@ -82,10 +83,8 @@ def recognise(columns: Iterable[str], source: str = "data") -> str:
         among = {"messages", "text"} if {"prompt", "messages"} & set(columns) else {"generated"}
         found = [name for name in found if name not in among]
     known = "; ".join(" and ".join(needed) for needed in FORMATS.values())
-    if not found:
-        raise ValueError(f"{source}: expected the columns of one format ({known}); got {columns}: rename them")
-    if len(found) > 1:
-        raise ValueError(f"{source}: the columns {columns} match {' and '.join(found)}; choose one with data_format")
+    refuse(not found, f"{source}: expected the columns of one format ({known}); got {columns}: rename them")
+    refuse(len(found) > 1, f"{source}: the columns {columns} match {' and '.join(found)}; choose one with data_format")
     return found[0]
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-# First, because transformers would not name what is missing.
 from mtpkern.train.extra import PeftConfig, PeftModel  # isort: split
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -216,14 +216,8 @@ class GatedTrainer(MTPTrainer):
         with torch.no_grad():
             self.gate.row.copy_(row_of(PeftConfig.from_pretrained(folder)))
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter's folder in save_dtype; the resumable checkpoints inside training are float32."""
-        if _internal_call:
-            super().save_model(output_dir, _internal_call=True)
-            return
-        self._require_finite(weights=True, alone=not self.is_fsdp_enabled)
-        # Shards are gathered by all ranks together.
+    def _save_final(self, folder: Path, dtype: torch.dtype) -> None:
+        """The adapter's folder; the resumable checkpoints inside training are float32."""
         if self.args.should_save or self.is_fsdp_enabled:
             core = cast(PeftModel, self.accelerator.unwrap_model(self.model))
-            folder = (output_dir or self.args.output_dir) if self.args.should_save else None
-            save_adapter(core, folder, dtype=getattr(torch, self.args.save_dtype))
+            save_adapter(core, folder if self.args.should_save else None, dtype=dtype)

@@ -97,12 +97,17 @@ class Layout:
         return torch.cat([tokens, ids], dim=1)
 
 
-def send(x: Tensor, device: torch.device | str) -> Tensor:
-    """The tensor on a device, without waiting for what is queued there: a copy from pinned memory runs by itself."""
+def pinned(x: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor where a copy to the device runs by itself: in pinned memory, if it has to go from a CPU to a GPU."""
     if torch.device(device).type == "cuda" and x.device.type == "cpu":
         # Contiguous first: an expanded tensor cannot be filled in pinned memory.
         x = x.contiguous().pin_memory()
-    return x.to(device, non_blocking=True)
+    return x
+
+
+def send(x: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on a device, without waiting for what is queued there."""
+    return pinned(x, device).to(device, non_blocking=True)
 
 
 def build_layout(
@@ -230,18 +235,16 @@ def tokens_apart(num_rows: int, num_spans: int, k: int, *, counting: Counting = 
     return max(1, num_rows // num_spans - (k - 1 if counting == "paper" else 0))
 
 
-def stride_prefixes(
-    num_rows: int, num_spans: int, k: int, *, offset: int = 0, counting: Counting = "paper"
-) -> list[int]:
+def stride_prefixes(num_rows: int, num_spans: int, k: int, *, offset: int = 0) -> list[int]:
     """Prefix lengths of one span a region: with offset 0 each stands behind all the tokens of its region.
 
-    num_rows, counting   as `tokens_apart` takes them
-    offset               in tokens, from 1 - tokens_apart(...) to 0
+    num_rows   N, the spans' masks among them, as `tokens_apart` takes it with counting "paper"
+    offset     in tokens, from 1 - tokens_apart(...) to 0
 
         stride_prefixes(18, 3, 3)             # [4, 8, 12]: 18 rows, of which 12 are tokens
         stride_prefixes(18, 3, 3, offset=-2)  # [2, 6, 10]
     """
-    apart = tokens_apart(num_rows, num_spans, k, counting=counting)
+    apart = tokens_apart(num_rows, num_spans, k, counting="paper")
     return [(m + 1) * apart + offset for m in range(num_spans)]
 
 

@@ -85,8 +85,7 @@ class Objective:
 
     def before_end(self, token: Tensor) -> Tensor:
         """[..., K] bool: the rows of a span up to and including its first EOS."""
-        ended = torch.isin(token, self.eos_token_ids).int()
-        return ended.cumsum(-1) == ended
+        return until_fail(~torch.isin(token, self.eos_token_ids))
 
     def loss(
         self, hidden: Tensor, head: Head, label: Tensor, wanted: tuple[Tensor, Head] | None, agree: Tensor, keep: Tensor

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, NoReturn, Union, get_args, get_origin, get_typ
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from mtpkern.train.arguments import refuse
 from mtpkern.train.checks import require_consistent
 from mtpkern.train.config import ModelArguments, MTPConfig
 from mtpkern.train.data import DataArguments
@@ -82,8 +83,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value]
         twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"line {node.start_mark.line + 1}: {', '.join(twice)} given twice; keep one")
+        refuse(twice, f"line {node.start_mark.line + 1}: {', '.join(twice)} given twice; keep one")
         return super().construct_mapping(node, deep)
 
 
@@ -131,11 +131,9 @@ def read_config(name: str) -> dict[str, Any]:
         values = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected names and values; got {type(values).__name__}")
+    refuse(not isinstance(values, dict), f"{path}: expected names and values; got {type(values).__name__}")
     unknown = [str(key) for key in values if key not in _FIELDS]
-    if unknown:
-        raise ValueError(f"{path}: {_unknown(unknown)}")
+    refuse(unknown, f"{path}: {_unknown(unknown)}")
     for key, value in values.items():
         hint = _HINTS[key]
         if value is not None and not _fits(value, hint):
@@ -218,13 +216,11 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, MTPConfig
     # Names first: a misspelt one shall not hide behind a complaint about another that is missing.
     options = [word.split("=")[0][2:].replace("-", "_") for word in rest if word.startswith("--")]
     unknown = [name for name in options if not {name, name.removeprefix("no_")} & _FIELDS.keys()]
-    if unknown:
-        raise ValueError(_unknown(unknown))
+    refuse(unknown, _unknown(unknown))
     model, data, config, remaining = parser.parse_args_into_dataclasses(
         flags, return_remaining_strings=True, look_for_args_file=False
     )
-    if remaining:
-        raise ValueError(f"unexpected {' '.join(remaining)!r}; expected one CONFIG and then --name value ...")
+    refuse(remaining, f"unexpected {' '.join(remaining)!r}; expected one CONFIG and then --name value ...")
     require_consistent(model, data, config)
     return model, data, config
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mtpkern.train.evaluate import strategies_in
@@ -74,15 +75,10 @@ class TableCallback(ProgressCallback):
         return Console(stderr=True).is_terminal and not args.disable_tqdm
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
-        """Begin the bar."""
-        self.current_step = state.global_step
-        if self._draws(args):
-            super().on_train_begin(args, state, *rest, **kwargs)
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Move the bar."""
-        if self.training_bar is not None:
-            super().on_step_end(*args, **kwargs)
+        """Begin the bar, which is drawn by one process and on a terminal alone."""
+        drawn = state.is_world_process_zero and self._draws(args)
+        self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=not drawn)
+        self.current_step = 0
 
     def on_prediction_step(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
         """Begin or move the bar of an evaluation."""
@@ -111,15 +107,10 @@ class TableCallback(ProgressCallback):
             self._say(line)
 
     def _say(self, line: str) -> None:
-        if self.training_bar is None:
+        if self.training_bar is None or self.training_bar.disable:
             print(line, flush=True)
         else:
             self.training_bar.write(line)
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """Close the bar."""
-        if self.training_bar is not None:
-            super().on_train_end(*args, **kwargs)
 
 
 def _duration(seconds: float) -> str:

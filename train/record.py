@@ -29,7 +29,7 @@ from torch.utils.data import IterableDataset
 from transformers import get_scheduler
 
 import mtpkern
-from mtpkern.output import whole_file
+from mtpkern.output import write_whole
 from mtpkern.train.config import ModelArguments, MTPConfig
 from mtpkern.train.data import DataArguments
 from mtpkern.train.resume import digests
@@ -161,9 +161,7 @@ class Record:
 
     def write(self, folder: str | Path) -> None:
         """Write it to a folder, at once or not at all."""
-        with whole_file(Path(folder) / RECORD) as file:
-            assert file is not None
-            file.write(json.dumps(vars(self), indent=2) + "\n")
+        write_whole(Path(folder) / RECORD, json.dumps(vars(self), indent=2) + "\n")
 
     @classmethod
     def read(cls, folder: str | Path) -> Record | None:

@@ -16,12 +16,12 @@ from functools import lru_cache
 from hashlib import sha256
 from itertools import count
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any
 
 from torch.utils.data import IterableDataset
 from transformers.trainer import TRAINER_STATE_NAME
 
-from mtpkern.output import whole_file
+from mtpkern.output import write_whole
 
 MARK = "complete.json"
 # Bytes of a file that one thread digests at a time.
@@ -45,16 +45,11 @@ def _digest(path: Path, start: int) -> bytes:
         return sha256(file.read(_PART)).digest()
 
 
-def _mark(folder: Path, known: dict[str, list[str]]) -> None:
-    with whole_file(folder / MARK) as mark:
-        json.dump(known, cast(TextIO, mark))
-
-
 def mark_complete(folder: Path) -> None:
     """Declare a checkpoint whole; every rank must have finished writing."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARK)
     found = digests(folder, [str(path.relative_to(folder)) for path in files])
-    _mark(folder, {name: [digest] for name, digest in found.items()})
+    write_whole(folder / MARK, json.dumps({name: [digest] for name, digest in found.items()}))
 
 
 def renew(folder: Path, name: str, text: str) -> None:
@@ -63,9 +58,9 @@ def renew(folder: Path, name: str, text: str) -> None:
     part.write_text(text)
     known = json.loads((folder / MARK).read_text())
     after = list(digests(folder, [part.name]).values())
-    _mark(folder, {**known, name: [*known[name], *after]})
+    write_whole(folder / MARK, json.dumps({**known, name: [*known[name], *after]}))
     os.replace(part, folder / name)
-    _mark(folder, {**known, name: after})
+    write_whole(folder / MARK, json.dumps({**known, name: after}))
 
 
 def is_complete(folder: Path) -> bool:

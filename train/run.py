@@ -5,7 +5,6 @@ Nothing here knows of spans: `mtpkern.train.trainer.MTPTrainer` adds what is tra
 
 from __future__ import annotations
 
-# First, because transformers would not name what is missing.
 from mtpkern.train.extra import PeftModel  # isort: split
 
 import json
@@ -55,9 +54,9 @@ class RunTrainer(Trainer):
     args: MTPConfig
     train_dataset: Any
 
-    def __init__(self, *, origin: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(self, *, origin: Mapping[str, Any], **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.origin = dict(origin or {})
+        self.origin = origin
         # The record that a resumed run goes on from, what it changes, and whether it had come to its end.
         self._before: Record | None = None
         self._changed: dict[str, list[Any]] = {}

@@ -48,9 +48,9 @@ def _read_dataset(name: str, split: str, subset: str | None, streaming: bool) ->
 
     try:
         rows = load_dataset(name, subset, split=split, streaming=streaming)
-    except OSError as error:
+        yield from ((f"{name}, row {number}", _without_nulls(row)) for number, row in enumerate(rows, 1))
+    except OSError as error:  # those of the hub have several lines and no name
         raise OSError(f"{name} cannot be read: {' '.join(str(error).split())}") from error
-    yield from ((f"{name}, row {number}", _without_nulls(row)) for number, row in enumerate(rows, 1))
 
 
 def _read_jsonl(path: Path) -> Iterator[Located]:

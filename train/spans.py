@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mtpkern.kernels.distill import Head
-from mtpkern.output import whole_file
+from mtpkern.output import write_whole
 from mtpkern.training_plots import SPANS
 
 MOST = 128
@@ -68,6 +68,4 @@ class KeptSpans:
         lines = [line for line in before if json.loads(line)["step"] < step]
         for confidence, loss in zip(self.confidence, self.teacher_loss, strict=True):
             lines.append(json.dumps({"step": step, "confidence": confidence, "teacher_loss": loss}))
-        with whole_file(path) as out:
-            assert out is not None
-            out.write("\n".join(lines) + "\n")
+        write_whole(path, "\n".join(lines) + "\n")

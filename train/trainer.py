@@ -9,7 +9,6 @@ Source   arXiv 2602.06019, training details
 
 from __future__ import annotations
 
-# First, because transformers would not name what is missing.
 from mtpkern.train.extra import PeftModel, TorchDynamoPlugin, fsdp2_prepare_model  # isort: split
 
 import logging
@@ -117,6 +116,7 @@ class MTPTrainer(RunTrainer):
         if gate is None:
             record_settings(plain, mask_token_id=self.mask_token_id, bidirectional=args.bidirectional)
         record_settings(plain, k_max=args.k_max)
+        origin = {**(origin or {}), "mask_token_id": self.mask_token_id}
         super().__init__(model=model, args=args, origin=origin, **kwargs)
         require_tested_engine(self)
         # accelerate would compile the whole model, whose forward is another one in every step here.
@@ -132,8 +132,7 @@ class MTPTrainer(RunTrainer):
         # Our loss is divided by the rows of the whole accumulated batch already; 5.17 asks for it by the second name.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         stops = stop_tokens_of(plain)
-        if not stops:
-            raise ValueError("the model's config names no eos_token_id, behind which spans end; set it")
+        refuse(not stops, "the model's config names no eos_token_id, behind which spans end; set it")
         self.eos_token_ids = torch.tensor(stops, device=args.device)
         self.held_out = held_out
         self._layers: CompiledLayers | None = None
@@ -402,22 +401,26 @@ class MTPTrainer(RunTrainer):
         local = (p.to_local() if isinstance(p, DTensor) else p for p in trained)
         return bool(torch.stack([p.isfinite().all() for p in local]).all())
 
-    def _made_of(self) -> dict[str, Any]:
-        return {**super()._made_of(), "mask_token_id": self.mask_token_id}
-
     def _try_out(self) -> None:
         # Shards of FSDP are not there yet.
         if self.held_out is not None and not self.is_fsdp_enabled:
             self.held_out.try_out(self.plain)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write a plain checkpoint in save_dtype, adapters merged; those inside training are float32 or adapters."""
+        """Write, in save_dtype, a plain checkpoint, adapters merged, or the folder of a gated adapter.
+
+        Those inside training are float32 or adapters.
+        """
         if _internal_call:
             # FSDP's own files, which come next, hold all weights: no second copy of them.
             if not self.is_fsdp_enabled:
                 super().save_model(output_dir, _internal_call=True)
             return
         self._require_finite(weights=True, alone=not self.is_fsdp_enabled)
+        self._save_final(Path(output_dir or str(self.args.output_dir)), getattr(torch, self.args.save_dtype))
+
+    def _save_final(self, folder: Path, dtype: torch.dtype) -> None:
+        """Called by all ranks, of which one writes: shards are gathered by all together."""
         core = self.accelerator.unwrap_model(self.model)
         state: dict[str, Any] = {}
         if self.is_fsdp_enabled:
@@ -426,5 +429,4 @@ class MTPTrainer(RunTrainer):
             state = get_model_state_dict(self.model, options=whole)
         if self.args.should_save:
             plain = merged(core) if isinstance(core, PeftModel) else core
-            folder, dtype = Path(output_dir or str(self.args.output_dir)), getattr(torch, self.args.save_dtype)
             save_plain(plain, folder, dtype, state=state, processing_class=self.processing_class)

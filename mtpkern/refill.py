@@ -23,7 +23,7 @@ from mtpkern.generation import faults_of, past_positions
 from mtpkern.kernels.state import FAULT, RUNNING, Sequences
 from mtpkern.poll import Poll
 from mtpkern.prefix_cache import common
-from mtpkern.slots import Newcomer, enter
+from mtpkern.slots import Job, Newcomer, enter
 from mtpkern.watch import REASONS, Watch, first_tokens, snapshot
 
 # Prompts that are looked at for the next one, for each slot.
@@ -60,26 +60,6 @@ class BatchOutput:
     def tokens_per_pass(self) -> float:
         """Tokens emitted / passes; 0 of a prompt that has failed."""
         return len(self.tokens) / max(1, len(self.blocks))
-
-
-@dataclass(frozen=True)
-class Job:
-    """A prompt that waits: its number, ids [T], new tokens at most, and those asked for where it may have fewer."""
-
-    number: int
-    ids: np.ndarray
-    new: int
-    asked: int | None = None
-
-    @property
-    def tokens(self) -> int:
-        """How long it may become."""
-        return len(self.ids) + self.new
-
-    @property
-    def keys(self) -> np.ndarray:
-        """Tokens that another slot's keys can be taken for: all but the last, whose prediction is wanted."""
-        return self.ids[:-1]
 
 
 class Slots(Poll):
@@ -122,7 +102,7 @@ class Slots(Poll):
         self.waiting = iter(jobs)
         self.next: list[Job] = []
         self.inside: list[Job | None] = [None] * B
-        self.arriving: list[tuple[Job, Newcomer]] = []
+        self.arriving: list[Newcomer] = []
         self.entering: Iterator[None] | None = None
         # Of each slot: the tokens whose keys it holds; whether these may not be finite; how many a prompt has found.
         self.held = [np.empty(0, dtype=np.int64)] * B
@@ -204,18 +184,17 @@ class Slots(Poll):
                 self.arriving = self._choose()
                 if not self.arriving:
                     return
-                newcomers = [x for _, x in self.arriving]
-                for x in newcomers:
+                for x in self.arriving:
                     self.held[x.slot] = self.held[x.slot][:0]
-                self.entering = enter(self.decoder, newcomers, self.owner, chunk=self.chunk)
+                self.entering = enter(self.decoder, self.arriving, self.owner, chunk=self.chunk)
             self.has_queued = True
             for _ in self.entering:
                 if any(job is not None for job in self.inside):
                     return  # there is more of it, behind the next pass
             self.entering = None
-            for job, x in self.arriving:
-                self.inside[x.slot], self.held[x.slot] = job, job.ids
-                self.watches[x.slot] = self._watch(x.slot, job)
+            for x in self.arriving:
+                self.inside[x.slot], self.held[x.slot] = x.job, x.job.ids
+                self.watches[x.slot] = self._watch(x.slot, x.job)
                 self.dirty[x.slot], self.shared[x.slot] = False, x.shared
 
     def _watch(self, slot: int, job: Job) -> Watch | None:
@@ -228,11 +207,11 @@ class Slots(Poll):
         watch.attach(own, self.decoder.strategy)
         return watch
 
-    def _choose(self) -> list[tuple[Job, Newcomer]]:
+    def _choose(self) -> list[Newcomer]:
         """Prompts for the free slots, to be prefilled together."""
         free = [slot for slot, job in enumerate(self.inside) if job is None]
         in_line = not self.on_cpu and len(free) < len(self.inside)
-        group: list[tuple[Job, Newcomer]] = []
+        group: list[Newcomer] = []
         while free:
             if not self.next:
                 # As many at a time, so that nobody is passed over for ever.
@@ -242,17 +221,16 @@ class Slots(Poll):
             job, source, shared = self._best()
             if group:
                 # Who begins like one that is about to come in has its keys when it is there.
-                coming = max(common(job.keys, other.keys) for other, _ in group)
+                coming = max(common(job.keys, other.job.keys) for other in group)
                 if self.reuse and coming > shared and 2 * coming >= len(job.ids):
                     break
                 # Where padding is, transformers looks at the mask and waits for the device.
-                if in_line and len(job.ids) != len(group[0][0].ids):
+                if in_line and len(job.ids) != len(group[0].job.ids):
                     break
             self.next.remove(job)
             slot = source if shared and source in free else free[0]
             free.remove(slot)
-            limit, dirty = job.tokens, self.dirty[slot]
-            group.append((job, Newcomer(slot, job.number, job.ids, limit, source, shared, dirty)))
+            group.append(Newcomer(slot, job, source, shared, self.dirty[slot]))
         return group
 
     def _best(self) -> tuple[Job, int, int]:

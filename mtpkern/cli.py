@@ -24,7 +24,7 @@ from mtpkern.rows import BadRow, read_lines, require_prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from mtpkern.compare import Completion
+    from mtpkern.batching import BatchOutput
     from mtpkern.strategies import Strategy
 
 # Commands with a parser of their own, some of the house next door, which this one does not import: a name is looked up
@@ -304,12 +304,11 @@ def _complete(
     args: argparse.Namespace,
     advance: Callable[[int], object],
     first: int,
-) -> Iterator[Completion]:
-    """The completions in the order of the rows, each as soon as those before it are there; an error names its row."""
+) -> Iterator[BatchOutput]:
+    """The outputs in the order of the rows, each as soon as those before it are there; an error names its row."""
     import torch
 
-    from mtpkern.batching import BatchOutput, iterate_batch
-    from mtpkern.compare import Completion
+    from mtpkern.batching import iterate_batch
 
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "mask_token_id": args.mask_token_id}
     if model.generation_config.eos_token_id is None:
@@ -333,13 +332,13 @@ def _complete(
                 if output.error is not None:
                     kind = RuntimeError if isinstance(output.error, RuntimeError) else ValueError
                     raise kind(f"{rows[next_row].where}: {output.error}") from output.error
-                yield Completion(output.tokens, output.blocks, output.finish_reason in ("stop", "stop_string"))
+                yield output
                 next_row += 1
             advance(done)
 
 
 def _write(
-    tokenizer: PreTrainedTokenizerBase, row: Case, one: Completion, args: argparse.Namespace, output: TextIO | None
+    tokenizer: PreTrainedTokenizerBase, row: Case, one: BatchOutput, args: argparse.Namespace, output: TextIO | None
 ) -> None:
     """One result: JSONL to the file or, for --file, to stdout; as text or blocks to stdout."""
     from rich.console import Console
@@ -347,8 +346,8 @@ def _write(
     from mtpkern import show
 
     text = str(tokenizer.decode(one.tokens, skip_special_tokens=True))
-    rate = len(one.tokens) / len(one.blocks)
-    values = (text, one.tokens, one.blocks, round(rate, 3), one.finished)
+    rate, finished = one.tokens_per_pass, one.finish_reason in ("stop", "stop_string")
+    values = (text, one.tokens, one.blocks, round(rate, 3), finished)
     line = json_line({**row.fields, **dict(zip(RESULT_FIELDS, values, strict=True))})
     if output is not None:
         print(line, file=output)

@@ -117,10 +117,7 @@ class Answers(LM):  # type: ignore[misc]  # of a library without types
             "task that generates, or ask the checkpoint with lm_eval --model hf"
         )
 
-    def loglikelihood_rolling(self, requests: Sequence[Instance]) -> list[float]:
-        """Refused, as `loglikelihood`."""
-        self.loglikelihood(requests)
-        return []
+    loglikelihood_rolling = loglikelihood
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as one text, by the tokenizer's template."""

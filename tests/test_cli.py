@@ -112,8 +112,7 @@ def test_chat_applies_the_template(chat_solver, tmp_path, capsys):
     assert plain[1]["tokens"] == greedy(chat_solver, "Ba has 3 eggs.", 6)
 
 
-def test_show_names_the_prompt_and_marks_the_blocks(chat_solver, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")  # so that no line is broken, however long the path
+def test_show_names_the_prompt_and_marks_the_blocks(chat_solver, tmp_path, capsys):
     command = ["generate", str(chat_solver), "--prompt", "Ba has 3 eggs.", "--max-new-tokens", "6", "--show"]
     assert main([*command, "--strategy", "static", "--k", "3"]) == 0
     out = capsys.readouterr().out

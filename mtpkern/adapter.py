@@ -28,14 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mtpkern.adapter_config import (
-    is_gated,
-    marked,
-    require_base,
-    require_gateable,
-    row_of,
-    settings_of,
-)
+from mtpkern.adapter_config import is_gated, marked, require_base, require_gateable, row_of, settings_of
 from mtpkern.gate import Gate, GatedLora
 from mtpkern.loading import require_found
 from mtpkern.siblings import Siblings

@@ -16,7 +16,7 @@ RESULT_FIELDS = ("text", "tokens", "blocks", "tokens_per_pass", "finished")
 
 @contextmanager
 def answers_file(
-    path: Path, asked: Sequence[dict[str, Any]], options: Mapping[str, Any], *, overwrite: bool = False
+    path: Path, asked: Sequence[Mapping[str, Any]], options: Mapping[str, Any], *, overwrite: bool = False
 ) -> Iterator[tuple[int, TextIO]]:
     """How many of the rows `asked` have their answer at `path` already, and the file to which those of the others go.
 
@@ -67,13 +67,13 @@ def answers_file(
             kept.unlink(missing_ok=True)
 
 
-def _begins(half: bytes, asked: dict[str, Any]) -> bool:
+def _begins(half: bytes, asked: Mapping[str, Any]) -> bool:
     """Whether half a line, which may end inside a character, is the beginning of the answer to a row."""
     text, whole = half.decode(errors="ignore"), json_line(asked)[:-1]
     return whole.startswith(text) or text.startswith(whole)
 
 
-def _read(path: Path, asked: Sequence[dict[str, Any]]) -> tuple[int, int]:
+def _read(path: Path, asked: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
     """How many whole lines there are, and their bytes. Raises ValueError for one that is no answer to its row."""
     done = size = 0
     with path.open("rb") as lines:

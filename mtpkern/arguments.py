@@ -88,7 +88,7 @@ def read_arguments(
     input_ids = inputs if input_ids is None else input_ids
     tokenizer, criteria = arguments.pop("tokenizer", None), arguments.pop("stopping_criteria", None)
     require_tensors(input_ids, attention_mask)
-    asked = _asked(arguments.pop("generation_config", None), file)
+    asked = asked_by(arguments.pop("generation_config", None), file)
     asked |= {name: arguments.pop(name) for name in sorted(FIELDS & arguments.keys())}
     processors = _listed("logits_processor", arguments.pop("logits_processor", None), LogitsProcessor)
     _refuse_arguments(arguments)
@@ -259,7 +259,7 @@ def require_bool(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def _asked(generation_config: GenerationConfig | None, file: GenerationConfig) -> dict[str, Any]:
+def asked_by(generation_config: GenerationConfig | None, file: GenerationConfig | None) -> dict[str, Any]:
     """What a generation_config that was given to the call sets; nothing, where it is the model's own."""
     if generation_config is None or generation_config is file:
         return {}

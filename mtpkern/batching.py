@@ -30,7 +30,7 @@ from transformers.generation import MaxLengthCriteria, MaxTimeCriteria
 from transformers.generation import logits_process as theirs
 
 from mtpkern.adapter import adopt
-from mtpkern.arguments import FIELDS, HONOURED, inert, require_bool, require_prompts, require_tensors
+from mtpkern.arguments import FIELDS, HONOURED, asked_by, inert, require_bool, require_prompts, require_tensors
 from mtpkern.attention import exclusive, routed
 from mtpkern.choosing import Choosing
 from mtpkern.fields import OF_SAMPLING, whole_number
@@ -43,8 +43,8 @@ from mtpkern.parallel import agree, is_parallel
 from mtpkern.pool import decoder_for, kept_bytes, release_graphs
 from mtpkern.processors import Suppress, numbers
 from mtpkern.refill import BatchOutput as BatchOutput
-from mtpkern.refill import Job, Slots
-from mtpkern.slots import vacate
+from mtpkern.refill import Slots
+from mtpkern.slots import Job, vacate
 from mtpkern.streaming import Stream
 from mtpkern.watch import of_kind
 from mtpkern.wrappers import unwrapped
@@ -113,30 +113,23 @@ def generate_batch(
     return sorted(outputs, key=lambda output: output.index)
 
 
-def iterate_batch(model: PreTrainedModel, prompts: Iterable[Prompt], **options: Any) -> BatchOutputs:
+def iterate_batch(model: PreTrainedModel, prompts: Iterable[Prompt], **options: Any) -> Stream[BatchOutput]:
     """`generate_batch` with the same arguments, read while it runs: yields each prompt's output as it ends.
 
     Raises what `generate_batch` raises, at once where the call is wrong. The run has a thread of its own; it ends
     behind the next pass where the reader leaves (`break`, an exception, `close`), and model and decoder stay whole.
+    Outputs that were not read by then are lost.
 
         for output in mtpkern.iterate_batch(model, prompts, tokenizer=tokenizer, max_new_tokens=256):
             print(output.index, output.text)
     """
-    return BatchOutputs(_Batch(model, prompts, **options))
+    batch = _Batch(model, prompts, **options)
 
+    def run(streamer: Any) -> None:
+        streamer.put(torch.empty(0))  # the prompts are taken
+        batch.run(streamer.put_block, streamer.closed)
 
-class BatchOutputs(Stream[BatchOutput]):
-    """The outputs of a run as they come; see `iterate_batch`. Those that were not read are lost where it is closed."""
-
-    def __init__(self, batch: _Batch) -> None:
-        def feed(streamer: Any) -> None:
-            streamer.put(torch.empty(0))  # the prompts are taken
-            batch.run(lambda output: streamer.put_block([output]), streamer.closed)
-
-        super().__init__(feed, batch.model.device)
-
-    def _shown(self, block: Any) -> BatchOutput:
-        return block[0]  # type: ignore[no-any-return]
+    return Stream(run, batch.model.device)
 
 
 class _Batch:
@@ -359,9 +352,7 @@ def _limits(max_new_tokens: Any, prompts: int) -> list[int] | None:
 
 def _refuse(kwargs: dict[str, Any], file: GenerationConfig | None) -> None:
     """Refuse by name what `generate` may know and is not honoured here."""
-    config = kwargs.get("generation_config")
-    asked = dict(vars(config)) if isinstance(config, GenerationConfig) and config is not file else {}
-    asked = {name: value for name, value in asked.items() if name in FIELDS}
+    asked = {n: value for n, value in asked_by(kwargs.get("generation_config"), file).items() if n in FIELDS}
     asked |= {name: value for name, value in kwargs.items() if name != "generation_config"}
     bad = {n: v for n, v in asked.items() if n not in _HONOURED and not (n in FIELDS and inert(n, v)) and v is not None}
     if bad:

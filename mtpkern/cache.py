@@ -198,7 +198,8 @@ class _Chunks:
     which `seen` have gone before.
     """
 
-    def _begin(self, kv: KVCache, slot: Tensor, seq: Tensor | None) -> None:
+    def __init__(self, kv: KVCache, slot: Tensor, seq: Tensor | None = None, **of_theirs: Any) -> None:
+        super().__init__(**of_theirs)
         self.kv = kv
         self.slot = slot.clamp(max=kv.held)
         self.seq = torch.arange(len(slot), device=slot.device) if seq is None else seq
@@ -231,8 +232,7 @@ class PrefillCache(_Chunks, Cache):
     """
 
     def __init__(self, kv: KVCache, slot: Tensor, seq: Tensor | None = None) -> None:
-        super().__init__(layer_class_to_replicate=DynamicLayer)
-        self._begin(kv, slot, seq)
+        super().__init__(kv, slot, seq, layer_class_to_replicate=DynamicLayer)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -260,10 +260,6 @@ class CapturedPrefill(_Chunks, DynamicCache):
 
     Such a model caches what keys and values are made from, here; what its layers attend to is stored as it gets there.
     """
-
-    def __init__(self, kv: KVCache, slot: Tensor, seq: Tensor | None = None) -> None:
-        super().__init__()
-        self._begin(kv, slot, seq)
 
     def take(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Store a chunk's keys and values; they come [B, Hkv, seen + n, D], behind those of all columns before."""

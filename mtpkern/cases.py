@@ -30,6 +30,11 @@ class Case:
     fields: Mapping[str, Any]
     expected: str | None = None
 
+    @property
+    def question(self) -> str:
+        """What stands last in the prompt."""
+        return str(self.fields["messages"][-1]["content"] if "messages" in self.fields else self.fields["prompt"])
+
     def right(self, text: str, rule: str = "auto") -> bool | None:
         """Whether an answer is right, by a rule of `mtpkern.grading`; None where nothing is expected."""
         return None if self.expected is None else is_right(text, self.expected, rule)

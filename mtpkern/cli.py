@@ -11,19 +11,20 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import mtpkern
 from mtpkern.answers import RESULT_FIELDS, answers_file
+from mtpkern.cases import Case
 from mtpkern.output import exit_status, json_line, printable, whole_file
 from mtpkern.rows import BadRow, read_lines, require_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from mtpkern.compare import Completion
+    from mtpkern.batching import BatchOutput
     from mtpkern.strategies import Strategy
 
 # Commands with a parser of their own, some of the house next door, which this one does not import: a name is looked up
@@ -37,19 +38,6 @@ _HANDED_ON = {
 }
 # Other columns are handed through, but these are known to change what a chat template writes.
 _TEMPLATE_FIELDS = ("tools", "documents", "system", "chat_template_kwargs")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One prompt: where it came from, its fields, and either its text or its chat messages."""
-
-    where: str
-    fields: dict[str, Any]
-
-    @property
-    def question(self) -> str:
-        """What stands last in it."""
-        return self.fields["messages"][-1]["content"] if "messages" in self.fields else self.fields["prompt"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -220,7 +208,7 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _decode_rows(
-    rows: Sequence[Row], strategy: Strategy, args: argparse.Namespace, output: TextIO | None, first: int = 0
+    rows: Sequence[Case], strategy: Strategy, args: argparse.Namespace, output: TextIO | None, first: int = 0
 ) -> None:
     from mtpkern import show
     from mtpkern.loading import device_of, load, require_model
@@ -249,7 +237,7 @@ def _decode_rows(
             (output or sys.stdout).flush()
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Case]:
     """All rows of a JSONL file, checked; blank lines are skipped, but counted.
 
     Raises ValueError with the row's number for what is not an object with either a prompt or messages, or what
@@ -268,7 +256,7 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def _row(where: str, fields: Any) -> Row:
+def _row(where: str, fields: Any) -> Case:
     if not isinstance(fields, dict) or ("prompt" in fields) == ("messages" in fields):
         got = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
         raise ValueError(f"{where}: expected an object with either prompt or messages; got {got}")
@@ -283,7 +271,7 @@ def _row(where: str, fields: Any) -> Row:
         )
     name = "prompt" if "prompt" in fields else "messages"
     require_prompt(where, name, fields[name])
-    return Row(where, fields)
+    return Case(where, fields)
 
 
 def _strategy(args: argparse.Namespace) -> Strategy:
@@ -310,18 +298,17 @@ def _strategy(args: argparse.Namespace) -> Strategy:
 def _complete(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    rows: Sequence[Case],
     prompts: Sequence[list[int]],
     strategy: Strategy,
     args: argparse.Namespace,
     advance: Callable[[int], object],
     first: int,
-) -> Iterator[Completion]:
-    """The completions in the order of the rows, each as soon as those before it are there; an error names its row."""
+) -> Iterator[BatchOutput]:
+    """The outputs in the order of the rows, each as soon as those before it are there; an error names its row."""
     import torch
 
-    from mtpkern.batching import BatchOutput, iterate_batch
-    from mtpkern.compare import Completion
+    from mtpkern.batching import iterate_batch
 
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "mask_token_id": args.mask_token_id}
     if model.generation_config.eos_token_id is None:
@@ -345,13 +332,13 @@ def _complete(
                 if output.error is not None:
                     kind = RuntimeError if isinstance(output.error, RuntimeError) else ValueError
                     raise kind(f"{rows[next_row].where}: {output.error}") from output.error
-                yield Completion(output.tokens, output.blocks, output.finish_reason in ("stop", "stop_string"))
+                yield output
                 next_row += 1
             advance(done)
 
 
 def _write(
-    tokenizer: PreTrainedTokenizerBase, row: Row, one: Completion, args: argparse.Namespace, output: TextIO | None
+    tokenizer: PreTrainedTokenizerBase, row: Case, one: BatchOutput, args: argparse.Namespace, output: TextIO | None
 ) -> None:
     """One result: JSONL to the file or, for --file, to stdout; as text or blocks to stdout."""
     from rich.console import Console
@@ -359,9 +346,9 @@ def _write(
     from mtpkern import show
 
     text = str(tokenizer.decode(one.tokens, skip_special_tokens=True))
-    rate = len(one.tokens) / len(one.blocks)
-    values = (text, one.tokens, one.blocks, round(rate, 3), one.finished)
-    line = json_line(row.fields | dict(zip(RESULT_FIELDS, values, strict=True)))
+    rate, finished = one.tokens_per_pass, one.finish_reason in ("stop", "stop_string")
+    values = (text, one.tokens, one.blocks, round(rate, 3), finished)
+    line = json_line({**row.fields, **dict(zip(RESULT_FIELDS, values, strict=True))})
     if output is not None:
         print(line, file=output)
     if args.html is not None:

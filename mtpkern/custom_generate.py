@@ -12,25 +12,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_CODE = '''\
-"""Runs where transformers is told to trust this checkpoint's code: several tokens a pass."""
-
-from typing import Any
-
-import mtpkern
-
-
-def generate(*args: Any, model: Any, **kwargs: Any) -> Any:
-    """`mtpkern.generate` in the place of `model.generate`."""
-    return mtpkern.generate(model, *args, **kwargs)
-'''
+from mtpkern import ASSETS
 
 
 def write_custom_generate(folder: str | Path) -> None:
-    """Write `custom_generate/generate.py` into a checkpoint's folder, in place of one that is there.
+    """Write the shipped `custom_generate/generate.py` into a checkpoint's folder, in place of one that is there.
 
     write_custom_generate("runs/mine")
     """
+    code = (ASSETS / "custom_generate" / "generate.py").read_text(encoding="utf-8")
     file = Path(folder) / "custom_generate" / "generate.py"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(_CODE, encoding="utf-8")
+    file.write_text(code, encoding="utf-8")

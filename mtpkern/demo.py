@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -161,7 +161,7 @@ def _pair(
 
 def _picture(
     console: Console, tokenizer: PreTrainedTokenizerBase, problem: Problem, pair: Sequence[tuple[str, Completion]]
-) -> Table:
+) -> Group:
     """Both decodings side by side, or one below the other where there is little room."""
     cells = []
     for title, completion in pair:
@@ -176,10 +176,7 @@ def _picture(
         grid.add_column(ratio=1)
     for row in [cells] if wide else zip(cells):
         grid.add_row(*row)
-    outer = Table.grid(expand=console.is_terminal)
-    for part in (Text(printable(problem.prompt), style="italic"), grid, ""):
-        outer.add_row(part)
-    return outer
+    return Group(Text(printable(problem.prompt), style="italic"), grid, "")
 
 
 HEADER = ("way of decoding", "right", "tokens/pass", "tokens/s", "× HF")

@@ -172,7 +172,7 @@ def _tasks(args: argparse.Namespace, argv: Sequence[str], ways: Mapping[str, Str
     settings = {"max_new_tokens": args.max_new_tokens, "lm_eval": version("lm_eval")}
     settings |= _settings(args, argv, evaluation)
     args.output.mkdir(parents=True, exist_ok=True)
-    how = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens, "progress": show.progress}
+    how = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
     answers = lm_harness.Answers(evaluation, args.output / "samples.jsonl", **how)
     options = {"chat": bool(chat), "fewshot": args.fewshot, "limit": args.limit, "metric": args.metric}
     for name in lm_harness.evaluate_tasks(answers, tasks, args.output, settings, **options):
@@ -188,18 +188,16 @@ def _loaded(args: argparse.Namespace, ways: Mapping[str, Strategy], **options: A
     model, tokenizer = load(args.model, args.dtype, device, base=args.base)
     original, theirs = load(args.baseline, args.dtype, device) if args.baseline else (None, None)
     mask = {} if args.mask_token_id is None else {"mask_token_id": args.mask_token_id}
-    return Evaluation(model, tokenizer, ways, None, original, theirs, options=mask, **options)
+    return Evaluation(model, tokenizer, ways, original=original, original_tokenizer=theirs, options=mask, **options)
 
 
 def _warn(args: argparse.Namespace, evaluation: Evaluation) -> None:
-    assert evaluation.prompting is not None
     for warning in warnings_of(recorded_settings(evaluation.model), evaluation.prompting):
         print(f"mtpkern eval: warning: {printable(args.model)}: {printable(warning)}", file=sys.stderr)
 
 
 def _settings(args: argparse.Namespace, argv: Sequence[str], evaluation: Evaluation) -> dict[str, Any]:
     """What makes an evaluation what it is, whatever its prompts come from, and what it ran on."""
-    assert evaluation.prompting is not None
     model = evaluation.model
     return {
         "model": args.model,

@@ -55,7 +55,7 @@ class Evaluation:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     ways: Mapping[str, Strategy]
-    prompting: Prompting | None = None
+    prompting: Prompting = field(default_factory=Prompting)
     original: PreTrainedModel | None = None
     original_tokenizer: PreTrainedTokenizerBase | None = None
     rule: str = "auto"
@@ -89,7 +89,7 @@ class Evaluation:
 
         batch: the number of this batch; first: the row of its first case; warm: decode once untimed before.
         """
-        prompts = [(self.prompting or Prompting()).encode_at(case.where, self.tokenizer, case.fields) for case in cases]
+        prompts = [self.prompting.encode_at(case.where, self.tokenizer, case.fields) for case in cases]
         inputs, options = pad(prompts, self.model.device), self._options()
         ways: dict[str, list[dict[str, Any]]] = {}
         for name in rotated(list(self.ways), batch):
@@ -174,15 +174,14 @@ def evaluate(
     require_same(folder / "run.json", settings)
     done = samples_there(folder / "samples.jsonl")
     with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
-        warm = True
-        for start in range(len(done), len(cases), batch_size):
+        first = len(done)
+        for start in range(first, len(cases), batch_size):
             batch = cases[start : start + batch_size]
             number = done[-1]["batch"] + 1 if done else 0
-            samples = evaluation.decode(batch, batch=number, first=start, warm=warm)
+            samples = evaluation.decode(batch, batch=number, first=start, warm=start == first)
             file.write("".join(json_line(sample) + "\n" for sample in samples))
             file.flush()
             done += samples
-            warm = False
             progress(len(done))
     facts = {"prompts": str(len(cases)), **facts_of(settings)}
     title = f"{Path(str(settings['model'])).name} on {settings['data']}"

@@ -74,8 +74,7 @@ def _figures(samples: Sequence[Sample], name: str) -> dict[str, Any]:
         suffix = "plain" if other == PLAIN else "original"
         found[f"identical_to_{suffix}"] = mean(a["tokens"] == b["tokens"] for a, b in zip(mine, theirs))
         if other == ORIGINAL:
-            pairs = [(a["tokens"], b["tokens"]) for a, b in zip(mine, theirs)]
-            found["agreeing_prefix_original"] = mean(_agreeing(*pair) for pair in pairs)
+            found["agreeing_prefix_original"] = mean(_agreeing(a["tokens"], b["tokens"]) for a, b in zip(mine, theirs))
         if None not in scores and all(way["right"] is not None for way in theirs):
             found[f"difference_to_{suffix}"] = paired([a["right"] - b["right"] for a, b in zip(mine, theirs)])
     scored = [way for way in mine if way["nll"] is not None]
@@ -121,15 +120,17 @@ def acceptance(samples: Iterable[Sequence[int]]) -> list[float]:
 
 def _wall_clock(samples: Sequence[Sample], name: str) -> tuple[float, float]:
     """Tokens per second over those of one token a pass: of all batches together, and the median of each one's."""
-    batches: dict[int, list[list[float]]] = {}
+    batches: dict[int, list[Sample]] = {}
     for sample in samples:
-        sums = batches.setdefault(sample["batch"], [[0.0, 0.0], [0.0, 0.0]])
-        for way, other in zip(sums, (name, PLAIN)):
-            way[0] += len(sample["ways"][other]["tokens"])
-            way[1] += sample["ways"][other]["seconds"]
-    ratios = [(a[0] / a[1]) / (b[0] / b[1]) for a, b in batches.values()]
-    pooled = [[sum(sums[i][part] for sums in batches.values()) for part in (0, 1)] for i in (0, 1)]
-    return (pooled[0][0] / pooled[0][1]) / (pooled[1][0] / pooled[1][1]), median(ratios)
+        batches.setdefault(sample["batch"], []).append(sample)
+    ratios = [_rate(batch, name) / _rate(batch, PLAIN) for batch in batches.values()]
+    return _rate(samples, name) / _rate(samples, PLAIN), median(ratios)
+
+
+def _rate(samples: Sequence[Sample], name: str) -> float:
+    """Tokens per second of a way."""
+    mine = [sample["ways"][name] for sample in samples]
+    return sum(len(way["tokens"]) for way in mine) / sum(way["seconds"] for way in mine)
 
 
 _COLUMNS = {

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -29,19 +28,19 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from mtpkern.cases import Case
+from mtpkern.compare import batches
 from mtpkern.evaluation import Evaluation, facts_of, require_same, samples_there, write_results
 from mtpkern.evidence import PLAIN
 from mtpkern.output import json_line
 from mtpkern.prompting import Prompting
+from mtpkern.show import progress
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from transformers import PreTrainedTokenizerBase
 
-# Of a digest: whose request it is, its stop strings and limit.
-Missing = tuple[int, tuple[str, ...], int]
-# yields done -> None
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+# A digest of what a request asks, its stop strings and its limit.
+Asked = tuple[str, tuple[str, ...], int]
 
 
 @dataclass(frozen=True)
@@ -91,12 +90,10 @@ class Answers(LM):  # type: ignore[misc]  # of a library without types
         *,
         batch_size: int = 8,
         max_new_tokens: int | None = None,
-        progress: Progress | None = None,
     ) -> None:
         super().__init__()
         self.evaluation, self.path, self.batch_size = evaluation, path, batch_size
         self.max_new_tokens = max_new_tokens
-        self.progress = progress or (lambda label, total: nullcontext(lambda done: None))
         self.way = PLAIN
         self._known = {sample["asked"]: sample for sample in samples_there(path)}
         self._batches = 1 + max((sample["batch"] for sample in self._known.values()), default=-1)
@@ -106,9 +103,9 @@ class Answers(LM):  # type: ignore[misc]  # of a library without types
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """The texts of the way, one a request; what is not in the file yet is decoded before, in all ways."""
         asked = [self._asked(request) for request in requests]
-        missing = {digest: (i, stops, limit) for i, (digest, stops, limit) in enumerate(asked)}
-        if missing := {digest: found for digest, found in missing.items() if digest not in self._known}:
-            self._decode(requests, missing)
+        missing = {one: request for one, request in zip(asked, requests) if one[0] not in self._known}
+        if missing:
+            self._decode(missing)
         for request, (digest, _, _) in zip(requests, asked, strict=True):
             self.samples[request.task_name, request.doc_id] = self._known[digest]
         return [self._known[digest]["ways"][self.way]["text"] for digest, _, _ in asked]
@@ -120,10 +117,7 @@ class Answers(LM):  # type: ignore[misc]  # of a library without types
             "task that generates, or ask the checkpoint with lm_eval --model hf"
         )
 
-    def loglikelihood_rolling(self, requests: Sequence[Instance]) -> list[float]:
-        """Refused, as `loglikelihood`."""
-        self.loglikelihood(requests)
-        return []
+    loglikelihood_rolling = loglikelihood
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as one text, by the tokenizer's template."""
@@ -139,8 +133,8 @@ class Answers(LM):  # type: ignore[misc]  # of a library without types
         """Whose template it is."""
         return str(self.evaluation.tokenizer.name_or_path)
 
-    def _asked(self, request: Instance) -> tuple[str, tuple[str, ...], int]:
-        """A digest of what a request asks, its stop strings and its limit. ValueError for what is not greedy."""
+    def _asked(self, request: Instance) -> Asked:
+        """What a request asks. ValueError for what is not greedy."""
         context, options = request.args
         options = normalize_gen_kwargs(options)
         stops = tuple(stop for stop in options.pop("until") if stop)
@@ -157,32 +151,24 @@ class Answers(LM):  # type: ignore[misc]  # of a library without types
         digest = hashlib.sha256(json.dumps([context, stops, limit]).encode()).hexdigest()
         return digest, stops, limit
 
-    def _decode(self, requests: Sequence[Instance], missing: Mapping[str, Missing]) -> None:
+    def _decode(self, missing: Mapping[Asked, Instance]) -> None:
         label = f"{len(missing)} prompts, {len(self.evaluation.names)} ways"
-        with self.path.open("a", encoding="utf-8") as file, self.progress(label, len(missing)) as advance:
+        with self.path.open("a", encoding="utf-8") as file, progress(label, len(missing)) as advance:
             done = 0
-            judges: dict[tuple[tuple[str, ...], int], Evaluation] = {}
-            for stops, limit, digests in _alike(missing, self.batch_size):
-                if (stops, limit) not in judges:
-                    judges[stops, limit] = replace(self.evaluation, stops=stops, max_new_tokens=limit)
-                mine = [requests[missing[digest][0]] for digest in digests]
-                cases = [Case(f"{r.task_name}, document {r.doc_id}", {"prompt": r.args[0]}) for r in mine]
-                samples = judges[stops, limit].decode(cases, batch=self._batches, first=done, warm=done == 0)
-                for digest, request, sample in zip(digests, mine, samples, strict=True):
-                    self._known[digest] = {"asked": digest, "task": request.task_name, **sample}
-                    file.write(json_line(self._known[digest]) + "\n")
-                file.flush()
-                self._batches += 1
-                done += len(digests)
-                advance(done)
-
-
-def _alike(missing: Mapping[str, Missing], size: int) -> Iterator[tuple[tuple[str, ...], int, list[str]]]:
-    """Digests that are decoded together: in order, with the same stop strings and limit."""
-    for (stops, limit), run in groupby(missing, key=lambda digest: missing[digest][1:]):
-        digests = list(run)
-        for i in range(0, len(digests), size):
-            yield stops, limit, digests[i : i + size]
+            # Together only with the same stop strings and limit.
+            for (stops, limit), alike in groupby(missing, key=lambda one: one[1:]):
+                judge = replace(self.evaluation, stops=stops, max_new_tokens=limit)
+                for batch in batches(list(alike), self.batch_size):
+                    mine = [missing[one] for one in batch]
+                    cases = [Case(f"{r.task_name}, document {r.doc_id}", {"prompt": r.args[0]}) for r in mine]
+                    samples = judge.decode(cases, batch=self._batches, first=done, warm=done == 0)
+                    for (digest, _, _), request, sample in zip(batch, mine, samples, strict=True):
+                        self._known[digest] = {"asked": digest, "task": request.task_name, **sample}
+                        file.write(json_line(self._known[digest]) + "\n")
+                    file.flush()
+                    self._batches += 1
+                    done += len(batch)
+                    advance(done)
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def available_memory(device: torch.device) -> int | None:
     if device.type != "cpu":
         return None
     spare = free_bytes()
-    return None if spare is None else min(spare, *_left_in_cgroup(spare))
+    return None if spare is None else min([spare, *_left_in_cgroup()])
 
 
 def free_bytes() -> int | None:
@@ -67,9 +67,9 @@ def free_bytes() -> int | None:
         return None
 
 
-def _left_in_cgroup(free: int) -> list[int]:
+def _left_in_cgroup() -> list[int]:
     """What a container's limit leaves, if it has one: version 2 of control groups, then version 1."""
-    left = [free]
+    left = []
     version_1 = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
     for limit, usage in (("memory.max", "memory.current"), version_1):
         with suppress(OSError, ValueError):  # no such file, or "max"

@@ -95,14 +95,13 @@ def require_prefix_cache(value: Any, model: PreTrainedModel) -> None:
         return
     if not isinstance(value, PrefixCache):
         raise TypeError(f"prefix_cache must be a mtpkern.PrefixCache() or None, got {type(value).__name__}")
-    why = None
     if has_latent_attention(model):
         why = ", whose latent attention does not go on from keys but from what they are made of"
     elif is_parallel(model):
         why = " split over processes, each of which would have to find the same"
-    if why is not None:
-        name = type(model).__name__
-        raise ValueError(f"mtpkern.generate does not support prefix_cache with {name}{why}; leave it out")
+    else:
+        return
+    raise ValueError(f"mtpkern.generate does not support prefix_cache with {type(model).__name__}{why}; leave it out")
 
 
 @dataclass

@@ -15,12 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.generation import logits_process as theirs
-
-from mtpkern.nucleus import keep_top_p
 
 # What looks at the scores alone: called as it is, on all rows at once.
 _OF_SCORES = (
@@ -73,6 +72,29 @@ class Processor:
     def on(self, device: torch.device, vocabulary: int) -> Apply:
         """The function, made before any step is captured: itself, where there is nothing to make."""
         return self  # type: ignore[return-value]
+
+
+def keep_top_p(warper: theirs.TopPLogitsWarper, scores: Tensor) -> Tensor:
+    """What transformers' top-p makes of scores [R, V] on a CPU, bit by bit, in a tenth of the time.
+
+    Its time goes to the places of a sorted vocabulary, and only the score at the cut is needed, so that values are
+    sorted alone: the same values in the same order, and the same sums of them. Where several tokens have the score at
+    the cut and only some of them stay, which ones is up to transformers' sort: those rows are left to it.
+
+        keep_top_p(TopPLogitsWarper(0.9), torch.randn(4, 50_000))
+    """
+    ordered = torch.from_numpy(np.sort(scores.numpy(), axis=1))
+    rest = ordered.new_full((len(scores), 1), 1 - warper.top_p)
+    # How many tokens are removed: those up to which the sum is at most the rest.
+    cut = torch.searchsorted(ordered.softmax(-1).cumsum(-1), rest, right=True)
+    cut.clamp_(max=max(0, scores.shape[1] - warper.min_tokens_to_keep))
+    least = ordered.gather(1, cut)
+    kept = torch.where(scores < least, warper.filter_value, scores)
+    tied = (cut > 0) & (ordered.gather(1, (cut - 1).clamp_(min=0)) == least)
+    if tied.any():
+        rows = tied[:, 0]
+        kept[rows] = warper(None, scores[rows])  # type: ignore[arg-type]
+    return kept
 
 
 @dataclass(frozen=True)

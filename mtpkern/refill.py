@@ -23,7 +23,7 @@ from mtpkern.generation import faults_of, past_positions
 from mtpkern.kernels.state import FAULT, RUNNING, Sequences
 from mtpkern.poll import Poll
 from mtpkern.prefix_cache import common
-from mtpkern.slots import Newcomer, enter
+from mtpkern.slots import Job, Newcomer, enter
 from mtpkern.watch import REASONS, Watch, first_tokens, snapshot
 
 # Prompts that are looked at for the next one, for each slot.
@@ -60,26 +60,6 @@ class BatchOutput:
     def tokens_per_pass(self) -> float:
         """Tokens emitted / passes; 0 of a prompt that has failed."""
         return len(self.tokens) / max(1, len(self.blocks))
-
-
-@dataclass(frozen=True)
-class Job:
-    """A prompt that waits: its number, ids [T], new tokens at most, and those asked for where it may have fewer."""
-
-    number: int
-    ids: np.ndarray
-    new: int
-    asked: int | None = None
-
-    @property
-    def tokens(self) -> int:
-        """How long it may become."""
-        return len(self.ids) + self.new
-
-    @property
-    def keys(self) -> np.ndarray:
-        """Tokens that another slot's keys can be taken for: all but the last, whose prediction is wanted."""
-        return self.ids[:-1]
 
 
 class Slots(Poll):
@@ -121,13 +101,12 @@ class Slots(Poll):
         self.tokenizer, self.chunk, self.reuse = tokenizer, chunk, reuse
         self.waiting = iter(jobs)
         self.next: list[Job] = []
-        self.inside: list[Job | None] = [None] * B
-        self.arriving: list[tuple[Job, Newcomer]] = []
+        self.inside: list[Newcomer | None] = [None] * B
+        self.arriving: list[Newcomer] = []
         self.entering: Iterator[None] | None = None
-        # Of each slot: the tokens whose keys it holds; whether these may not be finite; how many a prompt has found.
+        # Of each slot: the tokens whose keys it holds; whether these may not be finite.
         self.held = [np.empty(0, dtype=np.int64)] * B
         self.dirty = [False] * B
-        self.shared = [0] * B
         self.left: list[_Left] = []
 
     def state(self) -> Tensor:
@@ -150,27 +129,27 @@ class Slots(Poll):
                 self.fill()
             # Some have come to their end in the prefill already; where the state is known, none makes a pass in vain.
             if not self.on_cpu or not self._collect(self.state()):
-                return sum(job is not None for job in self.inside)
+                return sum(x is not None for x in self.inside)
 
     def _collect(self, state: Tensor) -> bool:
         """Let those go that have ended; returns whether anybody has."""
         gone = False
         for slot, (owner, *seen) in enumerate(state.tolist()):
-            job, watch = self.inside[slot], self.watches[slot]
-            if job is None or job.number != owner:
+            x, watch = self.inside[slot], self.watches[slot]
+            if x is None or x.job.number != owner:
                 continue
             end = None
             if watch is not None:
                 watch.take(state[slot : slot + 1, 1:])
                 end = watch.ends[0]
             if end is not None or seen[0] != RUNNING:
-                self._leave(slot, job, seen[0], end)
+                self._leave(x, seen[0], end)
                 gone = True
         return gone
 
-    def _leave(self, slot: int, job: Job, status: int, end: int | None) -> None:
+    def _leave(self, x: Newcomer, status: int, end: int | None) -> None:
         """Queue the copy of what a sequence has emitted, and free its slot; end: new tokens, where the host has cut."""
-        s, T = self.sequences, len(job.ids)
+        s, slot, job, T = self.sequences, x.slot, x.job, len(x.job.ids)
         facts = s.length[slot, None], s.passes[slot, None], s.blocks[slot, : job.new], s.tokens[slot, T : job.tokens]
         copy = torch.cat(facts).to("cpu", non_blocking=True)
         event = None
@@ -179,7 +158,7 @@ class Slots(Poll):
             event.record()
         watch = self.watches[slot]
         reason = REASONS[status] if watch is None else watch.reasons[0]
-        self.left.append(_Left(slot, job, reason, end, copy, event, self.shared[slot]))
+        self.left.append(_Left(x, reason, end, copy, event))
         self.inside[slot] = self.watches[slot] = None
         self.dirty[slot] = status == FAULT
         if status == FAULT:
@@ -190,11 +169,11 @@ class Slots(Poll):
         while self.left and (wait or self.left[0].has_arrived()):
             left = self.left.pop(0)
             output = left.output(self.decoder.model, self.tokenizer)
-            held = self.held[left.slot]
-            if self.inside[left.slot] is None and len(held) == len(left.job.ids) and output.error is None:
+            slot, ids = left.x.slot, left.x.job.ids
+            if self.inside[slot] is None and len(self.held[slot]) == len(ids) and output.error is None:
                 # Of what the last pass has emitted there may be no keys.
                 fed = sum(output.blocks[:-1])
-                self.held[left.slot] = np.concatenate([left.job.ids, np.array(output.tokens[:fed], dtype=np.int64)])
+                self.held[slot] = np.concatenate([ids, np.array(output.tokens[:fed], dtype=np.int64)])
             self.emit(output)
 
     def fill(self) -> None:
@@ -204,19 +183,17 @@ class Slots(Poll):
                 self.arriving = self._choose()
                 if not self.arriving:
                     return
-                newcomers = [x for _, x in self.arriving]
-                for x in newcomers:
+                for x in self.arriving:
                     self.held[x.slot] = self.held[x.slot][:0]
-                self.entering = enter(self.decoder, newcomers, self.owner, chunk=self.chunk)
+                self.entering = enter(self.decoder, self.arriving, self.owner, chunk=self.chunk)
             self.has_queued = True
             for _ in self.entering:
-                if any(job is not None for job in self.inside):
+                if any(inside is not None for inside in self.inside):
                     return  # there is more of it, behind the next pass
             self.entering = None
-            for job, x in self.arriving:
-                self.inside[x.slot], self.held[x.slot] = job, job.ids
-                self.watches[x.slot] = self._watch(x.slot, job)
-                self.dirty[x.slot], self.shared[x.slot] = False, x.shared
+            for x in self.arriving:
+                self.inside[x.slot], self.held[x.slot], self.dirty[x.slot] = x, x.job.ids, False
+                self.watches[x.slot] = self._watch(x.slot, x.job)
 
     def _watch(self, slot: int, job: Job) -> Watch | None:
         """Who asks the criteria of a sequence, as of one that is alone."""
@@ -228,11 +205,11 @@ class Slots(Poll):
         watch.attach(own, self.decoder.strategy)
         return watch
 
-    def _choose(self) -> list[tuple[Job, Newcomer]]:
+    def _choose(self) -> list[Newcomer]:
         """Prompts for the free slots, to be prefilled together."""
-        free = [slot for slot, job in enumerate(self.inside) if job is None]
+        free = [slot for slot, x in enumerate(self.inside) if x is None]
         in_line = not self.on_cpu and len(free) < len(self.inside)
-        group: list[tuple[Job, Newcomer]] = []
+        group: list[Newcomer] = []
         while free:
             if not self.next:
                 # As many at a time, so that nobody is passed over for ever.
@@ -242,17 +219,16 @@ class Slots(Poll):
             job, source, shared = self._best()
             if group:
                 # Who begins like one that is about to come in has its keys when it is there.
-                coming = max(common(job.keys, other.keys) for other, _ in group)
+                coming = max(common(job.keys, other.job.keys) for other in group)
                 if self.reuse and coming > shared and 2 * coming >= len(job.ids):
                     break
                 # Where padding is, transformers looks at the mask and waits for the device.
-                if in_line and len(job.ids) != len(group[0][0].ids):
+                if in_line and len(job.ids) != len(group[0].job.ids):
                     break
             self.next.remove(job)
             slot = source if shared and source in free else free[0]
             free.remove(slot)
-            limit, dirty = job.tokens, self.dirty[slot]
-            group.append((job, Newcomer(slot, job.number, job.ids, limit, source, shared, dirty)))
+            group.append(Newcomer(slot, job, source, shared, self.dirty[slot]))
         return group
 
     def _best(self) -> tuple[Job, int, int]:
@@ -267,13 +243,11 @@ class Slots(Poll):
 class _Left:
     """A sequence that has ended, on its way to the host."""
 
-    slot: int
-    job: Job
+    x: Newcomer
     reason: str
     end: int | None
     copy: Tensor
     event: torch.Event | None
-    shared: int
 
     def has_arrived(self) -> bool:
         return self.event is None or self.event.query()
@@ -282,16 +256,16 @@ class _Left:
         """What it is, as soon as that is there."""
         if self.event is not None:
             self.event.synchronize()
-        number, prompt, new = self.job.number, len(self.job.ids), self.job.new
-        if self.reason == "fault":
-            return BatchOutput(number, error=RuntimeError(faults_of("this prompt")), shared=self.shared)
+        job, shared, reason = self.x.job, self.x.shared, self.reason
+        number, prompt, new = job.number, len(job.ids), job.new
+        if reason == "fault":
+            return BatchOutput(number, error=RuntimeError(faults_of("this prompt")), shared=shared)
         length, passes, *rest = self.copy.tolist()
-        reason = self.reason
-        if reason == "length" and self.job.asked is not None:
+        if reason == "length" and job.asked is not None:
             positions = prompt + new - 1
-            return BatchOutput(number, error=ValueError(past_positions(model, positions, prompt, self.job.asked)))
+            return BatchOutput(number, error=ValueError(past_positions(model, positions, prompt, job.asked)))
         tokens, blocks = rest[new : new + length - prompt], rest[:passes]
         if self.end is not None:
             tokens, blocks = tokens[: self.end], first_tokens(blocks, self.end)
         text = None if tokenizer is None else str(tokenizer.decode(tokens, skip_special_tokens=True))
-        return BatchOutput(number, tokens, blocks, reason, text=text, shared=self.shared)
+        return BatchOutput(number, tokens, blocks, reason, text=text, shared=shared)

@@ -25,17 +25,35 @@ from mtpkern.kernels.state import LIMIT, RUNNING, Rows, Sequences, Terms
 
 
 @dataclass(frozen=True)
-class Newcomer:
-    """A prompt [T] int64 on its way into a slot, to end at `limit` tokens.
+class Job:
+    """A prompt that waits: its number, ids [T] int64, new tokens at most, and those asked for where it gets fewer."""
 
-    number: the caller's own. source: the slot that holds its first `shared` tokens' keys, at most T - 1; it may be the
-    slot itself. dirty: whether the slot may hold keys that are not finite.
+    number: int
+    ids: np.ndarray
+    new: int
+    asked: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How long it may become."""
+        return len(self.ids) + self.new
+
+    @property
+    def keys(self) -> np.ndarray:
+        """Tokens that another slot's keys can be taken for: all but the last, whose prediction is wanted."""
+        return self.ids[:-1]
+
+
+@dataclass(frozen=True)
+class Newcomer:
+    """A prompt on its way into a slot.
+
+    source: the slot that holds its first `shared` tokens' keys, at most T - 1; it may be the slot itself. dirty:
+    whether the slot may hold keys that are not finite.
     """
 
     slot: int
-    number: int
-    prompt: np.ndarray
-    limit: int
+    job: Job
     source: int = 0
     shared: int = 0
     dirty: bool = False
@@ -58,7 +76,7 @@ def enter(decoder: Decoder, newcomers: Sequence[Newcomer], owner: Tensor, *, chu
     copies are made at once, before the first yield.
     """
     cache, device = decoder.cache, decoder.device
-    decoder.make_room(max(len(x.prompt) for x in newcomers))
+    decoder.make_room(max(len(x.job.ids) for x in newcomers))
     for x in newcomers:
         if x.dirty:
             # A value that is not finite is seen through any mask, as 0 * NaN.
@@ -66,13 +84,13 @@ def enter(decoder: Decoder, newcomers: Sequence[Newcomer], owner: Tensor, *, chu
     cache.copy_prefixes([(x.source, x.slot, x.shared) for x in newcomers if x.shared and x.source != x.slot])
 
     # Columns as of left-padded prompts, and masks. Those that every newcomer has keys of are not run.
-    n, k, T = len(newcomers), decoder.strategy.k, max(len(x.prompt) for x in newcomers)
-    first, width = T - max(len(x.prompt) - x.shared for x in newcomers), T + k - 1
+    n, k, T = len(newcomers), decoder.strategy.k, max(len(x.job.ids) for x in newcomers)
+    first, width = T - max(len(x.job.ids) - x.shared for x in newcomers), T + k - 1
     ids, position, real = np.zeros((3, n, width), dtype=np.int64)
     ids[:, T:] = decoder.mask_token_id
     for i, x in enumerate(newcomers):
-        here = slice(T - len(x.prompt), T)
-        ids[i, here] = x.prompt
+        here = slice(T - len(x.job.ids), T)
+        ids[i, here] = x.job.ids
         position[i, here.start :] = np.arange(width - here.start)
         real[i, here.start :] = 1
     place = cache.scratch + position
@@ -114,7 +132,7 @@ def _take_in(decoder: Decoder, logits: Tensor, seq: Tensor) -> None:
 
 def _begin(decoder: Decoder, newcomers: Sequence[Newcomer], columns: Tensor, seq: Tensor, owner: Tensor) -> None:
     sequences, T = decoder.sequences, columns.shape[1]
-    facts = np.array([(len(x.prompt), x.limit, x.number) for x in newcomers]).T.copy()
+    facts = np.array([(len(x.job.ids), x.job.tokens, x.job.number) for x in newcomers]).T.copy()
     length, limit, number = _on(decoder.device, facts)
     sequences.length[seq], sequences.limit[seq], owner[seq] = length, limit, number
     # From padded columns to compact sequences.

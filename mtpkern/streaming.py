@@ -71,23 +71,20 @@ class Stream(Iterator[Block]):
         self._next()  # the prompts are taken, or the call is refused
 
     def __next__(self) -> Block:
-        block: Any = None if self._over else self._next()
+        block = None if self._over else self._next()
         if block is None:
             raise StopIteration
-        return self._shown(block)
+        return block
 
-    def _shown(self, block: Any) -> Block:
-        """What the reader gets of what the run puts."""
-        return block  # type: ignore[no-any-return]
-
-    def _next(self) -> list[Any] | None:
+    def _next(self) -> Block | None:
+        """What the run has put next; None at its end, whose result is the `output`."""
         try:
             item = self._sink.items.get()
         except BaseException:  # Ctrl-C while waiting
             self._sink.closed.set()
             raise
-        if isinstance(item, list):
-            return item
+        if not isinstance(item, tuple | BaseException):
+            return item  # type: ignore[no-any-return]
         self._over = True
         self._thread.join()
         if isinstance(item, BaseException):
@@ -118,7 +115,7 @@ class _Sink:
     def put(self, value: Tensor) -> None:
         self.items.put([])
 
-    def put_block(self, new: list[list[int]]) -> None:
+    def put_block(self, new: Any) -> None:
         self.items.put(new)
 
     def end(self) -> None: ...

@@ -42,17 +42,13 @@ def state_of(folder: Path) -> Path | None:
 
 def read_history(path: Path) -> list[dict[str, Any]]:
     """The logs of a run, of its trainer_state.json or of the table that it printed; ValueError for another file."""
-    if path.suffix != ".json":
-        try:
-            return _printed(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise ValueError(f"{path}: expected the table that a training run prints, this is something else") from None
+    is_json = path.suffix == ".json"
     try:
         text = path.read_text(encoding="utf-8")
-        history = json.loads(text)["log_history"]
-        return [dict(entry) for entry in history if "step" in entry]
+        return [dict(one) for one in json.loads(text)["log_history"] if "step" in one] if is_json else _printed(text)
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path}: expected the {STATE} of a training run, this is something else") from None
+        expected = f"the {STATE} of a training run" if is_json else "the table that a training run prints"
+        raise ValueError(f"{path}: expected {expected}, this is something else") from None
 
 
 def _printed(text: str) -> list[dict[str, Any]]:

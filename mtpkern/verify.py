@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -93,7 +92,6 @@ def check(
 # Classes, with their settings, that decode right; of single models, what was found of them as they then were.
 _verified: set[Any] = set()
 _found: WeakKeyDictionary[PreTrainedModel, tuple[Any, str | None]] = WeakKeyDictionary()
-_lock = Lock()
 
 
 def require_verified(model: PreTrainedModel, mask_token_id: int) -> None:
@@ -108,14 +106,11 @@ def require_verified(model: PreTrainedModel, mask_token_id: int) -> None:
         return
     kind, config = type(model), model.config.get_text_config(decoder=True)
     key = kind, config._attn_implementation, settings_of(model.config)
-    with _lock:
-        seen, fault = _found.get(model, (None, None))
-        if seen != (key, state):
-            fault = None
-        known = seen == (key, state) or (not state and key in _verified)
-    if not known:
-        fault = _fault(model, mask_token_id)
-        with _lock:
+    seen, fault = _found.get(model, (None, None))
+    if seen != (key, state):
+        fault = None
+        if state or key not in _verified:
+            fault = _fault(model, mask_token_id)
             if fault is None and not state:
                 _verified.add(key)
             else:

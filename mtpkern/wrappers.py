@@ -6,7 +6,6 @@ A decoding step is a call of the model itself on packed rows of several sequence
 
 from __future__ import annotations
 
-import sys
 import warnings
 from typing import Any
 
@@ -46,11 +45,9 @@ def unwrapped(model: Any, arguments: dict[str, Any]) -> PreTrainedModel:
             f"{name} wraps a model that torch.compile has compiled, which decoding would pass over; pass the model "
             "itself (model._orig_mod), with compile=True if its passes shall be compiled"
         )
-    peft = sys.modules.get("peft")
-    if peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
-        mixed = isinstance(model, peft.PeftMixedModel)
-        _require_row_wise(name, model.peft_config, model.active_adapter if mixed else model.active_adapters)
-        plain = base_of(model)
+    plain = base_of(model)
+    if plain is not model:
+        _require_row_wise(name, model.peft_config, model.active_adapters)
         if not isinstance(plain, PreTrainedModel):
             raise TypeError(f"{name} wraps {type(plain).__name__}; expected a PreTrainedModel in it")
         if model.generation_config is not plain.generation_config:
@@ -59,7 +56,6 @@ def unwrapped(model: Any, arguments: dict[str, Any]) -> PreTrainedModel:
                 "generation_config="
             )
     elif isinstance(model, PreTrainedModel):
-        plain = model
         adapters = getattr(model, "peft_config", None)
         if adapters:
             from peft.tuners.tuners_utils import BaseTunerLayer
@@ -76,9 +72,9 @@ def unwrapped(model: Any, arguments: dict[str, Any]) -> PreTrainedModel:
     return plain
 
 
-def _require_row_wise(name: str, configs: dict[str, Any], active: Any) -> None:
+def _require_row_wise(name: str, configs: dict[str, Any], active: list[str]) -> None:
     """Refuse active adapters whose effect is not that of layers on each row by itself."""
-    for adapter in [active] if isinstance(active, str) else active:
+    for adapter in active:
         config = configs[adapter]
         kind = getattr(config.peft_type, "value", config.peft_type)
         if config.is_prompt_learning:

@@ -40,7 +40,7 @@ from mtpkern.attention import attention_context
 from mtpkern.choosing import Choosing
 from mtpkern.decoder import Decoder
 from mtpkern.processors import Bias
-from mtpkern.slots import Newcomer, enter
+from mtpkern.slots import Job, Newcomer, enter
 from mtpkern.strategies import Strategy
 from mtpkern.watch import Watch, snapshot
 from support.made_up_device import FAKE, SyncError, Watcher, to_fake
@@ -140,7 +140,7 @@ CHOOSING = Choosing.of(
 def test_choosing_has_no_sync(tiny: SimpleNamespace, strategy: Strategy) -> None:
     assert CHOOSING is not None
     assert not CHOOSING.on_host
-    # On a CPU top-p looks at the scores, as the host may there (mtpkern.nucleus).
+    # On a CPU top-p looks at the scores, as the host may there (mtpkern.processors).
     asked = tuple(x for x in CHOOSING.processors if not isinstance(getattr(x, "processor", None), TopPLogitsWarper))
     assert len(asked) == len(CHOOSING.processors) - 1
     watch(prepare(tiny, tiny.model("llama"), strategy, choosing=replace(CHOOSING, processors=asked)), Watcher())
@@ -167,7 +167,7 @@ def test_what_lets_a_prompt_in_has_no_sync(tiny: SimpleNamespace, name: str, str
     """Keys copied from a neighbour, the prefill of the others in chunks, the state; and on a device the new plan."""
     decoder = prepare(tiny, tiny.model(name, **MODELS[name]), strategy)
     prompt = [*decoder.sequences.tokens[0, :9].tolist(), 5, 6, 7, 8]
-    newcomer = Newcomer(1, 7, np.array(prompt), 20, source=0, shared=8)
+    newcomer = Newcomer(1, Job(7, np.array(prompt), 20 - len(prompt)), source=0, shared=8)
     owner = torch.zeros(3, dtype=torch.int64)
     with Watcher():
         for _ in enter(decoder, [newcomer], owner, chunk=3):

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from mtpkern.batching import BatchOutput
 from mtpkern.cli import main
-from mtpkern.compare import Completion
 from mtpkern.train.arithmetic import build_tokenizer
 from support.commands import write_jsonl
 
@@ -20,7 +20,7 @@ STEERS = "\x1b[2Ja\r\x9b31m\u202eb\x07"
 def steering(chat_solver, monkeypatch):
     """The checkpoint's model writes what would clear the screen and turn text around."""
     tokens = [5, 6]
-    monkeypatch.setattr("mtpkern.cli._complete", lambda *args, **kwargs: iter([Completion(tokens, [1, 1])]))
+    monkeypatch.setattr("mtpkern.cli._complete", lambda *args, **kwargs: iter([BatchOutput(0, tokens, [1, 1])]))
     kind = type(build_tokenizer())
     monkeypatch.setattr(kind, "decode", lambda self, ids, **kwargs: STEERS[: len(STEERS) * len(ids) // 2])
     return chat_solver

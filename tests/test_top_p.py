@@ -5,9 +5,8 @@ import torch
 from torch import Tensor
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from mtpkern import nucleus, processors
-from mtpkern.nucleus import keep_top_p
-from mtpkern.processors import from_transformers
+from mtpkern import processors
+from mtpkern.processors import from_transformers, keep_top_p
 
 
 def draw(rows: int, vocabulary: int, scale: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -59,4 +58,4 @@ def test_a_call_on_a_cpu_goes_this_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processors, "keep_top_p", lambda warper, scores: scores + warper.top_p)
     apply = from_transformers(TopPLogitsWarper(0.5), 4).on(torch.device("cpu"), 9)
     assert apply(torch.zeros(2, 9), None).eq(0.5).all()  # type: ignore[arg-type]
-    assert nucleus.keep_top_p is not processors.keep_top_p
+    assert processors.keep_top_p is not keep_top_p

@@ -56,11 +56,11 @@ class Options:
             "by_load": rows is None and (strategy is None or not strategy.k) and self.strategy.verify and not parallel,
             "batch_invariant": given["batch_invariant"],
         }
-        self._masks_by_load = self._others["by_load"] and (strategy is None or strategy.masks is None)
+        self._masks_by_load = self._others["by_load"] and (strategy is None or vars(strategy)["masks"] is None)
 
     def strategy_of(self, batch: int) -> Strategy:
         """The strategy for so many sequences side by side, with masks behind drafts where that is left to the load."""
-        if not self._masks_by_load:
+        if not (self._masks_by_load and isinstance(self.strategy, Verified)):
             return self.strategy
         return replace(self.strategy, masks=default_masks(self.strategy.k, batch, self._device))
 

@@ -129,7 +129,7 @@ class Verified(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.masks is None:
+        if vars(self)["masks"] is None:
             if self.k:
                 object.__setattr__(self, "masks", 0)
             return
@@ -148,9 +148,9 @@ class Verified(Strategy):
 
     def for_model(self, k_max: int | None) -> Strategy:
         """As every strategy's; with no more masks than that k has a use for where none was given."""
-        if self.k or self.masks is None:
+        if self.k or vars(self)["masks"] is None:
             return super().for_model(k_max)
-        k = super(Verified, replace(self, masks=None)).for_model(k_max).k
+        k = Verified(threshold=self.threshold).for_model(k_max).k
         return replace(self, k=k, masks=min(self.masks, (k - 1) ** 2))
 
 

@@ -8,7 +8,6 @@
     checkpoint  the shipped model generates what it does on a CPU: with a graph and without, batch 1 and 3, unwarned
     passes      Qwen3-4B with random weights, batch 1: a pass and its body by rows; its graph, kernels by name
     layers      the same passes with each decoder layer compiled, attention kept out
-    products    where asked for: those, siblings as one product or each by itself (mtpkern.products), in turns
 
 Each step ends with a line of JSON, printed and written at once. A step that fails says so and the next one runs; but
 where a kernel is wrong all ends there, with the exit status 3: no time of a wrong result is worth having. On a CPU
@@ -37,7 +36,7 @@ from torch import Tensor
 
 from mtpkern.attention import attention_context
 from mtpkern.bench import decode_attention, distill, readout, span_attention, step
-from mtpkern.bench.harness import as_json, environment
+from mtpkern.bench.harness import environment
 from mtpkern.bench.models import build
 from mtpkern.bench.timing import Action, difference, free, kernels_by_name, launches, peak, reason, timed
 from mtpkern.compare import encode, read_problems
@@ -45,7 +44,6 @@ from mtpkern.demo import ASSETS, load
 from mtpkern.generation import generate
 from mtpkern.kernels.distill import Head, head_readout
 from mtpkern.kernels.kv_write import kv_write as write
-from mtpkern.kernels.linear import MOST_ROWS
 from mtpkern.kernels.packed_rows import PackedRows
 from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.state import Sequences
@@ -56,7 +54,6 @@ from mtpkern.strategies import Static, Verified
 
 WRONG = 3
 STEPS = ("machine", "compiled", "kernels", "checkpoint", "passes", "layers")
-ASKED = ("products",)
 # Beginnings of the names of ahead-of-time cases; a rehearsal takes the last alone.
 FAMILIES = (
     *("decode_attention bf16 D128", "span_attention bf16 D128", "distill bf16 V144"),
@@ -256,36 +253,6 @@ def rows_table(model: Any, rows: Sequence[int], *, compile: bool) -> tuple[Facts
     return {**_floor(model), **spent}, stands[-2].step
 
 
-def products_table(model: Any, rows: Sequence[int]) -> Facts:
-    """Microseconds of a compiled pass by its rows: siblings as one product, that by our kernel too, and each by itself.
-
-    With least and greatest. All of one model in one process, in turns; by themselves are layers whose weights lie
-    together, too.
-    """
-    first: step.Stand | None = None
-    spent: Facts = {}
-    for R in rows:
-        stands: dict[str, step.Stand] = {}
-        for name, one, few in (("one", True, 0), ("each", False, 0), ("one, ours", True, MOST_ROWS)):
-            with (
-                patch("mtpkern.decoder.wants_one_product", lambda captured, one=one: one),
-                patch("mtpkern.decoder.few_rows", lambda *_, few=few: few),
-            ):
-                stands[name] = _stand(model, R, rows[0], first, compile=True)
-            first = first or stands[name]
-        assert stands["one"].decoder.products.found  # type: ignore[union-attr]
-        with attention_context(model, step.Body()):
-            actions = {name: stand.step for name, stand in stands.items()}
-            found = timed(actions, model.device, rounds=20, reset=partial(step.reset, list(stands.values())))
-        spent[str(R)] = {name: [round(x, 1) for x in (s.median, s.low, s.high)] for name, s in found.items()}
-    nodes: Facts = {}
-    for name, stand in stands.items():
-        step.reset([stand])
-        with attention_context(model, step.Body()):
-            nodes[name] = launches(stand.step, model.device)
-    return {**_floor(model), "us_by_rows": spent, "nodes": nodes}
-
-
 def _profiled(model: Any, action: Action) -> Facts:
     with attention_context(model, step.Body()):
         return {"nodes": launches(action, model.device), "kernels": kernels_by_name(action, model.device)[:15]}
@@ -295,8 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the steps; 0, 1 where one failed, 3 where a kernel is wrong."""
     parser = argparse.ArgumentParser(prog="python -m mtpkern.bench.preflight", description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    which = "which (default: all but products)"
-    parser.add_argument("--steps", nargs="+", choices=STEPS + ASKED, default=STEPS, help=which)
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="which (default: all)")
     parser.add_argument("--results", type=Path, help="a file for the lines of JSON")
     args = parser.parse_args(argv)
     device = device_of(args.device)
@@ -321,12 +287,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.filterwarnings("error", "torch.compile could not compile", RuntimeWarning)
             yield
 
-    within = compiling()
     makes: list[Callable[[], Facts]] = [partial(make, device) for make in (machine, compiled, kernels, checkpoint)]
-    makes += [partial(profiled, rows, compile=False), within(partial(profiled, fewer, compile=True))]
-    makes += [within(lambda: products_table(model(), fewer))]
+    makes += [partial(profiled, rows, compile=False), compiling()(partial(profiled, fewer, compile=True))]
     status = 0
-    for name, make in zip(STEPS + ASKED, makes, strict=True):
+    for name, make in zip(STEPS, makes, strict=True):
         if name not in args.steps or status == WRONG:
             continue
         start = time.perf_counter()
@@ -337,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Exception as error:  # what fails here may still be measured elsewhere
             status, facts = 1, {"failed": reason(error)}
         seconds = round(time.perf_counter() - start, 1)
-        line = json.dumps({"step": name, "seconds": seconds, **facts}, default=as_json)
+        line = json.dumps({"step": name, "seconds": seconds, **facts})
         print(line, flush=True)
         if args.results:
             with args.results.open("a", encoding="utf-8") as out:

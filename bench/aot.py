@@ -266,7 +266,7 @@ def main() -> int:
                 print(fault_line(one, fault), flush=True)
     different = distinct(compiled)
     if arguments.write:
-        facts = environment(torch.device("cpu")) | {"triton": version("triton")}
+        facts = environment(torch.device("cpu"))
         # What differs from run to run stays out.
         data = {"kernels": [{x: y for x, y in asdict(one).items() if x != "seconds"} for one in different]}
         print("wrote", write("aot", "Ahead-of-time compilation", facts, tables(different, arguments.targets), data))

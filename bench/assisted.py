@@ -7,7 +7,6 @@ small model draft; the shipped one is the smallest of its vocabulary, so its own
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,9 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mtpkern import ASSETS
-from mtpkern.bench.report import Table, run
+from mtpkern.bench.report import Table, program
 from mtpkern.compare import Completion, encode, hugging_face, ours, read_problems, rotated, synchronize
-from mtpkern.output import exit_status
 from mtpkern.strategies import Static, Verified
 
 LOOKUP, LAYERS = 10, 2
@@ -65,4 +63,4 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(partial(run, "assisted", "Beside assisted generation", measure)))
+    program("assisted", "Beside assisted generation", measure)

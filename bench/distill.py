@@ -10,7 +10,6 @@ Bound    V H bytes of a trained head's gradient + 4 R H + 0.5 GiB; from row to r
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,10 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtpkern.bench.harness import Spread
-from mtpkern.bench.report import Goal, Table, run
-from mtpkern.bench.timing import Action, free, peak, peak_of, race, reason
+from mtpkern.bench.report import Goal, Table, program
+from mtpkern.bench.timing import Action, LeftOut, attempted, free, peak, peak_of, race
 from mtpkern.kernels.distill import Head, distill_loss, head_readout
-from mtpkern.output import exit_status
 
 OURS = "mtpkern"
 FLOAT32, BF16, LIGER = "all logits, float32", "all logits, bf16", "Liger"
@@ -113,23 +111,22 @@ def all_logits(x: Inputs, dtype: torch.dtype) -> Tensor:
 
 def comparators(case: Case, device: torch.device) -> tuple[dict[str, Loss], list[str]]:
     """The others, and a line "name: why" for each that is not here."""
-    found: dict[str, Loss] = {FLOAT32: lambda x: all_logits(x, torch.float32)}
-    skipped = []
-    if device.type == "cuda":
-        found[BF16] = lambda x: all_logits(x, torch.bfloat16)
-    else:
-        skipped.append(f"{BF16}: a rehearsal on a CPU is in float32")
-    try:
+
+    def bf16() -> Loss:
+        if device.type != "cuda":
+            raise LeftOut("a rehearsal on a CPU is in float32")
+        return partial(all_logits, dtype=torch.bfloat16)
+
+    def liger() -> Loss:
+        # It may be installed, but not for this version of torch or triton.
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
         if case.soft:
-            skipped.append(f"{LIGER}: its cross-entropy takes hard targets only")
-        else:
-            found[LIGER] = lambda x: loss(x.weight, x.hidden, x.target)
-    except Exception as error:  # also where it is installed, but not for this version of torch or triton
-        skipped.append(f"{LIGER}: {reason(error)}")
-    return found, skipped
+            raise LeftOut("its cross-entropy takes hard targets only")
+        return lambda x: loss(x.weight, x.hidden, x.target)
+
+    return attempted({FLOAT32: lambda: partial(all_logits, dtype=torch.float32), BF16: bf16, LIGER: liger}, ())
 
 
 def step(loss: Loss, inputs: Inputs, i: int = 0) -> tuple[Tensor, ...]:
@@ -142,6 +139,8 @@ def peak_memory(action: Action, device: torch.device) -> float:
     """Bytes that a call takes at its height, its result included, above what is allocated already; NaN on a CPU."""
     if device.type != "cuda":
         return float("nan")
+    # What failed before may still hold memory.
+    free(device)
     # Compilation and the workspaces of the vendor's library come with the first call and stay.
     action(0)
     free(device)
@@ -164,18 +163,12 @@ def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: i
     torch.manual_seed(0)
     inputs = Inputs.draw(case, dtype, device)
     others, skipped = comparators(case, device)
-    memory: dict[str, float] = {}
-    for name, loss in {OURS: ours, **others}.items():
-        try:
-            memory[name] = peak_memory(partial(step, loss, inputs), device)
-        except torch.OutOfMemoryError as error:
-            if name == OURS:
-                raise
-            skipped.append(f"{name}: {reason(error)}")
-        free(device)
-    theirs: dict[str, Action] = {x: partial(step, loss, inputs) for x, loss in others.items() if x in memory}
-    times, lost = race({OURS: partial(step, ours, inputs)}, theirs, device, rounds=rounds, graph=False)
-    skipped += lost
+    steps: dict[str, Action] = {name: partial(step, loss, inputs) for name, loss in {OURS: ours, **others}.items()}
+    # What does not fit is left out.
+    memory, large = attempted({x: partial(peak_memory, action, device) for x, action in steps.items()}, [OURS])
+    theirs = {name: steps[name] for name in memory if name != OURS}
+    times, lost = race({OURS: steps[OURS]}, theirs, device, rounds=rounds, graph=False)
+    skipped += large + lost
 
     floor = peak(device).floor(flops=case.flops)
     bound = case.bound(dtype.itemsize)
@@ -253,4 +246,4 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(partial(run, "distill", "Head and loss", measure)))
+    program("distill", "Head and loss", measure)

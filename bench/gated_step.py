@@ -11,10 +11,9 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import Any
 
 import torch
 
@@ -22,10 +21,10 @@ from mtpkern.adapter import gate_of
 from mtpkern.attention import attention_context
 from mtpkern.bench.harness import Spread
 from mtpkern.bench.models import random_model
-from mtpkern.bench.report import Goal, Table, positive, run
+from mtpkern.bench.report import Goal, Table, program
+from mtpkern.cli import positive
 from mtpkern.compare import rotated
 from mtpkern.kernels.distill import distill_loss, head_readout
-from mtpkern.output import exit_status
 from mtpkern.train.gated import BehindPrefixContext, gated_loss
 from mtpkern.train.layout import Layout, build_layout
 from mtpkern.train.lora import add_gated_lora
@@ -170,15 +169,12 @@ def take_steps(
     yield table
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    options: dict[str, dict[str, Any]] = {
-        "--rounds": {"type": positive, "default": 3},
-        "--tiny": {"action": "store_true", "help": "a tiny shape, to rehearse on: its figures say nothing"},
-    }
-    how: dict[str, Any] = {"on_cpu": lambda args: not args.tiny, "device": "cpu"}
-    run("gated_step", "Gated training step", take_steps, argv, options, **how)
+OPTIONS = {
+    "--rounds": {"type": positive, "default": 3},
+    "--tiny": {"action": "store_true", "help": "a tiny shape, to rehearse on: its figures say nothing"},
+}
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    how = {"options": OPTIONS, "on_cpu": lambda args: not args.tiny, "device": "cpu"}
+    program("gated_step", "Gated training step", take_steps, **how)

@@ -10,14 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from mtpkern.compare import rotated, synchronize
-from mtpkern.origin import commit
+from mtpkern.origin import origin
 
 # What others bring that a benchmark measures beside ours, where it is installed; FlexAttention comes with torch,
 # assisted generation with transformers.
@@ -63,21 +63,15 @@ def interleaved(
 
 def environment(device: torch.device) -> dict[str, str]:
     """Hardware, versions, commit and command, for the record; the commit is marked where the tree differs from it."""
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
-    module = Path(sys.argv[0]).stem
+    command = shlex.join(["python", "-m", f"mtpkern.bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
     return {
-        "hardware": hardware,
+        **origin(device, command),
+        **(_gpu(device) if device.type == "cuda" else {"hardware": _cpu()}),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
-        "threads": str(torch.get_num_threads()),
         "load_before": " ".join(f"{x:.1f}" for x in os.getloadavg()),
-        "python": platform.python_version(),
-        **_gpu(device),
-        **{name: _version(name) for name in ("torch", "triton", "transformers", "mtpkern", *COMPARATORS)},
-        "commit": commit(),
-        "command": shlex.join(["python", "-m", f"mtpkern.bench.{module}", *sys.argv[1:]]),
+        **{name: _version(name) for name in ("triton", *COMPARATORS)},
         # All of them draw from it.
         "seed": "0",
-        "date": time.strftime("%Y-%m-%d"),
     }
 
 
@@ -94,13 +88,11 @@ def _version(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
-        return "not installed"  # mtpkern in a clone that a path leads to; triton where there is none
+        return "not installed"
 
 
 def _gpu(device: torch.device) -> dict[str, str]:
-    """Driver, toolkit and the limits that speed depends on; nothing for a CPU."""
-    if device.type != "cuda":
-        return {}
+    """Driver, toolkit and the limits that speed depends on."""
     facts = torch.cuda.get_device_properties(device)
     query = "--query-gpu=driver_version,clocks.max.sm,power.limit"
     told = _said("nvidia-smi", query, "--format=csv,noheader", f"--id={device.index or 0}")
@@ -118,10 +110,3 @@ def _cpu() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def as_json(value: object) -> object:
-    """`json.dumps`'s default for the dataclasses here."""
-    if isinstance(value, Spread):
-        return asdict(value)
-    raise TypeError(f"cannot write {type(value).__name__} as JSON")

@@ -6,9 +6,7 @@ that weights come from memory and a launch may start early behind the one ahead,
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,10 +14,9 @@ from torch.nn.functional import linear
 
 from mtpkern.bench.harness import Spread
 from mtpkern.bench.models import Products, products
-from mtpkern.bench.report import Goal, Table, cells, run
+from mtpkern.bench.report import Goal, Table, cells, program
 from mtpkern.bench.timing import Action, drawn, free, peak, race
 from mtpkern.kernels.linear import few_rows_linear, new_counters
-from mtpkern.output import exit_status
 
 MODELS = ("Qwen3-4B", "Llama-3.1-8B", "SmolLM2-135M")
 GRID = (1, 8, 16, 24, 32)
@@ -110,4 +107,4 @@ def times(layers: Layers, R: int, names: Sequence[str]) -> tuple[dict[str, Sprea
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(partial(run, "linear", "Linear layers with few rows", measure)))
+    program("linear", "Linear layers with few rows", measure)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from mtpkern.bench.harness import Spread, as_json, environment
+from mtpkern.bench.harness import Spread, environment
 from mtpkern.loading import device_of
+from mtpkern.output import exit_status
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -122,7 +125,7 @@ def write(
     write("decode", "Decoding", environment(device), [table], {"accuracy": {...}})
     """
     facts = "\n".join(f"- {key}: {value}" for key, value in environment.items())
-    record = json.dumps({"environment": environment, **data}, indent=1, default=as_json)
+    record = json.dumps({"environment": environment, **data}, indent=1, default=asdict)
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / f"{name}.md"
     _replace(page, f"# {title}\n\n{facts}\n\n" + "\n".join(t.markdown() for t in tables))
@@ -189,8 +192,6 @@ def run(
             print(tables[-1].foot(), flush=True)
 
 
-def positive(text: str) -> int:
-    """The type of an option that counts: `positive("64")` is 64."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
+def program(name: str, title: str, measure: Callable[..., Iterable[Table]], **how: Any) -> NoReturn:
+    """`run`, and the end of the process, as `python -m` asks for: `program("readout", "Readout", measure)`."""
+    sys.exit(exit_status(partial(run, name, title, measure, **how)))

@@ -15,7 +15,6 @@ Floor    the longer of FLOPs, 4 Hq D a visible pair forward and 2.5 times that b
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,12 +26,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from mtpkern.bench.report import Goal, Table, run
-from mtpkern.bench.timing import Action, copies, difference, free, peak, race, reason, timed
+from mtpkern.bench.report import Goal, Table, program
+from mtpkern.bench.timing import Action, LeftOut, attempted, copies, difference, free, peak, race, timed
 from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.span_attention import span_attention, span_attention_reference
 from mtpkern.kernels.span_mask import Rule, span_mask
-from mtpkern.output import exit_status
 from mtpkern.train.layout import Layout, build_layout, draw_prefixes, tokens_apart
 
 OURS = "mtpkern"
@@ -240,9 +238,7 @@ def disagreement(found: list[Tensor], right: list[Tensor]) -> str:
     return difference(found, right, 3e-2, ("out", "dq", "dk", "dv"))
 
 
-def ways(
-    shape: Shape, layout: Layout, inputs: list[Inputs], *, compiled: bool = True
-) -> tuple[dict[str, Way], list[str]]:
+def ways(layout: Layout, inputs: list[Inputs], *, compiled: bool = True) -> tuple[dict[str, Way], list[str]]:
     """All ways that run here and are right, and a line "name: why" for each other one. Ours must be right.
 
     Without `compiled` those that torch.compile takes long for are left out, and a line says so.
@@ -257,25 +253,17 @@ def ways(
         SDPA: lambda: Way(with_sdpa(layout, inputs[0].leaves[0].dtype), inputs),
     }
     right = truth(layout, inputs[0])
-    found: dict[str, Way] = {}
-    skipped = []
-    for name, make in makers.items():
-        wrong = "" if compiled or name not in (FLEX, INTERLEAVED) else "cut before it was compiled"
-        try:
-            if not wrong:
-                way = make()
-                wrong = disagreement(way.sample(), right)
-        except Exception as error:  # a foreign library that fails to compile or to fit must not take our figures along
-            if name == OURS:
-                raise
-            wrong = reason(error)
-        if wrong and name == OURS:
-            raise RuntimeError(f"span_attention differs from float32 arithmetic at {shape.text()}: {wrong}")
+
+    def sound(name: str) -> Way:
+        if not compiled and name in (FLEX, INTERLEAVED):
+            raise LeftOut("cut before it was compiled")
+        way = makers[name]()
+        wrong = disagreement(way.sample(), right)
         if wrong:
-            skipped.append(f"{name}: {wrong}")
-        else:
-            found[name] = way
-    return found, skipped
+            raise LeftOut(f"{wrong}, against float32 arithmetic")
+        return way
+
+    return attempted({name: partial(sound, name) for name in makers}, [OURS])
 
 
 def measure_shape(shape: Shape, device: torch.device, rounds: int, *, compiled: bool = True) -> Table:
@@ -288,7 +276,7 @@ def measure_shape(shape: Shape, device: torch.device, rounds: int, *, compiled: 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     size = torch.finfo(dtype).bits // 8 * shape.batch * rows * shape.dim * 2 * (shape.heads + shape.kv_heads)
     inputs = [Inputs.draw(shape, rows, dtype, device) for _ in range(copies(size, device))]
-    found, skipped = ways(shape, layout, inputs, compiled=compiled)
+    found, skipped = ways(layout, inputs, compiled=compiled)
 
     passes = {}
     for name, call in (("forward", Way.forward), ("forward + backward", Way.both)):
@@ -348,4 +336,4 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(partial(run, "span_attention", "Span attention", measure)))
+    program("span_attention", "Span attention", measure)

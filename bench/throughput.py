@@ -35,9 +35,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from mtpkern import ASSETS
 from mtpkern.attention import attention_context
 from mtpkern.bench.models import MASK, SHAPES, build
-from mtpkern.bench.report import Table, positive, run
+from mtpkern.bench.report import Table, run
 from mtpkern.bench.step import fill, move_up
 from mtpkern.bench.timing import free
+from mtpkern.cli import positive
 from mtpkern.compare import synchronize
 from mtpkern.decoder import Decoder
 from mtpkern.kernels.readout import readout

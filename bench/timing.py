@@ -13,10 +13,11 @@ import gc
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import count
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from mtpkern.bench.harness import Spread
 from mtpkern.compare import rotated, synchronize
 from mtpkern.graph import capturing, on_side_stream
 
+T = TypeVar("T")
 # Called with 0, 1, 2, ..., and takes that call's copy of its inputs: inputs[i % len(inputs)].
 Action = Callable[[int], object]
 
@@ -132,25 +134,41 @@ def race(
 
         times, skipped = race({"ours": lambda i: a @ b}, {"einsum": lambda i: torch.einsum("ij,jk", a, b)}, a.device)
     """
-    right: list[Tensor] | None = None
-    runs: dict[str, _Run] = {}
-    skipped: list[str] = []
-    for name, action in {**ours, **theirs}.items():
+    right: list[Tensor] = []
+
+    def prepared(action: Action) -> _Run:
+        output = _outputs(action(0))
+        if not right:
+            right.extend(output)
+        wrong = "" if tolerance is None else difference(output, right, tolerance)
+        if wrong:
+            raise LeftOut(wrong)
+        del output
+        return _prepared(action, calls, device, graph)
+
+    runs, skipped = attempted({name: partial(prepared, action) for name, action in {**ours, **theirs}.items()}, ours)
+    return _in_turns(runs, device, rounds, None, flush=not graph), skipped
+
+
+class LeftOut(Exception):
+    """Why something is not measured, in words."""
+
+
+def attempted(makes: Mapping[str, Callable[[], T]], ours: Collection[str]) -> tuple[dict[str, T], list[str]]:
+    """What each of them returns, and a line "name: why" for each that fails; RuntimeError where that is one of ours.
+
+    attempted({"ours": lambda: 1, "theirs": lambda: 1 / 0}, ["ours"])[0]  # {"ours": 1}
+    """
+    found: dict[str, T] = {}
+    skipped = []
+    for name, make in makes.items():
         try:
-            output = _outputs(action(0))
-            right = output if right is None else right
-            wrong = "" if tolerance is None else difference(output, right, tolerance)
-            del output
-            if not wrong:
-                runs[name] = _prepared(action, calls, device, graph)
+            found[name] = make()
         except Exception as error:  # whatever a foreign library raises, it must not take our figures along
             if name in ours:
-                raise
-            wrong = reason(error)
-        if wrong and name in ours:
-            raise RuntimeError(f"{name} differs from {next(iter(ours))}: {wrong}")
-        skipped += [f"{name}: {wrong}"] if wrong else []
-    return _in_turns(runs, device, rounds, None, flush=not graph), skipped
+                raise RuntimeError(f"{name}: {reason(error)}") from error
+            skipped.append(f"{name}: {reason(error)}")
+    return found, skipped
 
 
 # What is timed, and how many calls it holds.
@@ -274,6 +292,8 @@ def peak_of(action: Action, device: torch.device) -> float:
 def reason(error: BaseException) -> str:
     """An exception in one line: `reason(ValueError("no"))` is "ValueError: no"."""
     lines = str(error).strip().splitlines()
+    if isinstance(error, LeftOut):
+        return str(error)
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 

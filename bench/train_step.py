@@ -8,7 +8,6 @@ does. The last table has our step with torch_compile beside itself. A step's los
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -25,11 +24,10 @@ from transformers import PreTrainedModel
 from mtpkern.attention import attention_context
 from mtpkern.bench.harness import Spread
 from mtpkern.bench.models import random_model
-from mtpkern.bench.report import Goal, Table, run
+from mtpkern.bench.report import Goal, Table, program
 from mtpkern.bench.span_attention import additive_mask, paper_layout, sdpa
 from mtpkern.bench.timing import Action, free, peak_of, race
 from mtpkern.kernels.scoring import Scoring
-from mtpkern.output import exit_status
 from mtpkern.train.compilation import CompiledLayers
 from mtpkern.train.layout import Layout
 from mtpkern.train.objective import Objective, SpanContext, backbone, gather_rows, head_of, mtp_loss
@@ -231,4 +229,4 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(partial(run, "train_step", "Training step", measure)))
+    program("train_step", "Training step", measure)

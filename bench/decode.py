@@ -47,6 +47,8 @@ VERIFIED = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 ACCURACY_KEPT = 0.97
 BATCH = 32
 STATIC = "Static(1)"
+# What one way got out of some problems, as JSON has it.
+Figures = dict[str, Any]
 HEADER = ("way", "right", "tokens a pass", "effective k", "identical", "blocks")
 
 
@@ -87,10 +89,10 @@ class Bench:
         figures: dict[str, Figures] = {}
         with progress(label, len(ways) + 1) as done:
             greedy = self.completions(held, None)
-            figures[HF_GENERATE] = Figures(self.tokenizer, held, greedy, greedy)
+            figures[HF_GENERATE] = figures_of(self.tokenizer, held, greedy, greedy)
             for i, (name, strategy) in enumerate(ways.items()):
                 done(i + 1)
-                figures[name] = Figures(self.tokenizer, held, self.completions(held, strategy), greedy)
+                figures[name] = figures_of(self.tokenizer, held, self.completions(held, strategy), greedy)
             done(len(ways) + 1)
         return figures
 
@@ -98,14 +100,13 @@ class Bench:
         """The thresholds with most tokens per pass on validation problems; ConfAdapt's must keep the accuracy."""
         ways = self.sweep()
         figures = self.count(f"thresholds, {len(validation)} validation problems", validation, ways)
-        floor = ACCURACY_KEPT * figures[STATIC].tally.accuracy
+        floor = ACCURACY_KEPT * figures[STATIC]["accuracy"]
 
         def best(kind: type[ConfAdapt] | type[Verified]) -> Strategy:
-            good = {name: figures[name].tally for name, way in ways.items() if isinstance(way, kind)}
-            good = {name: tally for name, tally in good.items() if tally.accuracy >= floor}
+            good = [name for name, way in ways.items() if isinstance(way, kind) and figures[name]["accuracy"] >= floor]
             # Where no threshold keeps the accuracy, the most careful one stands.
             careful = self.strategy(kind, max(CONFADAPT))
-            return ways[max(good, key=lambda name: good[name].tokens_per_pass)] if good else careful
+            return ways[max(good, key=lambda name: figures[name]["tokens_per_pass"])] if good else careful
 
         return best(ConfAdapt), best(Verified)
 
@@ -131,43 +132,36 @@ class Bench:
         }
 
 
-class Figures:
+def figures_of(
+    tokenizer: PreTrainedTokenizerBase,
+    held: Sequence[Problem],
+    completions: list[Completion],
+    greedy: Sequence[Completion],
+) -> Figures:
     """What one way got out of some problems."""
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        held: Sequence[Problem],
-        completions: list[Completion],
-        greedy: Sequence[Completion],
-    ) -> None:
-        self.tally = Tally()
-        self.tally.add(completions, count_right(tokenizer, held, completions), 0.0)
-        self.identical = sum(c.tokens == g.tokens for c, g in zip(completions, greedy, strict=True))
-        self.blocks = Counter(size for c in completions for size in c.blocks)
-
-    def record(self) -> dict[str, object]:
-        """The figures for JSON."""
-        names = ("problems", "accuracy", "standard_error", "tokens_per_pass", "tokens", "passes")
-        mean, deviation = self.tally.effective_k
-        return {name: getattr(self.tally, name) for name in names} | {
-            "effective_k": mean,
-            "effective_k_deviation": deviation,
-            "identical_to_hf_greedy": self.identical,
-            "blocks_by_size": {str(size): n for size, n in sorted(self.blocks.items())},
-        }
+    tally = Tally()
+    tally.add(completions, count_right(tokenizer, held, completions), 0.0)
+    names = ("problems", "accuracy", "standard_error", "tokens_per_pass", "tokens", "passes")
+    mean, deviation = tally.effective_k
+    blocks = Counter(size for c in completions for size in c.blocks)
+    return {name: getattr(tally, name) for name in names} | {
+        "effective_k": mean,
+        "effective_k_deviation": deviation,
+        "identical_to_hf_greedy": sum(c.tokens == g.tokens for c, g in zip(completions, greedy, strict=True)),
+        "blocks_by_size": {str(size): n for size, n in sorted(blocks.items())},
+    }
 
 
 def accuracy_table(figures: Mapping[str, Figures]) -> Table:
     """One row a way: accuracy, tokens per pass, identity, block sizes."""
     rows = []
     for name, f in figures.items():
-        tally, (mean, deviation) = f.tally, f.tally.effective_k
-        share = ", ".join(f"{s}: {n / f.blocks.total():.0%}" for s, n in sorted(f.blocks.items()))
-        right = f"{tally.accuracy:.2%} ± {tally.standard_error:.2%}"
-        k, same = f"{mean:.2f} ± {deviation:.2f}", f"{f.identical} of {tally.problems}"
-        rows.append((name, right, f"{tally.tokens_per_pass:.3f}", k, same, share))
-    n = next(iter(figures.values())).tally.problems
+        share = ", ".join(f"{size}: {n / f['passes']:.0%}" for size, n in f["blocks_by_size"].items())
+        right = f"{f['accuracy']:.2%} ± {f['standard_error']:.2%}"
+        k = f"{f['effective_k']:.2f} ± {f['effective_k_deviation']:.2f}"
+        same = f"{f['identical_to_hf_greedy']} of {f['problems']}"
+        rows.append((name, right, f"{f['tokens_per_pass']:.3f}", k, same, share))
+    n = figures[HF_GENERATE]["problems"]
     note = (
         f"{n} held-out problems. Tokens per pass = tokens emitted / passes, the prefill counted; effective k (Eff. k "
         "in the paper) = mean over problems of each one's mean k, its last pass left out, ± standard deviation over "
@@ -217,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "accuracy" in parts:
         figures = bench.count(f"accuracy, {len(held)} held-out problems", held, bench.sweep())
         tables.append(accuracy_table(figures))
-        data["accuracy"] = {name: f.record() for name, f in figures.items()}
+        data["accuracy"] = figures
     if "speed" in parts:
         ways: dict[str, Strategy | None] = {HF_GENERATE: None, STATIC: Static(1)}
         ways |= {label(s): s for s in (bench.strategy(ConfAdapt), confadapt, verified)}

@@ -24,7 +24,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
@@ -277,18 +277,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         facts, action = rows_table(model(), rows, compile=compile)
         return {**facts, **_profiled(model(), action)}
 
-    @contextmanager
-    def compiling() -> Iterator[None]:
+    def layers() -> Facts:
         free(device)
         # To rehearse, tracing is enough; a CPU's code would need a C++ compiler.
         backend = patch("mtpkern.layers.BACKEND", "eager") if device.type == "cpu" else nullcontext()
         with backend, warnings.catch_warnings():
             # Layers that run uncompiled would be measured as compiled.
             warnings.filterwarnings("error", "torch.compile could not compile", RuntimeWarning)
-            yield
+            return profiled(fewer, compile=True)
 
     makes: list[Callable[[], Facts]] = [partial(make, device) for make in (machine, compiled, kernels, checkpoint)]
-    makes += [partial(profiled, rows, compile=False), compiling()(partial(profiled, fewer, compile=True))]
+    makes += [partial(profiled, rows, compile=False), layers]
     status = 0
     for name, make in zip(STEPS, makes, strict=True):
         if name not in args.steps or status == WRONG:

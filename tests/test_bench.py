@@ -50,12 +50,8 @@ def test_tokens_per_pass_in_two_ways():
 
 
 def figures(accuracy, tokens_per_pass):
-    """As `Bench.count` returns them, from the two numbers that the choice looks at."""
-
-    class Stub:
-        tally = Tally(problems=100, right=accuracy, tokens=round(tokens_per_pass * 100), passes=100)
-
-    return Stub()
+    """As `Bench.count` returns them, the two numbers that the choice looks at."""
+    return {"accuracy": accuracy / 100, "tokens_per_pass": tokens_per_pass}
 
 
 def test_choice_keeps_the_accuracy(checkpoint, monkeypatch):
@@ -85,11 +81,11 @@ def test_identity_is_counted_by_tokens(checkpoint):
     held = problems("test", 3)
     greedy = [Completion([1, 2, 3], [1, 1, 1])] * 3
     mixed = [Completion([1, 2, 3], [3]), Completion([1, 2], [2]), Completion([1, 2, 4], [2, 1])]
-    result = decode.Figures(bench.tokenizer, held, mixed, greedy)
-    assert result.identical == 1
-    assert result.blocks == {3: 1, 2: 2, 1: 1}
-    assert result.record()["tokens_per_pass"] == 2
-    assert result.record()["effective_k"] == pytest.approx((3 + 2 + 2) / 3)
+    result = decode.figures_of(bench.tokenizer, held, mixed, greedy)
+    assert result["identical_to_hf_greedy"] == 1
+    assert result["blocks_by_size"] == {"3": 1, "2": 2, "1": 1}
+    assert result["tokens_per_pass"] == 2
+    assert result["effective_k"] == pytest.approx((3 + 2 + 2) / 3)
 
 
 def test_the_whole_benchmark(checkpoint, tmp_path, capsys, monkeypatch):

@@ -40,8 +40,7 @@ import torch
 
 from mtpkern.bench.aot_budgets import TARGETS, Compiled, over_budget
 from mtpkern.bench.aot_cases import CASES
-from mtpkern.bench.harness import environment
-from mtpkern.bench.report import RESULTS, Table, write
+from mtpkern.bench.report import RESULTS, Table, environment, write
 from mtpkern.kernels import decode_attention, form, span_attention
 from mtpkern.output import exit_status
 

@@ -18,11 +18,10 @@ import torch
 from transformers import PreTrainedModel
 
 from mtpkern.attention import attention_context
-from mtpkern.bench.harness import Spread, interleaved
 from mtpkern.bench.models import build
 from mtpkern.bench.report import Goal, Table, cells, program
 from mtpkern.bench.step import Body, Point, Stand, floor, reset
-from mtpkern.bench.timing import attempted, free, peak, timed
+from mtpkern.bench.timing import Spread, attempted, free, interleaved, peak, timed
 from mtpkern.generation import generate
 from mtpkern.strategies import Static
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mtpkern.bench.harness import Spread, environment
 from mtpkern.bench.problems import problems
-from mtpkern.bench.report import RESULTS, Table, write
+from mtpkern.bench.report import RESULTS, Table, environment, write
+from mtpkern.bench.timing import Spread
 from mtpkern.compare import (
     HF_GENERATE,
     Completion,

@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from mtpkern.bench.harness import Spread
 from mtpkern.bench.report import Goal, Table, cells, program
-from mtpkern.bench.timing import Action, copies, drawn, free, peak, race, timed
+from mtpkern.bench.timing import Action, Spread, copies, drawn, free, peak, race, timed
 from mtpkern.kernels.decode_attention import decode_attention, decode_attention_triton
 from mtpkern.kernels.packed_rows import PackedRows
 from mtpkern.kernels.scoring import Scoring

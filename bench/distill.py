@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from math import isnan
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtpkern.bench.harness import Spread
 from mtpkern.bench.report import Goal, Table, program
-from mtpkern.bench.timing import Action, LeftOut, attempted, free, peak, peak_of, race
+from mtpkern.bench.timing import Action, LeftOut, Spread, attempted, free, peak, peak_of, race
 from mtpkern.kernels.distill import Head, distill_loss, head_readout
 
 OURS = "mtpkern"
@@ -150,12 +150,18 @@ def peak_memory(action: Action, device: torch.device) -> float:
 HEADER = ("way", "time", "of floor", "ours is faster by", "memory")
 
 
-def _rows(times: Mapping[str, Spread], floor: float, memory: Mapping[str, float]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
+def raced(
+    table: Table, ways: Mapping[str, Action], device: torch.device, rounds: int, floor: float, **options: Any
+) -> tuple[Table, dict[str, Spread], dict[str, float]]:
+    """The table with a row each way that fits, and their times and memory; options are those of `race`."""
+    memory, large = attempted({name: partial(peak_memory, way, device) for name, way in ways.items()}, [OURS])
+    theirs = {name: ways[name] for name in memory if name != OURS}
+    times, lost = race({OURS: ways[OURS]}, theirs, device, rounds=rounds, graph=False, **options)
     for name, spread in times.items():
         shares = f"{100 * floor / spread.median:.0f} %", f"{spread.median / times[OURS].median:.2f}"
-        rows.append((name, spread.text(0), *shares, f"{memory[name] / MIB:,.0f}"))
-    return rows
+        row = name, spread.text(0), *shares, f"{memory[name] / MIB:,.0f}"
+        table = table.plus(row, {"way": name, "time": spread, "memory": memory[name]})
+    return replace(table, skipped=[*table.skipped, *large, *lost]), times, memory
 
 
 def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: int) -> Table:
@@ -163,19 +169,18 @@ def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: i
     torch.manual_seed(0)
     inputs = Inputs.draw(case, dtype, device)
     others, skipped = comparators(case, device)
-    steps: dict[str, Action] = {name: partial(step, loss, inputs) for name, loss in {OURS: ours, **others}.items()}
-    # What does not fit is left out.
-    memory, large = attempted({x: partial(peak_memory, action, device) for x, action in steps.items()}, [OURS])
-    theirs = {name: steps[name] for name in memory if name != OURS}
-    times, lost = race({OURS: steps[OURS]}, theirs, device, rounds=rounds, graph=False)
-    skipped += large + lost
-
     floor = peak(device).floor(flops=case.flops)
     bound = case.bound(dtype.itemsize)
-    best = times[OURS].median
-    of_all = {"case": case.text(), "width": case.width, "bound": bound}
-    records = [{"way": name, "time": spread, "memory": memory[name], **of_all} for name, spread in times.items()]
     title = f"{case.text()}, H = {case.width:,}"
+    note = (
+        f"R = {case.rows:,}, V = {case.vocabulary:,}, weights in {dtype}, products in bf16 on a GPU; forward and "
+        "backward, microseconds, median (range); "
+        f"floor {floor:.0f} of {peak(device).source}; memory above the inputs in MiB, bound {bound / MIB:,.0f}."
+    )
+    table = Table(f"Head and loss: {title}", note, HEADER, skipped=skipped)
+    ways: dict[str, Action] = {name: partial(step, loss, inputs) for name, loss in {OURS: ours, **others}.items()}
+    table, times, memory = raced(table, ways, device, rounds, floor)
+    best = times[OURS].median
     goals = []
     if not isnan(memory[OURS]):
         goals.append(Goal(f"peak memory, {title}", bound / MIB, memory[OURS] / MIB, "MiB", at_most=True))
@@ -186,12 +191,8 @@ def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: i
         goals.append(Goal(f"time against the faster of all logits, {title}", 1.1, best / plain, "x", at_most=True))
     if LIGER in times:
         goals.append(Goal(f"against Liger, {title}", 2.0, times[LIGER].median / best, "x"))
-    note = (
-        f"R = {case.rows:,}, V = {case.vocabulary:,}, weights in {dtype}, products in bf16 on a GPU; forward and "
-        "backward, microseconds, median (range); "
-        f"floor {floor:.0f} of {peak(device).source}; memory above the inputs in MiB, bound {bound / MIB:,.0f}."
-    )
-    return Table(f"Head and loss: {title}", note, HEADER, _rows(times, floor, memory), records, goals, skipped)
+    of_all = {"case": case.text(), "width": case.width, "bound": bound}
+    return replace(table, records=[{**record, **of_all} for record in table.records], goals=goals)
 
 
 def measure_readout(case: Case, device: torch.device, dtype: torch.dtype, rounds: int) -> Table:
@@ -214,18 +215,15 @@ def measure_readout(case: Case, device: torch.device, dtype: torch.dtype, rounds
     if not torch.allclose(picked, some.amax(-1), rtol=1e-2, atol=1e-2):
         raise RuntimeError("head_readout did not pick the greatest logits")
     del some, picked
-    mine: dict[str, Action] = {OURS: lambda i: head_readout(hidden, head)}
-    theirs: dict[str, Action] = {"all logits, argmax": argmax, "all logits, float32 softmax and argmax": softmax}
-    memory = {name: peak_memory(action, device) for name, action in (mine | theirs).items()}
-    times, skipped = race(mine, theirs, device, rounds=rounds, graph=False, tolerance=None)
+    ways: dict[str, Action] = {OURS: lambda i: head_readout(hidden, head), "all logits, argmax": argmax}
+    ways["all logits, float32 softmax and argmax"] = softmax
     floor = peak(device).floor(flops=2.0 * case.rows * case.vocabulary * case.width)
-    records = [{"way": name, "time": spread, "memory": memory[name]} for name, spread in times.items()]
     note = (
         f"R = {case.rows:,}, V = {case.vocabulary:,}, {dtype}; microseconds, median (range); floor {floor:.0f}; memory "
         "above the inputs in MiB. Only the second alternative gives the confidence too, as ours does."
     )
-    rows = _rows(times, floor, memory)
-    return Table(f"Readout of the teacher, H = {case.width:,}", note, HEADER, rows, records, skipped=skipped)
+    table = Table(f"Readout of the teacher, H = {case.width:,}", note, HEADER)
+    return raced(table, ways, device, rounds, floor, tolerance=None)[0]
 
 
 def measure(device: torch.device, quick: bool) -> Iterator[Table]:

@@ -11,10 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mtpkern.bench.harness import Spread
 from mtpkern.bench.models import products
 from mtpkern.bench.report import Goal, Table, cells, program
-from mtpkern.bench.timing import copies, drawn, free, peak, race
+from mtpkern.bench.timing import Spread, copies, drawn, free, peak, race
 from mtpkern.kernels.gated_lora import gated_lora, gated_update
 
 BASE, OURS, TORCH = "base", "ours", "torch operations"

@@ -19,9 +19,9 @@ import torch
 
 from mtpkern.adapter import gate_of
 from mtpkern.attention import attention_context
-from mtpkern.bench.harness import Spread
 from mtpkern.bench.models import random_model
 from mtpkern.bench.report import Goal, Table, program
+from mtpkern.bench.timing import Spread
 from mtpkern.cli import positive
 from mtpkern.compare import rotated
 from mtpkern.kernels.distill import distill_loss, head_readout

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mtpkern import packed
-from mtpkern.bench.harness import Spread, interleaved
 from mtpkern.bench.models import products
 from mtpkern.bench.report import Table, program
+from mtpkern.bench.timing import Spread, interleaved
 from mtpkern.cli import positive
 
 LAYERS = 30

@@ -36,8 +36,8 @@ from torch import Tensor
 
 from mtpkern.attention import attention_context
 from mtpkern.bench import decode_attention, distill, readout, span_attention, step
-from mtpkern.bench.harness import environment
 from mtpkern.bench.models import build
+from mtpkern.bench.report import environment
 from mtpkern.bench.timing import Action, difference, free, kernels_by_name, launches, peak, reason, timed
 from mtpkern.compare import encode, read_problems
 from mtpkern.demo import ASSETS, load

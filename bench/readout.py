@@ -11,9 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mtpkern.bench.harness import Spread
 from mtpkern.bench.report import Goal, Table, cells, program
-from mtpkern.bench.timing import copies, drawn, free, launches, peak, race
+from mtpkern.bench.timing import Spread, copies, drawn, free, launches, peak, race
 from mtpkern.kernels.advance import advance
 from mtpkern.kernels.readout import readout
 from mtpkern.kernels.state import Rows, Sequences, Terms

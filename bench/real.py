@@ -25,8 +25,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mtpkern import ASSETS, load_adapter, show
-from mtpkern.bench.harness import environment
-from mtpkern.bench.report import Table, write
+from mtpkern.bench.report import Table, environment, write
 from mtpkern.compare import HF_GENERATE, Completion, Tally, batches, decode, pad, rotated, timed
 from mtpkern.loading import device_of
 from mtpkern.output import exit_status, printable

@@ -12,6 +12,7 @@ import ctypes
 import gc
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mtpkern.bench.harness import Spread
 from mtpkern.compare import rotated, synchronize
 from mtpkern.graph import capturing, on_side_stream
 
@@ -33,6 +33,43 @@ Action = Callable[[int], object]
 # A replay should last this long, in seconds, so that the events' resolution does not matter.
 _REPLAY = 1e-3
 _MOST_CALLS = 64
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, least and greatest of some measurements."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """`Spread.of([3, 1, 2])` is Spread(median=2, low=1, high=3)."""
+        return cls(statistics.median(values), min(values), max(values))
+
+    def text(self, digits: int = 2) -> str:
+        """As a table shows it: `Spread(2, 1, 3).text(0)` is "2 (1–3)"."""
+        return f"{self.median:.{digits}f} ({self.low:.{digits}f}–{self.high:.{digits}f})"
+
+
+def interleaved(
+    actions: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, *, warm_up: int = 3
+) -> dict[str, Spread]:
+    """Milliseconds of each action over `rounds` rounds, in turns and each round in another order.
+
+    interleaved({"matmul": lambda: a @ b}, 20, a.device)["matmul"].median
+    """
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    for i in range(-warm_up, rounds):
+        for name in rotated(list(actions), i):
+            synchronize(device)
+            start = time.perf_counter()
+            actions[name]()
+            synchronize(device)
+            if i >= 0:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: Spread.of(values) for name, values in times.items()}
 
 
 @dataclass(frozen=True)

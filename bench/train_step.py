@@ -22,11 +22,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mtpkern.attention import attention_context
-from mtpkern.bench.harness import Spread
 from mtpkern.bench.models import random_model
 from mtpkern.bench.report import Goal, Table, program
 from mtpkern.bench.span_attention import additive_mask, paper_layout, sdpa
-from mtpkern.bench.timing import Action, free, peak_of, race
+from mtpkern.bench.timing import Action, Spread, free, peak_of, race
 from mtpkern.kernels.scoring import Scoring
 from mtpkern.train.compilation import CompiledLayers
 from mtpkern.train.layout import Layout

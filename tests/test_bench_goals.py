@@ -9,9 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mtpkern.bench import compiled, decode_attention, models, readout, step
-from mtpkern.bench.harness import Spread
 from mtpkern.bench.report import Goal, Table, run, write
-from mtpkern.bench.timing import Peak
+from mtpkern.bench.timing import Peak, Spread
 from mtpkern.cache import KVCache
 from support.benches import H200, goals
 

@@ -10,9 +10,8 @@ from torch.nn.attention import flex_attention
 from mtpkern.attention import attention_context
 from mtpkern.bench import distill, gated_step, span_attention, timing, train_step
 from mtpkern.bench.distill import Case, Inputs
-from mtpkern.bench.harness import Spread
 from mtpkern.bench.span_attention import FLEX, INTERLEAVED, OURS, SDPA, Shape
-from mtpkern.bench.timing import Peak
+from mtpkern.bench.timing import Peak, Spread
 from mtpkern.kernels.distill import Head
 from mtpkern.kernels.span_mask import span_mask
 from mtpkern.train.layout import build_layout, stride_prefixes

@@ -208,7 +208,8 @@ def tables(compiled: Sequence[Compiled], targets: Sequence[str]) -> list[Table]:
     rows: dict[str, dict[tuple[str, str], dict[str, str]]] = {}
     for one in compiled:
         op, _, rest = one.case.partition(" ")
-        cells = rows.setdefault(op, {}).setdefault((rest, one.kernel.strip("_").removesuffix("_kernel")), {})
+        row = rest, one.kernel.strip("_").removesuffix("_kernel")
+        cells = rows.setdefault(op, {}).setdefault(row, dict.fromkeys(targets, ""))
         cells[one.target] = (
             f"{one.registers}/{one.spill}/{one.shared_memory / 1024:.0f}"
             + f" {one.matrix}" * (one.matrix != "none")
@@ -218,13 +219,8 @@ def tables(compiled: Sequence[Compiled], targets: Sequence[str]) -> list[Table]:
         "Registers a thread / spilled bytes a thread / KiB of shared memory, instruction of matrix products; nothing "
         "where an earlier row has the same kernel."
     )
-    header = ("case", "kernel", *targets)
-    return [
-        Table(
-            op, note, header, [[*case, *(cells.get(target, "") for target in targets)] for case, cells in kept.items()]
-        )
-        for op, kept in rows.items()
-    ]
+    lines = {op: [[*row, *cells.values()] for row, cells in kept.items()] for op, kept in rows.items()}
+    return [Table(op, note, ("case", "kernel", *targets), kept) for op, kept in lines.items()]
 
 
 def fault_line(one: Compiled, fault: str) -> str:

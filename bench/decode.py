@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from mtpkern.bench.problems import problems
 from mtpkern.bench.report import RESULTS, Table, environment, write
@@ -84,15 +84,29 @@ class Bench:
             out += decode(self.model, inputs, strategy, max_new_tokens=MAX_NEW_TOKENS, **rows)
         return out
 
+    def figures(self, held: Sequence[Problem], completions: list[Completion], greedy: list[Completion]) -> Figures:
+        """What one way got out of some problems."""
+        tally = Tally()
+        tally.add(completions, count_right(self.tokenizer, held, completions), 0.0)
+        names = ("problems", "accuracy", "standard_error", "tokens_per_pass", "tokens", "passes")
+        mean, deviation = tally.effective_k
+        blocks = Counter(size for c in completions for size in c.blocks)
+        return {name: getattr(tally, name) for name in names} | {
+            "effective_k": mean,
+            "effective_k_deviation": deviation,
+            "identical_to_hf_greedy": sum(c.tokens == g.tokens for c, g in zip(completions, greedy, strict=True)),
+            "blocks_by_size": {str(size): n for size, n in sorted(blocks.items())},
+        }
+
     def count(self, label: str, held: Sequence[Problem], ways: Mapping[str, Strategy | None]) -> dict[str, Figures]:
         """Accuracy, tokens per pass and identity with Hugging Face's greedy tokens of every way."""
         figures: dict[str, Figures] = {}
         with progress(label, len(ways) + 1) as done:
             greedy = self.completions(held, None)
-            figures[HF_GENERATE] = figures_of(self.tokenizer, held, greedy, greedy)
+            figures[HF_GENERATE] = self.figures(held, greedy, greedy)
             for i, (name, strategy) in enumerate(ways.items()):
                 done(i + 1)
-                figures[name] = figures_of(self.tokenizer, held, self.completions(held, strategy), greedy)
+                figures[name] = self.figures(held, self.completions(held, strategy), greedy)
             done(len(ways) + 1)
         return figures
 
@@ -130,26 +144,6 @@ class Bench:
             }
             for name, rate in rates.items()
         }
-
-
-def figures_of(
-    tokenizer: PreTrainedTokenizerBase,
-    held: Sequence[Problem],
-    completions: list[Completion],
-    greedy: Sequence[Completion],
-) -> Figures:
-    """What one way got out of some problems."""
-    tally = Tally()
-    tally.add(completions, count_right(tokenizer, held, completions), 0.0)
-    names = ("problems", "accuracy", "standard_error", "tokens_per_pass", "tokens", "passes")
-    mean, deviation = tally.effective_k
-    blocks = Counter(size for c in completions for size in c.blocks)
-    return {name: getattr(tally, name) for name in names} | {
-        "effective_k": mean,
-        "effective_k_deviation": deviation,
-        "identical_to_hf_greedy": sum(c.tokens == g.tokens for c, g in zip(completions, greedy, strict=True)),
-        "blocks_by_size": {str(size): n for size, n in sorted(blocks.items())},
-    }
 
 
 def accuracy_table(figures: Mapping[str, Figures]) -> Table:

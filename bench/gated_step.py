@@ -26,7 +26,7 @@ from mtpkern.cli import positive
 from mtpkern.compare import rotated
 from mtpkern.kernels.distill import distill_loss, head_readout
 from mtpkern.train.gated import BehindPrefixContext, gated_loss
-from mtpkern.train.layout import Layout, build_layout
+from mtpkern.train.layout import build_layout
 from mtpkern.train.lora import add_gated_lora
 from mtpkern.train.objective import Objective, SpanContext, backbone, data_targets, gather_rows, head_of, until_fail
 from mtpkern.train.prefix import Prefixes, texts_of
@@ -59,19 +59,16 @@ class Trainee:
         self.trained = [p for p in peft_model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=0.0)
         self.tokens = torch.randint(3, base.config.vocab_size, (len(lengths), max(lengths)))
-        self.layout = self._layout(lengths, spans)
+        for row, n in zip(self.tokens, lengths):
+            row[n - 1], row[n:] = EOS, 0
+        # Spans at random places behind the first fifth of each text.
+        drawn = [(n // 5 + torch.randperm(n - n // 5 - K)[:spans]).sort().values for n in lengths]
+        self.layout = build_layout(torch.stack(drawn), torch.tensor(lengths), K, num_tokens=max(lengths))
         self.rows = int(self.layout.valid[..., 1:].sum())
         names = [bytes([i]) for i in range(len(lengths))]
         self.texts = texts_of(self.layout, self.tokens.shape[1], names)
         self.kept = Prefixes(2**40)
         self.eos = torch.tensor([EOS])
-
-    def _layout(self, lengths: tuple[int, ...], spans: int) -> Layout:
-        """Spans at random places behind the first fifth of each text."""
-        for row, n in zip(self.tokens, lengths):
-            row[n - 1], row[n:] = EOS, 0
-        drawn = [(n // 5 + torch.randperm(n - n // 5 - K)[:spans]).sort().values for n in lengths]
-        return build_layout(torch.stack(drawn), torch.tensor(lengths), K, num_tokens=self.tokens.shape[1])
 
     def step(self, way: str) -> float:
         """Forward, backward and optimizer; the loss, the same at every call and in every way."""

@@ -222,27 +222,18 @@ def checkpoint(device: torch.device) -> Facts:
     return {"equal": list(ways), "warnings": sorted({str(w.message)[:300] for w in caught})}
 
 
-def _stand(model: Any, R: int, most: int, share: step.Stand | None, *, compile: bool) -> step.Stand:
-    """Of one text, in the middle of it, with room for passes of `most` rows; rows are made many by a large k."""
-    at = step.Point(1, _context(model), R // 2 + 1, R)
-    room = step.PASSES * (most // 2 + 1)
-    return step.Stand(model, at, Static(at.k), share=share, room=room, compile=compile)
-
-
-def _context(model: Any) -> int:
-    return 24 if model.device.type == "cpu" else 2048
-
-
-def _floor(model: Any) -> Facts:
-    return {"model": MODEL, "floor_us": round(step.floor(model, step.Point(1, _context(model), 1, 1)), 1)}
-
-
 def rows_table(model: Any, rows: Sequence[int], *, compile: bool) -> tuple[Facts, Action]:
-    """Microseconds of a pass by its rows, and of its body unless compiled; and the last pass but one itself."""
+    """Microseconds of a pass by its rows, and of its body unless compiled; and the last pass but one itself.
+
+    Of one text, in the middle of it; rows are made many by a large k.
+    """
+    context = 24 if model.device.type == "cpu" else 2048
+    room = step.PASSES * (rows[0] // 2 + 1)
     stands: list[step.Stand] = []
     spent: dict[str, dict[int, float]] = {}
     for R in rows:
-        stand = _stand(model, R, rows[0], stands[0] if stands else None, compile=compile)
+        at, first = step.Point(1, context, R // 2 + 1, R), stands[0] if stands else None
+        stand = step.Stand(model, at, Static(at.k), share=first, room=room, compile=compile)
         stands.append(stand)
         actions: dict[str, Action] = {"us_by_rows": stand.step, **({} if compile else {"body_us_by_rows": stand.body})}
         with attention_context(model, step.Body()):
@@ -250,7 +241,8 @@ def rows_table(model: Any, rows: Sequence[int], *, compile: bool) -> tuple[Facts
         for name, spread in found.items():
             spent.setdefault(name, {})[R] = round(spread.median, 1)
     step.reset(stands[-2:-1])
-    return {**_floor(model), **spent}, stands[-2].step
+    floor = step.floor(model, step.Point(1, context, 1, 1))
+    return {"model": MODEL, "floor_us": round(floor, 1), **spent}, stands[-2].step
 
 
 def _profiled(model: Any, action: Action) -> Facts:

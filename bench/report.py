@@ -21,7 +21,7 @@ import torch
 from mtpkern.bench.timing import Spread
 from mtpkern.loading import device_of
 from mtpkern.origin import origin
-from mtpkern.output import exit_status
+from mtpkern.output import exit_status, write_whole
 
 RESULTS = Path(__file__).parent / "results"
 # What others bring that a benchmark measures beside ours, where it is installed; FlexAttention comes with torch,
@@ -136,16 +136,10 @@ def write(
     record = json.dumps({"environment": environment, **data}, indent=1, default=asdict)
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / f"{name}.md"
-    _replace(page, f"# {title}\n\n{facts}\n\n" + "\n".join(t.markdown() for t in tables))
-    _replace(folder / f"{name}.json", record + "\n")
+    # Whoever is cut while writing leaves what was there before.
+    write_whole(page, f"# {title}\n\n{facts}\n\n" + "\n".join(t.markdown() for t in tables))
+    write_whole(folder / f"{name}.json", record + "\n")
     return page
-
-
-def _replace(file: Path, text: str) -> None:
-    # In one step: whoever is cut while writing leaves what was there before.
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -16,7 +16,7 @@ Floor    the longer of FLOPs, 4 Hq D a visible pair forward and 2.5 times that b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -37,18 +37,11 @@ OURS = "mtpkern"
 FLEX, INTERLEAVED, SDPA = "FlexAttention, our order", "FlexAttention, interleaved", "SDPA, dense mask"
 HEADER = ("way", "forward", "of floor", "backward", "of floor", "forward + backward", "ours is faster by")
 TARGETS = {FLEX: 1.2, INTERLEAVED: 1.8, SDPA: 4.0}
+SHARES = {"forward": 50, "backward": 38}
 
 # (b, h, row, key) -> whether the row sees the key.
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def paper_layout(batch: int, tokens: int, k: int) -> Layout:
-    """B texts of N tokens without a prompt, each with N // 2k spans of k; every span exists. On the CPU."""
-    lengths = torch.full((batch,), tokens)
-    start, spans = torch.zeros_like(lengths), tokens // (2 * k)
-    prefix = draw_prefixes(lengths, start, k, spans, apart=tokens_apart(tokens, spans, k), seed=0, step=0)
-    return build_layout(prefix, lengths, k, num_tokens=tokens)
 
 
 @dataclass(frozen=True)
@@ -63,8 +56,11 @@ class Shape:
     dim: int = 128
 
     def layout(self) -> Layout:
-        """The layout, on the CPU; every span exists."""
-        return paper_layout(self.batch, self.tokens, self.k)
+        """The layout of texts without a prompt, on the CPU; every span exists."""
+        lengths, k = torch.full((self.batch,), self.tokens), self.k
+        start, spans = torch.zeros_like(lengths), self.tokens // (2 * k)
+        prefix = draw_prefixes(lengths, start, k, spans, apart=tokens_apart(self.tokens, spans, k), seed=0, step=0)
+        return build_layout(prefix, lengths, k, num_tokens=self.tokens)
 
     def text(self) -> str:
         """As a caption names it."""
@@ -299,27 +295,24 @@ def measure_shape(shape: Shape, device: torch.device, rounds: int, *, compiled: 
         said = ", ".join(f"{spread.median:.0f} ({name})" for name, spread in spent.items())
         note += f" Making a BlockMask, not counted: {said}."
     table = Table(f"Span attention, {shape.text()}", note, HEADER, skipped=skipped)
-    ratio, share = {}, {}
     for name in found:
         if any(name not in times for times in passes.values()):
             continue
         forward, both = passes["forward"][name], passes["forward + backward"][name]
         took = {"forward": forward.median, "backward": both.median - forward.median}
-        ratio[name] = both.median / passes["forward + backward"][OURS].median
-        share[name] = {x: 100 * floor[x] / us for x, us in took.items()}
-        of_floor = [f"{x:.0f} %" for x in share[name].values()]
-        row = name, forward.text(1), of_floor[0], f"{took['backward']:.1f}", of_floor[1], both.text(1)
+        ratio = both.median / passes["forward + backward"][OURS].median
+        share = {x: 100 * floor[x] / us for x, us in took.items()}
+        of_floor = [f"{x:.0f} %" for x in share.values()]
+        row = name, forward.text(1), of_floor[0], f"{took['backward']:.1f}", of_floor[1], both.text(1), f"{ratio:.2f}"
         record = {"way": name, "forward": forward, "backward": took["backward"], "both": both, "floor": floor}
-        table = table.plus((*row, f"{ratio[name]:.2f}"), record)
-    goals = []
-    if shape == SHAPES[0]:
-        goals = [Goal(f"forward + backward against {x}", t, ratio[x], "x") for x, t in TARGETS.items() if x in ratio]
-    elif shape == SHAPES[1]:
-        goals = [
-            Goal(f"{x} at N = {shape.tokens:,}, share of the floor", t, share[OURS][x], "%")
-            for x, t in (("forward", 50), ("backward", 38))
-        ]
-    return replace(table, goals=goals)
+        goals = []
+        if shape == SHAPES[0] and name in TARGETS:
+            goals = [Goal(f"forward + backward against {name}", TARGETS[name], ratio, "x")]
+        elif shape == SHAPES[1] and name == OURS:
+            what = f"at N = {shape.tokens:,}, share of the floor"
+            goals = [Goal(f"{x} {what}", SHARES[x], share[x], "%") for x in share]
+        table = table.plus(row, record, *goals)
+    return table
 
 
 def measure(device: torch.device, quick: bool) -> Iterator[Table]:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from mtpkern.attention import attention_context
 from mtpkern.bench.models import random_model
 from mtpkern.bench.report import Goal, Table, program
-from mtpkern.bench.span_attention import additive_mask, paper_layout, sdpa
+from mtpkern.bench.span_attention import Shape, additive_mask, sdpa
 from mtpkern.bench.timing import Action, Spread, free, peak_of, race
 from mtpkern.kernels.scoring import Scoring
 from mtpkern.train.compilation import CompiledLayers
@@ -33,6 +33,7 @@ from mtpkern.train.objective import Objective, SpanContext, backbone, gather_row
 
 OURS, SPAN_ROWS, ALL_ROWS = "mtpkern", "SDPA mask, logits of span rows", "SDPA mask, logits of all rows"
 COMPILED = "mtpkern, layers compiled"
+HEADER = ("way", "tokens/s", "ms a step", "ours is faster by", "peak GiB", "ours takes")
 GIB = 2**30
 
 MODEL, EOS = "Qwen3-0.6B", 0
@@ -59,7 +60,7 @@ class Batch:
 
     def layout(self) -> Layout:
         """The layout, on the CPU; every span exists."""
-        return paper_layout(self.size, self.tokens, self.k)
+        return Shape(self.size, self.tokens, self.k).layout()
 
 
 BATCHES = (Batch(8, 1024), Batch(32, 160), Batch(32, 1024, checkpointing=True), Batch(8, 1024, compiled=True))
@@ -193,26 +194,23 @@ def measure_batch(trainee: Trainee, batch: Batch, rounds: int) -> Table:
         theirs: dict[str, Action] = {name: step for name, step in steps.items() if name != OURS}
         times, skipped = race({OURS: steps[OURS]}, theirs, device, rounds=rounds, graph=False)
         memory = {name: peak_of(steps[name], device) for name in times}
-    best = times[OURS].median
     number = batch.size * batch.tokens
-    rows, records = [], []
-    for name, spread in times.items():
-        ms = Spread(spread.median / 1e3, spread.low / 1e3, spread.high / 1e3)
-        cells = (f"{1e6 * number / spread.median:,.0f}", ms.text(1), f"{spread.median / best:.2f}")
-        rows.append((name, *cells, f"{memory[name] / GIB:.2f}", f"{memory[OURS] / memory[name]:.2f}"))
-        records.append({"way": name, "tokens": number, "time": spread, "memory": memory[name]})
-    goals = []
-    for name in (SPAN_ROWS, ALL_ROWS):
-        if name in times and not isnan(memory[name]):
-            goals.append(Goal(f"tokens/s against {name}, {batch.text()}", 1.5, times[name].median / best, "x"))
-            less = memory[OURS] / memory[name]
-            goals.append(Goal(f"memory against {name}, {batch.text()}", 0.6, less, "x", at_most=True))
-    header = ("way", "tokens/s", "ms a step", "ours is faster by", "peak GiB", "ours takes")
     note = (
         "Tokens of the text, without masks; median (range). Peak memory is all that is allocated: float32 weights, "
         "gradients and moments, the bf16 teacher, activations, logits."
     )
-    return Table(f"Training step, {batch.text()}", note, header, rows, records, goals, skipped)
+    table = Table(f"Training step, {batch.text()}", note, HEADER, skipped=skipped)
+    for name, spread in times.items():
+        faster, less = spread.median / times[OURS].median, memory[OURS] / memory[name]
+        ms = Spread(spread.median / 1e3, spread.low / 1e3, spread.high / 1e3)
+        row = name, f"{1e6 * number / spread.median:,.0f}", ms.text(1), f"{faster:.2f}"
+        goals = []
+        if name in (SPAN_ROWS, ALL_ROWS) and not isnan(memory[name]):
+            goals = [Goal(f"tokens/s against {name}, {batch.text()}", 1.5, faster, "x")]
+            goals += [Goal(f"memory against {name}, {batch.text()}", 0.6, less, "x", at_most=True)]
+        record = {"way": name, "tokens": number, "time": spread, "memory": memory[name]}
+        table = table.plus((*row, f"{memory[name] / GIB:.2f}", f"{less:.2f}"), record, *goals)
+    return table
 
 
 def measure(device: torch.device, quick: bool) -> Iterator[Table]:

@@ -81,7 +81,7 @@ def test_identity_is_counted_by_tokens(checkpoint):
     held = problems("test", 3)
     greedy = [Completion([1, 2, 3], [1, 1, 1])] * 3
     mixed = [Completion([1, 2, 3], [3]), Completion([1, 2], [2]), Completion([1, 2, 4], [2, 1])]
-    result = decode.figures_of(bench.tokenizer, held, mixed, greedy)
+    result = bench.figures(held, mixed, greedy)
     assert result["identical_to_hf_greedy"] == 1
     assert result["blocks_by_size"] == {"3": 1, "2": 2, "1": 1}
     assert result["tokens_per_pass"] == 2

@@ -11,7 +11,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -132,16 +132,10 @@ def _peaks_of(way: str, tiny: bool) -> tuple[int, int]:
         return pool.submit(peaks, way, tiny).result()
 
 
-def take_steps(
-    device: torch.device,
-    quick: bool,
-    tiny: bool = False,
-    rounds: int = 3,
-    peaks_of: Callable[[str, bool], tuple[int, int]] = _peaks_of,
-) -> Iterator[Table]:
+def take_steps(device: torch.device, quick: bool, tiny: bool = False, rounds: int = 3) -> Iterator[Table]:
     """Rows a second and memory of each way; `quick` takes one round."""
     rounds = 1 if quick else rounds
-    memory = {way: peaks_of(way, tiny) for way in WAYS}
+    memory = {way: _peaks_of(way, tiny) for way in WAYS}
     work = Trainee(tiny)
     times = seconds(work, rounds)
     tokens = sum(len(text) for text in work.texts)

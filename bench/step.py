@@ -17,8 +17,7 @@ from mtpkern.decoder import Decoder
 from mtpkern.strategies import Strategy
 
 PROMPT = 8
-# No token.
-NO_STOP = torch.tensor([-1])
+NO_STOP = torch.tensor([-1])  # no token
 # Passes that the device state has room for between two resets: warming up, and the calls of one graph.
 PASSES = 24
 
@@ -62,12 +61,11 @@ class Stand:
         **options: Any,
     ) -> None:
         self.at = at
-        self.model = model
         assert share is None or (share.at.B, share.at.L) == (at.B, at.L)
         self.decoder = endless(model, strategy, at.B, at.L, room, rows=at.R, **options)
         if share is not None:
             self.decoder.cache.layers = share.decoder.cache.layers
-        self.decoder.prefill(prompt_of(model, at.B))
+        self.decoder.prefill(torch.randint(2, model.config.vocab_size, (at.B, PROMPT), device=model.device))
         with torch.inference_mode():
             if share is None:
                 fill(self.decoder)
@@ -99,11 +97,6 @@ def endless(model: PreTrainedModel, strategy: Strategy, batch: int, context: int
     """A decoder of texts without an end, with `room` for so many tokens behind a context of L."""
     how: dict[str, Any] = {"mask_token_id": MASK, "stop_ids": NO_STOP, "batch": batch, **options}
     return Decoder(model, strategy, capacity=context + room, max_new_tokens=room, **how)
-
-
-def prompt_of(model: PreTrainedModel, batch: int) -> Tensor:
-    """[B, PROMPT] random tokens."""
-    return torch.randint(2, model.config.vocab_size, (batch, PROMPT), device=model.device)
 
 
 def fill(decoder: Decoder) -> None:

@@ -36,7 +36,7 @@ from mtpkern import ASSETS
 from mtpkern.attention import attention_context
 from mtpkern.bench.models import MASK, SHAPES, build
 from mtpkern.bench.report import Table, run
-from mtpkern.bench.step import NO_STOP, PROMPT, endless, fill, move_up, prompt_of
+from mtpkern.bench.step import NO_STOP, PROMPT, endless, fill, move_up
 from mtpkern.bench.timing import free
 from mtpkern.cli import positive
 from mtpkern.compare import synchronize
@@ -75,7 +75,7 @@ class Course:
         device = model.device
         cuda = device.type == "cuda"
         self.chance = torch.zeros(max(1, strategy.k - 1), device=device)
-        self.prompt = prompt_of(model, batch)
+        self.prompt = torch.randint(2, model.config.vocab_size, (batch, PROMPT), device=device)
         how = {"rows": default_rows(strategy, batch, device), "compile": cuda, "by_load": strategy.verify}
         self.decoder = endless(model, strategy, batch, context, self.room, **how)
         self.filled = False

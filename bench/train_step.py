@@ -14,7 +14,6 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import isnan
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -95,27 +94,6 @@ def span_logits(model: PreTrainedModel, ids: Tensor, context: SpanContext, mask:
     return z
 
 
-def plain_loss(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    tokens: Tensor,
-    context: SpanContext,
-    *,
-    mask_token_id: int,
-    eos_token_ids: Tensor,
-    all_rows: bool,
-) -> Tensor:
-    """What `mtp_loss` computes with hard targets, with full logits: the mean over the span rows that count."""
-    layout = context.layout
-    z = span_logits(student, layout.fill(tokens, mask_token_id), context, mask_token_id, all_rows)
-    token = z.detach().argmax(-1).view(layout.row.shape)
-    ended = torch.isin(token, eos_token_ids).int()
-    keep = (layout.valid & (ended.cumsum(-1) == ended)).flatten()
-    with torch.no_grad(), attention_context(teacher, context):
-        label = span_logits(teacher, layout.fill(tokens, token[..., :-1]), context, mask_token_id, all_rows).argmax(-1)
-    return torch.where(keep, F.cross_entropy(z, label, reduction="none"), 0).sum() / keep.sum()
-
-
 class Trainee:
     """Student, teacher and optimizer, and steps of training in one way or another; `dtype` is that of products."""
 
@@ -181,10 +159,20 @@ class Trainee:
         context = DenseContext(layout, dtype=self.dtype)
         with attention_context(self.student, context):
             with self.autocast():
-                ids: dict[str, Any] = {"mask_token_id": self.mask, "eos_token_ids": self.eos}
-                loss = plain_loss(self.student, self.teacher, tokens, context, **ids, all_rows=all_rows)
+                loss = self.plain_loss(tokens, context, all_rows)
             loss.backward()
         return loss.detach()
+
+    def plain_loss(self, tokens: Tensor, context: SpanContext, all_rows: bool) -> Tensor:
+        """What `mtp_loss` computes with hard targets, with full logits: the mean over the span rows that count."""
+        layout, mask = context.layout, self.mask
+        z = span_logits(self.student, layout.fill(tokens, mask), context, mask, all_rows)
+        token = z.detach().argmax(-1).view(layout.row.shape)
+        ended = torch.isin(token, self.eos).int()
+        keep = (layout.valid & (ended.cumsum(-1) == ended)).flatten()
+        with torch.no_grad(), attention_context(self.teacher, context):
+            label = span_logits(self.teacher, layout.fill(tokens, token[..., :-1]), context, mask, all_rows).argmax(-1)
+        return torch.where(keep, F.cross_entropy(z, label, reduction="none"), 0).sum() / keep.sum()
 
 
 def measure_batch(trainee: Trainee, batch: Batch, rounds: int) -> Table:

@@ -211,7 +211,6 @@ def test_plain_step_is_the_same_training(all_rows):
     batch = train_step.TINY_BATCHES[0]
     layout = batch.layout()
     tokens = torch.randint(1, trainee.mask, (batch.size, batch.tokens))
-    options = {"mask_token_id": trainee.mask, "eos_token_ids": trainee.eos}
 
     def gradients(context_of, loss_of):
         trainee.student.zero_grad()
@@ -228,7 +227,7 @@ def test_plain_step_is_the_same_training(all_rows):
         return sums.span / sums.rows.sum()
 
     def plain(context):
-        return train_step.plain_loss(trainee.student, trainee.teacher, tokens, context, **options, all_rows=all_rows)
+        return trainee.plain_loss(tokens, context, all_rows)
 
     want, want_grads = gradients(SpanContext, ours)
     loss, grads = gradients(lambda x: train_step.DenseContext(x, dtype=torch.float32), plain)
@@ -281,7 +280,8 @@ def test_head_of_the_plain_step_bans_the_mask():
 
 def test_ways_of_a_gated_step(monkeypatch):
     """One loss in all of them, and the one that keeps prefixes makes one pass a step."""
-    (table,) = gated_step.take_steps(CPU, True, tiny=True, peaks_of=gated_step.peaks)
+    monkeypatch.setattr(gated_step, "_peaks_of", gated_step.peaks)
+    (table,) = gated_step.take_steps(CPU, True, tiny=True)
     assert [row[0] for row in table.rows] == list(gated_step.WAYS)
     assert len(table.goals) == 2
     work = gated_step.Trainee(tiny=True)

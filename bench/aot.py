@@ -40,8 +40,7 @@ import torch
 
 from mtpkern.bench.aot_budgets import TARGETS, Compiled, over_budget
 from mtpkern.bench.aot_cases import CASES
-from mtpkern.bench.harness import environment
-from mtpkern.bench.report import RESULTS, Table, write
+from mtpkern.bench.report import RESULTS, Table, environment, write
 from mtpkern.kernels import decode_attention, form, span_attention
 from mtpkern.output import exit_status
 
@@ -209,7 +208,8 @@ def tables(compiled: Sequence[Compiled], targets: Sequence[str]) -> list[Table]:
     rows: dict[str, dict[tuple[str, str], dict[str, str]]] = {}
     for one in compiled:
         op, _, rest = one.case.partition(" ")
-        cells = rows.setdefault(op, {}).setdefault((rest, one.kernel.strip("_").removesuffix("_kernel")), {})
+        row = rest, one.kernel.strip("_").removesuffix("_kernel")
+        cells = rows.setdefault(op, {}).setdefault(row, dict.fromkeys(targets, ""))
         cells[one.target] = (
             f"{one.registers}/{one.spill}/{one.shared_memory / 1024:.0f}"
             + f" {one.matrix}" * (one.matrix != "none")
@@ -219,13 +219,8 @@ def tables(compiled: Sequence[Compiled], targets: Sequence[str]) -> list[Table]:
         "Registers a thread / spilled bytes a thread / KiB of shared memory, instruction of matrix products; nothing "
         "where an earlier row has the same kernel."
     )
-    header = ("case", "kernel", *targets)
-    return [
-        Table(
-            op, note, header, [[*case, *(cells.get(target, "") for target in targets)] for case, cells in kept.items()]
-        )
-        for op, kept in rows.items()
-    ]
+    lines = {op: [[*row, *cells.values()] for row, cells in kept.items()] for op, kept in rows.items()}
+    return [Table(op, note, ("case", "kernel", *targets), kept) for op, kept in lines.items()]
 
 
 def fault_line(one: Compiled, fault: str) -> str:
@@ -266,7 +261,7 @@ def main() -> int:
                 print(fault_line(one, fault), flush=True)
     different = distinct(compiled)
     if arguments.write:
-        facts = environment(torch.device("cpu")) | {"triton": version("triton")}
+        facts = environment(torch.device("cpu"))
         # What differs from run to run stays out.
         data = {"kernels": [{x: y for x, y in asdict(one).items() if x != "seconds"} for one in different]}
         print("wrote", write("aot", "Ahead-of-time compilation", facts, tables(different, arguments.targets), data))

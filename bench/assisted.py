@@ -7,20 +7,17 @@ small model draft; the shipped one is the smallest of its vocabulary, so its own
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from statistics import median
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mtpkern import ASSETS
-from mtpkern.bench.report import Table, run
-from mtpkern.compare import Completion, encode, hugging_face, ours, read_problems, rotated, synchronize
-from mtpkern.output import exit_status
-from mtpkern.strategies import Static, Verified
+from mtpkern.bench.report import Table, program
+from mtpkern.compare import encode, read_problems, rotated, timed
+from mtpkern.strategies import Static, Strategy, Verified
 
 LOOKUP, LAYERS = 10, 2
 HEADER = ("way", "identical to HF greedy", "tokens/s", "× HF generate, median")
@@ -31,26 +28,23 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
     problems, most = (1, 8) if device.type == "cpu" else (16 if quick else 64, 128)
     model = AutoModelForCausalLM.from_pretrained(ASSETS, dtype=torch.float32, trust_remote_code=False).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(ASSETS, trust_remote_code=False)
-    theirs, mine = partial(hugging_face, model), partial(ours, model)
-    ways: dict[str, Callable[..., list[Completion]]] = {
-        "HF generate": theirs,
-        f"HF generate, prompt lookup of {LOOKUP}": partial(theirs, prompt_lookup_num_tokens=LOOKUP),
-        f"HF generate, assisted by its first {LAYERS} layers": partial(theirs, assistant_early_exit=LAYERS),
-        "one a pass": partial(mine, strategy=Static(1)),
-        "Verified": partial(mine, strategy=Verified()),
+    ways: dict[str, tuple[Strategy | None, dict[str, Any]]] = {
+        "HF generate": (None, {}),
+        f"HF generate, prompt lookup of {LOOKUP}": (None, {"prompt_lookup_num_tokens": LOOKUP}),
+        f"HF generate, assisted by its first {LAYERS} layers": (None, {"assistant_early_exit": LAYERS}),
+        "one a pass": (Static(1), {}),
+        "Verified": (Verified(), {}),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     tokens: dict[str, list[list[int]]] = {name: [] for name in ways}
     for number, problem in enumerate(read_problems(ASSETS / "problems.jsonl", problems + 1), -1):
         inputs = encode(tokenizer, [problem.prompt], device)
         for name in rotated(list(ways), number):
-            synchronize(device)
-            start = time.perf_counter()
-            (found,) = ways[name](inputs, max_new_tokens=most)
-            synchronize(device)
+            way, options = ways[name]
+            (found,), took = timed(model, inputs, way, max_new_tokens=most, **options)
             # The first is the warm-up.
             if number >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(took)
                 tokens[name].append(found.tokens)
     first, *_ = ways
     note = f"The shipped checkpoint, one prompt at a time, at most {most} tokens, float32; in turns."
@@ -65,4 +59,4 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(partial(run, "assisted", "Beside assisted generation", measure)))
+    program("assisted", "Beside assisted generation", measure)

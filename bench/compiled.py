@@ -5,7 +5,6 @@ Steps are captured in CUDA graphs, with `compile` off and on. Compiling takes mo
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -19,13 +18,11 @@ import torch
 from transformers import PreTrainedModel
 
 from mtpkern.attention import attention_context
-from mtpkern.bench.harness import Spread, interleaved
 from mtpkern.bench.models import build
-from mtpkern.bench.report import Goal, Table, cells, run
+from mtpkern.bench.report import Goal, Table, cells, program
 from mtpkern.bench.step import Body, Point, Stand, floor, reset
-from mtpkern.bench.timing import free, peak, reason, timed
+from mtpkern.bench.timing import Spread, attempted, free, interleaved, peak, timed
 from mtpkern.generation import generate
-from mtpkern.output import exit_status
 from mtpkern.strategies import Static
 
 PLAIN, COMPILED = "as it is", "compiled"
@@ -96,23 +93,21 @@ def generate_table(name: str, model: PreTrainedModel) -> Table:
     n = 4 if device.type == "cpu" else 128
     ids = torch.randint(2, model.config.vocab_size, (1, 4 * n), device=device)
     options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": n, "do_sample": False}
-    ours = partial(generate, model, ids, strategy=Static(1), **options)
+    decode = partial(generate, model, ids, strategy=Static(1), **options)
     ways: dict[str, Callable[[], object]] = {
-        "mtpkern.generate, Static(1)": partial(ours, compile=False),
-        "mtpkern.generate, Static(1), compiled": partial(ours, compile=True),
+        "mtpkern.generate, Static(1)": partial(decode, compile=False),
+        "mtpkern.generate, Static(1), compiled": partial(decode, compile=True),
         "HF generate": partial(model.generate, ids, **options),
         "HF generate, static cache, compiled": partial(model.generate, ids, cache_implementation="static", **options),
     }
-    skipped = []
-    for way, call in list(ways.items()):
-        try:
-            for _ in range(2):  # compiles
-                call()
-        except Exception as error:  # a foreign compiler's
-            if way.startswith("mtpkern"):
-                raise
-            skipped.append(f"{way}: {reason(error)}")
-            del ways[way]
+
+    def warmed(call: Callable[[], object]) -> Callable[[], object]:
+        for _ in range(2):  # compiles
+            call()
+        return call
+
+    ours = [way for way in ways if way.startswith("mtpkern")]
+    ways, skipped = attempted({way: partial(warmed, call) for way, call in ways.items()}, ours)
     note = f"Batch 1, {4 * n} prompt tokens, {n} new ones; ms of the whole call on the host's clock, prefill included."
     table = Table(f"Token by token with {name}", note, ("way", "ms", "tokens/s"), skipped=skipped)
     for way, spread in interleaved(ways, 2 if device.type == "cpu" else 5, device, warm_up=0).items():
@@ -149,4 +144,4 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(partial(run, "compiled", "Compiled models", measure)))
+    program("compiled", "Compiled models", measure)

@@ -1,4 +1,4 @@
-"""Decoding with the shipped checkpoint: accuracy, tokens per pass, wall-clock time, and where a step's time goes.
+"""Decoding with the shipped checkpoint: accuracy, tokens per pass and wall-clock time.
 
 Thresholds are chosen on the validation split (seed 0, the first --validation problems); every figure of the tables
 comes from the 1,000 held-out problems of mtpkern/assets/problems.jsonl (test split, seed 0). Accuracy and tokens per
@@ -11,20 +11,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from mtpkern.attention import attention_context
-from mtpkern.bench.harness import Spread, environment, interleaved
 from mtpkern.bench.problems import problems
-from mtpkern.bench.report import RESULTS, Table, write
-from mtpkern.bench.step import Body
+from mtpkern.bench.report import RESULTS, Table, environment, write
+from mtpkern.bench.timing import Spread
 from mtpkern.compare import (
     HF_GENERATE,
     Completion,
@@ -37,22 +34,21 @@ from mtpkern.compare import (
     encode,
     read_problems,
 )
-from mtpkern.decoder import Decoder
 from mtpkern.demo import ASSETS, MAX_NEW_TOKENS, load
-from mtpkern.kernels.readout import readout
 from mtpkern.loading import device_of
-from mtpkern.model import resolve_mask_token
 from mtpkern.output import exit_status
 from mtpkern.show import progress
 from mtpkern.strategies import ConfAdapt, Static, Strategy, Verified
 
-PARTS = ("accuracy", "speed", "step")
+PARTS = ("accuracy", "speed")
 CONFADAPT = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 VERIFIED = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 # What ConfAdapt may lose against one token a pass, for its threshold to be chosen.
 ACCURACY_KEPT = 0.97
 BATCH = 32
 STATIC = "Static(1)"
+# What one way got out of some problems, as JSON has it.
+Figures = dict[str, Any]
 HEADER = ("way", "right", "tokens a pass", "effective k", "identical", "blocks")
 
 
@@ -88,15 +84,29 @@ class Bench:
             out += decode(self.model, inputs, strategy, max_new_tokens=MAX_NEW_TOKENS, **rows)
         return out
 
+    def figures(self, held: Sequence[Problem], completions: list[Completion], greedy: list[Completion]) -> Figures:
+        """What one way got out of some problems."""
+        tally = Tally()
+        tally.add(completions, count_right(self.tokenizer, held, completions), 0.0)
+        names = ("problems", "accuracy", "standard_error", "tokens_per_pass", "tokens", "passes")
+        mean, deviation = tally.effective_k
+        blocks = Counter(size for c in completions for size in c.blocks)
+        return {name: getattr(tally, name) for name in names} | {
+            "effective_k": mean,
+            "effective_k_deviation": deviation,
+            "identical_to_hf_greedy": sum(c.tokens == g.tokens for c, g in zip(completions, greedy, strict=True)),
+            "blocks_by_size": {str(size): n for size, n in sorted(blocks.items())},
+        }
+
     def count(self, label: str, held: Sequence[Problem], ways: Mapping[str, Strategy | None]) -> dict[str, Figures]:
         """Accuracy, tokens per pass and identity with Hugging Face's greedy tokens of every way."""
         figures: dict[str, Figures] = {}
         with progress(label, len(ways) + 1) as done:
             greedy = self.completions(held, None)
-            figures[HF_GENERATE] = Figures(self.tokenizer, held, greedy, greedy)
+            figures[HF_GENERATE] = self.figures(held, greedy, greedy)
             for i, (name, strategy) in enumerate(ways.items()):
                 done(i + 1)
-                figures[name] = Figures(self.tokenizer, held, self.completions(held, strategy), greedy)
+                figures[name] = self.figures(held, self.completions(held, strategy), greedy)
             done(len(ways) + 1)
         return figures
 
@@ -104,14 +114,13 @@ class Bench:
         """The thresholds with most tokens per pass on validation problems; ConfAdapt's must keep the accuracy."""
         ways = self.sweep()
         figures = self.count(f"thresholds, {len(validation)} validation problems", validation, ways)
-        floor = ACCURACY_KEPT * figures[STATIC].tally.accuracy
+        floor = ACCURACY_KEPT * figures[STATIC]["accuracy"]
 
         def best(kind: type[ConfAdapt] | type[Verified]) -> Strategy:
-            good = {name: figures[name].tally for name, way in ways.items() if isinstance(way, kind)}
-            good = {name: tally for name, tally in good.items() if tally.accuracy >= floor}
+            good = [name for name, way in ways.items() if isinstance(way, kind) and figures[name]["accuracy"] >= floor]
             # Where no threshold keeps the accuracy, the most careful one stands.
             careful = self.strategy(kind, max(CONFADAPT))
-            return ways[max(good, key=lambda name: good[name].tokens_per_pass)] if good else careful
+            return ways[max(good, key=lambda name: figures[name]["tokens_per_pass"])] if good else careful
 
         return best(ConfAdapt), best(Verified)
 
@@ -136,87 +145,17 @@ class Bench:
             for name, rate in rates.items()
         }
 
-    @torch.inference_mode()
-    def step(self, held: Sequence[Problem], strategy: Strategy, rounds: int) -> dict[str, Spread]:
-        """Milliseconds of a packed step of len(held) sequences and of its parts.
-
-        whole: forward, readout, advance. forward: the model call. body: the same call with an attention that returns
-        its queries, so that forward - body is what attention and the writing of K/V cost. one_token: the model's own
-        cached forward of one token a sequence, which is what a step of Hugging Face's generate calls.
-        """
-        model = self.model
-        inputs = encode(self.tokenizer, [p.prompt for p in held], model.device)
-        new = rounds * strategy.k + 64
-        decoder = Decoder(
-            model,
-            strategy,
-            mask_token_id=resolve_mask_token(model),
-            stop_ids=torch.tensor([], dtype=torch.long),
-            batch=len(held),
-            capacity=inputs["input_ids"].shape[1] + new,
-            max_new_tokens=new,
-        )
-        decoder.prefill(inputs["input_ids"], inputs["attention_mask"])
-        past = model(**inputs, use_cache=True).past_key_values
-        last = inputs["input_ids"][:, -1:]
-
-        def one_token() -> None:
-            model(input_ids=last, past_key_values=past, use_cache=True)
-            past.crop(-1)
-
-        def timed(**actions: Callable[[], object]) -> dict[str, Spread]:
-            return interleaved(actions, rounds, model.device)
-
-        with attention_context(model, Body()) as route:
-            body = timed(body=partial(decoder._forward, route))
-        one = timed(one_token=one_token)
-        with attention_context(model, decoder.cache) as route:
-            logits = decoder._forward(route)
-            step = timed(
-                whole=partial(decoder.step, route),
-                forward=partial(decoder._forward, route),
-                readout=partial(readout, logits, decoder.mask_token_id),
-            )
-        return step | body | one
-
-
-class Figures:
-    """What one way got out of some problems."""
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        held: Sequence[Problem],
-        completions: list[Completion],
-        greedy: Sequence[Completion],
-    ) -> None:
-        self.tally = Tally()
-        self.tally.add(completions, count_right(tokenizer, held, completions), 0.0)
-        self.identical = sum(c.tokens == g.tokens for c, g in zip(completions, greedy, strict=True))
-        self.blocks = Counter(size for c in completions for size in c.blocks)
-
-    def record(self) -> dict[str, object]:
-        """The figures for JSON."""
-        names = ("problems", "accuracy", "standard_error", "tokens_per_pass", "tokens", "passes")
-        mean, deviation = self.tally.effective_k
-        return {name: getattr(self.tally, name) for name in names} | {
-            "effective_k": mean,
-            "effective_k_deviation": deviation,
-            "identical_to_hf_greedy": self.identical,
-            "blocks_by_size": {str(size): n for size, n in sorted(self.blocks.items())},
-        }
-
 
 def accuracy_table(figures: Mapping[str, Figures]) -> Table:
     """One row a way: accuracy, tokens per pass, identity, block sizes."""
     rows = []
     for name, f in figures.items():
-        tally, (mean, deviation) = f.tally, f.tally.effective_k
-        share = ", ".join(f"{s}: {n / f.blocks.total():.0%}" for s, n in sorted(f.blocks.items()))
-        right = f"{tally.accuracy:.2%} ± {tally.standard_error:.2%}"
-        k, same = f"{mean:.2f} ± {deviation:.2f}", f"{f.identical} of {tally.problems}"
-        rows.append((name, right, f"{tally.tokens_per_pass:.3f}", k, same, share))
-    n = next(iter(figures.values())).tally.problems
+        share = ", ".join(f"{size}: {n / f['passes']:.0%}" for size, n in f["blocks_by_size"].items())
+        right = f"{f['accuracy']:.2%} ± {f['standard_error']:.2%}"
+        k = f"{f['effective_k']:.2f} ± {f['effective_k_deviation']:.2f}"
+        same = f"{f['identical_to_hf_greedy']} of {f['problems']}"
+        rows.append((name, right, f"{f['tokens_per_pass']:.3f}", k, same, share))
+    n = figures[HF_GENERATE]["problems"]
     note = (
         f"{n} held-out problems. Tokens per pass = tokens emitted / passes, the prefill counted; effective k (Eff. k "
         "in the paper) = mean over problems of each one's mean k, its last pass left out, ± standard deviation over "
@@ -234,22 +173,6 @@ def speed_table(batch: int, speed: Mapping[str, Mapping[str, Spread]], rounds: i
         "Median over rounds, least and greatest in brackets."
     )
     return Table(f"Wall-clock time, batch {batch}", note, ("way", "tokens/s", "× HF generate"), rows)
-
-
-def step_table(steps: Mapping[str, Mapping[str, Spread]]) -> Table:
-    """One row a batch size: the step and its parts in milliseconds."""
-    rows = []
-    for name, s in steps.items():
-        whole, forward, body, read = (s[part].median for part in ("whole", "forward", "body", "readout"))
-        parts = (f"{ms:.2f}" for ms in (body, forward - body, read, whole - forward - read))
-        rows.append((name, s["whole"].text(), *parts, f"{forward / whole:.0%}", s["one_token"].text()))
-    note = (
-        "Milliseconds, medians. model: the forward with an attention that does nothing; attention: with ours, KV write "
-        "included, minus that; advance: what the step takes beyond forward and readout; one token: the model's own "
-        "cached forward of one token a sequence."
-    )
-    header = ("step", "whole", "model", "attention", "readout", "advance", "forward / whole", "one token")
-    return Table("Where a step's time goes", note, header, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -273,33 +196,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     held = read_problems(args.checkpoint / "problems.jsonl", args.problems)
     tables: list[Table] = []
     data: dict[str, object] = {}
-    default = bench.strategy(ConfAdapt)
-    confadapt, verified = default, bench.strategy(Verified)
-
-    if "accuracy" in parts or "speed" in parts:
-        confadapt, verified = bench.choose(problems("validation", args.validation))
-        data["chosen"] = {"confadapt": asdict(confadapt), "verified": asdict(verified), "validation": args.validation}
-        facts["thresholds"] = (
-            f"chosen on {args.validation} validation problems (seed 0): ConfAdapt {confadapt.threshold} for at least "
-            f"{ACCURACY_KEPT} of the accuracy of one token a pass, Verified {verified.threshold}"
-        )
+    confadapt, verified = bench.choose(problems("validation", args.validation))
+    data["chosen"] = {"confadapt": asdict(confadapt), "verified": asdict(verified), "validation": args.validation}
+    facts["thresholds"] = (
+        f"chosen on {args.validation} validation problems (seed 0): ConfAdapt {confadapt.threshold} for at least "
+        f"{ACCURACY_KEPT} of the accuracy of one token a pass, Verified {verified.threshold}"
+    )
     if "accuracy" in parts:
         figures = bench.count(f"accuracy, {len(held)} held-out problems", held, bench.sweep())
         tables.append(accuracy_table(figures))
-        data["accuracy"] = {name: f.record() for name, f in figures.items()}
+        data["accuracy"] = figures
     if "speed" in parts:
         ways: dict[str, Strategy | None] = {HF_GENERATE: None, STATIC: Static(1)}
-        for s in (default, confadapt, verified):
-            ways[label(s)] = s
+        ways |= {label(s): s for s in (bench.strategy(ConfAdapt), confadapt, verified)}
         for batch in (1, 8):
             per_round = args.per_round * (1 if batch == 1 else 2)
             speed = bench.speed(held, ways, batch, args.rounds, per_round)
             tables.append(speed_table(batch, speed, args.rounds, per_round))
             data[f"speed_batch_{batch}"] = speed
-    if "step" in parts:
-        steps = {f"batch {n}": bench.step(held[:n], verified, args.rounds * 5) for n in (1, 8)}
-        tables.append(step_table(steps))
-        data["step"] = steps
 
     page = write(args.name, "Decoding with the shipped checkpoint", facts, tables, data, args.results)
     print(page.read_text(encoding="utf-8"))

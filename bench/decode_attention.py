@@ -7,11 +7,10 @@ pass, where its launch may start early (kernels/form.py).
 from __future__ import annotations
 
 import importlib
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,13 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from mtpkern.bench.harness import Spread
-from mtpkern.bench.report import Goal, Table, cells, run
-from mtpkern.bench.timing import Action, copies, drawn, free, peak, race, timed
+from mtpkern.bench.report import Goal, Table, cells, program
+from mtpkern.bench.timing import Action, Spread, copies, drawn, free, peak, race, timed
 from mtpkern.kernels.decode_attention import decode_attention, decode_attention_triton
 from mtpkern.kernels.packed_rows import PackedRows
 from mtpkern.kernels.scoring import Scoring
-from mtpkern.output import exit_status
 
 OURS, BEHIND, UNSPLIT, INVARIANT = "ours", "behind a product", "one split", "batch-invariant"
 SDPA, FLASH, FLEX = "SDPA, mask", "flash-attn", "FlexAttention"
@@ -237,4 +234,4 @@ def _goals(spent: Mapping[Shape, Mapping[str, Spread]], device: torch.device) ->
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(partial(run, "decode_attention", "Decode attention", measure)))
+    program("decode_attention", "Decode attention", measure)

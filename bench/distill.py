@@ -10,22 +10,20 @@ Bound    V H bytes of a trained head's gradient + 4 R H + 0.5 GiB; from row to r
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from math import isnan
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtpkern.bench.harness import Spread
-from mtpkern.bench.report import Goal, Table, run
-from mtpkern.bench.timing import Action, free, peak, peak_of, race, reason
+from mtpkern.bench.report import Goal, Table, program
+from mtpkern.bench.timing import Action, LeftOut, Spread, attempted, free, peak, peak_of, race
 from mtpkern.kernels.distill import Head, distill_loss, head_readout
-from mtpkern.output import exit_status
 
 OURS = "mtpkern"
 FLOAT32, BF16, LIGER = "all logits, float32", "all logits, bf16", "Liger"
@@ -113,23 +111,22 @@ def all_logits(x: Inputs, dtype: torch.dtype) -> Tensor:
 
 def comparators(case: Case, device: torch.device) -> tuple[dict[str, Loss], list[str]]:
     """The others, and a line "name: why" for each that is not here."""
-    found: dict[str, Loss] = {FLOAT32: lambda x: all_logits(x, torch.float32)}
-    skipped = []
-    if device.type == "cuda":
-        found[BF16] = lambda x: all_logits(x, torch.bfloat16)
-    else:
-        skipped.append(f"{BF16}: a rehearsal on a CPU is in float32")
-    try:
+
+    def bf16() -> Loss:
+        if device.type != "cuda":
+            raise LeftOut("a rehearsal on a CPU is in float32")
+        return partial(all_logits, dtype=torch.bfloat16)
+
+    def liger() -> Loss:
+        # It may be installed, but not for this version of torch or triton.
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
         if case.soft:
-            skipped.append(f"{LIGER}: its cross-entropy takes hard targets only")
-        else:
-            found[LIGER] = lambda x: loss(x.weight, x.hidden, x.target)
-    except Exception as error:  # also where it is installed, but not for this version of torch or triton
-        skipped.append(f"{LIGER}: {reason(error)}")
-    return found, skipped
+            raise LeftOut("its cross-entropy takes hard targets only")
+        return lambda x: loss(x.weight, x.hidden, x.target)
+
+    return attempted({FLOAT32: lambda: partial(all_logits, dtype=torch.float32), BF16: bf16, LIGER: liger}, ())
 
 
 def step(loss: Loss, inputs: Inputs, i: int = 0) -> tuple[Tensor, ...]:
@@ -142,6 +139,8 @@ def peak_memory(action: Action, device: torch.device) -> float:
     """Bytes that a call takes at its height, its result included, above what is allocated already; NaN on a CPU."""
     if device.type != "cuda":
         return float("nan")
+    # What failed before may still hold memory.
+    free(device)
     # Compilation and the workspaces of the vendor's library come with the first call and stay.
     action(0)
     free(device)
@@ -151,12 +150,18 @@ def peak_memory(action: Action, device: torch.device) -> float:
 HEADER = ("way", "time", "of floor", "ours is faster by", "memory")
 
 
-def _rows(times: Mapping[str, Spread], floor: float, memory: Mapping[str, float]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
+def raced(
+    table: Table, ways: Mapping[str, Action], device: torch.device, rounds: int, floor: float, **options: Any
+) -> tuple[Table, dict[str, Spread], dict[str, float]]:
+    """The table with a row each way that fits, and their times and memory; options are those of `race`."""
+    memory, large = attempted({name: partial(peak_memory, way, device) for name, way in ways.items()}, [OURS])
+    theirs = {name: ways[name] for name in memory if name != OURS}
+    times, lost = race({OURS: ways[OURS]}, theirs, device, rounds=rounds, graph=False, **options)
     for name, spread in times.items():
         shares = f"{100 * floor / spread.median:.0f} %", f"{spread.median / times[OURS].median:.2f}"
-        rows.append((name, spread.text(0), *shares, f"{memory[name] / MIB:,.0f}"))
-    return rows
+        row = name, spread.text(0), *shares, f"{memory[name] / MIB:,.0f}"
+        table = table.plus(row, {"way": name, "time": spread, "memory": memory[name]})
+    return replace(table, skipped=[*table.skipped, *large, *lost]), times, memory
 
 
 def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: int) -> Table:
@@ -164,25 +169,18 @@ def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: i
     torch.manual_seed(0)
     inputs = Inputs.draw(case, dtype, device)
     others, skipped = comparators(case, device)
-    memory: dict[str, float] = {}
-    for name, loss in {OURS: ours, **others}.items():
-        try:
-            memory[name] = peak_memory(partial(step, loss, inputs), device)
-        except torch.OutOfMemoryError as error:
-            if name == OURS:
-                raise
-            skipped.append(f"{name}: {reason(error)}")
-        free(device)
-    theirs: dict[str, Action] = {x: partial(step, loss, inputs) for x, loss in others.items() if x in memory}
-    times, lost = race({OURS: partial(step, ours, inputs)}, theirs, device, rounds=rounds, graph=False)
-    skipped += lost
-
     floor = peak(device).floor(flops=case.flops)
     bound = case.bound(dtype.itemsize)
-    best = times[OURS].median
-    of_all = {"case": case.text(), "width": case.width, "bound": bound}
-    records = [{"way": name, "time": spread, "memory": memory[name], **of_all} for name, spread in times.items()]
     title = f"{case.text()}, H = {case.width:,}"
+    note = (
+        f"R = {case.rows:,}, V = {case.vocabulary:,}, weights in {dtype}, products in bf16 on a GPU; forward and "
+        "backward, microseconds, median (range); "
+        f"floor {floor:.0f} of {peak(device).source}; memory above the inputs in MiB, bound {bound / MIB:,.0f}."
+    )
+    table = Table(f"Head and loss: {title}", note, HEADER, skipped=skipped)
+    ways: dict[str, Action] = {name: partial(step, loss, inputs) for name, loss in {OURS: ours, **others}.items()}
+    table, times, memory = raced(table, ways, device, rounds, floor)
+    best = times[OURS].median
     goals = []
     if not isnan(memory[OURS]):
         goals.append(Goal(f"peak memory, {title}", bound / MIB, memory[OURS] / MIB, "MiB", at_most=True))
@@ -193,12 +191,8 @@ def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: i
         goals.append(Goal(f"time against the faster of all logits, {title}", 1.1, best / plain, "x", at_most=True))
     if LIGER in times:
         goals.append(Goal(f"against Liger, {title}", 2.0, times[LIGER].median / best, "x"))
-    note = (
-        f"R = {case.rows:,}, V = {case.vocabulary:,}, weights in {dtype}, products in bf16 on a GPU; forward and "
-        "backward, microseconds, median (range); "
-        f"floor {floor:.0f} of {peak(device).source}; memory above the inputs in MiB, bound {bound / MIB:,.0f}."
-    )
-    return Table(f"Head and loss: {title}", note, HEADER, _rows(times, floor, memory), records, goals, skipped)
+    of_all = {"case": case.text(), "width": case.width, "bound": bound}
+    return replace(table, records=[{**record, **of_all} for record in table.records], goals=goals)
 
 
 def measure_readout(case: Case, device: torch.device, dtype: torch.dtype, rounds: int) -> Table:
@@ -221,18 +215,15 @@ def measure_readout(case: Case, device: torch.device, dtype: torch.dtype, rounds
     if not torch.allclose(picked, some.amax(-1), rtol=1e-2, atol=1e-2):
         raise RuntimeError("head_readout did not pick the greatest logits")
     del some, picked
-    mine: dict[str, Action] = {OURS: lambda i: head_readout(hidden, head)}
-    theirs: dict[str, Action] = {"all logits, argmax": argmax, "all logits, float32 softmax and argmax": softmax}
-    memory = {name: peak_memory(action, device) for name, action in (mine | theirs).items()}
-    times, skipped = race(mine, theirs, device, rounds=rounds, graph=False, tolerance=None)
+    ways: dict[str, Action] = {OURS: lambda i: head_readout(hidden, head), "all logits, argmax": argmax}
+    ways["all logits, float32 softmax and argmax"] = softmax
     floor = peak(device).floor(flops=2.0 * case.rows * case.vocabulary * case.width)
-    records = [{"way": name, "time": spread, "memory": memory[name]} for name, spread in times.items()]
     note = (
         f"R = {case.rows:,}, V = {case.vocabulary:,}, {dtype}; microseconds, median (range); floor {floor:.0f}; memory "
         "above the inputs in MiB. Only the second alternative gives the confidence too, as ours does."
     )
-    rows = _rows(times, floor, memory)
-    return Table(f"Readout of the teacher, H = {case.width:,}", note, HEADER, rows, records, skipped=skipped)
+    table = Table(f"Readout of the teacher, H = {case.width:,}", note, HEADER)
+    return raced(table, ways, device, rounds, floor, tolerance=None)[0]
 
 
 def measure(device: torch.device, quick: bool) -> Iterator[Table]:
@@ -253,4 +244,4 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(partial(run, "distill", "Head and loss", measure)))
+    program("distill", "Head and loss", measure)

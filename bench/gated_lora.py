@@ -5,19 +5,16 @@ The base's products of Qwen3-4B without and with an adapter of rank 32, in captu
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from mtpkern.bench.harness import Spread
 from mtpkern.bench.models import products
-from mtpkern.bench.report import Goal, Table, cells, run
-from mtpkern.bench.timing import copies, drawn, free, peak, race
+from mtpkern.bench.report import Goal, Table, cells, program
+from mtpkern.bench.timing import Spread, copies, drawn, free, peak, race
 from mtpkern.kernels.gated_lora import gated_lora, gated_update
-from mtpkern.output import exit_status
 
 BASE, OURS, TORCH = "base", "ours", "torch operations"
 WAYS = (BASE, OURS, TORCH)
@@ -100,4 +97,4 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(partial(run, "gated_lora", "Gated LoRA", measure)))
+    program("gated_lora", "Gated LoRA", measure)

@@ -11,23 +11,22 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import Any
 
 import torch
 
 from mtpkern.adapter import gate_of
 from mtpkern.attention import attention_context
-from mtpkern.bench.harness import Spread
 from mtpkern.bench.models import random_model
-from mtpkern.bench.report import Goal, Table, positive, run
+from mtpkern.bench.report import Goal, Table, program
+from mtpkern.bench.timing import Spread
+from mtpkern.cli import positive
 from mtpkern.compare import rotated
 from mtpkern.kernels.distill import distill_loss, head_readout
-from mtpkern.output import exit_status
 from mtpkern.train.gated import BehindPrefixContext, gated_loss
-from mtpkern.train.layout import Layout, build_layout
+from mtpkern.train.layout import build_layout
 from mtpkern.train.lora import add_gated_lora
 from mtpkern.train.objective import Objective, SpanContext, backbone, data_targets, gather_rows, head_of, until_fail
 from mtpkern.train.prefix import Prefixes, texts_of
@@ -60,19 +59,16 @@ class Trainee:
         self.trained = [p for p in peft_model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=0.0)
         self.tokens = torch.randint(3, base.config.vocab_size, (len(lengths), max(lengths)))
-        self.layout = self._layout(lengths, spans)
+        for row, n in zip(self.tokens, lengths):
+            row[n - 1], row[n:] = EOS, 0
+        # Spans at random places behind the first fifth of each text.
+        drawn = [(n // 5 + torch.randperm(n - n // 5 - K)[:spans]).sort().values for n in lengths]
+        self.layout = build_layout(torch.stack(drawn), torch.tensor(lengths), K, num_tokens=max(lengths))
         self.rows = int(self.layout.valid[..., 1:].sum())
         names = [bytes([i]) for i in range(len(lengths))]
         self.texts = texts_of(self.layout, self.tokens.shape[1], names)
         self.kept = Prefixes(2**40)
         self.eos = torch.tensor([EOS])
-
-    def _layout(self, lengths: tuple[int, ...], spans: int) -> Layout:
-        """Spans at random places behind the first fifth of each text."""
-        for row, n in zip(self.tokens, lengths):
-            row[n - 1], row[n:] = EOS, 0
-        drawn = [(n // 5 + torch.randperm(n - n // 5 - K)[:spans]).sort().values for n in lengths]
-        return build_layout(torch.stack(drawn), torch.tensor(lengths), K, num_tokens=self.tokens.shape[1])
 
     def step(self, way: str) -> float:
         """Forward, backward and optimizer; the loss, the same at every call and in every way."""
@@ -136,16 +132,10 @@ def _peaks_of(way: str, tiny: bool) -> tuple[int, int]:
         return pool.submit(peaks, way, tiny).result()
 
 
-def take_steps(
-    device: torch.device,
-    quick: bool,
-    tiny: bool = False,
-    rounds: int = 3,
-    peaks_of: Callable[[str, bool], tuple[int, int]] = _peaks_of,
-) -> Iterator[Table]:
+def take_steps(device: torch.device, quick: bool, tiny: bool = False, rounds: int = 3) -> Iterator[Table]:
     """Rows a second and memory of each way; `quick` takes one round."""
     rounds = 1 if quick else rounds
-    memory = {way: peaks_of(way, tiny) for way in WAYS}
+    memory = {way: _peaks_of(way, tiny) for way in WAYS}
     work = Trainee(tiny)
     times = seconds(work, rounds)
     tokens = sum(len(text) for text in work.texts)
@@ -170,15 +160,12 @@ def take_steps(
     yield table
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    options: dict[str, dict[str, Any]] = {
-        "--rounds": {"type": positive, "default": 3},
-        "--tiny": {"action": "store_true", "help": "a tiny shape, to rehearse on: its figures say nothing"},
-    }
-    how: dict[str, Any] = {"on_cpu": lambda args: not args.tiny, "device": "cpu"}
-    run("gated_step", "Gated training step", take_steps, argv, options, **how)
+OPTIONS = {
+    "--rounds": {"type": positive, "default": 3},
+    "--tiny": {"action": "store_true", "help": "a tiny shape, to rehearse on: its figures say nothing"},
+}
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    how = {"options": OPTIONS, "on_cpu": lambda args: not args.tiny, "device": "cpu"}
+    program("gated_step", "Gated training step", take_steps, **how)

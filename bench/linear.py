@@ -6,7 +6,6 @@ that weights come from memory and a launch may start early behind the one ahead,
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -14,12 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from mtpkern.bench.harness import Spread
 from mtpkern.bench.models import Products, products
-from mtpkern.bench.report import Goal, Table, cells, run
-from mtpkern.bench.timing import Action, drawn, free, peak, race
+from mtpkern.bench.report import Goal, Table, cells, program
+from mtpkern.bench.timing import Action, Spread, drawn, free, peak, race
 from mtpkern.kernels.linear import few_rows_linear, new_counters
-from mtpkern.output import exit_status
 
 MODELS = ("Qwen3-4B", "Llama-3.1-8B", "SmolLM2-135M")
 GRID = (1, 8, 16, 24, 32)
@@ -37,10 +34,6 @@ class Layers:
         self.weights = {
             name: [w.mul_(K**-0.5) for w in drawn(n, sum(widths), K, device=device)] for name, (K, widths) in of.items()
         }
-
-    def ours(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Our product; on a CPU the torch form."""
-        return few_rows_linear(x, weight, None, self.counters)
 
     def chain(self, R: int, multiply: Multiply, *, names: Sequence[str], apart: bool = False) -> Action:
         """Call i runs products of layer i one behind another, each on a part of what the one ahead made: its outputs.
@@ -99,7 +92,8 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
 
 def times(layers: Layers, R: int, names: Sequence[str]) -> tuple[dict[str, Spread], list[str]]:
     """Microseconds of products one behind another in each way, and what was left out."""
-    theirs: dict[str, Action] = {OURS: layers.chain(R, layers.ours, names=names)}
+    ours = partial(few_rows_linear, bias=None, counters=layers.counters)
+    theirs: dict[str, Action] = {OURS: layers.chain(R, ours, names=names)}
     if len(names) > 1 or len(layers.products[names[0]][1]) > 1:
         theirs[SEPARATE] = layers.chain(R, linear, names=names, apart=True)
     right = {JOINED: layers.chain(R, linear, names=names)}
@@ -110,4 +104,4 @@ def times(layers: Layers, R: int, names: Sequence[str]) -> tuple[dict[str, Sprea
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(partial(run, "linear", "Linear layers with few rows", measure)))
+    program("linear", "Linear layers with few rows", measure)

@@ -7,18 +7,16 @@ weights are float32, and so is the product; its rows are cast before and behind 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mtpkern import packed
-from mtpkern.bench.harness import Spread, interleaved
 from mtpkern.bench.models import products
-from mtpkern.bench.report import Table, positive, run
-from mtpkern.output import exit_status
+from mtpkern.bench.report import Table, program
+from mtpkern.bench.timing import Spread, interleaved
+from mtpkern.cli import positive
 
 LAYERS = 30
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
@@ -76,15 +74,13 @@ def take_products(
         yield from both_ways(shapes, rows, rounds, getattr(torch, dtype))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    options: dict[str, dict[str, Any]] = {
-        "--threads": {"type": positive, "help": "(default: torch's own)"},
-        "--rounds": {"type": positive, "default": 9},
-        "--dtypes": {"nargs": "+", "choices": DTYPES, "default": DTYPES[:2], "help": "(default: %(default)s)"},
-    }
-    run("packed", "Products of few rows on a CPU", take_products, argv, options, on_cpu=lambda args: True, device="cpu")
+OPTIONS = {
+    "--threads": {"type": positive, "help": "(default: torch's own)"},
+    "--rounds": {"type": positive, "default": 9},
+    "--dtypes": {"nargs": "+", "choices": DTYPES, "default": DTYPES[:2], "help": "(default: %(default)s)"},
+}
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    how = {"options": OPTIONS, "on_cpu": lambda args: True, "device": "cpu"}
+    program("packed", "Products of few rows on a CPU", take_products, **how)

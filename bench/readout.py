@@ -5,21 +5,17 @@ The Triton forms against the same in separate torch operations, each in a captur
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from mtpkern.bench.harness import Spread
-from mtpkern.bench.report import Goal, Table, cells, run
-from mtpkern.bench.timing import copies, drawn, free, launches, peak, race
+from mtpkern.bench.report import Goal, Table, cells, program
+from mtpkern.bench.timing import Spread, copies, drawn, free, launches, peak, race
 from mtpkern.kernels.advance import advance
 from mtpkern.kernels.readout import readout
 from mtpkern.kernels.state import Rows, Sequences, Terms
-from mtpkern.output import exit_status
 
 READOUT_REFERENCE, ADVANCE_REFERENCE = readout.reference, advance.reference
 
@@ -157,4 +153,4 @@ def _ratio(times: Mapping[str, Spread]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(partial(run, "readout", "Readout and advance", measure)))
+    program("readout", "Readout and advance", measure)

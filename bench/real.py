@@ -25,8 +25,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mtpkern import ASSETS, load_adapter, show
-from mtpkern.bench.harness import environment
-from mtpkern.bench.report import Table, write
+from mtpkern.bench.report import Table, environment, write
 from mtpkern.compare import HF_GENERATE, Completion, Tally, batches, decode, pad, rotated, timed
 from mtpkern.loading import device_of
 from mtpkern.output import exit_status, printable
@@ -139,10 +138,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--number", type=int, metavar="N", help="the first N of them (default: 40, if there are)")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(default 64)")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1], metavar="N")
-    beside, both = (
-        "what is decoded beside ours (default: both; nothing only with --truth-batch-size)",
-        (HF_GENERATE, PLAIN),
-    )
+    both = (HF_GENERATE, PLAIN)
+    beside = "what is decoded beside ours (default: both; nothing only with --truth-batch-size)"
     parser.add_argument("--against", nargs="*", choices=both, default=both, help=beside)
     parser.add_argument("--hf", type=int, metavar="N", help="prompts of each kind that HF decodes too (default: all)")
     before = "have HF decode all prompts before, N at a time, to say what is right (default: what it says in its turn)"

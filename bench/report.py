@@ -1,21 +1,32 @@
-"""Results on paper: one Markdown and one JSON file of the same name in bench/results/."""
+"""Results on paper, and where they come from: a Markdown and a JSON file of the same name in bench/results/."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import platform
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from mtpkern.bench.harness import Spread, as_json, environment
+from mtpkern.bench.timing import Spread
 from mtpkern.loading import device_of
+from mtpkern.origin import origin
+from mtpkern.output import exit_status, write_whole
 
 RESULTS = Path(__file__).parent / "results"
+# What others bring that a benchmark measures beside ours, where it is installed; FlexAttention comes with torch,
+# assisted generation with transformers.
+COMPARATORS = ("flash-attn", "liger-kernel")
 
 
 @dataclass(frozen=True)
@@ -122,19 +133,64 @@ def write(
     write("decode", "Decoding", environment(device), [table], {"accuracy": {...}})
     """
     facts = "\n".join(f"- {key}: {value}" for key, value in environment.items())
-    record = json.dumps({"environment": environment, **data}, indent=1, default=as_json)
+    record = json.dumps({"environment": environment, **data}, indent=1, default=asdict)
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / f"{name}.md"
-    _replace(page, f"# {title}\n\n{facts}\n\n" + "\n".join(t.markdown() for t in tables))
-    _replace(folder / f"{name}.json", record + "\n")
+    # Whoever is cut while writing leaves what was there before.
+    write_whole(page, f"# {title}\n\n{facts}\n\n" + "\n".join(t.markdown() for t in tables))
+    write_whole(folder / f"{name}.json", record + "\n")
     return page
 
 
-def _replace(file: Path, text: str) -> None:
-    # In one step: whoever is cut while writing leaves what was there before.
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)
+def environment(device: torch.device) -> dict[str, str]:
+    """Hardware, versions, commit and command, for the record; the commit is marked where the tree differs from it."""
+    command = shlex.join(["python", "-m", f"mtpkern.bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    return {
+        **origin(device, command),
+        **(_gpu(device) if device.type == "cuda" else {"hardware": _cpu()}),
+        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "load_before": " ".join(f"{x:.1f}" for x in os.getloadavg()),
+        **{name: _version(name) for name in ("triton", *COMPARATORS)},
+        # All of them draw from it.
+        "seed": "0",
+    }
+
+
+def _said(*command: str) -> str:
+    """What a command prints; nothing where it fails or is not there."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _gpu(device: torch.device) -> dict[str, str]:
+    """Driver, toolkit and the limits that speed depends on."""
+    facts = torch.cuda.get_device_properties(device)
+    query = "--query-gpu=driver_version,clocks.max.sm,power.limit"
+    told = _said("nvidia-smi", query, "--format=csv,noheader", f"--id={device.index or 0}")
+    return {
+        "driver, greatest SM clock, power limit": told or "unknown",
+        "cuda": str(torch.version.cuda or torch.version.hip),
+        "memory": f"{facts.total_memory / 2**30:.0f} GiB",
+        "processors": str(facts.multi_processor_count),
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def run(
@@ -189,8 +245,6 @@ def run(
             print(tables[-1].foot(), flush=True)
 
 
-def positive(text: str) -> int:
-    """The type of an option that counts: `positive("64")` is 64."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
+def program(name: str, title: str, measure: Callable[..., Iterable[Table]], **how: Any) -> NoReturn:
+    """`run`, and the end of the process, as `python -m` asks for: `program("readout", "Readout", measure)`."""
+    sys.exit(exit_status(partial(run, name, title, measure, **how)))

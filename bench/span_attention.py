@@ -15,9 +15,8 @@ Floor    the longer of FLOPs, 4 Hq D a visible pair forward and 2.5 times that b
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,30 +26,22 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from mtpkern.bench.report import Goal, Table, run
-from mtpkern.bench.timing import Action, copies, difference, free, peak, race, reason, timed
+from mtpkern.bench.report import Goal, Table, program
+from mtpkern.bench.timing import Action, LeftOut, attempted, copies, difference, free, peak, race, timed
 from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.span_attention import span_attention, span_attention_reference
 from mtpkern.kernels.span_mask import Rule, span_mask
-from mtpkern.output import exit_status
 from mtpkern.train.layout import Layout, build_layout, draw_prefixes, tokens_apart
 
 OURS = "mtpkern"
 FLEX, INTERLEAVED, SDPA = "FlexAttention, our order", "FlexAttention, interleaved", "SDPA, dense mask"
 HEADER = ("way", "forward", "of floor", "backward", "of floor", "forward + backward", "ours is faster by")
 TARGETS = {FLEX: 1.2, INTERLEAVED: 1.8, SDPA: 4.0}
+SHARES = {"forward": 50, "backward": 38}
 
 # (b, h, row, key) -> whether the row sees the key.
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def paper_layout(batch: int, tokens: int, k: int) -> Layout:
-    """B texts of N tokens without a prompt, each with N // 2k spans of k; every span exists. On the CPU."""
-    lengths = torch.full((batch,), tokens)
-    start, spans = torch.zeros_like(lengths), tokens // (2 * k)
-    prefix = draw_prefixes(lengths, start, k, spans, apart=tokens_apart(tokens, spans, k), seed=0, step=0)
-    return build_layout(prefix, lengths, k, num_tokens=tokens)
 
 
 @dataclass(frozen=True)
@@ -65,8 +56,11 @@ class Shape:
     dim: int = 128
 
     def layout(self) -> Layout:
-        """The layout, on the CPU; every span exists."""
-        return paper_layout(self.batch, self.tokens, self.k)
+        """The layout of texts without a prompt, on the CPU; every span exists."""
+        lengths, k = torch.full((self.batch,), self.tokens), self.k
+        start, spans = torch.zeros_like(lengths), self.tokens // (2 * k)
+        prefix = draw_prefixes(lengths, start, k, spans, apart=tokens_apart(self.tokens, spans, k), seed=0, step=0)
+        return build_layout(prefix, lengths, k, num_tokens=self.tokens)
 
     def text(self) -> str:
         """As a caption names it."""
@@ -240,9 +234,7 @@ def disagreement(found: list[Tensor], right: list[Tensor]) -> str:
     return difference(found, right, 3e-2, ("out", "dq", "dk", "dv"))
 
 
-def ways(
-    shape: Shape, layout: Layout, inputs: list[Inputs], *, compiled: bool = True
-) -> tuple[dict[str, Way], list[str]]:
+def ways(layout: Layout, inputs: list[Inputs], *, compiled: bool = True) -> tuple[dict[str, Way], list[str]]:
     """All ways that run here and are right, and a line "name: why" for each other one. Ours must be right.
 
     Without `compiled` those that torch.compile takes long for are left out, and a line says so.
@@ -257,25 +249,17 @@ def ways(
         SDPA: lambda: Way(with_sdpa(layout, inputs[0].leaves[0].dtype), inputs),
     }
     right = truth(layout, inputs[0])
-    found: dict[str, Way] = {}
-    skipped = []
-    for name, make in makers.items():
-        wrong = "" if compiled or name not in (FLEX, INTERLEAVED) else "cut before it was compiled"
-        try:
-            if not wrong:
-                way = make()
-                wrong = disagreement(way.sample(), right)
-        except Exception as error:  # a foreign library that fails to compile or to fit must not take our figures along
-            if name == OURS:
-                raise
-            wrong = reason(error)
-        if wrong and name == OURS:
-            raise RuntimeError(f"span_attention differs from float32 arithmetic at {shape.text()}: {wrong}")
+
+    def sound(name: str) -> Way:
+        if not compiled and name in (FLEX, INTERLEAVED):
+            raise LeftOut("cut before it was compiled")
+        way = makers[name]()
+        wrong = disagreement(way.sample(), right)
         if wrong:
-            skipped.append(f"{name}: {wrong}")
-        else:
-            found[name] = way
-    return found, skipped
+            raise LeftOut(f"{wrong}, against float32 arithmetic")
+        return way
+
+    return attempted({name: partial(sound, name) for name in makers}, [OURS])
 
 
 def measure_shape(shape: Shape, device: torch.device, rounds: int, *, compiled: bool = True) -> Table:
@@ -288,7 +272,7 @@ def measure_shape(shape: Shape, device: torch.device, rounds: int, *, compiled: 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     size = torch.finfo(dtype).bits // 8 * shape.batch * rows * shape.dim * 2 * (shape.heads + shape.kv_heads)
     inputs = [Inputs.draw(shape, rows, dtype, device) for _ in range(copies(size, device))]
-    found, skipped = ways(shape, layout, inputs, compiled=compiled)
+    found, skipped = ways(layout, inputs, compiled=compiled)
 
     passes = {}
     for name, call in (("forward", Way.forward), ("forward + backward", Way.both)):
@@ -311,27 +295,24 @@ def measure_shape(shape: Shape, device: torch.device, rounds: int, *, compiled: 
         said = ", ".join(f"{spread.median:.0f} ({name})" for name, spread in spent.items())
         note += f" Making a BlockMask, not counted: {said}."
     table = Table(f"Span attention, {shape.text()}", note, HEADER, skipped=skipped)
-    ratio, share = {}, {}
     for name in found:
         if any(name not in times for times in passes.values()):
             continue
         forward, both = passes["forward"][name], passes["forward + backward"][name]
         took = {"forward": forward.median, "backward": both.median - forward.median}
-        ratio[name] = both.median / passes["forward + backward"][OURS].median
-        share[name] = {x: 100 * floor[x] / us for x, us in took.items()}
-        of_floor = [f"{x:.0f} %" for x in share[name].values()]
-        row = name, forward.text(1), of_floor[0], f"{took['backward']:.1f}", of_floor[1], both.text(1)
+        ratio = both.median / passes["forward + backward"][OURS].median
+        share = {x: 100 * floor[x] / us for x, us in took.items()}
+        of_floor = [f"{x:.0f} %" for x in share.values()]
+        row = name, forward.text(1), of_floor[0], f"{took['backward']:.1f}", of_floor[1], both.text(1), f"{ratio:.2f}"
         record = {"way": name, "forward": forward, "backward": took["backward"], "both": both, "floor": floor}
-        table = table.plus((*row, f"{ratio[name]:.2f}"), record)
-    goals = []
-    if shape == SHAPES[0]:
-        goals = [Goal(f"forward + backward against {x}", t, ratio[x], "x") for x, t in TARGETS.items() if x in ratio]
-    elif shape == SHAPES[1]:
-        goals = [
-            Goal(f"{x} at N = {shape.tokens:,}, share of the floor", t, share[OURS][x], "%")
-            for x, t in (("forward", 50), ("backward", 38))
-        ]
-    return replace(table, goals=goals)
+        goals = []
+        if shape == SHAPES[0] and name in TARGETS:
+            goals = [Goal(f"forward + backward against {name}", TARGETS[name], ratio, "x")]
+        elif shape == SHAPES[1] and name == OURS:
+            what = f"at N = {shape.tokens:,}, share of the floor"
+            goals = [Goal(f"{x} {what}", SHARES[x], share[x], "%") for x in share]
+        table = table.plus(row, record, *goals)
+    return table
 
 
 def measure(device: torch.device, quick: bool) -> Iterator[Table]:
@@ -348,4 +329,4 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(partial(run, "span_attention", "Span attention", measure)))
+    program("span_attention", "Span attention", measure)

@@ -16,7 +16,8 @@ from mtpkern.bench.timing import peak
 from mtpkern.decoder import Decoder
 from mtpkern.strategies import Strategy
 
-_PROMPT = 8
+PROMPT = 8
+NO_STOP = torch.tensor([-1])  # no token
 # Passes that the device state has room for between two resets: warming up, and the calls of one graph.
 PASSES = 24
 
@@ -60,27 +61,15 @@ class Stand:
         **options: Any,
     ) -> None:
         self.at = at
-        self.model = model
         assert share is None or (share.at.B, share.at.L) == (at.B, at.L)
-        self.decoder = Decoder(
-            model,
-            strategy,
-            mask_token_id=MASK,
-            stop_ids=torch.tensor([-1]),
-            batch=at.B,
-            capacity=at.L + room,
-            max_new_tokens=room,
-            rows=at.R,
-            **options,
-        )
+        self.decoder = endless(model, strategy, at.B, at.L, room, rows=at.R, **options)
         if share is not None:
             self.decoder.cache.layers = share.decoder.cache.layers
-        prompt = torch.randint(2, model.config.vocab_size, (at.B, _PROMPT), device=model.device)
-        self.decoder.prefill(prompt)
+        self.decoder.prefill(torch.randint(2, model.config.vocab_size, (at.B, PROMPT), device=model.device))
         with torch.inference_mode():
             if share is None:
                 fill(self.decoder)
-            move_up(self.decoder, at.L - _PROMPT)
+            move_up(self.decoder, at.L - PROMPT)
         cache, sequences, rows = self.decoder.cache, self.decoder.sequences, self.decoder.rows
         self.state = [*vars(sequences).values(), *vars(rows).values()]
         self.before = [x.clone() for x in self.state]
@@ -102,6 +91,12 @@ class Stand:
     def body(self, i: int) -> Tensor:
         """The model on the rows of the pass, attention left out, and nothing taken in: logits."""
         return self.decoder._forward({"mtpkern": Body()})
+
+
+def endless(model: PreTrainedModel, strategy: Strategy, batch: int, context: int, room: int, **options: Any) -> Decoder:
+    """A decoder of texts without an end, with `room` for so many tokens behind a context of L."""
+    how: dict[str, Any] = {"mask_token_id": MASK, "stop_ids": NO_STOP, "batch": batch, **options}
+    return Decoder(model, strategy, capacity=context + room, max_new_tokens=room, **how)
 
 
 def fill(decoder: Decoder) -> None:

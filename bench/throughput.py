@@ -35,11 +35,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from mtpkern import ASSETS
 from mtpkern.attention import attention_context
 from mtpkern.bench.models import MASK, SHAPES, build
-from mtpkern.bench.report import Table, positive, run
-from mtpkern.bench.step import fill, move_up
+from mtpkern.bench.report import Table, run
+from mtpkern.bench.step import NO_STOP, PROMPT, endless, fill, move_up
 from mtpkern.bench.timing import free
+from mtpkern.cli import positive
 from mtpkern.compare import synchronize
-from mtpkern.decoder import Decoder
 from mtpkern.kernels.readout import readout
 from mtpkern.load import Ladder, _times, default_rows
 from mtpkern.memory import FIXED_SHARE, available_memory, kv_bytes
@@ -59,7 +59,6 @@ BATCHES, CONTEXTS, PASSES = (1, 16, 64, 128), (1024,), 100
 # On a CPU: of the shipped model, and of the rehearsal.
 LOADS, TEXTS, FEWER = (1, 2, 4, 8, 16, 32, 64), (1024, 8192, 32_768), 24
 HEADER = ("batch", "context", "masks right", "tokens a pass", "tokens/s", "ratio", "ms a pass, one token: ours")
-_PROMPT = 8
 
 
 class Course:
@@ -76,20 +75,9 @@ class Course:
         device = model.device
         cuda = device.type == "cuda"
         self.chance = torch.zeros(max(1, strategy.k - 1), device=device)
-        self.stop_ids = torch.tensor([-1])
-        self.prompt = torch.randint(2, model.config.vocab_size, (batch, _PROMPT), device=device)
-        self.decoder = Decoder(
-            model,
-            strategy,
-            mask_token_id=MASK,
-            stop_ids=self.stop_ids,
-            batch=batch,
-            capacity=context + self.room,
-            max_new_tokens=self.room,
-            rows=default_rows(strategy, batch, device),
-            compile=cuda,
-            by_load=strategy.verify,
-        )
+        self.prompt = torch.randint(2, model.config.vocab_size, (batch, PROMPT), device=device)
+        how = {"rows": default_rows(strategy, batch, device), "compile": cuda, "by_load": strategy.verify}
+        self.decoder = endless(model, strategy, batch, context, self.room, **how)
         self.filled = False
 
     @torch.inference_mode()
@@ -101,12 +89,12 @@ class Course:
         decoder, sequences = self.decoder, self.decoder.sequences
         for j in range(len(self.chance)):
             self.chance[j] = chances[min(j, len(chances) - 1)]
-        decoder.restart(self.strategy, self.stop_ids, self.room)
+        decoder.restart(self.strategy, NO_STOP, self.room)
         decoder.prefill(self.prompt)
-        if not self.filled and self.context > _PROMPT:
+        if not self.filled and self.context > PROMPT:
             fill(decoder)
             self.filled = True
-        move_up(decoder, self.context - _PROMPT)
+        move_up(decoder, self.context - PROMPT)
         decoder.max_passes = self.passes
         now = clock(self.model.device)
         with (

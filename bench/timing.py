@@ -12,25 +12,64 @@ import ctypes
 import gc
 import json
 import os
+import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import count
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from mtpkern.bench.harness import Spread
 from mtpkern.compare import rotated, synchronize
 from mtpkern.graph import capturing, on_side_stream
 
+T = TypeVar("T")
 # Called with 0, 1, 2, ..., and takes that call's copy of its inputs: inputs[i % len(inputs)].
 Action = Callable[[int], object]
 
 # A replay should last this long, in seconds, so that the events' resolution does not matter.
 _REPLAY = 1e-3
 _MOST_CALLS = 64
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, least and greatest of some measurements."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """`Spread.of([3, 1, 2])` is Spread(median=2, low=1, high=3)."""
+        return cls(statistics.median(values), min(values), max(values))
+
+    def text(self, digits: int = 2) -> str:
+        """As a table shows it: `Spread(2, 1, 3).text(0)` is "2 (1–3)"."""
+        return f"{self.median:.{digits}f} ({self.low:.{digits}f}–{self.high:.{digits}f})"
+
+
+def interleaved(
+    actions: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, *, warm_up: int = 3
+) -> dict[str, Spread]:
+    """Milliseconds of each action over `rounds` rounds, in turns and each round in another order.
+
+    interleaved({"matmul": lambda: a @ b}, 20, a.device)["matmul"].median
+    """
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    for i in range(-warm_up, rounds):
+        for name in rotated(list(actions), i):
+            synchronize(device)
+            start = time.perf_counter()
+            actions[name]()
+            synchronize(device)
+            if i >= 0:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: Spread.of(values) for name, values in times.items()}
 
 
 @dataclass(frozen=True)
@@ -132,25 +171,41 @@ def race(
 
         times, skipped = race({"ours": lambda i: a @ b}, {"einsum": lambda i: torch.einsum("ij,jk", a, b)}, a.device)
     """
-    right: list[Tensor] | None = None
-    runs: dict[str, _Run] = {}
-    skipped: list[str] = []
-    for name, action in {**ours, **theirs}.items():
+    right: list[Tensor] = []
+
+    def prepared(action: Action) -> _Run:
+        output = _outputs(action(0))
+        if not right:
+            right.extend(output)
+        wrong = "" if tolerance is None else difference(output, right, tolerance)
+        if wrong:
+            raise LeftOut(wrong)
+        del output
+        return _prepared(action, calls, device, graph)
+
+    runs, skipped = attempted({name: partial(prepared, action) for name, action in {**ours, **theirs}.items()}, ours)
+    return _in_turns(runs, device, rounds, None, flush=not graph), skipped
+
+
+class LeftOut(Exception):
+    """Why something is not measured, in words."""
+
+
+def attempted(makes: Mapping[str, Callable[[], T]], ours: Collection[str]) -> tuple[dict[str, T], list[str]]:
+    """What each of them returns, and a line "name: why" for each that fails; RuntimeError where that is one of ours.
+
+    attempted({"ours": lambda: 1, "theirs": lambda: 1 / 0}, ["ours"])[0]  # {"ours": 1}
+    """
+    found: dict[str, T] = {}
+    skipped = []
+    for name, make in makes.items():
         try:
-            output = _outputs(action(0))
-            right = output if right is None else right
-            wrong = "" if tolerance is None else difference(output, right, tolerance)
-            del output
-            if not wrong:
-                runs[name] = _prepared(action, calls, device, graph)
+            found[name] = make()
         except Exception as error:  # whatever a foreign library raises, it must not take our figures along
             if name in ours:
-                raise
-            wrong = reason(error)
-        if wrong and name in ours:
-            raise RuntimeError(f"{name} differs from {next(iter(ours))}: {wrong}")
-        skipped += [f"{name}: {wrong}"] if wrong else []
-    return _in_turns(runs, device, rounds, None, flush=not graph), skipped
+                raise RuntimeError(f"{name}: {reason(error)}") from error
+            skipped.append(f"{name}: {reason(error)}")
+    return found, skipped
 
 
 # What is timed, and how many calls it holds.
@@ -274,6 +329,8 @@ def peak_of(action: Action, device: torch.device) -> float:
 def reason(error: BaseException) -> str:
     """An exception in one line: `reason(ValueError("no"))` is "ValueError: no"."""
     lines = str(error).strip().splitlines()
+    if isinstance(error, LeftOut):
+        return str(error)
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 

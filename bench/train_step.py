@@ -8,14 +8,12 @@ does. The last table has our step with torch_compile beside itself. A step's los
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import isnan
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,19 +21,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mtpkern.attention import attention_context
-from mtpkern.bench.harness import Spread
 from mtpkern.bench.models import random_model
-from mtpkern.bench.report import Goal, Table, run
-from mtpkern.bench.span_attention import additive_mask, paper_layout, sdpa
-from mtpkern.bench.timing import Action, free, peak_of, race
+from mtpkern.bench.report import Goal, Table, program
+from mtpkern.bench.span_attention import Shape, additive_mask, sdpa
+from mtpkern.bench.timing import Action, Spread, free, peak_of, race
 from mtpkern.kernels.scoring import Scoring
-from mtpkern.output import exit_status
 from mtpkern.train.compilation import CompiledLayers
 from mtpkern.train.layout import Layout
 from mtpkern.train.objective import Objective, SpanContext, backbone, gather_rows, head_of, mtp_loss
 
 OURS, SPAN_ROWS, ALL_ROWS = "mtpkern", "SDPA mask, logits of span rows", "SDPA mask, logits of all rows"
 COMPILED = "mtpkern, layers compiled"
+HEADER = ("way", "tokens/s", "ms a step", "ours is faster by", "peak GiB", "ours takes")
 GIB = 2**30
 
 MODEL, EOS = "Qwen3-0.6B", 0
@@ -62,7 +59,7 @@ class Batch:
 
     def layout(self) -> Layout:
         """The layout, on the CPU; every span exists."""
-        return paper_layout(self.size, self.tokens, self.k)
+        return Shape(self.size, self.tokens, self.k).layout()
 
 
 BATCHES = (Batch(8, 1024), Batch(32, 160), Batch(32, 1024, checkpointing=True), Batch(8, 1024, compiled=True))
@@ -95,27 +92,6 @@ def span_logits(model: PreTrainedModel, ids: Tensor, context: SpanContext, mask:
     z = z.float()
     z[:, mask] = float("-inf")
     return z
-
-
-def plain_loss(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    tokens: Tensor,
-    context: SpanContext,
-    *,
-    mask_token_id: int,
-    eos_token_ids: Tensor,
-    all_rows: bool,
-) -> Tensor:
-    """What `mtp_loss` computes with hard targets, with full logits: the mean over the span rows that count."""
-    layout = context.layout
-    z = span_logits(student, layout.fill(tokens, mask_token_id), context, mask_token_id, all_rows)
-    token = z.detach().argmax(-1).view(layout.row.shape)
-    ended = torch.isin(token, eos_token_ids).int()
-    keep = (layout.valid & (ended.cumsum(-1) == ended)).flatten()
-    with torch.no_grad(), attention_context(teacher, context):
-        label = span_logits(teacher, layout.fill(tokens, token[..., :-1]), context, mask_token_id, all_rows).argmax(-1)
-    return torch.where(keep, F.cross_entropy(z, label, reduction="none"), 0).sum() / keep.sum()
 
 
 class Trainee:
@@ -183,10 +159,20 @@ class Trainee:
         context = DenseContext(layout, dtype=self.dtype)
         with attention_context(self.student, context):
             with self.autocast():
-                ids: dict[str, Any] = {"mask_token_id": self.mask, "eos_token_ids": self.eos}
-                loss = plain_loss(self.student, self.teacher, tokens, context, **ids, all_rows=all_rows)
+                loss = self.plain_loss(tokens, context, all_rows)
             loss.backward()
         return loss.detach()
+
+    def plain_loss(self, tokens: Tensor, context: SpanContext, all_rows: bool) -> Tensor:
+        """What `mtp_loss` computes with hard targets, with full logits: the mean over the span rows that count."""
+        layout, mask = context.layout, self.mask
+        z = span_logits(self.student, layout.fill(tokens, mask), context, mask, all_rows)
+        token = z.detach().argmax(-1).view(layout.row.shape)
+        ended = torch.isin(token, self.eos).int()
+        keep = (layout.valid & (ended.cumsum(-1) == ended)).flatten()
+        with torch.no_grad(), attention_context(self.teacher, context):
+            label = span_logits(self.teacher, layout.fill(tokens, token[..., :-1]), context, mask, all_rows).argmax(-1)
+        return torch.where(keep, F.cross_entropy(z, label, reduction="none"), 0).sum() / keep.sum()
 
 
 def measure_batch(trainee: Trainee, batch: Batch, rounds: int) -> Table:
@@ -196,26 +182,23 @@ def measure_batch(trainee: Trainee, batch: Batch, rounds: int) -> Table:
         theirs: dict[str, Action] = {name: step for name, step in steps.items() if name != OURS}
         times, skipped = race({OURS: steps[OURS]}, theirs, device, rounds=rounds, graph=False)
         memory = {name: peak_of(steps[name], device) for name in times}
-    best = times[OURS].median
     number = batch.size * batch.tokens
-    rows, records = [], []
-    for name, spread in times.items():
-        ms = Spread(spread.median / 1e3, spread.low / 1e3, spread.high / 1e3)
-        cells = (f"{1e6 * number / spread.median:,.0f}", ms.text(1), f"{spread.median / best:.2f}")
-        rows.append((name, *cells, f"{memory[name] / GIB:.2f}", f"{memory[OURS] / memory[name]:.2f}"))
-        records.append({"way": name, "tokens": number, "time": spread, "memory": memory[name]})
-    goals = []
-    for name in (SPAN_ROWS, ALL_ROWS):
-        if name in times and not isnan(memory[name]):
-            goals.append(Goal(f"tokens/s against {name}, {batch.text()}", 1.5, times[name].median / best, "x"))
-            less = memory[OURS] / memory[name]
-            goals.append(Goal(f"memory against {name}, {batch.text()}", 0.6, less, "x", at_most=True))
-    header = ("way", "tokens/s", "ms a step", "ours is faster by", "peak GiB", "ours takes")
     note = (
         "Tokens of the text, without masks; median (range). Peak memory is all that is allocated: float32 weights, "
         "gradients and moments, the bf16 teacher, activations, logits."
     )
-    return Table(f"Training step, {batch.text()}", note, header, rows, records, goals, skipped)
+    table = Table(f"Training step, {batch.text()}", note, HEADER, skipped=skipped)
+    for name, spread in times.items():
+        faster, less = spread.median / times[OURS].median, memory[OURS] / memory[name]
+        ms = Spread(spread.median / 1e3, spread.low / 1e3, spread.high / 1e3)
+        row = name, f"{1e6 * number / spread.median:,.0f}", ms.text(1), f"{faster:.2f}"
+        goals = []
+        if name in (SPAN_ROWS, ALL_ROWS) and not isnan(memory[name]):
+            goals = [Goal(f"tokens/s against {name}, {batch.text()}", 1.5, faster, "x")]
+            goals += [Goal(f"memory against {name}, {batch.text()}", 0.6, less, "x", at_most=True)]
+        record = {"way": name, "tokens": number, "time": spread, "memory": memory[name]}
+        table = table.plus((*row, f"{memory[name] / GIB:.2f}", f"{less:.2f}"), record, *goals)
+    return table
 
 
 def measure(device: torch.device, quick: bool) -> Iterator[Table]:
@@ -231,4 +214,4 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(partial(run, "train_step", "Training step", measure)))
+    program("train_step", "Training step", measure)

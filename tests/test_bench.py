@@ -50,12 +50,8 @@ def test_tokens_per_pass_in_two_ways():
 
 
 def figures(accuracy, tokens_per_pass):
-    """As `Bench.count` returns them, from the two numbers that the choice looks at."""
-
-    class Stub:
-        tally = Tally(problems=100, right=accuracy, tokens=round(tokens_per_pass * 100), passes=100)
-
-    return Stub()
+    """As `Bench.count` returns them, the two numbers that the choice looks at."""
+    return {"accuracy": accuracy / 100, "tokens_per_pass": tokens_per_pass}
 
 
 def test_choice_keeps_the_accuracy(checkpoint, monkeypatch):
@@ -85,11 +81,11 @@ def test_identity_is_counted_by_tokens(checkpoint):
     held = problems("test", 3)
     greedy = [Completion([1, 2, 3], [1, 1, 1])] * 3
     mixed = [Completion([1, 2, 3], [3]), Completion([1, 2], [2]), Completion([1, 2, 4], [2, 1])]
-    result = decode.Figures(bench.tokenizer, held, mixed, greedy)
-    assert result.identical == 1
-    assert result.blocks == {3: 1, 2: 2, 1: 1}
-    assert result.record()["tokens_per_pass"] == 2
-    assert result.record()["effective_k"] == pytest.approx((3 + 2 + 2) / 3)
+    result = bench.figures(held, mixed, greedy)
+    assert result["identical_to_hf_greedy"] == 1
+    assert result["blocks_by_size"] == {"3": 1, "2": 2, "1": 1}
+    assert result["tokens_per_pass"] == 2
+    assert result["effective_k"] == pytest.approx((3 + 2 + 2) / 3)
 
 
 def test_the_whole_benchmark(checkpoint, tmp_path, capsys, monkeypatch):
@@ -115,20 +111,20 @@ def test_the_whole_benchmark(checkpoint, tmp_path, capsys, monkeypatch):
         ]
     for batch in (1, 8):
         assert record[f"speed_batch_{batch}"][HF_GENERATE]["ratio"]["median"] == 1
-    step = record["step"]["batch 8"]
-    assert set(step) == {"whole", "forward", "readout", "body", "one_token"}
-    assert all(s["median"] > 0 for s in step.values())
     page = (tmp_path / "tiny.md").read_text()
     assert page in capsys.readouterr().out
-    for caption in ("Accuracy and tokens per pass", "Wall-clock time, batch 1", "Where a step's time goes"):
+    for caption in ("Accuracy and tokens per pass", "Wall-clock time, batch 1"):
         assert f"## {caption}" in page
 
 
-def test_a_part_alone(checkpoint, tmp_path, capsys):
-    options = ["--only", "step", "--problems", "8", "--rounds", "1", "--name", "part"]
-    decode.main([*options, "--checkpoint", str(checkpoint), "--results", str(tmp_path)])
+def test_a_part_alone(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(decode, "CONFADAPT", (0.5,))
+    monkeypatch.setattr(decode, "VERIFIED", (0.3,))
+    monkeypatch.setattr(decode, "MAX_NEW_TOKENS", 8)
+    options = "--only accuracy --problems 2 --validation 2 --name part"
+    decode.main([*options.split(), "--checkpoint", str(checkpoint), "--results", str(tmp_path)])
     record = json.loads((tmp_path / "part.json").read_text())
-    assert set(record) == {"environment", "step"}
+    assert set(record) == {"environment", "chosen", "accuracy"}
     capsys.readouterr()
 
 

@@ -81,7 +81,7 @@ def test_what_cannot_be_compared(capsys, monkeypatch):
 def test_assisted_generation_writes_the_same_tokens():
     """Ours and theirs, on a CPU in a rehearsal; comparators are named where they are missing."""
     from mtpkern.bench import assisted
-    from mtpkern.bench.harness import COMPARATORS, environment
+    from mtpkern.bench.report import COMPARATORS, environment
 
     (table,) = assisted.measure(torch.device("cpu"), True)
     assert [row[1] for row in table.rows] == ["1 of 1"] * 5

@@ -10,9 +10,8 @@ from torch.nn.attention import flex_attention
 from mtpkern.attention import attention_context
 from mtpkern.bench import distill, gated_step, span_attention, timing, train_step
 from mtpkern.bench.distill import Case, Inputs
-from mtpkern.bench.harness import Spread
 from mtpkern.bench.span_attention import FLEX, INTERLEAVED, OURS, SDPA, Shape
-from mtpkern.bench.timing import Peak
+from mtpkern.bench.timing import Peak, Spread
 from mtpkern.kernels.distill import Head
 from mtpkern.kernels.span_mask import span_mask
 from mtpkern.train.layout import build_layout, stride_prefixes
@@ -139,7 +138,7 @@ def test_a_comparator_that_is_wrong_is_left_out_and_we_are_not(monkeypatch):
         return lambda q, k, v: 1.1 * span_attention.with_sdpa(layout, q.dtype)(q, k, v)
 
     monkeypatch.setattr(span_attention, "with_ours", off)
-    with pytest.raises(RuntimeError, match="differs from float32"):
+    with pytest.raises(RuntimeError, match=f"{OURS}: out is off by .*, against float32"):
         span_attention.measure_shape(span_attention.TINY[0], CPU, rounds=1)
 
 
@@ -212,7 +211,6 @@ def test_plain_step_is_the_same_training(all_rows):
     batch = train_step.TINY_BATCHES[0]
     layout = batch.layout()
     tokens = torch.randint(1, trainee.mask, (batch.size, batch.tokens))
-    options = {"mask_token_id": trainee.mask, "eos_token_ids": trainee.eos}
 
     def gradients(context_of, loss_of):
         trainee.student.zero_grad()
@@ -229,7 +227,7 @@ def test_plain_step_is_the_same_training(all_rows):
         return sums.span / sums.rows.sum()
 
     def plain(context):
-        return train_step.plain_loss(trainee.student, trainee.teacher, tokens, context, **options, all_rows=all_rows)
+        return trainee.plain_loss(tokens, context, all_rows)
 
     want, want_grads = gradients(SpanContext, ours)
     loss, grads = gradients(lambda x: train_step.DenseContext(x, dtype=torch.float32), plain)
@@ -282,7 +280,8 @@ def test_head_of_the_plain_step_bans_the_mask():
 
 def test_ways_of_a_gated_step(monkeypatch):
     """One loss in all of them, and the one that keeps prefixes makes one pass a step."""
-    (table,) = gated_step.take_steps(CPU, True, tiny=True, peaks_of=gated_step.peaks)
+    monkeypatch.setattr(gated_step, "_peaks_of", gated_step.peaks)
+    (table,) = gated_step.take_steps(CPU, True, tiny=True)
     assert [row[0] for row in table.rows] == list(gated_step.WAYS)
     assert len(table.goals) == 2
     work = gated_step.Trainee(tiny=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from mtpkern.bench import readme
-from mtpkern.bench.traces import untraced
 from mtpkern.plots import pareto
+from support.traces import untraced
 
 ROOT = Path(__file__).resolve().parents[1]
 # All of docs but the log, the way from the paper to the code, and what a command has written: there numbers come from.

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from mtpkern.bench import report, timing
-from mtpkern.bench.harness import Spread, environment, interleaved
-from mtpkern.bench.report import Goal, Table, run, write
-from mtpkern.bench.timing import Peak, copies, kernels_by_name, peak, race, timed
+from mtpkern.bench.report import Goal, Table, environment, run, write
+from mtpkern.bench.timing import Peak, Spread, copies, interleaved, kernels_by_name, peak, race, timed
 from mtpkern.compare import rotated
 from support.benches import H200
 

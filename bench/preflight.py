@@ -8,6 +8,7 @@
     checkpoint  the shipped model generates what it does on a CPU: with a graph and without, batch 1 and 3, unwarned
     passes      Qwen3-4B with random weights, batch 1: a pass and its body by rows; its graph, kernels by name
     layers      the same passes with each decoder layer compiled, attention kept out
+    products    where asked for: those, siblings as one product or each by itself (mtpkern.products), in turns
 
 Each step ends with a line of JSON, printed and written at once. A step that fails says so and the next one runs; but
 where a kernel is wrong all ends there, with the exit status 3: no time of a wrong result is worth having. On a CPU
@@ -44,6 +45,7 @@ from mtpkern.demo import ASSETS, load
 from mtpkern.generation import generate
 from mtpkern.kernels.distill import Head, head_readout
 from mtpkern.kernels.kv_write import kv_write as write
+from mtpkern.kernels.linear import MOST_ROWS
 from mtpkern.kernels.packed_rows import PackedRows
 from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.state import Sequences
@@ -54,6 +56,7 @@ from mtpkern.strategies import Static, Verified
 
 WRONG = 3
 STEPS = ("machine", "compiled", "kernels", "checkpoint", "passes", "layers")
+ASKED = ("products",)
 # Beginnings of the names of ahead-of-time cases; a rehearsal takes the last alone.
 FAMILIES = (
     *("decode_attention bf16 D128", "span_attention bf16 D128", "distill bf16 V144"),
@@ -222,18 +225,27 @@ def checkpoint(device: torch.device) -> Facts:
     return {"equal": list(ways), "warnings": sorted({str(w.message)[:300] for w in caught})}
 
 
-def rows_table(model: Any, rows: Sequence[int], *, compile: bool) -> tuple[Facts, Action]:
-    """Microseconds of a pass by its rows, and of its body unless compiled; and the last pass but one itself.
+def _stand(model: Any, R: int, most: int, share: step.Stand | None, *, compile: bool) -> step.Stand:
+    """Of one text, in the middle of it, with room for passes of `most` rows; rows are made many by a large k."""
+    at = step.Point(1, _context(model), R // 2 + 1, R)
+    room = step.PASSES * (most // 2 + 1)
+    return step.Stand(model, at, Static(at.k), share=share, room=room, compile=compile)
 
-    Of one text, in the middle of it; rows are made many by a large k.
-    """
-    context = 24 if model.device.type == "cpu" else 2048
-    room = step.PASSES * (rows[0] // 2 + 1)
+
+def _context(model: Any) -> int:
+    return 24 if model.device.type == "cpu" else 2048
+
+
+def _floor(model: Any) -> Facts:
+    return {"model": MODEL, "floor_us": round(step.floor(model, step.Point(1, _context(model), 1, 1)), 1)}
+
+
+def rows_table(model: Any, rows: Sequence[int], *, compile: bool) -> tuple[Facts, Action]:
+    """Microseconds of a pass by its rows, and of its body unless compiled; and the last pass but one itself."""
     stands: list[step.Stand] = []
     spent: dict[str, dict[int, float]] = {}
     for R in rows:
-        at, first = step.Point(1, context, R // 2 + 1, R), stands[0] if stands else None
-        stand = step.Stand(model, at, Static(at.k), share=first, room=room, compile=compile)
+        stand = _stand(model, R, rows[0], stands[0] if stands else None, compile=compile)
         stands.append(stand)
         actions: dict[str, Action] = {"us_by_rows": stand.step, **({} if compile else {"body_us_by_rows": stand.body})}
         with attention_context(model, step.Body()):
@@ -241,8 +253,37 @@ def rows_table(model: Any, rows: Sequence[int], *, compile: bool) -> tuple[Facts
         for name, spread in found.items():
             spent.setdefault(name, {})[R] = round(spread.median, 1)
     step.reset(stands[-2:-1])
-    floor = step.floor(model, step.Point(1, context, 1, 1))
-    return {"model": MODEL, "floor_us": round(floor, 1), **spent}, stands[-2].step
+    return {**_floor(model), **spent}, stands[-2].step
+
+
+def products_table(model: Any, rows: Sequence[int]) -> Facts:
+    """Microseconds of a compiled pass by its rows: siblings as one product, that by our kernel too, and each by itself.
+
+    With least and greatest. All of one model in one process, in turns; by themselves are layers whose weights lie
+    together, too.
+    """
+    first: step.Stand | None = None
+    spent: Facts = {}
+    for R in rows:
+        stands: dict[str, step.Stand] = {}
+        for name, one, few in (("one", True, 0), ("each", False, 0), ("one, ours", True, MOST_ROWS)):
+            with (
+                patch("mtpkern.decoder.wants_one_product", lambda captured, one=one: one),
+                patch("mtpkern.decoder.few_rows", lambda *_, few=few: few),
+            ):
+                stands[name] = _stand(model, R, rows[0], first, compile=True)
+            first = first or stands[name]
+        assert stands["one"].decoder.products.found  # type: ignore[union-attr]
+        with attention_context(model, step.Body()):
+            actions = {name: stand.step for name, stand in stands.items()}
+            found = timed(actions, model.device, rounds=20, reset=partial(step.reset, list(stands.values())))
+        spent[str(R)] = {name: [round(x, 1) for x in (s.median, s.low, s.high)] for name, s in found.items()}
+    nodes: Facts = {}
+    for name, stand in stands.items():
+        step.reset([stand])
+        with attention_context(model, step.Body()):
+            nodes[name] = launches(stand.step, model.device)
+    return {**_floor(model), "us_by_rows": spent, "nodes": nodes}
 
 
 def _profiled(model: Any, action: Action) -> Facts:
@@ -254,7 +295,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the steps; 0, 1 where one failed, 3 where a kernel is wrong."""
     parser = argparse.ArgumentParser(prog="python -m mtpkern.bench.preflight", description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="which (default: all)")
+    which = "which (default: all but products)"
+    parser.add_argument("--steps", nargs="+", choices=STEPS + ASKED, default=STEPS, help=which)
     parser.add_argument("--results", type=Path, help="a file for the lines of JSON")
     args = parser.parse_args(argv)
     device = device_of(args.device)
@@ -269,19 +311,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         facts, action = rows_table(model(), rows, compile=compile)
         return {**facts, **_profiled(model(), action)}
 
-    def layers() -> Facts:
+    def in_layers(make: Callable[[], Facts]) -> Facts:
         free(device)
         # To rehearse, tracing is enough; a CPU's code would need a C++ compiler.
         backend = patch("mtpkern.layers.BACKEND", "eager") if device.type == "cpu" else nullcontext()
         with backend, warnings.catch_warnings():
             # Layers that run uncompiled would be measured as compiled.
             warnings.filterwarnings("error", "torch.compile could not compile", RuntimeWarning)
-            return profiled(fewer, compile=True)
+            return make()
 
     makes: list[Callable[[], Facts]] = [partial(make, device) for make in (machine, compiled, kernels, checkpoint)]
-    makes += [partial(profiled, rows, compile=False), layers]
+    makes += [partial(profiled, rows, compile=False), partial(in_layers, partial(profiled, fewer, compile=True))]
+    makes += [partial(in_layers, lambda: products_table(model(), fewer))]
     status = 0
-    for name, make in zip(STEPS, makes, strict=True):
+    for name, make in zip(STEPS + ASKED, makes, strict=True):
         if name not in args.steps or status == WRONG:
             continue
         start = time.perf_counter()

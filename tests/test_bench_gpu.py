@@ -240,7 +240,10 @@ def test_preflight_rehearsed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(preflight, "compiled", compiled)
     file = tmp_path / "told.jsonl"
     assert preflight.main(["--device", "cpu", "--results", str(file)]) == 0
+    assert preflight.main(["--device", "cpu", "--results", str(file), "--steps", "products"]) == 0
     found = steps_of(file)
+    products = found.pop("products")["us_by_rows"]
+    assert all(spent.keys() == {"one", "each", "one, ours"} for spent in products.values())
     assert list(found) == ["machine", "compiled", "kernels", "checkpoint", "passes", "layers"]
     assert capsys.readouterr().out == file.read_text()
     assert found["machine"]["peak"]["bandwidth"] > 0

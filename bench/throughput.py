@@ -41,7 +41,7 @@ from mtpkern.bench.timing import free
 from mtpkern.cli import positive
 from mtpkern.compare import synchronize
 from mtpkern.kernels.readout import readout
-from mtpkern.load import Ladder, _times, default_rows
+from mtpkern.load import Ladder, _times, default_masks, default_rows
 from mtpkern.memory import FIXED_SHARE, available_memory, kv_bytes
 from mtpkern.output import exit_status
 from mtpkern.strategies import Static, Strategy, Verified
@@ -49,8 +49,6 @@ from mtpkern.strategies import Static, Strategy, Verified
 MODEL, SHIPPED = "Qwen3-4B", "shipped"
 # The threshold is that of the model whose chances are imposed: a mask is as sure as it is likely to be right.
 K, THRESHOLD = 8, 0.2
-# Masks behind drafts, a sequence, up to the batch of which a GPU has rows for them.
-MASKS = {1: 9}
 # How often the j-th prediction behind the certain one is right where the truth stands in front; those behind are taken
 # as the last. Of SmolLM2-135M-Instruct with its gated adapter, on held-out prompts (mtpkern/assets/smollm2/README.md).
 MEASURED = {"problems": (0.65, 0.48, 0.35, 0.27, 0.19, 0.14), "instructions": (0.52, 0.36, 0.24, 0.18, 0.13, 0.09)}
@@ -160,14 +158,10 @@ def climb(course: Course) -> dict[int, float]:
     return {rows: ladder.times.seconds.get(rows, float("nan")) * 1e3 for rows in ladder.rungs}
 
 
-def _masks(batch: int, device: torch.device) -> int:
-    return 0 if device.type == "cpu" else MASKS.get(batch, 0)
-
-
 def require_room(model: PreTrainedModel, batch: int, context: int, passes: int) -> None:
     """Raises ValueError, with the bytes, where keys and values of both ways leave no room for graphs."""
     plain = kv_bytes(model, batch, context + passes + 3)
-    ours = kv_bytes(model, batch, context + (passes + 2) * K + 1, _masks(batch, model.device))
+    ours = kv_bytes(model, batch, context + (passes + 2) * K + 1, default_masks(K, batch, model.device))
     there = available_memory(model.device)
     if plain is None or ours is None or there is None or ours <= FIXED_SHARE * (there - plain):
         return
@@ -200,7 +194,7 @@ def measure(
     how += ["one thread's CPU time"] * (clock(device) is process_time)
     how += ["positions for any context" if model == SHIPPED else "random weights"]
     how += [] if cpu else ["layers compiled", "in graphs"]
-    masks = "no masks behind drafts" if cpu else f"masks behind drafts at batch {next(iter(MASKS))}"
+    masks = "no masks behind drafts" if cpu else "masks behind drafts as by default"
     note = (
         f"{passes} passes, k = {K}, threshold {THRESHOLD}, {masks}; {', '.join(how)}; the least of some runs, in "
         "turns. ratio: tokens a second over those of one token a pass. How often a mask is right by its place in the "
@@ -219,7 +213,7 @@ def measure(
         # A process that decodes like this and nothing else.
         _times.pop(judged, None)
         plain = Course(judged, batch, context, passes, Static(1))
-        course = Course(judged, batch, context, passes, Verified(K, THRESHOLD, masks=_masks(batch, device)))
+        course = Course(judged, batch, context, passes, Verified(K, THRESHOLD, masks=default_masks(K, batch, device)))
         for _ in range(2):
             plain.run(RIGHT["never"])
         rungs = climb(course)

@@ -52,7 +52,7 @@ def both_ways(
 
         def ours(x: dict[int, Tensor] = x) -> None:
             for (width, _), pack in zip(shapes, packs):
-                packed._product(x[width].float(), pack.weight, pack.bias).to(dtype)
+                packed._product(x[width].to(pack.dtype), pack.weight, pack.bias).to(dtype)
 
         found = interleaved({"torch": torchs, "packed": ours}, rounds, torch.device("cpu"))
         one = one or found["torch"]

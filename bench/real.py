@@ -44,20 +44,23 @@ OURS, PLAIN = "ours", "plain"
 class Sums:
     """What one kind of prompt has added up to, decoded in batches of one size, way by way.
 
-    Right are those answers whose tokens are the original's; ratios: another way's seconds over ours for each batch in
-    which both ran, and the sums of those seconds.
+    Right are those answers whose tokens are the original's; ratios: another way's seconds a token over ours for each
+    batch in which both ran, and the sums of those seconds and tokens. In 16 bits near-ties fall as they like, and
+    answers end elsewhere.
     """
 
     tallies: dict[str, Tally] = field(default_factory=dict)
     ratios: dict[str, list[float]] = field(default_factory=dict)
     seconds: dict[str, tuple[float, float]] = field(default_factory=dict)
+    tokens: dict[str, tuple[float, float]] = field(default_factory=dict)
 
-    def add(self, seconds: Mapping[str, float]) -> None:
-        """Count in how long a batch took in each way."""
+    def add(self, seconds: Mapping[str, float], tokens: Mapping[str, int]) -> None:
+        """Count in how long a batch took in each way, and how many tokens it made."""
         for way in seconds.keys() - {OURS}:
-            self.ratios.setdefault(way, []).append(seconds[way] / seconds[OURS])
-            theirs, own = self.seconds.get(way, (0.0, 0.0))
-            self.seconds[way] = theirs + seconds[way], own + seconds[OURS]
+            self.ratios.setdefault(way, []).append(seconds[way] / tokens[way] / seconds[OURS] * tokens[OURS])
+            for sums, found in ((self.seconds, seconds), (self.tokens, tokens)):
+                theirs, own = sums.get(way, (0, 0))
+                sums[way] = theirs + found[way], own + found[OURS]
 
     def row(self, name: str) -> tuple[str, ...]:
         """As the table shows it."""
@@ -65,7 +68,8 @@ class Sums:
         cells = [name, f"{own.right} of {own.problems}", f"{own.tokens_per_pass:.2f}"]
         for way in (PLAIN, HF_GENERATE):
             if way in self.ratios:
-                (theirs, mine), all_ = self.seconds[way], self.ratios[way]
+                theirs, mine = (s / n for s, n in zip(self.seconds[way], self.tokens[way]))
+                all_ = self.ratios[way]
                 cells += [f"{theirs / mine:.2f}", f"{min(all_):.2f}–{max(all_):.2f}, median {median(all_):.2f}"]
             else:
                 cells += ["–", "–"]
@@ -125,7 +129,7 @@ def decode_in_turns(
             for name, completions in found.items():
                 right = sum(one.tokens == ids for one, ids in zip(completions, wanted))
                 own.tallies.setdefault(name, Tally()).add(completions, right, seconds[name])
-            own.add(seconds)
+            own.add(seconds, {name: sum(len(one.tokens) for one in its) for name, its in found.items()})
             yield kind, [(ids, one) for (_, ids), one in zip(batch, found[OURS])], own
 
 
@@ -179,9 +183,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     hf = ", before all else" if args.truth_batch_size else hf
     note = (
         "Identical: the tokens of Hugging Face's greedy generate of the original, decoded "
-        f"{args.truth_batch_size or args.batch_size[0]} at a time{hf}. Times include the prefill, and are sums; beside "
-        "them the ratios of single batches. One a pass: the original by the same code, in a CUDA graph too where there "
-        "is one."
+        f"{args.truth_batch_size or args.batch_size[0]} at a time{hf}. Times are those of a token, the prefill "
+        "included, over all of them; beside them the ratios of single batches. One a pass: the original by the same "
+        "code, in a CUDA graph too where there is one."
     )
     found: dict[tuple[str, int], Sums] = {}
 

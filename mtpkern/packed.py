@@ -11,11 +11,11 @@ That look is a product with one row that never changes, over all weights: it cos
 sees what no version of a tensor tells (a write to `weight.data`). The copies are kept with the model and go with it, or
 with `mtpkern.release_graphs`. Weights that somebody writes to while a call runs are taken up by the next one.
 
-Weights of 16 bits are copied as they are where the processor has products of 16 bits: torch then takes twice as long
-for one row as up to twelve take over the copies. Where it has none (AVX2 and nothing later, say) they are copied as
-float32: torch takes 1.7, 3.2 and 6.5 times as long for 2, 4 and 8 rows as for one, over the copies it is 1.4, 1.8 and
-2.3 (bench/results/bfloat16/packed.md). One row stays torch's there, which reads half as many bytes for it; all other
-numbers of rows read the copies, a prompt's too, from the first pass on.
+Weights of 16 bits are copied as they are where the processor has products of 16 bits: up to twelve rows take 0.53 to
+0.68 of what torch takes for one there (bench/results/avx512/packed.md). Where it has none (AVX2 and nothing later, say)
+they are copied as float32: torch takes 1.7, 3.2 and 6.5 times as long for 2, 4 and 8 rows as for one, over the copies
+it is 1.4, 1.8 and 2.3 (bench/results/bfloat16/packed.md). One row stays torch's there, which reads half as many bytes
+for it; all other numbers of rows read the copies, a prompt's too, from the first pass on.
 
 Siblings (mtpkern.siblings) are one product here as well, and so is what a gated adapter adds to them: its matrices are
 small, and each call joins them anew. In a pass of five rows of SmolLM2 the adapter took 25 ms, most of it for starting

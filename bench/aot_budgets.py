@@ -67,6 +67,7 @@ advance  .        8/0      .        .        .        advance B16 k8 unverified
 # Two numbers put away before its loop and fetched behind it.
 attend   .        .        8/8      .        .        decode_attention bf16 D128 k16
 # What only 3.6's compiler puts on a stack.
+attend   .        .        .        8/0      .        decode_attention bf16 D128 k12
 attend   .        .        .        8/0      .        decode_attention bf16 D256 k8
 attend   .        .        .        8/0      .        decode_attention fp16 D256 k8
 attend   24/0     40/0     .        .        .        decode_attention bf16 D256 k16

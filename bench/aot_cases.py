@@ -146,6 +146,12 @@ CASES: dict[str, Callable[[], object]] = {
         for verify in (True, False)
     },
     **{f"advance B{B} k{k} verified, masks": partial(advance_case, B, k, True, 9) for B, k in ((1, 4), (16, 8))},
+    # As many as there are by default, where rows go by load.
+    **{
+        f"advance B{B} k{k} verified, {masks} masks": partial(advance_case, B, k, True, masks)
+        for B, k, masks in ((1, 12, 22), (8, 7, 11))
+    },
+    "decode_attention bf16 D128 k12, 22 masks": partial(_attend, bf16, 128, 45, 22),
     "decode_attention bf16 D128 k4 masks": partial(_attend, bf16, 128, 16, 9),
     "decode_attention bf16 D256 k4 masks, window": partial(_attend, bf16, 256, 16, 9, window=512),
     "decode_attention fp32 D64 k4 masks, sinks": partial(_attend, fp32, 64, 16, 9, sinks=torch.zeros(32)),

@@ -180,8 +180,8 @@ class Bought:
         """Tokens promised by price [n, prices], of sequences with these odds [n], as what was bought of late tells."""
         if not self.masks:
             return promised
-        every = (odds[:, None] ** power).sum(1)
-        self._parts = promised.sum(0) / every.sum()
+        every = float((odds[:, None] ** power).sum())
+        self._parts = promised.sum(0) / (every or 1.0)  # where none runs any more
         # What nobody has bought tells nothing; and no odds promise more than a span of masks that are always right.
         return np.minimum(promised / max(self.part, 1e-3), len(power))
 
@@ -210,21 +210,31 @@ def _promised(
     other_hits, other_chains = hits.sum() - hits + shown[0], chains.sum() - chains + shown[1]
     alike = (other_hits + PRIOR_HITS) / (other_hits + other_chains + prior)
     judged = (hits + prior * alike) / (hits + chains + prior)
-    promise, hope = own[:, None] ** power, judged[:, None] ** power
-    behind_one = promise[:, None] >= PRICES[:, None]  # [n, prices, k - 1]
-    masks, tokens = behind_one.sum(2), (hope[:, None] * behind_one).sum(2)
+    bought_alone = own[:, None, None] ** power >= PRICES[:, None]  # [n, prices, k - 1]
+    masks, tokens = bought_alone.sum(2), (judged[:, None, None] ** power * bought_alone).sum(2)
     fed = tokens
     if bought.masks:
-        fed = np.rint((promise[:, None] * behind_one).sum(2))
-        behind = _chances(own, fed, k)[..., None] * promise[:, None, None] >= PRICES[:, None, None]
-        last = np.arange(k) == fed[..., None]
-        others = (behind * ~last[..., None]).sum((2, 3))
-        # The likeliest have them; here all have less.
-        dealt = np.where(last, 1.0, np.minimum(1, bought.masks / np.maximum(others, 1))[..., None])
-        masks = (behind.sum(3) * dealt).sum(2)
-        tokens = (_chances(judged, fed, k) * dealt * (behind * hope[:, None, None]).sum(3)).sum(2)
+        fed = np.rint((own[:, None, None] ** power * bought_alone).sum(2))
+        masks, tokens = _behind_drafts(own, judged, fed, power, bought.masks)
         tokens = bought.scaled(tokens, judged, power)
     return len(hits) + tokens.sum(0), len(hits) + (masks + fed).sum(0)
+
+
+def _behind_drafts(
+    own: np.ndarray, judged: np.ndarray, fed: np.ndarray, power: np.ndarray, most: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """By price, of chains of `fed` drafts [n, prices]: the masks behind all of them, and the tokens they promise.
+
+    own, judged [n]: the odds that buy, and those that tell what it is worth; most: masks behind others than the last
+    """
+    k = len(power) + 1
+    worth = _chances(own, fed, k)[..., None] * own[:, None, None, None] ** power >= PRICES[:, None, None]
+    is_last = np.arange(k) == fed[..., None]
+    others = (worth * ~is_last[..., None]).sum((2, 3))
+    # The likeliest places have them all; here each has less.
+    share = np.where(is_last, 1.0, np.minimum(1, most / np.maximum(others, 1))[..., None])
+    hoped = (worth * judged[:, None, None, None] ** power).sum(3)
+    return (worth.sum(3) * share).sum(2), (_chances(judged, fed, k) * hoped * share).sum(2)
 
 
 def _chances(odds: np.ndarray, fed: np.ndarray, k: int) -> np.ndarray:

@@ -379,6 +379,14 @@ def test_what_was_bought_of_late_is_what_drafts_tell_of() -> None:
     assert few.part == 0.5 + 0.5 / 32
 
 
+@pytest.mark.filterwarnings("error")
+def test_nobody_runs_any_more() -> None:
+    """As a host sees it that is a pass behind."""
+    ladder = climbed(4, 180, masks=22)
+    assert ladder.choose(counts(), counts())[0] in ladder.rungs
+    assert price_of(counts(), counts(), k=7, rows=49, times=None, bought=Bought(36)) in PRICES
+
+
 def test_masks_of_a_pass_by_default() -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     assert [default_masks(7, batch, gpu) for batch in (1, 4, 8, 16, 128)] == [12, 12, 11, 0, 0]

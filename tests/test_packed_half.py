@@ -5,14 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import mtpkern
 from mtpkern import Static, Verified, packed
 from mtpkern.adapter import gate_of, gated
 from mtpkern.kernels.form import has_products
 from mtpkern.packed import PackedProducts, packs
-from support.packing import generate, noted
+from support.packing import error, generate, noted
 
 pytestmark = pytest.mark.skipif(not packed._has_packed_products(torch.float32), reason="torch without oneDNN")
 HALVES = (torch.bfloat16, torch.float16)
@@ -30,10 +30,6 @@ def lacking(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def products(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """The shapes of what each product over packed weights has read."""
     return noted(monkeypatch)
-
-
-def error(found: Tensor, truth: Tensor) -> Tensor:
-    return (found.double() - truth).square().mean().sqrt()
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -11,7 +11,7 @@ import mtpkern
 from mtpkern import Static, Verified, packed
 from mtpkern.adapter import gate_of, gated
 from mtpkern.packed import Packed, PackedProducts, packs
-from support.packing import generate, noted
+from support.packing import error, generate, noted
 
 HALVES = [
     pytest.param(dtype, marks=pytest.mark.skipif(not packed._has_packed_products(dtype), reason=f"no {dtype} products"))
@@ -29,22 +29,12 @@ def having(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     mtpkern.release_graphs()
 
 
-@pytest.fixture
-def products(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """The shapes of what each product over packed weights has read."""
-    return noted(monkeypatch)
-
-
-def error(found: Tensor, truth: Tensor) -> Tensor:
-    return (found.double() - truth).square().mean().sqrt()
-
-
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3_text", "phi3"])
 def test_logits_are_as_near_to_the_truth_as_torchs(
-    name: str, dtype: torch.dtype, tiny: SimpleNamespace, products: list[torch.Size]
+    name: str, dtype: torch.dtype, tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, ours = tiny.model(name).to(dtype), PackedProducts()
+    model, ours, products = tiny.model(name).to(dtype), PackedProducts(), noted(monkeypatch)
     for length in (1, 9, 150):
         ids = tiny.prompts(length)[0]
         with torch.inference_mode():
@@ -65,9 +55,9 @@ def test_logits_are_as_near_to_the_truth_as_torchs(
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_copies_take_the_bytes_of_the_weights_and_weights_stay(
-    dtype: torch.dtype, tiny: SimpleNamespace, products: list[torch.Size]
+    dtype: torch.dtype, tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny.model("llama").to(dtype)
+    model, products = tiny.model("llama").to(dtype), noted(monkeypatch)
     before = {key: x.clone() for key, x in model.state_dict().items()}
     tokens = generate(tiny, model, strategy=Static(1))
     assert 3 in {shape[:-1].numel() for shape in products}
@@ -82,9 +72,9 @@ def test_copies_take_the_bytes_of_the_weights_and_weights_stay(
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("adapter", [torch.bfloat16, torch.float32])
 def test_a_gated_adapter_changes_its_rows_and_no_others(
-    adapter: torch.dtype, dtype: torch.dtype, tiny: SimpleNamespace, products: list[torch.Size]
+    adapter: torch.dtype, dtype: torch.dtype, tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny.adapted(tiny.model("llama").to(dtype))
+    model, products = tiny.adapted(tiny.model("llama").to(dtype)), noted(monkeypatch)
     for name, weight in model.named_parameters():
         if "lora" in name:
             weight.data = weight.data.to(adapter)

@@ -29,3 +29,8 @@ def generate(tiny: SimpleNamespace, model: Any, **options: Any) -> Tensor:
     ids, mask = tiny.prompts(9, 4, 6)
     options = {"max_new_tokens": 12, "strategy": Verified(4, threshold=0.2), "check_model": False, **options}
     return mtpkern.generate(model, ids, attention_mask=mask, **options)
+
+
+def error(found: Tensor, truth: Tensor) -> Tensor:
+    """The root mean square of the distance, in float64."""
+    return (found.double() - truth).square().mean().sqrt()

@@ -86,6 +86,18 @@ def test_copies_follow_the_weights(dtype: torch.dtype, tiny: SimpleNamespace) ->
     assert torch.equal(generate(tiny, model, strategy=Static(1)), _without(tiny, model))
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_copies_follow_the_dtype_of_the_same_values(adapted: bool, dtype: torch.dtype, tiny: SimpleNamespace) -> None:
+    model = tiny.model("llama").to(dtype)
+    model = tiny.adapted(model) if adapted else model
+    generate(tiny, model)
+    generate(tiny, model.float())
+    (copies,) = packed._packed.values()
+    assert {copy.dtype for copy in copies} == {torch.float32}
+    assert torch.equal(generate(tiny, model, strategy=Static(1)), _without(tiny, model))
+
+
 def _without(tiny: SimpleNamespace, model: nn.Module) -> Tensor:
     """Anew, with copies that know of nothing."""
     mtpkern.release_graphs()

@@ -56,7 +56,7 @@ class Options:
             "by_load": rows is None and (strategy is None or not strategy.k) and self.strategy.verify and not parallel,
             "batch_invariant": given["batch_invariant"],
         }
-        self._masks_by_load = self._others["by_load"] and (strategy is None or vars(strategy)["masks"] is None)
+        self._masks_by_load = self._others["by_load"] and (strategy is None or vars(strategy).get("masks", 0) is None)
 
     def strategy_of(self, batch: int) -> Strategy:
         """The strategy for so many sequences side by side, with masks behind drafts where that is left to the load."""

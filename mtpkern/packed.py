@@ -71,9 +71,11 @@ def packs(model: PreTrainedModel, new_tokens: int) -> bool:
 
 def _dtype_of_copies(dtype: torch.dtype) -> torch.dtype | None:
     """What copies of such weights are made of, and products over them computed in; None for what stays torch's."""
-    copied = dtype if dtype == torch.float32 or has_products(dtype) else torch.float32
-    known = dtype == torch.float32 or has_products(dtype) is not None
-    return copied if known and _has_packed_products(copied) else None
+    has = dtype == torch.float32 or has_products(dtype)
+    if has is None:
+        return None
+    copied = dtype if has else torch.float32
+    return copied if _has_packed_products(copied) else None
 
 
 def _is_widened(dtype: torch.dtype) -> bool:

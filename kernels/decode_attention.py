@@ -380,7 +380,9 @@ def decode_attention(
     depends on the batch; that takes 4 (D_V + 1) bytes a row, query head and 256 slots. The torch form ignores it.
     `slots`, where the host knows that only so many hold anything, this pass's included: no more are looked at.
 
-    The torch form spreads rows to [B, W], attends as a padded batch does, and gathers rows back. With a softcap or
+    The torch form spreads rows to [B, W], attends as a padded batch does, and gathers rows back. The G heads that share
+    keys stand below one another as G W rows of one: given as heads of their own, one row of each takes a CPU 3 to 17
+    times as long in bfloat16, and more rows 1.1 to 2 times (docs/log.md, "Less around the products"). With a softcap or
     sinks it computes in float32, or in float64 for float64 inputs; else as scaled_dot_product_attention does, of 16-bit
     inputs in float32 on a processor without 16-bit products.
 
@@ -392,26 +394,26 @@ def decode_attention(
     scale, softcap, sinks = scoring.scale, scoring.softcap, scoring.sinks
     # What F.scaled_dot_product_attention takes in 16 bits is several times slower where the processor lacks them.
     wide = torch.float32 if query.device.type == "cpu" and has_products(query.dtype) is False else query.dtype
-    spread = rows.spread(scoring.window, C, wide)
+    spread = rows.spread(scoring.window, C, wide, Hq // Hkv)
     q = query
     if spread.place is not None:
         q = query.new_zeros(B * W + 1, Hq, D).index_copy_(0, spread.place, query)[:-1]
-    q = q.view(B, W, Hq, D).transpose(1, 2)
+    q = q.view(B, W, Hq, D).transpose(1, 2).reshape(B, Hkv, -1, D)
     k, v = k_cache[:, :, :C], v_cache[:, :, :C]
     if softcap is None and sinks is None:
         q, k, v = (x.to(wide) for x in (q, k, v))
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=spread.bias, scale=scale, enable_gqa=Hq > Hkv)
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=spread.bias, scale=scale)
     else:
         dtype = torch.promote_types(query.dtype, torch.float32)
         q, k, v = (x.to(dtype) for x in (q, k, v))
-        s = (q.reshape(B, Hkv, -1, D) @ k.transpose(-1, -2)).mul_(scale).view(B, Hq, W, C)
+        s = (q @ k.transpose(-1, -2)).mul_(scale)
         if softcap is not None:
             s = s.div_(softcap).tanh_().mul_(softcap)
         s = s.add_(spread.bias)
         if sinks is not None:
-            s = torch.cat([s, sinks.to(dtype).view(1, Hq, 1, 1).expand(B, -1, W, -1)], dim=-1)
-        o = (s.softmax(-1)[..., :C].reshape(B, Hkv, -1, C) @ v).view(B, Hq, W, Dv)
-    o = o.transpose(1, 2).reshape(B * W, Hq, Dv).to(query.dtype)
+            s = torch.cat([s, sinks.to(dtype).repeat_interleave(W).view(1, Hkv, -1, 1).expand(B, -1, -1, -1)], dim=-1)
+        o = s.softmax(-1)[..., :C] @ v
+    o = o.view(B, Hq, W, Dv).transpose(1, 2).reshape(B * W, Hq, Dv).to(query.dtype)
     if spread.place is not None:
         o = torch.cat([o, o.new_zeros(1, Hq, Dv)])[spread.place]
     return o.masked_fill(spread.unused, 0)

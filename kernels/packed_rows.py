@@ -1,6 +1,7 @@
 """Packed rows: those of several sequences side by side, as decode attention takes them, and how they lie when padded.
 
-Shapes   per row [R] int64;  start [B + 1] int64;  bias [B, 1, W, C], W the most rows of a sequence
+Shapes   per row [R] int64;  start [B + 1] int64;  bias [B, 1, G W, C], W the most rows of a sequence, G the heads of
+         queries that share keys
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Spread:
-    """Where packed rows go in [B, W] (None: they stand there already), and what they do not see: bias [B, 1, W, C]."""
+    """Where packed rows go in [B, W] (None: they stand there already), and what they do not see: bias [B, 1, G W, C]."""
 
     place: Tensor | None
     bias: Tensor
@@ -41,15 +42,15 @@ class PackedRows:
     prefix_end: Tensor | None = None
     span_start: Tensor | None = None
     scratch: int = 0
-    memo: dict[int | None, Spread] = field(default_factory=dict, compare=False, repr=False)
+    memo: dict[tuple[int | None, int], Spread] = field(default_factory=dict, compare=False, repr=False)
 
-    def spread(self, window: int | None, capacity: int, dtype: torch.dtype) -> Spread:
-        """How they lie in a padded batch under this window, of so many slots."""
-        if window not in self.memo:
-            self.memo[window] = self._spread(window, capacity, dtype)
-        return self.memo[window]
+    def spread(self, window: int | None, capacity: int, dtype: torch.dtype, heads: int = 1) -> Spread:
+        """How they lie in a padded batch under this window, of so many slots, where so many heads share their keys."""
+        if (window, heads) not in self.memo:
+            self.memo[window, heads] = self._spread(window, capacity, dtype, heads)
+        return self.memo[window, heads]
 
-    def _spread(self, window: int | None, capacity: int, dtype: torch.dtype) -> Spread:
+    def _spread(self, window: int | None, capacity: int, dtype: torch.dtype, heads: int) -> Spread:
         batch, device = len(self.start) - 1, self.slot.device
         o_r, o_c = torch.arange(len(self.slot), device=device), torch.arange(capacity, device=device)
         unused = self.slot >= capacity
@@ -78,4 +79,4 @@ class PackedRows:
                 seen &= o_c > prefix + slot - span - window
             visible |= seen
         bias = torch.zeros((), dtype=dtype, device=device).where(visible, -torch.inf)
-        return Spread(place, bias[:, None], unused[:, None, None])
+        return Spread(place, bias.repeat(1, heads, 1)[:, None], unused[:, None, None])

@@ -176,9 +176,8 @@ class GatedRows:
         self.gate = gate
         self._known: tuple[Tensor | bool, slice | Tensor | None] = (False, None)
 
-    def rows(self) -> slice | Tensor | None:
-        """Those of this thread's pass, counted through its sequences; None for none."""
-        opened = self.gate.rows
+    def of(self, opened: Tensor | bool) -> slice | Tensor | None:
+        """Those for which the gate is opened, counted through its sequences; None for none."""
         if self._known[0] is not opened:
             found = gated_rows(opened.flatten()) if isinstance(opened, Tensor) else None
             self._known = opened, None if isinstance(found, Tensor) and not len(found) else found
@@ -191,15 +190,13 @@ class Update:
 
     names: list[str | None]  # of each layer's adapter, where it has one
     gated: GatedRows
-    a: Tensor  # [M, H], M the sum of their ranks
+    a: Tensor  # [H, M], M the sum of their ranks
     b: Tensor  # [M, N], a block for each layer, with its scale
 
     @classmethod
     @_kept
-    def of(
-        cls, layers: Sequence[Any], names: list[str | None], gated: GatedRows, dtype: torch.dtype = torch.float32
-    ) -> Update:
-        """The adapters of these layers, of which others than LoRA layers have none, in this dtype."""
+    def of(cls, layers: Sequence[Any], names: list[str | None], gated: GatedRows) -> Update:
+        """The adapters of these layers, of which others than LoRA layers have none."""
         adapted = [(layer, name) for layer, name in zip(layers, names) if name is not None]
         downs = [layer.lora_A[name].weight.float() for layer, name in adapted]
         ups = [
@@ -208,19 +205,24 @@ class Update:
             else layer.lora_B[name].weight.float().T * layer.scaling[name]
             for layer, name in zip(layers, names)
         ]
-        return cls(names, gated, torch.cat(downs).to(dtype), torch.block_diag(*ups).to(dtype))
+        return cls(names, gated, torch.cat(downs).T.contiguous(), torch.block_diag(*ups))
 
-    def add(self, y: Tensor, x: Tensor) -> None:
-        """Add it to y [..., N], in place, in the gated rows of this pass; x [..., H] is what the layers have read."""
-        rows = self.gated.rows()
+    def add(self, y: Tensor, x: Tensor, opened: Tensor | bool) -> None:
+        """Add it to y [..., N], in place, in the rows for which the gate is opened; x [..., H] is what they have read.
+
+        In float32: products of so few rows take a CPU twice as long in 16 bits, where it has such products.
+        """
+        rows = self.gated.of(opened)
         if rows is None:
             return
         y, x = y.flatten(0, -2), x.flatten(0, -2)
-        low = x[rows] @ self.a.T
-        if isinstance(rows, slice):
+        low = torch.mm(x[rows].float(), self.a)
+        if not isinstance(rows, slice):
+            y.index_add_(0, rows, torch.mm(low, self.b).to(y.dtype))
+        elif y.dtype == torch.float32:
             y[rows].addmm_(low, self.b)
         else:
-            y.index_add_(0, rows, low @ self.b)
+            y[rows].add_(torch.mm(low, self.b))
 
 
 @dataclass(frozen=True)
@@ -310,9 +312,7 @@ def _groups(model: PreTrainedModel, siblings: Sequence[Sequence[nn.Linear]]) -> 
         names = [None if layer is base else adapter_of(layer) for layer, base in zip(layers, bases)]
         if any(name is None and layer is not base for name, layer, base in zip(names, layers, bases)):
             continue  # an adapter that somebody has switched off, or changed
-        update = None
-        if any(names):
-            update = Update.of(layers, names, gated, _dtype_of_copies(bases[0].weight.dtype) or torch.float32)
+        update = Update.of(layers, names, gated) if any(names) else None
         found.append((bases, layers, update))
     return _read(model, found)
 
@@ -354,12 +354,14 @@ def _run(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor] | None:
     # Where copies are wider torch reads half as much for one row, and with more rows its arithmetic never catches up.
     rows = x.numel() // max(1, x.shape[-1])
     if rows <= MOST_ROWS if packed.dtype == dtype else rows > 1:
-        x = x.to(packed.dtype)
+        if packed.dtype != dtype:
+            x = x.to(packed.dtype)
         y = _product(x, packed.weight, packed.bias)
         if update is not None:
-            update.add(y, x)
-        y = y.to(dtype)
-        return y.split(packed.widths, -1) if len(layers) > 1 else [y]
+            update.add(y, x, gate)
+        if packed.dtype != dtype:
+            y = y.to(dtype)
+        return y.split_with_sizes(packed.widths, -1) if len(layers) > 1 else [y]
     if update is None:
         return None
     # Past peft, as `mtpkern.siblings` does it.

@@ -121,6 +121,20 @@ def disjoint(readers: Iterable[Sequence[Any]]) -> list[tuple[Any, ...]]:
 Group = tuple[Sequence[nn.Module], Callable[[Sequence[Any], Tensor], Sequence[Tensor] | None], dict[str, Any]]
 
 
+class _Turn:
+    """What a layer that is run with others holds while a pass runs; no attributes of a module, which take µs to set.
+
+    thread   whose pass it is
+    run      of the first of them, what runs all; of the others None
+    others   of the first, those behind it
+    left     of the others, the tensor that the first has read and what this one makes of it, until it is fetched
+    """
+
+    def __init__(self, thread: int, run: Callable[..., Any] | None, others: Sequence[nn.Module]) -> None:
+        self.thread, self.run, self.others = thread, run, others
+        self.left: tuple[Tensor, Tensor] | None = None
+
+
 @contextmanager
 def together(groups: Iterable[Group]) -> Iterator[None]:
     """A pass of this thread inside the block runs the layers of each group at once.
@@ -129,29 +143,20 @@ def together(groups: Iterable[Group]) -> Iterator[None]:
     it stays, and its siblings go without, too.
     """
     free = [group for group in groups if not any("forward" in vars(layer) for layer in group[0])]
+    thread = get_ident()
     try:
         for layers, run, more in free:
-            for layer in layers:
-                # Past nn.Module's own way to set an attribute, which takes longer than all else here. Methods are of
-                # one kind to torch.compile, so that its forms serve many layers.
-                first = layer is layers[0]
-                vars(layer).update(
-                    forward=MethodType(_forward, layer),
-                    mtpkern_thread=get_ident(),
-                    mtpkern_others=layers[1:] if first else (),
-                    mtpkern_left=None,
-                    mtpkern_run=run if first else None,
-                    **(more if first else {}),
-                )
+            first, *others = layers
+            # Methods are of one kind to torch.compile, so that its forms serve many layers.
+            vars(first).update(forward=MethodType(_forward, first), mtpkern_turn=_Turn(thread, run, others), **more)
+            for layer in others:
+                vars(layer).update(forward=MethodType(_forward, layer), mtpkern_turn=_Turn(thread, None, ()))
         yield
     finally:
         for layers, _, more in free:
             for layer in layers:
-                for name in ("forward", *_NAMES, *more):
+                for name in ("forward", "mtpkern_turn", *more):
                     vars(layer).pop(name, None)
-
-
-_NAMES = ("mtpkern_thread", "mtpkern_others", "mtpkern_left", "mtpkern_run")
 
 
 def _base_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -163,18 +168,17 @@ def _base_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The forward of a layer that has siblings, or is run so by itself, while a pass runs."""
+    turn = vars(layer).get("mtpkern_turn")
     # What torch.compile makes runs in this thread alone.
-    ours = torch.compiler.is_compiling() or getattr(layer, "mtpkern_thread", None) == get_ident()
-    if ours and not args and not kwargs:
-        left = layer.mtpkern_left
-        layer.mtpkern_left = None
+    if turn is not None and not args and not kwargs and (torch.compiler.is_compiling() or turn.thread == get_ident()):
+        left, turn.left = turn.left, None
         if left is not None and left[0] is x:
             return left[1]  # type: ignore[no-any-return]
-        if layer.mtpkern_run is not None:
-            outs = layer.mtpkern_run((layer, *layer.mtpkern_others), x)
+        if turn.run is not None:
+            outs = turn.run((layer, *turn.others), x)
             if outs is not None:
-                for other, y in zip(layer.mtpkern_others, outs[1:]):
-                    other.mtpkern_left = x, y
+                for other, y in zip(turn.others, outs[1:]):
+                    other.mtpkern_turn.left = x, y
                 return outs[0]  # type: ignore[no-any-return]
     return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
 

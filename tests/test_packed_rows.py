@@ -32,9 +32,18 @@ def test_masks_behind_a_draft_see_its_prefix_and_their_own_span() -> None:
     assert seen(rows, window=1) == [[[3], [4], [1]]]
 
 
+def test_heads_that_share_keys_stand_below_one_another() -> None:
+    """Each head's rows in their order, and each sees what it saw."""
+    rows = PackedRows(torch.tensor([0, 0, 1]), torch.tensor([2, 3, 1]), torch.tensor([0, 2, 3]), max_rows=2)
+    one = rows.spread(2, C, torch.float32).bias
+    three = rows.spread(2, C, torch.float32, heads=3).bias
+    assert torch.equal(three.view(2, 3, 2, C), one.expand(2, 3, 2, C))
+
+
 def test_what_layers_share_is_made_once_a_window() -> None:
     rows = PackedRows(torch.tensor([0]), torch.tensor([2]), torch.tensor([0, 1]), max_rows=1)
     assert rows.spread(None, C, torch.float32) is rows.spread(None, C, torch.float32)
-    assert set(rows.memo) == {None}
+    assert set(rows.memo) == {(None, 1)}
     rows.spread(2, C, torch.float32)
-    assert set(rows.memo) == {None, 2}
+    rows.spread(2, C, torch.float32, heads=3)
+    assert set(rows.memo) == {(None, 1), (2, 1), (2, 3)}

@@ -184,7 +184,7 @@ def test_nothing_outlives_its_pass(mlp):
 
     def begin():
         """The first of two siblings is called: what is made of it, and for the other."""
-        return weakref.ref(mlp.gate_proj(x)), weakref.ref(mlp.up_proj.mtpkern_left[1])
+        return weakref.ref(mlp.gate_proj(x)), weakref.ref(mlp.up_proj.mtpkern_turn.left[1])
 
     def failing():
         with gated(model, ids):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Spread:
-    """Where packed rows go in [B, W] (None: they stand there already), and what they do not see: bias [B, 1, G W, C]."""
+    """Where packed rows go in [B, W] (None: they stand there already); what they do not see, as bias [B, 1, G W, C]."""
 
     place: Tensor | None
     bias: Tensor

@@ -7,7 +7,8 @@ masks, and closed, as it is outside of mtpkern, the model is the original to the
 The adapter is peft's: its LoRA layers, and its folder, whose config also says that it is gated, for which base, and
 holds the one embedding row that has no place in the base: the mask token is the first id behind the vocabulary, so
 neither matrix is resized, no tokenizer changes and no prompt can hold it. peft reads the folder as an adapter that its
-invocation token switches on, and since that token never comes, plain peft gives the base.
+invocation token switches on, and since that token never comes, plain peft gives the base. Its layers for hqq and GPTQ
+know no such token, and plain peft fails there.
 
 Source   gated LoRA: Samragh et al., arXiv 2507.11851; LoRA on mask rows only: I-DLM's R-ISD, arXiv 2604.11035
 """
@@ -41,7 +42,7 @@ _SHAPE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "tar
 _OF_HUB = ("revision", "token", "cache_dir", "subfolder")
 _DEAF = (
     "cannot be gated, because peft would adapt all their rows; load the base unquantised, or quantised by "
-    "bitsandbytes, torchao or quanto"
+    "bitsandbytes, torchao, quanto, hqq or GPTQ"
 )
 
 
@@ -104,6 +105,9 @@ def attach(model: nn.Module, row: nn.Parameter, adapter: str = "default") -> Gat
         gate = Gate(settings_of(model.peft_config[adapter]), row)  # type: ignore[index, union-attr]
         variant = GatedLora(gate)
         for layer in layers:
+            if adapter not in layer.lora_variant:
+                # A method, which copies of the layer copy as their own.
+                vars(layer)["forward"] = MethodType(_forward_without_offsets, layer)
             layer.lora_variant[adapter] = variant
     if model is not base:
         # Methods, which copies of the model copy as their own.
@@ -111,6 +115,17 @@ def attach(model: nn.Module, row: nn.Parameter, adapter: str = "default") -> Gat
         vars(model)["load_adapter"] = MethodType(_load_adapter, model)
     _choose(model, gate)
     return gate
+
+
+def _forward_without_offsets(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The forward of peft's layers for hqq and GPTQ, which do not know where invocation tokens stand when peft says it.
+
+    vars(layer)["forward"] = MethodType(_forward_without_offsets, layer)
+    """
+    # Of an adapter that has no gate yet peft would adapt every row: better that it fails.
+    if all(name in layer.lora_variant for name in layer.active_adapters if name in layer.lora_A):
+        kwargs.pop("alora_offsets", None)
+    return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
 
 
 def _choose(model: nn.Module, gate: Gate | None) -> None:

@@ -103,11 +103,16 @@ def require_gateable(config: LoraConfig | Any) -> None:
         raise ValueError(f"a gated adapter is plain LoRA on linear layers; got one with {', '.join(changed)}")
 
 
+def is_quantised(model: nn.Module) -> bool:
+    """Whether a model's weights are quantised: by transformers, or by hqq itself."""
+    return bool(getattr(model, "is_quantized", False) or getattr(model, "hqq_quantized", False))
+
+
 def require_base(model: PreTrainedModel, settings: GatedSettings, path: str) -> None:
     """Raise ValueError where a model is not the base that an adapter was trained for."""
     rows = model.get_input_embeddings().weight.shape[0]
     # Quantised weights, then or now, are stored in a way of their own: nothing to compare.
-    found = settings.digest if getattr(model, "is_quantized", False) or not settings.digest else digest(model)
+    found = settings.digest if is_quantised(model) or not settings.digest else digest(model)
     if rows != settings.mask_token_id or found != settings.digest:
         raise ValueError(
             f"{path} was trained for {settings.base} ({settings.mask_token_id} tokens, weights {settings.digest}), got "

@@ -36,18 +36,34 @@ class Int8Linear(nn.Linear):
         return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
 
 
+class PackedLinear(nn.Module):
+    """No nn.Linear, and what it packs its weights into is no parameter: as hqq's and gptqmodel's layers."""
+
+    SUPPORTS_TRAINING = True
+
+    def __init__(self, plain):
+        super().__init__()
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        packed = Int8Linear(plain)
+        self.register_buffer("qweight", packed.weight.data)
+        self.register_buffer("scale", packed.scale)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.qweight.to(x.dtype) * self.scale.to(x.dtype))
+
+
 def base(tiny):
     model = tiny.model("llama", vocab_size=41, eos_token_id=EOS)
     del model.config.mtpkern
     return model
 
 
-def int8(model, method="int8"):
+def int8(model, method="int8", kind=Int8Linear):
     """The model with its linear layers but the head quantised, as from_pretrained would say it."""
     for name, module in list(model.model.named_modules()):
         if isinstance(module, nn.Linear):
             parent, _, child = name.rpartition(".")
-            setattr(model.model.get_submodule(parent), child, Int8Linear(module))
+            setattr(model.model.get_submodule(parent), child, kind(module))
     model.is_quantized = True
     model.hf_quantizer = SimpleNamespace(
         is_trainable=True, is_compileable=False, quantization_config=SimpleNamespace(quant_method=method)
@@ -146,11 +162,42 @@ def of_quanto():
     return QuantoConfig(weights="int8")
 
 
+def of_gptq():
+    pytest.importorskip("gptqmodel")
+    pytest.importorskip("optimum.gptq")
+    from transformers import GPTQConfig
+
+    texts = torch.randint(1, 15, (16, 32), generator=torch.Generator().manual_seed(0))
+    seen = [{"input_ids": [text.tolist()], "attention_mask": [[1] * 32]} for text in texts]
+    # Its kernels in torch, which has them on every processor.
+    return GPTQConfig(bits=8, group_size=32, dataset=seen, backend="torch")
+
+
+def load(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+
+
+def by_hqq(folder):
+    """Quantised by hqq itself: transformers 5 does not load such models."""
+    quantize = pytest.importorskip("hqq.core.quantize")
+    from hqq.models.hf.base import AutoHQQHFModel
+
+    model, config = load(folder), quantize.BaseQuantizeConfig(nbits=8, group_size=32)
+    return AutoHQQHFModel.quantize_model(model, config, compute_dtype=torch.float32, device="cpu")
+
+
+def by_transformers(config):
+    return lambda folder: load(folder, quantization_config=config(), device_map={"": "cpu"})
+
+
+# What loads the checkpoint of a folder quantised, or skips the test where a library is missing.
 QUANTISED = {
-    "bitsandbytes-8": lambda: of_bitsandbytes(8),
-    "bitsandbytes-4": lambda: of_bitsandbytes(4),
-    "torchao": of_torchao,
-    "quanto": of_quanto,
+    "bitsandbytes-8": by_transformers(lambda: of_bitsandbytes(8)),
+    "bitsandbytes-4": by_transformers(lambda: of_bitsandbytes(4)),
+    "torchao": by_transformers(of_torchao),
+    "quanto": by_transformers(of_quanto),
+    "gptq": by_transformers(of_gptq),
+    "hqq": by_hqq,
 }
 
 
@@ -163,10 +210,8 @@ def test_eight_bits_with_outliers_are_told(tiny, threshold, warned, recwarn):
 
 
 def quantised_model(tiny, folder, library):
-    config = QUANTISED[library]()
     tiny.model("llama", hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(folder)
-    options = {"dtype": torch.float32, "quantization_config": config, "device_map": {"": "cpu"}}
-    return AutoModelForCausalLM.from_pretrained(folder, **options)
+    return QUANTISED[library](folder)
 
 
 @pytest.mark.parametrize("library", [*QUANTISED, "int8"])
@@ -188,30 +233,74 @@ def test_a_quantised_model_decodes_as_its_own_generate(tiny, tmp_path, library):
 
 @pytest.mark.parametrize("library", QUANTISED)
 def test_libraries(tiny, tmp_path, library):
-    config = QUANTISED[library]()
     # Widths of whole blocks.
     model = tiny.model("llama", vocab_size=41, eos_token_id=EOS, hidden_size=64, intermediate_size=128, head_dim=16)
     del model.config.mtpkern
     model.save_pretrained(tmp_path / "base")
 
-    def load(**options):
-        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32, **options)
-
     def quantised():
-        return load(quantization_config=config, device_map={"": "cpu"})
+        return QUANTISED[library](tmp_path / "base")
 
     run, losses = trained(quantised(), tmp_path / library)
-    assert type(run.model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight) is not nn.Parameter
-    _, wanted = trained(load(), tmp_path / "plain")
+    layer = run.model.get_base_model().model.layers[0].mlp.up_proj.base_layer
+    assert type(getattr(layer, "weight", None)) is not nn.Parameter
+    _, wanted = trained(load(tmp_path / "base"), tmp_path / "plain")
     assert losses[0] == pytest.approx(wanted[0], rel=0.1)
     assert losses[-1] < 0.8 * losses[0]
     assert all((x != 0).any() for name, x in weights(run).items() if "lora_B" in name)
     ids = torch.tensor([[1, 2, 10, 11]])
-    fresh = quantised()
-    want = fresh.generate(ids, max_new_tokens=12, do_sample=False)
-    loaded = mtpkern.load_adapter(fresh, tmp_path / library / "adapter")
+    want = quantised().generate(ids, max_new_tokens=12, do_sample=False)
+    # Upon another, not yet run: on processors with AVX512-BF16 bitsandbytes 0.50.2 packs 4-bit weights in their first
+    # pass, and state_dict(), which peft calls to load, unpacks them with their scales in another order.
+    loaded = mtpkern.load_adapter(quantised(), tmp_path / library / "adapter")
     assert gate_of(loaded.get_base_model()) is not None
     assert mtpkern.generate(loaded, ids, max_new_tokens=12).equal(want)
+    # Outside of mtpkern the base's own tokens too, through peft.
+    assert loaded.generate(input_ids=ids, max_new_tokens=12, do_sample=False).equal(want)
+
+
+@pytest.fixture
+def of_gptqmodel(monkeypatch):
+    """Packed layers are gptqmodel's to peft, whose layer for these knows no invocation tokens."""
+    from peft.tuners.lora import model as dispatch
+    from peft.tuners.lora.gptq import GPTQLoraLinear
+
+    def gptq(target, adapter_name, config, **kwargs):
+        packed = isinstance(target, PackedLinear)
+        return GPTQLoraLinear(target, adapter_name, config=config, **kwargs) if packed else None
+
+    monkeypatch.setattr(dispatch, "dispatch_gptq", gptq)
+
+
+def test_layers_that_are_no_linear(tiny, tmp_path, of_gptqmodel):
+    """All of them get an adapter, trained as beside int8, and outside of mtpkern it is closed there too."""
+    run, losses = trained(int8(base(tiny), "gptq", PackedLinear), tmp_path / "packed")
+    _, wanted = trained(int8(base(tiny)), tmp_path / "int8")
+    assert losses == pytest.approx(wanted, abs=1e-5)
+    kinds = [type(x).__name__ for x in run.model.modules() if hasattr(x, "lora_A")]
+    assert kinds == ["GPTQLoraLinear"] * 14
+    fresh = int8(base(tiny), "gptq", PackedLinear)
+    ids, real = tiny.prompts(9, 4, 6)
+    options = {"attention_mask": real, "max_new_tokens": 24}
+    want = fresh.generate(ids, do_sample=False, **options)
+    loaded = mtpkern.load_adapter(fresh, tmp_path / "packed" / "adapter")
+    assert mtpkern.generate(loaded, ids, **options).equal(want)
+    for model in (loaded, copy.deepcopy(loaded)):
+        assert model.generate(input_ids=ids, do_sample=False, **options).equal(want)
+    # A second one that mtpkern has not met has no gate: peft fails, and adapts no row behind its back.
+    loaded.load_adapter(str(tmp_path / "packed" / "adapter"), "second")
+    loaded.set_adapter("second")
+    with pytest.raises(TypeError, match="alora_offsets"):
+        loaded.generate(input_ids=ids, do_sample=False, **options)
+    assert mtpkern.generate(loaded, ids, **options).equal(want)
+    assert loaded.generate(input_ids=ids, do_sample=False, **options).equal(want)
+    assert loaded.unload().generate(ids, do_sample=False, **options).equal(want)
+
+
+def test_refuses_to_train_beside_kernels_without_backward(tiny, tmp_path, monkeypatch, of_gptqmodel):
+    monkeypatch.setattr(PackedLinear, "SUPPORTS_TRAINING", False)
+    with pytest.raises(ValueError, match=r"PackedLinear have no backward.*auto_trainable"):
+        trained(int8(base(tiny), "gptq", PackedLinear), tmp_path)
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -243,10 +332,14 @@ def test_refuses_layers_that_would_adapt_every_row(tiny, tmp_path, monkeypatch, 
 
 
 def test_refuses_a_quantised_head_and_an_ungated_run(tiny, tmp_path):
-    model = int8(base(tiny))
-    model.lm_head = Int8Linear(model.lm_head)
-    with pytest.raises(ValueError, match="Int8Linear is quantised"):
-        add_gated_lora(model, rank=4, k_max=4)
+    for kind in (Int8Linear, PackedLinear):
+        model = int8(base(tiny))
+        model.lm_head = kind(model.lm_head)
+        with pytest.raises(ValueError, match=f"{kind.__name__} is quantised"):
+            add_gated_lora(model, rank=4, k_max=4)
     args = MTPConfig(str(tmp_path), lora_rank=4, k_max=4, use_cpu=True, teacher_target="gt")
-    with pytest.raises(ValueError, match="gated=True"):
-        MTPTrainer(model=int8(base(tiny)), mask_token_id=40, args=args, train_dataset=[], data_collator=MTPCollator(0))
+    by_hqq_itself = base(tiny)
+    by_hqq_itself.hqq_quantized = True
+    for quantised in (int8(base(tiny)), by_hqq_itself):
+        with pytest.raises(ValueError, match="gated=True"):
+            MTPTrainer(model=quantised, mask_token_id=40, args=args, train_dataset=[], data_collator=MTPCollator(0))

@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedModel, Trainer
 from transformers.integrations import is_fsdp_enabled
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
+from mtpkern.adapter_config import is_quantised
 from mtpkern.attention import exclusive
 from mtpkern.loading import require_model
 from mtpkern.train.arguments import refuse
@@ -101,6 +102,14 @@ def require_trainable(model: nn.Module, args: MTPConfig) -> None:
     Known kinds pass; others are tried as `mtpkern.generate` tries them. The model is left in the mode that it was in.
     """
     plain = plain_model(model)
+    # gptqmodel says so of the kernels that it has chosen.
+    fixed = {type(layer).__name__ for layer in plain.modules() if getattr(layer, "SUPPORTS_TRAINING", None) is False}
+    refuse(
+        fixed,
+        f"the kernels of {', '.join(sorted(fixed))} have no backward, and no layer before them could be trained; load "
+        "the base with quantization_config=GPTQConfig(bits=..., backend='auto_trainable'), or write that into its "
+        "config.json",
+    )
     if (args.process_index and is_fsdp_enabled()) or any(p.is_meta for p in plain.parameters()):
         return  # the first process has the weights
     modes = [(module, module.training) for module in plain.modules()]
@@ -131,7 +140,7 @@ def require_sound(model: nn.Module, teacher: PreTrainedModel | None, args: MTPCo
     """Raise ValueError for a student and a teacher that do not fit together or the configuration."""
     adapted = isinstance(model, PeftModel)
     refuse(
-        getattr(plain_model(model), "is_quantized", False) and not args.gated,
+        is_quantised(plain_model(model)) and not args.gated,
         "the model's weights are quantised, and what is trained here ends as a plain checkpoint: set gated=True for an "
         "adapter beside them, or load them in bfloat16 with student_dtype='bfloat16' (mtpkern convert makes them so), "
         "frozen behind lora_rank",
@@ -177,7 +186,7 @@ def require_tested_engine(trainer: Trainer) -> None:
         )
     if sharded and args.torch_compile:
         raise ValueError("torch_compile under FSDP is untested here and refused; use DDP, or leave it out")
-    if sharded and getattr(model, "is_quantized", False):
+    if sharded and is_quantised(model):
         raise ValueError("a quantised base under FSDP is untested here and refused; use DDP, or a bfloat16 base")
     if sharded and isinstance(trainer.model, PeftModel) and not args.gated:
         raise ValueError("LoRA under FSDP is refused: saving cannot merge shards; use DDP, or a gated adapter")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mtpkern.adapter import attach, gate_of, load_adapter, require_bare, unloaded_on_error, wrapping
-from mtpkern.adapter_config import GatedSettings, digest, is_gated, marked, require_gateable, row_of
+from mtpkern.adapter_config import GatedSettings, digest, is_gated, is_quantised, marked, require_gateable, row_of
 from mtpkern.gate import Gate
 from mtpkern.loading import require_found
 from mtpkern.train.arguments import refuse
@@ -95,20 +95,26 @@ def add_gated_lora(
     require_bare(model)
     embedding = model.get_input_embeddings()
     for module in (embedding, model.get_output_embeddings()):
-        if type(module.weight) not in (Tensor, nn.Parameter) or not module.weight.is_floating_point():
+        # hqq's and GPTQ's layers have none of that name.
+        plain: Any = getattr(module, "weight", None)
+        if type(plain) not in (Tensor, nn.Parameter) or not plain.is_floating_point():
             raise ValueError(
-                f"the weight of {type(module).__name__} is quantised, a {type(module.weight).__name__}: embedding and "
-                "head are read as plain weights here; leave them out of the quantisation"
+                f"{type(module).__name__} is quantised (its weight: {type(plain).__name__}): embedding and head are "
+                "read as plain weights here; leave them out of the quantisation"
             )
     weight = embedding.weight.detach().float()
     # Some models scale what the embedding gives; the row takes the place of the scaled one.
     scale = torch.as_tensor(getattr(embedding, "embed_scale", 1.0)).float().to(weight.device)
     noise = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(len(weight))).to(weight.device)
     row = (weight.mean(0) + noise * weight.std(0)) * scale
-    known = "" if getattr(model, "is_quantized", False) else digest(model)
+    known = "" if is_quantised(model) else digest(model)
     settings = GatedSettings(mask_token_id=len(weight), k_max=k_max, base=model.name_or_path, digest=known, chat=chat)
     # A token that never comes: to peft itself the adapter is off.
     never, marks = [settings.mask_token_id], marked(settings, row)
+    if targets == "all-linear" and is_quantised(model):
+        # peft looks for nn.Linear, which the layers of hqq and GPTQ are not.
+        head, layers = model.get_output_embeddings(), model.named_modules()
+        targets = ",".join(name for name, layer in layers if hasattr(layer, "in_features") and layer is not head)
     config = _config(rank, alpha, targets, alora_invocation_tokens=never, auto_mapping=marks)
     require_gateable(config)
     peft_model = _with_adapters(model, config, seed)

@@ -85,7 +85,7 @@ def test_switched_deleted_loaded_again_and_unloaded(
     model = mtpkern.load_adapter(plain, folders[1])
     assert not ops
     assert_rides(1)
-    mtpkern.release_graphs(model.get_base_model())
+    mtpkern.release_graphs(model)
     assert memory(model) == sum(x.nbytes for x in model.parameters()) == held
     assert len(places(model)) == len(list(model.parameters()))
     assert_rides(1)

@@ -272,12 +272,10 @@ def join(model: PreTrainedModel, groups: Sequence[tuple[Siblings, Siblings]]) ->
         _clear(model, {layer for layers, _ in moving for layer in layers})
         holders = _holders(model)
         for layers, riders in moving:
-            for along in (riders, ()):
-                parameters = [xs for xs in _parameters(layers, along) if any(x is not None for x in xs)]
-                if len(layers) + len(along) > 1 and all(_fit(xs, holders) for xs in parameters):
-                    _join(parameters, sum(_rows(along)))
-                    _joined.setdefault(model, []).append(tuple(map(ref, (*layers, *along))))
-                    break
+            parameters = [xs for xs in _parameters(layers, riders) if any(x is not None for x in xs)]
+            if all(_fit(xs, holders) for xs in parameters):
+                _join(parameters, sum(_rows(riders)))
+                _joined.setdefault(model, []).append(tuple(map(ref, (*layers, *riders))))
 
 
 def _holders(model: PreTrainedModel) -> Counter[int]:

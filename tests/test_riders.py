@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mtpkern import Verified, layers, products
-from mtpkern.adapter import base_alone, gated
+from mtpkern import Verified, layers, products, siblings
+from mtpkern.adapter import base_alone, gate_of, gated
 from mtpkern.graph import fingerprint
 from mtpkern.products import whole_of
 from support.riding import Ops, adapted, generate, joined, logits, text
@@ -160,7 +160,7 @@ def trained(model: Any, a: nn.Linear) -> None:
 @pytest.mark.parametrize(
     "change", [float32_in_bfloat16, hooked, held_elsewhere, part_of_more, trained], ids=lambda f: f.__name__
 )
-def test_what_cannot_ride_takes_two_launches(change: Any, tiny: SimpleNamespace, ops: Ops) -> None:
+def test_what_cannot_ride_takes_two_launches(change: Any, tiny: SimpleNamespace, ops: Ops, read: list[int]) -> None:
     """Its siblings' weights lie together all the same, and are not moved again and again."""
     model = adapted(tiny, num_hidden_layers=1)
     mlp = model.model.layers[0].mlp
@@ -176,8 +176,10 @@ def test_what_cannot_ride_takes_two_launches(change: Any, tiny: SimpleNamespace,
     seen = [name for name, _ in ops.new()]
     if change is float32_in_bfloat16:
         assert seen == ["gated_lora"] * 4
+        assert read == [64, 96]
     else:
         assert seen == ["gated_expand", "gated_expand", "gated_lora", "gated_expand"]
+        assert read == [64 + 12, 32 + 4, 96, 32 + 4]
     before = fingerprint(model)
     joined(tiny, model)
     assert fingerprint(model) == before
@@ -220,6 +222,26 @@ def test_another_threads_pass_is_its_own(tiny: SimpleNamespace, ops: Ops) -> Non
         assert torch.equal(got[0], expected)
         model(ids, use_cache=False)
         assert {name for name, _ in ops.new()} == {"gated_expand"}
+
+
+def test_what_came_along_is_of_that_very_tensor_and_taken_once(tiny: SimpleNamespace, ops: Ops) -> None:
+    """Another one's x A^T is not in it; and nothing of a product is held when all have fetched their part."""
+    model = adapted(tiny, num_hidden_layers=1)
+    ids = text(tiny, model)
+    found, layer = joined(tiny, model), model.model.layers[0].mlp.down_proj
+    x, other = torch.randn(2, *ids.shape, 48, generator=torch.Generator().manual_seed(0))
+    rows = ids == gate_of(model).mask_token_id
+    with torch.inference_mode(), gated(model, ids):
+        expected = layer(other)
+        with found():
+            y = layer.base_layer(other)
+            layer.base_layer(x)
+            siblings.adapt([y], other, rows, [layer], ["default"])
+            torch.testing.assert_close(y, expected)
+            ops.clear()
+            model(ids, use_cache=False)
+            assert {name for name, _ in ops.new()} == {"gated_expand"}
+            assert all(getattr(module, "mtpkern_left", None) is None for module in model.modules())
 
 
 @pytest.mark.parametrize(

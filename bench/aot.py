@@ -85,7 +85,8 @@ def compiling(target: str, known: Mapping[str, Compiled] = MappingProxyType({}))
         elif kernel is not None:
             name = self.fn.__name__
             rows = options.get(_MATRIX_ROWS.get(name, ""), 0)
-            bits = 8 * args[0].element_size() if rows else 0
+            first = args[0][0] if isinstance(args[0], tuple) else args[0]
+            bits = 8 * first.element_size() if rows else 0
             noted.append(_noted(target, name, rows, bits, kernel, round(time.perf_counter() - start, 1)))
         return kernel
 

@@ -71,8 +71,6 @@ attend   .        .        .        8/0      .        decode_attention bf16 D128
 attend   .        .        .        8/0      .        decode_attention bf16 D256 k8
 attend   .        .        .        8/0      .        decode_attention fp16 D256 k8
 attend   24/0     40/0     .        .        .        decode_attention bf16 D256 k16
-# Where nothing is aligned, each element has an address of its own.
-expand   .        .        16/16    24/24    .        gated_lora bf16 r12, odd widths
 # Ampere's and Ada's products take both factors from registers, Hopper's from shared memory: the tiles are Hopper's,
 # whose 64 keys wgmma wants. In dQ before and behind its loops but for 9 of 540 instructions. On sm_100 its sums lie in
 # tensor memory and a thread is given 128 registers: 3.6 keeps 14 of its numbers elsewhere.

@@ -15,7 +15,7 @@ import torch
 from mtpkern.kernels.advance import advance_triton
 from mtpkern.kernels.decode_attention import decode_attention_triton
 from mtpkern.kernels.distill import Head, distill_loss, head_readout
-from mtpkern.kernels.gated_lora import gated_lora_triton
+from mtpkern.kernels.gated_lora import gated_expand_triton, gated_lora_triton
 from mtpkern.kernels.kv_write import kv_write_triton
 from mtpkern.kernels.linear import few_rows_linear_triton, new_counters
 from mtpkern.kernels.packed_rows import PackedRows
@@ -87,6 +87,16 @@ def gated_lora_case(
     gated_lora_triton(outs, torch.empty(rows, H, dtype=dtype), gate, as_, bs, [2.0] * len(widths))
 
 
+def gated_expand_case(
+    dtype: torch.dtype, adapter: torch.dtype, r: int, rows: int = 15, widths: tuple[int, ...] = (4096, 1024)
+) -> None:
+    """Its second half, where the base's product has brought the first: outputs and lows are columns of one tensor."""
+    joint = torch.empty(rows, sum(widths) + r * len(widths), dtype=dtype)
+    views = joint.split([*widths, *[r] * len(widths)], dim=1)
+    bs, gate = [torch.empty(N, r, dtype=adapter) for N in widths], torch.empty(rows, dtype=torch.bool)
+    gated_expand_triton(views[: len(widths)], views[len(widths) :], gate, bs, [2.0] * len(widths))
+
+
 def linear_case(dtype: torch.dtype, rows: int, N: int, K: int, bias: bool = False) -> None:
     """A linear layer with few rows."""
     weight, counters = torch.empty(N, K, dtype=dtype), new_counters(torch.device("cpu"))
@@ -125,6 +135,7 @@ _SHAPES = {
     "fp32": [(64, 1), *product(_DIMS, (8,))],
 }
 _attend, _linear, _adapter, _span = decode_attention_case, linear_case, gated_lora_case, span_attention_case
+_expand = gated_expand_case
 CASES: dict[str, Callable[[], object]] = {
     # First, for on AMD's GPUs decode attention launches these as well.
     **{f"kv_write bf16 D{D}": partial(kv_write_case, bf16, D) for D in _DIMS},
@@ -165,6 +176,9 @@ CASES: dict[str, Callable[[], object]] = {
     "gated_lora bf16, adapter fp32": partial(_adapter, bf16, fp32, 32),
     "gated_lora bf16 r12, odd widths": partial(_adapter, bf16, bf16, 12, 15, 2561, (1001, 7)),
     "gated_lora bf16 r32, 8,192 rows": partial(_adapter, bf16, bf16, 32, 8192, 14_336),
+    **{f"gated_expand {name} r32": partial(_expand, dtype, dtype, 32) for name, dtype in _DTYPES.items()},
+    "gated_expand bf16, adapter fp32": partial(_expand, bf16, fp32, 32),
+    "gated_expand bf16 r12, odd widths": partial(_expand, bf16, bf16, 12, 15, (1001, 7)),
     # One and several parts of K, each with as many rows as there are forms.
     **{
         f"linear bf16 {N}x{K}, {rows} rows": partial(_linear, bf16, rows, N, K)

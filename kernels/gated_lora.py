@@ -3,13 +3,16 @@
     y_r += gate_r * s * (x_r A^T) B^T
 
 Siblings are layers that read the same x (q, k, v; gate, up): one pair of launches serves them all, wherever their
-matrices lie. M is the sum of their ranks.
+matrices lie. M is the sum of their ranks. Where A lies behind the base's weights, the base's own product brings x A^T
+along (mtpkern/products.py), and `gated_expand` adds the rest, in one launch.
 
-Shapes   x [R, H];  gate [R] bool, int8 or uint8;  for each sibling i: y_i [R, N_i], a_i [r_i, H], b_i [N_i, r_i], s_i
+Shapes   x [R, H];  gate [R] bool, int8 or uint8;  for each sibling i: y_i [R, N_i], a_i [r_i, H], b_i [N_i, r_i], s_i;
+         low_i [R, r_i], which is x a_i^T
 Traffic  A and B once, x and y in the gated rows, and partial sums of x A^T, at most 64 * M bytes a gated row: up to 32
-         rows the bytes of A and B (at rank 32 1.6 % of Qwen3-4B's weights) and the latency of two launches
+         rows the bytes of A and B (at rank 32 1.6 % of Qwen3-4B's weights) and the latency of two launches, or of one
 Gate     a row with gate 0 is neither read nor written, so that nothing in A, B or x can reach it
-Rounding sums in float32; between the products x A^T is rounded to B's dtype, the sum with y once
+Rounding sums in float32; between the products x A^T is rounded to B's dtype, or to y's where it comes along; the sum
+         with y once
 Source   arXiv 2507.11851 (gated LoRA), 2604.11035 (residual adapters on mask rows)
 
 The first launch (shrink) makes x A^T. A pass has few rows and A has few, so H is split among programs, in chunks that
@@ -20,6 +23,11 @@ has columns of two siblings, so that a layer has the same bits with its siblings
 
 A tile without a gated row returns before it reads a weight. Gated rows are not gathered into fewer tiles, and two
 launches not made one: either would take longer, by estimate (docs/log.md; bench/gated_lora.py measures).
+
+Launches are what it costs, by estimate. A pass of Qwen3-4B at rank 32 with 15 rows reads 132 MB of A and B, 44 us at
+3 TB/s. Its 36 layers have four groups of siblings each (q, k, v; o; gate, up; down): 288 launches of 1.5 to 2 us take
+430 to 580 us, 144 take 215 to 290. Of a pass of 4.5 ms that makes 10.6 to 13.8 %, and 5.8 to 7.4 % where x A^T comes
+along.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -117,12 +125,12 @@ if find_spec("triton"):
 
     @triton.jit(do_not_specialize=["R"])
     def _expand_kernel(
-        h_ptr,  # [n, R, M]; x A^T is the sum of the n
+        h_ptrs,  # of each sibling [n, R, r]; x A^T is the sum of the n
         gate_ptr,  # [R]
         b_ptrs,  # of each sibling [N, r]
         y_ptrs,  # of each sibling [R, N]
         scales,
-        s_h,
+        s_hs,
         s_gate,
         s_bs,
         s_ys,
@@ -141,7 +149,6 @@ if find_spec("triton"):
         o_r, gated = _rows(gate_ptr, s_gate, R, BLOCK_R)
         if tl.max(gated.to(tl.int32), 0) == 0:
             return
-        h_ptr += o_r[:, None] * s_h[1]
 
         i_tile = tl.program_id(1)
         for i in tl.static_range(len(y_ptrs)):
@@ -151,6 +158,7 @@ if find_spec("triton"):
                 m_y = gated[:, None] & m_n[None, :]
                 p_y = y_ptrs[i] + o_r[:, None] * s_ys[i][0] + o_n[None, :] * s_ys[i][1]
                 y = tl.load(p_y, mask=m_y, other=0.0).to(tl.float32)
+                row_ptr = h_ptrs[i] + o_r[:, None] * s_hs[i][1]
                 acc = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
                 for k in range(0, ranks[i], BLOCK_K):
                     o_k = k + tl.arange(0, BLOCK_K)
@@ -162,12 +170,11 @@ if find_spec("triton"):
                     for first in range(0, CHUNKS, GROUP):
                         for j in tl.static_range(GROUP):
                             m_h = gated[:, None] & m_k[None, :] & (first + j < CHUNKS)
-                            p_h = h_ptr + (first + j) * s_h[0] + o_k[None, :] * s_h[2]
+                            p_h = row_ptr + (first + j) * s_hs[i][0] + o_k[None, :] * s_hs[i][2]
                             h += tl.load(p_h, mask=m_h, other=0.0).to(tl.float32)
                     acc = tl.dot(h.to(b.dtype), b.T, acc, input_precision=PRECISION)
                 tl.store(p_y, y + acc * scales[i], mask=m_y)
             i_tile -= n_tiles
-            h_ptr += ranks[i] * s_h[2]
 
 
 # Chosen by what the compiler reports (python -m mtpkern.bench.aot), not by timing.
@@ -208,19 +215,19 @@ def shrink_triton(x: Tensor, gate: Tensor, as_: Sequence[Tensor]) -> Tensor:
     return h
 
 
-def expand_triton(outs: Tensors, h: Tensor, gate: Tensor, bs: Tensors, scales: Sequence[float]) -> None:
-    """Add s_i * h_i B_i^T to the gated rows of each y_i in one launch; h [n, R, M], any dtype, is summed over n."""
-    chunks, R, _ = h.shape
+def expand_triton(outs: Tensors, hs: Tensors, gate: Tensor, bs: Tensors, scales: Sequence[float]) -> None:
+    """Add s_i * h_i B_i^T to the gated rows of each y_i in one launch; h_i [n, R, r_i], any dtype, is summed over n."""
+    chunks, R, _ = hs[0].shape
     Ns, ranks = tuple(b.shape[0] for b in bs), tuple(b.shape[1] for b in bs)
     sizes = {"CHUNKS": chunks, "GROUP": min(16 // bs[0].element_size(), chunks)}
     sizes |= {"BLOCK_R": BLOCK_R, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "num_warps": 8, "num_stages": 1}
     _expand_kernel[(triton.cdiv(R, BLOCK_R), sum(triton.cdiv(N, BLOCK_N) for N in Ns))](
-        *(h, gate, tuple(bs), tuple(outs), tuple(scales)),
-        *(h.stride(), gate.stride(), tuple(strides(*bs)), tuple(strides(*outs))),
+        *(tuple(hs), gate, tuple(bs), tuple(outs), tuple(scales)),
+        *(tuple(strides(*hs)), gate.stride(), tuple(strides(*bs)), tuple(strides(*outs))),
         *(R, Ns, ranks),
         **sizes,
         PRECISION=_precision(bs[0].dtype),
-        **pdl_options(h.device),
+        **pdl_options(gate.device),
     )
 
 
@@ -244,8 +251,8 @@ def gated_lora(
     tensor([[0., 0., 0.],
             [2., 2., 2.]])
     """
-    scales = [float(scale)] * len(outs) if isinstance(scale, int | float) else [float(s) for s in scale]
-    _require_fitting(outs, x, gate, as_, bs, scales)
+    scales = _scale_of_each("gated_lora", scale, outs=outs, as_=as_, bs=bs)
+    _require_fitting("gated_lora", outs, x, gate, bs, as_=as_)
     gated_update(outs, x, gate, as_, bs, scales)
 
 
@@ -256,20 +263,42 @@ def gated_update(outs: Tensors, x: Tensor, gate: Tensor, as_: Tensors, bs: Tenso
     On a CPU the gated rows alone are computed, where casting a narrow adapter costs less than multiplying it does.
     Elsewhere all are, because the host would have to wait for their number.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
     rows = gated_rows(gate)
-    if rows is not None:
-        x = x[rows]
-    if not len(x):
-        return
-    x = x.to(dtype)
-    for y, a, b, scale in zip(outs, as_, bs, scales):
-        before = y if rows is None else y[rows]
-        after = torch.addmm(before.to(dtype), x @ a.to(dtype).T, b.to(dtype).T, alpha=scale).to(y.dtype)
-        if rows is None:
-            y.copy_(torch.where(gate[:, None] != 0, after, y))
-        else:
-            y[rows] = after
+    x = _chosen(x, rows)
+    if len(x):
+        _expand(outs, [x @ a.to(x.dtype).T for a in as_], gate, rows, bs, scales)
+
+
+def gated_expand(outs: Tensors, lows: Tensors, gate: Tensor, bs: Tensors, scale: float | Sequence[float]) -> None:
+    """The second half of `gated_lora`, where x A_i^T is there already: in the gated rows y_i += s_i * low_i B_i^T.
+
+    outs: y_i [R, N_i] of each sibling, in place, any strides; they overlap neither each other nor the lows.
+    lows: x A_i^T [R, r_i] of each sibling, any strides, in the dtype of the outputs: the base's product brings them as
+        columns behind its own.
+    gate, bs, scale: as `gated_lora` takes them.
+
+    There is no backward. ValueError where a shape, a dtype or a device does not fit.
+    Source: arXiv 2507.11851 (gated LoRA), 2604.11035 (residual adapters on mask rows).
+
+    >>> weight, a, b = torch.ones(3, 4), torch.ones(1, 4), torch.ones(3, 1)
+    >>> both = torch.ones(2, 4) @ torch.cat([weight, a]).T
+    >>> gated_expand([both[:, :3]], [both[:, 3:]], torch.tensor([False, True]), [b], scale=0.5)
+    >>> both[:, :3]
+    tensor([[4., 4., 4.],
+            [6., 6., 6.]])
+    """
+    scales = _scale_of_each("gated_expand", scale, outs=outs, lows=lows, bs=bs)
+    _require_fitting("gated_expand", outs, lows[0], gate, bs, lows=lows)
+    expand_update(outs, lows, gate, bs, scales)
+
+
+@op(mutates=["outs"], name="gated_expand", float64=False)
+def expand_update(outs: Tensors, lows: Tensors, gate: Tensor, bs: Tensors, scales: Sequence[float]) -> None:
+    """`gated_expand`, unchecked; the torch form computes as that of `gated_update` does."""
+    rows = gated_rows(gate)
+    lows = [_chosen(low, rows) for low in lows]
+    if len(lows[0]):
+        _expand(outs, lows, gate, rows, bs, scales)
 
 
 def gated_rows(gate: Tensor) -> Tensor | slice | None:
@@ -282,42 +311,88 @@ def gated_rows(gate: Tensor) -> Tensor | slice | None:
     return torch.from_numpy(rows)
 
 
+def _chosen(x: Tensor, rows: Tensor | slice | None) -> Tensor:
+    """These rows of x, all for None, in what the torch forms compute in."""
+    return (x if rows is None else x[rows]).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _expand(
+    outs: Tensors, lows: Tensors, gate: Tensor, rows: Tensor | slice | None, bs: Tensors, scales: Sequence[float]
+) -> None:
+    """Add s_i * low_i B_i^T to the gated rows of each y_i, in the dtype of the lows, which hold the chosen rows."""
+    for y, low, b, scale in zip(outs, lows, bs, scales):
+        before = y if rows is None else y[rows]
+        after = torch.addmm(before.to(low.dtype), low, b.to(low.dtype).T, alpha=scale).to(y.dtype)
+        if rows is None:
+            y.copy_(torch.where(gate[:, None] != 0, after, y))
+        else:
+            y[rows] = after
+
+
 @gated_update.kernel
 def gated_lora_triton(outs, x, gate, as_, bs, scales):
     """Two launches."""
     if len(x):
         gate = gate.view(torch.uint8)
-        expand_triton(outs, shrink_triton(x, gate, as_), gate, bs, scales)
+        lows = shrink_triton(x, gate, as_).split([len(a) for a in as_], dim=2)
+        expand_triton(outs, lows, gate, bs, scales)
 
 
-def _require_fitting(outs, x, gate, as_, bs, scales):
-    """ValueError where a kernel would read or write what is not there, or something else than was meant."""
-    numbers = [len(given) for given in (outs, as_, bs, scales)]
-    if numbers != [len(outs)] * 4 or not outs:
-        _refuse("outs, as_, bs and scale want one entry for each sibling, got {}, {}, {} and {}".format(*numbers))
+@expand_update.kernel
+def gated_expand_triton(outs, lows, gate, bs, scales):
+    """One launch; the type of the first tensor, the gate, does not tell that of the numbers."""
+    if lows[0].dtype == torch.float64:
+        expand_update.reference(outs, lows, gate, bs, scales)
+    elif len(gate):
+        expand_triton(outs, [low[None] for low in lows], gate.view(torch.uint8), bs, scales)
+
+
+def _scale_of_each(op: str, scale: float | Sequence[float], **given: Tensors) -> list[float]:
+    """One for each sibling; ValueError where there is not one of each tensor."""
+    n = len(given["outs"])
+    scales = [float(scale)] * n if isinstance(scale, int | float) else [float(s) for s in scale]
+    numbers = [*map(len, given.values()), len(scales)]
+    if numbers != [n] * 4 or not n:
+        names = ", ".join(given)
+        raise ValueError(
+            f"{op}: {names} and scale want one entry for each sibling, got {'{}, {}, {} and {}'.format(*numbers)}"
+        )
+    return scales
+
+
+def _require_fitting(op, outs, x, gate, bs, *, as_=(), lows=()):
+    """ValueError where a kernel would read or write what is not there, or something else than was meant.
+
+    With A of what x [R, H] is multiplied by, or with lows, of which x is the first.
+    """
+
+    def refuse(says):
+        raise ValueError(f"{op}: {says}")
+
+    named = "x" if as_ else "the first low"
     if x.dim() != 2:
-        _refuse(f"x [R, H] expected, got {tuple(x.shape)}")
+        refuse(f"{named} {'[R, H]' if as_ else '[R, r]'} expected, got {tuple(x.shape)}")
     R, H = x.shape
     if gate.shape != (R,) or gate.dtype not in (torch.bool, torch.uint8, torch.int8):
-        _refuse(f"gate must be [R] = [{R}] of bool, uint8 or int8, got {tuple(gate.shape)} of {gate.dtype}")
-    if as_[0].dtype not in (torch.float32, x.dtype):
-        _refuse(f"A must be float32 or {x.dtype}, as x is, got {as_[0].dtype}; cast the adapter")
-    for i, (y, a, b) in enumerate(zip(outs, as_, bs)):
-        if a.dim() != 2 or b.dim() != 2 or a.shape != (b.shape[1], H) or y.shape != (R, b.shape[0]):
-            _refuse(
-                f"sibling {i}: A [r, H], B [N, r] and an output [R, N] with H = {H} and R = {R} expected, got "
-                f"{tuple(a.shape)}, {tuple(b.shape)} and {tuple(y.shape)}"
+        refuse(f"gate must be [R] = [{R}] of bool, uint8 or int8, got {tuple(gate.shape)} of {gate.dtype}")
+    dtype = (as_ or bs)[0].dtype
+    if dtype not in (torch.float32, x.dtype):
+        refuse(f"{'A' if as_ else 'B'} must be float32 or {x.dtype}, as {named} is, got {dtype}; cast the adapter")
+    for i, (y, half, b) in enumerate(zip(outs, as_ or lows, bs)):
+        fits = half.dim() == b.dim() == 2 and half.shape == ((b.shape[1], H) if as_ else (R, b.shape[1]))
+        if not fits or y.shape != (R, b.shape[0]):
+            first, sizes = ("A [r, H]", f"H = {H} and R = {R}") if as_ else ("low [R, r]", f"R = {R}")
+            refuse(
+                f"sibling {i}: {first}, B [N, r] and an output [R, N] with {sizes} expected, got "
+                f"{tuple(half.shape)}, {tuple(b.shape)} and {tuple(y.shape)}"
             )
-        if y.dtype != x.dtype or not a.dtype == b.dtype == as_[0].dtype:
-            _refuse(
-                f"sibling {i}: the output must be {x.dtype}, as x is, A and B {as_[0].dtype}, as the first A is, got "
-                f"{y.dtype}, {a.dtype} and {b.dtype}"
+        if y.dtype != x.dtype or half.dtype != (dtype if as_ else x.dtype) or b.dtype != dtype:
+            which = "the output must be" if as_ else "output and low must be"
+            others = f"A and B {dtype}, as the first A is" if as_ else f"B {dtype}, as the first B is"
+            refuse(
+                f"sibling {i}: {which} {x.dtype}, as {named} is, {others}, got {y.dtype}, {half.dtype} and {b.dtype}"
             )
-    if any(t.device != x.device for t in (gate, *as_, *outs, *bs)):
-        _refuse(f"all tensors must be on {x.device}, where x is")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *as_, *outs, *bs)):
-        _refuse("there is no backward: call it under torch.no_grad(), and train the adapter as a module")
-
-
-def _refuse(says):
-    raise ValueError(f"gated_lora: {says}")
+    if any(t.device != x.device for t in (gate, *as_, *lows, *outs, *bs)):
+        refuse(f"all tensors must be on {x.device}, where {named} is")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *as_, *lows, *outs, *bs)):
+        refuse("there is no backward: call it under torch.no_grad(), and train the adapter as a module")

@@ -15,10 +15,10 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mtpkern.adapter import gate_of
+from mtpkern.adapter import base_of, gate_of
 from mtpkern.decoder import Decoder, places_for
 from mtpkern.graph import fingerprint
 from mtpkern.memory import fits_at_once, require_room
@@ -130,8 +130,10 @@ def kept_bytes(device: torch.device) -> int:
     return sum(d.nbytes for kept in list(_kept.values()) for d in list(kept.values()) if d.device == device)
 
 
-def release_graphs(model: PreTrainedModel | None = None) -> int:
+def release_graphs(model: nn.Module | None = None) -> int:
     """Drop the CUDA graphs and KV buffers that earlier calls of `generate` have kept, of one model or of all.
+
+    A PeftModel stands for the model in it.
 
     Weights that a pass has moved together (mtpkern.products) are apart again, but of a model that a call is running; on
     a CPU the copies that passes of few rows read (mtpkern.packed) go as well. Returns how many were dropped. The memory
@@ -139,6 +141,7 @@ def release_graphs(model: PreTrainedModel | None = None) -> int:
 
         mtpkern.release_graphs(model)
     """
+    model = None if model is None else base_of(model)
     dropped = 0
     for kept in list(_kept.values()) if model is None else [_kept.get(model, OrderedDict())]:
         dropped += len(kept)

@@ -9,6 +9,13 @@ rows, the same object with the same values. Only the addresses are others; as ca
 where they are between calls, until `mtpkern.release_graphs`. That they lie together is seen in the weights themselves,
 at each pass that is no replay: what has moved since, or been replaced, is a product of its own again.
 
+The A of a gated adapter reads what its layer does. Those of the adapter that is active at that prefill ride along,
+behind the weights of siblings as of single layers, [W_q; W_k; W_v; A_q; A_k; A_v]: x A^T comes with the base's product,
+and of the adapter's two launches one remains (kernels/gated_lora.py). A pass of the base alone reads the weights alone.
+Another adapter takes the place at the first prefill of a run in which it is the active one. Safetensors, as which peft
+and mtpkern save, hold a view's own rows; torch.save writes all memory behind it, with an adapter the base's weights:
+call `mtpkern.release_graphs(model)` before it.
+
 A product of few rows can be our kernel's (kernels/linear.py), siblings' and single layers', the head's too: in the same
 passes, for as long as one runs, and without moving anything.
 """
@@ -19,7 +26,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -30,7 +37,7 @@ from transformers import PreTrainedModel
 from mtpkern.attention import exclusive
 from mtpkern.kernels.linear import few_rows_linear, new_counters
 from mtpkern.model import is_tested
-from mtpkern.siblings import Group, disjoint, together, watched
+from mtpkern.siblings import Group, adapter_of, disjoint, together, watched
 
 # Whether a captured pass makes one product of siblings: 3.48 ms instead of 3.95 with 16 rows of Qwen3-4B on an H200.
 CAPTURED = True
@@ -71,13 +78,15 @@ class Products:
             logits = model(input_ids=ids, ...).logits
 
     Plain layers alone: `torch.nn.Linear` itself without hooks, at rest, of a model that the tests cover, weights that
-    are a storage of their own, all of one dtype, device and width. wanted=False leaves siblings apart, few_rows=0 all
-    products to torch. Keeps no model; the caller holds it (see `exclusive`), and passes inside such blocks of one
-    object do not overlap on the device.
+    are a storage of their own, all of one dtype, device and width. wanted=False leaves siblings apart and lets nothing
+    ride along, few_rows=0 leaves all products to torch. Keeps no model; the caller holds it (see `exclusive`), and
+    passes inside such blocks of one object do not overlap on the device.
     """
 
     def __init__(self, wanted: bool = True, few_rows: int = 0) -> None:
         self.found: list[tuple[ref[nn.Linear], ...]] | None = None if wanted else []
+        # The LoRA layers around those that were found.
+        self.adapted: list[ref[Any]] = []
         self.few_rows = few_rows
         # What kernels count with; there before a capture, and as long as its graph.
         self.counters: Tensor | None = None
@@ -96,31 +105,60 @@ class Products:
         with watched(families(model)) as readers:
             yield
         siblings: list[Siblings] = disjoint(readers)
-        join(model, siblings)
-        self.found = [tuple(map(ref, layers)) for layers in siblings]
+        taken = {layer for layers in siblings for layer in layers}
+        adapted = _adapted_layers(model)
+        single = [(layer,) for layer in adapted if layer not in taken]
+        groups = [(layers, riders_of(layers, adapted)[0]) for layers in [*siblings, *single]]
+        join(model, groups)
+        self.adapted = [ref(lora) for lora in adapted.values()]
+        self.found = [tuple(map(ref, layers)) for layers, riders in groups if len(layers) > 1 or riders]
 
     def __call__(self) -> AbstractContextManager[None]:
         """A pass of this thread inside the block makes one product of siblings whose weights lie together."""
         few = (self.few_rows, self.counters)
+        adapted = {lora.base_layer: lora for r in self.adapted if (lora := r()) is not None}
         groups: list[Group] = []
         for refs in self.found or ():
-            layers = [layer for r in refs if (layer := r()) is not None]
-            whole = whole_of(layers) if len(layers) == len(refs) else None
-            if whole is not None:
-                rows = [len(layer.weight) for layer in layers]
-                groups.append((layers, _product, {"mtpkern_whole": (*whole, rows, *few)}))
+            layers = tuple(layer for r in refs if (layer := r()) is not None)
+            if len(layers) < len(refs):
+                continue
+            riders, gate = riders_of(layers, adapted)
+            whole = whole_of(layers, riders)
+            if whole is None and riders:
+                riders, whole = (), whole_of(layers)
+            group = (*layers, *riders)
+            if whole is not None and len(group) > 1:
+                joint = Joint(*whole, _rows(group), *few, len(riders), gate)
+                groups.append((group, _product, {"mtpkern_joint": joint}))
         taken = {layer for layers, *_ in groups for layer in layers}
         for layer in (layer for r in self.plain if (layer := r()) is not None and layer not in taken):
             if is_plain(layer) and self.counters is not None and layer.weight.device == self.counters.device:
-                groups.append(([layer], _product, {"mtpkern_whole": (*_own(layer), [len(layer.weight)], *few)}))
+                groups.append(([layer], _product, {"mtpkern_joint": Joint(*_own(layer), _rows([layer]), *few)}))
         return together(groups)
 
 
+class Joint(NamedTuple):
+    """What the first of some layers holds while a pass runs: their weights as one, and how their product is made."""
+
+    weight: Tensor  # [N + M, K]
+    bias: Tensor | None  # [N + M]
+    rows: list[int]  # of each layer's weight, N in all, and of each rider's, M in all
+    few_rows: int
+    counters: Tensor | None
+    riders: int = 0  # the last of the layers, A of an adapter
+    gate: Any = None  # before them
+
+
 def _product(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor]:
-    weight, bias, rows, few, counters = layers[0].mtpkern_whole
-    if counters is None or x.numel() > few * x.shape[-1] or weight.numel() < LEAST_WEIGHT:
+    joint: Joint = layers[0].mtpkern_joint
+    weight, bias, rows = joint.weight, joint.bias, joint.rows
+    if joint.riders and joint.gate.rows is False:
+        # A pass of the base alone.
+        rows = rows[: -joint.riders]
+        weight, bias = weight[: sum(rows)], None if bias is None else bias[: sum(rows)]
+    if joint.counters is None or x.numel() > joint.few_rows * x.shape[-1] or weight.numel() < LEAST_WEIGHT:
         return linear(x, weight, bias).split(rows, -1)
-    return few_rows_linear(x, weight, bias, counters).split(rows, -1)
+    return few_rows_linear(x, weight, bias, joint.counters).split(rows, -1)
 
 
 @torch.inference_mode(False)
@@ -139,6 +177,25 @@ def families(model: PreTrainedModel) -> list[list[nn.Linear]]:
     return [family for family in found if len(family) > 1]
 
 
+def _adapted_layers(model: PreTrainedModel) -> dict[nn.Linear, Any]:
+    """The plain layers that have LoRA layers around them, and these."""
+    if not is_tested(model) or not hasattr(model, "mtpkern_siblings"):
+        return {}
+    return {lora.base_layer: lora for lora in model.mtpkern_siblings.layers if is_plain(lora.base_layer)}
+
+
+def riders_of(layers: Siblings, adapted: dict[nn.Linear, Any]) -> tuple[Siblings, Any]:
+    """The A of the gated adapter that is active around layers, and its gate; none where one of them may not ride."""
+    named = [(adapted[layer], adapter_of(adapted[layer])) for layer in layers if layer in adapted]
+    active = [(lora, name) for lora, name in named if name is not None]
+    riders = tuple(lora.lora_A[name] for lora, name in active)
+    gates = {lora.lora_variant[name].gate for lora, name in active}
+    if len(gates) != 1 or not all(map(is_plain, (*layers, *riders))) or any(a.bias is not None for a in riders):
+        return (), None
+    kinds = {(layer.weight.dtype, layer.weight.device) for layer in (*layers, *riders)}
+    return (riders, gates.pop()) if len(kinds) == 1 else ((), None)
+
+
 def is_plain(layer: Any) -> bool:
     """Whether a layer is a product with weights of its own and nothing else, now and as long as nobody touches it."""
     if type(layer) is not nn.Linear or layer.training or "forward" in vars(layer):
@@ -154,22 +211,32 @@ def is_plain(layer: Any) -> bool:
     return all(p.is_contiguous() and not p.is_inference() and p.grad is None for p in parameters)
 
 
-def _parameters(layers: Sequence[nn.Linear]) -> list[list[Tensor | None]]:
-    return [[layer._parameters.get(name) for layer in layers] for name in ("weight", "bias")]
+def _rows(layers: Sequence[nn.Linear]) -> list[int]:
+    return [len(layer.weight) for layer in layers]
 
 
-def whole_of(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of all layers as one, where they fill one storage in this order; None where they do not."""
-    weights, biases = _parameters(layers)
-    weight, bias = _whole(weights), _whole(biases)
-    plain = all(b is None for b in biases)
-    return None if weight is None or (bias is None and not plain) else (weight, bias)
+def _parameters(layers: Siblings, riders: Siblings) -> list[list[Tensor | None]]:
+    """Their weights, with those of the riders, and their biases, which riders do not have."""
+    named = (("weight", (*layers, *riders)), ("bias", layers))
+    return [[layer._parameters.get(name) for layer in of] for name, of in named]
+
+
+def whole_of(layers: Siblings, riders: Siblings = ()) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of all layers, and of riders, as one, where they lie one behind another from the beginning of a
+    storage on; None where they do not.
+    """
+    weights, biases = _parameters(layers, riders)
+    weight = _whole(weights)
+    if weight is None or all(b is None for b in biases):
+        return None if weight is None else (weight, None)
+    bias = _whole(biases, zeros=sum(_rows(riders)))
+    return None if bias is None else (weight, bias)
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _whole(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """Tensors as one [sum of rows, ...], where they fill one storage one behind another."""
+def _whole(parts: Sequence[Tensor | None], zeros: int = 0) -> Tensor | None:
+    """Tensors as one [sum of rows + zeros, ...], where they begin a storage, or with the zeros that follow fill it."""
     first, end = parts[0], 0
     for x in parts:
         # A quantised one has no address.
@@ -179,9 +246,9 @@ def _whole(parts: Sequence[Tensor | None]) -> Tensor | None:
         if not together or not x.is_contiguous() or (x.dtype, x.shape[1:]) != (first.dtype, first.shape[1:]):
             return None
         end += x.numel()
-    if first is None or first.untyped_storage().nbytes() != end * first.element_size():
+    if first is None or (zeros and first.untyped_storage().nbytes() != (end + zeros) * first.element_size()):
         return None
-    size = (sum(len(x) for x in parts if x is not None), *first.shape[1:])
+    size = (sum(len(x) for x in parts if x is not None) + zeros, *first.shape[1:])
     return first.detach().as_strided(size, first.stride(), 0)
 
 
@@ -189,41 +256,64 @@ def _whole(parts: Sequence[Tensor | None]) -> Tensor | None:
 _joined: WeakKeyDictionary[PreTrainedModel, list[tuple[ref[nn.Linear], ...]]] = WeakKeyDictionary()
 
 
-def join(model: PreTrainedModel, siblings: Sequence[Siblings]) -> None:
-    """Move weights together, those of one group at a time; where memory does not suffice the others stay.
+def join(model: PreTrainedModel, groups: Sequence[tuple[Siblings, Siblings]]) -> None:
+    """Move weights together, those of one group at a time, behind its layers' its riders'; where memory does not
+    suffice the others stay.
 
     The caller holds the model; a thread that runs it at that moment all the same may read what is moving.
     """
+    holders = _holders(model)
+    groups = [(layers, riders if _can_ride(layers, riders, holders) else ()) for layers, riders in groups]
+    moving = [(layers, riders) for layers, riders in groups if whole_of(layers, riders) is None]
+    # The largest first: where one has been there is room for the next of its size.
+    moving.sort(key=lambda group: -sum(layer.weight.nbytes for layer in group[0]))
+    with suppress(torch.OutOfMemoryError):
+        # Others have ridden there, perhaps.
+        _clear(model, {layer for layers, _ in moving for layer in layers})
+        holders = _holders(model)
+        for layers, riders in moving:
+            parameters = [xs for xs in _parameters(layers, riders) if any(x is not None for x in xs)]
+            if all(_fit(xs, holders) for xs in parameters):
+                _join(parameters, sum(_rows(riders)))
+                _joined.setdefault(model, []).append(tuple(map(ref, (*layers, *riders))))
+
+
+def _holders(model: PreTrainedModel) -> Counter[int]:
+    """How many tensors of the model have each piece of memory, by its address."""
     modules = list(model.modules())
     tensors = (x for m in modules for x in (*m._parameters.values(), *m._buffers.values()))
     plain = (x for x in tensors if type(x) in (Tensor, nn.Parameter) and x.device.type != "meta")
-    holders = Counter(x.untyped_storage().data_ptr() for x in plain)
+    return Counter(x.untyped_storage().data_ptr() for x in plain)
 
-    def fits(xs: Sequence[Tensor | None]) -> bool:
-        """Whether all are there and alike, and nobody else has their memory, which would stay behind."""
-        kinds = [None if x is None else (x.dtype, x.device, x.shape[1:]) for x in xs]
-        places = [x.untyped_storage() for x in xs if x is not None]
-        own = all(holders[place.data_ptr()] == 1 for place in places)
-        whole = sum(place.nbytes() for place in places) == sum(x.nbytes for x in xs if x is not None)
-        return None not in kinds and len(set(kinds)) == 1 and own and whole
 
-    # The largest first: where one has been there is room for the next of its size.
-    with suppress(torch.OutOfMemoryError):
-        for layers in sorted(siblings, key=lambda layers: -sum(layer.weight.nbytes for layer in layers)):
-            parameters = [xs for xs in _parameters(layers) if any(x is not None for x in xs)]
-            if whole_of(layers) is None and all(map(fits, parameters)):
-                _join(parameters)
-                _joined.setdefault(model, []).append(tuple(map(ref, layers)))
+def _is_own(x: Tensor, holders: Counter[int]) -> bool:
+    """Whether nobody else has its memory, which would stay behind."""
+    place = x.untyped_storage()
+    return holders[place.data_ptr()] == 1 and place.nbytes() == x.nbytes
+
+
+def _fit(xs: Sequence[Tensor | None], holders: Counter[int]) -> bool:
+    """Whether all are there and alike, and have memory of their own."""
+    kinds = [None if x is None else (x.dtype, x.device, x.shape[1:]) for x in xs]
+    return None not in kinds and len(set(kinds)) == 1 and all(_is_own(x, holders) for x in xs if x is not None)
+
+
+def _can_ride(layers: Siblings, riders: Siblings, holders: Counter[int]) -> bool:
+    """Whether all can be moved, or are there already: for those who cannot no weight is moved, again and again."""
+    there = layers[0].weight.untyped_storage().data_ptr()
+    weights = [rider.weight for rider in riders]
+    return all(x.untyped_storage().data_ptr() == there or _is_own(x, holders) for x in weights)
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _join(groups: Sequence[Sequence[Any]]) -> None:
-    """Make the tensors of each group views of one."""
-    wholes = [torch.cat(list(xs)) for xs in groups]
+def _join(groups: Sequence[Sequence[Any]], zeros: int) -> None:
+    """Make weights, and biases with zeros behind them, views of one."""
+    weights, *biases = groups
+    wholes = [torch.cat(list(weights))] + [torch.cat([*xs, xs[0].new_zeros(zeros)]) for xs in biases]
     _synchronize(wholes[0].device)
     for xs, whole in zip(groups, wholes):
-        for x, part in zip(xs, whole.split([len(x) for x in xs])):
+        for x, part in zip(xs, whole[: sum(map(len, xs))].split([len(x) for x in xs])):
             x.data = part
 
 
@@ -255,6 +345,14 @@ def _separate(layers: Sequence[nn.Linear]) -> None:
         _synchronize(own[0].device)
     for x, data in zip(parts, own):
         x.data = data
+
+
+def _clear(model: PreTrainedModel, layers: set[nn.Linear]) -> None:
+    """Give what lies with one of these layers memory of its own again."""
+    groups = _joined.get(model, [])
+    for group in [group for group in groups if not layers.isdisjoint(r() for r in group)]:
+        _separate([layer for r in group if (layer := r()) is not None])
+        groups.remove(group)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -1,10 +1,10 @@
-"""Layers that read the same tensor (q, k and v; gate and up), run together: LoRA layers in one pair of launches.
+"""Layers that read the same tensor (q, k and v; gate and up), run together: LoRA layers in two launches, or in one.
 
 Which layers those are, a first pass shows, whatever their names: children of one module that were called with the very
 same tensor. From then on the first of them runs all, in their order, and leaves the others their outputs. Each of these
 looks whether it is called with that very tensor, and gives out what was left for it, once; called with any other, or in
 another thread's pass, it runs by itself. `Siblings` runs the base's layers one by one and adapts their outputs at once;
-`mtpkern.products` makes one product of plain layers.
+`mtpkern.products` makes one product of plain layers, and of the A of LoRA layers with them, so that one launch is left.
 
 In a pass without mask rows, where the host knows that it is one, each layer is the base's alone: what peft does around
 it took a tenth of a pass of one row on a CPU.
@@ -26,7 +26,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from mtpkern.kernels.gated_lora import gated_lora
+from mtpkern.kernels.gated_lora import gated_expand, gated_lora
 
 if TYPE_CHECKING:
     from peft.tuners.lora import Linear
@@ -217,11 +217,21 @@ def adapt(outs: Sequence[Tensor], x: Tensor, rows: Tensor, layers: Sequence[Any]
     adapters, dtype = list(zip(layers, names)), outs[0].dtype
     if layers[0].lora_A[names[0]].weight.dtype == torch.float32:
         dtype = torch.float32  # as peft loads adapters, whatever the base is in; the op takes them so
-    gated_lora(
-        [y.flatten(0, -2) for y in outs],
-        x.to(outs[0].dtype).flatten(0, -2),
-        rows.flatten(),
-        [layer.lora_A[name].weight.to(dtype) for layer, name in adapters],
-        [layer.lora_B[name].weight.to(dtype) for layer, name in adapters],
-        [layer.scaling[name] for layer, name in adapters],
-    )
+    lows = [left_for(layer.lora_A[name], x) for layer, name in adapters]
+    flat, gate = [y.flatten(0, -2) for y in outs], rows.flatten()
+    bs = [layer.lora_B[name].weight.to(dtype) for layer, name in adapters]
+    scales = [layer.scaling[name] for layer, name in adapters]
+    if all(low is not None for low in lows):
+        gated_expand(flat, [low.flatten(0, -2) for low in lows if low is not None], gate, bs, scales)
+        return
+    as_ = [layer.lora_A[name].weight.to(dtype) for layer, name in adapters]
+    gated_lora(flat, x.to(outs[0].dtype).flatten(0, -2), gate, as_, bs, scales)
+
+
+def left_for(layer: Any, x: Tensor) -> Tensor | None:
+    """What the first of its siblings has left for a layer of this very x, once."""
+    left = getattr(layer, "mtpkern_left", None)
+    if left is None or left[0] is not x:
+        return None
+    layer.mtpkern_left = None
+    return left[1]  # type: ignore[no-any-return]

@@ -21,7 +21,9 @@ from support.models import MASK, PAD, PUBLISHED, VOCABULARY, adapted_model, byte
 from support.processes import run_in_two_processes
 
 # Their fixtures are there for all.
-pytest_plugins = [f"support.{name}" for name in ("batches", "made_up_device", "recipes", "recording", "watching")]
+pytest_plugins = [
+    f"support.{name}" for name in ("batches", "made_up_device", "recipes", "recording", "riding", "watching")
+]
 
 # Triton reads this when it is first imported: without a GPU, its interpreter runs the kernels on CPU tensors.
 if not torch.cuda.is_available():

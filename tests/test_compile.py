@@ -9,7 +9,7 @@ from torch import Tensor
 # Importing the ops registers them.
 from mtpkern.kernels.advance import advance  # noqa: F401
 from mtpkern.kernels.decode_attention import decode_attention
-from mtpkern.kernels.gated_lora import gated_lora
+from mtpkern.kernels.gated_lora import gated_expand, gated_lora
 from mtpkern.kernels.kv_write import kv_write
 from mtpkern.kernels.linear import few_rows_linear, new_counters
 from mtpkern.kernels.packed_rows import PackedRows
@@ -36,6 +36,10 @@ def arguments(name: str) -> tuple[Any, ...]:
         gate = torch.tensor([False, True, True, False, False])
         as_, bs = [draw(2, 6), draw(3, 6)], [draw(7, 2), draw(3, 3)]
         return [draw(R, 7), draw(R, 3)], draw(R, 6), gate, as_, bs, [0.5, 2.0]
+    if name == "gated_expand":
+        gate = torch.tensor([False, True, True, False, False])
+        *outs, low, lower = draw(R, 15).split([7, 3, 2, 3], dim=1)
+        return outs, [low, lower], gate, [draw(7, 2), draw(3, 3)], [0.5, 2.0]
     caches = draw(B, HKV, C + 1, D), draw(B, HKV, C + 1, D + 2)
     if name == "kv_write":
         return *caches, draw(R, HKV, D), draw(R, HKV, D + 2), SEQ, torch.tensor([2, 3, 1, 4, C])
@@ -60,7 +64,7 @@ def arguments(name: str) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize(
-    "name", ["readout", "kv_write", "gated_lora", "few_rows_linear", "decode_attention", "advance"]
+    "name", ["readout", "kv_write", "gated_lora", "gated_expand", "few_rows_linear", "decode_attention", "advance"]
 )
 def test_what_is_declared_is_what_happens(name: str) -> None:
     op = getattr(torch.ops.mtpkern, name).default
@@ -79,6 +83,7 @@ def test_eager_calls_do_not_go_through_the_dispatcher() -> None:
         readout(*arguments("readout"))
         kv_write(*arguments("kv_write"))
         gated_lora(*arguments("gated_lora"))
+        gated_expand(*arguments("gated_expand"))
         few_rows_linear(*arguments("few_rows_linear"))
         given = arguments("decode_attention")
         decode_attention(*given[:5], PackedRows(*given[5:12]), Scoring(*given[12:16]))

@@ -136,7 +136,8 @@ def test_below_a_gated_adapter(siblings: bool, tiny: SimpleNamespace, multiplied
     block = found(model, ids, siblings=siblings)
     with gated(model, ids):
         torch.testing.assert_close(logits(model, ids, block), expected)
-    layer = [64, 32, 96, 32] if siblings else [32, 16, 16, 32, 48, 48, 32]
+    # With the adapter's, of rank 4 each, where these ride along.
+    layer = [64 + 12, 32 + 4, 96 + 8, 32 + 4] if siblings else [32, 16, 16, 32, 48, 48, 32]
     assert multiplied == [(8, N) for N in [*layer * 2, tiny.vocabulary]]
 
 

@@ -1,6 +1,5 @@
 """Gated LoRA against float64: gated rows get the update, no other row is touched, whatever stands anywhere."""
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -9,66 +8,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mtpkern.kernels import gated_lora as module
-from mtpkern.kernels.gated_lora import expand_triton, gated_lora, gated_lora_triton, gated_update
+from mtpkern.kernels.gated_lora import gated_expand_triton, gated_lora, gated_lora_triton, gated_update
+from support.adapters import DTYPES, RANKS, WIDTHS, Form, H, Operands, bits, draw, eager, truth
 
 TRITON = pytest.param(gated_lora_triton, marks=pytest.mark.kernel)
 FORMS = [gated_lora, TRITON]
-DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-H = 263  # a prime, and two chunks
-RANKS, WIDTHS, SCALES = (12, 8, 24), (70, 33, 64), [0.5, 2.0, -1.25]
-
-Form = Callable[..., None]
-Operands = tuple[list[Tensor], Tensor, Tensor, list[Tensor], list[Tensor], list[float]]
-
 # Uninitialised memory is NaN, so that reading what nobody has written shows.
 pytestmark = [pytest.mark.usefixtures("interpreter")] if not torch.cuda.is_available() else []
-
-
-def draw(
-    R: int,
-    dtype: torch.dtype = torch.float32,
-    adapter: torch.dtype | None = None,
-    *,
-    ranks: Sequence[int] = RANKS,
-    widths: Sequence[int] = WIDTHS,
-    hidden: int = H,
-    seed: int = 0,
-) -> Operands:
-    """Outputs, x, a gate on every other row, the A, the B and the scales."""
-    generator = torch.Generator().manual_seed(1000 * R + seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    adapter = adapter or dtype
-    outs = [normal(R, N).to(dtype) for N in widths]
-    as_ = [(normal(r, hidden) * hidden**-0.5).to(adapter) for r in ranks]
-    bs = [normal(N, r).to(adapter) for N, r in zip(widths, ranks)]
-    gate = torch.arange(R) % 2 == 0
-    return outs, normal(R, hidden).to(dtype), gate, as_, bs, SCALES[: len(widths)]
-
-
-def truth(
-    outs: list[Tensor], x: Tensor, gate: Tensor, as_: list[Tensor], bs: list[Tensor], scales: list[float]
-) -> list[Tensor]:
-    """In float64, row by row and sibling by sibling."""
-    result = [y.double() for y in outs]
-    for y, a, b, scale in zip(result, as_, bs, scales):
-        for r in range(len(x)):
-            if gate[r]:
-                y[r] += scale * (b.double() @ (a.double() @ x[r].double()))
-    return result
-
-
-def eager(
-    outs: list[Tensor], x: Tensor, gate: Tensor, as_: list[Tensor], bs: list[Tensor], scales: list[float]
-) -> list[Tensor]:
-    """As a LoRA layer of peft computes it, in the dtypes at hand."""
-    result = []
-    for y, a, b, scale in zip(outs, as_, bs, scales):
-        h = x.to(a.dtype) @ a.T
-        result.append(torch.where(gate[:, None] != 0, y + ((h @ b.T) * scale).to(y.dtype), y))
-    return result
 
 
 def run(form: Form, operands: Operands) -> list[Tensor]:
@@ -87,10 +33,6 @@ def compare(form: Form, operands: Operands, tolerance: float = 1e-5) -> list[Ten
     for t, was in zip((operands[1], operands[2], *operands[3], *operands[4]), before):
         assert torch.equal(t, was)
     return got
-
-
-def bits(x: Tensor) -> Tensor:
-    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -273,36 +215,32 @@ def test_no_form_waits_for_the_device() -> None:
         gated_lora(outs, x, gate, as_, bs, scales)
 
 
-@pytest.mark.parametrize("form", [pytest.param(expand_triton, marks=pytest.mark.kernel)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_base_product_may_bring_the_first_half(form: Form, dtype: torch.dtype) -> None:
-    """A below the base's weight in one buffer: one product gives y and x A^T, side by side in its rows."""
-    outs, x, gate, as_, bs, scales = draw(17, dtype)
-    h = (x.double() @ torch.cat(as_).double().T).to(dtype)
-    joint = torch.cat([*outs, h], dim=1)
-    *views, h_view = joint.split([*WIDTHS, sum(RANKS)], dim=1)
-    expected = [right.clone() for right in truth(outs, x, gate, as_, bs, scales)]
-    form(views, h_view[None], gate.view(torch.uint8), bs, scales)
-    tolerance = 1e-5 if dtype == torch.float32 else 5e-2
-    torch.testing.assert_close(joint[:, : sum(WIDTHS)].double(), torch.cat(expected, 1), rtol=tolerance, atol=tolerance)
-
-
-def test_two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("launch", "names"),
+    [("gated_lora_triton", ["_shrink_kernel", "_expand_kernel"]), ("gated_expand_triton", ["_expand_kernel"])],
+)
+def test_launches(launch: str, names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two, or one where the base's product brings the first half along."""
     pytest.importorskip("triton")
-    names: list[str] = []
+    seen: list[str] = []
     run_class = type(module._shrink_kernel)  # of the interpreter, or of the compiler where there is a GPU
     run = run_class.run
 
     def noted(self: Any, *args: Any, **options: Any) -> Any:
-        names.append(self.fn.__name__)
+        seen.append(self.fn.__name__)
         return run(self, *args, **options)
 
     monkeypatch.setattr(run_class, "run", noted)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     outs, x, gate, as_, bs, scales = draw(15)
-    outs, as_, bs = ([t.to(device) for t in ts] for ts in (outs, as_, bs))
-    gated_lora_triton(outs, x.to(device), gate.to(device), as_, bs, scales)
-    assert names == ["_shrink_kernel", "_expand_kernel"]
+    lows = [x @ a.T for a in as_]
+    outs, as_, bs, lows = ([t.to(device) for t in ts] for ts in (outs, as_, bs, lows))
+    x, gate = x.to(device), gate.to(device)
+    if launch == "gated_lora_triton":
+        gated_lora_triton(outs, x, gate, as_, bs, scales)
+    else:
+        gated_expand_triton(outs, lows, gate, bs, scales)
+    assert seen == names
 
 
 def test_one_scale_for_all() -> None:

@@ -350,10 +350,10 @@ def test_other_threads_run_the_model_as_it_is(tiny: SimpleNamespace, rows: list[
 
 
 def test_a_gated_adapter_on_top(tiny: SimpleNamespace, rows: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One product of the base's layers, and one pair of launches for what the adapter adds; likewise without masks."""
+    """One product of the base's layers, which brings the first half of the adapter's; likewise without masks."""
     served: list[int] = []
-    op = siblings.gated_lora
-    monkeypatch.setattr(siblings, "gated_lora", lambda outs, *args: (served.append(len(outs)), op(outs, *args))[1])
+    op = siblings.gated_expand
+    monkeypatch.setattr(siblings, "gated_expand", lambda outs, *args: (served.append(len(outs)), op(outs, *args))[1])
     model, other = (tiny.adapted(tiny.model("llama")).get_base_model() for _ in range(2))
     ids, _ = tiny.prompts(6, 6)
     ids = torch.cat([ids, ids.new_full((2, 3), model.mtpkern_gate.mask_token_id)], dim=1)
@@ -364,7 +364,7 @@ def test_a_gated_adapter_on_top(tiny: SimpleNamespace, rows: list[list[int]], mo
     with gated(model, ids):
         torch.testing.assert_close(logits(model, ids, found), expected)
     assert served == [3, 1, 2, 1] * 2
-    assert rows == [[32, 16, 16], [48, 48]] * 2
+    assert rows == [[32, 16, 16, 4, 4, 4], [32, 4], [48, 48, 4, 4], [32, 4]] * 2
     options = {"strategy": ConfAdapt(3, threshold=0.15), "max_new_tokens": 12}
     assert torch.equal(generate(tiny, model, **options), generate(tiny, other, **options))
 

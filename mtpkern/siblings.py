@@ -230,8 +230,9 @@ def adapt(outs: Sequence[Tensor], x: Tensor, rows: Tensor, layers: Sequence[Any]
 
 def left_for(layer: Any, x: Tensor) -> Tensor | None:
     """What the first of its siblings has left for a layer of this very x, once."""
-    left = getattr(layer, "mtpkern_left", None)
+    turn = vars(layer).get("mtpkern_turn")
+    left = None if turn is None else turn.left
     if left is None or left[0] is not x:
         return None
-    layer.mtpkern_left = None
+    turn.left = None
     return left[1]  # type: ignore[no-any-return]

@@ -62,7 +62,7 @@ def test_the_bases_product_brings_the_first_half(kind: str, tiny: SimpleNamespac
         assert p is before[name][0]
         assert torch.equal(p, before[name][1])
     assert torch.equal(logits(model, ids), expected)
-    assert not any("forward" in vars(module) or "mtpkern_left" in vars(module) for module in model.modules())
+    assert not any("forward" in vars(module) or "mtpkern_turn" in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize("few", [0, 64])
@@ -241,7 +241,8 @@ def test_what_came_along_is_of_that_very_tensor_and_taken_once(tiny: SimpleNames
             ops.clear()
             model(ids, use_cache=False)
             assert {name for name, _ in ops.new()} == {"gated_expand"}
-            assert all(getattr(module, "mtpkern_left", None) is None for module in model.modules())
+            turns = [vars(module).get("mtpkern_turn") for module in model.modules()]
+            assert all(turn is None or turn.left is None for turn in turns) and any(turns)
 
 
 @pytest.mark.parametrize(

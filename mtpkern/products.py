@@ -257,8 +257,8 @@ _joined: WeakKeyDictionary[PreTrainedModel, list[tuple[ref[nn.Linear], ...]]] = 
 
 
 def join(model: PreTrainedModel, groups: Sequence[tuple[Siblings, Siblings]]) -> None:
-    """Move weights together, those of one group at a time, behind its layers' its riders'; where memory does not
-    suffice the others stay.
+    """Move weights together, of one group at a time, its riders' behind its layers'; where memory does not suffice the
+    others stay.
 
     The caller holds the model; a thread that runs it at that moment all the same may read what is moving.
     """

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from mtpkern.attention import attention_context
-from mtpkern.bench import decode_attention, distill, readout, span_attention, step
+from mtpkern.bench import decode_attention, distill, gated_lora, readout, span_attention, step
 from mtpkern.bench.models import build
 from mtpkern.bench.report import environment
 from mtpkern.bench.timing import Action, difference, free, kernels_by_name, launches, peak, reason, timed
@@ -60,6 +60,7 @@ ASKED = ("products",)
 # Beginnings of the names of ahead-of-time cases; a rehearsal takes the last alone.
 FAMILIES = (
     *("decode_attention bf16 D128", "span_attention bf16 D128", "distill bf16 V144"),
+    *("gated_lora bf16 r32", "gated_expand bf16 r32"),
     *("advance B1 ", "advance B16 ", "readout bf16", "kv_write bf16 D128"),
 )
 PROCESSES = 12
@@ -187,8 +188,24 @@ def check_distill(device: torch.device) -> None:
     _require("head_readout, confidence", [confidence], [z.softmax(-1).amax(-1)], 2e-2)
 
 
+def check_gated_lora(device: torch.device) -> None:
+    """In one launch and in two, behind products of few rows and others; ungated rows are the product's to the bit."""
+    hidden, widths, rank = (32, (16, 8), 4) if device.type == "cpu" else (2560, (4096, 1024, 1024), gated_lora.RANK)
+    for rows in (15, 60):
+        case = gated_lora.Case(rows, hidden, widths, rank, device)
+        base, x = case.base(0), case.x.float()
+        low = torch.where(case.gate[:, None], gated_lora.SCALE * x @ torch.cat(case.as_[0]).float().T, 0.0)
+        right = [base.float() + low @ torch.block_diag(*case.bs[0]).float().T]
+        for name, way in {"gated_expand": case.ours, "gated_lora": case.two}.items():
+            found = way(0)
+            _require(f"{name}, {rows} rows", [found], right)
+            if way == case.two:
+                _require(f"{name}, {rows} rows, ungated", [found[~case.gate]], [base[~case.gate]], 0.0)
+
+
 CHECKS: dict[str, Callable[[torch.device], None]] = {"kv_write": check_kv_write, "readout and advance": check_readout}
 CHECKS |= {"decode_attention": check_decode_attention, "span_attention": check_span_attention, "distill": check_distill}
+CHECKS["gated_lora"] = check_gated_lora
 
 
 def kernels(device: torch.device) -> Facts:

@@ -148,6 +148,10 @@ class Joint(NamedTuple):
     riders: int = 0  # the last of the layers, A of an adapter
     gate: Any = None  # before them
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """In a copy of the model that is made then, nothing: it would hold the weights a second time."""
+        return type(None), ()
+
 
 def _product(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor]:
     joint: Joint = layers[0].mtpkern_joint

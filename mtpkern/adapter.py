@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -110,9 +111,9 @@ def attach(model: nn.Module, row: nn.Parameter, adapter: str = "default") -> Gat
                 vars(layer)["forward"] = MethodType(_forward_without_offsets, layer)
             layer.lora_variant[adapter] = variant
     if model is not base:
-        # Methods, which copies of the model copy as their own.
-        vars(model.base_model)["unload"] = MethodType(_unload, model.base_model)
-        vars(model)["load_adapter"] = MethodType(_load_adapter, model)
+        # Which copies of the model copy as their own; methods, which pickle looks up by name, could not be pickled.
+        vars(model.base_model)["unload"] = partial(_unload, model.base_model)
+        vars(model)["load_adapter"] = partial(_load_adapter, model)
     _choose(model, gate)
     return gate
 

@@ -99,6 +99,8 @@ def require_gateable(config: LoraConfig | Any) -> None:
     if kind != "LORA":
         raise ValueError(f"only LoRA can be gated; got an adapter of type {kind}")
     changed = [name for name in _UNGATEABLE if getattr(config, name, None)]
+    if getattr(config, "bias", "none") != "none":
+        changed.append("bias")  # trains the base's own, which peft then writes over those of the base
     if changed:
         raise ValueError(f"a gated adapter is plain LoRA on linear layers; got one with {', '.join(changed)}")
 

@@ -139,6 +139,9 @@ def release_graphs(model: nn.Module | None = None) -> int:
     a CPU the copies that passes of few rows read (mtpkern.packed) go as well. Returns how many were dropped. The memory
     goes back to torch, which returns it to the device at `torch.cuda.empty_cache()`. The next call captures anew.
 
+    Call it before torch.save, which would write with a weight all that lies with it, and before accelerate's
+    save_model, save_state and load_state, which would leave weights out, or refuse; `save_pretrained` needs none of it.
+
         mtpkern.release_graphs(model)
     """
     model = None if model is None else base_of(model)

@@ -12,9 +12,12 @@ at each pass that is no replay: what has moved since, or been replaced, is a pro
 The A of a gated adapter reads what its layer does. Those of the adapter that is active at that prefill ride along,
 behind the weights of siblings as of single layers, [W_q; W_k; W_v; A_q; A_k; A_v]: x A^T comes with the base's product,
 and of the adapter's two launches one remains (kernels/gated_lora.py). A pass of the base alone reads the weights alone.
-Another adapter takes the place at the first prefill of a run in which it is the active one. Safetensors, as which peft
-and mtpkern save, hold a view's own rows; torch.save writes all memory behind it, with an adapter the base's weights:
-call `mtpkern.release_graphs(model)` before it.
+Another adapter takes the place at the first prefill of a run in which it is the active one.
+
+`save_pretrained` of transformers and of peft, and `save_adapter`, write a view's own rows. What takes its memory for
+the tensor does not: torch.save writes all of that memory, with an adapter the base's weights; safetensors' save_model
+refuses; accelerate's save_model and save_state leave all of siblings but the first out, with a warning. Call
+`mtpkern.release_graphs(model)` before these.
 
 A product of few rows can be our kernel's (kernels/linear.py), siblings' and single layers', the head's too: in the same
 passes, for as long as one runs, and without moving anything.
@@ -147,6 +150,10 @@ class Joint(NamedTuple):
     counters: Tensor | None
     riders: int = 0  # the last of the layers, A of an adapter
     gate: Any = None  # before them
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """In a copy of the model that is made then, nothing: it would hold the weights a second time."""
+        return type(None), ()
 
 
 def _product(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor]:

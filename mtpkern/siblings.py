@@ -128,11 +128,16 @@ class _Turn:
     run      of the first of them, what runs all; of the others None
     others   of the first, those behind it
     left     of the others, the tensor that the first has read and what this one makes of it, until it is fetched
+
+    In a copy of the model that is made then, nothing: whose layers run by themselves.
     """
 
     def __init__(self, thread: int, run: Callable[..., Any] | None, others: Sequence[nn.Module]) -> None:
         self.thread, self.run, self.others = thread, run, others
         self.left: tuple[Tensor, Tensor] | None = None
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
 
 @contextmanager

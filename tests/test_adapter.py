@@ -112,6 +112,17 @@ def test_refuses_other_bases_and_merging(tiny, tmp_path):
         peft_model.merge_and_unload()
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_refuses_what_would_write_over_the_bases_biases(tiny, tmp_path, bias):
+    base, peft_model = pair(tiny, "qwen2")
+    save_adapter(peft_model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "bias": bias}))
+    with pytest.raises(ValueError, match="plain LoRA on linear layers; got one with bias"):
+        mtpkern.load_adapter(base, tmp_path)
+    assert gate_of(base) is None
+
+
 def test_digest_does_not_depend_on_the_dtype(tiny):
     base = tiny.model("llama")
     for parameter in base.parameters():

@@ -1,6 +1,7 @@
 """One base serves many gated adapters: loaded, switched and taken away by peft's means, by transformers' or by ours."""
 
 import copy
+import pickle
 from itertools import pairwise
 
 import pytest
@@ -70,6 +71,18 @@ def test_unloading_leaves_the_base_and_the_next_adapter_is_the_next(base, folder
         assert not is_clean(peft_model.get_base_model())
         with pytest.raises(ValueError, match="records no mask token"):
             mtpkern.generate(model, tiny.prompts(3)[0], strategy=mtpkern.Static(2))
+
+
+def test_a_model_is_pickled_with_its_adapters(base, folders, alone, tiny):
+    """And what it becomes loads and unloads by itself."""
+    model = mtpkern.load_adapter(copy.deepcopy(base), folders[0])
+    again = pickle.loads(pickle.dumps(model))
+    assert said(again, tiny).equal(alone[0])
+    again.load_adapter(folders[1], "second")
+    again.set_adapter("second")
+    assert said(again, tiny).equal(alone[1])
+    assert is_clean(again.unload())
+    assert said(model, tiny).equal(alone[0])
 
 
 def test_set_adapter_switches_row_settings_and_layers(base, folders, alone, tiny):

@@ -1,5 +1,6 @@
 """A gated adapter's A rides behind the base's weights: the same tokens by fewer launches."""
 
+import copy
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any
@@ -242,7 +243,24 @@ def test_what_came_along_is_of_that_very_tensor_and_taken_once(tiny: SimpleNames
             model(ids, use_cache=False)
             assert {name for name, _ in ops.new()} == {"gated_expand"}
             turns = [vars(module).get("mtpkern_turn") for module in model.modules()]
-            assert all(turn is None or turn.left is None for turn in turns) and any(turns)
+            assert any(turns)
+            assert all(turn is None or turn.left is None for turn in turns)
+
+
+def test_a_copy_that_is_made_in_a_pass_is_a_model(tiny: SimpleNamespace) -> None:
+    """Its products are of its own weights, whatever is written into them."""
+    model = adapted(tiny)
+    ids = text(tiny, model)
+    found = joined(tiny, model)
+    with torch.inference_mode(False), gated(model, ids), found():
+        twin = copy.deepcopy(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in (*twin.model.layers.parameters(), *other.model.layers.parameters()):
+            parameter.mul_(-1.5)
+    expected = logits(other, ids)
+    torch.testing.assert_close(logits(twin, ids), expected)
+    torch.testing.assert_close(logits(twin, ids, joined(tiny, twin)), expected)
 
 
 @pytest.mark.parametrize(

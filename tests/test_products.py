@@ -18,7 +18,8 @@ from mtpkern import ConfAdapt, Verified, layers, products, siblings
 from mtpkern.adapter import gated
 from mtpkern.attention import exclusive
 from mtpkern.graph import fingerprint
-from mtpkern.products import Products, wants_one_product, whole_of
+from mtpkern.products import wants_one_product, whole_of
+from support.riding import joined, logits
 
 # Products of a decoder layer that several layers share: how many each.
 SETTINGS: dict[str, tuple[str, dict[str, Any], list[int]]] = {
@@ -60,19 +61,6 @@ def generate(tiny: SimpleNamespace, model: Any, **options: Any) -> Tensor:
     ids, mask = tiny.prompts(9, 4)
     options = {"max_new_tokens": 8, "strategy": Verified(3, threshold=0.2), "check_model": False, **options}
     return mtpkern.generate(model, ids, attention_mask=mask, **options)
-
-
-def joined(tiny: SimpleNamespace, model: Any) -> Products:
-    """The model's siblings, their weights moved together."""
-    found = Products()
-    with torch.inference_mode(), found.sought(model):
-        model(tiny.prompts(5)[0])
-    return found
-
-
-def logits(model: Any, ids: Tensor, found: Products | None = None) -> Tensor:
-    with torch.inference_mode(), (found or Products(wanted=False))():
-        return model(ids, use_cache=False).logits
 
 
 def storages(model: nn.Module) -> dict[int, int]:

@@ -382,9 +382,9 @@ def decode_attention(
 
     The torch form spreads rows to [B, W], attends as a padded batch does, and gathers rows back. The G heads that share
     keys stand below one another as G W rows of one: given as heads of their own, one row of each takes a CPU 3 to 17
-    times as long in bfloat16, and more rows 1.1 to 2 times (docs/log.md, "Less around the products"). With a softcap or
-    sinks it computes in float32, or in float64 for float64 inputs; else as scaled_dot_product_attention does, of 16-bit
-    inputs in float32 on a processor without 16-bit products.
+    times as long in bfloat16, and two to nine rows up to twice as long (docs/log.md, "less around a CPU's products").
+    With a softcap or sinks it computes in float32, or in float64 for float64 inputs; else as
+    scaled_dot_product_attention does, of 16-bit inputs in float32 on a processor without 16-bit products.
 
         out = decode_attention(q, k, v, k_cache, v_cache, PackedRows(seq, slot, start, max_rows=15), Scoring(D**-0.5))
     """

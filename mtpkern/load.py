@@ -20,14 +20,17 @@ at, and gets one as soon as what it would have saved comes to what the first gra
 
 On a CPU each pass is timed as it runs, unless its layers are compiled: eight rows take the time of one on one processor
 and of two on another. Passes without masks are tried on purpose now and then, at ever longer intervals, because nothing
-else shows their time; and passes with them, where for long there was none. What a sequence brings changes when its
-tokens come, not which, but for near-ties: products of other numbers of rows round otherwise.
+else shows their time; and passes with them, where for long there was none, with as many as if nothing were known of
+what they are worth. What a sequence brings changes when its tokens come, not which, but for near-ties: products of
+other numbers of rows round otherwise.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict, deque
 from collections.abc import Sequence
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -52,7 +55,11 @@ STEP = 64
 FIRST_LOOK, LOOK_AGAIN = 3, 4
 # So much is kept of what earlier runs have shown.
 MOST_SHOWN = 64 * UNIT
-# Passes without masks before one has them again, whatever their time was: what was seen of it may have been disturbed.
+# Of the latest so many passes of as many rows the second shortest tells the time: disturbances make one longer, but where
+# processors are shared one may be shorter than all others.
+LATEST = 8
+# Passes without masks before one has them again, whatever is known of them: their time may have been disturbed, drafts
+# may have become right.
 PATIENCE = 8
 
 
@@ -95,20 +102,32 @@ class PassTimes:
     def __init__(self, fixed: int = FIXED) -> None:
         self.fixed = fixed
         self.seconds: dict[int, float] = {}
+        self._latest: defaultdict[int, deque[float]] = defaultdict(partial(deque, maxlen=LATEST))
+        # Times by quarters of rows, which are asked for more often than they change.
+        self._table = np.empty(0)
         self.passes = 0
         self.look = FIRST_LOOK
         # Hits and chains of the model's runs on a CPU, the later the more.
         self.shown = np.zeros(2)
 
     def saw(self, rows: int, seconds: float) -> None:
-        """Note a pass. Disturbances only ever add time, so less is believed at once and more slowly."""
-        rows = int(_rounded(np.array([rows]))[0])
-        old = self.seconds.get(rows, seconds)
-        self.seconds[rows] = min(seconds, old + (seconds - old) / 16)
+        """Note a pass."""
+        rows -= rows % (1 << max(0, rows.bit_length() - 3))  # as `_rounded`
+        latest = self._latest[rows]
+        latest.append(seconds)
+        seconds = sorted(latest)[len(latest) > 2]
+        if self.seconds.get(rows) != seconds:
+            self.seconds[rows] = seconds
+            self._table = np.empty(0)
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         """Seconds of passes of so many rows; in a unit of its own where nothing was seen."""
-        rows = _rounded(rows)
+        quarters = (4 * rows).astype(np.int64)
+        if quarters.max() >= len(self._table):
+            self._table = self._of(_rounded(np.arange(2 * quarters.max() + 2) / 4))
+        return self._table[quarters]
+
+    def _of(self, rows: np.ndarray) -> np.ndarray:
         if not self.seconds:
             return self.fixed + rows
         seen = sorted(self.seconds)
@@ -264,7 +283,7 @@ class Load:
     def __init__(self, times: PassTimes, k: int, rows: int, masks: int = 0) -> None:
         self.times, self.k, self.rows, self.bought = times, k, rows, Bought(masks)
         self.passes = 0
-        # Passes since one has had masks, and how many it may be before one is to have them.
+        # Passes since one was to have masks, and how many it may be before one is to have them.
         self.plain, self.patience = 0, PATIENCE
         self.shown = times.shown
 
@@ -274,18 +293,28 @@ class Load:
             return math.inf
         running = sequences.status.numpy() == RUNNING
         hits, chains = sequences.hits.numpy()[running], sequences.chains.numpy()[running]
-        if len(hits):
-            shown = self.shown + np.array([hits.mean(), chains.mean()])
-            self.times.shown = shown * min(1.0, MOST_SHOWN / max(shown.sum(), 1))
+        if not len(hits):
+            return 0.0
+        shown = self.shown + np.array([hits.mean(), chains.mean()])
+        self.times.shown = shown * min(1.0, MOST_SHOWN / max(shown.sum(), 1))
         price = price_of(hits, chains, self.k, self.rows, self.times, self.shown, self.bought)
-        if _odds(hits, chains).max(initial=0.0) >= price:
+        odds = _odds(hits, chains)
+        if odds.max() >= price:
             self.plain, self.patience = 0, PATIENCE
             return price
         self.plain += 1
         if self.plain < self.patience:
             return price
-        self.plain, self.patience = 0, self.patience * LOOK_AGAIN
-        return price_of(hits, chains, self.k, self.rows, None)
+        self.plain, self.patience = 0, LOOK_AGAIN * self.patience
+        return self._try(odds)
+
+    def _try(self, odds: np.ndarray) -> float:
+        """The price at which each has as many masks, one at least, as if nothing were known of what they are worth."""
+        nothing = np.zeros(len(odds))
+        fresh = price_of(nothing, nothing, self.k, self.rows, self.times)
+        masks = max(1, int((_odds(nothing[:1], nothing[:1]) ** np.arange(1, self.k) >= fresh).sum()))
+        # They go on changing until then, by a little.
+        return float(0.9 * odds.min() ** masks)
 
     def saw(self, rows: int, seconds: float) -> None:
         """Note a pass; not a run's first, which does more than a pass."""

@@ -19,6 +19,7 @@ from mtpkern import ConfAdapt, Static, Verified
 from mtpkern.bench.throughput import RIGHT, SHIPPED, Course, model_of
 from mtpkern.kernels.worth import FORGOTTEN, FORGOTTEN_IDLE, UNIT
 from mtpkern.load import (
+    LATEST,
     PATIENCE,
     PRICES,
     Bought,
@@ -26,6 +27,7 @@ from mtpkern.load import (
     Load,
     PassTimes,
     _promised,
+    _rounded,
     default_masks,
     default_rows,
     price_of,
@@ -63,8 +65,14 @@ def test_times_are_interpolated_and_believed_when_they_fall() -> None:
     seen.saw(2, 1.0)
     assert seen.of(np.array([2])).item() == 1.0
     seen.saw(2, 9.0)
-    assert seen.of(np.array([2])).item() == 1.5
+    assert seen.of(np.array([2])).item() == 2.0  # one that is shorter than all others is not believed
+    for _ in range(LATEST):
+        seen.saw(2, 9.0)
+    assert seen.of(np.array([2])).item() == 9.0
     assert PassTimes().of(np.array([1, 5])).tolist() == [9, 13]
+    for rows in range(1, 200):
+        each = times(lambda r: r, rows)
+        assert list(each.seconds) == _rounded(np.array([rows])).tolist()
 
 
 def test_a_disturbed_look_is_put_right_by_the_next_pass() -> None:
@@ -220,7 +228,7 @@ def test_a_disturbed_pass_with_masks_is_not_the_last() -> None:
     assert PATIENCE - 1 <= first <= PATIENCE + 2
     # From then on all have, but for those that look how long one without takes.
     assert sum(had_masks[first:]) >= 400 - first - 4
-    # Where rows are dear, and stay it, looks become rare.
+    # Where rows are dear, and stay it, such passes become rare.
     seen, had_masks = times(lambda r: r, 1, 2, 4, 7), []
     load = Load(seen, k=4, rows=7)
     for _ in range(400):
@@ -336,6 +344,17 @@ def test_what_earlier_runs_have_shown_stands_in_for_what_is_not_known() -> None:
     better, _ = run(right=3)
     assert sum(better) >= 64 - 2 * PATIENCE
     assert sum(run(right=3)[0]) >= 62
+
+
+@pytest.mark.parametrize("odds", [(0, 20), (3, 5), (90, 40)])
+def test_a_try_has_the_masks_of_a_fresh_sequence(odds: tuple[float, float]) -> None:
+    """Whatever its own odds, and not the most there could be: eight sequences with seven each would take long."""
+    for curve, masks in ((lambda r: r, 1), (lambda r: 1 + 0.1 * r, 4), (lambda r: 1.0, 7)):
+        for batch in (1, 8):
+            load = Load(times(lambda r, f=curve, n=batch: f(r / n), *range(1, 16 * batch)), k=8, rows=15 * batch)
+            own = (odds[0] + 4) / (sum(odds) + 6)
+            price = load._try(np.full(batch, own))
+            assert sum(own**j >= price for j in range(1, 8)) == masks, (curve, batch)
 
 
 def rows_bought(load: Load, hits: float, chains: float, passes: int = 200) -> list[int]:

@@ -55,8 +55,8 @@ STEP = 64
 FIRST_LOOK, LOOK_AGAIN = 3, 4
 # So much is kept of what earlier runs have shown.
 MOST_SHOWN = 64 * UNIT
-# Of the latest so many passes of as many rows the second shortest tells the time: disturbances make one longer, but where
-# processors are shared one may be shorter than all others.
+# Of the latest so many passes of as many rows the second shortest tells the time: disturbances make one longer, but
+# where processors are shared one may be shorter than all others.
 LATEST = 8
 # Passes without masks before one has them again, whatever is known of them: their time may have been disturbed, drafts
 # may have become right.

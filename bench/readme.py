@@ -117,6 +117,7 @@ TABLES |= {"real": real_table, "real_by_load": real_table, "concurrency": concur
 TABLES |= {"shipped": shipped_table, "acceptance": acceptance_table, "real_eval": real_eval_table}
 # Those that do not bear the table's name.
 _FILES = {"throughput": "h200/throughput.json", "concurrency": "cpu/throughput.json"}
+_FILES |= {"real": "masks36/real.json", "real_by_load": "avx512/float32/real_by_load.json"}
 _FILES |= dict.fromkeys(("shipped", "acceptance"), "../../docs/figures/results.json")
 
 

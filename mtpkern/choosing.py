@@ -74,8 +74,8 @@ class Choice:
         self.prompts: Tensor | None = None
         self.first = 0
 
-    def begin(self, input_ids: Tensor, real: Tensor, max_new_tokens: int) -> tuple[Tensor, Tensor]:
-        """Begin a run from left-padded prompts [B, T], `real` where a token counts; seq and position of its rows."""
+    def begin(self, input_ids: Tensor, real: Tensor, max_new_tokens: int, k: int) -> tuple[Tensor, Tensor]:
+        """Begin a run from left-padded prompts [B, T], `real` where a token counts; seq and position of k rows each."""
         if self.choosing.samples:
             self.key.random_()  # once a call, from the device's default generator
         B = len(input_ids)
@@ -84,8 +84,9 @@ class Choice:
         self.padding.copy_(input_ids.shape[1] - self.prompt)
         self.prompts, self.max_new_tokens, self.passes = input_ids, max_new_tokens, 0
         self.kept.clear()
-        seq = torch.arange(B * self.k, device=input_ids.device) // self.k
-        return seq, self.prompt[seq] - 1 + torch.arange(B * self.k, device=input_ids.device) % self.k
+        o_r = torch.arange(B * k, device=input_ids.device)
+        seq = o_r // k
+        return seq, self.prompt[seq] - 1 + o_r % k
 
     def vacate(self, key: Tensor | None, first: int) -> None:
         """Begin a run whose prompts come in one by one; key [1] is the call's, where it samples, first: see `enter`."""

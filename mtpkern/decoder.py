@@ -101,6 +101,8 @@ class Decoder:
                 f"rows must be at least {product}, got {rows}: fewer could not hold every sequence's pending tokens; "
                 f"raise rows{'' if strategy.verify else ' or lower k'}"
             )
+        # No pass has a use for more.
+        rows = min(rows, batch * (2 * strategy.k - 1 + strategy.masks))
         self.model = model
         self.device = device
         self.mask_token_id = mask_token_id
@@ -144,6 +146,11 @@ class Decoder:
     def _on_cpu(self) -> bool:
         """Whether the host knows the state, and passes may have any number of rows."""
         return self.device.type == "cpu" and self.graph is None and not self.compile
+
+    @property
+    def predictions(self) -> int:
+        """How many a prompt makes in its prefill: k, or on a CPU, by load, as many as are worth their time."""
+        return self.strategy.k if self._load is None else self._load.predictions(float(self.terms.price))
 
     @property
     def nbytes(self) -> int:
@@ -203,13 +210,14 @@ class Decoder:
         chunk: int = PREFILL_CHUNK,
         known: Callable[[KVCache], int] | None = None,
     ) -> Tensor:
-        """Run the left-padded prompts [B, T] with k - 1 masks behind them and take in their first predictions.
+        """Run the left-padded prompts [B, T] with masks behind them and take in their first predictions.
 
         Uses the model's own attention, on at most `chunk` tokens of all prompts together at a time. known(cache) stores
-        keys that are there already, and returns the first column that has to run. Returns the logits [B * k, V].
+        keys that are there already, and returns the first column that has to run. Returns the logits [B * k, V], k the
+        number of `predictions`.
         """
         B, T = input_ids.shape
-        k, scratch, capacity = self.strategy.k, self.cache.scratch, self.cache.capacity - self.cache.scratch
+        k, scratch, capacity = self.predictions, self.cache.scratch, self.cache.capacity - self.cache.scratch
         masks = input_ids.new_full((B, k - 1), self.mask_token_id)
         real = input_ids.new_ones(B, T) if attention_mask is None else attention_mask.long()
         seen = torch.cat([real, torch.ones_like(masks)], dim=1)
@@ -234,7 +242,7 @@ class Decoder:
         self.cache.require_cached(self.model.config)
         places = None
         if self.choice is not None:
-            places = self.choice.begin(input_ids, real, self.max_new_tokens)
+            places = self.choice.begin(input_ids, real, self.max_new_tokens, k)
             agree(self.model, self.choice.key)
         return self._take_in(logits[:, -k:].flatten(0, 1), places)
 

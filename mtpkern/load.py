@@ -311,10 +311,14 @@ class Load:
     def _try(self, odds: np.ndarray) -> float:
         """The price at which each has as many masks, one at least, as if nothing were known of what they are worth."""
         nothing = np.zeros(len(odds))
-        fresh = price_of(nothing, nothing, self.k, self.rows, self.times)
-        masks = max(1, int((_odds(nothing[:1], nothing[:1]) ** np.arange(1, self.k) >= fresh).sum()))
+        masks = self.predictions(price_of(nothing, nothing, self.k, self.rows, self.times)) - 1
         # They go on changing until then, by a little.
         return float(0.9 * odds.min() ** masks)
+
+    def predictions(self, price: float) -> int:
+        """How many a sequence makes of which nothing is known: the next token and, at this price, one mask at least."""
+        worth = _odds(np.zeros(1), np.zeros(1)) ** np.arange(1, self.k) >= price
+        return min(self.k, 1 + max(1, int(worth.sum())))
 
     def saw(self, rows: int, seconds: float) -> None:
         """Note a pass; not a run's first, which does more than a pass."""

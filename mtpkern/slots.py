@@ -84,7 +84,7 @@ def enter(decoder: Decoder, newcomers: Sequence[Newcomer], owner: Tensor, *, chu
     cache.copy_prefixes([(x.source, x.slot, x.shared) for x in newcomers if x.shared and x.source != x.slot])
 
     # Columns as of left-padded prompts, and masks. Those that every newcomer has keys of are not run.
-    n, k, T = len(newcomers), decoder.strategy.k, max(len(x.job.ids) for x in newcomers)
+    n, k, T = len(newcomers), decoder.predictions, max(len(x.job.ids) for x in newcomers)
     first, width = T - max(len(x.job.ids) - x.shared for x in newcomers), T + k - 1
     ids, position, real = np.zeros((3, n, width), dtype=np.int64)
     ids[:, T:] = decoder.mask_token_id
@@ -109,19 +109,20 @@ def enter(decoder: Decoder, newcomers: Sequence[Newcomer], owner: Tensor, *, chu
             yield
     cache.require_cached(decoder.model.config)
     _begin(decoder, newcomers, columns[:, :T], seq, owner)
-    _take_in(decoder, logits[:, -k:].flatten(0, 1), seq)
+    _take_in(decoder, logits[:, -k:].flatten(0, 1), seq, k)
 
 
-def _take_in(decoder: Decoder, logits: Tensor, seq: Tensor) -> None:
+def _take_in(decoder: Decoder, logits: Tensor, seq: Tensor, k: int) -> None:
     """As behind `Decoder.prefill`, for sequences seq [n] alone: logits [n * k, V]; then the next pass is planned."""
-    sequences, n, k, device = decoder.sequences, len(seq), decoder.strategy.k, decoder.device
+    sequences, n, device = decoder.sequences, len(seq), decoder.device
     o = torch.arange(n * k, device=device)
     start = torch.zeros(len(sequences.status) + 1, dtype=torch.int64, device=device)
     start[seq], start[-1] = o[::k], n * k
     position = sequences.length[seq].repeat_interleave(k, output_size=n * k) - 1 + o % k
     token, confidence = decoder.read(logits, seq.repeat_interleave(k, output_size=n * k), position, start)
     some = Sequences(*(x[seq] for x in vars(sequences).values()))
-    rows = Rows.allocate(n * (2 * k - 1 + decoder.strategy.masks), n, device, k)
+    most = decoder.strategy.k
+    rows = Rows.allocate(n * (2 * most - 1 + decoder.strategy.masks), n, device, most)
     rows.expect_prefill(k)
     terms = Terms(decoder.terms.threshold, decoder.terms.stop_ids, decoder.terms.price)
     advance(some, rows, terms, token, confidence, **decoder.planning)

@@ -16,14 +16,12 @@ from torch import Tensor
 import mtpkern
 import mtpkern.decoder
 from mtpkern import ConfAdapt, Static, Verified
-from mtpkern.bench.throughput import RIGHT, SHIPPED, Course, model_of
-from mtpkern.kernels.worth import FORGOTTEN, FORGOTTEN_IDLE, UNIT
+from mtpkern.kernels.worth import UNIT
 from mtpkern.load import (
     LATEST,
     PATIENCE,
     PRICES,
     Bought,
-    Ladder,
     Load,
     PassTimes,
     _promised,
@@ -33,28 +31,13 @@ from mtpkern.load import (
     price_of,
     times_of,
 )
+from support.loads import counts, steep, times
 from support.slow import slow_but
 
 
 @pytest.fixture
 def rows_for_free() -> None:
     """Not here."""
-
-
-def steep(rows: float) -> float:
-    """As float32 takes on two cores of a CPU with AVX2: any second row costs most of a pass, further ones little."""
-    return 1.0 if rows <= 1 else 1.6 + 0.04 * rows
-
-
-def times(curve: Callable[[float], float], *rows: int) -> PassTimes:
-    seen = PassTimes()
-    for r in rows:
-        seen.saw(r, curve(r))
-    return seen
-
-
-def counts(*xs: float) -> np.ndarray:
-    return np.array([int(x * UNIT) for x in xs])
 
 
 def test_times_are_interpolated_and_believed_when_they_fall() -> None:
@@ -237,88 +220,6 @@ def test_a_disturbed_pass_with_masks_is_not_the_last() -> None:
     assert 1 <= sum(had_masks) <= 3
 
 
-def test_rows_of_a_pass_on_a_gpu() -> None:
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    verified = Verified(12)
-    assert [default_rows(verified, B, gpu) for B in (1, 8, 16, 64, 128)] == [23, 184, 192, 256, 512]
-    assert default_rows(verified, 64, cpu) == 64 * 23
-    # Static and ConfAdapt emit what they emit in any company.
-    assert default_rows(ConfAdapt(12), 64, gpu) == 64 * 23
-
-
-def test_rungs() -> None:
-    """From a row a sequence to the budget, by halves that save something."""
-    assert Ladder(1, 23, 12).rungs == [1, 23]
-    assert Ladder(16, 192, 12).rungs == [16, 96, 192]
-    assert Ladder(64, 256, 12).rungs == [64, 128, 256]
-    assert Ladder(128, 512, 12).rungs == [128, 256, 512]
-    assert Ladder(5, 5, 1).rungs == [5]
-
-
-def gpu(rows: int) -> float:
-    """Milliseconds as of Qwen3-4B on an H200 with compiled layers; of one row a sequence there are no masks."""
-    return 4.3 + rows / 112
-
-
-def climbed(batch: int, rows: int, masks: int = 0) -> Ladder:
-    """A ladder all of whose rungs have their graph."""
-    ladder = Ladder(batch, rows, 12, masks)
-    for rung in ladder.rungs:
-        ladder.made_one(rung, 1.0)
-        ladder.saw(rung, gpu(rung))
-    return ladder
-
-
-def test_the_rung_follows_what_drafts_are_worth() -> None:
-    never, always = (counts(*[0] * 64), counts(*[40] * 64)), (counts(*[300] * 64), counts(*[40] * 64))
-    assert climbed(64, 256).choose(*never) == (64, math.inf)
-    assert climbed(64, 256).choose(*always)[0] == 256
-    assert climbed(64, 256).choose(*(x[:2] for x in never)) == (64, math.inf)
-    # A few get all that they can use where that fits.
-    assert climbed(64, 256).choose(*(x[:6] for x in always)) == (128, 0.0)
-
-
-def test_masks_behind_drafts_have_a_rung_like_others() -> None:
-    strategy = Verified(12, masks=default_masks(12, 4, torch.device("cuda")))
-    ladder = climbed(4, default_rows(strategy, 4, torch.device("cuda")), strategy.masks)
-    assert ladder.rungs == [4, 90, 180]
-    # Odds of 0.6 want them, with odds of 0.1 plain decoding is quicker.
-    rows, price = ladder.choose(counts(*[60] * 4), counts(*[40] * 4))
-    assert rows > 4 * 11
-    assert price <= 0.06
-    assert ladder.choose(counts(*[0] * 4), counts(*[40] * 4)) == (4, math.inf)
-
-
-def test_a_rung_is_made_once_it_would_have_paid() -> None:
-    never = counts(*[0] * 64), counts(*[40] * 64)
-    ladder = Ladder(64, 256, 12)
-    assert ladder.choose(*never)[0] == 256  # nothing is known
-    ladder.made_one(256, 50.0)
-    ladder.saw(256, gpu(256))
-    passes = next(n for n in range(1000) if ladder.choose(*never)[0] == 64)
-    # By the guess a pass of 64 rows takes 464 / 656 of one of 256, and this gives up to 1.2 times the tokens.
-    assert 50 / (gpu(256) * (1 - 464 / 656)) <= passes + 1 <= 2.5 * 50 / (gpu(256) * (1 - 464 / 656))
-    ladder.made_one(64, 20.0)
-    ladder.saw(64, gpu(256))  # and it takes as long as the other
-    assert ladder.choose(*(counts(*[20] * 64), counts(*[40] * 64)))[0] == 256
-
-
-@pytest.mark.parametrize("batch", [1, 4, 16, 64, 128])
-@pytest.mark.parametrize("new", [100, 2000])
-def test_the_ladder_costs_five_per_cent_where_no_draft_is_right(batch: int, new: int) -> None:
-    """Against passes of one row a sequence; two passes late, as the host knows of it."""
-    ladder = climbed(batch, default_rows(Verified(12), batch, torch.device("cuda")))
-    chains = counts(*[0] * batch)
-    seen, rows, spent = [chains, chains], [ladder.rungs[-1]] * 2, 0.0
-    for _ in range(new):
-        spent += gpu(rows[-2])
-        rows.append(ladder.choose(counts(*[0] * batch), seen[-2])[0])
-        tried = rows[-3] > batch
-        chains = chains - (chains >> (FORGOTTEN if tried else FORGOTTEN_IDLE)) + tried * UNIT
-        seen.append(chains)
-    assert new * gpu(batch) / spent >= 0.95
-
-
 def test_what_earlier_runs_have_shown_stands_in_for_what_is_not_known() -> None:
     """A model without a right draft is not asked again by every run; one that has become right is found out."""
     seen = times(lambda r: 1 + 0.1 * r, 1, 2, 4, 7)
@@ -355,6 +256,37 @@ def test_a_try_has_the_masks_of_a_fresh_sequence(odds: tuple[float, float]) -> N
             own = (odds[0] + 4) / (sum(odds) + 6)
             price = load._try(np.full(batch, own))
             assert sum(own**j >= price for j in range(1, 8)) == masks, (curve, batch)
+
+
+@pytest.mark.parametrize("refill", [False, True])
+def test_a_prompt_has_the_masks_that_are_worth_it(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, greedy_of: Any, refill: bool
+) -> None:
+    """All of a k_max of 5 where rows are for free, one where earlier runs have shown that none is right."""
+    model, ids, mask, expected = greedy_of("llama", 2)
+    read = []
+    prefill_chunk = mtpkern.decoder.Decoder.prefill_chunk
+    monkeypatch.setattr(
+        mtpkern.decoder.Decoder,
+        "prefill_chunk",
+        lambda *args, keep=1, **how: read.append(keep) or prefill_chunk(*args, keep=keep, **how),
+    )
+    monkeypatch.setattr(PassTimes, "wants_a_look", lambda *_: False)
+    for shown, curve, k in ((0, lambda r: 1.0, 5), (64, lambda r: 1 + 0.3 * r, 2)):
+        seen = times(curve, *range(1, 30))
+        seen.shown = counts(0, shown)
+        monkeypatch.setattr("mtpkern.decoder.times_of", lambda *_, seen=seen: seen)
+        options: dict[str, Any] = {"max_new_tokens": 24, "eos_token_id": 3}
+        if refill:
+            prompts = [row[real.bool()].tolist() for row, real in zip(ids, mask)]
+            found = mtpkern.generate_batch(model, prompts, batch_size=1, **options)
+            assert [x.tokens for x in found] == [
+                [t for t in row if t != 3] for row in expected[:, ids.shape[1] :].tolist()
+            ]
+        else:
+            assert torch.equal(mtpkern.generate(model, ids, attention_mask=mask, **options), expected)
+        assert set(read) == {k}
+        read.clear()
 
 
 def rows_bought(load: Load, hits: float, chains: float, passes: int = 200) -> list[int]:
@@ -398,14 +330,6 @@ def test_what_was_bought_of_late_is_what_drafts_tell_of() -> None:
     assert few.part == 0.5 + 0.5 / 32
 
 
-@pytest.mark.filterwarnings("error")
-def test_nobody_runs_any_more() -> None:
-    """As a host sees it that is a pass behind."""
-    ladder = climbed(4, 180, masks=22)
-    assert ladder.choose(counts(), counts())[0] in ladder.rungs
-    assert price_of(counts(), counts(), k=7, rows=49, times=None, bought=Bought(36)) in PRICES
-
-
 def test_masks_of_a_pass_by_default() -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     assert [default_masks(7, batch, gpu) for batch in (1, 4, 8, 16, 128)] == [12, 12, 11, 0, 0]
@@ -440,21 +364,3 @@ def test_a_call_has_masks_where_they_are_left_to_the_load(
     batch = mtpkern.generate_batch(model, [[3, 4, 5], [6, 7]], batch_size=2, **options)
     assert len(list(batch)) == 2
     assert had == [wanted.get(given, 3)] * 2
-
-
-def test_masks_behind_drafts_pay_where_a_gpu_s_rows_are_nearly_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the acceptance of a real model on its problems, and times as of Qwen3-4B on an H200."""
-    model, spent = model_of(SHIPPED, torch.device("cpu")), [0.0]
-
-    def saw(load: Load, rows: int, seconds: float) -> None:
-        spent[0] += gpu(rows)
-        load.times.saw(rows, gpu(rows))
-
-    monkeypatch.setattr(Load, "saw", saw)
-    rate = []
-    for masks in (0, default_masks(8, 1, torch.device("cuda"))):
-        monkeypatch.setattr("mtpkern.load._times", {})
-        spent[0] = 0.0
-        _, tokens = Course(model, 1, 16, 120, Verified(8, 0.2, masks=masks)).run(RIGHT["problems"])
-        rate.append(120 * tokens / spent[0])
-    assert rate[1] >= 1.12 * rate[0]

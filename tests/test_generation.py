@@ -294,6 +294,11 @@ def test_rows_that_cannot_hold_the_pending_tokens(model: Any, inputs: Any) -> No
         mtpkern.generate(model, **inputs, strategy=Static(4), rows=11, max_new_tokens=4)
 
 
+def test_rows_beyond_what_a_pass_has_a_use_for_take_no_memory(model: Any, inputs: Any) -> None:
+    options: dict[str, Any] = {"strategy": Verified(4, masks=2), "max_new_tokens": 8}
+    assert mtpkern.generate(model, **inputs, rows=10**20, **options).equal(mtpkern.generate(model, **inputs, **options))
+
+
 def test_prompts_that_are_no_tensor_of_two_dimensions(model: Any, inputs: Any) -> None:
     for wrong in (None, [[1, 2]], BatchEncoding(inputs)):
         with pytest.raises(TypeError, match="must be a tensor"):

@@ -21,6 +21,7 @@ from mtpkern.kernels.kv_write import kv_write
 from mtpkern.kernels.packed_rows import PackedRows
 from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.state import Rows
+from mtpkern.recorder import apart
 
 
 class KVCache:
@@ -114,6 +115,9 @@ class KVCache:
         """Write key and value [1, Hkv, R, D] of this pass, then attend with query [1, Hq, R, D]: [1, R, Hq, D]."""
         if not self.proven:
             self._require_as_cached(layer, key, value)
+        return apart(self._attend, layer, query, key, value, scoring)  # type: ignore[no-any-return]
+
+    def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         k_cache, v_cache = self.layers[layer]
         return decode_attention(
             query[0].transpose(0, 1),

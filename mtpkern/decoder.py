@@ -38,6 +38,7 @@ from mtpkern.packed import PackedProducts, packs
 from mtpkern.parallel import agree
 from mtpkern.poll import OddsPoll, Poll, TimedPoll
 from mtpkern.products import Products, few_rows, wants_one_product
+from mtpkern.recordings import Recordings, recordings_of
 from mtpkern.strategies import Strategy
 
 # Slots for new tokens that are there from the start, where the buffers may grow.
@@ -140,6 +141,7 @@ class Decoder:
         self._making: defaultdict[int, float] = defaultdict(float)
         self.fingerprint: tuple[Any, ...] | None = None
         self._layers: CompiledLayers | None = None
+        self._recordings: Recordings | None = None
         self._begin(strategy, stop_ids, max_new_tokens)
 
     @property
@@ -279,15 +281,31 @@ class Decoder:
     def step(self, route: dict[str, AttentionContext]) -> Tensor:
         """One pass over the planned rows, inside `attention_context`; returns the rows' logits [R, V]."""
         self.cache.memo.clear()
+        input_ids, position = self.rows.token[None], self.rows.position[None]
+        if self.last_position is not None:
+            position = position.clamp(max=self.last_position)
+        if self._recordings is not None and self.cache.proven:
+            owners, live = self._owners(), partial(self._run_model, route)
+            logits = self._recordings(self.model, live, owners, input_ids, position, self._maskless)
+        else:
+            logits = self._run_model(route, input_ids, position)
+        return self._take_in(logits)
+
+    def _owners(self) -> list[Any]:
+        """What a pass calls that is another in a later run."""
+        updates = self.products.updates() if isinstance(self.products, PackedProducts) else []
+        return [self.cache, *updates]
+
+    def _run_model(self, route: dict[str, AttentionContext], input_ids: Tensor, position: Tensor) -> Tensor:
+        """Logits [R, V] of packed rows [1, R]."""
         if self.cache.proven:
             with self._compiled(), self.products():
-                logits = self._forward(route)
-        else:
-            # A first pass runs as it is: it notes which layers attend, and what is wrong with a model it says plainly.
-            self.cache.attended.clear()
-            logits = self._forward(route)
-            self.cache.require_attended()
-        return self._take_in(logits)
+                return self._forward(route, input_ids, position)
+        # A first pass runs as it is: it notes which layers attend, and what is wrong with a model it says plainly.
+        self.cache.attended.clear()
+        logits = self._forward(route, input_ids, position)
+        self.cache.require_attended()
+        return logits
 
     def _compiled(self) -> AbstractContextManager[None]:
         if not self.compile:
@@ -295,13 +313,10 @@ class Decoder:
         self._layers = self._layers or CompiledLayers(self.model)
         return self._layers()
 
-    def _forward(self, route: dict[str, AttentionContext]) -> Tensor:
-        """Logits [R, V] of the packed rows; the model is told of no position behind the last, unless that is None."""
-        input_ids, position = self.rows.token[None], self.rows.position[None]
+    def _forward(self, route: dict[str, AttentionContext], input_ids: Tensor, position: Tensor) -> Tensor:
         with base_alone(self.model) if self._maskless else gated(self.model, input_ids):
-            told = position if self.last_position is None else position.clamp(max=self.last_position)
             return self.model(
-                input_ids=input_ids, position_ids=told, past_key_values=None, use_cache=False, **route
+                input_ids=input_ids, position_ids=position, past_key_values=None, use_cache=False, **route
             ).logits[0]
 
     def _take_in(self, logits: Tensor, places: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -383,6 +398,8 @@ class Decoder:
     def _run_on_cpu(self, route: dict[str, AttentionContext], poll: Poll) -> None:
         """As `run`, where the state is known, and rows and slots cost: each pass has those that it needs, no more."""
         load = self._load
+        baked = self.products.baked if isinstance(self.products, PackedProducts) else ()
+        self._recordings = recordings_of(self.model, baked, self.max_new_tokens)
         for _ in range(self.max_passes):
             if not self._goes_on(poll):
                 break
@@ -393,7 +410,8 @@ class Decoder:
             self.terms.price.fill_(load.price(self.sequences))
             rows, began = len(self.rows.seq), perf_counter()
             self.step(route)
-            load.saw(rows, perf_counter() - began)
+            if self._recordings is None or self._recordings.usual:
+                load.saw(rows, perf_counter() - began)
 
     def _fit(self) -> None:
         """Bring the rows in use; attention reads the slots that hold something, for the most rows of a sequence."""
@@ -402,8 +420,11 @@ class Decoder:
         cache.slots = min(cache.capacity, -(-needed // SLOT_STEP) * SLOT_STEP)
         cache.reserve(cache.slots)
         cache.max_rows = int(start.diff().max())
-        self.rows = cache.rows = self.all_rows.first(max(1, int(start[-1])))
-        self._maskless = not (self.rows.token == self.mask_token_id).any()
+        rows = max(1, int(start[-1]))
+        self._maskless = not (self.all_rows.token[:rows] == self.mask_token_id).any()
+        if self._recordings is not None:
+            rows = self._recordings.rows(rows, len(self.all_rows.seq), self._maskless)
+        self.rows = cache.rows = self.all_rows.first(rows)
 
     def make_room(self, tokens: int) -> None:
         """Keep room for a sequence of so many tokens and its next pass, where buffers grow."""

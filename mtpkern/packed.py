@@ -40,6 +40,7 @@ from mtpkern.kernels.gated_lora import gated_rows
 from mtpkern.memory import available_memory
 from mtpkern.model import is_tested
 from mtpkern.products import families, is_plain
+from mtpkern.recorder import apart
 from mtpkern.siblings import Group, adapt, adapter_of, disjoint, together, watched
 
 P = ParamSpec("P")
@@ -174,6 +175,10 @@ class GatedRows:
 
     def __init__(self, gate: Any) -> None:
         self.gate = gate
+        self.forget()
+
+    def forget(self) -> None:
+        """A new pass begins, whose rows may lie where those of the last did."""
         self._known: tuple[Tensor | bool, slice | Tensor | None] = (False, None)
 
     def of(self, opened: Tensor | bool) -> slice | Tensor | None:
@@ -249,6 +254,23 @@ class PackedProducts:
 
     def __init__(self) -> None:
         self.groups: list[Group] | None = None
+
+    @property
+    def _readings(self) -> list[Reading]:
+        return [more["mtpkern_packed"] for *_, more in self.groups or ()]
+
+    @property
+    def baked(self) -> list[Any]:
+        """What a recorded pass (mtpkern.recordings) holds of this: the weights, and where adapters add to them."""
+        return [x for reading in self._readings for x in (reading.packed, type(reading.update))]
+
+    def updates(self) -> list[Update | None]:
+        """What adapters add in a pass that begins now, group by group."""
+        found = [reading.update for reading in self._readings]
+        for update in found[:1]:
+            if update is not None:
+                update.gated.forget()
+        return found
 
     @contextmanager
     def sought(self, model: PreTrainedModel) -> Iterator[None]:
@@ -357,8 +379,8 @@ def _run(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor] | None:
         if packed.dtype != dtype:
             x = x.to(packed.dtype)
         y = _product(x, packed.weight, packed.bias)
-        if update is not None:
-            update.add(y, x, gate)
+        if update is not None and gate is not False:
+            apart(update.add, y, x, gate)
         if packed.dtype != dtype:
             y = y.to(dtype)
         return y.split_with_sizes(packed.widths, -1) if len(layers) > 1 else [y]

@@ -24,6 +24,7 @@ from mtpkern.graph import fingerprint
 from mtpkern.memory import fits_at_once, require_room
 from mtpkern.packed import unpack
 from mtpkern.products import separate
+from mtpkern.recordings import forget
 from mtpkern.strategies import Strategy
 from mtpkern.verify import require_verified
 
@@ -151,6 +152,7 @@ def release_graphs(model: nn.Module | None = None) -> int:
         kept.clear()
     separate(model)
     unpack(model)
+    forget(model)
     return dropped
 
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from mtpkern.kernels.gated_lora import gated_expand, gated_lora
+from mtpkern.recorder import apart
 
 if TYPE_CHECKING:
     from peft.tuners.lora import Linear
@@ -219,6 +220,10 @@ def adapt(outs: Sequence[Tensor], x: Tensor, rows: Tensor, layers: Sequence[Any]
 
     adapt([y], x, rows, [layer], ["default"])
     """
+    apart(_adapt, outs, x, rows, layers, names)
+
+
+def _adapt(outs: Sequence[Tensor], x: Tensor, rows: Tensor, layers: Sequence[Any], names: Sequence[Any]) -> None:
     adapters, dtype = list(zip(layers, names)), outs[0].dtype
     if layers[0].lora_A[names[0]].weight.dtype == torch.float32:
         dtype = torch.float32  # as peft loads adapters, whatever the base is in; the op takes them so

@@ -1,0 +1,275 @@
+"""A pass on a CPU as the list of operations that it is made of.
+
+A `Recorder` notes the operations of one pass. A `Recording` has a place in memory for the result of each, so that all
+views are made once, and is the list of what is left to call: half of the operations, and no module's Python. What
+depends on more than the number of rows is called as it is, `apart`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Bytes that results begin at multiples of, as torch's own do: some products have other bits elsewhere.
+ALIGNMENT = 64
+
+_COPIES = {torch.ops.aten.clone.default, torch.ops.aten._to_copy.default}
+
+
+class NotRecordableError(Exception):
+    """A pass that no list of operations can stand for."""
+
+
+_recorder: ContextVar[Recorder | None] = ContextVar("mtpkern_recorder", default=None)
+
+
+def apart(call: Callable[..., Any], *args: Any) -> Any:
+    """call(*args); where a pass is recorded it is called anew in each replay, with the tensors of that.
+
+    A method of one of the recorder's owners is there the same method of the replay's.
+
+        y = apart(cache.attend, layer, query, key, value)
+    """
+    # Dynamo knows no context variables, and nothing compiled is recorded.
+    recorder = None if torch.compiler.is_compiling() else _recorder.get()
+    return call(*args) if recorder is None else recorder.apart(call, *args)
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the operations of the block, which run as they would.
+
+    owners: what a pass reads by calls `apart` and a later pass has another of.
+    """
+
+    def __init__(self, owners: Sequence[Any] = ()) -> None:
+        super().__init__()
+        self.owners = owners
+        # What was called, with what, and what came of it.
+        self.steps: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+        self._aside = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._aside:
+            return func(*args, **kwargs)
+        if _is_composite(func):
+            with self:  # of its parts
+                return func.decompose(*args, **kwargs)
+        _require_recordable(func, args)
+        out = func(*args, **kwargs)
+        self.steps.append((func, args, kwargs, out))
+        return out
+
+    def apart(self, call: Callable[..., Any], *args: Any) -> Any:
+        """Call it, and note that it was called, not what it does."""
+        if self._aside:
+            return call(*args)
+        self._aside = True
+        try:
+            out = call(*args)
+        finally:
+            self._aside = False
+        owner = next((i for i, x in enumerate(self.owners) if x is getattr(call, "__self__", None)), None)
+        step = _Apart(call) if owner is None else _Apart(call.__func__, owner)  # type: ignore[attr-defined]
+        self.steps.append((step, args, {}, out))
+        return out
+
+
+@dataclass(frozen=True)
+class _Apart:
+    """A function that each replay calls as it is; of an owner's method, the owner's place."""
+
+    call: Callable[..., Any]
+    owner: int | None = None
+
+
+@cache
+def _is_composite(func: Any) -> bool:
+    """Whether an operation is made of others in whatever form its tensors are."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
+def _require_recordable(func: Any, args: Sequence[Any]) -> None:
+    """Raise NotRecordableError for an operation that another pass would do otherwise."""
+    tags = func.tags
+    if torch.Tag.nondeterministic_seeded in tags:
+        raise NotRecordableError(f"{func} draws random numbers")
+    shaped_by_values = torch.Tag.dynamic_output_shape in tags
+    if func is torch.ops.aten.index.Tensor:
+        shaped_by_values = any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+    if torch.Tag.data_dependent_output in tags or shaped_by_values:
+        raise NotRecordableError(f"{func} depends on values")
+    if any("Tensor" not in str(x.type) for x in func._schema.returns):
+        raise NotRecordableError(f"{func} tells the host something")
+
+
+class Memory:
+    """Memory for what passes compute in between, shared by the recordings of a model, which run one at a time."""
+
+    def __init__(self) -> None:
+        self.free: list[Tensor] = []
+
+    def take(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """A piece of memory, and a tensor of this form in it."""
+        n = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride())) if like.numel() else 0
+        needed = -(-n * like.element_size() // ALIGNMENT) * ALIGNMENT
+        fitting = [x for x in self.free if needed <= x.nbytes <= 2 * needed]
+        piece = min(fitting, key=lambda x: x.nbytes, default=None)
+        if piece is None:
+            piece = torch.empty(needed, dtype=torch.uint8)
+        else:
+            self.free = [x for x in self.free if x is not piece]
+        return piece, piece.view(like.dtype)[:n].as_strided(like.shape, like.stride())
+
+
+class Recording:
+    """A pass as what there is to call: recording(owners, input_ids, position) -> logits, good until the next.
+
+    with Recorder([cache]) as recorder:
+        logits = model(input_ids=ids, position_ids=position, ...).logits
+    recording = Recording(recorder, (ids, position), logits, Memory())
+
+    Raises NotRecordableError where the pass has written to what it has not made.
+    """
+
+    def __init__(self, recorder: Recorder, inputs: Sequence[Tensor], logits: Tensor, memory: Memory) -> None:
+        self.owners: Sequence[Any] = ()
+        self.calls: list[Callable[[], object]] = []
+        # By the tensors of the pass, which live as long as its steps: what stands for them.
+        self._stand_ins: dict[int, Tensor] = {}
+        # By where they lie: memory that is in use, and the last step that reads it.
+        pieces: dict[int, Tensor] = {}
+        last = {_place(x): i for i, (_, *rest) in enumerate(recorder.steps) for x in _tensors(rest)}
+        taken: list[Tensor] = []
+
+        def made(x: Tensor) -> Tensor:
+            piece, stand_in = memory.take(x)
+            taken.append(piece)
+            pieces[_place(x)] = piece
+            self._stand_ins[id(x)] = stand_in
+            return stand_in
+
+        self.inputs = [made(x) for x in inputs]
+        for i, (func, *given, out) in enumerate(recorder.steps):
+            args, kwargs = self._swapped(given)
+            outs, read = _tensors(out), {_place(x) for x in _tensors(given)}
+            if isinstance(func, _Apart):
+                if any(_place(x) in read for x in outs) or not isinstance(out, Tensor | None):
+                    raise NotRecordableError(f"{func.call} returns what it was given")
+                self.calls.append(self._apart(func, args, made(out) if outs else None))
+            elif func._schema.is_mutable:
+                if not all(_place(x) in pieces for x in _written(func, *given)):
+                    raise NotRecordableError(f"{func} writes to what the pass has not made")
+                self.calls.append(partial(func, *args, **kwargs))
+            elif outs and all(_place(x) in read for x in outs):
+                # A view, whatever its schema says: of memory that stays, and so made once.
+                self._stand_ins.update((id(x), y) for x, y in zip(outs, _tensors(func(*args, **kwargs))))
+            else:
+                self.calls.append(_into(func, args, kwargs, [made(x) for x in outs]))
+            for place in {_place(x) for x in (*_tensors(given), *outs)}:
+                if last[place] == i and place in pieces and place != _place(logits):
+                    memory.free.append(pieces.pop(place))
+        self.logits = self._stand_ins[id(logits)]
+        self._stand_ins.clear()
+        memory.free += pieces.values()
+
+    @torch.inference_mode()
+    def __call__(self, owners: Sequence[Any], *inputs: Tensor) -> Tensor:
+        """The logits of a pass over these."""
+        self.owners = owners
+        for stand_in, x in zip(self.inputs, inputs):
+            stand_in.copy_(x)
+        for call in self.calls:
+            call()
+        return self.logits
+
+    def _apart(self, step: _Apart, args: Sequence[Any], out: Tensor | None) -> Callable[[], object]:
+        def call() -> None:
+            owner = () if step.owner is None else (self.owners[step.owner],)
+            found = step.call(*owner, *args)
+            if out is not None:
+                out.copy_(found)
+
+        return call
+
+    def _swapped(self, value: Any) -> Any:
+        """What a step was given, with what stands for the tensors of the pass in their place."""
+        if isinstance(value, Tensor):
+            return self._stand_ins.get(id(value), value)
+        if type(value) in (list, tuple):
+            return type(value)(map(self._swapped, value))
+        if isinstance(value, dict):
+            return {name: self._swapped(x) for name, x in value.items()}
+        if is_dataclass(value) and not isinstance(value, type):
+            return replace(value, **{f.name: self._swapped(getattr(value, f.name)) for f in fields(value)})
+        return value
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """All tensors in what a step was given, or has returned."""
+    if isinstance(value, Tensor):
+        return [value]
+    if is_dataclass(value) and not isinstance(value, type):
+        value = [getattr(value, f.name) for f in fields(value)]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [x for part in value for x in _tensors(part)] if isinstance(value, (list, tuple)) else []
+
+
+def _place(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that an operation writes to."""
+    given = zip(func._schema.arguments, [*args, *(kwargs.get(x.name) for x in func._schema.arguments[len(args) :])])
+    return _tensors([x for argument, x in given if argument.alias_info is not None and argument.alias_info.is_write])
+
+
+def _into(func: Any, args: Any, kwargs: Any, outs: list[Tensor]) -> Callable[[], object]:
+    """The operation with its results in these."""
+    if func in _COPIES:
+        return partial(outs[0].copy_, args[0])
+    into, names = _out_form(func)
+    if into is not None and len(names) == len(outs):
+        return partial(into, *args, **kwargs, **dict(zip(names, outs)))
+    return partial(_copied, partial(func, *args, **kwargs), outs)
+
+
+def _copied(call: Callable[[], Any], outs: Sequence[Tensor]) -> None:
+    for there, x in zip(outs, _tensors(call())):
+        there.copy_(x)
+
+
+@cache
+def _out_form(func: Any) -> tuple[Any, list[str]]:
+    """The form of an operation that writes into given tensors, and what it calls them."""
+    own = [(x.name, str(x.type)) for x in func._schema.arguments]
+    for name in func.overloadpacket.overloads():
+        form = getattr(func.overloadpacket, name)
+        arguments = form._schema.arguments
+        outs = [x.name for x in arguments if x.is_out]
+        if outs and [(x.name, str(x.type)) for x in arguments if not x.is_out] == own:
+            return form, outs
+    return None, []
+
+
+def record(
+    forward: Callable[..., Tensor], owners: Sequence[Any], inputs: Sequence[Tensor], memory: Memory
+) -> tuple[Recording, Tensor]:
+    """A pass over these inputs, which nobody else holds: its recording, and its logits."""
+    recorder = Recorder(owners)
+    token = _recorder.set(recorder)
+    try:
+        with recorder:
+            logits = forward(*inputs)
+    finally:
+        _recorder.reset(token)
+    return Recording(recorder, inputs, logits, memory), logits

@@ -90,7 +90,7 @@ class Stand:
     @torch.inference_mode()
     def body(self, i: int) -> Tensor:
         """The model on the rows of the pass, attention left out, and nothing taken in: logits."""
-        return self.decoder._forward({"mtpkern": Body()})
+        return self.decoder._forward({"mtpkern": Body()}, *self.decoder.inputs)
 
 
 def endless(model: PreTrainedModel, strategy: Strategy, batch: int, context: int, room: int, **options: Any) -> Decoder:

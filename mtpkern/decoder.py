@@ -281,15 +281,19 @@ class Decoder:
     def step(self, route: dict[str, AttentionContext]) -> Tensor:
         """One pass over the planned rows, inside `attention_context`; returns the rows' logits [R, V]."""
         self.cache.memo.clear()
-        input_ids, position = self.rows.token[None], self.rows.position[None]
-        if self.last_position is not None:
-            position = position.clamp(max=self.last_position)
+        live = partial(self._run_model, route)
         if self._recordings is not None and self.cache.proven:
-            owners, live = self._owners(), partial(self._run_model, route)
-            logits = self._recordings(self.model, live, owners, input_ids, position, self._maskless)
+            logits = self._recordings(self.model, live, self._owners(), *self.inputs, self._maskless)
         else:
-            logits = self._run_model(route, input_ids, position)
+            logits = live(*self.inputs)
         return self._take_in(logits)
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """Tokens and positions [1, R] of the packed rows; the model is told of none behind its last, if there is one."""
+        position = self.rows.position[None]
+        told = position if self.last_position is None else position.clamp(max=self.last_position)
+        return self.rows.token[None], told
 
     def _owners(self) -> list[Any]:
         """What a pass calls that is another in a later run."""
@@ -400,6 +404,8 @@ class Decoder:
         load = self._load
         baked = self.products.baked if isinstance(self.products, PackedProducts) else ()
         self._recordings = recordings_of(self.model, baked, self.max_new_tokens)
+        if self._recordings is not None and self._recordings.proven:
+            self.cache.proven = True  # by an earlier run of the model, which has not changed since
         for _ in range(self.max_passes):
             if not self._goes_on(poll):
                 break
@@ -423,7 +429,9 @@ class Decoder:
         rows = max(1, int(start[-1]))
         self._maskless = not (self.all_rows.token[:rows] == self.mask_token_id).any()
         if self._recordings is not None:
-            rows = self._recordings.rows(rows, len(self.all_rows.seq), self._maskless)
+            # By load a run's passes have as many rows as time tells in any case; else bits are the same in each run.
+            most = len(self.all_rows.seq) if self.by_load else rows
+            rows = self._recordings.rows(rows, most, self._maskless)
         self.rows = cache.rows = self.all_rows.first(rows)
 
     def make_room(self, tokens: int) -> None:

@@ -66,8 +66,19 @@ def packs(model: PreTrainedModel, new_tokens: int) -> bool:
         return False
     if torch.is_autocast_enabled("cpu"):
         return False  # whose products are others
+    if not (_is_widened(model.dtype) or _has_large_layers(model)):
+        return False
     _asked[model] = _asked.get(model, 0) + new_tokens
     return _is_widened(model.dtype) or _asked[model] >= LEAST_TOKENS
+
+
+def _has_large_layers(model: PreTrainedModel) -> bool:
+    """Whether layers that may read the same tensor are together large enough for a copy: seen at once where they are."""
+    for parent in model.modules():
+        layers = [getattr(child, "base_layer", child) for child in parent.children()]
+        if sum(x.numel() for layer in layers for x in layer._parameters.values() if x is not None) >= LEAST_WEIGHT:
+            return True
+    return False
 
 
 def _dtype_of_copies(dtype: torch.dtype) -> torch.dtype | None:

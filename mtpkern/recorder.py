@@ -224,7 +224,8 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _place(x: Tensor) -> int:
-    return x.untyped_storage().data_ptr()
+    """Where a tensor lies, or an opaque one is; for as long as it lives."""
+    return id(x) if x.layout != torch.strided else x.untyped_storage().data_ptr()
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:

@@ -27,9 +27,9 @@ from mtpkern.graph import fingerprint
 from mtpkern.model import is_tested
 from mtpkern.recorder import Memory, NotRecordableError, Recording, record
 
-# Passes of one kind before one is recorded. Recording takes some two passes more than a pass, the comparison one, and
-# a replay saves a fifth of one: as much has been lost by then as recording from the start on could have lost.
-WARM_UP = 14
+# Passes of one kind before one is recorded. Recording and the comparison take some four passes more, and a replay saves
+# a fifth of one to a third: by then about as much has been lost as recording from the start on might have lost.
+WARM_UP = 16
 # A pass of more rows has more to do than what recording saves.
 MOST_ROWS = 256
 # Of a run shorter than this the look at the model would take more than is saved.

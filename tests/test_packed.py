@@ -263,6 +263,8 @@ def test_more_rows_than_pay_are_torchs(
 def test_a_short_run_copies_nothing(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("llama")
     monkeypatch.undo()
+    assert not packs(model, packed.LEAST_TOKENS)  # whose layers are small
+    monkeypatch.setattr(packed, "LEAST_WEIGHT", 1)
     assert packs(model, packed.LEAST_TOKENS)
     packed.unpack(model)
     few = packed.LEAST_OF_A_RUN

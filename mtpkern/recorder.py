@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache, partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # Bytes that results begin at multiples of, as torch's own do: some products have other bits elsewhere.
 ALIGNMENT = 64
 
+# What torch.tensor ends with, and does nothing to what has no gradients.
+_DETACH = torch.ops.aten.detach_.default
 _COPIES = {torch.ops.aten.clone.default, torch.ops.aten._to_copy.default}
 
 
@@ -57,7 +60,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._aside:
+        if self._aside or func is _DETACH:
             return func(*args, **kwargs)
         if _is_composite(func):
             with self:  # of its parts
@@ -76,8 +79,10 @@ class Recorder(TorchDispatchMode):
             out = call(*args)
         finally:
             self._aside = False
-        owner = next((i for i, x in enumerate(self.owners) if x is getattr(call, "__self__", None)), None)
-        step = _Apart(call) if owner is None else _Apart(call.__func__, owner)  # type: ignore[attr-defined]
+        step = _Apart(call)
+        if isinstance(call, MethodType):
+            owner = next((i for i, x in enumerate(self.owners) if x is call.__self__), None)
+            step = _Apart(call) if owner is None else _Apart(call.__func__, owner)
         self.steps.append((step, args, {}, out))
         return out
 

@@ -13,6 +13,7 @@ Recordings go with the model, or at `mtpkern.release_graphs`.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,13 +26,14 @@ from transformers import PreTrainedModel
 
 from mtpkern.graph import fingerprint
 from mtpkern.model import is_tested
+from mtpkern.output import first_line
 from mtpkern.recorder import Memory, NotRecordableError, Recording, record
 
 # Passes of one kind before one is recorded. Recording and the comparison take some four passes more, and a replay saves
 # a fifth of one to a third: by then about as much has been lost as recording from the start on might have lost.
 WARM_UP = 16
-# A pass of more rows has more to do than what recording saves.
-MOST_ROWS = 256
+# A pass of more rows has much more to do than what recording saves, and to hold while it is recorded.
+MOST_ROWS = 192
 # Of a run shorter than this the look at the model would take more than is saved.
 LEAST_TOKENS = 16
 # Whose modules do nothing but compute, of which a list of operations is all.
@@ -63,7 +65,7 @@ class Recordings:
     def is_of(self, model: PreTrainedModel, baked: Sequence[Any]) -> bool:
         """Whether what is known holds for the model as it is now."""
         same = len(baked) == len(self.baked) and all(x is y for x, y in zip(baked, self.baked))
-        return same and self.fingerprint in (None, fingerprint(model))
+        return same and (self.fingerprint is None or self.fingerprint == fingerprint(model))
 
     def rows(self, needed: int, most: int, maskless: bool) -> int:
         """How many rows the next pass is to have, which needs so many: rounded up, where that saves recordings."""
@@ -105,11 +107,18 @@ class Recordings:
                 raise NotRecordableError("the model holds what may do more than compute")
             self.made[key], logits = record(forward, owners, (input_ids.clone(), position.clone()), self.memory)
             return logits
-        except NotRecordableError:
-            self._refuse()
+        except Exception as error:  # of operations that nobody has tried, anything
+            self._refuse(error)
         return forward(input_ids, position)
 
-    def _refuse(self) -> None:
+    def _refuse(self, error: Exception) -> None:
+        if not isinstance(error, NotRecordableError):
+            warnings.warn(
+                "a pass could not be recorded, and passes of this model run as they are, which takes somewhat longer; "
+                f"mtpkern.release_graphs(model) lets the next call try again: {first_line(error)}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         self.refused = True
         self.made.clear()
         self.proven.clear()
@@ -118,8 +127,6 @@ class Recordings:
 
 def _is_plain(model: nn.Module) -> bool:
     """Whether all that the model's modules do is to call operations, on tensors that hold their values themselves."""
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-        return False
     for module in model.modules():
         held = vars(module)
         hooks = (*held["_forward_hooks"].values(), *held["_forward_pre_hooks"].values())
@@ -147,6 +154,8 @@ def recordings_of(model: PreTrainedModel, baked: Sequence[Any], new_tokens: int)
     The caller holds the model (see `exclusive`).
     """
     if new_tokens < LEAST_TOKENS or not is_tested(model):
+        return None
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return None
     kept = _kept.get(model)
     if kept is None or not kept.is_of(model, baked):

@@ -15,59 +15,10 @@ import mtpkern.model
 import mtpkern.products
 from mtpkern import ConfAdapt, Static, Verified, reference
 from mtpkern.strategies import Strategy
-from support.models import LATENT
+from support.models import ARCHITECTURES
 from support.slow import slow_but
 
 NEW = 12
-
-# Windows are shorter than the texts, caps and multipliers far from 1: what is ignored must show.
-_SLIDING = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
-_EXPERTS = {"num_experts_per_tok": 2}
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen2": {"use_sliding_window": True, "max_window_layers": 0, **_SLIDING},
-    "qwen3": {"use_sliding_window": True, "max_window_layers": 0, **_SLIDING},
-    "mistral": {"sliding_window": 5},
-    "gemma2": {
-        "attention": "eager",
-        "query_pre_attn_scalar": 8,
-        **_SLIDING,
-        "attn_logit_softcapping": 2.0,
-        "final_logit_softcapping": 4.0,
-    },
-    "gemma3_text": {"query_pre_attn_scalar": 8, **_SLIDING},
-    "phi3": {"sliding_window": 5},
-    "olmo2": {},
-    "smollm3": {"no_rope_layers": [1, 0], "use_sliding_window": True, **_SLIDING},
-    "granite": {
-        "attention_multiplier": 0.3,
-        "embedding_multiplier": 2.0,
-        "residual_multiplier": 0.7,
-        "logits_scaling": 0.8,
-    },
-    "gpt_neox": {},
-    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 24, **_EXPERTS},
-    "gpt_oss": {
-        "attention": "eager",
-        "num_local_experts": 4,
-        **_EXPERTS,
-        **_SLIDING,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    },
-    "cohere": {"logit_scale": 0.5},
-    "cohere2": {"logit_scale": 0.5, **_SLIDING},
-    # Latent attention, with keys and values of different width.
-    "deepseek_v3": {
-        **LATENT,
-        "n_routed_experts": 4,
-        "n_shared_experts": 1,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "moe_intermediate_size": 24,
-        **_EXPERTS,
-    },
-}
 
 # Strategy and prompt lengths: all k from 1 to 5, all batch sizes from 1 to 4, thresholds from "keep all" to "keep one",
 # without masks behind drafts and with them.

@@ -1,0 +1,358 @@
+"""Passes of a CPU that are replayed: the tokens and the bits of passes that run, until the model is another."""
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
+
+import mtpkern
+import mtpkern.adapter
+import mtpkern.decoder
+from mtpkern import ConfAdapt, Static, Verified, packed, recordings
+from mtpkern.load import Load
+from mtpkern.recorder import Recording
+from mtpkern.recordings import Recordings, recordings_of
+from mtpkern.strategies import Strategy
+from support.models import ARCHITECTURES
+from support.packing import generate
+
+# Experts in a loop look at which of them have rows.
+LOOPS = {"gpt_oss", "qwen3_moe", "deepseek_v3"}
+STRATEGIES = [Static(1), Static(3), ConfAdapt(3, 0.2), Verified(3, 0.2), Verified(3, 0.2, masks=3)]
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The second pass of a kind is recorded, the third compared, the fourth replayed."""
+    monkeypatch.setattr(recordings, "WARM_UP", 1)
+    monkeypatch.setattr(recordings, "LEAST_TOKENS", 1)
+    yield
+    mtpkern.release_graphs()
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each replay."""
+    seen: list[int] = []
+    own = Recording.__call__
+
+    def call(self: Recording, owners: Any, *inputs: Tensor) -> Tensor:
+        seen.append(inputs[0].shape[1])
+        for piece in kept_memory:
+            piece.fill_(255)  # NaN
+        return own(self, owners, *inputs)
+
+    kept_memory: list[Tensor] = []
+    take = recordings.Memory.take
+
+    def noting(self: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+        piece, stand_in = take(self, like)
+        kept_memory.append(piece)
+        return piece, stand_in
+
+    monkeypatch.setattr(Recording, "__call__", call)
+    monkeypatch.setattr(recordings.Memory, "take", noting)
+    return seen
+
+
+@pytest.fixture
+def live(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """A run whose passes all run as they are."""
+
+    def run(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr("mtpkern.decoder.recordings_of", lambda *args: None)
+            return call(*args, **options)
+
+    return run
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_same_tokens(name: str, tiny: SimpleNamespace, replays: list[int], live: Callable[..., Any]) -> None:
+    """Memory is NaN before each replay."""
+    model = tiny.model(name, **ARCHITECTURES[name])
+    for strategy in STRATEGIES:
+        wanted = live(generate, tiny, model, strategy=strategy, max_new_tokens=24)
+        for _ in range(2):
+            assert torch.equal(generate(tiny, model, strategy=strategy, max_new_tokens=24), wanted), strategy
+    refused = recordings._kept[model].refused
+    assert bool(replays) is not refused
+    assert name in LOOPS or not refused
+
+
+@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize("targets", ["all-linear", "q_proj,v_proj,down_proj"])
+def test_a_gated_adapter(
+    targets: str,
+    packs: bool,
+    tiny: SimpleNamespace,
+    replays: list[int],
+    live: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With masks and without, whose rows differ from pass to pass; over copies and over torch's products."""
+    if packs and not packed._has_packed_products(torch.float32):
+        pytest.skip("torch without oneDNN")
+    monkeypatch.setattr(packed, "LEAST_WEIGHT", 1 if packs else 1 << 60)
+    monkeypatch.setattr(packed, "LEAST_TOKENS", 1)
+    monkeypatch.setattr(packed, "MOST_ROWS", 8)
+    model = tiny.adapted(tiny.model("llama"), targets)
+    for strategy in (Verified(4, 0.2), Verified(4, 0.0), Static(1)):
+        wanted = live(generate, tiny, model, strategy=strategy, max_new_tokens=24)
+        for _ in range(3):
+            assert torch.equal(generate(tiny, model, strategy=strategy, max_new_tokens=24), wanted), strategy
+    assert not recordings._kept[model.get_base_model()].refused
+    assert len(set(replays)) > 3
+
+
+def test_bits_of_every_logit(
+    tiny: SimpleNamespace, replays: list[int], live: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = tiny.model("qwen3"), list[Tensor]()
+    readout = mtpkern.decoder.readout
+    monkeypatch.setattr(mtpkern.decoder, "readout", lambda z, *a: (seen.append(z.clone()), readout(z, *a))[1])
+
+    def logits() -> list[Tensor]:
+        seen.clear()
+        generate(tiny, model, max_new_tokens=40)
+        return list(seen)
+
+    wanted = live(logits)
+    for _ in range(3):
+        found = logits()
+        assert len(found) == len(wanted) and all(map(torch.equal, found, wanted))
+    assert len(replays) > 20
+
+
+def test_a_replay_runs_no_module(tiny: SimpleNamespace, replays: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("llama")
+    for _ in range(3):
+        generate(tiny, model, strategy=Static(1))
+    layer, calls = type(model.model.layers[0]), []
+    own = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda *args, **options: (calls.append(1), own(*args, **options))[1])
+    replays.clear()
+    generate(tiny, model, strategy=Static(1), max_new_tokens=12)
+    assert len(replays) == 11  # the first pass, too
+    assert len(calls) == len(model.model.layers)  # the prompt's
+
+
+def negated(model: Any) -> None:
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight = torch.nn.Parameter(-layer.weight.detach())
+
+
+def moved(model: Any) -> None:
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight.data = -layer.weight.data
+
+
+def in_place(model: Any) -> None:
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.neg_()
+
+
+def normed(model: Any) -> None:
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight.mul_(-1)
+
+
+def hooked(model: Any) -> None:
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: -output)
+
+
+def own_forward(model: Any) -> None:
+    model.model.layers[1].mlp.forward = lambda x: 0 * x
+
+
+def scaling(model: Any) -> None:
+    model.model.layers[0].self_attn.scaling = 0.9
+
+
+def doubled(model: Any) -> None:
+    model.to(torch.float64)
+
+
+@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize("change", [negated, moved, in_place, normed, hooked, own_forward, scaling, doubled])
+def test_a_model_that_changes_is_followed(
+    change: Callable[[Any], None],
+    packs: bool,
+    tiny: SimpleNamespace,
+    replays: list[int],
+    live: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(packed, "LEAST_WEIGHT", 1 if packs else 1 << 60)
+    monkeypatch.setattr(packed, "LEAST_TOKENS", 1)
+    model = tiny.model("llama")
+    before = [generate(tiny, model, max_new_tokens=24) for _ in range(3)][-1]
+    assert replays
+    change(model)
+    wanted = live(generate, tiny, copy.deepcopy(model), max_new_tokens=24)
+    assert not torch.equal(wanted, before) or change is doubled
+    for _ in range(3):
+        assert torch.equal(generate(tiny, model, max_new_tokens=24), wanted)
+
+
+def test_an_adapter_that_changes_is_followed(
+    tiny: SimpleNamespace, replays: list[int], live: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it proposes is looked at, as its tokens are the base's whatever it does."""
+    monkeypatch.setattr(packed, "LEAST_WEIGHT", 1)
+    monkeypatch.setattr(packed, "LEAST_TOKENS", 1)
+    model = tiny.adapted(tiny.model("llama"))
+    strategy = Static(3)  # emits what masks propose
+
+    def run() -> Tensor:
+        return generate(tiny, model, strategy=strategy, max_new_tokens=24)  # type: ignore[no-any-return]
+
+    found = [run() for _ in range(3)]
+    assert replays
+    for change in (
+        lambda: [p.data.mul_(-3) for name, p in model.named_parameters() if "lora_B" in name],
+        lambda: model.base_model.disable_adapter_layers(),
+        lambda: model.base_model.enable_adapter_layers(),
+    ):
+        change()
+        wanted = live(run)
+        assert not torch.equal(wanted, found[-1])
+        found = [run() for _ in range(3)]
+        assert all(torch.equal(x, wanted) for x in found)
+
+
+def test_hooks_of_all_modules_are_called(tiny: SimpleNamespace, replays: list[int]) -> None:
+    model = tiny.model("llama")
+    for _ in range(3):
+        generate(tiny, model, strategy=Static(1))
+    replays.clear()
+    called: list[Any] = []
+    handle = register_module_forward_hook(lambda module, args, output: called.append(module))
+    try:
+        generate(tiny, model, strategy=Static(1), max_new_tokens=12)
+    finally:
+        handle.remove()
+    assert called.count(model.model.norm) == 12
+    assert not replays
+
+
+def test_what_cannot_be_recorded_runs(
+    tiny: SimpleNamespace, live: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An operation that fails in an unforeseen way is announced once; a replay of other bits is none."""
+    model = tiny.model("llama")
+    wanted = live(generate, tiny, model, max_new_tokens=24)
+
+    def fails(self: Recording, owners: Any, *inputs: Tensor) -> Tensor:
+        raise IndexError("of an operation")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recording, "__call__", fails)
+        with pytest.warns(RuntimeWarning, match="could not be recorded.*of an operation") as told:
+            for _ in range(3):
+                assert torch.equal(generate(tiny, model, max_new_tokens=24), wanted)
+        assert len(told) == 1
+    own, calls = Recording.__call__, list[int]()
+
+    def other(self: Recording, owners: Any, *inputs: Tensor) -> Tensor:
+        calls.append(1)
+        return own(self, owners, *inputs).add_(1e-6)
+
+    mtpkern.release_graphs(model)
+    monkeypatch.setattr(Recording, "__call__", other)
+    for _ in range(3):
+        assert torch.equal(generate(tiny, model, max_new_tokens=24), wanted)
+    assert len(calls) == 1
+    assert recordings._kept[model].refused
+
+
+def test_a_fault_of_the_pass_itself_is_raised(tiny: SimpleNamespace, replays: list[int]) -> None:
+    model = tiny.model("llama")
+    for _ in range(3):
+        generate(tiny, model, strategy=Static(1))
+    replays.clear()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(RuntimeError, match="NaN|finite|fault"):
+        generate(tiny, model, strategy=Static(1))
+
+
+def test_recordings_go_with_the_model_and_when_told(tiny: SimpleNamespace, replays: list[int]) -> None:
+    for adapted in (False, True):
+        model = tiny.adapted(tiny.model("llama")) if adapted else tiny.model("llama")
+        generate(tiny, model, max_new_tokens=40)
+        pickle.dumps(copy.deepcopy(model).state_dict())
+        base = mtpkern.adapter.base_of(model)
+        assert recordings._kept[base].made
+        mtpkern.release_graphs(model)
+        assert base not in recordings._kept
+        generate(tiny, model, max_new_tokens=40)
+        gone = weakref.ref(base)
+        del base, model
+        gc.collect()
+        assert gone() is None
+
+
+def test_autocast_and_short_runs_are_as_they_were(
+    tiny: SimpleNamespace, replays: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.model("llama")
+    for _ in range(3):
+        generate(tiny, model)
+    replays.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        generate(tiny, model)
+    monkeypatch.setattr(recordings, "LEAST_TOKENS", 13)
+    generate(tiny, model, max_new_tokens=12)
+    assert not replays
+    generate(tiny, model, max_new_tokens=13)
+    assert replays
+
+
+def test_rows_are_rounded_where_they_go_by_load(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = Recordings(())
+    assert [known.rows(n, 100, False) for n in (1, 7, 9, 17, 33, 99)] == [1, 7, 9, 17, 33, 99]  # seen once
+    assert [known.rows(n, 100, False) for n in (1, 7, 9, 17, 33, 99)] == [1, 7, 10, 20, 40, 100]
+    assert [known.rows(n, 100, True) for n in (9, 99)] == [9, 99]
+    assert known.rows(99, 100, True) == 100
+    monkeypatch.setattr(recordings, "MOST_ROWS", 99)
+    assert known.rows(99, 100, True) == 99
+
+
+@pytest.mark.parametrize("strategy", [None, Verified(4, 0.2)])
+def test_passes_that_were_recorded_tell_no_time(
+    strategy: Strategy | None, tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, replays: list[int]
+) -> None:
+    """By load; and the tokens are the same, at whatever number of rows."""
+    model, told, passes = tiny.model("llama"), list[int](), list[int]()
+    monkeypatch.setattr(Load, "saw", lambda self, rows, seconds: told.append(rows))
+    step = mtpkern.decoder.Decoder.step
+    monkeypatch.setattr(mtpkern.decoder.Decoder, "step", lambda *args: (passes.append(1), step(*args))[1])
+    wanted = generate(tiny, model, strategy=Static(1), max_new_tokens=40)
+    mtpkern.release_graphs(model)
+    passes.clear()
+    for _ in range(4):
+        assert torch.equal(generate(tiny, model, strategy=strategy, max_new_tokens=40), wanted)
+    known = recordings._kept[model]
+    assert known.proven and replays
+    if strategy is None:
+        assert len(told) == len(passes) - len(known.made) - len(known.proven)
+
+
+def test_another_runs_weights_are_other_recordings(tiny: SimpleNamespace) -> None:
+    """Equal is not enough for what is baked in, and nothing is kept of a kind of model that is not tested."""
+    model, one, two = tiny.model("llama"), torch.ones(2), torch.ones(2)
+    known = recordings_of(model, [one], 64)
+    assert known is not None
+    assert recordings_of(model, [one], 64) is known
+    assert recordings_of(model, [two], 64) is not known
+    model.config.model_type = "of_another"
+    assert recordings_of(model, [one], 64) is None

@@ -103,12 +103,15 @@ def test_a_gated_adapter(
         pytest.skip("torch without oneDNN")
     monkeypatch.setattr(packed, "LEAST_WEIGHT", 1 if packs else 1 << 60)
     monkeypatch.setattr(packed, "LEAST_TOKENS", 1)
-    monkeypatch.setattr(packed, "MOST_ROWS", 8)
     model = tiny.adapted(tiny.model("llama"), targets)
-    for strategy in (Verified(4, 0.2), Verified(4, 0.0), Static(1)):
-        wanted = live(generate, tiny, model, strategy=strategy, max_new_tokens=24)
+    for most, strategy in ((128, ConfAdapt(4, 0.1)), (8, Verified(4, 0.2)), (128, Verified(4, 0.0)), (128, Static(1))):
+        monkeypatch.setattr(packed, "MOST_ROWS", most)
+        options: dict[str, Any] = {"strategy": strategy, "max_new_tokens": 24, "return_dict_in_generate": True}
+        wanted = live(generate, tiny, model, **options)
         for _ in range(3):
-            assert torch.equal(generate(tiny, model, strategy=strategy, max_new_tokens=24), wanted), strategy
+            found = generate(tiny, model, **options)
+            assert torch.equal(found.sequences, wanted.sequences), strategy
+            assert found.blocks == wanted.blocks, strategy  # what masks propose shows in these
     assert not recordings._kept[model.get_base_model()].refused
     assert len(set(replays)) > 3
 
@@ -229,18 +232,21 @@ def test_an_adapter_that_changes_is_followed(
         assert all(torch.equal(x, wanted) for x in found)
 
 
-def test_hooks_of_all_modules_are_called(tiny: SimpleNamespace, replays: list[int]) -> None:
+@pytest.mark.parametrize("of_all", [True, False])
+def test_hooks_are_called_in_every_pass(of_all: bool, tiny: SimpleNamespace, replays: list[int]) -> None:
     model = tiny.model("llama")
     for _ in range(3):
         generate(tiny, model, strategy=Static(1))
     replays.clear()
     called: list[Any] = []
-    handle = register_module_forward_hook(lambda module, args, output: called.append(module))
+    register = register_module_forward_hook if of_all else model.model.norm.register_forward_hook
+    handle = register(lambda module, args, output: called.append(module))
     try:
-        generate(tiny, model, strategy=Static(1), max_new_tokens=12)
+        for _ in range(3):
+            generate(tiny, model, strategy=Static(1), max_new_tokens=12)
     finally:
         handle.remove()
-    assert called.count(model.model.norm) == 12
+    assert called.count(model.model.norm) == 36
     assert not replays
 
 

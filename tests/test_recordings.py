@@ -104,9 +104,9 @@ def test_a_gated_adapter(
     monkeypatch.setattr(packed, "LEAST_WEIGHT", 1 if packs else 1 << 60)
     monkeypatch.setattr(packed, "LEAST_TOKENS", 1)
     model = tiny.adapted(tiny.model("llama"), targets)
-    for most, strategy in ((128, ConfAdapt(4, 0.1)), (8, Verified(4, 0.2)), (128, Verified(4, 0.0)), (128, Static(1))):
+    for most, strategy in ((128, ConfAdapt(4, 0.5)), (8, Verified(4, 0.2)), (128, Verified(4, 0.0)), (128, Static(1))):
         monkeypatch.setattr(packed, "MOST_ROWS", most)
-        options: dict[str, Any] = {"strategy": strategy, "max_new_tokens": 24, "return_dict_in_generate": True}
+        options: dict[str, Any] = {"strategy": strategy, "max_new_tokens": 40, "return_dict_in_generate": True}
         wanted = live(generate, tiny, model, **options)
         for _ in range(3):
             found = generate(tiny, model, **options)

@@ -290,7 +290,7 @@ class Decoder:
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor]:
-        """Tokens and positions [1, R] of the packed rows; the model is told of none behind its last, if there is one."""
+        """Tokens and positions [1, R] of the packed rows; the model is told of none behind its last, if any."""
         position = self.rows.position[None]
         told = position if self.last_position is None else position.clamp(max=self.last_position)
         return self.rows.token[None], told

@@ -41,7 +41,7 @@ _PLAIN = {"torch", "transformers", "peft", "mtpkern"}
 
 
 class Recordings:
-    """The passes of one model, as they are or as they were recorded, by their number of rows and whether masks are there.
+    """The passes of one model, as they are or as they were recorded: by their rows, and whether any is a mask.
 
         recordings = recordings_of(model, ())
         rows = recordings.rows(needed, most, maskless)     # of the next pass

@@ -37,7 +37,8 @@ LATENT = {
     "num_key_value_heads": 4,
 }
 
-# Of every kind that the tests cover. Windows are shorter than the texts, caps and multipliers far from 1: what is ignored must show.
+# Of every kind that the tests cover. Windows are shorter than the texts, caps and multipliers far from 1: what is
+# ignored must show.
 _SLIDING = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
 _EXPERTS = {"num_experts_per_tok": 2}
 ARCHITECTURES: dict[str, dict[str, Any]] = {

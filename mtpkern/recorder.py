@@ -162,15 +162,15 @@ class Recording:
             return stand_in
 
         self.inputs = [made(x) for x in inputs]
-        for i, (func, *given, out) in enumerate(recorder.steps):
-            args, kwargs = self._swapped(given)
-            outs, read = _tensors(out), {_place(x) for x in _tensors(given)}
+        for i, (func, given, named, out) in enumerate(recorder.steps):
+            args, kwargs = self._swapped(given), self._swapped(named)
+            outs, read = _tensors(out), {_place(x) for x in _tensors((given, named))}
             if isinstance(func, _Apart):
                 if any(_place(x) in read for x in outs) or not isinstance(out, Tensor | None):
-                    raise NotRecordableError(f"{func.call} returns what it was given")
-                self.calls.append(self._apart(func, args, made(out) if outs else None))
+                    raise NotRecordableError(f"{func.call} returns what it was given, or more than a tensor")
+                self.calls.append(self._apart(func, args, None if out is None else made(out)))
             elif func._schema.is_mutable:
-                if not all(_place(x) in pieces for x in _written(func, *given)):
+                if not all(_place(x) in pieces for x in _written(func, given, named)):
                     raise NotRecordableError(f"{func} writes to what the pass has not made")
                 self.calls.append(partial(func, *args, **kwargs))
             elif outs and all(_place(x) in read for x in outs):
@@ -178,7 +178,7 @@ class Recording:
                 self._stand_ins.update((id(x), y) for x, y in zip(outs, _tensors(func(*args, **kwargs))))
             else:
                 self.calls.append(_into(func, args, kwargs, [made(x) for x in outs]))
-            for place in {_place(x) for x in (*_tensors(given), *outs)}:
+            for place in {*read, *map(_place, outs)}:
                 if last[place] == i and place in pieces and place != _place(logits):
                     memory.free.append(pieces.pop(place))
         self.logits = self._stand_ins[id(logits)]

@@ -145,76 +145,79 @@ class Recording:
     """
 
     def __init__(self, recorder: Recorder, inputs: Sequence[Tensor], logits: Tensor, memory: Memory) -> None:
-        self.owners: Sequence[Any] = ()
+        self.owners: list[Any] = []
         self.calls: list[Callable[[], object]] = []
-        # By the tensors of the pass, which live as long as its steps: what stands for them.
-        self._stand_ins: dict[int, Tensor] = {}
-        # By where they lie: memory that is in use, and the last step that reads it.
-        pieces: dict[int, Tensor] = {}
+        # What stands for the tensors of the pass, which live as long as its steps.
+        stand_ins: dict[int, Tensor] = {}
+        # By where they lie: memory, None where nobody reads it any more, and the last step that does.
+        pieces: dict[int, Tensor | None] = {}
         last = {_place(x): i for i, (_, *rest) in enumerate(recorder.steps) for x in _tensors(rest)}
-        taken: list[Tensor] = []
 
         def made(x: Tensor) -> Tensor:
-            piece, stand_in = memory.take(x)
-            taken.append(piece)
-            pieces[_place(x)] = piece
-            self._stand_ins[id(x)] = stand_in
-            return stand_in
+            pieces[_place(x)], stand_ins[id(x)] = memory.take(x)
+            return stand_ins[id(x)]
+
+        def stand_in(x: Tensor) -> Tensor:
+            if id(x) not in stand_ins and _place(x) in pieces:
+                raise NotRecordableError("a view has come about unseen")
+            return stand_ins.get(id(x), x)
 
         self.inputs = [made(x) for x in inputs]
         for i, (func, given, named, out) in enumerate(recorder.steps):
-            args, kwargs = self._swapped(given), self._swapped(named)
+            args, kwargs = _mapped(stand_in, given), _mapped(stand_in, named)
             outs, read = _tensors(out), {_place(x) for x in _tensors((given, named))}
             if isinstance(func, _Apart):
                 if any(_place(x) in read for x in outs) or not isinstance(out, Tensor | None):
                     raise NotRecordableError(f"{func.call} returns what it was given, or more than a tensor")
-                self.calls.append(self._apart(func, args, None if out is None else made(out)))
+                self.calls.append(partial(_call_apart, func, self.owners, args, None if out is None else made(out)))
             elif func._schema.is_mutable:
                 if not all(_place(x) in pieces for x in _written(func, given, named)):
                     raise NotRecordableError(f"{func} writes to what the pass has not made")
                 self.calls.append(partial(func, *args, **kwargs))
             elif outs and all(_place(x) in read for x in outs):
                 # A view, whatever its schema says: of memory that stays, and so made once.
-                self._stand_ins.update((id(x), y) for x, y in zip(outs, _tensors(func(*args, **kwargs))))
+                stand_ins.update((id(x), y) for x, y in zip(outs, _tensors(func(*args, **kwargs))))
             else:
                 self.calls.append(_into(func, args, kwargs, [made(x) for x in outs]))
             for place in {*read, *map(_place, outs)}:
-                if last[place] == i and place in pieces and place != _place(logits):
-                    memory.free.append(pieces.pop(place))
-        self.logits = self._stand_ins[id(logits)]
-        self._stand_ins.clear()
-        memory.free += pieces.values()
+                if last[place] == i and place != _place(logits) and (piece := pieces.get(place)) is not None:
+                    memory.free.append(piece)
+                    pieces[place] = None
+        self.logits = stand_in(logits)
+        memory.free += [piece for piece in pieces.values() if piece is not None]
 
     @torch.inference_mode()
     def __call__(self, owners: Sequence[Any], *inputs: Tensor) -> Tensor:
         """The logits of a pass over these."""
-        self.owners = owners
         for stand_in, x in zip(self.inputs, inputs):
             stand_in.copy_(x)
-        for call in self.calls:
-            call()
+        self.owners[:] = owners
+        try:
+            for call in self.calls:
+                call()
+        finally:
+            self.owners.clear()  # whose caches are a run's own
         return self.logits
 
-    def _apart(self, step: _Apart, args: Sequence[Any], out: Tensor | None) -> Callable[[], object]:
-        def call() -> None:
-            owner = () if step.owner is None else (self.owners[step.owner],)
-            found = step.call(*owner, *args)
-            if out is not None:
-                out.copy_(found)
 
-        return call
+def _call_apart(step: _Apart, owners: Sequence[Any], args: Sequence[Any], out: Tensor | None) -> None:
+    found = step.call(*args) if step.owner is None else step.call(owners[step.owner], *args)
+    if out is not None:
+        out.copy_(found)
 
-    def _swapped(self, value: Any) -> Any:
-        """What a step was given, with what stands for the tensors of the pass in their place."""
-        if isinstance(value, Tensor):
-            return self._stand_ins.get(id(value), value)
-        if type(value) in (list, tuple):
-            return type(value)(map(self._swapped, value))
-        if isinstance(value, dict):
-            return {name: self._swapped(x) for name, x in value.items()}
-        if is_dataclass(value) and not isinstance(value, type):
-            return replace(value, **{f.name: self._swapped(getattr(value, f.name)) for f in fields(value)})
-        return value
+
+def _mapped(stand_in: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """What a step was given, with what stands for its tensors in their place."""
+    if isinstance(value, Tensor):
+        return stand_in(value)
+    mapped = partial(_mapped, stand_in)
+    if type(value) in (list, tuple):
+        return type(value)(map(mapped, value))
+    if isinstance(value, dict):
+        return {name: mapped(x) for name, x in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: mapped(getattr(value, f.name)) for f in fields(value)})
+    return value
 
 
 def _tensors(value: Any) -> list[Tensor]:

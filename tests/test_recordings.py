@@ -308,6 +308,24 @@ def test_recordings_go_with_the_model_and_when_told(tiny: SimpleNamespace, repla
         assert gone() is None
 
 
+def test_no_run_is_kept(tiny: SimpleNamespace, replays: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor its keys and values: a recording calls those of the run that it is called in."""
+    model, caches = tiny.model("llama"), list[weakref.ref[Any]]()
+    own = mtpkern.decoder.KVCache.__init__
+
+    def noting(self: Any, *args: Any, **options: Any) -> None:
+        caches.append(weakref.ref(self))
+        own(self, *args, **options)
+
+    monkeypatch.setattr(mtpkern.decoder.KVCache, "__init__", noting)
+    for _ in range(3):
+        generate(tiny, model, max_new_tokens=24)
+    assert replays
+    gc.collect()
+    assert [cache() for cache in caches] == [None] * 3
+    assert recordings._kept[model].made
+
+
 def test_autocast_and_short_runs_are_as_they_were(
     tiny: SimpleNamespace, replays: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,10 @@ ALIGNMENT = 64
 
 # What torch.tensor ends with, and does nothing to what has no gradients.
 _DETACH = torch.ops.aten.detach_.default
+# Shaped by values where it is by a mask.
+_INDEX, _MASKS = torch.ops.aten.index.Tensor, {torch.bool, torch.uint8}
+# What steps are given most, and holds no tensor.
+_PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout}
 _COPIES = {torch.ops.aten.clone.default, torch.ops.aten._to_copy.default}
 
 
@@ -65,7 +69,9 @@ class Recorder(TorchDispatchMode):
         if _is_composite(func):
             with self:  # of its parts
                 return func.decompose(*args, **kwargs)
-        _require_recordable(func, args)
+        reason = _not_recordable(func, func is _INDEX and any(x is not None and x.dtype in _MASKS for x in args[1]))
+        if reason:
+            raise NotRecordableError(f"{func} {reason}")
         out = func(*args, **kwargs)
         self.steps.append((func, args, kwargs, out))
         return out
@@ -101,18 +107,16 @@ def _is_composite(func: Any) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
-def _require_recordable(func: Any, args: Sequence[Any]) -> None:
-    """Raise NotRecordableError for an operation that another pass would do otherwise."""
+@cache
+def _not_recordable(func: Any, by_mask: bool) -> str:
+    """Why another pass would do an operation otherwise; empty where it would not."""
     tags = func.tags
     if torch.Tag.nondeterministic_seeded in tags:
-        raise NotRecordableError(f"{func} draws random numbers")
-    shaped_by_values = torch.Tag.dynamic_output_shape in tags
-    if func is torch.ops.aten.index.Tensor:
-        shaped_by_values = any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+        return "draws random numbers"
+    shaped_by_values = by_mask if func is _INDEX else torch.Tag.dynamic_output_shape in tags
     if torch.Tag.data_dependent_output in tags or shaped_by_values:
-        raise NotRecordableError(f"{func} depends on values")
-    if any("Tensor" not in str(x.type) for x in func._schema.returns):
-        raise NotRecordableError(f"{func} tells the host something")
+        return "depends on values"
+    return "tells the host something" if any("Tensor" not in str(x.type) for x in func._schema.returns) else ""
 
 
 class Memory:
@@ -151,36 +155,39 @@ class Recording:
         stand_ins: dict[int, Tensor] = {}
         # By where they lie: memory, None where nobody reads it any more, and the last step that does.
         pieces: dict[int, Tensor | None] = {}
-        last = {_place(x): i for i, (_, *rest) in enumerate(recorder.steps) for x in _tensors(rest)}
+        read = [_tensors((given, named)) for _, given, named, _ in recorder.steps]
+        made = [_tensors(out) for *_, out in recorder.steps]
+        places = {id(x): _place(x) for xs in (inputs, *read, *made) for x in xs}
+        last = {places[id(x)]: i for i, xs in enumerate(zip(read, made)) for x in (*xs[0], *xs[1])}
 
-        def made(x: Tensor) -> Tensor:
-            pieces[_place(x)], stand_ins[id(x)] = memory.take(x)
+        def make(x: Tensor) -> Tensor:
+            pieces[places[id(x)]], stand_ins[id(x)] = memory.take(x)
             return stand_ins[id(x)]
 
         def stand_in(x: Tensor) -> Tensor:
-            if id(x) not in stand_ins and _place(x) in pieces:
+            if id(x) not in stand_ins and places[id(x)] in pieces:
                 raise NotRecordableError("a view has come about unseen")
             return stand_ins.get(id(x), x)
 
-        self.inputs = [made(x) for x in inputs]
+        self.inputs = [make(x) for x in inputs]
         for i, (func, given, named, out) in enumerate(recorder.steps):
             args, kwargs = _mapped(stand_in, given), _mapped(stand_in, named)
-            outs, read = _tensors(out), {_place(x) for x in _tensors((given, named))}
+            of_given, of_outs = ({places[id(x)] for x in xs} for xs in (read[i], made[i]))
             if isinstance(func, _Apart):
-                if any(_place(x) in read for x in outs) or not isinstance(out, Tensor | None):
+                if of_outs & of_given or not isinstance(out, Tensor | None):
                     raise NotRecordableError(f"{func.call} returns what it was given, or more than a tensor")
-                self.calls.append(partial(_call_apart, func, self.owners, args, None if out is None else made(out)))
+                self.calls.append(partial(_call_apart, func, self.owners, args, None if out is None else make(out)))
             elif func._schema.is_mutable:
-                if not all(_place(x) in pieces for x in _written(func, given, named)):
+                if not all(places[id(x)] in pieces for x in _written(func, given, named)):
                     raise NotRecordableError(f"{func} writes to what the pass has not made")
                 self.calls.append(partial(func, *args, **kwargs))
-            elif outs and all(_place(x) in read for x in outs):
+            elif made[i] and of_outs <= of_given:
                 # A view, whatever its schema says: of memory that stays, and so made once.
-                stand_ins.update((id(x), y) for x, y in zip(outs, _tensors(func(*args, **kwargs))))
+                stand_ins.update((id(x), y) for x, y in zip(made[i], _tensors(func(*args, **kwargs))))
             else:
-                self.calls.append(_into(func, args, kwargs, [made(x) for x in outs]))
-            for place in {*read, *map(_place, outs)}:
-                if last[place] == i and place != _place(logits) and (piece := pieces.get(place)) is not None:
+                self.calls.append(_into(func, args, kwargs, [make(x) for x in made[i]]))
+            for place in of_given | of_outs:
+                if last[place] == i and place != places[id(logits)] and (piece := pieces.get(place)) is not None:
                     memory.free.append(piece)
                     pieces[place] = None
         self.logits = stand_in(logits)
@@ -210,13 +217,15 @@ def _mapped(stand_in: Callable[[Tensor], Tensor], value: Any) -> Any:
     """What a step was given, with what stands for its tensors in their place."""
     if isinstance(value, Tensor):
         return stand_in(value)
-    mapped = partial(_mapped, stand_in)
-    if type(value) in (list, tuple):
-        return type(value)(map(mapped, value))
-    if isinstance(value, dict):
-        return {name: mapped(x) for name, x in value.items()}
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: mapped(getattr(value, f.name)) for f in fields(value)})
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    if kind in (list, tuple):
+        return kind([_mapped(stand_in, x) for x in value])
+    if kind is dict:
+        return {name: _mapped(stand_in, x) for name, x in value.items()}
+    if is_dataclass(value) and kind is not type:
+        return replace(value, **{f.name: _mapped(stand_in, getattr(value, f.name)) for f in fields(value)})
     return value
 
 
@@ -224,10 +233,13 @@ def _tensors(value: Any) -> list[Tensor]:
     """All tensors in what a step was given, or has returned."""
     if isinstance(value, Tensor):
         return [value]
-    if is_dataclass(value) and not isinstance(value, type):
-        value = [getattr(value, f.name) for f in fields(value)]
-    if isinstance(value, dict):
+    kind = type(value)
+    if kind in _PLAIN:
+        return []
+    if kind is dict:
         value = list(value.values())
+    elif is_dataclass(value) and kind is not type:
+        value = [getattr(value, f.name) for f in fields(value)]
     return [x for part in value for x in _tensors(part)] if isinstance(value, (list, tuple)) else []
 
 

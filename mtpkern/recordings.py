@@ -29,9 +29,9 @@ from mtpkern.model import is_tested
 from mtpkern.output import first_line
 from mtpkern.recorder import Memory, NotRecordableError, Recording, record
 
-# Passes of one kind before one is recorded. Recording and the comparison take some four passes more, and a replay saves
-# a fifth of one to a third: by then about as much has been lost as recording from the start on might have lost.
-WARM_UP = 16
+# Passes of one kind before one is recorded. Recording and the comparison take some three passes more, and a replay saves
+# a fifth of one to a third: twice as many as pay for it, so that a first call of a hundred tokens loses nothing.
+WARM_UP = 32
 # A pass of more rows has much more to do than what recording saves, and to hold while it is recorded.
 MOST_ROWS = 192
 # Of a run shorter than this the look at the model would take more than is saved.

@@ -41,6 +41,7 @@ from mtpkern.memory import available_memory
 from mtpkern.model import is_tested
 from mtpkern.products import families, is_plain
 from mtpkern.recorder import apart
+from mtpkern.recordings import forget
 from mtpkern.siblings import Group, adapt, adapter_of, disjoint, together, watched
 
 P = ParamSpec("P")
@@ -278,9 +279,10 @@ class PackedProducts:
     def updates(self) -> list[Update | None]:
         """What adapters add in a pass that begins now, group by group."""
         found = [reading.update for reading in self._readings]
-        for update in found[:1]:
-            if update is not None:
-                update.gated.forget()
+        # All look their rows up in one place.
+        gated = next((update.gated for update in found if update is not None), None)
+        if gated is not None:
+            gated.forget()
         return found
 
     @contextmanager
@@ -397,8 +399,8 @@ def _run(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor] | None:
         return y.split_with_sizes(packed.widths, -1) if len(layers) > 1 else [y]
     if update is None:
         return None
-    # Past peft, as `mtpkern.siblings` does it.
-    outs = [getattr(layer, "base_layer", layer)(x) for layer in layers]
+    # Past peft, as `mtpkern.siblings` does it, and past the forward that layers have while a pass runs.
+    outs = [nn.Linear.forward(getattr(layer, "base_layer", layer), x) for layer in layers]
     if isinstance(gate, Tensor):
         adapted = [(y, layer, name) for y, layer, name in zip(outs, layers, update.names) if name is not None]
         ys, of, names = zip(*adapted)
@@ -411,10 +413,15 @@ def pack(model: PreTrainedModel, groups: Sequence[Sequence[nn.Linear]]) -> list[
     """The packed weights of these groups: those that are kept and still right, new ones, None where memory is short."""
     known = {packed.layers[0](): packed for packed in _packed.pop(model, ())}
     found: list[Packed | None] = []
+    wrong = len(known)
     for layers in groups:
         packed = known.pop(layers[0], None)
         found.append(packed if packed is not None and packed.is_of(layers) else None)
-    known.clear()  # what is wrong goes before anything new comes
+        wrong -= found[-1] is not None
+    # What is wrong goes before anything new comes, and what has recorded it.
+    known.clear()
+    if wrong:
+        forget(model)
     missing = [i for i, packed in enumerate(found) if packed is None]
     needed = sum(_bytes_of_copy(layer.weight) for i in missing for layer in groups[i])
     if needed * FREE_PART <= (available_memory(torch.device("cpu")) or 0):

@@ -253,7 +253,8 @@ def test_more_rows_than_pay_are_torchs(
     tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, read: list[torch.Size]
 ) -> None:
     monkeypatch.setattr(packed, "MOST_ROWS", 8)
-    for model in (tiny.model("llama"), tiny.adapted(tiny.model("llama"))):
+    adapted = [tiny.adapted(tiny.model("llama"), targets) for targets in ("all-linear", "v_proj", "gate_proj,k_proj")]
+    for model in (tiny.model("llama"), *adapted):
         wanted = plain(monkeypatch, tiny, model)
         assert torch.equal(generate(tiny, model), wanted)
     assert {shape[:-1].numel() for shape in read} <= set(range(1, 9))

@@ -305,9 +305,11 @@ class Decoder:
         if self.cache.proven:
             with self._compiled(), self.products():
                 return self._forward(route, input_ids, position)
-        # A first pass runs as it is: it notes which layers attend, and what is wrong with a model it says plainly.
+        # A first pass runs uncompiled: it notes which layers attend, and what is wrong with a model it says plainly. On a
+        # CPU its products are those of all passes, so that its bits do not depend on whether an earlier run was first.
         self.cache.attended.clear()
-        logits = self._forward(route, input_ids, position)
+        with self.products() if self._on_cpu else nullcontext():
+            logits = self._forward(route, input_ids, position)
         self.cache.require_attended()
         return logits
 

@@ -116,10 +116,15 @@ def test_a_gated_adapter(
     assert len(set(replays)) > 3
 
 
+@pytest.mark.parametrize("packs", [False, True])
 def test_bits_of_every_logit(
-    tiny: SimpleNamespace, replays: list[int], live: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    packs: bool, tiny: SimpleNamespace, replays: list[int], live: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """From a run's first pass to its last."""
+    monkeypatch.setattr(packed, "LEAST_WEIGHT", 1 if packs else 1 << 60)
+    monkeypatch.setattr(packed, "LEAST_TOKENS", 1)
     model, seen = tiny.model("qwen3"), list[Tensor]()
+    generate(tiny, model)  # copies are made behind a first prompt
     readout = mtpkern.decoder.readout
     monkeypatch.setattr(mtpkern.decoder, "readout", lambda z, *a: (seen.append(z.clone()), readout(z, *a))[1])
 

@@ -305,8 +305,8 @@ class Decoder:
         if self.cache.proven:
             with self._compiled(), self.products():
                 return self._forward(route, input_ids, position)
-        # A first pass runs uncompiled: it notes which layers attend, and what is wrong with a model it says plainly. On a
-        # CPU its products are those of all passes, so that its bits do not depend on whether an earlier run was first.
+        # A first pass runs uncompiled: it notes which layers attend, and what is wrong with a model it says plainly. Its
+        # products are those of all passes on a CPU, so that its bits do not depend on what earlier runs have shown.
         self.cache.attended.clear()
         with self.products() if self._on_cpu else nullcontext():
             logits = self._forward(route, input_ids, position)

@@ -305,7 +305,7 @@ class Decoder:
         if self.cache.proven:
             with self._compiled(), self.products():
                 return self._forward(route, input_ids, position)
-        # A first pass runs uncompiled: it notes which layers attend, and what is wrong with a model it says plainly. Its
+        # A first pass runs uncompiled: it notes which layers attend, and says plainly what is wrong with a model. Its
         # products are those of all passes on a CPU, so that its bits do not depend on what earlier runs have shown.
         self.cache.attended.clear()
         with self.products() if self._on_cpu else nullcontext():

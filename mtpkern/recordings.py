@@ -29,7 +29,7 @@ from mtpkern.model import is_tested
 from mtpkern.output import first_line
 from mtpkern.recorder import Memory, NotRecordableError, Recording, record
 
-# Passes of one kind before one is recorded. Recording and the comparison take three passes or more, and a replay saves a
+# Passes of one kind before one is recorded. Recording and the comparison take three passes or more, a replay saves a
 # fifth of one to a third: twice as many as pay for it, so that a first call of a hundred tokens loses nothing.
 WARM_UP = 32
 # A pass of more rows has much more to do than what recording saves, and to hold while it is recorded.

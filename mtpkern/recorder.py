@@ -224,7 +224,7 @@ def _mapped(stand_in: Callable[[Tensor], Tensor], value: Any) -> Any:
         return kind([_mapped(stand_in, x) for x in value])
     if kind is dict:
         return {name: _mapped(stand_in, x) for name, x in value.items()}
-    if is_dataclass(value) and kind is not type:
+    if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{f.name: _mapped(stand_in, getattr(value, f.name)) for f in fields(value)})
     return value
 
@@ -238,7 +238,7 @@ def _tensors(value: Any) -> list[Tensor]:
         return []
     if kind is dict:
         value = list(value.values())
-    elif is_dataclass(value) and kind is not type:
+    elif is_dataclass(value) and not isinstance(value, type):
         value = [getattr(value, f.name) for f in fields(value)]
     return [x for part in value for x in _tensors(part)] if isinstance(value, (list, tuple)) else []
 

@@ -279,7 +279,7 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self, route: dict[str, AttentionContext]) -> Tensor:
-        """One pass over the planned rows, inside `attention_context`; returns the rows' logits [R, V], until the next."""
+        """One pass over the planned rows, inside `attention_context`; returns their logits [R, V], until the next."""
         self.cache.memo.clear()
         live = partial(self._run_model, route)
         if self._recordings is not None and self.cache.proven:

@@ -48,9 +48,9 @@ def foreign(model: nn.Module) -> tuple[Any, ...]:
             continue
         held = module.__dict__
         kinds[type(module)] = None
-        if held["_modules"]:
+        if held.get("_modules"):  # one that torch.jit has made shows none
             modules += held["_modules"].values()
-        for hooks in (held["_forward_hooks"], held["_forward_pre_hooks"]):
+        for hooks in (held.get("_forward_hooks", {}), held.get("_forward_pre_hooks", {})):
             if hooks:  # torch counts them through the process
                 found += [(ref(module), key) for key, hook in hooks.items() if not _is_known(hook)]
         if "forward" in held and not _is_known(held["forward"]):
@@ -58,7 +58,7 @@ def foreign(model: nn.Module) -> tuple[Any, ...]:
         if "is_causal" in held and held["is_causal"] is False:
             found.append((ref(module), "is_causal"))
     for kind in kinds:
-        call: Any = kind.forward  # type: ignore[attr-defined]
+        call: Any = getattr(kind, "forward", None)  # which torch.jit's kinds do not tell
         if _plain.get(kind) is not call:
             if _root(kind.__module__) in _KNOWN and _is_known(call):
                 _plain[kind] = call

@@ -193,6 +193,10 @@ def fingerprint(model: PreTrainedModel) -> tuple[Any, ...]:
     anew at each replay and may change in place; a LoRA that is merged in place shows in the module's list of them.
     """
     facts = [_facts(vars(model.config)), _facts(vars(model.config.get_text_config(decoder=True)))]
+    gate = vars(model).get("mtpkern_gate")
+    if gate is not None:
+        # The mask token's embedding is no parameter of this model.
+        facts += _facts(gate.row), gate.mask_token_id
     # By hand, as a walk by torch's own means would take longer than several passes.
     modules: list[torch.nn.Module | None] = [model]
     while modules:
@@ -200,8 +204,8 @@ def fingerprint(model: PreTrainedModel) -> tuple[Any, ...]:
         if module is None:
             continue
         held = vars(module)
-        modules.extend(held["_modules"].values())
-        facts.append(id(module))
+        modules.extend(held.get("_modules", {}).values())  # one that torch.jit has made shows none
+        facts += id(module), type(module)
         for name, value in held.items():
             # Most of what a module holds is empty, and what is there says so by its name.
             if name in _BOOKKEEPING or value is None or value is False or (isinstance(value, dict) and not value):

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Bytes that results begin at multiples of, as torch's own do: some products have other bits elsewhere.
-ALIGNMENT = 64
+# Bytes of the smallest piece of memory.
+LEAST_PIECE = 64
 
 # What torch.tensor ends with, and does nothing to what has no gradients.
 _DETACH = torch.ops.aten.detach_.default
@@ -128,13 +128,10 @@ class Memory:
     def take(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """A piece of memory, and a tensor of this form in it."""
         n = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride())) if like.numel() else 0
-        needed = -(-n * like.element_size() // ALIGNMENT) * ALIGNMENT
-        fitting = [x for x in self.free if needed <= x.nbytes <= 2 * needed]
-        piece = min(fitting, key=lambda x: x.nbytes, default=None)
-        if piece is None:
-            piece = torch.empty(needed, dtype=torch.uint8)
-        else:
-            self.free = [x for x in self.free if x is not piece]
+        # Of few sizes, or every recording of more rows than those before would have memory of its own.
+        size = max(LEAST_PIECE, 1 << (n * like.element_size() - 1).bit_length())
+        at = next((i for i, x in enumerate(self.free) if x.nbytes == size), None)
+        piece = torch.empty(size, dtype=torch.uint8) if at is None else self.free.pop(at)
         return piece, piece.view(like.dtype)[:n].as_strided(like.shape, like.stride())
 
 

@@ -6,9 +6,10 @@ pay, and replayed. Attention, which looks at as many slots as are in use, and wh
 masks stay calls as they are. The first replay is compared with the pass itself, bit by bit.
 
 Weights are read where they are, so that they may change in place; what else a recording has baked in of its model is
-compared at the beginning of each run, as for a CUDA graph (`mtpkern.graph.fingerprint`). A model goes without whose
-pass depends on values (experts in a loop, say), draws random numbers, or runs what is not the libraries' own.
-Recordings go with the model, or at `mtpkern.release_graphs`.
+compared at the beginning of each run, as for a CUDA graph (`mtpkern.graph.fingerprint`): a hook that is set in the
+middle of one is called from the next on. A model goes without whose pass depends on values (experts in a loop, say),
+draws random numbers, or runs what is not the libraries' own, and so does a run inside of somebody's mode of torch
+(`TorchFunctionMode`, `torch.device`). Recordings go with the model, or at `mtpkern.release_graphs`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
 
+from mtpkern.foreign import foreign
 from mtpkern.graph import fingerprint
 from mtpkern.model import is_tested
 from mtpkern.output import first_line
@@ -93,9 +96,9 @@ class Recordings:
             return forward(input_ids, position)
         if key in self.proven:
             return self.made[key](owners, input_ids, position)
-        if self.fingerprint is None:
-            self.fingerprint = fingerprint(model)
         try:
+            if self.fingerprint is None:
+                self.fingerprint = fingerprint(model)
             if key in self.made:
                 found = self.made[key](owners, input_ids, position)
                 logits = forward(input_ids, position)
@@ -112,6 +115,10 @@ class Recordings:
         return forward(input_ids, position)
 
     def _refuse(self, error: Exception) -> None:
+        self.refused = True
+        self.made.clear()
+        self.proven.clear()
+        self.memory = Memory()
         if not isinstance(error, NotRecordableError):
             warnings.warn(
                 "a pass could not be recorded, and passes of this model run as they are, which takes somewhat longer; "
@@ -119,20 +126,18 @@ class Recordings:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        self.refused = True
-        self.made.clear()
-        self.proven.clear()
-        self.memory = Memory()
 
 
 def _is_plain(model: nn.Module) -> bool:
     """Whether all that the model's modules do is to call operations, on tensors that hold their values themselves."""
     for module in model.modules():
         held = vars(module)
+        if isinstance(module, torch.jit.ScriptModule) or held.get("_compiled_call_impl") is not None:
+            return False
         hooks = (*held["_forward_hooks"].values(), *held["_forward_pre_hooks"].values())
         if any(_root(hook) != "mtpkern" for hook in hooks) or "forward" in held or _root(type(module)) not in _PLAIN:
             return False
-        if held.get("_compiled_call_impl") is not None:
+        if any(callable(value) and _root(value) not in _PLAIN for value in held.values()):
             return False
         tensors = [x for x in (*held["_parameters"].values(), *held["_buffers"].values()) if x is not None]
         if any(type(x) not in (Tensor, nn.Parameter) or x.device.type != "cpu" for x in tensors):
@@ -141,6 +146,9 @@ def _is_plain(model: nn.Module) -> bool:
 
 
 def _root(what: Any) -> str:
+    """The package that a class or a function is of."""
+    while isinstance(what, partial):
+        what = what.func
     return str(getattr(what, "__module__", "")).partition(".")[0]
 
 
@@ -154,6 +162,9 @@ def recordings_of(model: PreTrainedModel, baked: Sequence[Any], new_tokens: int)
     The caller holds the model (see `exclusive`).
     """
     if new_tokens < LEAST_TOKENS or not is_tested(model):
+        return None
+    # What somebody has put around operations or into the model would see none of a replay.
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or foreign(model):
         return None
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return None

@@ -99,6 +99,17 @@ def test_recordings_share_their_memory() -> None:
         assert torch.equal(second((), two), forward(two))
 
 
+def test_recordings_that_grow_share_their_memory_too() -> None:
+    """All that smaller ones have is no more than what the largest takes."""
+    memory = Memory()
+    for rows in range(1, 65):
+        record(lambda x: norm(x) + 1, (), (torch.ones(rows, 256),), memory)
+    all_of_them = sum(piece.nbytes for piece in memory.free)
+    alone = Memory()
+    record(lambda x: norm(x) + 1, (), (torch.ones(64, 256),), alone)
+    assert all_of_them <= 2 * sum(piece.nbytes for piece in alone.free)
+
+
 def test_a_weight_is_read_where_it_is() -> None:
     weight = WEIGHT.clone()
     x = torch.randn(3, 6)

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -12,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
+from torch.overrides import TorchFunctionMode
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import mtpkern
 import mtpkern.adapter
@@ -145,13 +148,18 @@ def test_a_replay_runs_no_module(tiny: SimpleNamespace, replays: list[int], monk
     model = tiny.model("llama")
     for _ in range(3):
         generate(tiny, model, strategy=Static(1))
-    layer, calls = type(model.model.layers[0]), []
-    own = layer.forward
-    monkeypatch.setattr(layer, "forward", lambda *args, **options: (calls.append(1), own(*args, **options))[1])
+    called: list[Any] = []
+    own = torch.nn.Module._call_impl
+
+    def call(module: Any, *args: Any, **options: Any) -> Any:
+        called.append(module)
+        return own(module, *args, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "_call_impl", call)
     replays.clear()
     generate(tiny, model, strategy=Static(1), max_new_tokens=12)
     assert len(replays) == 11  # the first pass, too
-    assert len(calls) == len(model.model.layers)  # the prompt's
+    assert called.count(model.model.norm) == 1  # the prompt's
 
 
 def negated(model: Any) -> None:
@@ -190,8 +198,40 @@ def doubled(model: Any) -> None:
     model.to(torch.float64)
 
 
+class Negated(LlamaMLP):
+    """A class of somebody's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -super().forward(x)
+
+
+def of_another_class(model: Any) -> None:
+    model.model.layers[0].mlp.__class__ = Negated
+
+
+def of_another_class_of_theirs(model: Any) -> None:
+    model.model.layers[0].mlp.act_fn.__class__ = torch.nn.Tanh
+
+
+def with_a_function(model: Any) -> None:
+    mlp = model.model.layers[0].mlp
+    del mlp.act_fn
+    mlp.act_fn = lambda x: -x.tanh()
+
+
+def traced(model: Any) -> None:
+    mlp = model.model.layers[0].mlp
+    mlp.act_fn = torch.jit.trace(torch.nn.Tanh(), torch.ones(2))
+
+
 @pytest.mark.parametrize("packs", [False, True])
-@pytest.mark.parametrize("change", [negated, moved, in_place, normed, hooked, own_forward, scaling, doubled])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(negated, moved, in_place, normed, hooked, own_forward, scaling, doubled),
+        *(of_another_class, of_another_class_of_theirs, with_a_function, traced),
+    ],
+)
 def test_a_model_that_changes_is_followed(
     change: Callable[[Any], None],
     packs: bool,
@@ -206,7 +246,7 @@ def test_a_model_that_changes_is_followed(
     before = [generate(tiny, model, max_new_tokens=24) for _ in range(3)][-1]
     assert replays
     change(model)
-    wanted = live(generate, tiny, copy.deepcopy(model), max_new_tokens=24)
+    wanted = live(generate, tiny, model, max_new_tokens=24)
     assert not torch.equal(wanted, before) or change is doubled
     for _ in range(3):
         assert torch.equal(generate(tiny, model, max_new_tokens=24), wanted)
@@ -228,6 +268,7 @@ def test_an_adapter_that_changes_is_followed(
     assert replays
     for change in (
         lambda: [p.data.mul_(-3) for name, p in model.named_parameters() if "lora_B" in name],
+        lambda: setattr(model.mask_row, "data", -model.mask_row.data),
         lambda: model.base_model.disable_adapter_layers(),
         lambda: model.base_model.enable_adapter_layers(),
     ):
@@ -236,6 +277,30 @@ def test_an_adapter_that_changes_is_followed(
         assert not torch.equal(wanted, found[-1])
         found = [run() for _ in range(3)]
         assert all(torch.equal(x, wanted) for x in found)
+
+
+class Halved(TorchFunctionMode):
+    """What somebody has put around operations."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return out * 0.5 if func is torch.nn.functional.silu else out
+
+
+def test_modes_of_others_are_asked(tiny: SimpleNamespace, replays: list[int], live: Callable[..., Any]) -> None:
+    """And what they do ends with them."""
+    model = tiny.model("llama")
+    wanted = live(generate, tiny, model, max_new_tokens=24)
+    with Halved():
+        halved = live(generate, tiny, model, max_new_tokens=24)
+        found = [generate(tiny, model, max_new_tokens=24) for _ in range(3)]
+    assert not torch.equal(halved, wanted)
+    assert all(torch.equal(x, halved) for x in found)
+    assert not replays
+    assert all(torch.equal(generate(tiny, model, max_new_tokens=24), wanted) for _ in range(3))
+    assert replays
+    with Halved():
+        assert torch.equal(generate(tiny, model, max_new_tokens=24), halved)
 
 
 @pytest.mark.parametrize("of_all", [True, False])
@@ -272,6 +337,12 @@ def test_what_cannot_be_recorded_runs(
             found = [generate(tiny, model, max_new_tokens=24) for _ in range(3)]
         assert all(torch.equal(x, wanted) for x in found)
         assert len(told) == 1
+        mtpkern.release_graphs(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            with pytest.raises(RuntimeWarning, match="could not be recorded"):
+                generate(tiny, model, max_new_tokens=40)
+            assert torch.equal(generate(tiny, model, max_new_tokens=24), wanted)  # told once
     own, calls = Recording.__call__, list[int]()
 
     def other(self: Recording, owners: Any, *inputs: Tensor) -> Tensor:

@@ -5,16 +5,13 @@ import gc
 import pickle
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.modules.module import register_module_forward_hook
-from torch.overrides import TorchFunctionMode
-from transformers.models.llama.modeling_llama import LlamaMLP
 
 import mtpkern
 import mtpkern.adapter
@@ -29,53 +26,9 @@ from support.packing import generate
 
 # Experts in a loop look at which of them have rows.
 LOOPS = {"gpt_oss", "qwen3_moe", "deepseek_v3"}
+pytestmark = pytest.mark.usefixtures("recorded_at_once")
+
 STRATEGIES = [Static(1), Static(3), ConfAdapt(3, 0.2), Verified(3, 0.2), Verified(3, 0.2, masks=3)]
-
-
-@pytest.fixture(autouse=True)
-def at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The second pass of a kind is recorded, the third compared, the fourth replayed."""
-    monkeypatch.setattr(recordings, "WARM_UP", 1)
-    monkeypatch.setattr(recordings, "LEAST_TOKENS", 1)
-    yield
-    mtpkern.release_graphs()
-
-
-@pytest.fixture
-def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of each replay."""
-    seen: list[int] = []
-    own = Recording.__call__
-
-    def call(self: Recording, owners: Any, *inputs: Tensor) -> Tensor:
-        seen.append(inputs[0].shape[1])
-        for piece in kept_memory:
-            piece.fill_(255)  # NaN
-        return own(self, owners, *inputs)
-
-    kept_memory: list[Tensor] = []
-    take = recordings.Memory.take
-
-    def noting(self: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-        piece, stand_in = take(self, like)
-        kept_memory.append(piece)
-        return piece, stand_in
-
-    monkeypatch.setattr(Recording, "__call__", call)
-    monkeypatch.setattr(recordings.Memory, "take", noting)
-    return seen
-
-
-@pytest.fixture
-def live(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """A run whose passes all run as they are."""
-
-    def run(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        with monkeypatch.context() as patch:
-            patch.setattr("mtpkern.decoder.recordings_of", lambda *args: None)
-            return call(*args, **options)
-
-    return run
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -160,165 +113,6 @@ def test_a_replay_runs_no_module(tiny: SimpleNamespace, replays: list[int], monk
     generate(tiny, model, strategy=Static(1), max_new_tokens=12)
     assert len(replays) == 11  # the first pass, too
     assert called.count(model.model.norm) == 1  # the prompt's
-
-
-def negated(model: Any) -> None:
-    layer = model.model.layers[0].mlp.up_proj
-    layer.weight = torch.nn.Parameter(-layer.weight.detach())
-
-
-def moved(model: Any) -> None:
-    layer = model.model.layers[0].mlp.up_proj
-    layer.weight.data = -layer.weight.data
-
-
-def in_place(model: Any) -> None:
-    with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight.neg_()
-
-
-def normed(model: Any) -> None:
-    with torch.no_grad():
-        model.model.layers[0].input_layernorm.weight.mul_(-1)
-
-
-def hooked(model: Any) -> None:
-    model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: -output)
-
-
-def own_forward(model: Any) -> None:
-    model.model.layers[1].mlp.forward = lambda x: 0 * x
-
-
-def scaling(model: Any) -> None:
-    model.model.layers[0].self_attn.scaling = 0.9
-
-
-def doubled(model: Any) -> None:
-    model.to(torch.float64)
-
-
-class Negated(LlamaMLP):
-    """A class of somebody's."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return -super().forward(x)
-
-
-def of_another_class(model: Any) -> None:
-    model.model.layers[0].mlp.__class__ = Negated
-
-
-def of_another_class_of_theirs(model: Any) -> None:
-    model.model.layers[0].mlp.act_fn.__class__ = torch.nn.Tanh
-
-
-def with_a_function(model: Any) -> None:
-    mlp = model.model.layers[0].mlp
-    del mlp.act_fn
-    mlp.act_fn = lambda x: -x.tanh()
-
-
-def traced(model: Any) -> None:
-    mlp = model.model.layers[0].mlp
-    mlp.act_fn = torch.jit.trace(torch.nn.Tanh(), torch.ones(2))
-
-
-@pytest.mark.parametrize("packs", [False, True])
-@pytest.mark.parametrize(
-    "change",
-    [
-        *(negated, moved, in_place, normed, hooked, own_forward, scaling, doubled),
-        *(of_another_class, of_another_class_of_theirs, with_a_function, traced),
-    ],
-)
-def test_a_model_that_changes_is_followed(
-    change: Callable[[Any], None],
-    packs: bool,
-    tiny: SimpleNamespace,
-    replays: list[int],
-    live: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(packed, "LEAST_WEIGHT", 1 if packs else 1 << 60)
-    monkeypatch.setattr(packed, "LEAST_TOKENS", 1)
-    model = tiny.model("llama")
-    before = [generate(tiny, model, max_new_tokens=24) for _ in range(3)][-1]
-    assert replays
-    change(model)
-    wanted = live(generate, tiny, model, max_new_tokens=24)
-    assert not torch.equal(wanted, before) or change is doubled
-    for _ in range(3):
-        assert torch.equal(generate(tiny, model, max_new_tokens=24), wanted)
-
-
-def test_an_adapter_that_changes_is_followed(
-    tiny: SimpleNamespace, replays: list[int], live: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What it proposes is looked at, as its tokens are the base's whatever it does."""
-    monkeypatch.setattr(packed, "LEAST_WEIGHT", 1)
-    monkeypatch.setattr(packed, "LEAST_TOKENS", 1)
-    model = tiny.adapted(tiny.model("llama"))
-    strategy = Static(3)  # emits what masks propose
-
-    def run() -> Tensor:
-        return generate(tiny, model, strategy=strategy, max_new_tokens=24)  # type: ignore[no-any-return]
-
-    found = [run() for _ in range(3)]
-    assert replays
-    for change in (
-        lambda: [p.data.mul_(-3) for name, p in model.named_parameters() if "lora_B" in name],
-        lambda: setattr(model.mask_row, "data", -model.mask_row.data),
-        lambda: model.base_model.disable_adapter_layers(),
-        lambda: model.base_model.enable_adapter_layers(),
-    ):
-        change()
-        wanted = live(run)
-        assert not torch.equal(wanted, found[-1])
-        found = [run() for _ in range(3)]
-        assert all(torch.equal(x, wanted) for x in found)
-
-
-class Halved(TorchFunctionMode):
-    """What somebody has put around operations."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        return out * 0.5 if func is torch.nn.functional.silu else out
-
-
-def test_modes_of_others_are_asked(tiny: SimpleNamespace, replays: list[int], live: Callable[..., Any]) -> None:
-    """And what they do ends with them."""
-    model = tiny.model("llama")
-    wanted = live(generate, tiny, model, max_new_tokens=24)
-    with Halved():
-        halved = live(generate, tiny, model, max_new_tokens=24)
-        found = [generate(tiny, model, max_new_tokens=24) for _ in range(3)]
-    assert not torch.equal(halved, wanted)
-    assert all(torch.equal(x, halved) for x in found)
-    assert not replays
-    assert all(torch.equal(generate(tiny, model, max_new_tokens=24), wanted) for _ in range(3))
-    assert replays
-    with Halved():
-        assert torch.equal(generate(tiny, model, max_new_tokens=24), halved)
-
-
-@pytest.mark.parametrize("of_all", [True, False])
-def test_hooks_are_called_in_every_pass(of_all: bool, tiny: SimpleNamespace, replays: list[int]) -> None:
-    model = tiny.model("llama")
-    for _ in range(3):
-        generate(tiny, model, strategy=Static(1))
-    replays.clear()
-    called: list[Any] = []
-    register = register_module_forward_hook if of_all else model.model.norm.register_forward_hook
-    handle = register(lambda module, args, output: called.append(module))
-    try:
-        for _ in range(3):
-            generate(tiny, model, strategy=Static(1), max_new_tokens=12)
-    finally:
-        handle.remove()
-    assert called.count(model.model.norm) == 36
-    assert not replays
 
 
 def test_what_cannot_be_recorded_runs(
@@ -413,7 +207,8 @@ def test_weights_that_have_changed_are_let_go_first(tiny: SimpleNamespace, monke
     assert recordings._kept[model].made
     own = packed.Packed.of
     monkeypatch.setattr(packed.Packed, "of", lambda layers: (kept.append(model in recordings._kept), own(layers))[1])
-    in_place(model)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.neg_()
     generate(tiny, model, max_new_tokens=8)
     assert kept == [False]
 

@@ -1,0 +1,176 @@
+"""A model that has changed since its passes were recorded, and what others have put into it or around it."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
+from torch.overrides import TorchFunctionMode
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from mtpkern import Static, packed
+from support.packing import generate
+
+pytestmark = pytest.mark.usefixtures("recorded_at_once")
+
+
+def negated(model: Any) -> None:
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight = torch.nn.Parameter(-layer.weight.detach())
+
+
+def moved(model: Any) -> None:
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight.data = -layer.weight.data
+
+
+def in_place(model: Any) -> None:
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.neg_()
+
+
+def normed(model: Any) -> None:
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight.mul_(-1)
+
+
+def hooked(model: Any) -> None:
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: -output)
+
+
+def own_forward(model: Any) -> None:
+    model.model.layers[1].mlp.forward = lambda x: 0 * x
+
+
+def scaling(model: Any) -> None:
+    model.model.layers[0].self_attn.scaling = 0.9
+
+
+def doubled(model: Any) -> None:
+    model.to(torch.float64)
+
+
+class Negated(LlamaMLP):
+    """A class of somebody's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -super().forward(x)
+
+
+def of_another_class(model: Any) -> None:
+    model.model.layers[0].mlp.__class__ = Negated
+
+
+def of_another_class_of_theirs(model: Any) -> None:
+    model.model.layers[0].mlp.act_fn.__class__ = torch.nn.Tanh
+
+
+def with_a_function(model: Any) -> None:
+    mlp = model.model.layers[0].mlp
+    del mlp.act_fn
+    mlp.act_fn = lambda x: -x.tanh()
+
+
+def traced(model: Any) -> None:
+    mlp = model.model.layers[0].mlp
+    mlp.act_fn = torch.jit.trace(torch.nn.Tanh(), torch.ones(2))
+
+
+@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(negated, moved, in_place, normed, hooked, own_forward, scaling, doubled),
+        *(of_another_class, of_another_class_of_theirs, with_a_function, traced),
+    ],
+)
+def test_a_model_that_changes_is_followed(
+    change: Callable[[Any], None],
+    packs: bool,
+    tiny: SimpleNamespace,
+    replays: list[int],
+    live: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(packed, "LEAST_WEIGHT", 1 if packs else 1 << 60)
+    monkeypatch.setattr(packed, "LEAST_TOKENS", 1)
+    model = tiny.model("llama")
+    before = [generate(tiny, model, max_new_tokens=24) for _ in range(3)][-1]
+    assert replays
+    change(model)
+    wanted = live(generate, tiny, model, max_new_tokens=24)
+    assert not torch.equal(wanted, before) or change is doubled
+    for _ in range(3):
+        assert torch.equal(generate(tiny, model, max_new_tokens=24), wanted)
+
+
+def test_an_adapter_that_changes_is_followed(
+    tiny: SimpleNamespace, replays: list[int], live: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it proposes is looked at, as its tokens are the base's whatever it does."""
+    monkeypatch.setattr(packed, "LEAST_WEIGHT", 1)
+    monkeypatch.setattr(packed, "LEAST_TOKENS", 1)
+    model = tiny.adapted(tiny.model("llama"))
+    strategy = Static(3)  # emits what masks propose
+
+    def run() -> Tensor:
+        return generate(tiny, model, strategy=strategy, max_new_tokens=24)  # type: ignore[no-any-return]
+
+    found = [run() for _ in range(3)]
+    assert replays
+    for change in (
+        lambda: [p.data.mul_(-3) for name, p in model.named_parameters() if "lora_B" in name],
+        lambda: setattr(model.mask_row, "data", -model.mask_row.data),
+        lambda: model.base_model.disable_adapter_layers(),
+        lambda: model.base_model.enable_adapter_layers(),
+    ):
+        change()
+        wanted = live(run)
+        assert not torch.equal(wanted, found[-1])
+        found = [run() for _ in range(3)]
+        assert all(torch.equal(x, wanted) for x in found)
+
+
+class Halved(TorchFunctionMode):
+    """What somebody has put around operations."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return out * 0.5 if func is torch.nn.functional.silu else out
+
+
+def test_modes_of_others_are_asked(tiny: SimpleNamespace, replays: list[int], live: Callable[..., Any]) -> None:
+    """And what they do ends with them."""
+    model = tiny.model("llama")
+    wanted = live(generate, tiny, model, max_new_tokens=24)
+    with Halved():
+        halved = live(generate, tiny, model, max_new_tokens=24)
+        found = [generate(tiny, model, max_new_tokens=24) for _ in range(3)]
+    assert not torch.equal(halved, wanted)
+    assert all(torch.equal(x, halved) for x in found)
+    assert not replays
+    assert all(torch.equal(generate(tiny, model, max_new_tokens=24), wanted) for _ in range(3))
+    assert replays
+    with Halved():
+        assert torch.equal(generate(tiny, model, max_new_tokens=24), halved)
+
+
+@pytest.mark.parametrize("of_all", [True, False])
+def test_hooks_are_called_in_every_pass(of_all: bool, tiny: SimpleNamespace, replays: list[int]) -> None:
+    model = tiny.model("llama")
+    for _ in range(3):
+        generate(tiny, model, strategy=Static(1))
+    replays.clear()
+    called: list[Any] = []
+    register = register_module_forward_hook if of_all else model.model.norm.register_forward_hook
+    handle = register(lambda module, args, output: called.append(module))
+    try:
+        for _ in range(3):
+            generate(tiny, model, strategy=Static(1), max_new_tokens=12)
+    finally:
+        handle.remove()
+    assert called.count(model.model.norm) == 36
+    assert not replays

@@ -71,7 +71,7 @@ def kv_write(k_cache: Tensor, v_cache: Tensor, key: Tensor, value: Tensor, row_s
         kv_write(k_cache, v_cache, key, value, torch.tensor([0, 0, 1]), torch.tensor([7, 8, 3]))
     """
     for cached, x in ((k_cache, key), (v_cache, value)):
-        if len(cached) == 1:  # a third of the time, on a CPU
+        if len(cached) == 1:  # in half of the time, on a CPU
             cached.index_copy_(2, row_slot, x.transpose(0, 1)[None])
         else:
             cached[row_seq, :, row_slot] = x

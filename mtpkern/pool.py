@@ -137,8 +137,9 @@ def release_graphs(model: nn.Module | None = None) -> int:
     A PeftModel stands for the model in it.
 
     Weights that a pass has moved together (mtpkern.products) are apart again, but of a model that a call is running; on
-    a CPU the copies that passes of few rows read (mtpkern.packed) go as well. Returns how many were dropped. The memory
-    goes back to torch, which returns it to the device at `torch.cuda.empty_cache()`. The next call captures anew.
+    a CPU the copies that passes of few rows read (mtpkern.packed) and recorded passes (mtpkern.recordings) go as well.
+    Returns how many sets of buffers were dropped. The memory goes back to torch, which returns it to the device at
+    `torch.cuda.empty_cache()`. The next call captures anew.
 
     Call it before torch.save, which would write with a weight all that lies with it, and before accelerate's
     save_model, save_state and load_state, which would leave weights out, or refuse; `save_pretrained` needs none of it.

@@ -50,10 +50,7 @@ def apart(call: Callable[..., Any], *args: Any) -> Any:
 
 
 class Recorder(TorchDispatchMode):
-    """Notes the operations of the block, which run as they would.
-
-    owners: what a pass reads by calls `apart` and a later pass has another of.
-    """
+    """Notes the operations of the block, which run as they would, for `record`."""
 
     def __init__(self, owners: Sequence[Any] = ()) -> None:
         super().__init__()
@@ -136,13 +133,11 @@ class Memory:
 
 
 class Recording:
-    """A pass as what there is to call: recording(owners, input_ids, position) -> logits, good until the next.
+    """A pass as what there is to call; see `record`, which makes it.
 
-    with Recorder([cache]) as recorder:
-        logits = model(input_ids=ids, position_ids=position, ...).logits
-    recording = Recording(recorder, (ids, position), logits, Memory())
+        logits = recording([cache], input_ids, position)    # [R, V], good until the next; input_ids, position [1, R]
 
-    Raises NotRecordableError where the pass has written to what it has not made.
+    Raises NotRecordableError, when it is made, where the pass has written to what it has not made.
     """
 
     def __init__(self, recorder: Recorder, inputs: Sequence[Tensor], logits: Tensor, memory: Memory) -> None:
@@ -211,7 +206,7 @@ def _call_apart(step: _Apart, owners: Sequence[Any], args: Sequence[Any], out: T
 
 
 def _mapped(stand_in: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """What a step was given, with what stands for its tensors in their place."""
+    """What a step was given, its tensors replaced by what stands for them; torch's `tree_map` takes ten times as long."""
     if isinstance(value, Tensor):
         return stand_in(value)
     kind = type(value)
@@ -282,7 +277,13 @@ def _out_form(func: Any) -> tuple[Any, list[str]]:
 def record(
     forward: Callable[..., Tensor], owners: Sequence[Any], inputs: Sequence[Tensor], memory: Memory
 ) -> tuple[Recording, Tensor]:
-    """A pass over these inputs, which nobody else holds: its recording, and its logits."""
+    """forward(*inputs) of tensors that nobody else holds: its recording, and what came out, a pass's logits [R, V].
+
+    owners: what the pass reads by methods that are called `apart`, of which each replay is given its own. Raises
+    NotRecordableError for a pass that a list of operations cannot stand for.
+
+        recording, logits = record(forward, [cache], (input_ids.clone(), position.clone()), Memory())
+    """
     recorder = Recorder(owners)
     token = _recorder.set(recorder)
     try:

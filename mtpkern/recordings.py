@@ -1,9 +1,9 @@
 """Passes on a CPU, recorded: what a CUDA graph is to a GPU.
 
-Two fifths of a pass of so small a model as runs on a CPU go for what stands around its operations: modules, views,
-memory for results. So a pass is recorded (mtpkern.recorder), once as many of its number of rows have run as make it
-pay, and replayed. Attention, which looks at as many slots as are in use, and what an adapter adds to the rows that are
-masks stay calls as they are. The first replay is compared with the pass itself, bit by bit.
+A fifth to a third of a pass of so small a model as runs on a CPU goes for what stands around its operations: modules,
+views, memory for results. So a pass is recorded (mtpkern.recorder), once as many of its number of rows have run as make
+it pay, and replayed. Attention, which looks at as many slots as are in use, and what an adapter adds to the rows that
+are masks stay calls as they are. The first replay is compared with the pass itself, bit by bit.
 
 Weights are read where they are, so that they may change in place; what else a recording has baked in of its model is
 compared at the beginning of each run, as for a CUDA graph (`mtpkern.graph.fingerprint`): a hook that is set in the

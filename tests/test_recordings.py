@@ -44,21 +44,16 @@ def test_the_same_tokens(name: str, tiny: SimpleNamespace, replays: list[int], l
     assert name in LOOPS or not refused
 
 
-@pytest.mark.parametrize("packs", [False, True])
 @pytest.mark.parametrize("targets", ["all-linear", "v_proj,down_proj", "o_proj"])
+@pytest.mark.usefixtures("packs")
 def test_a_gated_adapter(
     targets: str,
-    packs: bool,
     tiny: SimpleNamespace,
     replays: list[int],
     live: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With masks and without, whose rows differ from pass to pass; over copies and over torch's products."""
-    if packs and not packed._has_packed_products(torch.float32):
-        pytest.skip("torch without oneDNN")
-    monkeypatch.setattr(packed, "LEAST_WEIGHT", 1 if packs else 1 << 60)
-    monkeypatch.setattr(packed, "LEAST_TOKENS", 1)
     model = tiny.adapted(tiny.model("llama"), targets)
     for most, strategy in ((128, ConfAdapt(4, 0.5)), (8, Verified(4, 0.2)), (128, Verified(4, 0.0)), (128, Static(1))):
         monkeypatch.setattr(packed, "MOST_ROWS", most)
@@ -72,13 +67,11 @@ def test_a_gated_adapter(
     assert len(set(replays)) > 3
 
 
-@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.usefixtures("packs")
 def test_bits_of_every_logit(
-    packs: bool, tiny: SimpleNamespace, replays: list[int], live: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    tiny: SimpleNamespace, replays: list[int], live: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From a run's first pass to its last."""
-    monkeypatch.setattr(packed, "LEAST_WEIGHT", 1 if packs else 1 << 60)
-    monkeypatch.setattr(packed, "LEAST_TOKENS", 1)
     model, seen = tiny.model("qwen3"), list[Tensor]()
     generate(tiny, model)  # copies are made behind a first prompt
     readout = mtpkern.decoder.readout

@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from mtpkern import Static, packed
+from mtpkern import Static
 from support.packing import generate
 
 pytestmark = pytest.mark.usefixtures("recorded_at_once")
@@ -79,7 +79,7 @@ def traced(model: Any) -> None:
     mlp.act_fn = torch.jit.trace(torch.nn.Tanh(), torch.ones(2))
 
 
-@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.usefixtures("packs")
 @pytest.mark.parametrize(
     "change",
     [
@@ -88,15 +88,8 @@ def traced(model: Any) -> None:
     ],
 )
 def test_a_model_that_changes_is_followed(
-    change: Callable[[Any], None],
-    packs: bool,
-    tiny: SimpleNamespace,
-    replays: list[int],
-    live: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Any], None], tiny: SimpleNamespace, replays: list[int], live: Callable[..., Any]
 ) -> None:
-    monkeypatch.setattr(packed, "LEAST_WEIGHT", 1 if packs else 1 << 60)
-    monkeypatch.setattr(packed, "LEAST_TOKENS", 1)
     model = tiny.model("llama")
     before = [generate(tiny, model, max_new_tokens=24) for _ in range(3)][-1]
     assert replays
@@ -107,14 +100,13 @@ def test_a_model_that_changes_is_followed(
         assert torch.equal(generate(tiny, model, max_new_tokens=24), wanted)
 
 
+@pytest.mark.usefixtures("packs")
 def test_an_adapter_that_changes_is_followed(
-    tiny: SimpleNamespace, replays: list[int], live: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    tiny: SimpleNamespace, replays: list[int], live: Callable[..., Any]
 ) -> None:
-    """What it proposes is looked at, as its tokens are the base's whatever it does."""
-    monkeypatch.setattr(packed, "LEAST_WEIGHT", 1)
-    monkeypatch.setattr(packed, "LEAST_TOKENS", 1)
+    """What it proposes is emitted, and so looked at."""
     model = tiny.adapted(tiny.model("llama"))
-    strategy = Static(3)  # emits what masks propose
+    strategy = Static(3)
 
     def run() -> Tensor:
         return generate(tiny, model, strategy=strategy, max_new_tokens=24)  # type: ignore[no-any-return]

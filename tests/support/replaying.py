@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 import mtpkern
-from mtpkern import recordings
+from mtpkern import packed, recordings
 from mtpkern.recorder import Recording
 
 
@@ -18,6 +19,16 @@ def recorded_at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(recordings, "LEAST_TOKENS", 1)
     yield
     mtpkern.release_graphs()
+
+
+@pytest.fixture(params=[False, True], ids=["torch's products", "copies"])
+def packs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Passes read torch's weights, or, small as they are, copies that are laid out for few rows."""
+    if request.param and not packed._has_packed_products(torch.float32):
+        pytest.skip("torch without oneDNN")
+    monkeypatch.setattr(packed, "LEAST_WEIGHT", 1 if request.param else 1 << 60)
+    monkeypatch.setattr(packed, "LEAST_TOKENS", 1)
+    return bool(request.param)
 
 
 @pytest.fixture

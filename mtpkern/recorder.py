@@ -206,7 +206,7 @@ def _call_apart(step: _Apart, owners: Sequence[Any], args: Sequence[Any], out: T
 
 
 def _mapped(stand_in: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """What a step was given, its tensors replaced by what stands for them; torch's `tree_map` takes ten times as long."""
+    """What a step was given, its tensors replaced by their stand-ins; torch's `tree_map` takes ten times as long."""
     if isinstance(value, Tensor):
         return stand_in(value)
     kind = type(value)

@@ -394,11 +394,11 @@ def decode_attention(
     scale, softcap, sinks = scoring.scale, scoring.softcap, scoring.sinks
     # What F.scaled_dot_product_attention takes in 16 bits is several times slower where the processor lacks them.
     wide = torch.float32 if query.device.type == "cpu" and has_products(query.dtype) is False else query.dtype
-    spread = rows.spread(scoring.window, C, wide, Hq // Hkv)
-    q = query
-    if spread.place is not None:
-        q = query.new_zeros(B * W + 1, Hq, D).index_copy_(0, spread.place, query)[:-1]
-    q = q.view(B, W, Hq, D).transpose(1, 2).reshape(B, Hkv, -1, D)
+    spread = rows.spread(scoring.window, C, wide, (Hq, Hkv))
+    q = query.transpose(0, 1).reshape(Hq * R, D)
+    if spread.bring is not None:
+        q = q.index_select(0, spread.bring)
+    q = q.view(B, Hkv, -1, D)
     k, v = k_cache[:, :, :C], v_cache[:, :, :C]
     if softcap is None and sinks is None:
         q, k, v = (x.to(wide) for x in (q, k, v))
@@ -413,9 +413,11 @@ def decode_attention(
         if sinks is not None:
             s = torch.cat([s, sinks.to(dtype).repeat_interleave(W).view(1, Hkv, -1, 1).expand(B, -1, -1, -1)], dim=-1)
         o = s.softmax(-1)[..., :C] @ v
-    o = o.view(B, Hq, W, Dv).transpose(1, 2).reshape(B * W, Hq, Dv).to(query.dtype)
-    if spread.place is not None:
-        o = torch.cat([o, o.new_zeros(1, Hq, Dv)])[spread.place]
+    o = o.to(query.dtype)
+    if spread.back is None:
+        o = o.view(Hq, R, Dv).transpose(0, 1)
+    else:
+        o = o.reshape(B * Hq * W, Dv).index_select(0, spread.back).view(R, Hq, Dv)
     return o.masked_fill(spread.unused, 0)
 
 

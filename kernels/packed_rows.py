@@ -14,11 +14,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Spread:
-    """Where packed rows go in [B, W] (None: they stand there already); what they do not see, as bias [B, 1, G W, C]."""
+    """How packed rows lie in a padded batch [B, W]: what they do not see, as bias [B, 1, G W, C], and which are unused.
 
-    place: Tensor | None
+    bring [B Hq W]: which row of [Hq R] goes to a place, any to one without; back [R Hq]: the places that rows come back
+    from. Neither where there is one sequence, whose rows stand there already.
+    """
+
     bias: Tensor
     unused: Tensor
+    bring: Tensor | None = None
+    back: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -42,41 +47,46 @@ class PackedRows:
     prefix_end: Tensor | None = None
     span_start: Tensor | None = None
     scratch: int = 0
-    memo: dict[tuple[int | None, int], Spread] = field(default_factory=dict, compare=False, repr=False)
+    memo: dict[tuple[int | None, int, int], Spread] = field(default_factory=dict, compare=False, repr=False)
 
-    def spread(self, window: int | None, capacity: int, dtype: torch.dtype, heads: int = 1) -> Spread:
-        """How they lie in a padded batch under this window, of so many slots, where so many heads share their keys."""
-        if (window, heads) not in self.memo:
-            self.memo[window, heads] = self._spread(window, capacity, dtype, heads)
-        return self.memo[window, heads]
+    def spread(self, window: int | None, capacity: int, dtype: torch.dtype, heads: tuple[int, int]) -> Spread:
+        """How they lie in a padded batch under this window, of so many slots, with heads of queries and of keys."""
+        key = (window, *heads)
+        if key not in self.memo:
+            self.memo[key] = self._spread(window, capacity, dtype, *heads)
+        return self.memo[key]
 
-    def _spread(self, window: int | None, capacity: int, dtype: torch.dtype, heads: int) -> Spread:
-        batch, device = len(self.start) - 1, self.slot.device
-        o_r, o_c = torch.arange(len(self.slot), device=device), torch.arange(capacity, device=device)
+    def _spread(self, window: int | None, capacity: int, dtype: torch.dtype, Hq: int, Hkv: int) -> Spread:
+        B, R, device = len(self.start) - 1, len(self.slot), self.slot.device
+        W = R if B == 1 else self.max_rows
+        o_c = torch.arange(capacity, device=device)
         unused = self.slot >= capacity
-        # Unused rows share one more place behind the end.
-        place = None
-        if batch > 1:
-            row = self.seq * self.max_rows + o_r - self.start[self.seq]
-            place = torch.where(unused, batch * self.max_rows, row)
-
-        def spread(x: Tensor, nothing: int) -> Tensor:
-            """[B, W, 1], with a value by which a row sees nothing where there is none."""
-            x = torch.where(unused, nothing, x)
-            if place is not None:
-                x = x.new_full((batch * self.max_rows + 1,), nothing).index_copy_(0, place, x)[:-1]
-            return x.view(batch, -1, 1)
-
-        slot = spread(self.slot, -1)
-        visible = o_c <= slot
-        if window is not None:
-            visible &= o_c > slot - window
+        # A row sees start <= c < end and scratch <= c < prefix: nothing, where all are 0.
+        bounds = [self.slot + 1]
         if self.prefix_end is not None and self.span_start is not None:
-            prefix, span = spread(self.prefix_end, 0), spread(self.span_start, 0)
+            bounds += [self.prefix_end, self.span_start]
+        seen = torch.stack(bounds).masked_fill_(unused, 0)
+        bring = back = None
+        if B > 1:
+            o_r, o_w = torch.arange(R, device=device), torch.arange(W, device=device)
+            row = self.start[:-1, None] + o_w
+            no_row = row >= self.start[1:, None]
+            row = row.masked_fill_(no_row, 0)
+            seen = seen[:, row].masked_fill_(no_row, 0)
+            o_h = torch.arange(Hq, device=device)
+            bring = (row[:, None, :] + o_h[:, None] * R).flatten()
+            place = (o_r - self.start[self.seq]).masked_fill_(unused, 0) + self.seq * (Hq * W)
+            back = (place[:, None] + o_h * W).flatten()
+        end, *spans = seen.view(len(bounds), B, W, 1)
+        visible = o_c < end
+        if window is not None:
+            visible &= o_c >= end - window
+        if spans:
+            prefix, span = spans
             visible &= o_c >= span
-            seen = (o_c >= self.scratch) & (o_c < prefix)
+            before = (o_c >= self.scratch) & (o_c < prefix)
             if window is not None:
-                seen &= o_c > prefix + slot - span - window
-            visible |= seen
+                before &= o_c >= prefix + end - span - window
+            visible |= before
         bias = torch.zeros((), dtype=dtype, device=device).where(visible, -torch.inf)
-        return Spread(place, bias.repeat(1, heads, 1)[:, None], unused[:, None, None])
+        return Spread(bias.repeat(1, Hq // Hkv, 1)[:, None], unused[:, None, None], bring, back)

@@ -38,7 +38,7 @@ from mtpkern.packed import PackedProducts, packs
 from mtpkern.parallel import agree
 from mtpkern.poll import OddsPoll, Poll, TimedPoll
 from mtpkern.products import Products, few_rows, wants_one_product
-from mtpkern.recordings import Recordings, recordings_of
+from mtpkern.recordings import Recordings, recordings_of, rows_in
 from mtpkern.strategies import Strategy
 
 # Slots for new tokens that are there from the start, where the buffers may grow.
@@ -430,11 +430,9 @@ class Decoder:
         cache.max_rows = int(start.diff().max())
         rows = max(1, int(start[-1]))
         self._maskless = not (self.all_rows.token[:rows] == self.mask_token_id).any()
-        if self._recordings is not None:
-            # By load a run's passes have as many rows as time tells in any case; else bits are the same in each run.
-            most = len(self.all_rows.seq) if self.by_load else rows
-            rows = self._recordings.rows(rows, most, self._maskless)
-        self.rows = cache.rows = self.all_rows.first(rows)
+        batch = len(start) - 1
+        most = batch if rows <= batch else len(self.all_rows.seq)
+        self.rows = cache.rows = self.all_rows.first(rows_in(rows, most))
 
     def make_room(self, tokens: int) -> None:
         """Keep room for a sequence of so many tokens and its next pass, where buffers grow."""

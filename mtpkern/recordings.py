@@ -43,11 +43,22 @@ LEAST_TOKENS = 16
 _PLAIN = {"torch", "transformers", "peft", "mtpkern"}
 
 
+def rows_in(needed: int, most: int) -> int:
+    """Rows of a pass that needs so many: up to three binary digits, so that few numbers come and are recorded.
+
+    Whether it is recorded or not, or a call's bits would depend on those before it.
+
+        rows_in(9, most=100), rows_in(33, most=100), rows_in(97, most=100)    # 10, 40, 100
+    """
+    step = 1 << max(0, (needed - 1).bit_length() - 3)
+    rows = min(most, -(-needed // step) * step)
+    return rows if rows <= MOST_ROWS else needed
+
+
 class Recordings:
     """The passes of one model, as they are or as they were recorded: by their rows, and whether any is a mask.
 
         recordings = recordings_of(model, ())
-        rows = recordings.rows(needed, most, maskless)     # of the next pass
         logits = recordings(model, forward, owners, input_ids, position, maskless)
 
     baked: what passes read besides the model that may be another in a later run; the very same, not equal.
@@ -70,13 +81,6 @@ class Recordings:
         same = len(baked) == len(self.baked) and all(x is y for x, y in zip(baked, self.baked))
         return same and (self.fingerprint is None or self.fingerprint == fingerprint(model))
 
-    def rows(self, needed: int, most: int, maskless: bool) -> int:
-        """How many rows the next pass is to have, which needs so many: rounded up, where that saves recordings."""
-        step = 1 << max(0, (needed - 1).bit_length() - 3)
-        key = min(most, -(-needed // step) * step), maskless
-        self.seen[key] += 1
-        return key[0] if self._wanted(key) else needed
-
     def _wanted(self, key: tuple[int, bool]) -> bool:
         return self.seen[key] > WARM_UP and key[0] <= MOST_ROWS and not self.refused
 
@@ -91,6 +95,7 @@ class Recordings:
     ) -> Tensor:
         """Logits of a pass over input_ids and position [1, R]: what `forward` makes of them, or its recording."""
         key = input_ids.shape[1], maskless
+        self.seen[key] += 1
         self.usual = not self._wanted(key) or key in self.proven
         if not self._wanted(key) or torch.is_autocast_enabled("cpu"):
             return forward(input_ids, position)

@@ -5,19 +5,29 @@ import torch
 from mtpkern.kernels.packed_rows import PackedRows
 
 C = 6
+# Heads of queries and of keys.
+ONE, TWO = (1, 1), (4, 2)
 
 
 def seen(rows: PackedRows, window: int | None = None) -> list[list[list[int]]]:
     """The slots that each row of each sequence sees."""
-    bias = rows.spread(window, C, torch.float32).bias
+    bias = rows.spread(window, C, torch.float32, ONE).bias
     return [[row.isfinite().nonzero().flatten().tolist() for row in one[0]] for one in bias]
 
 
 def test_rows_of_each_sequence_stand_together_and_unused_ones_behind_all() -> None:
     rows = PackedRows(torch.tensor([0, 0, 1, 1]), torch.tensor([2, 3, 1, C]), torch.tensor([0, 2, 3]), max_rows=2)
-    spread = rows.spread(None, C, torch.float32)
-    assert spread.place is not None
-    assert spread.place.tolist() == [0, 1, 2, 4]
+    spread = rows.spread(None, C, torch.float32, TWO)
+    assert spread.bring is not None
+    assert spread.back is not None
+    # Sequence, head, place: the rows 0 and 1, and 2 beside any; heads lie four rows apart.
+    bring = spread.bring.view(2, 4, 2) - 4 * torch.arange(4)[:, None]
+    assert torch.equal(bring[0], torch.tensor([0, 1]).expand(4, 2))
+    assert (bring[1, :, 0] == 2).all()
+    assert spread.bring.max() < 4 * 4
+    back = spread.back.view(4, 4)
+    assert back[:3].tolist() == [[0, 2, 4, 6], [1, 3, 5, 7], [8, 10, 12, 14]]
+    assert back[3].max() < 16
     assert spread.unused.flatten().tolist() == [False, False, False, True]
     assert seen(rows) == [[[0, 1, 2], [0, 1, 2, 3]], [[0, 1], []]]
     assert seen(rows, window=2) == [[[1, 2], [2, 3]], [[0, 1], []]]
@@ -27,7 +37,9 @@ def test_masks_behind_a_draft_see_its_prefix_and_their_own_span() -> None:
     """Two scratch slots; tokens in slots 2, 3 and 4, the mask in slot 1 behind the first of them."""
     slot, prefix, span = torch.tensor([3, 4, 1]), torch.tensor([4, 5, 3]), torch.tensor([4, 5, 1])
     rows = PackedRows(torch.zeros(3, dtype=torch.int64), slot, torch.tensor([0, 3]), 3, prefix, span, scratch=2)
-    assert rows.spread(None, C, torch.float32).place is None
+    spread = rows.spread(None, C, torch.float32, ONE)
+    assert spread.bring is None
+    assert spread.back is None
     assert seen(rows) == [[[2, 3], [2, 3, 4], [1, 2]]]
     assert seen(rows, window=1) == [[[3], [4], [1]]]
 
@@ -35,15 +47,15 @@ def test_masks_behind_a_draft_see_its_prefix_and_their_own_span() -> None:
 def test_heads_that_share_keys_stand_below_one_another() -> None:
     """Each head's rows in their order, and each sees what it saw."""
     rows = PackedRows(torch.tensor([0, 0, 1]), torch.tensor([2, 3, 1]), torch.tensor([0, 2, 3]), max_rows=2)
-    one = rows.spread(2, C, torch.float32).bias
-    three = rows.spread(2, C, torch.float32, heads=3).bias
+    one = rows.spread(2, C, torch.float32, ONE).bias
+    three = rows.spread(2, C, torch.float32, (6, 2)).bias
     assert torch.equal(three.view(2, 3, 2, C), one.expand(2, 3, 2, C))
 
 
 def test_what_layers_share_is_made_once_a_window() -> None:
     rows = PackedRows(torch.tensor([0]), torch.tensor([2]), torch.tensor([0, 1]), max_rows=1)
-    assert rows.spread(None, C, torch.float32) is rows.spread(None, C, torch.float32)
-    assert set(rows.memo) == {(None, 1)}
-    rows.spread(2, C, torch.float32)
-    rows.spread(2, C, torch.float32, heads=3)
-    assert set(rows.memo) == {(None, 1), (2, 1), (2, 3)}
+    assert rows.spread(None, C, torch.float32, ONE) is rows.spread(None, C, torch.float32, ONE)
+    assert set(rows.memo) == {(None, 1, 1)}
+    rows.spread(2, C, torch.float32, ONE)
+    rows.spread(2, C, torch.float32, TWO)
+    assert set(rows.memo) == {(None, 1, 1), (2, 1, 1), (2, 4, 2)}

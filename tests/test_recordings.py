@@ -19,7 +19,7 @@ import mtpkern.decoder
 from mtpkern import ConfAdapt, Static, Verified, packed, recordings
 from mtpkern.load import Load
 from mtpkern.recorder import Recording
-from mtpkern.recordings import Recordings, recordings_of
+from mtpkern.recordings import recordings_of, rows_in
 from mtpkern.strategies import Strategy
 from support.models import ARCHITECTURES
 from support.packing import generate
@@ -222,14 +222,28 @@ def test_autocast_and_short_runs_are_as_they_were(
     assert replays
 
 
-def test_rows_are_rounded_where_they_go_by_load(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = Recordings(())
-    assert [known.rows(n, 100, False) for n in (1, 7, 9, 17, 33, 99)] == [1, 7, 9, 17, 33, 99]  # seen once
-    assert [known.rows(n, 100, False) for n in (1, 7, 9, 17, 33, 99)] == [1, 7, 10, 20, 40, 100]
-    assert [known.rows(n, 100, True) for n in (9, 99)] == [9, 99]
-    assert known.rows(99, 100, True) == 100
-    monkeypatch.setattr(recordings, "MOST_ROWS", 99)
-    assert known.rows(99, 100, True) == 99
+def test_rows_are_rounded_up_from_the_first_pass_on(
+    tiny: SimpleNamespace, live: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But a pass of one row a sequence has no more, and one by load no masks where they cost more than they promise."""
+    monkeypatch.setattr(Load, "price", lambda *_: 2.0)
+    assert [rows_in(n, 100) for n in (1, 7, 9, 17, 33, 99)] == [1, 7, 10, 20, 40, 100]
+    assert [rows_in(n, 1000) for n in (160, 161, 192, 193)] == [160, 192, 192, 193]
+    model, seen = tiny.model("llama"), list[int]()
+    note = lambda _, args, given: seen.append(given["input_ids"].shape[1])  # noqa: E731
+    model.model.register_forward_pre_hook(note, with_kwargs=True)
+    prompts = torch.arange(27).view(9, 3) % tiny.mask
+    for strategy in (Static(1), Verified(6, 0.0), None):
+        seen.clear()
+        options: dict[str, Any] = {"strategy": strategy, "max_new_tokens": 24, "check_model": False}
+        live(mtpkern.generate, model, prompts, mask_token_id=tiny.mask, **options)
+        passes = seen[1:]
+        if strategy == Verified(6, 0.0):
+            assert all(n == rows_in(n, 99) for n in passes)
+            assert passes[0] == 99
+        else:
+            assert 9 in passes, strategy
+            assert max(passes) == 9, strategy
 
 
 @pytest.mark.parametrize("strategy", [None, Verified(4, 0.2)])

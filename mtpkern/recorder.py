@@ -30,7 +30,7 @@ _PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.device, torch.la
 _COPIES = {torch.ops.aten.clone.default, torch.ops.aten._to_copy.default}
 # What passes consist of, mostly, as torch binds it to Python: called so, a small operation takes a microsecond less
 # than by its schema.
-_BOUND = {
+_BOUND: dict[Any, Callable[..., object]] = {
     torch.ops.aten.add.Tensor: torch.add,
     torch.ops.aten.addmm.default: torch.addmm,
     torch.ops.aten.cat.default: torch.cat,

@@ -68,7 +68,7 @@ class Bench:
     def strategy(self, kind: type[ConfAdapt] | type[Verified], threshold: float | None = None) -> Strategy:
         """ConfAdapt with k = 8 or what was trained where that is less, Verified with its own; the default threshold."""
         k = min(8, self.k_max) if kind is ConfAdapt else kind().for_model(self.k_max).k
-        return kind(k, kind.threshold if threshold is None else threshold)
+        return kind(k) if threshold is None else kind(k, threshold)
 
     def sweep(self) -> dict[str, Strategy]:
         """All strategies of the accuracy table by their names."""

@@ -149,7 +149,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     before = "have HF decode all prompts before, N at a time, to say what is right (default: what it says in its turn)"
     parser.add_argument("--truth-batch-size", type=int, metavar="N", help=before)
     parser.add_argument("--k", type=int, default=4)
-    parser.add_argument("--threshold", type=float, default=0.2)
+    threshold = "how sure drafts are to be (default: 0.2; with --by-load it follows what they have been worth)"
+    parser.add_argument("--threshold", type=float, help=threshold)
     parser.add_argument("--masks", type=int, default=9, help="rows more a pass of each prompt, for when drafts fail")
     by_load = "the adapter's own k, as many rows as are worth their time, no masks behind drafts (mtpkern.load)"
     parser.add_argument("--by-load", action="store_true", help=by_load)
@@ -169,8 +170,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     adapted = load_adapter(plain, args.adapter)
     prompts = read_prompts(args.prompts, tokenizer, args.number)[: args.number or 40]
-    fixed = {} if args.by_load else {"k": args.k, "masks": args.masks}
-    strategy = Verified(threshold=args.threshold, **fixed)
+    sure = {} if args.threshold is None else {"threshold": args.threshold}
+    strategy = Verified(**sure) if args.by_load else Verified(args.k, masks=args.masks, **({"threshold": 0.2} | sure))
     console = Console(highlight=False)
     facts: Mapping[str, str] = environment(device) | {
         "dtype": args.dtype,

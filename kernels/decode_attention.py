@@ -390,7 +390,7 @@ def decode_attention(
     """
     kv_write.reference(k_cache, v_cache, key, value, rows.seq, rows.slot)
     (B, Hkv, C, D), (R, Hq, _), Dv = k_cache.shape, query.shape, v_cache.shape[-1]
-    C, W = C - 1 if slots is None else slots, R if B == 1 else rows.max_rows
+    C, W = C - 1 if slots is None else slots, R if B == 1 else max(1, rows.max_rows)
     scale, softcap, sinks = scoring.scale, scoring.softcap, scoring.sinks
     # What F.scaled_dot_product_attention takes in 16 bits is several times slower where the processor lacks them.
     wide = torch.float32 if query.device.type == "cpu" and has_products(query.dtype) is False else query.dtype

@@ -58,7 +58,7 @@ class PackedRows:
 
     def _spread(self, window: int | None, capacity: int, dtype: torch.dtype, Hq: int, Hkv: int) -> Spread:
         B, R, device = len(self.start) - 1, len(self.slot), self.slot.device
-        W = R if B == 1 else self.max_rows
+        W = R if B == 1 else max(1, self.max_rows)
         o_c = torch.arange(capacity, device=device)
         unused = self.slot >= capacity
         # A row sees start <= c < end and scratch <= c < prefix: nothing, where all are 0.

@@ -68,6 +68,7 @@ class Decoder:
         most that a pass may have.
     by_load: sequences bring no more rows than are worth their time (mtpkern.load), with verification only, whose output
         does not depend on it.
+    threshold_by_load: on a CPU, how sure their drafts are to be follows from it as well.
     use_graph: capture the step in a CUDA graph; None does where there is a CUDA device.
     compile: send the model's layers through `torch.compile`, for passes alone (mtpkern.layers).
     batch_invariant: no bit of the attention depends on what else is in the batch (`decode_attention`); the model's
@@ -90,6 +91,7 @@ class Decoder:
         compile: bool = False,
         batch_invariant: bool = False,
         by_load: bool = False,
+        threshold_by_load: bool = False,
         choosing: Choosing | None = None,
     ) -> None:
         device = model.device
@@ -135,7 +137,7 @@ class Decoder:
         self.choice = None
         if choosing is not None:
             self.choice = Choice(choosing, strategy, self.sequences, self.terms, mask_token_id)
-        self.by_load = by_load
+        self.by_load, self.threshold_by_load = by_load, threshold_by_load
         # Kept with the graphs; seconds that the host has been at each.
         self._ladder = Ladder(batch, rows, strategy.k, strategy.masks)
         self._making: defaultdict[int, float] = defaultdict(float)
@@ -201,7 +203,13 @@ class Decoder:
         if self.by_load and self._on_cpu:
             times = times_of(self.model, isinstance(self.products, PackedProducts))
             self._load = Load(times, strategy.k, len(self.all_rows.seq), strategy.masks)
-            self.terms.price.fill_(self._load.price(self.sequences))
+            self._tell(self._load)
+
+    def _tell(self, load: Load) -> None:
+        """On what terms the next pass plans the one behind it."""
+        self.terms.price.fill_(load.price(self.sequences))
+        if self.threshold_by_load:
+            self.terms.threshold.fill_(load.threshold)
 
     @torch.inference_mode()
     def prefill(
@@ -415,7 +423,7 @@ class Decoder:
             if load is None:
                 self.step(route)
                 continue
-            self.terms.price.fill_(load.price(self.sequences))
+            self._tell(load)
             rows, began = len(self.rows.seq), perf_counter()
             self.step(route)
             if self._recordings is None or self._recordings.usual:

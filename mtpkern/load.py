@@ -23,6 +23,11 @@ and of two on another. Passes without masks are tried on purpose now and then, a
 else shows their time; and passes with them, where for long there was none, with as many as if nothing were known of
 what they are worth. What a sequence brings changes when its tokens come, not which, but for near-ties: products of
 other numbers of rows round otherwise.
+
+Where no threshold is given, there, it follows the odds too: it is their square, between bounds, by what this run and
+earlier ones have shown. A refuted draft leaves its pass without proposals, which costs the more the better they are: a
+model whose drafts are mostly right is best off with sure ones, another takes what it gets (docs/log.md, "One threshold
+does not fit all").
 """
 
 from __future__ import annotations
@@ -39,7 +44,7 @@ from transformers import PreTrainedModel
 
 from mtpkern.kernels.state import RUNNING, Sequences
 from mtpkern.kernels.worth import FORGOTTEN, PRIOR_CHAINS, PRIOR_HITS, UNIT
-from mtpkern.strategies import Strategy
+from mtpkern.strategies import THRESHOLD, Strategy
 
 # Up to this many rows a pass on a GPU is bound by reading the weights, so that rows are nearly free.
 FREE_ROWS = 192
@@ -53,6 +58,8 @@ FIXED_GPU = 400
 STEP = 64
 # The pass before which one without masks is tried first, and the factor to the next.
 FIRST_LOOK, LOOK_AGAIN = 3, 4
+# The least and the most that a draft's confidence has to be above, where that follows the odds.
+THRESHOLDS = 0.2, THRESHOLD
 # So much is kept of what earlier runs have shown.
 MOST_SHOWN = 64 * UNIT
 # Of the latest so many passes of as many rows the second shortest tells the time: disturbances make one longer, but
@@ -272,11 +279,16 @@ def _fitted(tokens: np.ndarray, needed: np.ndarray, running: int, rows: int) -> 
     return running + (tokens - running) * np.minimum(1, (rows - running) / np.maximum(needed - running, 1))
 
 
+def _threshold(shown: np.ndarray) -> float:
+    """How sure a draft is to be, by these hits and chains [2]."""
+    return float(np.clip(_odds(shown[:1], shown[1:])[0] ** 2, *THRESHOLDS))
+
+
 class Load:
     """The price of each pass of one run on a CPU, where the state is known when the host asks.
 
     load = Load(times_of(model), k=8, rows=15)
-    price = load.price(sequences)   # before a pass
+    price = load.price(sequences)   # before a pass, with load.threshold
     load.saw(rows, seconds)         # behind it
     """
 
@@ -286,6 +298,7 @@ class Load:
         # Passes since one was to have masks, and how many it may be before one is to have them.
         self.plain, self.patience = 0, PATIENCE
         self.shown = times.shown
+        self.threshold = _threshold(self.shown)
 
     def price(self, sequences: Sequences) -> float:
         """What a row of the pass after the next must promise."""
@@ -298,6 +311,7 @@ class Load:
         shown = self.shown + np.array([hits.mean(), chains.mean()])
         self.times.shown = shown * min(1.0, MOST_SHOWN / max(shown.sum(), 1))
         price = price_of(hits, chains, self.k, self.rows, self.times, self.shown, self.bought)
+        self.threshold = _threshold(shown)
         odds = _odds(hits, chains)
         if odds.max() >= price:
             self.plain, self.patience = 0, PATIENCE

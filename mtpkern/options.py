@@ -23,6 +23,11 @@ def strategy_for(model: PreTrainedModel, strategy: Strategy | None = None) -> St
     return (strategy or Verified()).for_model(recorded_settings(model).get("k_max"))
 
 
+def _left_open(strategy: Strategy | None, name: str) -> bool:
+    """Whether a call's strategy, before it was fitted to the model, says nothing of this."""
+    return strategy is None or vars(strategy).get(name, 0) is None
+
+
 class Options:
     """What a call says of these, as `generate` explains them; raises what is wrong with them, by name."""
 
@@ -49,14 +54,16 @@ class Options:
         use_graph = False if parallel and given["use_graph"] is None else given["use_graph"]
         self._graph = wants_graph(use_graph, model.device)
         self._compile: bool | None = given["compile"]
+        by_load = rows is None and (strategy is None or not strategy.k) and self.strategy.verify and not parallel
         self._others = {
             "mask_token_id": self.mask_token_id,
             "check_model": given["check_model"],
             "rows": None if rows is None else whole_number("rows", rows, least=1),
-            "by_load": rows is None and (strategy is None or not strategy.k) and self.strategy.verify and not parallel,
+            "by_load": by_load,
+            "threshold_by_load": by_load and model.device.type == "cpu" and _left_open(strategy, "threshold"),
             "batch_invariant": given["batch_invariant"],
         }
-        self._masks_by_load = self._others["by_load"] and (strategy is None or vars(strategy).get("masks", 0) is None)
+        self._masks_by_load = by_load and _left_open(strategy, "masks")
 
     def strategy_of(self, batch: int) -> Strategy:
         """The strategy for so many sequences side by side, with masks behind drafts where that is left to the load."""

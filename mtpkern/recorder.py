@@ -28,24 +28,25 @@ _INDEX, _MASKS = torch.ops.aten.index.Tensor, {torch.bool, torch.uint8}
 # What steps are given most, and holds no tensor.
 _PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout}
 _COPIES = {torch.ops.aten.clone.default, torch.ops.aten._to_copy.default}
-# What passes consist of, mostly, as torch binds it to Python: called so, a small operation takes a microsecond less
-# than by its schema.
+# What torch binds to Python with the same arguments: called so, a small operation takes a microsecond less than by its
+# schema.
 _BOUND: dict[Any, Callable[..., object]] = {
-    torch.ops.aten.add.Tensor: torch.add,
-    torch.ops.aten.addmm.default: torch.addmm,
-    torch.ops.aten.cat.default: torch.cat,
-    torch.ops.aten.cos.default: torch.cos,
-    torch.ops.aten.gelu.default: torch._C._nn.gelu,
-    torch.ops.aten.mean.dim: torch.mean,
-    torch.ops.aten.mm.default: torch.mm,
-    torch.ops.aten.mul.Tensor: torch.mul,
-    torch.ops.aten.neg.default: torch.neg,
-    torch.ops.aten.pow.Tensor_Scalar: torch.pow,
-    torch.ops.aten.rsqrt.default: torch.rsqrt,
-    torch.ops.aten.silu.default: torch._C._nn.silu,
-    torch.ops.aten.sin.default: torch.sin,
-    torch.ops.aten.sub.Tensor: torch.sub,
+    getattr(getattr(torch.ops.aten, name), overload): getattr(torch, name)
+    for overload, names in {
+        "Tensor": ("add", "bitwise_and", "bitwise_or", "eq", "ge", "gt", "le", "lt", "mul", "ne", "sub"),
+        "Scalar": ("eq", "ge", "gt", "le", "lt", "ne"),
+        "Tensor_Scalar": ("pow",),
+        "default": (
+            *("addmm", "bitwise_not", "cat", "clamp", "cos", "cumprod", "gather", "maximum", "minimum", "mm", "neg"),
+            *("rsqrt", "sin"),
+        ),
+        "dim": ("mean",),
+        "dim_IntList": ("sum",),
+        "self": ("where",),
+    }.items()
+    for name in names
 }
+_BOUND |= {torch.ops.aten.gelu.default: torch._C._nn.gelu, torch.ops.aten.silu.default: torch._C._nn.silu}
 
 
 class NotRecordableError(Exception):
@@ -168,6 +169,7 @@ class Recording:
         read = [_tensors((given, named)) for _, given, named, _ in recorder.steps]
         made = [_tensors(out) for *_, out in recorder.steps]
         places = {id(x): _place(x) for xs in (inputs, *read, *made) for x in xs}
+        written = {places[id(x)] for func, given, named, _ in recorder.steps for x in _mutated(func, given, named)}
         last = {places[id(x)]: i for i, xs in enumerate(zip(read, made)) for x in (*xs[0], *xs[1])}
 
         def make(x: Tensor) -> Tensor:
@@ -183,12 +185,14 @@ class Recording:
         for i, (func, given, named, out) in enumerate(recorder.steps):
             args, kwargs = _mapped(stand_in, given), _mapped(stand_in, named)
             of_given, of_outs = ({places[id(x)] for x in xs} for xs in (read[i], made[i]))
+            if made[i] and not read[i] and not isinstance(func, _Apart) and not of_outs & written:
+                continue  # made of nothing, it is the same each time
             if isinstance(func, _Apart):
                 if of_outs & of_given or not isinstance(out, Tensor | None):
                     raise NotRecordableError(f"{func.call} returns what it was given, or more than a tensor")
                 self.calls.append(partial(_call_apart, func, self.owners, args, None if out is None else make(out)))
             elif func._schema.is_mutable:
-                if not all(places[id(x)] in pieces for x in _written(func, given, named)):
+                if not all(places[id(x)] in pieces for x in _mutated(func, given, named)):
                     raise NotRecordableError(f"{func} writes to what the pass has not made")
                 self.calls.append(partial(func, *args, **kwargs))
             elif made[i] and of_outs <= of_given:
@@ -258,8 +262,10 @@ def _place(x: Tensor) -> int:
     return id(x) if x.layout != torch.strided else x.untyped_storage().data_ptr()
 
 
-def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that an operation writes to."""
+def _mutated(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors among its arguments that an operation writes to."""
+    if isinstance(func, _Apart) or not func._schema.is_mutable:
+        return []
     given = zip(func._schema.arguments, [*args, *(kwargs.get(x.name) for x in func._schema.arguments[len(args) :])])
     return _tensors([x for argument, x in given if argument.alias_info is not None and argument.alias_info.is_write])
 

@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 # cache: 0.3 GB and 2,000 slots at a vocabulary of 150,000. Nobody trains for as many predictions.
 LARGEST_K = 256
 LARGEST_MASKS = 1024
+# Of `Verified`, where none is given.
+THRESHOLD = 0.6
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,9 @@ class Strategy:
                 "of each sequence, all of them with logits over the vocabulary; give the k_max of training, or less"
             )
         # Every confidence is above -1: that is Static, and nobody else may ask for it.
-        number = isinstance(self.threshold, (int, float))
-        if not (isinstance(self, Static) or (number and 0.0 <= self.threshold <= 1.0)):
+        probability = isinstance(self.threshold, (int, float)) and 0.0 <= self.threshold <= 1.0
+        left_open = isinstance(self, Verified) and self.threshold is None
+        if not (probability or left_open or isinstance(self, Static)):
             raise ValueError(f"{name}: threshold must be a probability from 0 to 1, got {self.threshold!r}")
 
     def for_model(self, k_max: int | None) -> Strategy:
@@ -106,7 +109,8 @@ class Verified(Strategy):
     """Emit exactly what the checkpoint's own greedy decoding emits, several tokens a pass.
 
     Predictions above the threshold become drafts. The next pass has to be fed with them anyway; its outputs at their
-    places confirm them or put the model's own token there. The threshold changes the speed only, never the output; so
+    places confirm them or put the model's own token there. The threshold changes the speed only, never the output; it
+    is 0.6 unless given, but with no k either, on a CPU, as low as suits what drafts have been worth (mtpkern.load). So
     does k, which is 12 unless given, or what the model was trained for where that is less.
 
     A draft that is corrected leaves its pass without predictions for the next, unless masks stood behind the token
@@ -121,7 +125,7 @@ class Verified(Strategy):
     """
 
     k: int = None  # type: ignore[assignment]
-    threshold: float = 0.6
+    threshold: float = None  # type: ignore[assignment]
     masks: int = None  # type: ignore[assignment,misc]
     unrecorded_k: ClassVar[int] = 12
     largest_k: ClassVar[int | None] = 12
@@ -129,6 +133,8 @@ class Verified(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.k and vars(self)["threshold"] is None:
+            object.__setattr__(self, "threshold", THRESHOLD)
         if vars(self)["masks"] is None:
             if self.k:
                 object.__setattr__(self, "masks", 0)

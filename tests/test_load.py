@@ -259,6 +259,41 @@ def test_a_try_has_the_masks_of_a_fresh_sequence(odds: tuple[float, float]) -> N
 
 
 @pytest.mark.parametrize("refill", [False, True])
+def test_the_threshold_follows_the_odds_where_none_is_given(
+    tiny: Any, greedy_of: Any, monkeypatch: pytest.MonkeyPatch, refill: bool
+) -> None:
+    model, ids, mask, expected = greedy_of("llama", 1)
+    told: list[tuple[float, float]] = []
+    step = mtpkern.decoder.Decoder.step
+
+    def noted(decoder: Any, route: Any) -> Tensor:
+        hits, chains = (int(x) / UNIT for x in (decoder.sequences.hits[0], decoder.sequences.chains[0]))
+        told.append((float(decoder.terms.threshold), (hits + 4) / (hits + chains + 6)))
+        return step(decoder, route)
+
+    monkeypatch.setattr(mtpkern.decoder.Decoder, "step", noted)
+    monkeypatch.setattr(PassTimes, "wants_a_look", lambda *_: False)
+    for bounds, strategy in (
+        ((0.0, 1.0), None),
+        ((0.0, 0.3), Verified()),
+        ((0.5, 0.6), Verified(masks=1)),
+        ((0.3, 0.3), Verified(threshold=0.3)),
+        ((0.6, 0.6), Verified(4)),
+    ):
+        told.clear()
+        monkeypatch.setattr("mtpkern.load.THRESHOLDS", bounds)
+        monkeypatch.setattr("mtpkern.load._times", {})
+        options: dict[str, Any] = {"max_new_tokens": 24, "eos_token_id": 3, "strategy": strategy}
+        if refill:
+            (found,) = mtpkern.generate_batch(model, ids.tolist(), batch_size=1, **options)
+            assert found.error is None
+        else:
+            assert torch.equal(mtpkern.generate(model, ids, attention_mask=mask, **options), expected)
+        assert [x for x, _ in told] == pytest.approx([min(max(x**2, bounds[0]), bounds[1]) for _, x in told], rel=1e-4)
+        assert len(told) > 4
+
+
+@pytest.mark.parametrize("refill", [False, True])
 def test_a_prompt_has_the_masks_that_are_worth_it(
     tiny: Any, monkeypatch: pytest.MonkeyPatch, greedy_of: Any, refill: bool
 ) -> None:

@@ -44,6 +44,16 @@ def test_masks_behind_a_draft_see_its_prefix_and_their_own_span() -> None:
     assert seen(rows, window=1) == [[[3], [4], [1]]]
 
 
+def test_a_pass_of_no_rows() -> None:
+    """All of its sequences have ended."""
+    rows = PackedRows(torch.tensor([1, 1]), torch.tensor([C, C]), torch.tensor([0, 0, 0]), max_rows=0)
+    spread = rows.spread(None, C, torch.float32, TWO)
+    assert seen(rows) == [[[]], [[]]]
+    assert spread.back is not None
+    assert spread.back.max() < 2 * 4
+    assert spread.unused.all()
+
+
 def test_heads_that_share_keys_stand_below_one_another() -> None:
     """Each head's rows in their order, and each sees what it saw."""
     rows = PackedRows(torch.tensor([0, 0, 1]), torch.tensor([2, 3, 1]), torch.tensor([0, 2, 3]), max_rows=2)

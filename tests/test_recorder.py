@@ -42,6 +42,26 @@ def halves(x: Tensor) -> Tensor:
     return (x.bfloat16() @ WEIGHT.T.bfloat16()).float() + x.to(torch.float64).sum(1, keepdim=True).float()
 
 
+def compared(x: Tensor) -> Tensor:
+    """What torch binds to Python, in the forms that it takes there."""
+    near = (x > 0.1) & (x <= 1.0) | (x < x.roll(1, 0)) | ~(x >= -2) | (x == 0) | (x != x.T[0, 0])
+    y = torch.where(near, x, torch.minimum(x, x.flip(0))).clamp(min=-1.5).clamp(max=2)
+    y = torch.sub(y, x.mean(-1, keepdim=True), alpha=2) + y.sum(0, dtype=torch.float64).float() + y.sum((0, 1))
+    y = (
+        torch.add(y.cumprod(1), torch.maximum(y, x), alpha=3)
+        + y.gather(1, torch.tensor([[0, 1]]).expand(4, 2)).sum(1)[0]
+    )
+    return F.gelu(y) + F.gelu(y, approximate="tanh") + y.pow(2) + y.bfloat16().float().sin() - y.cos() + x.mean((0, 1))
+
+
+def made_and_written(x: Tensor) -> Tensor:
+    """Of nothing, of which a part is written to, by itself or by a view."""
+    y, z, n = torch.zeros(6), torch.ones(4, 6), torch.arange(6)
+    z[1].mul_(x[0])
+    n.view(2, 3)[0].add_(1)
+    return y.add_(x[0]).add_(torch.arange(6)) + z + n
+
+
 PASSES: dict[str, Callable[[Tensor], Tensor]] = {
     "norm": norm,
     "product": lambda x: F.silu(F.linear(x, WEIGHT, BIAS)),
@@ -50,6 +70,8 @@ PASSES: dict[str, Callable[[Tensor], Tensor]] = {
     "several results": several,
     "halves": halves,
     "made of nothing": lambda x: x + torch.arange(6) * torch.ones(()) + torch.full((1,), 2.0),
+    "made of nothing and written": made_and_written,
+    "compared": compared,
     "chosen": lambda x: torch.where(x > 0, x, x[torch.tensor([0]), :].exp()),
     "nothing left": lambda x: torch.cat([x[:0], x, x.new_zeros(0, 6)]),
     "a view of the input": lambda x: x.T[1:].neg_().T,

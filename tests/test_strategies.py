@@ -1,5 +1,6 @@
 import warnings
 from dataclasses import FrozenInstanceError
+from itertools import product
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from mtpkern.strategies import Strategy, name_of, strategy_of
 def test_defaults_and_how_they_are_written() -> None:
     assert Static(4) == Static(k=4)
     assert ConfAdapt(8, 0.9) == ConfAdapt(k=8)
-    assert Verified(k=12, threshold=0.6) == Verified(12)
+    assert Verified(k=12, threshold=0.6) == Verified(12) == Verified(12, None) == Verified().for_model(16)
     assert ConfAdapt(8, 0.9) != Verified(8, 0.9)
     assert [s.verify for s in (Static(), ConfAdapt(), Verified())] == [False, False, True]
     assert all(isinstance(s, Strategy) for s in (Static(), ConfAdapt(), Verified()))
@@ -54,8 +55,10 @@ def test_k_must_be_a_whole_number_from_1(kind: Any, k: Any) -> None:
         kind(k=k)
 
 
-@pytest.mark.parametrize("kind", [ConfAdapt, Verified])
-@pytest.mark.parametrize("threshold", [-1.0, -0.1, 1.1, 90, float("nan"), "0.5", None])
+@pytest.mark.parametrize(
+    ("kind", "threshold"),
+    [*product((ConfAdapt, Verified), (-1.0, -0.1, 1.1, 90, float("nan"), "0.5")), (ConfAdapt, None)],
+)
 def test_threshold_must_be_a_probability(kind: Any, threshold: Any) -> None:
     with pytest.raises(ValueError, match=f"{kind.__name__}: threshold must be a probability"):
         kind(threshold=threshold)

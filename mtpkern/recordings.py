@@ -33,8 +33,8 @@ from mtpkern.output import first_line
 from mtpkern.recorder import Memory, NotRecordableError, Recording, record
 
 # Passes of one kind before one is recorded. Recording and the comparison take three passes or more, a replay saves a
-# fifth of one to a third: twice as many as pay for it, so that a first call of a hundred tokens loses nothing.
-WARM_UP = 32
+# fifth of one to a third: about as many as pay for it, so that nothing costs more than twice what it has to.
+WARM_UP = 20
 # A pass of more rows has much more to do than what recording saves, and to hold while it is recorded.
 MOST_ROWS = 192
 # Of a run shorter than this the look at the model would take more than is saved.

@@ -101,7 +101,8 @@ def generate(
         reproducible; of the strategy, rows and neighbours the draws of the exact ones are independent.
 
     strategy: `Verified` (default; the checkpoint's own greedy output), `ConfAdapt` or `Static`. Without a k each takes
-        one from the k_max that training has recorded (`Strategy.for_model`); one that is given stays.
+        one from the k_max that training has recorded (`Strategy.for_model`); one that is given stays. So does a
+        threshold; without k and threshold, on a CPU, `Verified`'s follows what drafts have been worth.
     mask_token_id: for checkpoints that do not record theirs; k = 1 needs none, so any model decodes with `Static(1)`.
     rows: the row budget of a pass, from B * k up, with `Verified` from B up. None: for a `Verified` without a k, as
         many as are worth their time (`mtpkern.load`), else `mtpkern.load.default_rows`: all it can use, for

@@ -16,6 +16,7 @@ from torch import Tensor
 import mtpkern
 import mtpkern.decoder
 from mtpkern import ConfAdapt, Static, Verified
+from mtpkern.kernels.state import LIMIT
 from mtpkern.kernels.worth import UNIT
 from mtpkern.load import (
     LATEST,
@@ -192,6 +193,34 @@ def test_times_are_each_models_own(tiny: Any) -> None:
     one, other = tiny.model("llama"), tiny.model("llama")
     assert times_of(one) is times_of(one) is not times_of(other)
     assert times_of(one, packed=True) is times_of(one, packed=True) is not times_of(one)
+
+
+def test_a_price_is_sought_less_often_where_tries_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But as soon as another number of sequences goes on, or drafts have been tried."""
+    sought: list[int] = []
+    price_of = mtpkern.load.price_of
+    monkeypatch.setattr(
+        mtpkern.load, "price_of", lambda hits, *rest: (sought.append(len(hits)), price_of(hits, *rest))[1]
+    )
+    monkeypatch.setattr(PassTimes, "wants_a_look", lambda *_: False)
+    load = Load(times(lambda r: r, 1, 2, 4, 7), k=4, rows=14)
+    status, hits = torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
+    sequences: Any = SimpleNamespace(status=status, hits=hits, chains=torch.full((2,), 100 * UNIT))
+
+    def passes(n: int) -> list[int]:
+        sought.clear()
+        for _ in range(n):
+            load.price(sequences)
+            load.saw(2, 2.0)
+        return list(sought)
+
+    assert len(passes(PATIENCE)) == PATIENCE + 1  # the try's, too
+    assert len(passes(12)) == 4 + 2
+    status[0] = LIMIT
+    assert passes(1) == [1]
+    assert passes(1) == []
+    sequences.chains.add_(UNIT)
+    assert passes(1) == [1]
 
 
 def test_a_disturbed_pass_with_masks_is_not_the_last() -> None:

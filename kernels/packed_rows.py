@@ -61,7 +61,7 @@ class PackedRows:
         W = R if B == 1 else max(1, self.max_rows)
         o_c = torch.arange(capacity, device=device)
         unused = self.slot >= capacity
-        # A row sees start <= c < end and scratch <= c < prefix: nothing, where all are 0.
+        # A row sees span <= c < end and scratch <= c < prefix: nothing, where all are 0.
         bounds = [self.slot + 1]
         if self.prefix_end is not None and self.span_start is not None:
             bounds += [self.prefix_end, self.span_start]

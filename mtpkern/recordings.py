@@ -46,7 +46,7 @@ _PLAIN = {"torch", "transformers", "peft", "mtpkern"}
 def rows_in(needed: int, most: int) -> int:
     """Rows of a pass that needs so many: up to three binary digits, so that few numbers come and are recorded.
 
-    Whether it is recorded or not, or a call's bits would depend on those before it.
+    As many whether it is recorded or not, or a call's bits would depend on those before it.
 
         rows_in(9, most=100), rows_in(33, most=100), rows_in(97, most=100)    # 10, 40, 100
     """

@@ -170,8 +170,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     adapted = load_adapter(plain, args.adapter)
     prompts = read_prompts(args.prompts, tokenizer, args.number)[: args.number or 40]
-    sure = {} if args.threshold is None else {"threshold": args.threshold}
-    strategy = Verified(**sure) if args.by_load else Verified(args.k, masks=args.masks, **({"threshold": 0.2} | sure))
+    if args.by_load:
+        strategy = Verified(threshold=args.threshold)
+    else:
+        strategy = Verified(args.k, 0.2 if args.threshold is None else args.threshold, args.masks)
     console = Console(highlight=False)
     facts: Mapping[str, str] = environment(device) | {
         "dtype": args.dtype,

@@ -299,8 +299,7 @@ class Load:
         self.plain, self.patience = 0, PATIENCE
         self.shown = times.shown
         self.threshold = _threshold(self.shown)
-        # The last price, for how many sequences, and what they had shown.
-        self._told = (0, 0, 0.0)
+        self._last_price = 0.0
 
     def price(self, sequences: Sequences) -> float:
         """What a row of the pass after the next must promise."""
@@ -311,17 +310,14 @@ class Load:
         if not len(hits):
             return 0.0
         # Some passes behind a try that has failed little changes, and to find a price takes a hundredth of a pass.
-        plain, known = self.plain + 1, int(hits.sum() + chains.sum())
-        running, before, price = self._told
-        idle = LOOK_AGAIN < plain < self.patience and self.patience > PATIENCE and known <= before
-        if idle and plain % LOOK_AGAIN and running == len(hits):
-            self.plain, self._told = plain, (running, known, price)
-            return price
+        plain = self.plain + 1
+        if self.patience > PATIENCE and LOOK_AGAIN < plain < self.patience and plain % LOOK_AGAIN:
+            self.plain = plain
+            return self._last_price
         shown = self.shown + np.array([hits.mean(), chains.mean()])
         self.times.shown = shown * min(1.0, MOST_SHOWN / max(shown.sum(), 1))
         price = price_of(hits, chains, self.k, self.rows, self.times, self.shown, self.bought)
-        self.threshold = _threshold(shown)
-        self._told = len(hits), known, price
+        self.threshold, self._last_price = _threshold(shown), price
         odds = _odds(hits, chains)
         if odds.max() >= price:
             self.plain, self.patience = 0, PATIENCE

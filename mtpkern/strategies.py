@@ -109,9 +109,9 @@ class Verified(Strategy):
     """Emit exactly what the checkpoint's own greedy decoding emits, several tokens a pass.
 
     Predictions above the threshold become drafts. The next pass has to be fed with them anyway; its outputs at their
-    places confirm them or put the model's own token there. The threshold changes the speed only, never the output; it
-    is 0.6 unless given, but with no k either, on a CPU, as low as suits what drafts have been worth (mtpkern.load). So
-    does k, which is 12 unless given, or what the model was trained for where that is less.
+    places confirm them or put the model's own token there. The threshold changes the speed only, never the output; so
+    does k, which is 12 unless given, or what the model was trained for where that is less. The threshold is 0.6 unless
+    given; with no k either it follows, on a CPU, what drafts have been worth (mtpkern.load).
 
     A draft that is corrected leaves its pass without predictions for the next, unless masks stood behind the token
     before it: `masks` is how many rows more a pass may bring for each sequence to that end, in groups of up to k - 1,

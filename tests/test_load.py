@@ -16,7 +16,6 @@ from torch import Tensor
 import mtpkern
 import mtpkern.decoder
 from mtpkern import ConfAdapt, Static, Verified
-from mtpkern.kernels.state import LIMIT
 from mtpkern.kernels.worth import UNIT
 from mtpkern.load import (
     LATEST,
@@ -196,7 +195,7 @@ def test_times_are_each_models_own(tiny: Any) -> None:
 
 
 def test_a_price_is_sought_less_often_where_tries_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    """But as soon as another number of sequences goes on, or drafts have been tried."""
+    """In every fourth pass, but in each of the first behind a try; tries come when they would."""
     sought: list[int] = []
     price_of = mtpkern.load.price_of
     monkeypatch.setattr(
@@ -204,23 +203,23 @@ def test_a_price_is_sought_less_often_where_tries_fail(monkeypatch: pytest.Monke
     )
     monkeypatch.setattr(PassTimes, "wants_a_look", lambda *_: False)
     load = Load(times(lambda r: r, 1, 2, 4, 7), k=4, rows=14)
-    status, hits = torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
-    sequences: Any = SimpleNamespace(status=status, hits=hits, chains=torch.full((2,), 100 * UNIT))
+    none = torch.zeros(2, dtype=torch.int64)
+    sequences: Any = SimpleNamespace(status=none, hits=none, chains=torch.full((2,), 100 * UNIT))
 
-    def passes(n: int) -> list[int]:
+    def passes(n: int) -> tuple[int, float]:
+        """How often a price was sought, and the last one."""
         sought.clear()
         for _ in range(n):
-            load.price(sequences)
+            price = load.price(sequences)
             load.saw(2, 2.0)
-        return list(sought)
+        return len(sought), price
 
-    assert len(passes(PATIENCE)) == PATIENCE + 1  # the try's, too
-    assert len(passes(12)) == 4 + 2
-    status[0] = LIMIT
-    assert passes(1) == [1]
-    assert passes(1) == []
-    sequences.chains.add_(UNIT)
-    assert passes(1) == [1]
+    nothing, _ = price_of(np.zeros(2), np.full(2, 100 * UNIT), 4, 14, load.times), sought.clear()
+    assert passes(PATIENCE - 1) == (PATIENCE - 1, nothing)
+    assert passes(1)[1] < nothing  # a try
+    assert passes(4) == (4, nothing)
+    assert passes(4 * PATIENCE - 5) == (PATIENCE - 2, nothing)
+    assert passes(1)[1] < nothing
 
 
 def test_a_disturbed_pass_with_masks_is_not_the_last() -> None:

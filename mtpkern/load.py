@@ -309,9 +309,10 @@ class Load:
         hits, chains = sequences.hits.numpy()[running], sequences.chains.numpy()[running]
         if not len(hits):
             return 0.0
-        # Some passes behind a try that has failed little changes, and to find a price takes a hundredth of a pass.
+        # Some passes behind a try that has failed little changes, and to find a price takes a hundredth of a pass. The
+        # patience is then a multiple of LOOK_AGAIN, so no try is missed.
         plain = self.plain + 1
-        if self.patience > PATIENCE and LOOK_AGAIN < plain < self.patience and plain % LOOK_AGAIN:
+        if self.patience > PATIENCE and plain > LOOK_AGAIN and plain % LOOK_AGAIN:
             self.plain = plain
             return self._last_price
         shown = self.shown + np.array([hits.mean(), chains.mean()])

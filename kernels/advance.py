@@ -8,7 +8,8 @@ position of the first pending token, x its tokens, y_j and c_j the token and con
                                                                      it says the same
     kept     n = 1 + number of leading i >= 1 with c_{t+i} > threshold, over the mask rows; masks count only where
              every pending token is trusted. Unverified, n = 1 as well where c_t itself is not above the threshold.
-             Verified, as far as the product of c_{t+1} ... c_{t+i} is at least the price.
+             Verified, as far as the product of c_{t+1} ... c_{t+i} is at least the price, and no further than the
+             first stop token: what stands behind it is never emitted.
     write    x_{s+t+1+i} = y_{t+i}   for i < n, below the limit
     pending' = n                     length' = s + t + 1 + n
 
@@ -17,10 +18,11 @@ behind it are drafts that the next pass will confirm or replace. Emission is cut
 the limit. Static(k) is the unverified form with a threshold below every confidence.
 
 The next pass: each running sequence brings its pending tokens and up to k - 1 masks, packed one sequence behind the
-other into R rows, as far as they are worth their price (kernels/worth.py; the price is 0 unless verified). R >= B * k
-always holds all pending tokens; with less, down to B, verified sequences drop drafts, to one level. What is left of R
-is dealt out as masks, evenly, the remainder to the first. Finished sequences bring nothing; rows left over go to the
-trash slot. Where there is a `budget`, so many of the R rows are dealt out.
+other into R rows, as far as they are worth their price (kernels/worth.py; the price is 0 unless verified); none stands
+behind a draft that is a stop token, as nothing would come of it. R >= B * k always holds all pending tokens; with less,
+down to B, verified sequences drop drafts, to one level. What is left of R is dealt out as masks, evenly, the remainder
+to the first. Finished sequences bring nothing; rows left over go to the trash slot. Where there is a `budget`, so many
+of the R rows are dealt out.
 
 A refuted draft (t < pending - 1) leaves nothing but its replacement: masks count only behind the last pending token.
 Verified, a sequence may bring up to `masks` more, in groups of up to k - 1 behind other pending tokens; the group
@@ -38,6 +40,7 @@ Source   arXiv 2602.06019, "Static vs. Adaptive Decoding Strategies"; verificati
 The kernel is one program, because dealing out the budget needs every sequence. Its tiles are [B, columns], and column i
 of a sequence is its i-th row: row i's token belongs at position s + 1 + i whatever becomes of it, so accepting needs no
 gather. Nothing that the program writes is read again by it; the next pending tokens come from the readout once more.
+Few sequences on a CPU are done one after the other in plain Python (kernels/advance_on_host.py).
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -50,6 +53,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from mtpkern.kernels.advance_on_host import advance_on_host, takes_host
 from mtpkern.kernels.form import pdl_options
 from mtpkern.kernels.op import op
 from mtpkern.kernels.plan import plan
@@ -177,7 +181,8 @@ if find_spec("triton"):
             chains = tl.load(chains_ptr + o_b, mask=m_b, other=0)
             tried = count > 1
             hits_next = hits - (hits >> FORGOTTEN) + trusted.to(tl.int64) * UNIT
-            chains_next = chains - (chains >> FORGOTTEN) + UNIT
+            # A chain of all K - 1 drafts was cut, and tells of no end.
+            chains_next = chains - (chains >> FORGOTTEN) + tl.where(trusted < K - 1, UNIT, 0)
             hits_next = tl.where(tried, hits_next, hits - (hits >> FORGOTTEN_IDLE))
             chains_next = tl.where(tried, chains_next, chains - (chains >> FORGOTTEN_IDLE))
             hits = tl.where(running, hits_next, hits)
@@ -185,12 +190,18 @@ if find_spec("triton"):
             odds = odds_of(hits, chains, PRIOR_HITS, PRIOR_CHAINS)
             price = tl.load(price_ptr)
             p_sure = confidence_ptr + row + trusted + 1 + shift
+            p_draft = token_ptr + row + trusted + 1 + shift
             drafts = kept - 1
             kept = tl.full([BLOCK_B], 1, tl.int32)
+            stops = tl.zeros([BLOCK_B], tl.int32)  # whether the last one kept is a stop token
             reached = tl.full([BLOCK_B], 1.0, tl.float64)
             for d in range(K - 1):
                 reached *= tl.load(p_sure + d, mask=d < drafts, other=0.0).to(tl.float64)
-                kept += ((d < drafts) & (reached >= price)).to(tl.int32)
+                worthy = (d < drafts) & (reached >= price) & (stops == 0)
+                kept += worthy.to(tl.int32)
+                y = tl.load(p_draft + d, mask=d < drafts, other=0)
+                for j in range(S):
+                    stops |= (worthy & (y == tl.load(stop_ids_ptr + j))).to(tl.int32)
 
         # Write the kept tokens, and find the first stop token among those that are emitted.
         start = first + trusted + 1
@@ -242,6 +253,7 @@ if find_spec("triton"):
             for d in range(K - 1):
                 chance *= tl.load(p_sure + d, mask=d < pending_next - 1, other=1.0).to(tl.float64)
             want = tl.minimum(want, worth(chance, odds, price, K))
+            want = tl.where((stops != 0) & (pending_next == kept), 0, want)
         want_last = want
         if MASKS:
             groups = tl.zeros([BLOCK_B], tl.int32)
@@ -346,6 +358,28 @@ def advance(
         token, confidence = readout(logits, mask_token_id)
         advance(sequences, rows, terms, token, confidence, k=8, verify=True, mask_token_id=mask_token_id)
     """
+    if takes_host(sequences, rows, terms, k, masks):
+        return advance_on_host(
+            sequences, rows, terms, token, confidence, k=k, verify=verify, mask_token_id=mask_token_id
+        )
+    advance_at_once(
+        sequences, rows, terms, token, confidence, k=k, verify=verify, mask_token_id=mask_token_id, masks=masks
+    )
+
+
+def advance_at_once(
+    sequences: Sequences,
+    rows: Rows,
+    terms: Terms,
+    token: Tensor,
+    confidence: Tensor,
+    *,
+    k: int,
+    verify: bool,
+    mask_token_id: int,
+    masks: int = 0,
+) -> None:
+    """`advance` in plain torch, of all sequences at once."""
     # Everything is [B, 1] or [B, 2k - 1 + masks], a column a row, as in the kernel.
     tokens = sequences.tokens
     columns = ("length", "pending", "limit", "status", "passes", "hits", "chains")
@@ -385,24 +419,28 @@ def advance(
 
     active = status == RUNNING
     running = active & ~fault
+    is_stop = (y[:, :, None] == terms.stop_ids).any(2)
     sure = None
     if verify:
         # What this pass has shown of its sequence, and which of the sure drafts are worth a row.
         tried = rows.start.diff()[:, None] > 1
         hits.copy_(torch.where(running, remembered(hits, trusted, tried), hits))
-        chains.copy_(torch.where(running, remembered(chains, torch.ones_like(chains), tried), chains))
+        chains.copy_(torch.where(running, remembered(chains, (trusted < k - 1).long(), tried), chains))
         o_j = torch.arange(k - 1, device=tokens.device)
         sure = c.gather(1, trusted + 1 + o_j)
         is_draft = o_j < reach - trusted - 1
         reached = torch.where(is_draft, sure.double(), 0).cumprod(1)
         reach = trusted + 1 + (is_draft & (reached >= terms.price)).sum(1, keepdim=True)
+        # Nothing behind a stop token is ever emitted.
+        stops = is_stop & (o_w > trusted) & (o_w < reach)
+        reach = torch.where(stops, o_w + 1, reach).amin(1, keepdim=True)
     keep = (o_w >= trusted) & (o_w < reach) & (position < limit) & running
     tokens.scatter_(1, torch.where(keep, position, trash), y)
 
     start = first + trusted + 1
     emitted_before = first + 1 if verify else length
     end = torch.minimum(start + 1 if verify else first + 1 + reach, limit)
-    stop = (y[:, :, None] == terms.stop_ids).any(2) & (position >= emitted_before)
+    stop = is_stop & (position >= emitted_before)
     stop_end = torch.where(stop, position + 1, trash + 1).amin(1, keepdim=True)
     stopped = stop_end <= end
     # A faulty sequence ends where its emitted tokens end: the drafts of a verified one are dropped.

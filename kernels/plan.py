@@ -57,6 +57,9 @@ def plan(
         # From the left, as the kernel; `prod` has an order of its own.
         chance = F.pad(torch.where(is_draft, sure.double(), 1), (1, 0), value=1.0).cumprod(1)[:, -1:]
         want = torch.minimum(want, worth_reference(chance, odds, terms.price, k)[:, 0])
+        # Whatever becomes of a draft that is a stop token, nothing behind it is ever emitted.
+        last = tokens.gather(1, (length - 1).clamp(min=0)[:, None])
+        want = want.masked_fill((pending > 1) & (last == terms.stop_ids).any(1), 0)
     want_last = want
     if masks:
         assert sure is not None  # masks behind drafts come with verification

@@ -20,7 +20,7 @@ class Sequences:
     tokens [B, C + 1] int64 (column C is trash); length, pending, limit, passes [B] int64; status [B] int64 (RUNNING,
     STOPPED at a stop token, LIMIT reached, FAULT in the logits); blocks [B, P + 1] int64, the tokens that each pass
     emitted, one column a pass (column P is trash). `length` counts prompt and standing tokens; `limit` bounds it.
-    hits, chains [B] int64: drafts confirmed of late and passes that tried, in 1 / UNIT (kernels/worth.py).
+    hits, chains [B] int64: drafts confirmed of late and chains that have ended, in 1 / UNIT (kernels/worth.py).
     """
 
     tokens: Tensor

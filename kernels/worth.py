@@ -8,8 +8,9 @@ late and the passes that tried, forgotten by 1/32 from chain to chain and by 1/5
     mask j behind a token promises chance * odds ** j, with the chance that the chain of drafts ends behind that token
 
 and a row is brought where its promise is at least the price. chains counts every pass that brought more than one row,
-so that hits / chains is what such a pass has confirmed on average. Without evidence the odds go back to 2 in 3, and so
-a sequence that has given up tries again now and then; the dearer the rows, the later.
+but for those that confirmed all k - 1 drafts that there can be: such a chain was cut, and tells of no end. Without
+evidence the odds go back to 2 in 3, and so a sequence that has given up tries again now and then; the dearer the rows,
+the later.
 
 Integers and products in float64 from the left: both forms decide the same, bit for bit (torch on a CPU; on a GPU its
 cumulative products have an order of their own).

@@ -24,8 +24,8 @@ else shows their time; and passes with them, where for long there was none, with
 what they are worth. What a sequence brings changes when its tokens come, not which, but for near-ties: products of
 other numbers of rows round otherwise.
 
-Where no threshold is given, there, it follows the odds too: it is their square, between bounds, by what this run and
-earlier ones have shown. A refuted draft leaves its pass without proposals, which costs the more the better they are: a
+A sequence begins there with what others have shown. Where no threshold is given it follows the odds too: it is their
+square, between bounds. A refuted draft leaves its pass without proposals, which costs the more the better they are: a
 model whose drafts are mostly right is best off with sure ones, another takes what it gets (docs/log.md, "One threshold
 does not fit all").
 """
@@ -34,7 +34,6 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Sequence
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -44,7 +43,7 @@ from transformers import PreTrainedModel
 
 from mtpkern.kernels.state import RUNNING, Sequences
 from mtpkern.kernels.worth import FORGOTTEN, PRIOR_CHAINS, PRIOR_HITS, UNIT
-from mtpkern.strategies import THRESHOLD, Strategy
+from mtpkern.strategies import Strategy
 
 # Up to this many rows a pass on a GPU is bound by reading the weights, so that rows are nearly free.
 FREE_ROWS = 192
@@ -59,15 +58,18 @@ STEP = 64
 # The pass before which one without masks is tried first, and the factor to the next.
 FIRST_LOOK, LOOK_AGAIN = 3, 4
 # The least and the most that a draft's confidence has to be above, where that follows the odds.
-THRESHOLDS = 0.2, THRESHOLD
-# So much is kept of what earlier runs have shown.
-MOST_SHOWN = 64 * UNIT
+THRESHOLDS = 0.2, 0.8
+# So much is kept of what sequences have shown, for others to begin with.
+MOST_SHOWN = 48 * UNIT
 # Of the latest so many passes of as many rows the second shortest tells the time: disturbances make one longer, but
 # where processors are shared one may be shorter than all others.
 LATEST = 8
 # Passes without masks before one has them again, whatever is known of them: their time may have been disturbed, drafts
 # may have become right.
 PATIENCE = 8
+# Passes for which a price stays that has come out the same twice: to find one takes a tenth of a small model's pass.
+# A try may come so much later.
+HELD = 4
 
 
 def default_rows(strategy: Strategy, batch: int, device: torch.device) -> int:
@@ -114,7 +116,7 @@ class PassTimes:
         self._table = np.empty(0)
         self.passes = 0
         self.look = FIRST_LOOK
-        # Hits and chains of the model's runs on a CPU, the later the more.
+        # Hits and chains of the model's last run on a CPU, whose sequences began with those of the run before.
         self.shown = np.zeros(2)
 
     def saw(self, rows: int, seconds: float) -> None:
@@ -170,18 +172,17 @@ def price_of(
     k: int,
     rows: int,
     times: PassTimes | None,
-    shown: Sequence[float] | np.ndarray = (0, 0),
     bought: Bought | None = None,
 ) -> float:
     """The price of a row, for running sequences with these hits and chains [n] and at most so many rows.
 
-    times: None where all passes take the same. shown: hits and chains of the model's earlier runs. bought: of this run,
-    where masks may stand behind other drafts than the last.
+    times: None where all passes take the same. bought: of this run, where masks may stand behind other drafts than the
+    last.
 
         price_of(np.array([0]), np.array([0]), k=4, rows=7, times=None)  # 0.0: there are rows for everything
     """
     bought = bought or Bought()
-    tokens, needed = _promised(hits, chains, k, shown, bought)
+    tokens, needed = _promised(hits, chains, k, bought)
     if times is None:
         best = int(np.argmax(_fitted(tokens, needed, len(hits), rows)))
     else:
@@ -221,19 +222,17 @@ def _promised(
     hits: np.ndarray,
     chains: np.ndarray,
     k: int,
-    shown: Sequence[float] | np.ndarray = (0, 0),
     bought: Bought | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """By price: tokens of a pass of all sequences, and the rows that it takes.
 
-    A sequence brings what its own odds buy (kernels/worth.py). What that is worth is judged by what the others and
-    earlier runs have shown too, in place of what is not known of this one: else each would have to fail for itself,
-    some ten times.
+    A sequence brings what its own odds buy (kernels/worth.py). What that is worth is judged by what the others have
+    shown too, in place of what is not known of this one: else each would have to fail for itself, some ten times.
     """
     bought = bought or Bought()
     prior, power = PRIOR_HITS + PRIOR_CHAINS, np.arange(1, k)
     own = _odds(hits, chains)
-    other_hits, other_chains = hits.sum() - hits + shown[0], chains.sum() - chains + shown[1]
+    other_hits, other_chains = hits.sum() - hits, chains.sum() - chains
     alike = (other_hits + PRIOR_HITS) / (other_hits + other_chains + prior)
     judged = (hits + prior * alike) / (hits + chains + prior)
     bought_alone = own[:, None, None] ** power >= PRICES[:, None]  # [n, prices, k - 1]
@@ -297,28 +296,29 @@ class Load:
         self.passes = 0
         # Passes since one was to have masks, and how many it may be before one is to have them.
         self.plain, self.patience = 0, PATIENCE
-        self.shown = times.shown
-        self.threshold = _threshold(self.shown)
-        self._last_price = 0.0
+        self.threshold = _threshold(times.shown)
+        # And for how many passes it has been the same; 0 where it has only been found.
+        self._last_price, self._held = math.nan, 0
 
     def price(self, sequences: Sequences) -> float:
         """What a row of the pass after the next must promise."""
         if self.times.wants_a_look():
             return math.inf
-        running = sequences.status.numpy() == RUNNING
-        hits, chains = sequences.hits.numpy()[running], sequences.chains.numpy()[running]
-        if not len(hits):
-            return 0.0
-        # Some passes behind a try that has failed little changes, and to find a price takes a hundredth of a pass. The
-        # patience is then a multiple of LOOK_AGAIN, so no try is missed.
-        plain = self.plain + 1
-        if self.patience > PATIENCE and plain > LOOK_AGAIN and plain % LOOK_AGAIN:
-            self.plain = plain
+        if 0 < self._held < HELD:
+            self._held += 1
+            self.plain += self.plain > 0
             return self._last_price
-        shown = self.shown + np.array([hits.mean(), chains.mean()])
+        running = sequences.status.numpy() == RUNNING
+        if not running.any():
+            return 0.0
+        # Those that have ended tell as much as the others: the last to run are those with the fewest hits.
+        hits, chains = sequences.hits.numpy(), sequences.chains.numpy()
+        shown = np.array([hits.mean(), chains.mean()])
         self.times.shown = shown * min(1.0, MOST_SHOWN / max(shown.sum(), 1))
-        price = price_of(hits, chains, self.k, self.rows, self.times, self.shown, self.bought)
-        self.threshold, self._last_price = _threshold(shown), price
+        self.threshold = _threshold(shown)
+        hits, chains = hits[running], chains[running]
+        price = price_of(hits, chains, self.k, self.rows, self.times, self.bought)
+        self._held, self._last_price = int(price == self._last_price), price
         odds = _odds(hits, chains)
         if odds.max() >= price:
             self.plain, self.patience = 0, PATIENCE
@@ -327,19 +327,31 @@ class Load:
         if self.plain < self.patience:
             return price
         self.plain, self.patience = 0, LOOK_AGAIN * self.patience
+        # The try has run when a price is found for the second time from here.
+        self._last_price, self._held = math.nan, 0
         return self._try(odds)
 
     def _try(self, odds: np.ndarray) -> float:
         """The price at which each has as many masks, one at least, as if nothing were known of what they are worth."""
         nothing = np.zeros(len(odds))
-        masks = self.predictions(price_of(nothing, nothing, self.k, self.rows, self.times)) - 1
+        masks = self._masks(price_of(nothing, nothing, self.k, self.rows, self.times), 0, 0)
         # They go on changing until then, by a little.
         return float(0.9 * odds.min() ** masks)
 
+    @property
+    def known(self) -> tuple[int, int]:
+        """The hits and chains that a sequence begins with: as if it had shown what others have."""
+        hits, chains = self.times.shown
+        return int(hits), int(chains)
+
     def predictions(self, price: float) -> int:
-        """How many a sequence makes of which nothing is known: the next token and, at this price, one mask at least."""
-        worth = _odds(np.zeros(1), np.zeros(1)) ** np.arange(1, self.k) >= price
-        return min(self.k, 1 + max(1, int(worth.sum())))
+        """How many a new sequence makes: the next token and, at this price, one mask at least."""
+        return 1 + self._masks(price, *self.known)
+
+    def _masks(self, price: float, hits: int, chains: int) -> int:
+        """How many a sequence brings behind a token that stands, one at least."""
+        worth = _odds(np.array([hits]), np.array([chains])) ** np.arange(1, self.k) >= price
+        return min(self.k - 1, max(1, int(worth.sum())))
 
     def saw(self, rows: int, seconds: float) -> None:
         """Note a pass; not a run's first, which does more than a pass."""

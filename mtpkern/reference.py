@@ -66,6 +66,8 @@ def decode(
             # No mask for a token beyond the limit, and none beyond the budget.
             masks = [max(0, min(k - 1, max_new_tokens - len(certain) - i - 1)) for i in range(len(drafts) + 1)]
             fed_again = 1 + len(drafts) if strategy.verify else blocks[-1]
+            if drafts and drafts[-1] in stops:
+                masks[-1] = 0
             spare = k + strategy.masks if rows is None else rows - fed_again
             masks[-1] = min(masks[-1], spare)
             spare = min(strategy.masks, spare - masks[-1])
@@ -95,6 +97,8 @@ def decode(
         if strategy.verify:
             going_on = emit(drafts[:confirmed] + kept[:1])
             drafts = kept[1:][: max_new_tokens - len(certain)]
+            # What stands behind a stop token is never emitted.
+            drafts = drafts[: next((i + 1 for i, token in enumerate(drafts) if token in stops), None)]
             drafts = drafts if rows is None else drafts[: rows - 1]
             sure = confidence[confirmed + 1 :][: len(drafts)]
         else:

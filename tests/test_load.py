@@ -21,10 +21,8 @@ from mtpkern.load import (
     LATEST,
     PATIENCE,
     PRICES,
-    Bought,
     Load,
     PassTimes,
-    _promised,
     _rounded,
     default_masks,
     default_rows,
@@ -194,32 +192,34 @@ def test_times_are_each_models_own(tiny: Any) -> None:
     assert times_of(one, packed=True) is times_of(one, packed=True) is not times_of(one)
 
 
-def test_a_price_is_sought_less_often_where_tries_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In every fourth pass, but in each of the first behind a try; tries come when they would."""
+def test_a_price_that_is_the_same_again_stays_for_some_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is found in each pass as long as it changes, and behind a try; tries come a few passes later at most."""
     sought: list[int] = []
-    price_of = mtpkern.load.price_of
-    monkeypatch.setattr(
-        mtpkern.load, "price_of", lambda hits, *rest: (sought.append(len(hits)), price_of(hits, *rest))[1]
-    )
+    prices: list[float] = []
+    monkeypatch.setattr(mtpkern.load, "price_of", lambda hits, *_: sought.append(0) or prices[0])
     monkeypatch.setattr(PassTimes, "wants_a_look", lambda *_: False)
     load = Load(times(lambda r: r, 1, 2, 4, 7), k=4, rows=14)
     none = torch.zeros(2, dtype=torch.int64)
     sequences: Any = SimpleNamespace(status=none, hits=none, chains=torch.full((2,), 100 * UNIT))
 
-    def passes(n: int) -> tuple[int, float]:
-        """How often a price was sought, and the last one."""
-        sought.clear()
+    def passes(n: int) -> str:
+        """Of each whether a price was found, and whether it was that."""
+        told = ""
         for _ in range(n):
+            sought.clear()
             price = load.price(sequences)
-            load.saw(2, 2.0)
-        return len(sought), price
+            told += "?" if price != prices[0] else ".x"[bool(sought)]
+        return told
 
-    nothing, _ = price_of(np.zeros(2), np.full(2, 100 * UNIT), 4, 14, load.times), sought.clear()
-    assert passes(PATIENCE - 1) == (PATIENCE - 1, nothing)
-    assert passes(1)[1] < nothing  # a try
-    assert passes(4) == (4, nothing)
-    assert passes(4 * PATIENCE - 5) == (PATIENCE - 2, nothing)
-    assert passes(1)[1] < nothing
+    prices[:] = [0.0]
+    assert passes(11) == "xx...x...x."
+    prices[:] = [0.01]
+    assert passes(7) == "??xx..."  # as long as it is held the old one, then found as often as it changes
+    prices[:] = [2.0]
+    assert passes(6) == "xx...x"
+    # Nobody has masks at this price; when the patience is at its end a try has, behind which it is found again.
+    assert passes(12) == "...?xx...x.."
+    assert load.patience == 4 * PATIENCE
 
 
 def test_a_disturbed_pass_with_masks_is_not_the_last() -> None:
@@ -254,25 +254,61 @@ def test_what_earlier_runs_have_shown_stands_in_for_what_is_not_known() -> None:
 
     def run(right: int) -> tuple[list[bool], Load]:
         load = Load(seen, k=4, rows=7)
-        hits = chains = 0
+        hits, chains = (n / UNIT for n in load.known)
         had_masks = []
         for _ in range(64):
             sequences: Any = SimpleNamespace(
                 status=torch.zeros(1, dtype=torch.int32),
-                hits=torch.tensor([hits * UNIT]),
-                chains=torch.tensor([chains * UNIT]),
+                hits=torch.tensor([int(hits * UNIT)]),
+                chains=torch.tensor([int(chains * UNIT)]),
             )
             price = load.price(sequences)
             had_masks.append(price < (hits + 4) / (hits + chains + 6))
             hits, chains = hits + right * had_masks[-1], chains + had_masks[-1]
         return had_masks, load
 
-    first, second, third = (sum(run(right=0)[0]) for _ in range(3))
-    assert first > 3 * second
-    assert third <= second <= 4
+    first, *later = (sum(run(right=0)[0]) for _ in range(4))
+    assert first > 3 * max(later)
+    assert max(later) <= 4
     better, _ = run(right=3)
     assert sum(better) >= 64 - 2 * PATIENCE
     assert sum(run(right=3)[0]) >= 62
+
+
+@pytest.mark.parametrize("refill", [False, True])
+@pytest.mark.parametrize(
+    ("shown", "known"), [((0, 0), (0, 0)), ((3, 2), (3, 2)), ((40, 8), (40, 8)), ((0, 48), (0, 48))]
+)
+def test_a_sequence_begins_with_what_others_have_shown(
+    tiny: Any,
+    greedy_of: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    refill: bool,
+    shown: tuple[float, float],
+    known: tuple[float, float],
+) -> None:
+    model, ids, mask, expected = greedy_of("llama", 2)
+    seen = PassTimes()
+    monkeypatch.setattr("mtpkern.decoder.times_of", lambda *_: seen)
+    begun: list[tuple[list[int], list[int]]] = []
+    advance = mtpkern.decoder.advance
+
+    def noted(sequences: Any, *args: Any, **how: Any) -> None:
+        if not sequences.passes.any():
+            begun.append((sequences.hits.tolist(), sequences.chains.tolist()))
+        advance(sequences, *args, **how)
+
+    monkeypatch.setattr(mtpkern.decoder, "advance", noted)
+    monkeypatch.setattr("mtpkern.slots.advance", noted)
+    options: dict[str, Any] = {"max_new_tokens": 24, "eos_token_id": 3}
+    seen.shown = counts(*shown)
+    if refill:
+        prompts = [row[real.bool()].tolist() for row, real in zip(ids, mask)]
+        assert all(x.error is None for x in mtpkern.generate_batch(model, prompts[:1], batch_size=1, **options))
+    else:
+        assert torch.equal(mtpkern.generate(model, ids, attention_mask=mask, **options), expected)
+    hits, chains = counts(*known).tolist()
+    assert begun == [([hits] * len(begun[0][0]), [chains] * len(begun[0][0]))]
 
 
 @pytest.mark.parametrize("odds", [(0, 20), (3, 5), (90, 40)])
@@ -301,6 +337,7 @@ def test_the_threshold_follows_the_odds_where_none_is_given(
 
     monkeypatch.setattr(mtpkern.decoder.Decoder, "step", noted)
     monkeypatch.setattr(PassTimes, "wants_a_look", lambda *_: False)
+    monkeypatch.setattr("mtpkern.load.HELD", 1)
     for bounds, strategy in (
         ((0.0, 1.0), None),
         ((0.0, 0.3), Verified()),
@@ -351,47 +388,6 @@ def test_a_prompt_has_the_masks_that_are_worth_it(
             assert torch.equal(mtpkern.generate(model, ids, attention_mask=mask, **options), expected)
         assert set(read) == {k}
         read.clear()
-
-
-def rows_bought(load: Load, hits: float, chains: float, passes: int = 200) -> list[int]:
-    """What passes of one sequence with these counts would have, as the price of each is told."""
-    sequences: Any = SimpleNamespace(
-        status=torch.zeros(1, dtype=torch.int32),
-        hits=torch.tensor([int(hits * UNIT)]),
-        chains=torch.tensor([int(chains * UNIT)]),
-    )
-    bought = []
-    for _ in range(passes):
-        price = load.price(sequences)
-        if price in PRICES:
-            _, needed = _promised(counts(hits), counts(chains), load.k, load.shown, load.bought)
-            bought.append(round(needed[PRICES.tolist().index(price)]))
-    return bought
-
-
-def test_masks_stand_behind_drafts_where_rows_are_nearly_free() -> None:
-    """At odds of 0.6 seven predictions make 1.4 drafts; masks behind all of them are 13 rows more than behind one."""
-    for slope, least, most in ((0.0, 14, 49), (0.005, 10, 49), (0.05, 3, 9), (0.5, 1, 2)):
-        load = Load(times(lambda r, slope=slope: 1 + slope * r, 1, 2, 4, 8, 16, 32, 48), k=7, rows=49, masks=36)
-        rows = rows_bought(load, 60, 40)
-        assert least <= np.median(rows) <= most, (slope, rows)
-    without = Load(times(lambda r: 1.0, 1, 2, 4, 8, 16, 32, 48), k=7, rows=13)
-    assert max(rows_bought(without, 60, 40)) <= 13
-
-
-def test_what_was_bought_of_late_is_what_drafts_tell_of() -> None:
-    """Confirmed drafts of passes with masks behind the last draft alone promise more than themselves."""
-    few, all_of_them = Bought(36), Bought(36)
-    few.part = 0.5
-    one, more = (_promised(counts(40), counts(40), 7, bought=bought)[0] for bought in (all_of_them, few))
-    assert (more[:-1] - 1 >= np.minimum(1.9 * (one[:-1] - 1), 6) - 1e-9).all()
-    assert more[-1] == one[-1] == 1
-    # It is forgotten as chains are; a pass that buys nothing tells nothing.
-    _promised(counts(40), counts(40), 7, bought=few)
-    few.note(0)
-    assert few.part == 0.5 + 0.5 / 32
-    few.note(len(PRICES) - 1)
-    assert few.part == 0.5 + 0.5 / 32
 
 
 def test_masks_of_a_pass_by_default() -> None:

@@ -46,7 +46,7 @@ from mtpkern.watch import Watch, snapshot
 from support.made_up_device import FAKE, SyncError, Watcher, to_fake
 from support.slow import slow_but
 
-pytestmark = pytest.mark.usefixtures("autocast_off_on_the_made_up_device")
+pytestmark = pytest.mark.usefixtures("autocast_off_on_the_made_up_device", "nothing_on_the_host")
 
 STRATEGIES = [Static(1), Static(3), ConfAdapt(k=3, threshold=0.3), Verified(k=3, threshold=0.2, masks=3)]
 MODELS: dict[str, dict[str, Any]] = {

@@ -42,7 +42,14 @@ class Text:
     chains: int = 0
 
     def take_in(
-        self, token: list[int], confidence: list[float], threshold: float, stops: set[int], verify: bool, price: float
+        self,
+        token: list[int],
+        confidence: list[float],
+        threshold: float,
+        stops: set[int],
+        verify: bool,
+        price: float,
+        k: int,
     ) -> None:
         """Accept from the readout of this sequence's rows: the pending tokens', the last's masks', then all others'."""
         if self.status != RUNNING:
@@ -68,10 +75,13 @@ class Text:
                 (next_drafts if verify else news).append(token[i])
                 self.sure.append(confidence[i])
         if verify:
-            self.remember(row, tried=len(confidence) > 1)
+            self.remember(row, tried=len(confidence) > 1, ended=row < k - 1)
             while self.sure and math.prod(self.sure) < price:
                 self.sure.pop()
                 next_drafts.pop()
+            # What stands behind a stop token is never emitted.
+            end = next((i + 1 for i, y in enumerate(next_drafts) if y in stops), len(next_drafts))
+            del next_drafts[end:], self.sure[end:]
 
         self.blocks.append(0)
         for y in news:
@@ -84,11 +94,11 @@ class Text:
         self.tokens = certain + next_drafts
         self.pending = 1 + len(next_drafts) if verify else self.blocks[-1]
 
-    def remember(self, confirmed: int, tried: bool) -> None:
-        """Confirmed drafts and chains, of which a 32nd is forgotten a chain and a 512th a pass without one."""
+    def remember(self, confirmed: int, tried: bool, ended: bool) -> None:
+        """Confirmed drafts and ended chains, of which a 32nd is forgotten a chain and a 512th a pass without one."""
         bits = 5 if tried else 9
         self.hits += tried * confirmed * UNIT - (self.hits >> bits)
-        self.chains += tried * UNIT - (self.chains >> bits)
+        self.chains += tried * ended * UNIT - (self.chains >> bits)
 
     def worthy(self, chance: float, most: int, price: float) -> int:
         """How many masks are worth the price behind a token at which the chain of drafts ends with that chance."""
@@ -100,7 +110,7 @@ class Text:
         return masks
 
 
-def deal(texts: list[Text], rows: int, k: int, extra: int, price: float, verify: bool) -> None:
+def deal(texts: list[Text], rows: int, k: int, extra: int, price: float, verify: bool, stops: set[int]) -> None:
     """Masks for each sequence, dealt like cards: one a round to everybody who can use one more.
 
     Where there are not even rows for all that is pending, the longest drop drafts. Masks go behind the last pending
@@ -121,6 +131,8 @@ def deal(texts: list[Text], rows: int, k: int, extra: int, price: float, verify:
             sure = text.sure[: text.pending - 1]
             chances = [math.prod(sure[:i]) * (1 - c) for i, c in enumerate(sure)] + [math.prod(sure)]
             text.behind = [text.worthy(chance, most, price) for chance, most in zip(chances, text.behind)]
+            if text.pending > 1 and text.tokens[-1] in stops:
+                text.behind[-1] = 0
         wants.append(text.behind[-1] + min(extra, sum(text.behind[:-1])) if text.status == RUNNING else 0)
     spare = rows - sum(text.pending for text in texts)
     assert spare >= 0
@@ -217,7 +229,7 @@ class Machine:
             masks=self.masks,
         )
         for text, (tokens, confidences) in zip(self.texts, readouts):
-            text.take_in(tokens, confidences, self.threshold, self.stops, self.verify, self.price)
+            text.take_in(tokens, confidences, self.threshold, self.stops, self.verify, self.price, self.k)
         for b, tokens in ended:
             assert torch.equal(self.sequences.tokens[b, :-1], tokens)
         self.compare()
@@ -226,7 +238,7 @@ class Machine:
         sequences, rows, texts = self.sequences, self.rows, self.texts
         R, M = len(rows.seq), self.masks
         dealt = R if self.budget is None or not self.verify else min(R, int(self.terms.budget))
-        deal(texts, dealt, self.k, M, self.price, self.verify)
+        deal(texts, dealt, self.k, M, self.price, self.verify, self.stops)
         assert self._addresses() == self.addresses
         assert sequences.status.tolist() == [text.status for text in texts]
         assert sequences.length.tolist() == [len(text.tokens) for text in texts]

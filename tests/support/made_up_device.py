@@ -25,6 +25,14 @@ def autocast_off_on_the_made_up_device() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def nothing_on_the_host() -> Iterator[None]:
+    """On a CPU, too, `advance` is what it is on a device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mtpkern.kernels.advance.takes_host", lambda *_: False)
+        yield
+
+
 # Operations whose result, or its shape, the host has to know before it can go on.
 SYNCING = {
     *(aten._local_scalar_dense, aten.equal, aten.allclose, aten.nonzero, aten.masked_select, aten.bincount),

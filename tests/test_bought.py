@@ -4,11 +4,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from mtpkern.kernels.worth import UNIT
 from mtpkern.load import PRICES, Bought, Load, _promised
 from support.loads import counts, times
+
+
+@pytest.fixture
+def rows_for_free() -> None:
+    """Not here."""
 
 
 def rows_bought(load: Load, hits: float, chains: float, passes: int = 200) -> list[int]:

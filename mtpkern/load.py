@@ -296,6 +296,8 @@ class Load:
         self.passes = 0
         # Passes since one was to have masks, and how many it may be before one is to have them.
         self.plain, self.patience = 0, PATIENCE
+        # How much is known, in hits and chains.
+        self.weight = float(times.shown.sum())
         self.threshold = _threshold(times.shown)
         # And for how many passes it has been the same; 0 where it has only been found.
         self._last_price, self._held = math.nan, 0
@@ -311,10 +313,12 @@ class Load:
         running = sequences.status.numpy() == RUNNING
         if not running.any():
             return 0.0
-        # Those that have ended tell as much as the others: the last to run are those with the fewest hits.
+        # Those that have ended tell as much as the others: the last to run are those with the fewest hits. What they
+        # forget without trying is no less for those that come.
         hits, chains = sequences.hits.numpy(), sequences.chains.numpy()
         shown = np.array([hits.mean(), chains.mean()])
-        self.times.shown = shown * min(1.0, MOST_SHOWN / max(shown.sum(), 1))
+        self.weight = min(MOST_SHOWN, max(shown.sum(), self.weight))
+        self.times.shown = shown * (self.weight / max(shown.sum(), 1))
         self.threshold = _threshold(shown)
         hits, chains = hits[running], chains[running]
         price = price_of(hits, chains, self.k, self.rows, self.times, self.bought)

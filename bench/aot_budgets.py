@@ -59,9 +59,10 @@ _SPILL = """
 # One launch a step, of one program; many sequences at once leave few registers a thread.
 advance  8/8      .        .        .        .        advance B1 k8 verified
 advance  8/8      8/8      8/8      8/8      .        advance B16 k8 verified
-advance  144/0    96/0     88/0     80/0     .        advance B128 k8 verified
-advance  72/72    32/24    16/24    16/32    .        advance B1024 k16 verified
-advance  .        0/8      .        .        .        advance B1 k4 verified, masks
+advance  144/0    112/0    96/0     96/0     .        advance B128 k8 verified
+advance  96/88    32/24    16/24    16/32    .        advance B1024 k16 verified
+advance  0/8      0/8      0/8      .        .        advance B1 k4 verified, masks
+advance  24/0     .        .        .        .        advance B1 k12 verified, 22 masks
 advance  0/8      8/8      0/24     8/8      .        advance B16 k8 verified, masks
 advance  .        8/0      .        .        .        advance B16 k8 unverified
 # Two numbers put away before its loop and fetched behind it.

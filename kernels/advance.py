@@ -190,24 +190,20 @@ if find_spec("triton"):
             odds = odds_of(hits, chains, PRIOR_HITS, PRIOR_CHAINS)
             price = tl.load(price_ptr)
             p_sure = confidence_ptr + row + trusted + 1 + shift
-            p_draft = token_ptr + row + trusted + 1 + shift
             drafts = kept - 1
             kept = tl.full([BLOCK_B], 1, tl.int32)
-            stops = tl.zeros([BLOCK_B], tl.int32)  # whether the last one kept is a stop token
             reached = tl.full([BLOCK_B], 1.0, tl.float64)
             for d in range(K - 1):
                 reached *= tl.load(p_sure + d, mask=d < drafts, other=0.0).to(tl.float64)
-                worthy = (d < drafts) & (reached >= price) & (stops == 0)
-                kept += worthy.to(tl.int32)
-                y = tl.load(p_draft + d, mask=d < drafts, other=0)
-                for j in range(S):
-                    stops |= (worthy & (y == tl.load(stop_ids_ptr + j))).to(tl.int32)
+                kept += ((d < drafts) & (reached >= price)).to(tl.int32)
 
         # Write the kept tokens, and find the first stop token among those that are emitted.
         start = first + trusted + 1
         emitted_before = first + 1 if VERIFY else length
         end = tl.minimum(start + 1 if VERIFY else start + kept, limit)
         stop_end = tl.full([BLOCK_B], 2147483647, tl.int32)
+        if VERIFY:
+            stop_kept = kept
         for w in range(0, W, BLOCK_W):
             i = (w + o_w)[None, :]
             position = first[:, None] + 1 + i
@@ -216,10 +212,15 @@ if find_spec("triton"):
             at = i + tl.where(i > trusted[:, None], shift[:, None], 0) if MASKS else i
             y = tl.load(token_ptr + row[:, None] + at, mask=running[:, None] & (keep | emit), other=0)
             tl.store(p_tokens[:, None] + position, y, mask=running[:, None] & keep)
-            stop = emit & (y != y)
+            stop = (keep | emit) & (y != y)
             for j in range(S):
-                stop |= emit & (y == tl.load(stop_ids_ptr + j))
-            stop_end = tl.minimum(stop_end, tl.min(tl.where(stop, position + 1, 2147483647), 1))
+                stop |= (keep | emit) & (y == tl.load(stop_ids_ptr + j))
+            stop_end = tl.minimum(stop_end, tl.min(tl.where(emit & stop, position + 1, 2147483647), 1))
+            if VERIFY:
+                # A draft that is a stop token is the last one: nothing behind it is ever emitted.
+                stop_kept = tl.minimum(stop_kept, tl.min(tl.where(stop & ~emit, i + 1 - trusted[:, None], K), 1))
+        if VERIFY:
+            kept = stop_kept
         stopped = stop_end <= end
         end = tl.minimum(end, stop_end)
 
@@ -253,7 +254,10 @@ if find_spec("triton"):
             for d in range(K - 1):
                 chance *= tl.load(p_sure + d, mask=d < pending_next - 1, other=1.0).to(tl.float64)
             want = tl.minimum(want, worth(chance, odds, price, K))
-            want = tl.where((stops != 0) & (pending_next == kept), 0, want)
+            p_last = token_ptr + row + trusted + shift + pending_next - 1
+            last = tl.load(p_last, mask=pending_next > 1, other=0)
+            for e in range(S):
+                want = tl.where((pending_next > 1) & (last == tl.load(stop_ids_ptr + e)), 0, want)
         want_last = want
         if MASKS:
             groups = tl.zeros([BLOCK_B], tl.int32)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mtpkern.adapter import base_alone, gated
+from mtpkern.adapter import base_alone, gate_of, gated
 from mtpkern.attention import AttentionContext, captured, unrouted
 from mtpkern.cache import CapturedPrefill, KVCache, Prefill, PrefillCache
 from mtpkern.choosing import Choice, Choosing
@@ -445,7 +445,9 @@ class Decoder:
         cache.reserve(cache.slots)
         cache.max_rows = int(start.diff().max())
         rows = max(1, int(start[-1]))
-        self._maskless = not (self.all_rows.token[:rows] == self.mask_token_id).any()
+        # To a model without a gate a mask is a token as any other.
+        gate = gate_of(self.model)
+        self._maskless = gate is not None and not (self.all_rows.token[:rows] == self.mask_token_id).any()
         batch = len(start) - 1
         most = batch if rows <= batch else len(self.all_rows.seq)
         self.rows = cache.rows = self.all_rows.first(rows_in(rows, most))

@@ -171,6 +171,16 @@ def test_recordings_go_with_the_model_and_when_told(tiny: SimpleNamespace, repla
         assert gone() is None
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_pass_without_masks_is_another_kind_where_there_is_a_gate(tiny: SimpleNamespace, adapted: bool) -> None:
+    """To a model without one a mask is a token as any other, and what was recorded serves for both."""
+    model = tiny.adapted(tiny.model("llama")) if adapted else tiny.model("llama")
+    for strategy in (Static(1), Verified(3, 0.0)):
+        generate(tiny, model, strategy=strategy, max_new_tokens=40)
+    kinds = recordings._kept[mtpkern.adapter.base_of(model)].seen
+    assert {maskless for _, maskless in kinds} == ({False, True} if adapted else {False})
+
+
 def test_no_run_is_kept(tiny: SimpleNamespace, replays: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor its keys and values: a recording calls those of the run that it is called in."""
     model, caches = tiny.model("llama"), list[weakref.ref[Any]]()

@@ -157,11 +157,6 @@ class Decoder:
         return self.strategy.k if self._load is None else self._load.predictions(float(self.terms.price))
 
     @property
-    def known(self) -> tuple[int, int]:
-        """The hits and chains that a sequence begins with."""
-        return (0, 0) if self._load is None else self._load.known
-
-    @property
     def nbytes(self) -> int:
         """Bytes of the state: keys, values, tokens. What a captured graph computes in between comes on top."""
         return self.cache.nbytes + sum(x.nbytes for x in vars(self.sequences).values())
@@ -208,9 +203,6 @@ class Decoder:
         if self.by_load and self._on_cpu:
             times = times_of(self.model, isinstance(self.products, PackedProducts))
             self._load = Load(times, strategy.k, len(self.all_rows.seq), strategy.masks)
-            hits, chains = self.known
-            self.sequences.hits.fill_(hits)
-            self.sequences.chains.fill_(chains)
             self._tell(self._load)
 
     def _tell(self, load: Load) -> None:

@@ -24,8 +24,8 @@ else shows their time; and passes with them, where for long there was none, with
 what they are worth. What a sequence brings changes when its tokens come, not which, but for near-ties: products of
 other numbers of rows round otherwise.
 
-A sequence begins there with what others have shown. Where no threshold is given it follows the odds too: it is their
-square, between bounds. A refuted draft leaves its pass without proposals, which costs the more the better they are: a
+Where no threshold is given, there, it follows the odds too: it is their square, between bounds, by what this run and
+earlier ones have shown. A refuted draft leaves its pass without proposals, which costs the more the better they are: a
 model whose drafts are mostly right is best off with sure ones, another takes what it gets (docs/log.md, "One threshold
 does not fit all").
 """
@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
+from collections.abc import Sequence
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -59,8 +60,8 @@ STEP = 64
 FIRST_LOOK, LOOK_AGAIN = 3, 4
 # The least and the most that a draft's confidence has to be above, where that follows the odds.
 THRESHOLDS = 0.2, 0.8
-# So much is kept of what sequences have shown, for others to begin with.
-MOST_SHOWN = 48 * UNIT
+# So much is kept of what earlier runs have shown.
+MOST_SHOWN = 64 * UNIT
 # Of the latest so many passes of as many rows the second shortest tells the time: disturbances make one longer, but
 # where processors are shared one may be shorter than all others.
 LATEST = 8
@@ -116,7 +117,7 @@ class PassTimes:
         self._table = np.empty(0)
         self.passes = 0
         self.look = FIRST_LOOK
-        # Hits and chains of the model's last run on a CPU, whose sequences began with those of the run before.
+        # Hits and chains of the model's runs on a CPU, the later the more.
         self.shown = np.zeros(2)
 
     def saw(self, rows: int, seconds: float) -> None:
@@ -172,17 +173,18 @@ def price_of(
     k: int,
     rows: int,
     times: PassTimes | None,
+    shown: Sequence[float] | np.ndarray = (0, 0),
     bought: Bought | None = None,
 ) -> float:
     """The price of a row, for running sequences with these hits and chains [n] and at most so many rows.
 
-    times: None where all passes take the same. bought: of this run, where masks may stand behind other drafts than the
-    last.
+    times: None where all passes take the same. shown: hits and chains of the model's earlier runs. bought: of this run,
+    where masks may stand behind other drafts than the last.
 
         price_of(np.array([0]), np.array([0]), k=4, rows=7, times=None)  # 0.0: there are rows for everything
     """
     bought = bought or Bought()
-    tokens, needed = _promised(hits, chains, k, bought)
+    tokens, needed = _promised(hits, chains, k, shown, bought)
     if times is None:
         best = int(np.argmax(_fitted(tokens, needed, len(hits), rows)))
     else:
@@ -222,17 +224,19 @@ def _promised(
     hits: np.ndarray,
     chains: np.ndarray,
     k: int,
+    shown: Sequence[float] | np.ndarray = (0, 0),
     bought: Bought | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """By price: tokens of a pass of all sequences, and the rows that it takes.
 
-    A sequence brings what its own odds buy (kernels/worth.py). What that is worth is judged by what the others have
-    shown too, in place of what is not known of this one: else each would have to fail for itself, some ten times.
+    A sequence brings what its own odds buy (kernels/worth.py). What that is worth is judged by what the others and
+    earlier runs have shown too, in place of what is not known of this one: else each would have to fail for itself,
+    some ten times.
     """
     bought = bought or Bought()
     prior, power = PRIOR_HITS + PRIOR_CHAINS, np.arange(1, k)
     own = _odds(hits, chains)
-    other_hits, other_chains = hits.sum() - hits, chains.sum() - chains
+    other_hits, other_chains = hits.sum() - hits + shown[0], chains.sum() - chains + shown[1]
     alike = (other_hits + PRIOR_HITS) / (other_hits + other_chains + prior)
     judged = (hits + prior * alike) / (hits + chains + prior)
     bought_alone = own[:, None, None] ** power >= PRICES[:, None]  # [n, prices, k - 1]
@@ -296,9 +300,8 @@ class Load:
         self.passes = 0
         # Passes since one was to have masks, and how many it may be before one is to have them.
         self.plain, self.patience = 0, PATIENCE
-        # How much is known, in hits and chains.
-        self.weight = float(times.shown.sum())
-        self.threshold = _threshold(times.shown)
+        self.shown = times.shown
+        self.threshold = _threshold(self.shown)
         # And for how many passes it has been the same; 0 where it has only been found.
         self._last_price, self._held = math.nan, 0
 
@@ -311,17 +314,13 @@ class Load:
             self.plain += self.plain > 0
             return self._last_price
         running = sequences.status.numpy() == RUNNING
-        if not running.any():
+        hits, chains = sequences.hits.numpy()[running], sequences.chains.numpy()[running]
+        if not len(hits):
             return 0.0
-        # Those that have ended tell as much as the others: the last to run are those with the fewest hits. What they
-        # forget without trying is no less for those that come.
-        hits, chains = sequences.hits.numpy(), sequences.chains.numpy()
-        shown = np.array([hits.mean(), chains.mean()])
-        self.weight = min(MOST_SHOWN, max(shown.sum(), self.weight))
-        self.times.shown = shown * (self.weight / max(shown.sum(), 1))
+        shown = self.shown + np.array([hits.mean(), chains.mean()])
+        self.times.shown = shown * min(1.0, MOST_SHOWN / max(shown.sum(), 1))
         self.threshold = _threshold(shown)
-        hits, chains = hits[running], chains[running]
-        price = price_of(hits, chains, self.k, self.rows, self.times, self.bought)
+        price = price_of(hits, chains, self.k, self.rows, self.times, self.shown, self.bought)
         self._held, self._last_price = int(price == self._last_price), price
         odds = _odds(hits, chains)
         if odds.max() >= price:
@@ -338,24 +337,14 @@ class Load:
     def _try(self, odds: np.ndarray) -> float:
         """The price at which each has as many masks, one at least, as if nothing were known of what they are worth."""
         nothing = np.zeros(len(odds))
-        masks = self._masks(price_of(nothing, nothing, self.k, self.rows, self.times), 0, 0)
+        masks = self.predictions(price_of(nothing, nothing, self.k, self.rows, self.times)) - 1
         # They go on changing until then, by a little.
         return float(0.9 * odds.min() ** masks)
 
-    @property
-    def known(self) -> tuple[int, int]:
-        """The hits and chains that a sequence begins with: as if it had shown what others have."""
-        hits, chains = self.times.shown
-        return int(hits), int(chains)
-
     def predictions(self, price: float) -> int:
-        """How many a new sequence makes: the next token and, at this price, one mask at least."""
-        return 1 + self._masks(price, *self.known)
-
-    def _masks(self, price: float, hits: int, chains: int) -> int:
-        """How many a sequence brings behind a token that stands, one at least."""
-        worth = _odds(np.array([hits]), np.array([chains])) ** np.arange(1, self.k) >= price
-        return min(self.k - 1, max(1, int(worth.sum())))
+        """How many a sequence makes of which nothing is known: the next token and, at this price, one mask at least."""
+        worth = _odds(np.zeros(1), np.zeros(1)) ** np.arange(1, self.k) >= price
+        return min(self.k, 1 + max(1, int(worth.sum())))
 
     def saw(self, rows: int, seconds: float) -> None:
         """Note a pass; not a run's first, which does more than a pass."""

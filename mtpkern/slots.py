@@ -139,9 +139,9 @@ def _begin(decoder: Decoder, newcomers: Sequence[Newcomer], columns: Tensor, seq
     # From padded columns to compact sequences.
     o = torch.arange(T, device=decoder.device) + (T - length)[:, None]
     sequences.tokens[seq, :T] = columns.gather(1, o.clamp(max=T - 1))
-    # As all begin.
-    for count, n in zip((sequences.passes, sequences.blocks, sequences.hits, sequences.chains), (0, 0, *decoder.known)):
-        count.index_fill_(0, seq, n)
+    # As all begin: nothing emitted, nothing known.
+    for count in (sequences.passes, sequences.hits, sequences.chains, sequences.blocks):
+        count.index_fill_(0, seq, 0)
     sequences.pending.index_fill_(0, seq, 1)
     sequences.status.index_fill_(0, seq, RUNNING)
     if decoder.choice is not None:

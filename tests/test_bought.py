@@ -28,7 +28,7 @@ def rows_bought(load: Load, hits: float, chains: float, passes: int = 200) -> li
     for _ in range(passes):
         price = load.price(sequences)
         if price in PRICES:
-            _, needed = _promised(counts(hits), counts(chains), load.k, load.bought)
+            _, needed = _promised(counts(hits), counts(chains), load.k, load.shown, load.bought)
             bought.append(round(needed[PRICES.tolist().index(price)]))
     return bought
 

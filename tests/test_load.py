@@ -254,61 +254,25 @@ def test_what_earlier_runs_have_shown_stands_in_for_what_is_not_known() -> None:
 
     def run(right: int) -> tuple[list[bool], Load]:
         load = Load(seen, k=4, rows=7)
-        hits, chains = (n / UNIT for n in load.known)
+        hits = chains = 0
         had_masks = []
         for _ in range(64):
             sequences: Any = SimpleNamespace(
                 status=torch.zeros(1, dtype=torch.int32),
-                hits=torch.tensor([int(hits * UNIT)]),
-                chains=torch.tensor([int(chains * UNIT)]),
+                hits=torch.tensor([hits * UNIT]),
+                chains=torch.tensor([chains * UNIT]),
             )
             price = load.price(sequences)
             had_masks.append(price < (hits + 4) / (hits + chains + 6))
             hits, chains = hits + right * had_masks[-1], chains + had_masks[-1]
         return had_masks, load
 
-    first, *later = (sum(run(right=0)[0]) for _ in range(4))
-    assert first > 3 * max(later)
-    assert max(later) <= 4
+    first, second, third = (sum(run(right=0)[0]) for _ in range(3))
+    assert first > 3 * second
+    assert third <= second <= 4
     better, _ = run(right=3)
     assert sum(better) >= 64 - 2 * PATIENCE
     assert sum(run(right=3)[0]) >= 62
-
-
-@pytest.mark.parametrize("refill", [False, True])
-@pytest.mark.parametrize(
-    ("shown", "known"), [((0, 0), (0, 0)), ((3, 2), (3, 2)), ((40, 8), (40, 8)), ((0, 48), (0, 48))]
-)
-def test_a_sequence_begins_with_what_others_have_shown(
-    tiny: Any,
-    greedy_of: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    refill: bool,
-    shown: tuple[float, float],
-    known: tuple[float, float],
-) -> None:
-    model, ids, mask, expected = greedy_of("llama", 2)
-    seen = PassTimes()
-    monkeypatch.setattr("mtpkern.decoder.times_of", lambda *_: seen)
-    begun: list[tuple[list[int], list[int]]] = []
-    advance = mtpkern.decoder.advance
-
-    def noted(sequences: Any, *args: Any, **how: Any) -> None:
-        if not sequences.passes.any():
-            begun.append((sequences.hits.tolist(), sequences.chains.tolist()))
-        advance(sequences, *args, **how)
-
-    monkeypatch.setattr(mtpkern.decoder, "advance", noted)
-    monkeypatch.setattr("mtpkern.slots.advance", noted)
-    options: dict[str, Any] = {"max_new_tokens": 24, "eos_token_id": 3}
-    seen.shown = counts(*shown)
-    if refill:
-        prompts = [row[real.bool()].tolist() for row, real in zip(ids, mask)]
-        assert all(x.error is None for x in mtpkern.generate_batch(model, prompts[:1], batch_size=1, **options))
-    else:
-        assert torch.equal(mtpkern.generate(model, ids, attention_mask=mask, **options), expected)
-    hits, chains = counts(*known).tolist()
-    assert begun == [([hits] * len(begun[0][0]), [chains] * len(begun[0][0]))]
 
 
 @pytest.mark.parametrize("odds", [(0, 20), (3, 5), (90, 40)])

@@ -304,11 +304,17 @@ class Load:
         self.threshold = _threshold(self.shown)
         # And for how many passes it has been the same; 0 where it has only been found.
         self._last_price, self._held = math.nan, 0
+        # The price of a pass that tries, for the one behind it.
+        self._tried: float | None = None
 
     def price(self, sequences: Sequences) -> float:
         """What a row of the pass after the next must promise."""
         if self.times.wants_a_look():
             return math.inf
+        if self._tried is not None:
+            # What its masks propose has to be worth a row too, or no try would ever confirm anything.
+            price, self._tried = self._tried, None
+            return price
         if 0 < self._held < HELD:
             self._held += 1
             self.plain += self.plain > 0
@@ -330,9 +336,9 @@ class Load:
         if self.plain < self.patience:
             return price
         self.plain, self.patience = 0, LOOK_AGAIN * self.patience
-        # The try has run when a price is found for the second time from here.
         self._last_price, self._held = math.nan, 0
-        return self._try(odds)
+        self._tried = self._try(odds)
+        return self._tried
 
     def _try(self, odds: np.ndarray) -> float:
         """The price at which each has as many masks, one at least, as if nothing were known of what they are worth."""

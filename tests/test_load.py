@@ -217,8 +217,8 @@ def test_a_price_that_is_the_same_again_stays_for_some_passes(monkeypatch: pytes
     assert passes(7) == "??xx..."  # as long as it is held the old one, then found as often as it changes
     prices[:] = [2.0]
     assert passes(6) == "xx...x"
-    # Nobody has masks at this price; when the patience is at its end a try has, behind which it is found again.
-    assert passes(12) == "...?xx...x.."
+    # Nobody has masks at this price; when the patience is at its end a try has, and what it proposes is fed.
+    assert passes(12) == "...??xx...x."
     assert load.patience == 4 * PATIENCE
 
 
@@ -245,7 +245,7 @@ def test_a_disturbed_pass_with_masks_is_not_the_last() -> None:
     for _ in range(400):
         had_masks.append(load.price(sequences) < 0.5)
         load.saw(7 if had_masks[-1] else 1, 7.0 if had_masks[-1] else 1.0)
-    assert 1 <= sum(had_masks) <= 3
+    assert 2 <= sum(had_masks) <= 6
 
 
 def test_what_earlier_runs_have_shown_stands_in_for_what_is_not_known() -> None:
@@ -273,6 +273,30 @@ def test_what_earlier_runs_have_shown_stands_in_for_what_is_not_known() -> None:
     better, _ = run(right=3)
     assert sum(better) >= 64 - 2 * PATIENCE
     assert sum(run(right=3)[0]) >= 62
+
+
+def test_drafts_that_have_become_right_are_found_out() -> None:
+    """Behind many that were wrong, in earlier runs: what a try proposes is fed, or it could confirm nothing."""
+    seen = times(lambda r: 1 + 0.1 * r, *range(1, 8))
+    seen.shown = counts(0, 64)
+    load = Load(seen, k=4, rows=7)
+    hits = chains = drafts = masks = 0
+    had_masks = []
+    for _ in range(64):
+        sequences: Any = SimpleNamespace(
+            status=torch.zeros(1, dtype=torch.int32),
+            hits=torch.tensor([hits * UNIT]),
+            chains=torch.tensor([chains * UNIT]),
+        )
+        price = load.price(sequences)
+        load.saw(1 + drafts + masks, 1 + 0.1 * (1 + drafts + masks))
+        # As `advance` does behind this pass, all of whose proposals are sure, and right.
+        had_masks.append(masks > 0)
+        hits, chains = hits + drafts, chains + (drafts + masks > 0 and drafts < 3)
+        drafts = masks if price <= 1 else 0
+        masks = sum(((hits + 4) / (hits + chains + 6)) ** j >= price for j in (1, 2, 3))
+    assert sum(had_masks[:PATIENCE]) <= 1  # a look at a pass without masks is none
+    assert sum(had_masks[PATIENCE + 8 :]) >= 64 - PATIENCE - 8 - 4
 
 
 @pytest.mark.parametrize("odds", [(0, 20), (3, 5), (90, 40)])

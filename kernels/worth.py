@@ -1,7 +1,7 @@
 """Worth: what a row of the next pass promises, so that no sequence brings rows that are not worth what they cost.
 
 A sequence's drafts come in chains: masks propose, the next pass confirms the first few. With the drafts confirmed of
-late and the passes that tried, forgotten by 1/32 from chain to chain and by 1/512 from pass to pass without one,
+late and the chains that have ended, forgotten by 1/32 from chain to chain and by 1/512 from pass to pass without one,
 
     odds    (hits + 4) / (hits + chains + 6)    that a chain goes on by one more draft
     draft i promises c_1 ... c_i tokens, the product of the confidences

@@ -21,8 +21,8 @@ at, and gets one as soon as what it would have saved comes to what the first gra
 On a CPU each pass is timed as it runs, unless its layers are compiled: eight rows take the time of one on one processor
 and of two on another. Passes without masks are tried on purpose now and then, at ever longer intervals, because nothing
 else shows their time; and passes with them, where for long there was none, with as many as if nothing were known of
-what they are worth. What a sequence brings changes when its tokens come, not which, but for near-ties: products of
-other numbers of rows round otherwise.
+what they are worth, and then what these propose. What a sequence brings changes when its tokens come, not which, but
+for near-ties: products of other numbers of rows round otherwise.
 
 Where no threshold is given, there, it follows the odds too: it is their square, between bounds, by what this run and
 earlier ones have shown. A refuted draft leaves its pass without proposals, which costs the more the better they are: a
@@ -302,19 +302,19 @@ class Load:
         self.plain, self.patience = 0, PATIENCE
         self.shown = times.shown
         self.threshold = _threshold(self.shown)
-        # And for how many passes it has been the same; 0 where it has only been found.
+        # The last price that was found, and for how many passes it has stayed; 0 where it was another before.
         self._last_price, self._held = math.nan, 0
         # The price of a pass that tries, for the one behind it.
         self._tried: float | None = None
 
     def price(self, sequences: Sequences) -> float:
         """What a row of the pass after the next must promise."""
-        if self.times.wants_a_look():
-            return math.inf
         if self._tried is not None:
             # What its masks propose has to be worth a row too, or no try would ever confirm anything.
             price, self._tried = self._tried, None
             return price
+        if self.times.wants_a_look():
+            return math.inf
         if 0 < self._held < HELD:
             self._held += 1
             self.plain += self.plain > 0

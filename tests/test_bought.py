@@ -1,15 +1,10 @@
 """Masks behind other drafts than the last, by load: as far as rows are nearly free, and by what was bought of late."""
 
-from types import SimpleNamespace
-from typing import Any
-
 import numpy as np
 import pytest
-import torch
 
-from mtpkern.kernels.worth import UNIT
 from mtpkern.load import PRICES, Bought, Load, _promised
-from support.loads import counts, times
+from support.loads import counts, running, times
 
 
 @pytest.fixture
@@ -19,11 +14,7 @@ def rows_for_free() -> None:
 
 def rows_bought(load: Load, hits: float, chains: float, passes: int = 200) -> list[int]:
     """What passes of one sequence with these counts would have, as the price of each is told."""
-    sequences: Any = SimpleNamespace(
-        status=torch.zeros(1, dtype=torch.int32),
-        hits=torch.tensor([int(hits * UNIT)]),
-        chains=torch.tensor([int(chains * UNIT)]),
-    )
+    sequences = running(hits, chains)
     bought = []
     for _ in range(passes):
         price = load.price(sequences)

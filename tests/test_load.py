@@ -3,7 +3,6 @@
 import math
 import random
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from mtpkern.load import (
     price_of,
     times_of,
 )
-from support.loads import counts, steep, times
+from support.loads import counts, running, steep, times
 from support.slow import slow_but
 
 
@@ -199,8 +198,7 @@ def test_a_price_that_is_the_same_again_stays_for_some_passes(monkeypatch: pytes
     monkeypatch.setattr(mtpkern.load, "price_of", lambda hits, *_: sought.append(0) or prices[0])
     monkeypatch.setattr(PassTimes, "wants_a_look", lambda *_: False)
     load = Load(times(lambda r: r, 1, 2, 4, 7), k=4, rows=14)
-    none = torch.zeros(2, dtype=torch.int64)
-    sequences: Any = SimpleNamespace(status=none, hits=none, chains=torch.full((2,), 100 * UNIT))
+    sequences = running(0, 100, batch=2)
 
     def passes(n: int) -> str:
         """Of each whether a price was found, and whether it was that."""
@@ -227,9 +225,7 @@ def test_a_disturbed_pass_with_masks_is_not_the_last() -> None:
     seen = times(lambda r: 1 + 0.05 * r, 1)
     seen.saw(4, 10.0)
     load = Load(seen, k=4, rows=7)
-    sequences: Any = SimpleNamespace(
-        status=torch.zeros(1, dtype=torch.int32), hits=torch.tensor([90 * UNIT]), chains=torch.tensor([110 * UNIT])
-    )
+    sequences = running(90, 110)
     had_masks = []
     for _ in range(400):
         had_masks.append(load.price(sequences) < 0.5)
@@ -257,12 +253,7 @@ def test_what_earlier_runs_have_shown_stands_in_for_what_is_not_known() -> None:
         hits = chains = 0
         had_masks = []
         for _ in range(64):
-            sequences: Any = SimpleNamespace(
-                status=torch.zeros(1, dtype=torch.int32),
-                hits=torch.tensor([hits * UNIT]),
-                chains=torch.tensor([chains * UNIT]),
-            )
-            price = load.price(sequences)
+            price = load.price(running(hits, chains))
             had_masks.append(price < (hits + 4) / (hits + chains + 6))
             hits, chains = hits + right * had_masks[-1], chains + had_masks[-1]
         return had_masks, load
@@ -283,12 +274,7 @@ def test_drafts_that_have_become_right_are_found_out() -> None:
     hits = chains = drafts = masks = 0
     had_masks = []
     for _ in range(64):
-        sequences: Any = SimpleNamespace(
-            status=torch.zeros(1, dtype=torch.int32),
-            hits=torch.tensor([hits * UNIT]),
-            chains=torch.tensor([chains * UNIT]),
-        )
-        price = load.price(sequences)
+        price = load.price(running(hits, chains))
         load.saw(1 + drafts + masks, 1 + 0.1 * (1 + drafts + masks))
         # As `advance` does behind this pass, all of whose proposals are sure, and right.
         had_masks.append(masks > 0)

@@ -1,8 +1,11 @@
 """Times of passes by their rows, and counts of drafts, for tests of rows by load."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import torch
 
 from mtpkern.kernels.worth import UNIT
 from mtpkern.load import PassTimes
@@ -18,6 +21,12 @@ def times(curve: Callable[[float], float], *rows: int) -> PassTimes:
     for r in rows:
         seen.saw(r, curve(r))
     return seen
+
+
+def running(hits: float, chains: float, batch: int = 1) -> Any:
+    """What `Load` asks of the state: sequences that run, all with these counts."""
+    status = torch.zeros(batch, dtype=torch.int32)
+    return SimpleNamespace(status=status, hits=status + int(hits * UNIT), chains=status + int(chains * UNIT))
 
 
 def counts(*xs: float) -> np.ndarray:

@@ -61,24 +61,28 @@ class KVCache:
 
     def fill(self, layer: int, key: Tensor, value: Tensor, slot: Tensor, seq: Tensor | None = None) -> None:
         """Store key and value [n, Hkv, T, D] of sequences seq [n] (None: all) at slot [n, T] int64; H is not kept."""
+        seq = torch.arange(slot.shape[0], device=slot.device) if seq is None else seq
+        seq = seq[:, None].expand_as(slot).flatten()
+        key, value = (x.transpose(1, 2).flatten(0, 1) for x in (key, value))
+        self.write(layer, key, value, seq, slot.flatten())
+
+    def write(self, layer: int, key: Tensor, value: Tensor, seq: Tensor, slot: Tensor) -> None:
+        """Store rows of keys and values [R, Hkv, D] at (seq, slot), int64 [R] each; the first make the buffers."""
         if layer not in self.layers:
-            B, (_, Hkv, _, D) = len(self.rows.start) - 1, key.shape
+            B, (_, Hkv, D) = len(self.rows.start) - 1, key.shape
             # Zeros, because a reference that multiplies by zero weights must not meet NaN.
             sizes = (B, Hkv, self.held + 1)
             self.layers[layer] = key.new_zeros(*sizes, D), value.new_zeros(*sizes, value.shape[-1])
         k_cache, v_cache = self.layers[layer]
         for name, x, cached in (("keys", key, k_cache), ("values", value, v_cache)):
-            here, there = ((y.shape[1], y.shape[3], y.dtype, y.device) for y in (x, cached))
+            here, there = ((y.shape[1], y.shape[-1], y.dtype, y.device) for y in (x, cached))
             if here != there:
                 raise ValueError(
                     f"{self.model_name}: layer {layer} caches {name} of {here[0]} heads of {here[1]} in {here[2]} on "
                     f"{here[3]}, and the buffers have been made for {there[0]} of {there[1]} in {there[2]} on "
                     f"{there[3]}; mtpkern decodes models whose layers keep to one form"
                 )
-        seq = torch.arange(slot.shape[0], device=slot.device) if seq is None else seq
-        seq = seq[:, None].expand_as(slot).flatten()
-        key, value = (x.transpose(1, 2).flatten(0, 1) for x in (key, value))
-        kv_write(k_cache, v_cache, key, value, seq, slot.flatten())
+        kv_write(k_cache, v_cache, key, value, seq, slot)
 
     def reserve(self, slots: int) -> None:
         """Make room for so many slots: new buffers of twice the size or more, a layer at a time."""
@@ -216,14 +220,17 @@ class _Chunks:
         self.seen = end
         self.brought.clear()
 
-    def _bring(self, layer: int, does: str, key: Tensor, value: Tensor) -> None:
-        """Store a layer's keys and values [n, Hkv, columns, D] of this chunk."""
+    def bring(self, layer: int, does: str) -> None:
+        """A layer brings its keys and values of this chunk."""
         if layer in self.brought:
             raise ValueError(
                 f"{self.kv.model_name}: layer {layer} {does} more than once in a pass; mtpkern decodes models whose "
                 "layers do so once"
             )
         self.brought.add(layer)
+
+    def _fill(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Store a layer's keys and values [n, Hkv, columns, D] of this chunk."""
         self.kv.fill(layer, key, value, self.slot[:, self.seen : self.seen + key.shape[2]], self.seq)
 
 
@@ -243,7 +250,8 @@ class PrefillCache(_Chunks, Cache):
     ) -> tuple[Tensor, Tensor]:
         """Store a chunk's keys and values [B, Hkv, n, D]; returns those of all columns so far [B, Hkv, seen + n, D]."""
         end = self.seen + key_states.shape[2]
-        self._bring(layer_idx, "caches keys", key_states, value_states)
+        self.bring(layer_idx, "caches keys")
+        self._fill(layer_idx, key_states, value_states)
         if not self.seen:
             return key_states, value_states
         seq, slot = self.seq[:, None], self.slot[:, :end]
@@ -267,7 +275,8 @@ class CapturedPrefill(_Chunks, DynamicCache):
 
     def take(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Store a chunk's keys and values; they come [B, Hkv, seen + n, D], behind those of all columns before."""
-        self._bring(layer, "calls attention", key[:, :, self.seen :], value[:, :, self.seen :])
+        self.bring(layer, "calls attention")
+        self._fill(layer, key[:, :, self.seen :], value[:, :, self.seen :])
 
 
 # What a model is given as its cache where it reads prompts.

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mtpkern.adapter import base_alone, gate_of, gated
-from mtpkern.attention import AttentionContext, captured, unrouted
+from mtpkern.attention import AttentionContext, captured, routed, unrouted
 from mtpkern.cache import CapturedPrefill, KVCache, Prefill, PrefillCache
 from mtpkern.choosing import Choice, Choosing
 from mtpkern.graph import StepGraph, wants_graph
@@ -33,11 +33,12 @@ from mtpkern.kernels.readout import readout
 from mtpkern.kernels.state import Rows, Sequences, Terms
 from mtpkern.layers import CompiledLayers
 from mtpkern.load import Bought, Ladder, Load, default_rows, price_of, times_of
-from mtpkern.model import has_latent_attention, learned_positions
+from mtpkern.model import has_latent_attention, is_tested, learned_positions
 from mtpkern.packed import PackedProducts, packs
 from mtpkern.parallel import agree
 from mtpkern.poll import OddsPoll, Poll, TimedPoll
 from mtpkern.products import Products, few_rows, wants_one_product
+from mtpkern.prompts import PackedPrompts
 from mtpkern.recordings import Recordings, recordings_of, rows_in
 from mtpkern.strategies import Strategy
 
@@ -222,7 +223,7 @@ class Decoder:
     ) -> Tensor:
         """Run the left-padded prompts [B, T] with masks behind them and take in their first predictions.
 
-        Uses the model's own attention, on at most `chunk` tokens of all prompts together at a time. known(cache) stores
+        Runs the model on at most `chunk` tokens of all prompts together at a time. known(cache) stores
         keys that are there already, and returns the first column that has to run. Returns the logits [B * k, V], k the
         number of `predictions`.
         """
@@ -246,6 +247,8 @@ class Decoder:
         columns = torch.cat([input_ids, masks], dim=1)
         cache = self.prefill_cache(scratch + place)
         cache.seen = 0 if known is None else known(self.cache)
+        if attention_mask is not None and self._on_cpu:
+            cache.seen = max(cache.seen, T - int(sequences.length.max()))  # before them stands padding alone
         n, mask = max(1, chunk // B), None if attention_mask is None else seen
         for end in [*range(cache.seen + n, T, n), T + k - 1]:
             logits = self.prefill_chunk(cache, columns, mask, told, end, keep=k if end >= T else 1)
@@ -266,15 +269,26 @@ class Decoder:
     ) -> Tensor:
         """Run the columns [n, T] of prompts, those from `cache.seen` to `end`, through the model's own attention.
 
-        seen [n, T]: 0 at padding, None where there is none. Returns the logits [n, keep, V] of the last, or more.
+        seen [n, T]: 0 at padding, None where there is none. On a CPU rows of padding are left out (mtpkern.prompts),
+        which takes our attention. Returns the logits [n, keep, V] of the last, or more.
         """
+        with self.products.sought(self.model):
+            if seen is not None and self._on_cpu and is_tested(self.model):
+                logits = self._prefill_packed(PackedPrompts(cache, seen, end), columns, position, keep)
+            else:
+                logits = self._prefill_padded(cache, columns, seen, position, end, keep)
+        cache.next_chunk(end)
+        return logits
+
+    def _prefill_padded(
+        self, cache: Prefill, columns: Tensor, seen: Tensor | None, position: Tensor, end: int, keep: int
+    ) -> Tensor:
         here = slice(cache.seen, end)
         with (
             captured(self.model, cache) if isinstance(cache, CapturedPrefill) else nullcontext(),
-            self.products.sought(self.model),
             gated(self.model, columns[:, here]),
         ):
-            logits: Tensor = self.model(
+            return self.model(  # type: ignore[no-any-return]
                 input_ids=columns[:, here],
                 attention_mask=None if seen is None else seen[:, :end],
                 position_ids=position[:, here],
@@ -282,8 +296,19 @@ class Decoder:
                 use_cache=True,
                 logits_to_keep=keep,
             ).logits
-        cache.next_chunk(end)
-        return logits
+
+    def _prefill_packed(self, prompts: PackedPrompts, columns: Tensor, position: Tensor, keep: int) -> Tensor:
+        input_ids, last = prompts.rows(columns), prompts.last(keep)
+        with routed(self.model, prompts) as route, gated(self.model, input_ids):
+            logits: Tensor = self.model(
+                input_ids=input_ids,
+                position_ids=prompts.rows(position),
+                past_key_values=None,
+                use_cache=False,
+                logits_to_keep=last,
+                **route,
+            ).logits
+        return logits.view(len(columns), keep, -1)
 
     @torch.inference_mode()
     def step(self, route: dict[str, AttentionContext]) -> Tensor:

@@ -113,8 +113,8 @@ def test_faulty_logits_name_their_sequences(failing_pass: int, value: float, mod
         calls += 1
         if calls == failing_pass:
             logits = logits.clone()
-            # The prefill reads [B, k] rows; in a step, where everybody has 2k - 1 rows, they are packed.
-            logits[(1, 0, 5) if failing_pass == 1 else (0, 2 * k - 1, 5)] = value
+            # The prefill reads k rows a prompt; in a step everybody has 2k - 1.
+            logits[0, k if failing_pass == 1 else 2 * k - 1, 5] = value
         return logits
 
     model.lm_head.register_forward_hook(break_second)

@@ -25,14 +25,14 @@ def model(tiny: Any, request: Any) -> Any:
 
 @pytest.fixture
 def read(model: Any) -> Iterator[list[int]]:
-    """Columns that each pass of a prefill has run."""
+    """Columns that each pass of a prefill has run, or rows where prompts are packed."""
     columns: list[int] = []
 
     def note(module: Any, args: Any, kwargs: Any) -> None:
-        if kwargs["past_key_values"] is not None:
+        if "logits_to_keep" in kwargs:
             columns.append((args[0] if args else kwargs["input_ids"]).shape[1])
 
-    hook = model.base_model.register_forward_pre_hook(note, with_kwargs=True)
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
     yield columns
     hook.remove()
 
@@ -108,7 +108,8 @@ def test_each_prompt_of_a_batch_takes_the_text_that_it_begins_like(model: Any, t
     assert run(model, *batch, prefix_cache=cache) == want
     shared = [len(b), len(a), 9, 0, len(a) - 1]
     assert all(n <= m <= len(x) for n, m, x in zip(shared, cache.shared, batch, strict=True)), cache.shared
-    assert read == [max(len(x) - n for x, n in zip(batch, cache.shared)) + 2]
+    columns = max(len(x) - n for x, n in zip(batch, cache.shared))
+    assert read == [sum(min(columns, len(x)) + 2 for x in batch)]
     assert len(cache.texts) == len(batch)
 
 

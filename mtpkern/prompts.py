@@ -1,0 +1,87 @@
+"""Packed prompts: the tokens of left-padded prompts side by side, so that on a CPU no row of padding is computed.
+
+A padded batch has as many rows as its longest prompt times their number, and transformers gives its attention a mask
+[B, 1, T, T] for what is padding, with which a CPU computes all scores. Packed, each prompt takes what it would alone,
+and all of them share each product.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtpkern.cache import Prefill
+from mtpkern.kernels.decode_attention import decode_attention
+from mtpkern.kernels.form import has_products
+from mtpkern.kernels.packed_rows import PackedRows
+from mtpkern.kernels.scoring import Scoring
+
+# Rows that share a mask, where they need one, which is as wide as what the last of them sees.
+TILE = 128
+
+
+class PackedPrompts:
+    """Columns cache.seen to `end` of left-padded prompts, without their padding; the attention context of the pass.
+
+    seen [n, T]: 0 at padding, 1 elsewhere.
+
+        prompts = PackedPrompts(cache, seen, end)
+        ids, positions = prompts.rows(columns), prompts.rows(position)
+        with routed(model, prompts) as route:
+            logits = model(input_ids=ids, position_ids=positions, logits_to_keep=prompts.last(1), **route).logits
+    """
+
+    def __init__(self, cache: Prefill, seen: Tensor, end: int) -> None:
+        self.cache, self.here = cache, slice(cache.seen, end)
+        self.real = seen[:, self.here].bool()
+        counts = self.real.sum(1)
+        self.ends = counts.cumsum(0)
+        self.seq, self.slot = cache.seq.repeat_interleave(counts), self.rows(cache.slot)[0]
+        # Of each prompt: its sequence, its rows, and its tokens whose keys are there, of earlier chunks or calls.
+        before = seen[:, : cache.seen].sum(1)
+        self.each: list[tuple[int, int, int]] = list(zip(cache.seq.tolist(), counts.tolist(), before.tolist()))
+
+    def rows(self, x: Tensor) -> Tensor:
+        """What x [n, T] tells of these columns, packed [1, R]."""
+        return x[:, self.here][self.real][None]
+
+    def last(self, n: int) -> Tensor:
+        """Where the last n rows of each prompt stand [prompts * n]; of a prompt that has fewer here, any."""
+        o_n = torch.arange(-n, 0, device=self.ends.device)
+        return (self.ends[:, None] + o_n).clamp(min=0).flatten()
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        """Store key and value [1, Hkv, R, D] of a layer, then attend with query [1, Hq, R, D]: [1, R, Hq, D]."""
+        query, key, value, kv = *(x[0].transpose(0, 1) for x in (query, key, value)), self.cache.kv
+        self.cache.bring(layer, "calls attention")
+        kv.write(layer, key, value, self.seq, self.slot)
+        outs, end = [], 0
+        for seq, n, before in self.each:
+            first, end = end, end + n
+            is_alone = not before and (scoring.window is None or scoring.window >= n)
+            if is_alone and scoring.softcap is None and scoring.sinks is None:
+                outs.append(_causal(query[first:end], key[first:end], value[first:end], scoring.scale))
+                continue
+            k_cache, v_cache = (x[seq : seq + 1] for x in kv.layers[layer])
+            for a in range(first, end, TILE):
+                tile = slice(a, min(a + TILE, end))
+                rows, reach = self._tile(tile), min(kv.scratch + before + tile.stop - first, kv.held)
+                q, k, v = (x[tile] for x in (query, key, value))
+                outs.append(decode_attention(q, k, v, k_cache, v_cache, rows, scoring, slots=reach))
+        return torch.cat(outs)[None]
+
+    def _tile(self, rows: slice) -> PackedRows:
+        """Some rows of one prompt: each sees all tokens up to its own."""
+        slot = self.slot[rows]
+        start = torch.tensor([0, len(slot)], device=slot.device)
+        return PackedRows(torch.zeros_like(slot), slot, start, len(slot), slot + 1, slot + 1, self.cache.kv.scratch)
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attention of a prompt's rows [n, H, D] to those up to their own."""
+    # What torch takes in 16 bits is several times slower where the processor lacks them.
+    wide = torch.float32 if has_products(query.dtype) is False else query.dtype
+    q, k, v = (x.transpose(0, 1)[None].to(wide) for x in (query, key, value))
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    return o[0].transpose(0, 1).to(query.dtype)

@@ -23,6 +23,8 @@ LEAST_PIECE = 64
 
 # What torch.tensor ends with, and does nothing to what has no gradients.
 _DETACH = torch.ops.aten.detach_.default
+_LINEAR, _VIEW = torch.ops.aten.linear.default, torch.ops.aten.view.default
+_MM, _T = torch.ops.aten.mm.default, torch.ops.aten.t.default
 # Shaped by values where it is by a mask.
 _INDEX, _MASKS = torch.ops.aten.index.Tensor, {torch.bool, torch.uint8}
 # What steps are given most, and holds no tensor.
@@ -78,16 +80,29 @@ class Recorder(TorchDispatchMode):
         self.steps: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
         self._aside = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: nothing is compiled while a pass is recorded, and the guard takes as long as a small operation."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._aside or func is _DETACH:
             return func(*args, **kwargs)
+        if func is _LINEAR and len(args) == 2 and args[0].is_contiguous():
+            # What torch makes of it, but not part by part through here.
+            x, weight = args
+            flat = self._noted(_VIEW, x, [-1, x.shape[-1]])
+            return self._noted(_VIEW, self._noted(_MM, flat, self._noted(_T, weight)), [*x.shape[:-1], len(weight)])
         if _is_composite(func):
             with self:  # of its parts
                 return func.decompose(*args, **kwargs)
         reason = _not_recordable(func, func is _INDEX and any(x is not None and x.dtype in _MASKS for x in args[1]))
         if reason:
             raise NotRecordableError(f"{func} {reason}")
+        return self._noted(func, *args, **kwargs)
+
+    def _noted(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         out = func(*args, **kwargs)
         self.steps.append((func, args, kwargs, out))
         return out
@@ -166,7 +181,7 @@ class Recording:
         stand_ins: dict[int, Tensor] = {}
         # By where they lie: memory, None where nobody reads it any more, and the last step that does.
         pieces: dict[int, Tensor | None] = {}
-        read = [_tensors((given, named)) for _, given, named, _ in recorder.steps]
+        read = [_tensors(*given, *named.values()) for _, given, named, _ in recorder.steps]
         made = [_tensors(out) for *_, out in recorder.steps]
         places = {id(x): _place(x) for xs in (inputs, *read, *made) for x in xs}
         written = {places[id(x)] for func, given, named, _ in recorder.steps for x in _mutated(func, given, named)}
@@ -243,18 +258,20 @@ def _mapped(stand_in: Callable[[Tensor], Tensor], value: Any) -> Any:
     return value
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def _tensors(*values: Any) -> list[Tensor]:
     """All tensors in what a step was given, or has returned."""
-    if isinstance(value, Tensor):
-        return [value]
-    kind = type(value)
-    if kind in _PLAIN:
-        return []
-    if kind is dict:
-        value = list(value.values())
-    elif is_dataclass(value) and not isinstance(value, type):
-        value = [getattr(value, f.name) for f in fields(value)]
-    return [x for part in value for x in _tensors(part)] if isinstance(value, (list, tuple)) else []
+    found: list[Tensor] = []
+    for value in values:
+        kind = type(value)
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(*value)
+        elif kind is dict:
+            found += _tensors(*value.values())
+        elif kind not in _PLAIN and is_dataclass(value) and not isinstance(value, type):
+            found += _tensors(*[getattr(value, f.name) for f in fields(value)])
+    return found
 
 
 def _place(x: Tensor) -> int:

@@ -16,8 +16,9 @@ from torch import Tensor
 class Spread:
     """How packed rows lie in a padded batch [B, W]: what they do not see, as bias [B, 1, G W, C], and which are unused.
 
-    bring [B Hq W]: which row of [Hq R] goes to a place, any to one without; back [R Hq]: the places that rows come back
-    from. Neither where there is one sequence, whose rows stand there already.
+    bring [B Hq W]: which row of [R Hq] goes to a place, any to one without; back [R Hq]: the places that rows come back
+    from. Neither where there is one sequence, whose rows stand there already. unused [R]: a mask over rows, or on a CPU
+    their numbers.
     """
 
     bias: Tensor
@@ -74,7 +75,7 @@ class PackedRows:
             row = row.masked_fill_(no_row, 0)
             seen = seen[:, row].masked_fill_(no_row, 0)
             o_h = torch.arange(Hq, device=device)
-            bring = (row[:, None, :] + o_h[:, None] * R).flatten()
+            bring = (row[:, None, :] * Hq + o_h[:, None]).flatten()
             place = (o_r - self.start[self.seq]).masked_fill_(unused, 0) + self.seq * (Hq * W)
             back = (place[:, None] + o_h * W).flatten()
         end, *spans = seen.view(len(bounds), B, W, 1)
@@ -89,4 +90,6 @@ class PackedRows:
                 before &= o_c >= prefix + end - span - window
             visible |= before
         bias = torch.zeros((), dtype=dtype, device=device).where(visible, -torch.inf)
-        return Spread(bias.repeat(1, Hq // Hkv, 1)[:, None], unused[:, None, None], bring, back)
+        if device.type == "cpu":
+            unused = unused.nonzero().flatten()
+        return Spread(bias.repeat(1, Hq // Hkv, 1)[:, None], unused, bring, back)

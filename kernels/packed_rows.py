@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 
 
+def is_host(device: torch.device) -> bool:
+    """Whether nobody waits for what tensors there hold."""
+    return device.type == "cpu"
+
+
 @dataclass(frozen=True)
 class Spread:
     """How packed rows lie in a padded batch [B, W]: what they do not see, as bias [B, 1, G W, C], and which are unused.
@@ -90,6 +95,6 @@ class PackedRows:
                 before &= o_c >= prefix + end - span - window
             visible |= before
         bias = torch.zeros((), dtype=dtype, device=device).where(visible, -torch.inf)
-        if device.type == "cpu":
+        if is_host(device):
             unused = unused.nonzero().flatten()
         return Spread(bias.repeat(1, Hq // Hkv, 1)[:, None], unused, bring, back)

@@ -7,9 +7,10 @@ depends on more than the number of rows is called as it is, `apart`.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache, partial
 from types import MethodType
 from typing import Any
@@ -78,7 +79,6 @@ class Recorder(TorchDispatchMode):
         self.owners = owners
         # What was called, with what, and what came of it.
         self.steps: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
-        self._aside = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -87,7 +87,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._aside or func is _DETACH:
+        if func is _DETACH:
             return func(*args, **kwargs)
         if func is _LINEAR and len(args) == 2 and args[0].is_contiguous():
             # What torch makes of it, but not part by part through here.
@@ -109,13 +109,13 @@ class Recorder(TorchDispatchMode):
 
     def apart(self, call: Callable[..., Any], *args: Any) -> Any:
         """Call it, and note that it was called, not what it does."""
-        if self._aside:
-            return call(*args)
-        self._aside = True
+        # Its operations, and what else it has called apart, do not come through here.
+        token = _recorder.set(None)
         try:
-            out = call(*args)
+            with torch._C._DisableTorchDispatch():
+                out = call(*args)
         finally:
-            self._aside = False
+            _recorder.reset(token)
         step = _Apart(call)
         if isinstance(call, MethodType):
             owner = next((i for i, x in enumerate(self.owners) if x is call.__self__), None)
@@ -154,16 +154,32 @@ class Memory:
     """Memory for what passes compute in between, shared by the recordings of a model, which run one at a time."""
 
     def __init__(self) -> None:
-        self.free: list[Tensor] = []
+        # What nobody reads any more, by its bytes.
+        self.free: defaultdict[int, list[Piece]] = defaultdict(list)
 
-    def take(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def take(self, like: Tensor) -> tuple[Piece, Tensor]:
         """A piece of memory, and a tensor of this form in it."""
         n = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride())) if like.numel() else 0
         # Of few sizes, or every recording of more rows than those before would have memory of its own.
         size = max(LEAST_PIECE, 1 << (n * like.element_size() - 1).bit_length())
-        at = next((i for i, x in enumerate(self.free) if x.nbytes == size), None)
-        piece = torch.empty(size, dtype=torch.uint8) if at is None else self.free.pop(at)
-        return piece, piece.view(like.dtype)[:n].as_strided(like.shape, like.stride())
+        free = self.free[size]
+        piece = free.pop() if free else Piece(torch.empty(size, dtype=torch.uint8))
+        form = like.dtype, like.shape, like.stride()
+        if form not in piece.tensors:
+            piece.tensors[form] = piece.memory.view(like.dtype)[:n].as_strided(like.shape, like.stride())
+        return piece, piece.tensors[form]
+
+    def give_back(self, piece: Piece) -> None:
+        """Nobody reads there any more."""
+        self.free[piece.memory.nbytes].append(piece)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some memory, and the tensors that have been made in it, which layers of one form share."""
+
+    memory: Tensor
+    tensors: dict[Any, Tensor] = field(default_factory=dict)
 
 
 class Recording:
@@ -180,7 +196,7 @@ class Recording:
         # What stands for the tensors of the pass, which live as long as its steps.
         stand_ins: dict[int, Tensor] = {}
         # By where they lie: memory, None where nobody reads it any more, and the last step that does.
-        pieces: dict[int, Tensor | None] = {}
+        pieces: dict[int, Piece | None] = {}
         read = [_tensors(*given, *named.values()) for _, given, named, _ in recorder.steps]
         made = [_tensors(out) for *_, out in recorder.steps]
         places = {id(x): _place(x) for xs in (inputs, *read, *made) for x in xs}
@@ -217,10 +233,12 @@ class Recording:
                 self.calls.append(_into(func, args, kwargs, [make(x) for x in made[i]]))
             for place in of_given | of_outs:
                 if last[place] == i and place != places[id(logits)] and (piece := pieces.get(place)) is not None:
-                    memory.free.append(piece)
+                    memory.give_back(piece)
                     pieces[place] = None
         self.logits = stand_in(logits)
-        memory.free += [piece for piece in pieces.values() if piece is not None]
+        for left in pieces.values():
+            if left is not None:
+                memory.give_back(left)
 
     @torch.inference_mode()
     def __call__(self, owners: Sequence[Any], *inputs: Tensor) -> Tensor:

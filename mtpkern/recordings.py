@@ -32,9 +32,9 @@ from mtpkern.model import is_tested
 from mtpkern.output import first_line
 from mtpkern.recorder import Memory, NotRecordableError, Recording, record
 
-# Passes of one kind before one is recorded. Recording and the comparison take three passes or more, a replay saves a
-# fifth of one to a third: about as many as pay for it, so that nothing costs more than twice what it has to.
-WARM_UP = 20
+# Passes of one kind before one is recorded. Recording and the comparison take two to three passes more, a replay saves
+# a sixth of one to two fifths: about as many as pay for it, so that nothing costs more than twice what it has to.
+WARM_UP = 12
 # A pass of more rows has much more to do than what recording saves, and to hold while it is recorded.
 MOST_ROWS = 192
 # Of a run shorter than this the look at the model would take more than is saved.

@@ -27,9 +27,10 @@ def autocast_off_on_the_made_up_device() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def nothing_on_the_host() -> Iterator[None]:
-    """On a CPU, too, `advance` is what it is on a device."""
+    """On a CPU, too, `advance` and attention are what they are on a device."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mtpkern.kernels.advance.takes_host", lambda *_: False)
+        patch.setattr("mtpkern.kernels.packed_rows.is_host", lambda _: False)
         yield
 
 

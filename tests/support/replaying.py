@@ -9,7 +9,7 @@ from torch import Tensor
 
 import mtpkern
 from mtpkern import packed, recordings
-from mtpkern.recorder import Recording
+from mtpkern.recorder import Piece, Recording
 
 
 @pytest.fixture
@@ -46,9 +46,9 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     kept_memory: list[Tensor] = []
     take = recordings.Memory.take
 
-    def noting(self: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    def noting(self: Any, like: Tensor) -> tuple[Piece, Tensor]:
         piece, stand_in = take(self, like)
-        kept_memory.append(piece)
+        kept_memory.append(piece.memory)
         return piece, stand_in
 
     monkeypatch.setattr(Recording, "__call__", call)

@@ -68,7 +68,7 @@ LATEST = 8
 # Passes without masks before one has them again, whatever is known of them: their time may have been disturbed, drafts
 # may have become right.
 PATIENCE = 8
-# Passes for which a price stays that has come out the same twice: to find one takes a tenth of a small model's pass.
+# Passes for which a price stays that is the last one or next to it: to find one takes a tenth of a small model's pass.
 # A try may come so much later.
 HELD = 4
 
@@ -282,9 +282,15 @@ def _fitted(tokens: np.ndarray, needed: np.ndarray, running: int, rows: int) -> 
     return running + (tokens - running) * np.minimum(1, (rows - running) / np.maximum(needed - running, 1))
 
 
-def _threshold(shown: np.ndarray) -> float:
-    """How sure a draft is to be, by these hits and chains [2]."""
-    return float(np.clip(_odds(shown[:1], shown[1:])[0] ** 2, *THRESHOLDS))
+def _threshold(hits: float, chains: float) -> float:
+    """How sure a draft is to be."""
+    odds = (hits + PRIOR_HITS) / (hits + chains + PRIOR_HITS + PRIOR_CHAINS)
+    return min(max(odds * odds, THRESHOLDS[0]), THRESHOLDS[1])
+
+
+def _are_near(a: float, b: float) -> bool:
+    """Whether two of PRICES are the same or next to each other; nothing is near no price."""
+    return abs(int(PRICES.searchsorted(a)) - int(PRICES.searchsorted(b))) <= 1 and not math.isnan(b)
 
 
 class Load:
@@ -301,8 +307,8 @@ class Load:
         # Passes since one was to have masks, and how many it may be before one is to have them.
         self.plain, self.patience = 0, PATIENCE
         self.shown = times.shown
-        self.threshold = _threshold(self.shown)
-        # The last price that was found, and for how many passes it has stayed; 0 where it was another before.
+        self.threshold = _threshold(*self.shown.tolist())
+        # The last price that was found, and for how many passes it has stayed; 0 where it was far from that before.
         self._last_price, self._held = math.nan, 0
         # The price of a pass that tries, for the one behind it.
         self._tried: float | None = None
@@ -325,9 +331,9 @@ class Load:
             return 0.0
         shown = self.shown + np.array([hits.mean(), chains.mean()])
         self.times.shown = shown * min(1.0, MOST_SHOWN / max(shown.sum(), 1))
-        self.threshold = _threshold(shown)
+        self.threshold = _threshold(*shown.tolist())
         price = price_of(hits, chains, self.k, self.rows, self.times, self.shown, self.bought)
-        self._held, self._last_price = int(price == self._last_price), price
+        self._held, self._last_price = int(_are_near(price, self._last_price)), price
         odds = _odds(hits, chains)
         if odds.max() >= price:
             self.plain, self.patience = 0, PATIENCE

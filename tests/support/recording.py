@@ -90,6 +90,7 @@ def captured_by(step: type, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(graph, "on_side_stream", lambda device: nullcontext())
     monkeypatch.setattr(pool, "memory_of", lambda device: 1 << 40)
     monkeypatch.setattr(torch, "Event", Event)
+    monkeypatch.setattr("mtpkern.kernels.packed_rows.is_host", lambda _: False)
     for module in ("mtpkern.decoder", "mtpkern.options"):
         monkeypatch.setattr(f"{module}.wants_graph", lambda use_graph, device: use_graph is not False)
     release_graphs()

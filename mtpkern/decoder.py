@@ -38,7 +38,7 @@ from mtpkern.packed import PackedProducts, packs
 from mtpkern.parallel import agree
 from mtpkern.poll import OddsPoll, Poll, TimedPoll
 from mtpkern.products import Products, few_rows, wants_one_product
-from mtpkern.prompts import PackedPrompts
+from mtpkern.prompts import PackedPrompts, are_worth_packing
 from mtpkern.recordings import Recordings, recordings_of, rows_in
 from mtpkern.strategies import Strategy
 
@@ -269,11 +269,11 @@ class Decoder:
     ) -> Tensor:
         """Run the columns [n, T] of prompts, those from `cache.seen` to `end`, through the model's own attention.
 
-        seen [n, T]: 0 at padding, None where there is none. On a CPU rows of padding are left out (mtpkern.prompts),
-        which takes our attention. Returns the logits [n, keep, V] of the last, or more.
+        seen [n, T]: 0 at padding, None where there is none. On a CPU rows of padding are left out, where they are many
+        (mtpkern.prompts), which takes our attention. Returns the logits [n, keep, V] of the last, or more.
         """
         with self.products.sought(self.model):
-            if seen is not None and self._on_cpu and is_tested(self.model):
+            if seen is not None and self._on_cpu and is_tested(self.model) and are_worth_packing(seen):
                 logits = self._prefill_packed(PackedPrompts(cache, seen, end), columns, position, keep)
             else:
                 logits = self._prefill_padded(cache, columns, seen, position, end, keep)

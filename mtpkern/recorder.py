@@ -89,7 +89,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is _DETACH:
             return func(*args, **kwargs)
-        if func is _LINEAR and len(args) == 2 and args[0].is_contiguous():
+        if func is _LINEAR and len(args) == 2 and args[0].is_contiguous() and args[1].dim() == 2:
             # What torch makes of it, but not part by part through here.
             x, weight = args
             flat = self._noted(_VIEW, x, [-1, x.shape[-1]])
@@ -144,6 +144,8 @@ def _not_recordable(func: Any, by_mask: bool) -> str:
     tags = func.tags
     if torch.Tag.nondeterministic_seeded in tags:
         return "draws random numbers"
+    if torch.Tag.inplace_view in tags:
+        return "makes a tensor a view of itself"
     shaped_by_values = by_mask if func is _INDEX else torch.Tag.dynamic_output_shape in tags
     if torch.Tag.data_dependent_output in tags or shaped_by_values:
         return "depends on values"

@@ -59,6 +59,14 @@ def test_as_through_the_models_own_attention(
     assert_close(keys, their_keys)
 
 
+def test_prompts_of_almost_one_length_stay_as_they_are(tiny: SimpleNamespace, model: Any) -> None:
+    ids, real = tiny.prompts(16, 15, 16)
+    seen: list[tuple[int, ...]] = []
+    model.register_forward_pre_hook(lambda _, args, given: seen.append(given["input_ids"].shape), with_kwargs=True)
+    mtpkern.generate(model, ids, attention_mask=real, max_new_tokens=6, strategy=Static(1), check_model=False)
+    assert seen[0] == (3, 16)
+
+
 def test_columns_of_padding_alone_are_not_run(tiny: SimpleNamespace, model: Any) -> None:
     ids, real = tiny.prompts(4, 12)
     got = mtpkern.generate(model, ids[:1], attention_mask=real[:1], max_new_tokens=6, prefill_chunk=2)

@@ -65,6 +65,9 @@ def made_and_written(x: Tensor) -> Tensor:
 PASSES: dict[str, Callable[[Tensor], Tensor]] = {
     "norm": norm,
     "product": lambda x: F.silu(F.linear(x, WEIGHT, BIAS)),
+    "product without a bias": lambda x: F.silu(F.linear(x[None], WEIGHT)),
+    "product with a vector": lambda x: F.linear(x, WEIGHT[0])[:, None] + x,
+    "product of what lies apart": lambda x: F.linear(x.T.contiguous().T, WEIGHT),
     "views": views,
     "written in place": written,
     "several results": several,
@@ -204,6 +207,7 @@ REFUSED: dict[str, Callable[[Tensor], Any]] = {
     "where they are": lambda x: x.flatten()[x.flatten().nonzero()[:, 0]],
     "random": lambda x: x + torch.randn(6),
     "dropout": lambda x: F.dropout(x, 0.5),
+    "a view of itself": lambda x: (x + 1).unsqueeze_(0)[0] + x,
     "a write to a weight": lambda x: WEIGHT.clone().copy_(WEIGHT) @ WEIGHT.mul_(1.0).T,
     "what it was given, apart": lambda x: apart(lambda y: y[1:], x),
 }

@@ -106,7 +106,8 @@ class PassTimes:
         times.of(np.array([1, 4, 8]))  # [0.02, 0.028..., 0.04]
 
     Rows of the same three leading binary digits count as one. Between what was seen times are interpolated; beyond it
-    they grow as if a pass without rows took the time of `fixed` rows.
+    they grow as if a pass without rows took the time of `fixed` rows, upwards no faster than between the least and the
+    most that were seen.
     """
 
     def __init__(self, fixed: int = FIXED) -> None:
@@ -141,8 +142,15 @@ class PassTimes:
         if not self.seconds:
             return self.fixed + rows
         seen = sorted(self.seconds)
-        inside = np.clip(rows, seen[0], seen[-1])
-        return np.interp(inside, seen, [self.seconds[r] for r in seen]) * (self.fixed + rows) / (self.fixed + inside)
+        first, last = seen[0], seen[-1]
+        inside = np.clip(rows, first, last)
+        found = np.interp(inside, seen, [self.seconds[r] for r in seen])
+        guess = found * (self.fixed + rows) / (self.fixed + inside)
+        if last == first:
+            return guess
+        # More rows than ever: rather tried in vain than taken for dear and never tried.
+        each = max(0.0, self.seconds[last] - self.seconds[first]) / (last - first)
+        return np.where(rows > last, np.minimum(guess, found + each * (rows - last)), guess)
 
     def wants_a_look(self) -> bool:
         """Whether the next pass should be one without masks; asked once a pass."""

@@ -17,8 +17,8 @@ from mtpkern.kernels.form import has_products
 from mtpkern.kernels.packed_rows import PackedRows
 from mtpkern.kernels.scoring import Scoring
 
-# Prompts are packed where so large a part of their rows would be padding: each then attends by itself, which costs short
-# ones a few hundredths of a pass.
+# Prompts are packed where so large a part of their rows would be padding: each then attends by itself, which costs
+# short ones a few hundredths of a pass.
 LEAST_PADDING = 0.1
 # Rows that share a mask, where they need one, which is as wide as what the last of them sees.
 TILE = 128

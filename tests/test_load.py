@@ -64,6 +64,18 @@ def test_a_disturbed_look_is_put_right_by_the_next_pass() -> None:
     assert price_of(counts(0), counts(6), k=8, rows=15, times=seen) > 1 / 3
 
 
+def test_more_rows_than_ever_are_no_dearer_than_those_before() -> None:
+    """A guess that is too low is seen to be wrong in one pass, one that is too high never."""
+    flat, rows = times(lambda r: 1.2 + 0.015 * r, 1, 8, 20), np.array([20, 160])
+    assert flat.of(rows).tolist() == pytest.approx([1.5, 3.6])
+    assert times(lambda r: 2.0 - 0.01 * r, 1, 8).of(rows).tolist() == pytest.approx([1.92, 1.92])  # disturbed
+    assert times(lambda r: 1.0 if r == 4 else 2.0, 4, 5).of(rows).tolist() == pytest.approx([2 * 28 / 13, 2 * 168 / 13])
+    # What one sequence has shown does not keep eight from what is worth it.
+    good = counts(*[60] * 8), counts(*[4] * 8)
+    known = times(lambda r: 1.2 + 0.015 * r, 1, 8, 20, 40, 80, 160)
+    assert price_of(*good, k=12, rows=184, times=flat) == price_of(*good, k=12, rows=184, times=known) < 0.1
+
+
 def test_looks_are_ever_rarer() -> None:
     seen = PassTimes()
     assert [n for n in range(1, 200) if seen.wants_a_look()] == [3, 12, 48, 192]

@@ -267,10 +267,10 @@ class Decoder:
     def prefill_chunk(
         self, cache: Prefill, columns: Tensor, seen: Tensor | None, position: Tensor, end: int, *, keep: int = 1
     ) -> Tensor:
-        """Run the columns [n, T] of prompts, those from `cache.seen` to `end`, through the model's own attention.
+        """Run the columns [n, T] of prompts, those from `cache.seen` to `end`.
 
-        seen [n, T]: 0 at padding, None where there is none. On a CPU rows of padding are left out, where they are many
-        (mtpkern.prompts), which takes our attention. Returns the logits [n, keep, V] of the last, or more.
+        seen [n, T]: 0 at padding, None where there is none. Through the model's own attention, but on a CPU, where rows
+        of padding are many, without these (mtpkern.prompts). Returns the logits [n, keep, V] of the last, or more.
         """
         with self.products.sought(self.model):
             if seen is not None and self._on_cpu and is_tested(self.model) and are_worth_packing(seen):

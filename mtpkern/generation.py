@@ -261,8 +261,7 @@ def _decode(
         watch.begin(host_ids, host_mask, new=max_new_tokens, padding=filler, device=given_on)
     prompt: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "chunk": options.prefill_chunk}
     prompt["known"] = None if reuse is None else reuse.fill
-    # The prefill runs through the model's own attention, and the results are read before another run may have the
-    # decoder.
+    # The prefill is not routed here, and the results are read before another run may have the decoder.
     with (
         exclusive(model, wait=options.wait),
         torch.accelerator.device_index(model.device.index),

@@ -3,7 +3,7 @@
 A prompt enters in three steps, all queued between two passes and none of them waiting for the device:
 
     keys     of tokens that another slot holds already are copied
-    prefill  of the others and of masks behind them, through the model's own attention, chunk by chunk
+    prefill  of the others and of masks behind them, chunk by chunk
     state    what the prefill has predicted is taken in, and the next pass planned anew
 
 The last of it is a pass like any other: one pending token, with masks behind it. So what a newcomer emits, pass by

@@ -53,7 +53,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtpkern.kernels.form import has_products, pdl_options, strides
+from mtpkern.kernels.form import attention_dtype, pdl_options, strides
 from mtpkern.kernels.kv_write import kv_write, kv_write_triton
 from mtpkern.kernels.op import op
 from mtpkern.kernels.packed_rows import PackedRows
@@ -392,8 +392,7 @@ def decode_attention(
     (B, Hkv, C, D), (R, Hq, _), Dv = k_cache.shape, query.shape, v_cache.shape[-1]
     C, W = C - 1 if slots is None else slots, R if B == 1 else max(1, rows.max_rows)
     scale, softcap, sinks = scoring.scale, scoring.softcap, scoring.sinks
-    # What F.scaled_dot_product_attention takes in 16 bits is several times slower where the processor lacks them.
-    wide = torch.float32 if query.device.type == "cpu" and has_products(query.dtype) is False else query.dtype
+    wide = attention_dtype(query)
     spread = rows.spread(scoring.window, C, wide, (Hq, Hkv))
     # Of one sequence all rows are there already.
     q = query.transpose(0, 1) if spread.bring is None else query.reshape(R * Hq, D).index_select(0, spread.bring)

@@ -111,3 +111,11 @@ def has_products(dtype: torch.dtype) -> bool | None:
         return bool(known._is_mkldnn_fp16_supported())
     in_name_only = torch.cpu._is_avx512_supported() and not torch.cpu._is_avx512_bf16_supported()
     return bool(known._is_mkldnn_bf16_supported()) and not in_name_only
+
+
+def attention_dtype(x: Tensor) -> torch.dtype:
+    """What to give torch's attention in place of x: in 16 bits it is several times slower on a CPU that lacks these.
+
+    attention_dtype(torch.zeros(1, dtype=torch.bfloat16))  # float32 with AVX2 and nothing later
+    """
+    return torch.float32 if x.device.type == "cpu" and has_products(x.dtype) is False else x.dtype

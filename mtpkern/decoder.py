@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mtpkern.adapter import base_alone, gate_of, gated
-from mtpkern.attention import AttentionContext, captured, routed, unrouted
+from mtpkern.attention import AttentionContext, unrouted
 from mtpkern.cache import CapturedPrefill, KVCache, Prefill, PrefillCache
 from mtpkern.choosing import Choice, Choosing
 from mtpkern.graph import StepGraph, wants_graph
@@ -33,12 +33,12 @@ from mtpkern.kernels.readout import readout
 from mtpkern.kernels.state import Rows, Sequences, Terms
 from mtpkern.layers import CompiledLayers
 from mtpkern.load import Bought, Ladder, Load, default_rows, price_of, times_of
-from mtpkern.model import has_latent_attention, is_tested, learned_positions
+from mtpkern.model import has_latent_attention, learned_positions
 from mtpkern.packed import PackedProducts, packs
 from mtpkern.parallel import agree
 from mtpkern.poll import OddsPoll, Poll, TimedPoll
 from mtpkern.products import Products, few_rows, wants_one_product
-from mtpkern.prompts import PackedPrompts, are_worth_packing
+from mtpkern.prompts import read_prompts
 from mtpkern.recordings import Recordings, recordings_of, rows_in
 from mtpkern.strategies import Strategy
 
@@ -273,42 +273,9 @@ class Decoder:
         of padding are many, without these (mtpkern.prompts). Returns the logits [n, keep, V] of the last, or more.
         """
         with self.products.sought(self.model):
-            if seen is not None and self._on_cpu and is_tested(self.model) and are_worth_packing(seen):
-                logits = self._prefill_packed(PackedPrompts(cache, seen, end), columns, position, keep)
-            else:
-                logits = self._prefill_padded(cache, columns, seen, position, end, keep)
+            logits = read_prompts(self.model, cache, columns, seen, position, end, keep, may_pack=self._on_cpu)
         cache.next_chunk(end)
         return logits
-
-    def _prefill_padded(
-        self, cache: Prefill, columns: Tensor, seen: Tensor | None, position: Tensor, end: int, keep: int
-    ) -> Tensor:
-        here = slice(cache.seen, end)
-        with (
-            captured(self.model, cache) if isinstance(cache, CapturedPrefill) else nullcontext(),
-            gated(self.model, columns[:, here]),
-        ):
-            return self.model(  # type: ignore[no-any-return]
-                input_ids=columns[:, here],
-                attention_mask=None if seen is None else seen[:, :end],
-                position_ids=position[:, here],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=keep,
-            ).logits
-
-    def _prefill_packed(self, prompts: PackedPrompts, columns: Tensor, position: Tensor, keep: int) -> Tensor:
-        input_ids, last = prompts.rows(columns), prompts.last(keep)
-        with routed(self.model, prompts) as route, gated(self.model, input_ids):
-            logits: Tensor = self.model(
-                input_ids=input_ids,
-                position_ids=prompts.rows(position),
-                past_key_values=None,
-                use_cache=False,
-                logits_to_keep=last,
-                **route,
-            ).logits
-        return logits.view(len(columns), keep, -1)
 
     @torch.inference_mode()
     def step(self, route: dict[str, AttentionContext]) -> Tensor:

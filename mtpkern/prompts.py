@@ -1,4 +1,4 @@
-"""Packed prompts: the tokens of left-padded prompts side by side, so that on a CPU no row of padding is computed.
+"""How a model reads left-padded prompts: as they are, or packed, so that on a CPU no row of padding is computed.
 
 A padded batch has as many rows as its longest prompt times their number, and transformers gives its attention a mask
 [B, 1, T, T] for what is padding, with which a CPU computes all scores. Packed, each prompt takes what it would alone,
@@ -7,21 +7,73 @@ and all of them share each product.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from mtpkern.cache import Prefill
+from mtpkern.adapter import gated
+from mtpkern.attention import captured, routed
+from mtpkern.cache import CapturedPrefill, Prefill
 from mtpkern.kernels.decode_attention import decode_attention
-from mtpkern.kernels.form import has_products
+from mtpkern.kernels.form import attention_dtype
 from mtpkern.kernels.packed_rows import PackedRows
 from mtpkern.kernels.scoring import Scoring
+from mtpkern.model import is_tested
 
 # Prompts are packed where so large a part of their rows would be padding: each then attends by itself, which costs
 # short ones a few hundredths of a pass.
 LEAST_PADDING = 0.1
 # Rows that share a mask, where they need one, which is as wide as what the last of them sees.
 TILE = 128
+
+
+def read_prompts(
+    model: PreTrainedModel,
+    cache: Prefill,
+    columns: Tensor,
+    seen: Tensor | None,
+    position: Tensor,
+    end: int,
+    keep: int,
+    *,
+    may_pack: bool,
+) -> Tensor:
+    """Run columns cache.seen to `end` of prompts [n, T] at position [n, T]; returns the last logits [n, keep, V].
+
+    seen [n, T]: 0 at padding, None where there is none. Through the model's own attention; where they may be packed,
+    rows of padding are many and the tests cover the model, without these and through ours.
+
+        logits = read_prompts(model, cache, columns, seen, position, end, keep=1, may_pack=True)
+    """
+    if may_pack and seen is not None and is_tested(model) and are_worth_packing(seen):
+        prompts = PackedPrompts(cache, seen, end)
+        input_ids = prompts.rows(columns)
+        with routed(model, prompts) as route, gated(model, input_ids):
+            logits: Tensor = model(
+                input_ids=input_ids,
+                position_ids=prompts.rows(position),
+                past_key_values=None,
+                use_cache=False,
+                logits_to_keep=prompts.last(keep),
+                **route,
+            ).logits
+        return logits.view(len(columns), keep, -1)
+    here = slice(cache.seen, end)
+    with (
+        captured(model, cache) if isinstance(cache, CapturedPrefill) else nullcontext(),
+        gated(model, columns[:, here]),
+    ):
+        return model(  # type: ignore[no-any-return]
+            input_ids=columns[:, here],
+            attention_mask=None if seen is None else seen[:, :end],
+            position_ids=position[:, here],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        ).logits
 
 
 def are_worth_packing(seen: Tensor) -> bool:
@@ -64,7 +116,8 @@ class PackedPrompts:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Store key and value [1, Hkv, R, D] of a layer, then attend with query [1, Hq, R, D]: [1, R, Hq, D]."""
-        query, key, value, kv = *(x[0].transpose(0, 1) for x in (query, key, value)), self.cache.kv
+        kv = self.cache.kv
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
         self.cache.bring(layer, "calls attention")
         kv.write(layer, key, value, self.seq, self.slot)
         outs, end = [], 0
@@ -74,6 +127,7 @@ class PackedPrompts:
             if is_alone and scoring.softcap is None and scoring.sinks is None:
                 outs.append(_causal(query[first:end], key[first:end], value[first:end], scoring.scale))
                 continue
+            # In tiles, whose masks are made anew for each layer: kept, they would grow with the square of the prompt.
             k_cache, v_cache = (x[seq : seq + 1] for x in kv.layers[layer])
             for a in range(first, end, TILE):
                 tile = slice(a, min(a + TILE, end))
@@ -91,8 +145,6 @@ class PackedPrompts:
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Attention of a prompt's rows [n, H, D] to those up to their own."""
-    # What torch takes in 16 bits is several times slower where the processor lacks them.
-    wide = torch.float32 if has_products(query.dtype) is False else query.dtype
-    q, k, v = (x.transpose(0, 1)[None].to(wide) for x in (query, key, value))
+    q, k, v = (x.transpose(0, 1)[None].to(attention_dtype(query)) for x in (query, key, value))
     o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     return o[0].transpose(0, 1).to(query.dtype)

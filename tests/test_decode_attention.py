@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-from mtpkern.kernels import decode_attention as module
 from mtpkern.kernels.decode_attention import decode_attention, decode_attention_triton
 from support.attended import RAGGED, Case, Form, compare, make_case
 
@@ -43,7 +42,7 @@ def test_with_16_bit_products_and_without(
 ) -> None:
     """The torch form on either kind of processor, whichever this one is."""
     asked = []
-    monkeypatch.setattr(module, "has_products", lambda dtype: asked.append(dtype) or has)
+    monkeypatch.setattr("mtpkern.kernels.form.has_products", lambda dtype: asked.append(dtype) or has)
     compare(decode_attention, make_case(RAGGED, dtype=dtype))
     assert asked == [dtype]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import mtpkern
-from mtpkern import Static, Verified, decoder, prompts
+from mtpkern import Static, Verified, prompts
 from mtpkern.decoder import Decoder
 from support.models import ARCHITECTURES
 
@@ -51,7 +51,7 @@ def test_as_through_the_models_own_attention(
 
     logits, keys, rows = prefill()
     assert rows == 4 + 17 + 8 + 3 * 2
-    monkeypatch.setattr(decoder, "is_tested", lambda model: False)
+    monkeypatch.setattr(prompts, "is_tested", lambda model: False)
     theirs, their_keys, their_rows = prefill()
     assert their_rows == 3 * (17 + 2)
     assert_close(logits, theirs)
@@ -106,7 +106,7 @@ def test_processors_without_16_bit_products_attend_in_float32(
         seen.append(query.dtype)
         return attend(query, *args, **kwargs)
 
-    monkeypatch.setattr(prompts, "has_products", lambda dtype: False)
+    monkeypatch.setattr("mtpkern.kernels.form.has_products", lambda dtype: False)
     monkeypatch.setattr(prompts.F, "scaled_dot_product_attention", note)
     ids, real = tiny.prompts(4, 7)
     model = tiny.model("llama").to(dtype)

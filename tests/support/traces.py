@@ -1,4 +1,7 @@
-"""Where a page's measured numbers come from: each stands in a file that its own section links to.
+"""Where a page's measured numbers come from: each stands in a file that its own sentence links to, or its section.
+
+A sentence, or a table's row, that links to pages of its own has its numbers from these; others have them from any that
+their section links to.
 
 A number is one with decimals, thousands or a percent sign, outside of code, of tables that bench/readme.py writes, and
 of paragraphs that cite a paper's address. It may be rounded, and a share said in percent. JSON beside a page counts as
@@ -16,6 +19,8 @@ from typing import Any
 
 _NUMBER = re.compile(r"(?<![\w.,:@-])(\d{1,3}(?:,\d{3})+|\d+\.\d+|\d+(?= ?%))(?![\d]|\.\d)")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
+# Behind it another begins; a row of a table is one, too.
+_SENTENCE = re.compile(r"(?<=[.:;])\s+(?=[A-Z*`\[\"])|\n(?=[|*-])")
 _DECIMAL = re.compile(r"(?<![\w.])\d+\.\d+(?![\w.]*\.\d)")
 _BESIDE = (".json", ".jsonl", ".txt", ".csv")
 _READ = (".md", ".py", ".yaml", *_BESIDE)
@@ -23,25 +28,33 @@ _UNREAD = re.compile(r"```.*?```|<!-- results: .*?<!-- end of results -->|`[^`\n
 
 
 def untraced(page: Path) -> list[str]:
-    """The numbers of a page that no file has which their section links to, each with the beginning of its paragraph.
+    """The numbers of a page that no file has which they are to come from, each with the beginning of its sentence.
 
     untraced(Path("docs/performance.md"))
     """
     missing = []
     for section in re.split(r"^(?=#)", page.read_text(encoding="utf-8"), flags=re.MULTILINE):
-        links = [link.partition("#")[0] for link in _LINK.findall(section)]
-        files = [page.parent / link for link in links if link and "://" not in link]
-        files = [file for file in files if file.suffix in _READ and file.is_file()]
-        files += [file for readme in files if readme.name == "README.md" for file in sorted(readme.parent.iterdir())
-                  if file.suffix in _BESIDE]  # fmt: skip
+        of_section = _linked(page, section)
         for block in re.split(r"\n\n+", _UNREAD.sub(" ", section)):
             if "arxiv.org" in block:
                 continue
-            said = re.sub(r"\]\([^)]*\)", "]", block)
-            for number in _NUMBER.findall(said):
-                if not any(_has(file.resolve(), number) for file in files):
-                    missing.append(f"{number}: {' '.join(said.split())[:60]}")
+            for sentence in _SENTENCE.split(block):
+                files = [file for file in _linked(page, sentence) if file.suffix != ".py"] or of_section
+                said = re.sub(r"\]\([^)]*\)", "]", sentence)
+                for number in _NUMBER.findall(said):
+                    if not any(_has(file.resolve(), number) for file in files):
+                        missing.append(f"{number}: {' '.join(said.split())[:60]}")
     return missing
+
+
+def _linked(page: Path, text: str) -> list[Path]:
+    """The files that a part of a page links to and numbers may come from."""
+    links = [link.partition("#")[0] for link in _LINK.findall(text)]
+    files = [page.parent / link for link in links if link and "://" not in link]
+    files = [file for file in files if file.suffix in _READ and file.is_file()]
+    for readme in [file for file in files if file.name == "README.md"]:
+        files += [file for file in sorted(readme.parent.iterdir()) if file.suffix in _BESIDE]
+    return files
 
 
 def _has(file: Path, number: str) -> bool:

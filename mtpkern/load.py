@@ -237,15 +237,14 @@ def _promised(
 ) -> tuple[np.ndarray, np.ndarray]:
     """By price: tokens of a pass of all sequences, and the rows that it takes.
 
-    A sequence brings what its own odds buy (kernels/worth.py). What that is worth is judged by what the others and
-    earlier runs have shown too, in place of what is not known of this one: else each would have to fail for itself,
-    some ten times.
+    A sequence brings what its own odds buy (kernels/worth.py). What that is worth is judged by what all of them and
+    earlier runs have shown, in place of what is not known of this one: else each would have to fail for itself, some
+    ten times, and one alone would count as right now and then for ever, since no more than 32 chains are remembered.
     """
     bought = bought or Bought()
     prior, power = PRIOR_HITS + PRIOR_CHAINS, np.arange(1, k)
     own = _odds(hits, chains)
-    other_hits, other_chains = hits.sum() - hits + shown[0], chains.sum() - chains + shown[1]
-    alike = (other_hits + PRIOR_HITS) / (other_hits + other_chains + prior)
+    alike = float(_odds(hits.sum() + shown[0], chains.sum() + shown[1]))
     judged = (hits + prior * alike) / (hits + chains + prior)
     bought_alone = own[:, None, None] ** power >= PRICES[:, None]  # [n, prices, k - 1]
     masks, tokens = bought_alone.sum(2), (judged[:, None, None] ** power * bought_alone).sum(2)
@@ -292,7 +291,7 @@ def _fitted(tokens: np.ndarray, needed: np.ndarray, running: int, rows: int) -> 
 
 def _threshold(hits: float, chains: float) -> float:
     """How sure a draft is to be."""
-    odds = (hits + PRIOR_HITS) / (hits + chains + PRIOR_HITS + PRIOR_CHAINS)
+    odds = float(_odds(hits, chains))
     return min(max(odds * odds, THRESHOLDS[0]), THRESHOLDS[1])
 
 

@@ -78,11 +78,14 @@ def test_a_rung_is_made_once_it_would_have_paid() -> None:
     assert ladder.choose(*(counts(*[20] * 64), counts(*[40] * 64)))[0] == 256
 
 
-@pytest.mark.parametrize("batch", [1, 4, 16, 64, 128])
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("batch", [1, 2, 4, 8, 16, 64, 128])
 @pytest.mark.parametrize("new", [100, 2000])
-def test_the_ladder_costs_five_per_cent_where_no_draft_is_right(batch: int, new: int) -> None:
-    """Against passes of one row a sequence; two passes late, as the host knows of it."""
-    ladder = climbed(batch, default_rows(Verified(12), batch, torch.device("cuda")))
+def test_the_ladder_costs_five_per_cent_where_no_draft_is_right(batch: int, new: int, masks: bool) -> None:
+    """Against passes of one row a sequence, as by default with masks behind drafts; two passes late, as the host is."""
+    cuda = torch.device("cuda")
+    strategy = Verified(12, masks=default_masks(12, batch, cuda) if masks else 0)
+    ladder = climbed(batch, default_rows(strategy, batch, cuda), strategy.masks)
     chains = counts(*[0] * batch)
     seen, rows, spent = [chains, chains], [ladder.rungs[-1]] * 2, 0.0
     for _ in range(new):
@@ -92,6 +95,8 @@ def test_the_ladder_costs_five_per_cent_where_no_draft_is_right(batch: int, new:
         chains = chains - (chains >> (FORGOTTEN if tried else FORGOTTEN_IDLE)) + tried * UNIT
         seen.append(chains)
     assert new * gpu(batch) / spent >= 0.95
+    # Nor does it go on paying them: in the end passes have no masks.
+    assert new == 100 or rows[-1] == batch
 
 
 @pytest.mark.filterwarnings("error")

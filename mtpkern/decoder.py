@@ -339,22 +339,35 @@ class Decoder:
         with unrouted(self.model) if self.choice.choosing.on_host else nullcontext():
             return self.choice(logits, seq, position, start)
 
+    @property
+    def _on_ladder(self) -> bool:
+        """Whether passes come in a few numbers of rows."""
+        return self.by_load and self.graph is not None and len(self._ladder.rungs) > 1
+
+    def poll(self) -> Poll:
+        """What `run` must know of the sequences, and no more."""
+        if self._on_cpu or not self.by_load:
+            return Poll(self.sequences)
+        if self._on_ladder:
+            return TimedPoll(self.sequences)
+        # Where there are rows for everybody, everybody has them: they cost the same used or not.
+        most = len(self.sequences.status) * (2 * self.strategy.k - 1 + self.strategy.masks)
+        return (OddsPoll if most > len(self.all_rows.seq) else Poll)(self.sequences)
+
     def run(self, route: dict[str, AttentionContext], poll: Poll | None = None) -> None:
-        """Step until every sequence is done, at most max_passes; `poll` may do more than count."""
-        poll = poll or Poll(self.sequences)
+        """Step until every sequence is done, at most max_passes; a `poll` of others than `poll()` may do more."""
+        own = self.poll()
+        poll = poll or own
         if self._on_cpu:
             return self._run_on_cpu(route, poll)
-        if self.by_load and self.graph is not None and len(self._ladder.rungs) > 1:
-            return self._run_on_ladder(route, poll, self.graph)
-        B, R, strategy = len(self.sequences.status), len(self.all_rows.seq), self.strategy
-        # Where there are rows for everybody, everybody has them: they cost the same used or not.
-        scarce = self.by_load and B * (2 * strategy.k - 1 + strategy.masks) > R
-        odds, bought = OddsPoll(self.sequences) if scarce else None, Bought(strategy.masks)
+        if isinstance(own, TimedPoll):
+            return self._run_on_ladder(route, poll, own)
+        R, bought = len(self.all_rows.seq), Bought(self.strategy.masks)
         for _ in range(self.max_passes):
             if not self._goes_on(poll):
                 break
-            if odds is not None and odds.running():
-                self.terms.price.fill_(price_of(*odds.seen, strategy.k, R, None, bought=bought))
+            if isinstance(own, OddsPoll) and (own is poll or own.running()):
+                self.terms.price.fill_(price_of(*own.seen, self.strategy.k, R, None, bought=bought))
             if self.graph is None:
                 self._reserve()
                 self.step(route)
@@ -363,22 +376,23 @@ class Decoder:
 
     def _goes_on(self, poll: Poll) -> int:
         """How many sequences do; streamers and criteria, who are asked here, may call the model as it is."""
-        with nullcontext() if type(poll) is Poll else unrouted(self.model):
+        with unrouted(self.model) if poll.calls_others else nullcontext():
             return poll.running()
 
-    def _run_on_ladder(self, route: dict[str, AttentionContext], poll: Poll, graph: StepGraph) -> None:
+    def _run_on_ladder(self, route: dict[str, AttentionContext], poll: Poll, timed: TimedPoll) -> None:
         """As `run`, where passes come in a few numbers of rows: that of a pass is told to the device a pass ahead."""
-        ladder, terms = self._ladder, self.terms
+        ladder, terms, graph = self._ladder, self.terms, self.graph
         assert terms.budget is not None
-        timed = TimedPoll(self.sequences)
+        assert graph is not None
         rows = len(self.all_rows.seq)
         told: tuple[int, float] = rows, 0.0
         for _ in range(self.max_passes):
             if not self._goes_on(poll):
                 break
-            if poll.has_queued and timed.passes:
-                timed.passes[-1] = 0  # what lies behind it counts to its time
-            timed.running()
+            if poll is not timed:
+                if poll.has_queued and timed.passes:
+                    timed.passes[-1] = 0  # what lies behind it counts to its time
+                timed.running()
             if timed.replayed:
                 ladder.saw(timed.replayed, timed.seconds)
             before, told = told, ladder.choose(*timed.seen)

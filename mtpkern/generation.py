@@ -38,7 +38,6 @@ from mtpkern.host import on_host
 from mtpkern.model import learned_positions
 from mtpkern.options import Options
 from mtpkern.parallel import require_same_on_all
-from mtpkern.poll import Poll
 from mtpkern.pool import decoder_for, prefill_with_room
 from mtpkern.prefix_cache import PrefixCache, Reuse, require_prefix_cache
 from mtpkern.strategies import Strategy
@@ -278,7 +277,7 @@ def _decode(
         ) as decoder,
     ):
         sequences = decoder.sequences
-        poll = Poll(sequences) if watch is None else watch.poll(sequences, options.strategy)
+        poll = decoder.poll() if watch is None else watch.poll(sequences, options.strategy)
         with routed(model, decoder.cache) as route:
             decoder.run(route, poll)
         # One copy to the host, behind all passes; of their record as much as so many can have written.

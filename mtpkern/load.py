@@ -36,6 +36,7 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from functools import partial
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -45,6 +46,8 @@ from transformers import PreTrainedModel
 from mtpkern.kernels.state import RUNNING, Sequences
 from mtpkern.kernels.worth import FORGOTTEN, PRIOR_CHAINS, PRIOR_HITS, UNIT
 from mtpkern.strategies import Strategy
+
+Number = TypeVar("Number", float, np.ndarray)
 
 # Up to this many rows a pass on a GPU is bound by reading the weights, so that rows are nearly free.
 FREE_ROWS = 192
@@ -244,7 +247,7 @@ def _promised(
     bought = bought or Bought()
     prior, power = PRIOR_HITS + PRIOR_CHAINS, np.arange(1, k)
     own = _odds(hits, chains)
-    alike = float(_odds(hits.sum() + shown[0], chains.sum() + shown[1]))
+    alike = _odds(hits.sum() + shown[0], chains.sum() + shown[1])
     judged = (hits + prior * alike) / (hits + chains + prior)
     bought_alone = own[:, None, None] ** power >= PRICES[:, None]  # [n, prices, k - 1]
     masks, tokens = bought_alone.sum(2), (judged[:, None, None] ** power * bought_alone).sum(2)
@@ -279,7 +282,7 @@ def _chances(odds: np.ndarray, fed: np.ndarray, k: int) -> np.ndarray:
     return np.where(i < fed[..., None], odds**i * (1 - odds), np.where(i == fed[..., None], odds**i, 0))
 
 
-def _odds(hits: np.ndarray, chains: np.ndarray) -> np.ndarray:
+def _odds(hits: Number, chains: Number) -> Number:
     """That the next of a sequence's drafts is right, by what its own have been worth."""
     return (hits + PRIOR_HITS) / (hits + chains + PRIOR_HITS + PRIOR_CHAINS)
 
@@ -291,7 +294,7 @@ def _fitted(tokens: np.ndarray, needed: np.ndarray, running: int, rows: int) -> 
 
 def _threshold(hits: float, chains: float) -> float:
     """How sure a draft is to be."""
-    odds = float(_odds(hits, chains))
+    odds = _odds(hits, chains)
     return min(max(odds * odds, THRESHOLDS[0]), THRESHOLDS[1])
 
 

@@ -18,6 +18,9 @@ class Poll:
     On a CPU the copy is there at once. Of each state of the device one copy is read, in order.
     """
 
+    # Whether `take` asks streamers or criteria, which may call the model.
+    calls_others = False
+
     def __init__(self, sequences: Sequences) -> None:
         self.sequences = sequences
         # Whether the last `take` had the device do more than a copy.

@@ -75,6 +75,8 @@ class Slots(Poll):
         slots.deliver(wait=True)
     """
 
+    calls_others = True
+
     def __init__(
         self,
         decoder: Decoder,

@@ -250,6 +250,8 @@ class Watch:
 class _WatchedPoll(Poll):
     """Copies what `snapshot` makes of each state."""
 
+    calls_others = True
+
     def __init__(self, sequences: Sequences, watch: Watch, window: int) -> None:
         self.watch = watch
         self.window = torch.arange(-window, 0, device=sequences.status.device)

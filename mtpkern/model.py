@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Embedding
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -212,3 +213,19 @@ def require_decodable(model: PreTrainedModel) -> None:
             f"{kind} has latent attention, prefilled through 'sdpa' or 'eager' only, and was loaded with {own!r}; "
             "load it with attn_implementation='sdpa'"
         )
+
+
+def plain_tensors(model: nn.Module) -> list[Tensor]:
+    """Parameters and buffers; of one that is made of others, as quantised ones are, those.
+
+    plain_tensors(model)[0].data_ptr()
+    """
+    found: list[Tensor] = []
+    waiting: list[Tensor] = list(chain(model.parameters(), model.buffers()))[::-1]
+    while waiting:
+        x = waiting.pop()
+        if hasattr(x, "__tensor_flatten__"):
+            waiting += [getattr(x, name) for name in x.__tensor_flatten__()[0]]
+        elif x.numel():
+            found.append(x)
+    return found

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 from weakref import ref
 
@@ -22,7 +21,7 @@ from transformers import PreTrainedModel
 from mtpkern.cache import KVCache
 from mtpkern.graph import fingerprint
 from mtpkern.host import on_host
-from mtpkern.model import has_latent_attention
+from mtpkern.model import has_latent_attention, plain_tensors
 from mtpkern.parallel import is_parallel
 
 # Fewer common tokens are not worth a copy.
@@ -170,7 +169,7 @@ def _state_of(model: PreTrainedModel) -> tuple[Any, ...]:
     """What keys depend on beside tokens and the values of weights; and how often these were written to."""
     kind = model.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    versions = [0 if x.is_inference() else x._version for x in _plain_tensors(model)]
+    versions = [0 if x.is_inference() else x._version for x in plain_tensors(model)]
     return model.device, autocast, fingerprint(model), versions
 
 
@@ -178,20 +177,7 @@ def _sample(model: PreTrainedModel) -> bytes:
     """Some values of each weight: of those that are written to where no version tells, as by `weight.data`."""
     with torch.inference_mode():
         some = []
-        for x in _plain_tensors(model):
+        for x in plain_tensors(model):
             flat = x.detach().flatten()
             some.append(flat[:: max(1, -(-flat.numel() // _SAMPLED))].contiguous().view(torch.uint8))
         return b"".join(x.numpy().tobytes() for x in on_host(*some))
-
-
-def _plain_tensors(model: PreTrainedModel) -> list[Tensor]:
-    """Parameters and buffers; of one that is made of others, as quantised ones are, those."""
-    found: list[Tensor] = []
-    waiting: list[Tensor] = list(chain(model.parameters(), model.buffers()))[::-1]
-    while waiting:
-        x = waiting.pop()
-        if hasattr(x, "__tensor_flatten__"):
-            waiting += [getattr(x, name) for name in x.__tensor_flatten__()[0]]
-        elif x.numel():
-            found.append(x)
-    return found

@@ -131,7 +131,7 @@ def test_what_cannot_be_captured_runs_as_it_is(monkeypatch):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(captured, "CapturedStep", broken)
-    steps = CapturedSteps([weight])
+    steps = CapturedSteps(torch.nn.ParameterList([weight]))
     assert float(steps("gt", {"a": torch.tensor([1.0, 1.0])}, step)) == 2
     with pytest.warns(RuntimeWarning, match="not permitted"):
         assert float(steps("gt", {"a": torch.tensor([2.0, 3.0])}, step)) == 5
@@ -142,7 +142,7 @@ def test_what_cannot_be_captured_runs_as_it_is(monkeypatch):
 
 def test_shapes_only_grow_and_are_few(monkeypatch):
     weight = torch.nn.Parameter(torch.ones(()))
-    steps = CapturedSteps([weight])
+    steps = CapturedSteps(torch.nn.ParameterList([weight]))
     assert [steps.tokens(n) for n in (5, 17, 3, 40)] == [16, 32, 32, 48]
     assert [steps.rows(*x) for x in ((4, 60), (4, 64), (4, 65), (4, 50), (1, 9))] == [64, 64, 96, 96, 32]
 
@@ -212,3 +212,23 @@ def test_a_step_asks_the_host_for_nothing(tiny, monkeypatch, bug):
             (sums.span / sums.rows.sum()).backward()
         if bug is None:
             assert gate.row.grad is not None
+
+
+def test_weights_that_have_moved_are_captured_anew():
+    """As where a callback decodes with the model, whose weights then lie together: a graph reads where they were."""
+    weight, frozen = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2), requires_grad=False)
+    steps = CapturedSteps(torch.nn.ParameterList([weight, frozen]))
+
+    def step(x):
+        loss = (weight * frozen * x["a"]).sum()
+        loss.backward()
+        return loss.detach()[None]
+
+    made = []
+    for moved in (None, None, frozen, None, None, weight, None):
+        if moved is not None:
+            moved.data = 2 * moved.data
+        steps("gt", {"a": torch.ones(2)}, step)
+        made.append((Rerun.made, len(steps)))
+    # Seen once, captured when it comes again; as it is, and once more captured, behind each move.
+    assert made == [(0, 0), (1, 1), (1, 0), (2, 1), (2, 1), (2, 0), (3, 1)]

@@ -7,7 +7,7 @@ comes again.
 
 Nothing is believed of a graph. Before its first replay counts, the same batch has run as it is, and loss and gradients
 of the two are compared: where capturing fails or they differ, training goes on without graphs, which a RuntimeWarning
-announces.
+announces. Where weights have moved since, as decoding on the way may do, all is captured anew.
 
 Memory   one pool for all graphs, and the gradients of each
 """
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mtpkern import graph
 from mtpkern.graph import on_side_stream
+from mtpkern.model import plain_tensors
 from mtpkern.output import first_line
 from mtpkern.train.layout import pinned, send
 
@@ -58,14 +59,17 @@ class CapturedStep(graph.CapturedStep):
 class CapturedSteps:
     """Runs steps through the graphs of their shapes.
 
-        steps = CapturedSteps(parameters)
+        steps = CapturedSteps(model)
         loss = steps(("gt", 5), inputs, step)[0]
 
-    A call returns what `step` does, [n] float32, and leaves its gradients in the parameters.
+    A call returns what `step` does, [n] float32, and leaves its gradients in the parameters that are trained.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.parameters = list(parameters)
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        # All that a graph may read, and where it lay at the last step.
+        self._tensors = plain_tensors(model)
+        self._places = self._where()
         self.device = self.parameters[0].device
         self.refused = False
         self._steps: dict[Hashable, CapturedStep] = {}
@@ -99,6 +103,9 @@ class CapturedSteps:
 
     def __call__(self, kind: Hashable, inputs: Mapping[str, Tensor], step: Step) -> Tensor:
         """One step; `kind` says what it depends on besides its inputs, which may lie on the host."""
+        before, self._places = self._places, self._where()
+        if self._places != before:
+            self._drop()
         key = kind, tuple((name, x.shape) for name, x in inputs.items())
         if key not in self._steps and key in self._seen and not self.refused and len(self._steps) < KEPT:
             self._capture(key, inputs, step)
@@ -144,8 +151,11 @@ class CapturedSteps:
             stacklevel=2,
         )
 
+    def _where(self) -> list[int]:
+        return [x.data_ptr() for x in self._tensors]
+
     def _drop(self) -> None:
-        """What has been captured of shapes that come no more."""
+        """What has been captured of shapes that come no more, or of weights that lie elsewhere now."""
         self._steps.clear()
         self._seen.clear()
 

@@ -121,7 +121,7 @@ class GatedTrainer(MTPTrainer):
     ) -> tuple[list, Tensor | int | None]:
         """As MTPTrainer's, padded to few shapes where steps are graphs."""
         if self.args.cuda_graph and self._steps is None and not self.is_fsdp_enabled:
-            self._steps = CapturedSteps([p for p in cast(nn.Module, self.model).parameters() if p.requires_grad])
+            self._steps = CapturedSteps(cast(nn.Module, self.model))
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _forward_backward(self, model: nn.Module, inputs: dict[str, Any], counts: Tensor | int | None) -> Tensor:

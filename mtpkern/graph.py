@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from threading import RLock
 from typing import Any
 
 import torch
@@ -141,18 +142,26 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+# Who is on a side stream: what another thread queued there while one captures would become a part of its graph.
+_aside = RLock()
+
+
 @contextmanager
 def on_side_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
-    """Run the block on a stream of its own, behind what was queued before and before what is queued after."""
-    here, side = torch.cuda.current_stream(device), _side_stream(device)
-    side.wait_stream(here)
-    try:
-        # Leaving a capture that has failed does not bring the stream back; this does.
-        with torch.cuda.stream(side):
-            yield side
-    finally:
-        # After an error, too: what is dropped then is given to others while the side stream may still write to it.
-        here.wait_stream(side)
+    """Run the block on a stream of its own, behind what was queued before and before what is queued after.
+
+    One thread at a time; others wait in line.
+    """
+    with _aside:
+        here, side = torch.cuda.current_stream(device), _side_stream(device)
+        side.wait_stream(here)
+        try:
+            # Leaving a capture that has failed does not bring the stream back; this does.
+            with torch.cuda.stream(side):
+                yield side
+        finally:
+            # After an error, too: what is dropped then is given to others while the side stream may still write to it.
+            here.wait_stream(side)
 
 
 def _announce(error: Exception) -> None:

@@ -1,5 +1,6 @@
 """What can go wrong in a capture, and what a run does without one."""
 
+import threading
 import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -132,3 +133,27 @@ def test_what_a_cpu_cannot_do(tiny: SimpleNamespace) -> None:
     generate(tiny, model, 4, use_graph=False)
     generate(tiny, model, 4)
     assert not kept(model)
+
+
+def test_one_thread_at_a_time_is_on_the_side_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two models in two threads: what one queued while the other captures would be in the other's graph."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(graph, "_side_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    inside, seen = threading.Event(), []
+
+    def other() -> None:
+        inside.wait(10)
+        with graph.on_side_stream(torch.device("cuda", 0)):
+            seen.append("other")
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with graph.on_side_stream(torch.device("cuda", 0)):
+        inside.set()
+        thread.join(0.2)
+        with graph.on_side_stream(torch.device("cuda", 0)):  # a capture that is cleared up
+            seen.append("one")
+    thread.join(10)
+    assert seen == ["one", "other"]

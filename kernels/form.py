@@ -119,3 +119,11 @@ def attention_dtype(x: Tensor) -> torch.dtype:
     attention_dtype(torch.zeros(1, dtype=torch.bfloat16))  # float32 with AVX2 and nothing later
     """
     return torch.float32 if x.device.type == "cpu" and has_products(x.dtype) is False else x.dtype
+
+
+def autocast_of(device: torch.device) -> torch.dtype | None:
+    """What autocast has products computed in on a device at the moment; None where it is off.
+
+    autocast_of(torch.device("cpu"))  # None
+    """
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None

@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtpkern.kernels.form import on_device
+from mtpkern.kernels.form import autocast_of, on_device
 from mtpkern.kernels.op import operator
 from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.span_mask import Rule, span_mask
@@ -634,10 +634,8 @@ def span_attention_triton(query: Tensor, key: Tensor, value: Tensor, rule: Rule,
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype where it is on; else as they are."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+    dtype = autocast_of(tensors[0].device)
+    return tensors if dtype is None else tuple(x.to(dtype) for x in tensors)
 
 
 def span_attention(

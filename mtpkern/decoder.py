@@ -407,6 +407,7 @@ class Decoder:
                 self._making[rows] += perf_counter() - began
                 if rows in graph.captured:
                     ladder.made_one(rows, self._making[rows])
+                ladder.closed = graph.refused
             rows = told[0]
 
     def _take(self, rows: int) -> None:

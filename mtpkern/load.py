@@ -394,6 +394,8 @@ class Ladder:
         # Rungs that have a graph, what making the first took, and what each other one would have saved up to now.
         self.made: set[int] = set()
         self.making = 0.0
+        # Whether no further rung can have one, for want of memory say.
+        self.closed = False
         self.saved = dict.fromkeys(self.rungs, 0.0)
 
     def choose(self, hits: np.ndarray, chains: np.ndarray) -> tuple[int, float]:
@@ -407,7 +409,7 @@ class Ladder:
         there = [i for i, rows in enumerate(self.rungs) if rows in self.made] or [len(self.rungs) - 1]
         best = min(there, key=lambda i: each[i])
         wish = int(np.argmin(each))
-        if wish != best and self.times.seconds:
+        if wish != best and self.times.seconds and not self.closed:
             rows = self.rungs[wish]
             self.saved[rows] += seconds[best] * (1 - each[wish] / each[best])
             if self.saved[rows] >= self.making:

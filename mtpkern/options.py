@@ -55,6 +55,7 @@ class Options:
         self._graph = wants_graph(use_graph, model.device)
         self._compile: bool | None = given["compile"]
         by_load = rows is None and (strategy is None or not strategy.k) and self.strategy.verify and not parallel
+        by_load &= not given["batch_invariant"]  # what a sequence brings would follow the others
         self._others = {
             "mask_token_id": self.mask_token_id,
             "check_model": given["check_model"],

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from mtpkern.adapter import base_of, gate_of
 from mtpkern.decoder import Decoder, places_for
 from mtpkern.graph import fingerprint
+from mtpkern.kernels.form import autocast_of
 from mtpkern.memory import fits_at_once, require_room
 from mtpkern.packed import unpack
 from mtpkern.products import separate
@@ -63,7 +64,8 @@ def decoder_for(
         known = gate_of(model) is not None or mask < model.get_input_embeddings().weight.shape[0]
         require_verified(model, mask if known else 0)
     capacity = slots_for(tokens, use_graph)
-    key = (strategy.k, strategy.verify, strategy.masks, places_for(stop_ids), capacity, *options.values())
+    terms = places_for(stop_ids), capacity, autocast_of(model.device)
+    key = (strategy.k, strategy.verify, strategy.masks, *terms, *options.values())
     if not (use_graph and key in _kept.get(model, ())):
         batch, scratch = options["batch"], strategy.masks
         require_room(model, batch, tokens, scratch=scratch, kept=kept_bytes(model.device))

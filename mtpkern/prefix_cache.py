@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from mtpkern.cache import KVCache
 from mtpkern.graph import fingerprint
 from mtpkern.host import on_host
+from mtpkern.kernels.form import autocast_of
 from mtpkern.model import has_latent_attention, plain_tensors
 from mtpkern.parallel import is_parallel
 
@@ -123,6 +124,7 @@ class Reuse:
         self.sample = _sample(self.model)
         best = [(0, 0)] * len(self.prompts)
         if kept is not None and kept.is_of(self.model, self.sample):
+            kept.read_here(self.model.device)
             # All but the last token, whose prediction is wanted. Of equal ones the first is as good as any.
             found = [[common(prompt[:-1], text) for text in kept.texts] for prompt in self.prompts]
             best = [(max(row), row.index(max(row))) for row in found]
@@ -147,7 +149,11 @@ class Reuse:
         texts = [np.concatenate([prompt, row[:n]]) for prompt, row, n in answers]
         here = slice(cache.scratch, cache.scratch + max(map(len, texts)))
         layers = {layer: (k[:, :, here].clone(), v[:, :, here].clone()) for layer, (k, v) in cache.layers.items()}
-        self.prefix_cache._kept = _Kept(ref(self.model), _state_of(self.model), self.sample, texts, layers)
+        ready = None
+        if self.model.device.type == "cuda":
+            ready = torch.Event(self.model.device)
+            ready.record()
+        self.prefix_cache._kept = _Kept(ref(self.model), _state_of(self.model), self.sample, texts, layers, ready)
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,15 @@ class _Kept:
     sample: bytes
     texts: list[np.ndarray]
     layers: dict[int, tuple[Tensor, Tensor]]
+    # On a GPU, when they are there, on whatever stream they have been copied.
+    ready: torch.Event | None = None
+
+    def read_here(self, device: torch.device) -> None:
+        """Have this thread's stream wait for them, and their memory for it."""
+        if self.ready is not None:
+            self.ready.wait()
+            for x in (x for pair in self.layers.values() for x in pair):
+                x.record_stream(torch.cuda.current_stream(device))
 
     def is_of(self, model: PreTrainedModel, sample: bytes) -> bool:
         """Whether the model is the one whose keys these are, as it was."""
@@ -167,10 +182,8 @@ class _Kept:
 
 def _state_of(model: PreTrainedModel) -> tuple[Any, ...]:
     """What keys depend on beside tokens and the values of weights; and how often these were written to."""
-    kind = model.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     versions = [0 if x.is_inference() else x._version for x in plain_tensors(model)]
-    return model.device, autocast, fingerprint(model), versions
+    return model.device, autocast_of(model.device), fingerprint(model), versions
 
 
 def _sample(model: PreTrainedModel) -> bytes:

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mtpkern.generation import MTPGenerateOutput, generate
+from mtpkern.kernels.form import autocast_of
 
 Block = TypeVar("Block")
 
@@ -138,8 +139,8 @@ def _surroundings(device: torch.device | None) -> list[Any]:
         return []
     kind = device.type
     entered: list[Any] = []
-    if torch.is_autocast_enabled(kind):
-        entered.append(torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False))
+    if (dtype := autocast_of(device)) is not None:
+        entered.append(torch.autocast(kind, dtype, cache_enabled=False))
     if kind == "cuda":
         entered.append(torch.cuda.stream(torch.cuda.current_stream(device)))
     return entered

@@ -76,6 +76,33 @@ def test_the_ladder_changes_no_token(
     assert {len(step.rows) for step in decoder.graph.captured.values()} == used
 
 
+def test_a_rung_that_cannot_be_captured_is_not_chosen_again(
+    recorded: type[RecordedStep], tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decoder tells its ladder, which would wish for it in every pass."""
+    captured = recorded.__init__
+
+    def only_one(self: RecordedStep, step: Any, device: Any, beside: Any) -> None:
+        if beside is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        captured(self, step, device, beside)
+
+    seen: list[bool] = []
+
+    def choose(ladder: Ladder, *_: Any) -> tuple[int, float]:
+        seen.append(ladder.closed)
+        return (ladder.rungs[-1], 0.0) if len(seen) < 5 else (ladder.rungs[0], float("inf"))
+
+    monkeypatch.setattr("mtpkern.load.FREE_ROWS", 0)
+    monkeypatch.setattr("mtpkern.load.STEP", 1)
+    monkeypatch.setattr(recorded, "__init__", only_one)
+    monkeypatch.setattr(Ladder, "choose", choose)
+    with pytest.warns(RuntimeWarning, match="could not be captured"):
+        generate(tiny, tiny.model("llama"), 9, 4, 12, max_new_tokens=24)
+    assert seen[0] is False
+    assert seen[-1] is True
+
+
 def without(call: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in call.items() if name != "lengths"}
 
@@ -148,7 +175,7 @@ def test_what_is_baked_in_makes_another_graph(
     recorded: type[RecordedStep], tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny.model("llama")
-    monkeypatch.setattr(pool, "KEPT", 9)
+    monkeypatch.setattr(pool, "KEPT", 10)
     common = {"max_new_tokens": 5}
     for options in (
         {"strategy": Verified(2)},
@@ -166,6 +193,9 @@ def test_what_is_baked_in_makes_another_graph(
     assert kept(model)[-1].cache.batch_invariant
     generate(tiny, model, 4, **common, strategy=Verified(2))
     assert len(kept(model)) == before + 2
+    with torch.autocast("cpu", torch.bfloat16):  # in which keys have another dtype
+        generate(tiny, model, 4, **common, strategy=Verified(2))
+    assert len(kept(model)) == before + 3
 
 
 def test_kept_graphs_are_few(

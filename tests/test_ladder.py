@@ -78,6 +78,17 @@ def test_a_rung_is_made_once_it_would_have_paid() -> None:
     assert ladder.choose(*(counts(*[20] * 64), counts(*[40] * 64)))[0] == 256
 
 
+def test_a_rung_that_could_not_be_captured_is_left_alone() -> None:
+    """Each pass there would be one without a graph, and none that tells its time."""
+    never = counts(*[0] * 64), counts(*[40] * 64)
+    ladder = Ladder(64, 256, 12)
+    ladder.made_one(256, 50.0)
+    ladder.saw(256, gpu(256))
+    assert any(ladder.choose(*never)[0] == 64 for _ in range(1000))
+    ladder.closed = True
+    assert {ladder.choose(*never)[0] for _ in range(1000)} == {256}
+
+
 @pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize("batch", [1, 2, 4, 8, 16, 64, 128])
 @pytest.mark.parametrize("new", [100, 2000])

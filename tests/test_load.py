@@ -193,6 +193,7 @@ def test_only_where_nothing_is_asked_for(tiny: Any, monkeypatch: pytest.MonkeyPa
     assert by_load(strategy=Verified(threshold=0.3))
     assert not by_load(strategy=Verified(4))
     assert not by_load(rows=30)
+    assert not by_load(batch_invariant=True)  # what a sequence brings follows the others
     assert not by_load(strategy=ConfAdapt())
     assert not by_load(strategy=Static())
 

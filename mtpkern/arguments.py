@@ -19,6 +19,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import LogitsProcessor, StopStringCriteria
 
 from mtpkern.fields import OF_SAMPLING, OF_SCORES, checked_field, whole_number
+from mtpkern.model import CACHE_ARGUMENTS
 from mtpkern.stops import stop_criterion
 
 # The fields of GenerationConfig, and what each is where nobody says.
@@ -183,7 +184,7 @@ def require_prepared(generation_config: GenerationConfig, model_kwargs: dict[str
     honoured = HONOURED | _ONLY_WITH_SAMPLING if generation_config.do_sample else HONOURED
     values = {name: getattr(generation_config, name, None) for name in sorted(FIELDS - honoured)}
     _refuse({name: value for name, value in values.items() if not inert(name, value)})
-    expected = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+    expected = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", *CACHE_ARGUMENTS}
     for name, value in model_kwargs.items():
         if name not in expected and value is not None and value is not False:
             raise ValueError(f"mtpkern.generate does not support the model argument {name}; leave it out")
@@ -345,7 +346,7 @@ def _refuse_arguments(arguments: dict[str, Any]) -> None:
     for name, value in arguments.items():
         empty = value is None or (isinstance(value, (list, tuple)) and not value)
         if not empty and name not in _INERT_ARGUMENTS and not (name == "synced_gpus" and value is False):
-            instead = "give the calls a prefix_cache" if name == "past_key_values" else "leave it out"
+            instead = "give the calls a prefix_cache" if name in CACHE_ARGUMENTS else "leave it out"
             raise ValueError(f"mtpkern.generate does not support {name}; {instead}, or use model.generate")
 
 

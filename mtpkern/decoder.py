@@ -244,12 +244,14 @@ class Decoder:
         sequences.pending.fill_(1)
         self.rows.expect_prefill(k)
 
-        columns = torch.cat([input_ids, masks], dim=1)
-        cache = self.prefill_cache(scratch + place)
+        columns, slot = torch.cat([input_ids, masks], dim=1), scratch + place
+        mask = None if attention_mask is None else seen
+        if mask is not None and self._on_cpu:
+            T = int(sequences.length.max())  # in front of them stands padding alone
+            columns, slot, mask, told = (x[:, 1 - k - T :] for x in (columns, slot, mask, told))
+        cache = self.prefill_cache(slot)
         cache.seen = 0 if known is None else known(self.cache)
-        if attention_mask is not None and self._on_cpu:
-            cache.seen = max(cache.seen, T - int(sequences.length.max()))  # before them stands padding alone
-        n, mask = max(1, chunk // B), None if attention_mask is None else seen
+        n = max(1, chunk // B)
         for end in [*range(cache.seen + n, T, n), T + k - 1]:
             logits = self.prefill_chunk(cache, columns, mask, told, end, keep=k if end >= T else 1)
         self.cache.require_cached(self.model.config)
@@ -321,9 +323,7 @@ class Decoder:
 
     def _forward(self, route: dict[str, AttentionContext], input_ids: Tensor, position: Tensor) -> Tensor:
         with base_alone(self.model) if self._maskless else gated(self.model, input_ids):
-            return self.model(
-                input_ids=input_ids, position_ids=position, past_key_values=None, use_cache=False, **route
-            ).logits[0]
+            return self.model(input_ids=input_ids, position_ids=position, use_cache=False, **route).logits[0]
 
     def _take_in(self, logits: Tensor, places: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Read the logits out and advance; places: sequence and position of each row where they are not the plan's."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+from inspect import signature
 from itertools import chain
 from typing import Any
 
@@ -213,6 +216,24 @@ def require_decodable(model: PreTrainedModel) -> None:
             f"{kind} has latent attention, prefilled through 'sdpa' or 'eager' only, and was loaded with {own!r}; "
             "load it with attn_implementation='sdpa'"
         )
+
+
+# What a model's forward calls its cache, the newer name first (transformers 5.24 renamed it).
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name by which the model's forward takes a cache.
+
+    model(input_ids, **{cache_argument(model): DynamicCache()})
+    """
+    return _cache_argument(type(model).forward)
+
+
+@lru_cache(64)
+def _cache_argument(forward: Callable[..., Any]) -> str:
+    known = signature(forward).parameters
+    return next((name for name in CACHE_ARGUMENTS if name in known), CACHE_ARGUMENTS[-1])
 
 
 def plain_tensors(model: nn.Module) -> list[Tensor]:

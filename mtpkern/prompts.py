@@ -21,7 +21,7 @@ from mtpkern.kernels.decode_attention import decode_attention
 from mtpkern.kernels.form import attention_dtype
 from mtpkern.kernels.packed_rows import PackedRows
 from mtpkern.kernels.scoring import Scoring
-from mtpkern.model import is_tested
+from mtpkern.model import cache_argument, is_tested
 
 # Prompts are packed where so large a part of their rows would be padding: each then attends by itself, which costs
 # short ones a few hundredths of a pass.
@@ -55,7 +55,6 @@ def read_prompts(
             logits: Tensor = model(
                 input_ids=input_ids,
                 position_ids=prompts.rows(position),
-                past_key_values=None,
                 use_cache=False,
                 logits_to_keep=prompts.last(keep),
                 **route,
@@ -70,9 +69,9 @@ def read_prompts(
             input_ids=columns[:, here],
             attention_mask=None if seen is None else seen[:, :end],
             position_ids=position[:, here],
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=keep,
+            **{cache_argument(model): cache},
         ).logits
 
 

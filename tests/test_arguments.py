@@ -129,6 +129,7 @@ ARGUMENTS: dict[str, Any] = {
     "negative_prompt_attention_mask": torch.ones(2, 2, dtype=torch.long),
     "custom_generate": "some/repository",
     "past_key_values": SimpleNamespace(),
+    "cache": SimpleNamespace(),
     "position_ids": torch.arange(6).expand(2, 6),
     "inputs_embeds": torch.zeros(2, 6, 32),
     "assistant_tokenizer": SimpleNamespace(),
@@ -140,7 +141,7 @@ ARGUMENTS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_arguments_that_are_not_honoured_are_refused_by_name(name: str, shared: Any, pair: Any) -> None:
-    instead = "give the calls a prefix_cache" if name == "past_key_values" else "leave it out"
+    instead = "give the calls a prefix_cache" if name in {"past_key_values", "cache"} else "leave it out"
     with pytest.raises(ValueError, match=f"does not support {name}; {instead}"):
         mtpkern.generate(shared, **pair, max_new_tokens=4, **{name: ARGUMENTS[name]})
 

@@ -67,11 +67,28 @@ def test_prompts_of_almost_one_length_stay_as_they_are(tiny: SimpleNamespace, mo
     assert seen[0] == (3, 16)
 
 
-def test_columns_of_padding_alone_are_not_run(tiny: SimpleNamespace, model: Any) -> None:
-    ids, real = tiny.prompts(4, 12)
-    got = mtpkern.generate(model, ids[:1], attention_mask=real[:1], max_new_tokens=6, prefill_chunk=2)
-    want = mtpkern.generate(model, ids[:1, -4:], max_new_tokens=6)
-    assert got[:, 12:].equal(want[:, 4:])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_columns_of_padding_alone_are_not_run(
+    name: str, packed: bool, tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In front of all prompts, by a tokenizer that pads to a multiple, say."""
+    model = tiny.model(name, **ARCHITECTURES[name])
+    ids, real = tiny.prompts(9, 12)
+    options: dict[str, Any] = {"max_new_tokens": 8, "strategy": Verified(3, 0.1), "check_model": False}
+    if not packed:
+        monkeypatch.setattr(prompts, "is_tested", lambda model: False)
+    want = mtpkern.generate(model, ids, attention_mask=real, **options)[:, 12:]
+    ids, real = (torch.cat([x.new_zeros(2, 3), x], dim=1) for x in (ids, real))
+    rows: list[int] = []
+    with model.register_forward_pre_hook(
+        lambda _, args, given: rows.append(given["input_ids"].shape[1]), with_kwargs=True
+    ):
+        got = mtpkern.generate(model, ids, attention_mask=real, **options)[:, 15:]
+        chunks = mtpkern.generate(model, ids, attention_mask=real, prefill_chunk=10, **options)[:, 15:]
+    assert rows[0] == (21 + 2 * 2 if packed else 12 + 2)
+    assert got.equal(want)
+    assert chunks.equal(want)
 
 
 def test_a_layer_that_attends_twice_is_refused(tiny: SimpleNamespace, model: Any) -> None:

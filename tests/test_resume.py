@@ -9,8 +9,9 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
 from mtpkern.train.record import RECORD
-from mtpkern.train.resume import Endless, checkpoints
-from support.resumed import files_of, rows, same, trainer
+from mtpkern.train.resume import Endless, checkpoints, load_weights
+from support.models import ARCHITECTURES, random_model
+from support.resumed import files_of, llama, rows, same, trainer
 from support.slow import slow_but
 
 
@@ -49,6 +50,34 @@ def test_resumed_run_equals_the_uninterrupted(tmp_path, kind):
     assert [x["loss"] for x in whole.state.log_history if "loss" in x] == [
         x["loss"] for x in rest.state.log_history if "loss" in x
     ]
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "qwen3_moe"])
+def test_weights_that_files_name_otherwise_come_back(tmp_path, name):
+    """When a run goes on, and when its best step is published."""
+
+    def model(seed):
+        return random_model(name, seed=seed, vocab_size=31, eos_token_id=7, **ARCHITECTURES[name])
+
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    options = {"max_steps": 3, "save_steps": 1, "eval_steps": 1, "eval_strategy": "steps", "model": model, **best}
+    whole = trainer(tmp_path, **options)
+    whole.train()
+    worst = int(whole.state.best_model_checkpoint.rpartition("-")[2])
+    assert worst < 3
+    folder = tmp_path / f"checkpoint-{worst}"
+    for key, x in type(whole.model).from_pretrained(folder).state_dict().items():
+        assert torch.equal(x, whole.model.state_dict()[key]), key
+    rest = trainer(tmp_path, seed=9, **options)
+    rest.train(resume_from_checkpoint=str(folder))
+    assert same(whole, rest)
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path, state_dict={k: v for k, v in model.state_dict().items() if "up_proj" not in k})
+    with pytest.raises(ValueError, match=r"lacks weights .*up_proj\.weight; resume from another"):
+        load_weights(model, tmp_path)
 
 
 def test_endless_stream_goes_on_with_the_next_epoch():

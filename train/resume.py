@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import IterableDataset
+from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 
 from mtpkern.output import write_whole
@@ -111,6 +112,24 @@ def require_whole(folder: str | Path) -> None:
         )
     if not (folder / TRAINER_STATE_NAME).exists():
         raise ValueError(f"{folder} is no checkpoint, {TRAINER_STATE_NAME} is missing; name a folder checkpoint-<step>")
+
+
+def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
+    """Give a model the weights that `save_pretrained` has written to a folder; ValueError where one is missing.
+
+    Files may name and cut tensors otherwise than the model does (GPT-NeoX, mixtures of experts), so it is
+    transformers that reads them.
+
+        load_weights(model, "runs/mine/checkpoint-100")
+    """
+    saved, found = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    missing = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    if missing:
+        raise ValueError(
+            f"{folder} lacks weights of this {type(model).__name__}, or has them in other shapes: "
+            f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}; resume from another checkpoint"
+        )
+    model.load_state_dict(saved.state_dict())
 
 
 def remove_checkpoint(folder: Path) -> None:

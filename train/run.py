@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset, Sampler
-from transformers import Trainer, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -33,6 +33,7 @@ from mtpkern.train.lora import adapters_of
 from mtpkern.train.record import Record, fingerprint, options_of, report_rates
 from mtpkern.train.resume import (
     Endless,
+    load_weights,
     mark_complete,
     newest_checkpoint,
     remove_checkpoint,
@@ -124,6 +125,25 @@ class RunTrainer(Trainer):
         if not self.args.save_only_model:
             renew(folder, TRAINER_STATE_NAME, json.dumps(asdict(state), indent=2, sort_keys=True) + "\n")
         rotate(run, self.args.save_total_limit, state.best_model_checkpoint)
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether checkpoints are those of a plain model, not of adapters or shards."""
+        return isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """As Trainer's, which leaves weights as they are whose names in the files are others."""
+        if self._is_whole and model is None:
+            load_weights(cast(PreTrainedModel, self.model), resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model=model)
+
+    def _load_best_model(self) -> None:
+        """As Trainer's, in the same way."""
+        if self._is_whole:
+            load_weights(cast(PreTrainedModel, self.model), cast(str, self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
 
     def get_train_dataloader(self) -> DataLoader:
         """As Trainer's; a stream begins again where it ends."""

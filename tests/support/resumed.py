@@ -22,7 +22,7 @@ def rows(n=18):
     ]
 
 
-def trainer(path, dataset=None, seed=0, **change):
+def trainer(path, dataset=None, seed=0, model=llama, **change):
     arguments = {
         "max_steps": 9,
         "save_steps": 4,
@@ -37,8 +37,8 @@ def trainer(path, dataset=None, seed=0, **change):
         "num_spans": 2,
     }
     return MTPTrainer(
-        model=llama(seed),
-        teacher=llama(3),
+        model=model(seed),
+        teacher=model(3),
         args=MTPConfig(str(path), **arguments | change),
         mask_token_id=MASK,
         train_dataset=dataset or rows(),

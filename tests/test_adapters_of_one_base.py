@@ -10,6 +10,7 @@ import torch
 import mtpkern
 from mtpkern.adapter import gate_of, save_adapter
 from mtpkern.train.lora import add_gated_lora
+from support.injecting import injecting
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,7 @@ def test_loading_over_an_adapter_takes_its_row_along(base, folders, alone, tiny)
     assert said(model, tiny).equal(alone[1])
 
 
+@injecting
 def test_loaded_by_transformers_itself(base, folders, alone, tiny):
     model = copy.deepcopy(base)
     model.load_adapter(str(folders[0]))

@@ -283,7 +283,7 @@ def test_a_logit_cap_that_sdpa_ignores_is_refused(tiny: Any) -> None:
 @pytest.mark.parametrize(
     ("model_type", "settings"),
     [
-        ("gptj", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 64}),
+        ("gpt_neox_japanese", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}),
         ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
     ],
 )

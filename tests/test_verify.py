@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import mtpkern
 import mtpkern.verify
 from mtpkern import Static
+from mtpkern.model import CACHE_ARGUMENTS
 
 TINY = {
     "vocab_size": 32,
@@ -107,10 +108,10 @@ def test_keys_that_are_changed_behind_the_cache_are_found(compared: list[str]) -
     from transformers.models.starcoder2 import modeling_starcoder2
 
     class Doubling(modeling_starcoder2.Starcoder2Attention):
-        def forward(self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-            return super().forward(
-                hidden_states, *args, past_key_values=past_key_values and _Behind(past_key_values), **kwargs
-            )
+        def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            for name in kwargs.keys() & {*CACHE_ARGUMENTS}:
+                kwargs[name] = kwargs[name] and _Behind(kwargs[name])
+            return super().forward(hidden_states, *args, **kwargs)
 
     class _Behind:
         def __init__(self, cache: Any) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import mtpkern
 from mtpkern import Verified
+from support.injecting import injecting
 
 NEW = 12
 ALL = ["q_proj", "v_proj", "down_proj"]
@@ -66,6 +67,7 @@ def test_adapters_in_the_layers_are_honoured(kind: str, model: Any, tiny: Any) -
             assert ours(adapted, tiny).equal(plain)
 
 
+@injecting
 def test_adapters_that_transformers_has_injected_itself(model: Any, tiny: Any) -> None:
     model.add_adapter(peft.LoraConfig(r=4, target_modules=ALL))
     wild(model)

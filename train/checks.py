@@ -30,7 +30,14 @@ logger = logging.getLogger(__name__)
 def require_consistent(model: ModelArguments, data: DataArguments, config: MTPConfig) -> None:
     """Raise ValueError, before anything is loaded, for options of two groups that contradict one another."""
     held_out = data.eval_data or data.eval_fraction
-    refuse(config.per_device_train_batch_size < 1, "per_device_train_batch_size must be at least 1")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        refuse(getattr(config, name) < 1, f"{name} must be at least 1; got {getattr(config, name)}")
+    for name in ("learning_rate", "dataloader_num_workers", "max_grad_norm", "weight_decay", "warmup_steps"):
+        refuse(getattr(config, name) < 0, f"{name} must be 0 or more; got {getattr(config, name)}")
+    alpha = config.lora_alpha
+    refuse(
+        alpha is not None and alpha <= 0, f"lora_alpha must be above 0, or the adapter could do nothing; got {alpha}"
+    )
     if config.max_steps == 0 or (config.max_steps < 0 and config.num_train_epochs <= 0):
         raise ValueError("nothing would be trained: give a positive max_steps, or num_train_epochs with max_steps -1")
     refuse(data.streaming and config.max_steps <= 0, "streaming data have no known length; set max_steps")

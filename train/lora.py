@@ -87,8 +87,8 @@ def add_gated_lora(
 
     The mask token is the first id behind the vocabulary; its embedding, the parameter `mask_row` [H] of the result, is
     drawn with the mean and the variance of the embedding's rows. k_max and chat are recorded in the adapter's folder.
-    The linear layers may be quantised, in a way that peft can train beside. Raises ValueError for any other, and for a
-    quantised embedding or head.
+    The linear layers may be quantised, in a way that peft can train beside; experts that share a tensor stay as they
+    are. Raises ValueError for any other, and for a quantised embedding or head.
 
         peft_model = add_gated_lora(model, rank=16, k_max=8)
     """
@@ -111,8 +111,9 @@ def add_gated_lora(
     settings = GatedSettings(mask_token_id=len(weight), k_max=k_max, base=model.name_or_path, digest=known, chat=chat)
     # A token that never comes: to peft itself the adapter is off.
     never, marks = [settings.mask_token_id], marked(settings, row)
-    if targets == "all-linear" and is_quantised(model):
-        # peft looks for nn.Linear, which the layers of hqq and GPTQ are not.
+    if targets == "all-linear" and (is_quantised(model) or any(x.ndim > 2 for x in model.parameters())):
+        # peft looks for nn.Linear, which the layers of hqq and GPTQ are not, and adapts experts that share a tensor,
+        # which then cannot ask the gate.
         head, layers = model.get_output_embeddings(), model.named_modules()
         targets = ",".join(name for name, layer in layers if hasattr(layer, "in_features") and layer is not head)
     config = _config(rank, alpha, targets, alora_invocation_tokens=never, auto_mapping=marks)

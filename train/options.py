@@ -81,9 +81,11 @@ class _Loader(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        refuse(twice, f"line {node.start_mark.line + 1}: {', '.join(twice)} given twice; keep one")
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            refuse(name in lines, f"line {line}: {name} given twice, before in line {lines.get(name)}; keep one")
+            lines[name] = line
         return super().construct_mapping(node, deep)
 
 
@@ -175,6 +177,8 @@ def _remedy(value: Any, hint: Any) -> str:
         return "give one value without brackets" if "a list" not in _said(hint) else "mend its items"
     if isinstance(value, str):
         return "leave the quotes out"
+    if isinstance(value, float) and value.is_integer():
+        return f"write {int(value)}"
     return "put a text in quotes" if "a text" in _said(hint) else "mend it"
 
 
@@ -217,6 +221,10 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, MTPConfig
     options = [word.split("=")[0][2:].replace("-", "_") for word in rest if word.startswith("--")]
     unknown = [name for name in options if not {name, name.removeprefix("no_")} & _FIELDS.keys()]
     refuse(unknown, _unknown(unknown))
+    # The last of several wins, as everywhere; but of a list one would expect all.
+    lists = [f"--{name.replace('_', '-')}" for name in {*options} & _FIELDS.keys() if "a list" in _said(_HINTS[name])]
+    twice = [flag for flag in lists if options.count(flag[2:].replace("-", "_")) > 1]
+    refuse(twice, f"{', '.join(twice)} given more than once; give it once, with all its values behind it")
     model, data, config, remaining = parser.parse_args_into_dataclasses(
         flags, return_remaining_strings=True, look_for_args_file=False
     )

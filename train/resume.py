@@ -122,7 +122,9 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
 
         load_weights(model, "runs/mine/checkpoint-100")
     """
-    saved, found = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    saved, found = type(model).from_pretrained(
+        folder, dtype=model.dtype, output_loading_info=True, trust_remote_code=False
+    )
     missing = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
     if missing:
         raise ValueError(

@@ -80,7 +80,7 @@ class MTPConfig(TrainingArguments):
         "sequence", "Who shares a drawn offset: a 'sequence' has its own, or all of a 'rank' in a step have one."
     )
     layout: str = option("default", "max_length counts the text's tokens, or with 'paper' the masks too.")
-    max_length: int | None = option(None, "Longer texts are cut off; None cuts none.")
+    max_length: int | None = option(None, "Longer texts are treated as long_rows says; None takes all.")
     response_only: bool = option(True, "Spans in answers only, in those of every turn; else anywhere in the text.")
     eos_padding: bool = option(True, "Predictions behind the text's EOS count, with EOS as the data's token.")
     teacher_target: str | None = option(

@@ -34,7 +34,7 @@ _HANDED_ON = {
     "plot": ("mtpkern.plots", "draw the figures of an evaluation, a training run or a benchmark"),
     "bench": ("mtpkern.bench.command", "run a benchmark by its name, or against another commit"),
     "train": ("mtpkern.train.command", "train a checkpoint for multi-token prediction"),
-    "convert": ("mtpkern.train.convert", "make a plain checkpoint of a GGUF, a quantised one, or one that the paper's authors published"),
+    "convert": ("mtpkern.train.convert", "make a plain checkpoint of a GGUF, quantised weights, or the paper's own"),
 }
 # Other columns are handed through, but these are known to change what a chat template writes.
 _TEMPLATE_FIELDS = ("tools", "documents", "system", "chat_template_kwargs")

@@ -9,9 +9,10 @@ the model, the addresses of its weights and the settings of its modules, is comp
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from threading import RLock
@@ -198,8 +199,9 @@ def fingerprint(model: PreTrainedModel) -> tuple[Any, ...]:
     """What a captured step has baked in of its model; equal as long as the step may be replayed.
 
     Of every module: which one it is, addresses and forms of its tensors, its hooks, its plain settings, and which other
-    objects it holds (a forward of its own, say); of the configuration its plain settings. Values of weights are read
-    anew at each replay and may change in place; a LoRA that is merged in place shows in the module's list of them.
+    objects it holds (a forward of its own, say); of its class, and of the file that this is of, which functions these
+    hold; of the configuration its plain settings. Values of weights are read anew at each replay and may change in
+    place; a LoRA that is merged in place shows in the module's list of them.
     """
     facts = [_facts(vars(model.config)), _facts(vars(model.config.get_text_config(decoder=True)))]
     gate = vars(model).get("mtpkern_gate")
@@ -208,6 +210,7 @@ def fingerprint(model: PreTrainedModel) -> tuple[Any, ...]:
         facts += _facts(gate.row), gate.mask_token_id
     # By hand, as a walk by torch's own means would take longer than several passes.
     modules: list[torch.nn.Module | None] = [model]
+    kinds: dict[type, None] = {}
     while modules:
         module = modules.pop()
         if module is None:
@@ -215,12 +218,26 @@ def fingerprint(model: PreTrainedModel) -> tuple[Any, ...]:
         held = vars(module)
         modules.extend(held.get("_modules", {}).values())  # one that torch.jit has made shows none
         facts += id(module), type(module)
+        kinds[type(module)] = None
         for name, value in held.items():
             # Most of what a module holds is empty, and what is there says so by its name.
             if name in _BOOKKEEPING or value is None or value is False or (isinstance(value, dict) and not value):
                 continue
             facts += name, _facts(value)
+    facts += (id(x) for space in namespaces(kinds) for x in space.values() if callable(x))
     return tuple(facts)
+
+
+def namespaces(kinds: Iterable[type]) -> list[dict[str, Any]]:
+    """What modules of these classes call by name: the classes' own, those of their files, torch.nn.functional's.
+
+    Somebody may put other functions there, as libraries of faster kernels do.
+
+        namespaces({LlamaMLP: None})
+    """
+    files = dict.fromkeys(kind.__module__ for kind in kinds if not kind.__module__.startswith("torch."))
+    spaces = [vars(sys.modules[name]) for name in ("torch.nn.functional", *files) if name in sys.modules]
+    return [dict(space) for space in (vars(torch.nn.Module), *map(vars, kinds), *spaces)]
 
 
 # What torch keeps in every module and no forward depends on.

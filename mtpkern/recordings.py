@@ -14,10 +14,12 @@ draws random numbers, or runs what is not the libraries' own, and so does a run 
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,7 +29,7 @@ from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
 
 from mtpkern.foreign import foreign
-from mtpkern.graph import fingerprint
+from mtpkern.graph import fingerprint, namespaces
 from mtpkern.model import is_tested
 from mtpkern.output import first_line
 from mtpkern.recorder import Memory, NotRecordableError, Recording, record
@@ -135,6 +137,9 @@ class Recordings:
 
 def _is_plain(model: nn.Module) -> bool:
     """Whether all that the model's modules do is to call operations, on tensors that hold their values themselves."""
+    called = (x for space in namespaces(dict.fromkeys(map(type, model.modules()))) for x in space.values())
+    if any(isinstance(x, FunctionType) and _root(x) not in _PLAIN | sys.stdlib_module_names for x in called):
+        return False
     for module in model.modules():
         held = vars(module)
         if isinstance(module, torch.jit.ScriptModule) or held.get("_compiled_call_impl") is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mtpkern import Static
@@ -166,3 +167,41 @@ def test_hooks_are_called_in_every_pass(of_all: bool, tiny: SimpleNamespace, rep
         handle.remove()
     assert called.count(model.model.norm) == 36
     assert not replays
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        (modeling_llama, "apply_rotary_pos_emb"),
+        (torch.nn.functional, "silu"),
+        (LlamaMLP, "__call__"),
+        (torch.nn.Module, "__call__"),
+    ],
+)
+def test_functions_that_somebody_replaces_are_called(
+    where: Any, name: str, tiny: SimpleNamespace, replays: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As libraries of faster kernels do, in the files of a model's classes: before a recording or behind it."""
+    model, own = tiny.model("llama"), getattr(where, name)
+    before = [generate(tiny, model, max_new_tokens=24) for _ in range(3)][-1]
+    assert replays
+    replays.clear()
+    factor, calls = 1.0, []
+
+    def theirs(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        out = own(*args, **kwargs)
+        if "call" in name:
+            return out
+        return factor * out if isinstance(out, Tensor) else (factor * out[0], *out[1:])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, theirs)
+        for factor in (1.0, 3.0):
+            calls.clear()
+            got = generate(tiny, model, max_new_tokens=24)
+            assert got.equal(before) == (factor == 1 or "call" in name)
+            assert len(calls) > 20
+        assert not replays
+    assert [generate(tiny, model, max_new_tokens=24) for _ in range(3)][-1].equal(before)
+    assert replays

@@ -11,6 +11,7 @@ a mask function: transformers then builds no mask, and skips checks on packed se
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -113,10 +114,24 @@ class _Turn:
     def __init__(self) -> None:
         self.lock = Lock()
         self.thread: int | None = None
+        # Whether the run was a thread's that this process, a fork, has not got.
+        self.lost = False
 
 
 _turns: WeakKeyDictionary[torch.nn.Module, _Turn] = WeakKeyDictionary()
 _turns_lock = Lock()
+
+
+def _after_fork() -> None:
+    """In a child there is the thread that forked, and no other: what those held would be waited for in vain."""
+    global _turns_lock
+    _turns_lock = Lock()
+    for turn in list(_turns.values()):
+        turn.lost |= turn.lock.locked() and turn.thread != get_ident()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @contextmanager
@@ -124,10 +139,15 @@ def exclusive(model: PreTrainedModel, *, wait: bool = True) -> Iterator[None]:
     """Keep the model to one run, which has its buffers, graphs and hooks to itself; others wait in line.
 
     Raises RuntimeError where the same thread holds the model already, which would wait for itself, and with wait=False
-    where any other does.
+    where any other does; and in a forked process, where another thread ran the model at the fork: it is half-way in it.
     """
     with _turns_lock:
         turn = _turns.setdefault(model, _Turn())
+    if turn.lost:
+        raise RuntimeError(
+            f"this {type(model).__name__} was in the middle of a run of mtpkern, in another thread, when this process "
+            "was forked from its parent; decode with a copy (copy.deepcopy), or fork where nothing runs"
+        )
     if turn.thread == get_ident():
         raise RuntimeError(
             f"this {type(model).__name__} is already running inside mtpkern, in this very thread: end that run, or "

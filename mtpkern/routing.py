@@ -7,6 +7,7 @@ class is a subclass that differs in one property, which looks up whether this th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -51,6 +52,16 @@ _here: ContextVar[dict[int, _Block]] = ContextVar("mtpkern_blocks")
 _apart: ContextVar[bool] = ContextVar("mtpkern_apart", default=False)
 _everywhere: dict[int, list[_Block]] = {}
 _lock = Lock()
+
+
+def _after_fork() -> None:
+    """A thread that held the lock at a fork is not there to let it go."""
+    global _lock
+    _lock = Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @contextmanager

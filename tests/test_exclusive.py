@@ -1,6 +1,10 @@
 """A call leaves the model as it was, and has it alone: threads, exceptions, faulty logits."""
 
+import copy
+import os
+import signal
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,6 +15,7 @@ from torch import Tensor
 import mtpkern
 import mtpkern.attention
 from mtpkern import Static
+from mtpkern.attention import exclusive
 
 # What it leaves behind
 
@@ -129,3 +134,45 @@ def test_output_and_model_are_as_good_for_training_as_before(model: Any, inputs:
     output[0, 0] = 1
     model.train()(output, labels=output).loss.backward()
     assert all(weight.grad is not None for weight in model.parameters())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_fork_in_the_middle_of_another_threads_run_says_so(model: Any, inputs: Any) -> None:
+    """Which would wait for ever for a thread that it has not got; the parent, a copy and the forking thread go on."""
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with exclusive(model):
+            inside.set()
+            leave.wait(60)
+
+    def in_child(check: Callable[[], bool]) -> int:
+        pid = os.fork()
+        if not pid:
+            signal.alarm(30)
+            torch.set_num_threads(1)  # a pool of the parent's has no threads here
+            try:
+                os._exit(0 if check() else 3)
+            finally:
+                os._exit(4)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    def refused() -> bool:
+        with pytest.raises(RuntimeError, match=r"in the middle of a run .* forked .* decode with a copy"):
+            mtpkern.generate(model, **inputs, max_new_tokens=4)
+        return True
+
+    want = mtpkern.generate(model, **inputs, max_new_tokens=4)
+    copied = copy.deepcopy(model)
+    thread = threading.Thread(target=hold)
+    thread.start()
+    inside.wait(10)
+    try:
+        assert in_child(refused) == 0
+        assert in_child(lambda: mtpkern.generate(copied, **inputs, max_new_tokens=4).equal(want)) == 0
+    finally:
+        leave.set()
+        thread.join()
+    assert in_child(lambda: mtpkern.generate(model, **inputs, max_new_tokens=4).equal(want)) == 0
+    assert mtpkern.generate(model, **inputs, max_new_tokens=4).equal(want)

@@ -102,8 +102,8 @@ def test_a_first_call_ends_within_nine_minutes():
     """All limits of what it must not be without, and what the last of them may take to end."""
     limits = [gpu.PREFLIGHT_LIMIT, gpu.TESTS_LIMIT, *gpu.SHORT_LIMITS.values()]
     assert sum(limits) + gpu.GRACE <= 540
-    # Compiling takes long and was last once, when nothing was left for it.
-    assert next(iter(gpu.SHORT_LIMITS)) == "compiled"
+    # First what the project is measured by; then what takes long to compile, which was last once and got nothing.
+    assert list(gpu.SHORT_LIMITS)[:2] == ["throughput", "compiled"]
 
 
 @pytest.fixture

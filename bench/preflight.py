@@ -1,11 +1,12 @@
-"""Pre-flight: what a new GPU has to show before its minutes are spent, most of it in about 80 seconds.
+"""Pre-flight: what a new GPU has to show before its minutes are spent, most of it in about 100 seconds.
 
     python -m mtpkern.bench.preflight --results preflight.jsonl
 
     machine     versions; peaks of copy and product, which bench/gpu.py hands on to the benchmarks
     compiled    every kernel family compiled for this GPU, side by side; Triton keeps it for what follows
     kernels     each kernel once at head width 128 in bf16, against its torch form
-    checkpoint  the shipped model generates what it does on a CPU: with a graph and without, batch 1 and 3, unwarned
+    checkpoint  the shipped model generates what it does on a CPU: with a graph and without, batch 1 and 3, unwarned;
+                and once more by a call that leaves everything at its default
     passes      Qwen3-4B with random weights, batch 1: a pass and its body by rows; its graph, kernels by name
     layers      the same passes with each decoder layer compiled, attention kept out
     products    where asked for: those, siblings as one product or each by itself (mtpkern.products), in turns
@@ -230,16 +231,23 @@ def checkpoint(device: torch.device) -> Facts:
         batches: Iterator[Any] = (encode(tokenizer, prompts[:n], model.device) for n in (1, 3))
         return [generate(model, **asked, **batch).cpu() for batch in batches]
 
-    right = tokens(False)
+    def bare() -> Tensor:
+        return generate(model, **encode(tokenizer, prompts[:1], model.device)).cpu()  # type: ignore[union-attr, arg-type]
+
+    right, right_bare = tokens(False), bare()
     model.to(device)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        # Advice to whoever names no length.
+        warnings.filterwarnings("ignore", "Using the model-agnostic default")
         ways = {"without a graph": False} if device.type == "cpu" else {"graph": True, "without a graph": False}
         for name, use_graph in ways.items():
             for batch, found, expected in zip((1, 3), tokens(use_graph), right, strict=True):
                 if not torch.equal(found, expected):
                     raise WrongKernelError(f"the shipped checkpoint at batch {batch}, {name}: not the CPU's tokens")
-    return {"equal": list(ways), "warnings": sorted({str(w.message)[:300] for w in caught})}
+        if not torch.equal(bare(), right_bare):
+            raise WrongKernelError("the shipped checkpoint at batch 1, by every default: not the CPU's tokens")
+    return {"equal": [*ways, "every default"], "warnings": sorted({str(w.message)[:300] for w in caught})}
 
 
 def _stand(model: Any, R: int, most: int, share: step.Stand | None, *, compile: bool) -> step.Stand:

@@ -66,8 +66,8 @@ def parts_of(call: Callable[[], Any], device: torch.device) -> tuple[float, floa
     return total, total - inside, between
 
 
-def measure_model(model: PreTrainedModel, batches: tuple[int, ...], rounds: int, new_tokens: int) -> Table:
-    """Plain decoding and, where the model records its masks, Verified: in turns, medians."""
+def measure_model(model: PreTrainedModel, batches: tuple[int, ...], rounds: int, new_tokens: int) -> Iterator[Table]:
+    """Plain decoding and, where the model records its masks, Verified: in turns, medians; row by row."""
     ways: dict[str, Strategy] = {"Static(1)": Static(1)}
     if "k_max" in recorded_settings(model):
         ways["Verified"] = Verified()
@@ -93,16 +93,16 @@ def measure_model(model: PreTrainedModel, batches: tuple[int, ...], rounds: int,
             goal = Goal(f"beyond the passes, {name}, batch {batch}", SHARE, share, "%", at_most=True)
             record = {"way": name, "batch": batch, "total": total, "around": around, "between": between}
             table = table.plus(row, record, goal)
-    return table
+            yield table
 
 
 def measure(device: torch.device, quick: bool, model: str = "") -> Iterator[Table]:
-    """One table, of the shipped checkpoint unless a model is named."""
+    """The table of the shipped checkpoint unless a model is named, as each row is there."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     loaded = AutoModelForCausalLM.from_pretrained(model or ASSETS, dtype=dtype, trust_remote_code=False)
     loaded = loaded.eval().to(device)
     tiny = quick and device.type == "cpu"
-    yield measure_model(loaded, *(((1,), 1, 8) if tiny else ((1, 8), 3 if quick else 9, NEW_TOKENS)))
+    yield from measure_model(loaded, *(((1,), 1, 8) if tiny else ((1, 8), 3 if quick else 9, NEW_TOKENS)))
 
 
 if __name__ == "__main__":

@@ -152,20 +152,25 @@ HEADER = ("way", "time", "of floor", "ours is faster by", "memory")
 
 def raced(
     table: Table, ways: Mapping[str, Action], device: torch.device, rounds: int, floor: float, **options: Any
-) -> tuple[Table, dict[str, Spread], dict[str, float]]:
-    """The table with a row each way that fits, and their times and memory; options are those of `race`."""
-    memory, large = attempted({name: partial(peak_memory, way, device) for name, way in ways.items()}, [OURS])
-    theirs = {name: ways[name] for name in memory if name != OURS}
-    times, lost = race({OURS: ways[OURS]}, theirs, device, rounds=rounds, graph=False, **options)
-    for name, spread in times.items():
-        shares = f"{100 * floor / spread.median:.0f} %", f"{spread.median / times[OURS].median:.2f}"
-        row = name, spread.text(0), *shares, f"{memory[name] / MIB:,.0f}"
-        table = table.plus(row, {"way": name, "time": spread, "memory": memory[name]})
-    return replace(table, skipped=[*table.skipped, *large, *lost]), times, memory
+) -> Iterator[tuple[Table, dict[str, Spread], dict[str, float]]]:
+    """The table with a row each way that fits, and their times and memory: of ours alone at once, then of all.
+
+    options are those of `race`
+    """
+    for names, n in (([OURS], 1), (list(ways), rounds)):
+        memory, large = attempted({name: partial(peak_memory, ways[name], device) for name in names}, [OURS])
+        theirs = {name: ways[name] for name in memory if name != OURS}
+        times, lost = race({OURS: ways[OURS]}, theirs, device, rounds=n, graph=False, **options)
+        found = replace(table, skipped=[*table.skipped, *large, *lost])
+        for name, spread in times.items():
+            shares = f"{100 * floor / spread.median:.0f} %", f"{spread.median / times[OURS].median:.2f}"
+            row = name, spread.text(0), *shares, f"{memory[name] / MIB:,.0f}"
+            found = found.plus(row, {"way": name, "time": spread, "memory": memory[name]})
+        yield found, times, memory
 
 
-def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: int) -> Table:
-    """Memory and time of one case, a row each way."""
+def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: int) -> Iterator[Table]:
+    """Memory and time of one case, a row each way: ours alone, all, and all with their goals."""
     torch.manual_seed(0)
     inputs = Inputs.draw(case, dtype, device)
     others, skipped = comparators(case, device)
@@ -179,7 +184,11 @@ def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: i
     )
     table = Table(f"Head and loss: {title}", note, HEADER, skipped=skipped)
     ways: dict[str, Action] = {name: partial(step, loss, inputs) for name, loss in {OURS: ours, **others}.items()}
-    table, times, memory = raced(table, ways, device, rounds, floor)
+    of_all = {"case": case.text(), "width": case.width, "bound": bound}
+    for so_far in raced(table, ways, device, rounds, floor):
+        found, times, memory = so_far
+        table = replace(found, records=[{**record, **of_all} for record in found.records])
+        yield table
     best = times[OURS].median
     goals = []
     if not isnan(memory[OURS]):
@@ -191,11 +200,10 @@ def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: i
         goals.append(Goal(f"time against the faster of all logits, {title}", 1.1, best / plain, "x", at_most=True))
     if LIGER in times:
         goals.append(Goal(f"against Liger, {title}", 2.0, times[LIGER].median / best, "x"))
-    of_all = {"case": case.text(), "width": case.width, "bound": bound}
-    return replace(table, records=[{**record, **of_all} for record in table.records], goals=goals)
+    yield replace(table, goals=goals)
 
 
-def measure_readout(case: Case, device: torch.device, dtype: torch.dtype, rounds: int) -> Table:
+def measure_readout(case: Case, device: torch.device, dtype: torch.dtype, rounds: int) -> Iterator[Table]:
     """The teacher's hard targets: token and confidence, against the product and argmax alone."""
     torch.manual_seed(0)
     inputs = Inputs.draw(case, dtype, device)
@@ -223,11 +231,12 @@ def measure_readout(case: Case, device: torch.device, dtype: torch.dtype, rounds
         "above the inputs in MiB. Only the second alternative gives the confidence too, as ours does."
     )
     table = Table(f"Readout of the teacher, H = {case.width:,}", note, HEADER)
-    return raced(table, ways, device, rounds, floor, tolerance=None)[0]
+    for found, *_ in raced(table, ways, device, rounds, floor, tolerance=None):
+        yield found
 
 
 def measure(device: torch.device, quick: bool) -> Iterator[Table]:
-    """Tables of head and loss, a case each, and of the readout, for both widths."""
+    """Tables of head and loss, a case each, and of the readout, for both widths; ours first, then with all others."""
     cuda = device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     rows, vocabulary = (ROWS, VOCABULARY) if cuda else (TINY_ROWS, TINY_VOCABULARY)
@@ -237,9 +246,9 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
         for soft, trained in ((False, True),) if quick else product((False, True), (True, False)):
             master = torch.float32 if trained and not soft else dtype
             with torch.autocast(device.type, dtype, enabled=master != dtype):
-                yield measure_case(Case(rows, vocabulary, width, soft, trained), device, master, rounds)
+                yield from measure_case(Case(rows, vocabulary, width, soft, trained), device, master, rounds)
             free(device)
-        yield measure_readout(Case(rows, vocabulary, width, soft=False, trained=False), device, dtype, rounds)
+        yield from measure_readout(Case(rows, vocabulary, width, soft=False, trained=False), device, dtype, rounds)
         free(device)
 
 

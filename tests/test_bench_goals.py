@@ -8,13 +8,25 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mtpkern.bench import compiled, decode_attention, models, readout, step
+from mtpkern.bench import (
+    assisted,
+    call,
+    compiled,
+    decode_attention,
+    distill,
+    gated_step,
+    models,
+    readout,
+    span_attention,
+    step,
+    train_step,
+)
 from mtpkern.bench.report import Goal, Table, run, write
 from mtpkern.bench.timing import Peak, Spread
 from mtpkern.cache import KVCache
 from support.benches import H200, goals
 
-CUDA = torch.device("cuda")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def flat(x):
@@ -144,6 +156,33 @@ def test_rows_are_printed_as_they_come(capsys):
     run("x", "Title", measure, ["--device", "cpu"])
     assert printed[0].endswith("## A\n\nNote.\n\n| n |\n| --- |\n| 0 |\n")
     assert printed[1:] == ["| 1 |\n", "| n |\n| --- |\n| 7 |\n| 8 |\n"]
+
+
+MEASURES = {
+    "assisted": lambda: assisted.measure(CPU, quick=True),
+    "call": lambda: call.measure(CPU, quick=True),
+    "distill": lambda: distill.measure(CPU, quick=True),
+    "gated_step": lambda: gated_step.take_steps(CPU, False, tiny=True, rounds=2),
+    "span_attention": lambda: span_attention.measure(CPU, quick=True),
+    "train_step": lambda: train_step.measure(CPU, quick=True),
+}
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_benchmark_that_is_cut_behind_its_first_row_keeps_it(name, tmp_path, monkeypatch):
+    """Each writes its first table before that is whole."""
+    monkeypatch.setattr(gated_step, "_peaks_of", gated_step.peaks)
+    tables = MEASURES[name]()
+
+    def measure(device, quick):
+        yield next(tables)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(name, "Title", measure, ["--device", "cpu", "--results", str(tmp_path)])
+    (table,) = json.loads((tmp_path / f"{name}.json").read_text())["tables"]
+    assert len(table["rows"]) == len(table["records"]) > 0
+    assert next(tables).caption == table["caption"]
 
 
 def test_a_run_that_is_cut_keeps_its_rows(tmp_path, capsys):

@@ -16,6 +16,7 @@ from mtpkern.kernels.distill import Head
 from mtpkern.kernels.span_mask import span_mask
 from mtpkern.train.layout import build_layout, stride_prefixes
 from mtpkern.train.objective import Objective, SpanContext, mtp_loss
+from support.benches import last
 
 CPU = torch.device("cpu")
 H200 = Peak(4.3e12, 790e12, "")
@@ -107,7 +108,7 @@ def test_flex_attention_itself_computes_the_same(monkeypatch):
 
 
 def test_span_attention_runs():
-    table, _ = span_attention.measure(CPU, quick=True)
+    table, _ = last(span_attention.measure(CPU, quick=True))
     assert [row[0] for row in table.rows] == [OURS, SDPA]
     assert [line.split(":")[0] for line in table.skipped] == [FLEX, INTERLEAVED]
     assert not table.goals
@@ -116,7 +117,9 @@ def test_span_attention_runs():
 def test_span_attention_runs_with_all_comparators(monkeypatch):
     monkeypatch.setattr(span_attention, "with_flex", in_torch)
     monkeypatch.setattr(span_attention, "SHAPES", span_attention.TINY)
-    first, second = (span_attention.measure_shape(shape, CPU, rounds=1) for shape in span_attention.TINY)
+    first, second = last(
+        table for shape in span_attention.TINY for table in span_attention.measure_shape(shape, CPU, rounds=1)
+    )
     assert [row[0] for row in first.rows] == [OURS, FLEX, INTERLEAVED, SDPA]
     assert not first.skipped
     assert len(first.goals) == 3
@@ -129,7 +132,7 @@ def test_a_comparator_that_is_wrong_is_left_out_and_we_are_not(monkeypatch):
         return in_torch(span_attention.our_rule(layout), layout)
 
     monkeypatch.setattr(span_attention, "with_flex", interleaved_but_not_moved)
-    table = span_attention.measure_shape(span_attention.TINY[0], CPU, rounds=1)
+    (table,) = last(span_attention.measure_shape(span_attention.TINY[0], CPU, rounds=1))
     assert [row[0] for row in table.rows] == [OURS, FLEX, SDPA]
     (line,) = table.skipped
     assert line.startswith(f"{INTERLEAVED}: out is off by")
@@ -139,7 +142,7 @@ def test_a_comparator_that_is_wrong_is_left_out_and_we_are_not(monkeypatch):
 
     monkeypatch.setattr(span_attention, "with_ours", off)
     with pytest.raises(RuntimeError, match=f"{OURS}: out is off by .*, against float32"):
-        span_attention.measure_shape(span_attention.TINY[0], CPU, rounds=1)
+        list(span_attention.measure_shape(span_attention.TINY[0], CPU, rounds=1))
 
 
 def test_bound_and_work_of_head_and_loss():
@@ -161,7 +164,7 @@ def test_all_logits_computes_our_loss(soft):
 
 
 def test_distill_runs(fake_gpu_memory):
-    *cases, readout = distill.measure(CPU, quick=False)
+    *cases, readout = last(distill.measure(CPU, quick=False))
     assert len(cases) == 4
     for table in cases:
         assert [row[0] for row in table.rows] == [distill.OURS, distill.FLOAT32]
@@ -201,7 +204,7 @@ def test_peak_memory_counts_above_what_was_there(monkeypatch):
 def test_readout_that_picks_wrong_is_an_error(monkeypatch):
     monkeypatch.setattr(distill, "head_readout", lambda hidden, head: (torch.zeros(len(hidden)).long(), None))
     with pytest.raises(RuntimeError, match="greatest"):
-        distill.measure_readout(Case(24, 50, 16, soft=False, trained=False), CPU, torch.float32, 1)
+        list(distill.measure_readout(Case(24, 50, 16, soft=False, trained=False), CPU, torch.float32, 1))
 
 
 @pytest.mark.parametrize("all_rows", [False, True])
@@ -238,7 +241,7 @@ def test_plain_step_is_the_same_training(all_rows):
 
 @pytest.mark.slow("bench_train::test_steps_run_under_autocast")
 def test_train_step_runs(fake_gpu_memory):
-    plain, checkpointed, compiled = train_step.measure(CPU, quick=False)
+    plain, checkpointed, compiled = last(train_step.measure(CPU, quick=False))
     assert [row[0] for row in compiled.rows] == [train_step.OURS, train_step.COMPILED]
     assert not compiled.goals
     for table in (plain, checkpointed):
@@ -296,4 +299,4 @@ def test_ways_of_a_gated_step(monkeypatch):
     assert count == {gated_step.KEPT: 1, gated_step.EACH: 3, gated_step.JOINT: 1}
     monkeypatch.setattr(work, "_joint", lambda: 1.0)
     with pytest.raises(ValueError, match="one loss"):
-        gated_step.seconds(work, 1)
+        next(gated_step.seconds(work, 1))

@@ -38,9 +38,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from mtpkern import ASSETS
 from mtpkern.attention import attention_context
 from mtpkern.bench.models import MASK, SHAPES, build
-from mtpkern.bench.report import Goal, Table, run
-from mtpkern.bench.step import NO_STOP, PROMPT, endless, fill, move_up
-from mtpkern.bench.timing import free
+from mtpkern.bench.report import Goal, Table, percent, run
+from mtpkern.bench.step import NO_STOP, PROMPT, bytes_read, endless, fill, move_up
+from mtpkern.bench.timing import free, peak, share_of_peak
 from mtpkern.cli import positive
 from mtpkern.compare import synchronize
 from mtpkern.kernels.readout import readout
@@ -62,7 +62,10 @@ NOT_LOST, GAINED = 0.95, {1: 2.4, 16: 2.3, 64: 1.8}
 BATCHES, CONTEXTS, PASSES = (1, 16, 64, 128), (1024,), 100
 # On a CPU: of the shipped model, and of the rehearsal.
 LOADS, TEXTS, FEWER = (1, 2, 4, 8, 16, 32, 64), (1024, 8192, 32_768), 24
-HEADER = ("batch", "context", "masks right", "tokens a pass", "tokens/s", "ratio", "goal", "ms a pass, one token: ours")
+HEADER = (
+    *("batch", "context", "masks right", "tokens a pass", "tokens/s", "ratio", "goal"),
+    *("ms a pass, one token: ours", "bandwidth, one token: ours"),
+)
 
 
 class Course:
@@ -217,6 +220,8 @@ def measure(
         "turns. ratio: tokens a second over those of one token a pass. How often a mask is right by its place in the "
         f"span: {chances}; problems and instructions are SmolLM2-135M-Instruct's with its adapter."
     )
+    if not cpu:
+        note += f" bandwidth: weights, keys and values once a pass, over its time; {peak(device).source}."
     table = Table(f"Whole runs of {model if model != SHIPPED else 'the shipped model'}", note, HEADER)
     for context, batch in product(contexts, batches):
         try:
@@ -243,11 +248,17 @@ def measure(
             ratio = tokens * min(slow) / min(fast)
             rate = batch * passes * tokens / min(fast)
             steps = f"{min(slow) / passes * 1e3:.2f}: {min(fast) / passes * 1e3:.2f}"
+            shares = {
+                way: share_of_peak(device, min(s) / passes * 1e6, bytes=bytes_read(judged, batch, context + new // 2))
+                for way, s, new in (("plain", slow, passes), ("ours", fast, round(passes * tokens)))
+            }
             goal = goal_of(name, batch, context, ratio, not cpu)
             wanted = "–" if goal is None else f"≥ {goal.target:g}: {'met' if goal.met else 'NOT met'}"
-            row = str(batch), str(context), name, f"{tokens:.2f}", f"{rate:.0f}", f"{ratio:.2f}", wanted, steps
+            speed = f"{tokens:.2f}", f"{rate:.0f}", f"{ratio:.2f}", wanted
+            row = str(batch), str(context), name, *speed, steps, ": ".join(map(percent, shares.values()))
             record: dict[str, object] = {"B": batch, "context": context, "right": name, "chance": list(RIGHT[name])}
             record |= {"tokens_a_pass": tokens, "ratio": ratio, "tokens_a_second": rate, "plain_s": slow, "s": fast}
+            record |= {"bandwidth": shares}
             record |= {"goal": None, "met": None} if goal is None else {"goal": goal.target, "met": goal.met}
             table = table.plus(row, record | {"ms_by_rows": rungs}, *([] if goal is None else [goal]))
             yield table

@@ -8,6 +8,7 @@ import torch
 
 from mtpkern.bench import models, throughput
 from mtpkern.strategies import Verified
+from support.benches import H200
 
 CPU = torch.device("cpu")
 
@@ -68,6 +69,8 @@ def made_up_gpu(monkeypatch):
     for name, fake in (("climb", lambda course: {}), ("require_room", lambda *_: None), ("free", lambda device: None)):
         monkeypatch.setattr(throughput, name, fake)
     monkeypatch.setattr(throughput, "Course", course)
+    monkeypatch.setattr(throughput, "peak", lambda device: H200)
+    monkeypatch.setattr(throughput, "share_of_peak", lambda device, us, **work: H200.floor(**work) / us)
     monkeypatch.setattr(throughput, "model_of", lambda *_: models.build("Qwen3-4B", CPU))
     return torch.device("cuda")
 

@@ -23,6 +23,7 @@ from mtpkern.bench import (
     step,
     throughput,
     timing,
+    token_by_token,
     train_step,
 )
 from mtpkern.bench.report import Goal, Table, percent, run, write
@@ -111,6 +112,16 @@ def test_the_floor_of_a_pass():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "peak", lambda device: machine)
         assert step.floor(model, step.Point(16, 2048, 8, 128)) == pytest.approx(bytes / 1e12 * 1e6)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_compiled_calls_stand_beside_the_static_cache_of_others(quick):
+    """At once, in the short grid too; the rest is for a whole grid."""
+    first, table = token_by_token.measure(CPU, quick)
+    assert [row[0] for row in first.rows] == [token_by_token.COMPILED]
+    all_ = [token_by_token.COMPILED, token_by_token.STATIC, token_by_token.OURS, token_by_token.THEIRS]
+    assert [row[0] for row in table.rows] == (all_[:2] if quick else all_)
+    assert not table.skipped
 
 
 @pytest.fixture
@@ -249,6 +260,7 @@ MEASURES = {
     "distill": lambda: distill.measure(CPU, quick=True),
     "gated_step": lambda: gated_step.take_steps(CPU, False, tiny=True, rounds=2),
     "span_attention": lambda: span_attention.measure(CPU, quick=True),
+    "token_by_token": lambda: token_by_token.measure(CPU, quick=True),
     "train_step": lambda: train_step.measure(CPU, quick=True),
 }
 

@@ -153,21 +153,45 @@ def test_bound_and_work_of_head_and_loss():
     assert soft.bound(2) == 4 * 2560 * 1024 + 2**29
 
 
+@pytest.mark.parametrize("until_fail", [False, True])
 @pytest.mark.parametrize("soft", [False, True])
-def test_all_logits_computes_our_loss(soft):
-    inputs = Inputs.draw(Case(24, 50, 16, soft, trained=True), torch.float64, CPU)
+def test_all_logits_computes_our_loss(soft, until_fail):
+    torch.manual_seed(0)
+    inputs = Inputs.draw(Case(32, 50, 16, soft, True, until_fail), torch.float64, CPU)
     ours = distill.step(distill.ours, inputs)
-    theirs = distill.step(lambda x: distill.all_logits(x, torch.float64), inputs)
+    theirs = [distill.step(lambda x: distill.all_logits(x, torch.float64), inputs)]
+    if until_fail:
+        # Two spans, each up to its first miss.
+        first, second = inputs.row_weight.view(2, distill.SPAN).long().sum(1).tolist()
+        assert 0 < first < 16 > second > 0
+        assert inputs.row_weight.view(2, distill.SPAN)[0, :first].all()
+        theirs.append(distill.step(distill.counted_logits, inputs))
     assert len(ours) == 3
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    # In float32 what is made of the rows that count.
+    for found, close in zip(theirs, (1e-6, 1e-5)):
+        for a, b in zip(ours, found, strict=True):
+            torch.testing.assert_close(a, b, rtol=close, atol=close, check_dtype=False)
+
+
+def test_a_trained_head_has_float32_weights_under_autocast():
+    """And a frozen teacher in autocast's dtype; the gradient is the weights'."""
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        inputs = Inputs.draw(Case(32, 50, 16, True, True, True), torch.float32, CPU)
+        assert inputs.weight.dtype == inputs.hidden.dtype == torch.float32
+        assert {x.dtype for x in inputs.teacher} == {torch.bfloat16}
+        right = distill.step(distill.counted_logits, inputs)
+        found = distill.step(distill.ours, inputs)
+    assert timing.difference(list(found), list(right), 2e-2) == ""
+    assert found[2].dtype == torch.float32
 
 
 def test_distill_runs(fake_gpu_memory):
     *cases, readout = last(distill.measure(CPU, quick=False))
-    assert len(cases) == 4
+    assert len(cases) == 6
     for table in cases:
-        assert [row[0] for row in table.rows] == [distill.OURS, distill.FLOAT32]
+        some = [distill.COUNTED] if "until the first miss" in table.caption else []
+        assert [row[0] for row in table.rows] == [distill.OURS, distill.FLOAT32, *some]
         memory, slope, time = table.goals
         assert memory.measured == 3 * 1024
         assert slope.measured == 0

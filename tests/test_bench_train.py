@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from torch.nn.attention import flex_attention
 
 from mtpkern.attention import attention_context
-from mtpkern.bench import distill, gated_step, span_attention, timing, train_step
+from mtpkern.bench import distill, gated_step, models, real, span_attention, timing, train_step
 from mtpkern.bench.distill import Case, Inputs
 from mtpkern.bench.span_attention import FLEX, INTERLEAVED, OURS, SDPA, Shape
 from mtpkern.bench.timing import Peak, Spread
 from mtpkern.kernels.distill import Head
 from mtpkern.kernels.span_mask import span_mask
 from mtpkern.train.layout import build_layout, stride_prefixes
+from mtpkern.train.lora import add_gated_lora
 from mtpkern.train.objective import Objective, SpanContext, mtp_loss
 from support.benches import last
 
@@ -303,6 +304,24 @@ def test_head_of_the_plain_step_bans_the_mask():
     assert (some[:, trainee.mask] == float("-inf")).all()
     torch.testing.assert_close(some, all_)
     assert isinstance(train_step.head_of(trainee.student, trainee.mask), Head)
+
+
+def test_an_untaught_adapter_adds_nothing():
+    """Whatever it had learned; and no token stops a call, so that all are as long."""
+    base = models.random_model("SmolLM2-135M", True, torch.float32, CPU, eos_token_id=0, pad_token_id=1)
+    model = add_gated_lora(base, rank=2, k_max=4).get_base_model().eval()
+    learned = [p for name, p in model.named_parameters() if "lora_B" in name]
+    with torch.no_grad():
+        for p in learned:
+            p.normal_()
+        # All logits are the same, so that the first token is said, which would stop a call.
+        model.get_output_embeddings().weight.zero_()
+    *_, table = real.untaught(model, [("a", [3, 4, 5]), ("b", [6, 7])], [2], 2, 6)
+    assert learned
+    assert not any(p.any() for p in learned)
+    (record,) = table.records
+    assert {way: len(seconds) for way, seconds in record["seconds"].items()} == {"plain": 2, "ours": 2}
+    assert table.goals[0].measured == record["sums"]
 
 
 def test_ways_of_a_gated_step(monkeypatch):

@@ -1,4 +1,4 @@
-"""A pass by its rows, as it is and its layers through torch.compile, against its floor; and whole calls token by token.
+"""A pass by its rows, as it is and its layers through torch.compile, against its floor.
 
 Steps are captured in CUDA graphs, with `compile` off and on. Compiling takes most of the time.
 """
@@ -6,12 +6,11 @@ Steps are captured in CUDA graphs, with `compile` off and on. Compiling takes mo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -21,8 +20,7 @@ from mtpkern.attention import attention_context
 from mtpkern.bench.models import build
 from mtpkern.bench.report import Goal, Table, cells, program
 from mtpkern.bench.step import Body, Point, Stand, floor, reset
-from mtpkern.bench.timing import Spread, attempted, free, interleaved, peak, timed
-from mtpkern.generation import generate
+from mtpkern.bench.timing import Spread, free, peak, timed
 from mtpkern.strategies import Static
 
 PLAIN, COMPILED = "as it is", "compiled"
@@ -87,36 +85,6 @@ def _goals(name: str, model: PreTrainedModel, fused: Mapping[Point, float]) -> l
     return goals
 
 
-def generate_table(name: str, model: PreTrainedModel) -> Table:
-    """Wall-clock tokens per second of one prompt: Hugging Face's generate as people call it, and ours."""
-    device = model.device
-    n = 4 if device.type == "cpu" else 128
-    ids = torch.randint(2, model.config.vocab_size, (1, 4 * n), device=device)
-    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": n, "do_sample": False}
-    decode = partial(generate, model, ids, strategy=Static(1), **options)
-    ways: dict[str, Callable[[], object]] = {
-        "mtpkern.generate, Static(1)": partial(decode, compile=False),
-        "mtpkern.generate, Static(1), compiled": partial(decode, compile=True),
-        "HF generate": partial(model.generate, ids, **options),
-        "HF generate, static cache, compiled": partial(model.generate, ids, cache_implementation="static", **options),
-    }
-
-    def warmed(call: Callable[[], object]) -> Callable[[], object]:
-        for _ in range(2):  # compiles
-            call()
-        return call
-
-    ours = [way for way in ways if way.startswith("mtpkern")]
-    ways, skipped = attempted({way: partial(warmed, call) for way, call in ways.items()}, ours)
-    note = f"Batch 1, {4 * n} prompt tokens, {n} new ones; ms of the whole call on the host's clock, prefill included."
-    table = Table(f"Token by token with {name}", note, ("way", "ms", "tokens/s"), skipped=skipped)
-    for way, spread in interleaved(ways, 2 if device.type == "cpu" else 5, device, warm_up=0).items():
-        rate = n / spread.median * 1e3
-        row = way, spread.text(1), f"{rate:.1f}"
-        table = table.plus(row, {"way": way, "ms": spread, "tokens_per_second": rate})
-    return table
-
-
 def grid(device: torch.device) -> list[Point]:
     """The most telling first, because compiling one takes long: k = 8 at batch 1, and token by token."""
     cpu = device.type == "cpu"
@@ -127,19 +95,16 @@ def grid(device: torch.device) -> list[Point]:
 
 
 def measure(device: torch.device, quick: bool) -> Iterator[Table]:
-    """Qwen3-4B compiled at batch 1, 16 and 64; unless quick, Hugging Face's generate, and Llama-3.1-8B."""
+    """Qwen3-4B compiled at batch 1, 16 and 64; unless quick, Llama-3.1-8B."""
     cpu = device.type == "cpu"
     # To rehearse, tracing is enough; a CPU's code would need a C++ compiler.
     with patch("mtpkern.layers.BACKEND", "eager") if cpu else nullcontext():
         model = build("Qwen3-4B", device)
         yield from pass_tables("Qwen3-4B", model, grid(device))
-        if quick and not cpu:
+        if quick or cpu:
             return
-        yield generate_table("Qwen3-4B", model)
         del model
         free(device)
-        if cpu:
-            return
         yield from pass_tables("Llama-3.1-8B", build("Llama-3.1-8B", device), grid(device)[:2])
 
 

@@ -4,7 +4,12 @@ The alternatives make all logits [R, V] at once, in bf16 or, as transformers doe
 Liger's fused linear cross-entropy, where it is installed, makes them in chunks. Peak memory is that of forward and
 backward with the gradients still alive, above hidden states and head.
 
-Floor    FLOPs 2 R V H for the product, as much again for the gradient of the hidden states and of a trained head
+A head that is trained has float32 weights, and its products are autocast's, as in training: the cast is part of the
+time. Under "until_fail" most rows of a span have no weight; a GPU is not asked which they are, so that we multiply them
+as well. Plain torch may ask and leave them out, which is a way of its own in those tables.
+
+Floor    FLOPs 2 R V H for the product, as much again for the gradient of the hidden states and of a trained head; R are
+         the rows that have weight
 Bound    V H bytes of a trained head's gradient + 4 R H + 0.5 GiB; from row to row 8 H + 64 bytes
 """
 
@@ -24,25 +29,32 @@ from torch import Tensor
 from mtpkern.bench.report import Goal, Table, program
 from mtpkern.bench.timing import Action, LeftOut, Spread, attempted, free, peak, peak_of, race
 from mtpkern.kernels.distill import Head, distill_loss, head_readout
+from mtpkern.train.objective import until_fail
 
 OURS = "mtpkern"
 FLOAT32, BF16, LIGER = "all logits, float32", "all logits, bf16", "Liger"
+COUNTED = "logits of the rows that count, float32"
 MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Case:
-    """R rows of H against V tokens; the teacher's softmax instead of hard targets; a head that is trained or frozen."""
+    """R rows of H against V tokens; the teacher's softmax instead of hard targets; a head that is trained or frozen.
+
+    until_fail: only rows up to a span's first miss have weight
+    """
 
     rows: int
     vocabulary: int
     width: int
     soft: bool
     trained: bool
+    until_fail: bool = False
 
     def text(self) -> str:
         """As a table's first column names it."""
-        return f"{'soft' if self.soft else 'hard'}, {'trained' if self.trained else 'frozen'} head"
+        support = ", until the first miss" if self.until_fail else ""
+        return f"{'soft' if self.soft else 'hard'}, {'trained' if self.trained else 'frozen'} head{support}"
 
     @property
     def flops(self) -> float:
@@ -56,30 +68,41 @@ class Case:
 
 
 # The paper's batch of 32 texts with 5 spans of 16, and Qwen3's vocabulary, at the widths of 0.6B and 8B.
+SPAN, ACCEPTED = 16, 0.62
 ROWS, VOCABULARY, WIDTHS = 2560, 151_936, (1024, 4096)
-TINY_ROWS, TINY_VOCABULARY, TINY_WIDTHS = 24, 50, (16,)
+TINY_ROWS, TINY_VOCABULARY, TINY_WIDTHS = 32, 50, (16,)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Leaves hidden [R, H] and weight [V, H], hard targets [R], and the teacher's pair, which wants no gradient."""
+    """Leaves hidden [R, H] and weight [V, H], hard targets [R], and the teacher's pair, which wants no gradient.
+
+    row_weight [R]: 0 or 1; None where all rows count
+    """
 
     hidden: Tensor
     weight: Tensor
     target: Tensor
     teacher: tuple[Tensor, Tensor] | None
+    row_weight: Tensor | None = None
 
     @classmethod
     def draw(cls, case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
-        """Logits of standard deviation 1, about."""
+        """Logits of standard deviation 1, about; the teacher in autocast's dtype where that is on."""
+        narrow = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
 
-        def normal(rows: int, scale: float) -> Tensor:
+        def normal(rows: int, scale: float, dtype: torch.dtype = dtype) -> Tensor:
             return torch.randn(rows, case.width, device=device, dtype=dtype).mul_(scale)
 
         weight = normal(case.vocabulary, case.width**-0.5).requires_grad_(case.trained)
-        teacher = (normal(case.rows, 1.0), normal(case.vocabulary, case.width**-0.5)) if case.soft else None
+        teacher, row_weight = None, None
+        if case.soft:
+            teacher = normal(case.rows, 1.0, narrow), normal(case.vocabulary, case.width**-0.5, narrow)
+        if case.until_fail:
+            agree = torch.rand(case.rows // SPAN, SPAN, device=device) < ACCEPTED
+            row_weight = until_fail(agree).flatten().float()
         target = torch.randint(case.vocabulary, (case.rows,), device=device)
-        return cls(normal(case.rows, 1.0).requires_grad_(), weight, target, teacher)
+        return cls(normal(case.rows, 1.0).requires_grad_(), weight, target, teacher, row_weight)
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -92,21 +115,34 @@ Loss = Callable[[Inputs], Tensor]
 
 
 def ours(x: Inputs) -> Tensor:
-    """distill_loss."""
-    head = Head(x.weight)
+    """distill_loss, the head narrowed as a step of training does it."""
+    head = Head(x.weight).narrowed(x.hidden)
     if x.teacher is None:
-        return distill_loss(x.hidden, head, target=x.target)
-    return distill_loss(x.hidden, head, teacher=(x.teacher[0], Head(x.teacher[1])))
+        return distill_loss(x.hidden, head, target=x.target, row_weight=x.row_weight)
+    return distill_loss(x.hidden, head, teacher=(x.teacher[0], Head(x.teacher[1])), row_weight=x.row_weight)
 
 
 def all_logits(x: Inputs, dtype: torch.dtype) -> Tensor:
     """One product, then cross-entropy or divergence on its result in a dtype."""
     z = (x.hidden @ x.weight.t()).to(dtype)
+    reduction = "sum" if x.row_weight is None else "none"
     if x.teacher is None:
-        return F.cross_entropy(z, x.target, reduction="sum")
-    with torch.no_grad():
-        log_q = (x.teacher[0] @ x.teacher[1].t()).to(dtype).log_softmax(-1)
-    return F.kl_div(z.log_softmax(-1), log_q, reduction="sum", log_target=True)
+        loss = F.cross_entropy(z, x.target, reduction=reduction)
+    else:
+        with torch.no_grad():
+            log_q = (x.teacher[0] @ x.teacher[1].t()).to(dtype).log_softmax(-1)
+        loss = F.kl_div(z.log_softmax(-1), log_q, reduction=reduction, log_target=True)
+    if x.row_weight is None:
+        return loss
+    return ((loss if x.teacher is None else loss.sum(-1)) * x.row_weight).sum()
+
+
+def counted_logits(x: Inputs) -> Tensor:
+    """The same in float32 for the rows that have weight, which the device is asked for."""
+    assert x.row_weight is not None
+    some = x.row_weight.nonzero().squeeze(1)
+    teacher = None if x.teacher is None else (x.teacher[0][some], x.teacher[1])
+    return all_logits(Inputs(x.hidden[some], x.weight, x.target[some], teacher), torch.float32)
 
 
 def comparators(case: Case, device: torch.device) -> tuple[dict[str, Loss], list[str]]:
@@ -124,9 +160,18 @@ def comparators(case: Case, device: torch.device) -> tuple[dict[str, Loss], list
         loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
         if case.soft:
             raise LeftOut("its cross-entropy takes hard targets only")
-        return lambda x: loss(x.weight, x.hidden, x.target)
 
-    return attempted({FLOAT32: lambda: partial(all_logits, dtype=torch.float32), BF16: bf16, LIGER: liger}, ())
+        def of_rows(x: Inputs) -> Tensor:
+            # Targets of -100 count nowhere.
+            target = x.target if x.row_weight is None else x.target.where(x.row_weight != 0, -100)
+            return loss(x.weight, x.hidden, target)
+
+        return of_rows
+
+    makers: dict[str, Callable[[], Loss]] = {FLOAT32: lambda: partial(all_logits, dtype=torch.float32), BF16: bf16}
+    if case.until_fail:
+        makers[COUNTED] = lambda: counted_logits
+    return attempted(makers | {LIGER: liger}, ())
 
 
 def step(loss: Loss, inputs: Inputs, i: int = 0) -> tuple[Tensor, ...]:
@@ -152,34 +197,44 @@ HEADER = ("way", "time", "of floor", "ours is faster by", "memory")
 
 def raced(
     table: Table, ways: Mapping[str, Action], device: torch.device, rounds: int, floor: float, **options: Any
-) -> tuple[Table, dict[str, Spread], dict[str, float]]:
-    """The table with a row each way that fits, and their times and memory; options are those of `race`."""
-    memory, large = attempted({name: partial(peak_memory, way, device) for name, way in ways.items()}, [OURS])
-    theirs = {name: ways[name] for name in memory if name != OURS}
-    times, lost = race({OURS: ways[OURS]}, theirs, device, rounds=rounds, graph=False, **options)
-    for name, spread in times.items():
-        shares = f"{100 * floor / spread.median:.0f} %", f"{spread.median / times[OURS].median:.2f}"
-        row = name, spread.text(0), *shares, f"{memory[name] / MIB:,.0f}"
-        table = table.plus(row, {"way": name, "time": spread, "memory": memory[name]})
-    return replace(table, skipped=[*table.skipped, *large, *lost]), times, memory
+) -> Iterator[tuple[Table, dict[str, Spread], dict[str, float]]]:
+    """The table with a row each way that fits, and their times and memory: of ours alone at once, then of all.
+
+    options are those of `race`
+    """
+    for names, n in (([OURS], 1), (list(ways), rounds)):
+        memory, large = attempted({name: partial(peak_memory, ways[name], device) for name in names}, [OURS])
+        theirs = {name: ways[name] for name in memory if name != OURS}
+        times, lost = race({OURS: ways[OURS]}, theirs, device, rounds=n, graph=False, **options)
+        found = replace(table, skipped=[*table.skipped, *large, *lost])
+        for name, spread in times.items():
+            shares = f"{100 * floor / spread.median:.0f} %", f"{spread.median / times[OURS].median:.2f}"
+            row = name, spread.text(0), *shares, f"{memory[name] / MIB:,.0f}"
+            found = found.plus(row, {"way": name, "time": spread, "memory": memory[name]})
+        yield found, times, memory
 
 
-def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: int) -> Table:
-    """Memory and time of one case, a row each way."""
+def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: int) -> Iterator[Table]:
+    """Memory and time of one case, a row each way: ours alone, all, and all with their goals."""
     torch.manual_seed(0)
     inputs = Inputs.draw(case, dtype, device)
     others, skipped = comparators(case, device)
-    floor = peak(device).floor(flops=case.flops)
+    counted = case.rows if inputs.row_weight is None else int(inputs.row_weight.sum())
+    floor = peak(device).floor(flops=case.flops * counted / case.rows)
     bound = case.bound(dtype.itemsize)
     title = f"{case.text()}, H = {case.width:,}"
     note = (
-        f"R = {case.rows:,}, V = {case.vocabulary:,}, weights in {dtype}, products in bf16 on a GPU; forward and "
-        "backward, microseconds, median (range); "
+        f"R = {case.rows:,}, of which {counted:,} have weight, V = {case.vocabulary:,}, weights in {dtype}, products "
+        "in bf16 on a GPU; forward and backward, microseconds, median (range); "
         f"floor {floor:.0f} of {peak(device).source}; memory above the inputs in MiB, bound {bound / MIB:,.0f}."
     )
     table = Table(f"Head and loss: {title}", note, HEADER, skipped=skipped)
     ways: dict[str, Action] = {name: partial(step, loss, inputs) for name, loss in {OURS: ours, **others}.items()}
-    table, times, memory = raced(table, ways, device, rounds, floor)
+    of_all = {"case": case.text(), "width": case.width, "bound": bound}
+    for so_far in raced(table, ways, device, rounds, floor):
+        found, times, memory = so_far
+        table = replace(found, records=[{**record, **of_all} for record in found.records])
+        yield table
     best = times[OURS].median
     goals = []
     if not isnan(memory[OURS]):
@@ -191,11 +246,10 @@ def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: i
         goals.append(Goal(f"time against the faster of all logits, {title}", 1.1, best / plain, "x", at_most=True))
     if LIGER in times:
         goals.append(Goal(f"against Liger, {title}", 2.0, times[LIGER].median / best, "x"))
-    of_all = {"case": case.text(), "width": case.width, "bound": bound}
-    return replace(table, records=[{**record, **of_all} for record in table.records], goals=goals)
+    yield replace(table, goals=goals)
 
 
-def measure_readout(case: Case, device: torch.device, dtype: torch.dtype, rounds: int) -> Table:
+def measure_readout(case: Case, device: torch.device, dtype: torch.dtype, rounds: int) -> Iterator[Table]:
     """The teacher's hard targets: token and confidence, against the product and argmax alone."""
     torch.manual_seed(0)
     inputs = Inputs.draw(case, dtype, device)
@@ -223,23 +277,27 @@ def measure_readout(case: Case, device: torch.device, dtype: torch.dtype, rounds
         "above the inputs in MiB. Only the second alternative gives the confidence too, as ours does."
     )
     table = Table(f"Readout of the teacher, H = {case.width:,}", note, HEADER)
-    return raced(table, ways, device, rounds, floor, tolerance=None)[0]
+    for found, *_ in raced(table, ways, device, rounds, floor, tolerance=None):
+        yield found
 
 
 def measure(device: torch.device, quick: bool) -> Iterator[Table]:
-    """Tables of head and loss, a case each, and of the readout, for both widths."""
+    """Tables of head and loss, a case each, and of the readout, for both widths; ours first, then with all others."""
     cuda = device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     rows, vocabulary = (ROWS, VOCABULARY) if cuda else (TINY_ROWS, TINY_VOCABULARY)
     rounds = 10 if quick else 30
     for width in WIDTHS if cuda else TINY_WIDTHS:
-        # A head that is trained with hard targets, as most are: its weights are float32, its products autocast's.
-        for soft, trained in ((False, True),) if quick else product((False, True), (True, False)):
-            master = torch.float32 if trained and not soft else dtype
+        cases = [(False, True, False)]
+        if not quick:
+            cases = [*product((False, True), (True, False), (False,)), (False, True, True), (True, True, True)]
+        for soft, trained, some in cases:
+            # A head that is trained has float32 weights, its products are autocast's.
+            master = torch.float32 if trained else dtype
             with torch.autocast(device.type, dtype, enabled=master != dtype):
-                yield measure_case(Case(rows, vocabulary, width, soft, trained), device, master, rounds)
+                yield from measure_case(Case(rows, vocabulary, width, soft, trained, some), device, master, rounds)
             free(device)
-        yield measure_readout(Case(rows, vocabulary, width, soft=False, trained=False), device, dtype, rounds)
+        yield from measure_readout(Case(rows, vocabulary, width, soft=False, trained=False), device, dtype, rounds)
         free(device)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -98,8 +98,11 @@ class Trainee:
         return float(loss.detach())
 
 
-def seconds(work: Trainee, rounds: int) -> dict[str, Spread]:
-    """The process' time of a step in each way, in turns. Raises ValueError where the ways differ in their losses."""
+def seconds(work: Trainee, rounds: int) -> Iterator[dict[str, Spread]]:
+    """The process' time of a step in each way, in turns: of all rounds so far, behind each of them.
+
+    Raises ValueError where the ways differ in their losses.
+    """
     losses = {way: work.step(way) for way in WAYS}  # what keeps prefixes has them now
     if max(losses.values()) - min(losses.values()) > 1e-4 * max(losses.values()):
         raise ValueError(f"the ways must have one loss; got {losses}")
@@ -109,7 +112,7 @@ def seconds(work: Trainee, rounds: int) -> dict[str, Spread]:
             start = time.process_time()
             work.step(way)
             times[way].append(time.process_time() - start)
-    return {way: Spread.of(values) for way, values in times.items()}
+        yield {way: Spread.of(values) for way, values in times.items()}
 
 
 def peaks(way: str, tiny: bool) -> tuple[int, int]:
@@ -133,11 +136,16 @@ def _peaks_of(way: str, tiny: bool) -> tuple[int, int]:
 
 
 def take_steps(device: torch.device, quick: bool, tiny: bool = False, rounds: int = 3) -> Iterator[Table]:
-    """Rows a second and memory of each way; `quick` takes one round."""
+    """Rows a second and memory of each way, the table behind each round; `quick` takes one round."""
     rounds = 1 if quick else rounds
     memory = {way: _peaks_of(way, tiny) for way in WAYS}
     work = Trainee(tiny)
-    times = seconds(work, rounds)
+    for i, times in enumerate(seconds(work, rounds)):
+        yield table_of(work, times, memory, i + 1)
+
+
+def table_of(work: Trainee, times: Mapping[str, Spread], memory: Mapping[str, tuple[int, int]], rounds: int) -> Table:
+    """Of so many rounds, and of each way's peaks."""
     tokens = sum(len(text) for text in work.texts)
     rate = {way: work.rows / spread.median for way, spread in times.items()}
     note = (
@@ -157,7 +165,7 @@ def take_steps(device: torch.device, quick: bool, tiny: bool = False, rounds: in
         held = f"{most / MIB:.0f}", f"{most / memory[JOINT][0]:.2f}", f"{(most - before) / MIB:.0f}"
         record = {"way": way, "seconds": spread, "rows": work.rows, "memory": memory[way]}
         table = table.plus((way, *speed, *held), record)
-    yield table
+    return table
 
 
 OPTIONS = {

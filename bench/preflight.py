@@ -1,12 +1,14 @@
-"""Pre-flight: what a new GPU has to show before its minutes are spent, most of it in about 80 seconds.
+"""Pre-flight: what a new GPU has to show before its minutes are spent, most of it in about 100 seconds.
 
     python -m mtpkern.bench.preflight --results preflight.jsonl
 
     machine     versions; peaks of copy and product, which bench/gpu.py hands on to the benchmarks
     compiled    every kernel family compiled for this GPU, side by side; Triton keeps it for what follows
     kernels     each kernel once at head width 128 in bf16, against its torch form
-    checkpoint  the shipped model generates what it does on a CPU: with a graph and without, batch 1 and 3, unwarned
-    passes      Qwen3-4B with random weights, batch 1: a pass and its body by rows; its graph, kernels by name
+    checkpoint  the shipped model generates what it does on a CPU: with a graph and without, batch 1 and 3, unwarned;
+                and once more by a call that leaves everything at its default
+    passes      Qwen3-4B with random weights, batch 1: a pass, its share of the peak, and its body by rows; its graph,
+                kernels by name
     layers      the same passes with each decoder layer compiled, attention kept out
     products    where asked for: those, siblings as one product or each by itself (mtpkern.products), in turns
 
@@ -39,7 +41,7 @@ from mtpkern.attention import attention_context
 from mtpkern.bench import decode_attention, distill, gated_lora, readout, span_attention, step
 from mtpkern.bench.models import build
 from mtpkern.bench.report import environment
-from mtpkern.bench.timing import Action, difference, free, kernels_by_name, launches, peak, reason, timed
+from mtpkern.bench.timing import Action, difference, free, kernels_by_name, launches, peak, reason, share_of_peak, timed
 from mtpkern.compare import encode, read_problems
 from mtpkern.demo import ASSETS, load
 from mtpkern.generation import generate
@@ -230,16 +232,23 @@ def checkpoint(device: torch.device) -> Facts:
         batches: Iterator[Any] = (encode(tokenizer, prompts[:n], model.device) for n in (1, 3))
         return [generate(model, **asked, **batch).cpu() for batch in batches]
 
-    right = tokens(False)
+    def bare() -> Tensor:
+        return generate(model, **encode(tokenizer, prompts[:1], model.device)).cpu()  # type: ignore[union-attr, arg-type]
+
+    right, right_bare = tokens(False), bare()
     model.to(device)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        # Advice to whoever names no length.
+        warnings.filterwarnings("ignore", "Using the model-agnostic default")
         ways = {"without a graph": False} if device.type == "cpu" else {"graph": True, "without a graph": False}
         for name, use_graph in ways.items():
             for batch, found, expected in zip((1, 3), tokens(use_graph), right, strict=True):
                 if not torch.equal(found, expected):
                     raise WrongKernelError(f"the shipped checkpoint at batch {batch}, {name}: not the CPU's tokens")
-    return {"equal": list(ways), "warnings": sorted({str(w.message)[:300] for w in caught})}
+        if not torch.equal(bare(), right_bare):
+            raise WrongKernelError("the shipped checkpoint at batch 1, by every default: not the CPU's tokens")
+    return {"equal": [*ways, "every default"], "warnings": sorted({str(w.message)[:300] for w in caught})}
 
 
 def _stand(model: Any, R: int, most: int, share: step.Stand | None, *, compile: bool) -> step.Stand:
@@ -257,10 +266,20 @@ def _floor(model: Any) -> Facts:
     return {"model": MODEL, "floor_us": round(step.floor(model, step.Point(1, _context(model), 1, 1)), 1)}
 
 
+def _share(model: Any, R: int, us: float) -> float | None:
+    """Of the peak that bounds a pass of R rows, rounded; None on a CPU."""
+    share = share_of_peak(model.device, us, **step.work(model, step.Point(1, _context(model), 1, R)))
+    return None if share is None else round(share, 3)
+
+
 def rows_table(model: Any, rows: Sequence[int], *, compile: bool) -> tuple[Facts, Action]:
-    """Microseconds of a pass by its rows, and of its body unless compiled; and the last pass but one itself."""
+    """Microseconds of a pass by its rows with their share of the peak, and of its body unless compiled.
+
+    And the last pass but one itself.
+    """
     stands: list[step.Stand] = []
     spent: dict[str, dict[int, float]] = {}
+    shares: dict[int, float | None] = {}
     for R in rows:
         stand = _stand(model, R, rows[0], stands[0] if stands else None, compile=compile)
         stands.append(stand)
@@ -269,8 +288,9 @@ def rows_table(model: Any, rows: Sequence[int], *, compile: bool) -> tuple[Facts
             found = timed(actions, model.device, rounds=10, reset=partial(step.reset, [stand]))
         for name, spread in found.items():
             spent.setdefault(name, {})[R] = round(spread.median, 1)
+        shares[R] = _share(model, R, found["us_by_rows"].median)
     step.reset(stands[-2:-1])
-    return {**_floor(model), **spent}, stands[-2].step
+    return {**_floor(model), **spent, "share_by_rows": shares}, stands[-2].step
 
 
 def products_table(model: Any, rows: Sequence[int]) -> Facts:
@@ -303,9 +323,12 @@ def products_table(model: Any, rows: Sequence[int]) -> Facts:
     return {**_floor(model), "us_by_rows": spent, "nodes": nodes}
 
 
-def _profiled(model: Any, action: Action) -> Facts:
+def _profiled(model: Any, action: Action, R: int) -> Facts:
+    """Nodes of the graph of a pass of R rows, its longest kernels, and all of them against the peak."""
     with attention_context(model, step.Body()):
-        return {"nodes": launches(action, model.device), "kernels": kernels_by_name(action, model.device)[:15]}
+        nodes, kernels = launches(action, model.device), kernels_by_name(action, model.device)
+    us = round(sum(us for *_, us in kernels), 1)
+    return {"nodes": nodes, "kernels_us": us, "kernels_share": _share(model, R, us), "kernels": kernels[:15]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -326,7 +349,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def profiled(rows: Sequence[int], compile: bool) -> Facts:
         facts, action = rows_table(model(), rows, compile=compile)
-        return {**facts, **_profiled(model(), action)}
+        return {**facts, **_profiled(model(), action, rows[-2])}
 
     def in_layers(make: Callable[[], Facts]) -> Facts:
         free(device)

@@ -7,6 +7,10 @@ time against the original one token a pass, by the same code (`Static(1)`, in a 
 Face's `generate`, in turns. The original is another instance of the model.
 
 The prompts are held out: no template of a problem and no subject of an instruction among them occurs in training.
+
+What the default costs where no draft is ever right is told by the same model with an adapter that has learned nothing:
+
+    python -m mtpkern.bench.real --untaught 8 --batch-size 1 8 --max-new-tokens 128 --results bench/results/untaught
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -25,8 +30,20 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mtpkern import ASSETS, load_adapter, show
-from mtpkern.bench.report import Table, environment, write
-from mtpkern.compare import HF_GENERATE, Completion, Tally, batches, decode, pad, rotated, timed
+from mtpkern.bench.report import Goal, Table, environment, write
+from mtpkern.cli import positive
+from mtpkern.compare import (
+    HF_GENERATE,
+    Completion,
+    Tally,
+    batches,
+    decode,
+    ours,
+    pad,
+    rotated,
+    synchronize,
+    timed,
+)
 from mtpkern.loading import device_of
 from mtpkern.output import exit_status, printable
 from mtpkern.pool import slots_for
@@ -37,6 +54,10 @@ from mtpkern.train import smollm2
 
 ADAPTER = ASSETS / "smollm2"
 HEADER = ("prompts", "identical", "tokens a pass", "× one a pass", "by batch", "× HF generate", "by batch")
+UNTAUGHT_HEADER = (
+    *("batch", "calls", "tokens a pass", "one a pass, s", "default, s"),
+    *("ratio of sums", "of medians", "of single calls"),
+)
 OURS, PLAIN = "ours", "plain"
 
 
@@ -133,6 +154,62 @@ def decode_in_turns(
             yield kind, [(ids, one) for (_, ids), one in zip(batch, found[OURS])], own
 
 
+def untaught(
+    model: PreTrainedModel, prompts: Sequence[tuple[str, list[int]]], sizes: Sequence[int], calls: int, new_tokens: int
+) -> Iterator[Table]:
+    """An adapter that has learned nothing: the default against one token a pass, a row a batch size.
+
+    Calls are in turns, of other prompts each, and write as many tokens each; the table behind every pair of them. One
+    call token by token goes before. Of the default the first counts as well: it finds out that no draft is right.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = None
+    ways: dict[str, dict[str, Any]] = {PLAIN: {"strategy": Static(1)}, OURS: {}}
+    note = (
+        f"The default against Static(1), both with the adapter, in turns; {new_tokens} tokens a call and sequence, "
+        "none of which stops it. Ratios of seconds, one a pass over ours: of sums, of medians, of single calls."
+    )
+    table = Table("No draft is ever right", note, UNTAUGHT_HEADER)
+    for size in sizes:
+        tally, seconds = Tally(), {way: list[float]() for way in ways}
+        for i in range(-1, calls):
+            batch = [prompts[(max(i, 0) * size + j) % len(prompts)][1] for j in range(size)]
+            inputs = pad(batch, model.device)
+            for way in rotated(list(ways), i) if i >= 0 else [PLAIN]:
+                synchronize(model.device)
+                start = perf_counter()
+                found = ours(model, inputs, max_new_tokens=new_tokens, **ways[way])
+                synchronize(model.device)
+                took = perf_counter() - start
+                assert all(len(completion.tokens) == new_tokens for completion in found)
+                if i >= 0:
+                    seconds[way].append(took)
+                if way == OURS:
+                    tally.add(found, 0, took)
+            if i >= 0:
+                so_far = table.plus(*untaught_row(size, tally, seconds))
+                yield so_far
+        table = so_far
+
+
+def untaught_row(
+    size: int, tally: Tally, seconds: Mapping[str, Sequence[float]]
+) -> tuple[tuple[str, ...], dict[str, object], Goal]:
+    """Row, record and goal of a batch size."""
+    theirs, own = seconds[PLAIN], seconds[OURS]
+    sums, medians = sum(theirs) / sum(own), median(theirs) / median(own)
+    single = [a / b for a, b in zip(theirs, own)]
+    times = f"{sum(theirs):.2f}", f"{sum(own):.2f}", f"{sums:.3f}", f"{medians:.3f}"
+    row = str(size), str(len(own)), f"{tally.tokens_per_pass:.2f}", *times, f"{min(single):.3f}–{max(single):.3f}"
+    record: dict[str, object] = {"B": size, "tokens_a_pass": tally.tokens_per_pass, "seconds": dict(seconds)}
+    record |= {"sums": sums, "medians": medians}
+    return row, record, Goal(f"default over one a pass, no draft right, batch {size}", 0.95, sums, "×")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Show answers, measure, print the table and, where asked, write it."""
     parser = argparse.ArgumentParser(prog="python -m mtpkern.bench.real", description=__doc__.split("\n\n")[0])
@@ -154,10 +231,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--masks", type=int, default=9, help="rows more a pass of each prompt, for when drafts fail")
     by_load = "the adapter's own k, as many rows as are worth their time, no masks behind drafts (mtpkern.load)"
     parser.add_argument("--by-load", action="store_true", help=by_load)
+    nothing = "instead: with an adapter that has learned nothing, so many calls by default and one token a pass each"
+    parser.add_argument("--untaught", type=positive, metavar="CALLS", help=nothing)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--show", type=int, default=3, metavar="N", help="answers shown in coloured blocks (default 3)")
-    parser.add_argument("--results", type=Path, help="folder for real.*, or real_by_load.*")
+    parser.add_argument("--results", type=Path, help="folder for real.*, real_by_load.* or untaught.*")
     args = parser.parse_args(argv)
 
     device = device_of(args.device)
@@ -170,12 +249,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     adapted = load_adapter(plain, args.adapter)
     prompts = read_prompts(args.prompts, tokenizer, args.number)[: args.number or 40]
+    if args.untaught:
+        facts = environment(device) | {"dtype": args.dtype}
+        for so_far in untaught(adapted, prompts, args.batch_size, args.untaught, args.max_new_tokens):
+            if args.results is not None:
+                tables = {"tables": [asdict(so_far)]}
+                write("untaught", "An adapter that has learned nothing", facts, [so_far], tables, args.results)
+        print(so_far.markdown())
+        return
     if args.by_load:
         strategy = Verified(threshold=args.threshold)
     else:
         strategy = Verified(args.k, 0.2 if args.threshold is None else args.threshold, args.masks)
     console = Console(highlight=False)
-    facts: Mapping[str, str] = environment(device) | {
+    facts = environment(device) | {
         "dtype": args.dtype,
         "new tokens": f"at most {args.max_new_tokens}",
         "strategy": repr(strategy) + (", rows by load" if args.by_load else ""),

@@ -101,6 +101,11 @@ def cells(found: Mapping[str, Spread], ways: Iterable[str], digits: int = 1) -> 
     return tuple(found[way].text(digits) if way in found else "–" for way in ways)
 
 
+def percent(share: float | None) -> str:
+    """As a table shows a share of the peak, "–" where there is none: `percent(0.714)` is "71 %"."""
+    return "–" if share is None else f"{100 * share:.0f} %"
+
+
 def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Header and rows as Markdown: `grid(("a", "b"), [("1", "2")])`."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]

@@ -14,6 +14,7 @@ from mtpkern.attention import attention_context
 from mtpkern.bench.models import MASK
 from mtpkern.bench.timing import peak
 from mtpkern.decoder import Decoder
+from mtpkern.memory import kv_bytes
 from mtpkern.strategies import Strategy
 
 PROMPT = 8
@@ -129,9 +130,19 @@ def weights(model: PreTrainedModel) -> int:
     return count if model.config.tie_word_embeddings else count - model.get_input_embeddings().weight.numel()
 
 
+def bytes_read(model: PreTrainedModel, B: int, L: int) -> int:
+    """What a pass cannot do without: weights, and keys and values of B texts of L tokens, once."""
+    # Of the slot more that is counted no row is read.
+    return model.dtype.itemsize * weights(model) + (kv_bytes(model, B, L - 1) or 0)
+
+
+def work(model: PreTrainedModel, at: Point) -> dict[str, float]:
+    """Bytes and FLOPs of a pass, as `Peak.floor` takes them."""
+    c = model.config
+    pairs = 4 * at.R * at.L * c.num_hidden_layers * c.num_attention_heads * c.head_dim
+    return {"bytes": bytes_read(model, at.B, at.L), "flops": 2 * weights(model) * at.R + pairs}
+
+
 def floor(model: PreTrainedModel, at: Point) -> float:
     """Microseconds of a pass: weights and the cached keys and values at bandwidth, or the products at peak."""
-    c = model.config
-    kv = 4 * at.B * at.L * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
-    pairs = 4 * at.R * at.L * c.num_hidden_layers * c.num_attention_heads * c.head_dim
-    return peak(model.device).floor(bytes=2 * weights(model) + kv, flops=2 * weights(model) * at.R + pairs)
+    return peak(model.device).floor(**work(model, at))

@@ -8,7 +8,7 @@ does. The last table has our step with torch_compile beside itself. A step's los
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 
 from mtpkern.attention import attention_context
 from mtpkern.bench.models import random_model
-from mtpkern.bench.report import Goal, Table, program
-from mtpkern.bench.span_attention import Shape, additive_mask, sdpa
-from mtpkern.bench.timing import Action, Spread, free, peak_of, race
+from mtpkern.bench.report import Goal, Table, percent, program
+from mtpkern.bench.span_attention import Shape, additive_mask, sdpa, visible_pairs
+from mtpkern.bench.timing import Action, Spread, free, peak_of, race, share_of_peak
 from mtpkern.kernels.scoring import Scoring
 from mtpkern.train.compilation import CompiledLayers
 from mtpkern.train.layout import Layout
@@ -32,7 +32,7 @@ from mtpkern.train.objective import Objective, SpanContext, backbone, gather_row
 
 OURS, SPAN_ROWS, ALL_ROWS = "mtpkern", "SDPA mask, logits of span rows", "SDPA mask, logits of all rows"
 COMPILED = "mtpkern, layers compiled"
-HEADER = ("way", "tokens/s", "ms a step", "ours is faster by", "peak GiB", "ours takes")
+HEADER = ("way", "tokens/s", "ms a step", "ours is faster by", "of peak", "peak GiB", "ours takes")
 GIB = 2**30
 
 MODEL, EOS = "Qwen3-0.6B", 0
@@ -131,6 +131,18 @@ class Trainee:
                 self.student.gradient_checkpointing_disable()
             self.optimizer.zero_grad()
 
+    def flops(self, layout: Layout) -> float:
+        """Of the products and the attention that a step cannot do without, nothing of it done again.
+
+        Forward and twice that backward in the student (2.5 times in attention), forward in the teacher; the head on
+        span rows.
+        """
+        c = self.student.config
+        head = c.vocab_size * c.hidden_size
+        layers = sum(p.numel() for p in self.student.parameters()) - head
+        attention = 4.0 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * visible_pairs(layout)
+        return (3 + 1) * 2.0 * (layers * layout.position.numel() + head * layout.row.numel()) + (3.5 + 1) * attention
+
     def step(self, loss: Callable[[], Tensor], i: int = 0) -> Tensor:
         """Forward, backward and optimizer; the loss, the same at every call."""
         self.optimizer.zero_grad()
@@ -175,41 +187,56 @@ class Trainee:
         return torch.where(keep, F.cross_entropy(z, label, reduction="none"), 0).sum() / keep.sum()
 
 
-def measure_batch(trainee: Trainee, batch: Batch, rounds: int) -> Table:
-    """Tokens a second and peak memory of every way to make a step on one batch."""
-    device = trainee.device
+def measure_batch(trainee: Trainee, batch: Batch, rounds: int) -> Iterator[Table]:
+    """Tokens a second and peak memory of a step on one batch: ours alone at once, then every way."""
+    device, flops = trainee.device, trainee.flops(batch.layout())
     with trainee.on(batch) as steps:
         theirs: dict[str, Action] = {name: step for name, step in steps.items() if name != OURS}
-        times, skipped = race({OURS: steps[OURS]}, theirs, device, rounds=rounds, graph=False)
-        memory = {name: peak_of(steps[name], device) for name in times}
+        ours: dict[str, Action] = {OURS: steps[OURS]}
+        for beside, n in (({}, 1), (theirs, rounds)):
+            times, skipped = race(ours, beside, device, rounds=n, graph=False)
+            memory = {name: peak_of(steps[name], device) for name in times}
+            share = {name: share_of_peak(device, x.median, flops=flops) for name, x in times.items()}
+            yield table_of(batch, times, share, memory, skipped)
+
+
+def table_of(
+    batch: Batch,
+    times: Mapping[str, Spread],
+    share: Mapping[str, float | None],
+    memory: Mapping[str, float],
+    skipped: Sequence[str],
+) -> Table:
+    """A row a way."""
     number = batch.size * batch.tokens
     note = (
-        "Tokens of the text, without masks; median (range). Peak memory is all that is allocated: float32 weights, "
-        "gradients and moments, the bf16 teacher, activations, logits."
+        "Tokens of the text, without masks; median (range). Of peak: what a step cannot do without at the device's "
+        "rate of bf16 products, over its time. Peak memory is all that is allocated: float32 weights, gradients and "
+        "moments, the bf16 teacher, activations, logits."
     )
     table = Table(f"Training step, {batch.text()}", note, HEADER, skipped=skipped)
     for name, spread in times.items():
         faster, less = spread.median / times[OURS].median, memory[OURS] / memory[name]
         ms = Spread(spread.median / 1e3, spread.low / 1e3, spread.high / 1e3)
-        row = name, f"{1e6 * number / spread.median:,.0f}", ms.text(1), f"{faster:.2f}"
+        row = name, f"{1e6 * number / spread.median:,.0f}", ms.text(1), f"{faster:.2f}", percent(share[name])
         goals = []
         if name in (SPAN_ROWS, ALL_ROWS) and not isnan(memory[name]):
             goals = [Goal(f"tokens/s against {name}, {batch.text()}", 1.5, faster, "x")]
             goals += [Goal(f"memory against {name}, {batch.text()}", 0.6, less, "x", at_most=True)]
-        record = {"way": name, "tokens": number, "time": spread, "memory": memory[name]}
+        record = {"way": name, "tokens": number, "time": spread, "share": share[name], "memory": memory[name]}
         table = table.plus((*row, f"{memory[name] / GIB:.2f}", f"{less:.2f}"), record, *goals)
     return table
 
 
 def measure(device: torch.device, quick: bool) -> Iterator[Table]:
-    """A table a batch."""
+    """A table a batch, ours first and then with all others."""
     cuda = device.type == "cuda"
     # In so small a model as a CPU's one argmax that rounding turns would change the loss by more than races allow.
     trainee = Trainee(device, torch.bfloat16 if cuda else torch.float32)
     batches = BATCHES if cuda else TINY_BATCHES
     # The first in plain torch, and compiled.
     for batch in (batches[0], batches[-1]) if quick else batches:
-        yield measure_batch(trainee, batch, rounds=5 if quick else 15)
+        yield from measure_batch(trainee, batch, rounds=5 if quick else 15)
         free(device)
 
 

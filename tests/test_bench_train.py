@@ -8,14 +8,16 @@ import torch.nn.functional as F
 from torch.nn.attention import flex_attention
 
 from mtpkern.attention import attention_context
-from mtpkern.bench import distill, gated_step, span_attention, timing, train_step
+from mtpkern.bench import distill, gated_step, models, real, span_attention, timing, train_step
 from mtpkern.bench.distill import Case, Inputs
 from mtpkern.bench.span_attention import FLEX, INTERLEAVED, OURS, SDPA, Shape
 from mtpkern.bench.timing import Peak, Spread
 from mtpkern.kernels.distill import Head
 from mtpkern.kernels.span_mask import span_mask
 from mtpkern.train.layout import build_layout, stride_prefixes
+from mtpkern.train.lora import add_gated_lora
 from mtpkern.train.objective import Objective, SpanContext, mtp_loss
+from support.benches import last
 
 CPU = torch.device("cpu")
 H200 = Peak(4.3e12, 790e12, "")
@@ -107,7 +109,7 @@ def test_flex_attention_itself_computes_the_same(monkeypatch):
 
 
 def test_span_attention_runs():
-    table, _ = span_attention.measure(CPU, quick=True)
+    table, _ = last(span_attention.measure(CPU, quick=True))
     assert [row[0] for row in table.rows] == [OURS, SDPA]
     assert [line.split(":")[0] for line in table.skipped] == [FLEX, INTERLEAVED]
     assert not table.goals
@@ -116,7 +118,9 @@ def test_span_attention_runs():
 def test_span_attention_runs_with_all_comparators(monkeypatch):
     monkeypatch.setattr(span_attention, "with_flex", in_torch)
     monkeypatch.setattr(span_attention, "SHAPES", span_attention.TINY)
-    first, second = (span_attention.measure_shape(shape, CPU, rounds=1) for shape in span_attention.TINY)
+    first, second = last(
+        table for shape in span_attention.TINY for table in span_attention.measure_shape(shape, CPU, rounds=1)
+    )
     assert [row[0] for row in first.rows] == [OURS, FLEX, INTERLEAVED, SDPA]
     assert not first.skipped
     assert len(first.goals) == 3
@@ -129,7 +133,7 @@ def test_a_comparator_that_is_wrong_is_left_out_and_we_are_not(monkeypatch):
         return in_torch(span_attention.our_rule(layout), layout)
 
     monkeypatch.setattr(span_attention, "with_flex", interleaved_but_not_moved)
-    table = span_attention.measure_shape(span_attention.TINY[0], CPU, rounds=1)
+    (table,) = last(span_attention.measure_shape(span_attention.TINY[0], CPU, rounds=1))
     assert [row[0] for row in table.rows] == [OURS, FLEX, SDPA]
     (line,) = table.skipped
     assert line.startswith(f"{INTERLEAVED}: out is off by")
@@ -139,7 +143,7 @@ def test_a_comparator_that_is_wrong_is_left_out_and_we_are_not(monkeypatch):
 
     monkeypatch.setattr(span_attention, "with_ours", off)
     with pytest.raises(RuntimeError, match=f"{OURS}: out is off by .*, against float32"):
-        span_attention.measure_shape(span_attention.TINY[0], CPU, rounds=1)
+        list(span_attention.measure_shape(span_attention.TINY[0], CPU, rounds=1))
 
 
 def test_bound_and_work_of_head_and_loss():
@@ -150,21 +154,45 @@ def test_bound_and_work_of_head_and_loss():
     assert soft.bound(2) == 4 * 2560 * 1024 + 2**29
 
 
+@pytest.mark.parametrize("until_fail", [False, True])
 @pytest.mark.parametrize("soft", [False, True])
-def test_all_logits_computes_our_loss(soft):
-    inputs = Inputs.draw(Case(24, 50, 16, soft, trained=True), torch.float64, CPU)
+def test_all_logits_computes_our_loss(soft, until_fail):
+    torch.manual_seed(0)
+    inputs = Inputs.draw(Case(32, 50, 16, soft, True, until_fail), torch.float64, CPU)
     ours = distill.step(distill.ours, inputs)
-    theirs = distill.step(lambda x: distill.all_logits(x, torch.float64), inputs)
+    theirs = [distill.step(lambda x: distill.all_logits(x, torch.float64), inputs)]
+    if until_fail:
+        # Two spans, each up to its first miss.
+        first, second = inputs.row_weight.view(2, distill.SPAN).long().sum(1).tolist()
+        assert 0 < first < 16 > second > 0
+        assert inputs.row_weight.view(2, distill.SPAN)[0, :first].all()
+        theirs.append(distill.step(distill.counted_logits, inputs))
     assert len(ours) == 3
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    # In float32 what is made of the rows that count.
+    for found, close in zip(theirs, (1e-6, 1e-5)):
+        for a, b in zip(ours, found, strict=True):
+            torch.testing.assert_close(a, b, rtol=close, atol=close, check_dtype=False)
+
+
+def test_a_trained_head_has_float32_weights_under_autocast():
+    """And a frozen teacher in autocast's dtype; the gradient is the weights'."""
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        inputs = Inputs.draw(Case(32, 50, 16, True, True, True), torch.float32, CPU)
+        assert inputs.weight.dtype == inputs.hidden.dtype == torch.float32
+        assert {x.dtype for x in inputs.teacher} == {torch.bfloat16}
+        right = distill.step(distill.counted_logits, inputs)
+        found = distill.step(distill.ours, inputs)
+    assert timing.difference(list(found), list(right), 2e-2) == ""
+    assert found[2].dtype == torch.float32
 
 
 def test_distill_runs(fake_gpu_memory):
-    *cases, readout = distill.measure(CPU, quick=False)
-    assert len(cases) == 4
+    *cases, readout = last(distill.measure(CPU, quick=False))
+    assert len(cases) == 6
     for table in cases:
-        assert [row[0] for row in table.rows] == [distill.OURS, distill.FLOAT32]
+        some = [distill.COUNTED] if "until the first miss" in table.caption else []
+        assert [row[0] for row in table.rows] == [distill.OURS, distill.FLOAT32, *some]
         memory, slope, time = table.goals
         assert memory.measured == 3 * 1024
         assert slope.measured == 0
@@ -201,7 +229,7 @@ def test_peak_memory_counts_above_what_was_there(monkeypatch):
 def test_readout_that_picks_wrong_is_an_error(monkeypatch):
     monkeypatch.setattr(distill, "head_readout", lambda hidden, head: (torch.zeros(len(hidden)).long(), None))
     with pytest.raises(RuntimeError, match="greatest"):
-        distill.measure_readout(Case(24, 50, 16, soft=False, trained=False), CPU, torch.float32, 1)
+        list(distill.measure_readout(Case(24, 50, 16, soft=False, trained=False), CPU, torch.float32, 1))
 
 
 @pytest.mark.parametrize("all_rows", [False, True])
@@ -238,7 +266,7 @@ def test_plain_step_is_the_same_training(all_rows):
 
 @pytest.mark.slow("bench_train::test_steps_run_under_autocast")
 def test_train_step_runs(fake_gpu_memory):
-    plain, checkpointed, compiled = train_step.measure(CPU, quick=False)
+    plain, checkpointed, compiled = last(train_step.measure(CPU, quick=False))
     assert [row[0] for row in compiled.rows] == [train_step.OURS, train_step.COMPILED]
     assert not compiled.goals
     for table in (plain, checkpointed):
@@ -278,6 +306,24 @@ def test_head_of_the_plain_step_bans_the_mask():
     assert isinstance(train_step.head_of(trainee.student, trainee.mask), Head)
 
 
+def test_an_untaught_adapter_adds_nothing():
+    """Whatever it had learned; and no token stops a call, so that all are as long."""
+    base = models.random_model("SmolLM2-135M", True, torch.float32, CPU, eos_token_id=0, pad_token_id=1)
+    model = add_gated_lora(base, rank=2, k_max=4).get_base_model().eval()
+    learned = [p for name, p in model.named_parameters() if "lora_B" in name]
+    with torch.no_grad():
+        for p in learned:
+            p.normal_()
+        # All logits are the same, so that the first token is said, which would stop a call.
+        model.get_output_embeddings().weight.zero_()
+    *_, table = real.untaught(model, [("a", [3, 4, 5]), ("b", [6, 7])], [2], 2, 6)
+    assert learned
+    assert not any(p.any() for p in learned)
+    (record,) = table.records
+    assert {way: len(seconds) for way, seconds in record["seconds"].items()} == {"plain": 2, "ours": 2}
+    assert table.goals[0].measured == record["sums"]
+
+
 def test_ways_of_a_gated_step(monkeypatch):
     """One loss in all of them, and the one that keeps prefixes makes one pass a step."""
     monkeypatch.setattr(gated_step, "_peaks_of", gated_step.peaks)
@@ -296,4 +342,4 @@ def test_ways_of_a_gated_step(monkeypatch):
     assert count == {gated_step.KEPT: 1, gated_step.EACH: 3, gated_step.JOINT: 1}
     monkeypatch.setattr(work, "_joint", lambda: 1.0)
     with pytest.raises(ValueError, match="one loss"):
-        gated_step.seconds(work, 1)
+        next(gated_step.seconds(work, 1))

@@ -26,7 +26,7 @@ def test_time_is_told_apart(tiny, monkeypatch, where):
         monkeypatch.setattr(kind, name, method)
 
     slower(Decoder, {"around": "__init__", "between": "_fit", "pass": "_forward"}[where])
-    table = call.measure_model(tiny.model("llama"), (2,), rounds=1, new_tokens=5)
+    (*_, table) = call.measure_model(tiny.model("llama"), (2,), rounds=1, new_tokens=5)
     record = table.records[0]
     # The prefill's pass is of the model itself; four more bring the other tokens.
     expected = {"around": (1, 1, 0), "between": (4, 0, 4), "pass": (4, 0, 0)}[where]

@@ -127,5 +127,14 @@ def test_from_nothing_to_an_adapter_that_keeps_the_tokens(base, monkeypatch, cap
     # Each answer under its own question, a kind behind the other.
     assert -1 < out.index("Say 0.") < out.index("Say 2.") < out.index("Say 1.")
     assert Path("real.md").is_file()
+    real.main([*options, "--untaught", "3", "--batch-size", "1", "2", "--results", "."])
+    (table,) = json.loads(Path("untaught.json").read_text())["tables"]
+    assert [(record["B"], {way: len(x) for way, x in record["seconds"].items()}) for record in table["records"]] == [
+        (1, {"plain": 3, "ours": 3}),
+        (2, {"plain": 3, "ours": 3}),
+    ]
+    one = table["records"][0]
+    assert one["sums"] == pytest.approx(sum(one["seconds"]["plain"]) / sum(one["seconds"]["ours"]))
+    assert [goal["target"] for goal in table["goals"]] == [0.95, 0.95]
     with pytest.raises(ValueError, match="holds 4 prompts; expected at least 9"):
         real.main([*options, "--number", "9"])

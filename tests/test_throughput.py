@@ -1,12 +1,14 @@
 """Whole runs at an imposed acceptance: the shipped model on a CPU, and the chances of a real model."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mtpkern.bench import models, throughput
 from mtpkern.strategies import Verified
+from support.benches import H200
 
 CPU = torch.device("cpu")
 
@@ -40,7 +42,64 @@ def test_a_busy_machine_is_seen_by_its_own_clock():
     assert (throughput.clock(CPU) is throughput.process_time) == (torch.get_num_threads() == 1)
 
 
-@pytest.mark.parametrize("name", ["problems", "instructions"])
-def test_only_what_was_measured_is_imposed(name):
-    assert set(throughput.RIGHT) == {"never", "problems", "instructions"}
-    assert all(0 < chance < 1 for chance in throughput.RIGHT[name])
+def test_only_what_has_goals_or_was_measured_is_imposed():
+    assert set(throughput.RIGHT) == {"never", "0.62", "problems", "instructions"}
+    assert all(0 < chance < 1 for chances in throughput.MEASURED.values() for chance in chances)
+    assert sum(throughput.RIGHT["0.62"][0] ** j for j in range(throughput.K)) == pytest.approx(2.57, abs=0.01)
+
+
+def test_a_chain_that_is_never_short_of_drafts_makes_the_tokens_of_the_goal():
+    """Masks behind every draft: 0.62 a draft is 2.57 tokens a pass."""
+    torch.manual_seed(0)
+    k = throughput.K
+    strategy = Verified(k, throughput.THRESHOLD, masks=(k - 1) ** 2)
+    course = throughput.Course(models.build("Qwen3-4B", CPU), 16, 24, 50, strategy)
+    course.decoder.by_load = False
+    assert course.run(throughput.RIGHT["0.62"])[1] == pytest.approx(2.57, abs=0.2)
+
+
+@pytest.fixture
+def made_up_gpu(monkeypatch):
+    """Whole runs on a GPU without one: ours take half of the time and make as many tokens as the batch says."""
+    tokens = {1: 1.2, 16: 1.1, 64: 0.95, 128: 0.4}
+
+    def course(model, batch, context, passes, strategy):
+        return SimpleNamespace(run=lambda chances: (0.5 if strategy.verify else 1.0, tokens[batch]))
+
+    for name, fake in (("climb", lambda course: {}), ("require_room", lambda *_: None), ("free", lambda device: None)):
+        monkeypatch.setattr(throughput, name, fake)
+    monkeypatch.setattr(throughput, "Course", course)
+    monkeypatch.setattr(throughput, "peak", lambda device: H200)
+    monkeypatch.setattr(throughput, "share_of_peak", lambda device, us, **work: H200.floor(**work) / us)
+    monkeypatch.setattr(throughput, "model_of", lambda *_: models.build("Qwen3-4B", CPU))
+    return torch.device("cuda")
+
+
+def test_goals_stand_beside_their_ratios(made_up_gpu):
+    """All that have some on the short grid, as each row is there; by row, in the records and among the goals."""
+    tables = list(throughput.measure(made_up_gpu, True))
+    assert [len(table.rows) for table in tables] == list(range(1, 9))
+    table = tables[-1]
+    shown = {(row[0], row[2]): row[table.header.index("goal")] for row in table.rows}
+    assert shown == {
+        ("1", "never"): "≥ 0.95: met",
+        ("1", "0.62"): "≥ 2.4: met",
+        ("16", "never"): "≥ 0.95: met",
+        ("16", "0.62"): "≥ 2.3: NOT met",
+        ("64", "never"): "≥ 0.95: met",
+        ("64", "0.62"): "≥ 1.8: met",
+        ("128", "never"): "≥ 0.95: NOT met",
+        ("128", "0.62"): "–",
+    }
+    assert [(one["goal"], one["met"]) for one in table.records[2:4]] == [(0.95, True), (2.3, False)]
+    assert len(table.goals) == 7
+
+
+def test_goals_are_those_of_a_context(made_up_gpu):
+    (*_, table) = throughput.measure(made_up_gpu, False, [16], [4096])
+    assert [(one["right"], one["goal"]) for one in table.records] == [
+        ("never", 0.95),
+        ("0.62", None),
+        ("problems", None),
+        ("instructions", None),
+    ]

@@ -24,6 +24,7 @@ ARCHITECTURES = {
     "olmo2": {},
     "granite": {"embedding_multiplier": 2.0},
     "cohere": {},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
 }
 
 

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 GROUPS = {
     "ops": ("readout", "decode_attention", "span_attention", "linear", "packed", "gated_lora", "distill"),
-    "step": ("gated_step", "compiled", "train_step"),
+    "step": ("gated_step", "compiled", "launches", "train_step"),
     "generation": ("decode", "call", "real", "throughput", "token_by_token", "assisted"),
     "all of it": ("preflight", "gpu", "aot"),
 }

@@ -4,6 +4,7 @@ import json
 import zipfile
 from pathlib import Path
 from subprocess import CompletedProcess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from safetensors.torch import load_file
 from mtpkern import cli
 from mtpkern.adapter_config import settings_of
 from mtpkern.bench import real
+from mtpkern.compare import Completion
 from mtpkern.rows import read_lines
 from mtpkern.sets import HELD_OUT_TEMPLATES
+from mtpkern.strategies import Static, Verified
 from mtpkern.train import smollm2
 
 
@@ -138,3 +141,28 @@ def test_from_nothing_to_an_adapter_that_keeps_the_tokens(base, monkeypatch, cap
     assert [goal["target"] for goal in table["goals"]] == [0.95, 0.95]
     with pytest.raises(ValueError, match="holds 4 prompts; expected at least 9"):
         real.main([*options, "--number", "9"])
+
+
+def test_real_compares_what_is_made_alike(monkeypatch):
+    """On a GPU ours and one a pass are the same code, with the same prompts and as many new tokens, warm and timed."""
+    asked = {"timed": [], "decode": []}
+
+    def note(name, found):
+        def call(model, inputs, way, **options):
+            asked[name].append((model, way, {"inputs": inputs, **options}))
+            return found
+
+        return call
+
+    answer = [Completion([1, 2], [1, 1])]
+    monkeypatch.setattr(real, "timed", note("timed", (answer, 1.0)))
+    monkeypatch.setattr(real, "decode", note("decode", answer))
+    monkeypatch.setattr(real, "pad", lambda ids, device: {"input_ids": torch.tensor(ids)})
+    original, adapted = (SimpleNamespace(device=torch.device("cuda")) for _ in range(2))
+    how = {"batch_size": 1, "max_new_tokens": 8, "reference": {}}
+    list(real.decode_in_turns(original, adapted, [("a", [3, 4])], Verified(4), **how))
+    for calls in asked.values():
+        found = {way: (model, options) for model, way, options in calls}
+        assert [found[way][0] for way in (None, Static(1), Verified(4))] == [original, original, adapted]
+        assert found[Static(1)][1] == found[Verified(4)][1]
+        assert found[Static(1)][1]["max_new_tokens"] == 8

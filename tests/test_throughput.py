@@ -5,12 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from mtpkern.bench import models, throughput
 from mtpkern.strategies import Verified
 from support.benches import H200
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_drafts_that_are_seldom_right_are_drafts_too():
@@ -103,3 +104,30 @@ def test_goals_are_those_of_a_context(made_up_gpu):
         ("problems", None),
         ("instructions", None),
     ]
+
+
+def test_throughput_compares_what_is_made_alike(monkeypatch):
+    """On a GPU both sides are captured and compiled; they differ in what their strategies are."""
+    made = []
+
+    def note(model, strategy, batch, context, room, **options):
+        made.append({"strategy": strategy, "batch": batch, "context": context, **options})
+        return SimpleNamespace(_ladder=None, graph=None)
+
+    class Judged:
+        device, dtype, config = CUDA, torch.bfloat16, SimpleNamespace(vocab_size=64)
+
+    monkeypatch.setattr(throughput, "model_of", lambda *_: Judged())
+    monkeypatch.setattr(throughput, "endless", note)
+    monkeypatch.setattr(throughput.Course, "run", lambda *_: (0.5, 2.0))
+    for name in ("require_room", "free", "share_of_peak", "bytes_read"):
+        monkeypatch.setattr(throughput, name, lambda *_, **__: None)
+    monkeypatch.setattr(throughput, "peak", lambda device: H200)
+    with FakeTensorMode():
+        list(throughput.measure(CUDA, True, [4], [24], ["never"]))
+    plain, ours = made
+    assert plain.pop("strategy").k == 1
+    assert ours.pop("strategy").verify
+    for own in ("rows", "by_load"):
+        assert plain.pop(own) != ours.pop(own)
+    assert plain == ours == {"batch": 4, "context": 24, "compile": True}

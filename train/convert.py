@@ -96,9 +96,7 @@ def convert(
     if (Path(source) / "lit_model.pth").exists() and not (Path(source) / "config.json").exists():
         raise ValueError(f"{source} is a litgpt checkpoint; export it first: litgpt convert_from_litgpt")
     if (Path(source) / "adapter_config.json").exists() and not (Path(source) / "config.json").exists():
-        raise ValueError(
-            f"{source} holds an adapter, no model's weights; mtpkern generate {source} decodes with it"
-        )
+        raise ValueError(f"{source} holds an adapter, no model's weights; mtpkern generate {source} decodes with it")
     known = PRESETS[preset] if preset is not None else None
     model, tokenizer = _load(source, dtype)
     recorded = recorded_settings(model)

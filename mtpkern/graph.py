@@ -237,7 +237,9 @@ def namespaces(kinds: Iterable[type]) -> list[dict[str, Any]]:
     """
     files = dict.fromkeys(kind.__module__ for kind in kinds if not kind.__module__.startswith("torch."))
     spaces = [vars(sys.modules[name]) for name in ("torch.nn.functional", *files) if name in sys.modules]
-    return [dict(space) for space in (vars(torch.nn.Module), *map(vars, kinds), *spaces)]
+    # Of names with two underscores torch.compile puts some into the files that it compiles.
+    public = [{name: x for name, x in space.items() if not name.startswith("__")} for space in spaces]
+    return [*public, *(dict(vars(kind)) for kind in (torch.nn.Module, *kinds))]
 
 
 # What torch keeps in every module and no forward depends on.

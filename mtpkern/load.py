@@ -68,9 +68,9 @@ MOST_SHOWN = 64 * UNIT
 # Of the latest so many passes of as many rows the second shortest tells the time: disturbances make one longer, but
 # where processors are shared one may be shorter than all others.
 LATEST = 8
-# Passes without masks before one has them again, whatever is known of them: their time may have been disturbed, drafts
-# may have become right.
-PATIENCE = 8
+# Passes without masks before one has them again, whatever is known of them, at first and at most: their time may have
+# been disturbed, drafts may have become right.
+PATIENCE, MOST_PATIENCE = 8, 128
 # Passes for which a price stays that is the last one or next to it: to find one takes a tenth of a small model's pass.
 # A try may come so much later.
 HELD = 4
@@ -123,6 +123,9 @@ class PassTimes:
         self.look = FIRST_LOOK
         # Hits and chains of the model's runs on a CPU, the later the more.
         self.shown = np.zeros(2)
+        # Passes since one was to have masks, and how many it may be before one is to have them: of all runs together,
+        # or short ones would all have theirs.
+        self.plain, self.patience = 0, PATIENCE
 
     def saw(self, rows: int, seconds: float) -> None:
         """Note a pass."""
@@ -314,8 +317,6 @@ class Load:
     def __init__(self, times: PassTimes, k: int, rows: int, masks: int = 0) -> None:
         self.times, self.k, self.rows, self.bought = times, k, rows, Bought(masks)
         self.passes = 0
-        # Passes since one was to have masks, and how many it may be before one is to have them.
-        self.plain, self.patience = 0, PATIENCE
         self.shown = times.shown
         self.threshold = _threshold(*self.shown.tolist())
         # The last price that was found, and for how many passes it has stayed; 0 where it was far from that before.
@@ -333,7 +334,7 @@ class Load:
             return math.inf
         if 0 < self._held < HELD:
             self._held += 1
-            self.plain += self.plain > 0
+            self.times.plain += self.times.plain > 0
             return self._last_price
         running = sequences.status.numpy() == RUNNING
         hits, chains = sequences.hits.numpy()[running], sequences.chains.numpy()[running]
@@ -345,13 +346,14 @@ class Load:
         price = price_of(hits, chains, self.k, self.rows, self.times, self.shown, self.bought)
         self._held, self._last_price = int(_are_near(price, self._last_price)), price
         odds = _odds(hits, chains)
+        times = self.times
         if odds.max() >= price:
-            self.plain, self.patience = 0, PATIENCE
+            times.plain, times.patience = 0, PATIENCE
             return price
-        self.plain += 1
-        if self.plain < self.patience:
+        times.plain += 1
+        if times.plain < times.patience:
             return price
-        self.plain, self.patience = 0, LOOK_AGAIN * self.patience
+        times.plain, times.patience = 0, min(LOOK_AGAIN * times.patience, MOST_PATIENCE)
         self._last_price, self._held = math.nan, 0
         self._tried = self._try(odds)
         return self._tried

@@ -150,12 +150,13 @@ def learned_positions(model: PreTrainedModel, *, needed: int) -> int | None:
     if not isinstance(most, int) or needed <= most:
         return None
     for name, module in model.named_modules():
-        if isinstance(module, Embedding) and name.rpartition(".")[2] in _POSITIONS:
-            # Some leave their first rows unused. Another number of rows is that of a tower beside the decoder.
-            if module.num_embeddings - getattr(module, "offset", 0) == most:
-                return most
-        elif isinstance(getattr(module, "pos_encoding", None), Tensor):
-            return len(module.pos_encoding)  # computed, once and for all
+        # Some leave their first rows unused. Another number of rows is that of a tower beside the decoder.
+        is_table = isinstance(module, Embedding) and name.rpartition(".")[2] in _POSITIONS
+        if is_table and module.num_embeddings - getattr(module, "offset", 0) == most:
+            return most
+        tables = (getattr(module, name, None) for name in ("pos_encoding", *_POSITIONS))
+        if (table := next((x for x in tables if isinstance(x, Tensor)), None)) is not None:
+            return len(table)  # computed, once and for all
     return None
 
 

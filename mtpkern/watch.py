@@ -226,12 +226,18 @@ class Watch:
 
     def _ask(self, prefix: Tensor) -> list[bool]:
         with torch.cuda.stream(self.stream):  # None: no other stream
-            done = self.others(prefix.to(self.device, copy=True, memory_format=torch.contiguous_format), None)
-            if done.shape != (len(prefix),):
-                raise ValueError(
-                    f"stopping criteria must say of each sequence whether it is done, a tensor [{len(prefix)}], or "
-                    f"True or False for all; {[type(x).__name__ for x in self.others]} gave {list(done.shape)}"
-                )
+            ids = prefix.to(self.device, copy=True, memory_format=torch.contiguous_format)
+            done = torch.zeros(len(ids), dtype=torch.bool, device=self.device)
+            for criterion in self.others:
+                said: Any = criterion(ids, None)
+                if isinstance(said, (bool, Tensor)):
+                    done = done | said
+                if not isinstance(said, (bool, Tensor)) or done.shape != (len(ids),):
+                    gave = list(said.shape) if isinstance(said, Tensor) else repr(said)
+                    raise ValueError(
+                        f"stopping_criteria must say of each sequence whether it is done, a tensor [{len(ids)}], or "
+                        f"True or False for all; {getattr(criterion, '__name__', type(criterion).__name__)} gave {gave}"
+                    )
             return done.tolist()  # type: ignore[no-any-return]
 
     def _show_blocks(self) -> None:

@@ -216,7 +216,7 @@ def test_a_stream_raises_what_generate_raises(model: Any, inputs: Any) -> None:
             raise Leaves
 
     stream = mtpkern.stream(model, **inputs, max_new_tokens=NEW, strategy=Static(1), stopping_criteria=[fail])
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match=r"a tensor \[3\], or True or False for all; fail gave None"):
         list(stream)
     with pytest.raises(StopIteration):
         next(stream)

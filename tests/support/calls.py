@@ -319,6 +319,8 @@ def _draw_fields(call: Call, rng: Random) -> None:
             call.faults[name] = (name,)
     if rng.random() < 0.2:
         call.options |= dict(rng.sample(INERT_ARGUMENTS, rng.randint(1, 2)))
+        if "tokenizer" in call.options:
+            call.file.pop("stop_strings", None)  # for which it would have to be one
     if rng.random() < 0.3:
         name, value = rng.choice(CHANGING)
         call.inert.pop(name, None)

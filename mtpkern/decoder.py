@@ -7,6 +7,8 @@ on a GPU the whole step is one CUDA graph (mtpkern.graph).
 The host waits for the device, in a run on a GPU, where transformers looks whether a mask is needed at all (for prompts
 with padding) and where a PrefixCache looks at the weights; between passes for the poll's event, a step behind, for the
 capture of a new graph, and without a graph each time the buffers may have filled up.
+
+One file, for the step and the ways to run it, since each of them reads and sets nearly all of the one state.
 """
 
 from __future__ import annotations
@@ -339,25 +341,23 @@ class Decoder:
         with unrouted(self.model) if self.choice.choosing.on_host else nullcontext():
             return self.choice(logits, seq, position, start)
 
-    @property
-    def _on_ladder(self) -> bool:
-        """Whether passes come in a few numbers of rows."""
-        return self.by_load and self.graph is not None and len(self._ladder.rungs) > 1
-
     def poll(self) -> Poll:
         """What `run` must know of the sequences, and no more."""
         if self._on_cpu or not self.by_load:
             return Poll(self.sequences)
-        if self._on_ladder:
+        if self.graph is not None and len(self._ladder.rungs) > 1:
             return TimedPoll(self.sequences)
         # Where there are rows for everybody, everybody has them: they cost the same used or not.
         most = len(self.sequences.status) * (2 * self.strategy.k - 1 + self.strategy.masks)
         return (OddsPoll if most > len(self.all_rows.seq) else Poll)(self.sequences)
 
     def run(self, route: dict[str, AttentionContext], poll: Poll | None = None) -> None:
-        """Step until every sequence is done, at most max_passes; a `poll` of others than `poll()` may do more."""
-        own = self.poll()
-        poll = poll or own
+        """Step until every sequence is done, at most max_passes.
+
+        poll: this decoder's `poll()`, as by default, or one that asks others besides.
+        """
+        poll = poll or self.poll()
+        own = self.poll() if poll.calls_others else poll
         if self._on_cpu:
             return self._run_on_cpu(route, poll)
         if isinstance(own, TimedPoll):

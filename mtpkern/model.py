@@ -155,8 +155,8 @@ def learned_positions(model: PreTrainedModel, *, needed: int) -> int | None:
         if is_table and module.num_embeddings - getattr(module, "offset", 0) == most:
             return most
         tables = (getattr(module, name, None) for name in ("pos_encoding", *_POSITIONS))
-        if (table := next((x for x in tables if isinstance(x, Tensor)), None)) is not None:
-            return len(table)  # computed, once and for all
+        if any(isinstance(table, Tensor) and len(table) == most for table in tables):
+            return most  # computed, once and for all
     return None
 
 

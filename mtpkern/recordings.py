@@ -137,8 +137,9 @@ class Recordings:
 
 def _is_plain(model: nn.Module) -> bool:
     """Whether all that the model's modules do is to call operations, on tensors that hold their values themselves."""
+    known = _PLAIN | sys.stdlib_module_names
     called = (x for space in namespaces(dict.fromkeys(map(type, model.modules()))) for x in space.values())
-    if any(isinstance(x, FunctionType) and _root(x) not in _PLAIN | sys.stdlib_module_names for x in called):
+    if any(isinstance(x, FunctionType) and _root(x) not in known for x in called):
         return False
     for module in model.modules():
         held = vars(module)

@@ -21,7 +21,6 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria
 
 from mtpkern.kernels.state import FAULT, LIMIT, RUNNING, STOPPED, Sequences
@@ -86,7 +85,7 @@ class Watch:
         self.closed: Event | None = getattr(streamer, "closed", None) if self.by_blocks else None
         self.strings = [*of_kind(criteria, StopStringCriteria), *of_kind(criteria, TextStops)]
         self.clocks = of_kind(criteria, MaxTimeCriteria)
-        self.others = StoppingCriteriaList(x for x in criteria if type(x) not in _KNOWN)
+        self.others = [x for x in criteria if type(x) not in _KNOWN]
         self.begun = False
 
     @classmethod

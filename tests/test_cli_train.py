@@ -51,6 +51,7 @@ def test_flags_win_over_a_file(tmp_path):
         ("lerning_rate: 1", [], r"unknown option 'lerning_rate' \(did you mean 'learning_rate'\?\)"),
         ("k_max: 4\nk_min: 2\nk_max: 5", [], "line 3: k_max given twice, before in line 1"),
         ("{k_max: 4, k_max: 5}", [], "k_max given twice"),
+        ("separator: 3.0", [], "separator must be a text.*; got 3.0 .*put a text in quotes"),
         ("k_max: 3.0", [], "k_max must be a whole number.*; got 3.0 .*write 3"),
         ("k_max: 4", ["--train-data", "a.jsonl", "--train_data=b.jsonl"], "--train-data given more than once"),
         ("- k_max", [], "expected names and values; got list"),

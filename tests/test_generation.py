@@ -12,6 +12,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 import mtpkern
 import mtpkern.attention
 from mtpkern import ConfAdapt, MTPGenerateOutput, Static, Verified, reference
+from mtpkern.model import learned_positions
 from mtpkern.strategies import Strategy
 from support.slow import slow_but
 
@@ -359,6 +360,16 @@ def test_up_to_the_last_learned_position(model_type: str, prompt: int, tiny: Any
         mtpkern.generate(model, **inputs, max_new_tokens=99)
     with pytest.raises(ValueError, match="has learned 32 positions"):
         mtpkern.generate(model, tiny.prompts(33)[0], max_new_tokens=1)
+
+
+def test_positions_of_a_tower_beside_the_decoder_are_not_its_own(model: Any) -> None:
+    model.tower = torch.nn.Module()
+    model.tower.position_embeddings = torch.nn.Parameter(torch.zeros(1, 9, 4))
+    assert learned_positions(model, needed=10_000_000) is None
+    most = model.config.max_position_embeddings
+    model.tower.embed_positions = torch.zeros(most, 4)
+    assert learned_positions(model, needed=most + 1) == most
+    assert learned_positions(model, needed=most) is None
 
 
 EXTRA = {

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 import mtpkern
-from mtpkern import ConfAdapt, Static, Verified, pool
+from mtpkern import ConfAdapt, Static, Verified, graph, pool
 from mtpkern.attention import attention_context
 from mtpkern.decoder import Decoder
 from mtpkern.load import Ladder
+from mtpkern.poll import Poll
 from mtpkern.pool import release_graphs
 from mtpkern.refill import Slots
 from mtpkern.strategies import Strategy
@@ -101,6 +102,24 @@ def test_a_rung_that_cannot_be_captured_is_not_chosen_again(
         generate(tiny, tiny.model("llama"), 9, 4, 12, max_new_tokens=24)
     assert seen[0] is False
     assert seen[-1] is True
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_pass_on_the_ladder_asks_once(
+    watched: bool, recorded: type[RecordedStep], tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of times, odds and whether it goes on; who watches besides is a second."""
+    asked, passes = [], []
+    running, step = Poll.running, graph.StepGraph.__call__
+    monkeypatch.setattr("mtpkern.load.STEP", 1)
+    monkeypatch.setattr(Ladder, "choose", lambda ladder, *_: (ladder.rungs[0], float("inf")))
+    monkeypatch.setattr(Poll, "running", lambda self: asked.append(self) or running(self))
+    monkeypatch.setattr(graph.StepGraph, "__call__", lambda *args: passes.append(args[2]) or step(*args))
+    watches = {"stopping_criteria": [lambda ids, scores: False]} if watched else {}
+    generate(tiny, tiny.model("llama"), 9, 4, 12, max_new_tokens=24, **watches)
+    assert len(set(passes)) > 1
+    assert len(passes) > 20
+    assert len(asked) in ({2 * len(passes), 2 * len(passes) + 1} if watched else {len(passes), len(passes) + 1})
 
 
 def without(call: dict[str, Any]) -> dict[str, Any]:

@@ -177,7 +177,7 @@ def _remedy(value: Any, hint: Any) -> str:
         return "give one value without brackets" if "a list" not in _said(hint) else "mend its items"
     if isinstance(value, str):
         return "leave the quotes out"
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, float) and value.is_integer() and "a whole number" in _said(hint):
         return f"write {int(value)}"
     return "put a text in quotes" if "a text" in _said(hint) else "mend it"
 

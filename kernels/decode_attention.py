@@ -380,7 +380,8 @@ def decode_attention(
     depends on the batch; that takes 4 (D_V + 1) bytes a row, query head and 256 slots. The torch form ignores it.
     `slots`, where the host knows that only so many hold anything, this pass's included: no more are looked at.
 
-    The torch form spreads rows to [B, W], attends as a padded batch does, and gathers rows back. The G heads that share
+    The torch form spreads rows to [S, W], of the S sequences that have some (all, unless the host knows), attends as a
+    padded batch does, and gathers rows back. The G heads that share
     keys stand below one another as G W rows of one: given as heads of their own, one row of each takes a CPU 3 to 17
     times as long in bfloat16, and two to nine rows up to twice as long (docs/log.md, "less around a CPU's products").
     With a softcap or sinks it computes in float32, or in float64 for float64 inputs; else as
@@ -389,15 +390,16 @@ def decode_attention(
         out = decode_attention(q, k, v, k_cache, v_cache, PackedRows(seq, slot, start, max_rows=15), Scoring(D**-0.5))
     """
     kv_write.reference(k_cache, v_cache, key, value, rows.seq, rows.slot)
-    (B, Hkv, C, D), (R, Hq, _), Dv = k_cache.shape, query.shape, v_cache.shape[-1]
-    C, W = C - 1 if slots is None else slots, R if B == 1 else max(1, rows.max_rows)
+    (_, Hkv, C, D), (R, Hq, _), Dv = k_cache.shape, query.shape, v_cache.shape[-1]
+    C = C - 1 if slots is None else slots
     scale, softcap, sinks = scoring.scale, scoring.softcap, scoring.sinks
     wide = attention_dtype(query)
     spread = rows.spread(scoring.window, C, wide, (Hq, Hkv))
     # Of one sequence all rows are there already.
     q = query.transpose(0, 1) if spread.bring is None else query.reshape(R * Hq, D).index_select(0, spread.bring)
-    q = q.reshape(B, Hkv, -1, D)
-    k, v = k_cache[:, :, :C], v_cache[:, :, :C]
+    S = len(spread.bias)
+    q = q.reshape(S, Hkv, -1, D)
+    k, v = k_cache[spread.sequences, :, :C], v_cache[spread.sequences, :, :C]
     if softcap is None and sinks is None:
         q, k, v = (x.to(wide) for x in (q, k, v))
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=spread.bias, scale=scale)
@@ -409,13 +411,14 @@ def decode_attention(
             s = s.div_(softcap).tanh_().mul_(softcap)
         s = s.add_(spread.bias)
         if sinks is not None:
-            s = torch.cat([s, sinks.to(dtype).repeat_interleave(W).view(1, Hkv, -1, 1).expand(B, -1, -1, -1)], dim=-1)
+            sink = sinks.to(dtype).repeat_interleave(s.shape[2] * Hkv // Hq).view(1, Hkv, -1, 1)
+            s = torch.cat([s, sink.expand(S, -1, -1, -1)], dim=-1)
         o = s.softmax(-1)[..., :C] @ v
     o = o.to(query.dtype)
     if spread.back is None:
         o = o.view(Hq, R, Dv).transpose(0, 1)
     else:
-        o = o.reshape(B * Hq * W, Dv).index_select(0, spread.back).view(R, Hq, Dv)
+        o = o.reshape(-1, Dv).index_select(0, spread.back).view(R, Hq, Dv)
     if spread.unused.dtype == torch.bool:
         return o.masked_fill(spread.unused[:, None, None], 0)
     return o.index_fill_(0, spread.unused, 0)  # a sixth of the time

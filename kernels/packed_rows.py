@@ -19,15 +19,17 @@ def is_host(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Spread:
-    """How packed rows lie in a padded batch [B, W]: what they do not see, as bias [B, 1, G W, C], and which are unused.
+    """How packed rows lie in a padded batch [S, W]: what they do not see, as bias [S, 1, G W, C], and which are unused.
 
-    bring [B Hq W]: which row of [R Hq] goes to a place, any to one without; back [R Hq]: the places that rows come back
-    from. Neither where there is one sequence, whose rows stand there already. unused [R]: a mask over rows, or on a CPU
-    their numbers.
+    sequences: the S of B that take part, all of them but on a CPU, where those without rows are left out. bring
+    [S Hq W]: which row of [R Hq] goes to a place, any to one without; back [R Hq]: the places that rows come back from.
+    Neither where there is one sequence, whose rows stand there already. unused [R]: a mask over rows, or on a CPU their
+    numbers.
     """
 
     bias: Tensor
     unused: Tensor
+    sequences: slice | Tensor
     bring: Tensor | None = None
     back: Tensor | None = None
 
@@ -63,8 +65,11 @@ class PackedRows:
         return self.memo[key]
 
     def _spread(self, window: int | None, capacity: int, dtype: torch.dtype, Hq: int, Hkv: int) -> Spread:
-        B, R, device = len(self.start) - 1, len(self.slot), self.slot.device
-        W = R if B == 1 else max(1, self.max_rows)
+        R, device = len(self.slot), self.slot.device
+        sequences = self._with_rows() if is_host(device) else slice(None)
+        begin, stop = self.start[:-1][sequences], self.start[1:][sequences]
+        S = len(begin)
+        W = R if S == 1 else max(1, self.max_rows)
         o_c = torch.arange(capacity, device=device)
         unused = self.slot >= capacity
         # A row sees span <= c < end and scratch <= c < prefix: nothing, where all are 0.
@@ -73,17 +78,20 @@ class PackedRows:
             bounds += [self.prefix_end, self.span_start]
         seen = torch.stack(bounds).masked_fill_(unused, 0)
         bring = back = None
-        if B > 1:
+        if S > 1:
             o_r, o_w = torch.arange(R, device=device), torch.arange(W, device=device)
-            row = self.start[:-1, None] + o_w
-            no_row = row >= self.start[1:, None]
+            row = begin[:, None] + o_w
+            no_row = row >= stop[:, None]
             row = row.masked_fill_(no_row, 0)
             seen = seen[:, row].masked_fill_(no_row, 0)
             o_h = torch.arange(Hq, device=device)
             bring = (row[:, None, :] * Hq + o_h[:, None]).flatten()
-            place = (o_r - self.start[self.seq]).masked_fill_(unused, 0) + self.seq * (Hq * W)
+            # Of unused rows, which are nobody's here, any.
+            first = torch.zeros_like(self.start[1:])
+            first[sequences] = torch.arange(S, device=device) * (Hq * W) - begin
+            place = (o_r + first[self.seq]).masked_fill_(unused, 0)
             back = (place[:, None] + o_h * W).flatten()
-        end, *spans = seen.view(len(bounds), B, W, 1)
+        end, *spans = seen.view(len(bounds), S, W, 1)
         visible = o_c < end
         if window is not None:
             visible &= o_c >= end - window
@@ -97,4 +105,15 @@ class PackedRows:
         bias = torch.zeros((), dtype=dtype, device=device).where(visible, -torch.inf)
         if is_host(device):
             unused = unused.nonzero().flatten()
-        return Spread(bias.repeat(1, Hq // Hkv, 1)[:, None], unused, bring, back)
+        return Spread(bias.repeat(1, Hq // Hkv, 1)[:, None], unused, sequences, bring, back)
+
+    def _with_rows(self) -> slice | Tensor:
+        """The sequences that have rows: from the first to the last, or where those are few among them, their numbers.
+
+        Their numbers have keys and values copied, which takes as long as some two more sequences.
+        """
+        some = self.start.diff().nonzero().flatten()
+        if not len(some):
+            return slice(None)
+        first, last = int(some[0]), int(some[-1]) + 1
+        return some if 3 * len(some) <= last - first else slice(first, last)

@@ -32,7 +32,7 @@ from mtpkern.graph import StepGraph, wants_graph
 from mtpkern.kernels.advance import advance
 from mtpkern.kernels.plan import plan
 from mtpkern.kernels.readout import readout
-from mtpkern.kernels.state import Rows, Sequences, Terms
+from mtpkern.kernels.state import RUNNING, Rows, Sequences, Terms
 from mtpkern.layers import CompiledLayers
 from mtpkern.load import Bought, Ladder, Load, default_rows, price_of, times_of
 from mtpkern.model import has_latent_attention, learned_positions
@@ -439,7 +439,9 @@ class Decoder:
     def _fit(self) -> None:
         """Bring the rows in use; attention reads the slots that hold something, for the most rows of a sequence."""
         start, cache = self.all_rows.start, self.cache
-        needed = cache.scratch + int(self.sequences.length.max()) + self.strategy.k - 1
+        sequences = self.sequences
+        running = sequences.length.masked_fill(sequences.status != RUNNING, 0)
+        needed = cache.scratch + int(running.max()) + self.strategy.k - 1
         cache.slots = min(cache.capacity, -(-needed // SLOT_STEP) * SLOT_STEP)
         cache.reserve(cache.slots)
         cache.max_rows = int(start.diff().max())

@@ -134,6 +134,25 @@ def test_rows_of_a_sequence_do_not_depend_on_the_others(form: Form) -> None:
         torch.testing.assert_close(alone.run(form), out[rows], rtol=1e-5, atol=1e-5)
 
 
+NO_ROWS: list[list[int]] = []
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "slots",
+    [
+        pytest.param([NO_ROWS, [7, 8, 9], NO_ROWS], id="one in the middle"),
+        pytest.param([NO_ROWS, [7, 8, 9], NO_ROWS, [4], NO_ROWS], id="two near each other"),
+        pytest.param([[7, 8, 9], NO_ROWS, NO_ROWS, NO_ROWS, NO_ROWS, [4, 5]], id="two far apart"),
+    ],
+)
+def test_sequences_without_rows_are_not_looked_at(form: Form, slots: list[list[int]]) -> None:
+    case = make_case(slots)
+    compare(form, case)
+    compare(form, case, window=2)
+    compare(form, case, sinks=torch.arange(case.query.shape[1]).float())
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_more_room_than_rows_changes_nothing(form: Form) -> None:
     case = make_case(RAGGED)

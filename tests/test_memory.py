@@ -148,3 +148,23 @@ def test_a_container_s_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     unlimited = available_memory(torch.device("cpu"))
     assert unlimited is not None
     assert unlimited > 3000
+
+
+def test_attention_looks_at_slots_of_sequences_that_run(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longer of two texts ends first; behind it the slots are those of the shorter one."""
+    model = tiny.model("llama")
+    ids, mask = tiny.prompts(200, 4)
+    plain = mtpkern.generate(model, ids, attention_mask=mask, strategy=Static(1), max_new_tokens=24)[:, ids.shape[1] :]
+    stop = next(int(x) for x in plain[0] if x not in plain[1])
+    slots: list[int] = []
+    attend = KVCache.attend
+
+    def noted(self: KVCache, *args: Any) -> Tensor:
+        slots.append(self.slots)
+        return attend(self, *args)
+
+    monkeypatch.setattr(KVCache, "attend", noted)
+    options = {"attention_mask": mask, "eos_token_id": stop, "max_new_tokens": 24}
+    found = mtpkern.generate(model, ids, strategy=Static(1), **options)
+    assert found[1, ids.shape[1] :].tolist() == plain[1].tolist()
+    assert slots[-1] < 64

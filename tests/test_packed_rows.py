@@ -69,3 +69,37 @@ def test_what_layers_share_is_made_once_a_window() -> None:
     rows.spread(2, C, torch.float32, ONE)
     rows.spread(2, C, torch.float32, TWO)
     assert set(rows.memo) == {(None, 1, 1), (2, 1, 1), (2, 4, 2)}
+
+
+def rows_of(counts: list[int]) -> PackedRows:
+    """So many rows of each sequence, in slots 1, 2, ... of it, and an unused one."""
+    seq = [b for b, n in enumerate(counts) for _ in range(n)]
+    slot = [1 + i for n in counts for i in range(n)]
+    start = torch.tensor([0, *counts]).cumsum(0)
+    last = len(counts) - 1
+    return PackedRows(torch.tensor([*seq, last]), torch.tensor([*slot, C]), start, max_rows=max(counts))
+
+
+def test_sequences_without_rows_are_left_out() -> None:
+    """Those between others stay, unless the others are few: then their keys would be copied."""
+    several = rows_of([0, 2, 0, 1, 0]).spread(None, C, torch.float32, ONE)
+    assert several.sequences == slice(1, 4)
+    assert several.bias.shape[0] == 3
+    assert several.bring is not None
+    assert several.bring.view(3, 2)[[0, 2], 0].tolist() == [0, 2]
+    assert several.back is not None
+    assert several.back[:3].tolist() == [0, 1, 4]
+    few = rows_of([1, 0, 0, 0, 0, 2]).spread(None, C, torch.float32, ONE)
+    assert isinstance(few.sequences, torch.Tensor)
+    assert few.sequences.tolist() == [0, 5]
+    assert few.back is not None
+    assert few.back[:3].tolist() == [0, 2, 3]
+
+
+def test_rows_of_one_sequence_among_others_stand_there_already() -> None:
+    spread = rows_of([0, 0, 3]).spread(None, C, torch.float32, TWO)
+    assert spread.sequences == slice(2, 3)
+    assert spread.bring is None
+    assert spread.back is None
+    assert spread.bias.shape == (1, 1, 2 * 4, C)
+    assert seen(rows_of([0, 0, 3])) == [[[0, 1], [0, 1, 2], [0, 1, 2, 3], []]]

@@ -89,6 +89,18 @@ def test_links_lead_somewhere(tmp_path):
     assert astray(tmp_path / "page.md") == ["#two", "page.md#one", "none.md"]
 
 
+def test_each_entry_of_the_log_begins_with_its_conclusion():
+    """One bold line of at most 200 characters behind the heading, the same that the contents show."""
+    contents, *entries = re.split(r"^(?=## \d{4}-)", (ROOT / "docs/log.md").read_text(), flags=re.MULTILINE)
+    shown = re.findall(r"^\| (\d\d-\d\d) \| \[(.+)\]\(#.+\) \| (.+) \|$", contents, re.MULTILINE)
+    found = []
+    for entry in entries:
+        match = re.match(r"## \d{4}-(\d\d-\d\d) (.+)\n\n\*\*(.{1,200})\*\*\n", entry)
+        assert match, entry[:80]
+        found.append(match.groups())
+    assert found == shown
+
+
 def test_readmes_tables_are_those_of_the_results():
     assert readme.main(["--check"]) == 0, f"run: {readme.COMMAND}"
     text = "".join(

@@ -20,9 +20,9 @@ the limit. Static(k) is the unverified form with a threshold below every confide
 The next pass: each running sequence brings its pending tokens and up to k - 1 masks, packed one sequence behind the
 other into R rows, as far as they are worth their price (kernels/worth.py; the price is 0 unless verified); none stands
 behind a draft that is a stop token, as nothing would come of it. R >= B * k always holds all pending tokens; with less,
-down to B, verified sequences drop drafts, to one level. What is left of R is dealt out as masks, evenly, the remainder
-to the first. Finished sequences bring nothing; rows left over go to the trash slot. Where there is a `budget`, so many
-of the R rows are dealt out.
+down to B, verified sequences drop drafts: each keeps at most as many pending tokens as fit for all alike. The rest of R
+is dealt out as masks, evenly, the remainder to the first. Finished sequences bring nothing; rows left over go to the
+trash slot. Where there is a `budget`, that many of the R rows are dealt out.
 
 A refuted draft (t < pending - 1) leaves nothing but its replacement: masks count only behind the last pending token.
 Verified, a sequence may bring up to `masks` more, in groups of up to k - 1 behind other pending tokens; the group

@@ -421,7 +421,7 @@ def decode_attention(
         o = o.reshape(-1, Dv).index_select(0, spread.back).view(R, Hq, Dv)
     if spread.unused.dtype == torch.bool:
         return o.masked_fill(spread.unused[:, None, None], 0)
-    return o.index_fill_(0, spread.unused, 0)  # a sixth of the time
+    return o.index_fill_(0, spread.unused, 0)  # a sixth of masked_fill's time
 
 
 @cache
@@ -479,7 +479,7 @@ def decode_attention_triton(
     # Padded in the registers only: a head width that is no power of two costs arithmetic, which is not what bounds us.
     BLOCK_D, BLOCK_V = (max(16, triton.next_power_of_2(width)) for width in (D, D_V))
     processors, shared_memory = _machine(query.device)
-    # R tells of the batch.
+    # A tile may follow from R, but not in the batch-invariant mode: R depends on what else is in the batch.
     entries = G * (max_rows if batch_invariant else max(1, min(max_rows, R)))
     BLOCK_M, BLOCK_N, num_warps, num_stages = _tile(entries, max(BLOCK_D, BLOCK_V), query.element_size(), shared_memory)
     TILES, least = triton.cdiv(entries, BLOCK_M), _least(BLOCK_M, BLOCK_N)
@@ -503,7 +503,7 @@ def decode_attention_triton(
     out = query.new_empty(R, Hq, D_V)
     part = query.new_empty(splits, R, Hq, D_V, dtype=torch.float32) if split else out[None]
     lse = query.new_empty(splits, R, Hq, dtype=torch.float32)
-    # A pointer is a pointer, where there is nothing to point to.
+    # The kernel takes some pointer where there are no sinks, or no spans, and does not read it.
     sink = query if sinks is None else sinks
     of_rows = rows.seq, rows.slot, *((rows.prefix_end, rows.span_start) if spans else [rows.slot] * 2), rows.start
     # Enough programs that none writes more rows than it has in flight at once: one after the other they would take as

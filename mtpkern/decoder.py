@@ -4,9 +4,9 @@ A step is one call of the unmodified model on R packed rows, then `readout`, the
 address from step to step and from run to run, and nothing in a step waits for the host or depends on what it knows: so
 on a GPU the whole step is one CUDA graph (mtpkern.graph).
 
-The host waits for the device, in a run on a GPU, where transformers looks whether a mask is needed at all (for prompts
-with padding) and where a PrefixCache looks at the weights; between passes for the poll's event, a step behind, for the
-capture of a new graph, and without a graph each time the buffers may have filled up.
+Where the host waits for the device in a run on a GPU: before the passes, where transformers looks whether padded
+prompts need a mask and where a PrefixCache looks at the weights; between passes, for the poll's event a step behind,
+for the capture of a new graph, and without a graph each time the buffers may have filled up.
 
 One file, for the step and the ways to run it, since each of them reads and sets nearly all of the one state.
 """
@@ -141,7 +141,7 @@ class Decoder:
         if choosing is not None:
             self.choice = Choice(choosing, strategy, self.sequences, self.terms, mask_token_id)
         self.by_load, self.threshold_by_load = by_load, threshold_by_load
-        # Kept with the graphs; seconds that the host has been at each.
+        # The ladder lives as long as the graphs do; by rows, the host's seconds in passes before their graph was there.
         self._ladder = Ladder(batch, rows, strategy.k, strategy.masks)
         self._making: defaultdict[int, float] = defaultdict(float)
         self.fingerprint: tuple[Any, ...] | None = None
@@ -200,7 +200,7 @@ class Decoder:
         self.terms.price.zero_()
         if self.terms.budget is not None:
             self.terms.budget.fill_(len(self.all_rows.seq))
-        # Whether the pass is known to have no masks, and so to be the base's own.
+        # Whether the pass is known to have no masks, so that a gated adapter has nothing to do in it.
         self._maskless = False
         self._load = None
         if self.by_load and self._on_cpu:
@@ -209,7 +209,7 @@ class Decoder:
             self._tell(self._load)
 
     def _tell(self, load: Load) -> None:
-        """On what terms the next pass plans the one behind it."""
+        """Set the price, and the threshold where that is by load too, for what the next pass plans."""
         self.terms.price.fill_(load.price(self.sequences))
         if self.threshold_by_load:
             self.terms.threshold.fill_(load.threshold)
@@ -300,7 +300,7 @@ class Decoder:
         return self.rows.token[None], told
 
     def _owners(self) -> list[Any]:
-        """What a pass calls that is another in a later run."""
+        """The objects that a recorded pass calls and that each run has anew: a replay is handed those of its run."""
         updates = self.products.updates() if isinstance(self.products, PackedProducts) else []
         return [self.cache, *updates]
 
@@ -400,7 +400,7 @@ class Decoder:
                 terms.budget.fill_(told[0])
                 terms.price.fill_(told[1])
             self._take(rows)
-            timed.passes.append(rows if rows in graph.captured else 0)
+            timed.passes.append(rows if rows in graph.captured else 0)  # 0: no replay, so its time tells nothing
             began = perf_counter()
             graph(partial(self.step, route), rows)
             if not timed.passes[-1]:
@@ -433,6 +433,7 @@ class Decoder:
             self._tell(load)
             rows, began = len(self.rows.seq), perf_counter()
             self.step(route)
+            # Not those that were being recorded or compared, which take longer.
             if self._recordings is None or self._recordings.usual:
                 load.saw(rows, perf_counter() - began)
 

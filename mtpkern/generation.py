@@ -135,7 +135,7 @@ def generate(
         output = mtpkern.generate(model, **tokenizer("Two and two is", return_tensors="pt"), max_new_tokens=64)
         print(tokenizer.decode(output[0]))
     """
-    given = dict(locals())
+    given = dict(locals())  # the arguments by name: nothing else is bound yet
     if getattr(kwargs.get("custom_generate"), "__module__", None) == __name__:
         # Our own call has come back, through a class's generate that leads here.
         kwargs.setdefault("inputs", input_ids)
@@ -155,6 +155,7 @@ def generate(
         try:
             return run()
         except Exception as error:
+            # Where a Triton kernel does not compile on this device, once more by the torch forms.
             if not without_kernels(error, model.device):
                 raise
         return run()
@@ -189,7 +190,7 @@ def settings_of(
 def _prepared_by_theirs(
     model: PreTrainedModel, input_ids: Tensor, settings: dict[str, Any], decode: Callable[[Prepared], Any]
 ) -> Any:
-    """What comes of the call by `decode`, once transformers has prepared it."""
+    """Have transformers' generate prepare the call, with `decode` in the place of its loop (its custom_generate)."""
     reached = False
 
     def ours(
@@ -236,8 +237,8 @@ def _decode(
     vocabulary = model.get_input_embeddings().weight.shape[0]
     require_prompts(host_ids, host_mask, mask_token_id=options.mask_token_id, vocabulary=vocabulary)
     B, T = input_ids.shape
-    prompts = [T] * B if host_mask is None else host_mask.long().sum(1).tolist()
-    if min(prompts) == T:
+    lengths = [T] * B if host_mask is None else host_mask.long().sum(1).tolist()  # of the prompts
+    if min(lengths) == T:
         attention_mask = None  # without padding transformers need not look for it
     input_ids = input_ids.to(model.device, torch.int64, non_blocking=True)
     if attention_mask is not None:
@@ -245,7 +246,7 @@ def _decode(
     stop_ids = stop_ids_of(stopping_criteria).to(model.device, non_blocking=True)
     # Criteria of the caller's for these two stand in the place of those of the configuration.
     limit = min(criterion.max_length for criterion in of_kind(stopping_criteria, MaxLengthCriteria))
-    longest, asked = max(prompts), max(1, limit - T)
+    longest, asked = max(lengths), max(1, limit - T)
     max_new_tokens = asked
     positions = learned_positions(model, needed=longest + asked - 1)  # the last token is never fed
     if positions is not None:
@@ -255,12 +256,13 @@ def _decode(
             raise ValueError(past_positions(model, positions, longest, asked))
     reuse = None
     if prefix_cache is not None:
-        reuse = Reuse(prefix_cache, model, [row[T - n :].numpy() for row, n in zip(host_ids.long(), prompts)])
+        reuse = Reuse(prefix_cache, model, [row[T - n :].numpy() for row, n in zip(host_ids.long(), lengths)])
     if watch is not None:
         watch.begin(host_ids, host_mask, new=max_new_tokens, padding=filler, device=given_on)
     prompt: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "chunk": options.prefill_chunk}
     prompt["known"] = None if reuse is None else reuse.fill
-    # The prefill is not routed here, and the results are read before another run may have the decoder.
+    # The prefill goes through the model's own attention: `decoder_for` runs it, in front of `routed`. The results are
+    # read inside, before another run may have the decoder.
     with (
         exclusive(model, wait=options.wait),
         torch.accelerator.device_index(model.device.index),
@@ -285,12 +287,12 @@ def _decode(
         status, length, blocks = on_host(sequences.status, sequences.length, sequences.blocks[:, :wanted])
         if watch is None:
             ends = sequences.length
-            emitted = (length - torch.tensor(prompts)).tolist()
+            emitted = (length - torch.tensor(lengths)).tolist()
             reasons = [REASONS[s] for s in status.tolist()]
         else:
             poll.finish()
             emitted, reasons = watch.ends, watch.reasons
-            ends = torch.tensor([start + n for start, n in zip(prompts, emitted)]).to(model.device, non_blocking=True)
+            ends = torch.tensor([start + n for start, n in zip(lengths, emitted)]).to(model.device, non_blocking=True)
         faulty = [b for b, reason in enumerate(reasons) if reason == "fault"]
         if faulty:
             raise RuntimeError(faults_of(f"sequences {faulty}"))

@@ -13,7 +13,19 @@ from mtpkern.cli import main
 from support.pages import fenced
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("quality", "strategies", "performance", "tutorial", "serving", "models", "figures/README")
+PAGES = (
+    "arguments",
+    "figures/README",
+    "log",
+    "models",
+    "paper",
+    "performance",
+    "quality",
+    "serving",
+    "strategies",
+    "training",
+    "tutorial",
+)
 
 
 @pytest.mark.slow("readme::test_the_readme_in_an_empty_folder")
@@ -50,11 +62,43 @@ def test_the_tutorial_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     assert "Answer:" in capsys.readouterr().out
 
 
-def test_links_lead_somewhere():
-    for page in PAGES:
-        links = re.findall(r"\]\((?!https?://)([^)#]+)\)", (ROOT / f"docs/{page}.md").read_text())
-        folder = (ROOT / f"docs/{page}.md").parent
-        assert not [link for link in links if not (folder / link).exists()], page
+def anchors(page: Path) -> set[str]:
+    """What a link into a page may name: its headings as GitHub writes them, and marks of its own."""
+    text = page.read_text()
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    made = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return made | set(re.findall(r'<a id="([\w-]+)">', text))
+
+
+def astray(page: Path) -> list[str]:
+    """The links of a page to files or headings that are not there."""
+    links = re.findall(r"\]\((?!https?://)([^)]+)\)", page.read_text())
+    wrong = []
+    for link in links:
+        name, _, anchor = link.partition("#")
+        there = page.parent / name if name else page
+        if not there.exists() or (anchor and anchor not in anchors(there)):
+            wrong.append(link)
+    return wrong
+
+
+def test_links_lead_somewhere(tmp_path):
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / f"docs/{page}.md" for page in PAGES)]:
+        assert not astray(page), page
+    (tmp_path / "page.md").write_text("# One `word`, two\n[a](#one-word-two) [b](#two) [c](page.md#one) [d](none.md)\n")
+    assert astray(tmp_path / "page.md") == ["#two", "page.md#one", "none.md"]
+
+
+def test_each_entry_of_the_log_begins_with_its_conclusion():
+    """One bold line of at most 200 characters behind the heading, the same that the contents show."""
+    contents, *entries = re.split(r"^(?=## \d{4}-)", (ROOT / "docs/log.md").read_text(), flags=re.MULTILINE)
+    shown = re.findall(r"^\| (\d\d-\d\d) \| \[(.+)\]\(#.+\) \| (.+) \|$", contents, re.MULTILINE)
+    found = []
+    for entry in entries:
+        match = re.match(r"## \d{4}-(\d\d-\d\d) (.+)\n\n\*\*(.{1,200})\*\*\n", entry)
+        assert match, entry[:80]
+        found.append(match.groups())
+    assert found == shown
 
 
 def test_readmes_tables_are_those_of_the_results():

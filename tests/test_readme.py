@@ -1,4 +1,4 @@
-"""What README.md and CONTRIBUTING.md tell a reader to type works: snippets run, commands and options exist."""
+"""What README.md, CONTRIBUTING.md and docs tell a reader to type works: snippets run, commands and options exist."""
 
 import contextlib
 import importlib.util
@@ -24,13 +24,20 @@ from support.pages import fenced
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
-
+TRAINING = (ROOT / "docs/training.md").read_text()
+OTHERS = [(ROOT / f"docs/{name}.md").read_text() for name in ("quality", "performance", "figures/README")]
 
 EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
 
-COMMANDS = [line for text in (README, CONTRIBUTING) for block in fenced(text, "sh") for line in block.splitlines()]
+COMMANDS = [
+    line
+    for text in (README, CONTRIBUTING, TRAINING, *OTHERS)
+    for block in fenced(text, "sh")
+    for line in block.splitlines()
+]
 
-(CONFIGURATION,) = fenced(README, "yaml")
+(GATED,), (FULL,) = fenced(README, "yaml"), fenced(TRAINING, "yaml")
+CONFIGURATIONS = {"my.yaml": GATED, "full.yaml": FULL}
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -40,10 +47,12 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 def check_training(words: list[str]) -> None:
     """Raise AssertionError where the configuration or a flag of `mtpkern train` is none."""
     with tempfile.TemporaryDirectory() as folder:
-        own = Path(folder) / "my.yaml"
-        own.write_text("model: m\n" + CONFIGURATION)
+        for name, text in CONFIGURATIONS.items():
+            (Path(folder) / name).write_text("model: m\n" + text)
+        places = {word: ROOT / word for word in words if word.endswith(".yaml")}
+        places |= {name: Path(folder) / name for name in CONFIGURATIONS}
         try:
-            parse([*(str(own) if word == own.name else word for word in words), "--use-cpu"])
+            parse([*(str(places.get(word, word)) for word in words), "--use-cpu"])
         except (ValueError, OSError) as error:
             raise AssertionError(f"{words}: {error}") from error
 
@@ -63,7 +72,7 @@ def check_command(command: str) -> None:
     elif words[0] == "mtpkern":
         with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
             try:
-                status = main([words[1], "--help"])
+                status = main([*words[1 : 3 if words[1] == "bench" else 2], "--help"])
             except SystemExit as end:
                 status = end.code
         assert status in (0, None), said.getvalue()
@@ -132,11 +141,6 @@ def test_what_ci_runs_is_what_contributing_says():
     assert [part for part in re.findall(r"`(make [^`]*)`", line) if part != "make fmt"][:4] == runs
 
 
-def test_links_lead_somewhere():
-    links = re.findall(r"\]\((?!https?://)([^)#]+)\)", README + CONTRIBUTING)
-    assert not [link for link in links if not (ROOT / link).exists()]
-
-
 def test_the_papers_table_names_what_exists():
     """Every row of docs/paper.md ends in functions and tests; each is found where the row says it is."""
     rooms = ("mtpkern", "kernels", "train")
@@ -157,24 +161,24 @@ def test_the_papers_table_names_what_exists():
             assert is_module or re.search(rf"^ *(def|class) {last}\b|^    {last}: ", sources, re.MULTILINE), (name, row)
 
 
-def walk(folder: Path) -> list[tuple[str, str]]:
-    """Every block of the README from top to bottom, in a folder: what stands in it, and what was printed before.
+def walk(page: str, folder: Path) -> list[tuple[str, str]]:
+    """Every block of a page from top to bottom, in a folder: what stands in it, and what was printed before.
 
     Python runs in one namespace; of the shell what decodes, trains on the reader's own file, or makes files for that.
     """
     namespace: dict[str, object] = {}
     shown, printed = [], ""
-    for language, block in re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE):
+    for language, block in re.findall(r"^```(\w+)\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE):
         if language == "text":
             shown.append((block, printed))
-        elif language in ("yaml", "json"):
-            (folder / {"yaml": "my.yaml", "json": "my.jsonl"}[language]).write_text(block)
+        elif language == "json":
+            (folder / "my.jsonl").write_text(block)
         with contextlib.redirect_stdout(io.StringIO()) as output:
             if language == "python":
-                exec(compile(block, "README.md", "exec"), namespace)
+                exec(compile(block, "a page", "exec"), namespace)
             for line in block.splitlines() if language == "sh" else ():
                 line = line.replace("$MODEL", str(mtpkern.ASSETS))
-                if line.startswith(("mtpkern generate", "mtpkern train my.yaml")):
+                if line.startswith(("mtpkern generate", "mtpkern train my.yaml", "mtpkern train full.yaml")):
                     brief = ["--max-steps", "2", "--use-cpu"] if line.startswith("mtpkern train") else []
                     assert main([*shlex.split(line)[1:], *brief]) == 0, line
                 elif line.startswith("head"):
@@ -190,7 +194,8 @@ def bare(text: str) -> list[str]:
 def test_the_readme_in_an_empty_folder(tmp_path, monkeypatch):
     """It runs there, prints what it shows, and what it shows is right."""
     monkeypatch.chdir(tmp_path)
-    shown = walk(tmp_path)
+    (tmp_path / "my.yaml").write_text(GATED)
+    shown = walk(README, tmp_path)
     assert len(shown) == 2
     for text, printed in shown:
         assert bare(text) == bare(printed)
@@ -201,6 +206,13 @@ def test_the_readme_in_an_empty_folder(tmp_path, monkeypatch):
     right = [is_right(answer["text"], f"#### {answer['result']}") for answer in answers]
     assert len(right) == 10
     assert sum(right) >= 9
+    assert (tmp_path / "runs/gated/adapter_config.json").exists()
+
+
+def test_the_page_on_training_in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full.yaml").write_text(FULL)
+    walk(TRAINING, tmp_path)
     for name in ("mine", "library"):
         assert json.loads((tmp_path / f"runs/{name}/config.json").read_text())["mtpkern"]["k_max"] == 12
 

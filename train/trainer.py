@@ -129,7 +129,8 @@ class MTPTrainer(RunTrainer):
                 teacher = fsdp2_prepare_model(self.accelerator, teacher)
         # With LoRA the student without its adapters.
         self.teacher = plain if isinstance(model, PeftModel) else teacher
-        # Our loss is divided by the rows of the whole accumulated batch already; 5.17 asks for it by the second name.
+        # Our loss is divided by the rows of the whole accumulated batch already. Trainer is told so by the first name,
+        # of transformers 5.17 by the second.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         stops = stop_tokens_of(plain)
         refuse(not stops, "the model's config names no eos_token_id, behind which spans end; set it")
@@ -233,7 +234,7 @@ class MTPTrainer(RunTrainer):
         return SpanContext(inputs["layout"].to(self.args.device))
 
     def _objective(self) -> Objective:
-        """What the student learns now: the data's tokens first, where a warm-up asks for it. Evaluation has one aim."""
+        """What the student learns now: in a warm-up the data's tokens. Evaluation has the same objective throughout."""
         warming_up = self.model.training and self.state.global_step < self.args.gt_warmup_steps
         target: Any = "gt" if warming_up else self.args.teacher_target
         return Objective(self.eos_token_ids, target, cast(Any, self.args.loss_support), self.args.eos_padding)
@@ -330,6 +331,7 @@ class MTPTrainer(RunTrainer):
         return output
 
     def _note_start(self) -> None:
+        """Note what the model predicts in one token a pass, for `eval_original_agreement`."""
         # Shards of FSDP are not there yet.
         if self._original is not None or self.eval_dataset is None or self.is_fsdp_enabled:
             return
@@ -346,7 +348,7 @@ class MTPTrainer(RunTrainer):
             )
 
     def _draws_apart(self) -> AbstractContextManager:
-        """What is drawn inside it, training does not notice."""
+        """A context whose random draws leave those of training as they are."""
         return torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else [])
 
     def _decode_held_out(self, held_out: HeldOut) -> dict[str, float]:
@@ -402,6 +404,7 @@ class MTPTrainer(RunTrainer):
         return bool(torch.stack([p.isfinite().all() for p in local]).all())
 
     def _try_out(self) -> None:
+        """Decode a held-out prompt before the first step, so that what is wrong with it shows at once."""
         # Shards of FSDP are not there yet.
         if self.held_out is not None and not self.is_fsdp_enabled:
             self.held_out.try_out(self.plain)

@@ -1,8 +1,11 @@
 """Rows by load: what a row may cost, from what passes take here and what each sequence's drafts have been worth.
 
-A pass of R rows takes T(R). A sequence with odds a brings masks down to the price p: m is how many of a, a², a³ ... are
-at least p. They promise y = a + ... + a^m tokens beyond the one that is certain, and as many drafts to feed again. The
-price is the one with the highest quotient over all sequences,
+A pass of R rows takes T(R). A mask promises a fraction of a token: the chance that what it proposes is confirmed. The
+price is the least promise for which a row is brought. What each sequence's own drafts have been worth is counted on the
+device (kernels/worth.py): hits, drafts confirmed, and chains, passes that tried some; a = hits / (hits + chains), with
+a prior, are the odds that one more draft is right. So at the price p a sequence brings m masks, as many of a, a², a³
+... as are at least p. They promise y = a + ... + a^m tokens beyond the one that is certain, and as many drafts to feed
+again. The price taken is the one with the highest quotient over all sequences,
 
     (n + sum of y) / T(n + sum of m + y)        n: sequences that run
 
@@ -72,7 +75,7 @@ LATEST = 8
 # been disturbed, drafts may have become right.
 PATIENCE, MOST_PATIENCE = 8, 128
 # Passes for which a price stays that is the last one or next to it: to find one takes a tenth of a small model's pass.
-# A try may come so much later.
+# Nobody looks meanwhile whether a try is due, which comes up to so many passes late.
 HELD = 4
 
 
@@ -228,10 +231,10 @@ class Bought:
         # What nobody has bought tells nothing; and no odds promise more than a span of masks that are always right.
         return np.minimum(promised / max(self.part, 1e-3), len(power))
 
-    def note(self, price: int) -> None:
-        """Note which price the next pass has; those of as many passes are remembered as chains are."""
-        if self._parts[price] > 0:
-            self.part += (self._parts[price] - self.part) / (1 << FORGOTTEN)
+    def note(self, which: int) -> None:
+        """Note which of PRICES the next pass has; those of as many passes are remembered as chains are."""
+        if self._parts[which] > 0:
+            self.part += (self._parts[which] - self.part) / (1 << FORGOTTEN)
 
 
 def _promised(
@@ -302,7 +305,7 @@ def _threshold(hits: float, chains: float) -> float:
 
 
 def _are_near(a: float, b: float) -> bool:
-    """Whether two of PRICES are the same or next to each other; nothing is near no price."""
+    """Whether two of PRICES are the same or next to each other; never, where b is NaN, which stands for no price."""
     return abs(int(PRICES.searchsorted(a)) - int(PRICES.searchsorted(b))) <= 1 and not math.isnan(b)
 
 
@@ -362,7 +365,7 @@ class Load:
         """The price at which each has as many masks, one at least, as if nothing were known of what they are worth."""
         nothing = np.zeros(len(odds))
         masks = self.predictions(price_of(nothing, nothing, self.k, self.rows, self.times)) - 1
-        # They go on changing until then, by a little.
+        # A tenth less, because the odds change a little until the pass is planned.
         return float(0.9 * odds.min() ** masks)
 
     def predictions(self, price: float) -> int:

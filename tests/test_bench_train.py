@@ -150,8 +150,8 @@ def test_bound_and_work_of_head_and_loss():
     hard, soft = (Case(2560, 151_936, 1024, s, trained=t) for s, t in ((False, True), (True, False)))
     assert hard.flops == 6 * 2560 * 151_936 * 1024
     assert soft.flops == hard.flops
-    assert hard.bound(2) == 2 * 151_936 * 1024 + 4 * 2560 * 1024 + 2**29
-    assert soft.bound(2) == 4 * 2560 * 1024 + 2**29
+    assert hard.bound(2, CPU) == 2 * 151_936 * 1024 + 4 * 2560 * 1024 + 2**29
+    assert soft.bound(2, CPU) == 4 * 2560 * 1024 + 2**29
 
 
 @pytest.mark.parametrize("until_fail", [False, True])

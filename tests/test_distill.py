@@ -1,6 +1,7 @@
 """The fused head against plain torch in float64, its memory, and what it must refuse."""
 
 from functools import partial
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -312,8 +313,8 @@ def test_operators_are_registered_rightly():
     student = *[x.detach() for x in leaves], *kept
     torch.library.opcheck(distill._readout_op.registered, (*student, 8, False))
     soft = teacher[0], *vars(teacher[1]).values(), torch.randn(R, V - 1), torch.float32
-    for frozen in ((target, *[None] * 9), (None, *soft)):
-        arguments = *student, *frozen, row_weight, [True, True, True], 8, False
+    for frozen, weight in product(((target, *[None] * 9), (None, *soft)), (None, row_weight)):
+        arguments = *student, *frozen, weight, [True, True, True], 8, False
         torch.library.opcheck(distill._gradients_op.registered, arguments)
     ready = [torch.randn(()), *(torch.randn_like(x) for x in leaves)]
     # Traced with its gradients as outputs, backward could not write into them: test_one_node_for_the_compiler.

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from mtpkern.bench.report import Goal, Table, program
 from mtpkern.bench.timing import Action, LeftOut, Spread, attempted, free, peak, peak_of, race
-from mtpkern.kernels.distill import Head, distill_loss, head_readout, room
+from mtpkern.kernels.distill import distill_loss, head_readout
+from mtpkern.kernels.head import Head, room
 from mtpkern.train.objective import until_fail
 
 OURS = "mtpkern"

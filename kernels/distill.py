@@ -9,23 +9,20 @@ their gradient is written over them, and backward only scales. Nothing is left o
 its product to the loss (`Rows`). Both public functions are operators of torch: no graph breaks.
 
 Shapes   hidden [R, H];  weight [V, H];  bias [V];  target, token [R] int64;  row_weight, confidence, entropy [R]
-Memory   at most `room` bytes of logits of student and teacher together, at least LOGITS (at V = 152k in 2 bytes: 1,280
+Memory   at most `room` bytes of logits of student and teacher together (kernels/head.py; at V = 152k in 2 bytes 1,280
          rows hard, 640 soft; on a GPU of 80 GiB 5,760 and 2,816), a product for the loss included; d hidden [R, H],
          d weight [V, H] of a trained head in its own dtype, PARTIAL bytes; where autocast makes the head narrower, a
          copy of it in autocast's dtype besides
 Traffic  behind the matrix product of a chunk the Triton form reads the logits twice and writes the gradient over them
 Ties     the lowest index wins
 Source   arXiv 2602.06019, section on the online self-distillation objective
-
-A long file, because readout and loss share the head, its chunks and what their kernels make of a logit.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -34,6 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mtpkern.kernels.form import on_device
+from mtpkern.kernels.head import Head, Rows, buffer_for, chunk_rows, multiply, product_dtype, products
 from mtpkern.kernels.op import operator
 
 if find_spec("triton"):
@@ -176,62 +174,8 @@ if find_spec("triton"):
 # Logits that a program of those kernels holds at once, and its warps.
 BLOCK, WARPS = 4096, 8
 
-# Bytes of the logits alive at once (`room`), and of a part of d weight that is computed in a narrower dtype than it is
-# summed in. With the workspace of the matrix products LOGITS and PARTIAL stay below 0.5 GiB. The torch form's logits,
-# about four copies of them in float32, stay in a CPU's cache.
-LOGITS, SHARE, PARTIAL, CACHE = 384 << 20, 48, 64 << 20, 8 << 20
-
-
-@dataclass(frozen=True)
-class Head:
-    """A language-model head: weight [V, H], bias [V], then a factor, then a soft cap; `banned` is never predicted.
-
-    `narrow` is the weight in the dtype of products, where it has been made once for several calls (`narrowed`).
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    logit_scale: float = 1.0
-    softcap: float | None = None
-    banned: int | None = None
-    narrow: Tensor | None = None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[R, H] -> [R, V], in at least float32."""
-        return self.finish(hidden @ self.weight.t())
-
-    def finish(self, z: Tensor) -> Tensor:
-        """The logits [R, V] of a product [R, V], in at least float32; they may take its place."""
-        if self.bias is not None:
-            z = z + self.bias
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
-        if self.logit_scale != 1:
-            z = z * self.logit_scale
-        if self.softcap is not None:
-            z = self.softcap * torch.tanh(z / self.softcap)
-        if self.banned is not None:
-            # A slice: a teacher may lack the token. No backward of the above keeps what is written over here.
-            z[:, self.banned : self.banned + 1] = float("-inf")
-        return z
-
-    def detach(self) -> Head:
-        """The same without gradients."""
-        bias = None if self.bias is None else self.bias.detach()
-        return replace(self, weight=self.weight.detach(), bias=bias)
-
-    def narrowed(self, hidden: Tensor) -> Head:
-        """The same for several calls with such states, where autocast computes in another dtype than the weight's."""
-        dtype = _product_dtype(hidden, self)
-        return self if dtype == self.weight.dtype else replace(self, narrow=self.weight.detach().to(dtype))
-
-    def within(self, dtype: torch.dtype) -> Head:
-        """The same with the weight in the dtype of a product, cast unless it has been."""
-        kept = self.narrow if self.narrow is not None and self.narrow.dtype == dtype else self.weight.to(dtype)
-        return replace(self, weight=kept, narrow=None)
-
-    def options(self) -> tuple[Tensor | None, int, float, float | None, int | None]:
-        """The fields, as kernels take them."""
-        return self.bias, self.weight.shape[0], self.logit_scale, self.softcap, self.banned
+# Bytes of a part of d weight that is computed in a narrower dtype than it is summed in.
+PARTIAL = 64 << 20
 
 
 class Readout(NamedTuple):
@@ -240,75 +184,6 @@ class Readout(NamedTuple):
     token: Tensor
     confidence: Tensor
     entropy: Tensor
-
-
-def _product_dtype(hidden: Tensor, head: Head, product: Tensor | None = None) -> torch.dtype:
-    """The dtype of the product: autocast's where it is on, else that of both operands."""
-    device, dtype = hidden.device.type, hidden.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    elif dtype != head.weight.dtype:
-        raise ValueError(
-            f"hidden states and head must have one dtype; got {dtype} and {head.weight.dtype}: cast one of them or "
-            "switch autocast on"
-        )
-    shape = hidden.shape[0], head.weight.shape[0]
-    if product is not None and (product.dtype != dtype or product.shape != shape):
-        raise ValueError(
-            f"a product must be {list(shape)} in {dtype}; got {list(product.shape)} in {product.dtype}: take it from "
-            "Rows.sharing, with the same rows, under the same autocast"
-        )
-    return dtype
-
-
-def room(device: torch.device) -> int:
-    """Bytes of logits alive at once on a device: LOGITS, or one in SHARE of a GPU's memory, free or not, if it is more.
-
-    So chunks, and with them bits, depend on the kind of the device alone. Of 80 GiB it is 2,560 rows of 152k tokens in
-    2 bytes, twice.
-    """
-    has = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    return max(LOGITS, has // SHARE)
-
-
-def _chunk(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device, triton: bool) -> int:
-    """Rows whose logits may live at once: equal parts, of at least 128 rows where there are as many."""
-    logits = room(device) // dtype.itemsize if triton else CACHE // 16
-    most = max(logits // vocabulary // 128, 1) * 128
-    parts = max(-(-rows // most), 1)
-    return max(-(-rows // (16 * parts)), 1) * 16
-
-
-def _buffer(hidden: Tensor, rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
-    """Room for a product [rows, V], rows a multiple of 16 elements apart, aligned for any V; all is written."""
-    return hidden.new_empty(rows, -(-vocabulary // 16) * 16, dtype=dtype)[:, :vocabulary]
-
-
-def _product(hidden: Tensor, head: Head, out: Tensor) -> Tensor:
-    """The product of states with the head, in the dtype of its weight and the first rows of a buffer."""
-    return torch.mm(hidden.to(head.weight.dtype), head.weight.t(), out=out[: len(hidden)])
-
-
-class Rows(NamedTuple):
-    """States [R, H] under a head, and room for their product, which `head_readout` fills and one `distill_loss` spends.
-
-    rows = Rows.sharing(hidden, Head(model.lm_head.weight))
-    loss = distill_loss(*rows, target=head_readout(*rows).token)
-    """
-
-    hidden: Tensor
-    head: Head
-    product: Tensor | None = None
-
-    @classmethod
-    def sharing(cls, hidden: Tensor, head: Head, products: int = 1) -> Rows:
-        """With room for the product, R V elements until the loss, if so many of them keep to the bound.
-
-        Without, the loss multiplies again: more work than writing and reading fresh memory, on a CPU from H = 100 on.
-        """
-        dtype, rows, vocabulary = _product_dtype(hidden, head), hidden.shape[0], head.weight.shape[0]
-        fits = products * rows * vocabulary * dtype.itemsize <= room(hidden.device)
-        return cls(hidden, head, _buffer(hidden, rows, vocabulary, dtype) if fits else None)
 
 
 def _readout_rows_triton(z: Tensor, head: Head, read: Readout) -> None:
@@ -333,14 +208,14 @@ def _readout_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, vocabulary = hidden.shape[0], head.weight.shape[0]
     head = head.within(dtype)
-    chunk = chunk or _chunk(rows, vocabulary, dtype, hidden.device, triton)
-    buffer = _buffer(hidden, min(chunk, rows), vocabulary, dtype) if product is None else product
+    chunk = chunk or chunk_rows(rows, vocabulary, dtype, hidden.device, triton)
+    buffer = buffer_for(hidden, min(chunk, rows), vocabulary, dtype) if product is None else product
     wide = torch.promote_types(dtype, torch.float32)
     read = Readout(*(hidden.new_empty(rows, dtype=x) for x in (torch.int64, wide, wide)))
     form = _readout_rows_triton if triton else _readout_rows_torch
     for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
-        z = _product(hidden[part], head, buffer if product is None else product[part])
+        z = multiply(hidden[part], head, buffer if product is None else product[part])
         form(z, head, Readout(*(x[part] for x in read)))
     return read.token, read.confidence.float(), read.entropy.float()
 
@@ -361,7 +236,7 @@ def head_readout(
         token, confidence, entropy = head_readout(hidden, Head(model.lm_head.weight, banned=mask_token_id))
     """
     triton = hidden.is_cuda if triton is None else triton
-    return Readout(*_readout_op(hidden, head, product, _product_dtype(hidden, head, product), chunk, triton))
+    return Readout(*_readout_op(hidden, head, product, product_dtype(hidden, head, product), chunk, triton))
 
 
 def distill_loss(
@@ -404,9 +279,9 @@ def distill_loss(
         )
     if row_weight is not None and row_weight.requires_grad:
         raise ValueError("row_weight gets no gradient; got one that requires it: detach it")
-    dtype, triton = _product_dtype(hidden, head, product), hidden.is_cuda if triton is None else triton
+    dtype, triton = product_dtype(hidden, head, product), hidden.is_cuda if triton is None else triton
     its_states, its_head, its_product = (None, None, None) if teacher is None else Rows(*teacher)
-    of_teacher = its_states, its_head, its_product, None if teacher is None else _product_dtype(*teacher)
+    of_teacher = its_states, its_head, its_product, None if teacher is None else product_dtype(*teacher)
     leaves = hidden, head.weight, head.bias
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
     with torch.no_grad():
@@ -495,13 +370,13 @@ def _gradients_op(
         rows = len(some)
         d_hidden.zero_()
     # A teacher's logits live beside the student's.
-    chunk = chunk or _chunk(rows, vocabulary * (1 if teacher_hidden is None else 2), dtype, hidden.device, triton)
-    student, of_teacher = _products(hidden, head, product, min(chunk, rows)), None
+    chunk = chunk or chunk_rows(rows, vocabulary * (1 if teacher_hidden is None else 2), dtype, hidden.device, triton)
+    student, of_teacher = products(hidden, head, product, min(chunk, rows)), None
     if teacher_head is not None:
         assert teacher_hidden is not None
         assert teacher_dtype is not None
         teacher_head = teacher_head.within(teacher_dtype)
-        of_teacher = _products(teacher_hidden, teacher_head, teacher_product, min(chunk, rows))
+        of_teacher = products(teacher_hidden, teacher_head, teacher_product, min(chunk, rows))
     if row_weight is None:
         row_weight = hidden.new_ones(rows)
     losses = hidden.new_empty(rows, dtype=torch.promote_types(dtype, torch.float32))
@@ -523,14 +398,6 @@ def _gradients_op(
             part_bias = z.sum(0, dtype=losses.dtype)
             d_bias.copy_(part_bias if start == 0 else d_bias + part_bias)
     return losses.sum(), d_hidden, d_weight, d_bias
-
-
-def _products(hidden: Tensor, head: Head, kept: Tensor | None, most: int) -> Callable[[Any], Tensor]:
-    """What gives the product of some rows: out of one that is kept, else anew, in room for so many of them."""
-    if kept is not None:
-        return lambda part: kept[part]
-    buffer = _buffer(hidden, most, len(head.weight), head.weight.dtype)
-    return lambda part: _product(hidden[part], head, buffer)
 
 
 def _gradients(hidden: Tensor, head: Head, needs: Sequence[bool]) -> list[Tensor]:

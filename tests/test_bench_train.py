@@ -12,7 +12,7 @@ from mtpkern.bench import distill, gated_step, models, real, span_attention, tim
 from mtpkern.bench.distill import Case, Inputs
 from mtpkern.bench.span_attention import FLEX, INTERLEAVED, OURS, SDPA, Shape
 from mtpkern.bench.timing import Peak, Spread
-from mtpkern.kernels.distill import Head
+from mtpkern.kernels.head import Head
 from mtpkern.kernels.span_mask import span_mask
 from mtpkern.train.layout import build_layout, stride_prefixes
 from mtpkern.train.lora import add_gated_lora

@@ -2,14 +2,15 @@
 
 from functools import partial
 from itertools import product
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mtpkern.kernels import distill
-from mtpkern.kernels.distill import Head, Rows, distill_loss, head_readout
+from mtpkern.kernels import head as heads
+from mtpkern.kernels.distill import distill_loss, head_readout
+from mtpkern.kernels.head import Head, Rows
 from support.losses import distill_loss_reference
 
 distill_loss_triton, head_readout_triton = (partial(form, triton=True) for form in (distill_loss, head_readout))
@@ -159,36 +160,6 @@ def test_never_all_logits_at_once(monkeypatch):
     assert sum(rows) == 4 * R
 
 
-def test_chunks_keep_a_matrix_product_busy_within_half_a_gigabyte():
-    """At V = 152k in 2 bytes; beside the logits a narrow part of d weight, and 64 MiB for the products themselves."""
-    chunk = partial(distill._chunk, dtype=torch.bfloat16, device=torch.device("cpu"), triton=True)
-    hard, soft = (chunk(2560, V) for V in (152_000, 2 * 152_000))
-    assert hard >= 1024
-    assert soft >= 512
-    assert hard * 152_000 * 2 + distill.PARTIAL + (64 << 20) <= 512 << 20
-    assert soft * 304_000 * 2 + distill.PARTIAL + (64 << 20) <= 512 << 20
-    # Equal parts, not one of 1,264 rows and a rest of 32.
-    assert chunk(1296, 152_000) == 656
-
-
-@pytest.mark.parametrize("gib", [8, 79, 139])
-def test_a_large_gpu_holds_the_logits_of_the_papers_batch_at_once(monkeypatch, gib):
-    """Qwen3's vocabulary in 2 bytes, for student and teacher; a smaller one has LOGITS."""
-    facts = SimpleNamespace(total_memory=gib << 30)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
-    device = torch.device("cuda", 0)
-    soft = distill._chunk(2560, 2 * 151_936, torch.bfloat16, device, triton=True)
-    assert soft == (640 if gib == 8 else 2560)
-    assert distill.room(device) <= max(distill.LOGITS, facts.total_memory / 40)
-
-
-def test_a_product_is_kept_within_the_bound_of_logits(monkeypatch):
-    hidden, head, *_ = case(dtype=torch.float32)
-    for over, products in ((0, 1), (1, 1), (0, 2), (1, 2)):
-        monkeypatch.setattr(distill, "LOGITS", products * R * V * 4 - over)
-        assert (Rows.sharing(hidden, head, products).product is None) == bool(over)
-
-
 def peak_bytes(f):
     """The most memory alive at once, above what was there before: every allocation of torch, in C++ too."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -210,7 +181,7 @@ def test_memory_of_the_triton_form(monkeypatch):
     monkeypatch.setattr(distill, "_loss_kernel", NoKernel(), raising=False)
     monkeypatch.setattr(distill, "_readout_kernel", NoKernel(), raising=False)
     V, H, rows = 4096, 256, 128
-    monkeypatch.setattr(distill, "LOGITS", rows * V * 4)
+    monkeypatch.setattr(heads, "LOGITS", rows * V * 4)
 
     def peak(R, form, *, trained=True):
         hidden = torch.randn(R, H, requires_grad=True)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mtpkern.kernels import distill, span_attention
-from mtpkern.kernels.distill import Head, Rows, distill_loss, head_readout
+from mtpkern.kernels.distill import distill_loss, head_readout
+from mtpkern.kernels.head import Head, Rows
 from mtpkern.kernels.span_mask import span_mask
 from mtpkern.train.layout import build_layout, draw_prefixes
 from support.losses import distill_loss_reference

@@ -7,8 +7,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mtpkern.adapter import gate_of
 from mtpkern.attention import attention_context
-from mtpkern.kernels import distill
-from mtpkern.kernels.distill import Head, distill_loss
+from mtpkern.kernels import head as heads
+from mtpkern.kernels.distill import distill_loss
+from mtpkern.kernels.head import Head
 from mtpkern.train.gated import BehindPrefixContext, gated_loss
 from mtpkern.train.layout import build_layout
 from mtpkern.train.lora import add_gated_lora
@@ -158,7 +159,7 @@ def test_a_loss_takes_the_product_of_the_readout(monkeypatch, target, support, r
     other = [PREFIXES.numel()] * (gated and target != "gt")
     with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
         got, _, once = counted(lambda: run(target, support))
-        monkeypatch.setattr(distill, "LOGITS", 0)
+        monkeypatch.setattr(heads, "LOGITS", 0)
         want, _, twice = counted(lambda: run(target, support))
     assert products_with_head(once) == [*other, *[rows] * readouts]
     more = 2 if target == "soft" else 1

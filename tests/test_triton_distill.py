@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mtpkern.kernels import distill
-from mtpkern.kernels.distill import Head, Rows, distill_loss, head_readout
+from mtpkern.kernels.distill import distill_loss, head_readout
+from mtpkern.kernels.head import Head, Rows
 from support.losses import distill_loss_reference
 
 pytest.importorskip("triton")

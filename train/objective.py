@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mtpkern.attention import attention_context, routed
-from mtpkern.kernels.distill import Head, Rows, distill_loss, head_readout
+from mtpkern.kernels.distill import distill_loss, head_readout
+from mtpkern.kernels.head import Head, Rows
 from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.span_attention import span_attention
 from mtpkern.kernels.span_mask import span_mask

@@ -14,8 +14,9 @@ import torch
 
 from mtpkern.kernels.advance import advance_triton
 from mtpkern.kernels.decode_attention import decode_attention_triton
-from mtpkern.kernels.distill import Head, distill_loss, head_readout
+from mtpkern.kernels.distill import distill_loss, head_readout
 from mtpkern.kernels.gated_lora import gated_expand_triton, gated_lora_triton
+from mtpkern.kernels.head import Head
 from mtpkern.kernels.kv_write import kv_write_triton
 from mtpkern.kernels.linear import few_rows_linear_triton, new_counters
 from mtpkern.kernels.packed_rows import PackedRows

@@ -10,7 +10,8 @@ as well. Plain torch may ask and leave them out, which is a way of its own in th
 
 Floor    FLOPs 2 R V H for the product, as much again for the gradient of the hidden states and of a trained head; R are
          the rows that have weight
-Bound    V H bytes of a trained head's gradient + 4 R H + 0.5 GiB; from row to row 8 H + 64 bytes
+Bound    V H bytes of a trained head's gradient + 4 R H + the room of logits on the device, from 384 MiB on, + 128 MiB;
+         from row to row, in chunks of one size, 8 H + 64 bytes
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from torch import Tensor
 
 from mtpkern.bench.report import Goal, Table, program
 from mtpkern.bench.timing import Action, LeftOut, Spread, attempted, free, peak, peak_of, race
-from mtpkern.kernels.distill import Head, distill_loss, head_readout
+from mtpkern.kernels.distill import distill_loss, head_readout
+from mtpkern.kernels.head import Head, room
 from mtpkern.train.objective import until_fail
 
 OURS = "mtpkern"
@@ -62,9 +64,10 @@ class Case:
         products = 2 + self.trained + self.soft
         return 2.0 * products * self.rows * self.vocabulary * self.width
 
-    def bound(self, size: int) -> float:
+    def bound(self, size: int, device: torch.device) -> float:
         """Bytes above the inputs that the project allows itself, `size` bytes an element."""
-        return self.trained * self.vocabulary * self.width * size + 4 * self.rows * self.width + 0.5 * 2**30
+        d_weight = self.trained * self.vocabulary * self.width * size
+        return d_weight + 4 * self.rows * self.width + room(device) + 128 * MIB
 
 
 # The paper's batch of 32 texts with 5 spans of 16, and Qwen3's vocabulary, at the widths of 0.6B and 8B.
@@ -114,12 +117,13 @@ class Inputs:
 Loss = Callable[[Inputs], Tensor]
 
 
-def ours(x: Inputs) -> Tensor:
+def ours(x: Inputs, chunk: int | None = None) -> Tensor:
     """distill_loss, the head narrowed as a step of training does it."""
     head = Head(x.weight).narrowed(x.hidden)
     if x.teacher is None:
-        return distill_loss(x.hidden, head, target=x.target, row_weight=x.row_weight)
-    return distill_loss(x.hidden, head, teacher=(x.teacher[0], Head(x.teacher[1])), row_weight=x.row_weight)
+        return distill_loss(x.hidden, head, target=x.target, row_weight=x.row_weight, chunk=chunk)
+    teacher = x.teacher[0], Head(x.teacher[1])
+    return distill_loss(x.hidden, head, teacher=teacher, row_weight=x.row_weight, chunk=chunk)
 
 
 def all_logits(x: Inputs, dtype: torch.dtype) -> Tensor:
@@ -221,7 +225,7 @@ def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: i
     others, skipped = comparators(case, device)
     counted = case.rows if inputs.row_weight is None else int(inputs.row_weight.sum())
     floor = peak(device).floor(flops=case.flops * counted / case.rows)
-    bound = case.bound(dtype.itemsize)
+    bound = case.bound(dtype.itemsize, device)
     title = f"{case.text()}, H = {case.width:,}"
     note = (
         f"R = {case.rows:,}, of which {counted:,} have weight, V = {case.vocabulary:,}, weights in {dtype}, products "
@@ -239,8 +243,9 @@ def measure_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: i
     goals = []
     if not isnan(memory[OURS]):
         goals.append(Goal(f"peak memory, {title}", bound / MIB, memory[OURS] / MIB, "MiB", at_most=True))
-        more = Inputs.draw(replace(case, rows=4 * case.rows), dtype, device)
-        slope = (peak_memory(partial(step, ours, more), device) - memory[OURS]) / (3 * case.rows)
+        more, chunk = Inputs.draw(replace(case, rows=4 * case.rows), dtype, device), case.rows // 4
+        few, many = (peak_memory(partial(step, partial(ours, chunk=chunk), x), device) for x in (inputs, more))
+        slope = (many - few) / (3 * case.rows)
         goals.append(Goal(f"memory a row, {title}", 8 * case.width + 64, slope, "bytes", at_most=True))
         plain = min((times[name].median for name in (FLOAT32, BF16) if name in times), default=float("nan"))
         goals.append(Goal(f"time against the faster of all logits, {title}", 1.1, best / plain, "x", at_most=True))

@@ -45,7 +45,8 @@ from mtpkern.bench.timing import Action, difference, free, kernels_by_name, laun
 from mtpkern.compare import encode, read_problems
 from mtpkern.demo import ASSETS, load
 from mtpkern.generation import generate
-from mtpkern.kernels.distill import Head, head_readout
+from mtpkern.kernels.distill import head_readout
+from mtpkern.kernels.head import Head
 from mtpkern.kernels.kv_write import kv_write as write
 from mtpkern.kernels.linear import MOST_ROWS
 from mtpkern.kernels.packed_rows import PackedRows

@@ -5,18 +5,17 @@
     soft  L = sum_r weight_r sum_v q_rv (log q_rv - log p_rv)                  q_r, p_r: softmax of teacher, student
 
 `distill_loss` computes the gradients of hidden states and head in its forward pass: the logits of a chunk live once,
-their gradient is written over them, and backward only scales. Nothing is left out of a gradient. Both public functions
-are operators of torch: `torch.compile` sees one node.
+their gradient is written over them, and backward only scales. Nothing is left out of a gradient. A readout may leave
+its product to the loss (`Rows`). Both public functions are operators of torch: no graph breaks.
 
 Shapes   hidden [R, H];  weight [V, H];  bias [V];  target, token [R] int64;  row_weight, confidence, entropy [R]
-Memory   at most LOGITS bytes of logits of student and teacher together (at V = 152k in 2 bytes: 1,280 rows hard, 640
-         soft), d hidden [R, H], d weight [V, H] of a trained head in its own dtype, PARTIAL bytes; where autocast
-         makes the head narrower, a copy of it in autocast's dtype besides
+Memory   at most `room` bytes of logits of student and teacher together (kernels/head.py; at V = 152k in 2 bytes 1,280
+         rows hard, 640 soft; on a GPU of 80 GiB 5,760 and 2,816), a product for the loss included; d hidden [R, H],
+         d weight [V, H] of a trained head in its own dtype, PARTIAL bytes; where autocast makes the head narrower, a
+         copy of it in autocast's dtype besides
 Traffic  behind the matrix product of a chunk the Triton form reads the logits twice and writes the gradient over them
 Ties     the lowest index wins
 Source   arXiv 2602.06019, section on the online self-distillation objective
-
-A long file, because readout and loss share the head, its chunks and what their kernels make of a logit.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -24,7 +23,6 @@ A long file, because readout and loss share the head, its chunks and what their 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -33,6 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mtpkern.kernels.form import on_device
+from mtpkern.kernels.head import Head, Rows, buffer_for, chunk_rows, multiply, product_dtype, products
 from mtpkern.kernels.op import operator
 
 if find_spec("triton"):
@@ -175,62 +174,8 @@ if find_spec("triton"):
 # Logits that a program of those kernels holds at once, and its warps.
 BLOCK, WARPS = 4096, 8
 
-# Bytes of the logits alive at once, and of a part of d weight that is computed in a narrower dtype than it is summed
-# in. With the workspace of the matrix products they stay below 0.5 GiB. The torch form's logits, about four copies of
-# them in float32, stay in a CPU's cache.
-LOGITS, PARTIAL, CACHE = 384 << 20, 64 << 20, 8 << 20
-
-
-@dataclass(frozen=True)
-class Head:
-    """A language-model head: weight [V, H], bias [V], then a factor, then a soft cap; `banned` is never predicted.
-
-    `narrow` is the weight in the dtype of products, where it has been made once for several calls (`narrowed`).
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    logit_scale: float = 1.0
-    softcap: float | None = None
-    banned: int | None = None
-    narrow: Tensor | None = None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[R, H] -> [R, V], in at least float32."""
-        return self.finish(hidden @ self.weight.t())
-
-    def finish(self, z: Tensor) -> Tensor:
-        """The logits [R, V] of a product [R, V], in at least float32; they may take its place."""
-        if self.bias is not None:
-            z = z + self.bias
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
-        if self.logit_scale != 1:
-            z = z * self.logit_scale
-        if self.softcap is not None:
-            z = self.softcap * torch.tanh(z / self.softcap)
-        if self.banned is not None:
-            # A slice: a teacher may lack the token. No backward of the above keeps what is written over here.
-            z[:, self.banned : self.banned + 1] = float("-inf")
-        return z
-
-    def detach(self) -> Head:
-        """The same without gradients."""
-        bias = None if self.bias is None else self.bias.detach()
-        return replace(self, weight=self.weight.detach(), bias=bias)
-
-    def narrowed(self, hidden: Tensor) -> Head:
-        """The same for several calls with such states, where autocast computes in another dtype than the weight's."""
-        dtype = _product_dtype(hidden, self)
-        return self if dtype == self.weight.dtype else replace(self, narrow=self.weight.detach().to(dtype))
-
-    def within(self, dtype: torch.dtype) -> Head:
-        """The same with the weight in the dtype of a product, cast unless it has been."""
-        kept = self.narrow if self.narrow is not None and self.narrow.dtype == dtype else self.weight.to(dtype)
-        return replace(self, weight=kept, narrow=None)
-
-    def options(self) -> tuple[Tensor | None, int, float, float | None, int | None]:
-        """The fields, as kernels take them."""
-        return self.bias, self.weight.shape[0], self.logit_scale, self.softcap, self.banned
+# Bytes of a part of d weight that is computed in a narrower dtype than it is summed in.
+PARTIAL = 64 << 20
 
 
 class Readout(NamedTuple):
@@ -239,38 +184,6 @@ class Readout(NamedTuple):
     token: Tensor
     confidence: Tensor
     entropy: Tensor
-
-
-def _product_dtype(hidden: Tensor, head: Head) -> torch.dtype:
-    """The dtype of the product: autocast's where it is on, else that of both operands."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    if hidden.dtype != head.weight.dtype:
-        raise ValueError(
-            f"hidden states and head must have one dtype; got {hidden.dtype} and {head.weight.dtype}: cast one of them "
-            "or switch autocast on"
-        )
-    return hidden.dtype
-
-
-def _chunk(rows: int, vocabulary: int, dtype: torch.dtype, triton: bool) -> int:
-    """Rows whose logits may live at once: equal parts, of at least 128 rows where there are as many."""
-    room = LOGITS // dtype.itemsize if triton else CACHE // 16
-    most = max(room // vocabulary // 128, 1) * 128
-    parts = max(-(-rows // most), 1)
-    return max(-(-rows // (16 * parts)), 1) * 16
-
-
-def _buffer(hidden: Tensor, rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
-    """Room for a product [rows, V], rows a multiple of 16 elements apart, aligned for any V; all is written."""
-    return hidden.new_empty(rows, -(-vocabulary // 16) * 16, dtype=dtype)[:, :vocabulary]
-
-
-def _product(hidden: Tensor, head: Head, buffer: Tensor) -> tuple[Tensor, Tensor]:
-    """States in the dtype of the head's weight, and their product with it, in the first rows of a buffer."""
-    states = hidden.to(head.weight.dtype)
-    return states, torch.mm(states, head.weight.t(), out=buffer[: len(states)])
 
 
 def _readout_rows_triton(z: Tensor, head: Head, read: Readout) -> None:
@@ -289,20 +202,20 @@ def _readout_rows_torch(z: Tensor, head: Head, read: Readout) -> None:
     read.entropy[:] = total.log() - share.mul_(x).sum(-1) / total
 
 
-@operator("head_readout")
+@operator("head_readout", mutates=["product"])
 def _readout_op(
-    hidden: Tensor, head: Head, dtype: torch.dtype, chunk: int | None, triton: bool
+    hidden: Tensor, head: Head, product: Tensor | None, dtype: torch.dtype, chunk: int | None, triton: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, vocabulary = hidden.shape[0], head.weight.shape[0]
     head = head.within(dtype)
-    chunk = chunk or _chunk(rows, vocabulary, dtype, triton)
-    buffer = _buffer(hidden, min(chunk, rows), vocabulary, dtype)
+    chunk = chunk or chunk_rows(rows, vocabulary, dtype, hidden.device, triton)
+    buffer = buffer_for(hidden, min(chunk, rows), vocabulary, dtype) if product is None else product
     wide = torch.promote_types(dtype, torch.float32)
     read = Readout(*(hidden.new_empty(rows, dtype=x) for x in (torch.int64, wide, wide)))
     form = _readout_rows_triton if triton else _readout_rows_torch
     for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
-        _, z = _product(hidden[part], head, buffer)
+        z = multiply(hidden[part], head, buffer if product is None else product[part])
         form(z, head, Readout(*(x[part] for x in read)))
     return read.token, read.confidence.float(), read.entropy.float()
 
@@ -313,7 +226,9 @@ def _(hidden, *_):
 
 
 @torch.no_grad()
-def head_readout(hidden: Tensor, head: Head, chunk: int | None = None, *, triton: bool | None = None) -> Readout:
+def head_readout(
+    hidden: Tensor, head: Head, product: Tensor | None = None, *, chunk: int | None = None, triton: bool | None = None
+) -> Readout:
     """Each row's most probable token, its probability and the row's entropy; `chunk` and `triton` as in `distill_loss`.
 
     Source: arXiv 2602.06019, the student's span y' and the hard teacher's targets.
@@ -321,15 +236,16 @@ def head_readout(hidden: Tensor, head: Head, chunk: int | None = None, *, triton
         token, confidence, entropy = head_readout(hidden, Head(model.lm_head.weight, banned=mask_token_id))
     """
     triton = hidden.is_cuda if triton is None else triton
-    return Readout(*_readout_op(hidden, head, _product_dtype(hidden, head), chunk, triton))
+    return Readout(*_readout_op(hidden, head, product, product_dtype(hidden, head, product), chunk, triton))
 
 
 def distill_loss(
     hidden: Tensor,
     head: Head,
+    product: Tensor | None = None,
     *,
     target: Tensor | None = None,
-    teacher: tuple[Tensor, Head] | None = None,
+    teacher: tuple[Tensor, Head] | Rows | None = None,
     row_weight: Tensor | None = None,
     chunk: int | None = None,
     triton: bool | None = None,
@@ -338,12 +254,13 @@ def distill_loss(
 
     hidden      [R, H] the student's final hidden states; gradients flow to it and, where they require one, to
                 head.weight and head.bias
+    product     of the two, as `head_readout` has left it in `Rows`; written over, as a teacher's may be
     target      [R] int64: hard targets; a row whose weight is 0 may hold any valid id
-    teacher     (hidden [R, H'], Head [V', H']): soft targets instead, KL(teacher || student); frozen; the first
+    teacher     (hidden [R, H'], Head [V', H']) or Rows: soft targets instead, KL(teacher || student); frozen; the first
                 V' <= V tokens are the same
     row_weight  [R], default 1; rows of weight 0 give no loss and no gradient, and keep the graph connected; in plain
                 torch on a CPU they are left out of the products too
-    chunk       rows whose logits live at once; on a GPU as many as LOGITS bytes hold unless given
+    chunk       rows whose logits live at once; on a GPU as many as `room` holds unless given
     triton      by the kernel, or in plain torch; the former on a GPU unless given
 
     Its gradients are ready before backward, which scales them where they lie: a second backward through the same
@@ -362,13 +279,14 @@ def distill_loss(
         )
     if row_weight is not None and row_weight.requires_grad:
         raise ValueError("row_weight gets no gradient; got one that requires it: detach it")
-    states = its_head = its_dtype = None
-    if teacher is not None:
-        states, its_head = teacher[0].detach(), teacher[1].detach()
-        its_dtype = _product_dtype(states, its_head)
-    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, head.weight, head.bias)]
-    dtype, triton = _product_dtype(hidden, head), hidden.is_cuda if triton is None else triton
-    return _loss_op(hidden, head, dtype, target, states, its_head, its_dtype, row_weight, needs, chunk, triton)[0]
+    dtype, triton = product_dtype(hidden, head, product), hidden.is_cuda if triton is None else triton
+    its_states, its_head, its_product = (None, None, None) if teacher is None else Rows(*teacher)
+    of_teacher = its_states, its_head, its_product, None if teacher is None else product_dtype(*teacher)
+    leaves = hidden, head.weight, head.bias
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
+    with torch.no_grad():
+        found = _gradients_op(hidden, head, product, dtype, target, *of_teacher, row_weight, needs, chunk, triton)
+    return _loss_op(*leaves, *found)
 
 
 # Of a chunk: z [r, V] is the product under the head, and its gradient is written over it; teacher, where there is one,
@@ -425,14 +343,16 @@ def _add_outer(total: Tensor, grad: Tensor, states: Tensor, first: bool) -> None
             total[v : v + step] += part
 
 
-@operator("distill_loss")
-def _loss_op(
+@operator("distill_gradients", mutates=["product", "teacher_product"])
+def _gradients_op(
     hidden: Tensor,
     head: Head,
+    product: Tensor | None,
     dtype: torch.dtype,
     target: Tensor | None,
     teacher_hidden: Tensor | None,
     teacher_head: Head | None,
+    teacher_product: Tensor | None,
     teacher_dtype: torch.dtype | None,
     row_weight: Tensor | None,
     needs: Sequence[bool],
@@ -450,12 +370,13 @@ def _loss_op(
         rows = len(some)
         d_hidden.zero_()
     # A teacher's logits live beside the student's.
-    chunk = chunk or _chunk(rows, vocabulary * (1 if teacher_hidden is None else 2), dtype, triton)
-    buffer = _buffer(hidden, min(chunk, rows), vocabulary, dtype)
+    chunk = chunk or chunk_rows(rows, vocabulary * (1 if teacher_hidden is None else 2), dtype, hidden.device, triton)
+    student, of_teacher = products(hidden, head, product, min(chunk, rows)), None
     if teacher_head is not None:
+        assert teacher_hidden is not None
         assert teacher_dtype is not None
         teacher_head = teacher_head.within(teacher_dtype)
-        teacher_buffer = _buffer(hidden, min(chunk, rows), len(teacher_head.weight), teacher_dtype)
+        of_teacher = products(teacher_hidden, teacher_head, teacher_product, min(chunk, rows))
     if row_weight is None:
         row_weight = hidden.new_ones(rows)
     losses = hidden.new_empty(rows, dtype=torch.promote_types(dtype, torch.float32))
@@ -466,16 +387,13 @@ def _loss_op(
         part: Any = slice(start, start + chunk)
         loss = losses[part]
         part = part if some is None else some[part]
-        states, z = _product(hidden[part], head, buffer)
-        teacher = None
-        if teacher_head is not None and teacher_hidden is not None:
-            teacher = _product(teacher_hidden[part], teacher_head, teacher_buffer)[1], teacher_head
+        z, teacher = student(part), None if of_teacher is None else (of_teacher(part), teacher_head)
         labels = None if target is None else target[part]
         form(z, head, labels, teacher, row_weight[part], loss, any(needs))
         if needs[0]:
             d_hidden[part] = (z @ head.weight).to(d_hidden.dtype)
         if needs[1]:
-            _add_outer(d_weight, z, states, start == 0)
+            _add_outer(d_weight, z, hidden[part].to(dtype), start == 0)
         if needs[2]:
             part_bias = z.sum(0, dtype=losses.dtype)
             d_bias.copy_(part_bias if start == 0 else d_bias + part_bias)
@@ -488,31 +406,46 @@ def _gradients(hidden: Tensor, head: Head, needs: Sequence[bool]) -> list[Tensor
     return [torch.empty_like(x) if need and x is not None else hidden.new_empty(0) for x, need in zip(like, needs)]
 
 
-@_loss_op.fake
-def _(hidden, head, dtype, *rest):
+@_gradients_op.fake
+def _(hidden, head, product, dtype, *rest):
     loss = hidden.new_empty((), dtype=torch.promote_types(dtype, torch.float32))
     return loss, *_gradients(hidden, head, rest[-3])
 
 
+@operator("distill_loss")
+def _loss_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    loss: Tensor,
+    d_hidden: Tensor,
+    d_weight: Tensor,
+    d_bias: Tensor,
+) -> Tensor:
+    """The loss, whose backward hands on the gradients: an operator that writes over its arguments may have none."""
+    return loss.clone()
+
+
+@_loss_op.fake
+def _(*inputs):
+    return torch.empty_like(inputs[3])
+
+
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.needs, ctx.spent = inputs[-3], False
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:])
+    # Not by save_for_backward, which would hold them on: a leaf takes what nobody else holds without a copy.
+    ctx.gradients = inputs[4:]
 
 
 @once_differentiable
-def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    if ctx.spent:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.gradients is None:
         raise RuntimeError(
             "a second backward through one distill_loss: the first has scaled its gradients where they lie; compute "
             "the loss again"
         )
-    ctx.spent = True
-    grad = grads[0]
-    stored = zip(ctx.saved_tensors, ctx.needs)
-    scaled = [gradient.mul_(grad) if grad is not None and need else None for gradient, need in stored]
-    return (*scaled, *[None] * (len(ctx.needs_input_grad) - len(scaled)))
+    gradients, ctx.gradients = ctx.gradients, None
+    scaled = [x.mul_(grad) if need else None for x, need in zip(gradients, ctx.needs_input_grad)]
+    return (*scaled, *[None] * 4)
 
 
 _loss_op.registered.register_autograd(_backward, setup_context=_setup_context)

@@ -143,9 +143,9 @@ def op(
     return make
 
 
-def operator(name: str) -> Callable[[Callable[P, T]], Operator[P, T]]:
+def operator(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable[P, T]], Operator[P, T]]:
     """Make a function with annotated arguments an operator of torch, eager too: one that has a backward, say.
 
     Its `.fake` has to follow, and perhaps `.registered.register_autograd`, which knows the arguments as handed on.
     """
-    return lambda function: Operator(function, (), name)
+    return lambda function: Operator(function, mutates, name)

@@ -12,7 +12,7 @@ from mtpkern.bench import distill, gated_step, models, real, span_attention, tim
 from mtpkern.bench.distill import Case, Inputs
 from mtpkern.bench.span_attention import FLEX, INTERLEAVED, OURS, SDPA, Shape
 from mtpkern.bench.timing import Peak, Spread
-from mtpkern.kernels.distill import Head
+from mtpkern.kernels.head import Head
 from mtpkern.kernels.span_mask import span_mask
 from mtpkern.train.layout import build_layout, stride_prefixes
 from mtpkern.train.lora import add_gated_lora
@@ -150,8 +150,8 @@ def test_bound_and_work_of_head_and_loss():
     hard, soft = (Case(2560, 151_936, 1024, s, trained=t) for s, t in ((False, True), (True, False)))
     assert hard.flops == 6 * 2560 * 151_936 * 1024
     assert soft.flops == hard.flops
-    assert hard.bound(2) == 2 * 151_936 * 1024 + 4 * 2560 * 1024 + 2**29
-    assert soft.bound(2) == 4 * 2560 * 1024 + 2**29
+    assert hard.bound(2, CPU) == 2 * 151_936 * 1024 + 4 * 2560 * 1024 + 2**29
+    assert soft.bound(2, CPU) == 4 * 2560 * 1024 + 2**29
 
 
 @pytest.mark.parametrize("until_fail", [False, True])

@@ -1,13 +1,16 @@
 """The fused head against plain torch in float64, its memory, and what it must refuse."""
 
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mtpkern.kernels import distill
-from mtpkern.kernels.distill import Head, distill_loss, head_readout
+from mtpkern.kernels import head as heads
+from mtpkern.kernels.distill import distill_loss, head_readout
+from mtpkern.kernels.head import Head, Rows
 from support.losses import distill_loss_reference
 
 distill_loss_triton, head_readout_triton = (partial(form, triton=True) for form in (distill_loss, head_readout))
@@ -52,6 +55,32 @@ def test_equals_reference_with_gradients(options, kind, bias, weighted):
     # A factor behind the loss, because backward must scale the stored gradients.
     for a, b in zip(torch.autograd.grad(3 * got, leaves), torch.autograd.grad(3 * want, leaves)):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_a_product_left_to_the_loss_is_as_one_made_anew(options, kind, bias, narrow):
+    """To the bit, chunk by chunk; rows of weight 0 make other products, to rounding."""
+    hidden, head, target, (states, its_head), row_weight = case(torch.float32, bias, **options)
+    targets = {"target": target}
+    leaves = [x for x in (hidden, head.weight, head.bias) if x is not None]
+
+    def step(make, weight):
+        rows = make(hidden, head)
+        read = head_readout(*rows, chunk=8)
+        if kind == "soft":
+            targets["teacher"], targets["target"] = make(states.float(), its_head), None
+            read += head_readout(*targets["teacher"], chunk=8)
+        loss = distill_loss(*rows, **targets, row_weight=weight, chunk=8)
+        return [*read, loss, *torch.autograd.grad(3 * loss, leaves)]
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+        assert Rows.sharing(hidden, head).product.dtype == (torch.bfloat16 if narrow else torch.float32)
+        for weight in (None, row_weight):
+            close = {"rtol": 0, "atol": 0} if weight is None else {"rtol": 1e-2 if narrow else 1e-5, "atol": 1e-5}
+            torch.testing.assert_close(step(Rows.sharing, weight), step(Rows, weight), **close)
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])
@@ -131,17 +160,6 @@ def test_never_all_logits_at_once(monkeypatch):
     assert sum(rows) == 4 * R
 
 
-def test_chunks_keep_a_matrix_product_busy_within_half_a_gigabyte():
-    """At V = 152k in 2 bytes; beside the logits a narrow part of d weight, and 64 MiB for the products themselves."""
-    hard, soft = (distill._chunk(2560, V, torch.bfloat16, triton=True) for V in (152_000, 2 * 152_000))
-    assert hard >= 1024
-    assert soft >= 512
-    assert hard * 152_000 * 2 + distill.PARTIAL + (64 << 20) <= 512 << 20
-    assert soft * 304_000 * 2 + distill.PARTIAL + (64 << 20) <= 512 << 20
-    # Equal parts, not one of 1,264 rows and a rest of 32.
-    assert distill._chunk(1296, 152_000, torch.bfloat16, triton=True) == 656
-
-
 def peak_bytes(f):
     """The most memory alive at once, above what was there before: every allocation of torch, in C++ too."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -163,7 +181,7 @@ def test_memory_of_the_triton_form(monkeypatch):
     monkeypatch.setattr(distill, "_loss_kernel", NoKernel(), raising=False)
     monkeypatch.setattr(distill, "_readout_kernel", NoKernel(), raising=False)
     V, H, rows = 4096, 256, 128
-    monkeypatch.setattr(distill, "LOGITS", rows * V * 4)
+    monkeypatch.setattr(heads, "LOGITS", rows * V * 4)
 
     def peak(R, form, *, trained=True):
         hidden = torch.randn(R, H, requires_grad=True)
@@ -179,7 +197,13 @@ def test_memory_of_the_triton_form(monkeypatch):
 
     small = 64 << 10
     d_weight = V * H * 4
-    for form, R, logits in ((hard, 512, rows), (soft, 128, 2 * rows)):
+
+    def shared(hidden, head):
+        left = Rows.sharing(hidden, head)
+        head_readout_triton(*left)
+        (distill_loss_triton(*left, target=torch.zeros(len(hidden), dtype=torch.int64)) / 7).backward()
+
+    for form, R, logits in ((hard, 512, rows), (soft, 128, 2 * rows), (shared, 128, rows)):
         logits *= V * 4
         for trained in (True, False):
             # The issue's bound, with a chunk's d hidden [rows, H] in place of the rest of its half gigabyte.
@@ -238,8 +262,9 @@ def test_one_node_for_the_compiler():
     def step(hidden, weight, bias, target):
         head = Head(weight, bias, softcap=3.0, banned=BANNED)
         states = torch.tanh(hidden)
-        token, confidence, entropy = head_readout(states, head)
-        hard = distill_loss(states, head, target=torch.where(target == 3, token, target), row_weight=confidence)
+        rows = Rows.sharing(states, head)
+        token, confidence, entropy = head_readout(*rows)
+        hard = distill_loss(*rows, target=torch.where(target == 3, token, target), row_weight=confidence)
         return hard / 7 + distill_loss(states, head, teacher=teacher) + entropy.sum()
 
     leaves = hidden, head.weight, head.bias
@@ -253,19 +278,19 @@ def test_one_node_for_the_compiler():
 
 
 def test_operators_are_registered_rightly():
-    hidden, head, target, teacher, row_weight = case(dtype=torch.float32)
-    options = 1.0, 3.0, BANNED, None, torch.float32
-    readout = [hidden, head.weight, head.bias, *options, 8, False]
-    torch.library.opcheck(distill._readout_op.registered, [x.detach() if torch.is_tensor(x) else x for x in readout])
-    student = hidden, head.weight, head.bias
-    soft = *vars(teacher[1]).values(), torch.float32
-    for frozen in ((target, *[None] * 8), (None, teacher[0], *soft)):
-        arguments = *options, *frozen, row_weight, [True, True, True], 8, False
-        detached = [x.detach() for x in student]
-        torch.library.opcheck(distill._loss_op.registered, (*detached, *arguments))
-        # Traced with its gradients as outputs, backward could not write into them: test_one_node_for_the_compiler.
-        checks = "test_schema", "test_autograd_registration", "test_faketensor"
-        torch.library.opcheck(distill._loss_op.registered, (*student, *arguments), test_utils=checks)
+    hidden, head, target, teacher, row_weight = case(dtype=torch.float32, bias=True)
+    leaves = hidden, head.weight, head.bias
+    kept = 1.0, 3.0, BANNED, None, torch.randn(R, V), torch.float32
+    student = *[x.detach() for x in leaves], *kept
+    torch.library.opcheck(distill._readout_op.registered, (*student, 8, False))
+    soft = teacher[0], *vars(teacher[1]).values(), torch.randn(R, V - 1), torch.float32
+    for frozen, weight in product(((target, *[None] * 9), (None, *soft)), (None, row_weight)):
+        arguments = *student, *frozen, weight, [True, True, True], 8, False
+        torch.library.opcheck(distill._gradients_op.registered, arguments)
+    ready = [torch.randn(()), *(torch.randn_like(x) for x in leaves)]
+    # Traced with its gradients as outputs, backward could not write into them: test_one_node_for_the_compiler.
+    checks = "test_schema", "test_autograd_registration", "test_faketensor"
+    torch.library.opcheck(distill._loss_op.registered, (*leaves, *ready), test_utils=checks)
 
 
 def test_bfloat16_error_is_that_of_the_reference():
@@ -293,5 +318,10 @@ def test_errors():
         distill_loss(hidden.float(), head, target=target)
     with pytest.raises(ValueError, match="row_weight"):
         distill_loss(hidden, head, target=target, row_weight=torch.ones(R, requires_grad=True))
+    for wrong in (torch.empty(R, V), torch.empty(R - 1, V, dtype=torch.float64)):
+        with pytest.raises(ValueError, match="a product must be"):
+            distill_loss(hidden, head, wrong, target=target)
+        with pytest.raises(ValueError, match="a product must be"):
+            head_readout(hidden, head, wrong)
     with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
         distill_loss(hidden, head, target=target - V)

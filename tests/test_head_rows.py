@@ -1,13 +1,18 @@
-"""What a training step does with its head, counted: one cast of float32 weights, products of rows that have a loss."""
+"""What a training step does with its head, counted: one cast of float32 weights, one product of rows with a loss."""
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mtpkern.adapter import gate_of
 from mtpkern.attention import attention_context
-from mtpkern.kernels.distill import Head, distill_loss
+from mtpkern.kernels import head as heads
+from mtpkern.kernels.distill import distill_loss
+from mtpkern.kernels.head import Head
+from mtpkern.train.gated import BehindPrefixContext, gated_loss
 from mtpkern.train.layout import build_layout
+from mtpkern.train.lora import add_gated_lora
 from mtpkern.train.objective import Objective, SpanContext, mtp_loss
 
 V, H, N, MASK, EOS = 61, 32, 15, 60, 7
@@ -39,14 +44,40 @@ def counted(action):
     return result, seen["aten::_to_copy"], seen["aten::mm"]
 
 
-def loss_of(student, teacher, target, **options):
-    layout = build_layout(PREFIXES, torch.tensor([N, N - 3]), K, num_tokens=N)
+def batch():
     torch.manual_seed(1)
-    tokens = torch.randint(10, 59, (2, N))
+    return torch.randint(10, 59, (2, N)), build_layout(PREFIXES, torch.tensor([N, N - 3]), K, num_tokens=N)
+
+
+def products_with_head(products):
+    """How many rows each product with a head [V, H] had, the smallest first."""
+    return sorted(shapes[0][0] for shapes in products if (H, V) in shapes)
+
+
+def loss_of(student, teacher, target, support="all", **options):
+    tokens, layout = batch()
     context = SpanContext(layout)
-    objective = Objective(torch.tensor([EOS]), target)
+    objective = Objective(torch.tensor([EOS]), target, support)
     with attention_context(student, context):
         return mtp_loss(student, teacher, tokens, context, objective, mask_token_id=MASK, **options)
+
+
+def plain_step(target, support):
+    """Sums and gradients."""
+    student, teacher = llama(0), None if target == "gt" else llama(1)
+    sums = loss_of(student, teacher, target, support)
+    sums.span.backward()
+    return [*vars(sums).values(), *(p.grad for p in student.parameters())]
+
+
+def gated_step(target, support):
+    adapted = add_gated_lora(llama(0), rank=2, k_max=K)
+    student, (tokens, layout) = adapted.get_base_model(), batch()
+    context = BehindPrefixContext(layout)
+    with attention_context(student, context), gate_of(student).open_for_training():
+        sums = gated_loss(student, tokens, context, Objective(torch.tensor([EOS]), target, support))
+        sums.span.backward()
+    return [*vars(sums).values(), *(p.grad for p in adapted.parameters() if p.requires_grad)]
 
 
 @pytest.mark.parametrize(("own_teacher", "casts"), [(False, 2), (True, 1)])
@@ -111,8 +142,28 @@ def test_rows_of_the_text_without_a_loss_are_in_no_product():
     student = llama(0)
     rows = torch.tensor([3, 4, 5, 19, 20])
     sums, _, products = counted(lambda: loss_of(student, None, target="gt", prefix_rows=rows))
-    heads = [shapes for shapes in products if (H, V) in shapes]
-    spans = int((PREFIXES > 0).sum()) * K
-    # Readout of all spans, their loss, and that of the text.
-    assert sorted(shapes[0][0] for shapes in heads) == [len(rows), spans, PREFIXES.numel() * K]
+    # Readout of all spans, which their loss takes over, and the loss of the text.
+    assert products_with_head(products) == [len(rows), PREFIXES.numel() * K]
     assert sums.prefix > 0
+
+
+@pytest.mark.parametrize("support", ["all", "until_fail"])
+@pytest.mark.parametrize(("target", "readouts"), [("hard", 2), ("soft", 2), ("gt", 1)])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_a_loss_takes_the_product_of_the_readout(monkeypatch, target, support, readouts, gated, narrow):
+    """Of a student and of a soft teacher; where two products pass the bound of logits, the loss makes its own."""
+    run = gated_step if gated else plain_step
+    rows = PREFIXES.numel() * (K - gated)
+    # A gated adapter's base reads its own first token, too.
+    other = [PREFIXES.numel()] * (gated and target != "gt")
+    with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+        got, _, once = counted(lambda: run(target, support))
+        monkeypatch.setattr(heads, "LOGITS", 0)
+        want, _, twice = counted(lambda: run(target, support))
+    assert products_with_head(once) == [*other, *[rows] * readouts]
+    more = 2 if target == "soft" else 1
+    assert len(products_with_head(twice)) == len(products_with_head(once)) + more
+    for a, b in zip(got, want, strict=True):
+        # Of rows that are left out, the products may differ in rounding.
+        torch.testing.assert_close(a, b, rtol=0, atol=(1e-2 if narrow else 1e-5) * float(b.detach().abs().max()))

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mtpkern.kernels import distill
-from mtpkern.kernels.distill import Head, distill_loss, head_readout
+from mtpkern.kernels.distill import distill_loss, head_readout
+from mtpkern.kernels.head import Head, Rows
 from support.losses import distill_loss_reference
 
 pytest.importorskip("triton")
@@ -84,6 +85,22 @@ def test_float64_equals_the_reference(softcap):
         want = gradients(distill_loss_reference, hidden, head, *pair, row_weight.double())
         for a, b in zip(gradients(distill_loss_triton, hidden, head, *pair, row_weight.double()), want):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_product_left_to_the_loss_is_as_one_made_anew(kind, dtype):
+    """In whatever memory: a product's room holds NaN until the readout, which the loss reads to the end of a block."""
+    hidden, head, target, teacher, row_weight = case(dtype, bias=True, softcap=3.0, banned=BANNED)
+    found = []
+    for make in (Rows, Rows.sharing):
+        rows, its = make(hidden, head), make(*teacher) if kind == "soft" else None
+        read = [head_readout_triton(*x, chunk=2) for x in (rows, its) if x is not None]
+        targets = {"teacher": its} if its else {"target": target}
+        loss = distill_loss_triton(*rows, **targets, row_weight=row_weight, chunk=2)
+        found.append([*read, loss, torch.autograd.grad(loss, (hidden, head.weight, head.bias))])
+    assert rows.product is not None
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_rows_of_weight_zero_give_nothing():

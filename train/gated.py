@@ -99,16 +99,16 @@ def gated_loss(
     positions = layout.position[:, N:]
     states = hidden_states(model, ids, positions, context)
     head = head_of(model, None).narrowed(states)
-    rows = (layout.row[..., 1:] - N).flatten(1)
-    hidden = gather_rows(states, rows)
-    token, confidence, entropy = (x.view(layout.row[..., 1:].shape) for x in head_readout(hidden, head))
+    places = (layout.row[..., 1:] - N).flatten(1)
+    rows = objective.rows(gather_rows(states, places), head)
+    token, confidence, entropy = (x.view(layout.row[..., 1:].shape) for x in head_readout(*rows))
     valid = objective.valid(layout)
 
     def read(first: Tensor) -> tuple[Tensor, Tensor]:
         """The base's states on the student's spans behind first tokens [B, M], and which rows stand before an end."""
         said = torch.cat([first.unsqueeze(-1), token], dim=-1)
         fed = layout.fill(tokens, said[..., :-1])[:, N:]
-        return gather_rows(hidden_states(model, fed, positions, context), rows), objective.before_end(said)[..., 1:]
+        return gather_rows(hidden_states(model, fed, positions, context), places), objective.before_end(said)[..., 1:]
 
     of_teacher = None
     if objective.target == "gt":
@@ -124,13 +124,13 @@ def gated_loss(
         with gate.closed(), torch.no_grad():
             own = head_readout(gather_rows(text, layout.row[..., 0]), head).token.view(layout.prefix.shape)
             wanted, before_end = read(own)
-            of_teacher = wanted, head
-            label = head_readout(wanted, head).token.view_as(token)
+            of_teacher = objective.rows(wanted, head, of_teacher=True)
+            label = head_readout(*of_teacher).token.view_as(token)
         keep = valid[..., 1:] & before_end
         if kept is not None:
             kept.take(token, confidence, keep, wanted, head)
     agree = (token == label) & keep
-    loss = objective.loss(hidden, head, label, of_teacher, agree, keep)
+    loss = objective.loss(rows, label, of_teacher, agree, keep)
     exists, zero = layout.valid[..., 0], loss.new_zeros(())
     return MTPLoss(
         span=loss,

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mtpkern.attention import attention_context, routed
-from mtpkern.kernels.distill import Head, distill_loss, head_readout
+from mtpkern.kernels.distill import distill_loss, head_readout
+from mtpkern.kernels.head import Head, Rows
 from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.span_attention import span_attention
 from mtpkern.kernels.span_mask import span_mask
@@ -87,15 +88,19 @@ class Objective:
         """[..., K] bool: the rows of a span up to and including its first EOS."""
         return until_fail(~torch.isin(token, self.eos_token_ids))
 
-    def loss(
-        self, hidden: Tensor, head: Head, label: Tensor, wanted: tuple[Tensor, Head] | None, agree: Tensor, keep: Tensor
-    ) -> Tensor:
-        """Scalar loss of the rows [R, H] of spans: label, agree, keep [..., K]; wanted: the teacher's, for "soft"."""
+    def rows(self, hidden: Tensor, head: Head, *, of_teacher: bool = False) -> Rows:
+        """The rows of spans, with room for a product that the loss needs: the student's, for "soft" the teacher's."""
+        if of_teacher and self.target != "soft":
+            return Rows(hidden, head)
+        return Rows.sharing(hidden, head, products=1 if self.target == "gt" else 2)
+
+    def loss(self, rows: Rows, label: Tensor, wanted: Rows | None, agree: Tensor, keep: Tensor) -> Tensor:
+        """Scalar loss of the rows of spans: label, agree, keep [..., K]; wanted: the teacher's, for "soft"."""
         support = keep & until_fail(agree) if self.loss_support == "until_fail" else keep
         weight = support.flatten().float()
         if self.target == "soft":
-            return distill_loss(hidden, head, teacher=wanted, row_weight=weight)
-        return distill_loss(hidden, head, target=label.flatten(), row_weight=weight)
+            return distill_loss(*rows, teacher=wanted, row_weight=weight)
+        return distill_loss(*rows, target=label.flatten(), row_weight=weight)
 
 
 @dataclass(frozen=True)
@@ -238,8 +243,8 @@ def mtp_loss(
     states = backbone(student, layout.fill(tokens, mask_token_id), context)
     # Behind the backbone: where weights are sharded, its last norm has gathered the head's.
     head = head_of(student, mask_token_id).narrowed(states)
-    hidden = gather_rows(states, layout.row)
-    token, confidence, entropy = (x.view(layout.row.shape) for x in head_readout(hidden, head))
+    rows = objective.rows(gather_rows(states, layout.row), head)
+    token, confidence, entropy = (x.view(layout.row.shape) for x in head_readout(*rows))
     valid, of_teacher, teacher_head = objective.valid(layout), None, head
 
     if target != "gt" or anchor_rows is not None:
@@ -260,12 +265,13 @@ def mtp_loss(
         keep &= valid
     else:
         keep = valid & objective.before_end(token)
-        of_teacher = gather_rows(scored, layout.row), teacher_head
+        of_teacher = objective.rows(gather_rows(scored, layout.row), teacher_head, of_teacher=True)
         label = head_readout(*of_teacher).token.view_as(token)
         if kept is not None:
-            kept.take(token, confidence, keep, *of_teacher)
+            kept.take(token, confidence, keep, *of_teacher[:2])
     agree = (token == label) & keep
-    loss = objective.loss(hidden, head, label, of_teacher, agree, keep)
+    loss = objective.loss(rows, label, of_teacher, agree, keep)
+    del rows, of_teacher  # and their products
 
     prefix_loss, anchor_loss = loss.new_zeros(()), loss.new_zeros(())
     if prefix_rows is not None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mtpkern.kernels.distill import Head
+from mtpkern.kernels.head import Head
 from mtpkern.output import write_whole
 from mtpkern.training_plots import SPANS
 

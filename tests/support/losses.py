@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtpkern.kernels.distill import Head
+from mtpkern.kernels.head import Head
 
 
 def distill_loss_reference(

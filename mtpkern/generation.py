@@ -7,6 +7,7 @@ honoured here is refused by name before anything runs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ from mtpkern.choosing import Choosing
 from mtpkern.decoder import PREFILL_CHUNK, Decoder
 from mtpkern.graph import without_kernels
 from mtpkern.host import on_host
-from mtpkern.model import learned_positions
+from mtpkern.model import evaluating, learned_positions
 from mtpkern.options import Options
 from mtpkern.parallel import require_same_on_all
 from mtpkern.pool import decoder_for, prefill_with_room
@@ -263,6 +264,7 @@ def _decode(
     # The prefill is not routed here, and the results are read before another run may have the decoder.
     with (
         exclusive(model, wait=options.wait),
+        evaluating(model) if model.training else nullcontext(),
         torch.accelerator.device_index(model.device.index),
         decoder_for(
             model,

@@ -21,7 +21,7 @@ from mtpkern.attention import exclusive, routed
 from mtpkern.decoder import Decoder
 from mtpkern.foreign import foreign, settings_of
 from mtpkern.kernels.state import FAULT
-from mtpkern.model import is_tested, require_decodable, resolve_mask_token
+from mtpkern.model import evaluating, is_tested, require_decodable, resolve_mask_token
 from mtpkern.output import first_line
 from mtpkern.strategies import Static
 from mtpkern.wrappers import unwrapped
@@ -85,7 +85,7 @@ def check(
     plain = unwrapped(model, {})
     require_decodable(plain)
     mask_token_id = resolve_mask_token(plain, mask_token_id)
-    with exclusive(plain):
+    with exclusive(plain), evaluating(plain):
         return _compare(plain, input_ids, mask_token_id, k, steps, WINDOW)
 
 

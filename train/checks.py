@@ -18,6 +18,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from mtpkern.adapter_config import is_quantised
 from mtpkern.attention import exclusive
 from mtpkern.loading import require_model
+from mtpkern.model import evaluating
 from mtpkern.train.arguments import refuse
 from mtpkern.train.config import ModelArguments, MTPConfig
 from mtpkern.train.data import DataArguments, require_readable
@@ -119,14 +120,8 @@ def require_trainable(model: nn.Module, args: MTPConfig) -> None:
     )
     if (args.process_index and is_fsdp_enabled()) or any(p.is_meta for p in plain.parameters()):
         return  # the first process has the weights
-    modes = [(module, module.training) for module in plain.modules()]
-    plain.eval()
-    try:
-        with exclusive(plain):
-            require_verified(plain, 0)  # any token stands for the masks of a trial
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with exclusive(plain), evaluating(plain):
+        require_verified(plain, 0)  # any token stands for the masks of a trial
 
 
 def warn_of_dropout(model: PreTrainedModel) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import warnings
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -110,13 +111,28 @@ def is_quantised(model: nn.Module) -> bool:
     return bool(getattr(model, "is_quantized", False) or getattr(model, "hqq_quantized", False))
 
 
-def require_base(model: PreTrainedModel, settings: GatedSettings, path: str) -> None:
-    """Raise ValueError where a model is not the base that an adapter was trained for."""
+def base_known_by(model: PreTrainedModel) -> dict[str, str]:
+    """By what an adapter's folder knows the base that it was trained for: `gate.record(**base_known_by(model))`."""
+    return {"base": model.name_or_path, "digest": "" if is_quantised(model) else digest(model)}
+
+
+def require_base(model: PreTrainedModel, settings: GatedSettings, path: str, *, to_train: bool = False) -> None:
+    """Raise ValueError where a model is not the base that an adapter was trained for.
+
+    to_train: the adapter is to be trained for this one, so that weights may be others, with a warning
+    """
     rows = model.get_input_embeddings().weight.shape[0]
     # Quantised weights, then or now, are stored in a way of their own: nothing to compare.
     found = settings.digest if is_quantised(model) or not settings.digest else digest(model)
-    if rows != settings.mask_token_id or found != settings.digest:
+    if rows == settings.mask_token_id and found == settings.digest:
+        return
+    says = (
+        f"{path} was trained for {settings.base} ({settings.mask_token_id} tokens, weights {settings.digest}), got "
+        f"a model with {rows} tokens and weights {found}"
+    )
+    if rows != settings.mask_token_id or not to_train:
         raise ValueError(
-            f"{path} was trained for {settings.base} ({settings.mask_token_id} tokens, weights {settings.digest}), got "
-            f"a model with {rows} tokens and weights {found}: load the base unchanged, without add_mask_token"
+            f"{says}: load the base unchanged, without add_mask_token, or train the adapter further for a base that "
+            "was fine-tuned since (is_trainable=True; mtpkern train --init-adapter)"
         )
+    warnings.warn(f"{says}: its drafts are worth less there, until it is trained further", stacklevel=3)

@@ -138,6 +138,16 @@ def warn_of_dropout(model: PreTrainedModel) -> None:
         )
 
 
+def warn_of_taught(model: nn.Module) -> None:
+    """Say that adapters which a model brings along are no part of its teacher, where they have been trained before."""
+    taught = (name for name, x in model.named_parameters() if "lora_B" in name and not x.is_meta and bool(x.any()))
+    if isinstance(model, PeftModel) and next(taught, None) is not None:
+        logger.warning(
+            "the adapters of this model have been trained already, and its teacher is the model without them: what "
+            "they have learned is unlearned. Adapters of fine-tuning are to be merged first: model.merge_and_unload()"
+        )
+
+
 def require_sound(model: nn.Module, teacher: PreTrainedModel | None, args: MTPConfig) -> None:
     """Raise ValueError for a student and a teacher that do not fit together or the configuration."""
     adapted = isinstance(model, PeftModel)

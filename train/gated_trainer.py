@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
 from mtpkern.adapter import gate_of, record_row, save_adapter
-from mtpkern.adapter_config import row_of
+from mtpkern.adapter_config import base_known_by, is_quantised, row_of
 from mtpkern.attention import AttentionContext, attention_context
 from mtpkern.gate import Gate
 from mtpkern.train.arguments import refuse
@@ -59,7 +59,14 @@ class GatedTrainer(MTPTrainer):
             f"init_adapter {args.init_adapter} is for a plain base, and the model has adapters already; leave "
             "init_adapter out, or give the base",
         )
+        refuse(
+            isinstance(model, PeftModel) and gate_of(plain_model(model)) is None,
+            "the model carries adapters that are not gated; merge them into what is to be its base, "
+            "model = model.merge_and_unload(), or take the base alone, model.unload()",
+        )
         super().__init__(model, args=args, **kwargs)
+        if not is_quantised(self.plain) and not any(x.is_meta for x in self.plain.parameters()):
+            self.gate.record(**base_known_by(self.plain))  # which may have been trained since
         self.prefixes = Prefixes(
             int(args.prefix_memory * 2**30),
             states=args.needs_teacher,

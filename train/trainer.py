@@ -31,7 +31,7 @@ from mtpkern.adapter import gate_of
 from mtpkern.attention import AttentionContext, attention_context
 from mtpkern.model import record_settings, resolve_mask_token
 from mtpkern.train.arguments import refuse
-from mtpkern.train.checks import require_sound, require_tested_engine, require_trainable, warn_of_dropout
+from mtpkern.train.checks import require_sound, require_tested_engine, require_trainable, warn_of_dropout, warn_of_taught
 from mtpkern.train.compilation import CompiledLayers
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import HeldOut
@@ -96,6 +96,8 @@ class MTPTrainer(RunTrainer):
         require_trainable(plain, args)
         if args.process_index == 0:
             warn_of_dropout(plain)
+            if not self.gated:
+                warn_of_taught(model)
         if args.lora_rank and not isinstance(model, PeftModel):
             model = self._adapted(plain, mask_token_id, args)
         self.mask_token_id = resolve_mask_token(plain, mask_token_id)

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mtpkern.adapter import attach, gate_of, load_adapter, require_bare, unloaded_on_error, wrapping
-from mtpkern.adapter_config import GatedSettings, base_known_by, is_gated, is_quantised, marked, require_gateable, row_of
+from mtpkern.adapter_config import (
+    GatedSettings,
+    base_known_by,
+    is_gated,
+    is_quantised,
+    marked,
+    require_gateable,
+    row_of,
+)
 from mtpkern.gate import Gate
 from mtpkern.loading import require_found
 from mtpkern.train.arguments import refuse

@@ -126,7 +126,7 @@ def is_quantised(model: nn.Module) -> bool:
     return bool(getattr(model, "is_quantized", False) or getattr(model, "hqq_quantized", False))
 
 
-def base_known_by(model: PreTrainedModel) -> dict[str, str]:
+def base_known_by(model: PreTrainedModel) -> dict[str, Any]:
     """By what an adapter's folder knows the base that it was trained for: `gate.record(**base_known_by(model))`."""
     return {"base": model.name_or_path, "digest": "" if is_quantised(model) else digest(model)}
 

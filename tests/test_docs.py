@@ -13,7 +13,7 @@ from mtpkern.cli import main
 from support.pages import fenced
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("quality", "strategies", "performance", "tutorial", "serving", "models", "figures/README")
+PAGES = ("quality", "strategies", "performance", "tutorial", "serving", "models", "trl", "figures/README")
 
 
 @pytest.mark.slow("readme::test_the_readme_in_an_empty_folder")

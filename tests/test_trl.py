@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mtpkern
 from mtpkern.adapter import save_adapter
 from mtpkern.train import encode_rows
+from mtpkern.train.convert import convert
 from mtpkern.train.lora import add_gated_lora
 from support.pages import fenced
 
@@ -48,6 +49,24 @@ def test_the_page_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     want = trained.generate(**inputs, do_sample=False)
     assert mtpkern.generate(there["fast"], **inputs).equal(want)
     mtpkern.generate(load("runs/mtp"), **inputs, strategy=mtpkern.Verified(4))
+    convert("runs/lora", Path("runs/converted"))
+    assert load("runs/converted").generate(**there["inputs"], max_new_tokens=64, do_sample=False).equal(there["want"])
+
+
+def test_a_checkpoint_by_name_writes_its_rollouts_by_itself(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    ours = mtpkern.generate
+    monkeypatch.setattr(mtpkern, "generate", lambda *args, **kwargs: calls.append(ours(*args, **kwargs)) or calls[-1])
+    options = {"num_generations": 4, "per_device_train_batch_size": 4, "max_completion_length": 8}
+    GRPOTrainer(
+        str(mtpkern.ASSETS),
+        lambda completions, **_: [1.0] * len(completions),
+        GRPOConfig(str(tmp_path), **BRIEF, **options, trust_remote_code=True),
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
+    ).train()
+    assert len(calls) == 3
 
 
 def of_checkpoint(model: Any, folder: Path) -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 
 from mtpkern.adapter_config import is_quantised
 from mtpkern.attention import exclusive
-from mtpkern.loading import require_model
+from mtpkern.loading import holds_adapter, require_model
 from mtpkern.model import evaluating
 from mtpkern.train.arguments import refuse
 from mtpkern.train.config import ModelArguments, MTPConfig
@@ -98,6 +98,11 @@ def require_sources(model: ModelArguments, data: DataArguments) -> set[str]:
 def load(kind: Any, name: str, **options: Any) -> Any:
     """`load(AutoTokenizer, "my-model")`: loaded, never with code of its own; errors name the checkpoint."""
     require_model(name)
+    refuse(
+        holds_adapter(name),
+        f"{name} holds an adapter, no model: give what `mtpkern convert {name} NEW` makes of it and its base, or, of a "
+        f"gated one, the base, with init_adapter {name}",
+    )
     try:
         return kind.from_pretrained(name, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:

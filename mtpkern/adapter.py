@@ -323,7 +323,8 @@ def save_adapter(model: PeftModel, folder: str | Path | None, *, dtype: torch.dt
     """
     from peft import get_peft_model_state_dict
 
-    name = model.active_adapter
+    # Beside one of fine-tuning it is not the first that is active.
+    name = next(name for name in model.active_adapters if is_gated(model.peft_config[name]))
     record_row(model)
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     state = {key: _whole(x).to("cpu", dtype or x.dtype).contiguous() for key, x in state.items()}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mtpkern
-from mtpkern.adapter import gate_of
+from mtpkern.adapter import gate_of, save_adapter
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.gated_trainer import GatedTrainer
@@ -155,10 +155,20 @@ def test_refuses_adapters_of_fine_tuning(tiny, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(base(tiny), LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match=r"not gated.*model = model\.merge_and_unload\(\)"):
+    says = r"'default' is not gated.*model = model\.merge_and_unload\(\)"
+    with pytest.raises(ValueError, match=says):
         trainer(tiny, tmp_path, model)
     with pytest.raises(ValueError, match=r"carries adapters already.*merge_and_unload\(\)"):
         trainer(tiny, tmp_path, model.get_base_model())
+    gated = trainer(tiny, tmp_path, base(tiny), max_steps=1)
+    gated.save_model(str(tmp_path / "gated"))
+    model.load_adapter(str(tmp_path / "gated"), "gated", is_trainable=True)
+    model.base_model.set_adapter(["default", "gated"])
+    with pytest.raises(ValueError, match=says):
+        trainer(tiny, tmp_path, model)
+    save_adapter(model, tmp_path / "again")
+    mtpkern.load_adapter(base(tiny), tmp_path / "again")
+    model.delete_adapter("gated")
     trainer(tiny, tmp_path, model.merge_and_unload())
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
 from mtpkern.adapter import gate_of, record_row, save_adapter
-from mtpkern.adapter_config import base_known_by, is_quantised, row_of
+from mtpkern.adapter_config import base_known_by, is_gated, is_quantised, row_of
 from mtpkern.attention import AttentionContext, attention_context
 from mtpkern.gate import Gate
 from mtpkern.train.arguments import refuse
@@ -59,10 +59,12 @@ class GatedTrainer(MTPTrainer):
             f"init_adapter {args.init_adapter} is for a plain base, and the model has adapters already; leave "
             "init_adapter out, or give the base",
         )
+        names = model.active_adapters if isinstance(model, PeftModel) else []
+        others = [name for name in names if not is_gated(model.peft_config[name])]
         refuse(
-            isinstance(model, PeftModel) and gate_of(plain_model(model)) is None,
-            "the model carries adapters that are not gated; merge them into what is to be its base, "
-            "model = model.merge_and_unload(), or take the base alone, model.unload()",
+            others,
+            f"the model's adapter {', '.join(map(repr, others))} is not gated and would be trained, too, or instead; "
+            "merge it into what is to be the base, model = model.merge_and_unload(), or take the base, model.unload()",
         )
         super().__init__(model, args=args, **kwargs)
         if not is_quantised(self.plain) and not any(x.is_meta for x in self.plain.parameters()):

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mtpkern
 from mtpkern.adapter import save_adapter
+from mtpkern.foreign import foreign
 from mtpkern.train import encode_rows
 from mtpkern.train.convert import convert
 from mtpkern.train.lora import add_gated_lora
@@ -51,6 +52,22 @@ def test_the_page_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     mtpkern.generate(load("runs/mtp"), **inputs, strategy=mtpkern.Verified(4))
     convert("runs/lora", Path("runs/converted"))
     assert load("runs/converted").generate(**there["inputs"], max_new_tokens=64, do_sample=False).equal(there["want"])
+
+
+def test_in_bfloat16(tokenizer: Any, tmp_path: Path) -> None:
+    """As their configurations ask for it: float32 weights under autocast, in a forward that TRL and accelerate wrap."""
+    model = load()
+    model.generate = partial(mtpkern.generate, model)
+    options = {"num_generations": 4, "per_device_train_batch_size": 4, "max_completion_length": 8}
+    GRPOTrainer(
+        model,
+        lambda completions, **_: [1.0] * len(completions),
+        GRPOConfig(str(tmp_path), **{**BRIEF, "bf16": True}, **options),
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
+        processing_class=tokenizer,
+    ).train()
+    assert not foreign(model)
+    assert model.dtype == torch.float32
 
 
 def test_a_checkpoint_by_name_writes_its_rollouts_by_itself(

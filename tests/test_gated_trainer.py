@@ -151,6 +151,17 @@ def test_follows_a_base_that_was_trained_since(tiny, tmp_path):
         trainer(tiny, tmp_path / "no", tiny.model("llama", vocab_size=44), init_adapter=str(tmp_path / "adapter"))
 
 
+def test_refuses_to_train_the_base_or_nothing(tiny, tmp_path):
+    trainer(tiny, tmp_path / "first").save_model(str(tmp_path / "adapter"))
+    model = mtpkern.load_adapter(base(tiny), tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"the adapter alone must be trained.*nothing would be.*is_trainable=True"):
+        trainer(tiny, tmp_path / "no", model)
+    model = mtpkern.load_adapter(base(tiny), tmp_path / "adapter", is_trainable=True)
+    model.get_base_model().requires_grad_(True)  # as that of a policy with a twin
+    with pytest.raises(ValueError, match=r"the adapter alone must be trained.*embed_tokens.weight would be"):
+        trainer(tiny, tmp_path / "no", model)
+
+
 def test_refuses_adapters_of_fine_tuning(tiny, tmp_path):
     from peft import LoraConfig, get_peft_model
 

@@ -49,9 +49,44 @@ def test_the_page_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not trained.lm_head.weight.equal(load("runs/merged").lm_head.weight)
     want = trained.generate(**inputs, do_sample=False)
     assert mtpkern.generate(there["fast"], **inputs).equal(want)
+    with pytest.raises(ValueError, match="was trained for"):
+        mtpkern.load_adapter(trained, "runs/gated")
+    with pytest.warns(UserWarning, match="worth less there"):
+        further = mtpkern.load_adapter(trained, "runs/gated", is_trainable=True)
+    there["GatedTrainer"](
+        model=further,
+        args=there["MTPConfig"]("runs/further", gated=True, lora_rank=8, k_max=4, **there["brief"]),
+        train_dataset=encode_rows(there["own"], there["tokenizer"], chat=False),
+        data_collator=there["MTPCollator"](0),
+    ).train()
     mtpkern.generate(load("runs/mtp"), **inputs, strategy=mtpkern.Verified(4))
     convert("runs/lora", Path("runs/converted"))
     assert load("runs/converted").generate(**there["inputs"], max_new_tokens=64, do_sample=False).equal(there["want"])
+
+
+def test_rollouts_through_slots(tokenizer: Any, tmp_path: Path) -> None:
+    """Of a `rollout_func`, with the settings of the trainer, each up to its own end."""
+    policy, fast = of_twin(load(), tmp_path / "adapter")
+    seen: list[int] = []
+
+    def rollouts(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        ids = [tokenizer(prompt).input_ids for prompt in prompts]
+        outputs = mtpkern.generate_batch(fast, ids, generation_config=trainer.generation_config, batch_size=3)
+        seen.extend(len(output.tokens) for output in outputs)
+        assert all(output.tokens[-1] == tokenizer.eos_token_id for output in outputs if len(output.tokens) < 60)
+        return {"prompt_ids": ids, "completion_ids": [output.tokens for output in outputs], "logprobs": None}
+
+    options = {"num_generations": 2, "per_device_train_batch_size": 4, "max_completion_length": 60}
+    GRPOTrainer(
+        policy,
+        lambda completions, **_: [float(i) for i in range(len(completions))],
+        GRPOConfig(str(tmp_path / "run"), **BRIEF, **options),
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
+        processing_class=tokenizer,
+        rollout_func=rollouts,
+    ).train()
+    assert len(seen) == 12
+    assert min(seen) < 60
 
 
 def test_in_bfloat16(tokenizer: Any, tmp_path: Path) -> None:

@@ -66,6 +66,16 @@ class GatedTrainer(MTPTrainer):
             f"the model's adapter {', '.join(map(repr, others))} is not gated and would be trained, too, or instead; "
             "merge it into what is to be the base, model = model.merge_and_unload(), or take the base, model.unload()",
         )
+        if isinstance(model, PeftModel):
+            trained = {
+                name: "lora_" in name or name == "mask_row" for name, x in model.named_parameters() if x.requires_grad
+            }
+            refuse(
+                not trained or not all(trained.values()),
+                "the adapter alone must be trained, its base stay as it is; of this model "
+                f"{next((name for name, own in trained.items() if not own), 'nothing')} would be: load it anew, "
+                "mtpkern.load_adapter(base, folder, is_trainable=True)",
+            )
         super().__init__(model, args=args, **kwargs)
         if not is_quantised(self.plain) and not any(x.is_meta for x in self.plain.parameters()):
             self.gate.record(**base_known_by(self.plain))  # which may have been trained since

@@ -127,7 +127,8 @@ def generate(
     prefix_cache: a `PrefixCache` that several calls are given: what a prompt shares with a text of the last call, its
         answer included, is not read again; an example stands there. Takes the place of transformers' past_key_values.
 
-    model may be a PeftModel whose adapters act in its layers, row by row.
+    model may be a PeftModel whose adapters act in its layers, row by row. In training mode it decodes as in evaluation,
+    where nothing in it drops at random, and is left in the mode that it was in.
 
     Raises ValueError or TypeError, by name, for everything in the call that is not honoured (docs/arguments.md):
     beams, logits processors that are no functions of the text, a model of an unknown kind. RuntimeError where the

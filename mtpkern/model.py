@@ -228,11 +228,11 @@ def _random_in_training(model: nn.Module) -> list[str]:
     found = []
     for name, module in model.named_modules():
         # What drops without a module of its own, as attention does, keeps its rate by such a name.
-        rates = {f"{name}.{n}": x for n, x in vars(module).items() if "drop" in n or "jitter" in n}
+        rates = {n: x for n, x in vars(module).items() if "drop" in n or "jitter" in n}
         if isinstance(module, nn.modules.dropout._DropoutNd):
-            rates[f"{name}.p"] = module.p
+            rates["p"] = module.p
         if module.training:
-            found += [n for n, x in rates.items() if type(x) in (int, float) and x > 0]
+            found += [f"{name}.{n}".lstrip(".") for n, x in rates.items() if type(x) in (int, float) and x > 0]
     return found
 
 

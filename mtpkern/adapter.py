@@ -217,7 +217,8 @@ def require_bare(model: nn.Module) -> None:
         names = ", ".join(map(repr, getattr(model, "peft_config", None) or {})) or "of peft's"
         raise ValueError(
             f"{type(base).__name__} carries adapters already ({names}); expected the base alone, which unload() of the "
-            "PeftModel returns. For a second one beside the first, let the PeftModel load it: "
+            "PeftModel returns, merge_and_unload() with what fine-tuning has taught them. For a second one beside the "
+            "first, let the PeftModel load it: "
             "peft_model.load_adapter(path, 'second'), then peft_model.set_adapter('second')"
         )
 
@@ -274,7 +275,8 @@ def load_adapter(
     original model's greedy output. The model gets peft's layers in place, as by `PeftModel.from_pretrained`.
 
     dtype          of the adapter's weights; that of the model unless given, and float32 for one to train
-    is_trainable   for `mtpkern.train.GatedTrainer`, which then trains it further
+    is_trainable   for `mtpkern.train.GatedTrainer`, which then trains it further; upon weights that are not those that
+                   it was trained for, too, such as a fine-tuned base's, with a warning
 
     Several adapters of one base are switched by peft's own means: model.load_adapter("another", "second"), then
     model.set_adapter("second").
@@ -300,7 +302,7 @@ def load_adapter(
             "peft.PeftModel.from_pretrained, or train one with mtpkern train --gated"
         )
     require_gateable(config)
-    require_base(model, settings_of(config), str(path))
+    require_base(model, settings_of(config), str(path), to_train=is_trainable)
     with wrapping():
         peft_model = PeftModel.from_pretrained(model, str(path), is_trainable=is_trainable).eval()
     with unloaded_on_error(peft_model):
@@ -321,7 +323,8 @@ def save_adapter(model: PeftModel, folder: str | Path | None, *, dtype: torch.dt
     """
     from peft import get_peft_model_state_dict
 
-    name = model.active_adapter
+    # Beside one of fine-tuning it is not the first that is active.
+    name = next(name for name in model.active_adapters if is_gated(model.peft_config[name]))
     record_row(model)
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     state = {key: _whole(x).to("cpu", dtype or x.dtype).contiguous() for key, x in state.items()}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import warnings
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -76,21 +77,36 @@ def row_of(config: Any) -> nn.Parameter:
     return nn.Parameter(torch.frombuffer(data, dtype=torch.float32).clone())
 
 
-def digest(model: PreTrainedModel) -> str:
+def digest(model: PreTrainedModel, *, merged: bool = False) -> str:
     """A digest of a model's weights: shapes, and samples in bfloat16 so that the dtype of loading is no matter.
 
+    merged: as they would be with the LoRA in them that is active and not gated
+
     digest(model) == digest(the_same_checkpoint_loaded_in_another_dtype)
+    digest(peft_model.get_base_model(), merged=True) == digest(peft_model.merge_and_unload())
     """
     hash_ = hashlib.blake2b(digest_size=16)
+    layers = dict(model.named_modules()) if merged else {}
     for name, weight in sorted(model.state_dict().items()):
+        layer = layers.get(name.removesuffix(".base_layer.weight"))
         name = name.replace(".base_layer.", ".")
         if "lora_" in name or not weight.is_floating_point():
             continue
+        for adapter in _plain_lora(layer):
+            weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)  # type: ignore[union-attr]
         flat = weight.flatten()
         step = max(1, len(flat) // _SAMPLE)
         hash_.update(f"{name} {tuple(weight.shape)}".encode())
         hash_.update(flat[::step][:_SAMPLE].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return hash_.hexdigest()
+
+
+def _plain_lora(layer: Any) -> list[str]:
+    """The active adapters of a layer that merging would add to its weight."""
+    if not hasattr(layer, "lora_A") or layer.disable_adapters or layer.merged:
+        return []
+    # A variant is merged in a way of its own, or not at all.
+    return [name for name in layer.active_adapters if name in layer.lora_A and name not in layer.lora_variant]
 
 
 def require_gateable(config: LoraConfig | Any) -> None:
@@ -110,13 +126,30 @@ def is_quantised(model: nn.Module) -> bool:
     return bool(getattr(model, "is_quantized", False) or getattr(model, "hqq_quantized", False))
 
 
-def require_base(model: PreTrainedModel, settings: GatedSettings, path: str) -> None:
-    """Raise ValueError where a model is not the base that an adapter was trained for."""
+def base_known_by(model: PreTrainedModel) -> dict[str, Any]:
+    """By what an adapter's folder knows the base that it was trained for: `gate.record(**base_known_by(model))`."""
+    return {"base": model.name_or_path, "digest": "" if is_quantised(model) else digest(model)}
+
+
+def require_base(model: PreTrainedModel, settings: GatedSettings, path: str, *, to_train: bool = False) -> None:
+    """Raise ValueError where a model is not the base that an adapter was trained for.
+
+    to_train: the adapter is to be trained for this one, so that weights may be others, with a warning
+    """
     rows = model.get_input_embeddings().weight.shape[0]
     # Quantised weights, then or now, are stored in a way of their own: nothing to compare.
     found = settings.digest if is_quantised(model) or not settings.digest else digest(model)
-    if rows != settings.mask_token_id or found != settings.digest:
+    # Of a base that was merged with adapters they may be apart again.
+    same = found == settings.digest or digest(model, merged=True) == settings.digest
+    if same and rows == settings.mask_token_id:
+        return
+    says = (
+        f"{path} was trained for {settings.base} ({settings.mask_token_id} tokens, weights {settings.digest}), got "
+        f"a model with {rows} tokens and weights {found}"
+    )
+    if rows != settings.mask_token_id or not to_train:
         raise ValueError(
-            f"{path} was trained for {settings.base} ({settings.mask_token_id} tokens, weights {settings.digest}), got "
-            f"a model with {rows} tokens and weights {found}: load the base unchanged, without add_mask_token"
+            f"{says}: load the base unchanged, without add_mask_token, or train the adapter further for a base that "
+            "was fine-tuned since (is_trainable=True; mtpkern train --init-adapter)"
         )
+    warnings.warn(f"{says}: its drafts are worth less there, until it is trained further", stacklevel=3)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from inspect import signature
@@ -37,7 +38,7 @@ from mtpkern.fields import OF_SAMPLING, whole_number
 from mtpkern.generation import choosing_of, generate, past_positions, prepared, settings_of, stop_ids_of
 from mtpkern.graph import without_kernels
 from mtpkern.memory import require_room
-from mtpkern.model import has_latent_attention, learned_positions
+from mtpkern.model import evaluating, has_latent_attention, learned_positions
 from mtpkern.options import Options
 from mtpkern.parallel import agree, is_parallel
 from mtpkern.pool import decoder_for, kept_bytes, release_graphs
@@ -303,6 +304,7 @@ class _Batch:
         model = self.model
         with (
             exclusive(model, wait=self.options.wait),
+            evaluating(model) if model.training else nullcontext(),
             torch.accelerator.device_index(model.device.index),
             decoder_for(
                 model,

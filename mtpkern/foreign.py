@@ -16,7 +16,7 @@ from torch.nn.modules import module as torch_module
 from transformers import PreTrainedConfig
 
 # Whose hooks and forwards leave a row's output to the row: wrappers, adapters, weights that are moved or quantised.
-_KNOWN = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "torchao", "optimum", "mtpkern"}
+_KNOWN = {"torch", "transformers", "peft", "accelerate", "trl", "bitsandbytes", "torchao", "optimum", "mtpkern"}
 # What is of the checkpoint or the machine, and no setting of a computation.
 _NAMES = {"transformers_version", "architectures", "dtype", "mtpkern"}
 

@@ -7,6 +7,7 @@ honoured here is refused by name before anything runs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ from mtpkern.choosing import Choosing
 from mtpkern.decoder import PREFILL_CHUNK, Decoder
 from mtpkern.graph import without_kernels
 from mtpkern.host import on_host
-from mtpkern.model import learned_positions
+from mtpkern.model import evaluating, learned_positions
 from mtpkern.options import Options
 from mtpkern.parallel import require_same_on_all
 from mtpkern.pool import decoder_for, prefill_with_room
@@ -126,7 +127,8 @@ def generate(
     prefix_cache: a `PrefixCache` that several calls are given: what a prompt shares with a text of the last call, its
         answer included, is not read again; an example stands there. Takes the place of transformers' past_key_values.
 
-    model may be a PeftModel whose adapters act in its layers, row by row.
+    model may be a PeftModel whose adapters act in its layers, row by row. In training mode it decodes as in evaluation,
+    where nothing in it drops at random, and is left in the mode that it was in.
 
     Raises ValueError or TypeError, by name, for everything in the call that is not honoured (docs/arguments.md):
     beams, logits processors that are no functions of the text, a model of an unknown kind. RuntimeError where the
@@ -265,6 +267,7 @@ def _decode(
     # read inside, before another run may have the decoder.
     with (
         exclusive(model, wait=options.wait),
+        evaluating(model) if model.training else nullcontext(),
         torch.accelerator.device_index(model.device.index),
         decoder_for(
             model,

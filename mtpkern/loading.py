@@ -119,6 +119,11 @@ def load(
         raise ValueError(f"{error}; --base names another one") from error
 
 
+def holds_adapter(name: str) -> bool:
+    """Whether a folder holds an adapter of peft and no model: `holds_adapter("runs/gated")`."""
+    return (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file()
+
+
 def _adapter_settings(name: str) -> GatedSettings | None:
     """What a gated adapter's folder or hub id records; None for anything else."""
     from transformers.utils.peft_utils import find_adapter_config_file

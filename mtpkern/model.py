@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from inspect import signature
 from itertools import chain
@@ -191,8 +192,11 @@ def require_decodable(model: PreTrainedModel) -> None:
                     f"{kind} is configured with {name}={value!r}, so that a token sees those behind it, and no "
                     f"text grows token by token: set model.config.{name} = {causal}, if it was trained so"
                 )
-    if model.training:
-        raise ValueError(f"{kind} is in training mode, where dropout would change the output: call model.eval() first")
+    if model.training and (random := _random_in_training(model)):
+        raise ValueError(
+            f"{kind} is in training mode, where it drops at random ({', '.join(random[:3])}): call model.eval() first, "
+            "or set these to 0"
+        )
     strange = sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS)
     if strange:
         raise ValueError(f"{kind} has layers of type {', '.join(strange)}; mtpkern knows full and sliding attention")
@@ -217,6 +221,35 @@ def require_decodable(model: PreTrainedModel) -> None:
             f"{kind} has latent attention, prefilled through 'sdpa' or 'eager' only, and was loaded with {own!r}; "
             "load it with attn_implementation='sdpa'"
         )
+
+
+def _random_in_training(model: nn.Module) -> list[str]:
+    """What makes a model's output random in training mode, by where it stands: dropout, jitter, layers left out."""
+    found = []
+    for name, module in model.named_modules():
+        # What drops without a module of its own, as attention does, keeps its rate by such a name.
+        rates = {n: x for n, x in vars(module).items() if "drop" in n or "jitter" in n}
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            rates["p"] = module.p
+        if module.training:
+            found += [f"{name}.{n}".lstrip(".") for n, x in rates.items() if type(x) in (int, float) and x > 0]
+    return found
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A block in which the model is in evaluation mode; behind it each of its modules is in the mode that it was in.
+
+    with evaluating(model):
+        logits = model(input_ids).logits
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 # What a model's forward calls its cache, the newer name first (transformers 5.24 renamed it).

@@ -76,7 +76,7 @@ def packs(model: PreTrainedModel, new_tokens: int) -> bool:
 def _has_large_layers(model: PreTrainedModel) -> bool:
     """Whether layers that may read the same tensor are large enough together; soon seen where they are."""
     for parent in model.modules():
-        layers = [child._modules.get("base_layer", child) for child in parent.children()]
+        layers = [getattr(child, "base_layer", child) for child in parent.children()]
         if sum(x.numel() for layer in layers for x in layer._parameters.values() if x is not None) >= LEAST_WEIGHT:
             return True
     return False

@@ -6,6 +6,8 @@ Two truths: the model's own forward on the whole text, and transformers' own gre
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,7 +23,7 @@ from mtpkern.attention import exclusive, routed
 from mtpkern.decoder import Decoder
 from mtpkern.foreign import foreign, settings_of
 from mtpkern.kernels.state import FAULT
-from mtpkern.model import is_tested, require_decodable, resolve_mask_token
+from mtpkern.model import evaluating, is_tested, require_decodable, resolve_mask_token
 from mtpkern.output import first_line
 from mtpkern.strategies import Static
 from mtpkern.wrappers import unwrapped
@@ -85,7 +87,7 @@ def check(
     plain = unwrapped(model, {})
     require_decodable(plain)
     mask_token_id = resolve_mask_token(plain, mask_token_id)
-    with exclusive(plain):
+    with exclusive(plain), evaluating(plain):
         return _compare(plain, input_ids, mask_token_id, k, steps, WINDOW)
 
 
@@ -154,13 +156,15 @@ def _compare(
     widest = _window(model)
     if widest is not None and widest >= T:
         not_covered.append(f"its sliding window of {widest} tokens, as the prompts have {T}: pass longer input_ids")
-    exact = model.dtype in (torch.float32, torch.float64)
-    if not exact:
-        not_covered.append(f"faults smaller than the rounding of {model.dtype}: load it in float32")
     if len(input_ids) == 1:
         not_covered.append("prompts of different length side by side")
-    errors, spread, equal = _against_recomputation(model, input_ids, attention_mask, mask_token_id, k, steps)
-    noise, theirs = _against_generate(model, input_ids, attention_mask, mask_token_id, steps + 1)
+    with _computed(model) as dtypes:
+        errors, spread, equal = _against_recomputation(model, input_ids, attention_mask, mask_token_id, k, steps)
+        noise, theirs = _against_generate(model, input_ids, attention_mask, mask_token_id, steps + 1)
+    rounded = sorted(map(str, dtypes - {torch.float32, torch.float64}))
+    exact = not rounded
+    if not exact:
+        not_covered.append(f"faults smaller than the rounding of {rounded[0]}: load it in float32, without autocast")
     return CheckReport(
         rows=len(equal),
         max_error=max(errors),
@@ -171,6 +175,22 @@ def _compare(
         exact=exact,
         not_covered=tuple(not_covered),
     )
+
+
+@contextmanager
+def _computed(model: PreTrainedModel) -> Iterator[set[torch.dtype]]:
+    """Inside the block, in what the model computes: that of its weights, or of what its head makes under an autocast.
+
+    Its own forward may open one and give its result back in float32.
+    """
+    dtypes = {model.dtype}
+    head = model.get_output_embeddings()
+    hook = None if head is None else head.register_forward_hook(lambda head, args, logits: dtypes.add(logits.dtype))
+    try:
+        yield dtypes
+    finally:
+        if hook is not None:
+            hook.remove()
 
 
 def _window(model: PreTrainedModel) -> int | None:

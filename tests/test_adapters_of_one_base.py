@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 import mtpkern
 from mtpkern.adapter import gate_of, save_adapter
@@ -125,6 +126,53 @@ def test_deleting_and_deactivating(base, folders, alone, tiny):
     model.base_model.set_adapter(["default", "second"])
     with pytest.raises(ValueError, match=r"2 active gated adapters.*activate one"):
         said(model, tiny)
+
+
+def fine_tuned(base):
+    """A base with an adapter of fine-tuning, which acts on every row, on some of its layers."""
+    config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return get_peft_model(copy.deepcopy(base), config).eval()
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["of the base", "of the two merged"])
+def test_beside_an_adapter_of_fine_tuning(base, folders, tiny, tmp_path, merged):
+    """The fine-tuned model's own tokens, whichever of the two the gated one was trained for."""
+    ids, mask = tiny.prompts(7, 4)
+    inputs = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 16}
+    model, folder = fine_tuned(base), folders[0]
+    want = model.generate(**inputs, do_sample=False)
+    assert not want.equal(base.generate(**inputs, do_sample=False))
+    if merged:
+        alone = add_gated_lora(fine_tuned(base).merge_and_unload(), rank=4, k_max=4).eval()
+        with torch.no_grad():
+            for name, parameter in alone.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(0, 0.5, generator=torch.Generator().manual_seed(7))
+        save_adapter(alone, folder := tmp_path / "adapter")
+    model.load_adapter(str(folder), "gated")
+    model.base_model.set_adapter(["default", "gated"])
+    for strategy in (None, mtpkern.Verified(4, 0.0), mtpkern.Static(1)):
+        assert mtpkern.generate(model, **inputs, strategy=strategy).equal(want)
+    if merged:
+        # And masks see the two together.
+        drafts = {**inputs, "strategy": mtpkern.Static(3)}
+        assert mtpkern.generate(model, **drafts).equal(mtpkern.generate(alone, **drafts))
+        other = copy.deepcopy(base)
+        with pytest.raises(ValueError, match="was trained for"):
+            mtpkern.load_adapter(other, folder)
+
+
+def test_beside_another_adapter_than_it_was_merged_with(base, tiny, tmp_path):
+    save_adapter(add_gated_lora(fine_tuned(base).merge_and_unload(), rank=4, k_max=4), tmp_path)
+    model = fine_tuned(base)
+    model.load_adapter(str(tmp_path), "gated")
+    model.base_model.set_adapter(["default", "gated"])
+    with torch.no_grad():
+        model.base_model.model.model.layers[1].mlp.up_proj.lora_B["default"].weight.mul_(2)
+    with pytest.raises(ValueError, match="was trained for"):
+        mtpkern.generate(model, tiny.prompts(3)[0])
 
 
 def test_loading_over_an_adapter_takes_its_row_along(base, folders, alone, tiny):

@@ -301,6 +301,57 @@ def test_a_gguf_becomes_plain(tmp_path, write_gguf, capsys, given):
     assert mtpkern.generate(AutoModelForCausalLM.from_pretrained(target), ids, max_new_tokens=4).shape[1] > 3
 
 
+@pytest.mark.parametrize("with_tokenizer", [False, True])
+def test_an_adapter_is_merged_into_its_base(start, tmp_path, bytes_of, with_tokenizer):
+    """As fine-tuning by LoRA leaves it: upon the base that it names, with the tokenizer that lies beside it."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    folder, target = tmp_path / "adapter", tmp_path / "merged"
+    base = AutoModelForCausalLM.from_pretrained(start)
+    lora = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    lora.save_pretrained(folder)
+    own = bytes_of("llama")
+    own.chat_template = "{{ messages[0].content }}"
+    if with_tokenizer:
+        own.save_pretrained(folder)
+    assert convert(str(folder), target) is None
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(start), str(folder))
+    want = loaded.merge_and_unload().state_dict()
+    got = AutoModelForCausalLM.from_pretrained(target)
+    assert got.state_dict().keys() == want.keys()
+    assert all(torch.equal(x, want[name]) for name, x in got.state_dict().items())
+    assert not torch.equal(
+        want["model.layers.0.mlp.up_proj.weight"], base.model.layers[0].mlp.up_proj.base_layer.weight
+    )
+    template = AutoTokenizer.from_pretrained(target).chat_template
+    assert (template == own.chat_template) == with_tokenizer
+
+
+def test_adapters_that_cannot_be_merged_or_trained(start, tmp_path, capsys):
+    from peft import PromptTuningConfig, get_peft_model
+
+    from mtpkern.adapter import save_adapter
+    from mtpkern.train.lora import add_gated_lora
+
+    def base():
+        return AutoModelForCausalLM.from_pretrained(start)
+
+    save_adapter(add_gated_lora(base(), rank=2, k_max=3), tmp_path / "gated")
+    get_peft_model(base(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).save_pretrained(
+        tmp_path / "prompt"
+    )
+    for name, says in (("gated", "gated adapter.*cannot be merged"), ("prompt", "virtual tokens before a prompt")):
+        with pytest.raises(ValueError, match=says):
+            convert(str(tmp_path / name), tmp_path / "merged")
+        assert not (tmp_path / "merged").exists()
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text('{"prompt": "1 + 1?", "completion": " 2"}\n')
+        flags = ["--train-data", str(rows), "--output-dir", str(tmp_path / "out"), "--use-cpu", "--bf16", "false"]
+        assert main(["train", "--model", str(tmp_path / name), *flags]) == 2
+        said = capsys.readouterr().err
+        assert f"holds an adapter, no model: give what `mtpkern convert {tmp_path / name} NEW` makes of it" in said
+
+
 def test_digits_stand_alone_where_the_file_says_so(tmp_path, write_gguf):
     for pre, alone in (("smollm", True), ("gpt-2", False)):
         write_gguf(tmp_path / f"{pre}.gguf", pre=pre, eot=False)

@@ -24,6 +24,7 @@ PAGES = (
     "serving",
     "strategies",
     "training",
+    "trl",
     "tutorial",
 )
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mtpkern
-from mtpkern.adapter import gate_of
+from mtpkern.adapter import gate_of, save_adapter
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.gated_trainer import GatedTrainer
@@ -120,6 +120,67 @@ def test_begins_with_an_adapter_of_a_folder(tiny, tmp_path):
     second.save_model(str(tmp_path / "further"))
     settings = json.loads((tmp_path / "further" / "adapter_config.json").read_text())["auto_mapping"]["mtpkern"]
     assert settings["k_max"] == 6
+
+
+def test_follows_a_base_that_was_trained_since(tiny, tmp_path):
+    """In memory or out of a folder; what it is then of is the base as it has become."""
+    first = trainer(tiny, tmp_path / "run")
+    first.train()
+    first.save_model(str(tmp_path / "adapter"))
+
+    def moved():
+        model = base(tiny)
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.mul_(1.1)
+        return model
+
+    with pytest.raises(ValueError, match=r"was trained for.*train the adapter further.*--init-adapter"):
+        mtpkern.load_adapter(moved(), tmp_path / "adapter")
+    with torch.no_grad():
+        first.plain.model.layers[0].mlp.up_proj.base_layer.weight.mul_(1.1)
+    runs = [trainer(tiny, tmp_path / "there", first.model, max_steps=1)]
+    with pytest.warns(UserWarning, match="its drafts are worth less there, until it is trained further"):
+        runs += [trainer(tiny, tmp_path / "here", moved(), init_adapter=str(tmp_path / "adapter"), max_steps=1)]
+    for run in runs:
+        run.train()
+        run.save_model(str(tmp_path / "further"))
+        mtpkern.load_adapter(moved(), tmp_path / "further")
+        with pytest.raises(ValueError, match="was trained for"):
+            mtpkern.load_adapter(base(tiny), tmp_path / "further")
+    with pytest.raises(ValueError, match="was trained for"):
+        trainer(tiny, tmp_path / "no", tiny.model("llama", vocab_size=44), init_adapter=str(tmp_path / "adapter"))
+
+
+def test_refuses_to_train_the_base_or_nothing(tiny, tmp_path):
+    trainer(tiny, tmp_path / "first").save_model(str(tmp_path / "adapter"))
+    model = mtpkern.load_adapter(base(tiny), tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"the adapter alone must be trained.*nothing would be.*is_trainable=True"):
+        trainer(tiny, tmp_path / "no", model)
+    model = mtpkern.load_adapter(base(tiny), tmp_path / "adapter", is_trainable=True)
+    model.get_base_model().requires_grad_(True)  # as that of a policy with a twin
+    with pytest.raises(ValueError, match=r"the adapter alone must be trained.*embed_tokens.weight would be"):
+        trainer(tiny, tmp_path / "no", model)
+
+
+def test_refuses_adapters_of_fine_tuning(tiny, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(base(tiny), LoraConfig(r=2, target_modules=["q_proj"]))
+    says = r"'default' is not gated.*model = model\.merge_and_unload\(\)"
+    with pytest.raises(ValueError, match=says):
+        trainer(tiny, tmp_path, model)
+    with pytest.raises(ValueError, match=r"carries adapters already.*merge_and_unload\(\)"):
+        trainer(tiny, tmp_path, model.get_base_model())
+    gated = trainer(tiny, tmp_path, base(tiny), max_steps=1)
+    gated.save_model(str(tmp_path / "gated"))
+    model.load_adapter(str(tmp_path / "gated"), "gated", is_trainable=True)
+    model.base_model.set_adapter(["default", "gated"])
+    with pytest.raises(ValueError, match=says):
+        trainer(tiny, tmp_path, model)
+    save_adapter(model, tmp_path / "again")
+    mtpkern.load_adapter(base(tiny), tmp_path / "again")
+    model.delete_adapter("gated")
+    trainer(tiny, tmp_path, model.merge_and_unload())
 
 
 def test_refuses_to_begin_with_another_adapter(tiny, tmp_path):

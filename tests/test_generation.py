@@ -335,11 +335,6 @@ def test_a_mask_token_among_the_words(with_mask: bool, model: Any, tiny: Any) ->
         mtpkern.generate(model, ids, attention_mask=real if with_mask else None, max_new_tokens=4)
 
 
-def test_training_mode(model: Any, inputs: Any) -> None:
-    with pytest.raises(ValueError, match=r"model\.eval\(\)"):
-        mtpkern.generate(model.train(), **inputs, max_new_tokens=4)
-
-
 @pytest.mark.parametrize("model_type", ["gpt2", "opt", "gptj"])
 @pytest.mark.parametrize("prompt", [28, 32])
 def test_up_to_the_last_learned_position(model_type: str, prompt: int, tiny: Any) -> None:

@@ -222,10 +222,6 @@ def _refused(model: Any, message: str) -> None:
         mtpkern.check(model, mask_token_id=1)
 
 
-def test_training_mode_is_refused(tiny: Any) -> None:
-    _refused(tiny.model("llama").train(), r"training mode.*model\.eval\(\)")
-
-
 def test_encoder_decoders_are_refused() -> None:
     config = AutoConfig.for_model(
         "t5", vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0

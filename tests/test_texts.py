@@ -59,3 +59,79 @@ def test_the_trainer_takes_them(tmp_path, tiny, bytes_of):
     data = encode_rows(ROWS, tokenizer, chat=False)
     trainer = MTPTrainer(model=model, args=config, train_dataset=data, data_collator=MTPCollator(0))
     assert trainer.train().global_step == 1
+
+
+def test_what_is_not_counted_is_said(bytes_of, caplog):
+    tokenizer = bytes_of("llama")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    turns = [{"role": role, "content": content} for role, content in (("user", "a"), ("assistant", "b")) * 2]
+    encode_rows([{"messages": turns}], tokenizer)
+    assert "1 earlier answers not counted" in caplog.text
+
+
+END = 258  # that tokenizer's EOS
+
+
+def tokenized(tokenizer, row, **options):
+    return encode_rows([row], tokenizer, **options)[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "earlier"),
+    [
+        ({"labels": [-100, -100, 6, 7, END]}, 2, []),
+        ({"completion_mask": [0, 0, 0, 1, 1]}, 3, []),
+        ({"completion_mask": [0, 0, 0, 1, 1], "assistant_masks": [0, 1, 0, 0, 1]}, 4, []),
+        ({"labels": [-100, 5, -100, 7, END], "completion_mask": [1] * 5}, 3, [(1, 2)]),
+        ({"assistant_masks": [1, 1, 0, 1, 1]}, 3, [(1, 2)]),
+        ({"labels": None}, 1, []),
+        ({}, 1, []),
+    ],
+    ids=str,
+)
+def test_rows_that_are_tokenized_already(bytes_of, row, prompt, earlier):
+    """Of texts that the trainers of TRL have prepared; without a chat template, which nothing is rendered by."""
+    got = tokenized(bytes_of("llama"), {"input_ids": [4, 5, 6, 7, END], **row})
+    assert got == {"input_ids": [4, 5, 6, 7, END], "prompt_length": prompt} | (
+        {"earlier_answers": earlier} if earlier else {}
+    )
+
+
+def test_what_stands_behind_the_last_answer_is_left_out(bytes_of):
+    tokenizer = bytes_of("llama")
+    assert tokenizer.eos_token_id == END
+    ids = [4, 5, 6, END, 8, 9]
+    assert tokenized(tokenizer, {"input_ids": ids, "labels": [-100, 5, 6, -100, -100, -100]})["input_ids"] == ids[:3]
+    # Templates write a line break behind it, and masks of completions count that.
+    assert tokenized(tokenizer, {"input_ids": ids, "completion_mask": [0, 1, 1, 1, 1, 1]})["input_ids"] == ids[:4]
+    assert tokenized(tokenizer, {"input_ids": ids}, eos_token_ids=[8])["input_ids"] == ids[:5]
+
+
+def test_text_comes_first(bytes_of):
+    """What SFTTrainer has prepared has both, and text is encoded as `mtpkern train` would."""
+    tokenizer = bytes_of("llama")
+    [want] = encode_rows(ROWS[:1], tokenizer, chat=False)
+    assert tokenized(tokenizer, {**ROWS[0], "input_ids": [4, 5], "labels": [4, 5]}, chat=False) == want
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "says"),
+    [
+        ({"input_ids": [4, 5], "labels": [4]}, {}, "row 1: input_ids, and labels or masks.*one length"),
+        ({"input_ids": [4, 5], "labels": [5, -100]}, {}, "row 1: labels must be -100 or the token itself"),
+        ({"input_ids": [4, 5], "labels": [4, -100]}, {}, "row 1: no token of it counts"),
+        ({"input_ids": [4, 5, 6], "seq_lengths": [1, 2]}, {}, "row 1: several texts are packed.*packing=True"),
+        ({"input_ids": None, "labels": [4]}, {}, "row 1: input_ids"),
+        ({"input_ids": [4, 5, 6]}, {"window": 2}, "row 1: 3 tokens, the window has 2"),
+        ({"input_ids": [4, 5, 6]}, {"mask_token_id": 5}, "row 1: token 1 is the mask token"),
+    ],
+    ids=str,
+)
+def test_faulty_tokenized_rows(bytes_of, row, options, says):
+    with pytest.raises(ValueError, match=says):
+        tokenized(bytes_of("llama"), row, **options)
+
+
+def test_a_batch_of_what_is_no_example():
+    with pytest.raises(ValueError, match=r"encode_rows.*prompt_length missing, got input_ids, labels"):
+        MTPCollator(0)([{"input_ids": [4, 5], "labels": [4, 5]}])

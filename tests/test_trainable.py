@@ -111,3 +111,17 @@ def test_a_number_that_is_none_is_named(tmp_path, capfd, flags):
     err = capfd.readouterr().err
     assert f"{flags[0][2:].replace('-', '_')} must be a finite number; got {flags[1]}" in err
     assert "Traceback" not in err
+
+
+def test_adapters_that_were_trained_before_are_no_part_of_the_teacher(tiny, tmp_path, caplog):
+    from peft import LoraConfig, get_peft_model
+
+    options = {"lora_rank": 2, "teacher_target": "hard"}
+    for taught in (False, True):
+        lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=not taught)
+        model = get_peft_model(untold(tiny.model("llama", vocab_size=41)), lora)
+        trainer(model, tmp_path, False, **options)
+        assert ("what they have learned is unlearned" in caplog.text) == taught
+    caplog.clear()
+    trainer(model.merge_and_unload(), tmp_path, True)
+    assert not caplog.text

@@ -1,10 +1,12 @@
 """Models that nobody has tried are compared with themselves before they decode."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -158,6 +160,23 @@ def test_in_bfloat16_rounding_is_no_fault(tiny: Any) -> None:
     assert report.ok, report
     assert any("bfloat16" in what for what in report.not_covered)
     assert report.max_error <= report.tolerance < report.scale
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["around the call", "in the model's own forward"])
+def test_under_autocast_rounding_is_no_fault(tiny: Any, wrapped: bool) -> None:
+    """accelerate puts it around a forward that gives its logits back in float32."""
+    model = tiny.model("llama")
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    if wrapped:
+        model.forward = convert_outputs_to_fp32(autocast(model.forward))
+    with nullcontext() if wrapped else autocast:
+        report = mtpkern.check(model)
+        mtpkern.generate(model, torch.tensor([[3, 4, 5]]), max_new_tokens=4)
+    assert not report.exact
+    assert report.ok, report
+    assert report.max_error > 1e-3 * report.scale
+    assert any("torch.bfloat16: load it in float32, without autocast" in what for what in report.not_covered)
+    assert mtpkern.check(tiny.model("llama")).exact
 
 
 def test_noise_is_how_far_transformers_is_from_itself(tiny: Any) -> None:

@@ -17,7 +17,8 @@ from transformers.integrations.integration_utils import get_available_reporting_
 
 from mtpkern.adapter_config import is_quantised
 from mtpkern.attention import exclusive
-from mtpkern.loading import require_model
+from mtpkern.loading import holds_adapter, require_model
+from mtpkern.model import evaluating
 from mtpkern.train.arguments import refuse
 from mtpkern.train.config import ModelArguments, MTPConfig
 from mtpkern.train.data import DataArguments, require_readable
@@ -97,6 +98,11 @@ def require_sources(model: ModelArguments, data: DataArguments) -> set[str]:
 def load(kind: Any, name: str, **options: Any) -> Any:
     """`load(AutoTokenizer, "my-model")`: loaded, never with code of its own; errors name the checkpoint."""
     require_model(name)
+    refuse(
+        holds_adapter(name),
+        f"{name} holds an adapter, no model: give what `mtpkern convert {name} NEW` makes of it and its base, or, of a "
+        f"gated one, the base, with init_adapter {name}",
+    )
     try:
         return kind.from_pretrained(name, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
@@ -119,14 +125,8 @@ def require_trainable(model: nn.Module, args: MTPConfig) -> None:
     )
     if (args.process_index and is_fsdp_enabled()) or any(p.is_meta for p in plain.parameters()):
         return  # the first process has the weights
-    modes = [(module, module.training) for module in plain.modules()]
-    plain.eval()
-    try:
-        with exclusive(plain):
-            require_verified(plain, 0)  # any token stands for the masks of a trial
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with exclusive(plain), evaluating(plain):
+        require_verified(plain, 0)  # any token stands for the masks of a trial
 
 
 def warn_of_dropout(model: PreTrainedModel) -> None:
@@ -140,6 +140,16 @@ def warn_of_dropout(model: PreTrainedModel) -> None:
         logger.warning(
             f"{type(model).__name__} asks for {', '.join(f'{name}={value}' for name, value in asked.items())}, which "
             "is left out: the span attention of training drops nothing"
+        )
+
+
+def warn_of_taught(model: nn.Module) -> None:
+    """Say that adapters which a model brings along are no part of its teacher, where they have been trained before."""
+    taught = (name for name, x in model.named_parameters() if "lora_B" in name and not x.is_meta and bool(x.any()))
+    if isinstance(model, PeftModel) and next(taught, None) is not None:
+        logger.warning(
+            "the adapters of this model have been trained already, and its teacher is the model without them: what "
+            "they have learned is unlearned. Adapters of fine-tuning are to be merged first: model.merge_and_unload()"
         )
 
 

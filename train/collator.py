@@ -23,10 +23,16 @@ class MTPCollator:
     def __call__(self, batch: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """input_ids [B, N] int64; lengths, prompt_lengths, earlier_answers and digests of the ids, as lists.
 
-        Raises ValueError for a longer text than pad_to.
+        Raises ValueError for a longer text than pad_to, and for what is no example.
 
         Lists stay on the host, where spans are drawn: reading tensors back from a GPU would wait for it.
         """
+        for x in batch:
+            if missing := {"input_ids", "prompt_length"} - x.keys():
+                raise ValueError(
+                    f"an example must have input_ids and prompt_length, as mtpkern.train.encode_rows(rows, tokenizer) "
+                    f"makes them of rows, tokenized or not; {', '.join(sorted(missing))} missing, got {', '.join(x)}"
+                )
         lengths = [len(x["input_ids"]) for x in batch]
         longest = max(lengths)
         if self.pad_to is not None and longest > self.pad_to:

@@ -1,4 +1,4 @@
-"""`mtpkern convert SRC DST`: a plain checkpoint of what is none: a GGUF, quantised weights, or custom code beside them.
+"""`mtpkern convert SRC DST`: a plain checkpoint of what is none: a GGUF, quantised weights, an adapter, or custom code.
 
 The result is safetensors of floats, a tokenizer and a generation config, for which nothing is needed but transformers.
 
@@ -6,6 +6,8 @@ The result is safetensors of floats, a tokenizer and a generation config, for wh
     a .gguf file, or a folder      floats (--dtype: others than the file's own); tokenizer, chat template and stop
     with one                       tokens come out of the file
     quantised weights              floats, where transformers can turn them into such
+    an adapter's folder, of LoRA   the base that it names, with what it adds merged
+    and its kin
     the paper's published          the same weights with mask token, k_max and stop tokens recorded
     checkpoints (--preset)
     any other                      the same weights
@@ -83,7 +85,7 @@ def convert(
         convert("SmolLM2-135M-Instruct.Q4_1.gguf", Path("smollm2"))  # None
     """
     # Imported here, so that --help and a mistyped option answer at once.
-    from mtpkern.loading import require_found
+    from mtpkern.loading import holds_adapter, require_found
     from mtpkern.model import record_settings, recorded_settings, resolve_mask_token
 
     refuse(k_max is not None and k_max < 1, f"k_max must be at least 1; got {k_max}")
@@ -95,10 +97,8 @@ def convert(
     require_found(source)
     if (Path(source) / "lit_model.pth").exists() and not (Path(source) / "config.json").exists():
         raise ValueError(f"{source} is a litgpt checkpoint; export it first: litgpt convert_from_litgpt")
-    if (Path(source) / "adapter_config.json").exists() and not (Path(source) / "config.json").exists():
-        raise ValueError(f"{source} holds an adapter, no model's weights; mtpkern generate {source} decodes with it")
     known = PRESETS[preset] if preset is not None else None
-    model, tokenizer = _load(source, dtype)
+    model, tokenizer = (_merged if holds_adapter(source) else _load)(source, dtype)
     recorded = recorded_settings(model)
     wanted = mask_token_id if mask_token_id is not None else known.mask_token_id if known else None
     mask = _mask_of(tokenizer, wanted, recorded.get("mask_token_id"), source)
@@ -171,6 +171,24 @@ def _load(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
     if path is not None:
         model.generation_config.eos_token_id = stop_tokens(tokenizer, described) or None
     return model, tokenizer
+
+
+def _merged(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base of an adapter with what that adds in its weights, and the adapter's own tokenizer where it has one."""
+    from mtpkern.adapter_config import is_gated
+    from mtpkern.train.extra import PeftConfig, PeftModel
+
+    config = PeftConfig.from_pretrained(source)
+    refuse(
+        is_gated(config),
+        f"{source} holds a gated adapter, which acts on mask rows only and cannot be merged; mtpkern generate {source} "
+        "decodes with it",
+    )
+    refuse(config.is_prompt_learning, f"{source} puts virtual tokens before a prompt, which no weights can hold")
+    model, tokenizer = _load(config.base_model_name_or_path, dtype)
+    if (Path(source) / "tokenizer_config.json").exists():
+        tokenizer = _tokenizer(source)
+    return PeftModel.from_pretrained(model, source).merge_and_unload(), tokenizer
 
 
 def _tokenizer(folder: str, **options: Any) -> PreTrainedTokenizerBase:
@@ -253,7 +271,7 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="mtpkern convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", metavar="SRC", help="a GGUF, a checkpoint's folder, or a hub id")
+    parser.add_argument("source", metavar="SRC", help="a GGUF, a folder of a checkpoint or an adapter, or a hub id")
     parser.add_argument("target", metavar="DST", type=Path, help="a new folder")
     parser.add_argument("--preset", choices=sorted(PRESETS), help="what is known of a published checkpoint")
     parser.add_argument("--mask-token-id", type=int, metavar="ID", help="where neither preset nor tokenizer tell")

@@ -13,9 +13,9 @@ Source   arXiv 2602.06019, training data; its Llama has the chat template on, it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -221,9 +221,6 @@ class Encoder:
             ids.append(whole[end] if end < len(whole) else self.tokenizer.eos_token_id)
         if len(ids) == border:
             return BadRow("empty string", "the answer has no tokens of its own; give one with text in it")
-        if self.mask_token_id in ids:
-            at = ids.index(self.mask_token_id)
-            return BadRow("mask token", f"token {at} is the mask token, which no text may hold; take it out")
         # Here too a prompt must be what it is when it stands alone.
         starts = [len(earlier) for earlier in before if ids[: len(earlier)] == earlier]
         ranges = [(start, next(j for j in range(start, border) if ids[j] in self.stops) + 1) for start in starts]
@@ -232,12 +229,53 @@ class Encoder:
             "unfinished": not text.finished,
             "unread": text.unread,
         }
-        example = {"input_ids": ids, "prompt_length": border} | {name: x for name, x in besides.items() if x}
+        example = self._within(ids, border, ranges)
+        return example if isinstance(example, BadRow) else example | {name: x for name, x in besides.items() if x}
+
+    def tokenized(self, row: Mapping[str, Any]) -> dict[str, Any] | BadRow:
+        """The example of a row that is tokenized already, as TRL has them; `text` and its kin are not looked at.
+
+        Beside input_ids, what counts: labels, which are -100 elsewhere; else where completion_mask and assistant_masks,
+        as far as they are there, are 1; else all. What stands behind the last EOS that counts is left out.
+
+            Encoder(tokenizer, chat=False).tokenized({"input_ids": [5, 6, 2], "completion_mask": [0, 1, 1]})
+            # {"input_ids": [5, 6, 2], "prompt_length": 1}
+        """
+        ids, labels = row.get("input_ids"), row.get("labels")
+        marks = [row[name] for name in ("completion_mask", "assistant_masks") if row.get(name) is not None]
+        columns = marks if labels is None else [labels]
+        if not isinstance(ids, list) or any(not isinstance(x, list) or len(x) != len(ids) for x in columns):
+            says = "input_ids, and labels or masks beside them, must be lists of one length"
+            return BadRow("wrong tokens", f"{says}; got {', '.join(shown(x) for x in (ids, *columns))}")
+        if row.get("seq_lengths") is not None:
+            says = "several texts are packed into it (seq_lengths); give them one by one, and MTPConfig(packing=True)"
+            return BadRow("packed", f"{says} packs them here")
+        if labels is None:
+            counts = [all(bits) for bits in zip(*marks)] if marks else [True] * len(ids)
+        elif any(label not in (-100, x) for label, x in zip(labels, ids)):
+            return BadRow("wrong labels", f"labels must be -100 or the token itself; got {shown(labels)}")
+        else:
+            counts = [label != -100 for label in labels]
+        # The first token has nothing before it to be predicted from.
+        grouped = ((counted, list(at)) for counted, at in groupby(range(1, len(ids)), counts.__getitem__))
+        runs = [(at[0], at[-1] + 1) for counted, at in grouped if counted]
+        if not runs:
+            return BadRow("empty string", "no token of it counts; give one with an answer")
+        *earlier, (border, end) = runs
+        end = next((i + 1 for i in range(end - 1, border - 1, -1) if ids[i] in self.stops), end)
+        return self._within(ids[:end], border, earlier)
+
+    def _within(self, ids: list[int], border: int, earlier: list[tuple[int, int]]) -> dict[str, Any] | BadRow:
+        """The example of a text whose answers stand from `border` on and in earlier ranges, within the window."""
+        if self.mask_token_id in ids:
+            at = ids.index(self.mask_token_id)
+            return BadRow("mask token", f"token {at} is the mask token, which no text may hold; take it out")
+        example: dict[str, Any] = {"input_ids": ids, "prompt_length": border}
         if (window := self.window) is not None and len(ids) > window:
             if self.long_rows != "cut":
                 return BadRow(TOO_LONG, f"{len(ids)} tokens, the window has {window} (max_length or the model's own)")
-            ranges = [(start, min(end, window)) for start, end in ranges if start < window]
-            if self.response_only and border >= window and not ranges:
+            earlier = [(start, min(end, window)) for start, end in earlier if start < window]
+            if self.response_only and border >= window and not earlier:
                 return BadRow(NO_ANSWER_LEFT, f"its prompt alone has {border} tokens of the window's {window}")
             example |= {"input_ids": ids[:window], "prompt_length": min(border, window), "cut": True}
-        return example | ({"earlier_answers": ranges} if ranges else {})
+        return example | ({"earlier_answers": earlier} if earlier else {})

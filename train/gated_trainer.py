@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
 from mtpkern.adapter import gate_of, record_row, save_adapter
-from mtpkern.adapter_config import row_of
+from mtpkern.adapter_config import base_known_by, is_gated, is_quantised, row_of
 from mtpkern.attention import AttentionContext, attention_context
 from mtpkern.gate import Gate
 from mtpkern.train.arguments import refuse
@@ -59,7 +59,26 @@ class GatedTrainer(MTPTrainer):
             f"init_adapter {args.init_adapter} is for a plain base, and the model has adapters already; leave "
             "init_adapter out, or give the base",
         )
+        names = model.active_adapters if isinstance(model, PeftModel) else []
+        others = [name for name in names if not is_gated(model.peft_config[name])]
+        refuse(
+            others,
+            f"the model's adapter {', '.join(map(repr, others))} is not gated and would be trained, too, or instead; "
+            "merge it into what is to be the base, model = model.merge_and_unload(), or take the base, model.unload()",
+        )
+        if isinstance(model, PeftModel):
+            trained = {
+                name: "lora_" in name or name == "mask_row" for name, x in model.named_parameters() if x.requires_grad
+            }
+            refuse(
+                not trained or not all(trained.values()),
+                "the adapter alone must be trained, its base stay as it is; of this model "
+                f"{next((name for name, own in trained.items() if not own), 'nothing')} would be: load it anew, "
+                "mtpkern.load_adapter(base, folder, is_trainable=True)",
+            )
         super().__init__(model, args=args, **kwargs)
+        if not is_quantised(self.plain) and not any(x.is_meta for x in self.plain.parameters()):
+            self.gate.record(**base_known_by(self.plain))  # which may have been trained since
         self.prefixes = Prefixes(
             int(args.prefix_memory * 2**30),
             states=args.needs_teacher,

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mtpkern.adapter import attach, gate_of, load_adapter, require_bare, unloaded_on_error, wrapping
-from mtpkern.adapter_config import GatedSettings, digest, is_gated, is_quantised, marked, require_gateable, row_of
+from mtpkern.adapter_config import (
+    GatedSettings,
+    base_known_by,
+    is_gated,
+    is_quantised,
+    marked,
+    require_gateable,
+    row_of,
+)
 from mtpkern.gate import Gate
 from mtpkern.loading import require_found
 from mtpkern.train.arguments import refuse
@@ -107,8 +115,7 @@ def add_gated_lora(
     scale = torch.as_tensor(getattr(embedding, "embed_scale", 1.0)).float().to(weight.device)
     noise = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(len(weight))).to(weight.device)
     row = (weight.mean(0) + noise * weight.std(0)) * scale
-    known = "" if is_quantised(model) else digest(model)
-    settings = GatedSettings(mask_token_id=len(weight), k_max=k_max, base=model.name_or_path, digest=known, chat=chat)
+    settings = GatedSettings(mask_token_id=len(weight), k_max=k_max, **base_known_by(model), chat=chat)
     # A token that never comes: to peft itself the adapter is off.
     never, marks = [settings.mask_token_id], marked(settings, row)
     if targets == "all-linear" and (is_quantised(model) or any(x.ndim > 2 for x in model.parameters())):

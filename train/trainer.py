@@ -31,7 +31,13 @@ from mtpkern.adapter import gate_of
 from mtpkern.attention import AttentionContext, attention_context
 from mtpkern.model import record_settings, resolve_mask_token
 from mtpkern.train.arguments import refuse
-from mtpkern.train.checks import require_sound, require_tested_engine, require_trainable, warn_of_dropout
+from mtpkern.train.checks import (
+    require_sound,
+    require_tested_engine,
+    require_trainable,
+    warn_of_dropout,
+    warn_of_taught,
+)
 from mtpkern.train.compilation import CompiledLayers
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import HeldOut
@@ -96,6 +102,8 @@ class MTPTrainer(RunTrainer):
         require_trainable(plain, args)
         if args.process_index == 0:
             warn_of_dropout(plain)
+            if not self.gated:
+                warn_of_taught(model)
         if args.lora_rank and not isinstance(model, PeftModel):
             model = self._adapted(plain, mask_token_id, args)
         self.mask_token_id = resolve_mask_token(plain, mask_token_id)
@@ -141,6 +149,7 @@ class MTPTrainer(RunTrainer):
         self._sums: list[MTPLoss] = []
         self._seen = Seen()
         self._kept: KeptSpans | None = None  # while an evaluation runs
+        self._pushes = False  # while what is saved goes to the hub
         # The first step with a loss that is not finite; on the device, so that no step waits for it.
         self._broken_step = torch.tensor(torch.inf, device=args.device)
 
@@ -414,13 +423,21 @@ class MTPTrainer(RunTrainer):
 
         Those inside training are float32 or adapters.
         """
-        if _internal_call:
+        if _internal_call and not self._pushes:
             # FSDP's own files, which come next, hold all weights: no second copy of them.
             if not self.is_fsdp_enabled:
                 super().save_model(output_dir, _internal_call=True)
             return
         self._require_finite(weights=True, alone=not self.is_fsdp_enabled)
         self._save_final(Path(output_dir or str(self.args.output_dir)), getattr(torch, self.args.save_dtype))
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, which would push what a run is resumed from: here it is what save_model writes."""
+        self._pushes = True
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        finally:
+            self._pushes = False
 
     def _save_final(self, folder: Path, dtype: torch.dtype) -> None:
         """Called by all ranks, of which one writes: shards are gathered by all together."""
@@ -433,3 +450,6 @@ class MTPTrainer(RunTrainer):
         if self.args.should_save:
             plain = merged(core) if isinstance(core, PeftModel) else core
             save_plain(plain, folder, dtype, state=state, processing_class=self.processing_class)
+            for name in ("adapter_config.json", "adapter_model.safetensors"):
+                # Pushes on the way have put them there, and from_pretrained would look at nothing else.
+                (folder / name).unlink(missing_ok=True)

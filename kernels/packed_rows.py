@@ -23,8 +23,8 @@ class Spread:
 
     sequences: the S of B that take part, all of them but on a CPU, where those without rows are left out. bring
     [S Hq W]: which row of [R Hq] goes to a place, any to one without; back [R Hq]: the places that rows come back from.
-    Neither where there is one sequence, whose rows stand there already. unused [R]: a mask over rows, or on a CPU their
-    numbers.
+    Neither where B is 1 and rows stand there already; with one of several left torch.compile would meet other strides.
+    unused [R]: a mask over rows, or on a CPU their numbers.
     """
 
     bias: Tensor
@@ -65,11 +65,10 @@ class PackedRows:
         return self.memo[key]
 
     def _spread(self, window: int | None, capacity: int, dtype: torch.dtype, Hq: int, Hkv: int) -> Spread:
-        R, device = len(self.slot), self.slot.device
+        B, R, device = len(self.start) - 1, len(self.slot), self.slot.device
         sequences = self._with_rows() if is_host(device) else slice(None)
         begin, stop = self.start[:-1][sequences], self.start[1:][sequences]
-        S = len(begin)
-        W = R if S == 1 else max(1, self.max_rows)
+        S, W = len(begin), R if B == 1 else max(1, self.max_rows)
         o_c = torch.arange(capacity, device=device)
         unused = self.slot >= capacity
         # A row sees span <= c < end and scratch <= c < prefix: nothing, where all are 0.
@@ -78,7 +77,7 @@ class PackedRows:
             bounds += [self.prefix_end, self.span_start]
         seen = torch.stack(bounds).masked_fill_(unused, 0)
         bring = back = None
-        if S > 1:
+        if B > 1:
             o_r, o_w = torch.arange(R, device=device), torch.arange(W, device=device)
             row = begin[:, None] + o_w
             no_row = row >= stop[:, None]

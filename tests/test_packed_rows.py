@@ -96,10 +96,10 @@ def test_sequences_without_rows_are_left_out() -> None:
     assert few.back[:3].tolist() == [0, 2, 3]
 
 
-def test_rows_of_one_sequence_among_others_stand_there_already() -> None:
+def test_one_sequence_among_others_is_alone() -> None:
     spread = rows_of([0, 0, 3]).spread(None, C, torch.float32, TWO)
     assert spread.sequences == slice(2, 3)
-    assert spread.bring is None
-    assert spread.back is None
-    assert spread.bias.shape == (1, 1, 2 * 4, C)
-    assert seen(rows_of([0, 0, 3])) == [[[0, 1], [0, 1, 2], [0, 1, 2, 3], []]]
+    assert spread.bias.shape == (1, 1, 2 * 3, C)
+    assert spread.back is not None
+    assert spread.back.view(4, 4)[:3].tolist() == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
+    assert seen(rows_of([0, 0, 3])) == [[[0, 1], [0, 1, 2], [0, 1, 2, 3]]]

@@ -126,7 +126,7 @@ def iterate_batch(model: PreTrainedModel, prompts: Iterable[Prompt], **options: 
     batch = _Batch(model, prompts, **options)
 
     def run(streamer: Any) -> None:
-        streamer.put(torch.empty(0))  # the prompts are taken
+        streamer.put(torch.empty(0, dtype=torch.int64))  # the prompts are taken
         batch.run(streamer.put_block, streamer.closed)
 
     return Stream(run, batch.model.device)

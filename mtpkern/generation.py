@@ -230,7 +230,8 @@ def _decode(
     input_ids, _, stopping_criteria, generation_config, attention_mask = call
     # The host looks at the prompts once, before anything runs.
     given_on, padding = input_ids.device, generation_config._pad_token_tensor
-    told = [torch.zeros(1) if padding is None else padding, *([] if attention_mask is None else [attention_mask])]
+    padding = torch.zeros(1, dtype=torch.int64) if padding is None else padding
+    told = [padding, *([] if attention_mask is None else [attention_mask])]
     host_ids, pad, *mask = on_host(input_ids, *told)
     filler, host_mask = int(pad), mask[0] if mask else None
     vocabulary = model.get_input_embeddings().weight.shape[0]

@@ -135,7 +135,7 @@ def _clear_up(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any)
     torch._C._cuda_releasePool(stream.device_index, pool)
     _broken.append(graph)
     with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
-        torch.zeros((), device=stream.device)
+        torch.zeros((), dtype=torch.int64, device=stream.device)
 
 
 @cache

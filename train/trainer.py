@@ -141,7 +141,7 @@ class MTPTrainer(RunTrainer):
         self._seen = Seen()
         self._kept: KeptSpans | None = None  # while an evaluation runs
         # The first step with a loss that is not finite; on the device, so that no step waits for it.
-        self._broken_step = torch.tensor(torch.inf, device=args.device)
+        self._broken_step = torch.tensor(torch.inf, dtype=torch.float32, device=args.device)
 
     def _adapted(self, plain: PreTrainedModel, mask_token_id: int | None, args: MTPConfig) -> PeftModel:
         """The model with the adapters that the configuration asks for."""
@@ -176,7 +176,7 @@ class MTPTrainer(RunTrainer):
         """Planned span, prefix and anchor rows [3] over the given micro-batches and all ranks."""
         rows = [(self._loss_rows(plan["layout"]), plan["prefix_rows"], plan["anchor_rows"]) for plan in plans]
         sums = [float(sum(int(x.sum()) for x in kind)) for kind in zip(*rows)] or [0.0] * 3
-        counts = send(torch.tensor(sums), device)
+        counts = send(torch.tensor(sums, dtype=torch.float32), device)
         return self.accelerator.reduce(counts, "sum")
 
     @staticmethod
@@ -358,7 +358,7 @@ class MTPTrainer(RunTrainer):
         except Exception as error:
             # What has been trained is worth more than a figure that any checkpoint gives later.
             logger.warning("no accuracy, held-out prompts were not decoded: %s: %s", type(error).__name__, error)
-            sums = torch.full((len(held_out.strategies), 6), torch.nan)
+            sums = torch.full((len(held_out.strategies), 6), torch.nan, dtype=torch.float32)
         if not alone:
             sums = self.accelerator.reduce(sums.float().to(self.args.device), "sum")
         return {f"eval_{name}": value for name, value in held_out.metrics(sums).items()}

@@ -31,7 +31,7 @@ from transformers.generation import logits_process as theirs
 
 from mtpkern.adapter import adopt
 from mtpkern.arguments import FIELDS, HONOURED, asked_by, inert, require_bool, require_prompts, require_tensors
-from mtpkern.attention import exclusive, routed
+from mtpkern.attention import ended_by_interrupts, exclusive, routed
 from mtpkern.choosing import Choosing
 from mtpkern.fields import OF_SAMPLING, whole_number
 from mtpkern.generation import choosing_of, generate, past_positions, prepared, settings_of, stop_ids_of
@@ -299,6 +299,7 @@ class _Batch:
                     raise
             # What has not ended begins anew, outside of the handler, whose traceback holds on to what was allocated.
 
+    @ended_by_interrupts
     def _decode(self, jobs: list[Job], slots: int, emit: Callable[[BatchOutput], object], closed: Event | None) -> None:
         model = self.model
         with (

@@ -30,7 +30,7 @@ from mtpkern.arguments import (
     require_streamer,
     warn_of_left_out,
 )
-from mtpkern.attention import exclusive, routed
+from mtpkern.attention import ended_by_interrupts, exclusive, routed
 from mtpkern.choosing import Choosing
 from mtpkern.decoder import PREFILL_CHUNK, Decoder
 from mtpkern.graph import without_kernels
@@ -219,6 +219,7 @@ def _prepared_by_theirs(
     return output
 
 
+@ended_by_interrupts
 def _decode(
     model: PreTrainedModel,
     call: Prepared,

@@ -4,6 +4,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from inspect import CO_GENERATOR
+from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from mtpkern import recorder, routing
 from mtpkern.adapter import gate_of
 from mtpkern.attention import _turns
 from support.packing import generate
+from support.trained import trainer
 
 pytestmark = pytest.mark.usefixtures("recorded_at_once")
 
@@ -38,7 +40,8 @@ def calls_of(run: Callable[[], Any], at: tuple[Place, int] | None = None) -> Cou
         if event not in ("call", "c_return") or not code.co_filename.endswith(FILES) or back is None:
             return
         is_context = code.co_flags & CO_GENERATOR and code.co_name != "<genexpr>"
-        if "mtpkern" not in code.co_filename + back.f_code.co_filename or not (is_context or code.co_name in ENDS):
+        modules = [x.f_globals.get("__name__", "") for x in (frame, back)]
+        if not any(x.startswith("mtpkern") for x in modules) or not (is_context or code.co_name in ENDS):
             return
         if event == "c_return" and what.__name__ == "acquire":
             return  # of a call that does not wait, which has no other way
@@ -94,3 +97,17 @@ def test_an_interrupt_anywhere_leaves_nothing(adapted: bool, packs: bool, tiny: 
     assert kept is not None
     assert len(places) > 40
     assert generate(tiny, model).equal(wanted)
+
+
+def test_an_interrupted_training_step_lets_the_model_go(tmp_path: Path) -> None:
+    """A notebook keeps the traceback, and with it a context that has been kept from ending."""
+    run = trainer(tmp_path, teacher_target="gt", max_steps=1, save_strategy="no")
+    plain, kept = type(run.model.config), []
+    places = [place for place in calls_of(run.train) if place[2] in ("training_step", "_span_attention")]
+    ends = [place for place in places if place[1] in ("__enter__", "__exit__")]
+    assert len(ends) >= 2
+    for place in ends:
+        with pytest.raises(KeyboardInterrupt) as interrupted:
+            calls_of(run.train, (place, 1))
+        kept.append(interrupted)
+        assert left_behind(run.model, plain) == [], place

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from mtpkern.adapter import gate_of
-from mtpkern.attention import AttentionContext, attention_context
+from mtpkern.attention import AttentionContext, attention_context, ended_by_interrupts
 from mtpkern.model import record_settings, resolve_mask_token
 from mtpkern.train.arguments import refuse
 from mtpkern.train.checks import require_sound, require_tested_engine, require_trainable, warn_of_dropout
@@ -184,6 +184,7 @@ class MTPTrainer(RunTrainer):
         """[B, M, K] bool: the predictions of a layout that may have a loss."""
         return layout.valid
 
+    @ended_by_interrupts
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
@@ -279,6 +280,7 @@ class MTPTrainer(RunTrainer):
             kept=self._kept,
         )
 
+    @ended_by_interrupts
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:

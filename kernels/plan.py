@@ -52,7 +52,7 @@ def plan(
     want = (limit - length - 1).clamp(min=0, max=k - 1) * (sequences.status == RUNNING)
     if verify:
         odds = odds_of_reference(sequences.hits, sequences.chains)
-        sure = torch.ones(B, k - 1, device=tokens.device) if sure is None else sure
+        sure = torch.ones(B, k - 1, dtype=torch.float32, device=tokens.device) if sure is None else sure
         is_draft = torch.arange(k - 1, device=tokens.device) < pending[:, None] - 1
         # From the left, as the kernel; `prod` has an order of its own.
         chance = F.pad(torch.where(is_draft, sure.double(), 1), (1, 0), value=1.0).cumprod(1)[:, -1:]

@@ -96,7 +96,7 @@ class Terms:
     def allocate(cls, stops: int, device: torch.device, budget: int | None = None) -> Terms:
         """Threshold 0, room for `stops` stop tokens, price 0, and a budget if one is to be set from pass to pass."""
         return cls(
-            torch.zeros((), device=device),
+            torch.zeros((), dtype=torch.float32, device=device),
             torch.full((stops,), -1, dtype=torch.int64, device=device),
             torch.zeros((), dtype=torch.float64, device=device),
             None if budget is None else torch.full((), budget, dtype=torch.int64, device=device),

@@ -15,8 +15,10 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
 from threading import Lock, get_ident
-from typing import Any
+from traceback import clear_frames
+from typing import Any, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,6 +27,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from mtpkern.kernels.scoring import Scoring
 from mtpkern.routing import APART, CAPTURE, NAME, AttentionContext, plain_name, route_of, routed_config
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # Keyword tensors that transformers hands to every attention function and that hold nothing our rows do not know.
 _KNOWN_TENSORS = {"position_ids", "cache_position", "position_embeddings"}
@@ -153,17 +158,45 @@ def exclusive(model: PreTrainedModel, *, wait: bool = True) -> Iterator[None]:
             f"this {type(model).__name__} is already running inside mtpkern, in this very thread: end that run, or "
             "leave its attention_context, before the next begins"
         )
-    if not turn.lock.acquire(blocking=wait):
+    # By `with`, which Ctrl-C cannot come between, as between a call of `acquire` and what follows it.
+    with turn.lock if wait else _at_once(turn.lock, model):
+        try:
+            turn.thread = get_ident()
+            yield
+        finally:
+            turn.thread = None
+
+
+@contextmanager
+def _at_once(lock: Lock, model: PreTrainedModel) -> Iterator[None]:
+    """A lock that nobody else has."""
+    if not lock.acquire(blocking=False):
         raise RuntimeError(
             f"this {type(model).__name__} is already running inside mtpkern, in another thread; run one call at a time "
             "or leave out wait=False to wait in line"
         )
     try:
-        turn.thread = get_ident()
         yield
     finally:
-        turn.thread = None
-        turn.lock.release()
+        lock.release()
+
+
+def ended_by_interrupts(run: Callable[P, T]) -> Callable[P, T]:
+    """`run`, of which Ctrl-C leaves no context open: one that it has kept from ending ends before the caller is told.
+
+    It would end when the traceback goes, which a notebook keeps, or in the middle of the next run.
+    """
+
+    @wraps(run)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return run(*args, **kwargs)
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                clear_frames(error.__traceback__)
+            raise
+
+    return call
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from transformers.generation import logits_process as theirs
 
 from mtpkern.adapter import adopt
 from mtpkern.arguments import FIELDS, HONOURED, asked_by, inert, require_bool, require_prompts, require_tensors
-from mtpkern.attention import exclusive, routed
+from mtpkern.attention import ended_by_interrupts, exclusive, routed
 from mtpkern.choosing import Choosing
 from mtpkern.fields import OF_SAMPLING, whole_number
 from mtpkern.generation import choosing_of, generate, past_positions, prepared, settings_of, stop_ids_of
@@ -127,7 +127,7 @@ def iterate_batch(model: PreTrainedModel, prompts: Iterable[Prompt], **options: 
     batch = _Batch(model, prompts, **options)
 
     def run(streamer: Any) -> None:
-        streamer.put(torch.empty(0))  # the prompts are taken
+        streamer.put(torch.empty(0, dtype=torch.int64))  # the prompts are taken
         batch.run(streamer.put_block, streamer.closed)
 
     return Stream(run, batch.model.device)
@@ -300,6 +300,7 @@ class _Batch:
                     raise
             # What has not ended begins anew, outside of the handler, whose traceback holds on to what was allocated.
 
+    @ended_by_interrupts
     def _decode(self, jobs: list[Job], slots: int, emit: Callable[[BatchOutput], object], closed: Event | None) -> None:
         model = self.model
         with (

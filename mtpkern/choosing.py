@@ -60,7 +60,7 @@ class Choice:
         self.key, self.prompt, self.padding = (torch.zeros(n, dtype=torch.int64, device=device) for n in (1, B, B))
         # Which sequence of the call each is: two of one prompt draw apart.
         self.stream = torch.arange(B, device=device)
-        never = torch.full((1,), torch.inf, device=device)
+        never = torch.full((1,), torch.inf, dtype=torch.float32, device=device)
         self.greedy_above = terms.threshold[None] if isinstance(strategy, ConfAdapt) else never
         # Unverified, the tokens behind the first are kept as they come, so that each has to see those before it.
         reads_text = any(processor.reads_text for processor in choosing.processors)
@@ -68,7 +68,7 @@ class Choice:
         self.applied: list[Apply] | None = None
         self.logprobs = self.confidences = None
         if "logprobs" in choosing.keeps:
-            self.logprobs, self.confidences = (torch.zeros(B, columns, device=device) for _ in range(2))
+            self.logprobs, self.confidences = torch.zeros(2, B, columns, dtype=torch.float32, device=device)
         self.kept: dict[str, Tensor] = {}
         self.passes = 0
         self.prompts: Tensor | None = None

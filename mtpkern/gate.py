@@ -51,13 +51,15 @@ class Gate:
     @contextmanager
     def open(self, rows: Tensor) -> Iterator[None]:
         """Adapt these rows [B, T] of the passes inside the block."""
-        token = _opened.set((self, rows))
-        before, self.opened = self.opened, rows
+        before, opened = self.opened, _opened.get()
         try:
+            self.opened = rows
+            _opened.set((self, rows))
             yield
         finally:
+            # One call and no more: behind each Ctrl-C may come.
             self.opened = before
-            _opened.reset(token)
+            _opened.set(opened)
 
     @contextmanager
     def open_for_training(self, all_rows: bool = True) -> Iterator[None]:

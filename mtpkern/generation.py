@@ -31,7 +31,7 @@ from mtpkern.arguments import (
     require_streamer,
     warn_of_left_out,
 )
-from mtpkern.attention import exclusive, routed
+from mtpkern.attention import ended_by_interrupts, exclusive, routed
 from mtpkern.choosing import Choosing
 from mtpkern.decoder import PREFILL_CHUNK, Decoder
 from mtpkern.graph import without_kernels
@@ -222,6 +222,7 @@ def _prepared_by_theirs(
     return output
 
 
+@ended_by_interrupts
 def _decode(
     model: PreTrainedModel,
     call: Prepared,
@@ -233,7 +234,8 @@ def _decode(
     input_ids, _, stopping_criteria, generation_config, attention_mask = call
     # The host looks at the prompts once, before anything runs.
     given_on, padding = input_ids.device, generation_config._pad_token_tensor
-    told = [torch.zeros(1) if padding is None else padding, *([] if attention_mask is None else [attention_mask])]
+    padding = torch.zeros(1, dtype=torch.int64) if padding is None else padding
+    told = [padding, *([] if attention_mask is None else [attention_mask])]
     host_ids, pad, *mask = on_host(input_ids, *told)
     filler, host_mask = int(pad), mask[0] if mask else None
     vocabulary = model.get_input_embeddings().weight.shape[0]

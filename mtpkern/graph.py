@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from functools import cache
 from threading import RLock
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -134,7 +135,7 @@ def _clear_up(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any)
     torch._C._cuda_releasePool(stream.device_index, pool)
     _broken.append(graph)
     with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
-        torch.zeros((), device=stream.device)
+        torch.zeros((), dtype=torch.int64, device=stream.device)
 
 
 @cache
@@ -224,7 +225,7 @@ def fingerprint(model: PreTrainedModel) -> tuple[Any, ...]:
             if name in _BOOKKEEPING or value is None or value is False or (isinstance(value, dict) and not value):
                 continue
             facts += name, _facts(value)
-    facts += (id(x) for space in namespaces(kinds) for x in space.values() if callable(x))
+    facts += (_same(x) for space in namespaces(kinds) for x in space.values() if callable(x))
     return tuple(facts)
 
 
@@ -262,4 +263,12 @@ def _facts(value: Any) -> Any:
         return tuple((name, _facts(x)) for name, x in value.items())
     if isinstance(value, (list, tuple)):
         return tuple(map(_facts, value))
-    return id(value)
+    return _same(value)
+
+
+def _same(value: Any) -> Any:
+    """Equal for the same object alone: not for another that has its place in memory once it has gone."""
+    try:
+        return id(value), ref(value)
+    except TypeError:  # of few kinds, whose objects refer to no model and may be kept
+        return value

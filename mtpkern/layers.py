@@ -62,18 +62,26 @@ class CompiledLayers:
         # Past nn.Module's own way to set an attribute, which takes longer than all else here.
         before = [vars(layer).get("forward") for layer, _ in self.calls]
         self.thread = get_ident()
-        try:
-            for layer, call in self.calls:
-                vars(layer)["forward"] = call
-            with attention_apart(), torch._dynamo.config.patch(_LIMIT):
-                yield
-        finally:
+
+        def undo() -> None:
             for (layer, _), forward in zip(self.calls, before):
                 if forward is None:
                     vars(layer).pop("forward", None)
                 else:
                     vars(layer)["forward"] = forward
             self.thread = None
+
+        try:
+            for layer, call in self.calls:
+                vars(layer)["forward"] = call
+            with attention_apart(), torch._dynamo.config.patch(_LIMIT):
+                yield
+        finally:
+            try:
+                undo()
+            except BaseException:  # Ctrl-C in the middle of it
+                undo()
+                raise
 
     def _call(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         fast = torch.compile(forward, dynamic=False, backend=BACKEND)

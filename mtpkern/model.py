@@ -67,7 +67,7 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     with torch.no_grad():
         for weight in matrices:
             rows = weight[:others].float()
-            noise = torch.randn(rows.shape[1], generator=generator).to(rows.device)
+            noise = torch.randn(rows.shape[1], generator=generator, dtype=torch.float32).to(rows.device)
             weight[mask_token_id] = (rows.mean(0) + noise * rows.std(0)).to(weight.dtype)
             weight[added] = rows.mean(0).to(weight.dtype)
         bias = getattr(head, "bias", None)

@@ -186,7 +186,7 @@ class Bias(Processor):
                 f"{self.name} must hold ids from 0 to {vocabulary - 1}, the model's vocabulary; got {outside}; use the "
                 "model's own tokenizer"
             )
-        always = torch.zeros(vocabulary)
+        always = torch.zeros(vocabulary, dtype=torch.float32)
         groups: dict[int, list[tuple[tuple[int, ...], float]]] = {}
         for tokens, bias in self.biases:
             if len(tokens) == 1:
@@ -196,8 +196,9 @@ class Bias(Processor):
         always = always.to(device, non_blocking=True)
         longer = []
         for group in groups.values():
-            columns = [t[:-1] for t, _ in group], [t[-1] for t, _ in group], [b for _, b in group]
-            longer.append([torch.tensor(column).to(device, non_blocking=True) for column in columns])
+            words, added = [t for t, _ in group], torch.tensor([b for _, b in group], dtype=torch.float32)
+            columns = torch.tensor([t[:-1] for t in words]), torch.tensor([t[-1] for t in words]), added
+            longer.append([column.to(device, non_blocking=True) for column in columns])
 
         def apply(scores: Tensor, texts: Texts) -> Tensor:
             bias = always.expand_as(scores)

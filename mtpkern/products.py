@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from mtpkern.attention import exclusive
+from mtpkern.attention import ended_by_interrupts, exclusive
 from mtpkern.kernels.linear import few_rows_linear, new_counters
 from mtpkern.model import is_tested
 from mtpkern.siblings import Group, adapter_of, disjoint, together, watched
@@ -324,6 +324,7 @@ def _join(groups: Sequence[Sequence[Any]], zeros: int) -> None:
             x.data = part
 
 
+@ended_by_interrupts
 def separate(model: PreTrainedModel | None = None) -> None:
     """Give each layer memory of its own again, in one model or in all; in those that no call is running."""
     for one in list(_joined) if model is None else [model]:

@@ -347,11 +347,21 @@ def record(
 
         recording, logits = record(forward, [cache], (input_ids.clone(), position.clone()), Memory())
     """
-    recorder = Recorder(owners)
-    token = _recorder.set(recorder)
+    recorder, modes = Recorder(owners), torch._C._len_torch_dispatch_stack()
+
+    def end() -> None:
+        _recorder.set(None)
+        while torch._C._len_torch_dispatch_stack() > modes:  # Ctrl-C has kept it from going by itself
+            torch._C._pop_torch_dispatch_stack(None)
+
     try:
+        _recorder.set(recorder)
         with recorder:
             logits = forward(*inputs)
     finally:
-        _recorder.reset(token)
+        try:
+            end()
+        except BaseException:
+            end()
+            raise
     return Recording(recorder, inputs, logits, memory), logits

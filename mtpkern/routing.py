@@ -67,23 +67,36 @@ if hasattr(os, "register_at_fork"):
 @contextmanager
 def routed_config(config: PreTrainedConfig, context: Any, name: str = NAME) -> Iterator[None]:
     """Have the config answer `name` to this thread inside the block, and its layers find `context`."""
-    block = _Block(context, name)
-    with _lock:
-        blocks = _everywhere.setdefault(id(config), [])
-        blocks.append(block)
-        if len(blocks) == 1:
-            kind: Any = type(config)
-            config.__class__ = _answering(kind)
-    token = _here.set({**_here.get({}), id(config): block})
+    block, outer = _Block(context, name), _here.get({}).get(id(config))
     try:
+        with _lock:
+            plain: Any = _plain_kind(type(config))
+            _everywhere.setdefault(id(config), []).append(block)
+            config.__class__ = _answering(plain)
+        _here.set({**_here.get({}), id(config): block})
         yield
     finally:
-        _here.reset(token)
-        with _lock:
-            blocks.remove(block)
-            if not blocks:
-                del _everywhere[id(config)]
-                config.__class__ = type(config).__bases__[0]
+        try:
+            _close(config, block, outer)
+        except BaseException:  # Ctrl-C in the middle of it
+            _close(config, block, outer)
+            raise
+
+
+def _close(config: PreTrainedConfig, block: _Block, outer: _Block | None) -> None:
+    """End a block; `outer` is the one of the same config that it stands in. Twice is as good as once."""
+    here = _here.get({})
+    if here.get(id(config)) is block:
+        others = {key: other for key, other in here.items() if key != id(config)}
+        _here.set(others if outer is None else {**others, id(config): outer})
+    with _lock:
+        left = [other for other in _everywhere.get(id(config), ()) if other is not block]
+        if left:
+            _everywhere[id(config)] = left
+        else:
+            _everywhere.pop(id(config), None)
+            plain: Any = _plain_kind(type(config))
+            config.__class__ = plain
 
 
 @contextmanager
@@ -131,6 +144,11 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def _plain_kind(kind: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The class of a config where nobody has a block open."""
+    return vars(kind).get("mtpkern_plain", kind)
+
+
 @cache
 def _answering(plain: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The subclass of a config's class that answers by the thread; to pickle and copy it is the plain one."""
@@ -155,5 +173,6 @@ def _answering(plain: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     kept = ("__module__", "__qualname__", "__doc__", "__init__", "__hash__")
     held = {name: getattr(plain, name) for name in kept} | {"__eq__": equal, "__reduce_ex__": reduce}
     held["_attn_implementation"] = property(answer, own.fset)
+    held["mtpkern_plain"] = plain
     routing: type[PreTrainedConfig] = type(plain.__name__, (plain,), held)
     return routing

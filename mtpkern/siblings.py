@@ -9,14 +9,14 @@ another thread's pass, it runs by itself. `Siblings` runs the base's layers one 
 In a pass without mask rows, where the host knows that it is one, each layer is the base's alone: what peft does around
 it took a tenth of a pass of one row on a CPU.
 
-A layer has a forward of its own only while a pass runs, and what was left and not fetched goes with the pass. Taken for
-granted is that nothing is written into a tensor between its readers.
+A layer has a forward of its own only while a pass runs, and what was left and not fetched goes with the pass, by Ctrl-C
+in the midst of going too. Taken for granted is that nothing is written into a tensor between its readers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from threading import get_ident
 from types import MethodType
@@ -25,6 +25,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mtpkern.kernels.gated_lora import gated_expand, gated_lora
 from mtpkern.recorder import apart
@@ -76,8 +77,11 @@ class Siblings:
                 vars(layer)["forward"] = MethodType(_base_forward, layer)
             yield
         finally:
-            for layer in free:
-                vars(layer).pop("forward", None)
+            try:
+                _strip(free, "forward")
+            except BaseException:
+                _strip(free, "forward")
+                raise
 
 
 @contextmanager
@@ -89,6 +93,7 @@ def watched(families: Iterable[Sequence[nn.Module]]) -> Iterator[list[list[Any]]
     readers  # [[q, k], [v]]
     """
     readers: list[list[Any]] = []
+    hooks: list[RemovableHandle] = []
 
     def note(known: list[tuple[ref[Tensor], list[Any]]], layer: Any, args: tuple[Any, ...]) -> None:
         if torch.compiler.is_compiling() or not args:
@@ -100,12 +105,22 @@ def watched(families: Iterable[Sequence[nn.Module]]) -> Iterator[list[list[Any]]
         readers.append([layer])
         known.append((ref(args[0]), readers[-1]))
 
-    with ExitStack() as hooks:
+    def unhook() -> None:
+        for hook in hooks:
+            hook.remove()
+
+    try:
         for family in families:
             noted = partial(note, [])
             for layer in family:
-                hooks.callback(layer.register_forward_pre_hook(noted).remove)
+                hooks.append(layer.register_forward_pre_hook(noted))
         yield readers
+    finally:
+        try:
+            unhook()
+        except BaseException:
+            unhook()
+            raise
 
 
 def disjoint(readers: Iterable[Sequence[Any]]) -> list[tuple[Any, ...]]:
@@ -159,10 +174,20 @@ def together(groups: Iterable[Group]) -> Iterator[None]:
                 vars(layer).update(forward=MethodType(_forward, layer), mtpkern_turn=_Turn(thread, None, ()))
         yield
     finally:
-        for layers, _, more in free:
-            for layer in layers:
-                for name in ("forward", "mtpkern_turn", *more):
-                    vars(layer).pop(name, None)
+        try:
+            for layers, _, more in free:
+                _strip(layers, "forward", "mtpkern_turn", *more)
+        except BaseException:
+            for layers, _, more in free:
+                _strip(layers, "forward", "mtpkern_turn", *more)
+            raise
+
+
+def _strip(layers: Iterable[nn.Module], *names: str) -> None:
+    """Take from layers what a pass has put there, where it still is."""
+    for layer in layers:
+        for name in names:
+            vars(layer).pop(name, None)
 
 
 def _base_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -7,7 +7,9 @@ A prompt enters in three steps, all queued between two passes and none of them w
     state    what the prefill has predicted is taken in, and the next pass planned anew
 
 The last of it is a pass like any other: one pending token, with masks behind it. So what a newcomer emits, pass by
-pass, is what it would emit alone. Nothing moves: a captured step replays over the same tensors.
+pass, is what it would emit alone; but that where masks may stand behind other drafts than the last, the pass that is
+planned anew does not know how sure the drafts are, and has these masks elsewhere. Nothing moves: a captured step
+replays over the same tensors.
 """
 
 from __future__ import annotations

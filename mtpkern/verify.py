@@ -19,7 +19,7 @@ from transformers.generation import GenerationMixin
 
 from mtpkern.adapter import adopt, gated
 from mtpkern.arguments import plain_greedy
-from mtpkern.attention import exclusive, routed
+from mtpkern.attention import ended_by_interrupts, exclusive, routed
 from mtpkern.decoder import Decoder
 from mtpkern.foreign import foreign, settings_of
 from mtpkern.kernels.state import FAULT
@@ -66,6 +66,7 @@ class CheckReport:
         return near and (self.agreement == 1.0 or not self.exact)
 
 
+@ended_by_interrupts
 def check(
     model: PreTrainedModel,
     input_ids: Tensor | None = None,

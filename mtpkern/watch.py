@@ -114,7 +114,8 @@ class Watch:
             L = self.reach = max(criterion.maximum_token_len for criterion in self.strings)
             self.leads = F.pad(input_ids.long(), (L, 0), value=NO_TOKEN)[:, -L:].tolist()
         if self.others:
-            self.ids = torch.cat([input_ids.long(), torch.full((B, new), padding)], dim=1)  # up to `columns`
+            behind = torch.full((B, new), padding, dtype=torch.int64)
+            self.ids = torch.cat([input_ids.long(), behind], dim=1)  # up to `columns`
         # On a GPU criteria are asked beside the passes, on a stream of their own: they would wait for one otherwise.
         self.device = torch.device(device)
         self.stream = torch.cuda.Stream(self.device) if self.others and self.device.type == "cuda" else None

@@ -276,3 +276,30 @@ def test_drafts_are_kept_as_often_as_they_are_drawn(tiny: SimpleNamespace, model
         return_dict_in_generate=True,
     )
     assert max(map(max, found.blocks)) > 1
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_nothing_hangs_on_the_default_dtype(default: torch.dtype, model: Any, tiny: SimpleNamespace) -> None:
+    """It is set for models to be made in: not for thresholds, biases and what is kept."""
+    ids, mask = tiny.prompts(9, 4, 7, 5)
+    given = {"attention_mask": mask, "max_new_tokens": 24, "return_dict_in_generate": True}
+    # Just below what the first masks say, and in 16 bits, of some of them, above it.
+    sure = mtpkern.generate(model, ids, strategy=ConfAdapt(4, 0.0), return_logprobs=True, **given).confidences[:, 1]
+    options: list[dict[str, Any]] = [{"strategy": ConfAdapt(4, threshold)} for threshold in (sure - 1e-6).tolist()]
+    options.append({"sequence_bias": {(5,): 0.1234, (3, 4): 0.3333}, "output_scores": True})
+    options += [{**x, "return_logprobs": True} for x in options] + [{"do_sample": True, "top_p": 0.9}]
+    before, found = torch.get_default_dtype(), []
+    for dtype in (before, default):
+        torch.set_default_dtype(dtype)
+        try:
+            for asked in options:
+                torch.manual_seed(0)
+                found.append(mtpkern.generate(model, ids, **{"strategy": Verified(3, 0.2)} | given | asked))
+        finally:
+            torch.set_default_dtype(before)
+    for plain, other in zip(found[: len(options)], found[len(options) :], strict=True):
+        assert plain.sequences.equal(other.sequences)
+        assert plain.blocks == other.blocks
+        for name in ("logprobs", "confidences"):
+            assert (getattr(plain, name) is None) or getattr(plain, name).equal(getattr(other, name))
+        assert all(x.equal(y) for x, y in zip(plain.scores or (), other.scores or (), strict=True))

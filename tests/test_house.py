@@ -160,6 +160,16 @@ def test_arrows_catch_a_planted_import(room, source):
     assert wrong_imports(source, room)
 
 
+def test_a_tensor_of_floats_says_its_type():
+    """torch.set_default_dtype is the caller's: neither thresholds and biases nor draws may hang on it."""
+    made = {"zeros", "ones", "empty", "full", "rand", "randn", "linspace", "eye"}
+    for path in (path for room in ("kernels", "mtpkern", "train") for path in (ROOT / room).glob("*.py")):
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            head, _, name = ast.unparse(call.func).rpartition(".")
+            if head == "torch" and name in made:
+                assert {"dtype", "out"} & {x.arg for x in call.keywords}, f"{path.name}:{call.lineno} torch.{name}"
+
+
 def test_tests_import_no_bare_folder():
     heads = {
         name.split(".")[0] for path in (ROOT / "tests").rglob("*.py") for name in imported_names(path.read_text(), "")

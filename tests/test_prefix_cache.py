@@ -245,6 +245,21 @@ def test_a_model_that_has_changed_reads_all(model: Any, tiny: Any, change: Calla
     assert cache.shared == [15]
 
 
+def test_a_function_in_the_place_of_one_that_has_gone(model: Any, tiny: Any) -> None:
+    """Another lies where it lay in memory, as soon as that is free: what is kept must not take them for one."""
+    text, cache, mlp = words(tiny, 30), PrefixCache(), model.model.layers[0].mlp
+    del mlp.act_fn
+    places = set()
+    for i in range(12):
+        mlp.act_fn = partial(torch.nn.functional.leaky_relu, negative_slope=0.1 + i)
+        places.add(id(mlp.act_fn))
+        new = run(model, text, prefix_cache=cache)
+        assert cache.shared == [0]
+        assert new == run(model, text)
+        del mlp.act_fn
+    assert len(places) < 12
+
+
 def test_an_adapter_that_is_switched_off_and_on_or_merged(model: Any, tiny: Any) -> None:
     import peft
 

@@ -1,6 +1,7 @@
 """A model that has changed since its passes were recorded, and what others have put into it or around it."""
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,6 +100,24 @@ def test_a_model_that_changes_is_followed(
     assert not torch.equal(wanted, before) or change is doubled
     for _ in range(3):
         assert torch.equal(generate(tiny, model, max_new_tokens=24), wanted)
+
+
+def test_a_function_in_the_place_of_one_that_has_gone(
+    tiny: SimpleNamespace, replays: list[int], live: Callable[..., Any]
+) -> None:
+    """A recording holds none of the two, so that the second may lie where the first has lain."""
+    model, places = tiny.model("llama"), set()
+    mlp = model.model.layers[0].mlp
+    for i in range(6):
+        del mlp.act_fn
+        mlp.act_fn = partial(torch.nn.functional.leaky_relu, negative_slope=0.1 + i)
+        places.add(id(mlp.act_fn))
+        found = [generate(tiny, model, max_new_tokens=24) for _ in range(2)]
+        assert replays
+        wanted = live(generate, tiny, model, max_new_tokens=24)
+        assert all(torch.equal(x, wanted) for x in found)
+        replays.clear()
+    assert len(places) < 6
 
 
 @pytest.mark.usefixtures("packs")

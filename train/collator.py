@@ -37,7 +37,7 @@ class MTPCollator:
         longest = max(lengths)
         if self.pad_to is not None and longest > self.pad_to:
             raise ValueError(f"texts must have at most pad_to = {self.pad_to} tokens; got {longest}: cut or raise it")
-        input_ids = torch.full((len(batch), self.pad_to or longest), self.pad_token_id)
+        input_ids = torch.full((len(batch), self.pad_to or longest), self.pad_token_id, dtype=torch.int64)
         for i, x in enumerate(batch):
             input_ids[i, : len(x["input_ids"])] = torch.tensor(x["input_ids"])
         texts = zip(input_ids, lengths)

@@ -314,14 +314,14 @@ def draw_prefixes(
         if offset is not None:
             first = offset * count % period
         elif together:
-            first = (torch.rand((), generator=generator) * region).long() % period
+            first = (torch.rand((), generator=generator, dtype=torch.float32) * region).long() % period
         else:
-            first = (torch.rand(len(lengths), generator=generator) * period).long()
+            first = (torch.rand(len(lengths), generator=generator, dtype=torch.float32) * period).long()
         prefix = low[:, None] + (first[:, None] + span * region[:, None]) // count[:, None]
         exists = (prefix < lengths[:, None]) & (span < count[:, None])
     else:
         width = int(room.max()) if len(room) else 0
-        key = torch.rand(len(lengths), width, generator=generator)
+        key = torch.rand(len(lengths), width, generator=generator, dtype=torch.float32)
         key = key.masked_fill(torch.arange(width) >= room[:, None], 2.0)
         drawn = key.argsort(dim=1)[:, :most]
         prefix = torch.zeros(len(lengths), most, dtype=torch.int64)

@@ -112,8 +112,9 @@ def add_gated_lora(
             )
     weight = embedding.weight.detach().float()
     # Some models scale what the embedding gives; the row takes the place of the scaled one.
-    scale = torch.as_tensor(getattr(embedding, "embed_scale", 1.0)).float().to(weight.device)
-    noise = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(len(weight))).to(weight.device)
+    scale = torch.as_tensor(getattr(embedding, "embed_scale", 1.0), dtype=torch.float32).to(weight.device)
+    generator = torch.Generator().manual_seed(len(weight))
+    noise = torch.randn(weight.shape[1], generator=generator, dtype=torch.float32).to(weight.device)
     row = (weight.mean(0) + noise * weight.std(0)) * scale
     settings = GatedSettings(mask_token_id=len(weight), k_max=k_max, **base_known_by(model), chat=chat)
     # A token that never comes: to peft itself the adapter is off.

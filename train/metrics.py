@@ -40,7 +40,7 @@ def span_statistics(
 
     span_statistics(sums, k_max=4, device=device, reduce=lambda table: table)  # {"agreement": 0.7, ...}
     """
-    table = torch.zeros(5, max(2, k_max), device=device)
+    table = torch.zeros(5, max(2, k_max), dtype=torch.float32, device=device)
     for sums in collected:
         table[:4, : len(sums.rows)] += torch.stack([sums.agree, sums.rows, sums.confidence, sums.entropy])
         table[4, :2] += torch.stack([sums.agreeing_prefix, sums.spans])

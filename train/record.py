@@ -227,7 +227,7 @@ def report_rates(args: MTPConfig, before: int, now: int, done: int) -> None:
 
 def _rates(args: MTPConfig, total: int, steps: int) -> list[float]:
     """The factors of the learning rate in the first steps of a run of `total`; none where the loss decides them."""
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1, dtype=torch.float32))], lr=args.learning_rate)
     options = args.lr_scheduler_kwargs if isinstance(args.lr_scheduler_kwargs, dict) else None
     schedule = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(total), total, options)
     return [schedule.lr_lambdas[0](i) for i in range(steps)] if isinstance(schedule, LambdaLR) else []

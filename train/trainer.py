@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from mtpkern.adapter import gate_of
-from mtpkern.attention import AttentionContext, attention_context
+from mtpkern.attention import AttentionContext, attention_context, ended_by_interrupts
 from mtpkern.model import record_settings, resolve_mask_token
 from mtpkern.train.arguments import refuse
 from mtpkern.train.checks import (
@@ -151,7 +151,7 @@ class MTPTrainer(RunTrainer):
         self._kept: KeptSpans | None = None  # while an evaluation runs
         self._pushes = False  # while what is saved goes to the hub
         # The first step with a loss that is not finite; on the device, so that no step waits for it.
-        self._broken_step = torch.tensor(torch.inf, device=args.device)
+        self._broken_step = torch.tensor(torch.inf, dtype=torch.float32, device=args.device)
 
     def _adapted(self, plain: PreTrainedModel, mask_token_id: int | None, args: MTPConfig) -> PeftModel:
         """The model with the adapters that the configuration asks for."""
@@ -186,7 +186,7 @@ class MTPTrainer(RunTrainer):
         """Planned span, prefix and anchor rows [3] over the given micro-batches and all ranks."""
         rows = [(self._loss_rows(plan["layout"]), plan["prefix_rows"], plan["anchor_rows"]) for plan in plans]
         sums = [float(sum(int(x.sum()) for x in kind)) for kind in zip(*rows)] or [0.0] * 3
-        counts = send(torch.tensor(sums), device)
+        counts = send(torch.tensor(sums, dtype=torch.float32), device)
         return self.accelerator.reduce(counts, "sum")
 
     @staticmethod
@@ -194,6 +194,7 @@ class MTPTrainer(RunTrainer):
         """[B, M, K] bool: the predictions of a layout that may have a loss."""
         return layout.valid
 
+    @ended_by_interrupts
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
@@ -289,6 +290,7 @@ class MTPTrainer(RunTrainer):
             kept=self._kept,
         )
 
+    @ended_by_interrupts
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
@@ -369,7 +371,7 @@ class MTPTrainer(RunTrainer):
         except Exception as error:
             # What has been trained is worth more than a figure that any checkpoint gives later.
             logger.warning("no accuracy, held-out prompts were not decoded: %s: %s", type(error).__name__, error)
-            sums = torch.full((len(held_out.strategies), 6), torch.nan)
+            sums = torch.full((len(held_out.strategies), 6), torch.nan, dtype=torch.float32)
         if not alone:
             sums = self.accelerator.reduce(sums.float().to(self.args.device), "sum")
         return {f"eval_{name}": value for name, value in held_out.metrics(sums).items()}

@@ -111,7 +111,9 @@ def _run(problems: int, folder: Path, base: str | None, page: TextIO | None, con
             model, tokenizer, held_out, few, batch_size=BATCH, progress=advance, max_new_tokens=MAX_NEW_TOKENS
         )
 
-    where = f"{platform.machine()} {model.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    n = torch.get_num_threads()
+    threads = f"{n} thread{'' if n == 1 else 's'}"
+    where = f"{platform.machine()} {model.device.type}, {threads}, torch {torch.__version__}"
     title = f"{problems} held-out problems, {where}"
     lines = _lines(rows, single, batched)
     table = Table(title=title, title_justify="left")

@@ -52,7 +52,9 @@ def dressed(model: Any, call: Call) -> Any:
             model.set_attn_implementation(call.attention)
         except (ValueError, ImportError):
             call.attention = None
-    if call.around == "training":
+    if call.around in ("training", "dropping"):
+        if call.around == "dropping":
+            model.dropout_of_theirs = torch.nn.Dropout(0.1)
         model.train()
     elif call.around == "nan":
         with torch.no_grad():

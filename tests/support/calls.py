@@ -172,14 +172,16 @@ def draw(rng: Random, *, adapters: bool = True) -> Call:
     if rng.random() < 0.3:
         call.attention = rng.choice(["eager", "sdpa"])
     if adapters and rng.random() < 0.15:
-        call.around = rng.choice(["lora", "lora", "prompt tuning", "data parallel", "compiled", "own generate"])
+        call.around = rng.choice(
+            ["lora", "lora", "prompt tuning", "data parallel", "compiled", "own generate", "training"]
+        )
     if rng.random() < 0.08:
-        call.around = rng.choice(["training", "nan", "no model", "not a model"])
+        call.around = rng.choice(["dropping", "nan", "no model", "not a model"])
     around = {
         "prompt tuning": ("virtual tokens",),
         "data parallel": ("model.module",),
         "compiled": ("compiled",),
-        "training": ("training mode",),
+        "dropping": ("training mode",),
         "nan": ("NaN",),
         "no model": ("model must be",),
         "not a model": ("model must be",),

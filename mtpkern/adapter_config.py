@@ -93,7 +93,8 @@ def digest(model: PreTrainedModel, *, merged: bool = False) -> str:
         if "lora_" in name or not weight.is_floating_point():
             continue
         for adapter in _plain_lora(layer):
-            weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)  # type: ignore[union-attr]
+            # The sum rounded once, as merging has it: an adapter may be wider than its base.
+            weight = (weight + layer.get_delta_weight(adapter)).to(weight.dtype)  # type: ignore[union-attr]
         flat = weight.flatten()
         step = max(1, len(flat) // _SAMPLE)
         hash_.update(f"{name} {tuple(weight.shape)}".encode())

@@ -148,9 +148,11 @@ def require_base(model: PreTrainedModel, settings: GatedSettings, path: str, *, 
         f"{path} was trained for {settings.base} ({settings.mask_token_id} tokens, weights {settings.digest}), got "
         f"a model with {rows} tokens and weights {found}"
     )
-    if rows != settings.mask_token_id or not to_train:
+    if rows != settings.mask_token_id:
+        raise ValueError(f"{says}: load the base unchanged, without add_mask_token")
+    if not to_train:
         raise ValueError(
-            f"{says}: load the base unchanged, without add_mask_token, or train the adapter further for a base that "
-            "was fine-tuned since (is_trainable=True; mtpkern train --init-adapter)"
+            f"{says}: load the base unchanged, without add_mask_token, or train the adapter further for a base "
+            "that was fine-tuned since (is_trainable=True; mtpkern train --init-adapter)"
         )
     warnings.warn(f"{says}: its drafts are worth less there, until it is trained further", stacklevel=3)

@@ -73,7 +73,7 @@ if find_spec("triton"):
 
     @triton.jit
     def _readout_kernel(
-        z,  # [R, V], the product, in a `_buffer`
+        z,  # [R, V], the product, in a `buffer_for` it
         head,  # bias [V], V, logit_scale, softcap, banned; None what there is not
         token,  # [R] int64, written
         confidence,  # [R], written
@@ -104,10 +104,10 @@ if find_spec("triton"):
 
     @triton.jit
     def _loss_kernel(
-        z,  # [R, V], the student's product, in a `_buffer`; its gradient is written over it
+        z,  # [R, V], the student's product, in a `buffer_for` it; its gradient is written over it
         head,  # bias [V], V, logit_scale, softcap, banned; None what there is not
         target,  # [R] int64, or None
-        teacher_z,  # [R, V'], in a `_buffer`, or None
+        teacher_z,  # [R, V'], in a `buffer_for` it, or None
         teacher_head,
         row_weight,  # [R]
         loss,  # [R], written

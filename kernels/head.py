@@ -98,11 +98,14 @@ def product_dtype(hidden: Tensor, head: Head, product: Tensor | None = None) -> 
             f"hidden states and head must have one dtype; got {dtype} and {head.weight.dtype}: cast one of them or "
             "switch autocast on"
         )
-    shape = hidden.shape[0], head.weight.shape[0]
-    if product is not None and (product.dtype != dtype or product.shape != shape):
+    rows, vocabulary = hidden.shape[0], head.weight.shape[0]
+    # Kernels write to the end of a row's room.
+    form = dtype, (rows, vocabulary), (_apart(vocabulary), 1)
+    if product is not None and (product.dtype, product.shape, product.stride()) != form:
         raise ValueError(
-            f"a product must be {list(shape)} in {dtype}; got {list(product.shape)} in {product.dtype}: take it from "
-            "Rows.sharing, with the same rows, under the same autocast"
+            f"a product must be {[rows, vocabulary]} in {dtype}, its rows {_apart(vocabulary)} elements apart; got "
+            f"{list(product.shape)} in {product.dtype}, strides {product.stride()}: take it from Rows.sharing, with "
+            "the same rows, under the same autocast"
         )
     return dtype
 
@@ -127,7 +130,11 @@ def chunk_rows(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.dev
 
 def buffer_for(hidden: Tensor, rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
     """Room for a product [rows, V], rows a multiple of 16 elements apart, aligned for any V; all is written."""
-    return hidden.new_empty(rows, -(-vocabulary // 16) * 16, dtype=dtype)[:, :vocabulary]
+    return hidden.new_empty(rows, _apart(vocabulary), dtype=dtype)[:, :vocabulary]
+
+
+def _apart(vocabulary: int) -> int:
+    return -(-vocabulary // 16) * 16
 
 
 def multiply(hidden: Tensor, head: Head, out: Tensor) -> Tensor:

@@ -93,7 +93,8 @@ def digest(model: PreTrainedModel, *, merged: bool = False) -> str:
         if "lora_" in name or not weight.is_floating_point():
             continue
         for adapter in _plain_lora(layer):
-            weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)  # type: ignore[union-attr]
+            # The sum rounded once, as merging has it: an adapter may be wider than its base.
+            weight = (weight + layer.get_delta_weight(adapter)).to(weight.dtype)  # type: ignore[union-attr]
         flat = weight.flatten()
         step = max(1, len(flat) // _SAMPLE)
         hash_.update(f"{name} {tuple(weight.shape)}".encode())
@@ -147,9 +148,11 @@ def require_base(model: PreTrainedModel, settings: GatedSettings, path: str, *, 
         f"{path} was trained for {settings.base} ({settings.mask_token_id} tokens, weights {settings.digest}), got "
         f"a model with {rows} tokens and weights {found}"
     )
-    if rows != settings.mask_token_id or not to_train:
+    if rows != settings.mask_token_id:
+        raise ValueError(f"{says}: load the base unchanged, without add_mask_token")
+    if not to_train:
         raise ValueError(
-            f"{says}: load the base unchanged, without add_mask_token, or train the adapter further for a base that "
-            "was fine-tuned since (is_trainable=True; mtpkern train --init-adapter)"
+            f"{says}: load the base unchanged, without add_mask_token, or train the adapter further for a base "
+            "that was fine-tuned since (is_trainable=True; mtpkern train --init-adapter)"
         )
     warnings.warn(f"{says}: its drafts are worth less there, until it is trained further", stacklevel=3)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from inspect import signature
@@ -305,7 +304,7 @@ class _Batch:
         model = self.model
         with (
             exclusive(model, wait=self.options.wait),
-            evaluating(model) if model.training else nullcontext(),
+            evaluating(model),
             torch.accelerator.device_index(model.device.index),
             decoder_for(
                 model,

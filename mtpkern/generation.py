@@ -7,7 +7,6 @@ honoured here is refused by name before anything runs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -269,7 +268,7 @@ def _decode(
     # read inside, before another run may have the decoder.
     with (
         exclusive(model, wait=options.wait),
-        evaluating(model) if model.training else nullcontext(),
+        evaluating(model),
         torch.accelerator.device_index(model.device.index),
         decoder_for(
             model,

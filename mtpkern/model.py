@@ -192,10 +192,10 @@ def require_decodable(model: PreTrainedModel) -> None:
                     f"{kind} is configured with {name}={value!r}, so that a token sees those behind it, and no "
                     f"text grows token by token: set model.config.{name} = {causal}, if it was trained so"
                 )
-    if model.training and (random := _random_in_training(model)):
+    if _in_training(model) and (random := _random_in_training(model)):
         raise ValueError(
-            f"{kind} is in training mode, where it drops at random ({', '.join(random[:3])}): call model.eval() first, "
-            "or set these to 0"
+            f"{kind}, or a part of it, is in training mode, where it drops at random ({', '.join(random[:3])}): call "
+            "model.eval() first, or set these to 0"
         )
     strange = sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS)
     if strange:
@@ -223,6 +223,18 @@ def require_decodable(model: PreTrainedModel) -> None:
         )
 
 
+def _in_training(model: nn.Module) -> bool:
+    """Whether a part of a model is in training mode, as layers are that peft has put into one at rest."""
+    # By hand, as a walk by torch's own means takes seven times as long.
+    modules: list[nn.Module | None] = [model]
+    for module in modules:
+        if module is not None:
+            if module.training:
+                return True
+            modules += module.__dict__.get("_modules", {}).values()  # one that torch.jit has made shows none
+    return False
+
+
 def _random_in_training(model: nn.Module) -> list[str]:
     """What makes a model's output random in training mode, by where it stands: dropout, jitter, layers left out."""
     found = []
@@ -243,6 +255,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     with evaluating(model):
         logits = model(input_ids).logits
     """
+    if not _in_training(model):
+        yield
+        return
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 import mtpkern
 from mtpkern.adapter import gate_of, save_adapter
+from mtpkern.adapter_config import digest
 from mtpkern.train.lora import add_gated_lora
 from support.injecting import injecting
 
@@ -162,6 +163,16 @@ def test_beside_an_adapter_of_fine_tuning(base, folders, tiny, tmp_path, merged)
         other = copy.deepcopy(base)
         with pytest.raises(ValueError, match="was trained for"):
             mtpkern.load_adapter(other, folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_digest_of_what_the_two_make_merged(base, dtype):
+    """In whatever dtype: peft's own adapters are float32 upon a base of 16 bits."""
+    model = fine_tuned(copy.deepcopy(base).to(dtype))
+    assert {x.dtype for name, x in model.named_parameters() if "lora_" in name} == {torch.float32}
+    found = digest(model.get_base_model(), merged=True)
+    assert found != digest(model.get_base_model())
+    assert found == digest(model.merge_and_unload())
 
 
 def test_beside_another_adapter_than_it_was_merged_with(base, tiny, tmp_path):

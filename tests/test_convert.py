@@ -1,6 +1,7 @@
 """`mtpkern convert`: synthetic checkpoints of the published shape, quantised ones and GGUFs become plain ones."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -350,6 +351,31 @@ def test_adapters_that_cannot_be_merged_or_trained(start, tmp_path, capsys):
         assert main(["train", "--model", str(tmp_path / name), *flags]) == 2
         said = capsys.readouterr().err
         assert f"holds an adapter, no model: give what `mtpkern convert {tmp_path / name} NEW` makes of it" in said
+
+
+def test_adapters_whose_base_is_another(start, tmp_path, capsys):
+    from peft import LoraConfig, get_peft_model
+
+    def saved(name, rows=0, base=None):
+        model = AutoModelForCausalLM.from_pretrained(start)
+        if rows:
+            model.resize_token_embeddings(model.get_input_embeddings().num_embeddings + rows)
+        lora = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+        lora.save_pretrained(tmp_path / name)
+        file = tmp_path / name / "adapter_config.json"
+        config = json.loads(file.read_text())
+        file.write_text(json.dumps({**config, "base_model_name_or_path": str(start) if base is None else base}))
+        return tmp_path / name
+
+    for folder, says in (
+        (saved("grown", rows=8), r"does not fit .* size mismatch for .*resize_token_embeddings"),
+        (saved("unnamed", base=""), "does not say what model it is upon"),
+        (saved("lost", base=str(tmp_path / "nowhere")), "its base is not there: .*nowhere.*base_model_name_or_path"),
+        (saved("upper", base=str(saved("lower"))), "is upon .*lower, an adapter too: convert that first"),
+    ):
+        assert main(["convert", str(folder), str(tmp_path / "merged")]) == 2
+        assert re.search(says, capsys.readouterr().err), folder
+        assert not (tmp_path / "merged").exists()
 
 
 def test_digits_stand_alone_where_the_file_says_so(tmp_path, write_gguf):

@@ -147,8 +147,21 @@ def test_follows_a_base_that_was_trained_since(tiny, tmp_path):
         mtpkern.load_adapter(moved(), tmp_path / "further")
         with pytest.raises(ValueError, match="was trained for"):
             mtpkern.load_adapter(base(tiny), tmp_path / "further")
-    with pytest.raises(ValueError, match="was trained for"):
+    with pytest.raises(ValueError, match=r"was trained for.*44 tokens.*without add_mask_token$"):
         trainer(tiny, tmp_path / "no", tiny.model("llama", vocab_size=44), init_adapter=str(tmp_path / "adapter"))
+
+
+def test_a_base_that_is_the_same_keeps_its_name(tiny, tmp_path):
+    """By which the folder is decoded; this copy of it was loaded from nowhere."""
+    first = trainer(tiny, tmp_path / "run")
+    first.gate.record(base="its/name")
+    first.save_model(str(tmp_path / "adapter"))
+    further = mtpkern.load_adapter(base(tiny), tmp_path / "adapter", is_trainable=True)
+    trainer(tiny, tmp_path / "there", further).save_model(str(tmp_path / "further"))
+    recorded = [json.loads((tmp_path / x / "adapter_config.json").read_text()) for x in ("adapter", "further")]
+    before, after = (x["auto_mapping"]["mtpkern"] for x in recorded)
+    assert before["base"] == after["base"] == "its/name"
+    assert before["digest"] == after["digest"]
 
 
 def test_refuses_to_train_the_base_or_nothing(tiny, tmp_path):

@@ -1,5 +1,6 @@
 """A model that trains decodes as it is, where nothing in it is random: trainers call its generate between two steps."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,3 +100,19 @@ def test_dropout_of_an_adapter_is_refused(model: Any, inputs: dict[str, Any]) ->
     with pytest.raises(ValueError, match=r"q_proj\.lora_dropout\.default\.p"):
         mtpkern.generate(adapted.train(), **inputs)
     mtpkern.generate(adapted.eval(), **inputs)
+
+
+def test_an_adapter_that_came_into_a_model_at_rest(tiny: SimpleNamespace, inputs: dict[str, Any]) -> None:
+    """Its layers are in training mode then, and the base is not."""
+    from peft import LoraConfig, get_peft_model
+
+    for dropout in (0.5, 0.0):
+        config = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=dropout, init_lora_weights=False)
+        adapted = get_peft_model(tiny.model("llama"), config)
+        before = modes(adapted)
+        assert any(before)
+        assert not adapted.get_base_model().training
+        for call in (mtpkern.generate, lambda model, **_: mtpkern.generate_batch(model, [[1, 2]])):
+            with pytest.raises(ValueError, match="lora_dropout") if dropout else nullcontext():
+                call(adapted, **inputs)
+        assert modes(adapted) == before

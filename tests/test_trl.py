@@ -14,8 +14,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mtpkern
-from mtpkern.adapter import save_adapter
+from mtpkern.adapter import base_of, save_adapter
 from mtpkern.foreign import foreign
+from mtpkern.graph import fingerprint
 from mtpkern.train import encode_rows
 from mtpkern.train.convert import convert
 from mtpkern.train.lora import add_gated_lora
@@ -157,6 +158,7 @@ def test_rollouts_are_the_policys_own(kind: Callable[..., Any], tokenizer: Any, 
     """At every step: tokens of Static(1) behind the same seed, log-probabilities of the policy's own forward."""
     policy, fast = kind(load(), tmp_path / "adapter")
     drawn: list[torch.Tensor] = []
+    seen: set[Any] = set()
 
     def generate(input_ids: Any, attention_mask: Any, **how: Any) -> Any:
         call = partial(mtpkern.generate, fast, input_ids, attention_mask=attention_mask, **how)
@@ -178,6 +180,7 @@ def test_rollouts_are_the_policys_own(kind: Callable[..., Any], tokenizer: Any, 
         live = torch.arange(own.shape[1]) < torch.tensor([sum(row) for row in output.blocks])[:, None]
         torch.testing.assert_close(output.logprobs[live], own[live], atol=1e-4, rtol=1e-4)
         drawn.append(ids)
+        seen.add(fingerprint(base_of(fast)))
         return ids
 
     policy.generate = generate
@@ -193,6 +196,8 @@ def test_rollouts_are_the_policys_own(kind: Callable[..., Any], tokenizer: Any, 
     )
     trainer.train()
     assert len(drawn) == 3
+    # What has been captured or recorded of a twin serves every step. A policy gets new hooks with its checkpoints.
+    assert kind is of_checkpoint or len(seen) == 1
     moved = [not x.equal(y) for x, y in zip(before, policy.parameters())]
     assert any(moved) if kind is of_lora else all(moved)
     names = {name for name, _ in trainer.model.named_parameters()}

@@ -176,6 +176,7 @@ def _load(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
 def _merged(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base of an adapter with what that adds in its weights, and the adapter's own tokenizer where it has one."""
     from mtpkern.adapter_config import is_gated
+    from mtpkern.loading import holds_adapter, require_model
     from mtpkern.train.extra import PeftConfig, PeftModel
 
     config = PeftConfig.from_pretrained(source)
@@ -185,10 +186,29 @@ def _merged(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokeniz
         "decodes with it",
     )
     refuse(config.is_prompt_learning, f"{source} puts virtual tokens before a prompt, which no weights can hold")
-    model, tokenizer = _load(config.base_model_name_or_path, dtype)
+    base, named = config.base_model_name_or_path, f"base_model_name_or_path of {source}/adapter_config.json"
+    refuse(not base, f"{source} does not say what model it is upon; write that into {named}")
+    refuse(
+        holds_adapter(base),
+        f"{source} is upon {base}, an adapter too: convert that first, and write what comes of it into {named}",
+    )
+    try:
+        require_model(base)
+    except OSError as error:
+        raise OSError(f"{source} is an adapter, and its base is not there: {error}; mend {named}") from error
+    model, tokenizer = _load(base, dtype)
     if (Path(source) / "tokenizer_config.json").exists():
         tokenizer = _tokenizer(source)
-    return PeftModel.from_pretrained(model, source).merge_and_unload(), tokenizer
+    try:
+        return PeftModel.from_pretrained(model, source).merge_and_unload(), tokenizer
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise ValueError(
+            f"{source} does not fit {base}, whose vocabulary has grown before it was trained, perhaps: "
+            f"{' '.join(str(error).split())}; merge it in Python, upon the base with model.resize_token_embeddings(n): "
+            "PeftModel.from_pretrained(model, ...).merge_and_unload().save_pretrained(...)"
+        ) from error
 
 
 def _tokenizer(folder: str, **options: Any) -> PreTrainedTokenizerBase:

@@ -247,9 +247,12 @@ class Encoder:
         if not isinstance(ids, list) or any(not isinstance(x, list) or len(x) != len(ids) for x in columns):
             says = "input_ids, and labels or masks beside them, must be lists of one length"
             return BadRow("wrong tokens", f"{says}; got {', '.join(shown(x) for x in (ids, *columns))}")
-        if row.get("seq_lengths") is not None:
-            says = "several texts are packed into it (seq_lengths); give them one by one, and MTPConfig(packing=True)"
-            return BadRow("packed", f"{says} packs them here")
+        positions = row.get("position_ids")
+        if row.get("seq_lengths") is not None or (positions is not None and positions != list(range(len(ids)))):
+            says = "several texts are packed into it (seq_lengths, or position_ids that begin anew)"
+            return BadRow("packed", f"{says}; give them one by one, and MTPConfig(packing=True) packs them here")
+        if not all(row.get("attention_mask") or ()):
+            return BadRow("padding", "its attention_mask has zeros; give texts without padding, which batches get here")
         if labels is None:
             counts = [all(bits) for bits in zip(*marks)] if marks else [True] * len(ids)
         elif any(label not in (-100, x) for label, x in zip(labels, ids)):

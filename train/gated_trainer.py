@@ -78,7 +78,10 @@ class GatedTrainer(MTPTrainer):
             )
         super().__init__(model, args=args, **kwargs)
         if not is_quantised(self.plain) and not any(x.is_meta for x in self.plain.parameters()):
-            self.gate.record(**base_known_by(self.plain))  # which may have been trained since
+            known = base_known_by(self.plain)
+            # A base that was trained since. One that is the same keeps the name it was known by, wherever it lies.
+            if known["digest"] != self.gate.settings.digest:
+                self.gate.record(**known)
         self.prefixes = Prefixes(
             int(args.prefix_memory * 2**30),
             states=args.needs_teacher,

@@ -15,6 +15,9 @@ from mtpkern.train.formats import FORMATS, conversation_of, recognise
 
 logger = logging.getLogger(__name__)
 
+# Columns of TRL's, and of its processors, for what no text stands for.
+_IMAGES = ("image", "images", "pixel_values")
+
 
 def encode_rows(
     rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, *, chat: bool = True, **options: Any
@@ -34,6 +37,10 @@ def encode_rows(
     """
     found = list(rows)
     columns = {name for row in found if isinstance(row, Mapping) for name in row}
+    for number, row in enumerate(found, 1):
+        seen = [name for name in _IMAGES if name in columns and isinstance(row, Mapping) and _is_there(row.get(name))]
+        if seen:
+            raise BadData(f"row {number}: {', '.join(seen)}: images are not read here; give rows of text alone")
     if "input_ids" in columns and not any(columns.issuperset(needed) for needed in FORMATS.values()):
         return _kept(map(Encoder(tokenizer, chat=False, **options).tokenized, found))
     encode = Encoder(tokenizer, chat=chat, **options)
@@ -45,6 +52,10 @@ def encode_rows(
         except BadRow as fault:
             raise BadData(f"row {number}: {fault}") from None
     return _kept(encode(conversations))
+
+
+def _is_there(value: Any) -> bool:
+    return value is not None and not (isinstance(value, list) and not value)
 
 
 def _kept(examples: Iterable[dict[str, Any] | BadRow]) -> EncodedTexts:

@@ -55,6 +55,8 @@ def dressed(model: Any, call: Call) -> Any:
     if call.around in ("training", "dropping"):
         if call.around == "dropping":
             model.dropout_of_theirs = torch.nn.Dropout(0.1)
+        elif any(isinstance(module, torch.nn.Dropout) and module.p for module in model.modules()):
+            call.faults["dropping"] = ("training mode",)
         model.train()
     elif call.around == "nan":
         with torch.no_grad():

@@ -8,6 +8,7 @@ from functools import lru_cache
 from inspect import signature
 from itertools import chain
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -259,12 +260,27 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
         return
     modes = [(module, module.training) for module in model.modules()]
+    _resting.update(module for module, mode in modes if mode)
     model.eval()
     try:
         yield
     finally:
         for module, mode in modes:
             module.training = mode
+            _resting.discard(module)
+
+
+# What is in evaluation mode for a while.
+_resting = WeakSet[nn.Module]()
+
+
+def trains(module: nn.Module) -> bool:
+    """Whether a module is in training mode, or was before it was put into evaluation mode for a while.
+
+    with evaluating(model.train()):
+        model.training, trains(model)    # False, True
+    """
+    return module.training or module in _resting
 
 
 # What a model's forward calls its cache, the newer name first (transformers 5.24 renamed it).

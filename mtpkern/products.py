@@ -39,7 +39,7 @@ from transformers import PreTrainedModel
 
 from mtpkern.attention import ended_by_interrupts, exclusive
 from mtpkern.kernels.linear import few_rows_linear, new_counters
-from mtpkern.model import is_tested
+from mtpkern.model import is_tested, trains
 from mtpkern.siblings import Group, adapter_of, disjoint, together, watched
 
 # Whether a captured pass makes one product of siblings: 3.48 ms instead of 3.95 with 16 rows of Qwen3-4B on an H200.
@@ -205,7 +205,7 @@ def riders_of(layers: Siblings, adapted: dict[nn.Linear, Any]) -> tuple[Siblings
 
 def is_plain(layer: Any) -> bool:
     """Whether a layer is a product with weights of its own and nothing else, now and as long as nobody touches it."""
-    if type(layer) is not nn.Linear or layer.training or "forward" in vars(layer):
+    if type(layer) is not nn.Linear or trains(layer) or "forward" in vars(layer):
         return False
     if any(vars(layer).get(name) for name in _HOOKS):
         return False

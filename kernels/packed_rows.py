@@ -66,9 +66,8 @@ class PackedRows:
 
     def _spread(self, window: int | None, capacity: int, dtype: torch.dtype, Hq: int, Hkv: int) -> Spread:
         B, R, device = len(self.start) - 1, len(self.slot), self.slot.device
-        sequences = self._with_rows() if is_host(device) else slice(None)
-        begin, stop = self.start[:-1][sequences], self.start[1:][sequences]
-        S, W = len(begin), R if B == 1 else max(1, self.max_rows)
+        sequences = self._with_rows() if B > 1 and is_host(device) else slice(None)
+        S, W = B, R if B == 1 else max(1, self.max_rows)
         o_c = torch.arange(capacity, device=device)
         unused = self.slot >= capacity
         # A row sees span <= c < end and scratch <= c < prefix: nothing, where all are 0.
@@ -78,6 +77,8 @@ class PackedRows:
         seen = torch.stack(bounds).masked_fill_(unused, 0)
         bring = back = None
         if B > 1:
+            begin, stop = self.start[:-1][sequences], self.start[1:][sequences]
+            S = len(begin)
             o_r, o_w = torch.arange(R, device=device), torch.arange(W, device=device)
             row = begin[:, None] + o_w
             no_row = row >= stop[:, None]
@@ -111,8 +112,9 @@ class PackedRows:
 
         Their numbers have keys and values copied, which takes as long as some two more sequences.
         """
-        some = self.start.diff().nonzero().flatten()
-        if not len(some):
+        start = self.start.tolist()
+        some = [b for b, n in enumerate(start[1:]) if n > start[b]]
+        if not some:
             return slice(None)
-        first, last = int(some[0]), int(some[-1]) + 1
-        return some if 3 * len(some) <= last - first else slice(first, last)
+        first, last = some[0], some[-1] + 1
+        return self.start.new_tensor(some) if 3 * len(some) <= last - first else slice(first, last)

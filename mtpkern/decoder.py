@@ -440,9 +440,9 @@ class Decoder:
     def _fit(self) -> None:
         """Bring the rows in use; attention reads the slots that hold something, for the most rows of a sequence."""
         start, cache = self.all_rows.start, self.cache
-        sequences = self.sequences
-        running = sequences.length.masked_fill(sequences.status != RUNNING, 0)
-        needed = cache.scratch + int(running.max()) + self.strategy.k - 1
+        each = zip(self.sequences.length.tolist(), self.sequences.status.tolist())
+        longest = max((length for length, status in each if status == RUNNING), default=0)
+        needed = cache.scratch + longest + self.strategy.k - 1
         cache.slots = min(cache.capacity, -(-needed // SLOT_STEP) * SLOT_STEP)
         cache.reserve(cache.slots)
         cache.max_rows = int(start.diff().max())

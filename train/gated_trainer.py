@@ -77,7 +77,8 @@ class GatedTrainer(MTPTrainer):
                 "mtpkern.load_adapter(base, folder, is_trainable=True)",
             )
         super().__init__(model, args=args, **kwargs)
-        if not is_quantised(self.plain) and not any(x.is_meta for x in self.plain.parameters()):
+        brought = isinstance(model, PeftModel) or args.init_adapter  # a new one knows its base
+        if brought and not is_quantised(self.plain) and not any(x.is_meta for x in self.plain.parameters()):
             known = base_known_by(self.plain)
             # A base that was trained since. One that is the same keeps the name it was known by, wherever it lies.
             if known["digest"] != self.gate.settings.digest:

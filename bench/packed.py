@@ -19,7 +19,7 @@ from mtpkern.bench.timing import Spread, interleaved
 from mtpkern.cli import positive
 
 LAYERS = 30
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 512)
 DTYPES = ("float32", "bfloat16", "float16")
 HEADER = ("rows", "torch", "packed", "packed over torch")
 

@@ -1,11 +1,13 @@
-"""Products of few rows on a CPU, over a copy of the weights that is laid out for them.
+"""Products on a CPU, over a copy of the weights that is laid out for few rows.
 
 The product of 2 to 32 rows that torch calls first rearranges the weights, in each call, and so reads and writes them
 several times: a pass of two rows took 1.6 to 1.8 times as long as one of one row, where two rows are read as fast as
 one. oneDNN rearranges once and for all: 2 rows then take 0.9 of what one row takes torch with one thread and 0.7 with
-two, 8 rows 1.3 and 1.05 (bench/results/packed.md, and docs/log.md, "Weights laid out for few rows"). Compilers use
-these operations of torch for weights that they take as constants. Here a model stays what it is, which costs a second
-copy of its linear layers' weights, and a look at each call whether they still are what was copied.
+two, 8 rows 1.3 and 1.05 (bench/results/packed.md, and docs/log.md, "Weights laid out for few rows"). With hundreds of
+rows, as prompts have, the rearranging no longer counts, but on some processors the arithmetic does: with AVX-512 on
+AMD's torch takes 2.2 times as long (bench/results/avx512/packed.md), on others as long. Compilers use these operations
+of torch for weights that they take as constants. Here a model stays what it is, which costs a second copy of its linear
+layers' weights, and a look at each call whether they still are what was copied.
 
 That look is a product with one row that never changes, over all weights: it costs what one pass of one row does, and
 sees what no version of a tensor tells (a write to `weight.data`). The copies are kept with the model and go with it, or
@@ -15,7 +17,7 @@ Weights of 16 bits are copied as they are where the processor has products of 16
 0.68 of what torch takes for one there (bench/results/avx512/packed.md). Where it has none (AVX2 and nothing later, say)
 they are copied as float32: torch takes 1.7, 3.2 and 6.5 times as long for 2, 4 and 8 rows as for one, over the copies
 it is 1.4, 1.8 and 2.3 (bench/results/bfloat16/packed.md). One row stays torch's there, which reads half as many bytes
-for it; all other numbers of rows read the copies, a prompt's too, from the first pass on.
+for it; all other numbers of rows read the copies, from the first pass on.
 
 Siblings (mtpkern.siblings) are one product here as well, and so is what a gated adapter adds to them: its matrices are
 small, and each call joins them anew. In a pass of five rows of SmolLM2 the adapter took 25 ms, most of it for starting
@@ -47,8 +49,6 @@ from mtpkern.siblings import Group, adapt, adapter_of, disjoint, together, watch
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# With more rows than these a call's own rearranging is hidden behind its arithmetic.
-MOST_ROWS = 128
 # Rows that the copies are laid out for; with others they serve as well.
 ROWS = 16
 # Weights of fewer elements lie in a cache, and the call itself takes longest.
@@ -163,14 +163,27 @@ class Packed:
 
 def _look(layers: Sequence[nn.Linear]) -> Tensor:
     """A number for each row of their weights, which another value in it changes, and their biases, as bits."""
-    # As irregular as random values, and the same ever after.
-    row = torch.arange(1, layers[0].weight.shape[1] + 1, dtype=torch.float32).sin_().add_(2)
-    looks = []
-    for layer in layers:
-        # 16 bits of a product would not tell of every value; made float32 in pieces that lie in a cache.
-        looks += [piece.float() @ row for piece in layer.weight.detach().split(max(1, LEAST_WEIGHT // len(row)))]
-        looks += [] if layer.bias is None else [layer.bias.detach().float()]
-    return torch.cat(looks).view(torch.int32)
+    row = _row(layers[0].weight.shape[1])
+    tensors = [x.detach() for layer in layers for x in (layer.weight, layer.bias) if x is not None]
+    found = torch.empty(sum(map(len, tensors)), dtype=torch.float32)
+    for x, seen in zip(tensors, found.split([len(x) for x in tensors])):
+        if x.dim() == 1:
+            seen.copy_(x)
+        elif x.dtype == torch.float32:
+            torch.mv(x, row, out=seen)
+        else:
+            # 16 bits of a product would not tell of every value; made float32 in pieces that lie in a cache.
+            n = max(1, LEAST_WEIGHT // len(row))
+            for piece, of_piece in zip(x.split(n), seen.split(n)):
+                torch.mv(piece.float(), row, out=of_piece)
+    return found.view(torch.int32)
+
+
+@cache
+@_kept
+def _row(n: int) -> Tensor:
+    """As irregular as random values, and the same ever after."""
+    return torch.arange(1, n + 1, dtype=torch.float32).sin_().add_(2)
 
 
 _packed: WeakKeyDictionary[PreTrainedModel, list[Packed]] = WeakKeyDictionary()
@@ -291,32 +304,33 @@ class PackedProducts:
 
         A prefill in 16 bits, which takes as much longer as other passes, reads copies from the first on.
         """
-        if self.groups is None and (known := _known(model)) is not None:
-            self.groups = _groups(model, known)
+        plain = _plain_layers(model) if self.groups is None else []
+        if self.groups is None and (known := _known(model, plain)) is not None:
+            self.groups = _groups(model, known, plain)
         if self.groups is not None:
             with self():
                 yield
             return
         # Each by itself until it is seen which are siblings, and inside its adapter's layer.
-        layers = _plain_layers(model)
-        alone = [((layer,), (layer,), None) for layer in layers] if _is_widened(model.dtype) else []
+        alone = [((layer,), (layer,), None) for layer in plain] if _is_widened(model.dtype) else []
         with watched(families(model)) as readers, together(_read(model, alone) if alone else ()):
             yield
-        _siblings[model] = [tuple(map(ref, group)) for group in disjoint(readers)], WeakSet(layers)
-        self.groups = _groups(model, _known(model) or [])
+        _siblings[model] = [tuple(map(ref, group)) for group in disjoint(readers)], WeakSet(plain)
+        plain = _plain_layers(model)
+        self.groups = _groups(model, _known(model, plain) or [], plain)
 
     def __call__(self) -> AbstractContextManager[None]:
         """A pass of this thread inside the block reads packed weights."""
         return together(self.groups or ())
 
 
-def _known(model: PreTrainedModel) -> list[tuple[Any, ...]] | None:
+def _known(model: PreTrainedModel, plain: Sequence[nn.Linear]) -> list[tuple[Any, ...]] | None:
     """Layers that have been seen to read the same tensor and are alike; None where the plain ones are others by now."""
     if model not in _siblings:
         return None
     found, seen = _siblings[model]
     groups: list[tuple[Any, ...]] = [tuple(r() for r in group) for group in found]
-    own = set(_plain_layers(model))
+    own = set(plain)
     same = own.issubset(seen) and all(map(own.issuperset, groups))
     return [group for group in groups if _are_alike(group)] if same else None
 
@@ -333,11 +347,11 @@ def _plain_layers(model: PreTrainedModel) -> list[Any]:
     return [layer for layer in model.modules() if is_plain(layer) and layer not in own]
 
 
-def _groups(model: PreTrainedModel, siblings: Sequence[Sequence[nn.Linear]]) -> list[Group]:
+def _groups(model: PreTrainedModel, siblings: Sequence[Sequence[nn.Linear]], plain: Sequence[Any]) -> list[Group]:
     """What is run together: siblings and single layers, or the LoRA layers around them."""
     loras = _loras(model)
     taken = {layer for group in siblings for layer in group}
-    single = [(layer,) for layer in _plain_layers(model) if layer not in taken]
+    single = [(layer,) for layer in plain if layer not in taken]
     # What calls a base's layer: peft's, where it is adapted by ours.
     callers = {lora.base_layer: lora for lora in loras}
     gated = GatedRows(getattr(model, "mtpkern_gate", None))
@@ -366,7 +380,7 @@ def _read(
 
 def _are_alike(layers: Sequence[nn.Linear]) -> bool:
     """Whether all have a bias, or none."""
-    return all(map(is_plain, layers)) and len({layer.bias is None for layer in layers}) == 1
+    return len({layer.bias is None for layer in layers}) == 1
 
 
 def _fit(layers: Sequence[nn.Linear]) -> bool:
@@ -387,8 +401,7 @@ def _run(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor] | None:
     if torch.is_autocast_enabled("cpu") or torch.is_grad_enabled():
         return None
     # Where copies are wider torch reads half as much for one row, and with more rows its arithmetic never catches up.
-    rows = x.numel() // max(1, x.shape[-1])
-    if rows <= MOST_ROWS if packed.dtype == dtype else rows > 1:
+    if packed.dtype == dtype or x.numel() > x.shape[-1]:
         if packed.dtype != dtype:
             x = x.to(packed.dtype)
         y = _product(x, packed.weight, packed.bias)
@@ -424,7 +437,7 @@ def pack(model: PreTrainedModel, groups: Sequence[Sequence[nn.Linear]]) -> list[
         forget(model)
     missing = [i for i, packed in enumerate(found) if packed is None]
     needed = sum(_bytes_of_copy(layer.weight) for i in missing for layer in groups[i])
-    if needed * FREE_PART <= (available_memory(torch.device("cpu")) or 0):
+    if needed and needed * FREE_PART <= (available_memory(torch.device("cpu")) or 0):
         for i in missing:
             found[i] = Packed.of(groups[i])
     _packed[model] = [packed for packed in found if packed is not None]

@@ -1,7 +1,12 @@
 """Packed rows spread to a padded batch, worked out by hand."""
 
+from collections.abc import Callable
+from functools import partial
+
+import pytest
 import torch
 
+from mtpkern.kernels import packed_rows
 from mtpkern.kernels.packed_rows import PackedRows
 
 C = 6
@@ -103,3 +108,57 @@ def test_one_sequence_among_others_is_alone() -> None:
     assert spread.back is not None
     assert spread.back.view(4, 4)[:3].tolist() == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
     assert seen(rows_of([0, 0, 3])) == [[[0, 1], [0, 1, 2], [0, 1, 2, 3]]]
+
+
+def drawn(draw: Callable[[int, int], int], B: int, capacity: int, scratch: int | None) -> PackedRows:
+    """Rows of sequences of which some may have none, in slots of which some are trash; with masks in scratch slots."""
+    counts = [draw(0, 5) for _ in range(B)]
+    begin = [draw(scratch or 0, capacity - 2) for _ in counts]
+    seq = [b for b, n in enumerate(counts) for _ in range(n)]
+    slot = [min(begin[b] + i, capacity) for b, n in enumerate(counts) for i in range(n)]
+    unused = draw(0, 3) or not seq
+    seq, slot = [*seq, *[B - 1] * unused], [*slot, *[capacity] * unused]
+    spans = []
+    if scratch is not None:
+        prefix = [draw(scratch, c + 1) if c >= scratch else scratch for c in slot]
+        spans = [torch.tensor(prefix), torch.tensor([draw(0, c + 1) for c in slot]), scratch]
+    start = torch.tensor([0, *counts]).cumsum(0)
+    return PackedRows(torch.tensor(seq), torch.tensor(slot), start, max(1, *counts, 1), *spans)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_host_spreads_them_as_a_device_does(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for sequences without rows, which it leaves out."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(least: int, most: int) -> int:
+        return int(torch.randint(least, most + 1, (), generator=generator))
+
+    B, scratch, window = draw(1, 5), (None, 0, 2)[seed % 3], (None, 1, 3, 50)[seed % 4]
+    capacity = draw(6, 20)
+    rows = drawn(draw, B, capacity, scratch)
+    if B == 1:  # whose rows are all there are
+        n = int(rows.start[-1])
+        rows = PackedRows(rows.seq, rows.slot, rows.start, max(1, n), rows.prefix_end, rows.span_start, rows.scratch)
+    Hq, Hkv = 4, 2
+    found = {}
+    for on_host in (True, False):
+        monkeypatch.setattr(packed_rows, "is_host", partial(lambda is_it, device: is_it, on_host))
+        rows.memo.clear()
+        found[on_host] = rows.spread(window, capacity, torch.float32, (Hq, Hkv))
+    host, device = found[True], found[False]
+    some = device.bias[host.sequences]
+    used = torch.ones(len(some), dtype=torch.bool) if B == 1 else rows.start.diff()[host.sequences] > 0
+    assert torch.equal(host.bias[used], some[used])
+    assert not device.bias[torch.ones(B).index_fill(0, torch.arange(B)[host.sequences], 0).bool()].isfinite().any()
+    assert host.unused.tolist() == device.unused.nonzero().flatten().tolist()
+    if B == 1:
+        assert host.bring is host.back is device.bring is device.back is None
+        return
+    # Whatever the rows hold goes there and back.
+    x = torch.arange(len(rows.slot) * Hq)
+    for spread in (host, device):
+        assert spread.bring is not None
+        assert spread.back is not None
+        back = x[spread.bring][spread.back].view(-1, Hq)
+        assert torch.equal(back[rows.slot < capacity], x.view(-1, Hq)[rows.slot < capacity])

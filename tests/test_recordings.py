@@ -52,12 +52,10 @@ def test_a_gated_adapter(
     tiny: SimpleNamespace,
     replays: list[int],
     live: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With masks and without, whose rows differ from pass to pass; over copies and over torch's products."""
     model = tiny.adapted(tiny.model("llama"), targets)
-    for most, strategy in ((128, ConfAdapt(4, 0.5)), (8, Verified(4, 0.2)), (128, Verified(4, 0.0)), (128, Static(1))):
-        monkeypatch.setattr(packed, "MOST_ROWS", most)
+    for strategy in (ConfAdapt(4, 0.5), Verified(4, 0.2), Verified(4, 0.0), Static(1)):
         options: dict[str, Any] = {"strategy": strategy, "max_new_tokens": 40, "return_dict_in_generate": True}
         wanted = live(generate, tiny, model, **options)
         for _ in range(3):

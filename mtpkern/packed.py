@@ -5,7 +5,7 @@ several times: a pass of two rows took 1.6 to 1.8 times as long as one of one ro
 one. oneDNN rearranges once and for all: 2 rows then take 0.9 of what one row takes torch with one thread and 0.7 with
 two, 8 rows 1.3 and 1.05 (bench/results/packed.md, and docs/log.md, "Weights laid out for few rows"). With hundreds of
 rows, as prompts have, the rearranging no longer counts, but on some processors the arithmetic does: with AVX-512 on
-AMD's torch takes 2.2 times as long (bench/results/avx512/packed.md), on others as long. Compilers use these operations
+AMD's torch takes 2.3 times as long (bench/results/avx512/packed.md), on others as long. Compilers use these operations
 of torch for weights that they take as constants. Here a model stays what it is, which costs a second copy of its linear
 layers' weights, and a look at each call whether they still are what was copied.
 
@@ -13,8 +13,8 @@ That look is a product with one row that never changes, over all weights: it cos
 sees what no version of a tensor tells (a write to `weight.data`). The copies are kept with the model and go with it, or
 with `mtpkern.release_graphs`. Weights that somebody writes to while a call runs are taken up by the next one.
 
-Weights of 16 bits are copied as they are where the processor has products of 16 bits: up to twelve rows take 0.53 to
-0.68 of what torch takes for one there (bench/results/avx512/packed.md). Where it has none (AVX2 and nothing later, say)
+Weights of 16 bits are copied as they are where the processor has products of 16 bits: up to twelve rows take 0.38 to
+0.58 of what torch takes for one there (bench/results/avx512/packed.md). Where it has none (AVX2 and nothing later, say)
 they are copied as float32: torch takes 1.7, 3.2 and 6.5 times as long for 2, 4 and 8 rows as for one, over the copies
 it is 1.4, 1.8 and 2.3 (bench/results/bfloat16/packed.md). One row stays torch's there, which reads half as many bytes
 for it; all other numbers of rows read the copies, from the first pass on.

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mtpkern.batching import BatchOutput as BatchOutput
     from mtpkern.batching import generate_batch as generate_batch
     from mtpkern.batching import iterate_batch as iterate_batch
+    from mtpkern.engine import Engine as Engine
     from mtpkern.generation import MTPGenerateOutput as MTPGenerateOutput
     from mtpkern.generation import generate as generate
     from mtpkern.model import add_mask_token as add_mask_token
@@ -38,6 +39,7 @@ ASSETS = Path(__file__).parent / "assets"
 _PUBLIC = {
     "adapter": ("load_adapter",),
     "batching": ("BatchOutput", "generate_batch", "iterate_batch"),
+    "engine": ("Engine",),
     "generation": ("MTPGenerateOutput", "generate"),
     "model": ("add_mask_token",),
     "pool": ("release_graphs",),

@@ -109,7 +109,7 @@ def generate_batch(
         if progress is not None:
             progress(len(outputs))
 
-    _Batch(model, prompts, **options).run(take)
+    Batch(model, prompts, **options).run(take)
     return sorted(outputs, key=lambda output: output.index)
 
 
@@ -123,7 +123,7 @@ def iterate_batch(model: PreTrainedModel, prompts: Iterable[Prompt], **options: 
         for output in mtpkern.iterate_batch(model, prompts, tokenizer=tokenizer, max_new_tokens=256):
             print(output.index, output.text)
     """
-    batch = _Batch(model, prompts, **options)
+    batch = Batch(model, prompts, **options)
 
     def run(streamer: Any) -> None:
         streamer.put(torch.empty(0, dtype=torch.int64))  # the prompts are taken
@@ -132,7 +132,7 @@ def iterate_batch(model: PreTrainedModel, prompts: Iterable[Prompt], **options: 
     return Stream(run, batch.model.device)
 
 
-class _Batch:
+class Batch:
     """A call, read and checked."""
 
     def __init__(
@@ -223,6 +223,8 @@ class _Batch:
         _refuse_of_one_batch(settings.get("logits_processor", ()), settings.get("stopping_criteria", ()))
         call = prepared(self.model, ids, settings)
         config, choosing = call.config, choosing_of(call, mask)
+        padding = config._pad_token_tensor
+        self.filler = 0 if padding is None else int(padding)
         if choosing is not None and config.min_new_tokens and config._eos_token_tensor is not None:
             # transformers says the same once more as the length of a text, which is the probe's.
             said = Suppress(numbers(config._eos_token_tensor), shorter=ids.shape[1] + config.min_new_tokens)
@@ -286,7 +288,9 @@ class _Batch:
         while waiting and not (closed is not None and closed.is_set()):
             slots = min(slots, len(waiting))
             try:
-                self._decode(list(waiting.values()), slots, told, closed)
+                jobs = list(waiting.values())
+                room = {"tokens": max(job.tokens for job in jobs), "new": max(job.new for job in jobs)}
+                self.decode(jobs, told, slots=slots, closed=closed, **room)
                 continue
             except torch.OutOfMemoryError as error:
                 if not release_graphs():
@@ -300,7 +304,18 @@ class _Batch:
             # What has not ended begins anew, outside of the handler, whose traceback holds on to what was allocated.
 
     @ended_by_interrupts
-    def _decode(self, jobs: list[Job], slots: int, emit: Callable[[BatchOutput], object], closed: Event | None) -> None:
+    def decode(
+        self,
+        jobs: Iterable[Job],
+        emit: Callable[[BatchOutput], object],
+        *,
+        slots: int,
+        tokens: int,
+        new: int,
+        closed: Event | None = None,
+        watched: bool = False,
+    ) -> None:
+        """Decode jobs of so many tokens, and new ones, at most, until there are none."""
         model = self.model
         with (
             exclusive(model, wait=self.options.wait),
@@ -310,8 +325,8 @@ class _Batch:
                 model,
                 self.options.strategy_of(slots),
                 self.stop_ids.to(model.device, non_blocking=True),
-                tokens=max(job.tokens for job in jobs),
-                max_new_tokens=max(job.new for job in jobs),
+                tokens=tokens,
+                max_new_tokens=new,
                 prefill=partial(vacate, key=self.key, first=self.first),
                 batch=slots,
                 choosing=self.choosing,
@@ -319,8 +334,9 @@ class _Batch:
             ) as decoder,
         ):
             decoder.max_passes = sys.maxsize
-            how = {"chunk": self.options.prefill_chunk, "reuse": self.reuse, "criteria": self.criteria}
-            poll = Slots(decoder, jobs, emit, closed=closed, tokenizer=self.tokenizer, **how)
+            how = {"reuse": self.reuse, "criteria": self.criteria, "watched": watched, "closed": closed}
+            chunk = self.options.prefill_chunk
+            poll = Slots(decoder, jobs, emit, tokenizer=self.tokenizer, chunk=chunk, **how)
             poll.fill()
             with routed(model, decoder.cache) as route:
                 decoder.run(route, poll)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from threading import Event
 
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from mtpkern.attention import unrouted
 from mtpkern.decoder import Decoder
 from mtpkern.generation import faults_of, past_positions
-from mtpkern.kernels.state import FAULT, RUNNING, Sequences
+from mtpkern.kernels.state import FAULT, RUNNING, STOPPED, Sequences
 from mtpkern.poll import Poll
 from mtpkern.prefix_cache import common
 from mtpkern.slots import Job, Newcomer, enter
@@ -66,7 +67,8 @@ class Slots(Poll):
     """Takes what has ended out of its slot, and puts the next prompt in.
 
     emit gets each output as soon as it is on the host; closed ends the run behind the next pass. jobs are taken in
-    their order, but for those that find their keys in a slot (reuse). criteria are asked of each sequence alone.
+    their order, but for those that find their keys in a slot (reuse); they are asked for more whenever a slot is free,
+    also where they had none before. criteria are asked of each sequence alone, or of jobs with a watch that (watched).
 
         slots = Slots(decoder, jobs, outputs.append, closed=None, tokenizer=None, chunk=8192, reuse=True)
         slots.fill()
@@ -88,13 +90,15 @@ class Slots(Poll):
         chunk: int,
         reuse: bool,
         criteria: StoppingCriteriaList | None = None,
+        watched: bool = False,
     ) -> None:
         sequences = decoder.sequences
         B = len(sequences.status)
         self.criteria = criteria or StoppingCriteriaList()
         self.window = None
-        if Watch.of(None, self.criteria) is not None:
-            self.window = torch.arange(1 - 2 * decoder.strategy.k, 0, device=sequences.status.device)
+        if watched or Watch.of(None, self.criteria) is not None:
+            # Read late, a newcomer's first state has what its prefill and its first pass have brought.
+            self.window = torch.arange(-2 * decoder.strategy.k, 0, device=sequences.status.device)
         self.watches: list[Watch | None] = [None] * B
         # Whose a slot is, on the device: a state that is read late tells of whom it speaks.
         self.owner = torch.full_like(sequences.status, -1)
@@ -140,16 +144,27 @@ class Slots(Poll):
             x, watch = self.inside[slot], self.watches[slot]
             if x is None or x.job.number != owner:
                 continue
-            end = None
+            end = error = None
             if watch is not None:
-                watch.take(state[slot : slot + 1, 1:])
+                error = self._asked(x, partial(watch.take, state[slot : slot + 1, 1:]))
                 end = watch.ends[0]
-            if end is not None or seen[0] != RUNNING:
-                self._leave(x, seen[0], end)
+            if end is not None or error is not None or seen[0] != RUNNING:
+                self._leave(x, seen[0], end, error)
                 gone = True
         return gone
 
-    def _leave(self, x: Newcomer, status: int, end: int | None) -> None:
+    def _asked(self, x: Newcomer, ask: Callable[[], object]) -> Exception | None:
+        """Ask who watches a sequence; an error of one that it has for itself ends it, and is returned."""
+        try:
+            ask()
+        except Exception as error:
+            if x.job.watch is None:
+                raise
+            self.sequences.status[x.slot].fill_(STOPPED)
+            return error
+        return None
+
+    def _leave(self, x: Newcomer, status: int, end: int | None, error: Exception | None = None) -> None:
         """Queue the copy of what a sequence has emitted, and free its slot; end: new tokens, where the host has cut."""
         s, slot, job, T = self.sequences, x.slot, x.job, len(x.job.ids)
         facts = s.length[slot, None], s.passes[slot, None], s.blocks[slot, : job.new], s.tokens[slot, T : job.tokens]
@@ -160,7 +175,7 @@ class Slots(Poll):
             event.record()
         watch = self.watches[slot]
         reason = REASONS[status] if watch is None else watch.reasons[0]
-        self.left.append(_Left(x, reason, end, copy, event))
+        self.left.append(_Left(x, reason, end, copy, event, error))
         self.inside[slot] = self.watches[slot] = None
         self.dirty[slot] = status == FAULT
         if status == FAULT:
@@ -195,17 +210,18 @@ class Slots(Poll):
             self.entering = None
             for x in self.arriving:
                 self.inside[x.slot], self.held[x.slot], self.dirty[x.slot] = x, x.job.ids, False
-                self.watches[x.slot] = self._watch(x.slot, x.job)
+                if self.window is not None:
+                    watch = self.watches[x.slot] = x.job.watch or Watch(None, self.criteria)
+                    error = self._asked(x, partial(self._begin_watch, watch, x))
+                    if error is not None:
+                        self._leave(x, STOPPED, 0, error)
 
-    def _watch(self, slot: int, job: Job) -> Watch | None:
-        """Who asks the criteria of a sequence, as of one that is alone."""
-        if self.window is None:
-            return None
-        watch = Watch(None, self.criteria)
-        watch.begin(torch.from_numpy(job.ids)[None], None, new=job.new, padding=0, device=self.decoder.device)
-        own = Sequences(*(x[slot : slot + 1] for x in vars(self.sequences).values()))
+    def _begin_watch(self, watch: Watch, x: Newcomer) -> None:
+        """Have a sequence watched as one that is alone."""
+        slot, job, device = x.slot, x.job, self.decoder.device
+        own = Sequences(*(part[slot : slot + 1] for part in vars(self.sequences).values()))
+        watch.begin(torch.from_numpy(job.ids)[None], None, new=job.new, padding=0, device=device)
         watch.attach(own, self.decoder.strategy)
-        return watch
 
     def _choose(self) -> list[Newcomer]:
         """Prompts for the free slots, to be prefilled together."""
@@ -250,6 +266,7 @@ class _Left:
     end: int | None
     copy: Tensor
     event: torch.Event | None
+    error: Exception | None
 
     def has_arrived(self) -> bool:
         return self.event is None or self.event.query()
@@ -260,6 +277,8 @@ class _Left:
             self.event.synchronize()
         job, shared, reason = self.x.job, self.x.shared, self.reason
         number, prompt, new = job.number, len(job.ids), job.new
+        if self.error is not None:
+            return BatchOutput(number, error=self.error, shared=shared)
         if reason == "fault":
             return BatchOutput(number, error=RuntimeError(faults_of("this prompt")), shared=shared)
         length, passes, *rest = self.copy.tolist()

@@ -15,7 +15,7 @@ replays over the same tensors.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -24,16 +24,21 @@ from torch import Tensor
 from mtpkern.decoder import Decoder
 from mtpkern.kernels.advance import advance
 from mtpkern.kernels.state import LIMIT, RUNNING, Rows, Sequences, Terms
+from mtpkern.watch import Watch
 
 
 @dataclass(frozen=True)
 class Job:
-    """A prompt that waits: its number, ids [T] int64, new tokens at most, and those asked for where it gets fewer."""
+    """A prompt that waits: its number, ids [T] int64, new tokens at most, and those asked for where it gets fewer.
+
+    watch: who sees this one's tokens, and is asked whether it goes on; an error there is this one's alone.
+    """
 
     number: int
     ids: np.ndarray
     new: int
     asked: int | None = None
+    watch: Watch | None = field(default=None, compare=False)
 
     @property
     def tokens(self) -> int:

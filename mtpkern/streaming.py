@@ -63,11 +63,10 @@ class Stream(Iterator[Block]):
         self._sink = _Sink()
         self._over = False
         # The thread must not hold on to this iterator, whose end is the end of the run.
-        work = partial(copy_context().run, _work, self._sink, partial(call, streamer=self._sink), _surroundings(device))
+        work = partial(copy_context().run, _work, self._sink, partial(call, streamer=self._sink), surroundings(device))
         self._thread = Thread(target=work, name="mtpkern.stream", daemon=True)
         weakref.finalize(self, self._sink.closed.set)
-        _end_at_exit()
-        _running[self._thread] = self._sink.closed
+        end_at_exit(self._thread, self._sink.closed.set)
         self._thread.start()
         self._next()  # the prompts are taken, or the call is refused
 
@@ -133,8 +132,11 @@ def _work(sink: _Sink, call: Callable[[], Any], surroundings: list[Any]) -> None
         sink.items.put(error)
 
 
-def _surroundings(device: torch.device | None) -> list[Any]:
-    """What torch keeps for each thread and a run depends on: autocast, and on a GPU the stream."""
+def surroundings(device: torch.device | None) -> list[Any]:
+    """What torch keeps for each thread and a run depends on: autocast, and on a GPU the stream; to be entered there.
+
+    surroundings(torch.device("cpu"))    # [] where nobody has opened an autocast
+    """
     if device is None:
         return []
     kind = device.type
@@ -146,16 +148,25 @@ def _surroundings(device: torch.device | None) -> list[Any]:
     return entered
 
 
-# Runs that may not be over. An interpreter that ends with one of them at work on a device may crash.
-_running: weakref.WeakKeyDictionary[Thread, Event] = weakref.WeakKeyDictionary()
+# Runs that may not be over, and what ends them.
+_running: weakref.WeakKeyDictionary[Thread, Callable[[], object]] = weakref.WeakKeyDictionary()
+
+
+def end_at_exit(thread: Thread, end: Callable[[], object]) -> None:
+    """Have a thread that is about to start ended with the interpreter, which may crash with one at work on a device.
+
+    end_at_exit(thread, closed.set)
+    """
+    _register()
+    _running[thread] = end
 
 
 @cache
-def _end_at_exit() -> None:
+def _register() -> None:
     atexit.register(_end_running)
 
 
 def _end_running() -> None:
-    for thread, closed in list(_running.items()):
-        closed.set()
+    for thread, end in list(_running.items()):
+        end()
         thread.join()

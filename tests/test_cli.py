@@ -221,9 +221,9 @@ def one_bad(monkeypatch):
             found.remove(job)
         return found
 
-    enter, original, faulty = mtpkern.refill.enter, mtpkern.batching._Batch._jobs, [True]
+    enter, original, faulty = mtpkern.refill.enter, mtpkern.batching.Batch._jobs, [True]
     monkeypatch.setattr("mtpkern.refill.enter", entering)
-    monkeypatch.setattr("mtpkern.batching._Batch._jobs", jobs)
+    monkeypatch.setattr("mtpkern.batching.Batch._jobs", jobs)
     return calls, faulty
 
 

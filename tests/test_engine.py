@@ -1,0 +1,166 @@
+"""Engine: requests from many threads share passes, and each gets what it gets alone."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mtpkern
+from mtpkern import ConfAdapt, Engine, Verified
+from mtpkern.decoder import Decoder
+from mtpkern.strategies import Strategy
+from support.batches import STOP, STRATEGIES, alone, mixed_prompts
+from support.engines import LONG, free, held, result
+from support.recording import RecordedStep, kept
+from support.slow import slow_but
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many sequences run in each pass."""
+    seen: list[int] = []
+    step = Decoder.step
+
+    def counted(self: Any, route: Any) -> Any:
+        seen.append(int((self.sequences.status == 0).sum()))
+        return step(self, route)
+
+    monkeypatch.setattr(Decoder, "step", counted)
+    return seen
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("strategy", slow_but(STRATEGIES, STRATEGIES[0]), ids=repr)
+def test_each_thread_gets_what_it_gets_alone(
+    any_model: Any, strategy: Strategy, late: bool, request: pytest.FixtureRequest
+) -> None:
+    prompts, new = mixed_prompts(16)
+    expected = [alone(any_model, prompt, n, strategy).tokens for prompt, n in zip(prompts, new)]
+    if late:
+        request.getfixturevalue("lagging")
+    found: dict[int, list[int]] = {}
+
+    def ask(i: int) -> None:
+        ids = torch.tensor([prompts[i]])
+        time.sleep(0.003 * (i % 5))
+        mask = torch.ones_like(ids)  # the words may be the token for padding
+        output = engine.generate(ids, attention_mask=mask, max_new_tokens=new[i], eos_token_id=STOP)
+        found[i] = output[0, len(prompts[i]) :].tolist()
+
+    with Engine(any_model, batch_size=4, max_length=64, strategy=strategy) as engine:
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(prompts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [found[i] for i in range(len(prompts))] == expected
+
+
+def test_who_comes_later_shares_the_passes_of_who_runs(engine: Engine, model: Any, passes: list[int]) -> None:
+    streamer, first = held(engine)
+    others = [engine.submit([n, n + 1], max_new_tokens=5, eos_token_id=None) for n in range(1, 6)]
+    streamer.go.set()
+    assert result(first).tokens == streamer.tokens == free(model, [5, 6, 7], LONG)
+    for n, future in zip(range(1, 6), others):
+        assert result(future).tokens == free(model, [n, n + 1], 5)
+    assert max(passes) == 3
+    assert streamer.ended
+
+
+def test_padded_prompts_come_back_as_from_generate(engine: Engine, model: Any, inputs: dict[str, Tensor]) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 20, "eos_token_id": STOP, "pad_token_id": 9}
+    expected = mtpkern.generate(model, **inputs, **options, strategy=Verified(3, threshold=0.2))
+    assert torch.equal(engine.generate(**inputs, **options), expected)
+    named = {"inputs": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    assert torch.equal(engine.generate(**named, **options), expected)
+
+
+def test_a_call_on_the_models_generate_leads_here(engine: Engine, model: Any, passes: list[int]) -> None:
+    expected = free(model, [4, 5], 9)
+    passes.clear()
+    model.generate = engine.generate
+    assert model.generate(torch.tensor([[4, 5]]), max_new_tokens=9, eos_token_id=None)[0, 2:].tolist() == expected
+    assert 0 < len(passes) < 9
+
+
+@pytest.mark.parametrize("B", [1, 3])
+def test_draws_are_those_of_generate_behind_the_same_seed(B: int, model: Any, inputs: dict[str, Tensor]) -> None:
+    given = {name: x[:B] for name, x in inputs.items()}
+    options: dict[str, Any] = {"max_new_tokens": 16, "do_sample": True, "temperature": 1.3, "eos_token_id": None}
+    with Engine(model, batch_size=2, max_length=64, strategy=Verified(3, threshold=0.1)) as engine:
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            expected = mtpkern.generate(model, **given, **options, strategy=Verified(3, threshold=0.1))
+            beside = engine.submit([3, 4, 5], **options)
+            torch.manual_seed(seed)
+            assert torch.equal(engine.generate(**given, **options), expected)
+            result(beside)
+
+
+def test_other_settings_wait_for_their_turn_and_nobody_is_passed_over(engine: Engine, model: Any) -> None:
+    order: list[str] = []
+    streamer, first = held(engine)
+    futures = {}
+    for name, options in (("other", {"eos_token_id": STOP}), ("like the first", {"eos_token_id": None}), ("again", {})):
+        futures[name] = engine.submit([1, 2], max_new_tokens=4, **options)
+        futures[name].add_done_callback(lambda _, name=name: order.append(name))
+    streamer.go.set()
+    assert result(futures["other"]).tokens == free(model, [1, 2], 4, eos_token_id=STOP)
+    assert result(futures["like the first"]).tokens == free(model, [1, 2], 4)
+    result(futures["again"])
+    assert first.done()
+    assert order == ["other", "like the first", "again"]
+
+
+def test_criteria_and_limits_are_each_requests_own(model: Any) -> None:
+    whole = free(model, [4, 5, 6], 30)
+    with Engine(model, batch_size=4, max_length=64, strategy=Verified(3, threshold=0.2)) as engine:
+        options: dict[str, Any] = {"max_new_tokens": 30, "eos_token_id": None}
+
+        def at(n: int) -> Callable[[Tensor, Any], bool]:
+            return lambda ids, scores: ids.shape[1] >= 3 + n
+
+        futures = [engine.submit([4, 5, 6], stopping_criteria=[at(n)], **options) for n in (2, 7, 19)]
+        futures.append(engine.submit([4, 5, 6], **{**options, "max_new_tokens": 11}))
+        outputs = [result(future) for future in futures]
+    assert [output.tokens for output in outputs] == [whole[:2], whole[:7], whole[:19], whole[:11]]
+    assert [output.finish_reason for output in outputs] == ["criteria"] * 3 + ["length"]
+
+
+def test_an_idle_engine_leaves_the_model_free_and_sees_what_becomes_of_it(engine: Engine, model: Any) -> None:
+    before = result(engine.submit([5, 6], max_new_tokens=20, eos_token_id=None)).tokens
+    assert free(model, [5, 6], 20) == before
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5 + p.sin())
+    after = free(model, [5, 6], 20)
+    assert after != before
+    assert result(engine.submit([5, 6], max_new_tokens=20, eos_token_id=None)).tokens == after
+
+
+def test_blocks_are_read_as_they_come(engine: Engine, model: Any) -> None:
+    wanted = free(model, [5, 6, 7], 24)
+    blocks = list(engine.stream(torch.tensor([[5, 6, 7]]), max_new_tokens=24, eos_token_id=None))
+    assert [token for (new,) in blocks for token in new] == wanted
+    assert len(blocks) > 3
+    with engine.stream(torch.tensor([[5, 6, 7]]), max_new_tokens=LONG, eos_token_id=None) as blocks:
+        next(blocks)
+    assert result(engine.submit([5, 6, 7], max_new_tokens=24, eos_token_id=None)).tokens == wanted
+
+
+@pytest.mark.parametrize("strategy", [Verified(3, threshold=0.2), ConfAdapt(3, threshold=0.3)], ids=repr)
+def test_one_capture_serves_all_runs(strategy: Strategy, recorded: type[RecordedStep], model: Any) -> None:
+    prompts, new = mixed_prompts(9)
+    expected = [alone(model, p, n, strategy).tokens for p, n in zip(prompts, new)]
+    mtpkern.release_graphs()
+    recorded.captures = 0
+    with Engine(model, batch_size=3, max_length=64, strategy=strategy) as engine:
+        for _ in range(2):
+            futures = [engine.submit(p, max_new_tokens=n, eos_token_id=STOP) for p, n in zip(prompts, new)]
+            assert [result(future).tokens for future in futures] == expected
+    assert recorded.captures == 1
+    assert len(kept(model)) == 1

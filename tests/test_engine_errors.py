@@ -1,0 +1,234 @@
+"""Engine: what goes wrong costs whom it belongs to, and an engine ends in order."""
+
+import gc
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtpkern import Engine, Static, Verified
+from mtpkern.decoder import Decoder
+from support.batches import STOP
+from support.engines import LONG, Held, free, held, result
+
+
+class Bad:
+    """A streamer that fails at its nth call."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def put(self, value: Tensor) -> None:
+        self.n -= 1
+        if self.n < 0:
+            raise KeyError("of the streamer")
+
+    def end(self) -> None:
+        if self.n == 3:
+            raise KeyError("of its end")
+
+
+def _bad_criterion(ids: Tensor, scores: Any) -> bool:
+    if ids.shape[1] > 6:
+        raise KeyError("of a criterion")
+    return False
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *({"streamer": n} for n in (0, 1, 2, 3 + LONG + 1)),
+        {"stopping_criteria": [_bad_criterion]},
+    ],
+    ids=repr,
+)
+def test_an_error_of_ones_own_is_ones_own_alone(
+    bad: dict[str, Any], late: bool, model: Any, request: pytest.FixtureRequest
+) -> None:
+    wanted = free(model, [5, 6, 7], LONG)
+    if late:
+        request.getfixturevalue("lagging")
+    if "streamer" in bad:
+        bad = {"streamer": Bad(bad["streamer"])}
+    with Engine(model, batch_size=3, max_length=64, strategy=Verified(3, threshold=0.2)) as engine:
+        streamer, good = held(engine)
+        failing = engine.submit([5, 6, 7], max_new_tokens=LONG, eos_token_id=None, **bad)
+        streamer.go.set()
+        if "streamer" in bad and bad["streamer"].n > LONG:
+            bad["streamer"].n = 3 + LONG + 1
+        with pytest.raises(KeyError, match="of"):
+            result(failing)
+        assert result(good).tokens == wanted
+        assert result(engine.submit([5, 6, 7], max_new_tokens=LONG, eos_token_id=None)).tokens == wanted
+
+
+def test_a_request_in_line_can_be_cancelled(engine: Engine) -> None:
+    streamer, first = held(engine, eos_token_id=STOP, max_new_tokens=2)
+    waiting = engine.submit([1, 2], max_new_tokens=4, eos_token_id=None)
+    assert waiting.cancel()
+    streamer.go.set()
+    assert not first.cancel()
+    result(first)
+    with pytest.raises(CancelledError):
+        result(waiting)
+    assert len(result(engine.submit([1, 2], max_new_tokens=4, eos_token_id=None)).tokens) == 4
+
+
+def test_closing_lets_all_end_and_takes_no_more(model: Any) -> None:
+    engine = Engine(model, batch_size=2, max_length=64, strategy=Static(2))
+    futures = [engine.submit([n, 2], max_new_tokens=6, eos_token_id=None) for n in range(1, 8)]
+    engine.close()
+    assert all(len(future.result(timeout=0).tokens) == 6 for future in futures)
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.submit([1], max_new_tokens=1)
+    engine.close(cancel=True)
+
+
+def test_closing_at_once_ends_those_that_run_and_those_that_wait(model: Any) -> None:
+    futures = []
+    with pytest.raises(KeyError), Engine(model, batch_size=1, max_length=64) as engine:  # noqa: PT012
+        streamer, first = held(engine)
+        futures = [first, *(engine.submit([n, 2], max_new_tokens=6, eos_token_id=None) for n in (1, 2))]
+        threading.Timer(0.2, streamer.go.set).start()
+        raise KeyError
+    for future in futures:
+        with pytest.raises(CancelledError):
+            result(future)
+    # The model is whole and free.
+    assert len(free(model, [1, 2], 5)) == 5
+
+
+def test_who_is_interrupted_while_waiting_ends_the_run(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    streamer = Held()
+
+    def interrupted(self: Any, timeout: Any = None) -> Any:
+        assert streamer.began.wait(60)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Future, "result", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(torch.tensor([[5, 6]]), streamer=streamer, max_new_tokens=LONG, eos_token_id=None)
+    monkeypatch.undo()
+    streamer.go.set()
+    assert len(result(engine.submit([1, 2], max_new_tokens=4, eos_token_id=None)).tokens) == 4
+    assert len(streamer.tokens) < LONG
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda e: e.submit([1, 2], max_new_tokens=63), "max_length=64"),
+        (lambda e: e.submit([], max_new_tokens=3), "no tokens"),
+        (lambda e: e.submit("text", max_new_tokens=3), "tokenizer"),
+        (lambda e: e.submit([1, 2], max_new_tokens=3, strategy=Static(1)), "strategy is the engine's"),
+        (lambda e: e.submit([1, 2], max_new_tokens=3, num_beams=2), "num_beams"),
+        (lambda e: e.submit([1, 2], max_new_tokens=3, streamer=3), "streamer"),
+        (lambda e: e.submit([1, 2], max_new_tokens=0), "max_new_tokens"),
+        (lambda e: e.generate(torch.ones(2, 3, dtype=torch.int64), streamer=Held(), max_new_tokens=3), "one prompt"),
+        (lambda e: e.generate(torch.ones(1, 3, dtype=torch.int64), return_dict_in_generate=True), "submit"),
+        (lambda e: e.generate([[1, 2]]), "tensor"),
+        (lambda e: e.stream(torch.ones(1, 3, dtype=torch.int64), streamer=Held()), "streamer"),
+        (lambda e: Engine(e.model, batch_size=0), "batch_size"),
+        (lambda e: Engine(e.model, max_length=1), "max_length"),
+        (lambda e: Engine(e.model, max_new_tokens=4), "max_new_tokens"),
+        (lambda e: Engine(e.model, rows=1, batch_size=8).submit([1], max_new_tokens=1).result(60), "rows must be"),
+    ],
+)
+def test_what_is_wrong_is_said_at_once(call: Callable[[Engine], Any], says: str, engine: Engine) -> None:
+    with pytest.raises((TypeError, ValueError), match=says):
+        call(engine)
+    assert len(result(engine.submit([1, 2], max_new_tokens=4, eos_token_id=None)).tokens) == 4
+
+
+def test_padding_on_the_right_is_refused(engine: Engine) -> None:
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    with pytest.raises(ValueError, match="left"):
+        engine.generate(torch.ones(2, 3, dtype=torch.int64), attention_mask=mask, max_new_tokens=2)
+
+
+def test_another_autocast_is_refused(engine: Engine) -> None:
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast"):
+        engine.submit([1, 2], max_new_tokens=2)
+
+
+def test_an_error_of_the_run_costs_those_in_it_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    streamer, first = held(engine)
+    later = engine.submit([1, 2], max_new_tokens=4, eos_token_id=STOP)
+    step, faults = Decoder.step, [KeyError("of a pass")]
+
+    def failing(*args: Any) -> Any:
+        if faults:
+            raise faults.pop()
+        return step(*args)
+
+    monkeypatch.setattr(Decoder, "step", failing)
+    streamer.go.set()
+    with pytest.raises(KeyError, match="of a pass"):
+        result(first)
+    assert result(later).error is None
+
+
+@pytest.mark.parametrize("where", ["passes", "buffers"])
+def test_short_memory_leaves_fewer_slots(where: str, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    slots: list[int] = []
+    run, init = Decoder.run, Decoder.__init__
+
+    def failing(call: Any) -> Any:
+        def short(self: Any, *args: Any, **options: Any) -> Any:
+            slots.append(options["batch"] if "batch" in options else len(self.sequences.status))
+            if slots[-1] > 1:
+                raise torch.OutOfMemoryError("no room")
+            return call(self, *args, **options)
+
+        return short
+
+    monkeypatch.setattr(Decoder, *(("run", failing(run)) if where == "passes" else ("__init__", failing(init))))
+    with Engine(model, batch_size=4, max_length=64) as engine, pytest.warns(RuntimeWarning, match="goes on with 1"):
+        outputs = [result(f) for f in [engine.submit([n, 2], max_new_tokens=4, eos_token_id=None) for n in (1, 2, 3)]]
+    assert all(len(output.tokens) == 4 for output in outputs)
+    assert slots[:3] == [4, 2, 1]
+
+
+def test_what_no_try_mends_is_told_to_each_and_the_engine_lives(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*args: Any, **options: Any) -> Any:
+        raise KeyError("no decoder")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mtpkern.batching.decoder_for", failing)
+        for future in [engine.submit([n, 2], max_new_tokens=4) for n in (1, 2)]:
+            with pytest.raises(KeyError):
+                result(future)
+    assert len(result(engine.submit([1, 2], max_new_tokens=4, eos_token_id=None)).tokens) == 4
+
+
+def test_an_engine_that_is_forgotten_ends_behind_its_requests(model: Any) -> None:
+    engine = Engine(model, max_length=64)
+    thread = engine._thread
+    future = engine.submit([1, 2], max_new_tokens=LONG, eos_token_id=None)
+    del engine
+    gc.collect()
+    assert len(result(future).tokens) == LONG
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_an_interpreter_ends_with_one_at_work() -> None:
+    code = """
+import torch, mtpkern
+from mtpkern.demo import load
+model, tokenizer = load(mtpkern.ASSETS)
+engine = mtpkern.Engine(model, tokenizer=tokenizer)
+futures = [engine.submit("How many apples", max_new_tokens=1000, eos_token_id=None) for _ in range(9)]
+"""
+    done = subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Error" not in done.stderr

@@ -289,8 +289,8 @@ class Batch:
             slots = min(slots, len(waiting))
             try:
                 jobs = list(waiting.values())
-                room = {"tokens": max(job.tokens for job in jobs), "new": max(job.new for job in jobs)}
-                self.decode(jobs, told, slots=slots, closed=closed, **room)
+                tokens, new = max(job.tokens for job in jobs), max(job.new for job in jobs)
+                self.decode(jobs, told, slots=slots, tokens=tokens, new=new, closed=closed)
                 continue
             except torch.OutOfMemoryError as error:
                 if not release_graphs():

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 # Commands with a parser of their own, some of the house next door, which this one does not import: a name is looked up
 # when it is called for.
 _HANDED_ON = {
+    "serve": ("mtpkern.serve", "serve a checkpoint to OpenAI clients, whose requests share passes"),
     "eval": ("mtpkern.eval_command", "decode a data set in several ways: accuracy, tokens a pass, wall-clock ratios"),
     "plot": ("mtpkern.plots", "draw the figures of an evaluation, a training run or a benchmark"),
     "bench": ("mtpkern.bench.command", "run a benchmark by its name, or against another commit"),

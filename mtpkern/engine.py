@@ -32,6 +32,7 @@ from mtpkern.fields import whole_number
 from mtpkern.graph import without_kernels
 from mtpkern.kernels.form import autocast_of
 from mtpkern.kernels.sample import SPREAD
+from mtpkern.openmp import lend_processors
 from mtpkern.options import Options
 from mtpkern.output import first_line
 from mtpkern.pool import release_graphs
@@ -39,6 +40,8 @@ from mtpkern.slots import Job
 from mtpkern.streaming import Stream, end_at_exit, surroundings
 from mtpkern.watch import Watch
 
+# Seconds within which an idle engine's next request is likely to come.
+SOON = 0.02
 # Tokens of a request and its answer, unless the engine is told.
 MAX_LENGTH = 2048
 # What the numbers of requests are drawn from: a multiple of SPREAD by its inverse is the number itself.
@@ -83,7 +86,8 @@ class Engine:
         self._of_all: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": batch_size, **options}
         Batch(model, [], max_new_tokens=1, **self._of_all)  # what is wrong with these is said now
         self.model, self.max_length = model, whole_number("max_length", max_length, least=2)
-        self._line = _Line(whole_number("batch_size", batch_size, least=1), self.max_length, surroundings(model.device))
+        self.batch_size = whole_number("batch_size", batch_size, least=1)
+        self._line = _Line(self.batch_size, self.max_length, model.device)
         self._autocast = autocast_of(model.device)
         self._thread = Thread(target=self._line.work, name="mtpkern.Engine", daemon=True)
         weakref.finalize(self, self._line.close, cancel=False)
@@ -202,6 +206,7 @@ class Engine:
         return [_Request(batch, job, streamer, key) for job in batch.jobs]
 
     def _put(self, *requests: _Request) -> tuple[_Request, ...]:
+        lend_processors(self.model.device)
         self._line.put(requests)
         return requests
 
@@ -212,7 +217,9 @@ class _Request:
     def __init__(self, batch: Batch, job: Job, streamer: Any, key: int | None) -> None:
         self.batch, self.job, self.streamer, self.key = batch, job, streamer, key
         self.future: Future[BatchOutput] = Future()
-        self.closed = Event()
+        # Whether nobody wants its tokens any more, and whether its streamer wants no more of them.
+        self.unwanted = Event()
+        self.closed: Event = streamer.closed if isinstance(getattr(streamer, "closed", None), Event) else Event()
         self.error: BaseException | None = None
         self.shown = False
         # What all of a run have in common.
@@ -224,12 +231,15 @@ class _Request:
             # That under which a run whose key is 0 draws what `generate` draws with this key.
             number = (self.key * _INVERSE + self.job.number) % (1 << 64)
             number -= number >> 63 << 64
-        return replace(self.job, number=number, watch=Watch(self, self.batch.criteria))
+        watch = None
+        if Watch.of(self.streamer, self.batch.criteria) is not None:
+            watch = Watch(None if self.streamer is None else self, self.batch.criteria)
+        return replace(self.job, number=number, watch=watch, closed=self.unwanted)
 
     def end(self) -> None:
         """End it, behind the next pass where it is running."""
         self.future.cancel()
-        self.closed.set()
+        self.unwanted.set()
 
     def put(self, value: Tensor) -> None:
         """Show the prompt [1, T]."""
@@ -240,9 +250,6 @@ class _Request:
         self.shown = True
         if hasattr(self.streamer, "put_block"):
             self._show("put_block", new)
-            closed = getattr(self.streamer, "closed", None)
-            if closed is not None and closed.is_set():
-                self.closed.set()
             return
         for token in new[0]:
             self._show("put", torch.tensor([token]))
@@ -270,8 +277,9 @@ class _Request:
 class _Line:
     """Requests in their order, and the thread's work on them, which must not hold on to the engine itself."""
 
-    def __init__(self, slots: int, max_length: int, surroundings: list[Any]) -> None:
-        self.slots, self.max_length, self.surroundings = slots, max_length, surroundings
+    def __init__(self, slots: int, max_length: int, device: torch.device) -> None:
+        self.slots, self.max_length, self.device = slots, max_length, device
+        self.surroundings = surroundings(device)
         self.changed = Condition()
         self.waiting: deque[_Request] = deque()
         self.inside: dict[int, _Request] = {}
@@ -315,7 +323,9 @@ class _Line:
                     return None
                 if self.waiting:
                     return self.waiting[0]
-                self.changed.wait()
+                if not self.changed.wait(SOON):
+                    lend_processors(self.device)
+                    self.changed.wait_for(lambda: self.waiting or not self.open)
 
     def _run(self, head: _Request) -> None:
         """Decode what is like the first in line, and all that comes to stand behind it and is like it."""
@@ -335,7 +345,7 @@ class _Line:
                 if head.future.running() or head.future.set_running_or_notify_cancel():
                     left = [head]
         again = bool(left) and self._may_go_on(error, head.batch.model)
-        back = [request for request in left if again and not request.shown and not request.closed.is_set()]
+        back = [request for request in left if again and not request.shown and not request.unwanted.is_set()]
         for request in left:
             if request not in back:
                 request.future.set_exception(error)

@@ -8,6 +8,7 @@ goes first that shares most of its beginning with what a slot holds.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -94,7 +95,7 @@ class Slots(Poll):
     ) -> None:
         sequences = decoder.sequences
         B = len(sequences.status)
-        self.criteria = criteria or StoppingCriteriaList()
+        self.criteria, self.watched = criteria or StoppingCriteriaList(), watched
         self.window = None
         if watched or Watch.of(None, self.criteria) is not None:
             # Read late, a newcomer's first state has what its prefill and its first pass have brought.
@@ -144,8 +145,12 @@ class Slots(Poll):
             x, watch = self.inside[slot], self.watches[slot]
             if x is None or x.job.number != owner:
                 continue
-            end = error = None
-            if watch is not None:
+            end: int | None = None
+            error: Exception | None = None
+            if x.job.closed is not None and x.job.closed.is_set():
+                self.sequences.status[slot].fill_(STOPPED)
+                error = CancelledError("it was closed while it ran")
+            elif watch is not None:
                 error = self._asked(x, partial(watch.take, state[slot : slot + 1, 1:]))
                 end = watch.ends[0]
             if end is not None or error is not None or seen[0] != RUNNING:
@@ -210,8 +215,11 @@ class Slots(Poll):
             self.entering = None
             for x in self.arriving:
                 self.inside[x.slot], self.held[x.slot], self.dirty[x.slot] = x, x.job.ids, False
-                if self.window is not None:
-                    watch = self.watches[x.slot] = x.job.watch or Watch(None, self.criteria)
+                watch = x.job.watch
+                if self.window is not None and not self.watched:
+                    watch = Watch(None, self.criteria)
+                self.watches[x.slot] = watch
+                if watch is not None:
                     error = self._asked(x, partial(self._begin_watch, watch, x))
                     if error is not None:
                         self._leave(x, STOPPED, 0, error)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from threading import Event
 
 import numpy as np
 import torch
@@ -31,7 +32,8 @@ from mtpkern.watch import Watch
 class Job:
     """A prompt that waits: its number, ids [T] int64, new tokens at most, and those asked for where it gets fewer.
 
-    watch: who sees this one's tokens, and is asked whether it goes on; an error there is this one's alone.
+    watch: who sees this one's tokens, and is asked whether it goes on; an error there is this one's alone. closed ends
+    it behind the next pass.
     """
 
     number: int
@@ -39,6 +41,7 @@ class Job:
     new: int
     asked: int | None = None
     watch: Watch | None = field(default=None, compare=False)
+    closed: Event | None = field(default=None, compare=False)
 
     @property
     def tokens(self) -> int:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from mtpkern.generation import MTPGenerateOutput, generate
 from mtpkern.kernels.form import autocast_of
+from mtpkern.openmp import lend_processors
 
 Block = TypeVar("Block")
 
@@ -67,6 +68,8 @@ class Stream(Iterator[Block]):
         self._thread = Thread(target=work, name="mtpkern.stream", daemon=True)
         weakref.finalize(self, self._sink.closed.set)
         end_at_exit(self._thread, self._sink.closed.set)
+        if device is not None:
+            lend_processors(device)
         self._thread.start()
         self._next()  # the prompts are taken, or the call is refused
 

@@ -47,7 +47,7 @@ def _bad_criterion(ids: Tensor, scores: Any) -> bool:
         *({"streamer": n} for n in (0, 1, 2, 3 + LONG + 1)),
         {"stopping_criteria": [_bad_criterion]},
     ],
-    ids=repr,
+    ids=lambda bad: "-".join(map(str, (*bad, *(x for x in bad.values() if isinstance(x, int))))),
 )
 def test_an_error_of_ones_own_is_ones_own_alone(
     bad: dict[str, Any], late: bool, model: Any, request: pytest.FixtureRequest

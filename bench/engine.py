@@ -1,0 +1,129 @@
+"""Requests at once: a second's answers where they share passes, and where they are decoded one behind the other.
+
+`python -m mtpkern.bench.engine` has as many clients as it says, each in a thread of its own, ask for one problem after
+the other: of `mtpkern.Engine`, and of `mtpkern.generate` and Hugging Face's `generate` in one thread, as a server's
+that takes them in line. A thread that waits keeps no processors (`mtpkern.openmp`), whatever the way.
+The ways run in turns, in each round with fresh problems; answers are compared with those of one that is alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Lock, Thread
+from time import perf_counter
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation import GenerationMixin
+
+from mtpkern.bench.report import Table, program
+from mtpkern.bench.timing import Spread
+from mtpkern.cli import positive
+from mtpkern.compare import read_problems
+from mtpkern.demo import ASSETS, MAX_NEW_TOKENS, load
+from mtpkern.engine import Engine
+from mtpkern.generation import generate
+from mtpkern.openmp import lend_processors
+
+CLIENTS = (1, 4, 16)
+HEADER = ("clients", "requests/s, in line", "requests/s, sharing", "sharing over in line", "over HF generate in line")
+
+
+def asked(ask: Callable[[int], Any], requests: int, clients: int) -> float:
+    """Seconds that so many clients take for so many requests, ask(i) each."""
+    waiting = iter(range(requests))
+    lock = Lock()
+
+    def work() -> None:
+        while True:
+            with lock:
+                i = next(waiting, None)
+            if i is None:
+                return
+            ask(i)
+
+    threads = [Thread(target=work) for _ in range(clients)]
+    began = perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return perf_counter() - began
+
+
+def _answered(server: ThreadPoolExecutor, ask: Callable[[int], Any], i: int) -> Any:
+    return server.submit(ask, i).result()
+
+
+def by_clients(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    clients: Sequence[int],
+    rounds: int,
+    per_round: int,
+) -> Iterator[Table]:
+    """Requests a second by the number of clients, and ratios within rounds; the table so far."""
+    note = (
+        f"{rounds} rounds of {per_round} problems, in turns, prefill included; medians, least and greatest in "
+        f"brackets; threads: {torch.get_num_threads()}"
+    )
+    table = Table("Requests at once", note, HEADER)
+    options: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS}
+    for n in clients:
+        found: dict[str, list[float]] = {"line": [], "sharing": [], "hf": []}
+        with Engine(model, batch_size=n) as engine:
+            for i in range(rounds + 1):
+                first = i * per_round % max(1, len(prompts) - per_round + 1)
+                inputs = [tokenizer(text, return_tensors="pt").to(model.device) for text in prompts[first:][:per_round]]
+
+                def in_line(i: int, inputs: Sequence[Any] = inputs) -> Any:
+                    return generate(model, **inputs[i], **options)
+
+                def theirs(i: int, inputs: Sequence[Any] = inputs) -> Any:
+                    return GenerationMixin.generate(model, **inputs[i], do_sample=False, **options)
+
+                def sharing(i: int, inputs: Sequence[Any] = inputs) -> Any:
+                    return engine.generate(**inputs[i], **options)
+
+                if not i:  # to be warm, and to be right
+                    for j in range(len(inputs)):
+                        if not torch.equal(in_line(j), sharing(j)):
+                            raise AssertionError(f"problem {first + j}: an engine's answer is another")
+                lend_processors(model.device)
+                for name, ask in {"line": in_line, "sharing": sharing, "hf": theirs}.items():
+                    with ThreadPoolExecutor(1 if name != "sharing" else n) as server:
+                        seconds = asked(partial(_answered, server, ask), len(inputs), n)
+                    if i:
+                        found[name].append(len(inputs) / seconds)
+        ratios = {name: Spread.of([a / b for a, b in zip(found["sharing"], found[name])]) for name in ("line", "hf")}
+        rates = {name: Spread.of(found[name]) for name in found}
+        row = (str(n), rates["line"].text(1), rates["sharing"].text(1), ratios["line"].text(), ratios["hf"].text())
+        table = table.plus(row, {"clients": n, "requests_per_second": rates, "ratios": ratios})
+        yield table
+
+
+def take_engine(
+    device: torch.device, quick: bool, clients: Sequence[int], rounds: int, per_round: int
+) -> Iterator[Table]:
+    """The shipped checkpoint and its held-out problems."""
+    model, tokenizer = load(ASSETS)
+    if quick:
+        clients, rounds, per_round = clients[:1], 1, 2
+    prompts = [problem.prompt for problem in read_problems(ASSETS / "problems.jsonl", (rounds + 1) * per_round)]
+    yield from by_clients(model.to(device), tokenizer, prompts, clients, rounds, per_round)
+
+
+OPTIONS = {
+    "--clients": {"nargs": "+", "type": positive, "default": CLIENTS, "help": "(default: %(default)s)"},
+    "--rounds": {"type": positive, "default": 7},
+    "--per-round": {"type": positive, "default": 32},
+}
+
+
+if __name__ == "__main__":
+    how = {"options": OPTIONS, "on_cpu": lambda args: True, "device": "cpu"}
+    program("engine", "Requests at once", take_engine, **how)

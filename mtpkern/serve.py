@@ -1,0 +1,135 @@
+"""`mtpkern serve`: an OpenAI-compatible server whose requests share passes.
+
+The server is transformers' own, `transformers serve`, with what comes before and behind decoding: chat templates, the
+protocol, streams. It hands requests on one at a time, to one thread that calls the model's `generate`; here many
+threads do, and `generate` is an `Engine`'s, so that requests of many clients are decoded side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+from mtpkern.cli import positive
+from mtpkern.output import exit_status
+from mtpkern.refill import LOOK_AHEAD
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.cli.serve import Serve
+
+    from mtpkern.engine import Engine
+
+
+class Waiting:
+    """In the place of transformers' `InferenceThread`: calls run in threads of their own, where they wait for engine.
+
+    waiting = Waiting(8)
+    waiting.submit(print, "served").result()
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mtpkern.serve")
+
+    def submit(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
+        """Run call(*args, **kwargs)."""
+        return self._pool.submit(call, *args, **kwargs)
+
+    def async_submit(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> asyncio.Future[Any]:
+        """The same, to be awaited."""
+        return asyncio.wrap_future(self._pool.submit(call, *args, **kwargs))
+
+
+@contextmanager
+def serving(
+    engine: Engine, tokenizer: PreTrainedTokenizerBase, name: str, *, background: bool, **options: Any
+) -> Iterator[Serve]:
+    """transformers' server, whose one model is the engine's; until it ends, or in the background while the block runs.
+
+    name: what /v1/models calls the model; options: transformers' own of `transformers serve`, host and port say.
+
+        with serving(engine, tokenizer, "mine", background=True, host="127.0.0.1", port=8000):
+            ...
+    """
+    from transformers.cli.serve import Serve
+    from transformers.cli.serving import utils
+    from transformers.cli.serving.model_manager import ModelManager
+
+    model = engine.model
+    loaded: dict[str, Callable[..., Any]] = {
+        "_load_model": lambda *_, **__: model,
+        "_load_processor": lambda *_, **__: tokenizer,
+    }
+    with ExitStack() as stack:
+        for method, ours in loaded.items():
+            stack.enter_context(patch.object(ModelManager, method, ours))
+        threads = partial(Waiting, LOOK_AHEAD * engine.batch_size)
+        stack.enter_context(patch.object(utils, "InferenceThread", threads))
+        stack.enter_context(patch.dict(vars(model), generate=engine.generate))
+        served = Serve(force_model=name, non_blocking=background, **options)
+        try:
+            yield served
+        finally:
+            if background:
+                served.kill_server()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Load the model and serve it until Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        prog="mtpkern serve",
+        description="Serve a checkpoint, or a gated adapter upon its base, to OpenAI clients; requests share passes. "
+        "Needs pip install 'transformers[serving]'.",
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="path or hub id of a checkpoint, or of a gated adapter")
+    add("--strategy", default="verified", metavar="NAME[:K][:THRESHOLD]", help="as of mtpkern generate")
+    add("--mask-token-id", type=int, metavar="ID", help="where the checkpoint does not record it")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    add("--device", help="such as cpu or cuda:0 (default: the accelerator, if there is one)")
+    add("--base", metavar="MODEL", help="of a gated adapter, where its base is not where it was")
+    add("--batch-size", type=positive, default=8, metavar="N", help="requests side by side; others wait (default 8)")
+    add(
+        "--max-length",
+        type=positive,
+        default=4096,
+        metavar="N",
+        help="tokens of a request and its answer (default 4096)",
+    )
+    add("--host", default="localhost", help="(default localhost)")
+    add("--port", type=positive, default=8000, help="(default 8000)")
+    add("--name", help="what clients call the model (default: MODEL)")
+    args = parser.parse_args(argv)
+
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        raise ImportError("mtpkern serve needs transformers' server; run: pip install 'transformers[serving]'")
+    from mtpkern.adapter import base_of
+    from mtpkern.engine import Engine
+    from mtpkern.loading import device_of, load, quiet, require_model
+    from mtpkern.strategies import strategy_of
+
+    strategy = strategy_of(args.strategy)
+    quiet()
+    require_model(args.model)
+    loaded, tokenizer = load(args.model, args.dtype, device_of(args.device), base=args.base)
+    model: PreTrainedModel = base_of(loaded)
+    room = {"batch_size": args.batch_size, "max_length": args.max_length}
+    options: dict[str, Any] = {"strategy": strategy, "mask_token_id": args.mask_token_id}
+    with (
+        Engine(model, tokenizer=tokenizer, **room, **options) as engine,
+        serving(engine, tokenizer, args.name or args.model, background=False, host=args.host, port=args.port),
+    ):
+        pass
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))

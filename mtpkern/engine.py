@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import count
-from threading import Condition, Event, Thread
+from threading import Condition, Event, Thread, current_thread
 from typing import Any
 
 import torch
@@ -166,7 +166,8 @@ class Engine:
     def close(self, *, cancel: bool = False) -> None:
         """Take no more requests, and wait until those there are have ended; cancel: behind the next pass."""
         self._line.close(cancel=cancel)
-        self._thread.join()
+        if self._thread is not current_thread():  # as a callback's or a streamer's is, which cannot wait for itself
+            self._thread.join()
 
     def __enter__(self) -> Engine:
         return self

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mtpkern import Engine, Static, Verified
+from mtpkern.batching import BatchOutput
 from mtpkern.decoder import Decoder
 from support.batches import STOP
 from support.engines import LONG, Held, free, held, result
@@ -89,6 +90,22 @@ def test_closing_lets_all_end_and_takes_no_more(model: Any) -> None:
     with pytest.raises(RuntimeError, match="closed"):
         engine.submit([1], max_new_tokens=1)
     engine.close(cancel=True)
+
+
+def test_who_is_called_back_may_close_it_and_ask_for_more(engine: Engine) -> None:
+    later: list[Future[BatchOutput]] = []
+    ended = threading.Event()
+
+    def again(_: Any) -> None:
+        later.append(engine.submit([1, 2], max_new_tokens=3, eos_token_id=None))
+        engine.close()
+        ended.set()
+
+    engine.submit([1, 2], max_new_tokens=4, eos_token_id=None).add_done_callback(again)
+    assert ended.wait(60)
+    assert len(result(later[0]).tokens) == 3
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.submit([1, 2])
 
 
 def test_closing_at_once_ends_those_that_run_and_those_that_wait(model: Any) -> None:

@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from transformers.utils.import_utils import is_serve_available
 
     if not is_serve_available():
-        raise ImportError("mtpkern serve needs transformers' server; run: pip install 'transformers[serving]'")
+        raise ImportError("transformers' server is not here whole; run: pip install 'transformers[serving]'")
     from mtpkern.adapter import base_of
     from mtpkern.engine import Engine
     from mtpkern.loading import device_of, load, quiet, require_model

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -401,3 +402,9 @@ def test_summary_divides_tokens_per_second():
         "speedup_vs_hf_generate": {HF_GENERATE: 1.0, "verified": 3.0},
         "speedup_vs_hf_generate_batch_8": {HF_GENERATE: 1.0, "verified": 1.0},
     }
+
+
+@pytest.mark.skipif(find_spec("fastapi") is not None, reason="fastapi is installed")
+def test_a_server_without_its_packages_says_what_to_install(capsys):
+    assert main(["serve", "nowhere"]) == 2
+    assert "pip install 'transformers[serving]'" in capsys.readouterr().err

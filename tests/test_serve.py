@@ -3,7 +3,10 @@
 import asyncio
 import json
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -164,3 +167,28 @@ def test_a_completion_ends_at_a_stop_string(server: SimpleNamespace, expected: t
     text = "".join(c.choices[0].text for c in answer) if stream else answer.choices[0].text
     prefixes = (text_of(server, expected[:n]) for n in range(len(expected)))
     assert text == next(prefix for prefix in prefixes if string in prefix)
+
+
+def test_the_command_serves_until_ctrl_c(server: SimpleNamespace) -> None:
+    """A process of its own, of which one client asks."""
+    if not server.shares:
+        pytest.skip("is transformers' own command")
+    import openai
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "mtpkern.serve", server.name, "--host", "127.0.0.1", "--port", str(port)]
+    with subprocess.Popen(
+        [*command, "--device", "cpu", "--name", "mine"], stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=60, max_retries=12)
+            answer = client.completions.create(model="mine", prompt=PROMPT, max_tokens=16, temperature=0)
+            assert answer.usage is not None
+            assert answer.usage.completion_tokens == 16
+        finally:
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+    assert process.returncode in (0, 130), said
+    assert "Traceback" not in said

@@ -107,6 +107,18 @@ def test_what_chooses_and_what_stops(model: Any, kind: str, strategy: Any) -> No
     assert [output.tokens for output in outputs] != [output.tokens for output in plain]
 
 
+@pytest.mark.parametrize("strategy", [Static(3), ConfAdapt(3, threshold=0.0), Verified(3, threshold=0.0)], ids=repr)
+def test_criteria_read_late_see_prefill_and_first_pass(
+    model: Any, strategy: Any, request: pytest.FixtureRequest
+) -> None:
+    """As a newcomer's first state has both on a GPU: 2k tokens, where every block is as long as it can be."""
+    options = {"strategy": strategy, "stopping_criteria": [SumOfText()]}
+    expected = [alone(model, prompt, new, **options) for prompt, new in zip(PROMPTS, NEW)]
+    request.getfixturevalue("lagging")
+    outputs = mtpkern.generate_batch(model, PROMPTS, max_new_tokens=NEW, batch_size=3, **options)
+    assert [(output.tokens, output.finish_reason) for output in outputs] == expected
+
+
 def test_least_tokens_of_a_text_that_nothing_stops(model: Any) -> None:
     """Without stop tokens there is nothing to hold back, as in transformers; what else chooses does."""
     options = {"min_new_tokens": 3, "repetition_penalty": 1.7}

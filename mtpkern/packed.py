@@ -101,7 +101,8 @@ def _has_packed_products(dtype: torch.dtype) -> bool:
     """Whether this build of torch has them, and they do what is expected: their names are no promise of torch's."""
     if not torch.backends.mkldnn.is_available():
         return False
-    x, weight, bias = (torch.arange(n, dtype=dtype) for n in (6, 12, 4))
+    # On the host, whatever device the caller has made the default.
+    x, weight, bias = (torch.arange(n, dtype=dtype, device="cpu") for n in (6, 12, 4))
     x, weight = x.view(1, 2, 3), weight.view(4, 3)
     with suppress(Exception), torch.autocast("cpu", enabled=False):
         found = _product(x, _rearranged(weight), bias)
@@ -165,7 +166,7 @@ def _look(layers: Sequence[nn.Linear]) -> Tensor:
     """A number for each row of their weights, which another value in it changes, and their biases, as bits."""
     row = _row(layers[0].weight.shape[1])
     tensors = [x.detach() for layer in layers for x in (layer.weight, layer.bias) if x is not None]
-    found = torch.empty(sum(map(len, tensors)), dtype=torch.float32)
+    found = torch.empty(sum(map(len, tensors)), dtype=torch.float32, device="cpu")
     for x, seen in zip(tensors, found.split([len(x) for x in tensors])):
         if x.dim() == 1:
             seen.copy_(x)
@@ -183,7 +184,7 @@ def _look(layers: Sequence[nn.Linear]) -> Tensor:
 @_kept
 def _row(n: int) -> Tensor:
     """As irregular as random values, and the same ever after."""
-    return torch.arange(1, n + 1, dtype=torch.float32).sin_().add_(2)
+    return torch.arange(1, n + 1, dtype=torch.float32, device="cpu").sin_().add_(2)
 
 
 _packed: WeakKeyDictionary[PreTrainedModel, list[Packed]] = WeakKeyDictionary()
@@ -230,7 +231,7 @@ class Update:
         adapted = [(layer, name) for layer, name in zip(layers, names) if name is not None]
         downs = [layer.lora_A[name].weight.float() for layer, name in adapted]
         ups = [
-            torch.zeros(0, layer.out_features, dtype=torch.float32)
+            torch.zeros(0, layer.out_features, dtype=torch.float32, device="cpu")
             if name is None
             else layer.lora_B[name].weight.float().T * layer.scaling[name]
             for layer, name in zip(layers, names)

@@ -141,7 +141,10 @@ class Watch:
             self.streamer.end()
 
     def take(self, state: Tensor) -> int:
-        """Take in a state [B, 3 + W] of the device (see `snapshot`); returns how many sequences go on."""
+        """Take in a state [B, 3 + W] of the device (see `snapshot`); returns how many sequences go on.
+
+        W: as many tokens as can have come since the last one, 2k - 1 of a pass with the drafts behind them.
+        """
         news = state.tolist()
         added = [self._add(b, length, pending, row) for b, (_, length, pending, *row) in enumerate(news)]
         if self.strings and any(added):
@@ -271,6 +274,6 @@ class _WatchedPoll(Poll):
 
 
 def snapshot(sequences: Sequences, window: Tensor) -> Tensor:
-    """[B, 3 + W]: status, length, pending, and the W = 2k - 1 tokens before `length`; window: arange(-W, 0)."""
+    """[B, 3 + W]: status, length, pending, and the W tokens before `length`; window: arange(-W, 0)."""
     tokens = sequences.tokens.gather(1, (sequences.length[:, None] + window).clamp_(min=0))
     return torch.cat([torch.stack([sequences.status, sequences.length, sequences.pending], dim=1), tokens], dim=1)

@@ -358,3 +358,14 @@ def test_a_copy_that_is_made_in_a_pass_is_a_model(tiny: SimpleNamespace, monkeyp
     other = made[-1]
     other.model.layers[0]._forward_hooks.clear()
     assert torch.equal(generate(tiny, other), wanted)
+
+
+def test_the_callers_default_device_is_no_matter(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept for all calls lies on the host, whoever makes it first."""
+    packed._has_packed_products.cache_clear()
+    packed._row.cache_clear()
+    layer = nn.Linear(24, 8)
+    with torch.device("meta"):
+        assert packed._has_packed_products(torch.float32)
+        assert packed.Packed.of([layer]).is_of([layer])
+    assert packed._row(24).device.type == "cpu"

@@ -42,9 +42,10 @@ from mtpkern.watch import Watch
 
 # Seconds within which an idle engine's next request is likely to come.
 SOON = 0.02
+_CLOSED = "the engine was closed before this request had ended"
 # Tokens of a request and its answer, unless the engine is told.
 MAX_LENGTH = 2048
-# What the numbers of requests are drawn from: a multiple of SPREAD by its inverse is the number itself.
+# What the numbers of draws are made of: a multiple of SPREAD by its inverse is the number itself.
 _INVERSE = pow(SPREAD, -1, 1 << 64)
 
 
@@ -125,6 +126,7 @@ class Engine:
 
             output = engine.generate(**tokenizer("Two and two is", return_tensors="pt"), max_new_tokens=64)
         """
+        self._require_other_thread()
         require_streamer(streamer)
         inputs = kwargs.pop("inputs", None)
         if input_ids is not None and inputs is not None:
@@ -161,12 +163,16 @@ class Engine:
         """
         if options.get("streamer") is not None:
             raise ValueError("Engine.stream is read itself and takes no streamer; pass that to Engine.generate")
+        self._require_other_thread()
         return Stream(partial(self.generate, input_ids, **options), None)
 
     def close(self, *, cancel: bool = False) -> None:
-        """Take no more requests, and wait until those there are have ended; cancel: behind the next pass."""
+        """Take no more requests, and wait until those there are have ended; cancel: behind the next pass.
+
+        Called by a streamer, a criterion or a future's callback, which the engine itself waits for, it does not wait.
+        """
         self._line.close(cancel=cancel)
-        if self._thread is not current_thread():  # as a callback's or a streamer's is, which cannot wait for itself
+        if current_thread() is not self._thread:
             self._thread.join()
 
     def __enter__(self) -> Engine:
@@ -174,6 +180,13 @@ class Engine:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self.close(cancel=kind is not None)
+
+    def _require_other_thread(self) -> None:
+        if current_thread() is self._thread:
+            raise RuntimeError(
+                "a streamer, a criterion or a future's callback runs in the engine's own thread and would wait there "
+                "for itself; use Engine.submit, and read its future in another thread"
+            )
 
     def _requests(
         self, prompts: list[Any], streamer: Any, kwargs: dict[str, Any], padded: tuple[Tensor, Tensor] | None = None
@@ -227,15 +240,16 @@ class _Request:
         self.kind = tuple(batch.stop_ids.tolist()), batch.choosing, id(batch.tokenizer)
 
     def begin(self, number: int) -> Job:
-        """The prompt as it goes into a slot, by this number where it draws by none."""
+        """The prompt as it goes into a slot, by this number, which nobody else has."""
+        drawn_by = None
         if self.key is not None:
-            # That under which a run whose key is 0 draws what `generate` draws with this key.
-            number = (self.key * _INVERSE + self.job.number) % (1 << 64)
-            number -= number >> 63 << 64
+            # That under which a run whose key is 0 draws what `generate` draws with this key; of one seed are many.
+            drawn_by = (self.key * _INVERSE + self.job.number) % (1 << 64)
+            drawn_by -= drawn_by >> 63 << 64
         watch = None
         if Watch.of(self.streamer, self.batch.criteria) is not None:
             watch = Watch(None if self.streamer is None else self, self.batch.criteria)
-        return replace(self.job, number=number, watch=watch, closed=self.unwanted)
+        return replace(self.job, number=number, watch=watch, closed=self.unwanted, drawn_by=drawn_by)
 
     def end(self) -> None:
         """End it, behind the next pass where it is running."""
@@ -311,7 +325,11 @@ class _Line:
             while (head := self._first()) is not None:
                 self._run(head)
         for request in self.waiting:
-            request.future.cancel()
+            # One that was to be tried again runs already; of the others nobody else tells who waits for several.
+            if request.future.cancel():
+                request.future.set_running_or_notify_cancel()
+            else:
+                request.future.set_exception(CancelledError(_CLOSED))
         self.waiting.clear()
 
     def _first(self) -> _Request | None:
@@ -319,7 +337,7 @@ class _Line:
         with self.changed:
             while True:
                 while self.waiting and self.waiting[0].future.cancelled():
-                    self.waiting.popleft()
+                    self.waiting.popleft().future.set_running_or_notify_cancel()
                 if self.cancelled.is_set() or not (self.waiting or self.open):
                     return None
                 if self.waiting:
@@ -333,7 +351,7 @@ class _Line:
         room = {"slots": self.slots, "tokens": self.max_length, "new": self.max_length - 1}
         try:
             head.batch.decode(_Next(self, head.kind), self._emit, closed=self.cancelled, watched=True, **room)
-            error: BaseException = CancelledError("the engine was closed before this request had ended")
+            error: BaseException = CancelledError(_CLOSED)
         except BaseException as raised:
             error = raised
         # Outside of the handler, whose traceback holds on to what was allocated.

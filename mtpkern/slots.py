@@ -33,7 +33,8 @@ class Job:
     """A prompt that waits: its number, ids [T] int64, new tokens at most, and those asked for where it gets fewer.
 
     watch: who sees this one's tokens, and is asked whether it goes on; an error there is this one's alone. closed ends
-    it behind the next pass.
+    it behind the next pass. drawn_by: the number that its draws follow, where that is not its own: two jobs may share
+    one.
     """
 
     number: int
@@ -42,11 +43,17 @@ class Job:
     asked: int | None = None
     watch: Watch | None = field(default=None, compare=False)
     closed: Event | None = field(default=None, compare=False)
+    drawn_by: int | None = None
 
     @property
     def tokens(self) -> int:
         """How long it may become."""
         return len(self.ids) + self.new
+
+    @property
+    def draws(self) -> int:
+        """The number that its draws follow."""
+        return self.number if self.drawn_by is None else self.drawn_by
 
     @property
     def keys(self) -> np.ndarray:
@@ -143,8 +150,8 @@ def _take_in(decoder: Decoder, logits: Tensor, seq: Tensor, k: int) -> None:
 
 def _begin(decoder: Decoder, newcomers: Sequence[Newcomer], columns: Tensor, seq: Tensor, owner: Tensor) -> None:
     sequences, T = decoder.sequences, columns.shape[1]
-    facts = np.array([(len(x.job.ids), x.job.tokens, x.job.number) for x in newcomers]).T.copy()
-    length, limit, number = _on(decoder.device, facts)
+    facts = np.array([(len(x.job.ids), x.job.tokens, x.job.number, x.job.draws) for x in newcomers]).T.copy()
+    length, limit, number, draws = _on(decoder.device, facts)
     sequences.length[seq], sequences.limit[seq], owner[seq] = length, limit, number
     # From padded columns to compact sequences.
     o = torch.arange(T, device=decoder.device) + (T - length)[:, None]
@@ -155,7 +162,7 @@ def _begin(decoder: Decoder, newcomers: Sequence[Newcomer], columns: Tensor, seq
     sequences.pending.index_fill_(0, seq, 1)
     sequences.status.index_fill_(0, seq, RUNNING)
     if decoder.choice is not None:
-        decoder.choice.enter(seq, length, number)
+        decoder.choice.enter(seq, length, draws)
 
 
 def _on(device: torch.device, x: np.ndarray) -> Tensor:

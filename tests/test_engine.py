@@ -101,6 +101,24 @@ def test_draws_are_those_of_generate_behind_the_same_seed(B: int, model: Any, in
             result(beside)
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_many_of_one_seed_draw_the_same(late: bool, model: Any, request: pytest.FixtureRequest) -> None:
+    if late:
+        request.getfixturevalue("lagging")
+    options: dict[str, Any] = {"do_sample": True, "temperature": 1.3, "eos_token_id": None}
+    futures = []
+    with Engine(model, batch_size=2, max_length=64, strategy=Verified(3, threshold=0.1)) as engine:
+        streamer, first = held(engine, **options)
+        for _ in range(5):
+            torch.manual_seed(0)
+            futures.append(engine.submit([1, 2], max_new_tokens=12, **options))
+        streamer.go.set()
+        drawn = [result(future).tokens for future in futures]
+        result(first)
+    assert len(drawn[0]) == 12
+    assert drawn == [drawn[0]] * 5
+
+
 def test_other_settings_wait_for_their_turn_and_nobody_is_passed_over(engine: Engine, model: Any) -> None:
     order: list[str] = []
     streamer, first = held(engine)

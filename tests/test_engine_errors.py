@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
@@ -120,6 +120,56 @@ def test_closing_at_once_ends_those_that_run_and_those_that_wait(model: Any) -> 
             result(future)
     # The model is whole and free.
     assert len(free(model, [1, 2], 5)) == 5
+
+
+@pytest.mark.parametrize("cancel", [False, True])
+def test_who_waits_for_several_hears_of_those_that_were_cancelled(cancel: bool, model: Any) -> None:
+    engine = Engine(model, batch_size=1, max_length=64)
+    streamer, first = held(engine)
+    # Told by the line's end, or by its head.
+    other = engine.submit([1, 2], max_new_tokens=4, eos_token_id=STOP)
+    threading.Timer(0.2, streamer.go.set).start()
+    if not cancel:
+        other.cancel()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(wait, [first, other], timeout=20)
+        engine.close(cancel=cancel)
+        assert not waiting.result().not_done
+
+
+def test_one_that_is_to_be_tried_again_ends_with_the_engine(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(model, batch_size=2, max_length=64)
+
+    def failing(*args: Any) -> Any:
+        engine._line.close(cancel=True)
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(Decoder, "step", failing)
+    with pytest.warns(RuntimeWarning, match="goes on with 1"):  # noqa: PT031
+        future = engine.submit([1, 2], max_new_tokens=4, eos_token_id=None)
+        engine.close()
+    with pytest.raises(CancelledError):
+        future.result(timeout=5)
+
+
+def test_who_is_called_by_the_engine_does_not_wait_for_it(model: Any) -> None:
+    engine = Engine(model, max_length=64)
+    prompt, said = torch.tensor([[1, 2]]), []
+
+    def ended(future: Future[BatchOutput]) -> None:
+        for call in (engine.generate, engine.stream):
+            with pytest.raises(RuntimeError, match="own thread"):
+                call(prompt, max_new_tokens=2)
+        said.append(engine.submit([1, 2], max_new_tokens=3, eos_token_id=None))
+        engine.close()
+        said.append("closed")
+
+    streamer, first = held(engine)
+    first.add_done_callback(ended)
+    streamer.go.set()
+    engine._thread.join(20)
+    assert said[1:] == ["closed"]
+    assert len(result(said[0]).tokens) == 3
 
 
 def test_who_is_interrupted_while_waiting_ends_the_run(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

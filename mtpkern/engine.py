@@ -164,7 +164,7 @@ class Engine:
         if options.get("streamer") is not None:
             raise ValueError("Engine.stream is read itself and takes no streamer; pass that to Engine.generate")
         self._require_other_thread()
-        return Stream(partial(self.generate, input_ids, **options), None)
+        return Stream(partial(self.generate, input_ids, **options), self.model.device)
 
     def close(self, *, cancel: bool = False) -> None:
         """Take no more requests, and wait until those there are have ended; cancel: behind the next pass.

@@ -220,6 +220,12 @@ def test_padding_on_the_right_is_refused(engine: Engine) -> None:
         engine.generate(torch.ones(2, 3, dtype=torch.int64), attention_mask=mask, max_new_tokens=2)
 
 
+def test_blocks_are_read_under_the_engines_autocast(model: Any) -> None:
+    with torch.autocast("cpu", torch.bfloat16), Engine(model, max_length=32) as engine:
+        blocks = list(engine.stream(torch.tensor([[5, 6, 7]]), max_new_tokens=6, eos_token_id=None))
+    assert sum(len(new) for (new,) in blocks) == 6
+
+
 def test_another_autocast_is_refused(engine: Engine) -> None:
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast"):
         engine.submit([1, 2], max_new_tokens=2)

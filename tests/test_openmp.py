@@ -43,7 +43,7 @@ def test_a_thread_lends_its_set_and_has_one_again(computed: Callable[[], int]) -
     assert len(list(TASKS.iterdir())) == with_set
 
 
-@pytest.mark.parametrize("way", ["stream", "iterate_batch", "submit", "generate"])
+@pytest.mark.parametrize("way", ["stream", "iterate_batch", "submit", "generate", "Engine.stream"])
 def test_who_waits_for_a_run_in_another_thread_lends_it(
     way: str, computed: Callable[[], int], tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,7 +59,10 @@ def test_who_waits_for_a_run_in_another_thread_lends_it(
     else:
         with mtpkern.Engine(model, max_length=32) as engine:
             lent.clear()
-            if way == "submit":
+            if way == "Engine.stream":
+                list(engine.stream(ids, **options))
+                lent = [thread for thread in lent if thread == threading.get_ident()]
+            elif way == "submit":
                 engine.submit([5, 6, 7], **options).result(60)
             else:
                 engine.generate(ids, **options)

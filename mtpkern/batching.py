@@ -254,7 +254,7 @@ class Batch:
                 error = f"max_length={len(ids) + asked} leaves a prompt of {len(ids)} tokens no new one; raise it"
                 self._fail(number, ValueError(f"{error}, or pass max_new_tokens"))
                 continue
-            job = Job(number, ids, asked)
+            job = Job(number, ids, asked, choosing=self.choosing)
             positions = learned_positions(self.model, needed=job.tokens - 1)
             if positions is not None:
                 job = replace(job, new=positions - len(ids) + 1, asked=asked)
@@ -314,9 +314,14 @@ class Batch:
         new: int,
         closed: Event | None = None,
         watched: bool = False,
+        of_all: tuple[Choosing | None, Tensor | None] | None = None,
     ) -> None:
-        """Decode jobs of so many tokens, and new ones, at most, until there are none."""
+        """Decode jobs of so many tokens, and new ones, at most, until there are none.
+
+        of_all: the choosing that does for all of them, and the key of their draws, where these are not the call's.
+        """
         model = self.model
+        choosing, key = of_all or (self.choosing, self.key)
         with (
             exclusive(model, wait=self.options.wait),
             evaluating(model),
@@ -327,10 +332,10 @@ class Batch:
                 self.stop_ids.to(model.device, non_blocking=True),
                 tokens=tokens,
                 max_new_tokens=new,
-                prefill=partial(vacate, key=self.key, first=self.first),
+                prefill=partial(vacate, key=key, first=self.first),
                 batch=slots,
-                choosing=self.choosing,
-                **self.options.of_decoder(on_host=bool(self.choosing and self.choosing.on_host)),
+                choosing=choosing,
+                **self.options.of_decoder(on_host=bool(choosing and choosing.on_host)),
             ) as decoder,
         ):
             decoder.max_passes = sys.maxsize

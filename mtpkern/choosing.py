@@ -21,13 +21,15 @@ from torch import Tensor
 from mtpkern.kernels.readout import readout
 from mtpkern.kernels.sample import sample
 from mtpkern.kernels.state import Sequences, Terms
-from mtpkern.processors import Apply, Processor, Texts, from_transformers
+from mtpkern.processors import from_transformers
+from mtpkern.settings import numbers_in, united
 from mtpkern.strategies import ConfAdapt, Strategy
+from mtpkern.texts import Apply, Processor, Texts
 
 
 @dataclass(frozen=True)
 class Choosing:
-    """What is asked for. Equal ones share a captured step: the settings of the processors are part of it.
+    """What is asked for. Equal ones share a captured step, whatever their settings' numbers are (mtpkern.settings).
 
     keeps: of "logprobs" (with the confidences), "scores" and "logits", what is kept of every token.
     """
@@ -47,6 +49,18 @@ class Choosing:
         """Whether a pass needs the host: to call a processor row by row, to find room for distributions."""
         return bool(self.keeps - {"logprobs"}) or any(processor.by_row for processor in self.processors)
 
+    def united(self, other: Choosing) -> Choosing | None:
+        """One that does for sequences of both in one pass; None where there is none."""
+        processors = united(self.processors, other.processors)
+        if processors is None or self.keeps != other.keeps:
+            return None
+        return Choosing(processors, self.samples or other.samples, self.keeps)
+
+    def numbers(self, own: Choosing | None) -> list[float]:
+        """A sequence's part in this: 1 where it takes the argmax, and of each processor the sequence's own number."""
+        own = own or Choosing()
+        return [float(not own.samples), *numbers_in(self.processors, own.processors)]
+
 
 class Choice:
     """The tensors of a choosing in one decoder, and its part of a step; all are made before a step is captured."""
@@ -60,6 +74,7 @@ class Choice:
         self.key, self.prompt, self.padding = (torch.zeros(n, dtype=torch.int64, device=device) for n in (1, B, B))
         # Which sequence of the call each is: two of one prompt draw apart.
         self.stream = torch.arange(B, device=device)
+        self.own = torch.zeros(B, 1 + len(choosing.processors), dtype=torch.float32, device=device)
         never = torch.full((1,), torch.inf, dtype=torch.float32, device=device)
         self.greedy_above = terms.threshold[None] if isinstance(strategy, ConfAdapt) else never
         # Unverified, the tokens behind the first are kept as they come, so that each has to see those before it.
@@ -80,6 +95,8 @@ class Choice:
             self.key.random_()  # once a call, from the device's default generator
         B = len(input_ids)
         torch.arange(B, out=self.stream)
+        for i, number in enumerate(self.choosing.numbers(self.choosing)):
+            self.own[:, i].fill_(number)
         self.prompt.copy_(real.sum(1))
         self.padding.copy_(input_ids.shape[1] - self.prompt)
         self.prompts, self.max_new_tokens, self.passes = input_ids, max_new_tokens, 0
@@ -97,9 +114,12 @@ class Choice:
         self.prompts, self.passes = None, 0
         self.kept.clear()
 
-    def enter(self, seq: Tensor, length: Tensor, number: Tensor) -> None:
-        """Take in that prompts [n] of these lengths have come into these sequences; each draws by first + number."""
-        self.prompt[seq], self.stream[seq] = length, number + self.first
+    def enter(self, seq: Tensor, length: Tensor, number: Tensor, own: Tensor) -> None:
+        """Take in that prompts [n] of these lengths have come into these sequences; each draws by first + number.
+
+        own [n, 1 + processors]: `Choosing.numbers` of each.
+        """
+        self.prompt[seq], self.stream[seq], self.own[seq] = length, number + self.first, own
 
     def __call__(self, logits: Tensor, seq: Tensor, position: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         """Token and confidence [R] of logits [R, V]; seq, position [R] of the rows, start [B + 1] as in `Rows`."""
@@ -132,14 +152,15 @@ class Choice:
         if self.applied is None:
             device, V = scores.device, scores.shape[1]
             self.applied = [processor.on(device, V) for processor in self.choosing.processors]
-        for apply in self.applied:
-            scores = apply(scores, texts)
+        numbers = self.own[texts.seq, 1:]
+        for i, apply in enumerate(self.applied):
+            scores = apply(scores, texts, numbers[:, i])
         return scores
 
     def _pick(self, scores: Tensor, seq: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         if not self.choosing.samples:
             return readout(scores, self.mask_token_id)
-        above = self.greedy_above.expand(len(seq))
+        above = torch.where(self.own[seq, 0] > 0, -1.0, self.greedy_above)
         return sample(scores, self.key, self.stream[seq], position + 1, above, self.mask_token_id)
 
     def _in_order(

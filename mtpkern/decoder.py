@@ -178,14 +178,21 @@ class Decoder:
         self.model = model
 
     @torch.inference_mode()
-    def restart(self, strategy: Strategy, stop_ids: Tensor, max_new_tokens: int) -> None:
-        """Forget the last run, in place. What the step has baked in, k, verify and masks, must be as before."""
+    def restart(
+        self, strategy: Strategy, stop_ids: Tensor, max_new_tokens: int, choosing: Choosing | None = None
+    ) -> None:
+        """Forget the last run, in place. What the step has baked in, k, verify and masks, must be as before.
+
+        choosing: as before, but for the numbers of its settings.
+        """
         assert all(getattr(strategy, name) == getattr(self.strategy, name) for name in ("k", "verify", "masks"))
         for x in (*vars(self.sequences).values(), *vars(self.all_rows).values()):
             x.zero_()
         self.rows = self.cache.rows = self.all_rows
         self.cache.clear()
         self.cache.slots, self.cache.max_rows = self.cache.capacity, 2 * strategy.k - 1 + strategy.masks
+        if self.choice is not None and choosing is not None:
+            self.choice.choosing = choosing  # with numbers of its own
         self._begin(strategy, stop_ids, max_new_tokens)
 
     def _begin(self, strategy: Strategy, stop_ids: Tensor, max_new_tokens: int) -> None:

@@ -3,9 +3,10 @@
 One thread decodes. Between two passes it takes in what has been asked for meanwhile, into slots that are free
 (mtpkern.refill), so that eight requests at once take little longer than one. A request is what a prompt of
 `generate_batch` is: its tokens, and what it draws, are those it gets alone. It has limits, stop strings, criteria and a
-streamer of its own. What the passes of a run have in common, stop tokens and how scores become tokens, may differ from
-request to request too, but not within a run: who asks for something else waits until those before it have ended, and
-whoever comes later waits behind it. So nobody waits for ever.
+streamer of its own, and of what becomes of scores whether it samples and the numbers of mtpkern.settings: temperature,
+top-k, top-p, min-p, repetition penalty. What is left, stop tokens, bans and a caller's own processors, the passes of a
+run have in common: who asks for something else waits until those before it have ended, and whoever comes later waits
+behind it. So does who samples, or has a setting, that nobody in line had when the run began. Nobody waits for ever.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mtpkern.arguments import require_prompts, require_streamer, require_tensors
 from mtpkern.batching import Batch, BatchOutput, Prompt
+from mtpkern.choosing import Choosing
 from mtpkern.fields import whole_number
 from mtpkern.graph import without_kernels
 from mtpkern.kernels.form import autocast_of
@@ -216,7 +218,6 @@ class Engine:
         key = None
         if batch.key is not None:
             key = int(batch.key)
-            batch.key.zero_()
         return [_Request(batch, job, streamer, key) for job in batch.jobs]
 
     def _put(self, *requests: _Request) -> tuple[_Request, ...]:
@@ -236,8 +237,9 @@ class _Request:
         self.closed: Event = streamer.closed if isinstance(getattr(streamer, "closed", None), Event) else Event()
         self.error: BaseException | None = None
         self.shown = False
-        # What all of a run have in common.
-        self.kind = tuple(batch.stop_ids.tolist()), batch.choosing, id(batch.tokenizer)
+        # What all of a run have in common, and what need only be united.
+        self.kind = tuple(batch.stop_ids.tolist()), id(batch.tokenizer)
+        self.choosing = batch.choosing or Choosing()
 
     def begin(self, number: int) -> Job:
         """The prompt as it goes into a slot, by this number, which nobody else has."""
@@ -349,8 +351,13 @@ class _Line:
     def _run(self, head: _Request) -> None:
         """Decode what is like the first in line, and all that comes to stand behind it and is like it."""
         room = {"slots": self.slots, "tokens": self.max_length, "new": self.max_length - 1}
+        choosing = self._united(head)
+        jobs = _Next(self, head.kind, choosing)
+        # Draws are told apart by their jobs' numbers alone (`begin`).
+        key = torch.zeros(1, dtype=torch.int64, device=head.batch.model.device) if choosing.samples else None
+        of_all = None if choosing == Choosing() else choosing, key
         try:
-            head.batch.decode(_Next(self, head.kind), self._emit, closed=self.cancelled, watched=True, **room)
+            head.batch.decode(jobs, self._emit, closed=self.cancelled, watched=True, of_all=of_all, **room)
             error: BaseException = CancelledError(_CLOSED)
         except BaseException as raised:
             error = raised
@@ -370,6 +377,17 @@ class _Line:
                 request.future.set_exception(error)
         with self.changed:
             self.waiting.extendleft(reversed(back))
+
+    def _united(self, head: _Request) -> Choosing:
+        """What does for the first in line, and for those behind it as far as one can do for all."""
+        choosing = head.choosing
+        with self.changed:
+            for request in self.waiting:
+                both = choosing.united(request.choosing) if request.kind == head.kind else None
+                if both is None:
+                    break
+                choosing = both
+        return choosing
 
     def _may_go_on(self, error: BaseException, model: PreTrainedModel) -> bool:
         """Whether another try may succeed, with more memory, fewer slots or without kernels."""
@@ -395,13 +413,13 @@ class _Line:
 class _Next(Iterator[Job]):
     """Those in line that are of one kind, as far as they are there: who has no next may have one later."""
 
-    def __init__(self, line: _Line, kind: Any) -> None:
-        self.line, self.kind = line, kind
+    def __init__(self, line: _Line, kind: Any, choosing: Choosing) -> None:
+        self.line, self.kind, self.choosing = line, kind, choosing
 
     def __next__(self) -> Job:
         line = self.line
         with line.changed:
-            while line.waiting and line.waiting[0].kind == self.kind:
+            while line.waiting and self._may_come(line.waiting[0]):
                 request = line.waiting.popleft()
                 # Tried again, it runs already.
                 if request.future.running() or request.future.set_running_or_notify_cancel():
@@ -409,3 +427,6 @@ class _Next(Iterator[Job]):
                     line.inside[job.number] = request
                     return job
         raise StopIteration
+
+    def _may_come(self, request: _Request) -> bool:
+        return request.kind == self.kind and self.choosing.united(request.choosing) == self.choosing

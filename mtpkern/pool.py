@@ -78,7 +78,7 @@ def decoder_for(
 
     def begin(decoder: Decoder) -> None:
         decoder.by_load = by_load
-        decoder.restart(strategy, stop_ids, max_new_tokens)
+        decoder.restart(strategy, stop_ids, max_new_tokens, options["choosing"])
         prefill(decoder)
 
     if not use_graph:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtpkern.choosing import Choosing
 from mtpkern.decoder import Decoder
 from mtpkern.kernels.advance import advance
 from mtpkern.kernels.state import LIMIT, RUNNING, Rows, Sequences, Terms
@@ -34,7 +35,7 @@ class Job:
 
     watch: who sees this one's tokens, and is asked whether it goes on; an error there is this one's alone. closed ends
     it behind the next pass. drawn_by: the number that its draws follow, where that is not its own: two jobs may share
-    one.
+    one. choosing: what it asks for itself, of which the run's has all there is; None: its argmax.
     """
 
     number: int
@@ -44,6 +45,7 @@ class Job:
     watch: Watch | None = field(default=None, compare=False)
     closed: Event | None = field(default=None, compare=False)
     drawn_by: int | None = None
+    choosing: Choosing | None = field(default=None, compare=False)
 
     @property
     def tokens(self) -> int:
@@ -162,7 +164,8 @@ def _begin(decoder: Decoder, newcomers: Sequence[Newcomer], columns: Tensor, seq
     sequences.pending.index_fill_(0, seq, 1)
     sequences.status.index_fill_(0, seq, RUNNING)
     if decoder.choice is not None:
-        decoder.choice.enter(seq, length, draws)
+        own = [decoder.choice.choosing.numbers(x.job.choosing) for x in newcomers]
+        decoder.choice.enter(seq, length, draws, _on(decoder.device, np.array(own, dtype=np.float32)))
 
 
 def _on(device: torch.device, x: np.ndarray) -> Tensor:

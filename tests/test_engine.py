@@ -11,26 +11,11 @@ from torch import Tensor
 
 import mtpkern
 from mtpkern import ConfAdapt, Engine, Verified
-from mtpkern.decoder import Decoder
 from mtpkern.strategies import Strategy
 from support.batches import STOP, STRATEGIES, alone, mixed_prompts
 from support.engines import LONG, free, held, result
 from support.recording import RecordedStep, kept
 from support.slow import slow_but
-
-
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many sequences run in each pass."""
-    seen: list[int] = []
-    step = Decoder.step
-
-    def counted(self: Any, route: Any) -> Any:
-        seen.append(int((self.sequences.status == 0).sum()))
-        return step(self, route)
-
-    monkeypatch.setattr(Decoder, "step", counted)
-    return seen
 
 
 @pytest.mark.parametrize("late", [False, True])

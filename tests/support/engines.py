@@ -12,6 +12,7 @@ from torch import Tensor
 import mtpkern
 from mtpkern import Engine, Verified
 from mtpkern.batching import BatchOutput
+from mtpkern.decoder import Decoder
 
 LONG = 40
 
@@ -61,3 +62,17 @@ def engine(model: Any) -> Iterator[Engine]:
     """One of three slots."""
     with Engine(model, batch_size=3, max_length=64, strategy=Verified(3, threshold=0.2)) as engine:
         yield engine
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many sequences run in each pass."""
+    seen: list[int] = []
+    step = Decoder.step
+
+    def counted(self: Any, route: Any) -> Any:
+        seen.append(int((self.sequences.status == 0).sum()))
+        return step(self, route)
+
+    monkeypatch.setattr(Decoder, "step", counted)
+    return seen

@@ -1,0 +1,67 @@
+"""Texts: what a logits processor sees of the packed rows of a pass, and what a processor is here.
+
+transformers calls a processor with the text so far and the scores of its next token. A pass has rows of several texts
+of different length, among them drafts: the text of a row is what stands up to the row's own token, that included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts of R rows; `end` tokens of `tokens[seq]` are known of each.
+
+    tokens [B, C + 1]; seq, end [R]; length [R]: of the text as transformers has it, with the padding in front and the
+    row's own token; new [R]: tokens behind the prompt in it, negative for rows of no text; known [R]: whether `end` is
+    all of it, which it is not behind masks. prompts [B, T]: as given, padded on the left; None where each sequence is
+    laid out as it is alone, without padding.
+    """
+
+    tokens: Tensor
+    seq: Tensor
+    end: Tensor
+    length: Tensor
+    new: Tensor
+    known: Tensor
+    prompts: Tensor | None
+
+    def last(self, n: int) -> Tensor:
+        """The last n known tokens of each row [R, n]; -1 in front of a text."""
+        o = self.end[:, None] - n + torch.arange(n, device=self.end.device)
+        return torch.where(o < 0, -1, self.tokens[self.seq[:, None], o.clamp(min=0)])
+
+    def of(self, rows: Tensor) -> Texts:
+        """Those of some rows [R], true or false, in their order."""
+        each = (x[rows] for x in (self.seq, self.end, self.length, self.new, self.known))
+        return Texts(self.tokens, *each, self.prompts)
+
+
+# Of scores [R, V], texts of R rows and each row's number [R] (mtpkern.settings) the scores that come of them.
+Apply = Callable[[Tensor, Texts, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What is asked of the scores; `on` makes an `Apply` of it for a device and a vocabulary."""
+
+    # Whether it looks at the tokens of the text, and whether it has to be called row by row.
+    reads_text: ClassVar[bool] = False
+    by_row: ClassVar[bool] = False
+
+    def on(self, device: torch.device, vocabulary: int) -> Apply:
+        """The function, made before any step is captured: itself, where there is nothing to make."""
+        return self  # type: ignore[return-value]
+
+
+def among(tokens: Tensor, where: Tensor, scores: Tensor) -> Tensor:
+    """Which of the vocabulary [R, V] are among each row's tokens [R, n], of which those count that are true there."""
+    R, V = scores.shape
+    found = scores.new_zeros(R, V + 1, dtype=torch.bool)
+    return found.scatter_(1, torch.where(where, tokens.clamp(max=V), V), True)[:, :V]

@@ -1,0 +1,104 @@
+"""Requests that sample, each as it likes, share passes with greedy ones, and draw what they draw alone."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+import mtpkern
+from mtpkern import ConfAdapt, Engine, Static, Verified, settings
+from mtpkern.strategies import Strategy
+from support.engines import free, held, result
+from support.recording import RecordedStep, kept
+
+EXACT = Verified(3, threshold=0.1)
+OTHER: dict[str, Any] = {"temperature": 0.4, "top_k": 5}
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"repetition_penalty": 1.6},
+    {"do_sample": True},
+    {"do_sample": True, "temperature": 1.7, "top_k": 0},
+    {"do_sample": True, "temperature": 0.6, "top_p": 0.8},
+    {"do_sample": True, "top_k": 3, "min_p": 0.05},
+    {"do_sample": True, "top_k": 70, "repetition_penalty": 0.7},
+]
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("strategy", [EXACT, ConfAdapt(3, threshold=0.3), Static(2)], ids=repr)
+def test_each_gets_what_it_gets_alone(
+    model: Any, strategy: Strategy, late: bool, request: pytest.FixtureRequest
+) -> None:
+    rng = random.Random(5)
+    asked = [([rng.randrange(1, 14) for _ in range(rng.randrange(1, 9))], rng.choice(SETTINGS)) for _ in range(24)]
+    expected = []
+    for seed, (prompt, options) in enumerate(asked):
+        torch.manual_seed(seed)
+        expected.append(free(model, prompt, 12, strategy=strategy, **options))
+    if late:
+        request.getfixturevalue("lagging")
+    futures = []
+    with Engine(model, batch_size=4, max_length=64, strategy=strategy) as engine:
+        for seed, (prompt, options) in enumerate(asked):
+            torch.manual_seed(seed)
+            futures.append(engine.submit(prompt, max_new_tokens=12, eos_token_id=None, **options))
+        assert [result(future).tokens for future in futures] == expected
+
+
+def test_they_share_passes_with_who_runs(model: Any, passes: list[int]) -> None:
+    with Engine(model, batch_size=4, max_length=64, strategy=EXACT) as engine:
+        streamer, first = held(engine, do_sample=True, temperature=1.3, top_p=0.9)
+        options: list[dict[str, Any]] = [{}, {"do_sample": True}, {"do_sample": True, "temperature": 0.2}]
+        others = [engine.submit([1, 2], max_new_tokens=9, eos_token_id=None, **more) for more in options]
+        streamer.go.set()
+        for future in (*others, first):
+            result(future)
+    assert max(passes) == 4
+    assert passes.count(4) >= 3
+
+
+def test_those_in_line_share_the_next_run(engine: Engine, passes: list[int]) -> None:
+    streamer, first = held(engine)  # a greedy one, so that nobody who samples comes in
+    options: list[dict[str, Any]] = [{"repetition_penalty": 1.4}, {"do_sample": True}, {"do_sample": True, **OTHER}]
+    others = [engine.submit([1, 2], max_new_tokens=9, eos_token_id=None, **more) for more in options]
+    streamer.go.set()
+    result(first)
+    alone = len(passes)
+    for future in others:
+        result(future)
+    assert set(passes[:alone]) == {1}
+    assert passes[alone:].count(3) >= 3
+
+
+def test_who_asks_for_more_than_settings_has_a_run_of_its_own(engine: Engine, model: Any, passes: list[int]) -> None:
+    expected = [free(model, [1, 2], 6), free(model, [1, 2], 6, suppress_tokens=[3, 9])]
+    passes.clear()
+    streamer, first = held(engine)
+    options: list[dict[str, Any]] = [{"suppress_tokens": [3, 9]}, {"suppress_tokens": [3, 9]}, {}]
+    others = [engine.submit([1, 2], max_new_tokens=6, eos_token_id=None, **more) for more in options]
+    streamer.go.set()
+    result(first)
+    found = [result(future).tokens for future in others]
+    assert found == [expected[1], expected[1], expected[0]]
+    assert max(passes) == 2
+
+
+def test_one_capture_serves_all_numbers(
+    recorded: type[RecordedStep], model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "may_look", lambda x: False)
+    each = [{"temperature": t, "top_p": p} for t, p in ((0.5, 0.9), (1.5, 0.4), (1.0001, 0.999))]
+    given = {"input_ids": torch.tensor([[4, 5, 6]]), "max_new_tokens": 12, "strategy": EXACT, "eos_token_id": None}
+    expected = []
+    for asked in each:
+        torch.manual_seed(3)
+        expected.append(mtpkern.generate(model, **given, do_sample=True, use_graph=False, **asked))
+    assert not expected[0].equal(expected[1])
+    mtpkern.release_graphs()
+    recorded.captures = 0
+    for asked, tokens in zip(each, expected):
+        torch.manual_seed(3)
+        assert mtpkern.generate(model, **given, do_sample=True, **asked).equal(tokens)
+    assert recorded.captures == 1
+    assert len(kept(model)) == 1

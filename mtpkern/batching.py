@@ -81,6 +81,7 @@ def generate_batch(
     reuse: the keys of tokens that a slot holds already are not made again: a prompt that begins like another is
         prefilled only from there on. Not with latent attention, whose caches hold something else.
     first: the number of the first prompt, where a call goes on behind others: what is drawn follows the number.
+    seed: of the draws, in place of torch's own, and the same as `torch.manual_seed(seed)` before the call.
     progress: called with the number of prompts that are done.
 
     Sampling (do_sample=True, temperature, top_k and the others), penalties and other logits processors, stop_strings,
@@ -89,7 +90,7 @@ def generate_batch(
     alone: criteria get it as [1, t]. Criteria and processors must be functions of the text. What the model's own file
     asks for and greedy decoding leaves out is said in a warning. Without max_new_tokens the limit is that of the file.
 
-    The draws of a prompt hang on torch's seed and the prompt's number alone: what else is in the batch, batch_size and
+    The draws of a prompt hang on the seed and the prompt's number alone: what else is in the batch, batch_size and
     order change nothing, and `mtpkern.generate` on the padded prompts draws the same behind the same seed.
 
     Each prompt gets the tokens that it would get alone (the model's matrix products may round otherwise for other
@@ -146,6 +147,7 @@ class Batch:
         order: str = "longest",
         reuse: bool = True,
         first: int = 0,
+        seed: int | None = None,
         **kwargs: Any,
     ) -> None:
         adopt(model)
@@ -166,6 +168,7 @@ class Batch:
         given = list(prompts)
         self.first = whole_number("first", first, least=0)
         self.batch_size = whole_number("batch_size", batch_size, least=1)
+        seed = None if seed is None else _seed_of(seed)
         self.tokenizer, self.order = tokenizer, order
         # When the host learns of an end is up to each rank: what a slot holds then may decide nothing.
         self.reuse = reuse and not has_latent_attention(model) and not is_parallel(model)
@@ -177,7 +180,8 @@ class Batch:
         self.choosing, self.key = choosing, None
         if choosing is not None and choosing.samples:
             # Once for the call, so that a run that begins anew draws the same.
-            self.key = torch.empty(1, dtype=torch.int64, device=model.device).random_()
+            source = None if seed is None else torch.Generator(model.device).manual_seed(seed)
+            self.key = torch.empty(1, dtype=torch.int64, device=model.device).random_(generator=source)
             agree(model, self.key)
         self.jobs = self._jobs(ids, new)
 
@@ -355,6 +359,14 @@ def _announce(slots: int, error: Exception) -> None:
         RuntimeWarning,
         stacklevel=2,
     )
+
+
+def _seed_of(seed: Any) -> int:
+    """What torch takes for a seed."""
+    number = whole_number("seed", seed)
+    if not -(1 << 63) <= number < 1 << 64:
+        raise ValueError(f"seed must have 64 bits, as torch's seeds have, got {number}")
+    return number
 
 
 def _limits(max_new_tokens: Any, prompts: int) -> list[int] | None:

@@ -100,7 +100,7 @@ class Engine:
     def submit(self, prompt: Prompt, *, streamer: Any = None, **kwargs: Any) -> Future[BatchOutput]:
         """Ask for one prompt's tokens, a text or token ids [T]; returns at once.
 
-        kwargs: what `generate_batch` honours: max_new_tokens, do_sample and its settings, stop_strings,
+        kwargs: what `generate_batch` honours: max_new_tokens, do_sample and its settings, seed, stop_strings,
         stopping_criteria, eos_token_id, generation_config, and a tokenizer in the place of the engine's.
         streamer: as of `generate`, called in the engine's thread. An exception that it raises, or one of the criteria,
             ends this request alone and is what the future raises.
@@ -123,7 +123,8 @@ class Engine:
     ) -> Tensor:
         """`mtpkern.generate` in passes that others share: left-padded prompts [B, T] to [B, T + new] token ids.
 
-        Each prompt is a request; returns when all have ended. Ctrl-C in the waiting thread ends them.
+        Each prompt is a request; returns when all have ended. Ctrl-C in the waiting thread ends them. seed: as of
+        `submit`, where torch's own is not this call's alone.
         Refused, besides what `submit` refuses: return_dict_in_generate, and a streamer with more than one prompt.
 
             output = engine.generate(**tokenizer("Two and two is", return_tensors="pt"), max_new_tokens=64)

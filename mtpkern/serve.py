@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar, copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -28,8 +29,14 @@ if TYPE_CHECKING:
     from mtpkern.engine import Engine
 
 
+# What a client asks its draws to follow; each request is read in a context of its own.
+_seed: ContextVar[int | None] = ContextVar("_seed", default=None)
+
+
 class Waiting:
     """In the place of transformers' `InferenceThread`: calls run in threads of their own, where they wait for engine.
+
+    Each runs in a copy of the context that it comes from.
 
     waiting = Waiting(8)
     waiting.submit(print, "served").result()
@@ -40,11 +47,11 @@ class Waiting:
 
     def submit(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
         """Run call(*args, **kwargs)."""
-        return self._pool.submit(call, *args, **kwargs)
+        return self._pool.submit(copy_context().run, call, *args, **kwargs)
 
     def async_submit(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> asyncio.Future[Any]:
         """The same, to be awaited."""
-        return asyncio.wrap_future(self._pool.submit(call, *args, **kwargs))
+        return asyncio.wrap_future(self.submit(call, *args, **kwargs))
 
 
 @contextmanager
@@ -63,6 +70,10 @@ def serving(
     from transformers.cli.serving.model_manager import ModelManager
 
     model = engine.model
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        return engine.generate(*args, **kwargs, seed=_seed.get())
+
     loaded: dict[str, Callable[..., Any]] = {
         "_load_model": lambda *_, **__: model,
         "_load_processor": lambda *_, **__: tokenizer,
@@ -72,7 +83,8 @@ def serving(
             stack.enter_context(patch.object(ModelManager, method, ours))
         threads = partial(Waiting, LOOK_AHEAD * engine.batch_size)
         stack.enter_context(patch.object(utils, "InferenceThread", threads))
-        stack.enter_context(patch.dict(vars(model), generate=engine.generate))
+        stack.enter_context(patch.object(utils, "set_torch_seed", _seed.set))
+        stack.enter_context(patch.dict(vars(model), generate=generate))
         served = Serve(force_model=name, non_blocking=background, **options)
         try:
             yield served

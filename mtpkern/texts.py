@@ -7,7 +7,7 @@ of different length, among them drafts: the text of a row is what stands up to t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -39,8 +39,8 @@ class Texts:
 
     def of(self, rows: Tensor) -> Texts:
         """Those of some rows [R], true or false, in their order."""
-        each = (x[rows] for x in (self.seq, self.end, self.length, self.new, self.known))
-        return Texts(self.tokens, *each, self.prompts)
+        of_rows = {name: getattr(self, name)[rows] for name in ("seq", "end", "length", "new", "known")}
+        return replace(self, **of_rows)
 
 
 # Of scores [R, V], texts of R rows and each row's number [R] (mtpkern.settings) the scores that come of them.

@@ -41,8 +41,7 @@ def test_each_gets_what_it_gets_alone(
     futures = []
     with Engine(model, batch_size=4, max_length=64, strategy=strategy) as engine:
         for seed, (prompt, options) in enumerate(asked):
-            torch.manual_seed(seed)
-            futures.append(engine.submit(prompt, max_new_tokens=12, eos_token_id=None, **options))
+            futures.append(engine.submit(prompt, max_new_tokens=12, eos_token_id=None, seed=seed, **options))
         assert [result(future).tokens for future in futures] == expected
 
 
@@ -63,10 +62,9 @@ def test_those_in_line_share_the_next_run(engine: Engine, passes: list[int]) -> 
     options: list[dict[str, Any]] = [{"repetition_penalty": 1.4}, {"do_sample": True}, {"do_sample": True, **OTHER}]
     others = [engine.submit([1, 2], max_new_tokens=9, eos_token_id=None, **more) for more in options]
     streamer.go.set()
-    result(first)
-    alone = len(passes)
-    for future in others:
+    for future in (first, *others):
         result(future)
+    alone = passes.index(3)
     assert set(passes[:alone]) == {1}
     assert passes[alone:].count(3) >= 3
 
@@ -102,3 +100,22 @@ def test_one_capture_serves_all_numbers(
         assert mtpkern.generate(model, **given, do_sample=True, **asked).equal(tokens)
     assert recorded.captures == 1
     assert len(kept(model)) == 1
+
+
+def test_a_seed_of_ones_own_is_torchs(model: Any) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": True, "temperature": 1.4, "eos_token_id": None}
+    with Engine(model, batch_size=2, max_length=64, strategy=EXACT) as engine:
+        for seed in (0, -5, 2**64 - 1):
+            torch.manual_seed(seed)
+            expected = free(model, [3, 4], 12, strategy=EXACT, **options)
+            torch.manual_seed(7)
+            state = torch.get_rng_state()
+            assert result(engine.submit([3, 4], seed=seed, **options)).tokens == expected
+            ids = torch.tensor([[3, 4]])
+            assert engine.generate(ids, seed=seed, **options)[0, 2:].tolist() == expected
+            (alone,) = mtpkern.generate_batch(model, [[3, 4]], seed=seed, strategy=EXACT, **options)
+            assert alone.tokens == expected
+            assert torch.equal(torch.get_rng_state(), state)
+        for wrong, error in ((2**64, ValueError), ("a", TypeError), (1.5, ValueError)):
+            with pytest.raises(error, match="seed must"):
+                engine.submit([3, 4], seed=wrong, **options)

@@ -65,6 +65,8 @@ def server(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
         end = time.monotonic() + 60
         while not served.server.started and time.monotonic() < end:
             time.sleep(0.02)
+        # The first call looks at the model before it decodes.
+        client.completions.create(model=str(folder), prompt=PROMPT, max_tokens=2, temperature=0)
         facts = {"tokenizer": tokenizer, "model": loaded.model, "shares": request.param == "mtpkern"}
         yield SimpleNamespace(client=client, name=str(folder), passes=passes, **facts)
         client.close()
@@ -155,6 +157,32 @@ def test_clients_at_once_get_what_each_gets_alone(server: SimpleNamespace, expec
         passes.append(len(server.passes))
     # Of ours four take hardly more passes than one; transformers' has them in line.
     assert (passes[1] < 3 * passes[0]) == server.shares, passes
+
+
+def test_clients_at_once_draw_what_each_draws_alone(server: SimpleNamespace) -> None:
+    """Each at a temperature of its own, and in passes that they share."""
+    if not server.shares:
+        pytest.skip("transformers' server has one seed")
+    import openai
+
+    asked = [(seed, temperature) for seed in (1, 2, 3) for temperature in (0.9, 2.0, 3.5)]
+
+    async def ask(several: list[tuple[int, float]]) -> list[str]:
+        async with openai.AsyncOpenAI(base_url=str(server.client.base_url), api_key="none", timeout=60) as client:
+            options = {"model": server.name, "prompt": PROMPT, "max_tokens": 40}
+            sampled = {"generation_config": '{"do_sample": true}'}
+            calls = (
+                client.completions.create(**options, seed=seed, temperature=temperature, extra_body=sampled)
+                for seed, temperature in several
+            )
+            return [answer.choices[0].text for answer in await asyncio.gather(*calls)]
+
+    alone = [asyncio.run(ask([one]))[0] for one in asked]
+    assert len(set(alone)) > 3
+    server.passes.clear()
+    for _ in range(3):
+        assert asyncio.run(ask(asked)) == alone
+    assert len(server.passes) < 3 * 40 * len(asked) / 2
 
 
 @pytest.mark.parametrize("stream", [False, True])

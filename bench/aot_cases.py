@@ -17,6 +17,7 @@ from mtpkern.kernels.decode_attention import decode_attention_triton
 from mtpkern.kernels.distill import distill_loss, head_readout
 from mtpkern.kernels.gated_lora import gated_expand_triton, gated_lora_triton
 from mtpkern.kernels.head import Head
+from mtpkern.kernels.keep_top import keep_top_k_triton, keep_top_p_triton
 from mtpkern.kernels.kv_write import kv_write_triton
 from mtpkern.kernels.linear import few_rows_linear_triton, new_counters
 from mtpkern.kernels.packed_rows import PackedRows
@@ -63,6 +64,12 @@ def sample_case(dtype: torch.dtype, V: int) -> None:
     """A token each of two rows."""
     place = torch.zeros(2, dtype=torch.int64)
     sample_triton(torch.empty(2, V, dtype=dtype), place[:1], place, place, torch.zeros(1).expand(2), V - 1)
+
+
+def keep_top_case(dtype: torch.dtype, V: int) -> None:
+    """Top-k and top-p of two rows."""
+    for op in (keep_top_k_triton, keep_top_p_triton):
+        op(torch.empty(2, V, dtype=dtype), torch.zeros(2))
 
 
 def kv_write_case(dtype: torch.dtype, D: int) -> None:
@@ -173,6 +180,7 @@ CASES: dict[str, Callable[[], object]] = {
         for name, dtype in _DTYPES.items()
         for V in _VOCABULARIES
     },
+    **{f"keep_top fp32 V{V}": partial(keep_top_case, fp32, V) for V in _VOCABULARIES},
     **{f"gated_lora {name} r32": partial(_adapter, dtype, dtype, 32) for name, dtype in _DTYPES.items()},
     "gated_lora bf16, adapter fp32": partial(_adapter, bf16, fp32, 32),
     "gated_lora bf16 r12, odd widths": partial(_adapter, bf16, bf16, 12, 15, 2561, (1001, 7)),

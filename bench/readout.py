@@ -1,4 +1,4 @@
-"""Readout and advance: what a pass spends between the model's logits and the next pass's rows.
+"""Readout, top-k, top-p and advance: what a pass spends between the model's logits and the next pass's rows.
 
 The Triton forms against the same in separate torch operations, each in a captured graph.
 """
@@ -14,6 +14,7 @@ from torch import Tensor
 from mtpkern.bench.report import Goal, Table, cells, program
 from mtpkern.bench.timing import Spread, copies, drawn, free, launches, peak, race
 from mtpkern.kernels.advance import advance
+from mtpkern.kernels.keep_top import keep_top_k, keep_top_p
 from mtpkern.kernels.readout import readout
 from mtpkern.kernels.state import Rows, Sequences, Terms
 
@@ -78,10 +79,11 @@ BATCHES = (1, 4, 16, 64, 256, 1024)
 
 
 def measure(device: torch.device, quick: bool) -> Iterator[Table]:
-    """Readout over row counts; with advance, as a pass calls them; advance over batches. A row at a time."""
+    """Readout and top-k with top-p over row counts; readout and advance as a pass calls them. A row at a time."""
     cpu = device.type == "cpu"
     vocabulary = 1000 if cpu else V
     yield from _readout_tables(device, vocabulary, (1, 3) if cpu else (16, 128) if quick else ROWS)
+    yield from _keep_top_tables(device, vocabulary, (1, 3) if cpu else (16, 128) if quick else ROWS)
     note = f"V = {vocabulary}, k = {K}, bf16; µs in a graph, logits read from memory."
     both = (1, 2) if cpu else (1,) if quick else (1, 2, 4, 16, 32)
     goals: list[Goal] = []
@@ -116,6 +118,34 @@ def _readout_tables(device: torch.device, vocabulary: int, grid: tuple[int, ...]
         row = (str(R), *cells(times, WAYS), f"{floor:.1f}", f"{share:.0%}", _ratio(times))
         table = table.plus(row, {"rows": R, "us": times, "floor_us": floor}, *([goals[R]] if R in goals else []))
         yield table
+
+
+def _keep_top_tables(device: torch.device, vocabulary: int, grid: tuple[int, ...]) -> Iterator[Table]:
+    note = (
+        f"V = {vocabulary}, float32 scores, k = 50, then p = 0.9; µs in a graph, scores read from memory, median "
+        f"(least–greatest). Torch operations sort. Floor: reading and writing them for "
+        f"top-k, top-p and what bounds them below for a comparison; {peak(device).source}."
+    )
+    table = Table("Top-k and top-p", note, ("rows", *WAYS, "floor", "ratio"))
+    for R in grid:
+        times = _keep_top_times(R, vocabulary, device)
+        free(device)
+        floor = peak(device).floor(bytes=6 * 4 * R * vocabulary)
+        row = (str(R), *cells(times, WAYS), f"{floor:.1f}", _ratio(times))
+        table = table.plus(row, {"rows": R, "us": times, "floor_us": floor})
+        yield table
+
+
+def _keep_top_times(R: int, vocabulary: int, device: torch.device) -> dict[str, Spread]:
+    scores = _random_logits(R, vocabulary, device, torch.float32)
+    n, k, rest = len(scores), torch.full((R,), 50.0, device=device), torch.full((R,), 0.1, device=device)
+    by_k, by_p = keep_top_k.reference, keep_top_p.reference
+    # What is compared is to be finite.
+    actions: dict[str, Callable[[int], Tensor]] = {
+        OURS: lambda i: keep_top_p(keep_top_k(scores[i % n], k), rest).clamp_(min=-99.0),
+        TORCH: lambda i: by_p(by_k(scores[i % n], k), rest).clamp_(min=-99.0),
+    }
+    return race(actions, {}, device, calls=n)[0]
 
 
 def _readout_times(R: int, vocabulary: int, device: torch.device) -> dict[str, Spread]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.generation import logits_process as theirs
 
-from mtpkern.settings import FEW, MinP, RepetitionPenalty, Setting, Temperature, TopK, TopP
+from mtpkern.settings import MinP, RepetitionPenalty, Setting, Temperature, TopK, TopP
 from mtpkern.texts import Apply, Processor, Texts, among
 
 # What looks at the scores alone: called as it is, on all rows at once.
@@ -207,7 +207,7 @@ def _setting(processor: Any) -> Setting | None:
     if processor.filter_value != -math.inf:
         return None
     if kind is theirs.TopKLogitsWarper:
-        return TopK(processor.top_k, few=processor.top_k <= FEW)
+        return TopK(processor.top_k)
     if processor.min_tokens_to_keep > 1:
         return None
     return TopP(1 - processor.top_p) if kind is theirs.TopPLogitsWarper else MinP(processor.min_p)

@@ -4,7 +4,8 @@ The number is a tensor beside the pass, and no part of what a captured step has 
 temperature, and a sequence that asks for none has the number that changes nothing. So requests with different settings
 share passes, and `united` says which list of processors does for two of them.
 
-What they make of the scores is what transformers' do, bit by bit on a CPU.
+What they make of the scores is what transformers' do, bit by bit on a CPU; on a GPU nothing is sorted for top-k and
+top-p (kernels/keep_top.py).
 """
 
 from __future__ import annotations
@@ -17,10 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtpkern.kernels.keep_top import keep_top_k, keep_top_p
 from mtpkern.texts import Processor, Texts, among
-
-# Up to so many a row's largest scores are found without sorting the others.
-FEW = 64
 
 
 def may_look(x: Tensor) -> bool:
@@ -80,17 +79,17 @@ class Temperature(Setting):
 
 @dataclass(frozen=True)
 class TopK(Setting):
-    """So many of the largest scores stay, and those equal to the last of them; few: never more than `FEW`."""
+    """So many of the largest scores stay, and those equal to the last of them."""
 
-    few: bool
     neutral: ClassVar[float] = 0.0
 
     def apply(self, scores: Tensor, texts: Texts, number: Tensor) -> Tensor:
-        """The last that stays is looked up in the largest, in their order."""
-        V = scores.shape[1]
-        largest = scores.topk(min(FEW, V) if self.few else V).values
-        last = largest.gather(1, number.long().sub_(1).clamp_(0, largest.shape[1] - 1))
-        return scores.masked_fill(scores < last.where(number > 0, -torch.inf), -torch.inf)
+        """By the op; where the host may look at the numbers, the last that stays is looked up in the largest."""
+        if not may_look(scores):
+            return keep_top_k(scores, number[:, 0])
+        k = number.long().clamp_(max=scores.shape[1])
+        last = scores.topk(int(k.max())).values.gather(1, k.sub(1).clamp_(min=0))
+        return scores.masked_fill(scores < last.where(k > 0, -torch.inf), -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -103,37 +102,29 @@ class TopP(Setting):
     neutral: ClassVar[float] = -1.0
 
     def apply(self, scores: Tensor, texts: Texts, number: Tensor) -> Tensor:
-        """Sorted with their places, or on a CPU, where that takes ten times as long, without."""
-        return (keep_top_p if may_look(scores) else keep_top_p_sorted)(scores, number)
+        """By the op, or on a CPU in less of its time."""
+        return (top_p_of_values if may_look(scores) else keep_top_p)(scores, number[:, 0])
 
 
-def keep_top_p_sorted(scores: Tensor, rest: Tensor) -> Tensor:
-    """Top-p of scores [R, V] where the tokens removed have at most rest [R, 1] of the probability."""
-    ordered, place = scores.sort()  # as transformers does, so that the same of equal ones stay
-    removed = ordered.softmax(-1).cumsum(-1) <= rest
-    removed[:, -1:] = False
-    return scores.masked_fill(removed.scatter(1, place, removed), -torch.inf)
-
-
-def keep_top_p(scores: Tensor, rest: Tensor) -> Tensor:
-    """The same, bit by bit, in a tenth of the time on a CPU.
+def top_p_of_values(scores: Tensor, rest: Tensor) -> Tensor:
+    """`keep_top_p` of scores [R, V] by rest [R], bit by bit, in a tenth of the time on a CPU.
 
     Its time goes to the places of a sorted vocabulary, and only the score at the cut is needed, so that values are
     sorted alone: the same values in the same order, and the same sums of them. Where several tokens have the score at
     the cut and only some of them stay, which ones is up to the order of the places: those rows are sorted whole.
 
-        keep_top_p(torch.randn(4, 50_000), torch.full((4, 1), 0.1))
+        top_p_of_values(torch.randn(4, 50_000), torch.full((4,), 0.1))
     """
     ordered = torch.from_numpy(np.sort(scores.numpy(), axis=1))
     # How many tokens are removed: those up to which the sum is at most the rest.
-    cut = torch.searchsorted(ordered.softmax(-1).cumsum(-1), rest.to(scores.dtype).contiguous(), right=True)
+    cut = torch.searchsorted(ordered.softmax(-1).cumsum(-1), rest[:, None].to(scores.dtype), right=True)
     cut.clamp_(max=max(0, scores.shape[1] - 1))
     least = ordered.gather(1, cut)
     kept = scores.masked_fill(scores < least, -torch.inf)
     tied = (cut > 0) & (ordered.gather(1, (cut - 1).clamp_(min=0)) == least)
     if tied.any():
         rows = tied[:, 0]
-        kept[rows] = keep_top_p_sorted(scores[rows], rest[rows])
+        kept[rows] = keep_top_p(scores[rows], rest[rows])
     return kept
 
 

@@ -3,7 +3,8 @@
 `python -m mtpkern.bench.engine` has as many clients as it says, each in a thread of its own, ask for one problem after
 the other: of `mtpkern.Engine`, and of `mtpkern.generate` and Hugging Face's `generate` in one thread, as a server's
 that takes them in line. A thread that waits keeps no processors (`mtpkern.openmp`), whatever the way.
-The ways run in turns, in each round with fresh problems; answers are compared with those of one that is alone.
+The ways run in turns, in each round with fresh problems; answers are compared with those of one that is alone. Once
+all requests are greedy, and once every second one samples, at a temperature and a top-p that no other has.
 """
 
 from __future__ import annotations
@@ -29,7 +30,14 @@ from mtpkern.generation import generate
 from mtpkern.openmp import lend_processors
 
 CLIENTS = (1, 4, 16)
-HEADER = ("clients", "requests/s, in line", "requests/s, sharing", "sharing over in line", "over HF generate in line")
+HEADER = (
+    "clients",
+    "asked for",
+    "requests/s, in line",
+    "requests/s, sharing",
+    "sharing over in line",
+    "over HF generate in line",
+)
 
 
 def asked(ask: Callable[[int], Any], requests: int, clients: int) -> float:
@@ -58,6 +66,13 @@ def _answered(server: ThreadPoolExecutor, ask: Callable[[int], Any], i: int) -> 
     return server.submit(ask, i).result()
 
 
+def settings_of(i: int, mixed: bool) -> dict[str, Any]:
+    """What the i-th request asks for: of mixed ones every second samples in a way of its own."""
+    if not (mixed and i % 2):
+        return {}
+    return {"do_sample": True, "temperature": 0.5 + 0.01 * i, "top_p": 0.95 - 0.01 * i}
+
+
 def by_clients(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -72,25 +87,29 @@ def by_clients(
         f"brackets; threads: {torch.get_num_threads()}"
     )
     table = Table("Requests at once", note, HEADER)
-    options: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS}
-    for n in clients:
+    for n, mixed in ((n, mixed) for n in clients for mixed in (False, True)):
         found: dict[str, list[float]] = {"line": [], "sharing": [], "hf": []}
         with Engine(model, batch_size=n) as engine:
             for i in range(rounds + 1):
                 first = i * per_round % max(1, len(prompts) - per_round + 1)
                 inputs = [tokenizer(text, return_tensors="pt").to(model.device) for text in prompts[first:][:per_round]]
 
-                def in_line(i: int, inputs: Sequence[Any] = inputs) -> Any:
-                    return generate(model, **inputs[i], **options)
+                asks = [
+                    {**ids, "max_new_tokens": MAX_NEW_TOKENS, **settings_of(j, mixed)} for j, ids in enumerate(inputs)
+                ]
 
-                def theirs(i: int, inputs: Sequence[Any] = inputs) -> Any:
-                    return GenerationMixin.generate(model, **inputs[i], do_sample=False, **options)
+                def in_line(j: int, asks: Sequence[Any] = asks) -> Any:
+                    return generate(model, **asks[j])
 
-                def sharing(i: int, inputs: Sequence[Any] = inputs) -> Any:
-                    return engine.generate(**inputs[i], **options)
+                def theirs(j: int, asks: Sequence[Any] = asks) -> Any:
+                    return GenerationMixin.generate(model, **{"do_sample": False, **asks[j]})
+
+                def sharing(j: int, asks: Sequence[Any] = asks) -> Any:
+                    return engine.generate(**asks[j], seed=j)
 
                 if not i:  # to be warm, and to be right
                     for j in range(len(inputs)):
+                        torch.manual_seed(j)
                         if not torch.equal(in_line(j), sharing(j)):
                             raise AssertionError(f"problem {first + j}: an engine's answer is another")
                 lend_processors(model.device)
@@ -101,8 +120,16 @@ def by_clients(
                         found[name].append(len(inputs) / seconds)
         ratios = {name: Spread.of([a / b for a, b in zip(found["sharing"], found[name])]) for name in ("line", "hf")}
         rates = {name: Spread.of(found[name]) for name in found}
-        row = (str(n), rates["line"].text(1), rates["sharing"].text(1), ratios["line"].text(), ratios["hf"].text())
-        table = table.plus(row, {"clients": n, "requests_per_second": rates, "ratios": ratios})
+        asked_for = "greedy and sampled, each as it likes" if mixed else "greedy"
+        row = (
+            str(n),
+            asked_for,
+            rates["line"].text(1),
+            rates["sharing"].text(1),
+            ratios["line"].text(),
+            ratios["hf"].text(),
+        )
+        table = table.plus(row, {"clients": n, "mixed": mixed, "requests_per_second": rates, "ratios": ratios})
         yield table
 
 

@@ -117,7 +117,7 @@ def top_p_of_values(scores: Tensor, rest: Tensor) -> Tensor:
     """
     ordered = torch.from_numpy(np.sort(scores.numpy(), axis=1))
     # How many tokens are removed: those up to which the sum is at most the rest.
-    cut = torch.searchsorted(ordered.softmax(-1).cumsum(-1), rest[:, None].to(scores.dtype), right=True)
+    cut = torch.searchsorted(ordered.softmax(-1).cumsum(-1), rest[:, None].to(scores.dtype).contiguous(), right=True)
     cut.clamp_(max=max(0, scores.shape[1] - 1))
     least = ordered.gather(1, cut)
     kept = scores.masked_fill(scores < least, -torch.inf)

@@ -157,6 +157,9 @@ class Packed:
     def is_of(self, layers: Sequence[nn.Linear]) -> bool:
         """Whether it still holds what these layers do."""
         same = len(layers) == len(self.layers) and all(r() is layer for r, layer in zip(self.layers, layers))
+        # The look does not see columns of zeros go, nor rows from one layer to the next.
+        weights = [layer.weight for layer in layers]
+        same &= self.widths == [len(x) for x in weights] and self.weight.shape[1] == weights[0].shape[1]
         # Weights that have become wider hold the same values still.
         alike = same and self.dtype == _dtype_of_copies(layers[0].weight.dtype)
         return alike and torch.equal(self.seen, _look(layers))

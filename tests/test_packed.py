@@ -225,6 +225,28 @@ def test_sizes_are_those_of_the_weights(
     assert read
 
 
+def test_channels_of_zeros_may_go(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pruning leaves them, until somebody takes them out."""
+    model = tiny.model("llama")
+    mlp = model.model.layers[0].mlp
+    mlp.down_proj.weight.data[:, 24:] = 0
+    generate(tiny, model)
+    for layer in (mlp.gate_proj, mlp.up_proj):
+        layer.weight.data = layer.weight.data[:24].clone()
+    mlp.down_proj.weight.data = mlp.down_proj.weight.data[:, :24].clone()
+    assert torch.equal(generate(tiny, model), plain(monkeypatch, tiny, model))
+
+
+def test_rows_that_go_from_one_sibling_to_the_next_are_noticed() -> None:
+    layers = [nn.Linear(32, n, bias=False) for n in (24, 8)]
+    copied = packed.Packed.of(layers)
+    assert copied.is_of(layers)
+    both = torch.cat([layer.weight.data for layer in layers])
+    for layer, rows in zip(layers, both.split(16)):
+        layer.weight.data = rows.clone()
+    assert not copied.is_of(layers)
+
+
 def test_what_is_not_plain_stays_torchs(tiny: SimpleNamespace, read: list[torch.Size]) -> None:
     hooked, half = tiny.model("llama"), tiny.model("llama").to(torch.bfloat16)
     handles = [x.register_forward_hook(lambda *args: None) for x in hooked.modules() if isinstance(x, nn.Linear)]

@@ -11,7 +11,9 @@ layers' weights, and a look at each call whether they still are what was copied.
 
 That look is a product with one row that never changes, over all weights: it costs what one pass of one row does, and
 sees what no version of a tensor tells (a write to `weight.data`). The copies are kept with the model and go with it, or
-with `mtpkern.release_graphs`. Weights that somebody writes to while a call runs are taken up by the next one.
+with `mtpkern.release_graphs`. Weights that somebody writes to while a call runs are taken up by the next one. A call
+inside of somebody's mode of torch, which would see other operations, goes without, and so does one without oneDNN
+(`torch.backends.mkldnn.flags(enabled=False)`).
 
 Weights of 16 bits are copied as they are where the processor has products of 16 bits: up to twelve rows take 0.38 to
 0.58 of what torch takes for one there (bench/results/avx512/packed.md). Where it has none (AVX2 and nothing later, say)
@@ -35,6 +37,8 @@ from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from transformers import PreTrainedModel
 
 from mtpkern.kernels.form import has_products
@@ -65,12 +69,18 @@ def packs(model: PreTrainedModel, new_tokens: int) -> bool:
     """Whether a run of so many tokens, which is counted, may read packed weights."""
     if model.device.type != "cpu" or new_tokens < LEAST_OF_A_RUN or _dtype_of_copies(model.dtype) is None:
         return False
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.enabled or _in_a_mode():
         return False  # whose products are others
     if not (_is_widened(model.dtype) or _has_large_layers(model)):
         return False
     _asked[model] = _asked.get(model, 0) + new_tokens
     return _is_widened(model.dtype) or _asked[model] >= LEAST_TOKENS
+
+
+def _in_a_mode() -> bool:
+    """Whether somebody's mode of torch sees each operation, or makes another of it; a default device does not."""
+    modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return any(type(mode) is not DeviceContext for mode in modes) or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _has_large_layers(model: PreTrainedModel) -> bool:

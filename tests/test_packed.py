@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtpkern
 from mtpkern import ConfAdapt, Static, Verified, packed
 from mtpkern.adapter import gated
 from mtpkern.packed import PackedProducts, pack, packs
+from mtpkern.recordings import rows_in
 from support.packing import generate, noted
 
 pytestmark = pytest.mark.skipif(not packed._has_packed_products(torch.float32), reason="torch without oneDNN")
@@ -325,6 +327,26 @@ def test_error_is_that_of_torchs() -> None:
                 for i, y in enumerate((packed._product(x, one.weight, one.bias), layer(x))):
                     squares[i] += (y - truth)[:, min(1, R - 1) :].square().mean()
     assert squares[0].sqrt() <= 2 * squares[1].sqrt()
+
+
+def test_few_numbers_of_rows_come_for_all_lengths_of_prompts() -> None:
+    """Of each oneDNN keeps half a megabyte for every form of a layer."""
+    layer = nn.Linear(24, 8)
+    copied, numbers = packed.Packed.of([layer]), set[int]()
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.mkldnn._linear_pointwise.default:
+                numbers.add(args[0].shape[:-1].numel())
+            return func(*args, **(kwargs or {}))
+
+    with torch.inference_mode(), Note():
+        for shape in [(1, n) for n in range(1, 1025)] + [(3, 119), (119,), (0,)]:
+            x = torch.randn(*shape, 24)
+            torch.testing.assert_close(packed._product(x, copied.weight, copied.bias), layer(x))
+    assert max(numbers) == 1024
+    assert len(numbers - {0}) == 16 + 6 * 8
+    assert {rows_in(n, 192) for n in range(1, 193)} <= numbers, "passes have them filled up already"
 
 
 def test_the_benchmark_compares_the_same_products() -> None:

@@ -12,10 +12,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import mtpkern
-from mtpkern import Static, packed
+from mtpkern import Static, packed, packed_weights
 from support.packing import generate, noted
 
-pytestmark = pytest.mark.skipif(not packed._has_packed_products(torch.float32), reason="torch without oneDNN")
+pytestmark = pytest.mark.skipif(not packed_weights.has_packed_products(torch.float32), reason="torch without oneDNN")
 linear = nn.functional.linear
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from mtpkern import packed
+from mtpkern import packed_weights
 from mtpkern.bench.models import products
 from mtpkern.bench.report import Table, program
 from mtpkern.bench.timing import Spread, interleaved
@@ -34,7 +34,7 @@ def both_ways(
     """
     name = str(dtype).removeprefix("torch.")
     groups = [[nn.Linear(width, n, bias=False, dtype=dtype) for n in widths] for width, widths in shapes]
-    packs = [packed.Packed.of(layers) for layers in groups]
+    packs = [packed_weights.Packed.of(layers) for layers in groups]
     bytes = sum(layer.weight.nbytes for layers in groups for layer in layers)
     note = (
         f"{len(packs)} products over {bytes / 1e6:.0f} MB of {name} weights, threads: {torch.get_num_threads()}. "
@@ -52,7 +52,7 @@ def both_ways(
 
         def ours(x: dict[int, Tensor] = x) -> None:
             for (width, _), pack in zip(shapes, packs):
-                packed._product(x[width].to(pack.dtype), pack.weight, pack.bias).to(dtype)
+                packed_weights.product(x[width].to(pack.dtype), pack.weight, pack.bias).to(dtype)
 
         found = interleaved({"torch": torchs, "packed": ours}, rounds, torch.device("cpu"))
         one = one or found["torch"]

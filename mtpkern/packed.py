@@ -1,23 +1,10 @@
-"""Products on a CPU, over a copy of the weights that is laid out for few rows.
+"""Products on a CPU over weights that are laid out for few rows (mtpkern.packed_weights): who reads them, and when.
 
-The product of 2 to 32 rows that torch calls first rearranges the weights, in each call, and so reads and writes them
-several times: a pass of two rows took 1.6 to 1.8 times as long as one of one row, where two rows are read as fast as
-one. oneDNN rearranges once and for all: 2 rows then take 0.9 of what one row takes torch with one thread and 0.7 with
-two, 8 rows 1.3 and 1.05 (bench/results/packed.md, and docs/log.md, "Weights laid out for few rows"). With hundreds of
-rows, as prompts have, the rearranging no longer counts, but on some processors the arithmetic does: with AVX-512 on
-AMD's torch takes 2.3 times as long (bench/results/avx512/packed.md), on others as long. Compilers use these operations
-of torch for weights that they take as constants. Here a model stays what it is, which costs a second copy of its linear
-layers' weights, and a look at each call whether they still are what was copied.
-
-That look is a product with one row that never changes, over all weights: it costs what one pass of one row does, and
-sees what no version of a tensor tells (a write to `weight.data`). The copies are kept with the model and go with it, or
-with `mtpkern.release_graphs`. Weights that somebody writes to while a call runs are taken up by the next one.
-
-Weights of 16 bits are copied as they are where the processor has products of 16 bits: up to twelve rows take 0.38 to
-0.58 of what torch takes for one there (bench/results/avx512/packed.md). Where it has none (AVX2 and nothing later, say)
-they are copied as float32: torch takes 1.7, 3.2 and 6.5 times as long for 2, 4 and 8 rows as for one, over the copies
-it is 1.4, 1.8 and 2.3 (bench/results/bfloat16/packed.md). One row stays torch's there, which reads half as many bytes
-for it; all other numbers of rows read the copies, from the first pass on.
+Passes of a run that is long enough do, and prompts once one has shown which layers read the same tensor, or from the
+first on where copies are wider than the weights; one row stays torch's there, which reads half as many bytes for it.
+Weights that somebody writes to while a call runs are taken up by the next one. A call inside of somebody's mode of
+torch, which would see other operations, goes without, and so does one without oneDNN
+(`torch.backends.mkldnn.flags(enabled=False)`).
 
 Siblings (mtpkern.siblings) are one product here as well, and so is what a gated adapter adds to them: its matrices are
 small, and each call joins them anew. In a pass of five rows of SmolLM2 the adapter took 25 ms, most of it for starting
@@ -26,51 +13,49 @@ some twenty operations a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from transformers import PreTrainedModel
 
-from mtpkern.kernels.form import has_products
 from mtpkern.kernels.gated_lora import gated_rows
-from mtpkern.memory import available_memory
 from mtpkern.model import is_tested
+from mtpkern.packed_weights import CACHED, Packed, dtype_of_copies, is_widened, lasting, pack, packed_of, product
 from mtpkern.products import families, is_plain
 from mtpkern.recorder import apart
-from mtpkern.recordings import forget
 from mtpkern.siblings import Group, adapt, adapter_of, disjoint, together, watched
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-# Rows that the copies are laid out for; with others they serve as well.
-ROWS = 16
-# Weights of fewer elements lie in a cache, and the call itself takes longest.
-LEAST_WEIGHT = 1 << 18
+# Of fewer elements the call itself takes longest.
+LEAST_WEIGHT = CACHED
 # Tokens that a model's runs must be to make for the first copies to be worth it, which take as long as some 14 passes
 # of one row; and a run for the look at them, which takes as long as one, or in 16 bits for anything.
 LEAST_TOKENS = 64
 LEAST_OF_A_RUN = 4
-# Copies take no more than this part of the memory that is free.
-FREE_PART = 4
 
 
 def packs(model: PreTrainedModel, new_tokens: int) -> bool:
     """Whether a run of so many tokens, which is counted, may read packed weights."""
-    if model.device.type != "cpu" or new_tokens < LEAST_OF_A_RUN or _dtype_of_copies(model.dtype) is None:
+    if model.device.type != "cpu" or new_tokens < LEAST_OF_A_RUN or dtype_of_copies(model.dtype) is None:
         return False
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.enabled or _in_a_mode():
         return False  # whose products are others
-    if not (_is_widened(model.dtype) or _has_large_layers(model)):
+    if not (is_widened(model.dtype) or _has_large_layers(model)):
         return False
     _asked[model] = _asked.get(model, 0) + new_tokens
-    return _is_widened(model.dtype) or _asked[model] >= LEAST_TOKENS
+    return is_widened(model.dtype) or _asked[model] >= LEAST_TOKENS
+
+
+def _in_a_mode() -> bool:
+    """Whether somebody's mode of torch sees each operation, or makes another of it; a default device does not."""
+    modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return any(type(mode) is not DeviceContext for mode in modes) or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _has_large_layers(model: PreTrainedModel) -> bool:
@@ -82,112 +67,6 @@ def _has_large_layers(model: PreTrainedModel) -> bool:
     return False
 
 
-def _dtype_of_copies(dtype: torch.dtype) -> torch.dtype | None:
-    """What copies of such weights are made of, and products over them computed in; None for what stays torch's."""
-    has = dtype == torch.float32 or has_products(dtype)
-    if has is None:
-        return None
-    copied = dtype if has else torch.float32
-    return copied if _has_packed_products(copied) else None
-
-
-def _is_widened(dtype: torch.dtype) -> bool:
-    """Whether copies are float32 of 16 bits, so that torch takes long over everything but one row."""
-    return _dtype_of_copies(dtype) not in (dtype, None)
-
-
-@cache
-def _has_packed_products(dtype: torch.dtype) -> bool:
-    """Whether this build of torch has them, and they do what is expected: their names are no promise of torch's."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    # On the host, whatever device the caller has made the default.
-    x, weight, bias = (torch.arange(n, dtype=dtype, device="cpu") for n in (6, 12, 4))
-    x, weight = x.view(1, 2, 3), weight.view(4, 3)
-    with suppress(Exception), torch.autocast("cpu", enabled=False):
-        found = _product(x, _rearranged(weight), bias)
-        return found.shape == (1, 2, 4) and torch.allclose(found, nn.functional.linear(x, weight, bias))
-    return False
-
-
-def _rearranged(weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight.default(weight, ROWS)
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
-
-
-def _kept(make: Callable[P, T]) -> Callable[P, T]:
-    """What makes tensors that outlive the call, and are float32 whatever the caller computes in."""
-    for around in (torch.autocast("cpu", enabled=False), torch.no_grad(), torch.inference_mode(False)):
-        make = around(make)
-    return make
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Weights of layers that read the same tensor, one behind another, laid out for few rows.
-
-    dtype: what they are copied as, and products computed in
-    """
-
-    layers: tuple[ref[nn.Linear], ...]
-    weight: Tensor
-    bias: Tensor | None
-    widths: list[int]
-    dtype: torch.dtype
-    seen: Tensor  # what `_look` has made of the weights and biases that were copied
-
-    @classmethod
-    def of(cls, layers: Sequence[nn.Linear]) -> Packed:
-        """A copy of their weights."""
-        weights = [layer.weight.detach() for layer in layers]
-        dtype = _dtype_of_copies(weights[0].dtype) or weights[0].dtype
-        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
-        return cls(
-            tuple(map(ref, layers)),
-            _rearranged((torch.cat(weights) if len(weights) > 1 else weights[0]).to(dtype)),
-            torch.cat(biases).to(dtype) if biases else None,
-            [len(weight) for weight in weights],
-            dtype,
-            _look(layers),
-        )
-
-    def is_of(self, layers: Sequence[nn.Linear]) -> bool:
-        """Whether it still holds what these layers do."""
-        same = len(layers) == len(self.layers) and all(r() is layer for r, layer in zip(self.layers, layers))
-        # Weights that have become wider hold the same values still.
-        alike = same and self.dtype == _dtype_of_copies(layers[0].weight.dtype)
-        return alike and torch.equal(self.seen, _look(layers))
-
-
-def _look(layers: Sequence[nn.Linear]) -> Tensor:
-    """A number for each row of their weights, which another value in it changes, and their biases, as bits."""
-    row = _row(layers[0].weight.shape[1])
-    tensors = [x.detach() for layer in layers for x in (layer.weight, layer.bias) if x is not None]
-    found = torch.empty(sum(map(len, tensors)), dtype=torch.float32, device="cpu")
-    for x, seen in zip(tensors, found.split([len(x) for x in tensors])):
-        if x.dim() == 1:
-            seen.copy_(x)
-        elif x.dtype == torch.float32:
-            torch.mv(x, row, out=seen)
-        else:
-            # 16 bits of a product would not tell of every value; made float32 in pieces that lie in a cache.
-            n = max(1, LEAST_WEIGHT // len(row))
-            for piece, of_piece in zip(x.split(n), seen.split(n)):
-                torch.mv(piece.float(), row, out=of_piece)
-    return found.view(torch.int32)
-
-
-@cache
-@_kept
-def _row(n: int) -> Tensor:
-    """As irregular as random values, and the same ever after."""
-    return torch.arange(1, n + 1, dtype=torch.float32, device="cpu").sin_().add_(2)
-
-
-_packed: WeakKeyDictionary[PreTrainedModel, list[Packed]] = WeakKeyDictionary()
 # Layers that a prefill has shown to read the same tensor, and all plain ones there were then; with copies or without.
 _siblings: WeakKeyDictionary[PreTrainedModel, tuple[list[tuple[ref[nn.Linear], ...]], WeakSet[Any]]] = (
     WeakKeyDictionary()
@@ -225,7 +104,7 @@ class Update:
     b: Tensor  # [M, N], a block for each layer, with its scale
 
     @classmethod
-    @_kept
+    @lasting
     def of(cls, layers: Sequence[Any], names: list[str | None], gated: GatedRows) -> Update:
         """The adapters of these layers, of which others than LoRA layers have none."""
         adapted = [(layer, name) for layer, name in zip(layers, names) if name is not None]
@@ -313,7 +192,7 @@ class PackedProducts:
                 yield
             return
         # Each by itself until it is seen which are siblings, and inside its adapter's layer.
-        alone = [((layer,), (layer,), None) for layer in plain] if _is_widened(model.dtype) else []
+        alone = [((layer,), (layer,), None) for layer in plain] if is_widened(model.dtype) else []
         with watched(families(model)) as readers, together(_read(model, alone) if alone else ()):
             yield
         _siblings[model] = [tuple(map(ref, group)) for group in disjoint(readers)], WeakSet(plain)
@@ -389,7 +268,7 @@ def _fit(layers: Sequence[nn.Linear]) -> bool:
     dtype = tensors[0].dtype
     alike = all(x.dtype == dtype and x.device.type == "cpu" for x in tensors)
     large = sum(layer.weight.numel() for layer in layers) >= LEAST_WEIGHT
-    return alike and _dtype_of_copies(dtype) is not None and (large or _is_widened(dtype))
+    return alike and dtype_of_copies(dtype) is not None and (large or is_widened(dtype))
 
 
 def _run(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor] | None:
@@ -405,7 +284,7 @@ def _run(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor] | None:
     if packed.dtype == dtype or x.numel() > x.shape[-1]:
         if packed.dtype != dtype:
             x = x.to(packed.dtype)
-        y = _product(x, packed.weight, packed.bias)
+        y = product(x, packed.weight, packed.bias)
         if update is not None and gate is not False:
             apart(update.add, y, x, gate)
         if packed.dtype != dtype:
@@ -422,35 +301,8 @@ def _run(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor] | None:
     return outs
 
 
-@_kept
-def pack(model: PreTrainedModel, groups: Sequence[Sequence[nn.Linear]]) -> list[Packed | None]:
-    """The packed weights of these groups: those that are kept and still right, new ones, None where memory is short."""
-    known = {packed.layers[0](): packed for packed in _packed.pop(model, ())}
-    found: list[Packed | None] = []
-    wrong = len(known)
-    for layers in groups:
-        packed = known.pop(layers[0], None)
-        found.append(packed if packed is not None and packed.is_of(layers) else None)
-        wrong -= found[-1] is not None
-    # What is wrong goes before anything new comes, and what has recorded it.
-    known.clear()
-    if wrong:
-        forget(model)
-    missing = [i for i, packed in enumerate(found) if packed is None]
-    needed = sum(_bytes_of_copy(layer.weight) for i in missing for layer in groups[i])
-    if needed and needed * FREE_PART <= (available_memory(torch.device("cpu")) or 0):
-        for i in missing:
-            found[i] = Packed.of(groups[i])
-    _packed[model] = [packed for packed in found if packed is not None]
-    return found
-
-
-def _bytes_of_copy(weight: Tensor) -> int:
-    return weight.numel() * (_dtype_of_copies(weight.dtype) or weight.dtype).itemsize
-
-
 def unpack(model: PreTrainedModel | None = None) -> None:
     """Let the packed weights of one model or of all go; a call that runs keeps its own until it ends."""
-    for kept in (_packed, _siblings, _asked):
+    for kept in (packed_of, _siblings, _asked):
         for one in list(kept) if model is None else [model]:
             kept.pop(one, None)

@@ -205,7 +205,7 @@ def riders_of(layers: Siblings, adapted: dict[nn.Linear, Any]) -> tuple[Siblings
 
 def is_plain(layer: Any) -> bool:
     """Whether a layer is a product with weights of its own and nothing else, now and as long as nobody touches it."""
-    if type(layer) is not nn.Linear or trains(layer) or "forward" in vars(layer):
+    if type(layer) is not nn.Linear or trains(layer) or "forward" in vars(layer) or not _are_torchs():
         return False
     if any(vars(layer).get(name) for name in _HOOKS):
         return False
@@ -216,6 +216,12 @@ def is_plain(layer: Any) -> bool:
     if any(type(p) is not nn.Parameter or p.device.type == "meta" for p in parameters):
         return False
     return all(p.is_contiguous() and not p.is_inference() and p.grad is None for p in parameters)
+
+
+def _are_torchs() -> bool:
+    """Whether linear layers do what torch does for them, and nobody has put another function in its place."""
+    own = getattr(nn.Linear.forward, "__globals__", None) is vars(nn.modules.linear)
+    return own and nn.functional.linear is torch._C._nn.linear
 
 
 def _rows(layers: Sequence[nn.Linear]) -> list[int]:

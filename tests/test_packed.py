@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtpkern
-from mtpkern import ConfAdapt, Static, Verified, packed
+from mtpkern import ConfAdapt, Static, Verified, packed, packed_weights
 from mtpkern.adapter import gated
-from mtpkern.packed import PackedProducts, pack, packs
+from mtpkern.packed import PackedProducts, packs
+from mtpkern.packed_weights import pack
+from mtpkern.recordings import rows_in
 from support.packing import generate, noted
 
-pytestmark = pytest.mark.skipif(not packed._has_packed_products(torch.float32), reason="torch without oneDNN")
+pytestmark = pytest.mark.skipif(not packed_weights.has_packed_products(torch.float32), reason="torch without oneDNN")
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -34,7 +37,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(packed, "LEAST_WEIGHT", 1)
     monkeypatch.setattr(packed, "LEAST_TOKENS", 1)
     # Whatever this processor has: 16 bits are test_packed_half.py's.
-    monkeypatch.setattr(packed, "has_products", lambda dtype: None)
+    monkeypatch.setattr(packed_weights, "has_products", lambda dtype: None)
     yield
     mtpkern.release_graphs()
 
@@ -59,8 +62,8 @@ def found_in(tiny: SimpleNamespace, model: Any) -> PackedProducts:
     return products
 
 
-def copies(model: Any) -> list[packed.Packed]:
-    return list(packed._packed.get(model, ()))
+def copies(model: Any) -> list[packed_weights.Packed]:
+    return list(packed_weights.packed_of.get(model, ()))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -165,10 +168,10 @@ def test_copies_go_with_the_model_and_when_asked(tiny: SimpleNamespace) -> None:
     mtpkern.release_graphs(model)
     assert not copies(model)
     generate(tiny, model)
-    held = len(packed._packed)
+    held = len(packed_weights.packed_of)
     del model
     gc.collect()
-    assert len(packed._packed) == held - 1
+    assert len(packed_weights.packed_of) == held - 1
 
 
 def test_without_memory_nothing_is_copied(
@@ -177,11 +180,11 @@ def test_without_memory_nothing_is_copied(
     model = tiny.model("llama")
     wanted = plain(monkeypatch, tiny, model)
     needed = sum(x.weight.nbytes for x in model.modules() if isinstance(x, nn.Linear))
-    monkeypatch.setattr(packed, "available_memory", lambda device: packed.FREE_PART * needed - 1)
+    monkeypatch.setattr(packed_weights, "available_memory", lambda device: packed_weights.FREE_PART * needed - 1)
     assert torch.equal(generate(tiny, model), wanted)
     assert not read
     assert not copies(model)
-    monkeypatch.setattr(packed, "available_memory", lambda device: packed.FREE_PART * needed)
+    monkeypatch.setattr(packed_weights, "available_memory", lambda device: packed_weights.FREE_PART * needed)
     assert torch.equal(generate(tiny, model), wanted)
     assert read
     assert copies(model)
@@ -223,6 +226,28 @@ def test_sizes_are_those_of_the_weights(
     wanted = plain(monkeypatch, tiny, model)
     assert torch.equal(generate(tiny, model), wanted)
     assert read
+
+
+def test_channels_of_zeros_may_go(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pruning leaves them, until somebody takes them out."""
+    model = tiny.model("llama")
+    mlp = model.model.layers[0].mlp
+    mlp.down_proj.weight.data[:, 24:] = 0
+    generate(tiny, model)
+    for layer in (mlp.gate_proj, mlp.up_proj):
+        layer.weight.data = layer.weight.data[:24].clone()
+    mlp.down_proj.weight.data = mlp.down_proj.weight.data[:, :24].clone()
+    assert torch.equal(generate(tiny, model), plain(monkeypatch, tiny, model))
+
+
+def test_rows_that_go_from_one_sibling_to_the_next_are_noticed() -> None:
+    layers = [nn.Linear(32, n, bias=False) for n in (24, 8)]
+    copied = packed_weights.Packed.of(layers)
+    assert copied.is_of(layers)
+    both = torch.cat([layer.weight.data for layer in layers])
+    for layer, rows in zip(layers, both.split(16)):
+        layer.weight.data = rows.clone()
+    assert not copied.is_of(layers)
 
 
 def test_what_is_not_plain_stays_torchs(tiny: SimpleNamespace, read: list[torch.Size]) -> None:
@@ -279,12 +304,12 @@ def test_a_short_run_copies_nothing(tiny: SimpleNamespace, monkeypatch: pytest.M
 
 
 def test_a_build_without_them_is_found_out(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    packed._has_packed_products.cache_clear()
+    packed_weights.has_packed_products.cache_clear()
     try:
-        monkeypatch.setattr(packed, "_product", lambda x, weight, bias: x.new_zeros(1, 2, 4))
+        monkeypatch.setattr(packed_weights, "product", lambda x, weight, bias: x.new_zeros(1, 2, 4))
         assert not packs(tiny.model("llama"), 1000)
     finally:
-        packed._has_packed_products.cache_clear()
+        packed_weights.has_packed_products.cache_clear()
 
 
 def test_error_is_that_of_torchs() -> None:
@@ -300,9 +325,29 @@ def test_error_is_that_of_torchs() -> None:
                 truth = nn.functional.linear(
                     x.double(), *(None if p is None else p.double() for p in (layer.weight, layer.bias))
                 )
-                for i, y in enumerate((packed._product(x, one.weight, one.bias), layer(x))):
+                for i, y in enumerate((packed_weights.product(x, one.weight, one.bias), layer(x))):
                     squares[i] += (y - truth)[:, min(1, R - 1) :].square().mean()
     assert squares[0].sqrt() <= 2 * squares[1].sqrt()
+
+
+def test_few_numbers_of_rows_come_for_all_lengths_of_prompts() -> None:
+    """Of each oneDNN keeps half a megabyte for every form of a layer."""
+    layer = nn.Linear(24, 8)
+    copied, numbers = packed_weights.Packed.of([layer]), set[int]()
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.mkldnn._linear_pointwise.default:
+                numbers.add(args[0].shape[:-1].numel())
+            return func(*args, **(kwargs or {}))
+
+    with torch.inference_mode(), Note():
+        for shape in [(1, n) for n in range(1, 1025)] + [(3, 119), (119,), (0,)]:
+            x = torch.randn(*shape, 24)
+            torch.testing.assert_close(packed_weights.product(x, copied.weight, copied.bias), layer(x))
+    assert max(numbers) == 1024
+    assert len(numbers - {0}) == 16 + 6 * 8
+    assert {rows_in(n, 192) for n in range(1, 193)} <= numbers, "passes have them filled up already"
 
 
 def test_the_benchmark_compares_the_same_products() -> None:
@@ -318,7 +363,7 @@ def test_settings_of_the_process_are_no_matter(
 ) -> None:
     model = tiny.model("llama", vocab_size=17)
     if "cold" in around:
-        packed._has_packed_products.cache_clear()
+        packed_weights.has_packed_products.cache_clear()
     else:
         generate(tiny, model)
     before = copies(model)
@@ -362,10 +407,10 @@ def test_a_copy_that_is_made_in_a_pass_is_a_model(tiny: SimpleNamespace, monkeyp
 
 def test_the_callers_default_device_is_no_matter(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is kept for all calls lies on the host, whoever makes it first."""
-    packed._has_packed_products.cache_clear()
-    packed._row.cache_clear()
+    packed_weights.has_packed_products.cache_clear()
+    packed_weights._row.cache_clear()
     layer = nn.Linear(24, 8)
     with torch.device("meta"):
-        assert packed._has_packed_products(torch.float32)
-        assert packed.Packed.of([layer]).is_of([layer])
-    assert packed._row(24).device.type == "cpu"
+        assert packed_weights.has_packed_products(torch.float32)
+        assert packed_weights.Packed.of([layer]).is_of([layer])
+    assert packed_weights._row(24).device.type == "cpu"

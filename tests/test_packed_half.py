@@ -8,19 +8,19 @@ import torch
 from torch import nn
 
 import mtpkern
-from mtpkern import Static, Verified, packed
+from mtpkern import Static, Verified, packed, packed_weights
 from mtpkern.kernels.form import has_products
 from mtpkern.packed import PackedProducts, packs
 from support.packing import assert_gated_rows_alone_change, error, generate, noted
 
-pytestmark = pytest.mark.skipif(not packed._has_packed_products(torch.float32), reason="torch without oneDNN")
+pytestmark = pytest.mark.skipif(not packed_weights.has_packed_products(torch.float32), reason="torch without oneDNN")
 HALVES = (torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(autouse=True)
 def lacking(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A processor as if it had none, whatever it has."""
-    monkeypatch.setattr(packed, "has_products", lambda dtype: False if dtype in HALVES else None)
+    monkeypatch.setattr(packed_weights, "has_products", lambda dtype: False if dtype in HALVES else None)
     yield
     mtpkern.release_graphs()
 
@@ -80,14 +80,14 @@ def test_a_gated_adapter_changes_its_rows_and_no_others(
 @pytest.mark.parametrize("dtype", HALVES)
 def test_the_least_change_of_a_weight_or_bias_is_seen(dtype: torch.dtype, tiny: SimpleNamespace) -> None:
     layer = nn.Linear(577, 193, dtype=dtype)
-    before = packed._look([layer])
+    before = packed_weights._look([layer])
     for tensor in (layer.weight, layer.bias):
         for at in (0, tensor.numel() // 2, -1):
             bits = tensor.data.view(torch.int16).flatten()
             bits[at] ^= 1
-            assert not torch.equal(packed._look([layer]), before)
+            assert not torch.equal(packed_weights._look([layer]), before)
             bits[at] ^= 1
-    assert torch.equal(packed._look([layer]), before)
+    assert torch.equal(packed_weights._look([layer]), before)
 
 
 def test_a_model_that_changes_its_dtype_is_followed(tiny: SimpleNamespace, products: list[torch.Size]) -> None:
@@ -107,7 +107,7 @@ def test_siblings_are_joined_whatever_came_between(
     generate(tiny, fresh)
     if between == "no memory":
         with monkeypatch.context() as patch:
-            patch.setattr(packed, "available_memory", lambda device: 0)
+            patch.setattr(packed_weights, "available_memory", lambda device: 0)
             generate(tiny, model)
     elif between == "another dtype":
         generate(tiny, model.to(torch.float64), max_new_tokens=packed.LEAST_TOKENS)
@@ -122,7 +122,7 @@ def test_siblings_are_joined_whatever_came_between(
             generate(tiny, model)
         handle.remove()
     generate(tiny, model)
-    ours, wanted = (sorted(len(x.layers) for x in packed._packed[one]) for one in (model, fresh))
+    ours, wanted = (sorted(len(x.layers) for x in packed_weights.packed_of[one]) for one in (model, fresh))
     assert ours == wanted == [1, 1, 1, 1, 1, 2, 2, 3, 3]
 
 
@@ -138,7 +138,7 @@ def test_a_row_by_itself_is_torchs(tiny: SimpleNamespace, products: list[torch.S
 def test_a_processor_that_has_them_is_left_to_torch(
     tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, products: list[torch.Size]
 ) -> None:
-    monkeypatch.setattr(packed, "has_products", lambda dtype: None)
+    monkeypatch.setattr(packed_weights, "has_products", lambda dtype: None)
     generate(tiny, tiny.model("llama").to(torch.bfloat16), max_new_tokens=packed.LEAST_TOKENS)
     assert not products
 

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 
 import mtpkern
-from mtpkern import Static, Verified, packed
-from mtpkern.packed import Packed, PackedProducts, packs
+from mtpkern import Static, Verified, packed, packed_weights
+from mtpkern.packed import PackedProducts, packs
+from mtpkern.packed_weights import Packed
 from support.packing import assert_gated_rows_alone_change, error, generate, noted
 
 HALVES = [
-    pytest.param(dtype, marks=pytest.mark.skipif(not packed._has_packed_products(dtype), reason=f"no {dtype} products"))
+    pytest.param(
+        dtype, marks=pytest.mark.skipif(not packed_weights.has_packed_products(dtype), reason=f"no {dtype} products")
+    )
     for dtype in (torch.bfloat16, torch.float16)
 ]
 
@@ -23,7 +26,7 @@ def having(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small weights and short runs too, and both types, where oneDNN can multiply them at all."""
     monkeypatch.setattr(packed, "LEAST_WEIGHT", 1)
     monkeypatch.setattr(packed, "LEAST_TOKENS", 1)
-    monkeypatch.setattr(packed, "has_products", lambda dtype: dtype != torch.float32 or None)
+    monkeypatch.setattr(packed_weights, "has_products", lambda dtype: dtype != torch.float32 or None)
     yield
     mtpkern.release_graphs()
 
@@ -60,10 +63,10 @@ def test_copies_take_the_bytes_of_the_weights_and_weights_stay(
     tokens = generate(tiny, model, strategy=Static(1))
     assert 3 in {shape[:-1].numel() for shape in products}
     assert all(torch.equal(x, before[key]) and x.dtype == before[key].dtype for key, x in model.state_dict().items())
-    copies = packed._packed[model]
+    copies = packed_weights.packed_of[model]
     assert {copy.dtype for copy in copies} == {dtype}
     weights = [layer.weight for copy in copies for ref in copy.layers if (layer := ref()) is not None]
-    assert sum(map(packed._bytes_of_copy, weights)) == sum(weight.nbytes for weight in weights)
+    assert sum(map(packed_weights._bytes_of_copy, weights)) == sum(weight.nbytes for weight in weights)
     assert torch.equal(generate(tiny, model, strategy=Static(1)), tokens)
 
 
@@ -92,7 +95,7 @@ def test_copies_follow_the_dtype_of_the_same_values(adapted: bool, dtype: torch.
     model = tiny.adapted(model) if adapted else model
     generate(tiny, model)
     generate(tiny, model.float())
-    (copies,) = packed._packed.values()
+    (copies,) = packed_weights.packed_of.values()
     assert {copy.dtype for copy in copies} == {torch.float32}
     assert torch.equal(generate(tiny, model, strategy=Static(1)), _without(tiny, model))
 
@@ -104,16 +107,16 @@ def _without(tiny: SimpleNamespace, model: nn.Module) -> Tensor:
 
 
 def test_what_is_copied_as_what(monkeypatch: pytest.MonkeyPatch, tiny: SimpleNamespace) -> None:
-    monkeypatch.setattr(packed, "_has_packed_products", lambda dtype: True)
+    monkeypatch.setattr(packed_weights, "has_packed_products", lambda dtype: True)
     known: dict[torch.dtype, bool | None] = {torch.bfloat16: True, torch.float16: False}
-    monkeypatch.setattr(packed, "has_products", known.get)
-    copied = {dtype: packed._dtype_of_copies(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+    monkeypatch.setattr(packed_weights, "has_products", known.get)
+    copied = {dtype: packed_weights.dtype_of_copies(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
     assert copied == {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}
     # Nobody has measured what is better on this processor.
-    monkeypatch.setattr(packed, "has_products", lambda dtype: None)
-    assert packed._dtype_of_copies(torch.bfloat16) is None
-    assert packed._dtype_of_copies(torch.float32) == torch.float32
-    assert packed._dtype_of_copies(torch.float64) is None
+    monkeypatch.setattr(packed_weights, "has_products", lambda dtype: None)
+    assert packed_weights.dtype_of_copies(torch.bfloat16) is None
+    assert packed_weights.dtype_of_copies(torch.float32) == torch.float32
+    assert packed_weights.dtype_of_copies(torch.float64) is None
     assert not packs(tiny.model("llama").to(torch.bfloat16), 1000)
 
 
@@ -124,7 +127,7 @@ def test_a_product_is_what_the_layer_s_would_be(dtype: torch.dtype) -> None:
     for rows in (1, 2, 7, 40):
         x = torch.randn(1, rows, 72, dtype=dtype)
         with torch.inference_mode():
-            y = packed._product(x, copy.weight, copy.bias)
+            y = packed_weights.product(x, copy.weight, copy.bias)
             truth = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
             assert y.dtype == dtype
             assert error(y, truth) <= 2 * error(layer(x), truth)

@@ -17,7 +17,7 @@ from torch import Tensor
 import mtpkern
 import mtpkern.adapter
 import mtpkern.decoder
-from mtpkern import ConfAdapt, Static, Verified, packed, recordings
+from mtpkern import ConfAdapt, Static, Verified, packed, packed_weights, recordings
 from mtpkern.load import Load
 from mtpkern.recorder import Recording
 from mtpkern.recordings import recordings_of, rows_in
@@ -203,15 +203,17 @@ def test_no_run_is_kept(tiny: SimpleNamespace, replays: list[int], monkeypatch: 
 
 def test_weights_that_have_changed_are_let_go_first(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or memory would hold copies of both, and the weights."""
-    if not packed._has_packed_products(torch.float32):
+    if not packed_weights.has_packed_products(torch.float32):
         pytest.skip("torch without oneDNN")
     monkeypatch.setattr(packed, "LEAST_WEIGHT", 1)
     monkeypatch.setattr(packed, "LEAST_TOKENS", 1)
     model, kept = tiny.model("llama"), list[bool]()
     generate(tiny, model, max_new_tokens=40)
     assert recordings._kept[model].made
-    own = packed.Packed.of
-    monkeypatch.setattr(packed.Packed, "of", lambda layers: (kept.append(model in recordings._kept), own(layers))[1])
+    own = packed_weights.Packed.of
+    monkeypatch.setattr(
+        packed_weights.Packed, "of", lambda layers: (kept.append(model in recordings._kept), own(layers))[1]
+    )
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.neg_()
     generate(tiny, model, max_new_tokens=8)

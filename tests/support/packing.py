@@ -16,13 +16,13 @@ from mtpkern.packed import PackedProducts
 def noted(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """The shapes of what each product over packed weights reads from now on."""
     seen: list[torch.Size] = []
-    product = packed._product
+    product = packed.product
 
     def note(x: Tensor, *weights: Any) -> Tensor:
         seen.append(x.shape)
         return product(x, *weights)
 
-    monkeypatch.setattr(packed, "_product", note)
+    monkeypatch.setattr(packed, "product", note)
     return seen
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import mtpkern
-from mtpkern import packed, recordings
+from mtpkern import packed, packed_weights, recordings
 from mtpkern.recorder import Piece, Recording
 
 
@@ -24,7 +24,7 @@ def recorded_at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(params=[False, True], ids=["torch's products", "copies"])
 def packs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Passes read torch's weights, or, small as they are, copies that are laid out for few rows."""
-    if request.param and not packed._has_packed_products(torch.float32):
+    if request.param and not packed_weights.has_packed_products(torch.float32):
         pytest.skip("torch without oneDNN")
     monkeypatch.setattr(packed, "LEAST_WEIGHT", 1 if request.param else 1 << 60)
     monkeypatch.setattr(packed, "LEAST_TOKENS", 1)

@@ -92,6 +92,7 @@ def test_goals_of_readout(no_device, monkeypatch):
             self.advance_ = self.both = None
 
     monkeypatch.setattr(readout, "_readout_times", times)
+    monkeypatch.setattr(readout, "_keep_top_times", times)
     monkeypatch.setattr(readout, "Taken", NoDevice)
     monkeypatch.setattr(readout, "race", lambda *_, **__: ({readout.OURS: flat(9), readout.TORCH: flat(63)}, []))
     found = goals(readout.measure(CUDA, quick=False))

@@ -10,6 +10,7 @@ whoever comes later waits behind it. So nobody waits for ever.
 
 from __future__ import annotations
 
+import os
 import warnings
 import weakref
 from collections import deque
@@ -300,10 +301,17 @@ class _Line:
         self.inside: dict[int, _Request] = {}
         self.numbers = count()
         self.open, self.cancelled = True, Event()
+        # Whether the thread is that of the process which this one, a fork, comes from.
+        self.forked = False
+        _lines.add(self)
 
     def put(self, requests: tuple[_Request, ...]) -> None:
         """Put them at the end of the line."""
         with self.changed:
+            if self.forked:
+                raise RuntimeError(
+                    "this mtpkern.Engine decodes in the process that this one was forked from; make another here"
+                )
             if not self.open:
                 raise RuntimeError("this mtpkern.Engine is closed and takes no more requests; make another")
             self.waiting.extend(requests)
@@ -409,3 +417,16 @@ class _Next(Iterator[Job]):
                     line.inside[job.number] = request
                     return job
         raise StopIteration
+
+
+_lines: weakref.WeakSet[_Line] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """In a child no engine has its thread, which may have held the lock: whoever asked would wait in vain."""
+    for line in list(_lines):
+        line.changed, line.forked = Condition(), True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

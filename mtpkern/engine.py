@@ -11,6 +11,7 @@ behind it. So does who samples, or has a setting, that nobody in line had when t
 
 from __future__ import annotations
 
+import os
 import warnings
 import weakref
 from collections import deque
@@ -303,10 +304,17 @@ class _Line:
         self.inside: dict[int, _Request] = {}
         self.numbers = count()
         self.open, self.cancelled = True, Event()
+        # Whether the thread is that of the process which this one, a fork, comes from.
+        self.forked = False
+        _lines.add(self)
 
     def put(self, requests: tuple[_Request, ...]) -> None:
         """Put them at the end of the line."""
         with self.changed:
+            if self.forked:
+                raise RuntimeError(
+                    "this mtpkern.Engine decodes in the process that this one was forked from; make another here"
+                )
             if not self.open:
                 raise RuntimeError("this mtpkern.Engine is closed and takes no more requests; make another")
             self.waiting.extend(requests)
@@ -431,3 +439,16 @@ class _Next(Iterator[Job]):
 
     def _may_come(self, request: _Request) -> bool:
         return request.kind == self.kind and self.choosing.united(request.choosing) == self.choosing
+
+
+_lines: weakref.WeakSet[_Line] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """In a child no engine has its thread, which may have held the lock: whoever asked would wait in vain."""
+    for line in list(_lines):
+        line.changed, line.forked = Condition(), True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

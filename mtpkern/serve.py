@@ -2,7 +2,9 @@
 
 The server is transformers' own, `transformers serve`, with what comes before and behind decoding: chat templates, the
 protocol, streams. It hands requests on one at a time, to one thread that calls the model's `generate`; here many
-threads do, and `generate` is an `Engine`'s, so that requests of many clients are decoded side by side.
+threads do, and `generate` is an `Engine`'s, so that requests of many clients are decoded side by side. Two things it
+leaves open are settled here: who has left is decoded for no longer, streamed or not, and who asks for what is refused
+hears why.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar, copy_context
 from functools import partial
+from threading import Event
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -38,20 +41,88 @@ class Waiting:
 
     Each runs in a copy of the context that it comes from.
 
-    waiting = Waiting(8)
+    waiting = Waiting(engine)
     waiting.submit(print, "served").result()
     """
 
-    def __init__(self, threads: int) -> None:
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mtpkern.serve")
+    def __init__(self, engine: Engine) -> None:
+        self._model = engine.model
+        self._pool = ThreadPoolExecutor(LOOK_AHEAD * engine.batch_size, thread_name_prefix="mtpkern.serve")
 
     def submit(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
         """Run call(*args, **kwargs)."""
         return self._pool.submit(copy_context().run, call, *args, **kwargs)
 
     def async_submit(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> asyncio.Future[Any]:
-        """The same, to be awaited."""
-        return asyncio.wrap_future(self.submit(call, *args, **kwargs))
+        """The same, to be awaited; who is cancelled meanwhile leaves the engine behind the next pass."""
+        unread = _Unread()
+        if call == self._model.generate:
+            kwargs["streamer"] = unread
+        future = asyncio.wrap_future(self.submit(call, *args, **kwargs))
+        future.add_done_callback(lambda done: unread.closed.set() if done.cancelled() else None)
+        return future
+
+
+class _Unread:
+    """The streamer of an answer that is sent whole, with which it can be ended."""
+
+    def __init__(self) -> None:
+        self.closed = Event()
+
+    def put(self, value: Any) -> None: ...
+
+    def put_block(self, new: Any) -> None: ...
+
+    def end(self) -> None: ...
+
+
+def until_left(app: Callable[..., Any]) -> Callable[..., Any]:
+    """ASGI middleware that cancels the call of a client who leaves before the answer is whole; nothing else does.
+
+    app.add_middleware(until_left)
+    """
+
+    async def watched(scope: Any, receive: Callable[[], Any], send: Callable[..., Any]) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        asked, left = asyncio.Event(), asyncio.Event()
+
+        async def hear() -> Any:
+            if asked.is_set():
+                await left.wait()
+                return {"type": "http.disconnect"}
+            message = await receive()
+            if not message.get("more_body"):
+                asked.set()
+            return message
+
+        async def listen() -> None:
+            await asked.wait()
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            left.set()
+            call.cancel()
+
+        call = asyncio.ensure_future(app(scope, hear, send))
+        listening = asyncio.ensure_future(listen())
+        try:
+            await call
+        except asyncio.CancelledError:
+            if not left.is_set():
+                raise
+        finally:
+            listening.cancel()
+
+    return watched
+
+
+async def refused(request: Any, error: Exception) -> Any:
+    """The answer to a request for what is not honoured, which would be "Internal Server Error" and be tried again."""
+    from fastapi.responses import JSONResponse
+
+    said = {"message": str(error), "type": "invalid_request_error", "param": None, "code": None}
+    return JSONResponse({"error": said}, status_code=400)
 
 
 @contextmanager
@@ -66,13 +137,20 @@ def serving(
             ...
     """
     from transformers.cli.serve import Serve
-    from transformers.cli.serving import utils
+    from transformers.cli.serving import server, utils
     from transformers.cli.serving.model_manager import ModelManager
 
-    model = engine.model
+    model, build = engine.model, server.build_server
 
     def generate(*args: Any, **kwargs: Any) -> Any:
         return engine.generate(*args, **kwargs, seed=_seed.get())
+
+    def built(*args: Any, **kwargs: Any) -> Any:
+        app = build(*args, **kwargs)
+        for kind in (TypeError, ValueError):
+            app.add_exception_handler(kind, refused)
+        app.add_middleware(until_left)
+        return app
 
     loaded: dict[str, Callable[..., Any]] = {
         "_load_model": lambda *_, **__: model,
@@ -81,8 +159,8 @@ def serving(
     with ExitStack() as stack:
         for method, ours in loaded.items():
             stack.enter_context(patch.object(ModelManager, method, ours))
-        threads = partial(Waiting, LOOK_AHEAD * engine.batch_size)
-        stack.enter_context(patch.object(utils, "InferenceThread", threads))
+        stack.enter_context(patch.object(server, "build_server", built))
+        stack.enter_context(patch.object(utils, "InferenceThread", partial(Waiting, engine)))
         stack.enter_context(patch.object(utils, "set_torch_seed", _seed.set))
         stack.enter_context(patch.dict(vars(model), generate=generate))
         served = Serve(force_model=name, non_blocking=background, **options)

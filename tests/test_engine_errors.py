@@ -1,6 +1,8 @@
 """Engine: what goes wrong costs whom it belongs to, and an engine ends in order."""
 
 import gc
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -292,6 +294,39 @@ def test_an_engine_that_is_forgotten_ends_behind_its_requests(model: Any) -> Non
     assert len(result(future).tokens) == LONG
     thread.join(20)
     assert not thread.is_alive()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_fork_is_told_that_the_engine_is_its_parents(engine: Engine) -> None:
+    """It would wait for ever for a thread, or for a lock, that nobody in it has; the parent goes on."""
+    taken, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with engine._line.changed:
+            taken.set()
+            leave.wait(60)
+
+    streamer, first = held(engine)
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert taken.wait(10)
+    pid = os.fork()
+    if not pid:
+        signal.alarm(20)
+        try:
+            with pytest.raises(RuntimeError, match="forked"):
+                engine.submit([1, 2], max_new_tokens=4)
+            engine.close()
+            os._exit(0)
+        finally:
+            os._exit(4)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    leave.set()
+    thread.join()
+    streamer.go.set()
+    assert len(result(first).tokens) == LONG
+    assert code == 0
 
 
 def test_an_interpreter_ends_with_one_at_work() -> None:

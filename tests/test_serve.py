@@ -19,7 +19,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mtpkern
+from mtpkern.batching import BatchOutput
 from mtpkern.custom_generate import write_custom_generate
+from mtpkern.engine import _Request
 from mtpkern.serve import serving
 
 PROMPT = json.loads((mtpkern.ASSETS / "problems.jsonl").read_text().splitlines()[0])["prompt"]
@@ -131,6 +133,43 @@ def test_what_is_not_honoured_is_an_error_of_the_request(server: SimpleNamespace
     with pytest.raises(openai.APIError) as caught:
         list(server.client.completions.create(**ask, extra_body={"generation_config": '{"num_beams": 2}'}))
     assert "does not support num_beams=2" in str(caught.value.body)
+
+
+@pytest.mark.parametrize("says", [{"max_tokens": 0}, {"max_tokens": 10**6}, {"stop": [""]}], ids=str)
+def test_who_asks_for_what_is_refused_hears_why(server: SimpleNamespace, says: dict[str, Any]) -> None:
+    if not server.shares:
+        pytest.skip("transformers' own says no more than that there is an error")
+    import openai
+
+    with pytest.raises(openai.BadRequestError, match=r"max_new_tokens|stop_strings"):
+        server.client.completions.create(model=server.name, prompt=PROMPT, temperature=0, **says)
+
+
+def test_who_leaves_before_a_whole_answer_ends_its_run(
+    server: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not server.shares:
+        pytest.skip("transformers' own goes on to the end")
+    import openai
+
+    reasons: list[str] = []
+    finish = _Request.finish
+
+    def finished(request: _Request, output: BatchOutput) -> None:
+        reasons.append(output.finish_reason)
+        finish(request, output)
+
+    monkeypatch.setattr(_Request, "finish", finished)
+    slow = server.model.register_forward_hook(lambda *_: time.sleep(0.2))
+    try:
+        with pytest.raises(openai.APITimeoutError):
+            server.client.completions.create(model=server.name, prompt=PROMPT, max_tokens=100, timeout=0.5)
+        end = time.monotonic() + 60
+        while not reasons and time.monotonic() < end:
+            time.sleep(0.02)
+    finally:
+        slow.remove()
+    assert reasons == ["closed"]
 
 
 def test_a_client_that_leaves_ends_its_run_and_nobody_elses(server: SimpleNamespace, expected: torch.Tensor) -> None:

@@ -7,15 +7,15 @@ rest is 1 - p. Rows that ask for nothing (k 0, rest negative) stay as they are, 
 number of its own.
 
 Shapes   z [R, V] scores;  k, rest [R] float32;  what comes back [R, V], as z
-Traffic  the kernel reads z some 18 times, from the second on out of L2, and writes it once; nothing is sorted
+Traffic  the kernel reads z some 20 times, from the second on out of L2, and writes it once; nothing is sorted
 Ties     with the k-th largest: all stay; at the cut of top-p: as many as it takes, of the kernel the last in the row
 Faults   a row with a NaN or +inf, or without any finite score, stays as it is under top-p; `readout` and `sample` tell
 Source   Fan, Lewis, Dauphin 2018 (top-k); Holtzman et al. 2020 (top-p); both as in transformers' warpers
 
 The kernel looks for the score at the cut by its bits: the order of floats is that of whole numbers, once those of
 negative ones are turned around. A pass over a row sums up what lies at or below three borders, which quarters the
-interval; a row whose scores lie between -20 and 20 takes fourteen. A sort of a vocabulary, by contrast, writes it, and
-the places, several times.
+interval: 16 or 17 of them for scores as models have. A sort of a vocabulary, by contrast, writes it, and the places,
+several times.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -62,6 +62,7 @@ if find_spec("triton"):
         number_ptr,  # [R]
         out_ptr,  # [R, V]
         s_z,
+        s_number,
         V,
         BY_MASS: tl.constexpr,
         NOTHING: tl.constexpr,
@@ -70,7 +71,7 @@ if find_spec("triton"):
     ):
         gdc_wait(PDL)
         r = tl.program_id(0).to(tl.int64)  # R * V can pass 2^31
-        number = tl.load(number_ptr + r)
+        number = tl.load(number_ptr + r * s_number)
         p_z, s_v = z_ptr + r * s_z[0], s_z[1]
         o_b = tl.arange(0, BLOCK)
 
@@ -187,5 +188,5 @@ def _launch(scores: Tensor, number: Tensor, *, by_mass: bool) -> Tensor:
     out = _as_scores(scores)
     R, V = scores.shape
     options = {"BY_MASS": by_mass, "NOTHING": NOTHING, "BLOCK": BLOCK, "num_warps": 8, **pdl_options(scores.device)}
-    _keep_top_kernel[(R,)](scores, number.contiguous(), out, scores.stride(), V, **options)
+    _keep_top_kernel[(R,)](scores, number, out, scores.stride(), number.stride(0), V, **options)
     return out

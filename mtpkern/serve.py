@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -121,6 +122,8 @@ async def refused(request: Any, error: Exception) -> Any:
     """The answer to a request for what is not honoured, which would be "Internal Server Error" and be tried again."""
     from fastapi.responses import JSONResponse
 
+    # For whom it may concern that the fault is not the client's.
+    logging.getLogger(__name__).info("answered with 400", exc_info=error)
     said = {"message": str(error), "type": "invalid_request_error", "param": None, "code": None}
     return JSONResponse({"error": said}, status_code=400)
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mtpkern
 from mtpkern.batching import BatchOutput
 from mtpkern.custom_generate import write_custom_generate
-from mtpkern.engine import _Request
+from mtpkern.line import Request
 from mtpkern.serve import serving
 
 PROMPT = json.loads((mtpkern.ASSETS / "problems.jsonl").read_text().splitlines()[0])["prompt"]
@@ -153,13 +153,13 @@ def test_who_leaves_before_a_whole_answer_ends_its_run(
     import openai
 
     reasons: list[str] = []
-    finish = _Request.finish
+    finish = Request.finish
 
-    def finished(request: _Request, output: BatchOutput) -> None:
+    def finished(request: Request, output: BatchOutput) -> None:
         reasons.append(output.finish_reason)
         finish(request, output)
 
-    monkeypatch.setattr(_Request, "finish", finished)
+    monkeypatch.setattr(Request, "finish", finished)
     slow = server.model.register_forward_hook(lambda *_: time.sleep(0.2))
     try:
         with pytest.raises(openai.APITimeoutError):

@@ -58,6 +58,8 @@ class KVCache:
         self.model_name = model_name
         # What the layers of one pass share; whoever changes the rows empties it.
         self.memo: dict[str, PackedRows] = {}
+        # Rows that stand behind these in a pass, of sequences that have none among them (mtpkern.prompt_rows).
+        self.beside: PackedRows | None = None
 
     def fill(self, layer: int, key: Tensor, value: Tensor, slot: Tensor, seq: Tensor | None = None) -> None:
         """Store key and value [n, Hkv, T, D] of sequences seq [n] (None: all) at slot [n, T] int64; H is not kept."""
@@ -122,18 +124,18 @@ class KVCache:
         return apart(self._attend, layer, query, key, value, scoring)  # type: ignore[no-any-return]
 
     def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         k_cache, v_cache = self.layers[layer]
-        return decode_attention(
-            query[0].transpose(0, 1),
-            key[0].transpose(0, 1),
-            value[0].transpose(0, 1),
-            k_cache,
-            v_cache,
-            self.packed(),
-            scoring,
-            batch_invariant=self.batch_invariant,
-            slots=self.slots,
-        )[None]
+
+        def of(rows: PackedRows, part: slice) -> Tensor:
+            options: dict[str, Any] = {"batch_invariant": self.batch_invariant, "slots": self.slots}
+            return decode_attention(q[part], k[part], v[part], k_cache, v_cache, rows, scoring, **options)
+
+        planned = self.packed()
+        if self.beside is None:
+            return of(planned, slice(None))[None]
+        n = len(planned.seq)
+        return torch.cat([of(planned, slice(n)), of(self.beside, slice(n, None))])[None]
 
     def packed(self) -> PackedRows:
         """The rows of this pass as the buffers have them, whose trash slot may not be C yet; one object for all layers.

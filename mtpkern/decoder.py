@@ -13,7 +13,6 @@ One file, for the step and the ways to run it, since each of them reads and sets
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -40,6 +39,7 @@ from mtpkern.packed import PackedProducts, packs
 from mtpkern.parallel import agree
 from mtpkern.poll import OddsPoll, Poll, TimedPoll
 from mtpkern.products import Products, few_rows, wants_one_product
+from mtpkern.prompt_rows import MOST_PASSES, PROMPT_ROWS, PromptRows
 from mtpkern.prompts import read_prompts
 from mtpkern.recordings import Recordings, recordings_of, rows_in
 from mtpkern.strategies import Strategy
@@ -141,9 +141,13 @@ class Decoder:
         if choosing is not None:
             self.choice = Choice(choosing, strategy, self.sequences, self.terms, mask_token_id)
         self.by_load, self.threshold_by_load = by_load, threshold_by_load
-        # The ladder lives as long as the graphs do; by rows, the host's seconds in passes before their graph was there.
+        # The ladder lives as long as the graphs do, and so do the rows in which passes read prompts besides.
         self._ladder = Ladder(batch, rows, strategy.k, strategy.masks)
-        self._making: defaultdict[int, float] = defaultdict(float)
+        of_prompts: dict[str, Any] = {"batch": batch, "k": strategy.k, "device": device}
+        of_prompts["dtype"] = torch.promote_types(model.dtype, torch.float32)
+        self.prompt_rows = PromptRows(max(PROMPT_ROWS, strategy.k), **of_prompts)
+        # The host's seconds in reading prompts apart that passes could have read.
+        self.read_apart = 0.0
         self.fingerprint: tuple[Any, ...] | None = None
         self._layers: CompiledLayers | None = None
         self._recordings: Recordings | None = None
@@ -209,6 +213,8 @@ class Decoder:
             self.terms.budget.fill_(len(self.all_rows.seq))
         # Whether the pass is known to have no masks, so that a gated adapter has nothing to do in it.
         self._maskless = False
+        # Whether the next pass is to read what the prompt rows have been brought.
+        self.reading = False
         self._load = None
         if self.by_load and self._on_cpu:
             times = times_of(self.model, isinstance(self.products, PackedProducts))
@@ -288,6 +294,29 @@ class Decoder:
         cache.next_chunk(end)
         return logits
 
+    def reads_beside(self, rows: int) -> bool:
+        """Whether prompts of so many rows in all are read in passes; else apart, the model being theirs alone.
+
+        By load, with a graph: as soon as what they have taken apart comes to what the first graph took to make.
+        """
+        graph, most = self.graph, len(self.all_rows.seq)
+        if graph is None or not self.by_load or rows > MOST_PASSES * len(self.prompt_rows):
+            return False
+        if most + len(self.prompt_rows) in graph.captured:
+            return True
+        return most in graph.captured and not graph.refused and self.read_apart >= graph.seconds[most]
+
+    def _replay(self, route: dict[str, AttentionContext], rows: int) -> None:
+        """A pass of so many rows, or where it is to read prompts besides, of all that there are."""
+        assert self.graph is not None
+        if not self.reading:
+            return self.graph(partial(self.step, route), rows)
+        most = len(self.all_rows.seq)
+        if rows < most:
+            self._take(most)
+        self.graph(partial(self._step_beside, route), most + len(self.prompt_rows))
+        self.reading = False
+
     @torch.inference_mode()
     def step(self, route: dict[str, AttentionContext]) -> Tensor:
         """One pass over the planned rows, inside `attention_context`; returns their logits [R, V], until the next."""
@@ -298,6 +327,20 @@ class Decoder:
         else:
             logits = live(*self.inputs)
         return self._take_in(logits)
+
+    @torch.inference_mode()
+    def _step_beside(self, route: dict[str, AttentionContext]) -> Tensor:
+        """As `step`, over the prompt rows besides, which keep what their last have read."""
+        beside, R = self.prompt_rows, len(self.rows.seq)
+        self.cache.memo.clear()
+        self.cache.beside = beside.packed(self.cache.scratch)
+        try:
+            own = beside.token[None], beside.position[None]
+            logits = self._run_model(route, *(torch.cat(pair, dim=1) for pair in zip(self.inputs, own)))
+        finally:
+            self.cache.beside = None
+        beside.keep(*self.read(beside.tails(logits[R:]), beside.tail_seq, beside.tail_position, beside.tail_start))
+        return self._take_in(logits[:R])
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor]:
@@ -379,7 +422,7 @@ class Decoder:
                 self._reserve()
                 self.step(route)
             else:
-                self.graph(partial(self.step, route), R)
+                self._replay(route, R)
 
     def _goes_on(self, poll: Poll) -> int:
         """How many sequences do; streamers and criteria, who are asked here, may call the model as it is."""
@@ -407,14 +450,13 @@ class Decoder:
                 terms.budget.fill_(told[0])
                 terms.price.fill_(told[1])
             self._take(rows)
-            timed.passes.append(rows if rows in graph.captured else 0)  # 0: no replay, so its time tells nothing
-            began = perf_counter()
-            graph(partial(self.step, route), rows)
-            if not timed.passes[-1]:
-                self._making[rows] += perf_counter() - began
-                if rows in graph.captured:
-                    ladder.made_one(rows, self._making[rows])
-                ladder.closed = graph.refused
+            made = rows in graph.captured
+            # 0: what is no replay, or reads prompts besides, tells nothing by its time.
+            timed.passes.append(rows if made and not self.reading else 0)
+            self._replay(route, rows)
+            if not made and rows in graph.captured:
+                ladder.made_one(rows, graph.seconds[rows])
+            ladder.closed = graph.refused
             rows = told[0]
 
     def _take(self, rows: int) -> None:

@@ -136,7 +136,7 @@ class Slots(Poll):
                 self.fill()
             # Some have come to their end in the prefill already; where the state is known, none makes a pass in vain.
             if not self.on_cpu or not self._collect(self.state()):
-                return sum(x is not None for x in self.inside)
+                return sum(x is not None for x in self.inside) + (self.entering is not None)
 
     def _collect(self, state: Tensor) -> bool:
         """Let those go that have ended; returns whether anybody has."""
@@ -200,17 +200,18 @@ class Slots(Poll):
 
     def fill(self) -> None:
         """Put prompts into the free slots, as far as they come in without keeping the running ones waiting."""
-        while True:
+        # What the next pass is to read has not been read before it.
+        while not self.decoder.reading:
             if self.entering is None:
-                self.arriving = self._choose()
+                self.arriving, beside = self._choose()
                 if not self.arriving:
                     return
                 for x in self.arriving:
                     self.held[x.slot] = self.held[x.slot][:0]
-                self.entering = enter(self.decoder, self.arriving, self.owner, chunk=self.chunk)
+                self.entering = enter(self.decoder, self.arriving, self.owner, chunk=self.chunk, beside=beside)
             self.has_queued = True
             for _ in self.entering:
-                if any(inside is not None for inside in self.inside):
+                if self.decoder.reading or any(inside is not None for inside in self.inside):
                     return  # there is more of it, behind the next pass
             self.entering = None
             for x in self.arriving:
@@ -231,11 +232,12 @@ class Slots(Poll):
         watch.begin(torch.from_numpy(job.ids)[None], None, new=job.new, padding=0, device=device)
         watch.attach(own, self.decoder.strategy)
 
-    def _choose(self) -> list[Newcomer]:
-        """Prompts for the free slots, to be prefilled together."""
+    def _choose(self) -> tuple[list[Newcomer], bool]:
+        """Prompts for the free slots, to be prefilled together, and whether passes read them."""
         free = [slot for slot, x in enumerate(self.inside) if x is None]
         in_line = not self.on_cpu and len(free) < len(self.inside)
         group: list[Newcomer] = []
+        beside, rows = False, 0
         while free:
             if not self.next:
                 # As many at a time, so that nobody is passed over for ever.
@@ -243,19 +245,24 @@ class Slots(Poll):
             if not self.next:
                 break
             job, source, shared = self._best()
+            rows += len(job.ids) - shared + self.decoder.strategy.k - 1
             if group:
                 # Who begins like one that is about to come in has its keys when it is there.
                 coming = max(common(job.keys, other.job.keys) for other in group)
                 if self.reuse and coming > shared and 2 * coming >= len(job.ids):
                     break
-                # Where padding is, transformers looks at the mask and waits for the device.
-                if in_line and len(job.ids) != len(group[0].job.ids):
+                if beside and rows > len(self.decoder.prompt_rows):
                     break
+                # Where padding is, transformers looks at the mask and waits for the device.
+                if not beside and in_line and len(job.ids) != len(group[0].job.ids):
+                    break
+            else:
+                beside = self.decoder.reads_beside(rows)
             self.next.remove(job)
             slot = source if shared and source in free else free[0]
             free.remove(slot)
             group.append(Newcomer(slot, job, source, shared, self.dirty[slot]))
-        return group
+        return group, beside
 
     def _best(self) -> tuple[Job, int, int]:
         """The prompt among the next that finds most of its keys in a slot: it, the slot, and how many."""

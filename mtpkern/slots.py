@@ -3,7 +3,7 @@
 A prompt enters in three steps, all queued between two passes and none of them waiting for the device:
 
     keys     of tokens that another slot holds already are copied
-    prefill  of the others and of masks behind them, chunk by chunk
+    prefill  of the others and of masks behind them, chunk by chunk, or in rows of the passes (mtpkern.prompt_rows)
     state    what the prefill has predicted is taken in, and the next pass planned anew
 
 The last of it is a pass like any other: one pending token, with masks behind it. So what a newcomer emits, pass by
@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import Event
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from mtpkern.choosing import Choosing
 from mtpkern.decoder import Decoder
 from mtpkern.kernels.advance import advance
 from mtpkern.kernels.state import LIMIT, RUNNING, Rows, Sequences, Terms
+from mtpkern.prompt_rows import pieces_of
 from mtpkern.watch import Watch
 
 
@@ -87,14 +89,18 @@ def vacate(decoder: Decoder, key: Tensor | None = None, first: int = 0) -> None:
 
 
 @torch.inference_mode()
-def enter(decoder: Decoder, newcomers: Sequence[Newcomer], owner: Tensor, *, chunk: int) -> Iterator[None]:
+def enter(
+    decoder: Decoder, newcomers: Sequence[Newcomer], owner: Tensor, *, chunk: int, beside: bool = False
+) -> Iterator[None]:
     """Put prompts into their slots; at the end the next pass has them. Yields between chunks, for passes of the others.
 
     owner [B] int64 gets their numbers together with the state. chunk: most prompt tokens that the model sees at once,
     over all of them. The model must not be routed. A slot that is a source must not run into another's keys meanwhile:
     copies are made at once, before the first yield.
+
+    beside: the passes read them, one behind each yield, in rows for prompts; more than one prompt have to fit in these.
     """
-    cache, device = decoder.cache, decoder.device
+    cache = decoder.cache
     decoder.make_room(max(len(x.job.ids) for x in newcomers))
     for x in newcomers:
         if x.dirty:
@@ -102,7 +108,31 @@ def enter(decoder: Decoder, newcomers: Sequence[Newcomer], owner: Tensor, *, chu
             cache.clear(x.slot)
     cache.copy_prefixes([(x.source, x.slot, x.shared) for x in newcomers if x.shared and x.source != x.slot])
 
-    # Columns as of left-padded prompts, and masks. Those that every newcomer has keys of are not run.
+    yield from (_read_beside(decoder, newcomers, owner) if beside else _read_apart(decoder, newcomers, owner, chunk))
+
+
+def _read_beside(decoder: Decoder, newcomers: Sequence[Newcomer], owner: Tensor) -> Iterator[None]:
+    """Have the passes read prompts; the state is there before the last of these, but for what makes it run."""
+    rows, k = decoder.prompt_rows, decoder.predictions
+    newcomers = sorted(newcomers, key=lambda x: x.slot)
+    masks = [decoder.mask_token_id] * (k - 1)
+    for pieces in pieces_of([(x.slot, x.job.ids, x.shared) for x in newcomers], masks, len(rows)):
+        if pieces[-1].ends:
+            # Each pass takes what is pending of those that do not run.
+            seq = _begin(decoder, newcomers)
+        of_cache = {"trash": decoder.cache.capacity, "scratch": decoder.cache.scratch}
+        rows.bring(pieces, **of_cache, last_position=decoder.last_position)
+        decoder.reading = True
+        yield
+    n = len(newcomers) * k
+    _take_in(decoder, newcomers, (rows.read_token[:n], rows.read_confidence[:n]), seq, owner)
+
+
+def _read_apart(decoder: Decoder, newcomers: Sequence[Newcomer], owner: Tensor, chunk: int) -> Iterator[None]:
+    """Run the model on the prompts, as left-padded columns with masks behind them."""
+    began = perf_counter()
+    cache, device = decoder.cache, decoder.device
+    # Columns that every newcomer has keys of are not run.
     n, k, T = len(newcomers), decoder.predictions, max(len(x.job.ids) for x in newcomers)
     first, width = T - max(len(x.job.ids) - x.shared for x in newcomers), T + k - 1
     ids, position, real = np.zeros((3, n, width), dtype=np.int64)
@@ -116,56 +146,64 @@ def enter(decoder: Decoder, newcomers: Sequence[Newcomer], owner: Tensor, *, chu
     place[(real == 0) | (place >= cache.capacity)] = cache.capacity  # padding goes to the trash
     if decoder.last_position is not None:
         position = position.clip(max=decoder.last_position)
-    seq, slot, columns, told = (_on(device, x) for x in (np.array([x.slot for x in newcomers]), place, ids, position))
+    slot, columns, told = (_on(device, x) for x in (place, ids, position))
     # Where padding is, transformers looks at the mask and waits for the device.
     seen = None if real.all() else _on(device, real)
-    prefill = decoder.prefill_cache(slot, seq)
+    prefill = decoder.prefill_cache(slot, _on(device, np.array([x.slot for x in newcomers])))
     prefill.seen = first
     step = max(1, chunk // n)
     for end in [*range(first + step, T, step), width]:
         logits = decoder.prefill_chunk(prefill, columns, seen, told, end, keep=k if end == width else 1)
+        decoder.read_apart += perf_counter() - began
         if end < width:
             yield
+        began = perf_counter()
     cache.require_cached(decoder.model.config)
-    _begin(decoder, newcomers, columns[:, :T], seq, owner)
-    _take_in(decoder, logits[:, -k:].flatten(0, 1), seq, k)
-
-
-def _take_in(decoder: Decoder, logits: Tensor, seq: Tensor, k: int) -> None:
-    """As behind `Decoder.prefill`, for sequences seq [n] alone: logits [n * k, V]; then the next pass is planned."""
-    sequences, n, device = decoder.sequences, len(seq), decoder.device
+    seq = _begin(decoder, newcomers)
+    # Where the rows of these stand, to whoever reads them out.
     o = torch.arange(n * k, device=device)
-    start = torch.zeros(len(sequences.status) + 1, dtype=torch.int64, device=device)
+    start = torch.zeros(len(decoder.sequences.status) + 1, dtype=torch.int64, device=device)
     start[seq], start[-1] = o[::k], n * k
-    position = sequences.length[seq].repeat_interleave(k, output_size=n * k) - 1 + o % k
-    token, confidence = decoder.read(logits, seq.repeat_interleave(k, output_size=n * k), position, start)
-    some = Sequences(*(x[seq] for x in vars(sequences).values()))
-    most = decoder.strategy.k
-    rows = Rows.allocate(n * (2 * most - 1 + decoder.strategy.masks), n, device, most)
-    rows.expect_prefill(k)
-    terms = Terms(decoder.terms.threshold, decoder.terms.stop_ids, decoder.terms.price)
-    advance(some, rows, terms, token, confidence, **decoder.planning)
-    for x, y in zip(vars(sequences).values(), vars(some).values()):
-        x[seq] = y
-    decoder.plan()
+    of, last = (x.repeat_interleave(k, output_size=n * k) for x in (seq, decoder.sequences.length[seq] - 1))
+    _take_in(decoder, newcomers, decoder.read(logits[:, -k:].flatten(0, 1), of, last + o % k, start), seq, owner)
 
 
-def _begin(decoder: Decoder, newcomers: Sequence[Newcomer], columns: Tensor, seq: Tensor, owner: Tensor) -> None:
-    sequences, T = decoder.sequences, columns.shape[1]
-    facts = np.array([(len(x.job.ids), x.job.tokens, x.job.number, x.job.draws) for x in newcomers]).T.copy()
-    length, limit, number, draws = _on(decoder.device, facts)
-    sequences.length[seq], sequences.limit[seq], owner[seq] = length, limit, number
-    # From padded columns to compact sequences.
-    o = torch.arange(T, device=decoder.device) + (T - length)[:, None]
-    sequences.tokens[seq, :T] = columns.gather(1, o.clamp(max=T - 1))
+def _begin(decoder: Decoder, newcomers: Sequence[Newcomer]) -> Tensor:
+    """Write down the prompts, none of which runs yet; returns their sequences [n]."""
+    sequences, device, T = decoder.sequences, decoder.device, max(len(x.job.ids) for x in newcomers)
+    facts = np.array([(x.slot, len(x.job.ids), x.job.tokens, x.job.draws) for x in newcomers]).T.copy()
+    tokens = np.zeros((len(newcomers), T), dtype=np.int64)
+    for row, x in zip(tokens, newcomers):
+        row[: len(x.job.ids)] = x.job.ids
+    seq, length, limit, draws = _on(device, facts)
+    sequences.length[seq], sequences.limit[seq], sequences.tokens[seq, :T] = length, limit, _on(device, tokens)
     # As all begin: nothing emitted, nothing known.
     for count in (sequences.passes, sequences.hits, sequences.chains, sequences.blocks):
         count.index_fill_(0, seq, 0)
     sequences.pending.index_fill_(0, seq, 1)
-    sequences.status.index_fill_(0, seq, RUNNING)
     if decoder.choice is not None:
         own = [decoder.choice.choosing.numbers(x.job.choosing) for x in newcomers]
-        decoder.choice.enter(seq, length, draws, _on(decoder.device, np.array(own, dtype=np.float32)))
+        decoder.choice.enter(seq, length, draws, _on(device, np.array(own, dtype=np.float32)))
+    return seq
+
+
+def _take_in(
+    decoder: Decoder, newcomers: Sequence[Newcomer], read: tuple[Tensor, Tensor], seq: Tensor, owner: Tensor
+) -> None:
+    """Have prompts run, behind what their last tokens and masks have read: token, confidence [n * k]; plan anew."""
+    sequences, k = decoder.sequences, decoder.predictions
+    owner[seq] = _on(decoder.device, np.array([x.job.number for x in newcomers]))
+    sequences.pending.index_fill_(0, seq, 1)
+    sequences.status.index_fill_(0, seq, RUNNING)
+    some = Sequences(*(x[seq] for x in vars(sequences).values()))
+    most = decoder.strategy.k
+    rows = Rows.allocate(len(newcomers) * (2 * most - 1 + decoder.strategy.masks), len(newcomers), decoder.device, most)
+    rows.expect_prefill(k)
+    terms = Terms(decoder.terms.threshold, decoder.terms.stop_ids, decoder.terms.price)
+    advance(some, rows, terms, *read, **decoder.planning)
+    for x, y in zip(vars(sequences).values(), vars(some).values()):
+        x[seq] = y
+    decoder.plan()
 
 
 def _on(device: torch.device, x: np.ndarray) -> Tensor:

@@ -266,3 +266,12 @@ def test_batch_invariant_to_the_bit(form: Form) -> None:
         n = len(behind)
         bare = replace(alone, rows=rows[:n], query=alone.query[:n], start=torch.tensor([0, n]))
         assert torch.equal(bare.run(form, batch_invariant=True, max_rows=len(rows)), out[of_b][:n])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("window", [None, 6])
+def test_prompts_among_rows_of_nobody(form: Form, window: int | None, nan_in_new_tensors: None) -> None:
+    """Tens of tokens of one sequence, the masks behind its last, and none of another's: as passes read prompts."""
+    prompts = (3, []), (9, [0] * 36 + [5]), (2, []), (0, [0] * 20)
+    case = Case.of(*prompts, scratch=11, capacity=64, heads=2, window=window)
+    compare(form, case, {"max_rows": 64})

@@ -14,6 +14,7 @@ from mtpkern.attention import attention_context
 from mtpkern.decoder import Decoder
 from mtpkern.pool import release_graphs
 from mtpkern.strategies import Strategy
+from support.batches import mixed_prompts
 from support.recording import STRATEGIES, assert_same, generate, kept, poison
 
 # On a GPU, for real.
@@ -94,6 +95,23 @@ def test_what_waits_around_a_generation(captures: list[Any], tiny: SimpleNamespa
     waits = [f"{w.filename}:{w.lineno}" for w in said if "synchronizing" in str(w.message)]
     ours = [place for place in waits if "/mtpkern/" in place and "/tests/" not in place]  # a clone has any name
     assert len(ours) <= 5, ours
+
+
+@pytest.mark.gpu
+def test_passes_that_read_prompts(captures: list[Any], tiny: SimpleNamespace) -> None:
+    """Prompts of a pass and of several, some that begin alike, beside others that run."""
+    model = tiny.model("llama").cuda()
+    prompts, new = mixed_prompts(24)
+    prompts[5] = [1 + i % 14 for i in range(300)]
+    options: dict[str, Any] = {"max_new_tokens": new, "eos_token_id": 3, "batch_size": 3, "check_model": False}
+    expected = mtpkern.generate_batch(model, prompts, use_graph=False, **options)
+    for _ in range(3):
+        outputs = mtpkern.generate_batch(model, prompts, **options)
+        assert [output.tokens for output in outputs] == [output.tokens for output in expected]
+        for decoder in kept(model):
+            decoder.read_apart = 1e3
+    assert decoder.graph is not None
+    assert len(decoder.all_rows.seq) + len(decoder.prompt_rows) in decoder.graph.captured
 
 
 @pytest.mark.gpu

@@ -39,6 +39,7 @@ from mtpkern import ConfAdapt, Static, Verified, settings
 from mtpkern.attention import attention_context
 from mtpkern.choosing import Choosing
 from mtpkern.decoder import Decoder
+from mtpkern.kernels.state import LIMIT
 from mtpkern.processors import Bias
 from mtpkern.slots import Job, Newcomer, enter
 from mtpkern.strategies import Strategy
@@ -180,6 +181,36 @@ def test_what_lets_a_prompt_in_has_no_sync(tiny: SimpleNamespace, name: str, str
         fake = prepare(tiny, to_fake(tiny.model("llama")), strategy)
         with Watcher(accelerator=True):
             fake.plan()
+
+
+@EACH
+def test_a_pass_that_reads_prompts_has_no_sync(tiny: SimpleNamespace, name: str, strategy: Strategy) -> None:
+    """What brings it its rows on the host's side of the copy, the pass, and what takes in what has been read."""
+    decoder = prepare(tiny, tiny.model(name, **MODELS[name]), strategy)
+    watch(decoder, Watcher(), steps=1)
+    newcomers = [Newcomer(slot, Job(7 + slot, np.array([4, 5, 6, 7 + slot]), 9)) for slot in (2, 0)]
+    owner = torch.zeros(3, dtype=torch.int64)
+    decoder.sequences.status[[0, 2]] = LIMIT
+    decoder.sequences.pending[[0, 2]] = 0
+    decoder.plan()
+    with attention_context(decoder.model, decoder.cache) as route:
+        with Watcher():
+            entering = enter(decoder, newcomers, owner, chunk=3, beside=True)
+            next(entering)
+            assert decoder.reading
+            decoder._step_beside(route)
+            assert next(entering, None) is None
+        decoder.step(route)
+    assert owner.tolist() == [7, 0, 9]
+    assert (decoder.sequences.length[[0, 2]] > 4).all()
+    assert (decoder.sequences.passes[[0, 2]] > 0).all()
+    model = tiny.model(name, **MODELS[name])
+    with FakeTensorMode():
+        fake = prepare(tiny, to_fake(model), strategy)
+        with attention_context(fake.model, fake.cache) as route:
+            fake.step(route)
+            with Watcher(accelerator=True):
+                fake._step_beside(route)
 
 
 def test_operations_of_a_step_depend_on_neither_batch_nor_k(tiny: SimpleNamespace) -> None:

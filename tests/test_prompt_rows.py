@@ -1,0 +1,319 @@
+"""Prompts that captured passes read besides: the same tokens, whatever runs and comes in beside whom."""
+
+import random
+from threading import Event
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mtpkern
+from mtpkern import Static, Verified, refill, slots
+from mtpkern.adapter import base_of
+from mtpkern.batching import Batch
+from mtpkern.decoder import Decoder
+from mtpkern.kernels import gated_lora
+from mtpkern.load import Ladder
+from mtpkern.poll import Poll, TimedPoll
+from mtpkern.prompt_rows import PromptRows, pieces_of
+from support.batches import STOP, WINDOWED, alone, mixed_prompts
+from support.recording import RecordedStep, kept, poison
+
+MASK = 15
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 60), st.integers(0, 59)), min_size=1, max_size=5),
+    k=st.integers(1, 8),
+    rows=st.integers(8, 24),
+)
+@settings(max_examples=200, derandomize=True, deadline=None)
+def test_pieces_are_the_prompts(lengths: list[tuple[int, int]], k: int, rows: int) -> None:
+    """One alone in as many passes as it takes, or several in one; the last token and its masks are never parted."""
+    prompts = [(7 * slot % 5, np.arange(100, 100 + n), min(known, n - 1)) for slot, (n, known) in enumerate(lengths)]
+    if sum(len(ids) - known + k - 1 for _, ids, known in prompts) > rows:
+        prompts = prompts[:1]
+    passes = list(pieces_of(prompts, [MASK] * (k - 1), rows))
+    for pieces in passes:
+        assert 0 < sum(len(piece.tokens) for piece in pieces) <= rows
+        assert [piece.slot for piece in pieces] == sorted(piece.slot for piece in pieces)
+        assert all(piece.ends == (pieces is passes[-1]) for piece in pieces)
+    for slot, ids, known in prompts:
+        own = [piece for pieces in passes for piece in pieces if piece.slot == slot]
+        assert np.concatenate([piece.tokens for piece in own]).tolist() == [*ids[known:], *[MASK] * (k - 1)]
+        assert [piece.first for piece in own] == [known + sum(len(x.tokens) for x in own[:i]) for i in range(len(own))]
+        assert len(own[-1].tokens) >= k
+    if len(passes) > 1:
+        # No more passes than it takes.
+        assert all(len(pieces[0].tokens) >= rows - k for pieces in passes[:-1])
+
+
+def test_where_rows_stand() -> None:
+    """As the rules of kernels/advance.py say of tokens: scratch slots first, and each sees all up to its own."""
+    rows = PromptRows(12, batch=4, k=3, dtype=torch.float32, device=torch.device("cpu"))
+    prompts = [(2, np.array([5, 6, 7, 8]), 0), (0, np.array([5, 6, 9]), 2)]
+    (pieces,) = pieces_of(prompts, [MASK, MASK], len(rows))
+    rows.bring(pieces, trash=8, scratch=3, last_position=4)
+    assert rows.start.tolist() == [0, 3, 3, 9, 9]
+    assert rows.seq.tolist() == [0] * 3 + [2] * 6 + [3] * 3
+    assert rows.token.tolist() == [9, MASK, MASK, 5, 6, 7, 8, MASK, MASK, 0, 0, 0]
+    assert rows.position.tolist() == [2, 3, 4, 0, 1, 2, 3, 4, 4, 0, 0, 0]  # none behind the last learned
+    # What has no slot stands in the trash and sees nothing, as what is not used.
+    assert rows.slot.tolist() == [5, 6, 7, 3, 4, 5, 6, 7, 8, 8, 8, 8]
+    assert rows.prefix_end.tolist() == [6, 7, 8, 4, 5, 6, 7, 8, 0, 0, 0, 0]
+    assert rows.span_start.tolist() == [6, 7, 8, 4, 5, 6, 7, 8, 9, 9, 9, 9]
+    assert rows.place.tolist() == [0, 1, 2, 6, 7, 8, 0, 0, 0, 0, 0, 0]
+    assert rows.tail_seq.tolist() == [0, 0, 0, 2, 2, 2, 3, 3, 3, 3, 3, 3]
+    assert rows.tail_position.tolist()[:6] == [2, 3, 4, 3, 4, 5]
+    assert rows.tail_start.tolist() == [0, 3, 3, 6, 6]
+    # The next pass's leave nothing of these.
+    rows.bring([pieces[0]], trash=8, scratch=3, last_position=None)
+    assert rows.start.tolist() == [0, 3, 3, 3, 3]
+    assert rows.slot.tolist() == [5, 6, 7] + [8] * 9
+    assert rows.tail_start.tolist() == [0, 3, 3, 3, 3]
+
+
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """As soon as there is a graph, passes read prompts of up to so many rows; how many tokens came in by each pass."""
+    monkeypatch.setattr("mtpkern.decoder.PROMPT_ROWS", 16)
+    monkeypatch.setattr("mtpkern.load.FREE_ROWS", 0)
+    monkeypatch.setattr("mtpkern.load.STEP", 1)
+
+    def reads(decoder: Decoder, rows: int) -> bool:
+        return decoder.graph is not None and len(decoder.all_rows.seq) in decoder.graph.captured
+
+    brought: list[int] = []
+    bring = PromptRows.bring
+
+    def noted(self: PromptRows, pieces: Any, **options: Any) -> None:
+        brought.append(sum(len(piece.tokens) for piece in pieces))
+        bring(self, pieces, **options)
+
+    monkeypatch.setattr(Decoder, "reads_beside", reads)
+    monkeypatch.setattr(PromptRows, "bring", noted)
+    return brought
+
+
+@pytest.fixture
+def any_rung(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(0)
+
+    def choose(ladder: Ladder, *_: Any) -> tuple[int, float]:
+        rows = rng.choice(ladder.rungs)
+        return rows, float("inf") if rows == ladder.rungs[0] else rng.choice([0.0, 0.1, 0.4])
+
+    monkeypatch.setattr(Ladder, "choose", choose)
+
+
+@pytest.fixture(params=[False, True], ids=["at once", "late"])
+def late(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether states are read a step late, as on a GPU."""
+    if request.param:
+        request.getfixturevalue("lagging")
+        monkeypatch.setattr(TimedPoll, "_read", Poll._read)
+    return bool(request.param)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3_moe", "gated"])
+@pytest.mark.parametrize("masks", [0, 3])
+def test_each_gets_what_it_gets_alone(
+    name: str,
+    masks: int,
+    recorded: type[RecordedStep],
+    beside: list[int],
+    late: bool,
+    any_rung: None,
+    tiny: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Long prompts and short, some that begin alike, on any rung, behind others' leavings; windows, experts, a gate."""
+    monkeypatch.setattr(gated_lora, "gated_rows", lambda gate: None)  # a CPU's captured step would have them as numbers
+    kind = "llama" if name == "gated" else name
+    model = tiny.model(kind, **(WINDOWED if kind == "gemma3_text" else {}))
+    model = tiny.adapted(model) if name == "gated" else model
+    prompts, new = mixed_prompts(14, seed=3)
+    strategy = Verified(threshold=0.1, masks=masks)
+    options = {"strategy": strategy, "max_new_tokens": new, "eos_token_id": STOP, "batch_size": 3}
+    for turn in range(2):
+        outputs = mtpkern.generate_batch(model, prompts, **options)
+        assert [output.error for output in outputs] == [None] * len(prompts)
+        if not turn:
+            continue
+        for prompt, n, output in zip(prompts, new, outputs):
+            expected = alone(model, prompt, n, strategy=None)
+            assert (output.tokens, output.finish_reason) == (expected.tokens, expected.finish_reason)
+        assert sum(output.shared >= 19 for output in outputs) >= 2
+    assert max(beside) == 16
+    assert sum(beside) > 100
+    decoder = kept(base_of(model))[0]
+    assert decoder.graph is not None
+    most = len(decoder.all_rows.seq)
+    assert most + 16 in decoder.graph.captured
+    assert not decoder.reading
+    poison(decoder)
+    assert [output.tokens for output in mtpkern.generate_batch(model, prompts, **options)] == [
+        output.tokens for output in outputs
+    ]
+
+
+OPTIONS: dict[str, Any] = {"strategy": Verified(threshold=0.1), "eos_token_id": STOP, "batch_size": 3}
+
+
+def test_who_samples_draws_what_it_draws_alone(
+    recorded: type[RecordedStep], beside: list[int], late: bool, tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Temperatures, penalties that read the whole text, and the numbers of draws are there before the rows are."""
+    monkeypatch.setattr("mtpkern.settings.may_look", lambda x: False)
+    model = tiny.model("llama")
+    prompts, new = mixed_prompts(10, seed=5)
+    asked: list[dict[str, Any]] = [{}, {"do_sample": True}, {"do_sample": True, "temperature": 1.6, "top_p": 0.9}]
+    asked += [{"repetition_penalty": 1.5}, {"do_sample": True, "repetition_penalty": 1.7, "top_k": 5}]
+    each = [{"max_new_tokens": n, **asked[i % len(asked)]} for i, n in enumerate(new)]
+    # Those that all of a run may ask for are known when it begins.
+    everything = {"do_sample": True, "top_p": 0.9, "top_k": 5, "repetition_penalty": 1.1}
+    with mtpkern.Engine(model, batch_size=3, max_length=64, strategy=OPTIONS["strategy"]) as engine:
+        for turn in range(2):
+            first = engine.submit(prompts[0], max_new_tokens=20, eos_token_id=None, seed=0, **everything)
+            futures = [engine.submit(p, eos_token_id=STOP, seed=i, **e) for i, (p, e) in enumerate(zip(prompts, each))]
+            found = [future.result(60).tokens for future in (first, *futures)]
+            if turn:
+                assert len(beside) > 5
+    for i, (prompt, options) in enumerate(zip(prompts, each)):
+        torch.manual_seed(i)
+        ids = torch.tensor([prompt])
+        expected = mtpkern.generate(
+            model, ids, attention_mask=torch.ones_like(ids), eos_token_id=STOP, use_graph=False, **options
+        )
+        assert found[1 + i] == expected[0, len(prompt) :].tolist()
+
+
+def test_a_prompt_whose_keys_are_nan_costs_itself_alone(
+    recorded: type[RecordedStep], beside: list[int], late: bool, any_rung: None, tiny: SimpleNamespace
+) -> None:
+    """Long or short, among others, in a slot that others get after it."""
+    model = tiny.model("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[13] = torch.nan
+        head = model.get_output_embeddings().weight
+        head[13] = head[12]  # so that it is never written: of equals the first wins
+    prompts, new = mixed_prompts(16, seed=2)
+    prompts = [[5 if token == 13 else token for token in prompt] for prompt in prompts]
+    options = {**OPTIONS, "max_new_tokens": new, "order": "given"}
+    expected = mtpkern.generate_batch(model, prompts, use_graph=False, **options)
+    mtpkern.generate_batch(model, prompts, **options)
+    beside.clear()
+    bad = {1: [5, 13, 5], 6: [6] * 29 + [13], 9: [13] + [6] * 20, 10: [13]}
+    outputs = mtpkern.generate_batch(model, [bad.get(i, prompt) for i, prompt in enumerate(prompts)], **options)
+    assert len(beside) > 10
+    for i, output in enumerate(outputs):
+        if i in bad:
+            assert output.tokens == output.blocks == []
+            assert "NaN" in str(output.error)
+        else:
+            assert (output.error, output.tokens) == (None, expected[i].tokens)
+
+
+def test_who_leaves_in_the_midst_of_it_leaves_nothing(
+    recorded: type[RecordedStep], beside: list[int], tiny: SimpleNamespace
+) -> None:
+    """A run is closed while a prompt is half read, or read and not taken in; its decoder's next run begins as ever."""
+    model = tiny.model("llama")
+    prompts, new = mixed_prompts(10, seed=4)
+    options = {**OPTIONS, "max_new_tokens": new}
+    expected = [output.tokens for output in mtpkern.generate_batch(model, prompts, **options)]
+    (decoder,) = kept(model)
+    bring = PromptRows.bring
+    for n in (1, 2, 3):
+        closed, count = Event(), len(beside) + n
+
+        def close(self: PromptRows, *args: Any, closed: Event = closed, count: int = count, **more: Any) -> None:
+            bring(self, *args, **more)
+            if len(beside) == count:
+                closed.set()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PromptRows, "bring", close)
+            Batch(model, prompts, **options).run(lambda output: None, closed)
+        assert kept(model) == [decoder]
+        poison(decoder)
+        decoder.reading = True  # as where a run ends before the pass
+        assert [output.tokens for output in mtpkern.generate_batch(model, prompts, **options)] == expected
+
+
+def test_passes_read_prompts_once_reading_them_apart_has_cost_a_graph(
+    recorded: type[RecordedStep], tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only where rows go by load, and of prompts that are not too long."""
+    model = tiny.model("llama")
+    monkeypatch.setattr("mtpkern.decoder.PROMPT_ROWS", 8)
+    read: list[bool] = []
+    enter = slots.enter
+    monkeypatch.setattr(
+        refill, "enter", lambda *args, beside, **more: (read.append(beside), enter(*args, beside=beside, **more))[1]
+    )
+    prompts, new = mixed_prompts(12, seed=1)
+    prompts.append([4] * 70)  # with its masks more than eight passes
+    new.append(3)
+
+    def run(**options: Any) -> list[list[int]]:
+        read.clear()
+        return [
+            o.tokens for o in mtpkern.generate_batch(model, prompts, **{**OPTIONS, "max_new_tokens": new, **options})
+        ]
+
+    expected = run(use_graph=False)
+    assert run() == expected
+    (decoder,) = kept(model)
+    graph, most = decoder.graph, len(decoder.all_rows.seq)
+    assert graph is not None
+    assert decoder.read_apart > 0
+    assert graph.seconds[most] > 0
+    decoder.read_apart = -100.0
+    assert run() == expected
+    assert not any(read)
+    decoder.read_apart = graph.seconds[most]
+    assert run() == expected
+    assert sum(read) > 5
+    assert not all(read)
+    assert most + len(decoder.prompt_rows) in graph.captured
+    # It stays, whatever is read apart.
+    decoder.read_apart = 0.0
+    assert run() == expected
+    assert sum(read) > 5
+    for options in ({"strategy": Verified(4, threshold=0.1)}, {"strategy": Static(1)}, {"rows": 30}):
+        run(**options)
+        for other in kept(model):
+            other.read_apart = 100.0
+        run(**options)
+        assert not any(read)
+
+
+def test_where_it_cannot_be_captured_prompts_are_read_apart(
+    recorded: type[RecordedStep], tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured = recorded.__init__
+
+    def only_one(self: RecordedStep, step: Any, device: Any, beside: Any) -> None:
+        if beside is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        captured(self, step, device, beside)
+
+    monkeypatch.setattr(recorded, "__init__", only_one)
+    model = tiny.model("llama")
+    prompts, new = mixed_prompts(16, seed=1)
+    options = {**OPTIONS, "max_new_tokens": new}
+    expected = mtpkern.generate_batch(model, prompts, use_graph=False, **options)
+    mtpkern.generate_batch(model, prompts, **options)
+    (decoder,) = kept(model)
+    decoder.read_apart = 100.0
+    with pytest.warns(RuntimeWarning, match="could not be captured"):
+        outputs = mtpkern.generate_batch(model, prompts, **options)
+    assert [output.tokens for output in outputs] == [output.tokens for output in expected]
+    assert decoder.graph is not None
+    assert decoder.graph.refused
+    assert not decoder.reads_beside(3)

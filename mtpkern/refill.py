@@ -30,6 +30,9 @@ from mtpkern.watch import REASONS, Watch, first_tokens, snapshot
 
 # Prompts that are looked at for the next one, for each slot.
 LOOK_AHEAD = 4
+# Tokens of prompts between two passes of those that run: few enough to keep nobody waiting for long, and enough to take
+# no longer in all (docs/log.md, "prompts that passes read").
+CHUNK_ON_CPU, CHUNK_ELSEWHERE = 256, 2048
 
 
 @dataclass(frozen=True)
@@ -208,7 +211,7 @@ class Slots(Poll):
                     return
                 for x in self.arriving:
                     self.held[x.slot] = self.held[x.slot][:0]
-                self.entering = enter(self.decoder, self.arriving, self.owner, chunk=self.chunk, beside=beside)
+                self.entering = enter(self.decoder, self.arriving, self.owner, chunk=self._chunk(), beside=beside)
             self.has_queued = True
             for _ in self.entering:
                 if self.decoder.reading or any(inside is not None for inside in self.inside):
@@ -224,6 +227,12 @@ class Slots(Poll):
                     error = self._asked(x, partial(self._begin_watch, watch, x))
                     if error is not None:
                         self._leave(x, STOPPED, 0, error)
+
+    def _chunk(self) -> int:
+        """Tokens of prompts that are read at a time: while others run fewer, unless they may change no bit."""
+        if not any(self.inside) or self.decoder.cache.batch_invariant:
+            return self.chunk
+        return min(self.chunk, CHUNK_ON_CPU if self.on_cpu else CHUNK_ELSEWHERE)
 
     def _begin_watch(self, watch: Watch, x: Newcomer) -> None:
         """Have a sequence watched as one that is alone."""

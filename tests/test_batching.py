@@ -105,6 +105,32 @@ def test_a_long_prompt_keeps_nobody_waiting(model: Any, monkeypatch: pytest.Monk
     assert [len(output.tokens) for output in outputs] == [2, 20, 3]
 
 
+def test_while_others_run_chunks_are_small(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless no bit of anybody's attention may depend on who else is there; alone a prompt is read at one go."""
+    monkeypatch.setattr(refill, "CHUNK_ON_CPU", 10)
+    chunks: list[int] = []
+    chunk = Decoder.prefill_chunk
+
+    def noted(self: Decoder, cache: Any, columns: Any, *args: Any, **options: Any) -> Any:
+        chunks.append(args[2] - cache.seen)
+        return chunk(self, cache, columns, *args, **options)
+
+    monkeypatch.setattr(Decoder, "prefill_chunk", noted)
+    options: dict[str, Any] = {"strategy": Static(1), "max_new_tokens": [20, 2, 3], "batch_size": 2, "order": "given"}
+    prompts = [[4] * 25, [5] * 3, [6] * 35]
+    expected = [alone(model, prompt, new, Static(1)).tokens for prompt, new in zip(prompts, [20, 2, 3])]
+    chunks.clear()
+    outputs = generate_batch(model, prompts, eos_token_id=STOP, **options)
+    assert [output.tokens for output in outputs] == expected
+    assert chunks == [25, 10, 10, 10, 5]
+    chunks.clear()
+    generate_batch(model, prompts, batch_invariant=True, **options)
+    assert chunks == [25, 35]
+    chunks.clear()
+    generate_batch(model, prompts, prefill_chunk=7, **options)
+    assert max(chunks) == 7
+
+
 def bad_prompts(tiny: SimpleNamespace) -> dict[int, tuple[Any, str]]:
     return {
         1: ([], "no tokens"),

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GROUPS = {
     "ops": ("readout", "decode_attention", "span_attention", "linear", "packed", "gated_lora", "distill"),
     "step": ("gated_step", "compiled", "launches", "train_step"),
-    "generation": ("decode", "call", "real", "throughput", "engine", "token_by_token", "assisted"),
+    "generation": ("decode", "call", "real", "throughput", "engine", "newcomers", "token_by_token", "assisted"),
     "all of it": ("preflight", "gpu", "aot"),
 }
 _NAMES = [name for names in GROUPS.values() for name in names]

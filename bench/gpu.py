@@ -47,7 +47,7 @@ SHORT_LIMITS |= {"token_by_token": 45.0}
 # While time is left. First FlexAttention.
 WHOLE_LIMITS = {"span_attention": 150.0, "compiled": 300.0, "decode_attention": 90.0, "train_step": 150.0}
 WHOLE_LIMITS |= {"distill": 60.0, "readout": 40.0, "gated_lora": 60.0, "linear": 75.0}
-WHOLE_LIMITS |= {"throughput": 150.0, "token_by_token": 120.0, "assisted": 60.0, "call": 40.0}
+WHOLE_LIMITS |= {"throughput": 150.0, "token_by_token": 120.0, "assisted": 60.0, "call": 40.0, "newcomers": 60.0}
 SLOW_LIMIT = 120.0
 PREFLIGHT, TESTS, SLOW, SHORT, WHOLE = "pre-flight", "tests", "slow tests", "short grid", "whole grid"
 # Of a single test, where pytest-timeout is installed: one that hangs must not take those behind it along.

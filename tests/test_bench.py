@@ -131,7 +131,7 @@ def test_a_part_alone(checkpoint, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "stem",
     [
-        *("decode_attention", "gated_lora", "linear", "readout", "token_by_token"),
+        *("decode_attention", "gated_lora", "linear", "newcomers", "readout", "token_by_token"),
         # Parts of them run in the quick tests of `times` (test_bench_goals.py) and `Course` below.
         *(pytest.param(stem, marks=pytest.mark.slow) for stem in ("compiled", "throughput")),
     ],

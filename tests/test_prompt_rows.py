@@ -317,3 +317,27 @@ def test_where_it_cannot_be_captured_prompts_are_read_apart(
     assert decoder.graph is not None
     assert decoder.graph.refused
     assert not decoder.reads_beside(3)
+
+
+def test_a_pass_that_reads_prompts_tells_no_rung_its_time(
+    recorded: type[RecordedStep],
+    beside: list[int],
+    any_rung: None,
+    tiny: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It takes longer than one of as many rows."""
+    polls: list[TimedPoll] = []
+    reads: list[bool] = []
+    init, replay = TimedPoll.__init__, Decoder._replay
+    monkeypatch.setattr(TimedPoll, "__init__", lambda self, *args: polls.append(self) or init(self, *args))
+    monkeypatch.setattr(Decoder, "_replay", lambda self, *args: reads.append(self.reading) or replay(self, *args))
+    (prompts, new), model = mixed_prompts(14, seed=3), tiny.model("llama")
+    for _ in range(2):
+        polls.clear()
+        reads.clear()
+        mtpkern.generate_batch(model, prompts, **OPTIONS, max_new_tokens=new)
+    (poll,) = polls
+    assert len(poll.passes) == len(reads)
+    assert sum(reads) > 5
+    assert not any(rows for rows, read in zip(poll.passes, reads) if read)

@@ -441,7 +441,7 @@ class Decoder:
                 break
             if poll is not timed:
                 if poll.has_queued and timed.passes:
-                    timed.passes[-1] = 0  # what lies behind it counts to its time
+                    timed.passes[-1] = 0  # it has read prompts, or what lies behind it counts to its time
                 timed.running()
             if timed.replayed:
                 ladder.saw(timed.replayed, timed.seconds)
@@ -451,8 +451,7 @@ class Decoder:
                 terms.price.fill_(told[1])
             self._take(rows)
             made = rows in graph.captured
-            # 0: what is no replay, or reads prompts besides, tells nothing by its time.
-            timed.passes.append(rows if made and not self.reading else 0)
+            timed.passes.append(rows if made else 0)  # 0: no replay, so its time tells nothing
             self._replay(route, rows)
             if not made and rows in graph.captured:
                 ladder.made_one(rows, graph.seconds[rows])

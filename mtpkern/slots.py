@@ -83,7 +83,8 @@ class Newcomer:
 def vacate(decoder: Decoder, key: Tensor | None = None, first: int = 0) -> None:
     """Leave all slots of a new or restarted decoder empty: none of them runs. key [1], first: as in `Choice`."""
     decoder.sequences.status.fill_(LIMIT)
-    decoder.all_rows.start.zero_()
+    # A first pass may read prompts alone, and its other rows are nobody's.
+    decoder.plan()
     if decoder.choice is not None:
         decoder.choice.vacate(key, first)
 

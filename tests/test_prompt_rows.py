@@ -77,6 +77,23 @@ def test_where_rows_stand() -> None:
     assert rows.tail_start.tolist() == [0, 3, 3, 3, 3]
 
 
+def test_rows_of_an_empty_decoder_are_nobodys(tiny: SimpleNamespace) -> None:
+    """As it is made, and when its next run begins: of the rows beside those that read the first prompt."""
+    shape: dict[str, Any] = {"batch": 2, "capacity": 32, "max_new_tokens": 8, "stop_ids": torch.tensor([3])}
+    decoder = Decoder(tiny.model("llama"), Verified(3, masks=2), mask_token_id=tiny.mask, **shape)
+    for _ in range(2):
+        slots.vacate(decoder)
+        rows = decoder.all_rows
+        assert not rows.start.any()
+        assert rows.slot.tolist() == [decoder.cache.capacity] * len(rows.slot)
+        assert not rows.prefix_end.any()
+        assert (rows.span_start > decoder.cache.capacity).all()
+        with torch.inference_mode():
+            for x in (*vars(decoder.sequences).values(), *vars(rows).values()):
+                x.fill_(3)
+        decoder.restart(Verified(3, masks=2), torch.tensor([3]), 8)
+
+
 @pytest.fixture
 def beside(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """As soon as there is a graph, passes read prompts of up to so many rows; how many tokens came in by each pass."""

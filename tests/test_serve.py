@@ -141,7 +141,7 @@ def test_who_asks_for_what_is_refused_hears_why(server: SimpleNamespace, says: d
         pytest.skip("transformers' own says no more than that there is an error")
     import openai
 
-    with pytest.raises(openai.BadRequestError, match=r"max_new_tokens|stop_strings"):
+    with pytest.raises(openai.BadRequestError, match=r"max_tokens|stop_strings"):
         server.client.completions.create(model=server.name, prompt=PROMPT, temperature=0, **says)
 
 

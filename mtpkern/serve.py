@@ -27,6 +27,7 @@ import torch
 
 from mtpkern import asked
 from mtpkern.cli import positive
+from mtpkern.entry import entered
 from mtpkern.model import learned_positions
 from mtpkern.output import exit_status
 from mtpkern.refill import LOOK_AHEAD
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from mtpkern.engine import Engine
 
 
+_LAST_PORT = 65535
 # Whether a request's tokens are there: what goes wrong from then on is not the client's.
 _answered: ContextVar[bool] = ContextVar("_answered", default=False)
 
@@ -182,7 +184,8 @@ def serving(
     room = engine.max_length if positions is None else positions + 1
 
     def generate(input_ids: Any, *, attention_mask: Any = None, **kwargs: Any) -> Any:
-        future = engine.submit(input_ids, **kwargs, seed=asked.seed.get())
+        with entered("mtpkern serve"):
+            future = engine.submit(input_ids, **kwargs, seed=asked.seed.get())
         try:
             new = future.result().tokens
         except utils._GenerationCancelled:
@@ -237,10 +240,12 @@ def serving(
         (utils, "InferenceThread", partial(Waiting, engine)),
         (utils, "set_torch_seed", asked.seed.set),
         (utils, "_StreamError", StreamError),
+        # The future tells; an `end` would make half an answer look whole.
+        (utils.DirectStreamer, "fail", lambda *_: None),
     )
     with ExitStack() as stack:
         for where, name_there, what in ours:
-            stack.enter_context(patch.object(where, name_there, what))
+            stack.enter_context(patch.object(where, name_there, what, create=name_there == "fail"))
         stack.enter_context(patch.dict(vars(model), generate=generate))
         served = Serve(force_model=name, non_blocking=background, **options)
         try:
@@ -276,6 +281,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--port", type=positive, default=8000, help="(default 8000)")
     add("--name", help="what clients call the model (default: MODEL)")
     args = parser.parse_args(argv)
+    if args.port > _LAST_PORT:
+        parser.error(f"argument --port: expected a number up to {_LAST_PORT}, got {args.port}")
 
     from transformers.utils.import_utils import is_serve_available
 

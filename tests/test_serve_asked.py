@@ -1,6 +1,8 @@
 """`mtpkern serve`: what a request asks for is honoured, changes nothing, or is refused and told why."""
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,10 +10,13 @@ import torch
 from transformers import GenerationConfig
 
 import mtpkern
+from mtpkern import asked
 from mtpkern.asked import fit, settle
 from mtpkern.decoder import Decoder
+from support.pages import fenced
 from support.servers import PROMPT, ROOM, Served
 
+ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("completions", "chat/completions", "responses")
 GREEDY = {"temperature": 0}
 
@@ -157,6 +162,20 @@ def test_an_error_in_a_stream_can_be_read(says: dict[str, Any], shipped_server: 
     status, said = shipped_server.post(**says, stream=True)
     assert status == 200
     assert 'got [1, "it\'s"]' in (error := json.loads(said[6:])["error"]) or "num_beams=2" in error
+
+
+def test_the_page_knows_every_field() -> None:
+    page = (ROOT / "docs/serving.md").read_text().partition("### What a request may say")[2].partition("## In a")[0]
+    named = set(re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in page.splitlines() if line[:1] == "|")))
+    known = {*asked._READ, *asked._WITHOUT_CONSEQUENCE, *asked._NEUTRAL, *asked._WHY} - {"model"}
+    assert named - {"prompt", "messages", "input"} == known
+
+
+def test_the_pages_client_is_answered(shipped_server: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = (x for x in fenced((ROOT / "docs/serving.md").read_text(), "python") if "openai" in x)
+    code = code.replace("http://localhost:8000/v1", shipped_server.url).replace("path/to/checkpoint", "shipped")
+    exec(code, {})
+    assert capsys.readouterr().out.strip().endswith("#### 75")
 
 
 def test_a_fault_of_ours_is_told_from_the_clients(shipped_server: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,6 +164,9 @@ def fit(config: Any, prompt: int, room: int) -> None:
 
     fit(config, prompt=56, room=128)    # config.max_new_tokens is 72 at most
     """
+    if config.max_new_tokens is None and isinstance(config.max_length, int) and config.max_length > prompt:
+        # The server tells by max_new_tokens alone whether an answer was cut.
+        config.max_new_tokens, config.max_length = config.max_length - prompt, None
     most = room - prompt
     if most < 1:
         raise ValueError(

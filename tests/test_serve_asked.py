@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 import mtpkern
-from mtpkern import asked
+from mtpkern import Static, asked
 from mtpkern.asked import fit, settle
 from mtpkern.decoder import Decoder
 from support.pages import fenced
-from support.servers import PROMPT, ROOM, Served
+from support.servers import PROMPT, ROOM, Served, server_of
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("completions", "chat/completions", "responses")
@@ -63,6 +63,28 @@ def test_a_larger_limit_of_the_models_own_file_stays() -> None:
         settle(config, {"prompt": PROMPT})
         fit(config, prompt=prompt, room=4096)
         assert config.max_new_tokens == limit
+
+
+def test_learned_positions_are_room_as_well() -> None:
+    config = GPT2Config(vocab_size=286, n_positions=64, n_embd=16, n_layer=1, n_head=1)
+    config.bos_token_id = config.eos_token_id = None
+    with server_of(GPT2LMHeadModel(config).eval(), strategy=Static(1), max_length=ROOM) as served:
+        status, said = served.post(**GREEDY)
+        assert status == 200
+        # The last token is never fed.
+        assert json.loads(said)["usage"]["total_tokens"] == 65
+        assert "room for 9 new ones" in served.refusal(**GREEDY, max_tokens=10)
+
+
+@pytest.mark.parametrize("more", [-60, 0, 8])
+def test_a_limit_of_the_whole_text_is_said_when_it_is_met(more: int, shipped_server: Served) -> None:
+    length = len(shipped_server.tokenizer(PROMPT).input_ids) + more
+    ask = {"generation_config": {"max_length": length}}
+    if more > 0:
+        text, reason = shipped_server.choice(**ask)
+        assert (text, reason) == (alone(shipped_server, max_new_tokens=more), "length")
+    else:
+        assert "max_length" in shipped_server.refusal(**ask)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +216,10 @@ def test_a_fault_of_ours_is_told_from_the_clients(shipped_server: Served, monkey
                 "type": "server_error",
                 **dict.fromkeys(("param", "code")),
             }
-            assert "of a pass" in shipped_server.post(kind, **ask, stream=True)[1]
+            said = shipped_server.post(kind, **ask, stream=True)[1]
+            assert "of a pass" in said
+            # Half an answer does not look whole.
+            assert "finish_reason" not in said
     with monkeypatch.context() as patch:
         patch.setattr("transformers.cli.serving.chat_completion.parse_assistant_message", failing)
         assert shipped_server.post("chat/completions", **ask)[0] == 500

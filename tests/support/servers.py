@@ -1,4 +1,4 @@
-"""`mtpkern serve` with the shipped checkpoint, in a thread of this process, asked over HTTP."""
+"""`mtpkern serve`, with the shipped checkpoint or another, in a thread of this process, asked over HTTP."""
 
 import json
 import socket
@@ -6,7 +6,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -60,17 +60,24 @@ class Served:
 
 @pytest.fixture(scope="module")
 def shipped_server() -> Iterator[Served]:
+    """Of the shipped checkpoint, four requests at a time."""
+    with server_of(AutoModelForCausalLM.from_pretrained(mtpkern.ASSETS), batch_size=4, max_length=ROOM) as served:
+        yield served
+
+
+@contextmanager
+def server_of(model: Any, **options: Any) -> Iterator[Served]:
+    """A server of a model with the shipped checkpoint's tokens; options: the engine's."""
     for package in ("fastapi", "uvicorn", "openai"):
         pytest.importorskip(package)
     tokenizer = AutoTokenizer.from_pretrained(mtpkern.ASSETS)
     tokenizer.chat_template = CHAT
-    model = AutoModelForCausalLM.from_pretrained(mtpkern.ASSETS)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     where: dict[str, Any] = {"host": "127.0.0.1", "port": port, "log_level": "error"}
     with ExitStack() as stack:
-        engine = stack.enter_context(mtpkern.Engine(model, tokenizer=tokenizer, batch_size=4, max_length=ROOM))
+        engine = stack.enter_context(mtpkern.Engine(model, tokenizer=tokenizer, **options))
         serve = stack.enter_context(serving(engine, tokenizer, "shipped", background=True, **where))
         end = time.monotonic() + 60
         while not serve.server.started and time.monotonic() < end:

@@ -125,14 +125,15 @@ def _require_texts(name: str, messages: Any) -> None:
     """Refuse parts of messages that are no text, which transformers' server leaves out of a text model's prompt."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise TypeError(f"{name} must be a list of messages, each with role and content, got {messages!r:.60}")
+    if name == "input" and messages and "role" not in messages[0]:
+        messages = [{"role": "user", "content": messages}]  # the parts of one
     for message in messages:
         if name == "messages" and not isinstance(message.get("role"), str):
             raise ValueError(f"each of messages must have a role, a text such as 'user', got {message!r:.60}")
-        content = message.get("content", ()) if "role" in message else [message]
+        # Of a response's input, items without a role are calls of tools and what has come of them.
+        content = message.get("content") if "role" in message else None
         for part in content if isinstance(content, list) else ():
-            kind = part.get("type") if isinstance(part, dict) else part
-            if "role" not in message and kind not in _TEXTS and not str(kind).startswith("input_"):
-                continue  # a call of a tool, or what has come of it
+            kind = part.get("type") if isinstance(part, dict) else None
             if kind not in _TEXTS or not isinstance(part.get("text"), str):
                 raise ValueError(
                     f"the content of {name} must be texts, {{'type': 'text', 'text': ...}}, got {part!r:.60}"

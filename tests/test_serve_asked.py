@@ -109,6 +109,7 @@ def test_a_limit_of_the_whole_text_is_said_when_it_is_met(more: int, shipped_ser
         ),
         ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}),
         ("responses", {"input": [{"type": "input_image", "image_url": "x"}]}),
+        ("responses", {"input": [{"type": "input_text", "text": "x"}, {"type": "function_call", "call_id": "1"}]}),
         ("responses", {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}),
         *(("chat/completions", {"messages": x}) for x in (None, "hello", [{"content": "no role"}])),
     ],
@@ -134,6 +135,18 @@ def test_what_is_not_honoured_is_refused_by_name(kind: str, says: dict[str, Any]
 )
 def test_values_that_change_nothing_are_taken(kind: str, says: dict[str, Any], shipped_server: Served) -> None:
     assert shipped_server.choice(kind, **says, max_tokens=16)[0] == alone(shipped_server, max_new_tokens=16)
+
+
+def test_a_response_takes_texts_and_calls_of_tools(shipped_server: Served) -> None:
+    call = {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"}
+    for said in (
+        [{"type": "input_text", "text": PROMPT}],
+        [{"role": "user", "content": [{"type": "input_text", "text": PROMPT}]}],
+        [{"role": "user", "content": PROMPT}, call, {"type": "function_call_output", "call_id": "1", "output": ""}],
+    ):
+        status, answer = shipped_server.post("responses", input=said, max_output_tokens=16)
+        assert status == 200
+        assert json.loads(answer)["output"][0]["content"][0]["text"] == alone(shipped_server, max_new_tokens=16)
 
 
 def test_a_response_is_whole_unless_it_is_to_be_streamed(shipped_server: Served) -> None:

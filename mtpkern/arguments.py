@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import LogitsProcessor, StopStringCriteria
 
+from mtpkern.entry import entry
 from mtpkern.fields import OF_SAMPLING, OF_SCORES, checked_field, whole_number
 from mtpkern.model import CACHE_ARGUMENTS
 from mtpkern.stops import stop_criterion
@@ -173,7 +174,7 @@ def warn_of_left_out(model_name: str, left_out: dict[str, Any], *, stacklevel: i
     values = ", ".join(f"{name}={value!r}" for name, value in left_out.items())
     without = ", ".join(f"{name}={DEFAULTS.get(name)!r}" for name in left_out)
     warnings.warn(
-        f"the generation_config of this {model_name} asks for {values}, which mtpkern.generate decodes without; "
+        f"the generation_config of this {model_name} asks for {values}, which {entry()} decodes without; "
         f"compare with model.generate(..., do_sample=False, {without}). Passing {without} ends this warning.",
         stacklevel=stacklevel + 1,
     )
@@ -187,7 +188,7 @@ def require_prepared(generation_config: GenerationConfig, model_kwargs: dict[str
     expected = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", *CACHE_ARGUMENTS}
     for name, value in model_kwargs.items():
         if name not in expected and value is not None and value is not False:
-            raise ValueError(f"mtpkern.generate does not support the model argument {name}; leave it out")
+            raise ValueError(f"{entry()} does not support the model argument {name}; leave it out")
 
 
 def require_tensors(input_ids: Any, attention_mask: Any) -> None:
@@ -347,7 +348,7 @@ def _refuse_arguments(arguments: dict[str, Any]) -> None:
         empty = value is None or (isinstance(value, (list, tuple)) and not value)
         if not empty and name not in _INERT_ARGUMENTS and not (name == "synced_gpus" and value is False):
             instead = "give the calls a prefix_cache" if name in CACHE_ARGUMENTS else "leave it out"
-            raise ValueError(f"mtpkern.generate does not support {name}; {instead}, or use model.generate")
+            raise ValueError(f"{entry()} does not support {name}; {instead}, or use model.generate")
 
 
 def _refuse(settings: dict[str, Any]) -> None:
@@ -361,7 +362,7 @@ def _refuse(settings: dict[str, Any]) -> None:
     elif "prefill_chunk_size" in settings:
         advice = "pass prefill_chunk, which means tokens over the whole batch"
     values = ", ".join(f"{name}={value!r}" for name, value in settings.items())
-    raise ValueError(f"mtpkern.generate does not support {values}; {advice}")
+    raise ValueError(f"{entry()} does not support {values}; {advice}")
 
 
 def _sequences(where: Tensor) -> str:

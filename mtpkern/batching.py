@@ -33,11 +33,12 @@ from mtpkern.adapter import adopt
 from mtpkern.arguments import FIELDS, HONOURED, asked_by, inert, require_bool, require_prompts, require_tensors
 from mtpkern.attention import ended_by_interrupts, exclusive, routed
 from mtpkern.choosing import Choosing
+from mtpkern.entry import entered, entry
 from mtpkern.fields import OF_SAMPLING, whole_number
 from mtpkern.generation import choosing_of, generate, past_positions, prepared, settings_of, stop_ids_of
 from mtpkern.graph import without_kernels
 from mtpkern.memory import require_room
-from mtpkern.model import evaluating, has_latent_attention, learned_positions
+from mtpkern.model import CACHE_ARGUMENTS, evaluating, has_latent_attention, learned_positions
 from mtpkern.options import Options
 from mtpkern.parallel import agree, is_parallel
 from mtpkern.pool import decoder_for, kept_bytes, release_graphs
@@ -55,6 +56,8 @@ _ONLY_FOR_ONE_BATCH = {
     *("exponential_decay_length_penalty", "forced_eos_token_id"),
 }
 _HONOURED = (HONOURED | set(OF_SAMPLING) | {"logits_processor", "stopping_criteria"}) - _ONLY_FOR_ONE_BATCH
+# Arguments of a model that `generate` of transformers hands on.
+_OF_MODELS = {"attention_mask", "position_ids", "token_type_ids", "inputs_embeds", "logits_to_keep", *CACHE_ARGUMENTS}
 # Processors of transformers' that are made for prompts of one length; the fields of their names mean each prompt's.
 _OF_ONE_LENGTH = (
     *(theirs.MinNewTokensLengthLogitsProcessor, theirs.SuppressTokensAtBeginLogitsProcessor),
@@ -110,7 +113,9 @@ def generate_batch(
         if progress is not None:
             progress(len(outputs))
 
-    Batch(model, prompts, **options).run(take)
+    with entered("mtpkern.generate_batch"):
+        batch = Batch(model, prompts, **options)
+    batch.run(take)
     return sorted(outputs, key=lambda output: output.index)
 
 
@@ -124,7 +129,8 @@ def iterate_batch(model: PreTrainedModel, prompts: Iterable[Prompt], **options: 
         for output in mtpkern.iterate_batch(model, prompts, tokenizer=tokenizer, max_new_tokens=256):
             print(output.index, output.text)
     """
-    batch = Batch(model, prompts, **options)
+    with entered("mtpkern.iterate_batch"):
+        batch = Batch(model, prompts, **options)
 
     def run(streamer: Any) -> None:
         streamer.put(torch.empty(0, dtype=torch.int64))  # the prompts are taken
@@ -196,6 +202,8 @@ class Batch:
                 ids = torch.as_tensor(prompt)
             except (TypeError, ValueError, RuntimeError):
                 raise TypeError(f"a prompt must be a text or its token ids, got {prompt!r:.60}") from None
+            if not ids.ndim:
+                raise TypeError(f"a prompt must be a text or its token ids [T], got {prompt!r:.60}")
             if not ids.numel():
                 raise ValueError("the prompt has no tokens; give one with text in it")
             ids = (ids[None] if ids.ndim == 1 else ids).cpu()
@@ -393,10 +401,10 @@ def _refuse(kwargs: dict[str, Any], file: GenerationConfig | None) -> None:
     if bad:
         values = ", ".join(f"{name}={value!r:.60}" for name, value in bad.items())
         arguments = {name for f in (generate, GenerationMixin.generate) for name in signature(f).parameters}
-        unknown = not bad.keys() & (FIELDS | arguments | {"attention_mask"})
+        unknown = not bad.keys() & (FIELDS | arguments | _OF_MODELS)
         why = "which nobody knows" if unknown else "which is no matter of each prompt alone"
-        remedy = "leave it out, or use mtpkern.generate"
-        raise ValueError(f"mtpkern.generate_batch does not support {values}, {why}; {remedy}")
+        remedy = "leave it out, or mend its name" if unknown else "leave it out, or use mtpkern.generate"
+        raise ValueError(f"{entry()} does not support {values}, {why}; {remedy}")
 
 
 def _refuse_of_one_batch(processors: Iterable[Any], criteria: Iterable[Any]) -> None:
@@ -404,12 +412,13 @@ def _refuse_of_one_batch(processors: Iterable[Any], criteria: Iterable[Any]) -> 
     for processor in processors:
         if type(processor) in _OF_ONE_LENGTH:
             raise ValueError(
-                f"mtpkern.generate_batch does not support the logits processor {type(processor).__name__}, which is "
+                f"{entry()} does not support the logits processor {type(processor).__name__}, which is "
                 "made for prompts of one length; pass the field of generate that makes it (min_new_tokens, "
                 "begin_suppress_tokens), or use mtpkern.generate"
             )
     if any(isinstance(criterion, MaxTimeCriteria) for criterion in criteria):
         raise ValueError(
-            "mtpkern.generate_batch does not support MaxTimeCriteria, whose clock runs for all prompts and not for "
-            "each alone; leave it out, or read mtpkern.iterate_batch and leave it when the time is over"
+            f"{entry()} does not support MaxTimeCriteria, whose clock runs for all prompts and not for each alone; "
+            "leave it out, or read the answers as they come, by mtpkern.iterate_batch or Engine.stream, and leave when "
+            "the time is over"
         )

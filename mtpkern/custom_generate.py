@@ -18,9 +18,13 @@ from mtpkern import ASSETS
 def write_custom_generate(folder: str | Path) -> None:
     """Write the shipped `custom_generate/generate.py` into a checkpoint's folder, in place of one that is there.
 
+    Raises FileNotFoundError where there is no such folder.
+
     write_custom_generate("runs/mine")
     """
     code = (ASSETS / "custom_generate" / "generate.py").read_text(encoding="utf-8")
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"expected the folder of a checkpoint, got {str(folder)!r}, which is none")
     file = Path(folder) / "custom_generate" / "generate.py"
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(exist_ok=True)
     file.write_text(code, encoding="utf-8")

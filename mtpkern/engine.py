@@ -12,7 +12,7 @@ behind it. So does who samples, or has a setting, that nobody in line had when t
 from __future__ import annotations
 
 import weakref
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from functools import partial
 from threading import Thread, current_thread
 from typing import Any
@@ -23,11 +23,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mtpkern.arguments import require_prompts, require_streamer, require_tensors
 from mtpkern.batching import Batch, BatchOutput, Prompt
+from mtpkern.entry import entered
 from mtpkern.fields import whole_number
 from mtpkern.kernels.form import autocast_of
 from mtpkern.line import Line, Request
 from mtpkern.openmp import lend_processors
 from mtpkern.options import Options
+from mtpkern.readers import tell, telling
 from mtpkern.streaming import Stream, end_at_exit
 
 # Tokens of a request and its answer, unless the engine is told.
@@ -70,7 +72,8 @@ class Engine:
                 "and what is a request's own goes to submit or generate"
             )
         self._of_all: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": batch_size, **options}
-        Batch(model, [], max_new_tokens=1, **self._of_all)  # what is wrong with these is said now
+        with entered("mtpkern.Engine"):
+            Batch(model, [], max_new_tokens=1, **self._of_all)  # what is wrong with these is said now
         self.model, self.max_length = model, whole_number("max_length", max_length, least=2)
         self.batch_size = whole_number("batch_size", batch_size, least=1)
         self._line = Line(self.batch_size, self.max_length, model.device)
@@ -86,15 +89,22 @@ class Engine:
         kwargs: what `generate_batch` honours: max_new_tokens, do_sample and its settings, seed, stop_strings,
         stopping_criteria, eos_token_id, generation_config, and a tokenizer in the place of the engine's.
         streamer: as of `generate`, called in the engine's thread. An exception that it raises, or one of the criteria,
-            ends this request alone and is what the future raises.
+            ends this request alone and is what the future raises. As soon as the future has it, or is cancelled, who
+            reads a TextIteratorStreamer raises it too; another streamer is told by its `fail(error)`, and where it has
+            none by `end`: look at the future then.
 
         The future's result is a `BatchOutput`. Its `cancel` works as long as the request waits in line. Raises
         ValueError or TypeError for what `generate_batch` would refuse, RuntimeError where the engine is closed.
 
             engine.submit("Two and two is", max_new_tokens=8).result().text
         """
-        require_streamer(streamer)
-        return self._put(*self._requests([prompt], streamer, kwargs))[0].future
+        with telling(streamer):
+            require_streamer(streamer)
+            (request,) = self._requests([prompt], streamer, kwargs)
+            if streamer is not None:
+                request.future.add_done_callback(partial(_tell, streamer))
+            self._put(request)
+        return request.future
 
     def generate(
         self,
@@ -107,39 +117,13 @@ class Engine:
         """`mtpkern.generate` in passes that others share: left-padded prompts [B, T] to [B, T + new] token ids.
 
         Each prompt is a request; returns when all have ended. Ctrl-C in the waiting thread ends them. seed: as of
-        `submit`, where torch's own is not this call's alone.
+        `submit`, where torch's own is not this call's alone. streamer: as of `mtpkern.generate`.
         Refused, besides what `submit` refuses: return_dict_in_generate, and a streamer with more than one prompt.
 
             output = engine.generate(**tokenizer("Two and two is", return_tensors="pt"), max_new_tokens=64)
         """
-        self._require_other_thread()
-        require_streamer(streamer)
-        inputs = kwargs.pop("inputs", None)
-        if input_ids is not None and inputs is not None:
-            raise ValueError("inputs and input_ids are two names of the prompts, got both; leave one out")
-        input_ids = inputs if input_ids is None else input_ids
-        require_tensors(input_ids, attention_mask)
-        assert input_ids is not None
-        if kwargs.pop("return_dict_in_generate", None):
-            raise ValueError(
-                "mtpkern.Engine.generate does not support return_dict_in_generate=True; submit returns an object for "
-                "each prompt"
-            )
-        if streamer is not None and len(input_ids) > 1:
-            raise ValueError(f"a streamer sees one prompt at a time, got {len(input_ids)}; call once for each")
-        ids = input_ids.cpu()
-        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu()
-        requests = self._requests([row[real.bool()] for row, real in zip(ids, mask)], streamer, kwargs, (ids, mask))
-        self._put(*requests)
-        try:
-            outputs = [request.future.result() for request in requests]
-        except BaseException:
-            for request in requests:
-                request.end()
-            raise
-        filler, width = requests[0].batch.filler, max(len(output.tokens) for output in outputs)
-        new = [output.tokens + [filler] * (width - len(output.tokens)) for output in outputs]
-        return torch.cat([input_ids.to(torch.int64), torch.tensor(new, device=input_ids.device).view(len(new), -1)], 1)
+        with telling(streamer):
+            return self._generate(input_ids, attention_mask, streamer, kwargs)
 
     def stream(self, input_ids: Tensor | None = None, **options: Any) -> Stream[list[list[int]]]:
         """As `mtpkern.stream`, of one prompt [1, T] in passes that others share: yields blocks of new tokens.
@@ -174,19 +158,55 @@ class Engine:
                 "for itself; use Engine.submit, and read its future in another thread"
             )
 
+    def _generate(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, streamer: Any, kwargs: dict[str, Any]
+    ) -> Tensor:
+        self._require_other_thread()
+        require_streamer(streamer)
+        inputs = kwargs.pop("inputs", None)
+        if input_ids is not None and inputs is not None:
+            raise ValueError("inputs and input_ids are two names of the prompts, got both; leave one out")
+        input_ids = inputs if input_ids is None else input_ids
+        require_tensors(input_ids, attention_mask)
+        assert input_ids is not None
+        if kwargs.pop("return_dict_in_generate", None):
+            raise ValueError(
+                "mtpkern.Engine.generate does not support return_dict_in_generate=True; submit returns an object for "
+                "each prompt"
+            )
+        if streamer is not None and len(input_ids) > 1:
+            raise ValueError(f"a streamer sees one prompt at a time, got {len(input_ids)}; call once for each")
+        ids = input_ids.cpu()
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu()
+        requests = self._requests([row[real.bool()] for row, real in zip(ids, mask)], streamer, kwargs, (ids, mask))
+        self._put(*requests)
+        try:
+            outputs = [request.future.result() for request in requests]
+        except BaseException:
+            for request in requests:
+                request.end()
+            raise
+        filler, width = requests[0].batch.filler, max(len(output.tokens) for output in outputs)
+        new = [output.tokens + [filler] * (width - len(output.tokens)) for output in outputs]
+        return torch.cat([input_ids.to(torch.int64), torch.tensor(new, device=input_ids.device).view(len(new), -1)], 1)
+
     def _requests(
         self, prompts: list[Any], streamer: Any, kwargs: dict[str, Any], padded: tuple[Tensor, Tensor] | None = None
     ) -> list[Request]:
         """What each prompt is to be, read and checked."""
-        ours = sorted(kwargs.keys() & {*Options.NAMES, "reuse", "batch_size", "order", "first", "streamer"})
-        if ours:
+        if ours := sorted(kwargs.keys() & {*Options.NAMES, "reuse", "batch_size"} - {"wait"}):
             raise ValueError(f"{', '.join(ours)} is the engine's for all requests: pass it to mtpkern.Engine")
+        if idle := sorted(kwargs.keys() & {"wait", "order", "first", "progress"}):
+            raise ValueError(
+                f"mtpkern.Engine does not support {', '.join(idle)}: requests run as they come; leave it out"
+            )
         if autocast_of(self.model.device) != self._autocast:
             raise ValueError(
                 f"the engine was made under autocast to {self._autocast}, and this request comes under "
                 f"{autocast_of(self.model.device)}; make the engine where its requests come from"
             )
-        batch = Batch(self.model, prompts, **{**self._of_all, "order": "given", **kwargs})
+        with entered("mtpkern.Engine"):
+            batch = Batch(self.model, prompts, **{**self._of_all, "order": "given", **kwargs})
         if padded is not None:
             vocabulary = batch.model.get_input_embeddings().weight.shape[0]
             require_prompts(*padded, mask_token_id=batch.options.mask_token_id, vocabulary=vocabulary)
@@ -204,7 +224,13 @@ class Engine:
             key = int(batch.key)
         return [Request(batch, job, streamer, key) for job in batch.jobs]
 
-    def _put(self, *requests: Request) -> tuple[Request, ...]:
+    def _put(self, *requests: Request) -> None:
         lend_processors(self.model.device)
         self._line.put(requests)
-        return requests
+
+
+def _tell(streamer: Any, done: Future[BatchOutput]) -> None:
+    """Tell a streamer what the future raises."""
+    error = CancelledError("this request was cancelled while it waited") if done.cancelled() else done.exception()
+    if error is not None:
+        tell(streamer, error, end=True)

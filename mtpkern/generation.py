@@ -40,6 +40,7 @@ from mtpkern.options import Options
 from mtpkern.parallel import require_same_on_all
 from mtpkern.pool import decoder_for, prefill_with_room
 from mtpkern.prefix_cache import PrefixCache, Reuse, require_prefix_cache
+from mtpkern.readers import telling
 from mtpkern.strategies import Strategy
 from mtpkern.watch import REASONS, Streamer, Watch, first_tokens, of_kind
 from mtpkern.wrappers import unwrapped
@@ -120,7 +121,8 @@ def generate(
     check_model: compare a model of a class that the tests do not cover with its own forward and greedy decoding, once
         in a process, and refuse it with what differs; see `mtpkern.check`.
     streamer: as transformers': gets the prompts, then one token of each sequence at a time, as soon as all have come
-        that far. `mtpkern.stream` is another way, by blocks.
+        that far. `mtpkern.stream` is another way, by blocks. Who reads a TextIteratorStreamer raises what the call
+        raises, where transformers' has them wait; another streamer hears of it by a `fail(error)`, if it has one.
 
     return_logprobs: with return_dict_in_generate=True, log-probability and confidence of every new token.
     prefix_cache: a `PrefixCache` that several calls are given: what a prompt shares with a text of the last call, its
@@ -141,27 +143,28 @@ def generate(
         # Our own call has come back, through a class's generate that leads here.
         kwargs.setdefault("inputs", input_ids)
         return GenerationMixin.generate(model, **kwargs)
-    adopt(model)
-    model = unwrapped(model, kwargs)
-    options = Options(model, given)
-    require_bool("return_logprobs", return_logprobs)
-    require_streamer(streamer)
-    require_prefix_cache(prefix_cache, model)
-    input_ids, settings = settings_of(model, input_ids, kwargs, options.mask_token_id, stacklevel=2)
-    require_same_on_all(model, settings.get("max_time"), settings.get("stopping_criteria", ()))
+    with telling(streamer):
+        adopt(model)
+        model = unwrapped(model, kwargs)
+        options = Options(model, given)
+        require_bool("return_logprobs", return_logprobs)
+        require_streamer(streamer)
+        require_prefix_cache(prefix_cache, model)
+        input_ids, settings = settings_of(model, input_ids, kwargs, options.mask_token_id, stacklevel=2)
+        require_same_on_all(model, settings.get("max_time"), settings.get("stopping_criteria", ()))
 
-    def decode(call: Prepared) -> Tensor | MTPGenerateOutput:
-        choosing = choosing_of(call, options.mask_token_id, return_logprobs)
-        run = partial(_decode, model, call, options, Watch.of(streamer, call.criteria), choosing, prefix_cache)
-        try:
+        def decode(call: Prepared) -> Tensor | MTPGenerateOutput:
+            choosing = choosing_of(call, options.mask_token_id, return_logprobs)
+            run = partial(_decode, model, call, options, Watch.of(streamer, call.criteria), choosing, prefix_cache)
+            try:
+                return run()
+            except Exception as error:
+                # Where a Triton kernel does not compile on this device, once more by the torch forms.
+                if not without_kernels(error, model.device):
+                    raise
             return run()
-        except Exception as error:
-            # Where a Triton kernel does not compile on this device, once more by the torch forms.
-            if not without_kernels(error, model.device):
-                raise
-        return run()
 
-    return _prepared_by_theirs(model, input_ids, settings, decode)
+        return _prepared_by_theirs(model, input_ids, settings, decode)
 
 
 class Prepared(NamedTuple):

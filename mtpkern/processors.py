@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.generation import logits_process as theirs
 
+from mtpkern.entry import entry
 from mtpkern.settings import MinP, RepetitionPenalty, Setting, Temperature, TopK, TopP
 from mtpkern.texts import Apply, Processor, Texts, among
 
@@ -189,7 +190,7 @@ def from_transformers(processor: Any, T: int) -> Processor:
     if kind in _ROW_BY_ROW or not kind.__module__.startswith("transformers."):
         return RowByRow(processor)
     raise ValueError(
-        f"mtpkern.generate does not support the logits processor {kind.__name__}, which is no function of text and "
+        f"{entry()} does not support the logits processor {kind.__name__}, which is no function of text and "
         "scores alone, or is not known here; leave it out, or use model.generate"
     )
 

@@ -2,15 +2,16 @@
 
 The server is transformers' own, `transformers serve`, with what comes before and behind decoding: chat templates, the
 protocol, streams. It hands requests on one at a time, to one thread that calls the model's `generate`; here many
-threads do, and `generate` is an `Engine`'s, so that requests of many clients are decoded side by side. Two things it
-leaves open are settled here: who has left is decoded for no longer, streamed or not, and who asks for what is refused
-hears why.
+threads do, and `generate` is an `Engine`'s, so that requests of many clients are decoded side by side. What it leaves
+open is settled here: who has left is decoded for no longer, streamed or not; who asks for what is not honoured hears
+why (`mtpkern.asked`); and an error of ours is told from one of the client's.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,12 @@ from threading import Event
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+import torch
+
+from mtpkern import asked
 from mtpkern.cli import positive
+from mtpkern.entry import entered
+from mtpkern.model import learned_positions
 from mtpkern.output import exit_status
 from mtpkern.refill import LOOK_AHEAD
 
@@ -33,8 +39,13 @@ if TYPE_CHECKING:
     from mtpkern.engine import Engine
 
 
-# What a client asks its draws to follow; each request is read in a context of its own.
-_seed: ContextVar[int | None] = ContextVar("_seed", default=None)
+_LAST_PORT = 65535
+# Whether a request's tokens are there: what goes wrong from then on is not the client's.
+_answered: ContextVar[bool] = ContextVar("_answered", default=False)
+
+
+class Failed(RuntimeError):
+    """What went wrong while a request was decoded, which is not the client's fault."""
 
 
 class Waiting:
@@ -119,13 +130,31 @@ def until_left(app: Callable[..., Any]) -> Callable[..., Any]:
 
 
 async def refused(request: Any, error: Exception) -> Any:
-    """The answer to a request for what is not honoured, which would be "Internal Server Error" and be tried again."""
-    from fastapi.responses import JSONResponse
-
+    """The answer to what cannot be read or is not honoured; without it a client would try that again."""
+    if _answered.get():
+        raise error
     # For whom it may concern that the fault is not the client's.
     logging.getLogger(__name__).info("answered with 400", exc_info=error)
-    said = {"message": str(error), "type": "invalid_request_error", "param": None, "code": None}
-    return JSONResponse({"error": said}, status_code=400)
+    plain = isinstance(error, (TypeError, ValueError))
+    return _said(str(error) if plain else f"{type(error).__name__}: {error}", "invalid_request_error", 400)
+
+
+async def failed(request: Any, error: Exception) -> Any:
+    """The answer where the fault is not the client's; the server's log has the traceback."""
+    return _said(str(error) if isinstance(error, Failed) else f"{type(error).__name__}: {error}", "server_error", 500)
+
+
+def _said(message: str, kind: str, status: int) -> Any:
+    from fastapi.responses import JSONResponse
+
+    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status)
+
+
+class _Quoted(str):
+    """A message that transformers' server writes between the quotes of a JSON text as it is."""
+
+    def __format__(self, spec: str) -> str:
+        return json.dumps(str(self))[1:-1]
 
 
 @contextmanager
@@ -139,32 +168,84 @@ def serving(
         with serving(engine, tokenizer, "mine", background=True, host="127.0.0.1", port=8000):
             ...
     """
+    from jinja2 import TemplateError
     from transformers.cli.serve import Serve
     from transformers.cli.serving import server, utils
+    from transformers.cli.serving.chat_completion import ChatCompletionHandler
+    from transformers.cli.serving.completion import CompletionHandler
     from transformers.cli.serving.model_manager import ModelManager
+    from transformers.cli.serving.response import ResponseHandler
 
+    questions = {CompletionHandler: "prompt", ChatCompletionHandler: "messages", ResponseHandler: "input"}
     model, build = engine.model, server.build_server
+    handler, manager = utils.BaseHandler, utils.GenerateManager
+    validate, configure = handler._validate_request, handler._build_generation_config
+    positions = learned_positions(model, needed=engine.max_length - 1)  # the last token is never fed
+    room = engine.max_length if positions is None else positions + 1
 
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        return engine.generate(*args, **kwargs, seed=_seed.get())
+    def generate(input_ids: Any, *, attention_mask: Any = None, **kwargs: Any) -> Any:
+        with entered("mtpkern serve"):
+            future = engine.submit(input_ids, **kwargs, seed=asked.seed.get())
+        try:
+            new = future.result().tokens
+        except utils._GenerationCancelled:
+            raise
+        except Exception as error:
+            raise Failed(f"{type(error).__name__}: {error}") from error
+        return torch.cat([input_ids, torch.tensor([new], dtype=torch.int64, device=input_ids.device)], 1)
+
+    def validated(self: Any, body: dict[str, Any]) -> None:
+        validate(self, {name: value for name, value in body.items() if name not in asked.OURS})
+        for kind, question in questions.items():
+            if isinstance(self, kind):
+                asked.require_honoured(body, question)
+
+    def configured(self: Any, body: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        config = configure(self, body, *args, **kwargs)
+        asked.settle(config, body)
+        return config
+
+    def streaming(self: Any, model: Any, processor: Any, inputs: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.fit(config, inputs["input_ids"].shape[1], room)
+        return stream(self, model, processor, inputs, config, *args, **kwargs)
+
+    async def whole(self: Any, model: Any, processor: Any, inputs: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.fit(config, inputs["input_ids"].shape[1], room)
+        answer = await decode(self, model, processor, inputs, config, *args, **kwargs)
+        _answered.set(True)
+        return answer
+
+    stream, decode = manager.generate_streaming, manager.generate_non_streaming
+
+    class StreamError(utils._StreamError):
+        def __init__(self, msg: str) -> None:
+            super().__init__(_Quoted(msg))
 
     def built(*args: Any, **kwargs: Any) -> Any:
         app = build(*args, **kwargs)
-        for kind in (TypeError, ValueError):
+        for kind in (TypeError, ValueError, LookupError, AttributeError, TemplateError):
             app.add_exception_handler(kind, refused)
+        app.add_exception_handler(Exception, failed)
         app.add_middleware(until_left)
         return app
 
-    loaded: dict[str, Callable[..., Any]] = {
-        "_load_model": lambda *_, **__: model,
-        "_load_processor": lambda *_, **__: tokenizer,
-    }
+    ours: tuple[tuple[Any, str, Any], ...] = (
+        (ModelManager, "_load_model", lambda *_, **__: model),
+        (ModelManager, "_load_processor", lambda *_, **__: tokenizer),
+        (handler, "_validate_request", validated),
+        (handler, "_build_generation_config", configured),
+        (manager, "generate_streaming", streaming),
+        (manager, "generate_non_streaming", whole),
+        (server, "build_server", built),
+        (utils, "InferenceThread", partial(Waiting, engine)),
+        (utils, "set_torch_seed", asked.seed.set),
+        (utils, "_StreamError", StreamError),
+        # The future tells; an `end` would make half an answer look whole.
+        (utils.DirectStreamer, "fail", lambda *_: None),
+    )
     with ExitStack() as stack:
-        for method, ours in loaded.items():
-            stack.enter_context(patch.object(ModelManager, method, ours))
-        stack.enter_context(patch.object(server, "build_server", built))
-        stack.enter_context(patch.object(utils, "InferenceThread", partial(Waiting, engine)))
-        stack.enter_context(patch.object(utils, "set_torch_seed", _seed.set))
+        for where, name_there, what in ours:
+            stack.enter_context(patch.object(where, name_there, what, create=name_there == "fail"))
         stack.enter_context(patch.dict(vars(model), generate=generate))
         served = Serve(force_model=name, non_blocking=background, **options)
         try:
@@ -200,6 +281,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--port", type=positive, default=8000, help="(default 8000)")
     add("--name", help="what clients call the model (default: MODEL)")
     args = parser.parse_args(argv)
+    if args.port > _LAST_PORT:
+        parser.error(f"argument --port: expected a number up to {_LAST_PORT}, got {args.port}")
 
     from transformers.utils.import_utils import is_serve_available
 

@@ -43,7 +43,7 @@ class Streamer(Protocol):
     """What transformers calls a streamer: `put` gets the prompts [B, T], then each column of new tokens [B].
 
     One with a `put_block` gets, behind the prompts, a list of newly certain tokens for each sequence by that, and may
-    have an event `closed` that ends the run.
+    have an event `closed` that ends the run. One with a `fail` gets the error of a run that fails by that.
     """
 
     def put(self, value: Tensor) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from mtpkern.adapter import base_of
 from mtpkern.adapter_config import is_gated
+from mtpkern.entry import entry
 
 # Adapters of peft whose whole effect lies in the model's layers and falls on each row by itself.
 _ROW_WISE = {
@@ -37,7 +38,7 @@ def unwrapped(model: Any, arguments: dict[str, Any]) -> PreTrainedModel:
     for argument in _ADAPTER_ARGUMENTS:
         if arguments.get(argument) is not None:
             raise ValueError(
-                f"mtpkern.generate does not support {argument}: its passes hold rows of several sequences; set one "
+                f"{entry()} does not support {argument}: its passes hold rows of several sequences; set one "
                 "adapter with set_adapter and decode the sequences of each by themselves"
             )
     if hasattr(model, "_orig_mod"):

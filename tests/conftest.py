@@ -23,7 +23,17 @@ from support.processes import run_in_two_processes
 # Their fixtures are there for all.
 pytest_plugins = [
     f"support.{name}"
-    for name in ("batches", "engines", "made_up_device", "recipes", "recording", "replaying", "riding", "watching")
+    for name in (
+        "batches",
+        "engines",
+        "made_up_device",
+        "recipes",
+        "recording",
+        "replaying",
+        "riding",
+        "servers",
+        "watching",
+    )
 ]
 
 # Triton reads this when it is first imported: without a GPU, its interpreter runs the kernels on CPU tensors.

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,20 @@ def test_the_tutorial_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     exec(code, {})
     assert "Answer:" in capsys.readouterr().out
+
+
+def test_the_serving_pages_programs_run_as_they_stand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(mtpkern.ASSETS, "path/to/checkpoint", ignore=shutil.ignore_patterns("smollm2", "custom_generate"))
+    programs = [code for code in fenced((ROOT / "docs/serving.md").read_text(), "python") if "openai" not in code]
+    assert len(programs) == 3
+    for code in programs:
+        exec(code, {})
+    answers = capsys.readouterr().out
+    assert answers.count("####") == 8
+    assert Path("path/to/checkpoint/custom_generate/generate.py").exists()
 
 
 def anchors(page: Path) -> set[str]:

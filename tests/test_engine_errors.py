@@ -13,6 +13,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    MaxTimeCriteria,
+    MinNewTokensLengthLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+)
 
 from mtpkern import Engine, Static, Verified
 from mtpkern.batching import BatchOutput
@@ -197,7 +203,8 @@ def test_who_is_interrupted_while_waiting_ends_the_run(engine: Engine, monkeypat
         (lambda e: e.submit([], max_new_tokens=3), "no tokens"),
         (lambda e: e.submit("text", max_new_tokens=3), "tokenizer"),
         (lambda e: e.submit([1, 2], max_new_tokens=3, strategy=Static(1)), "strategy is the engine's"),
-        (lambda e: e.submit([1, 2], max_new_tokens=3, num_beams=2), "num_beams"),
+        (lambda e: e.submit([1, 2], max_new_tokens=3, first=2), "mtpkern.Engine does not support first"),
+        (lambda e: e.submit(3, max_new_tokens=3), "token ids .T., got 3"),
         (lambda e: e.submit([1, 2], max_new_tokens=3, streamer=3), "streamer"),
         (lambda e: e.submit([1, 2], max_new_tokens=0), "max_new_tokens"),
         (lambda e: e.generate(torch.ones(2, 3, dtype=torch.int64), streamer=Held(), max_new_tokens=3), "one prompt"),
@@ -214,6 +221,32 @@ def test_what_is_wrong_is_said_at_once(call: Callable[[Engine], Any], says: str,
     with pytest.raises((TypeError, ValueError), match=says):
         call(engine)
     assert len(result(engine.submit([1, 2], max_new_tokens=4, eos_token_id=None)).tokens) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"max_newtokens": 5}, "nobody knows; leave it out, or mend its name"),
+        ({"num_beams": 2}, "no matter of each prompt alone"),
+        ({"position_ids": torch.ones(1, 2)}, "no matter of each prompt alone"),
+        ({"stopping_criteria": [MaxTimeCriteria(3.0)]}, "Engine.stream"),
+        ({"logits_processor": [MinNewTokensLengthLogitsProcessor(2, 3, 0)]}, "made for prompts of one length"),
+        ({"logits_processor": [PrefixConstrainedLogitsProcessor(lambda *_: [1], 1)]}, "no function of text"),
+        ({"generation_config": GenerationConfig(some_other_field=3)}, "some_other_field"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_errors_name_the_engine_and_no_other_way_in(options: dict[str, Any], says: str, engine: Engine) -> None:
+    options = {"max_new_tokens": 3, **options}
+    for call in (lambda: engine.submit([1, 2], **options), lambda: engine.generate(torch.tensor([[1, 2]]), **options)):
+        with pytest.raises(ValueError, match=f"^mtpkern.Engine does not support .*{says}"):
+            call()
+
+
+def test_what_the_file_asks_for_in_vain_is_said_of_the_engine(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.model.generation_config, "repetition_penalty", 1.5)
+    with pytest.warns(UserWarning, match="repetition_penalty=1.5, which mtpkern.Engine decodes without"):
+        result(engine.submit([1, 2], eos_token_id=STOP, max_new_tokens=3))
 
 
 def test_padding_on_the_right_is_refused(engine: Engine) -> None:

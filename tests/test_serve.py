@@ -22,7 +22,7 @@ import mtpkern
 from mtpkern.batching import BatchOutput
 from mtpkern.custom_generate import write_custom_generate
 from mtpkern.line import Request
-from mtpkern.serve import serving
+from mtpkern.serve import main, serving
 
 PROMPT = json.loads((mtpkern.ASSETS / "problems.jsonl").read_text().splitlines()[0])["prompt"]
 CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -31,7 +31,16 @@ CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 def test_the_shipped_checkpoint_brings_it_along(tmp_path: Path) -> None:
     write_custom_generate(tmp_path)
     file = "custom_generate/generate.py"
+    with pytest.raises(FileNotFoundError, match="none_there"):
+        write_custom_generate(tmp_path / "none_there")
     assert (mtpkern.ASSETS / file).read_text() == (tmp_path / file).read_text()
+
+
+def test_a_port_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """It would be taken modulo 65,536, and said otherwise."""
+    with pytest.raises(SystemExit):
+        main(["model", "--port", "99999"])
+    assert "--port: expected a number up to 65535, got 99999" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module", params=["transformers", "mtpkern"])
@@ -141,7 +150,7 @@ def test_who_asks_for_what_is_refused_hears_why(server: SimpleNamespace, says: d
         pytest.skip("transformers' own says no more than that there is an error")
     import openai
 
-    with pytest.raises(openai.BadRequestError, match=r"max_new_tokens|stop_strings"):
+    with pytest.raises(openai.BadRequestError, match=r"max_tokens|stop_strings"):
         server.client.completions.create(model=server.name, prompt=PROMPT, temperature=0, **says)
 
 

@@ -1,0 +1,85 @@
+"""`mtpkern serve`, with the shipped checkpoint or another, in a thread of this process, asked over HTTP."""
+
+import json
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import mtpkern
+from mtpkern.serve import serving
+
+PROMPT = json.loads((mtpkern.ASSETS / "problems.jsonl").read_text().splitlines()[0])["prompt"]
+CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+# Of a request and its answer: more than the first problem's, and less than its prompt and the server's default.
+ROOM = 128
+
+
+class Served:
+    """A server: `post` asks it, `text` is what it answers."""
+
+    def __init__(self, url: str, model: Any, tokenizer: Any) -> None:
+        self.url, self.model, self.tokenizer = url, model, tokenizer
+
+    def post(self, where: str = "completions", **body: Any) -> tuple[int, str]:
+        """Status and body of the answer, to the first problem unless the body says another."""
+        asks = {"completions": {"prompt": PROMPT}, "responses": {"input": PROMPT}}
+        asks["chat/completions"] = {"messages": [{"role": "user", "content": PROMPT}]}
+        content = json.dumps({"model": "shipped", **asks[where], **body}).encode()
+        request = urllib.request.Request(f"{self.url}/{where}", content, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def choice(self, where: str = "completions", **body: Any) -> tuple[str, str]:
+        """Text and finish reason of a whole answer, or of one that comes in pieces."""
+        status, said = self.post(where, **body)
+        assert status == 200, said
+        pieces = (
+            [json.loads(line[6:]) for line in said.splitlines() if line] if body.get("stream") else [json.loads(said)]
+        )
+        assert all("error" not in piece for piece in pieces), said
+        choices = [piece["choices"][0] for piece in pieces]
+        texts = [c.get("text") or c.get("delta", c.get("message", {})).get("content") or "" for c in choices]
+        return "".join(texts), choices[-1]["finish_reason"]
+
+    def refusal(self, where: str = "completions", **body: Any) -> str:
+        """Why a request is refused."""
+        status, said = self.post(where, **body)
+        assert status == 400, said
+        return str(json.loads(said)["error"]["message"])
+
+
+@pytest.fixture(scope="module")
+def shipped_server() -> Iterator[Served]:
+    """Of the shipped checkpoint, four requests at a time."""
+    with server_of(AutoModelForCausalLM.from_pretrained(mtpkern.ASSETS), batch_size=4, max_length=ROOM) as served:
+        yield served
+
+
+@contextmanager
+def server_of(model: Any, **options: Any) -> Iterator[Served]:
+    """A server of a model with the shipped checkpoint's tokens; options: the engine's."""
+    for package in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(package)
+    tokenizer = AutoTokenizer.from_pretrained(mtpkern.ASSETS)
+    tokenizer.chat_template = CHAT
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    where: dict[str, Any] = {"host": "127.0.0.1", "port": port, "log_level": "error"}
+    with ExitStack() as stack:
+        engine = stack.enter_context(mtpkern.Engine(model, tokenizer=tokenizer, **options))
+        serve = stack.enter_context(serving(engine, tokenizer, "shipped", background=True, **where))
+        end = time.monotonic() + 60
+        while not serve.server.started and time.monotonic() < end:
+            time.sleep(0.02)
+        yield Served(f"http://127.0.0.1:{port}/v1", model, tokenizer)

@@ -51,7 +51,7 @@ def advance_case(B: int, k: int, verify: bool, masks: int = 0) -> None:
     sequences = Sequences.allocate(B, 256, 128, torch.device("cpu"))
     rows = Rows.allocate(R, B, torch.device("cpu"), k)
     token = torch.zeros(R, dtype=torch.int64)
-    terms = Terms.allocate(2, torch.device("cpu"), budget=R)
+    terms = Terms.allocate(2, B, torch.device("cpu"), budget=R)
     advance_triton(sequences, rows, terms, token, torch.zeros(R), k=k, verify=verify, mask_token_id=1, masks=masks)
 
 

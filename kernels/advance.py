@@ -94,7 +94,7 @@ if find_spec("triton"):
         token_ptr,  # [R']
         confidence_ptr,  # [R']
         threshold_ptr,  # []
-        stop_ids_ptr,  # [S]
+        stop_ids_ptr,  # [B, S]
         price_ptr,  # []
         budget_ptr,  # [] or None
         s_tokens,
@@ -214,7 +214,7 @@ if find_spec("triton"):
             tl.store(p_tokens[:, None] + position, y, mask=running[:, None] & keep)
             stop = (keep | emit) & (y != y)
             for j in range(S):
-                stop |= (keep | emit) & (y == tl.load(stop_ids_ptr + j))
+                stop |= (keep | emit) & (y == tl.load(stop_ids_ptr + o_b * S + j, mask=m_b, other=-1)[:, None])
             stop_end = tl.minimum(stop_end, tl.min(tl.where(emit & stop, position + 1, 2147483647), 1))
             if VERIFY:
                 # A draft that is a stop token is the last one: nothing behind it is ever emitted.
@@ -257,7 +257,8 @@ if find_spec("triton"):
             p_last = token_ptr + row + trusted + shift + pending_next - 1
             last = tl.load(p_last, mask=pending_next > 1, other=0)
             for e in range(S):
-                want = tl.where((pending_next > 1) & (last == tl.load(stop_ids_ptr + e)), 0, want)
+                stop_id = tl.load(stop_ids_ptr + o_b * S + e, mask=m_b, other=-1)
+                want = tl.where((pending_next > 1) & (last == stop_id), 0, want)
         want_last = want
         if MASKS:
             groups = tl.zeros([BLOCK_B], tl.int32)
@@ -423,7 +424,7 @@ def advance_at_once(
 
     active = status == RUNNING
     running = active & ~fault
-    is_stop = (y[:, :, None] == terms.stop_ids).any(2)
+    is_stop = (y[:, :, None] == terms.stop_ids[:, None]).any(2)
     sure = None
     if verify:
         # What this pass has shown of its sequence, and which of the sure drafts are worth a row.
@@ -471,7 +472,7 @@ def advance_triton(sequences, rows, terms, token, confidence, *, k, verify, mask
     # In the order of the kernel's arguments, and of the fields.
     state = *vars(sequences).values(), *vars(rows).values(), token, confidence, *vars(terms).values()
     strides = sequences.tokens.stride(0), sequences.blocks.stride(0)
-    numbers = B, rows.seq.shape[0], sequences.tokens.shape[1] - 1, terms.stop_ids.shape[0], mask_token_id
+    numbers = B, rows.seq.shape[0], sequences.tokens.shape[1] - 1, terms.stop_ids.shape[1], mask_token_id
     sizes = {"K": k, "VERIFY": verify, "MASKS": masks, "W": W, "BLOCK_B": BLOCK_B, "BLOCK_W": BLOCK_W}
     sizes["num_warps"] = 4 if BLOCK_B * BLOCK_W <= 1024 else 16
     _advance_kernel[(1,)](*state, *strides, *numbers, **sizes, **_CONSTANTS, **pdl_options(token.device))

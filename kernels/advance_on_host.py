@@ -40,7 +40,7 @@ def advance_on_host(
 
     advance_on_host(sequences, rows, terms, token, confidence, k=8, verify=True, mask_token_id=mask_token_id)
     """
-    threshold, price, stops = terms.threshold.item(), terms.price.item(), set(terms.stop_ids.tolist())
+    threshold, price, stops_of = terms.threshold.item(), terms.price.item(), terms.stop_ids.tolist()
     y_of, c_of, row_starts = token.tolist(), confidence.tolist(), rows.start.tolist()
     # Views, through which the state is written; what is read of it are Python's own numbers, which take a tenth.
     tokens, *columns, blocks = (x.numpy() for x in vars(sequences).values())
@@ -51,7 +51,7 @@ def advance_on_host(
         news: list[int] = []
         if status == RUNNING:
             y, c = y_of[row_starts[b] : row_starts[b + 1]], c_of[row_starts[b] : row_starts[b + 1]]
-            first, last = length - pending, pending - 1
+            first, last, stops = length - pending, pending - 1, stops_of[b]
             emitted_before = first + 1 if verify else length
             if any(x != x for x in c):
                 at_length[b], at_pending[b], at_status[b] = emitted_before, 0, FAULT

@@ -82,9 +82,9 @@ class Rows:
 class Terms:
     """On what terms a pass accepts and plans; the host sets them, the device reads them.
 
-    threshold [] float: a prediction above it is sure. stop_ids [S] int64; -1 matches nothing. price [] float64, with
-    verification only: the tokens that a row of the next pass must promise (kernels/worth.py); 0 buys all that fit.
-    budget [] int64, likewise: the rows that the next pass has, from B up to R; R where it is None.
+    threshold [] float: a prediction above it is sure. stop_ids [B, S] int64, each sequence's own; -1 matches nothing.
+    price [] float64, with verification only: the tokens that a row of the next pass must promise (kernels/worth.py); 0
+    buys all that fit. budget [] int64, likewise: the rows that the next pass has, from B up to R; R where it is None.
     """
 
     threshold: Tensor
@@ -93,11 +93,14 @@ class Terms:
     budget: Tensor | None = None
 
     @classmethod
-    def allocate(cls, stops: int, device: torch.device, budget: int | None = None) -> Terms:
-        """Threshold 0, room for `stops` stop tokens, price 0, and a budget if one is to be set from pass to pass."""
+    def allocate(cls, stops: int, batch: int, device: torch.device, budget: int | None = None) -> Terms:
+        """Threshold 0, room for `stops` stop tokens of each of `batch` sequences, price 0, and a budget if there is one.
+
+        budget: where the host sets it from pass to pass, what it is to begin with
+        """
         return cls(
             torch.zeros((), dtype=torch.float32, device=device),
-            torch.full((stops,), -1, dtype=torch.int64, device=device),
+            torch.full((batch, stops), -1, dtype=torch.int64, device=device),
             torch.zeros((), dtype=torch.float64, device=device),
             None if budget is None else torch.full((), budget, dtype=torch.int64, device=device),
         )

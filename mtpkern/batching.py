@@ -256,7 +256,7 @@ class Batch:
 
     def _jobs(self, prompts: list[np.ndarray | None], new: Callable[[int, int], int]) -> list[Job]:
         """Those that can be decoded, in the order in which they will be; the others fail."""
-        slots = min(self.batch_size, len(prompts))
+        slots, stops = min(self.batch_size, len(prompts)), tuple(self.stop_ids.tolist())
         jobs = []
         for number, ids in enumerate(prompts):
             if ids is None:
@@ -266,7 +266,7 @@ class Batch:
                 error = f"max_length={len(ids) + asked} leaves a prompt of {len(ids)} tokens no new one; raise it"
                 self._fail(number, ValueError(f"{error}, or pass max_new_tokens"))
                 continue
-            job = Job(number, ids, asked, choosing=self.choosing)
+            job = Job(number, ids, asked, choosing=self.choosing, stop_ids=stops)
             positions = learned_positions(self.model, needed=job.tokens - 1)
             if positions is not None:
                 job = replace(job, new=positions - len(ids) + 1, asked=asked)

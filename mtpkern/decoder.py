@@ -52,9 +52,9 @@ SLOT_STEP = 16
 PREFILL_CHUNK = 8192
 
 
-def places_for(stop_ids: Tensor) -> int:
+def places_for(stops: int) -> int:
     """How many stop tokens a decoder has room for: the next multiple of four, so that few and fewer share a graph."""
-    return -(-len(stop_ids) // 4) * 4
+    return -(-stops // 4) * 4
 
 
 class Decoder:
@@ -66,7 +66,7 @@ class Decoder:
             decoder.run(route)
         decoder.sequences.tokens, decoder.sequences.length    # the result, on the device
 
-    capacity: tokens, the longest prompt + max_new_tokens or more. stop_ids: [S] int64.
+    capacity: tokens, the longest prompt + max_new_tokens or more. stop_ids: [S] int64, of all to begin with.
     rows: the row budget R of a step, from batch * k up, with verification from batch up; in a graph with by_load the
         most that a pass may have.
     by_load: sequences bring no more rows than are worth their time (mtpkern.load), with verification only, whose output
@@ -136,7 +136,7 @@ class Decoder:
         # Masks may stand behind the last position that a model has learned; what they predict is never emitted.
         learned = learned_positions(model, needed=capacity + 2 * strategy.k)
         self.last_position = None if learned is None else learned - 1
-        self.terms = Terms.allocate(places_for(stop_ids), device, budget=rows if self.graph else None)
+        self.terms = Terms.allocate(places_for(len(stop_ids)), batch, device, budget=rows if self.graph else None)
         self.choice = None
         if choosing is not None:
             self.choice = Choice(choosing, strategy, self.sequences, self.terms, mask_token_id)
@@ -207,7 +207,7 @@ class Decoder:
         self.max_passes = max_new_tokens - 1
         self.terms.threshold.fill_(strategy.threshold)
         self.terms.stop_ids.fill_(-1)
-        self.terms.stop_ids[: len(stop_ids)] = stop_ids.to(self.device)
+        self.terms.stop_ids[:, : len(stop_ids)] = stop_ids.to(self.device)
         self.terms.price.zero_()
         if self.terms.budget is not None:
             self.terms.budget.fill_(len(self.all_rows.seq))

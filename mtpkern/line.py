@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from mtpkern.batching import Batch, BatchOutput
 from mtpkern.choosing import Choosing
+from mtpkern.decoder import places_for
 from mtpkern.graph import without_kernels
 from mtpkern.kernels.sample import SPREAD
 from mtpkern.openmp import lend_processors
@@ -52,7 +53,7 @@ class Request:
         self.error: BaseException | None = None
         self.shown = False
         # What all of a run have in common, and what need only be united.
-        self.kind = tuple(batch.stop_ids.tolist()), id(batch.tokenizer)
+        self.kind = places_for(len(batch.stop_ids)), id(batch.tokenizer)
         self.choosing = batch.choosing or Choosing()
 
     def begin(self, number: int) -> Job:

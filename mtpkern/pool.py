@@ -64,7 +64,7 @@ def decoder_for(
         known = gate_of(model) is not None or mask < model.get_input_embeddings().weight.shape[0]
         require_verified(model, mask if known else 0)
     capacity = slots_for(tokens, use_graph)
-    terms = places_for(stop_ids), capacity, autocast_of(model.device)
+    terms = places_for(len(stop_ids)), capacity, autocast_of(model.device)
     key = (strategy.k, strategy.verify, strategy.masks, *terms, *options.values())
     if not (use_graph and key in _kept.get(model, ())):
         batch, scratch = options["batch"], strategy.masks

@@ -37,7 +37,8 @@ class Job:
 
     watch: who sees this one's tokens, and is asked whether it goes on; an error there is this one's alone. closed ends
     it behind the next pass. drawn_by: the number that its draws follow, where that is not its own: two jobs may share
-    one. choosing: what it asks for itself, of which the run's has all there is; None: its argmax.
+    one. choosing: what it asks for itself, of which the run's has all there is; None: its argmax. stop_ids: the tokens
+    that end it, as many as the run has places for.
     """
 
     number: int
@@ -48,6 +49,7 @@ class Job:
     closed: Event | None = field(default=None, compare=False)
     drawn_by: int | None = None
     choosing: Choosing | None = field(default=None, compare=False)
+    stop_ids: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -176,7 +178,11 @@ def _begin(decoder: Decoder, newcomers: Sequence[Newcomer]) -> Tensor:
     tokens = np.zeros((len(newcomers), T), dtype=np.int64)
     for row, x in zip(tokens, newcomers):
         row[: len(x.job.ids)] = x.job.ids
+    stops = np.full((len(newcomers), decoder.terms.stop_ids.shape[1]), -1, dtype=np.int64)
+    for row, x in zip(stops, newcomers):
+        row[: len(x.job.stop_ids)] = x.job.stop_ids
     seq, length, limit, draws = _on(device, facts)
+    decoder.terms.stop_ids[seq] = _on(device, stops)
     sequences.length[seq], sequences.limit[seq], sequences.tokens[seq, :T] = length, limit, _on(device, tokens)
     # As all begin: nothing emitted, nothing known.
     for count in (sequences.passes, sequences.hits, sequences.chains, sequences.blocks):
@@ -200,7 +206,7 @@ def _take_in(
     most = decoder.strategy.k
     rows = Rows.allocate(len(newcomers) * (2 * most - 1 + decoder.strategy.masks), len(newcomers), decoder.device, most)
     rows.expect_prefill(k)
-    terms = Terms(decoder.terms.threshold, decoder.terms.stop_ids, decoder.terms.price)
+    terms = Terms(decoder.terms.threshold, decoder.terms.stop_ids[seq], decoder.terms.price)
     advance(some, rows, terms, *read, **decoder.planning)
     for x, y in zip(vars(sequences).values(), vars(some).values()):
         x[seq] = y

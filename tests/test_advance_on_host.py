@@ -31,10 +31,10 @@ def drawn(batch: int, k: int, rng: random.Random, exact: bool) -> tuple[Sequence
         sequences.chains.fill_(67650)
     rows = Rows.allocate(batch * (2 * k - 1), batch, CPU, k)
     rows.expect_prefill(k)
-    terms = Terms.allocate(4, CPU)
+    terms = Terms.allocate(4, batch, CPU)
     terms.threshold.fill_(rng.choice([-1.0, 0.2, 0.6]))
     terms.price.fill_(rng.choice([0.25, 0.125] if exact else [0.0, 0.06, 0.25, 0.7, float("inf")]))
-    terms.stop_ids[0] = rng.choice([-1, 5])
+    terms.stop_ids[:, 0] = torch.tensor([rng.choice([-1, 4, 5]) for _ in range(batch)])
     return sequences, rows, terms
 
 
@@ -97,7 +97,7 @@ def test_few_sequences_with_rows_for_all(
 ) -> None:
     k, asked = 4, []
     rows = Rows.allocate(batch * (2 * k - 1 + masks) + more, batch, CPU, k)
-    sequences, terms = Sequences.allocate(batch, 32, 32, CPU), Terms.allocate(4, CPU, budget)
+    sequences, terms = Sequences.allocate(batch, 32, 32, CPU), Terms.allocate(4, batch, CPU, budget)
     sequences.length.fill_(3)
     sequences.limit.fill_(20)
     sequences.pending.fill_(1)

@@ -59,7 +59,7 @@ def arguments(name: str) -> tuple[Any, ...]:
     sequences.limit.fill_(C)
     rows.start.copy_(torch.tensor([0, 2, 4]))
     read = torch.tensor([4, 5, 6, 7]), torch.tensor([0.9, 0.8, 0.7, 0.9])
-    state = (*vars(sequences).values(), *vars(rows).values(), *vars(Terms.allocate(1, CPU)).values())
+    state = (*vars(sequences).values(), *vars(rows).values(), *vars(Terms.allocate(1, B, CPU)).values())
     return *state, *read, 2, True, 8, 1
 
 

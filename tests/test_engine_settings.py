@@ -69,6 +69,34 @@ def test_those_in_line_share_the_next_run(engine: Engine, passes: list[int]) -> 
     assert passes[alone:].count(3) >= 3
 
 
+def test_each_ends_at_its_own_stop_tokens(engine: Engine, model: Any, passes: list[int]) -> None:
+    """One or several, or none at all, side by side; and in a slot that another's have been in."""
+    each: list[Any] = [3, [9, 2], None, [4, 5, 6, 7], 11, None, [12, 2]]
+    prompts = [[1 + i % 3, 2 + i] for i in range(len(each))]
+    expected = [mtpkern.generate_batch(model, [p], max_new_tokens=30, eos_token_id=e)[0] for p, e in zip(prompts, each)]
+    assert {output.finish_reason for output in expected} == {"stop", "length"}
+    passes.clear()
+    streamer, first = held(engine)
+    futures = [engine.submit(p, max_new_tokens=30, eos_token_id=e) for p, e in zip(prompts, each)]
+    streamer.go.set()
+    result(first)
+    found = [result(future) for future in futures]
+    assert [(x.tokens, x.finish_reason) for x in found] == [(x.tokens, x.finish_reason) for x in expected]
+    assert max(passes) > 2
+
+
+def test_more_stop_tokens_than_there_are_places_for_wait(engine: Engine, model: Any, passes: list[int]) -> None:
+    many = [9, 2, 3, 4, 5]
+    (expected,) = mtpkern.generate_batch(model, [[1, 2]], max_new_tokens=30, eos_token_id=many)
+    passes.clear()
+    streamer, first = held(engine)
+    future = engine.submit([1, 2], max_new_tokens=30, eos_token_id=many)
+    streamer.go.set()
+    result(first)
+    assert result(future).tokens == expected.tokens
+    assert max(passes) == 1
+
+
 def test_who_asks_for_more_than_settings_has_a_run_of_its_own(engine: Engine, model: Any, passes: list[int]) -> None:
     expected = [free(model, [1, 2], 6), free(model, [1, 2], 6, suppress_tokens=[3, 9])]
     passes.clear()

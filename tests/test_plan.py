@@ -18,7 +18,7 @@ def planned(*, verify: bool, masks: int = 0, rows: int = 10, **more: object) -> 
     sequences.status[:] = torch.tensor([RUNNING, RUNNING, STOPPED])
     sequences.limit.fill_(12)
     table = Rows.allocate(rows, 3, CPU, k=3)
-    plan(sequences, table, Terms.allocate(1, CPU), k=3, verify=verify, mask_token_id=MASK, masks=masks, **more)
+    plan(sequences, table, Terms.allocate(1, 3, CPU), k=3, verify=verify, mask_token_id=MASK, masks=masks, **more)
     return sequences, table
 
 

@@ -16,8 +16,8 @@ def test_shapes() -> None:
     rows = Rows.allocate(12, 3, CPU, k=4)
     assert rows.start.shape == (4,)
     assert rows.behind.shape == (3, 4)
-    terms = Terms.allocate(8, CPU)
-    assert terms.stop_ids.tolist() == [-1] * 8
+    terms = Terms.allocate(8, 3, CPU)
+    assert terms.stop_ids.tolist() == [[-1] * 8] * 3
     assert terms.price.dtype == torch.float64
     assert not terms.price
 

@@ -110,7 +110,7 @@ class Text:
         return masks
 
 
-def deal(texts: list[Text], rows: int, k: int, extra: int, price: float, verify: bool, stops: set[int]) -> None:
+def deal(texts: list[Text], rows: int, k: int, extra: int, price: float, verify: bool, stops: list[set[int]]) -> None:
     """Masks for each sequence, dealt like cards: one a round to everybody who can use one more.
 
     Where there are not even rows for all that is pending, the longest drop drafts. Masks go behind the last pending
@@ -121,7 +121,7 @@ def deal(texts: list[Text], rows: int, k: int, extra: int, price: float, verify:
     level = k
     while verify and sum(min(text.pending, level) for text in texts) > rows and level > 1:
         level -= 1
-    for text in texts:
+    for text, own in zip(texts, stops):
         if text.pending > level:
             del text.tokens[len(text.tokens) - (text.pending - level) :]
             text.pending = level
@@ -131,7 +131,7 @@ def deal(texts: list[Text], rows: int, k: int, extra: int, price: float, verify:
             sure = text.sure[: text.pending - 1]
             chances = [math.prod(sure[:i]) * (1 - c) for i, c in enumerate(sure)] + [math.prod(sure)]
             text.behind = [text.worthy(chance, most, price) for chance, most in zip(chances, text.behind)]
-            if text.pending > 1 and text.tokens[-1] in stops:
+            if text.pending > 1 and text.tokens[-1] in own:
                 text.behind[-1] = 0
         wants.append(text.behind[-1] + min(extra, sum(text.behind[:-1])) if text.status == RUNNING else 0)
     spare = rows - sum(text.pending for text in texts)
@@ -160,7 +160,7 @@ class Machine:
         rows: int,
         verify: bool,
         threshold: float,
-        stops: set[int],
+        stops: set[int] | list[set[int]],
         dtype: torch.dtype = torch.float32,
         masks: int = 0,
         price: float = 0.0,
@@ -168,8 +168,13 @@ class Machine:
     ) -> None:
         B = len(prompts)
         self.form, self.k, self.verify, self.dtype, self.masks = form, k, verify, dtype, masks
-        self.threshold, self.stops, self.price = threshold, stops, price
-        self.terms = Terms(*map(torch.tensor, (threshold, sorted(stops) or [-1])), torch.tensor(price).double())
+        # One set for all, or some that are dealt out in turns.
+        each = stops if isinstance(stops, list) else [stops]
+        self.stops = [each[b % len(each)] for b in range(B)]
+        places = max(1, *map(len, each))
+        stop_ids = torch.tensor([(sorted(own) + [-1] * places)[:places] for own in self.stops])
+        self.threshold, self.price = threshold, price
+        self.terms = Terms(torch.tensor(threshold), stop_ids, torch.tensor(price).double())
         # Of each pass, what the next may have of the rows.
         self.budget = budget
         if budget is not None:
@@ -211,7 +216,7 @@ class Machine:
         confidence = [c for _, confidences in readouts for c in confidences]
         unused = self.size - len(token)
         # What is read out of unused rows means nothing: a sure stop token, or a fault.
-        stop = min(self.stops, default=0)
+        stop = min(set().union(*self.stops), default=0)
         token += [stop if r % 2 else -1 for r in range(unused)]
         confidence += [1.0 if r % 2 else math.nan for r in range(unused)]
         if self.budget is not None:
@@ -228,8 +233,8 @@ class Machine:
             mask_token_id=MASK,
             masks=self.masks,
         )
-        for text, (tokens, confidences) in zip(self.texts, readouts):
-            text.take_in(tokens, confidences, self.threshold, self.stops, self.verify, self.price, self.k)
+        for text, stops, (tokens, confidences) in zip(self.texts, self.stops, readouts):
+            text.take_in(tokens, confidences, self.threshold, stops, self.verify, self.price, self.k)
         for b, tokens in ended:
             assert torch.equal(self.sequences.tokens[b, :-1], tokens)
         self.compare()
@@ -313,7 +318,7 @@ def scenarios(draw: st.DrawFn, behind_drafts: bool = False, interpreted: bool = 
         "threshold": draw(st.sampled_from([0.0, 0.5, 0.875, 1.0] if verify else [-1.0, -1.0, 0.0, 0.5, 0.875, 1.0])),
         "prompts": draw(st.lists(st.integers(1, 5), min_size=batch, max_size=batch)),
         "new_tokens": draw(st.lists(st.integers(1, longest), min_size=batch, max_size=batch)),
-        "stops": draw(st.sampled_from([set(), {0}, {0, 3}, {7}])),
+        "stops": draw(st.sampled_from([set(), {0}, {0, 3}, {7}, [{0}, {3, 7}, set()]])),
         "vocabulary": draw(st.sampled_from([2, 10, 40])),
         "agreement": draw(st.sampled_from([0.0, 0.5, 0.9, 1.0])),
         "sureness": draw(st.sampled_from([0.0, 0.5, 0.9, 1.0, 1.0])),
@@ -333,7 +338,7 @@ def decode(
     threshold: float,
     prompts: list[int],
     new_tokens: list[int],
-    stops: set[int],
+    stops: set[int] | list[set[int]],
     vocabulary: int,
     agreement: float,
     sureness: float,

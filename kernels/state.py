@@ -94,10 +94,7 @@ class Terms:
 
     @classmethod
     def allocate(cls, stops: int, batch: int, device: torch.device, budget: int | None = None) -> Terms:
-        """Threshold 0, room for `stops` stop tokens of each of `batch` sequences, price 0, and a budget if there is one.
-
-        budget: where the host sets it from pass to pass, what it is to begin with
-        """
+        """Threshold 0, room for `stops` stop tokens of each sequence, price 0, and a budget if one is to be set."""
         return cls(
             torch.zeros((), dtype=torch.float32, device=device),
             torch.full((batch, stops), -1, dtype=torch.int64, device=device),

@@ -57,10 +57,11 @@ class Compiled:
 _SPILL = """
 # kernel sm_80    sm_89    sm_90    sm_100   gfx942   case
 # One launch a step, of one program; many sequences at once leave few registers a thread.
-advance  136/0    112/0    96/0     96/0     .        advance B128 k8 verified
-advance  96/88    8/16     8/16     8/16     .        advance B1024 k16 verified
-advance  0/8      .        0/8      .        .        advance B1 k4 verified, masks
-advance  24/0     .        .        .        .        advance B1 k12 verified, 22 masks
+advance  200/0    184/0    160/0    144/0    .        advance B128 k8 verified
+advance  120/104  16/32    16/24    16/32    .        advance B1024 k16 verified
+advance  8/0      .        0/8      .        .        advance B1 k4 verified, masks
+advance  24/0     .        .        8/0      .        advance B1 k12 verified, 22 masks
+advance  .        8/0      .        .        .        advance B16 k8 verified
 advance  0/8      0/8      0/8      0/8      .        advance B16 k8 verified, masks
 advance  .        8/0      .        .        .        advance B16 k8 unverified
 # Two numbers put away before its loop and fetched behind it.

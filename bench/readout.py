@@ -44,7 +44,7 @@ class Taken:
         self.sequences = Sequences.allocate(batch, passes + 2 * K, passes, device)
         self.rows = Rows.allocate(R, batch, device)
         self.logits = _random_logits(R, vocabulary, device, dtype)
-        self.terms = Terms.allocate(1, device)
+        self.terms = Terms.allocate(1, batch, device)
         self.terms.threshold.fill_(0.5)
         self.sequences.length.fill_(1)
         self.sequences.pending.fill_(1)

@@ -198,14 +198,14 @@ def _take_in(
     decoder: Decoder, newcomers: Sequence[Newcomer], read: tuple[Tensor, Tensor], seq: Tensor, owner: Tensor
 ) -> None:
     """Have prompts run, behind what their last tokens and masks have read: token, confidence [n * k]; plan anew."""
-    sequences, k = decoder.sequences, decoder.predictions
+    sequences = decoder.sequences
     owner[seq] = _on(decoder.device, np.array([x.job.number for x in newcomers]))
     sequences.pending.index_fill_(0, seq, 1)
     sequences.status.index_fill_(0, seq, RUNNING)
     some = Sequences(*(x[seq] for x in vars(sequences).values()))
     most = decoder.strategy.k
     rows = Rows.allocate(len(newcomers) * (2 * most - 1 + decoder.strategy.masks), len(newcomers), decoder.device, most)
-    rows.expect_prefill(k)
+    rows.expect_prefill(len(read[0]) // len(newcomers))
     terms = Terms(decoder.terms.threshold, decoder.terms.stop_ids[seq], decoder.terms.price)
     advance(some, rows, terms, *read, **decoder.planning)
     for x, y in zip(vars(sequences).values(), vars(some).values()):

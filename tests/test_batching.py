@@ -1,5 +1,6 @@
 """generate_batch: each prompt gets what it gets alone, whatever stands beside it."""
 
+import itertools
 import random
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -129,6 +130,19 @@ def test_while_others_run_chunks_are_small(model: Any, monkeypatch: pytest.Monke
     chunks.clear()
     generate_batch(model, prompts, prefill_chunk=7, **options)
     assert max(chunks) == 7
+
+
+def test_what_a_prompt_predicts_may_be_worth_another_number_at_its_end(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By load, between whose chunks others have made passes: it has the masks that it began with."""
+    monkeypatch.setattr(refill, "CHUNK_ON_CPU", 10)
+    numbers = itertools.cycle((4, 2, 3))
+    monkeypatch.setattr(Decoder, "predictions", property(lambda self: next(numbers)))
+    prompts, new = mixed_prompts(12, seed=7)
+    expected = [alone(model, prompt, n).tokens for prompt, n in zip(prompts, new)]
+    outputs = generate_batch(model, prompts, max_new_tokens=new, eos_token_id=STOP, batch_size=3)
+    assert [output.tokens for output in outputs] == expected
 
 
 def bad_prompts(tiny: SimpleNamespace) -> dict[int, tuple[Any, str]]:

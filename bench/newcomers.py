@@ -23,11 +23,11 @@ MODEL = "Qwen3-4B"
 HEADER = ("slots", "tokens of a prompt", "new ones", "requests/s, apart", "requests/s, besides", "besides over apart")
 
 
-def _apart(decoder: Decoder, rows: int) -> bool:
+def _apart(decoder: Decoder, rows: int, *, alone: bool) -> bool:
     return False
 
 
-def _besides(decoder: Decoder, rows: int) -> bool:
+def _besides(decoder: Decoder, rows: int, *, alone: bool) -> bool:
     """As soon as there is a graph of passes."""
     return decoder.graph is not None and len(decoder.all_rows.seq) in decoder.graph.captured
 
@@ -49,7 +49,7 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
         options: dict[str, Any] = {"max_new_tokens": limits, "batch_size": batch, "order": "given", "reuse": False}
         run = partial(generate_batch, model, prompts, check_model=False, **options)
 
-        def way(reads: Callable[[Decoder, int], bool], run: Callable[[], object] = run) -> None:
+        def way(reads: Callable[..., bool], run: Callable[[], object] = run) -> None:
             with patch.object(Decoder, "reads_beside", reads):
                 run()
 

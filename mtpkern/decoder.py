@@ -39,7 +39,7 @@ from mtpkern.packed import PackedProducts, packs
 from mtpkern.parallel import agree
 from mtpkern.poll import OddsPoll, Poll, TimedPoll
 from mtpkern.products import Products, few_rows, wants_one_product
-from mtpkern.prompt_rows import MOST_PASSES, PROMPT_ROWS, PromptRows
+from mtpkern.prompt_rows import MOST_PASSES, MOST_PASSES_ALONE, PROMPT_ROWS, PromptRows
 from mtpkern.prompts import read_prompts
 from mtpkern.recordings import Recordings, recordings_of, rows_in
 from mtpkern.strategies import Strategy
@@ -294,13 +294,15 @@ class Decoder:
         cache.next_chunk(end)
         return logits
 
-    def reads_beside(self, rows: int) -> bool:
+    def reads_beside(self, rows: int, *, alone: bool = False) -> bool:
         """Whether prompts of so many rows in all are read in passes; else apart, the model being theirs alone.
 
-        By load, with a graph: as soon as what they have taken apart comes to what the first graph took to make.
+        By load, with a graph: as soon as what they have taken apart comes to what the first graph took to make. alone:
+        whether there is nobody whom they would keep waiting.
         """
         graph, most = self.graph, len(self.all_rows.seq)
-        if graph is None or not self.by_load or rows > MOST_PASSES * len(self.prompt_rows):
+        passes = -(-rows // len(self.prompt_rows))
+        if graph is None or not self.by_load or passes > (MOST_PASSES_ALONE if alone else MOST_PASSES):
             return False
         if most + len(self.prompt_rows) in graph.captured:
             return True
@@ -513,6 +515,13 @@ class Decoder:
     @torch.inference_mode()
     def plan(self) -> None:
         """Plan the next pass anew, because sequences have come in or gone behind the back of `advance`."""
+        anew = partial(self._plan)
+        if self.graph is None:
+            anew()
+        else:
+            self.graph(anew, 0)  # more than a hundred operations: as a pass, of no rows, it is captured
+
+    def _plan(self) -> None:
         plan(self.sequences, self.all_rows, self.terms, **self.planning)
 
     def _reserve(self) -> None:

@@ -20,8 +20,9 @@ from mtpkern.kernels.packed_rows import PackedRows
 
 # Rows of prompts in a pass: with those of a batch about as many as a GPU computes in the time of reading its weights.
 PROMPT_ROWS = 128
-# Prompts of more passes are read apart: a GPU is busy with them longer than the host.
-MOST_PASSES = 8
+# Prompts of more passes are read apart: a GPU is busy with them longer than the host; and where nobody waits meanwhile,
+# the host's time is that of so many.
+MOST_PASSES, MOST_PASSES_ALONE = 8, 4
 
 
 @dataclass(frozen=True)

@@ -266,7 +266,7 @@ class Slots(Poll):
                 if not beside and in_line and len(job.ids) != len(group[0].job.ids):
                     break
             else:
-                beside = self.decoder.reads_beside(rows)
+                beside = self.decoder.reads_beside(rows, alone=not any(self.inside))
             self.next.remove(job)
             slot = source if shared and source in free else free[0]
             free.remove(slot)

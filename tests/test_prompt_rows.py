@@ -101,7 +101,7 @@ def beside(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr("mtpkern.load.FREE_ROWS", 0)
     monkeypatch.setattr("mtpkern.load.STEP", 1)
 
-    def reads(decoder: Decoder, rows: int) -> bool:
+    def reads(decoder: Decoder, rows: int, *, alone: bool) -> bool:
         return decoder.graph is not None and len(decoder.all_rows.seq) in decoder.graph.captured
 
     brought: list[int] = []
@@ -274,8 +274,8 @@ def test_passes_read_prompts_once_reading_them_apart_has_cost_a_graph(
         refill, "enter", lambda *args, beside, **more: (read.append(beside), enter(*args, beside=beside, **more))[1]
     )
     prompts, new = mixed_prompts(12, seed=1)
-    prompts.append([4] * 70)  # with its masks more than eight passes
-    new.append(3)
+    prompts += [[4] * 70, [5] * 40]  # with masks more than eight passes; more than four
+    new += [3, 3]
 
     def run(**options: Any) -> list[list[int]]:
         read.clear()
@@ -298,6 +298,9 @@ def test_passes_read_prompts_once_reading_them_apart_has_cost_a_graph(
     assert sum(read) > 5
     assert not all(read)
     assert most + len(decoder.prompt_rows) in graph.captured
+    for passes, idle in ((8, False), (4, True)):
+        assert decoder.reads_beside(8 * passes, alone=idle)
+        assert not decoder.reads_beside(8 * passes + 1, alone=idle)
     # It stays, whatever is read apart.
     decoder.read_apart = 0.0
     assert run() == expected
@@ -316,7 +319,7 @@ def test_where_it_cannot_be_captured_prompts_are_read_apart(
     captured = recorded.__init__
 
     def only_one(self: RecordedStep, step: Any, device: Any, beside: Any) -> None:
-        if beside is not None:
+        if step.func.__name__ == "_step_beside":
             raise torch.OutOfMemoryError("CUDA out of memory")
         captured(self, step, device, beside)
 
@@ -333,7 +336,7 @@ def test_where_it_cannot_be_captured_prompts_are_read_apart(
     assert [output.tokens for output in outputs] == [output.tokens for output in expected]
     assert decoder.graph is not None
     assert decoder.graph.refused
-    assert not decoder.reads_beside(3)
+    assert not decoder.reads_beside(3, alone=False)
 
 
 def test_a_pass_that_reads_prompts_tells_no_rung_its_time(

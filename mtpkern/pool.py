@@ -58,6 +58,10 @@ def decoder_for(
     With a graph one that an earlier call has left, or that is kept for the next, unless its run raises an error. The
     caller holds the model (see `exclusive`).
     """
+    if model.device.type != "cpu":
+        # What it has left on the host, from where it has moved.
+        unpack(model)
+        forget(model)
     if check_model:
         # Where the model has none, any token stands for the masks of a trial.
         mask = options["mask_token_id"]

@@ -17,6 +17,7 @@ from mtpkern import ConfAdapt, Static, Verified, packed, packed_weights
 from mtpkern.adapter import gated
 from mtpkern.packed import PackedProducts, packs
 from mtpkern.packed_weights import pack
+from mtpkern.pool import decoder_for
 from mtpkern.recordings import rows_in
 from support.packing import generate, noted
 
@@ -172,6 +173,18 @@ def test_copies_go_with_the_model_and_when_asked(tiny: SimpleNamespace) -> None:
     del model
     gc.collect()
     assert len(packed_weights.packed_of) == held - 1
+
+
+def test_a_model_that_has_moved_leaves_nothing_on_the_host(tiny: SimpleNamespace) -> None:
+    model = tiny.model("llama")
+    generate(tiny, model)
+    assert model in packed_weights.packed_of
+    model.to("meta")
+    run: dict[str, Any] = {"tokens": 8, "max_new_tokens": 4, "use_graph": False, "check_model": False, "by_load": False}
+    nothing = decoder_for(model, Static(1), torch.tensor([-1]), **run, prefill=lambda decoder: None, batch=1)
+    with pytest.raises(RuntimeError, match="autocast"), nothing:  # on a device on which nothing decodes
+        pass
+    assert model not in packed_weights.packed_of
 
 
 def test_without_memory_nothing_is_copied(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from threading import RLock
@@ -40,10 +40,10 @@ def wants_graph(use_graph: bool | None, device: torch.device) -> bool:
 
 
 class StepGraph:
-    """Runs a step as it is until it is warm, then captures it, then replays it; a step of each number of rows apart.
+    """Runs a step as it is until it is warm, then captures it, then replays it; a step of each form apart.
 
     step reads and writes tensors that never move, and what it returns is not looked at. One that cannot be captured
-    goes on as it is, as do all of other sizes; a RuntimeWarning announces it.
+    goes on as it is, as do all of other forms; a RuntimeWarning announces it.
 
         graph = StepGraph(device)
         graph(step, 16)     # one real step of 16 rows each time, whichever way it runs
@@ -51,40 +51,40 @@ class StepGraph:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.warm: Counter[int] = Counter()
-        # By rows, the host's seconds in steps before their graph was there, and in capturing it.
-        self.seconds: defaultdict[int, float] = defaultdict(float)
+        self.warm: Counter[Hashable] = Counter()
+        # By form, the host's seconds in steps before their graph was there, and in capturing it.
+        self.seconds: defaultdict[Hashable, float] = defaultdict(float)
         self.refused = False
-        self.captured: dict[int, CapturedStep] = {}
+        self.captured: dict[Hashable, CapturedStep] = {}
         # A captured step of the same model, to share its memory pool.
         self.beside: CapturedStep | None = None
         # When the last run ended, on whatever stream it ran.
         self.idle = torch.Event(device)
 
-    def __call__(self, step: Callable[[], object], rows: int) -> None:
-        """Run one step of so many rows."""
-        if rows in self.captured:
-            return self.captured[rows].replay()
+    def __call__(self, step: Callable[[], object], form: Hashable) -> None:
+        """Run one step of this form, its number of rows say: what is captured of one form stands for all of it."""
+        if form in self.captured:
+            return self.captured[form].replay()
         began = perf_counter()
-        self._make(step, rows)
-        self.seconds[rows] += perf_counter() - began
+        self._make(step, form)
+        self.seconds[form] += perf_counter() - began
 
-    def _make(self, step: Callable[[], object], rows: int) -> None:
-        if self.warm[rows] == WARM_UP and not self.refused:
+    def _make(self, step: Callable[[], object], form: Hashable) -> None:
+        if self.warm[form] == WARM_UP and not self.refused:
             try:
-                self.captured[rows] = CapturedStep(step, self.device, next(iter(self.captured.values()), self.beside))
+                self.captured[form] = CapturedStep(step, self.device, next(iter(self.captured.values()), self.beside))
             except RuntimeError as error:  # out of memory is one, too
                 self.refused = True
                 _announce(error)
             self.beside = None
-        if rows in self.captured:
-            self.captured[rows].replay()
+        if form in self.captured:
+            self.captured[form].replay()
         elif self.refused:
             step()
         else:
             with on_side_stream(self.device):
                 step()
-            self.warm[rows] += 1
+            self.warm[form] += 1
 
 
 class CapturedStep:

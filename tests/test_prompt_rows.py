@@ -15,7 +15,7 @@ import mtpkern
 from mtpkern import Static, Verified, refill, slots
 from mtpkern.adapter import base_of
 from mtpkern.batching import Batch
-from mtpkern.decoder import Decoder
+from mtpkern.decoder import Decoder, Reads
 from mtpkern.kernels import gated_lora
 from mtpkern.load import Ladder
 from mtpkern.poll import Poll, TimedPoll
@@ -170,7 +170,7 @@ def test_each_gets_what_it_gets_alone(
     decoder = kept(base_of(model))[0]
     assert decoder.graph is not None
     most = len(decoder.all_rows.seq)
-    assert most + 16 in decoder.graph.captured
+    assert Reads(most) in decoder.graph.captured
     assert not decoder.reading
     poison(decoder)
     assert [output.tokens for output in mtpkern.generate_batch(model, prompts, **options)] == [
@@ -297,7 +297,7 @@ def test_passes_read_prompts_once_reading_them_apart_has_cost_a_graph(
     assert run() == expected
     assert sum(read) > 5
     assert not all(read)
-    assert most + len(decoder.prompt_rows) in graph.captured
+    assert Reads(most) in graph.captured
     for passes, idle in ((8, False), (4, True)):
         assert decoder.reads_beside(8 * passes, alone=idle)
         assert not decoder.reads_beside(8 * passes + 1, alone=idle)
@@ -361,3 +361,59 @@ def test_a_pass_that_reads_prompts_tells_no_rung_its_time(
     assert len(poll.passes) == len(reads)
     assert sum(reads) > 5
     assert not any(rows for rows, read in zip(poll.passes, reads) if read)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gated"])
+def test_each_rung_may_have_a_graph_that_reads(
+    kind: str,
+    recorded: type[RecordedStep],
+    beside: list[int],
+    any_rung: None,
+    tiny: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Once it has paid; until then the next higher that has one. On the lowest, too, there are masks behind prompts."""
+    monkeypatch.setattr(gated_lora, "gated_rows", lambda gate: None)
+    monkeypatch.setattr("mtpkern.graph.WARM_UP", 1)
+    maskless: set[bool] = set()
+    step = Decoder._step_beside
+
+    def noted(self: Decoder, *args: Any) -> Any:
+        maskless.add(self._maskless)
+        return step(self, *args)
+
+    noted.__name__ = step.__name__
+    monkeypatch.setattr(Decoder, "_step_beside", noted)
+    model = tiny.model("llama") if kind == "llama" else tiny.adapted(tiny.model("llama"))
+    prompts, new = mixed_prompts(24, seed=6)
+    expected = [alone(model, prompt, n).tokens for prompt, n in zip(prompts, new)]
+
+    def run() -> None:
+        assert [
+            output.tokens for output in mtpkern.generate_batch(model, prompts, **OPTIONS, max_new_tokens=new)
+        ] == expected
+
+    run()
+    decoder = next(decoder for decoder in kept(base_of(model)) if len(decoder.sequences.status) == 3)
+    graph, rungs = decoder.graph, decoder._ladder.rungs
+    assert graph is not None
+    assert len(rungs) > 2
+
+    def reading() -> list[int]:
+        return [rung for rung in rungs if Reads(rung) in graph.captured]
+
+    run()
+    assert reading() == rungs[-1:]
+    for rung in rungs:
+        decoder._ladder.times.saw(rung, 1e-3 * rung)
+    graph.seconds[rungs[-1]] = 1e9
+    run()
+    assert reading() == rungs[-1:]
+    assert 0 < decoder.reading_saved[rungs[0]] < 1e9
+    graph.seconds[rungs[-1]] = 0.0
+    run()
+    run()
+    assert reading() == rungs
+    assert maskless == {False}
+    graph.refused = True
+    run()

@@ -13,14 +13,12 @@ One file, for the step and the ways to run it, since each of them reads and sets
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -41,7 +39,7 @@ from mtpkern.packed import PackedProducts, packs
 from mtpkern.parallel import agree
 from mtpkern.poll import OddsPoll, Poll, TimedPoll
 from mtpkern.products import Products, few_rows, wants_one_product
-from mtpkern.prompt_rows import MOST_PASSES, MOST_PASSES_ALONE, PROMPT_ROWS, PromptRows
+from mtpkern.prompt_rows import PROMPT_ROWS, PromptRows, ReadingCost, Reads
 from mtpkern.prompts import read_prompts
 from mtpkern.recordings import Recordings, recordings_of, rows_in
 from mtpkern.strategies import Strategy
@@ -57,12 +55,6 @@ PREFILL_CHUNK = 8192
 def places_for(stops: int) -> int:
     """How many stop tokens a decoder has room for: the next multiple of four, so that few and fewer share a graph."""
     return -(-stops // 4) * 4
-
-
-class Reads(NamedTuple):
-    """The form of a captured pass of so many rows that reads prompts besides."""
-
-    rows: int
 
 
 class Decoder:
@@ -154,10 +146,7 @@ class Decoder:
         of_prompts: dict[str, Any] = {"batch": batch, "k": strategy.k, "device": device}
         of_prompts["dtype"] = torch.promote_types(model.dtype, torch.float32)
         self.prompt_rows = PromptRows(max(PROMPT_ROWS, strategy.k), **of_prompts)
-        # The host's seconds in reading prompts apart that passes could have read; by rung, those that passes which read
-        # have taken for rows that were not planned.
-        self.read_apart = 0.0
-        self.reading_saved: defaultdict[int, float] = defaultdict(float)
+        self.reading_cost = ReadingCost()
         self.fingerprint: tuple[Any, ...] | None = None
         self._layers: CompiledLayers | None = None
         self._recordings: Recordings | None = None
@@ -310,41 +299,22 @@ class Decoder:
         By load, with a graph: as soon as what they have taken apart comes to what the first graph took to make. alone:
         whether there is nobody whom they would keep waiting.
         """
-        graph, most = self.graph, len(self.all_rows.seq)
-        passes = -(-rows // len(self.prompt_rows))
-        if graph is None or not self.by_load or passes > (MOST_PASSES_ALONE if alone else MOST_PASSES):
+        if self.graph is None or not self.by_load:
             return False
-        if Reads(most) in graph.captured:
-            return True
-        return most in graph.captured and not graph.refused and self.read_apart >= graph.seconds[most]
+        passes = -(-rows // len(self.prompt_rows))
+        return self.reading_cost.is_met(self.graph, len(self.all_rows.seq), passes, alone=alone)
 
     def _replay(self, route: dict[str, AttentionContext], rows: int) -> None:
         """A pass of so many rows, that reads prompts besides where it is to."""
         assert self.graph is not None
         if not self.reading:
             return self.graph(partial(self.step, route), rows)
-        wider = self._rung_that_reads(rows)
+        wider = self.reading_cost.rung(self.graph, self._ladder, rows)
         if wider != rows:
             self._take(wider)
         self._maskless = False  # there are masks behind prompts
         self.graph(partial(self._step_beside, route), Reads(wider))
         self.reading = False
-
-    def _rung_that_reads(self, rows: int) -> int:
-        """Rows of a pass that reads prompts where so many are planned: as many, or what a graph is there for.
-
-        One of as many is made as soon as what it would have saved comes to what the first graph took to make.
-        """
-        graph, most, times = self.graph, len(self.all_rows.seq), self._ladder.times
-        assert graph is not None
-        there = [rung for rung in self._ladder.rungs if rung >= rows and Reads(rung) in graph.captured]
-        wider = min(there, default=most)
-        if wider > rows and there and times.seconds and not graph.refused:
-            seconds = times.of(np.array([rows, wider]))
-            self.reading_saved[rows] += float(seconds[1] - seconds[0])
-            if self.reading_saved[rows] >= graph.seconds[most]:
-                return rows
-        return wider
 
     @torch.inference_mode()
     def step(self, route: dict[str, AttentionContext]) -> Tensor:

@@ -9,14 +9,18 @@ token, and the masks behind it, have been read.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mtpkern.graph import StepGraph
 from mtpkern.kernels.packed_rows import PackedRows
+from mtpkern.load import Ladder
 
 # Rows of prompts in a pass: with those of a batch about as many as a GPU computes in the time of reading its weights.
 PROMPT_ROWS = 128
@@ -129,3 +133,45 @@ class PromptRows:
         """Keep what last tokens and masks [W] have read."""
         self.read_token.copy_(token)
         self.read_confidence.copy_(confidence)
+
+
+class Reads(NamedTuple):
+    """The form of a captured pass of so many rows that reads prompts besides."""
+
+    rows: int
+
+
+class ReadingCost:
+    """What reading prompts has cost a decoder: a graph is made as soon as it would have saved what the first one took.
+
+    apart     the host's seconds in reading prompts apart that passes could have read
+    saved     by rung, seconds of passes that read, for rows that were not planned
+
+        cost = ReadingCost()
+        cost.is_met(graph, most=192, passes=2, alone=False)    # whether passes read, 192 being the highest rung
+        cost.rung(graph, ladder, rows=64)                      # the rung of one for which 64 rows are planned
+    """
+
+    def __init__(self) -> None:
+        self.apart = 0.0
+        self.saved: defaultdict[int, float] = defaultdict(float)
+
+    def is_met(self, graph: StepGraph, most: int, passes: int, *, alone: bool) -> bool:
+        """Whether prompts of so many passes are read by these."""
+        if passes > (MOST_PASSES_ALONE if alone else MOST_PASSES):
+            return False
+        if Reads(most) in graph.captured:
+            return True
+        return most in graph.captured and not graph.refused and self.apart >= graph.seconds[most]
+
+    def rung(self, graph: StepGraph, ladder: Ladder, rows: int) -> int:
+        """Rows of a pass that reads where so many are planned: as many, or the fewest that a graph is there for."""
+        most, times = ladder.rungs[-1], ladder.times
+        there = [rung for rung in ladder.rungs if rung >= rows and Reads(rung) in graph.captured]
+        wider = min(there, default=most)
+        if wider > rows and there and times.seconds and not graph.refused:
+            seconds = times.of(np.array([rows, wider]))
+            self.saved[rows] += float(seconds[1] - seconds[0])
+            if self.saved[rows] >= graph.seconds[most]:
+                return rows
+        return wider

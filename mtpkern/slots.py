@@ -157,7 +157,7 @@ def _read_apart(decoder: Decoder, newcomers: Sequence[Newcomer], owner: Tensor, 
     step = max(1, chunk // n)
     for end in [*range(first + step, T, step), width]:
         logits = decoder.prefill_chunk(prefill, columns, seen, told, end, keep=k if end == width else 1)
-        decoder.read_apart += perf_counter() - began
+        decoder.reading_cost.apart += perf_counter() - began
         if end < width:
             yield
         began = perf_counter()

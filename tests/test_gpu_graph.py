@@ -11,8 +11,9 @@ import torch
 import mtpkern
 from mtpkern import Static, Verified, pool
 from mtpkern.attention import attention_context
-from mtpkern.decoder import Decoder, Reads
+from mtpkern.decoder import Decoder
 from mtpkern.pool import release_graphs
+from mtpkern.prompt_rows import Reads
 from mtpkern.strategies import Strategy
 from support.batches import mixed_prompts
 from support.recording import STRATEGIES, assert_same, generate, kept, poison
@@ -109,7 +110,7 @@ def test_passes_that_read_prompts(captures: list[Any], tiny: SimpleNamespace) ->
         outputs = mtpkern.generate_batch(model, prompts, **options)
         assert [output.tokens for output in outputs] == [output.tokens for output in expected]
         for decoder in kept(model):
-            decoder.read_apart = 1e3
+            decoder.reading_cost.apart = 1e3
     assert decoder.graph is not None
     assert Reads(len(decoder.all_rows.seq)) in decoder.graph.captured
 

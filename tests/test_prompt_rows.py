@@ -15,11 +15,11 @@ import mtpkern
 from mtpkern import Static, Verified, refill, slots
 from mtpkern.adapter import base_of
 from mtpkern.batching import Batch
-from mtpkern.decoder import Decoder, Reads
+from mtpkern.decoder import Decoder
 from mtpkern.kernels import gated_lora
 from mtpkern.load import Ladder
 from mtpkern.poll import Poll, TimedPoll
-from mtpkern.prompt_rows import PromptRows, pieces_of
+from mtpkern.prompt_rows import PromptRows, Reads, pieces_of
 from support.batches import STOP, WINDOWED, alone, mixed_prompts
 from support.recording import RecordedStep, kept, poison
 
@@ -288,12 +288,12 @@ def test_passes_read_prompts_once_reading_them_apart_has_cost_a_graph(
     (decoder,) = kept(model)
     graph, most = decoder.graph, len(decoder.all_rows.seq)
     assert graph is not None
-    assert decoder.read_apart > 0
+    assert decoder.reading_cost.apart > 0
     assert graph.seconds[most] > 0
-    decoder.read_apart = -100.0
+    decoder.reading_cost.apart = -100.0
     assert run() == expected
     assert not any(read)
-    decoder.read_apart = graph.seconds[most]
+    decoder.reading_cost.apart = graph.seconds[most]
     assert run() == expected
     assert sum(read) > 5
     assert not all(read)
@@ -302,13 +302,13 @@ def test_passes_read_prompts_once_reading_them_apart_has_cost_a_graph(
         assert decoder.reads_beside(8 * passes, alone=idle)
         assert not decoder.reads_beside(8 * passes + 1, alone=idle)
     # It stays, whatever is read apart.
-    decoder.read_apart = 0.0
+    decoder.reading_cost.apart = 0.0
     assert run() == expected
     assert sum(read) > 5
     for options in ({"strategy": Verified(4, threshold=0.1)}, {"strategy": Static(1)}, {"rows": 30}):
         run(**options)
         for other in kept(model):
-            other.read_apart = 100.0
+            other.reading_cost.apart = 100.0
         run(**options)
         assert not any(read)
 
@@ -330,7 +330,7 @@ def test_where_it_cannot_be_captured_prompts_are_read_apart(
     expected = mtpkern.generate_batch(model, prompts, use_graph=False, **options)
     mtpkern.generate_batch(model, prompts, **options)
     (decoder,) = kept(model)
-    decoder.read_apart = 100.0
+    decoder.reading_cost.apart = 100.0
     with pytest.warns(RuntimeWarning, match="could not be captured"):
         outputs = mtpkern.generate_batch(model, prompts, **options)
     assert [output.tokens for output in outputs] == [output.tokens for output in expected]
@@ -409,7 +409,7 @@ def test_each_rung_may_have_a_graph_that_reads(
     graph.seconds[rungs[-1]] = 1e9
     run()
     assert reading() == rungs[-1:]
-    assert 0 < decoder.reading_saved[rungs[0]] < 1e9
+    assert 0 < decoder.reading_cost.saved[rungs[0]] < 1e9
     graph.seconds[rungs[-1]] = 0.0
     run()
     run()

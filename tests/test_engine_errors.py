@@ -8,6 +8,8 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -302,6 +304,25 @@ def test_short_memory_leaves_fewer_slots(where: str, model: Any, monkeypatch: py
         outputs = [result(f) for f in [engine.submit([n, 2], max_new_tokens=4, eos_token_id=None) for n in (1, 2, 3)]]
     assert all(len(output.tokens) == 4 for output in outputs)
     assert slots[:3] == [4, 2, 1]
+
+
+def test_who_is_tried_again_is_shown_the_prompt_once(
+    model: Any, lagging: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a first pass on a GPU, whose state is read late, finds no memory."""
+    shown: list[list[int]] = []
+    streamer = SimpleNamespace(put=lambda value: shown.append(value.flatten().tolist()), end=lambda: None)
+    step, tried = Decoder.step, count()
+
+    def failing(self: Decoder, *args: Any) -> Any:
+        if not next(tried):
+            raise torch.OutOfMemoryError("no room")
+        return step(self, *args)
+
+    monkeypatch.setattr(Decoder, "step", failing)
+    with Engine(model, batch_size=2, max_length=64) as engine, pytest.warns(RuntimeWarning, match="goes on with 1"):
+        output = result(engine.submit([1, 2], max_new_tokens=4, eos_token_id=None, streamer=streamer))
+    assert shown == [[1, 2], *([token] for token in output.tokens)]
 
 
 def test_what_no_try_mends_is_told_to_each_and_the_engine_lives(

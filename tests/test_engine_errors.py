@@ -263,6 +263,12 @@ def test_blocks_are_read_under_the_engines_autocast(model: Any) -> None:
     assert sum(len(new) for (new,) in blocks) == 6
 
 
+@pytest.mark.parametrize("name", ["sequence_bias", "bad_words_ids"])
+def test_tokens_that_the_model_has_not_are_refused_at_once(name: str, engine: Engine) -> None:
+    with pytest.raises(ValueError, match=f"{name} must hold ids from 0 to 15"):
+        engine.submit([1, 2], **{name: {(3, 16): 1.0} if name == "sequence_bias" else [[16]]})
+
+
 def test_another_autocast_is_refused(engine: Engine) -> None:
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast"):
         engine.submit([1, 2], max_new_tokens=2)

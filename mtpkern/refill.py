@@ -196,7 +196,8 @@ class Slots(Poll):
             left = self.left.pop(0)
             output = left.output(self.decoder.model, self.tokenizer)
             slot, ids = left.x.slot, left.x.job.ids
-            if self.inside[slot] is None and len(self.held[slot]) == len(ids) and output.error is None:
+            # Nobody has come into the slot meanwhile, not even who has left it at once.
+            if self.inside[slot] is None and self.held[slot] is ids and output.error is None:
                 # Of what the last pass has emitted there may be no keys.
                 fed = sum(output.blocks[:-1])
                 self.held[slot] = np.concatenate([ids, np.array(output.tokens[:fed], dtype=np.int64)])

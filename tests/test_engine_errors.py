@@ -331,6 +331,23 @@ def test_who_is_tried_again_is_shown_the_prompt_once(
     assert shown == [[1, 2], *([token] for token in output.tokens)]
 
 
+def test_who_leaves_at_once_leaves_its_own_keys(model: Any, lagging: None) -> None:
+    """In the slot of one whose prompt was as long, and whose tokens are not on the host yet."""
+    first, asked = [5, 6, 7, 8], list[Future[BatchOutput]]()
+    with Engine(model, batch_size=2, max_length=100, strategy=Verified(3, threshold=0.2)) as engine:
+        streamer, other = held(engine, max_new_tokens=60)
+        before = engine.submit(first, max_new_tokens=6, eos_token_id=None)
+        bad = engine.submit([1, 2, 3, 4], max_new_tokens=6, eos_token_id=None, streamer=Bad(0))
+
+        def go_on(future: Future[BatchOutput]) -> None:
+            asked.append(engine.submit([*first, *result(before).tokens[:4], 2], max_new_tokens=6, eos_token_id=None))
+
+        bad.add_done_callback(go_on)
+        streamer.go.set()
+        result(other)
+        assert result(asked[0]).tokens == free(model, [*first, *result(before).tokens[:4], 2], 6)
+
+
 def test_what_no_try_mends_is_told_to_each_and_the_engine_lives(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

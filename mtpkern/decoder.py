@@ -146,7 +146,7 @@ class Decoder:
         of_prompts: dict[str, Any] = {"batch": batch, "k": strategy.k, "device": device}
         of_prompts["dtype"] = torch.promote_types(model.dtype, torch.float32)
         self.prompt_rows = PromptRows(max(PROMPT_ROWS, strategy.k), **of_prompts)
-        # The host's seconds in reading prompts apart that passes could have read.
+        # The host's seconds in reading prompts apart, of whatever length, that came one by one.
         self.read_apart = 0.0
         self.fingerprint: tuple[Any, ...] | None = None
         self._layers: CompiledLayers | None = None

@@ -235,6 +235,8 @@ class Batch:
         _refuse_of_one_batch(settings.get("logits_processor", ()), settings.get("stopping_criteria", ()))
         call = prepared(self.model, ids, settings)
         config, choosing = call.config, choosing_of(call, mask)
+        for processor in choosing.processors if choosing is not None else ():
+            processor.require_known(self.model.get_input_embeddings().weight.shape[0])
         padding = config._pad_token_tensor
         self.filler = 0 if padding is None else int(padding)
         if choosing is not None and config.min_new_tokens and config._eos_token_tensor is not None:

@@ -51,7 +51,8 @@ class Request:
         self.unwanted = Event()
         self.closed: Event = streamer.closed if isinstance(getattr(streamer, "closed", None), Event) else Event()
         self.error: BaseException | None = None
-        self.shown = False
+        # Whether its streamer has been shown the prompt, and whether tokens: behind these no try can begin anew.
+        self.begun = self.shown = False
         # What all of a run have in common, and what need only be united.
         self.kind = places_for(len(batch.stop_ids)), id(batch.tokenizer)
         self.choosing = batch.choosing or Choosing()
@@ -74,8 +75,10 @@ class Request:
         self.unwanted.set()
 
     def put(self, value: Tensor) -> None:
-        """Show the prompt [1, T]."""
-        self._show("put", value)
+        """Show the prompt [1, T], once, however often it is tried."""
+        if not self.begun:
+            self.begun = True
+            self._show("put", value)
 
     def put_block(self, new: list[list[int]]) -> None:
         """Show what has become certain."""

@@ -98,14 +98,18 @@ class Bias(Processor):
         """Only those of several tokens do."""
         return any(len(tokens) > 1 for tokens, _ in self.biases)
 
-    def on(self, device: torch.device, vocabulary: int) -> Apply:
-        """A bias for the vocabulary, and for sequences of one length a comparison each."""
+    def require_known(self, vocabulary: int) -> None:
+        """Raise ValueError where a sequence has tokens that are not among so many."""
         outside = sorted({t for tokens, _ in self.biases for t in tokens if t >= vocabulary})
         if outside:
             raise ValueError(
                 f"{self.name} must hold ids from 0 to {vocabulary - 1}, the model's vocabulary; got {outside}; use the "
                 "model's own tokenizer"
             )
+
+    def on(self, device: torch.device, vocabulary: int) -> Apply:
+        """A bias for the vocabulary, and for sequences of one length a comparison each."""
+        self.require_known(vocabulary)
         always = torch.zeros(vocabulary, dtype=torch.float32)
         groups: dict[int, list[tuple[tuple[int, ...], float]]] = {}
         for tokens, bias in self.biases:

@@ -144,7 +144,7 @@ class Reads(NamedTuple):
 class ReadingCost:
     """What reading prompts has cost a decoder: a graph is made as soon as it would have saved what the first one took.
 
-    apart     the host's seconds in reading prompts apart that passes could have read
+    apart     the host's seconds in reading prompts apart, of whatever length
     saved     by rung, seconds of passes that read, for rows that were not planned
 
         cost = ReadingCost()

@@ -114,9 +114,10 @@ class Slots(Poll):
         self.inside: list[Newcomer | None] = [None] * B
         self.arriving: list[Newcomer] = []
         self.entering: Iterator[None] | None = None
-        # Of each slot: the tokens whose keys it holds; whether these may not be finite.
+        # Of each slot: the tokens whose keys it holds; whether these may not be finite; whether the device has not
+        # ended who was there last, so that rows may be planned still.
         self.held = [np.empty(0, dtype=np.int64)] * B
-        self.dirty = [False] * B
+        self.dirty, self.planned = [False] * B, [False] * B
         self.left: list[_Left] = []
 
     def state(self) -> Tensor:
@@ -185,7 +186,7 @@ class Slots(Poll):
         reason = REASONS[status] if watch is None else watch.reasons[0]
         self.left.append(_Left(x, reason, end, copy, event, error))
         self.inside[slot] = self.watches[slot] = None
-        self.dirty[slot] = status == FAULT
+        self.dirty[slot], self.planned[slot] = status == FAULT, status == RUNNING
         if status == FAULT:
             self.held[slot] = self.held[slot][:0]
 
@@ -195,7 +196,8 @@ class Slots(Poll):
             left = self.left.pop(0)
             output = left.output(self.decoder.model, self.tokenizer)
             slot, ids = left.x.slot, left.x.job.ids
-            if self.inside[slot] is None and len(self.held[slot]) == len(ids) and output.error is None:
+            # Nobody has come into the slot meanwhile, not even who has left it at once.
+            if self.inside[slot] is None and self.held[slot] is ids and output.error is None:
                 # Of what the last pass has emitted there may be no keys.
                 fed = sum(output.blocks[:-1])
                 self.held[slot] = np.concatenate([ids, np.array(output.tokens[:fed], dtype=np.int64)])
@@ -226,7 +228,7 @@ class Slots(Poll):
                 if watch is not None:
                     error = self._asked(x, partial(self._begin_watch, watch, x))
                     if error is not None:
-                        self._leave(x, STOPPED, 0, error)
+                        self._leave(x, RUNNING, 0, error)
 
     def _chunk(self) -> int:
         """Tokens of prompts that are read at a time: while others run fewer, unless they may change no bit."""
@@ -270,7 +272,7 @@ class Slots(Poll):
             self.next.remove(job)
             slot = source if shared and source in free else free[0]
             free.remove(slot)
-            group.append(Newcomer(slot, job, source, shared, self.dirty[slot]))
+            group.append(Newcomer(slot, job, source, shared, self.dirty[slot], self.planned[slot]))
         return group, beside
 
     def _best(self) -> tuple[Job, int, int]:

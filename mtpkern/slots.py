@@ -72,7 +72,8 @@ class Newcomer:
     """A prompt on its way into a slot.
 
     source: the slot that holds its first `shared` tokens' keys, at most T - 1; it may be the slot itself. dirty:
-    whether the slot may hold keys that are not finite.
+    whether the slot may hold keys that are not finite. planned: whether the next pass may have rows of who was in the
+    slot before, whom the host has ended.
     """
 
     slot: int
@@ -80,6 +81,7 @@ class Newcomer:
     source: int = 0
     shared: int = 0
     dirty: bool = False
+    planned: bool = False
 
 
 def vacate(decoder: Decoder, key: Tensor | None = None, first: int = 0) -> None:
@@ -109,6 +111,10 @@ def enter(
         if x.dirty:
             # A value that is not finite is seen through any mask, as 0 * NaN.
             cache.clear(x.slot)
+    if stale := [x.slot for x in newcomers if x.planned]:
+        # They would write into what is copied or read before that pass.
+        decoder.sequences.pending.index_fill_(0, _on(decoder.device, np.array(stale)), 0)
+        decoder.plan()
     cache.copy_prefixes([(x.source, x.slot, x.shared) for x in newcomers if x.shared and x.source != x.slot])
 
     yield from (_read_beside(decoder, newcomers, owner) if beside else _read_apart(decoder, newcomers, owner, chunk))

@@ -55,6 +55,9 @@ class Processor:
     reads_text: ClassVar[bool] = False
     by_row: ClassVar[bool] = False
 
+    def require_known(self, vocabulary: int) -> None:
+        """Raise ValueError where it names tokens that are not among so many."""
+
     def on(self, device: torch.device, vocabulary: int) -> Apply:
         """The function, made before any step is captured: itself, where there is nothing to make."""
         return self  # type: ignore[return-value]

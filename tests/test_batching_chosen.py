@@ -10,7 +10,7 @@ from transformers import StoppingCriteria
 from transformers.generation import LogitsProcessor, MaxLengthCriteria
 
 import mtpkern
-from mtpkern import ConfAdapt, Static, Verified
+from mtpkern import ConfAdapt, Static, Verified, refill
 from support.slow import slow_but
 
 PROMPTS = [[5, 6, 7], [4] * 9, [9, 1], [3, 3, 8, 2, 1], [7], [5, 6, 7], [2, 9, 4, 4, 4, 1, 8], [11, 12]]
@@ -187,3 +187,30 @@ def test_stop_strings(tiny: SimpleNamespace, bytes_of: Any) -> None:
         expected = alone(spoken, tokenizer(prompt).input_ids, 24, stop_strings=strings, **options)
         assert (output.tokens, output.finish_reason) == expected
     assert "stop_string" in {output.finish_reason for output in outputs}
+
+
+class AtLength(StoppingCriteria):
+    """Ends a text of so many tokens."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> bool:
+        return input_ids.shape[1] in (9, 12)
+
+
+@pytest.mark.parametrize("masks", [0, 2])
+@pytest.mark.parametrize("late", [False, True])
+def test_whom_a_criterion_ends_writes_into_no_prompt_that_is_read_in_its_place(
+    model: Any, masks: int, late: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of it are planned still, for a pass behind the first chunk."""
+    monkeypatch.setattr(refill, "CHUNK_ON_CPU", 20)
+    monkeypatch.setattr(refill, "CHUNK_ELSEWHERE", 20)
+    prompts = [[5, 6, 7, 1], [4, 2, 9, 9], [6] * 15, *([n, 8, 3, n, 11] * 9 for n in (1, 2, 4, 5))]
+    options: dict[str, Any] = {"strategy": Verified(3, threshold=0.1, masks=masks), "stopping_criteria": [AtLength()]}
+    options["eos_token_id"] = None
+    expected = [alone(model, prompt, 40, **options)[0] for prompt in prompts]
+    if late:
+        request.getfixturevalue("lagging")
+    outputs = mtpkern.generate_batch(
+        model, prompts, max_new_tokens=40, batch_size=3, order="given", reuse=False, **options
+    )
+    assert [output.tokens for output in outputs] == expected

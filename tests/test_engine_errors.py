@@ -8,6 +8,8 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -261,6 +263,12 @@ def test_blocks_are_read_under_the_engines_autocast(model: Any) -> None:
     assert sum(len(new) for (new,) in blocks) == 6
 
 
+@pytest.mark.parametrize("name", ["sequence_bias", "bad_words_ids"])
+def test_tokens_that_the_model_has_not_are_refused_at_once(name: str, engine: Engine) -> None:
+    with pytest.raises(ValueError, match=f"{name} must hold ids from 0 to 15"):
+        engine.submit([1, 2], **{name: {(3, 16): 1.0} if name == "sequence_bias" else [[16]]})
+
+
 def test_another_autocast_is_refused(engine: Engine) -> None:
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast"):
         engine.submit([1, 2], max_new_tokens=2)
@@ -302,6 +310,42 @@ def test_short_memory_leaves_fewer_slots(where: str, model: Any, monkeypatch: py
         outputs = [result(f) for f in [engine.submit([n, 2], max_new_tokens=4, eos_token_id=None) for n in (1, 2, 3)]]
     assert all(len(output.tokens) == 4 for output in outputs)
     assert slots[:3] == [4, 2, 1]
+
+
+def test_who_is_tried_again_is_shown_the_prompt_once(
+    model: Any, lagging: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a first pass on a GPU, whose state is read late, finds no memory."""
+    shown: list[list[int]] = []
+    streamer = SimpleNamespace(put=lambda value: shown.append(value.flatten().tolist()), end=lambda: None)
+    step, tried = Decoder.step, count()
+
+    def failing(self: Decoder, *args: Any) -> Any:
+        if not next(tried):
+            raise torch.OutOfMemoryError("no room")
+        return step(self, *args)
+
+    monkeypatch.setattr(Decoder, "step", failing)
+    with Engine(model, batch_size=2, max_length=64) as engine, pytest.warns(RuntimeWarning, match="goes on with 1"):
+        output = result(engine.submit([1, 2], max_new_tokens=4, eos_token_id=None, streamer=streamer))
+    assert shown == [[1, 2], *([token] for token in output.tokens)]
+
+
+def test_who_leaves_at_once_leaves_its_own_keys(model: Any, lagging: None) -> None:
+    """In the slot of one whose prompt was as long, and whose tokens are not on the host yet."""
+    first, asked = [5, 6, 7, 8], list[Future[BatchOutput]]()
+    with Engine(model, batch_size=2, max_length=100, strategy=Verified(3, threshold=0.2)) as engine:
+        streamer, other = held(engine, max_new_tokens=60)
+        before = engine.submit(first, max_new_tokens=6, eos_token_id=None)
+        bad = engine.submit([1, 2, 3, 4], max_new_tokens=6, eos_token_id=None, streamer=Bad(0))
+
+        def go_on(future: Future[BatchOutput]) -> None:
+            asked.append(engine.submit([*first, *result(before).tokens[:4], 2], max_new_tokens=6, eos_token_id=None))
+
+        bad.add_done_callback(go_on)
+        streamer.go.set()
+        result(other)
+        assert result(asked[0]).tokens == free(model, [*first, *result(before).tokens[:4], 2], 6)
 
 
 def test_what_no_try_mends_is_told_to_each_and_the_engine_lives(

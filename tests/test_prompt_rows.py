@@ -235,6 +235,26 @@ def test_a_prompt_whose_keys_are_nan_costs_itself_alone(
             assert (output.error, output.tokens) == (None, expected[i].tokens)
 
 
+def test_whom_a_criterion_ends_writes_into_no_keys_that_are_copied_to_its_place(
+    recorded: type[RecordedStep], beside: list[int], late: bool, tiny: SimpleNamespace
+) -> None:
+    """Rows of it are planned still for the pass that reads the rest of the prompt."""
+    model = tiny.model("llama")
+    alike = [n * n % 13 + 1 for n in range(20)]
+    prompts = [[*alike, 5], [4, 9], [*alike, 7], [8, 2, 2], [*alike, 1, 2], [6], [*alike, 12]]
+    new = [60, 30, 3, 30, 3, 30, 3]
+    options: dict[str, Any] = {"strategy": Verified(threshold=0.1), "eos_token_id": None}
+    options["stopping_criteria"] = [lambda ids, scores, **_: ids.shape[1] == 9]
+    expected = mtpkern.generate_batch(model, prompts, max_new_tokens=new, batch_size=1, use_graph=False, **options)
+    for _ in range(2):
+        beside.clear()
+        outputs = mtpkern.generate_batch(model, prompts, max_new_tokens=new, batch_size=2, order="given", **options)
+        assert [output.tokens for output in outputs] == [output.tokens for output in expected]
+    assert beside
+    assert sum(output.shared >= 20 for output in outputs) >= 3
+    assert {output.finish_reason for output in outputs} == {"criteria", "length"}
+
+
 def test_who_leaves_in_the_midst_of_it_leaves_nothing(
     recorded: type[RecordedStep], beside: list[int], tiny: SimpleNamespace
 ) -> None:

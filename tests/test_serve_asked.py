@@ -192,6 +192,10 @@ def test_top_p_samples_where_it_cuts() -> None:
         assert config.do_sample == samples
 
 
+def test_a_bias_of_another_tokenizers_token_is_the_clients_fault(shipped_server: Served) -> None:
+    assert "got [99999]" in shipped_server.refusal(logit_bias={"99999": 1})
+
+
 @pytest.mark.parametrize("says", [{"stop": [1, "it's"]}, {"generation_config": '{"num_beams": 2}'}], ids=str)
 def test_an_error_in_a_stream_can_be_read(says: dict[str, Any], shipped_server: Served) -> None:
     status, said = shipped_server.post(**says, stream=True)

@@ -512,11 +512,10 @@ class Decoder:
     @torch.inference_mode()
     def plan(self) -> None:
         """Plan the next pass anew, because sequences have come in or gone behind the back of `advance`."""
-        anew = partial(self._plan)
         if self.graph is None:
-            anew()
+            self._plan()
         else:
-            self.graph(anew, "plan")  # more than a hundred operations
+            self.graph(self._plan, "plan")  # more than a hundred operations
 
     def _plan(self) -> None:
         plan(self.sequences, self.all_rows, self.terms, **self.planning)

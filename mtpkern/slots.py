@@ -121,16 +121,15 @@ def enter(
 
 
 def _read_beside(decoder: Decoder, newcomers: Sequence[Newcomer], owner: Tensor) -> Iterator[None]:
-    """Have the passes read prompts; the state is there before the last of these, but for what makes it run."""
-    rows, k = decoder.prompt_rows, decoder.predictions
+    """Have the passes read prompts. Whose end the next pass reads has its state written down, and runs behind it."""
+    rows, k, cache = decoder.prompt_rows, decoder.predictions, decoder.cache
     newcomers = sorted(newcomers, key=lambda x: x.slot)
     masks = [decoder.mask_token_id] * (k - 1)
     for pieces in pieces_of([(x.slot, x.job.ids, x.shared) for x in newcomers], masks, len(rows)):
         if pieces[-1].ends:
-            # Each pass takes what is pending of those that do not run.
+            # Not before: each pass forgets what is pending of those that do not run.
             seq = _begin(decoder, newcomers)
-        of_cache = {"trash": decoder.cache.capacity, "scratch": decoder.cache.scratch}
-        rows.bring(pieces, **of_cache, last_position=decoder.last_position)
+        rows.bring(pieces, trash=cache.capacity, scratch=cache.scratch, last_position=decoder.last_position)
         decoder.reading = True
         yield
     n = len(newcomers) * k

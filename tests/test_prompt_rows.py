@@ -339,7 +339,7 @@ def test_where_it_cannot_be_captured_prompts_are_read_apart(
     captured = recorded.__init__
 
     def only_one(self: RecordedStep, step: Any, device: Any, beside: Any) -> None:
-        if step.func.__name__ == "_step_beside":
+        if getattr(step, "func", step).__name__ == "_step_beside":
             raise torch.OutOfMemoryError("CUDA out of memory")
         captured(self, step, device, beside)
 

@@ -47,7 +47,7 @@ class RecordedStep:
 
     def __init__(self, step: Any, device: torch.device, beside: Any) -> None:
         type(self).captures += 1
-        decoder = step.func.__self__
+        decoder = getattr(step, "func", step).__self__
         buffers = [x for pair in decoder.cache.layers.values() for x in pair]
         state = [*vars(decoder.sequences).values(), *vars(decoder.rows).values(), *buffers]
         before = [x.clone() for x in state]

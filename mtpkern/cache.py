@@ -126,16 +126,15 @@ class KVCache:
     def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         k_cache, v_cache = self.layers[layer]
-
-        def of(rows: PackedRows, part: slice) -> Tensor:
-            options: dict[str, Any] = {"batch_invariant": self.batch_invariant, "slots": self.slots}
-            return decode_attention(q[part], k[part], v[part], k_cache, v_cache, rows, scoring, **options)
-
-        planned = self.packed()
-        if self.beside is None:
-            return of(planned, slice(None))[None]
+        planned, beside = self.packed(), self.beside
+        options: dict[str, Any] = {"batch_invariant": self.batch_invariant, "slots": self.slots}
+        if beside is None:
+            return decode_attention(q, k, v, k_cache, v_cache, planned, scoring, **options)[None]
         n = len(planned.seq)
-        return torch.cat([of(planned, slice(n)), of(self.beside, slice(n, None))])[None]
+        outs = decode_attention(q[:n], k[:n], v[:n], k_cache, v_cache, planned, scoring, **options)
+        return torch.cat([outs, decode_attention(q[n:], k[n:], v[n:], k_cache, v_cache, beside, scoring, **options)])[
+            None
+        ]
 
     def packed(self) -> PackedRows:
         """The rows of this pass as the buffers have them, whose trash slot may not be C yet; one object for all layers.

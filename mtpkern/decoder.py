@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from time import perf_counter
 from typing import Any
 
@@ -141,11 +141,8 @@ class Decoder:
         if choosing is not None:
             self.choice = Choice(choosing, strategy, self.sequences, self.terms, mask_token_id)
         self.by_load, self.threshold_by_load = by_load, threshold_by_load
-        # The ladder lives as long as the graphs do, and so do the rows in which passes read prompts besides.
+        # These live as long as the graphs do.
         self._ladder = Ladder(batch, rows, strategy.k, strategy.masks)
-        of_prompts: dict[str, Any] = {"batch": batch, "k": strategy.k, "device": device}
-        of_prompts["dtype"] = torch.promote_types(model.dtype, torch.float32)
-        self.prompt_rows = PromptRows(max(PROMPT_ROWS, strategy.k), **of_prompts)
         self.reading_cost = ReadingCost()
         self.fingerprint: tuple[Any, ...] | None = None
         self._layers: CompiledLayers | None = None
@@ -156,6 +153,13 @@ class Decoder:
     def _on_cpu(self) -> bool:
         """Whether the host knows the state, and passes may have any number of rows."""
         return self.device.type == "cpu" and self.graph is None and not self.compile
+
+    @cached_property
+    def prompt_rows(self) -> PromptRows:
+        """Those in which passes read prompts besides."""
+        sizes = {"batch": len(self.sequences.status), "k": self.strategy.k}
+        read = torch.promote_types(self.model.dtype, torch.float32)
+        return PromptRows(max(PROMPT_ROWS, self.strategy.k), **sizes, dtype=read, device=self.device)
 
     @property
     def predictions(self) -> int:

@@ -131,10 +131,9 @@ class KVCache:
         if beside is None:
             return decode_attention(q, k, v, k_cache, v_cache, planned, scoring, **options)[None]
         n = len(planned.seq)
-        outs = decode_attention(q[:n], k[:n], v[:n], k_cache, v_cache, planned, scoring, **options)
-        return torch.cat([outs, decode_attention(q[n:], k[n:], v[n:], k_cache, v_cache, beside, scoring, **options)])[
-            None
-        ]
+        ours = decode_attention(q[:n], k[:n], v[:n], k_cache, v_cache, planned, scoring, **options)
+        theirs = decode_attention(q[n:], k[n:], v[n:], k_cache, v_cache, beside, scoring, **options)
+        return torch.cat([ours, theirs])[None]
 
     def packed(self) -> PackedRows:
         """The rows of this pass as the buffers have them, whose trash slot may not be C yet; one object for all layers.

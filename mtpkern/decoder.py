@@ -297,7 +297,7 @@ class Decoder:
         cache.next_chunk(end)
         return logits
 
-    def reads_beside(self, rows: int, *, alone: bool = False) -> bool:
+    def reads_beside(self, rows: int, *, alone: bool) -> bool:
         """Whether prompts of so many rows in all are read in passes; else apart, the model being theirs alone.
 
         By load, with a graph: as soon as what they have taken apart comes to what the first graph took to make. alone:

@@ -18,7 +18,7 @@ from mtpkern.batching import generate_batch, iterate_batch
 from mtpkern.decoder import Decoder
 from mtpkern.kernels.state import RUNNING
 from mtpkern.strategies import Strategy
-from support.batches import STOP, STRATEGIES, alone, assert_as_alone, mixed_prompts
+from support.batches import STOP, STRATEGIES, alone, assert_as_alone, broken_by_13, mixed_prompts
 from support.slow import slow_but
 
 
@@ -163,13 +163,7 @@ def test_a_prompt_that_fails_costs_itself_alone(
     tiny: SimpleNamespace, late: bool, request: pytest.FixtureRequest
 ) -> None:
     """Among others one whose keys are NaN, in a slot that others get after it."""
-    model = tiny.model("llama")
-    with torch.no_grad():
-        model.get_input_embeddings().weight[13] = torch.nan
-        head = model.get_output_embeddings().weight
-        head[13] = head[12]  # so that it is never written: of equals the first wins
-    prompts, new = mixed_prompts(16)
-    prompts = [[5 if token == 13 else token for token in prompt] for prompt in prompts]
+    model, prompts, new = broken_by_13(tiny, seed=0)
     expected = [alone(model, prompt, n) for prompt, n in zip(prompts, new)]
     given: list[Any] = list(prompts)
     for number, (prompt, _) in bad_prompts(tiny).items():

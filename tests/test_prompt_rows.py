@@ -20,7 +20,7 @@ from mtpkern.kernels import gated_lora
 from mtpkern.load import Ladder
 from mtpkern.poll import Poll, TimedPoll
 from mtpkern.prompt_rows import PromptRows, Reads, pieces_of
-from support.batches import STOP, WINDOWED, alone, mixed_prompts
+from support.batches import STOP, WINDOWED, alone, broken_by_13, mixed_prompts
 from support.recording import RecordedStep, kept, poison
 
 MASK = 15
@@ -213,13 +213,7 @@ def test_a_prompt_whose_keys_are_nan_costs_itself_alone(
     recorded: type[RecordedStep], beside: list[int], late: bool, any_rung: None, tiny: SimpleNamespace
 ) -> None:
     """Long or short, among others, in a slot that others get after it."""
-    model = tiny.model("llama")
-    with torch.no_grad():
-        model.get_input_embeddings().weight[13] = torch.nan
-        head = model.get_output_embeddings().weight
-        head[13] = head[12]  # so that it is never written: of equals the first wins
-    prompts, new = mixed_prompts(16, seed=2)
-    prompts = [[5 if token == 13 else token for token in prompt] for prompt in prompts]
+    model, prompts, new = broken_by_13(tiny, seed=2)
     options = {**OPTIONS, "max_new_tokens": new, "order": "given"}
     expected = mtpkern.generate_batch(model, prompts, use_graph=False, **options)
     mtpkern.generate_batch(model, prompts, **options)
@@ -338,12 +332,12 @@ def test_where_it_cannot_be_captured_prompts_are_read_apart(
 ) -> None:
     captured = recorded.__init__
 
-    def only_one(self: RecordedStep, step: Any, device: Any, beside: Any) -> None:
+    def all_others(self: RecordedStep, step: Any, device: Any, beside: Any) -> None:
         if getattr(step, "func", step).__name__ == "_step_beside":
             raise torch.OutOfMemoryError("CUDA out of memory")
         captured(self, step, device, beside)
 
-    monkeypatch.setattr(recorded, "__init__", only_one)
+    monkeypatch.setattr(recorded, "__init__", all_others)
     model = tiny.model("llama")
     prompts, new = mixed_prompts(16, seed=1)
     options = {**OPTIONS, "max_new_tokens": new}
@@ -402,16 +396,14 @@ def test_each_rung_may_have_a_graph_that_reads(
         maskless.add(self._maskless)
         return step(self, *args)
 
-    noted.__name__ = step.__name__
     monkeypatch.setattr(Decoder, "_step_beside", noted)
     model = tiny.model("llama") if kind == "llama" else tiny.adapted(tiny.model("llama"))
     prompts, new = mixed_prompts(24, seed=6)
     expected = [alone(model, prompt, n).tokens for prompt, n in zip(prompts, new)]
 
     def run() -> None:
-        assert [
-            output.tokens for output in mtpkern.generate_batch(model, prompts, **OPTIONS, max_new_tokens=new)
-        ] == expected
+        outputs = mtpkern.generate_batch(model, prompts, **OPTIONS, max_new_tokens=new)
+        assert [output.tokens for output in outputs] == expected
 
     run()
     decoder = next(decoder for decoder in kept(base_of(model)) if len(decoder.sequences.status) == 3)

@@ -35,6 +35,17 @@ def mixed_prompts(n: int = 12, seed: int = 0, begin: int = 20) -> tuple[list[lis
     return prompts, [rng.randint(1, 12) for _ in prompts]
 
 
+def broken_by_13(tiny: SimpleNamespace, seed: int) -> tuple[Any, list[list[int]], list[int]]:
+    """A model to which token 13 is NaN and that never writes it, prompts without it, and how many new tokens each."""
+    model = tiny.model("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[13] = torch.nan
+        head = model.get_output_embeddings().weight
+        head[13] = head[12]  # of equals the first wins
+    prompts, new = mixed_prompts(16, seed)
+    return model, [[5 if token == 13 else token for token in prompt] for prompt in prompts], new
+
+
 def alone(model: Any, prompt: list[int], new: int, strategy: Strategy | None = None) -> Any:
     output = mtpkern.generate(
         model,

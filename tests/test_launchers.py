@@ -12,6 +12,7 @@ import torch
 from accelerate.commands import launch
 from torch.distributed import run as torchrun
 
+from support.processes import OF_FORKS
 from support.recipes import GSM8K, TINY
 from support.rows import write
 
@@ -36,6 +37,7 @@ def test_launched_by_torchrun(tmp_path, checkpoint, monkeypatch):
         PartialState._reset_state()
         # Asks for a pool of threads that a fork has not where its parent had one.
         torch.set_num_threads = lambda n: None
+        os.environ |= OF_FORKS
         sys.argv = [module, *arguments]
         with (tmp_path / f"said by {os.environ['RANK']}").open("w") as said, contextlib.redirect_stderr(said):
             try:

@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SECONDS = 240
+# What a fork is to have in its environment: where its parent had a pool of torch's threads, several threads that ask
+# for one at once in the fork, as those of transformers' loader do, may find none ("Invalid thread pool!").
+OF_FORKS = {"HF_DEACTIVATE_ASYNC_LOAD": "1"}
 
 
 def run_in_two_processes(work: Callable[[int], None]) -> None:
@@ -28,7 +31,7 @@ def run_in_two_processes(work: Callable[[int], None]) -> None:
         code = 1
         try:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **OF_FORKS}
             work(rank)
             code = 0
         except BaseException:

@@ -42,8 +42,9 @@ def wants_graph(use_graph: bool | None, device: torch.device) -> bool:
 class StepGraph:
     """Runs a step as it is until it is warm, then captures it, then replays it; a step of each form apart.
 
-    step reads and writes tensors that never move, and what it returns is not looked at. One that cannot be captured
-    goes on as it is, as do all of other forms; a RuntimeWarning announces it.
+    step reads and writes tensors that never move, and what it returns is not looked at. A form that cannot be captured
+    goes on as it is, and where it is the first one or memory was short, so do all that have no graph yet; a
+    RuntimeWarning announces it.
 
         graph = StepGraph(device)
         graph(step, 16)     # one real step of 16 rows each time, whichever way it runs
@@ -54,7 +55,9 @@ class StepGraph:
         self.warm: Counter[Hashable] = Counter()
         # By form, the host's seconds in steps before their graph was there, and in capturing it.
         self.seconds: defaultdict[Hashable, float] = defaultdict(float)
-        self.refused = False
+        # Forms that could not be captured, and whether no other is tried.
+        self.refused: set[Hashable] = set()
+        self.closed = False
         self.captured: dict[Hashable, CapturedStep] = {}
         # A captured step of the same model, to share its memory pool.
         self.beside: CapturedStep | None = None
@@ -69,17 +72,22 @@ class StepGraph:
         self._make(step, form)
         self.seconds[form] += perf_counter() - began
 
+    def may_have(self, form: Hashable) -> bool:
+        """Whether this form has a graph, or may come to have one."""
+        return form in self.captured or not (self.closed or form in self.refused)
+
     def _make(self, step: Callable[[], object], form: Hashable) -> None:
-        if self.warm[form] == WARM_UP and not self.refused:
+        if self.warm[form] == WARM_UP and self.may_have(form):
             try:
                 self.captured[form] = CapturedStep(step, self.device, next(iter(self.captured.values()), self.beside))
             except RuntimeError as error:  # out of memory is one, too
-                self.refused = True
-                _announce(error)
+                self.refused.add(form)
+                self.closed |= not self.captured or isinstance(error, torch.OutOfMemoryError)
+                _announce(error, form)
             self.beside = None
         if form in self.captured:
             self.captured[form].replay()
-        elif self.refused:
+        elif not self.may_have(form):
             step()
         else:
             with on_side_stream(self.device):
@@ -176,7 +184,8 @@ def on_side_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
             here.wait_stream(side)
 
 
-def _announce(error: Exception) -> None:
+def _announce(error: Exception, form: Hashable) -> None:
+    what = f"of {form} rows" if isinstance(form, int) else str(form)
     remedy = "pass use_graph=False, or look for what waits for the device in the model's forward"
     if isinstance(error, torch.OutOfMemoryError):
         remedy = (
@@ -184,8 +193,8 @@ def _announce(error: Exception) -> None:
             "have kept and lets the next one try again"
         )
     warnings.warn(
-        f"the decoding step could not be captured in a CUDA graph and runs without one, which is slower; {remedy}: "
-        f"{first_line(error)}",
+        f"the decoding step ({what}) could not be captured in a CUDA graph and runs without one, which is slower; "
+        f"{remedy}: {first_line(error)}",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -162,14 +162,14 @@ class ReadingCost:
             return False
         if Reads(most) in graph.captured:
             return True
-        return most in graph.captured and not graph.refused and self.apart >= graph.seconds[most]
+        return most in graph.captured and graph.may_have(Reads(most)) and self.apart >= graph.seconds[most]
 
     def rung(self, graph: StepGraph, ladder: Ladder, rows: int) -> int:
         """Rows of a pass that reads where so many are planned: as many, or the fewest that a graph is there for."""
         most, times = ladder.rungs[-1], ladder.times
         there = [rung for rung in ladder.rungs if rung >= rows and Reads(rung) in graph.captured]
         wider = min(there, default=most)
-        if wider > rows and there and times.seconds and not graph.refused:
+        if wider > rows and there and times.seconds and graph.may_have(Reads(rows)):
             seconds = times.of(np.array([rows, wider]))
             self.saved[rows] += float(seconds[1] - seconds[0])
             if self.saved[rows] >= graph.seconds[most]:

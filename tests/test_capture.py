@@ -3,6 +3,7 @@
 import threading
 import warnings
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,6 +45,39 @@ def test_a_step_that_cannot_be_captured_goes_on(
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once
         assert_same(generate(tiny, model, 6, 4), expected)
+
+
+@pytest.mark.parametrize(
+    ("refused", "memory", "captured"),
+    [("b", False, {"a", "c"}), ("b", True, {"a"}), ("a", False, set()), ("a", True, set())],
+)
+def test_a_form_that_cannot_be_captured_leaves_the_others(
+    refused: str, memory: bool, captured: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless it is the first, or memory was short: then no other is tried. Each call is one step, whatever happens."""
+    steps: list[str] = []
+    tried: list[str] = []
+
+    class Captured:
+        def __init__(self, step: Any, device: Any, beside: Any) -> None:
+            self.step = step
+            tried.append(step.args[0])
+            if step.args[0] == refused:
+                raise torch.OutOfMemoryError("none left") if memory else RuntimeError("capturing")
+
+        def replay(self) -> None:
+            self.step()
+
+    monkeypatch.setattr(graph, "CapturedStep", Captured)
+    monkeypatch.setattr(graph, "on_side_stream", lambda device: nullcontext())
+    step_graph, forms = graph.StepGraph(torch.device("cpu")), [form for form in "abc" for _ in range(6)]
+    with pytest.warns(RuntimeWarning, match=rf"the decoding step \({refused}\) could not be captured") as said:
+        list(map(step_graph, [partial(steps.append, form) for form in forms], forms))
+    assert len(said) == 1
+    assert steps == forms
+    assert set(step_graph.captured) == captured
+    assert tried == sorted({*captured, refused})
+    assert {form for form in "abc" if step_graph.may_have(form)} == captured
 
 
 @pytest.mark.parametrize("broken", [True, False])

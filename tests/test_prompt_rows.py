@@ -327,14 +327,16 @@ def test_passes_read_prompts_once_reading_them_apart_has_cost_a_graph(
         assert not any(read)
 
 
+@pytest.mark.parametrize("error", [RuntimeError("capturing"), torch.OutOfMemoryError("CUDA out of memory")])
 def test_where_it_cannot_be_captured_prompts_are_read_apart(
-    recorded: type[RecordedStep], tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    error: Exception, recorded: type[RecordedStep], tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What has a graph keeps it, and what has none may still have one, unless memory is short."""
     captured = recorded.__init__
 
     def all_others(self: RecordedStep, step: Any, device: Any, beside: Any) -> None:
         if getattr(step, "func", step).__name__ == "_step_beside":
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         captured(self, step, device, beside)
 
     monkeypatch.setattr(recorded, "__init__", all_others)
@@ -345,11 +347,14 @@ def test_where_it_cannot_be_captured_prompts_are_read_apart(
     mtpkern.generate_batch(model, prompts, **options)
     (decoder,) = kept(model)
     decoder.reading_cost.apart = 100.0
-    with pytest.warns(RuntimeWarning, match="could not be captured"):
-        outputs = mtpkern.generate_batch(model, prompts, **options)
+    said: list[Any] = []
+    monkeypatch.setattr("mtpkern.graph._announce", lambda *args: said.append(args))
+    outputs = mtpkern.generate_batch(model, prompts, **options)
+    assert said == [(error, Reads(decoder._ladder.rungs[-1]))]
     assert [output.tokens for output in outputs] == [output.tokens for output in expected]
     assert decoder.graph is not None
-    assert decoder.graph.refused
+    assert decoder.graph.refused == {Reads(decoder._ladder.rungs[-1])}
+    assert decoder.graph.closed == isinstance(error, torch.OutOfMemoryError)
     assert not decoder.reads_beside(3, alone=False)
 
 
@@ -427,5 +432,5 @@ def test_each_rung_may_have_a_graph_that_reads(
     run()
     assert reading() == rungs
     assert maskless == {False}
-    graph.refused = True
+    graph.closed = True
     run()

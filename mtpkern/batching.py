@@ -42,9 +42,10 @@ from mtpkern.model import CACHE_ARGUMENTS, evaluating, has_latent_attention, lea
 from mtpkern.options import Options
 from mtpkern.parallel import agree, is_parallel
 from mtpkern.pool import decoder_for, kept_bytes, release_graphs
-from mtpkern.processors import Suppress, numbers
+from mtpkern.processors import numbers
 from mtpkern.refill import BatchOutput as BatchOutput
 from mtpkern.refill import Slots
+from mtpkern.settings import MinTokens
 from mtpkern.slots import Job, vacate
 from mtpkern.streaming import Stream
 from mtpkern.watch import of_kind
@@ -234,15 +235,15 @@ class Batch:
         ids, settings = settings_of(self.model, ids, asked, mask, stacklevel=4)
         _refuse_of_one_batch(settings.get("logits_processor", ()), settings.get("stopping_criteria", ()))
         call = prepared(self.model, ids, settings)
-        config, choosing = call.config, choosing_of(call, mask)
-        for processor in choosing.processors if choosing is not None else ():
-            processor.require_known(self.model.get_input_embeddings().weight.shape[0])
+        config, choosing = call.config, choosing_of(self.model, call, mask)
         padding = config._pad_token_tensor
         self.filler = 0 if padding is None else int(padding)
         if choosing is not None and config.min_new_tokens and config._eos_token_tensor is not None:
             # transformers says the same once more as the length of a text, which is the probe's.
-            said = Suppress(numbers(config._eos_token_tensor), shorter=ids.shape[1] + config.min_new_tokens)
-            choosing = replace(choosing, processors=tuple(x for x in choosing.processors if x != said))
+            said = MinTokens(ids.shape[1] + config.min_new_tokens, numbers(config._eos_token_tensor), in_all=True)
+            repeats = [x == said and isinstance(x, MinTokens) and x.own == said.own for x in choosing.processors]
+            left = (x for x, repeated in zip(choosing.processors, repeats) if not repeated)
+            choosing = replace(choosing, processors=tuple(left))
         whole, limit = "max_new_tokens" not in settings and "max_length" in settings, config.max_length
         most = limit - ids.shape[1]
         longest = [x.max_length for x in of_kind(settings.get("stopping_criteria", ()), MaxLengthCriteria)]

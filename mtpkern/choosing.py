@@ -13,11 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mtpkern.copies import on_device
 from mtpkern.kernels.readout import readout
 from mtpkern.kernels.sample import sample
 from mtpkern.kernels.state import Sequences, Terms
@@ -49,6 +52,11 @@ class Choosing:
         """Whether a pass needs the host: to call a processor row by row, to find room for distributions."""
         return bool(self.keeps - {"logprobs"}) or any(processor.by_row for processor in self.processors)
 
+    def require_known(self, vocabulary: int) -> None:
+        """Raise ValueError where a processor names tokens that are not among so many."""
+        for processor in self.processors:
+            processor.require_known(vocabulary)
+
     def united(self, other: Choosing) -> Choosing | None:
         """One that does for sequences of both in one pass; None where there is none."""
         processors = united(self.processors, other.processors)
@@ -57,7 +65,7 @@ class Choosing:
         return Choosing(processors, self.samples or other.samples, self.keeps)
 
     def numbers(self, own: Choosing | None) -> list[float]:
-        """A sequence's part in this: 1 where it takes the argmax, and of each processor the sequence's own number."""
+        """A sequence's part in this: 1 where it takes the argmax, and of each processor the sequence's own numbers."""
         own = own or Choosing()
         return [float(not own.samples), *numbers_in(self.processors, own.processors)]
 
@@ -74,7 +82,10 @@ class Choice:
         self.key, self.prompt, self.padding = (torch.zeros(n, dtype=torch.int64, device=device) for n in (1, B, B))
         # Which sequence of the call each is: two of one prompt draw apart.
         self.stream = torch.arange(B, device=device)
-        self.own = torch.zeros(B, 1 + len(choosing.processors), dtype=torch.float32, device=device)
+        widths = [1, *(processor.width for processor in choosing.processors)]
+        self.own = torch.zeros(B, sum(widths), dtype=torch.float32, device=device)
+        # Where the numbers of each processor are among them.
+        self.places = [slice(end - width, end) for width, end in zip(widths, accumulate(widths))][1:]
         never = torch.full((1,), torch.inf, dtype=torch.float32, device=device)
         self.greedy_above = terms.threshold[None] if isinstance(strategy, ConfAdapt) else never
         # Unverified, the tokens behind the first are kept as they come, so that each has to see those before it.
@@ -95,8 +106,7 @@ class Choice:
             self.key.random_()  # once a call, from the device's default generator
         B = len(input_ids)
         torch.arange(B, out=self.stream)
-        for i, number in enumerate(self.choosing.numbers(self.choosing)):
-            self.own[:, i].fill_(number)
+        self.own.copy_(on_device(np.array(self.choosing.numbers(self.choosing), dtype=np.float32), self.own.device))
         self.prompt.copy_(real.sum(1))
         self.padding.copy_(input_ids.shape[1] - self.prompt)
         self.prompts, self.max_new_tokens, self.passes = input_ids, max_new_tokens, 0
@@ -117,7 +127,7 @@ class Choice:
     def enter(self, seq: Tensor, length: Tensor, number: Tensor, own: Tensor) -> None:
         """Take in that prompts [n] of these lengths have come into these sequences; each draws by first + number.
 
-        own [n, 1 + processors]: `Choosing.numbers` of each.
+        own: `Choosing.numbers` of each, a row.
         """
         self.prompt[seq], self.stream[seq], self.own[seq] = length, number + self.first, own
 
@@ -152,9 +162,9 @@ class Choice:
         if self.applied is None:
             device, V = scores.device, scores.shape[1]
             self.applied = [processor.on(device, V) for processor in self.choosing.processors]
-        numbers = self.own[texts.seq, 1:]
-        for i, apply in enumerate(self.applied):
-            scores = apply(scores, texts, numbers[:, i])
+        numbers = self.own[texts.seq]
+        for apply, place in zip(self.applied, self.places):
+            scores = apply(scores, texts, numbers[:, place])
         return scores
 
     def _pick(self, scores: Tensor, seq: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:

@@ -154,7 +154,7 @@ def generate(
         require_same_on_all(model, settings.get("max_time"), settings.get("stopping_criteria", ()))
 
         def decode(call: Prepared) -> Tensor | MTPGenerateOutput:
-            choosing = choosing_of(call, options.mask_token_id, return_logprobs)
+            choosing = choosing_of(model, call, options.mask_token_id, return_logprobs)
             run = partial(_decode, model, call, options, Watch.of(streamer, call.criteria), choosing, prefix_cache)
             try:
                 return run()
@@ -325,7 +325,7 @@ def _decode(
     )
 
 
-def choosing_of(call: Prepared, mask: int, logprobs: bool = False) -> Choosing | None:
+def choosing_of(model: PreTrainedModel, call: Prepared, mask: int, logprobs: bool = False) -> Choosing | None:
     """What stands between logits and tokens; None where it is the argmax alone."""
     generation_config = call.config
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
@@ -340,9 +340,11 @@ def choosing_of(call: Prepared, mask: int, logprobs: bool = False) -> Choosing |
     # As training records it for other decoders; ours never emits it.
     alone = generation_config.suppress_tokens == [mask]
     wanted = [x for x in call.processors if not (alone and type(x) is SuppressTokensLogitsProcessor)]
-    return Choosing.of(
-        wanted, call.input_ids.shape[1], samples=bool(generation_config.do_sample), keeps=frozenset(keeps)
-    )
+    samples, T = bool(generation_config.do_sample), call.input_ids.shape[1]
+    choosing = Choosing.of(wanted, T, samples=samples, keeps=frozenset(keeps))
+    if choosing is not None:
+        choosing.require_known(model.get_input_embeddings().weight.shape[0])
+    return choosing
 
 
 def prepared(model: PreTrainedModel, input_ids: Tensor, settings: dict[str, Any]) -> Prepared:

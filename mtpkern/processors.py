@@ -14,19 +14,33 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.generation import logits_process as theirs
 
 from mtpkern.entry import entry
-from mtpkern.settings import MinP, RepetitionPenalty, Setting, Temperature, TopK, TopP
-from mtpkern.texts import Apply, Processor, Texts, among
+from mtpkern.settings import (
+    MinP,
+    MinTokens,
+    NoRepeatNGram,
+    RepetitionPenalty,
+    Setting,
+    Temperature,
+    TokenBias,
+    TopK,
+    TopP,
+)
+from mtpkern.texts import Apply, Processor, Texts, require_tokens
 
 # What looks at the scores alone: called as it is, on all rows at once.
 _OF_SCORES = (
     *(theirs.TemperatureLogitsWarper, theirs.TopKLogitsWarper, theirs.TopPLogitsWarper, theirs.MinPLogitsWarper),
     *(theirs.TypicalLogitsWarper, theirs.EpsilonLogitsWarper, theirs.LogitNormalization),
 )
+# Biases of what comes behind certain tokens, by the argument that asks for them.
+_OF_SEQUENCES = {
+    theirs.SequenceBiasLogitsProcessor: "sequence_bias",
+    theirs.NoBadWordsLogitsProcessor: "bad_words_ids",
+}
 # Pure functions of text and scores that nobody has brought to packed rows: one row at a time, as a caller's own.
 _ROW_BY_ROW = (
     *(theirs.SuppressTokensAtBeginLogitsProcessor, theirs.ForcedBOSTokenLogitsProcessor),
@@ -48,68 +62,22 @@ class OfScores(Processor):
 
 
 @dataclass(frozen=True)
-class Suppress(Processor):
-    """No `tokens`: ever, or while `new` tokens are fewer than `fewer_new`, or the text is shorter than `shorter`."""
-
-    tokens: tuple[int, ...]
-    fewer_new: int | None = None
-    shorter: int | None = None
-
-    def on(self, device: torch.device, vocabulary: int) -> Apply:
-        """A mask of the vocabulary."""
-        mask = torch.zeros(vocabulary, dtype=torch.bool)
-        mask[[t for t in self.tokens if 0 <= t < vocabulary]] = True
-        banned = mask.to(device, non_blocking=True)
-
-        def apply(scores: Tensor, texts: Texts, number: Tensor) -> Tensor:
-            if self.fewer_new is None and self.shorter is None:
-                return scores.masked_fill(banned, -torch.inf)
-            early = texts.length < self.shorter if self.shorter is not None else texts.new < (self.fewer_new or 0)
-            return scores.masked_fill(banned & early[:, None], -torch.inf)
-
-        return apply
-
-
-@dataclass(frozen=True)
-class NoRepeatNGram(Processor):
-    """No n tokens in a row twice."""
-
-    n: int
-    reads_text: ClassVar[bool] = True
-
-    def __call__(self, scores: Tensor, texts: Texts, number: Tensor) -> Tensor:
-        """Every window of the text is compared with its end."""
-        text = F.pad(texts.tokens[texts.seq], (0, max(0, self.n - texts.tokens.shape[1])))
-        windows = text.unfold(1, self.n, 1)
-        o_last = torch.arange(windows.shape[1], device=text.device) + self.n - 1
-        same = (windows[..., :-1] == texts.last(self.n - 1)[:, None]).all(-1) & (o_last < texts.end[:, None])
-        return scores.masked_fill(among(windows[..., -1], same, scores), -torch.inf)
-
-
-@dataclass(frozen=True)
 class Bias(Processor):
-    """What is added to the logit of a sequence's last token where the text ends in the ones before it."""
+    """What is added to the logit of a sequence's last token where the text ends in the ones before it.
+
+    name: of the argument that asks for them.
+    """
 
     name: str
     biases: tuple[tuple[tuple[int, ...], float], ...]
-
-    @property
-    def reads_text(self) -> bool:  # type: ignore[override]
-        """Only those of several tokens do."""
-        return any(len(tokens) > 1 for tokens, _ in self.biases)
+    reads_text: ClassVar[bool] = True
 
     def require_known(self, vocabulary: int) -> None:
         """Raise ValueError where a sequence has tokens that are not among so many."""
-        outside = sorted({t for tokens, _ in self.biases for t in tokens if t >= vocabulary})
-        if outside:
-            raise ValueError(
-                f"{self.name} must hold ids from 0 to {vocabulary - 1}, the model's vocabulary; got {outside}; use the "
-                "model's own tokenizer"
-            )
+        require_tokens(self.name, (token for tokens, _ in self.biases for token in tokens), vocabulary)
 
     def on(self, device: torch.device, vocabulary: int) -> Apply:
         """A bias for the vocabulary, and for sequences of one length a comparison each."""
-        self.require_known(vocabulary)
         always = torch.zeros(vocabulary, dtype=torch.float32)
         groups: dict[int, list[tuple[tuple[int, ...], float]]] = {}
         for tokens, bias in self.biases:
@@ -171,26 +139,13 @@ def from_transformers(processor: Any, T: int) -> Processor:
     from_transformers(TopKLogitsWarper(50), 12)
     """
     kind = type(processor)
-    if (setting := _setting(processor)) is not None:
+    if (setting := _setting(processor, T)) is not None:
         return setting
     if kind in _OF_SCORES:
         return OfScores((kind, *sorted(vars(processor).items())), processor)
-    if kind is theirs.SuppressTokensLogitsProcessor:
-        return Suppress(numbers(processor.suppress_tokens))
-    if kind is theirs.SuppressTokensAtBeginLogitsProcessor and processor.begin_index == T:
-        return Suppress(numbers(processor.begin_suppress_tokens), fewer_new=1)
-    if kind is theirs.MinNewTokensLengthLogitsProcessor:
-        new, skipped = processor.min_new_tokens, processor.prompt_length_to_skip
-        # The prompt's length counts for nothing, so that calls with others share a captured step.
-        length = {"fewer_new": new} if skipped == T else {"shorter": skipped + new}
-        return Suppress(numbers(processor.eos_token_id), **length)
-    if kind is theirs.MinLengthLogitsProcessor:
-        return Suppress(numbers(processor.eos_token_id), shorter=processor.min_length)
-    if kind is theirs.NoRepeatNGramLogitsProcessor:
-        return NoRepeatNGram(processor.ngram_size)
-    if kind in (theirs.SequenceBiasLogitsProcessor, theirs.NoBadWordsLogitsProcessor):
-        name = "sequence_bias" if kind is theirs.SequenceBiasLogitsProcessor else "bad_words_ids"
-        return Bias(name, tuple((tuple(tokens), float(bias)) for tokens, bias in processor.sequence_bias.items()))
+    if kind in _OF_SEQUENCES:
+        biases = tuple((tuple(tokens), float(bias)) for tokens, bias in processor.sequence_bias.items())
+        return Bias(_OF_SEQUENCES[kind], biases)
     if kind in _ROW_BY_ROW or not kind.__module__.startswith("transformers."):
         return RowByRow(processor)
     raise ValueError(
@@ -199,9 +154,25 @@ def from_transformers(processor: Any, T: int) -> Processor:
     )
 
 
-def _setting(processor: Any) -> Setting | None:
+def _setting(processor: Any, T: int) -> Setting | None:
     """What a sequence may have of its own, where that is all there is to it."""
     kind = type(processor)
+    if kind in _OF_SEQUENCES and all(len(tokens) == 1 for tokens in processor.sequence_bias):
+        biases = tuple((token, float(bias)) for (token,), bias in processor.sequence_bias.items())
+        return TokenBias(biases, _OF_SEQUENCES[kind])
+    if kind is theirs.SuppressTokensLogitsProcessor:
+        return TokenBias(tuple((token, -math.inf) for token in numbers(processor.suppress_tokens)))
+    if kind is theirs.SuppressTokensAtBeginLogitsProcessor and processor.begin_index == T:
+        return MinTokens(1, numbers(processor.begin_suppress_tokens))
+    if kind is theirs.MinNewTokensLengthLogitsProcessor:
+        new, skipped = processor.min_new_tokens, processor.prompt_length_to_skip
+        tokens = numbers(processor.eos_token_id)
+        # The prompt's length counts for nothing, so that calls with others share a captured step.
+        return MinTokens(new, tokens) if skipped == T else MinTokens(skipped + new, tokens, in_all=True)
+    if kind is theirs.MinLengthLogitsProcessor:
+        return MinTokens(processor.min_length, numbers(processor.eos_token_id), in_all=True)
+    if kind is theirs.NoRepeatNGramLogitsProcessor:
+        return NoRepeatNGram(processor.ngram_size)
     if kind is theirs.RepetitionPenaltyLogitsProcessor:
         # How long each row's padding is, a tensor, is known here anyway.
         return None if isinstance(processor.prompt_ignore_length, int) else RepetitionPenalty(processor.penalty)
@@ -220,4 +191,4 @@ def _setting(processor: Any) -> Setting | None:
 
 def numbers(tokens: Any) -> tuple[int, ...]:
     """Token ids of a tensor or a list, as part of a description: `numbers([1, 2])`."""
-    return tuple(tokens.tolist() if isinstance(tokens, Tensor) else tokens)
+    return tuple(token for token in (tokens.tolist() if isinstance(tokens, Tensor) else tokens) if token >= 0)

@@ -1,8 +1,8 @@
-"""Settings: processors with a number that each sequence of a pass has of its own, as requests of a server have.
+"""Settings: processors with numbers that each sequence of a pass has of its own, as requests of a server have.
 
-The number is a tensor beside the pass, and no part of what a captured step has baked in: one step serves every
-temperature, and a sequence that asks for none has the number that changes nothing. So requests with different settings
-share passes, and `united` says which list of processors does for two of them.
+The numbers are a tensor beside the pass, and no part of what a captured step has baked in: one step serves every
+temperature and every ban, and a sequence that asks for none has numbers that change nothing. So requests with different
+settings share passes, and `united` says which list of processors does for two of them.
 
 What they make of the scores is what transformers' do, bit by bit on a CPU; on a GPU nothing is sorted for top-k and
 top-p (kernels/keep_top.py).
@@ -16,10 +16,15 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mtpkern.kernels.keep_top import keep_top_k, keep_top_p
-from mtpkern.texts import Processor, Texts, among
+from mtpkern.texts import Processor, Texts, among, require_tokens
+
+# Room for biases of a sequence's own, as many as OpenAI's API knows, for tokens that may not come early, and for the
+# length of a run of tokens that may not come twice. Who needs more has more, and shares it with who needs as much.
+BIASES, EARLY, RUN = 300, 16, 8
 
 
 def may_look(x: Tensor) -> bool:
@@ -27,32 +32,86 @@ def may_look(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-@dataclass(frozen=True)
 class Setting(Processor):
-    """One that has a number of each sequence's own; where that is `neutral`, nothing changes."""
+    """One that has numbers of each sequence's own; where all of them are `neutral`, nothing changes."""
 
-    number: float = field(compare=False)
-    neutral: ClassVar[float]
+    neutral: ClassVar[float] = 0.0
 
-    def __call__(self, scores: Tensor, texts: Texts, number: Tensor) -> Tensor:
-        """Of all rows; where the host may look at the numbers [R], of those alone that ask for something."""
+    @property
+    def own(self) -> list[float]:
+        """The numbers, as many for each that is equal to it."""
+        raise NotImplementedError
+
+    @property
+    def width(self) -> int:  # type: ignore[override]
+        """How many they are."""
+        return len(self.own)
+
+    def __call__(self, scores: Tensor, texts: Texts, numbers: Tensor) -> Tensor:
+        """Of all rows; where the host may look at the numbers [R, width], of those alone that ask for something."""
         if may_look(scores):
-            asks = number != self.neutral
+            asks = (numbers != self.neutral).any(1)
             if not asks.any():
                 return scores
             if not asks.all():
                 changed = scores.clone()
-                changed[asks] = self.apply(scores[asks], texts.of(asks), number[asks, None])
+                changed[asks] = self.apply(scores[asks], texts.of(asks), numbers[asks])
                 return changed
-        return self.apply(scores, texts, number[:, None])
+        return self.apply(scores, texts, numbers)
 
-    def apply(self, scores: Tensor, texts: Texts, number: Tensor) -> Tensor:
-        """What comes of scores [R, V] by each row's number [R, 1]."""
+    def apply(self, scores: Tensor, texts: Texts, numbers: Tensor) -> Tensor:
+        """What comes of scores [R, V] by each row's numbers [R, width]."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class RepetitionPenalty(Setting):
+class Number(Setting):
+    """A setting of one number."""
+
+    number: float = field(compare=False)
+
+    @property
+    def own(self) -> list[float]:
+        """The number alone."""
+        return [float(self.number)]
+
+
+@dataclass(frozen=True)
+class TokenBias(Setting):
+    """Biases of single tokens are added to their logits; minus infinity is a ban. name: of what asks for them, if any.
+
+    Numbers: tokens, each one higher, so that 0 is none, and behind them their biases.
+    """
+
+    biases: tuple[tuple[int, float], ...] = field(compare=False)
+    name: str | None = field(default=None, compare=False)
+    room: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "room", max(BIASES, len(self.biases)))
+
+    def require_known(self, vocabulary: int) -> None:
+        """Raise ValueError where a bias is that of a token which is not among so many; a ban of none bans none."""
+        if self.name is not None:
+            require_tokens(self.name, (token for token, _ in self.biases), vocabulary)
+
+    @property
+    def own(self) -> list[float]:
+        """Filled up with none."""
+        filled = self.biases + ((-1, 0.0),) * (self.room - len(self.biases))
+        return [token + 1.0 for token, _ in filled] + [bias for _, bias in filled]
+
+    def apply(self, scores: Tensor, texts: Texts, numbers: Tensor) -> Tensor:
+        """The sum with a bias for the vocabulary, which is 0 nearly everywhere."""
+        V = scores.shape[1]
+        tokens, biases = numbers.chunk(2, dim=1)
+        place = torch.where(tokens > 0, tokens.long() - 1, V).clamp(max=V)
+        of_all = scores.new_zeros(len(scores), V + 1).scatter_(1, place, biases)[:, :-1]
+        return torch.where(of_all == -torch.inf, -torch.inf, scores + of_all)
+
+
+@dataclass(frozen=True)
+class RepetitionPenalty(Number):
     """Logits of tokens that the text holds are divided by the penalty, or multiplied where they are negative."""
 
     reads_text: ClassVar[bool] = True
@@ -67,7 +126,56 @@ class RepetitionPenalty(Setting):
 
 
 @dataclass(frozen=True)
-class Temperature(Setting):
+class NoRepeatNGram(Number):
+    """No so many tokens in a row twice."""
+
+    room: int = field(init=False)
+    reads_text: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "room", max(RUN, self.number))
+
+    def apply(self, scores: Tensor, texts: Texts, number: Tensor) -> Tensor:
+        """What stands in front of each place of the text is compared with its end, as far back as the number asks."""
+        n = self.room - 1
+        text = texts.tokens[texts.seq]
+        before = F.pad(text, (n, 0), value=-2).unfold(1, n, 1)[:, :-1]
+        back = torch.arange(n, 0, -1, device=text.device)
+        alike = (before == texts.last(n)[:, None]) | (back >= number)[:, None]
+        known = torch.arange(text.shape[1], device=text.device) < texts.end[:, None]
+        return scores.masked_fill(among(text, alike.all(-1) & known & (number > 0), scores), -torch.inf)
+
+
+@dataclass(frozen=True)
+class MinTokens(Setting):
+    """These may not come while there are fewer tokens than `fewest`: new ones, or with `in_all` the prompt's too.
+
+    Numbers: the fewest, and the tokens, each one higher, so that 0 is none.
+    """
+
+    fewest: int = field(compare=False)
+    tokens: tuple[int, ...] = field(compare=False)
+    in_all: bool = False
+    room: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "room", max(EARLY, len(self.tokens)))
+
+    @property
+    def own(self) -> list[float]:
+        """Filled up with none."""
+        filled = self.tokens + (-1,) * (self.room - len(self.tokens))
+        return [float(self.fewest), *(token + 1.0 for token in filled)]
+
+    def apply(self, scores: Tensor, texts: Texts, numbers: Tensor) -> Tensor:
+        """A ban while it is early."""
+        fewest, tokens = numbers[:, :1], numbers[:, 1:]
+        early = (texts.length if self.in_all else texts.new)[:, None] < fewest
+        return scores.masked_fill(among(tokens.long() - 1, early & (tokens > 0), scores), -torch.inf)
+
+
+@dataclass(frozen=True)
+class Temperature(Number):
     """Scores are divided by it."""
 
     neutral: ClassVar[float] = 1.0
@@ -78,10 +186,8 @@ class Temperature(Setting):
 
 
 @dataclass(frozen=True)
-class TopK(Setting):
+class TopK(Number):
     """So many of the largest scores stay, and those equal to the last of them."""
-
-    neutral: ClassVar[float] = 0.0
 
     def apply(self, scores: Tensor, texts: Texts, number: Tensor) -> Tensor:
         """By the op; where the host may look at the numbers, the last that stays is looked up in the largest."""
@@ -93,7 +199,7 @@ class TopK(Setting):
 
 
 @dataclass(frozen=True)
-class TopP(Setting):
+class TopP(Number):
     """Of the largest scores as many stay as have this probability together. The number: what the others may have.
 
     1 - p, taken in double precision as transformers takes it.
@@ -129,10 +235,8 @@ def top_p_of_values(scores: Tensor, rest: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class MinP(Setting):
+class MinP(Number):
     """Tokens stay whose probability is at least this share of the likeliest one's."""
-
-    neutral: ClassVar[float] = 0.0
 
     def apply(self, scores: Tensor, texts: Texts, number: Tensor) -> Tensor:
         """Compared as probabilities; the likeliest always stays."""
@@ -141,7 +245,7 @@ class MinP(Setting):
 
 
 # In the order in which transformers applies them.
-_ORDER = (RepetitionPenalty, Temperature, TopK, TopP, MinP)
+_ORDER = (TokenBias, RepetitionPenalty, NoRepeatNGram, MinTokens, Temperature, TopK, TopP, MinP)
 
 
 def united(a: Sequence[Processor], b: Sequence[Processor]) -> tuple[Processor, ...] | None:
@@ -164,16 +268,14 @@ def united(a: Sequence[Processor], b: Sequence[Processor]) -> tuple[Processor, .
 
 
 def numbers_in(run: Sequence[Processor], own: Sequence[Processor]) -> list[float]:
-    """The number that a sequence with processors of its own has for each of a run's, which hold those (`united`).
+    """The numbers that a sequence with processors of its own has for those of a run, which hold them all (`united`).
 
     numbers_in([Temperature(0.7), TopP(0.1)], [TopP(0.2)])    # 1, 0.2
     """
     left, numbers = list(own), []
     for processor in run:
         mine = left.pop(0) if left and left[0] == processor else None
-        number = 0.0
         if isinstance(processor, Setting):
-            number = mine.number if isinstance(mine, Setting) else processor.neutral
-        numbers.append(number)
+            numbers += mine.own if isinstance(mine, Setting) else [processor.neutral] * processor.width
     assert not left
     return numbers

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from mtpkern.choosing import Choosing
+from mtpkern.copies import on_device
 from mtpkern.decoder import Decoder
 from mtpkern.kernels.advance import advance
 from mtpkern.kernels.state import LIMIT, RUNNING, Rows, Sequences, Terms
@@ -113,7 +114,7 @@ def enter(
             cache.clear(x.slot)
     if stale := [x.slot for x in newcomers if x.planned]:
         # They would write into what is copied or read before that pass.
-        decoder.sequences.pending.index_fill_(0, _on(decoder.device, np.array(stale)), 0)
+        decoder.sequences.pending.index_fill_(0, on_device(np.array(stale), decoder.device), 0)
         decoder.plan()
     cache.copy_prefixes([(x.source, x.slot, x.shared) for x in newcomers if x.shared and x.source != x.slot])
 
@@ -154,10 +155,10 @@ def _read_apart(decoder: Decoder, newcomers: Sequence[Newcomer], owner: Tensor, 
     place[(real == 0) | (place >= cache.capacity)] = cache.capacity  # padding goes to the trash
     if decoder.last_position is not None:
         position = position.clip(max=decoder.last_position)
-    slot, columns, told = (_on(device, x) for x in (place, ids, position))
+    slot, columns, told = (on_device(x, device) for x in (place, ids, position))
     # Where padding is, transformers looks at the mask and waits for the device.
-    seen = None if real.all() else _on(device, real)
-    prefill = decoder.prefill_cache(slot, _on(device, np.array([x.slot for x in newcomers])))
+    seen = None if real.all() else on_device(real, device)
+    prefill = decoder.prefill_cache(slot, on_device(np.array([x.slot for x in newcomers]), device))
     prefill.seen = first
     step = max(1, chunk // n)
     for end in [*range(first + step, T, step), width]:
@@ -186,16 +187,16 @@ def _begin(decoder: Decoder, newcomers: Sequence[Newcomer]) -> Tensor:
     stops = np.full((len(newcomers), decoder.terms.stop_ids.shape[1]), -1, dtype=np.int64)
     for row, x in zip(stops, newcomers):
         row[: len(x.job.stop_ids)] = x.job.stop_ids
-    seq, length, limit, draws = _on(device, facts)
-    decoder.terms.stop_ids[seq] = _on(device, stops)
-    sequences.length[seq], sequences.limit[seq], sequences.tokens[seq, :T] = length, limit, _on(device, tokens)
+    seq, length, limit, draws = on_device(facts, device)
+    decoder.terms.stop_ids[seq] = on_device(stops, device)
+    sequences.length[seq], sequences.limit[seq], sequences.tokens[seq, :T] = length, limit, on_device(tokens, device)
     # As all begin: nothing emitted, nothing known.
     for count in (sequences.passes, sequences.hits, sequences.chains, sequences.blocks):
         count.index_fill_(0, seq, 0)
     sequences.pending.index_fill_(0, seq, 1)
     if decoder.choice is not None:
         own = [decoder.choice.choosing.numbers(x.job.choosing) for x in newcomers]
-        decoder.choice.enter(seq, length, draws, _on(device, np.array(own, dtype=np.float32)))
+        decoder.choice.enter(seq, length, draws, on_device(np.array(own, dtype=np.float32), device))
     return seq
 
 
@@ -204,7 +205,7 @@ def _take_in(
 ) -> None:
     """Have prompts run, behind what their last tokens and masks have read: token, confidence [n * k]; plan anew."""
     sequences = decoder.sequences
-    owner[seq] = _on(decoder.device, np.array([x.job.number for x in newcomers]))
+    owner[seq] = on_device(np.array([x.job.number for x in newcomers]), decoder.device)
     sequences.pending.index_fill_(0, seq, 1)
     sequences.status.index_fill_(0, seq, RUNNING)
     some = Sequences(*(x[seq] for x in vars(sequences).values()))
@@ -216,9 +217,3 @@ def _take_in(
     for x, y in zip(vars(sequences).values(), vars(some).values()):
         x[seq] = y
     decoder.plan()
-
-
-def _on(device: torch.device, x: np.ndarray) -> Tensor:
-    """A copy on the device, which nobody waits for."""
-    here = torch.from_numpy(x)
-    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here.to(device)

@@ -6,7 +6,7 @@ of different length, among them drafts: the text of a row is what stands up to t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -43,7 +43,7 @@ class Texts:
         return replace(self, **of_rows)
 
 
-# Of scores [R, V], texts of R rows and each row's number [R] (mtpkern.settings) the scores that come of them.
+# Of scores [R, V], texts of R rows and each row's numbers [R, width] (mtpkern.settings) the scores that come of them.
 Apply = Callable[[Tensor, Texts, Tensor], Tensor]
 
 
@@ -51,6 +51,8 @@ Apply = Callable[[Tensor, Texts, Tensor], Tensor]
 class Processor:
     """What is asked of the scores; `on` makes an `Apply` of it for a device and a vocabulary."""
 
+    # How many numbers it has of each sequence.
+    width: ClassVar[int] = 0
     # Whether it looks at the tokens of the text, and whether it has to be called row by row.
     reads_text: ClassVar[bool] = False
     by_row: ClassVar[bool] = False
@@ -68,3 +70,16 @@ def among(tokens: Tensor, where: Tensor, scores: Tensor) -> Tensor:
     R, V = scores.shape
     found = scores.new_zeros(R, V + 1, dtype=torch.bool)
     return found.scatter_(1, torch.where(where, tokens.clamp(max=V), V), True)[:, :V]
+
+
+def require_tokens(name: str, tokens: Iterable[int], vocabulary: int) -> None:
+    """Raise ValueError where some of these, of an argument of this name, are not among so many.
+
+    require_tokens("bad_words_ids", [3, 9], vocabulary=286)
+    """
+    outside = sorted({token for token in tokens if token >= vocabulary})
+    if outside:
+        raise ValueError(
+            f"{name} must hold ids from 0 to {vocabulary - 1}, the model's vocabulary; got {outside}; use the model's "
+            "own tokenizer"
+        )

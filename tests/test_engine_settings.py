@@ -22,6 +22,9 @@ SETTINGS: list[dict[str, Any]] = [
     {"do_sample": True, "temperature": 0.6, "top_p": 0.8},
     {"do_sample": True, "top_k": 3, "min_p": 0.05},
     {"do_sample": True, "top_k": 70, "repetition_penalty": 0.7},
+    {"sequence_bias": {(3,): 2.5, (9,): -40.0}, "bad_words_ids": [[4], [1]]},
+    {"no_repeat_ngram_size": 2, "suppress_tokens": [2, 13]},
+    {"do_sample": True, "min_new_tokens": 6, "eos_token_id": [3, 7, 9], "no_repeat_ngram_size": 1},
 ]
 
 
@@ -41,14 +44,17 @@ def test_each_gets_what_it_gets_alone(
     futures = []
     with Engine(model, batch_size=4, max_length=64, strategy=strategy) as engine:
         for seed, (prompt, options) in enumerate(asked):
-            futures.append(engine.submit(prompt, max_new_tokens=12, eos_token_id=None, seed=seed, **options))
+            futures.append(engine.submit(prompt, max_new_tokens=12, seed=seed, **{"eos_token_id": None, **options}))
         assert [result(future).tokens for future in futures] == expected
 
 
 def test_they_share_passes_with_who_runs(model: Any, passes: list[int]) -> None:
     with Engine(model, batch_size=4, max_length=64, strategy=EXACT) as engine:
-        streamer, first = held(engine, do_sample=True, temperature=1.3, top_p=0.9)
-        options: list[dict[str, Any]] = [{}, {"do_sample": True}, {"do_sample": True, "temperature": 0.2}]
+        biased = {"sequence_bias": {(3,): 2.0}, "no_repeat_ngram_size": 3}
+        streamer, first = held(engine, do_sample=True, temperature=1.3, top_p=0.9, **biased)
+        options: list[dict[str, Any]] = [
+            *({}, {"do_sample": True}, {"sequence_bias": {(4,): -2.0, (5,): 1.0}, "no_repeat_ngram_size": 2}),
+        ]
         others = [engine.submit([1, 2], max_new_tokens=9, eos_token_id=None, **more) for more in options]
         streamer.go.set()
         for future in (*others, first):
@@ -98,10 +104,11 @@ def test_more_stop_tokens_than_there_are_places_for_wait(engine: Engine, model: 
 
 
 def test_who_asks_for_more_than_settings_has_a_run_of_its_own(engine: Engine, model: Any, passes: list[int]) -> None:
-    expected = [free(model, [1, 2], 6), free(model, [1, 2], 6, suppress_tokens=[3, 9])]
+    ban: dict[str, Any] = {"bad_words_ids": [[3, 9], [7]]}
+    expected = [free(model, [1, 2], 6), free(model, [1, 2], 6, **ban)]
     passes.clear()
     streamer, first = held(engine)
-    options: list[dict[str, Any]] = [{"suppress_tokens": [3, 9]}, {"suppress_tokens": [3, 9]}, {}]
+    options: list[dict[str, Any]] = [ban, ban, {}]
     others = [engine.submit([1, 2], max_new_tokens=6, eos_token_id=None, **more) for more in options]
     streamer.go.set()
     result(first)
@@ -114,8 +121,11 @@ def test_one_capture_serves_all_numbers(
     recorded: type[RecordedStep], model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(settings, "may_look", lambda x: False)
-    each = [{"temperature": t, "top_p": p} for t, p in ((0.5, 0.9), (1.5, 0.4), (1.0001, 0.999))]
-    given = {"input_ids": torch.tensor([[4, 5, 6]]), "max_new_tokens": 12, "strategy": EXACT, "eos_token_id": None}
+    each = [
+        {"temperature": t, "top_p": p, "sequence_bias": {(token,): 1.5}, "no_repeat_ngram_size": n, "min_new_tokens": 3}
+        for t, p, token, n in ((0.5, 0.9, 3, 2), (1.5, 0.4, 7, 4), (1.0001, 0.999, 2, 3))
+    ]
+    given = {"input_ids": torch.tensor([[4, 5, 6]]), "max_new_tokens": 12, "strategy": EXACT, "eos_token_id": 9}
     expected = []
     for asked in each:
         torch.manual_seed(3)

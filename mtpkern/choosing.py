@@ -25,7 +25,7 @@ from mtpkern.kernels.readout import readout
 from mtpkern.kernels.sample import sample
 from mtpkern.kernels.state import Sequences, Terms
 from mtpkern.processors import from_transformers
-from mtpkern.settings import numbers_in, united
+from mtpkern.settings import Setting, may_look, numbers_in, united
 from mtpkern.strategies import ConfAdapt, Strategy
 from mtpkern.texts import Apply, Processor, Texts
 
@@ -51,6 +51,11 @@ class Choosing:
     def on_host(self) -> bool:
         """Whether a pass needs the host: to call a processor row by row, to find room for distributions."""
         return bool(self.keeps - {"logprobs"}) or any(processor.by_row for processor in self.processors)
+
+    @property
+    def may_be_nothing(self) -> bool:
+        """Whether there are sequences for which it is the argmax and no more."""
+        return not self.keeps and all(isinstance(processor, Setting) for processor in self.processors)
 
     def require_known(self, vocabulary: int) -> None:
         """Raise ValueError where a processor names tokens that are not among so many."""
@@ -84,6 +89,7 @@ class Choice:
         self.stream = torch.arange(B, device=device)
         widths = [1, *(processor.width for processor in choosing.processors)]
         self.own = torch.zeros(B, sum(widths), dtype=torch.float32, device=device)
+        self.nothing = torch.tensor(choosing.numbers(None), dtype=torch.float32, device=device)
         # Where the numbers of each processor are among them.
         self.places = [slice(end - width, end) for width, end in zip(widths, accumulate(widths))][1:]
         never = torch.full((1,), torch.inf, dtype=torch.float32, device=device)
@@ -121,6 +127,7 @@ class Choice:
         if key is not None:
             self.key.copy_(key)
         self.padding.zero_()
+        self.own.copy_(self.nothing)
         self.prompts, self.passes = None, 0
         self.kept.clear()
 
@@ -133,6 +140,8 @@ class Choice:
 
     def __call__(self, logits: Tensor, seq: Tensor, position: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         """Token and confidence [R] of logits [R, V]; seq, position [R] of the rows, start [B + 1] as in `Rows`."""
+        if may_look(logits) and self.choosing.may_be_nothing and bool((self.own == self.nothing).all()):
+            return readout(logits, self.mask_token_id)
         scores = logits
         if self.choosing.processors or "scores" in self.choosing.keeps:
             scores = logits.to(torch.float32, copy=True)

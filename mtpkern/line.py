@@ -119,6 +119,8 @@ class Line:
         self.waiting: deque[Request] = deque()
         self.inside: dict[int, Request] = {}
         self.numbers = count()
+        # What does for all whom the last run has taken in.
+        self.lately = Choosing()
         self.open, self.cancelled = True, Event()
         # Whether the thread is that of the process which this one, a fork, comes from.
         self.forked = False
@@ -176,7 +178,7 @@ class Line:
     def _run(self, head: Request) -> None:
         """Decode what is like the first in line, and all that comes to stand behind it and is like it."""
         room = {"slots": self.slots, "tokens": self.max_length, "new": self.max_length - 1}
-        choosing = self._united(head)
+        choosing, self.lately = self._united(head), Choosing()
         jobs = _Next(self, head.kind, choosing)
         # Draws are told apart by their jobs' numbers alone (`begin`).
         key = torch.zeros(1, dtype=torch.int64, device=head.batch.model.device) if choosing.samples else None
@@ -204,7 +206,10 @@ class Line:
             self.waiting.extendleft(reversed(back))
 
     def _united(self, head: Request) -> Choosing:
-        """What does for the first in line, and for those behind it as far as one can do for all."""
+        """What does for the first in line, for those behind it as far as one can do for all, and for those of late.
+
+        Who asks for what somebody has asked for in the last run is likely to come again.
+        """
         choosing = head.choosing
         with self.changed:
             for request in self.waiting:
@@ -212,7 +217,7 @@ class Line:
                 if both is None:
                     break
                 choosing = both
-        return choosing
+        return choosing.united(self.lately) or choosing
 
     def _may_go_on(self, error: BaseException, model: PreTrainedModel) -> bool:
         """Whether another try may succeed, with more memory, fewer slots or without kernels."""
@@ -250,6 +255,7 @@ class _Next(Iterator[Job]):
                 if request.future.running() or request.future.set_running_or_notify_cancel():
                     job = request.begin(next(line.numbers))
                     line.inside[job.number] = request
+                    line.lately = line.lately.united(request.choosing) or request.choosing
                     return job
         raise StopIteration
 

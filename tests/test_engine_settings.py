@@ -1,15 +1,16 @@
 """Requests that sample, each as it likes, share passes with greedy ones, and draw what they draw alone."""
 
 import random
+import threading
 from typing import Any
 
 import pytest
 import torch
 
 import mtpkern
-from mtpkern import ConfAdapt, Engine, Static, Verified, settings
+from mtpkern import ConfAdapt, Engine, Static, Verified, choosing, settings
 from mtpkern.strategies import Strategy
-from support.engines import free, held, result
+from support.engines import LONG, free, held, result
 from support.recording import RecordedStep, kept
 
 EXACT = Verified(3, threshold=0.1)
@@ -73,6 +74,41 @@ def test_those_in_line_share_the_next_run(engine: Engine, passes: list[int]) -> 
     alone = passes.index(3)
     assert set(passes[:alone]) == {1}
     assert passes[alone:].count(3) >= 3
+
+
+def test_who_asks_for_what_came_of_late_shares_passes(
+    engine: Engine, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One run without it forgets it again."""
+    idle = threading.Event()
+    monkeypatch.setattr("mtpkern.line.lend_processors", lambda device: idle.set())
+    options: dict[str, Any] = {"eos_token_id": None, "do_sample": True, "no_repeat_ngram_size": 2}
+    for together in (1, 2, 2, 0, 1, 2):
+        idle.clear()
+        passes.clear()
+        streamer, first = held(engine)
+        others = [engine.submit([1, 2], max_new_tokens=9, **options)] if together else []
+        streamer.go.set()
+        for future in (first, *others):
+            result(future)
+        assert max(passes) == max(1, together)
+        assert idle.wait(60)
+
+
+def test_a_pass_in_which_nobody_asks_for_anything_is_read_out_plainly(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever others of the run have asked for before."""
+    drawn: list[int] = []
+    draw = choosing.sample
+    monkeypatch.setattr(choosing, "sample", lambda *args: drawn.append(len(args[0])) or draw(*args))
+    with Engine(model, batch_size=1, max_length=64, strategy=EXACT) as engine:
+        streamer, first = held(engine, do_sample=True, max_new_tokens=3)
+        others = [engine.submit([1, 2], max_new_tokens=LONG, eos_token_id=None, seed=n) for n in range(2)]
+        streamer.go.set()
+        for future in (first, *others):
+            result(future)
+    assert 2 <= len(drawn) <= 5
 
 
 def test_each_ends_at_its_own_stop_tokens(engine: Engine, model: Any, passes: list[int]) -> None:

@@ -494,8 +494,9 @@ def decode_attention_triton(
     precision = None
     if query.dtype == torch.float32:
         precision = "ieee" if torch.version.hip or BLOCK_D > 128 else "tf32x3"
-    # As every projection leaves them.
-    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+    # As every projection leaves them. Pointers into two tensors are aligned as the worse of them: where rows lie beside
+    # an adapter's few columns (mtpkern/products.py), the cache, too, would be read element by element.
+    key, value = (x if x.stride(-1) == 1 and x.stride(0) % 16 == 0 else x.contiguous() for x in (key, value))
     assert k_cache.stride(-1) == v_cache.stride(-1) == 1
     write, split = torch.version.hip is None, splits > 1
     if not write:

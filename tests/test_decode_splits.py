@@ -104,6 +104,30 @@ def test_a_short_text_takes_few_splits(form: Form, length: int, monkeypatch: pyt
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("form", [decode_attention_triton])
+def test_what_lies_beside_values_costs_the_cache_no_whole_vectors(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of an odd distance, as behind one product with the A of rank 8 of three siblings: 24 columns more."""
+    case = make_case([[7, 8, 9], [3, 4]], dim=16)
+    value = case.new()[1]
+    beside = torch.full((len(value), value[0].numel() + 24), torch.nan)
+    beside[:, :-24] = value.flatten(1)
+    kernel, distances = module._attend_kernel, []
+
+    class Noted:
+        def __getitem__(self, grid: object) -> Callable[..., object]:
+            def launch(*args: Any, **options: object) -> object:
+                distances.extend(of[0] for of in (args[14], args[15]))
+                return kernel[grid](*args, **options)
+
+            return launch
+
+    monkeypatch.setattr(module, "_attend_kernel", Noted())
+    compare(form, case, value=beside[:, :-24].unflatten(1, value.shape[1:]))
+    # Triton knows of a number whether it is a multiple of 16, and nothing else.
+    assert [distance % 16 for distance in distances] == [0, 0]
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("form", [decode_attention_triton])
 @pytest.mark.parametrize(
     ("splits", "window"),
     slow_but([(1, None), (3, 5), ("batch-invariant", None)], (1, None), (3, 5), interpreted=True),

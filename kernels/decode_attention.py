@@ -221,9 +221,9 @@ if find_spec("triton"):
             share = tl.maximum(tl.cdiv(tl.cdiv(last - low, BLOCK_N), n_splits) * BLOCK_N, LEAST)
             low += i_split * share
             high = tl.minimum(low + share, last)
-        if low >= high:
-            if SPLIT:
-                tl.store(p_lse, tl.full([BLOCK_M], -float("inf"), tl.float32), mask=m_row)
+        # Where there is one split, what sees nothing is cleared by going on.
+        if SPLIT and low >= high:
+            tl.store(p_lse, tl.full([BLOCK_M], -float("inf"), tl.float32), mask=m_row)
             return
 
         if WRITE:
@@ -289,7 +289,8 @@ if find_spec("triton"):
             acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
 
         if SPLIT:
-            tl.store(p_lse, tl.where(total > 0, top + tl.log2(total), -float("inf")), mask=m_row)
+            # -inf where the row has seen no key, NaN where one of them is none: the merge must not leave that out.
+            tl.store(p_lse, top + tl.log2(total), mask=m_row)
         elif HAS_SINKS:
             sink = tl.load(sinks_ptr + o_h, mask=m_row, other=0.0).to(tl.float32)
             total += tl.where(m_used, tl.exp2(sink * LOG2_E - top), 0.0)
@@ -332,7 +333,7 @@ if find_spec("triton"):
         for first in range(0, n_splits, BLOCK_L):
             lse = tl.load(p_lse + (first + o_l) * s_lse[0], mask=first + o_l < n_splits, other=-float("inf"))
             top = tl.maximum(top, tl.max(lse, 0))
-            last = tl.maximum(last, tl.max(tl.where(lse > -float("inf"), first + o_l + 1, 0), 0))
+            last = tl.maximum(last, tl.max(tl.where(lse != -float("inf"), first + o_l + 1, 0), 0))
         if slot >= C:
             tl.store(p_out, tl.zeros([BLOCK_V], tl.float32), mask=o_v < D_V)
             return
@@ -348,7 +349,7 @@ if find_spec("triton"):
             weight = tl.exp2(lse - top)
             total += tl.sum(weight, 0)
             # A split that had nothing for the row wrote no part.
-            m_part = (lse > -float("inf"))[:, None] & (o_v < D_V)[None, :]
+            m_part = (lse != -float("inf"))[:, None] & (o_v < D_V)[None, :]
             p_part = part_ptr + (first + o_s).to(tl.int64)[:, None] * s_part[0] + o_v[None, :] * s_part[3]
             acc += tl.sum(tl.load(p_part, mask=m_part, other=0.0) * weight[:, None], 0)
         tl.store(p_out, acc / total, mask=o_v < D_V)
@@ -494,8 +495,9 @@ def decode_attention_triton(
     precision = None
     if query.dtype == torch.float32:
         precision = "ieee" if torch.version.hip or BLOCK_D > 128 else "tf32x3"
-    # As every projection leaves them.
-    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+    # As every projection leaves them. Pointers into two tensors are aligned as the worse of them: where rows lie beside
+    # an adapter's few columns (mtpkern/products.py), the cache, too, would be read element by element.
+    key, value = (x if x.stride(-1) == 1 and x.stride(0) % 16 == 0 else x.contiguous() for x in (key, value))
     assert k_cache.stride(-1) == v_cache.stride(-1) == 1
     write, split = torch.version.hip is None, splits > 1
     if not write:

@@ -104,6 +104,44 @@ def test_a_short_text_takes_few_splits(form: Form, length: int, monkeypatch: pyt
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("form", [decode_attention_triton])
+@pytest.mark.parametrize("splits", [1, 4, "batch-invariant"])
+def test_no_split_is_left_out_for_a_key_that_is_no_number(form: Form, splits: int | str) -> None:
+    """Its rows tell, whereupon `advance` ends their sequence; those of other heads and sequences go on."""
+    how = {"batch_invariant": True} if splits == "batch-invariant" else {"splits": splits}
+    case = make_case([[288, 289], [63]], capacity=299, dim=16, unused=0)
+    case.k_cache[0, 0, 100, 3] = torch.nan
+    out = case.run(form, **how)
+    assert out[:2, :2].isnan().all()
+    assert out[:2, 2:].isfinite().all()
+    assert out[2].isfinite().all()
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("form", [decode_attention_triton])
+def test_what_lies_beside_values_costs_the_cache_no_whole_vectors(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of an odd distance, as behind one product with the A of rank 8 of three siblings: 24 columns more."""
+    case = make_case([[7, 8, 9], [3, 4]], dim=16)
+    value = case.new()[1]
+    beside = torch.full((len(value), value[0].numel() + 24), torch.nan)
+    beside[:, :-24] = value.flatten(1)
+    kernel, distances = module._attend_kernel, []
+
+    class Noted:
+        def __getitem__(self, grid: object) -> Callable[..., object]:
+            def launch(*args: Any, **options: object) -> object:
+                distances.extend(of[0] for of in (args[14], args[15]))
+                return kernel[grid](*args, **options)
+
+            return launch
+
+    monkeypatch.setattr(module, "_attend_kernel", Noted())
+    compare(form, case, value=beside[:, :-24].unflatten(1, value.shape[1:]))
+    # Triton knows of a number whether it is a multiple of 16, and nothing else.
+    assert [distance % 16 for distance in distances] == [0, 0]
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("form", [decode_attention_triton])
 @pytest.mark.parametrize(
     ("splits", "window"),
     slow_but([(1, None), (3, 5), ("batch-invariant", None)], (1, None), (3, 5), interpreted=True),
@@ -147,6 +185,18 @@ def test_where_amd_compiles_the_caches_are_written_before(
     compare(lambda *args, **options: form(*args, splits=splits, **options), make_case(RAGGED))
     # Behind the last sequence nothing is left to do but to clear what no sequence owns, where there is no merge.
     assert grids == [(splits, 2, len(RAGGED) + (splits == 1))]
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("form", [decode_attention_triton])
+@pytest.mark.parametrize("splits", [1, 3, "batch-invariant"])
+def test_a_tile_of_rows_that_stand_nowhere_is_cleared(form: Form, splits: int, nan_in_new_tensors: None) -> None:
+    """Of a prompt that fills its room the masks behind the end: here all of the second tile, four of the first."""
+    how = {"batch_invariant": True} if splits == "batch-invariant" else {"splits": splits}
+    case = make_case([[3, 4], list(range(28, 40))], heads=4, groups=4, dim=16, capacity=40, unused=8)
+    case.start[-1] += 8
+    case.max_rows = 20
+    compare(lambda *args, **options: form(*args, **how, **options), case)
 
 
 @pytest.mark.kernel

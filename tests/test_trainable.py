@@ -125,3 +125,17 @@ def test_adapters_that_were_trained_before_are_no_part_of_the_teacher(tiny, tmp_
     caplog.clear()
     trainer(model.merge_and_unload(), tmp_path, True)
     assert not caplog.text
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["lora", "gated"])
+def test_who_teaches_drops_nothing(tiny, tmp_path, gated):
+    """Adapters are taught by the model that carries them, in the midst of its training."""
+    model = untold(tiny.model("gpt2", vocab_size=41, n_embd=32, n_layer=1, n_head=4))
+    run = trainer(model, tmp_path, gated, lora_rank=2, teacher_target="hard")
+    seen = set()
+    model.transformer.drop.register_forward_hook(
+        lambda dropout, args, output: seen.add((torch.is_grad_enabled(), dropout.training, output.equal(args[0])))
+    )
+    run.train()
+    assert seen == {(True, True, False), (False, False, True)}
+    assert model.transformer.drop.training

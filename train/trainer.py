@@ -29,7 +29,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from mtpkern.adapter import gate_of
 from mtpkern.attention import AttentionContext, attention_context, ended_by_interrupts
-from mtpkern.model import record_settings, resolve_mask_token
+from mtpkern.model import at_rest, random_in_training, record_settings, resolve_mask_token
 from mtpkern.train.arguments import refuse
 from mtpkern.train.checks import (
     require_sound,
@@ -144,6 +144,7 @@ class MTPTrainer(RunTrainer):
         refuse(not stops, "the model's config names no eos_token_id, behind which spans end; set it")
         self.eos_token_ids = torch.tensor(stops, device=args.device)
         self.held_out = held_out
+        self._random = random_in_training(plain).values()
         self._layers: CompiledLayers | None = None
         self._original: Original | None = None
         self._sums: list[MTPLoss] = []
@@ -286,9 +287,15 @@ class MTPTrainer(RunTrainer):
             mask_token_id=self.mask_token_id,
             prefix_rows=prefix_rows if self.args.prefix_weight else None,
             anchor_rows=anchor_rows if self.args.anchor_kl_weight else None,
-            as_teacher=core.disable_adapter if isinstance(core, PeftModel) else None,
+            as_teacher=partial(self._as_teacher, core) if isinstance(core, PeftModel) else None,
             kept=self._kept,
         )
+
+    @contextmanager
+    def _as_teacher(self, core: PeftModel) -> Iterator[None]:
+        """The student without its adapters and, in the midst of its training, without what drops at random."""
+        with core.disable_adapter(), at_rest(self._random):
+            yield
 
     @ended_by_interrupts
     def prediction_step(

@@ -46,6 +46,25 @@ def test_a_kind_that_cannot_be_decoded_is_refused_as_it_was(tiny, tmp_path, gate
     assert [name for name, _ in model.named_modules()] == names
 
 
+@pytest.mark.parametrize("gated", [False, True], ids=["full", "gated"])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("modernbert-decoder", {"bos_token_id": 1, "eos_token_id": 7}), ("phi", {"logit_scale": 0.5})],
+)
+def test_logits_that_training_would_read_otherwise_are_refused(tiny, tmp_path, gated, kind, settings):
+    """A layer of its own before the head's weight; a factor in the configuration that its forward does not know."""
+    model = untold(tiny.model(kind, vocab_size=41, num_hidden_layers=1, **settings))
+    with pytest.raises(ValueError, match="makes its logits otherwise than training reads them"):
+        trainer(model, tmp_path, gated)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["full", "gated"])
+def test_a_window_of_0_is_none(tiny, tmp_path, gated):
+    model = untold(tiny.model("qwen2_moe", vocab_size=41, num_hidden_layers=1, num_experts=4, num_experts_per_tok=2))
+    assert model.config.sliding_window == 0
+    trainer(model, tmp_path, gated).train()
+
+
 def test_the_command_refuses_it_before_the_data_are_read(tiny, tmp_path, bytes_of, capfd):
     tokenizer = bytes_of("qwen")
     folder, rows = tmp_path / "bloom", tmp_path / "rows.jsonl"

@@ -18,11 +18,12 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from mtpkern.adapter_config import is_quantised
 from mtpkern.attention import exclusive
 from mtpkern.loading import holds_adapter, require_model
-from mtpkern.model import evaluating
+from mtpkern.model import evaluating, is_tested
 from mtpkern.train.arguments import refuse
 from mtpkern.train.config import ModelArguments, MTPConfig
 from mtpkern.train.data import DataArguments, require_readable
 from mtpkern.train.lora import plain_model
+from mtpkern.train.objective import head_of
 from mtpkern.verify import require_verified
 
 logger = logging.getLogger(__name__)
@@ -127,6 +128,25 @@ def require_trainable(model: nn.Module, args: MTPConfig) -> None:
         return  # the first process has the weights
     with exclusive(plain), evaluating(plain):
         require_verified(plain, 0)  # any token stands for the masks of a trial
+        if not is_tested(plain):
+            _require_read_head(plain)
+
+
+@torch.no_grad()
+def _require_read_head(model: PreTrainedModel) -> None:
+    """Raise ValueError for a model whose logits are others than those that training makes of its last states."""
+    ids = torch.arange(8, device=model.device)[None] % model.get_input_embeddings().num_embeddings
+    own = model(input_ids=ids, use_cache=False).logits.float()
+    head, states = head_of(model, None), model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    read = head.logits(states.to(head.weight.dtype).flatten(0, 1)).view(*ids.shape, -1)
+    # Of a standard deviation; less than float32 rounds.
+    rounding = 1e-3 if {model.dtype, head.weight.dtype} == {torch.float32} else 0.05
+    refuse(
+        own.shape != read.shape or not bool((own - read).abs().max() <= rounding * own.std()),
+        f"{type(model).__name__} makes its logits otherwise than training reads them: of its last states by the head's "
+        f"weight and bias, a factor ({head.logit_scale:g} by its config) and a cap; none of its kind can be trained "
+        "here, mtpkern.generate decodes it one token a pass",
+    )
 
 
 def warn_of_dropout(model: PreTrainedModel) -> None:

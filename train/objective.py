@@ -145,7 +145,8 @@ def stop_tokens_of(model: PreTrainedModel) -> list[int]:
 
 def backbone(model: PreTrainedModel, input_ids: Tensor, context: SpanContext) -> Tensor:
     """Final hidden states [B, T, H] of the rows of a layout; the model's attention must be switched to the context."""
-    context.prepare(getattr(model.config.get_text_config(decoder=True), "sliding_window", None))
+    # Qwen2Moe says 0 where no layer has one.
+    context.prepare(getattr(model.config.get_text_config(decoder=True), "sliding_window", None) or None)
     return hidden_states(model, input_ids, context.layout.position, context)
 
 

@@ -158,3 +158,46 @@ def test_who_teaches_drops_nothing(tiny, tmp_path, gated):
     run.train()
     assert seen == {(True, True, False), (False, False, True)}
     assert model.transformer.drop.training
+
+
+def with_lora(tiny, **options):
+    from peft import LoraConfig, get_peft_model
+
+    model = untold(tiny.model("qwen2", vocab_size=41))
+    return get_peft_model(model, LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **options}))
+
+
+def test_a_head_that_is_trained_with_the_adapters_is_not_the_teachers(tiny, tmp_path, monkeypatch):
+    from mtpkern.train.objective import Objective
+
+    model, heads = with_lora(tiny, modules_to_save=["lm_head"]), []
+    before, rows = model.get_base_model().lm_head.original_module.weight.detach().clone(), Objective.rows
+
+    def seen(self, hidden, head, *, of_teacher=False):
+        heads.append((of_teacher, head.weight.equal(before)))
+        return rows(self, hidden, head, of_teacher=of_teacher)
+
+    monkeypatch.setattr(Objective, "rows", seen)
+    options = {"max_steps": 2, "learning_rate": 0.1, "lr_scheduler_type": "constant", "teacher_target": "soft"}
+    trainer(model, tmp_path, False, **options).train()
+    assert heads == [(False, True), (True, True), (False, False), (True, True)]
+
+
+@pytest.mark.parametrize(
+    ("lora", "options", "says"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, {}, "changes the output head"),
+        ({"bias": "all"}, {"teacher_target": "hard"}, "bias='all', which changes the base's own weights"),
+        ({"init_lora_weights": "pissa"}, {"teacher_target": "soft"}, "='pissa', which changes the base's own weights"),
+        ({}, {"lora_rank": 3}, "has rank 2, and lora_rank is 3; set lora_rank: 2"),
+        ({}, {"lora_rank": 2, "lora_alpha": 3.0}, "leave lora_alpha and lora_targets out"),
+        ({}, {"lora_rank": 2, "lora_targets": "k_proj"}, "leave lora_alpha and lora_targets out"),
+    ],
+)
+def test_adapters_that_would_not_be_what_was_asked_for(tiny, tmp_path, lora, options, says):
+    with pytest.raises(ValueError, match=says):
+        trainer(with_lora(tiny, **lora), tmp_path, False, **options)
+
+
+def test_without_a_teacher_adapters_may_change_the_base(tiny, tmp_path):
+    trainer(with_lora(tiny, bias="all"), tmp_path, False).train()

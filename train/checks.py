@@ -28,6 +28,9 @@ from mtpkern.verify import require_verified
 
 logger = logging.getLogger(__name__)
 
+# How peft begins adapters that it takes out of the base's own weights.
+_OUT_OF_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
 
 def require_consistent(model: ModelArguments, data: DataArguments, config: MTPConfig) -> None:
     """Raise ValueError, before anything is loaded, for options of two groups that contradict one another."""
@@ -176,6 +179,8 @@ def warn_of_taught(model: nn.Module) -> None:
 def require_sound(model: nn.Module, teacher: PreTrainedModel | None, args: MTPConfig) -> None:
     """Raise ValueError for a student and a teacher that do not fit together or the configuration."""
     adapted = isinstance(model, PeftModel)
+    if isinstance(model, PeftModel):
+        _require_adapters(model, args)
     refuse(
         is_quantised(plain_model(model)) and not args.gated,
         "the model's weights are quantised, and what is trained here ends as a plain checkpoint: set gated=True for an "
@@ -206,6 +211,31 @@ def require_sound(model: nn.Module, teacher: PreTrainedModel | None, args: MTPCo
             not 0 <= ours - theirs <= 64,
             f"student and teacher must share a vocabulary; got {ours} and {theirs} rows: load both from one "
             "checkpoint, then add the mask token to the student",
+        )
+
+
+def _require_adapters(model: PeftModel, args: MTPConfig) -> None:
+    """Raise ValueError for adapters of another rank than is asked for, and for what would not be trained, or taught."""
+    head: Any = plain_model(model).get_output_embeddings()
+    for name in model.active_adapters:
+        config = model.peft_config[name]
+        rank = getattr(config, "r", None)
+        refuse(
+            args.lora_rank not in (0, rank),
+            f"the model's adapter {name!r} has rank {rank}, and lora_rank is {args.lora_rank}; set lora_rank: {rank}",
+        )
+        refuse(
+            name in getattr(head, "lora_A", ()),
+            f"the adapter {name!r} changes the output head, which training reads as a weight: nothing of it would "
+            "learn; leave the head out of lora_targets (target_modules), or put it into modules_to_save",
+        )
+        start, bias = getattr(config, "init_lora_weights", True), getattr(config, "bias", "none")
+        moves = f"init_lora_weights={start!r}" if str(start).startswith(_OUT_OF_THE_BASE) else ""
+        moves = moves or (f"bias={bias!r}" if bias != "none" else "")
+        refuse(
+            moves and args.needs_teacher,
+            f"the adapter {name!r} has {moves}, which changes the base's own weights, and so the model without its "
+            "adapters, which is the teacher; make it without, or set teacher_target: gt, without an anchor",
         )
 
 

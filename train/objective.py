@@ -259,8 +259,10 @@ def mtp_loss(
         whole = forward_as(teacher, lambda: backbone(teacher, said, scoring))
         with torch.no_grad(), switch(teacher, scoring), (as_teacher or nullcontext)(), whole:
             scored = teacher()
-        if teacher is not student:
-            teacher_head = head_of(teacher, mask_token_id).narrowed(scored)
+            # In here, where adapters are off: they may have put another in the head's place.
+            its_head = head_of(teacher, mask_token_id)
+        if its_head.weight is not head.weight:
+            teacher_head = its_head.narrowed(scored)
     if target == "gt":
         label, keep = data_targets(tokens, layout, objective.eos_token_ids)
         keep &= valid

@@ -104,6 +104,10 @@ class MTPTrainer(RunTrainer):
             warn_of_dropout(plain)
             if not self.gated:
                 warn_of_taught(model)
+        refuse(
+            isinstance(model, PeftModel) and (args.lora_alpha is not None or args.lora_targets != "all-linear"),
+            "the model brings adapters of its own, with their alpha and targets; leave lora_alpha and lora_targets out",
+        )
         if args.lora_rank and not isinstance(model, PeftModel):
             model = self._adapted(plain, mask_token_id, args)
         self.mask_token_id = resolve_mask_token(plain, mask_token_id)

@@ -201,3 +201,24 @@ def test_adapters_that_would_not_be_what_was_asked_for(tiny, tmp_path, lora, opt
 
 def test_without_a_teacher_adapters_may_change_the_base(tiny, tmp_path):
     trainer(with_lora(tiny, bias="all"), tmp_path, False).train()
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["full", "gated"])
+def test_masks_behind_the_last_learned_position(tiny, tmp_path, gated):
+    """They stand at it, as in decoding: what they predict lies behind every text that the model could read."""
+    settings = {"n_embd": 32, "n_layer": 1, "n_head": 4, "max_position_embeddings": len(TEXT["input_ids"])}
+    model = untold(tiny.model("gpt2", vocab_size=41, **settings))
+    run = trainer(model, tmp_path, gated, k_min=3)
+    plans = [run.plan(run.data_collator([TEXT]), k=3, step=step, micro_step=0) for step in range(20)]
+    assert {int(plan["layout"].position.max()) for plan in plans} == {model.config.n_positions - 1}
+    run.train()
+    longer = run.data_collator([{**TEXT, "input_ids": [1, *TEXT["input_ids"]]}])
+    with pytest.raises(ValueError, match="a text has 16 tokens, the model 15 positions: set max_length to 15"):
+        run.plan(longer, k=3, step=0, micro_step=0)
+
+
+def test_data_of_which_no_batch_is_left(tiny, tmp_path):
+    options = {"dataloader_drop_last": True, "per_device_train_batch_size": 5}
+    run = trainer(untold(tiny.model("llama", vocab_size=41)), tmp_path, False, **options)
+    with pytest.raises(ValueError, match="leaves no batch of 4 texts: 5 make one"):
+        run.train()

@@ -177,7 +177,20 @@ def plain_model(model: nn.Module) -> PreTrainedModel:
 
 def merged(model: PeftModel) -> PreTrainedModel:
     """A copy of the model with the adapters added to its weights: `merged(peft_model).save_pretrained("out")`."""
-    return copy.deepcopy(model).merge_and_unload()
+    return merge(copy.deepcopy(model))
+
+
+def merge(model: PeftModel) -> PreTrainedModel:
+    """The model that carries the adapters, in place, with them added to its weights: `merge(peft_model)`.
+
+    Where one of them changes the embedding or the head, and the two share their weight, each then has its own.
+    """
+    base = plain_model(model)
+    parts: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
+    embedding, head = (part.base_layer if hasattr(part, "lora_A") else part for part in parts)
+    if any(hasattr(part, "lora_A") for part in parts) and embedding.weight is head.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    return cast(PreTrainedModel, model.merge_and_unload())
 
 
 def adapters_of(model: PeftModel) -> dict[str, dict]:

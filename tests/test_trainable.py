@@ -199,6 +199,17 @@ def test_adapters_that_would_not_be_what_was_asked_for(tiny, tmp_path, lora, opt
         trainer(with_lora(tiny, **lora), tmp_path, False, **options)
 
 
+def test_what_would_learn_nothing_is_refused(tiny, tmp_path):
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = with_lora(tiny)
+    with pytest.raises(ValueError, match="nothing of the model requires a gradient"):
+        trainer(model.requires_grad_(False), tmp_path, False)
+    prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="'default' puts virtual tokens before a text"):
+        trainer(get_peft_model(untold(tiny.model("llama", vocab_size=41)), prompts), tmp_path, False)
+
+
 def test_without_a_teacher_adapters_may_change_the_base(tiny, tmp_path):
     trainer(with_lora(tiny, bias="all"), tmp_path, False).train()
 

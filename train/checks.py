@@ -192,6 +192,11 @@ def require_sound(model: nn.Module, teacher: PreTrainedModel | None, args: MTPCo
     part = "anchor_kl_weight" if args.teacher_target == "gt" else f"teacher_target {args.teacher_target!r}"
     refuse(teacher is None and not adapted and args.needs_teacher, f"{part} needs teacher=, the frozen original model")
     trained = {p.dtype for p in model.parameters() if p.requires_grad}
+    refuse(
+        not trained,
+        "nothing of the model requires a gradient; give one whose weights do, or adapters that were loaded to be "
+        "trained: PeftModel.from_pretrained(model, path, is_trainable=True)",
+    )
     if args.pure_bf16 and trained != {torch.bfloat16}:
         raise ValueError(f"pure_bf16 trains bfloat16 weights; got {trained}: load with dtype=torch.bfloat16")
     if not args.pure_bf16 and trained - {torch.float32, torch.float64}:
@@ -220,6 +225,11 @@ def _require_adapters(model: PeftModel, args: MTPConfig) -> None:
     for name in model.active_adapters:
         config = model.peft_config[name]
         rank = getattr(config, "r", None)
+        refuse(
+            config.is_prompt_learning,
+            f"the adapter {name!r} puts virtual tokens before a text, which the passes of training know nothing of; "
+            "take one that changes layers, such as LoRA",
+        )
         refuse(
             args.lora_rank not in (0, rank),
             f"the model's adapter {name!r} has rank {rank}, and lora_rank is {args.lora_rank}; set lora_rank: {rank}",

@@ -138,7 +138,12 @@ def require_trainable(model: nn.Module, args: MTPConfig) -> None:
 @torch.no_grad()
 def _require_read_head(model: PreTrainedModel) -> None:
     """Raise ValueError for a model whose logits are others than those that training makes of its last states."""
-    ids = torch.arange(8, device=model.device)[None] % model.get_input_embeddings().num_embeddings
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    if weight is None or not weight.is_floating_point():
+        return  # quantised, which is said where adapters are made
+    # Tokens with a meaning of their own stand at the ends of a vocabulary.
+    rows = model.get_input_embeddings().num_embeddings
+    ids = (torch.arange(8, device=model.device)[None] + rows // 2) % rows
     own = model(input_ids=ids, use_cache=False).logits.float()
     head, states = head_of(model, None), model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     read = head.logits(states.to(head.weight.dtype).flatten(0, 1)).view(*ids.shape, -1)

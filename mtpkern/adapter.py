@@ -43,7 +43,7 @@ _SHAPE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "tar
 _OF_HUB = ("revision", "token", "cache_dir", "subfolder")
 _DEAF = (
     "cannot be gated, because peft would adapt all their rows; load the base unquantised, or quantised by "
-    "bitsandbytes, torchao, quanto, hqq or GPTQ"
+    "bitsandbytes, torchao, quanto, hqq or GPTQ, and name none of experts that share a tensor"
 )
 
 

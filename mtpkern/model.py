@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from inspect import signature
@@ -193,7 +193,8 @@ def require_decodable(model: PreTrainedModel) -> None:
                     f"{kind} is configured with {name}={value!r}, so that a token sees those behind it, and no "
                     f"text grows token by token: set model.config.{name} = {causal}, if it was trained so"
                 )
-    if _in_training(model) and (random := _random_in_training(model)):
+    parts = random_in_training(model) if _in_training(model) else {}
+    if random := [name for name, part in parts.items() if part.training]:
         raise ValueError(
             f"{kind}, or a part of it, is in training mode, where it drops at random ({', '.join(random[:3])}): call "
             "model.eval() first, or set these to 0"
@@ -236,17 +237,36 @@ def _in_training(model: nn.Module) -> bool:
     return False
 
 
-def _random_in_training(model: nn.Module) -> list[str]:
-    """What makes a model's output random in training mode, by where it stands: dropout, jitter, layers left out."""
-    found = []
+def random_in_training(model: nn.Module) -> dict[str, nn.Module]:
+    """What makes a model's output random in training mode, by where it stands: dropout, jitter, layers left out.
+
+    random_in_training(gpt2)["transformer.drop.p"]  # Dropout(p=0.1)
+    """
+    found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         # What drops without a module of its own, as attention does, keeps its rate by such a name.
         rates = {n: x for n, x in vars(module).items() if "drop" in n or "jitter" in n}
         if isinstance(module, nn.modules.dropout._DropoutNd):
             rates["p"] = module.p
-        if module.training:
-            found += [f"{name}.{n}".lstrip(".") for n, x in rates.items() if type(x) in (int, float) and x > 0]
+        found |= {f"{name}.{n}".lstrip("."): module for n, x in rates.items() if type(x) in (int, float) and x > 0}
     return found
+
+
+@contextmanager
+def at_rest(parts: Collection[nn.Module]) -> Iterator[None]:
+    """A block in which these parts of a model are in evaluation mode; `evaluating` looks at all, which takes longer.
+
+    with at_rest(random_in_training(model).values()):
+        teacher = model(input_ids).logits
+    """
+    modes = [(part, part.training) for part in parts]
+    try:
+        for part, _ in modes:
+            part.training = False
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 @contextmanager

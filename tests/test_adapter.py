@@ -11,6 +11,7 @@ import mtpkern
 from mtpkern.adapter import gate_of, save_adapter
 from mtpkern.adapter_config import digest
 from mtpkern.train.lora import add_gated_lora, add_lora
+from support.models import ARCHITECTURES as KINDS
 from support.slow import slow_but
 
 ARCHITECTURES = {
@@ -55,6 +56,26 @@ def test_verified_writes_the_originals_greedy_output(tiny, kind):
         for strategy in (None, mtpkern.Verified(4, 0.0), mtpkern.Static(1))[: 3 if kind in FULL else 2]:
             out = mtpkern.generate(peft_model, **inputs, strategy=strategy, max_new_tokens=16)
             assert out.equal(want), (kind, strategy)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("deepseek_v3", KINDS["deepseek_v3"]),
+        ("phimoe", {"num_local_experts": 4, "num_experts_per_tok": 2, "bos_token_id": 1}),
+    ],
+)
+def test_layers_beside_experts(tiny, kind, settings):
+    """Of names that peft takes for those of the experts, and a router that gives more than its product."""
+    base = tiny.model(kind, seed=1, **settings)
+    del base.config.mtpkern
+    peft_model = add_gated_lora(copy.deepcopy(base), rank=4, k_max=5).eval()
+    assert any("o_proj" in name for name in peft_model.peft_config["default"].target_modules)
+    ids, mask = tiny.prompts(7, 4, 9)
+    inputs = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 16}
+    assert mtpkern.generate(peft_model, **inputs).equal(base.generate(**inputs, do_sample=False))
+    with pytest.raises(ValueError, match="name none of experts that share a tensor"):
+        add_gated_lora(tiny.model("deepseek_v3", **KINDS["deepseek_v3"]), rank=4, k_max=5, targets="up_proj,gate_proj")
 
 
 def test_mask_rows_are_those_of_the_adapted_model(tiny):

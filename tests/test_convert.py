@@ -12,6 +12,7 @@ import mtpkern
 from mtpkern.cli import main
 from mtpkern.train import convert as module
 from mtpkern.train.convert import PRESETS, convert
+from mtpkern.train.lora import merged
 
 
 def publish(folder, tiny, bytes_of, kind="llama", *, special=True, **generation):
@@ -326,6 +327,25 @@ def test_an_adapter_is_merged_into_its_base(start, tmp_path, bytes_of, with_toke
     )
     template = AutoTokenizer.from_pretrained(target).chat_template
     assert (template == own.chat_template) == with_tokenizer
+
+
+@pytest.mark.parametrize("layer", ["embed_tokens", "lm_head"])
+def test_merging_parts_what_shared_a_weight(tiny, bytes_of, tmp_path, layer):
+    """The adapter has changed one of the two."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    start, folder, target = (tmp_path / name for name in ("start", "adapter", "merged"))
+    model = tiny.model("llama", tie_word_embeddings=True, vocab_size=300, eos_token_id=2)
+    model.save_pretrained(start)
+    bytes_of("llama").save_pretrained(start)
+    config = LoraConfig(r=2, target_modules=[layer, "q_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(start), config).save_pretrained(folder)
+    convert(str(folder), target)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(start), str(folder))
+    ids = torch.tensor([[65, 66, 67]])
+    got = AutoModelForCausalLM.from_pretrained(target)(ids).logits
+    torch.testing.assert_close(got, loaded(ids).logits, rtol=1e-4, atol=1e-4)
+    assert merged(loaded)(ids).logits.equal(got)
 
 
 def test_adapters_that_cannot_be_merged_or_trained(start, tmp_path, capsys):

@@ -84,6 +84,19 @@ def test_every_source_gives_the_same_rows(tmp_path):
         list(read_rows([str(tmp_path / "e.json")]))
 
 
+def test_what_save_to_disk_has_written(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    rows = [{"prompt": f"{i}?", "completion": "yes"} for i in range(3)]
+    alone, splits = str(tmp_path / "alone"), str(tmp_path / "splits")
+    Dataset.from_list(rows).save_to_disk(alone)
+    DatasetDict({"train": Dataset.from_list(rows), "test": Dataset.from_list(rows[:1])}).save_to_disk(splits)
+    for source, split, want in ((alone, "train", rows), (splits, "train", rows), (splits, "test", rows[:1])):
+        assert [row for _, row in read_rows([source], split=split, streaming=split == "test")] == want
+    with pytest.raises(ValueError, match="splits has no split 'validation'"):
+        next(read_rows([splits], split="validation"))
+
+
 def test_files_that_cannot_be_read(tmp_path, bytes_of):
     """A file of another kind or encoding is an error that names it; a byte order mark is none."""
     encode = Encoder(bytes_of("qwen"))

@@ -18,14 +18,18 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from mtpkern.adapter_config import is_quantised
 from mtpkern.attention import exclusive
 from mtpkern.loading import holds_adapter, require_model
-from mtpkern.model import evaluating
+from mtpkern.model import evaluating, is_tested
 from mtpkern.train.arguments import refuse
 from mtpkern.train.config import ModelArguments, MTPConfig
 from mtpkern.train.data import DataArguments, require_readable
 from mtpkern.train.lora import plain_model
+from mtpkern.train.objective import head_of
 from mtpkern.verify import require_verified
 
 logger = logging.getLogger(__name__)
+
+# How peft begins adapters that it takes out of the base's own weights.
+_OUT_OF_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def require_consistent(model: ModelArguments, data: DataArguments, config: MTPConfig) -> None:
@@ -127,6 +131,30 @@ def require_trainable(model: nn.Module, args: MTPConfig) -> None:
         return  # the first process has the weights
     with exclusive(plain), evaluating(plain):
         require_verified(plain, 0)  # any token stands for the masks of a trial
+        if not is_tested(plain):
+            _require_read_head(plain)
+
+
+@torch.no_grad()
+def _require_read_head(model: PreTrainedModel) -> None:
+    """Raise ValueError for a model whose logits are others than those that training makes of its last states."""
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    if weight is None or not weight.is_floating_point():
+        return  # quantised, which is said where adapters are made
+    # Tokens with a meaning of their own stand at the ends of a vocabulary.
+    rows = model.get_input_embeddings().num_embeddings
+    ids = (torch.arange(8, device=model.device)[None] + rows // 2) % rows
+    own = model(input_ids=ids, use_cache=False).logits.float()
+    head, states = head_of(model, None), model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    read = head.logits(states.to(head.weight.dtype).flatten(0, 1)).view(*ids.shape, -1)
+    # Of a standard deviation; less than float32 rounds.
+    rounding = 1e-3 if {model.dtype, head.weight.dtype} == {torch.float32} else 0.05
+    refuse(
+        own.shape != read.shape or not bool((own - read).abs().max() <= rounding * own.std()),
+        f"{type(model).__name__} makes its logits otherwise than training reads them: of its last states by the head's "
+        f"weight and bias, a factor ({head.logit_scale:g} by its config) and a cap; none of its kind can be trained "
+        "here, mtpkern.generate decodes it one token a pass",
+    )
 
 
 def warn_of_dropout(model: PreTrainedModel) -> None:
@@ -156,6 +184,8 @@ def warn_of_taught(model: nn.Module) -> None:
 def require_sound(model: nn.Module, teacher: PreTrainedModel | None, args: MTPConfig) -> None:
     """Raise ValueError for a student and a teacher that do not fit together or the configuration."""
     adapted = isinstance(model, PeftModel)
+    if isinstance(model, PeftModel):
+        _require_adapters(model, args)
     refuse(
         is_quantised(plain_model(model)) and not args.gated,
         "the model's weights are quantised, and what is trained here ends as a plain checkpoint: set gated=True for an "
@@ -167,6 +197,11 @@ def require_sound(model: nn.Module, teacher: PreTrainedModel | None, args: MTPCo
     part = "anchor_kl_weight" if args.teacher_target == "gt" else f"teacher_target {args.teacher_target!r}"
     refuse(teacher is None and not adapted and args.needs_teacher, f"{part} needs teacher=, the frozen original model")
     trained = {p.dtype for p in model.parameters() if p.requires_grad}
+    refuse(
+        not trained,
+        "nothing of the model requires a gradient; give one whose weights do, or adapters that were loaded to be "
+        "trained: PeftModel.from_pretrained(model, path, is_trainable=True)",
+    )
     if args.pure_bf16 and trained != {torch.bfloat16}:
         raise ValueError(f"pure_bf16 trains bfloat16 weights; got {trained}: load with dtype=torch.bfloat16")
     if not args.pure_bf16 and trained - {torch.float32, torch.float64}:
@@ -186,6 +221,36 @@ def require_sound(model: nn.Module, teacher: PreTrainedModel | None, args: MTPCo
             not 0 <= ours - theirs <= 64,
             f"student and teacher must share a vocabulary; got {ours} and {theirs} rows: load both from one "
             "checkpoint, then add the mask token to the student",
+        )
+
+
+def _require_adapters(model: PeftModel, args: MTPConfig) -> None:
+    """Raise ValueError for adapters of another rank than is asked for, and for what would not be trained, or taught."""
+    head: Any = plain_model(model).get_output_embeddings()
+    for name in model.active_adapters:
+        config = model.peft_config[name]
+        rank = getattr(config, "r", None)
+        refuse(
+            config.is_prompt_learning,
+            f"the adapter {name!r} puts virtual tokens before a text, which the passes of training know nothing of; "
+            "take one that changes layers, such as LoRA",
+        )
+        refuse(
+            args.lora_rank not in (0, rank),
+            f"the model's adapter {name!r} has rank {rank}, and lora_rank is {args.lora_rank}; set lora_rank: {rank}",
+        )
+        refuse(
+            name in getattr(head, "lora_A", ()),
+            f"the adapter {name!r} changes the output head, which training reads as a weight: nothing of it would "
+            "learn; leave the head out of lora_targets (target_modules), or put it into modules_to_save",
+        )
+        start, bias = getattr(config, "init_lora_weights", True), getattr(config, "bias", "none")
+        moves = f"init_lora_weights={start!r}" if str(start).startswith(_OUT_OF_THE_BASE) else ""
+        moves = moves or (f"bias={bias!r}" if bias != "none" else "")
+        refuse(
+            moves and args.needs_teacher,
+            f"the adapter {name!r} has {moves}, which changes the base's own weights, and so the model without its "
+            "adapters, which is the teacher; make it without, or set teacher_target: gt, without an anchor",
         )
 
 

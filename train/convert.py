@@ -178,6 +178,7 @@ def _merged(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokeniz
     from mtpkern.adapter_config import is_gated
     from mtpkern.loading import holds_adapter, require_model
     from mtpkern.train.extra import PeftConfig, PeftModel
+    from mtpkern.train.lora import merge
 
     config = PeftConfig.from_pretrained(source)
     refuse(
@@ -200,7 +201,7 @@ def _merged(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokeniz
     if (Path(source) / "tokenizer_config.json").exists():
         tokenizer = _tokenizer(source)
     try:
-        return PeftModel.from_pretrained(model, source).merge_and_unload(), tokenizer
+        return merge(PeftModel.from_pretrained(model, source)), tokenizer
     except RuntimeError as error:
         if "size mismatch" not in str(error):
             raise

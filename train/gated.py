@@ -15,18 +15,21 @@ Source   gated LoRA: arXiv 2507.11851; adapters on mask rows behind a shared pre
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mtpkern.adapter import gate_of
 from mtpkern.kernels.distill import head_readout
 from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.span_attention import span_attention
+from mtpkern.model import at_rest
 from mtpkern.train.layout import Layout
 from mtpkern.train.objective import MTPLoss, Objective, by_position, data_targets, gather_rows, head_of
 from mtpkern.train.prefix import Layers, Packing, Prefixes, Text, hidden_states, shared_mask, texts_of
@@ -64,6 +67,7 @@ def gated_loss(
     *,
     prefixes: Prefixes | None = None,
     kept: KeptSpans | None = None,
+    random: Collection[nn.Module] = (),
 ) -> MTPLoss:
     """The loss sums of one batch, of the adapters and the mask token's row; the gate is open for training around it.
 
@@ -73,6 +77,7 @@ def gated_loss(
                keeps it and the gate open around backward
     kept       takes single spans, without their row 1, with the base's loss on them; against "gt" for one more pass
     prefixes   what is kept of texts from step to step, with states for "hard" and "soft"; nothing where None
+    random     the model's parts that drop at random (`random_in_training`): they rest while the base reads
 
     Rows and agreement of the result leave out row 1 of the spans, which is the base's own. Raises ValueError for a
     model without a gate. Source: arXiv 2507.11851.
@@ -92,7 +97,13 @@ def gated_loss(
     if prefixes is None:
         prefixes = Prefixes(states=objective.target != "gt")
     texts = texts_of(layout, N) if context.texts is None else context.texts
-    with gate.closed():
+
+    @contextmanager
+    def base() -> Iterator[None]:
+        with gate.closed(), at_rest(random), torch.no_grad():
+            yield
+
+    with base():
         context.layers, text = prefixes.of(model, tokens, texts)
 
     ids = tokens.new_full((len(tokens), layout.position.shape[1] - N), gate.mask_token_id)
@@ -116,12 +127,12 @@ def gated_loss(
         first, label, keep = label[..., 0], label[..., 1:], (keep & valid)[..., 1:]
         if kept is not None and not kept.full:
             # Learning needs no teacher here; the base is at hand, and reads what is kept.
-            with gate.closed(), torch.no_grad():
+            with base():
                 seen, before_end = read(first)
                 kept.take(token, confidence, keep & before_end, seen, head)
     else:
         assert text is not None
-        with gate.closed(), torch.no_grad():
+        with base():
             own = head_readout(gather_rows(text, layout.row[..., 0]), head).token.view(layout.prefix.shape)
             wanted, before_end = read(own)
             of_teacher = objective.rows(wanted, head, of_teacher=True)

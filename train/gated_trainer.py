@@ -200,8 +200,15 @@ class GatedTrainer(MTPTrainer):
         # No module is called for the head, which would gather it; it stays whole until backward has come to it.
         if isinstance(head := plain_model(core).get_output_embeddings(), FSDPModule):
             head.unshard()
-        objective = self._objective()
-        return gated_loss(plain_model(core), tokens, context, objective, prefixes=self.prefixes, kept=self._kept)
+        return gated_loss(
+            plain_model(core),
+            tokens,
+            context,
+            self._objective(),
+            prefixes=self.prefixes,
+            kept=self._kept,
+            random=self._random,
+        )
 
     def _take_row(self, core: nn.Module) -> None:
         """Inside a call of a sharded model the mask token's row is another tensor, which has been gathered."""

@@ -31,6 +31,9 @@ from mtpkern.train.arguments import refuse
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.extra import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
+# Beside experts that share a tensor: what peft takes, by names of older files, for those tensors, and routers.
+_AS_EXPERTS = {"gate", "router", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+
 
 def add_lora(
     model: PreTrainedModel,
@@ -96,7 +99,8 @@ def add_gated_lora(
     The mask token is the first id behind the vocabulary; its embedding, the parameter `mask_row` [H] of the result, is
     drawn with the mean and the variance of the embedding's rows. k_max and chat are recorded in the adapter's folder.
     The linear layers may be quantised, in a way that peft can train beside; experts that share a tensor stay as they
-    are. Raises ValueError for any other, and for a quantised embedding or head.
+    are, and layers beside them that bear their names. Raises ValueError for any other, and for a quantised embedding or
+    head.
 
         peft_model = add_gated_lora(model, rank=16, k_max=8)
     """
@@ -119,11 +123,13 @@ def add_gated_lora(
     settings = GatedSettings(mask_token_id=len(weight), k_max=k_max, **base_known_by(model), chat=chat)
     # A token that never comes: to peft itself the adapter is off.
     never, marks = [settings.mask_token_id], marked(settings, row)
-    if targets == "all-linear" and (is_quantised(model) or any(x.ndim > 2 for x in model.parameters())):
+    shared = any(x.ndim > 2 for x in model.parameters())
+    if targets == "all-linear" and (is_quantised(model) or shared):
         # peft looks for nn.Linear, which the layers of hqq and GPTQ are not, and adapts experts that share a tensor,
         # which then cannot ask the gate.
-        head, layers = model.get_output_embeddings(), model.named_modules()
-        targets = ",".join(name for name, layer in layers if hasattr(layer, "in_features") and layer is not head)
+        head, layers, left_out = model.get_output_embeddings(), model.named_modules(), _AS_EXPERTS if shared else set()
+        found = (name for name, layer in layers if hasattr(layer, "in_features") and layer is not head)
+        targets = ",".join(name for name in found if name.rpartition(".")[2] not in left_out)
     config = _config(rank, alpha, targets, alora_invocation_tokens=never, auto_mapping=marks)
     require_gateable(config)
     peft_model = _with_adapters(model, config, seed)
@@ -171,7 +177,20 @@ def plain_model(model: nn.Module) -> PreTrainedModel:
 
 def merged(model: PeftModel) -> PreTrainedModel:
     """A copy of the model with the adapters added to its weights: `merged(peft_model).save_pretrained("out")`."""
-    return copy.deepcopy(model).merge_and_unload()
+    return merge(copy.deepcopy(model))
+
+
+def merge(model: PeftModel) -> PreTrainedModel:
+    """The model that carries the adapters, in place, with them added to its weights: `merge(peft_model)`.
+
+    Where one of them changes the embedding or the head, and the two share their weight, each then has its own.
+    """
+    base = plain_model(model)
+    parts: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
+    embedding, head = (part.base_layer if hasattr(part, "lora_A") else part for part in parts)
+    if any(hasattr(part, "lora_A") for part in parts) and embedding.weight is head.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    return cast(PreTrainedModel, model.merge_and_unload())
 
 
 def adapters_of(model: PeftModel) -> dict[str, dict]:

@@ -145,7 +145,8 @@ def stop_tokens_of(model: PreTrainedModel) -> list[int]:
 
 def backbone(model: PreTrainedModel, input_ids: Tensor, context: SpanContext) -> Tensor:
     """Final hidden states [B, T, H] of the rows of a layout; the model's attention must be switched to the context."""
-    context.prepare(getattr(model.config.get_text_config(decoder=True), "sliding_window", None))
+    # Qwen2Moe says 0 where no layer has one.
+    context.prepare(getattr(model.config.get_text_config(decoder=True), "sliding_window", None) or None)
     return hidden_states(model, input_ids, context.layout.position, context)
 
 
@@ -258,8 +259,10 @@ def mtp_loss(
         whole = forward_as(teacher, lambda: backbone(teacher, said, scoring))
         with torch.no_grad(), switch(teacher, scoring), (as_teacher or nullcontext)(), whole:
             scored = teacher()
-        if teacher is not student:
-            teacher_head = head_of(teacher, mask_token_id).narrowed(scored)
+            # In here, where adapters are off: they may have put another in the head's place.
+            its_head = head_of(teacher, mask_token_id)
+        if its_head.weight is not head.weight:
+            teacher_head = its_head.narrowed(scored)
     if target == "gt":
         label, keep = data_targets(tokens, layout, objective.eos_token_ids)
         keep &= valid

@@ -190,6 +190,7 @@ class RunTrainer(Trainer):
                     return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
                 finally:
                     handler.callbacks = callbacks
+            self._require_a_batch()
             self._try_out()
             if self.is_world_process_zero():
                 require_space(output_dir, cast(nn.Module, self.model), self.args)
@@ -202,6 +203,15 @@ class RunTrainer(Trainer):
                     # What comes next, the final model, is worth more.
                     logger.warning("no summary in %s: %s", output_dir, error)
         return result
+
+    def _require_a_batch(self) -> None:
+        """Raise ValueError for data of which no batch is left: Trainer would train nothing, and end well."""
+        texts, batch = self.train_dataset, self.args.train_batch_size * self.args.world_size
+        if self.args.dataloader_drop_last and hasattr(texts, "__len__") and len(texts) < batch:
+            raise ValueError(
+                f"dataloader_drop_last leaves no batch of {len(texts)} texts: {batch} make one, on all processes "
+                "together; lower per_device_train_batch_size, or leave dataloader_drop_last out"
+            )
 
     def record(self, *, saved: bool = False) -> Record:
         """The run at this step, to be written into a folder: `trainer.record(saved=True).write("out")`."""

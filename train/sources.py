@@ -12,6 +12,7 @@ from typing import Any
 
 from mtpkern.loading import require_found
 from mtpkern.rows import BadRow, parse, read_lines
+from mtpkern.train.arguments import refuse
 
 # Where a row stands ("problems.jsonl, line 3"), and the row, or what is wrong with it.
 Located = tuple[str, Any]
@@ -44,10 +45,16 @@ def read_rows(
 
 def _read_dataset(name: str, split: str, subset: str | None, streaming: bool) -> Iterator[Located]:
     require_found(name, "dataset")
-    from datasets import load_dataset
+    from datasets import load_dataset, load_from_disk
 
+    # What `save_to_disk` has written, with a folder for each split where there are several.
+    saved = Path(name, split) if Path(name, "dataset_dict.json").is_file() else Path(name)
+    refuse(saved != Path(name) and not saved.exists(), f"{name} has no split {split!r}; name one that lies in it")
     try:
-        rows = load_dataset(name, subset, split=split, streaming=streaming)
+        if (saved / "state.json").is_file():
+            rows = load_from_disk(str(saved))
+        else:
+            rows = load_dataset(name, subset, split=split, streaming=streaming)
         yield from ((f"{name}, row {number}", _without_nulls(row)) for number, row in enumerate(rows, 1))
     except OSError as error:  # those of the hub have several lines and no name
         raise OSError(f"{name} cannot be read: {' '.join(str(error).split())}") from error

@@ -4,6 +4,8 @@ Four rules hold it up (docs/log.md): backbone, readout, teacher pass and loss ru
 head is read as a weight and never called as a module; k and spans are pure functions of (seed, step, micro-step,
 rank), so that a resumed run equals an uninterrupted one; trained weights are float32.
 
+One file, since all of it is what one object, the Trainer, does when it is called.
+
 Source   arXiv 2602.06019, training details
 """
 
@@ -12,9 +14,11 @@ from __future__ import annotations
 from mtpkern.train.extra import PeftModel, TorchDynamoPlugin, fsdp2_prepare_model  # isort: split
 
 import logging
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -29,7 +33,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from mtpkern.adapter import gate_of
 from mtpkern.attention import AttentionContext, attention_context, ended_by_interrupts
-from mtpkern.model import record_settings, resolve_mask_token
+from mtpkern.model import at_rest, learned_positions, random_in_training, record_settings, resolve_mask_token
 from mtpkern.train.arguments import refuse
 from mtpkern.train.checks import (
     require_sound,
@@ -104,6 +108,10 @@ class MTPTrainer(RunTrainer):
             warn_of_dropout(plain)
             if not self.gated:
                 warn_of_taught(model)
+        refuse(
+            isinstance(model, PeftModel) and (args.lora_alpha is not None or args.lora_targets != "all-linear"),
+            "the model brings adapters of its own, with their alpha and targets; leave lora_alpha and lora_targets out",
+        )
         if args.lora_rank and not isinstance(model, PeftModel):
             model = self._adapted(plain, mask_token_id, args)
         self.mask_token_id = resolve_mask_token(plain, mask_token_id)
@@ -144,6 +152,8 @@ class MTPTrainer(RunTrainer):
         refuse(not stops, "the model's config names no eos_token_id, behind which spans end; set it")
         self.eos_token_ids = torch.tensor(stops, device=args.device)
         self.held_out = held_out
+        self._random = random_in_training(plain).values()
+        self._positions = learned_positions(plain, needed=sys.maxsize)
         self._layers: CompiledLayers | None = None
         self._original: Original | None = None
         self._sums: list[MTPLoss] = []
@@ -164,7 +174,14 @@ class MTPTrainer(RunTrainer):
 
     def plan(self, batch: dict[str, Any], **draw: int) -> dict[str, Any]:
         """The batch with its layout, of this rank: `mtpkern.train.plan.planned`, with k, step and micro_step."""
-        return planned(self.args, batch, **draw, draw=self.draw)
+        plan = planned(self.args, batch, **draw, draw=self.draw)
+        if (most := self._positions) is not None:
+            longest = min(max(batch["lengths"]), self.args.max_length or sys.maxsize)
+            refuse(longest > most, f"a text has {longest} tokens, the model {most} positions: set max_length to {most}")
+            # Masks further on predict what stands behind every text that the model could read, the padding.
+            layout: Layout = plan["layout"]
+            plan["layout"] = replace(layout, position=layout.position.clamp(max=most - 1))
+        return plan
 
     def draw_k(self, step: int) -> int:
         """k of a step on this rank."""
@@ -286,9 +303,15 @@ class MTPTrainer(RunTrainer):
             mask_token_id=self.mask_token_id,
             prefix_rows=prefix_rows if self.args.prefix_weight else None,
             anchor_rows=anchor_rows if self.args.anchor_kl_weight else None,
-            as_teacher=core.disable_adapter if isinstance(core, PeftModel) else None,
+            as_teacher=partial(self._as_teacher, core) if isinstance(core, PeftModel) else None,
             kept=self._kept,
         )
+
+    @contextmanager
+    def _as_teacher(self, core: PeftModel) -> Iterator[None]:
+        """The student without its adapters and, in the midst of its training, without what drops at random."""
+        with core.disable_adapter(), at_rest(self._random):
+            yield
 
     @ended_by_interrupts
     def prediction_step(

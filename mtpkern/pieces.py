@@ -84,6 +84,7 @@ class Pieces(DirectStreamer):
     def __init__(self, answer: Answer, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._answer, self._until = answer, Until(())
+        self._said = 0
         self.closed = self._cancelled
 
     def put(self, value: Tensor) -> None:
@@ -93,7 +94,9 @@ class Pieces(DirectStreamer):
             return
         for token in value.tolist():
             self.total_tokens += 1
-            self._send(self._until.add(self._decode_stream.step(self._tokenizer, token) or ""))
+            text = self._decode_stream.step(self._tokenizer, token) or ""
+            self._said += len(text)
+            self._send(self._until.add(text))
 
     def _send(self, text: str) -> None:
         if text:
@@ -109,6 +112,9 @@ class Pieces(DirectStreamer):
         if error is not None:
             self._enqueue(_StreamError(json.dumps(f"{type(error).__name__}: {error}")[1:-1]))
             return
-        self._answer.settle(done.result())
-        self._send(self._until.rest())
+        output = done.result()
+        self._answer.settle(output)
+        # What ends within a character has been kept back, with all that came together with it.
+        text = self._tokenizer.decode(output.tokens, skip_special_tokens=self._parser is None)
+        self._send(self._until.add(text[self._said :]) + self._until.rest())
         super().end()

@@ -1,16 +1,21 @@
 """`mtpkern serve`: what a client sees of an answer is what OpenAI's API has, at its end above all."""
 
+import asyncio
 import json
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import mtpkern
-from mtpkern.pieces import Until
+from mtpkern.batching import BatchOutput
+from mtpkern.pieces import Answer, Pieces, Until
 from support.servers import PROMPT, Served, server_of
 
 GREEDY = {"temperature": 0}
@@ -183,6 +188,26 @@ def test_a_bug_of_the_server_is_no_error_of_the_clients(
             patch.setattr(f"transformers.cli.serving.completion.CompletionHandler.{where}", failing)
             status, said = served.post(**GREEDY, stream=stream)
             assert (status, json.loads(said)["error"]["type"]) == (500, "server_error")
+
+
+def test_a_stream_that_ends_within_a_character_loses_nothing() -> None:
+    alphabet = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    half = len(alphabet)
+    tokenizer = Tokenizer(models.BPE(vocab={**alphabet, "nÃ": half}, merges=[("n", "Ã")]))
+    tokenizer.decoder = decoders.ByteLevel()
+    for tokens, strings, text in (([alphabet["a"], half], None, "an\ufffd"), ([alphabet["a"], half], ["n"], "a")):
+        loop, queue, done = asyncio.new_event_loop(), asyncio.Queue[Any](), Future[BatchOutput]()
+        streamer = Pieces(Answer(GenerationConfig(stop_strings=strings)), tokenizer, loop, queue)
+        streamer.put(torch.tensor([[alphabet["b"]]]))
+        for token in tokens:
+            streamer.put(torch.tensor([token]))
+        done.set_result(BatchOutput(0, tokens, [len(tokens)], "length"))
+        streamer.finish(done)
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+        pieces = [queue.get_nowait() for _ in range(queue.qsize())]
+        assert pieces.pop() is None
+        assert "".join(pieces) == text
 
 
 def test_an_error_in_a_stream_says_what_it_is(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

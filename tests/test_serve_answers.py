@@ -2,7 +2,10 @@
 
 import asyncio
 import json
+import socket
+import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -15,6 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import mtpkern
 from mtpkern.batching import BatchOutput
+from mtpkern.line import Request
 from mtpkern.pieces import Answer, Pieces, Until
 from support.servers import PROMPT, Served, server_of
 
@@ -208,6 +212,35 @@ def test_a_stream_that_ends_within_a_character_loses_nothing() -> None:
         pieces = [queue.get_nowait() for _ in range(queue.qsize())]
         assert pieces.pop() is None
         assert "".join(pieces) == text
+
+
+def test_who_leaves_before_a_stream_begins_has_nothing_decoded(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+    finish = Request.finish
+
+    def finished(request: Request, output: BatchOutput) -> None:
+        ended.append(output.finish_reason)
+        finish(request, output)
+
+    async def never(*args: Any) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Request, "finish", finished)
+    endless = {str(served.model.generation_config.eos_token_id): -100}
+    content = json.dumps({"model": "shipped", "prompt": PROMPT, "stream": True, "logit_bias": endless}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"
+    address = urllib.parse.urlsplit(served.url)
+    with monkeypatch.context() as patch:
+        patch.setattr("starlette.responses.StreamingResponse.__call__", never)
+        for _ in range(4):
+            with socket.create_connection((address.hostname, address.port)) as client:
+                client.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + content)
+                time.sleep(0.03)
+        time.sleep(0.1)
+    # Behind all of them.
+    assert served.post(**GREEDY, logit_bias=endless, max_tokens=1)[0] == 200
+    assert ended.pop() == "length"
+    assert set(ended) == {"closed"}
 
 
 def test_an_error_in_a_stream_says_what_it_is(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,11 @@ from typing import Any, TextIO
 
 from mtpkern.output import json_line, whole_file
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 RESULT_FIELDS = ("text", "tokens", "blocks", "tokens_per_pass", "finished")
 
 
@@ -25,8 +30,8 @@ def answers_file(
 
     The answers that are there must be to the first rows, field by field; half a line, of a run that was killed, is cut
     off. A pipe or a device holds none. Where no options are kept, nobody knows what wrote them. Raises ValueError for a
-    file that holds anything else, or that other options wrote, OSError for a place that cannot be written; both before
-    anything is changed.
+    file that holds anything else, that other options wrote, or that another run is writing, OSError for a place that
+    cannot be written; all before anything is changed.
 
         with answers_file(Path("out.jsonl"), [{"prompt": "1 + 1?"}], {"--max-new-tokens": 256}) as (done, file):
             ...
@@ -42,29 +47,46 @@ def answers_file(
     elif not os.access(path, os.W_OK):
         raise PermissionError(f"{path}: this file may not be written; give another name or change its mode")
     kept = path.with_name(f"{path.name}.options")
-    done, size = (0, 0) if overwrite else _read(path, asked)
     options = json.loads(json.dumps(options))
-    if done and kept.is_file():
-        before = json.loads(kept.read_text(encoding="utf-8"))
-        changed = [name for name in {**before, **options} if before.get(name) != options.get(name)]
-        if changed:
-            other = "; ".join(f"{name} {before.get(name)}, now {options.get(name)}" for name in changed)
-            raise ValueError(
-                f"{path} has {done} answers that other options wrote ({other}); give the same options, another "
-                "--output, or --overwrite to begin anew"
-            )
-    if size < path.stat().st_size:
-        os.truncate(path, size)
-    if not done:
-        with suppress(PermissionError):  # of the folder: the file itself may be written
-            kept.write_text(json_line(options) + "\n", encoding="utf-8")
+    file = _opened_alone(path)
     try:
-        with path.open("a", encoding="utf-8") as file:
+        with file:
+            done, size = (0, 0) if overwrite else _read(path, asked)
+            if done and kept.is_file():
+                before = json.loads(kept.read_text(encoding="utf-8"))
+                changed = [name for name in {**before, **options} if before.get(name) != options.get(name)]
+                if changed:
+                    other = "; ".join(f"{name} {before.get(name)}, now {options.get(name)}" for name in changed)
+                    raise ValueError(
+                        f"{path} has {done} answers that other options wrote ({other}); give the same options, another "
+                        "--output, or --overwrite to begin anew"
+                    )
+            if size < path.stat().st_size:
+                os.truncate(path, size)
+            if not done:
+                with suppress(PermissionError):  # of the folder: the file itself may be written
+                    kept.write_text(json_line(options) + "\n", encoding="utf-8")
             yield done, file
     finally:
         if path.stat().st_size == 0:
             path.unlink()
             kept.unlink(missing_ok=True)
+
+
+def _opened_alone(path: Path) -> TextIO:
+    """The file, to be written at its end, which no other run has; a file system may have no locks."""
+    file = path.open("a", encoding="utf-8")
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(
+            f"{path}: another run writes its answers there; wait for its end, or give another --output"
+        ) from None
+    except OSError:
+        pass
+    return file
 
 
 def _begins(half: bytes, asked: Mapping[str, Any]) -> bool:

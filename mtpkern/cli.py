@@ -307,8 +307,6 @@ def _complete(
     first: int,
 ) -> Iterator[BatchOutput]:
     """The outputs in the order of the rows, each as soon as those before it are there; an error names its row."""
-    import torch
-
     from mtpkern.batching import iterate_batch
 
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "mask_token_id": args.mask_token_id}
@@ -318,9 +316,8 @@ def _complete(
     options |= {"strategy": strategy, "batch_size": args.batch_size, "order": "given", "first": first}
     if args.temperature:
         options |= {"do_sample": True, "temperature": args.temperature}
-        options |= {name: value for name in ("top_k", "top_p") if (value := getattr(args, name)) is not None}
-        if args.seed is not None:
-            torch.manual_seed(args.seed)
+        given = {name: getattr(args, name) for name in ("top_k", "top_p", "seed")}
+        options |= {name: value for name, value in given.items() if value is not None}
     if args.stop:
         options |= {"stop_strings": args.stop, "tokenizer": tokenizer}
     ended: dict[int, BatchOutput] = {}

@@ -34,7 +34,7 @@ def tell(streamer: Any, error: BaseException, *, end: bool = False) -> None:
         tell(streamer, ValueError("of a criterion"))
         next(streamer)    # ValueError
     """
-    with suppress(Exception):  # it may be the streamer that has failed
+    with suppress(BaseException):  # it may be the streamer that has failed, and whoever tells it has others to serve
         if callable(getattr(streamer, "fail", None)):
             streamer.fail(error)
         elif isinstance(streamer, (TextIteratorStreamer, AsyncTextIteratorStreamer)):

@@ -52,7 +52,7 @@ class BatchOutput:
     tokens: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     finish_reason: str = "error"
-    error: Exception | None = None
+    error: BaseException | None = None
     text: str | None = None
     shared: int = 0
 
@@ -150,7 +150,7 @@ class Slots(Poll):
             if x is None or x.job.number != owner:
                 continue
             end: int | None = None
-            error: Exception | None = None
+            error: BaseException | None = None
             if x.job.closed is not None and x.job.closed.is_set():
                 self.sequences.status[slot].fill_(STOPPED)
                 error = CancelledError("it was closed while it ran")
@@ -162,18 +162,18 @@ class Slots(Poll):
                 gone = True
         return gone
 
-    def _asked(self, x: Newcomer, ask: Callable[[], object]) -> Exception | None:
+    def _asked(self, x: Newcomer, ask: Callable[[], object]) -> BaseException | None:
         """Ask who watches a sequence; an error of one that it has for itself ends it, and is returned."""
         try:
             ask()
-        except Exception as error:
+        except BaseException as error:
             if x.job.watch is None:
                 raise
             self.sequences.status[x.slot].fill_(STOPPED)
             return error
         return None
 
-    def _leave(self, x: Newcomer, status: int, end: int | None, error: Exception | None = None) -> None:
+    def _leave(self, x: Newcomer, status: int, end: int | None, error: BaseException | None = None) -> None:
         """Queue the copy of what a sequence has emitted, and free its slot; end: new tokens, where the host has cut."""
         s, slot, job, T = self.sequences, x.slot, x.job, len(x.job.ids)
         facts = s.length[slot, None], s.passes[slot, None], s.blocks[slot, : job.new], s.tokens[slot, T : job.tokens]
@@ -292,7 +292,7 @@ class _Left:
     end: int | None
     copy: Tensor
     event: torch.Event | None
-    error: Exception | None
+    error: BaseException | None
 
     def has_arrived(self) -> bool:
         return self.event is None or self.event.query()

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from mtpkern import answers
 from mtpkern.answers import answers_file
 
 ASKED = [{"prompt": "a"}, {"prompt": "b", "id": 2}]
@@ -34,6 +35,19 @@ def test_other_options_are_refused_by_name_and_change_nothing(tmp_path):
     assert write(path, {**OPTIONS, "--seed": 3}, 2, overwrite=True) == 0
     assert path.read_text() == text
     assert write(path, {**OPTIONS, "--seed": 3}, 0) == 2
+
+
+@pytest.mark.skipif(answers.fcntl is None, reason="needs fcntl")
+@pytest.mark.parametrize("more", [{}, {"overwrite": True}], ids=str)
+def test_two_runs_do_not_write_one_file(more, tmp_path):
+    path = tmp_path / "out.jsonl"
+    for done in (0, 1):
+        with answers_file(path, ASKED, OPTIONS) as (there, file):
+            assert there == done
+            with pytest.raises(ValueError, match=r"out.jsonl: another run writes its answers there"):
+                write(path, OPTIONS, 2, **more)
+            file.write(json.dumps({**ASKED[done], "text": "t"}) + "\n")
+        assert len(path.read_text().splitlines()) == done + 1
 
 
 def test_nothing_is_left_of_a_run_without_answers(tmp_path):

@@ -55,6 +55,12 @@ def test_what_says_how_to_sample_needs_a_temperature(words: list[str], capsys: A
     assert "give a --temperature" in capsys.readouterr().err
 
 
+def test_a_seed_that_is_none_is_refused_by_name(folder: Path, capsys: Any) -> None:
+    words = ["generate", str(folder), "--prompt", "x", "--temperature", "1", "--seed", str(1 << 70)]
+    assert main(words) == 2
+    assert f"seed must have 64 bits, as torch's seeds have, got {1 << 70}" in capsys.readouterr().err
+
+
 def test_a_text_ends_it(start: Path, tmp_path: Path) -> None:
     common = ["--strategy", "static:1"]
     plain = run(start, tmp_path, *common, out="plain.jsonl")

@@ -51,12 +51,18 @@ def _bad_criterion(ids: Tensor, scores: Any) -> bool:
     return False
 
 
+def _leaving(ids: Tensor, scores: Any) -> bool:
+    if ids.shape[1] > 6:
+        sys.exit("of a criterion")
+    return False
+
+
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize(
     "bad",
     [
         *({"streamer": n} for n in (0, 1, 2, 3 + LONG + 1)),
-        {"stopping_criteria": [_bad_criterion]},
+        *({"stopping_criteria": [criterion]} for criterion in (_bad_criterion, _leaving)),
     ],
     ids=lambda bad: "-".join(map(str, (*bad, *(x for x in bad.values() if isinstance(x, int))))),
 )
@@ -74,7 +80,7 @@ def test_an_error_of_ones_own_is_ones_own_alone(
         streamer.go.set()
         if "streamer" in bad and bad["streamer"].n > LONG:
             bad["streamer"].n = 3 + LONG + 1
-        with pytest.raises(KeyError, match="of"):
+        with pytest.raises((KeyError, SystemExit), match="of"):
             result(failing)
         assert result(good).tokens == wanted
         assert result(engine.submit([5, 6, 7], max_new_tokens=LONG, eos_token_id=None)).tokens == wanted

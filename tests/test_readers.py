@@ -134,6 +134,20 @@ def test_half_an_answer_does_not_look_whole(engine: Engine) -> None:
     assert isinstance(seen[0], KeyError)
 
 
+def test_whoever_cannot_be_told_costs_nobody_else(engine: Engine) -> None:
+    class Leaving(Plain):
+        def end(self) -> None:
+            raise SystemExit("of an end")
+
+    streamer, good = held(engine)
+    options: dict[str, Any] = {"max_new_tokens": 8, "eos_token_id": None}
+    failing = engine.submit([5, 6, 7], streamer=Leaving([]), stopping_criteria=[_failing], **options)
+    streamer.go.set()
+    with pytest.raises(KeyError):
+        result(failing)
+    result(good)
+
+
 @pytest.mark.parametrize("how", ["cancel", "close"])
 def test_who_is_cancelled_in_line_leaves_no_reader_behind(how: str, model: Any, tokenizer: Any) -> None:
     engine = Engine(model, batch_size=1, max_length=64)

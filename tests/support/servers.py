@@ -43,10 +43,11 @@ class Served:
         """Text and finish reason of a whole answer, or of one that comes in pieces."""
         status, said = self.post(where, **body)
         assert status == 200, said
-        pieces = (
-            [json.loads(line[6:]) for line in said.splitlines() if line] if body.get("stream") else [json.loads(said)]
-        )
-        assert all("error" not in piece for piece in pieces), said
+        pieces = [said]
+        if body.get("stream"):
+            *pieces, last = [line.removeprefix("data: ") for line in said.splitlines() if line]
+            assert last == "[DONE]", said
+        pieces = [json.loads(piece) for piece in pieces]
         choices = [piece["choices"][0] for piece in pieces]
         texts = [c.get("text") or c.get("delta", c.get("message", {})).get("content") or "" for c in choices]
         return "".join(texts), choices[-1]["finish_reason"]

@@ -72,6 +72,18 @@ _WHY = {
     ),
 }
 _TEXTS = ("text", "input_text", "output_text")
+# JSON's own types, as OpenAI has them: no text is taken for the number or the truth that it names, no truth for 1.
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "stream": ((bool,), "true or false"),
+    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), ((int, float), "a number")),
+    **dict.fromkeys(("logit_bias", "chat_template_kwargs", "stream_options"), ((dict,), "an object")),
+    "stop": ((str, list), "a text or a list of texts"),
+    "tools": ((list,), "a list"),
+    "instructions": ((str,), "a text"),
+    "generation_config": ((str, dict), "an object, or its JSON"),
+}
+# Above what a float holds, so that no conversion fails.
+_MOST = 1e300
 
 # What generate is to take its draws from, and whether the limit of an answer is the server's own choice; each request
 # is read in a context of its own.
@@ -95,16 +107,39 @@ def require_honoured(body: dict[str, Any], question: str) -> None:
         elif name != question and name not in _READ | _WITHOUT_CONSEQUENCE:
             why = _WHY.get(name, "nothing here does what it asks for; leave it out")
             raise ValueError(f"mtpkern serve does not support {name}={value!r:.60}: {why}")
+        elif name in _KINDS:
+            _require_kind(name, value)
     if question not in body:
         raise ValueError(f"a request must have {question}, which is what is answered; got {sorted(body)}")
-    body["stream"] = bool(body.get("stream"))  # transformers' server streams responses unless told not to
-    if isinstance(body.get("generation_config"), dict):
-        body["generation_config"] = json.dumps(body["generation_config"])
+    body.setdefault("stream", False)  # transformers' server streams responses unless told not to
+    if "generation_config" in body:
+        body["generation_config"] = json.dumps(_object("generation_config", body["generation_config"]))
+    for token, bias in body.get("logit_bias", {}).items():
+        if not (token.isascii() and token.isdecimal()):
+            raise ValueError(f"logit_bias must have the ids of tokens, whole numbers, as its names, got {token!r:.60}")
+        _require_kind("logit_bias", bias, ((int, float), f"a number for token {token}"))
     for name in LIMITS:
         if name in body:
             body[name] = whole_number(name, body[name], least=1)
     if question == "messages" or (question == "input" and isinstance(body["input"], list)):
         _require_texts(question, body[question])
+
+
+def _require_kind(name: str, value: Any, kind: tuple[tuple[type, ...], str] | None = None) -> None:
+    kinds, said = kind or _KINDS[name]
+    fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+    if not fits or (isinstance(value, (int, float)) and not -_MOST < value < _MOST):
+        raise TypeError(f"{name} must be {said}, got {value!r:.60}")
+
+
+def _object(name: str, value: Any) -> Any:
+    """A JSON object, given as it is or as its text."""
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"{name} must be {_KINDS[name][1]}: {error}") from None
+    _require_kind(name, value, ((dict,), _KINDS[name][1]))
+    return value
 
 
 def _changes_nothing(name: str, value: Any, *, tools: bool) -> bool:
@@ -132,6 +167,8 @@ def _require_texts(name: str, messages: Any) -> None:
             raise ValueError(f"each of messages must have a role, a text such as 'user', got {message!r:.60}")
         # Of a response's input, items without a role are calls of tools and what has come of them.
         content = message.get("content") if "role" in message else None
+        if content is not None and not isinstance(content, (str, list)):
+            raise TypeError(f"the content of {name} must be a text or a list of texts, got {content!r:.60}")
         for part in content if isinstance(content, list) else ():
             kind = part.get("type") if isinstance(part, dict) else None
             if kind not in _TEXTS or not isinstance(part.get("text"), str):

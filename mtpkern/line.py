@@ -10,7 +10,7 @@ import os
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import ExitStack
 from dataclasses import replace
@@ -41,12 +41,25 @@ _CLOSED = "the engine was closed before this request had ended"
 _INVERSE = pow(SPREAD, -1, 1 << 64)
 
 
+class _Answer(Future[BatchOutput]):
+    """A future whose callbacks can raise anything without harm to others, whom the same thread tells."""
+
+    def add_done_callback(self, fn: Callable[[Future[BatchOutput]], object]) -> None:
+        def called(future: Future[BatchOutput]) -> None:
+            try:
+                fn(future)
+            except BaseException as error:  # a future logs an Exception, and lets all else through
+                raise RuntimeError(f"a callback of a request raised {error!r}") from error
+
+        super().add_done_callback(called)
+
+
 class Request:
     """One prompt on its way. To its `Watch` it is the streamer, which shows tokens to the caller's, if there is one."""
 
     def __init__(self, batch: Batch, job: Job, streamer: Any, key: int | None) -> None:
         self.batch, self.job, self.streamer, self.key = batch, job, streamer, key
-        self.future: Future[BatchOutput] = Future()
+        self.future: Future[BatchOutput] = _Answer()
         # Whether nobody wants its tokens any more, and whether its streamer wants no more of them.
         self.unwanted = Event()
         self.closed: Event = streamer.closed if isinstance(getattr(streamer, "closed", None), Event) else Event()

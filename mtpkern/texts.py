@@ -35,7 +35,7 @@ class Texts:
     def last(self, n: int) -> Tensor:
         """The last n known tokens of each row [R, n]; -1 in front of a text."""
         o = self.end[:, None] - n + torch.arange(n, device=self.end.device)
-        return torch.where(o < 0, -1, self.tokens[self.seq[:, None], o.clamp(min=0)])
+        return torch.where(o < 0, -1, self.tokens[self.seq[:, None], o.clamp(0, self.tokens.shape[1] - 1)])
 
     def of(self, rows: Tensor) -> Texts:
         """Those of some rows [R], true or false, in their order."""

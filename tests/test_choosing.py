@@ -303,3 +303,12 @@ def test_nothing_hangs_on_the_default_dtype(default: torch.dtype, model: Any, ti
         for name in ("logprobs", "confidences"):
             assert (getattr(plain, name) is None) or getattr(plain, name).equal(getattr(other, name))
         assert all(x.equal(y) for x, y in zip(plain.scores or (), other.scores or (), strict=True))
+
+
+def test_masks_behind_the_end_of_the_room_see_no_text(tiny: SimpleNamespace) -> None:
+    """With one new token there is no room for what masks behind it might follow."""
+    model = tiny.model("llama")
+    ids, mask = tiny.prompts(7, 4, 9)
+    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 1, "no_repeat_ngram_size": 3}
+    got = mtpkern.generate(model, ids, strategy=ConfAdapt(8, threshold=0.9), **options)
+    assert got.equal(model.generate(ids, do_sample=False, **options))

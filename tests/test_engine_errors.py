@@ -124,6 +124,25 @@ def test_who_is_called_back_may_close_it_and_ask_for_more(engine: Engine) -> Non
         engine.submit([1, 2])
 
 
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, ValueError])
+def test_a_callback_that_raises_anything_harms_nobody(
+    error: type[BaseException], engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(future: Future[BatchOutput]) -> None:
+        raise error("of a callback")
+
+    told: list[Any] = []
+    streamer, first = held(engine)
+    others = [engine.submit([1, 2], max_new_tokens=4, eos_token_id=None) for _ in range(2)]
+    others[0].add_done_callback(fail)
+    others[0].add_done_callback(told.append)
+    streamer.go.set()
+    for future in (first, *others, engine.submit([1, 2], max_new_tokens=4)):
+        assert result(future).error is None
+    assert told == others[:1]
+    assert f"{error.__name__}('of a callback')" in caplog.text
+
+
 def test_closing_at_once_ends_those_that_run_and_those_that_wait(model: Any) -> None:
     futures = []
     with pytest.raises(KeyError), Engine(model, batch_size=1, max_length=64) as engine:  # noqa: PT012

@@ -196,6 +196,24 @@ def test_a_bias_of_another_tokenizers_token_is_the_clients_fault(shipped_server:
     assert "got [99999]" in shipped_server.refusal(logit_bias={"99999": 1})
 
 
+@pytest.mark.parametrize(
+    "says",
+    [
+        *({"stream": x} for x in ("false", "true", 0, 1, [])),
+        *({name: x} for name in ("temperature", "top_p", "min_p") for x in (True, "0.5", [], {}, 10**400)),
+        *({"logit_bias": x} for x in ([], [5], {"a": 1}, {"1_0": 1}, {"-1": 1}, {"5": "x"}, {"5": True}, {"5": None})),
+        *({"generation_config": x} for x in (5, [], "{", "[]", "null")),
+        *({name: 5} for name in ("stop", "chat_template_kwargs", "tools")),
+        {"messages": [{"role": "user", "content": {}}]},
+    ],
+    ids=lambda says: str(says)[:40],
+)
+def test_types_are_jsons_own(says: dict[str, Any], shipped_server: Served) -> None:
+    name = next(iter(says))
+    kind = "chat/completions" if name in ("chat_template_kwargs", "tools", "messages") else "completions"
+    assert name in shipped_server.refusal(kind, **{"temperature": 1, **says})
+
+
 @pytest.mark.parametrize("says", [{"stop": [1, "it's"]}, {"generation_config": '{"num_beams": 2}'}], ids=str)
 def test_a_stream_is_refused_before_it_begins(says: dict[str, Any], shipped_server: Served) -> None:
     said = shipped_server.refusal(**says, stream=True)

@@ -77,7 +77,8 @@ def mtpkern_attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     # Not through typing.cast, for which torch.compile would look at the number and compile every layer anew.
     layer: Any = module.layer_idx
-    return context.attend(layer, query, key, value, Scoring(scale, sliding_window, softcap, s_aux)), None
+    out = context.attend(layer, query, key, value, Scoring(scale, sliding_window, softcap, s_aux))
+    return out.contiguous(), None  # as of transformers' own functions, since some layers view it
 
 
 def _plain_attention(module: torch.nn.Module) -> Callable[..., Any]:

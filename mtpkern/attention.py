@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from mtpkern.kernels.scoring import Scoring
-from mtpkern.routing import APART, CAPTURE, NAME, AttentionContext, plain_name, route_of, routed_config
+from mtpkern.routing import APART, CAPTURE, MASKS, NAME, AttentionContext, plain_name, route_of, routed_config
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -108,10 +108,32 @@ def _plain_mask(*args: Any, config: Any, **kwargs: Any) -> Any:
     return AttentionMaskInterface()[plain_name(config)](*args, config=config, **kwargs)
 
 
+def _looked_at(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """In the place of attention nothing: the context of the block gets a layer's mask and the window that it tells."""
+    route_of(module.config).look(module.layer_idx, attention_mask, sliding_window)
+    return query.new_zeros(*query.shape[:1], query.shape[2], query.shape[1], value.shape[-1]), None
+
+
+def _whole_mask(*args: Any, **kwargs: Any) -> Any:
+    """A mask [B, 1, T, S] of bools, also where sdpa would go without."""
+    return AttentionMaskInterface()["sdpa"](*args, **{**kwargs, "allow_is_causal_skip": False})
+
+
 AttentionInterface.register(NAME, mtpkern_attention)
 AttentionInterface.register(APART, torch.compiler.disable(mtpkern_attention))
 AttentionInterface.register(CAPTURE, capturing_attention)
 AttentionMaskInterface.register(CAPTURE, _plain_mask)
+AttentionInterface.register(MASKS, _looked_at)
+AttentionMaskInterface.register(MASKS, _whole_mask)
 
 
 class _Turn:
@@ -210,6 +232,11 @@ def routed(model: PreTrainedModel, context: AttentionContext) -> Iterator[dict[s
 def captured(model: PreTrainedModel, context: Any) -> AbstractContextManager[None]:
     """Inside the block `context.take(layer, key, value)` gets what the model's own attention works on."""
     return routed_config(model.config.get_text_config(decoder=True), context, CAPTURE)
+
+
+def masks_shown(model: PreTrainedModel, context: Any) -> AbstractContextManager[None]:
+    """Inside the block no layer attends; `context.look(layer, mask, window)` gets what each would have gone by."""
+    return routed_config(model.config.get_text_config(decoder=True), context, MASKS)
 
 
 def unrouted(model: PreTrainedModel) -> AbstractContextManager[None]:

@@ -15,15 +15,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation import GenerationMixin
 
 from mtpkern.adapter import adopt, gated
 from mtpkern.arguments import plain_greedy
-from mtpkern.attention import ended_by_interrupts, exclusive, routed
+from mtpkern.attention import ended_by_interrupts, exclusive, masks_shown, routed
 from mtpkern.decoder import Decoder
 from mtpkern.foreign import foreign, settings_of
 from mtpkern.kernels.state import FAULT
-from mtpkern.model import evaluating, is_tested, require_decodable, resolve_mask_token
+from mtpkern.model import cache_argument, evaluating, is_tested, require_decodable, resolve_mask_token
 from mtpkern.output import first_line
 from mtpkern.strategies import Static
 from mtpkern.wrappers import unwrapped
@@ -31,6 +32,8 @@ from mtpkern.wrappers import unwrapped
 # Prompts of a check are longer than the model's sliding window where that is no longer than this many tokens.
 WINDOW = 1024
 WINDOW_QUICK = 128
+# Tokens, beyond any window.
+LONGEST = 2**20
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ def _compare(
     exact = not rounded
     if not exact:
         not_covered.append(f"faults smaller than the rounding of {rounded[0]}: load it in float32, without autocast")
-    return CheckReport(
+    report = CheckReport(
         rows=len(equal),
         max_error=max(errors),
         scale=sum(spread) / len(spread),
@@ -176,6 +179,9 @@ def _compare(
         exact=exact,
         not_covered=tuple(not_covered),
     )
+    if report.ok:
+        _require_windows_told(model)
+    return report
 
 
 @contextmanager
@@ -225,6 +231,50 @@ def _prompts(model: PreTrainedModel, mask_token_id: int, window: int, new: int) 
     pad = getattr(config, "pad_token_id", None)
     input_ids = words[drawn].masked_fill(attention_mask == 0, pad if isinstance(pad, int) and pad >= 0 else 0)
     return input_ids.to(model.device), attention_mask.to(model.device)
+
+
+class _Masks(Cache):
+    """The cache, empty, of a row behind `seen` tokens, and the context that looks at its layers' masks."""
+
+    def __init__(self, name: str, seen: int) -> None:
+        super().__init__(layer_class_to_replicate=DynamicLayer)
+        self.name, self.seen = name, seen
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As given: nobody attends to them."""
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens before the row."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Tokens that a mask covers, and the first of them."""
+        return self.seen + query_length, 0
+
+    def look(self, layer: int, mask: Tensor | None, window: int | None) -> None:
+        """Raise ValueError where a layer's mask [1, 1, 1, n] shows other tokens than the window that it tells of."""
+        n = self.seen + 1
+        shown = n if mask is None else int(mask.sum())
+        if shown != min(n, window or n):
+            raise ValueError(
+                f"{self.name}: by its mask layer {layer} sees {shown} of {n} tokens, but it calls attention with "
+                f"sliding_window={window}, by which alone a pass goes"
+            )
+
+
+def _require_windows_told(model: PreTrainedModel) -> None:
+    """Raise ValueError for a layer that keeps to another window than it tells attention of.
+
+    Most windows are longer than prompts of a trial. Here one row stands at the model's last position, and nothing else
+    does, so that it takes no time.
+    """
+    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    seen = (min(most, LONGEST) if isinstance(most, int) and most > 0 else LONGEST) - 1
+    masks = _Masks(type(model).__name__, seen)
+    row = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    with masks_shown(model, masks):
+        model(input_ids=row, position_ids=row + seen, use_cache=True, **{cache_argument(model): masks})
 
 
 def _decoder(model: PreTrainedModel, input_ids: Tensor, mask_token_id: int, k: int, steps: int) -> Decoder:

@@ -155,6 +155,24 @@ def test_prompts_go_past_the_window_or_the_report_says_so(tiny: Any, monkeypatch
     assert mtpkern.verify._prompts(short, 15, 128, 20)[0].shape[1] == 10
 
 
+@pytest.mark.parametrize("window", [126, None])
+def test_a_window_that_no_trial_reaches_is_told_or_refused(window: int | None, compared: list[str]) -> None:
+    """Its layers have a mask for it, and call attention without."""
+    model = untried("phimoe", sliding_window=window)
+    if window is None:
+        assert decode(model).shape == (1, 8)
+        return
+    with pytest.raises(ValueError, match=r"by its mask layer 0 sees 126 of 128 tokens, .* with sliding_window=None"):
+        decode(model)
+
+
+def test_a_window_that_a_layer_tells_and_does_not_keep_to_is_refused(compared: list[str]) -> None:
+    model = untried("olmoe", sliding_window=126)
+    with pytest.raises(ValueError, match=r"by its mask layer 0 sees 128 of 128 tokens, .* with sliding_window=126"):
+        decode(model)
+    assert decode(untried("starcoder2", sliding_window=120)).shape == (1, 8)
+
+
 def test_in_bfloat16_rounding_is_no_fault(tiny: Any) -> None:
     report = mtpkern.check(tiny.model("llama").to(torch.bfloat16))
     assert report.ok, report

@@ -24,6 +24,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mtpkern.kernels.scoring import Scoring
 from mtpkern.routing import APART, CAPTURE, MASKS, NAME, AttentionContext, plain_name, route_of, routed_config
@@ -90,7 +92,7 @@ def _plain_attention(module: torch.nn.Module) -> Callable[..., Any]:
             "load the model with attn_implementation='sdpa' or 'eager'"
         )
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    plain = AttentionInterface().get(name, eager)
+    plain = ALL_ATTENTION_FUNCTIONS.get(name, eager)
     assert plain is not None, f"{type(module).__name__} has no {name} attention"
     return plain
 
@@ -105,7 +107,7 @@ def capturing_attention(
 
 def _plain_mask(*args: Any, config: Any, **kwargs: Any) -> Any:
     """The mask for the model's own attention."""
-    return AttentionMaskInterface()[plain_name(config)](*args, config=config, **kwargs)
+    return ALL_MASK_ATTENTION_FUNCTIONS[plain_name(config)](*args, config=config, **kwargs)
 
 
 def _looked_at(

@@ -11,6 +11,7 @@ import mtpkern
 from mtpkern.adapter import gate_of, save_adapter
 from mtpkern.adapter_config import digest
 from mtpkern.train.lora import add_gated_lora, add_lora
+from support import models
 from support.slow import slow_but
 
 ARCHITECTURES = {
@@ -25,6 +26,8 @@ ARCHITECTURES = {
     "granite": {"embedding_multiplier": 2.0},
     "cohere": {},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    # Beside its experts it has layers with the names of an expert's parts.
+    "deepseek_v3": {**models.ARCHITECTURES["deepseek_v3"], "moe_intermediate_size": 16},
 }
 
 
@@ -45,7 +48,7 @@ def pair(tiny, kind="llama", seed=0, **settings):
 FULL = ("llama", "phi3")  # of one matrix for each projection, and of one for all
 
 
-@pytest.mark.parametrize("kind", slow_but(ARCHITECTURES, "llama", "gemma3_text"))
+@pytest.mark.parametrize("kind", slow_but(ARCHITECTURES, "llama", "gemma3_text", "deepseek_v3"))
 def test_verified_writes_the_originals_greedy_output(tiny, kind):
     base, peft_model = pair(tiny, kind)
     ids, mask = tiny.prompts(7, 4, 9)

@@ -121,9 +121,12 @@ def add_gated_lora(
     never, marks = [settings.mask_token_id], marked(settings, row)
     if targets == "all-linear" and (is_quantised(model) or any(x.ndim > 2 for x in model.parameters())):
         # peft looks for nn.Linear, which the layers of hqq and GPTQ are not, and adapts experts that share a tensor,
-        # which then cannot ask the gate.
+        # which then cannot ask the gate. It does so too for the name of a single expert's part, whoever bears it now.
+        stacks = [name.rpartition(".")[2] for name, x in model.named_parameters() if x.ndim > 2]
+        parts = {part for name in stacks for part in name.split("_")}
         head, layers = model.get_output_embeddings(), model.named_modules()
-        targets = ",".join(name for name, layer in layers if hasattr(layer, "in_features") and layer is not head)
+        linear = [name for name, layer in layers if hasattr(layer, "in_features") and layer is not head]
+        targets = ",".join(x for x in linear if x.rpartition(".")[2].removesuffix("_proj") not in parts)
     config = _config(rank, alpha, targets, alora_invocation_tokens=never, auto_mapping=marks)
     require_gateable(config)
     peft_model = _with_adapters(model, config, seed)

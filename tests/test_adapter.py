@@ -26,6 +26,15 @@ ARCHITECTURES = {
     "granite": {"embedding_multiplier": 2.0},
     "cohere": {},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    # With a second table of tokens.
+    "gemma4_text": {
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 16,
+        "num_kv_shared_layers": 0,
+        "global_head_dim": 8,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     # Beside its experts it has layers with the names of an expert's parts.
     "deepseek_v3": {**models.ARCHITECTURES["deepseek_v3"], "moe_intermediate_size": 16},
 }
@@ -48,7 +57,7 @@ def pair(tiny, kind="llama", seed=0, **settings):
 FULL = ("llama", "phi3")  # of one matrix for each projection, and of one for all
 
 
-@pytest.mark.parametrize("kind", slow_but(ARCHITECTURES, "llama", "gemma3_text", "deepseek_v3"))
+@pytest.mark.parametrize("kind", slow_but(ARCHITECTURES, "llama", "gemma3_text", "gemma4_text", "deepseek_v3"))
 def test_verified_writes_the_originals_greedy_output(tiny, kind):
     base, peft_model = pair(tiny, kind)
     ids, mask = tiny.prompts(7, 4, 9)

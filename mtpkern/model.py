@@ -175,6 +175,8 @@ def has_latent_attention(model: PreTrainedModel) -> bool:
 def require_decodable(model: PreTrainedModel) -> None:
     """Raise ValueError, with the reason, for a model that this project would decode wrong."""
     kind = type(model).__name__
+    if getattr(model, "generation_config", None) is None:
+        raise ValueError(f"{kind} cannot generate; load the model with AutoModelForCausalLM")
     if recorded_settings(model).get("bidirectional"):
         raise ValueError(
             f"{kind} was trained with bidirectional=True: its masks expect to see those behind them, and a decoding "

@@ -303,6 +303,16 @@ def _cache_argument(forward: Callable[..., Any]) -> str:
     return next((name for name in CACHE_ARGUMENTS if name in known), CACHE_ARGUMENTS[-1])
 
 
+def told_positions(model: PreTrainedModel, text: Tensor) -> dict[str, Tensor]:
+    """The positions of a text [1, n], as a keyword argument for the model: some count in ways of their own unless told.
+
+    model(text, use_cache=False, **told_positions(model, text))
+    """
+    if "position_ids" not in signature(model.forward).parameters:
+        return {}
+    return {"position_ids": torch.arange(text.shape[1], device=text.device)[None]}
+
+
 def plain_tensors(model: nn.Module) -> list[Tensor]:
     """Parameters and buffers; of one that is made of others, as quantised ones are, those.
 

@@ -5,7 +5,6 @@ Two truths: the model's own forward on the whole text, and transformers' own gre
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,14 @@ from mtpkern.attention import ended_by_interrupts, exclusive, masks_shown, route
 from mtpkern.decoder import Decoder
 from mtpkern.foreign import foreign, settings_of
 from mtpkern.kernels.state import FAULT
-from mtpkern.model import cache_argument, evaluating, is_tested, require_decodable, resolve_mask_token
+from mtpkern.model import (
+    cache_argument,
+    evaluating,
+    is_tested,
+    require_decodable,
+    resolve_mask_token,
+    told_positions,
+)
 from mtpkern.output import first_line
 from mtpkern.strategies import Static
 from mtpkern.wrappers import unwrapped
@@ -332,12 +338,8 @@ def _step(model: PreTrainedModel, decoder: Decoder) -> Tensor:
 
 def _recomputed(model: PreTrainedModel, text: Tensor) -> Tensor:
     """Logits [n, V] of a text [1, n], without a cache."""
-    positions = {}
-    # Some models count positions in ways of their own unless they are told.
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        positions["position_ids"] = torch.arange(text.shape[1], device=text.device)[None]
     with gated(model, text):
-        return model(text, use_cache=False, **positions).logits[0]
+        return model(text, use_cache=False, **told_positions(model, text)).logits[0]
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

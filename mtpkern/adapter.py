@@ -147,7 +147,10 @@ def _choose(model: nn.Module, gate: Gate | None) -> None:
     if model is not base:
         model.register_parameter("mask_row", gate.row)
     embedding = base.get_input_embeddings()  # type: ignore[operator]
-    embedding.register_forward_pre_hook(gate.hide_mask_tokens)
+    # Some models look a token up in a second table of as many rows.
+    tables = [x for x in base.modules() if isinstance(x, nn.Embedding) and len(x.weight) == gate.mask_token_id]
+    for table in {embedding, *tables}:
+        table.register_forward_pre_hook(gate.hide_mask_tokens)
     embedding.register_forward_hook(gate.embed_mask_tokens)
     base.mtpkern_gate = gate  # type: ignore[assignment]
     # No part of the gate, which the layers hold: they would go with a collection of cycles alone.

@@ -89,11 +89,11 @@ def read_arguments(
     inputs, attention_mask = arguments.pop("inputs", None), arguments.pop("attention_mask", None)
     input_ids = inputs if input_ids is None else input_ids
     tokenizer, criteria = arguments.pop("tokenizer", None), arguments.pop("stopping_criteria", None)
-    require_tensors(input_ids, attention_mask)
     asked = asked_by(arguments.pop("generation_config", None), file)
     asked |= {name: arguments.pop(name) for name in sorted(FIELDS & arguments.keys())}
     processors = _listed("logits_processor", arguments.pop("logits_processor", None), LogitsProcessor)
     _refuse_arguments(arguments)
+    require_tensors(input_ids, attention_mask)
     unknown = {name: value for name, value in asked.items() if name not in FIELDS}
     samples = bool(file.do_sample) and "do_sample" not in asked
     sampling = _checked("do_sample", asked.get("do_sample")) is True

@@ -24,9 +24,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mtpkern.kernels.scoring import Scoring
-from mtpkern.routing import APART, CAPTURE, NAME, AttentionContext, plain_name, route_of, routed_config
+from mtpkern.routing import APART, CAPTURE, MASKS, NAME, AttentionContext, plain_name, route_of, routed_config
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -77,7 +79,8 @@ def mtpkern_attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     # Not through typing.cast, for which torch.compile would look at the number and compile every layer anew.
     layer: Any = module.layer_idx
-    return context.attend(layer, query, key, value, Scoring(scale, sliding_window, softcap, s_aux)), None
+    out = context.attend(layer, query, key, value, Scoring(scale, sliding_window, softcap, s_aux))
+    return out.contiguous(), None  # as of transformers' own functions, since some layers view it
 
 
 def _plain_attention(module: torch.nn.Module) -> Callable[..., Any]:
@@ -89,7 +92,7 @@ def _plain_attention(module: torch.nn.Module) -> Callable[..., Any]:
             "load the model with attn_implementation='sdpa' or 'eager'"
         )
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    plain = AttentionInterface().get(name, eager)
+    plain = ALL_ATTENTION_FUNCTIONS.get(name, eager)
     assert plain is not None, f"{type(module).__name__} has no {name} attention"
     return plain
 
@@ -104,13 +107,35 @@ def capturing_attention(
 
 def _plain_mask(*args: Any, config: Any, **kwargs: Any) -> Any:
     """The mask for the model's own attention."""
-    return AttentionMaskInterface()[plain_name(config)](*args, config=config, **kwargs)
+    return ALL_MASK_ATTENTION_FUNCTIONS[plain_name(config)](*args, config=config, **kwargs)
+
+
+def _looked_at(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """In the place of attention nothing: the context of the block gets a layer's mask and the window that it tells."""
+    route_of(module.config).look(module.layer_idx, attention_mask, sliding_window)
+    return query.new_zeros(*query.shape[:1], query.shape[2], query.shape[1], value.shape[-1]), None
+
+
+def _whole_mask(*args: Any, **kwargs: Any) -> Any:
+    """A mask [B, 1, T, S] of bools, also where sdpa would go without."""
+    return AttentionMaskInterface()["sdpa"](*args, **{**kwargs, "allow_is_causal_skip": False})
 
 
 AttentionInterface.register(NAME, mtpkern_attention)
 AttentionInterface.register(APART, torch.compiler.disable(mtpkern_attention))
 AttentionInterface.register(CAPTURE, capturing_attention)
 AttentionMaskInterface.register(CAPTURE, _plain_mask)
+AttentionInterface.register(MASKS, _looked_at)
+AttentionMaskInterface.register(MASKS, _whole_mask)
 
 
 class _Turn:
@@ -209,6 +234,11 @@ def routed(model: PreTrainedModel, context: AttentionContext) -> Iterator[dict[s
 def captured(model: PreTrainedModel, context: Any) -> AbstractContextManager[None]:
     """Inside the block `context.take(layer, key, value)` gets what the model's own attention works on."""
     return routed_config(model.config.get_text_config(decoder=True), context, CAPTURE)
+
+
+def masks_shown(model: PreTrainedModel, context: Any) -> AbstractContextManager[None]:
+    """Inside the block no layer attends; `context.look(layer, mask, window)` gets what each would have gone by."""
+    return routed_config(model.config.get_text_config(decoder=True), context, MASKS)
 
 
 def unrouted(model: PreTrainedModel) -> AbstractContextManager[None]:

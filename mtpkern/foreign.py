@@ -5,7 +5,8 @@ A kind of model is trusted as transformers has written it; any of these make it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -13,7 +14,11 @@ from weakref import ref
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mtpkern.routing import plain_name
 
 # Whose hooks and forwards leave a row's output to the row: wrappers, adapters, weights that are moved or quantised.
 _KNOWN = {"torch", "transformers", "peft", "accelerate", "trl", "bitsandbytes", "torchao", "optimum", "mtpkern"}
@@ -24,11 +29,12 @@ _NAMES = {"transformers_version", "architectures", "dtype", "mtpkern"}
 _plain: dict[type, Any] = {}
 
 
-def foreign(model: nn.Module) -> tuple[Any, ...]:
+def foreign(model: PreTrainedModel) -> tuple[Any, ...]:
     """What stands in a model's modules that no library has put there; equal as long as nobody changes it.
 
-    Hooks and forwards of an instance, classes and their forwards from elsewhere, and attention that has been told not
-    to be causal: ((<weakref to the layer>, 7),) say. Empty for a model as it was loaded, with adapters or without.
+    Hooks and forwards of an instance, classes and their forwards from elsewhere, the functions by which it attends and
+    masks where they are, and attention that has been told not to be causal: ((<weakref to the layer>, 7),) say. Empty
+    for a model as it was loaded, with adapters or without.
 
         foreign(model)  # ()
         model.model.layers[0].register_forward_hook(lambda module, args, output: output * 2)
@@ -64,7 +70,16 @@ def foreign(model: nn.Module) -> tuple[Any, ...]:
                 _plain[kind] = call
             else:
                 found.append((kind, _mark(call), *(ref(x) for x in modules if type(x) is kind)))
+    found += [_mark(call) for call in _attention_of(model, kinds) if not _is_known(call)]
     return tuple(found)
+
+
+def _attention_of(model: PreTrainedModel, kinds: Iterable[type]) -> list[Any]:
+    """The functions by which a model of modules of these kinds attends and masks where nobody routes it."""
+    name = plain_name(model.config.get_text_config(decoder=True))
+    files = {kind.__module__: sys.modules.get(kind.__module__) for kind in kinds}
+    eager = [getattr(file, "eager_attention_forward", None) for file in files.values()] if name == "eager" else []
+    return [ALL_ATTENTION_FUNCTIONS.get(name), ALL_MASK_ATTENTION_FUNCTIONS.get(name), *eager]
 
 
 def _is_known(call: Any) -> bool:

@@ -181,10 +181,7 @@ def settings_of(
     model: PreTrainedModel, input_ids: Tensor | None, kwargs: dict[str, Any], mask_token_id: int, *, stacklevel: int
 ) -> tuple[Tensor, dict[str, Any]]:
     """Prompts and arguments for transformers' generate; warns of what the model's own file asks for in vain."""
-    file = getattr(model, "generation_config", None)
-    if file is None:
-        raise ValueError(f"{type(model).__name__} cannot generate; load the model with AutoModelForCausalLM")
-    input_ids, settings, left_out = read_arguments(file, input_ids, kwargs)
+    input_ids, settings, left_out = read_arguments(model.generation_config, input_ids, kwargs)
     if left_out.get("suppress_tokens") == [mask_token_id]:
         del left_out["suppress_tokens"]  # as training records it for other decoders; ours never emits it
     warn_of_left_out(type(model).__name__, left_out, stacklevel=stacklevel + 1)

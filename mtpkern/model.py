@@ -175,6 +175,8 @@ def has_latent_attention(model: PreTrainedModel) -> bool:
 def require_decodable(model: PreTrainedModel) -> None:
     """Raise ValueError, with the reason, for a model that this project would decode wrong."""
     kind = type(model).__name__
+    if getattr(model, "generation_config", None) is None:
+        raise ValueError(f"{kind} cannot generate; load the model with AutoModelForCausalLM")
     if recorded_settings(model).get("bidirectional"):
         raise ValueError(
             f"{kind} was trained with bidirectional=True: its masks expect to see those behind them, and a decoding "
@@ -319,6 +321,16 @@ def cache_argument(model: PreTrainedModel) -> str:
 def _cache_argument(forward: Callable[..., Any]) -> str:
     known = signature(forward).parameters
     return next((name for name in CACHE_ARGUMENTS if name in known), CACHE_ARGUMENTS[-1])
+
+
+def told_positions(model: PreTrainedModel, text: Tensor) -> dict[str, Tensor]:
+    """The positions of a text [1, n], as a keyword argument for the model: some count in ways of their own unless told.
+
+    model(text, use_cache=False, **told_positions(model, text))
+    """
+    if "position_ids" not in signature(model.forward).parameters:
+        return {}
+    return {"position_ids": torch.arange(text.shape[1], device=text.device)[None]}
 
 
 def plain_tensors(model: nn.Module) -> list[Tensor]:

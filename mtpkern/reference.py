@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mtpkern.model import recorded_settings
+from mtpkern.model import recorded_settings, told_positions
 from mtpkern.strategies import Strategy
 
 
@@ -44,7 +44,8 @@ def decode(
 
     def predict(tokens: list[int]) -> tuple[list[int], list[float]]:
         """The most probable token behind each of `tokens`, and its probability."""
-        logits = model(torch.tensor([tokens], device=model.device), use_cache=False).logits[0].clone()
+        text = torch.tensor([tokens], device=model.device)
+        logits = model(text, use_cache=False, **told_positions(model, text)).logits[0].clone()
         logits[:, mask_token_id] = -torch.inf
         probability = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
         return logits.argmax(-1).tolist(), probability.max(-1).values.tolist()

@@ -22,11 +22,12 @@ from transformers import PreTrainedConfig
 
 from mtpkern.kernels.scoring import Scoring
 
-# The names that a config answers in a block: of our attention, of the same where torch.compile may not look inside, and
-# of the model's own with its keys and values taken.
+# The names that a config answers in a block: of our attention, of the same where torch.compile may not look inside, of
+# the model's own with its keys and values taken, and of none, whose masks are looked at.
 NAME = "mtpkern"
 APART = "mtpkern_apart"
 CAPTURE = "mtpkern_capture"
+MASKS = "mtpkern_masks"
 
 
 class AttentionContext(Protocol):

@@ -5,8 +5,7 @@ Two truths: the model's own forward on the whole text, and transformers' own gre
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +14,23 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.generation import GenerationMixin
 
 from mtpkern.adapter import adopt, gated
 from mtpkern.arguments import plain_greedy
-from mtpkern.attention import ended_by_interrupts, exclusive, routed
+from mtpkern.attention import ended_by_interrupts, exclusive, masks_shown, routed
 from mtpkern.decoder import Decoder
 from mtpkern.foreign import foreign, settings_of
 from mtpkern.kernels.state import FAULT
-from mtpkern.model import evaluating, is_tested, require_decodable, resolve_mask_token
+from mtpkern.model import (
+    cache_argument,
+    evaluating,
+    is_tested,
+    require_decodable,
+    resolve_mask_token,
+    told_positions,
+)
 from mtpkern.output import first_line
 from mtpkern.strategies import Static
 from mtpkern.wrappers import unwrapped
@@ -31,6 +38,8 @@ from mtpkern.wrappers import unwrapped
 # Prompts of a check are longer than the model's sliding window where that is no longer than this many tokens.
 WINDOW = 1024
 WINDOW_QUICK = 128
+# Tokens, beyond any window.
+LONGEST = 2**20
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,8 @@ def check(
 # Classes, with their settings, that decode right; of single models, what was found of them as they then were.
 _verified: set[Any] = set()
 _found: WeakKeyDictionary[PreTrainedModel, tuple[Any, str | None]] = WeakKeyDictionary()
+# What was found of a model's windows, and what its config said of them then.
+_told: WeakKeyDictionary[PreTrainedModel, tuple[Any, str | None]] = WeakKeyDictionary()
 
 
 def require_verified(model: PreTrainedModel, mask_token_id: int) -> None:
@@ -102,11 +113,21 @@ def require_verified(model: PreTrainedModel, mask_token_id: int) -> None:
 
     Once in a process for each class, with its settings and attention function, that decodes right; once for each model
     that does not, and for each state of one into which somebody has put hooks, forwards or modules of his own (see
-    `foreign`). The caller holds the model.
+    `foreign`). Of any kind, those whose windows are not what they tell attention. The caller holds the model.
     """
+    fault = _compared(model, mask_token_id) or _windowed(model)
+    if fault is not None:
+        raise ValueError(
+            f"mtpkern cannot decode {type(model).__name__}: {fault}. Use model.generate; check_model=False skips this "
+            "check, and mtpkern.check(model) in float32 tells more"
+        )
+
+
+def _compared(model: PreTrainedModel, mask_token_id: int) -> str | None:
+    """What a comparison finds wrong, or found before; None for nothing, and for a kind that the tests cover."""
     state = foreign(model)
     if not state and is_tested(model):
-        return
+        return None
     kind, config = type(model), model.config.get_text_config(decoder=True)
     key = kind, config._attn_implementation, settings_of(model.config)
     seen, fault = _found.get(model, (None, None))
@@ -118,30 +139,49 @@ def require_verified(model: PreTrainedModel, mask_token_id: int) -> None:
                 _verified.add(key)
             else:
                 _found[model] = (key, state), fault
-    if fault is not None:
-        raise ValueError(
-            f"mtpkern cannot decode {kind.__name__}: {fault}. Use model.generate; check_model=False skips this check, "
-            "and mtpkern.check(model) in float32 tells more"
-        )
+    return fault
+
+
+def _windowed(model: PreTrainedModel) -> str | None:
+    """What is wrong with the windows of a model that has some; looked at once, and where its config changes."""
+    config = model.config.get_text_config(decoder=True)
+    windows = settings_of([getattr(config, name, None) for name in ("sliding_window", "layer_types")])
+    if windows[0] is None:
+        return None
+    seen, fault = _told.get(model, (None, None))
+    if seen != windows:
+        fault = _said_of(model, lambda: _require_windows_told(model))
+        _told[model] = windows, fault
+    return fault
 
 
 def _fault(model: PreTrainedModel, mask_token_id: int) -> str | None:
     """What a quick check finds wrong, in words; None for nothing."""
-    try:
+
+    def trial() -> None:
         report = _compare(model, None, mask_token_id, k=3, steps=2, window=WINDOW_QUICK)
+        if not report.ok:
+            raise ValueError(
+                f"{type(model).__name__}: its logits differ by up to {report.max_error:.3g} from its own forward on "
+                f"the whole text, and by up to {report.against_generate:.3g} from its own greedy decoding, where "
+                f"{report.tolerance:.3g} would be rounding (standard deviation {report.scale:.3g}); "
+                f"{report.agreement:.0%} of {report.rows} argmaxes agree"
+            )
+
+    return _said_of(model, trial)
+
+
+def _said_of(model: PreTrainedModel, trial: Callable[[], None]) -> str | None:
+    """What a trial that fails says of the model, without its name; None where it does not."""
+    try:
+        trial()
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # a model may fail in any way where it is called as it was not meant to be
         if isinstance(error, ValueError) and str(error).startswith(type(model).__name__):
             return str(error).partition(": ")[2].rstrip(".")
         return f"a trial of it ended in {first_line(error)}"
-    if report.ok:
-        return None
-    return (
-        f"its logits differ by up to {report.max_error:.3g} from its own forward on the whole text, and by up to "
-        f"{report.against_generate:.3g} from its own greedy decoding, where {report.tolerance:.3g} would be rounding "
-        f"(standard deviation {report.scale:.3g}); {report.agreement:.0%} of {report.rows} argmaxes agree"
-    )
+    return None
 
 
 @torch.no_grad()
@@ -166,7 +206,7 @@ def _compare(
     exact = not rounded
     if not exact:
         not_covered.append(f"faults smaller than the rounding of {rounded[0]}: load it in float32, without autocast")
-    return CheckReport(
+    report = CheckReport(
         rows=len(equal),
         max_error=max(errors),
         scale=sum(spread) / len(spread),
@@ -176,6 +216,9 @@ def _compare(
         exact=exact,
         not_covered=tuple(not_covered),
     )
+    if report.ok:
+        _require_windows_told(model)
+    return report
 
 
 @contextmanager
@@ -227,6 +270,59 @@ def _prompts(model: PreTrainedModel, mask_token_id: int, window: int, new: int) 
     return input_ids.to(model.device), attention_mask.to(model.device)
 
 
+class _Masks(Cache):
+    """The cache, empty, of a row behind `seen` tokens, and the context that looks at its layers' masks."""
+
+    def __init__(self, model: PreTrainedModel, seen: int) -> None:
+        super().__init__(layer_class_to_replicate=DynamicLayer)
+        self.name, self.seen = type(model).__name__, seen
+        layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+        self.kept = dict(enumerate(getattr(layer, "sliding_window", None) for layer in layers))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As given: nobody attends to them."""
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens before the row."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Tokens that a mask covers, and the first of them."""
+        return self.seen + query_length, 0
+
+    def look(self, layer: int, mask: Tensor | None, window: int | None) -> None:
+        """Raise ValueError where a layer sees other tokens than by the window that it tells of.
+
+        mask [1, 1, 1, n]; transformers' cache may keep fewer, whatever the mask shows.
+        """
+        n = self.seen + 1
+        shown = n if mask is None else int(mask.sum())
+        kept = min(n, self.kept.get(layer) or n)
+        told = min(n, window or n)
+        if shown != told or kept < told:
+            raise ValueError(
+                f"{self.name}: layer {layer} calls attention with sliding_window={window}, by which alone a pass goes, "
+                f"but of {n} tokens its mask shows {shown}, and transformers' own cache keeps {kept}: texts of more "
+                f"than {min(shown, kept, told)} would come out otherwise"
+            )
+
+
+@torch.no_grad()
+def _require_windows_told(model: PreTrainedModel) -> None:
+    """Raise ValueError for a layer that keeps to another window than it tells attention of.
+
+    Most windows are longer than prompts of a trial. Here one row stands at the model's last position, and nothing else
+    does, so that it takes no time.
+    """
+    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    seen = (min(most, LONGEST) if isinstance(most, int) and most > 0 else LONGEST) - 1
+    masks = _Masks(model, seen)
+    row = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    with masks_shown(model, masks):
+        model(input_ids=row, position_ids=row + seen, use_cache=True, **{cache_argument(model): masks})
+
+
 def _decoder(model: PreTrainedModel, input_ids: Tensor, mask_token_id: int, k: int, steps: int) -> Decoder:
     B, T = input_ids.shape
     new = k * (steps + 1)
@@ -242,12 +338,8 @@ def _step(model: PreTrainedModel, decoder: Decoder) -> Tensor:
 
 def _recomputed(model: PreTrainedModel, text: Tensor) -> Tensor:
     """Logits [n, V] of a text [1, n], without a cache."""
-    positions = {}
-    # Some models count positions in ways of their own unless they are told.
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        positions["position_ids"] = torch.arange(text.shape[1], device=text.device)[None]
     with gated(model, text):
-        return model(text, use_cache=False, **positions).logits[0]
+        return model(text, use_cache=False, **told_positions(model, text)).logits[0]
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

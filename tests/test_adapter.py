@@ -26,6 +26,17 @@ ARCHITECTURES = {
     "granite": {"embedding_multiplier": 2.0},
     "cohere": {},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    # With a second table of tokens.
+    "gemma4_text": {
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 16,
+        "num_kv_shared_layers": 0,
+        "global_head_dim": 8,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    # Beside its experts it has layers with the names of an expert's parts.
+    "deepseek_v3": {**KINDS["deepseek_v3"], "moe_intermediate_size": 16},
 }
 
 
@@ -46,7 +57,7 @@ def pair(tiny, kind="llama", seed=0, **settings):
 FULL = ("llama", "phi3")  # of one matrix for each projection, and of one for all
 
 
-@pytest.mark.parametrize("kind", slow_but(ARCHITECTURES, "llama", "gemma3_text"))
+@pytest.mark.parametrize("kind", slow_but(ARCHITECTURES, "llama", "gemma3_text", "gemma4_text", "deepseek_v3"))
 def test_verified_writes_the_originals_greedy_output(tiny, kind):
     base, peft_model = pair(tiny, kind)
     ids, mask = tiny.prompts(7, 4, 9)
@@ -58,16 +69,9 @@ def test_verified_writes_the_originals_greedy_output(tiny, kind):
             assert out.equal(want), (kind, strategy)
 
 
-@pytest.mark.parametrize(
-    ("kind", "settings"),
-    [
-        ("deepseek_v3", KINDS["deepseek_v3"]),
-        ("phimoe", {"num_local_experts": 4, "num_experts_per_tok": 2, "bos_token_id": 1}),
-    ],
-)
-def test_layers_beside_experts(tiny, kind, settings):
+def test_layers_beside_experts(tiny):
     """Of names that peft takes for those of the experts, and a router that gives more than its product."""
-    base = tiny.model(kind, seed=1, **settings)
+    base = tiny.model("phimoe", seed=1, num_local_experts=4, num_experts_per_tok=2, bos_token_id=1)
     del base.config.mtpkern
     peft_model = add_gated_lora(copy.deepcopy(base), rank=4, k_max=5).eval()
     assert any("o_proj" in name for name in peft_model.peft_config["default"].target_modules)

@@ -146,6 +146,11 @@ def test_arguments_that_are_not_honoured_are_refused_by_name(name: str, shared: 
         mtpkern.generate(shared, **pair, max_new_tokens=4, **{name: ARGUMENTS[name]})
 
 
+def test_prompts_in_a_form_that_is_not_honoured_are_refused_by_its_name(shared: Any) -> None:
+    with pytest.raises(ValueError, match="does not support inputs_embeds; leave it out"):
+        mtpkern.generate(shared, inputs_embeds=ARGUMENTS["inputs_embeds"], max_new_tokens=4)
+
+
 def test_every_argument_of_generate_is_accounted_for(shared: Any) -> None:
     known = {"inputs", "generation_config", "kwargs", "trust_remote_code", "stopping_criteria", "streamer"}
     known |= {"logits_processor", *ARGUMENTS}

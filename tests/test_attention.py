@@ -41,6 +41,13 @@ def test_what_a_layer_asks_for_reaches_the_context() -> None:
     assert replace(scoring, sinks=None) == Scoring(0.5, window=7, softcap=30.0)
 
 
+def test_what_comes_back_can_be_viewed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from transformers' own functions; AFMoE's layers do so."""
+    monkeypatch.setattr(Recording, "attend", lambda self, layer, query, *rest: query.transpose(1, 2))
+    out, _ = mtpkern_attention(module, q, k, v, None, mtpkern=Recording())
+    assert out.view(1, 5, 64).shape == (1, 5, 64)
+
+
 def test_defaults_of_a_layer_that_asks_for_nothing() -> None:
     context = Recording()
     mtpkern_attention(module, q, k, v, None, mtpkern=context, position_ids=torch.zeros(1, 5), is_causal=True)

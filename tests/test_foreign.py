@@ -8,6 +8,11 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 import mtpkern
@@ -50,7 +55,16 @@ def not_causal(model: Any) -> None:
         layer.self_attn.is_causal = False
 
 
-CHANGES = (hook, pre_hook, forward, of_another_class, not_causal)
+def sharper(module: nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    return sdpa_attention_forward(module, 3 * query, *args, **kwargs)
+
+
+def attention(model: Any) -> None:
+    AttentionInterface.register("sharper", sharper)
+    model.set_attn_implementation("sharper")
+
+
+CHANGES = (hook, pre_hook, forward, of_another_class, not_causal, attention)
 
 
 def decode(model: Any, **options: Any) -> torch.Tensor:
@@ -91,6 +105,25 @@ def test_a_class_that_is_patched(tiny: Any, checks: list[Any], monkeypatch: pyte
         decode(model)
     monkeypatch.undo()
     decode(model)
+
+
+def test_attention_that_is_put_in_the_place_of_theirs(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, eager = tiny.model("llama"), tiny.model("llama", attention="eager")
+    want = decode(model)
+
+    def short(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False}).tril().triu(-2)
+
+    for changed, held, name, call in (
+        (model, ALL_ATTENTION_FUNCTIONS, "sdpa", sharper),
+        (model, ALL_MASK_ATTENTION_FUNCTIONS, "sdpa", short),
+        (eager, vars(modeling_llama), "eager_attention_forward", sharper),
+    ):
+        monkeypatch.setitem(held, name, call)
+        with pytest.raises(ValueError, match="its logits differ"):
+            decode(changed)
+        monkeypatch.undo()
+        assert decode(changed).equal(want)
 
 
 def test_each_state_is_looked_at_once(tiny: Any, checks: list[Any]) -> None:

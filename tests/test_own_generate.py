@@ -94,7 +94,10 @@ def test_a_class_that_decodes_in_its_own_way_is_refused(model: Any, pair: Any) -
         mtpkern.generate(model, **pair, max_new_tokens=4)
 
 
-def test_a_model_that_cannot_generate(model: Any, pair: Any) -> None:
+def test_a_model_that_cannot_generate_is_told_so_first(model: Any, pair: Any) -> None:
+    del model.config.mtpkern  # nor has it a mask token
+    with pytest.raises(ValueError, match="LlamaModel cannot generate; load the model with AutoModelForCausalLM"):
+        mtpkern.generate(model.model, **pair, max_new_tokens=4)
     model.generation_config = None
-    with pytest.raises(ValueError, match="LlamaForCausalLM cannot generate; load the model with AutoModelForCausalLM"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM cannot generate"):
         mtpkern.generate(model, **pair, max_new_tokens=4)

@@ -26,9 +26,12 @@ class Counting:
         self.wrong = wrong
         self.calls: list[list[int]] = []
 
-    def __call__(self, input_ids: Tensor, use_cache: bool) -> Any:
+    def __call__(self, input_ids: Tensor, use_cache: bool, position_ids: Tensor | None = None) -> Any:
         assert not use_cache
         (tokens,) = input_ids.tolist()
+        # Which roberta and its kin, for one, would count in a way that no decoding does.
+        assert position_ids is not None
+        assert position_ids.tolist() == [list(range(len(tokens)))]
         self.calls.append(tokens)
         self.logits = torch.empty(1, len(tokens), M + 1)
         x, j = -1, 0
@@ -39,6 +42,8 @@ class Counting:
             row[self.wrong.get((x, j), (x + 1 + j) % M)] = p.log()
             row[M] = 50.0
         return self
+
+    forward = __call__
 
 
 def run(

@@ -155,6 +155,45 @@ def test_prompts_go_past_the_window_or_the_report_says_so(tiny: Any, monkeypatch
     assert mtpkern.verify._prompts(short, 15, 128, 20)[0].shape[1] == 10
 
 
+@pytest.mark.parametrize("window", [126, None])
+def test_a_window_that_no_trial_reaches_is_told_or_refused(window: int | None, compared: list[str]) -> None:
+    """Its layers have a mask for it, and call attention without."""
+    model = untried("phimoe", sliding_window=window)
+    if window is None:
+        assert decode(model).shape == (1, 8)
+        return
+    with pytest.raises(ValueError, match=r"layer 0 .*=None, .* of 128 tokens its mask shows 126,"):
+        decode(model)
+
+
+def test_a_window_that_a_layer_tells_and_does_not_keep_to_is_refused(compared: list[str]) -> None:
+    model = untried("olmoe", sliding_window=126)
+    with pytest.raises(ValueError, match=r"layer 0 .*=126, .* of 128 tokens its mask shows 128,"):
+        decode(model)
+    assert decode(untried("starcoder2", sliding_window=120)).shape == (1, 8)
+
+
+def test_a_window_of_which_only_the_cache_knows_is_refused(compared: list[str]) -> None:
+    """A file of Llama's may have one: its layers see all of a prompt, and later what transformers' cache has kept."""
+    model = untried("llama", sliding_window=126)
+    with pytest.raises(ValueError, match=r"layer 0 .*=None, .* mask shows 128, and transformers' own cache keeps 126"):
+        decode(model)
+    assert decode(untried("llama")).shape == (1, 8)
+
+
+def test_a_window_that_is_changed_behind_the_layers_is_refused(compared: list[str]) -> None:
+    """As masks would be made for the new one, and layers call attention with the old."""
+    model = untried("qwen2", use_sliding_window=True, sliding_window=100, max_window_layers=0)
+    before = decode(model)
+    model.config.sliding_window = 120
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"layer 0 .*=100, .* its mask shows 120,"):
+            decode(model)
+    model.config.sliding_window = 100
+    assert decode(model).equal(before)
+    assert not compared
+
+
 def test_in_bfloat16_rounding_is_no_fault(tiny: Any) -> None:
     report = mtpkern.check(tiny.model("llama").to(torch.bfloat16))
     assert report.ok, report

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import mtpkern
@@ -91,15 +91,17 @@ def _sizes(kind: Any) -> dict[str, Any]:
     return sizes
 
 
-def tiny_model(model_type: str, seed: int = 0, **settings: Any) -> Any:
+def tiny_model(model_type: str, seed: int = 0, auto: Any = AutoModelForCausalLM, **settings: Any) -> Any:
     """A model of this type with random weights whose text varies; raises whatever transformers does where it cannot."""
     config = tiny_config(model_type)
     for name, value in settings.items():
         setattr(config, name, value)
-    if sum(p.numel() for p in _on_meta(config).parameters()) > 3_000_000:
+    with torch.device("meta"):
+        parameters = auto.from_config(config, dtype=torch.float32).parameters()
+    if sum(p.numel() for p in parameters) > 3_000_000:
         raise ValueError("stays large")
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = auto.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -113,11 +115,6 @@ def tiny_model(model_type: str, seed: int = 0, **settings: Any) -> Any:
     return model
 
 
-def _on_meta(config: Any) -> Any:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-
-
 def prompts(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     words = torch.randint(1, MASK, (len(lengths), max(lengths)), generator=generator)
@@ -127,25 +124,25 @@ def prompts(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def outcome(model: Any) -> tuple[str, str]:
     """("equal", ""), ("refused", message), or what must not be: ("different", ...), ("error", ...)."""
-    ids, real = prompts(9, 4, 7)
-    options: dict[str, Any] = {"attention_mask": real, "max_new_tokens": NEW, "pad_token_id": 0, "eos_token_id": None}
+    options: dict[str, Any] = {"max_new_tokens": NEW, "pad_token_id": 0, "eos_token_id": None}
     name = type(model).__name__
-    try:
-        greedy = model.generate(ids, do_sample=False, suppress_tokens=[MASK], **options)
-    except Exception:
-        greedy = None  # then there is nothing to equal
-    for strategy in (Static(1), Verified(3, threshold=0.1)):
+    for lengths in ((6,), (9, 4, 7)):
+        ids, real = prompts(*lengths)
+        options["attention_mask"] = real
         try:
-            ours = mtpkern.generate(model, ids, mask_token_id=MASK, strategy=strategy, **options)
-        except ValueError as error:
-            return ("refused" if name in str(error) else "error"), str(error)
-        except Exception as error:
-            return "error", f"{type(error).__name__}: {error}"
-        if greedy is None or not ours.equal(greedy):
-            return (
-                "different",
-                f"{strategy}: {'no greedy decoding' if greedy is None else (ours != greedy).float().mean()}",
-            )
+            greedy = model.generate(ids, do_sample=False, suppress_tokens=[MASK], **options)
+        except Exception:
+            greedy = None  # then there is nothing to equal
+        for strategy in (Static(1), Verified(3, threshold=0.1)):
+            try:
+                ours = mtpkern.generate(model, ids, mask_token_id=MASK, strategy=strategy, **options)
+            except ValueError as error:
+                return ("refused" if name in str(error) else "error"), str(error)
+            except Exception as error:
+                return "error", f"{type(error).__name__}: {error}"
+            if greedy is None or not ours.equal(greedy):
+                differs = "no greedy decoding" if greedy is None else (ours != greedy).float().mean()
+                return "different", f"{lengths}, {strategy}: {differs}"
     assert greedy is not None
     return "equal", f"{len(greedy[:, 9:].unique())} tokens"
 
@@ -226,7 +223,7 @@ MANY = (
     *("glm4", "starcoder2", "opt", "gpt2", "stablelm", "nemotron", "helium", "ministral", "exaone4", "biogpt"),
 )
 HANDFUL = {
-    **dict.fromkeys(("starcoder2", "opt", "roberta", "mixtral", "gpt2"), "equal"),
+    **dict.fromkeys(("starcoder2", "opt", "roberta", "mixtral", "gpt2", "afmoe"), "equal"),
     "rwkv": "of 2 layers, 0 cached",
     "openai-gpt": "of 2 layers, 0 cached",
     "diffllama": "calls attention more than once in a pass",
@@ -238,6 +235,7 @@ HANDFUL = {
     "falcon": "a trial of it ended in TypeError",
     "mamba": "layers of type linear_attention",
 }
+SEEING = ("llava", "qwen3_vl", "gemma3", "gemma4", "idefics3", "mistral3", "internvl", "smolvlm", "aya_vision")
 
 
 # Of what decodes one, and each way to be refused.
@@ -252,6 +250,14 @@ def test_a_handful(model_type: str) -> None:
     else:
         assert kind == "refused"
         assert HANDFUL[model_type] in what
+
+
+@pytest.mark.parametrize("model_type", SEEING)
+def test_models_that_see_decode_text(model_type: str) -> None:
+    model = tiny_model(model_type, auto=AutoModelForImageTextToText)
+    assert outcome(model)[0] == "equal"
+    with pytest.raises(ValueError, match="does not support pixel_values; leave it out"):
+        mtpkern.generate(model, prompts(4)[0], mask_token_id=MASK, pixel_values=torch.zeros(1, 3, 8, 8))
 
 
 @pytest.mark.slow("walk::test_a_handful")

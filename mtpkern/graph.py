@@ -262,8 +262,10 @@ def namespaces(kinds: Iterable[type]) -> list[dict[str, Any]]:
     return [*public, *(dict(vars(kind)) for kind in (torch.nn.Module, *kinds))]
 
 
-# What torch keeps in every module and no forward depends on.
-_BOOKKEEPING = set(vars(torch.nn.Module())) - {
+# What torch keeps in every module and no forward depends on, and what models that see images note anew in every call
+# and read where nobody tells them positions, as passes do.
+_BOOKKEEPING = set(vars(torch.nn.Module())) | {"rope_deltas"}
+_BOOKKEEPING -= {
     *("training", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks"),
     *("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"),
 }

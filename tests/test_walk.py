@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import mtpkern
 from mtpkern import Static, Verified
+from mtpkern.graph import fingerprint
 from support.slow import slow_but
 
 NEW = 8
@@ -256,6 +257,9 @@ def test_a_handful(model_type: str) -> None:
 def test_models_that_see_decode_text(model_type: str) -> None:
     model = tiny_model(model_type, auto=AutoModelForImageTextToText)
     assert outcome(model)[0] == "equal"
+    before = fingerprint(model)
+    mtpkern.generate(model, prompts(4)[0], mask_token_id=MASK, max_new_tokens=3)
+    assert fingerprint(model) == before  # or each call would capture anew
     with pytest.raises(ValueError, match="does not support pixel_values; leave it out"):
         mtpkern.generate(model, prompts(4)[0], mask_token_id=MASK, pixel_values=torch.zeros(1, 3, 8, 8))
 

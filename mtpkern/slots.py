@@ -21,6 +21,7 @@ from time import perf_counter
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mtpkern.choosing import Choosing
@@ -208,12 +209,18 @@ def _take_in(
     owner[seq] = on_device(np.array([x.job.number for x in newcomers]), decoder.device)
     sequences.pending.index_fill_(0, seq, 1)
     sequences.status.index_fill_(0, seq, RUNNING)
-    some = Sequences(*(x[seq] for x in vars(sequences).values()))
-    most = decoder.strategy.k
-    rows = Rows.allocate(len(newcomers) * (2 * most - 1 + decoder.strategy.masks), len(newcomers), decoder.device, most)
-    rows.expect_prefill(len(read[0]) // len(newcomers))
-    terms = Terms(decoder.terms.threshold, decoder.terms.stop_ids[seq], decoder.terms.price)
+    # As many as there are slots, those behind the newcomers idle and without rows: a kernel is compiled for each number
+    # of sequences, in the midst of serving, and that of the passes is there.
+    n, B, most = len(newcomers), len(sequences.status), decoder.strategy.k
+    everybody = F.pad(seq, (0, B - n))
+    some = Sequences(*(x[everybody] for x in vars(sequences).values()))
+    some.status[n:] = LIMIT
+    rows = Rows.allocate(B * (2 * most - 1 + decoder.strategy.masks), B, decoder.device, most)
+    rows.expect_prefill(len(read[0]) // n)
+    rows.start.clamp_(max=len(read[0]))
+    budget = None if decoder.terms.budget is None else torch.full_like(decoder.terms.budget, len(rows.seq))
+    terms = Terms(decoder.terms.threshold, decoder.terms.stop_ids[everybody], decoder.terms.price, budget)
     advance(some, rows, terms, *read, **decoder.planning)
     for x, y in zip(vars(sequences).values(), vars(some).values()):
-        x[seq] = y
+        x[seq] = y[:n]
     decoder.plan()

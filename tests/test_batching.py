@@ -12,11 +12,11 @@ from transformers import GenerationConfig
 from transformers.generation import MaxTimeCriteria, MinNewTokensLengthLogitsProcessor
 
 import mtpkern
-from mtpkern import ConfAdapt, Static, Verified, refill
+from mtpkern import ConfAdapt, Static, Verified, refill, slots
 from mtpkern.attention import attention_context
 from mtpkern.batching import generate_batch, iterate_batch
 from mtpkern.decoder import Decoder
-from mtpkern.kernels.state import RUNNING
+from mtpkern.kernels.state import RUNNING, Sequences
 from mtpkern.strategies import Strategy
 from support.batches import STOP, STRATEGIES, alone, assert_as_alone, broken_by_13, mixed_prompts
 from support.slow import slow_but
@@ -316,3 +316,20 @@ def test_planning_anew_changes_nothing_where_nobody_has_come_in(
             run.plan()
             assert all(map(torch.equal, planned, state))
             run.step(route)
+
+
+def test_newcomers_take_the_form_of_advance_that_passes_have(
+    tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many come at once: another number of sequences would be compiled in the midst of serving."""
+    sizes: list[int] = []
+    advance = slots.advance
+
+    def noted(sequences: Sequences, *args: Any, **how: Any) -> None:
+        sizes.append(len(sequences.length))
+        advance(sequences, *args, **how)
+
+    monkeypatch.setattr(slots, "advance", noted)
+    mtpkern.generate_batch(tiny.model("llama"), [[1, 2, n] for n in range(7)], batch_size=3, max_new_tokens=4)
+    assert len(sizes) >= 3
+    assert set(sizes) == {3}

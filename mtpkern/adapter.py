@@ -73,14 +73,24 @@ def base_alone(model: nn.Module) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def wrapping() -> Iterator[None]:
-    """Around peft's wrapping of a model: no warning of an old name; ValueError for layers that cannot be gated."""
+def wrapping(model: nn.Module) -> Iterator[None]:
+    """Around peft's wrapping of a model: no warning of an old name; ValueError for layers that cannot be gated.
+
+    Where it fails, which may be at any layer, the model has all its own again.
+    """
+    layers = [(module, dict(module._modules)) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         try:
             yield
-        except ValueError as error:
-            if "alora_invocation_tokens" not in str(error):
+        except Exception as error:
+            for module, own in layers:
+                module._modules.clear()
+                module._modules.update(own)
+            for parameter, was in trained:
+                parameter.requires_grad_(was)
+            if not isinstance(error, ValueError) or "alora_invocation_tokens" not in str(error):
                 raise
             raise ValueError(f"layers of this model {_DEAF}") from error
 
@@ -226,16 +236,6 @@ def require_bare(model: nn.Module) -> None:
         )
 
 
-@contextmanager
-def unloaded_on_error(model: PeftModel) -> Iterator[None]:
-    """A block behind which, where it has failed, the base has its own layers again."""
-    try:
-        yield
-    except Exception:
-        model.unload()
-        raise
-
-
 def adopt(model: nn.Module) -> None:
     """Make the gate of the active gated adapter, if there is one, the model's, whoever has loaded it or set it.
 
@@ -306,9 +306,8 @@ def load_adapter(
         )
     require_gateable(config)
     require_base(model, settings_of(config), str(path), to_train=is_trainable)
-    with wrapping():
+    with wrapping(model):
         peft_model = PeftModel.from_pretrained(model, str(path), is_trainable=is_trainable).eval()
-    with unloaded_on_error(peft_model):
         attach(peft_model, row_of(config))
     for name, parameter in peft_model.named_parameters():
         if "lora_" in name or name == "mask_row":

@@ -1,6 +1,7 @@
 """The gated adapter in decoding: the original model's own tokens, whatever stands in the adapter."""
 
 import copy
+import functools
 import json
 import warnings
 
@@ -78,8 +79,22 @@ def test_layers_beside_experts(tiny):
     ids, mask = tiny.prompts(7, 4, 9)
     inputs = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 16}
     assert mtpkern.generate(peft_model, **inputs).equal(base.generate(**inputs, do_sample=False))
+    other = tiny.model("deepseek_v3", **KINDS["deepseek_v3"])
     with pytest.raises(ValueError, match="name none of experts that share a tensor"):
-        add_gated_lora(tiny.model("deepseek_v3", **KINDS["deepseek_v3"]), rank=4, k_max=5, targets="up_proj,gate_proj")
+        add_gated_lora(other, rank=4, k_max=5, targets="up_proj,gate_proj")
+
+
+@pytest.mark.parametrize("add", [add_gated_lora, functools.partial(add_lora, mask_token_id=3)])
+@pytest.mark.parametrize("targets", ["q_proj,input_layernorm", "nothing_of_that_name"])
+def test_adapters_that_cannot_be_made_leave_the_base_as_it_was(tiny, add, targets):
+    base = tiny.model("llama")
+    layers = list(base.named_modules())
+    trained = [parameter.requires_grad for parameter in base.parameters()]
+    with pytest.raises(ValueError, match=r"not supported|not found"):
+        add(base, rank=4, targets=targets, **({"k_max": 5} if add is add_gated_lora else {}))
+    assert [(name, id(x)) for name, x in base.named_modules()] == [(name, id(x)) for name, x in layers]
+    assert [parameter.requires_grad for parameter in base.parameters()] == trained
+    assert add_gated_lora(base, rank=4, k_max=5) is not None
 
 
 def test_mask_rows_are_those_of_the_adapted_model(tiny):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mtpkern.adapter import attach, gate_of, load_adapter, require_bare, unloaded_on_error, wrapping
+from mtpkern.adapter import attach, gate_of, load_adapter, require_bare, wrapping
 from mtpkern.adapter_config import (
     GatedSettings,
     base_known_by,
@@ -76,7 +76,7 @@ def _config(rank: int, alpha: float | None, targets: str, **more: Any) -> LoraCo
 def _with_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        with wrapping():
+        with wrapping(model):
             peft_model = get_peft_model(model, config)
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
@@ -132,10 +132,10 @@ def add_gated_lora(
         targets = ",".join(name for name in found if name.rpartition(".")[2] not in left_out)
     config = _config(rank, alpha, targets, alora_invocation_tokens=never, auto_mapping=marks)
     require_gateable(config)
-    peft_model = _with_adapters(model, config, seed)
     row = row_of(config)
     row.data = row.data.to(weight.device)
-    with unloaded_on_error(peft_model):
+    with wrapping(model):
+        peft_model = _with_adapters(model, config, seed)
         attach(peft_model, row)
     return peft_model
 

@@ -40,7 +40,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "response_format": ({"type": "text"},),
     "verbosity": ("medium",),
-    "text": ({}, {"format": {"type": "text"}}, {"format": {"type": "text"}, "verbosity": "medium"}),
+    "text": (
+        {},
+        {"verbosity": "medium"},
+        {"format": {"type": "text"}},
+        {"format": {"type": "text"}, "verbosity": "medium"},
+    ),
     "reasoning": ({},),
     "suffix": ("",),
 }

@@ -168,7 +168,11 @@ def test_a_response_takes_texts_and_calls_of_tools(shipped_server: Served) -> No
 
 
 def test_a_response_is_whole_unless_it_is_to_be_streamed(shipped_server: Served) -> None:
-    for says in ({}, {"text": {"format": {"type": "text"}}, "reasoning": {"effort": None}, "truncation": "auto"}):
+    for says in (
+        {},
+        {"text": {"format": {"type": "text"}}, "reasoning": {"effort": None}, "truncation": "auto"},
+        {"text": {"verbosity": "medium"}},
+    ):
         status, said = shipped_server.post("responses", **says, max_output_tokens=16)
         assert status == 200
         assert json.loads(said)["output"][0]["content"][0]["text"] == alone(shipped_server, max_new_tokens=16)

@@ -84,6 +84,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "stop": ((str, list), "a text or a list of texts"),
     "tools": ((list,), "a list"),
     "instructions": ((str,), "a text"),
+    "prompt": ((str,), "one text"),
     "generation_config": ((str, dict), "an object, or its JSON"),
 }
 # Above what a float holds, so that no conversion fails.

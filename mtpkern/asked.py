@@ -75,6 +75,8 @@ _WHY = {
         "how a model is told to think is up to its chat template; chat_template_kwargs of a chat reach that",
     ),
 }
+# Others, such as a search, would be run by the server.
+_TOOLS = ("function", "custom")
 _TEXTS = ("text", "input_text", "output_text")
 # JSON's own types, as OpenAI has them: no text is taken for the number or the truth that it names, no truth for 1.
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
@@ -118,6 +120,9 @@ def require_honoured(body: dict[str, Any], question: str) -> None:
         if not (token.isascii() and token.isdecimal()):
             raise ValueError(f"logit_bias must have the ids of tokens, whole numbers, as its names, got {token!r:.60}")
         _require_kind("logit_bias", bias, ((int, float), f"a number for token {token}"))
+    for tool in body.get("tools", ()):
+        if not isinstance(tool, dict) or tool.get("type", "function") not in _TOOLS:
+            raise ValueError(f"each of tools must be a function, which the client calls itself, got {tool!r:.60}")
     for name in LIMITS:
         if name in body:
             body[name] = whole_number(name, body[name], least=1)

@@ -162,8 +162,9 @@ def _reading(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: s
         _require_served(body.get("model", name), name)
 
     def configured(self: Any, body: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        with refusing(*MISTAKES):
+        with refusing(*MISTAKES, what="generation_config cannot be read"):
             config = configure(self, body, *args, **kwargs)
+        with refusing(*MISTAKES):
             _request.get().limit_is_open = asked.settle(config, body)
         return config
 

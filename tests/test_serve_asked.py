@@ -120,6 +120,8 @@ def test_a_limit_of_the_whole_text_is_said_when_it_is_met(more: int, shipped_ser
         ("chat/completions", {"response_format": {"type": "json_object"}}),
         *(("responses", {name: "resp_1"}) for name in ("previous_response_id", "conversation")),
         ("responses", {"text": {"format": {"type": "json_object"}}}),
+        *((kind, {"tools": [tool]}) for kind in KINDS[1:] for tool in ({"type": "web_search"}, "f")),
+        ("completions", {"generation_config": {"max_new_tokens": "3"}}),
         ("responses", {"prompt": {"id": "p"}}),
         *(
             (kind, {name: 2.5})

@@ -8,7 +8,6 @@ changes none.
 from __future__ import annotations
 
 import json
-from contextvars import ContextVar
 from typing import Any
 
 from mtpkern.fields import whole_number
@@ -41,7 +40,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "response_format": ({"type": "text"},),
     "verbosity": ("medium",),
-    "text": ({}, {"format": {"type": "text"}}, {"format": {"type": "text"}, "verbosity": "medium"}),
+    "text": (
+        {},
+        {"verbosity": "medium"},
+        {"format": {"type": "text"}},
+        {"format": {"type": "text"}, "verbosity": "medium"},
+    ),
     "reasoning": ({},),
     "suffix": ("",),
 }
@@ -71,6 +75,8 @@ _WHY = {
         "how a model is told to think is up to its chat template; chat_template_kwargs of a chat reach that",
     ),
 }
+# Others, such as a search, would be run by the server.
+_TOOLS = ("function", "custom")
 _TEXTS = ("text", "input_text", "output_text")
 # JSON's own types, as OpenAI has them: no text is taken for the number or the truth that it names, no truth for 1.
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
@@ -80,15 +86,11 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "stop": ((str, list), "a text or a list of texts"),
     "tools": ((list,), "a list"),
     "instructions": ((str,), "a text"),
+    "prompt": ((str,), "one text"),
     "generation_config": ((str, dict), "an object, or its JSON"),
 }
 # Above what a float holds, so that no conversion fails.
 _MOST = 1e300
-
-# What generate is to take its draws from, and whether the limit of an answer is the server's own choice; each request
-# is read in a context of its own.
-seed: ContextVar[int | None] = ContextVar("seed", default=None)
-limit_is_open: ContextVar[bool] = ContextVar("limit_is_open", default=False)
 
 
 def require_honoured(body: dict[str, Any], question: str) -> None:
@@ -118,9 +120,14 @@ def require_honoured(body: dict[str, Any], question: str) -> None:
         if not (token.isascii() and token.isdecimal()):
             raise ValueError(f"logit_bias must have the ids of tokens, whole numbers, as its names, got {token!r:.60}")
         _require_kind("logit_bias", bias, ((int, float), f"a number for token {token}"))
+    for tool in body.get("tools", ()):
+        if not isinstance(tool, dict) or tool.get("type", "function") not in _TOOLS:
+            raise ValueError(f"each of tools must be a function, which the client calls itself, got {tool!r:.60}")
     for name in LIMITS:
         if name in body:
             body[name] = whole_number(name, body[name], least=1)
+    if "max_completion_tokens" in body:
+        body.pop("max_tokens", None)  # its old name
     if question == "messages" or (question == "input" and isinstance(body["input"], list)):
         _require_texts(question, body[question])
 
@@ -177,8 +184,10 @@ def _require_texts(name: str, messages: Any) -> None:
                 )
 
 
-def settle(config: Any, body: dict[str, Any]) -> None:
-    """Write into a request's generation config what transformers' server does not read, and note an open limit.
+def settle(config: Any, body: dict[str, Any]) -> bool:
+    """Write into a request's generation config what transformers' server does not read.
+
+    Returns whether the limit is open: named neither by the request nor by its generation_config.
 
     Who names a temperature above 0, or without one a top_p, top_k or min_p that cuts, samples, unless its
     generation_config says whether; temperature 0 is greedy.
@@ -187,20 +196,24 @@ def settle(config: Any, body: dict[str, Any]) -> None:
     for name in OURS:
         if name in body:
             setattr(config, name, body[name])
+    limits = [body[name] for name in LIMITS if name in body]
+    if limits:
+        (config.max_new_tokens,) = limits  # transformers 5.17 does not read all of them
     if body.get("logit_bias"):
         config.sequence_bias = {(int(token),): bias for token, bias in body["logit_bias"].items()}
     cuts = any(body.get(name, off) != off for name, off in (("top_p", 1), ("top_k", 0), ("min_p", 0)))
     if "do_sample" not in said and ("temperature" in body or cuts):
         config.do_sample = float(body.get("temperature", 1)) != 0
-    limit_is_open.set(not any(name in body for name in LIMITS) and not {"max_new_tokens", "max_length"} & said.keys())
-    if limit_is_open.get() and config.max_new_tokens is None:
+    is_open = not limits and not {"max_new_tokens", "max_length"} & said.keys()
+    if is_open and config.max_new_tokens is None:
         config.max_new_tokens = DEFAULT_LIMIT
+    return is_open
 
 
-def fit(config: Any, prompt: int, room: int) -> None:
+def fit(config: Any, prompt: int, room: int, *, is_open: bool) -> None:
     """Lower an open limit to what a prompt of so many tokens leaves of the room; raises ValueError where it cannot be.
 
-    fit(config, prompt=56, room=128)    # config.max_new_tokens is 72 at most
+    fit(config, prompt=56, room=128, is_open=True)    # config.max_new_tokens is 72 at most
     """
     if config.max_new_tokens is None and isinstance(config.max_length, int) and config.max_length > prompt:
         # The server tells by max_new_tokens alone whether an answer was cut.
@@ -211,7 +224,7 @@ def fit(config: Any, prompt: int, room: int) -> None:
             f"the prompt has {prompt} tokens and leaves no room for an answer: together they may have {room} "
             "(--max-length, or the model's positions); shorten it"
         )
-    if limit_is_open.get():
+    if is_open:
         config.max_new_tokens = min(config.max_new_tokens, most)
     elif config.max_new_tokens is not None and config.max_new_tokens > most:
         raise ValueError(

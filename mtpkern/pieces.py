@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
+from threading import Event
 from typing import Any
 
 from torch import Tensor
@@ -77,15 +78,17 @@ class Answer:
 class Pieces(DirectStreamer):
     """The streamer of an answer that is sent in pieces; `finish` is for the request's future, and says the last.
 
-    streamer = Pieces(answer, tokenizer._tokenizer, loop, queue)
+    left: whether nobody waits for it any more.
+
+    streamer = Pieces(answer, tokenizer._tokenizer, loop, queue, left=left)
     engine.submit(ids, streamer=streamer).add_done_callback(streamer.finish)
     """
 
-    def __init__(self, answer: Answer, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, answer: Answer, *args: Any, left: Event) -> None:
+        super().__init__(*args)
         self._answer, self._until = answer, Until(())
         self._said = 0
-        self.closed = self._cancelled
+        self.closed = self._cancelled = left
 
     def put(self, value: Tensor) -> None:
         """Send what new tokens [1] say; the first call has the prompt [1, T]."""

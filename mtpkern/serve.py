@@ -2,24 +2,26 @@
 
 The server is transformers' own, `transformers serve`, with what comes before and behind decoding: chat templates, the
 protocol, streams. It hands requests on one at a time, to one thread that calls the model's `generate`; here they go to
-an `Engine`, so that requests of many clients are decoded side by side. What it leaves open is settled here: who has
-left is decoded for no longer, streamed or not; who asks for what is not honoured hears why (`mtpkern.asked`), before a
-stream begins; an error of ours is told from one of the client's; and an answer ends as OpenAI's do (`mtpkern.pieces`).
+an `Engine`, so that requests of many clients are decoded side by side. What it leaves open is settled here: a long
+prompt is read while others are answered; who has left is decoded for no longer, streamed or not; who asks for what is
+not honoured hears why (`mtpkern.asked`), before a stream begins; an error of ours is told from one of the client's
+(`mtpkern.replies`); and an answer ends as OpenAI's do (`mtpkern.pieces`).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import logging
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
-from inspect import signature
+from contextvars import ContextVar, copy_context
+from dataclasses import dataclass, field
+from functools import wraps
+from inspect import signature, unwrap
 from threading import Event
+from types import coroutine
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 from weakref import finalize
@@ -30,55 +32,56 @@ from mtpkern.cli import positive
 from mtpkern.entry import entered
 from mtpkern.model import learned_positions
 from mtpkern.output import exit_status
+from mtpkern.replies import (
+    MISTAKES,
+    Failed,
+    Missing,
+    Refused,
+    ending,
+    failed,
+    refused,
+    refusing,
+    unreadable,
+    until_left,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.cli.serve import Serve
 
     from mtpkern.engine import Engine
-    from mtpkern.pieces import Answer, Pieces
+    from mtpkern.pieces import Answer
 
 
 _LAST_PORT = 65535
-# Of transformers' routes those that mean something for the one model there is.
-_ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/models", "/health")
-# What a mistake of the user raises.
-MISTAKES = TypeError, ValueError
-# How transformers' server begins an error in a stream.
-_ERROR = 'data: {"error": "'
-# What becomes of a request, and of one whose answer is streamed its streamer and its way into the line; each is read in
-# a context of its own.
-_answer: ContextVar[Answer] = ContextVar("_answer")
-_shown: ContextVar[tuple[Pieces, asyncio.Task[None]]] = ContextVar("_shown")
+# Of transformers' routes those that mean something for the one model there is, of which we say ourselves what it is.
+_ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/health")
+# What is put in the place of something of transformers': the object that has it, its name there, and ours.
+_Places = list[tuple[Any, str, Any]]
 
 
-class Refused(ValueError):
-    """What the client has to mend."""
+@dataclass
+class _Request:
+    """What is known of a request, by the thread that reads it and by the server's loop, which answers it.
 
-
-class Failed(RuntimeError):
-    """What went wrong while a request was decoded, which is not the client's fault."""
-
-
-@contextmanager
-def refusing(*kinds: type[Exception], what: str = "") -> Iterator[None]:
-    """Take errors of these kinds for the client's.
-
-    with refusing(KeyError, what="messages cannot be read"):
-        ...
+    left: whether nobody waits for the answer any more. answer: there once the request is read.
     """
-    try:
-        yield
-    except kinds as error:
-        said = str(error) if isinstance(error, MISTAKES) else f"{type(error).__name__}: {error}"
-        raise Refused(f"{what}: {said}" if what else said) from error
+
+    loop: asyncio.AbstractEventLoop
+    left: Event = field(default_factory=Event)
+    seed: int | None = None
+    limit_is_open: bool = False
+    answer: Answer = field(init=False)
+
+
+_request: ContextVar[_Request] = ContextVar("_request")
 
 
 class _Unread:
     """The streamer of an answer that is sent whole, with which it can be ended."""
 
-    def __init__(self) -> None:
-        self.closed = Event()
+    def __init__(self, left: Event) -> None:
+        self.closed = left
 
     def put(self, value: Any) -> None: ...
 
@@ -87,85 +90,42 @@ class _Unread:
     def end(self) -> None: ...
 
 
-def until_left(app: Callable[..., Any]) -> Callable[..., Any]:
-    """ASGI middleware that cancels the call of a client who leaves before the answer is whole; nothing else does.
+@coroutine
+def _handed_over() -> Generator[None, None, None]:
+    """Where the thread that reads a request leaves it to the server's loop."""
+    yield
 
-    app.add_middleware(until_left)
-    """
 
-    async def watched(scope: Any, receive: Callable[[], Any], send: Callable[..., Any]) -> None:
-        if scope["type"] != "http":
-            await app(scope, receive, send)
-            return
-        asked, left = asyncio.Event(), asyncio.Event()
+@coroutine
+def _rest(handling: Coroutine[Any, Any, Any]) -> Generator[Any, Any, Any]:
+    """What is left of a coroutine that another thread has begun."""
+    return (yield from handling)
 
-        async def hear() -> Any:
-            if asked.is_set():
-                await left.wait()
-                return {"type": "http.disconnect"}
-            message = await receive()
-            if not message.get("more_body"):
-                asked.set()
-            return message
 
-        async def listen() -> None:
-            await asked.wait()
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            left.set()
-            call.cancel()
+async def _read_by(reader: Executor, handle: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> Any:
+    """`await handle(*args)`, which the reader runs as far as `_handed_over`, while streams go on."""
 
-        call = asyncio.ensure_future(app(scope, hear, send))
-        listening = asyncio.ensure_future(listen())
+    def begun() -> tuple[bool, Any]:
+        handling = handle(*args)
         try:
-            await call
-        except asyncio.CancelledError:
-            if not left.is_set():
-                raise
-        finally:
-            listening.cancel()
+            handling.send(None)
+        except StopIteration as end:
+            return True, end.value
+        return False, handling
 
-    return watched
-
-
-async def refused(request: Any, error: Exception) -> Any:
-    """The answer to what is not honoured; without it a client would try that again."""
-    # For whom it may concern that the fault is not the client's.
-    logging.getLogger(__name__).info("answered with 400", exc_info=error)
-    return _said(str(error), 400)
+    loop = asyncio.get_running_loop()
+    over, what = await loop.run_in_executor(reader, copy_context().run, begun)
+    return what if over else await _rest(what)
 
 
-async def unreadable(request: Any, error: Any) -> Any:
-    """The same to a body that is no JSON, and to what transformers' server refuses: a path, a model, a field."""
-    detail = getattr(error, "detail", None) or f"the body must be a JSON object: {error.errors()[0]['msg']}"
-    status = getattr(error, "status_code", 422)
-    return _said(str(detail), 400 if status == 422 else status)
+def _careful(read: Callable[..., Any], what: str, *kinds: type[Exception]) -> Callable[..., Any]:
+    """The same function, whose errors of these kinds are the client's."""
 
+    def reading(*args: Any, **kwargs: Any) -> Any:
+        with refusing(*kinds, what=what):
+            return read(*args, **kwargs)
 
-async def failed(request: Any, error: Exception) -> Any:
-    """The answer where the fault is not the client's; the server's log has the traceback."""
-    return _said(str(error) if isinstance(error, Failed) else f"{type(error).__name__}: {error}", 500)
-
-
-def _said(message: str, status: int) -> Any:
-    from fastapi.responses import JSONResponse
-
-    return JSONResponse(_error(message, "server_error" if status >= 500 else "invalid_request_error"), status)
-
-
-def _error(message: str, kind: str) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
-
-
-async def _ending(pieces: AsyncIterator[str]) -> AsyncIterator[str]:
-    """A stream as OpenAI's end: by [DONE], or by an error that says what it is."""
-    async for piece in pieces:
-        if (start := piece.rfind(_ERROR)) >= 0:
-            message = json.loads(piece[start:].removeprefix("data: "))["error"]
-            yield f"{piece[:start]}data: {json.dumps(_error(message, 'server_error'))}\n\n"
-            return
-        yield piece
-    yield "data: [DONE]\n\n"
+    return reading
 
 
 def _require_readable(body: dict[str, Any], question: str, not_of_templates: set[str]) -> None:
@@ -179,98 +139,91 @@ def _require_readable(body: dict[str, Any], question: str, not_of_templates: set
         )
 
 
-@contextmanager
-def serving(
-    engine: Engine, tokenizer: PreTrainedTokenizerBase, name: str, *, background: bool, **options: Any
-) -> Iterator[Serve]:
-    """transformers' server, whose one model is the engine's; until it ends, or in the background while the block runs.
-
-    name: what /v1/models calls the model; options: transformers' own of `transformers serve`, host and port say.
-
-        with serving(engine, tokenizer, "mine", background=True, host="127.0.0.1", port=8000):
-            ...
-    """
-    from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import StreamingResponse
-    from openai.types.responses import ResponseIncompleteEvent
-    from starlette.exceptions import HTTPException
-    from transformers.cli.serve import Serve
-    from transformers.cli.serving import chat_completion, response, server, utils
+def _reading(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> _Places:
+    """How a request is read, up to its token ids and its generation config."""
+    from transformers.cli.serving import utils
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.completion import CompletionHandler
     from transformers.cli.serving.model_manager import ModelManager
     from transformers.cli.serving.response import ResponseHandler
 
-    from mtpkern.pieces import Answer, Pieces
-
     questions = {CompletionHandler: "prompt", ChatCompletionHandler: "messages", ResponseHandler: "input"}
-    model, build = engine.model, server.build_server
-    handler, manager = utils.BaseHandler, utils.GenerateManager
+    handler = utils.BaseHandler
     validate, configure = handler._validate_request, handler._build_generation_config
-    template, parse = tokenizer.apply_chat_template, utils.parse_assistant_message
+    template = tokenizer.apply_chat_template
     not_of_templates = signature(template).parameters.keys() - {"documents"}
-    response_of, completed_of = response.Response, response.ResponseCompletedEvent
-    positions = learned_positions(model, needed=engine.max_length - 1)  # the last token is never fed
-    room = engine.max_length if positions is None else positions + 1
 
     def validated(self: Any, body: dict[str, Any]) -> None:
-        validate(self, {name: value for name, value in body.items() if name not in asked.OURS})
-        for kind, question in questions.items():
-            if isinstance(self, kind):
-                with refusing(*MISTAKES):
-                    asked.require_honoured(body, question)
-                    _require_readable(body, question, not_of_templates)
+        validate(self, {field: value for field, value in body.items() if field not in asked.OURS})
+        question = questions[type(self)]
+        with refusing(*MISTAKES):
+            asked.require_honoured(body, question)
+            _require_readable(body, question, not_of_templates)
+        _require_served(body.get("model", name), name)
 
     def configured(self: Any, body: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        with refusing(*MISTAKES):
+        with refusing(*MISTAKES, what="generation_config cannot be read"):
             config = configure(self, body, *args, **kwargs)
-            asked.settle(config, body)
+        with refusing(*MISTAKES):
+            _request.get().limit_is_open = asked.settle(config, body)
         return config
 
-    def careful(read: Callable[..., Any], what: str, *kinds: type[Exception]) -> Callable[..., Any]:
-        def reading(*args: Any, **kwargs: Any) -> Any:
-            with refusing(*kinds, what=what):
-                return read(*args, **kwargs)
+    def seeded(seed: int) -> None:
+        _request.get().seed = seed
 
-        return reading
+    odd = *MISTAKES, LookupError, AttributeError
+    messages = _careful(handler.get_processor_inputs_from_messages, "messages cannot be read", *odd)
+    read_input = _careful(ResponseHandler._normalize_input, "input cannot be read", *odd)
+    read_tools = _careful(ResponseHandler._normalize_tools, "tools cannot be read", *odd)
+    return [
+        (ModelManager, "_load_model", lambda *_, **__: model),
+        (ModelManager, "_load_processor", lambda *_, **__: tokenizer),
+        # Answers call the model what clients do.
+        (ModelManager, "process_model_name", staticmethod(lambda name: name)),
+        (handler, "_validate_request", validated),
+        (handler, "_build_generation_config", configured),
+        (handler, "get_processor_inputs_from_messages", staticmethod(messages)),
+        (ResponseHandler, "_normalize_input", staticmethod(read_input)),
+        (ResponseHandler, "_normalize_tools", staticmethod(read_tools)),
+        (tokenizer, "apply_chat_template", _careful(template, "the chat template cannot write this", Exception)),
+        (utils, "set_torch_seed", seeded),
+    ]
+
+
+def _decoding(engine: Engine, tokenizer: PreTrainedTokenizerBase) -> _Places:
+    """How a request that has been read is put in line, and what of its tokens is its answer's text."""
+    from transformers.cli.serving import chat_completion, response, utils
+
+    from mtpkern.pieces import Answer, Pieces
+
+    manager, parse = utils.GenerateManager, utils.parse_assistant_message
+    positions = learned_positions(engine.model, needed=engine.max_length - 1)  # the last token is never fed
+    room = engine.max_length if positions is None else positions + 1
 
     def put(ids: Any, config: Any, streamer: Any) -> Future[BatchOutput]:
-        options = {"generation_config": config, "tokenizer": tokenizer, "seed": asked.seed.get()}
+        request = _request.get()
         with entered("mtpkern serve"), refusing(*MISTAKES):
-            return engine.submit(ids, streamer=streamer, **options)
-
-    async def ask(ids: Any, config: Any, streamer: Any) -> Future[BatchOutput]:
-        """Put a request in line, by another thread, so that no stream waits until it is read."""
-        with refusing(*MISTAKES):
-            asked.fit(config, len(ids), room)
-        try:
-            return await asyncio.to_thread(put, ids, config, streamer)
-        except asyncio.CancelledError:
-            streamer.closed.set()
-            raise
-
-    async def show(ids: Any, config: Any, streamer: Pieces) -> None:
-        (await ask(ids, config, streamer)).add_done_callback(streamer.finish)
+            asked.fit(config, len(ids), room, is_open=request.limit_is_open)
+            return engine.submit(
+                ids, streamer=streamer, generation_config=config, tokenizer=tokenizer, seed=request.seed
+            )
 
     def streaming(
         self: Any, model: Any, processor: Any, inputs: Any, config: Any, request_id: str, response_parser: Any = None
     ) -> Any:
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
-        answer = Answer(config)
-        _answer.set(answer)
-        streamer = Pieces(answer, tokenizer._tokenizer, loop, queue, response_parser)
-        _shown.set((streamer, loop.create_task(show(inputs["input_ids"][0], config, streamer))))
+        request, queue = _request.get(), asyncio.Queue[Any]()
+        request.answer = Answer(config)
+        streamer = Pieces(request.answer, tokenizer._tokenizer, request.loop, queue, response_parser, left=request.left)
+        put(inputs["input_ids"][0], config, streamer).add_done_callback(streamer.finish)
         return queue, streamer
 
     async def whole(self: Any, model: Any, processor: Any, inputs: Any, config: Any, request_id: str) -> Any:
-        answer, streamer, ids = Answer(config), _Unread(), inputs["input_ids"][0]
-        _answer.set(answer)
-        future = await ask(ids, config, streamer)
+        request, ids = _request.get(), inputs["input_ids"][0]
+        answer = request.answer = Answer(config)
+        future = put(ids, config, _Unread(request.left))
+        await _handed_over()
         try:
             output = await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            streamer.closed.set()
-            raise
         except Exception as error:
             raise Failed(f"{type(error).__name__}: {error}") from error
         answer.settle(output)
@@ -278,25 +231,51 @@ def serving(
         return answer.until().whole(text), len(ids), output.tokens
 
     def parsed(processor: Any, model: Any, tokens: Any, *args: Any, **kwargs: Any) -> Any:
-        text = _answer.get().until().whole(tokenizer.decode(tokens))
+        text = _request.get().answer.until().whole(tokenizer.decode(tokens))
         return parse(processor, model, text, *args, **kwargs)
 
+    return [
+        (manager, "generate_streaming", streaming),
+        (manager, "generate_non_streaming", whole),
+        *((module, "parse_assistant_message", parsed) for module in (chat_completion, response)),
+        (utils, "InferenceThread", lambda: None),
+    ]
+
+
+def _answering(name: str, reader: Executor) -> _Places:
+    """How a request is handled from its first byte to the last of its answer, and which there are."""
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import StreamingResponse
+    from openai.types.responses import ResponseIncompleteEvent
+    from starlette.exceptions import HTTPException
+    from transformers.cli.serving import response, server
+    from transformers.cli.serving.chat_completion import ChatCompletionHandler
+    from transformers.cli.serving.completion import CompletionHandler
+    from transformers.cli.serving.response import ResponseHandler
+
+    build, response_of, completed_of = server.build_server, response.Response, response.ResponseCompletedEvent
+
     def handling(handle: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(handle)
         async def handled(self: Any, *args: Any) -> Any:
-            answer = await handle(self, *args)
+            request = _Request(asyncio.get_running_loop())
+            _request.set(request)
+            try:
+                answer = await _read_by(reader, handle, self, *args)
+            except asyncio.CancelledError:
+                request.left.set()
+                raise
             if isinstance(answer, StreamingResponse):
-                streamer, asking = _shown.get()
                 # Whoever leaves before the first piece is not heard of otherwise.
-                finalize(answer.body_iterator, streamer.cancel)
-                await asking  # what is refused is refused before the stream begins
+                finalize(answer.body_iterator, request.left.set)
                 if not isinstance(self, ResponseHandler):
-                    answer.body_iterator = _ending(answer.body_iterator)
+                    answer.body_iterator = ending(answer.body_iterator)
             return answer
 
         return handled
 
     def response_cut(**facts: Any) -> Any:
-        if facts["status"] == "completed" and _answer.get().cut:
+        if facts["status"] == "completed" and _request.get().answer.cut:
             facts |= {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}
         return response_of(**facts)
 
@@ -308,6 +287,17 @@ def serving(
     def built(*args: Any, **kwargs: Any) -> Any:
         app = build(*args, **kwargs)
         app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in _ROUTES]
+        facts = {"id": name, "object": "model", "created": 0, "owned_by": "local"}
+
+        @app.get("/v1/models")
+        async def models() -> Any:
+            return {"object": "list", "data": [facts]}
+
+        @app.get("/v1/models/{model:path}")
+        async def model(model: str) -> Any:
+            _require_served(model, name)
+            return facts
+
         app.add_exception_handler(Refused, refused)
         for kind in (HTTPException, RequestValidationError):
             app.add_exception_handler(kind, unreadable)
@@ -315,33 +305,41 @@ def serving(
         app.add_middleware(until_left)
         return app
 
-    odd = *MISTAKES, LookupError, AttributeError
-    messages = careful(handler.get_processor_inputs_from_messages, "messages cannot be read", *odd)
-    read_input = careful(ResponseHandler._normalize_input, "input cannot be read", *odd)
-    read_tools = careful(ResponseHandler._normalize_tools, "tools cannot be read", *odd)
-    ours: tuple[tuple[Any, str, Any], ...] = (
-        (ModelManager, "_load_model", lambda *_, **__: model),
-        (ModelManager, "_load_processor", lambda *_, **__: tokenizer),
-        # Answers call the model what clients do.
-        (ModelManager, "process_model_name", staticmethod(lambda name: name)),
-        (handler, "_validate_request", validated),
-        (handler, "_build_generation_config", configured),
-        (handler, "get_processor_inputs_from_messages", staticmethod(messages)),
-        (ResponseHandler, "_normalize_input", staticmethod(read_input)),
-        (ResponseHandler, "_normalize_tools", staticmethod(read_tools)),
-        (tokenizer, "apply_chat_template", careful(template, "the chat template cannot write this", Exception)),
-        *((kind, "handle_request", handling(kind.handle_request)) for kind in questions),
-        (manager, "generate_streaming", streaming),
-        (manager, "generate_non_streaming", whole),
-        *((module, "parse_assistant_message", parsed) for module in (chat_completion, response)),
+    return [
+        *(
+            # Where another server runs in this process its own is around it.
+            (kind, "handle_request", handling(unwrap(kind.handle_request)))
+            for kind in (CompletionHandler, ChatCompletionHandler, ResponseHandler)
+        ),
         (response, "Response", response_cut),
         (response, "ResponseCompletedEvent", event_cut),
         (server, "build_server", built),
-        (utils, "InferenceThread", lambda: None),
-        (utils, "set_torch_seed", asked.seed.set),
-    )
+    ]
+
+
+def _require_served(model: Any, name: str) -> None:
+    if model != name:
+        raise Missing(f"model must be {name!r}, the only one that is served here, or left out; got {model!r:.60}")
+
+
+@contextmanager
+def serving(
+    engine: Engine, tokenizer: PreTrainedTokenizerBase, name: str, *, background: bool, **options: Any
+) -> Iterator[Serve]:
+    """transformers' server, whose one model is the engine's; until it ends, or in the background while the block runs.
+
+    name: what /v1/models calls the model; options: transformers' own of `transformers serve`, host and port say.
+
+        with serving(engine, tokenizer, "mine", background=True, host="127.0.0.1", port=8000):
+            ...
+    """
+    from transformers.cli.serve import Serve
+
     with ExitStack() as stack:
-        for where, name_there, what in ours:
+        # One, so that requests are in line as they have come.
+        reader = stack.enter_context(ThreadPoolExecutor(1, "mtpkern serve"))
+        places = [*_reading(engine.model, tokenizer, name), *_decoding(engine, tokenizer), *_answering(name, reader)]
+        for where, name_there, what in places:
             stack.enter_context(patch.object(where, name_there, what))
         served = Serve(force_model=name, non_blocking=background, **options)
         try:

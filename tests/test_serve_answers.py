@@ -8,7 +8,9 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Event
 from typing import Any
 
 import pytest
@@ -31,6 +33,20 @@ def served() -> Iterator[Served]:
     """Of the shipped checkpoint, which ends its answer to the first problem by itself."""
     with server_of(AutoModelForCausalLM.from_pretrained(mtpkern.ASSETS), batch_size=4, max_length=256) as served:
         yield served
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Why requests have ended, in their order."""
+    ended: list[str] = []
+    finish = Request.finish
+
+    def finished(request: Request, output: BatchOutput) -> None:
+        ended.append(output.finish_reason)
+        finish(request, output)
+
+    monkeypatch.setattr(Request, "finish", finished)
+    return ended
 
 
 def tokens_of(served: Served, **options: Any) -> list[int]:
@@ -145,11 +161,75 @@ def test_what_is_no_matter_of_the_one_model_is_not_there(path: str, served: Serv
     assert refused(served, path, b'{"model": "another"}')[0] == 404
 
 
-def test_unknown_fields_and_models_are_errors_of_openais_form(served: Served) -> None:
+def test_unknown_fields_are_errors_of_openais_form(served: Served) -> None:
     assert "'foo'" in served.refusal(foo=1)
-    assert "prompt" in served.refusal(prompt=["a", "b"])
+    assert "prompt must be one text, got ['a', 'b']" in served.refusal(prompt=["a", "b"])
     assert "input" in served.refusal("responses", input=5)
-    assert "'another'" in served.refusal(model="another")
+
+
+def test_the_one_model_is_listed_and_another_is_not_found(served: Served) -> None:
+    import openai
+
+    with openai.OpenAI(base_url=served.url, api_key="none", max_retries=0) as client:
+        (model,) = client.models.list()
+        assert (model.id, model.object) == ("shipped", "model")
+        assert client.models.retrieve("shipped") == model
+        for ask in (
+            lambda: client.models.retrieve("path/to/another"),
+            lambda: client.completions.create(model="path/to/another", prompt=PROMPT),
+            lambda: client.responses.create(model="path/to/another", input=PROMPT, stream=True),
+        ):
+            with pytest.raises(openai.NotFoundError, match="'path/to/another'") as caught:
+                ask()
+            assert caught.value.code == "model_not_found"
+
+
+@contextmanager
+def slowly_read(served: Served, patch: pytest.MonkeyPatch) -> Iterator[tuple[Event, Event]]:
+    """A prompt is being read as soon as the first event is set, and until the second is, or the block ends."""
+    begun, end = Event(), Event()
+    read = type(served.tokenizer).__call__
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        begun.set()
+        assert end.wait(60)
+        return read(*args, **kwargs)
+
+    patch.setattr(type(served.tokenizer), "__call__", slow)
+    try:
+        yield begun, end
+    finally:
+        end.set()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_nobody_else_waits_until_a_long_prompt_is_read(
+    stream: bool, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = {**GREEDY, "max_tokens": 8, "stream": stream}
+    expected = served.choice(**ask)
+    with ThreadPoolExecutor(1) as pool, slowly_read(served, monkeypatch) as (begun, end):
+        answer = pool.submit(served.choice, **ask)
+        assert begun.wait(60)
+        with urllib.request.urlopen(f"{served.url}/models", timeout=10) as models:
+            assert models.status == 200
+        end.set()
+        assert answer.result(60) == expected
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_leaves_while_its_prompt_is_read_has_nothing_decoded(
+    stream: bool, served: Served, ended: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, slowly_read(served, patch) as (begun, _):
+        content = json.dumps({"model": "shipped", "prompt": PROMPT, "stream": stream}).encode()
+        request = urllib.request.Request(f"{served.url}/completions", content, {"Content-Type": "application/json"})
+        with pytest.raises(TimeoutError):
+            urllib.request.urlopen(request, timeout=1)
+        assert begun.is_set()
+        time.sleep(0.5)
+    assert served.choice(**GREEDY, max_tokens=1)[1] == "length"
+    assert ended == ["closed", "length"]
 
 
 @pytest.mark.parametrize(
@@ -201,7 +281,7 @@ def test_a_stream_that_ends_within_a_character_loses_nothing() -> None:
     tokenizer.decoder = decoders.ByteLevel()
     for tokens, strings, text in (([alphabet["a"], half], None, "an\ufffd"), ([alphabet["a"], half], ["n"], "a")):
         loop, queue, done = asyncio.new_event_loop(), asyncio.Queue[Any](), Future[BatchOutput]()
-        streamer = Pieces(Answer(GenerationConfig(stop_strings=strings)), tokenizer, loop, queue)
+        streamer = Pieces(Answer(GenerationConfig(stop_strings=strings)), tokenizer, loop, queue, left=Event())
         streamer.put(torch.tensor([[alphabet["b"]]]))
         for token in tokens:
             streamer.put(torch.tensor([token]))
@@ -214,18 +294,12 @@ def test_a_stream_that_ends_within_a_character_loses_nothing() -> None:
         assert "".join(pieces) == text
 
 
-def test_who_leaves_before_a_stream_begins_has_nothing_decoded(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    ended: list[str] = []
-    finish = Request.finish
-
-    def finished(request: Request, output: BatchOutput) -> None:
-        ended.append(output.finish_reason)
-        finish(request, output)
-
+def test_who_leaves_before_a_stream_begins_has_nothing_decoded(
+    served: Served, ended: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def never(*args: Any) -> None:
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(Request, "finish", finished)
     endless = {str(served.model.generation_config.eos_token_id): -100}
     content = json.dumps({"model": "shipped", "prompt": PROMPT, "stream": True, "logit_bias": endless}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"

@@ -60,9 +60,27 @@ def test_a_prompt_that_leaves_no_room_is_refused(kind: str, shipped_server: Serv
 def test_a_larger_limit_of_the_models_own_file_stays() -> None:
     for prompt, limit in ((10, 3000), (2000, 2096)):
         config = GenerationConfig(max_new_tokens=3000)
-        settle(config, {"prompt": PROMPT})
-        fit(config, prompt=prompt, room=4096)
+        fit(config, prompt=prompt, room=4096, is_open=settle(config, {"prompt": PROMPT}))
         assert config.max_new_tokens == limit
+
+
+@pytest.mark.parametrize(
+    ("kind", "limits"),
+    [
+        ("completions", {"max_tokens": 5}),
+        ("chat/completions", {"max_tokens": 5}),
+        ("chat/completions", {"max_completion_tokens": 5}),
+        ("chat/completions", {"max_completion_tokens": 5, "max_tokens": 9}),
+        ("responses", {"max_output_tokens": 5}),
+    ],
+    ids=str,
+)
+def test_a_limit_is_one_by_each_of_its_names(kind: str, limits: dict[str, int], shipped_server: Served) -> None:
+    """transformers 5.17 knows max_completion_tokens, and does without it."""
+    status, said = shipped_server.post(kind, **GREEDY, **limits)
+    assert status == 200, said
+    usage = json.loads(said)["usage"]
+    assert usage.get("completion_tokens", usage.get("output_tokens")) == 5
 
 
 def test_learned_positions_are_room_as_well() -> None:
@@ -102,6 +120,8 @@ def test_a_limit_of_the_whole_text_is_said_when_it_is_met(more: int, shipped_ser
         ("chat/completions", {"response_format": {"type": "json_object"}}),
         *(("responses", {name: "resp_1"}) for name in ("previous_response_id", "conversation")),
         ("responses", {"text": {"format": {"type": "json_object"}}}),
+        *((kind, {"tools": [tool]}) for kind in KINDS[1:] for tool in ({"type": "web_search"}, "f")),
+        ("completions", {"generation_config": {"max_new_tokens": "3"}}),
         ("responses", {"prompt": {"id": "p"}}),
         *(
             (kind, {name: 2.5})
@@ -150,7 +170,11 @@ def test_a_response_takes_texts_and_calls_of_tools(shipped_server: Served) -> No
 
 
 def test_a_response_is_whole_unless_it_is_to_be_streamed(shipped_server: Served) -> None:
-    for says in ({}, {"text": {"format": {"type": "text"}}, "reasoning": {"effort": None}, "truncation": "auto"}):
+    for says in (
+        {},
+        {"text": {"format": {"type": "text"}}, "reasoning": {"effort": None}, "truncation": "auto"},
+        {"text": {"verbosity": "medium"}},
+    ):
         status, said = shipped_server.post("responses", **says, max_output_tokens=16)
         assert status == 200
         assert json.loads(said)["output"][0]["content"][0]["text"] == alone(shipped_server, max_new_tokens=16)

@@ -210,6 +210,14 @@ def test_an_order_of_the_callers_own_stays() -> None:
     assert [type(x) for x in both] in ([TopP, Temperature, TopP], [Temperature, TopP, Temperature])
 
 
+def test_a_bias_is_of_a_token_that_the_head_has() -> None:
+    """It may have fewer than the embedding."""
+    bias = Bias("bad_words_ids", (((1, 2), -1.0), ((13,), -1.0)))
+    bias.require_known(16)
+    with pytest.raises(ValueError, match=r"bad_words_ids must hold ids from 0 to 11, .*; got \[13\]"):
+        bias.on(torch.device("cpu"), 12)
+
+
 def test_equal_but_for_numbers_is_equal() -> None:
     one, other = Choosing((Temperature(0.5), TopP(0.1)), True), Choosing((Temperature(1.5), TopP(0.3)), True)
     assert one == other

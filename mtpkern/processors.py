@@ -78,6 +78,7 @@ class Bias(Processor):
 
     def on(self, device: torch.device, vocabulary: int) -> Apply:
         """A bias for the vocabulary, and for sequences of one length a comparison each."""
+        self.require_known(vocabulary)  # a head may have fewer rows than the embedding
         always = torch.zeros(vocabulary, dtype=torch.float32)
         groups: dict[int, list[tuple[tuple[int, ...], float]]] = {}
         for tokens, bias in self.biases:

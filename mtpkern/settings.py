@@ -23,8 +23,13 @@ from mtpkern.kernels.keep_top import keep_top_k, keep_top_p
 from mtpkern.texts import Processor, Texts, among, require_tokens
 
 # Room for biases of a sequence's own, as many as OpenAI's API knows, for tokens that may not come early, and for the
-# length of a run of tokens that may not come twice. Who needs more has more, and shares it with who needs as much.
+# length of a run of tokens that may not come twice.
 BIASES, EARLY, RUN = 300, 16, 8
+
+
+def room_for(needed: int, usual: int) -> int:
+    """Who needs more has more, of few sizes, so that those who do share it: `room_for(301, BIASES)` is 512."""
+    return usual if needed <= usual else 1 << (needed - 1).bit_length()
 
 
 def may_look(x: Tensor) -> bool:
@@ -88,7 +93,7 @@ class TokenBias(Setting):
     room: int = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "room", max(BIASES, len(self.biases)))
+        object.__setattr__(self, "room", room_for(len(self.biases), BIASES))
 
     def require_known(self, vocabulary: int) -> None:
         """Raise ValueError where a bias is that of a token which is not among so many; a ban of none bans none."""
@@ -133,12 +138,12 @@ class NoRepeatNGram(Number):
     reads_text: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "room", max(RUN, self.number))
+        object.__setattr__(self, "room", room_for(int(self.number), RUN))
 
     def apply(self, scores: Tensor, texts: Texts, number: Tensor) -> Tensor:
         """What stands in front of each place of the text is compared with its end, as far back as the number asks."""
-        n = self.room - 1
         text = texts.tokens[texts.seq]
+        n = min(self.room - 1, text.shape[1])  # no text is as long, so that none repeats what is longer
         before = F.pad(text, (n, 0), value=-2).unfold(1, n, 1)[:, :-1]
         back = torch.arange(n, 0, -1, device=text.device)
         alike = (before == texts.last(n)[:, None]) | (back >= number)[:, None]
@@ -159,7 +164,7 @@ class MinTokens(Setting):
     room: int = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "room", max(EARLY, len(self.tokens)))
+        object.__setattr__(self, "room", room_for(len(self.tokens), EARLY))
 
     @property
     def own(self) -> list[float]:

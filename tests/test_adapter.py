@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import mtpkern
 from mtpkern.adapter import gate_of, save_adapter
@@ -95,6 +96,17 @@ def test_adapters_that_cannot_be_made_leave_the_base_as_it_was(tiny, add, target
     assert [(name, id(x)) for name, x in base.named_modules()] == [(name, id(x)) for name, x in layers]
     assert [parameter.requires_grad for parameter in base.parameters()] == trained
     assert add_gated_lora(base, rank=4, k_max=5) is not None
+
+
+def test_what_sees_has_all_layers_of_its_text_adapted():
+    """What reads images has tensors of more than two dimensions, which are no experts'."""
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**size, "vocab_size": 16, "num_key_value_heads": 1, "head_dim": 8}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config={**size, "image_size": 28})
+    peft_model = add_gated_lora(AutoModelForCausalLM.from_config(config), rank=2, k_max=5)
+    adapted = {name.partition(".lora_A")[0] for name, _ in peft_model.named_parameters() if "lora_A" in name}
+    for part in ("self_attn.q_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
+        assert any(name.endswith(f"language_model.layers.0.{part}") for name in adapted)
 
 
 def test_mask_rows_are_those_of_the_adapted_model(tiny):

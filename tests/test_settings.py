@@ -210,6 +210,34 @@ def test_an_order_of_the_callers_own_stays() -> None:
     assert [type(x) for x in both] in ([TopP, Temperature, TopP], [Temperature, TopP, Temperature])
 
 
+def test_a_bias_is_of_a_token_that_the_head_has() -> None:
+    """It may have fewer than the embedding."""
+    bias = Bias("bad_words_ids", (((1, 2), -1.0), ((13,), -1.0)))
+    bias.require_known(16)
+    with pytest.raises(ValueError, match=r"bad_words_ids must hold ids from 0 to 11, .*; got \[13\]"):
+        bias.on(torch.device("cpu"), 12)
+
+
+def test_who_needs_more_room_than_most_shares_it() -> None:
+    """So requests that each have another number of biases do not make a list that grows with them."""
+    biases = [TokenBias(tuple((token, 1.0) for token in range(n))) for n in (1, 257, 300, 301, 350, 512, 513)]
+    assert [x.room for x in biases] == [300, 300, 300, 512, 512, 512, 1024]
+    assert [len(x.own) for x in biases] == [2 * x.room for x in biases]
+    assert [MinTokens(1, tuple(range(n))).room for n in (0, 16, 17, 31)] == [16, 16, 32, 32]
+    assert united([biases[3]], [biases[4]]) == (biases[3],)
+
+
+@pytest.mark.parametrize("look", [True, False])
+def test_a_run_longer_than_any_text_costs_nothing(look: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "may_look", lambda x: look)
+    texts, _ = texts_of(SCORES["few"])
+    for size in (12, 13, 14, 15, 10**12):
+        ours = from_transformers(NoRepeatNGramLogitsProcessor(size), START)
+        assert isinstance(ours, NoRepeatNGram)
+        found = ours(SCORES["few"], texts, torch.tensor([ours.own] * 64))
+        assert found.equal(SCORES["few"])
+
+
 def test_equal_but_for_numbers_is_equal() -> None:
     one, other = Choosing((Temperature(0.5), TopP(0.1)), True), Choosing((Temperature(1.5), TopP(0.3)), True)
     assert one == other

@@ -160,11 +160,17 @@ def test_who_teaches_drops_nothing(tiny, tmp_path, gated):
     assert model.transformer.drop.training
 
 
-def with_lora(tiny, **options):
+def with_lora(tiny, kind="qwen2", **options):
     from peft import LoraConfig, get_peft_model
 
-    model = untold(tiny.model("qwen2", vocab_size=41))
+    model = untold(tiny.model(kind, vocab_size=41))
     return get_peft_model(model, LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **options}))
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["q_proj", "embed_tokens"]}, {"trainable_token_indices": [3]}])
+def test_an_embedding_that_is_adapted_may_be_of_a_kind_that_is_looked_at_first(tiny, tmp_path, options):
+    """peft's wrappers of an embedding do not tell how many rows it has."""
+    trainer(with_lora(tiny, "starcoder2", **options), tmp_path, False, lora_rank=2).train()
 
 
 def test_a_head_that_is_trained_with_the_adapters_is_not_the_teachers(tiny, tmp_path, monkeypatch):

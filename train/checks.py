@@ -142,8 +142,7 @@ def _require_read_head(model: PreTrainedModel) -> None:
     if weight is None or not weight.is_floating_point():
         return  # quantised, which is said where adapters are made
     # Tokens with a meaning of their own stand at the ends of a vocabulary.
-    rows = model.get_input_embeddings().num_embeddings
-    ids = (torch.arange(8, device=model.device)[None] + rows // 2) % rows
+    ids = (torch.arange(8, device=model.device)[None] + len(weight) // 2) % len(weight)
     own = model(input_ids=ids, use_cache=False).logits.float()
     head, states = head_of(model, None), model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     read = head.logits(states.to(head.weight.dtype).flatten(0, 1)).view(*ids.shape, -1)

@@ -123,7 +123,7 @@ def add_gated_lora(
     settings = GatedSettings(mask_token_id=len(weight), k_max=k_max, **base_known_by(model), chat=chat)
     # A token that never comes: to peft itself the adapter is off.
     never, marks = [settings.mask_token_id], marked(settings, row)
-    shared = any(x.ndim > 2 for x in model.parameters())
+    shared = any(x.ndim > 2 for x in model.get_decoder().parameters())
     if targets == "all-linear" and (is_quantised(model) or shared):
         # peft looks for nn.Linear, which the layers of hqq and GPTQ are not, and adapts experts that share a tensor,
         # which then cannot ask the gate.

@@ -241,9 +241,8 @@ class Batch:
         if choosing is not None and config.min_new_tokens and config._eos_token_tensor is not None:
             # transformers says the same once more as the length of a text, which is the probe's.
             said = MinTokens(ids.shape[1] + config.min_new_tokens, numbers(config._eos_token_tensor), in_all=True)
-            repeats = [x == said and isinstance(x, MinTokens) and x.own == said.own for x in choosing.processors]
-            left = (x for x, repeated in zip(choosing.processors, repeats) if not repeated)
-            choosing = replace(choosing, processors=tuple(left))
+            left = tuple(x for x in choosing.processors if x != said or x.own != said.own)
+            choosing = replace(choosing, processors=left)
         whole, limit = "max_new_tokens" not in settings and "max_length" in settings, config.max_length
         most = limit - ids.shape[1]
         longest = [x.max_length for x in of_kind(settings.get("stopping_criteria", ()), MaxLengthCriteria)]

@@ -458,7 +458,7 @@ class Decoder:
             self._replay(route, rows)
             if not made and rows in graph.captured:
                 ladder.made_one(rows, graph.seconds[rows])
-            ladder.closed = graph.closed or any(rung in graph.refused for rung in ladder.rungs)
+            ladder.closed = not all(map(graph.may_have, ladder.rungs))
             rows = told[0]
 
     def _take(self, rows: int) -> None:

@@ -40,18 +40,6 @@ def may_look(x: Tensor) -> bool:
 class Setting(Processor):
     """One that has numbers of each sequence's own; where all of them are `neutral`, nothing changes."""
 
-    neutral: ClassVar[float] = 0.0
-
-    @property
-    def own(self) -> list[float]:
-        """The numbers, as many for each that is equal to it."""
-        raise NotImplementedError
-
-    @property
-    def width(self) -> int:  # type: ignore[override]
-        """How many they are."""
-        return len(self.own)
-
     def __call__(self, scores: Tensor, texts: Texts, numbers: Tensor) -> Tensor:
         """Of all rows; where the host may look at the numbers [R, width], of those alone that ask for something."""
         if may_look(scores):
@@ -280,7 +268,6 @@ def numbers_in(run: Sequence[Processor], own: Sequence[Processor]) -> list[float
     left, numbers = list(own), []
     for processor in run:
         mine = left.pop(0) if left and left[0] == processor else None
-        if isinstance(processor, Setting):
-            numbers += mine.own if isinstance(mine, Setting) else [processor.neutral] * processor.width
+        numbers += [processor.neutral] * processor.width if mine is None else mine.own
     assert not left
     return numbers

@@ -209,9 +209,10 @@ def _take_in(
     owner[seq] = on_device(np.array([x.job.number for x in newcomers]), decoder.device)
     sequences.pending.index_fill_(0, seq, 1)
     sequences.status.index_fill_(0, seq, RUNNING)
-    # As many as there are slots, those behind the newcomers idle and without rows: a kernel is compiled for each number
-    # of sequences, in the midst of serving, and that of the passes is there.
-    n, B, most = len(newcomers), len(sequences.status), decoder.strategy.k
+    n, most = len(newcomers), decoder.strategy.k
+    # On a GPU as many as there are slots, those behind the newcomers idle and without rows: a kernel is compiled for
+    # each number of sequences, in the midst of serving, and that of the passes is there.
+    B = n if decoder.graph is None else len(sequences.status)
     everybody = F.pad(seq, (0, B - n))
     some = Sequences(*(x[everybody] for x in vars(sequences).values()))
     some.status[n:] = LIMIT

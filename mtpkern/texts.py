@@ -51,11 +51,21 @@ Apply = Callable[[Tensor, Texts, Tensor], Tensor]
 class Processor:
     """What is asked of the scores; `on` makes an `Apply` of it for a device and a vocabulary."""
 
-    # How many numbers it has of each sequence.
-    width: ClassVar[int] = 0
+    # What each of its numbers is for a sequence that does not ask for it.
+    neutral: ClassVar[float] = 0.0
     # Whether it looks at the tokens of the text, and whether it has to be called row by row.
     reads_text: ClassVar[bool] = False
     by_row: ClassVar[bool] = False
+
+    @property
+    def own(self) -> list[float]:
+        """The numbers that a sequence has of its own (mtpkern.settings), as many for each that is equal to it."""
+        return []
+
+    @property
+    def width(self) -> int:
+        """How many they are."""
+        return len(self.own)
 
     def require_known(self, vocabulary: int) -> None:
         """Raise ValueError where it names tokens that are not among so many."""

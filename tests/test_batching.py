@@ -19,6 +19,7 @@ from mtpkern.decoder import Decoder
 from mtpkern.kernels.state import RUNNING, Sequences
 from mtpkern.strategies import Strategy
 from support.batches import STOP, STRATEGIES, alone, assert_as_alone, broken_by_13, mixed_prompts
+from support.recording import RecordedStep
 from support.slow import slow_but
 
 
@@ -318,8 +319,8 @@ def test_planning_anew_changes_nothing_where_nobody_has_come_in(
             run.step(route)
 
 
-def test_newcomers_take_the_form_of_advance_that_passes_have(
-    tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+def test_newcomers_take_the_form_of_advance_that_captured_passes_have(
+    recorded: type[RecordedStep], tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many come at once: another number of sequences would be compiled in the midst of serving."""
     sizes: list[int] = []
@@ -330,6 +331,11 @@ def test_newcomers_take_the_form_of_advance_that_passes_have(
         advance(sequences, *args, **how)
 
     monkeypatch.setattr(slots, "advance", noted)
-    mtpkern.generate_batch(tiny.model("llama"), [[1, 2, n] for n in range(7)], batch_size=3, max_new_tokens=4)
+    model, prompts = tiny.model("llama"), [[1, 2, n] for n in range(7)]
+    options: dict[str, Any] = {"batch_size": 3, "max_new_tokens": 4}
+    expected = [output.tokens for output in mtpkern.generate_batch(model, prompts, use_graph=False, **options)]
+    assert min(sizes) < 3
+    sizes.clear()
+    assert [output.tokens for output in mtpkern.generate_batch(model, prompts, **options)] == expected
     assert len(sizes) >= 3
     assert set(sizes) == {3}

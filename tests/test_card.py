@@ -96,9 +96,10 @@ def test_the_shipped_models_card_is_the_last_phases(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "save_plain", lambda *args, **kwargs: None)
     for folder in (*checkpoint.STEPS, "new", "old"):
         (tmp_path / folder).mkdir()
-    assert write_card(tmp_path / "distill", card(**arguments(tmp_path)))
+    last = tmp_path / list(checkpoint.STEPS)[-1]
+    assert write_card(last, card(**arguments(tmp_path)))
     (tmp_path / "old" / "README.md").write_text("# mine\n")
     for folder in ("new", "old"):
         checkpoint.publish(tmp_path, tmp_path / folder)
-    assert (tmp_path / "new" / "README.md").read_text() == (tmp_path / "distill" / "README.md").read_text()
+    assert (tmp_path / "new" / "README.md").read_text() == (last / "README.md").read_text()
     assert (tmp_path / "old" / "README.md").read_text() == "# mine\n"

@@ -1,10 +1,12 @@
 """`make checkpoint`: the shipped demonstration checkpoint from nothing, on two CPU cores.
 
-Three phases, each of which resumes where it was stopped and is skipped once it is finished:
+Five phases, each of which resumes where it was stopped and is skipped once it is finished:
 
-    teacher  a small Llama learns the word problems of mtpkern.train.arithmetic, one token at a time, by plain Trainer
-    warmup   from the teacher, `mtpkern train` with the data's own tokens as targets
-    distill  from the warm-up, self-distillation against its own frozen start (arXiv 2602.06019, hard teacher)
+    teacher   a small Llama learns the word problems of mtpkern.train.arithmetic, one token at a time, by plain Trainer
+    warmup    from the teacher, `mtpkern train` with the data's own tokens as targets
+    distill   from the warm-up, self-distillation against its own frozen start (arXiv 2602.06019, hard teacher)
+    warmup2   from there as the warm-up, the rate high once more: one warm-up of twice the steps brought less (docs/log.md)
+    distill2  from there as the first distillation
 
 `python -m mtpkern.train.checkpoint [--work runs/checkpoint] [--out FOLDER]` writes model and tokenizer to `--out`,
 `--work`/shipped unless given, and the curves of all phases to `--work`/curves.json. `--out mtpkern/assets` puts them in
@@ -37,7 +39,7 @@ from mtpkern.training_plots import read_history, state_of
 
 SEED = 0
 BATCH = 32
-STEPS = {"teacher": 2400, "warmup": 2400, "distill": 300}
+STEPS = {"teacher": 2400, "warmup": 2400, "distill": 300, "warmup2": 2400, "distill2": 600}
 # Spans are causal, so a model trained for 12 predictions serves every smaller k.
 K_MAX = 12
 NUM_SPANS = 12
@@ -141,9 +143,10 @@ def train_teacher(work: Path, learning_rate: float, float32: bool = False) -> No
 
 def publish(work: Path, out: Path) -> None:
     """Copy the last phase's model and tokenizer to `out`, its card where none is, and all curves to curves.json."""
-    model, tokenizer = load_student(str(work / "distill"), torch.float32)
+    last = work / list(STEPS)[-1]
+    model, tokenizer = load_student(str(last), torch.float32)
     save_plain(model, out, torch.float32, processing_class=tokenizer)
-    card = work / "distill" / "README.md"
+    card = last / "README.md"
     if card.is_file() and not (out / "README.md").exists():
         shutil.copyfile(card, out / "README.md")
     states = {phase: state_of(work / phase) for phase in STEPS}
@@ -152,7 +155,7 @@ def publish(work: Path, out: Path) -> None:
 
 
 def train_mtp(work: Path, phase: str, start: str, target: str, learning_rate: float, float32: bool = False) -> None:
-    """Phases 2 and 3: `mtpkern train` from the model of phase `start`, which is also the frozen teacher."""
+    """Every other phase: `mtpkern train` from the model of phase `start`, which is also the frozen teacher."""
     if (work / phase / "model.safetensors").exists():
         return
     seed = data_seed(phase)
@@ -190,6 +193,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     train_teacher(args.work, 4e-3, args.float32)
     train_mtp(args.work, "warmup", "teacher", "gt", 2e-3, args.float32)
     train_mtp(args.work, "distill", "warmup", "hard", 1e-3, args.float32)
+    train_mtp(args.work, "warmup2", "distill", "gt", 2e-3, args.float32)
+    train_mtp(args.work, "distill2", "warmup2", "hard", 1e-3, args.float32)
     out = args.out or args.work / "shipped"
     publish(args.work, out)
     print(f"the model is in {out}; the same command with --out mtpkern/assets puts it in the place of the shipped one")

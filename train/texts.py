@@ -12,6 +12,7 @@ from mtpkern.rows import BadRow
 from mtpkern.train.data import BadData, EncodedTexts, Report
 from mtpkern.train.encoder import Encoder
 from mtpkern.train.formats import FORMATS, conversation_of, recognise
+from mtpkern.train.sources import without_nulls
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,8 @@ def encode_rows(
         data = encode_rows([{"prompt": "1 + 1?", "completion": " 2"}], tokenizer, chat=False, separator="")
         MTPTrainer(model=model, teacher=teacher, args=config, train_dataset=data, data_collator=collator)
     """
-    found = list(rows)
+    # Of a datasets.Dataset, which is Arrow's.
+    found = [without_nulls(row) for row in rows] if hasattr(rows, "features") else list(rows)
     columns = {name for row in found if isinstance(row, Mapping) for name in row}
     for number, row in enumerate(found, 1):
         seen = [name for name in _IMAGES if name in columns and isinstance(row, Mapping) and _is_there(row.get(name))]

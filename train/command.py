@@ -107,12 +107,12 @@ def train(
     require_consistent(model_arguments, data, config)
     if config.init_adapter:
         require_adapter(config.init_adapter, rank=config.lora_rank)
-    formats = require_sources(model_arguments, data)
+    data_format = require_sources(model_arguments, data)
     with alone_in(config.output_dir) if config.process_index == 0 else nullcontext():
         origin = origin_of(model_arguments, data, config)
         if _has_ended(config, {**options_of(config, stream=data.streaming), **origin}):
             return []
-        return _train(model_arguments, data, config, origin, formats, command)
+        return _train(model_arguments, data, config, origin, data_format, command)
 
 
 def _has_ended(config: MTPConfig, recipe: dict[str, Any]) -> bool:
@@ -147,7 +147,7 @@ def _train(
     data: DataArguments,
     config: MTPConfig,
     origin: dict[str, Any],
-    formats: set[str],
+    data_format: str,
     command: str,
 ) -> list[Report]:
     checkpoint = _checkpoint(config)
@@ -201,7 +201,7 @@ def _train(
         held_out=_to_decode(data, encode, positions),
         origin=origin,
     )
-    if formats != {"text"}:  # whose rows have no prompt
+    if data_format != "text":  # whose rows have no prompt
         prompting = {"chat": True} if data.chat else {"chat": False, "separator": data.separator}
         record_settings(model, **prompting)
     for callback in (ProgressCallback, PrinterCallback):

@@ -222,6 +222,9 @@ class MTPConfig(TrainingArguments):
             refuse(getattr(self, name) < 0, f"{name} must be at least 0; got {getattr(self, name)}")
         k_min, k_max, spans, offset = self.k_min, self.k_max, self.num_spans, self.span_offset
         refuse(not 1 <= k_min <= k_max, f"1 <= k_min <= k_max must hold; got k_min={k_min}, k_max={k_max}")
+        alpha = self.lora_alpha
+        if alpha is not None and alpha <= 0:
+            raise ValueError(f"lora_alpha must be above 0, or the adapter could do nothing; got {alpha}")
         if spans is not None and spans < 1:
             raise ValueError(f"num_spans must be at least 1, or None for a number by max_length; got {spans}")
         if offset is not None and (offset < 0 or self.spacing != "stride"):

@@ -117,6 +117,14 @@ def test_adapters_and_several_data_sets(tmp_path):
     logged = {name: value for x in second.state.log_history for name, value in x.items() if "original" in name}
     assert sorted(logged) == ["eval_one_original_agreement", "eval_two_original_agreement"]
     assert min(logged.values()) < 1
+    # Each has figures of its own, and what is only asked for is no part of training's.
+    both = second.evaluate()
+    for name, rows in held_out.items():
+        for key, value in second.evaluate(rows, metric_key_prefix=f"of_{name}").items():
+            if "agreement" in key or "confidence" in key:
+                assert both[key.replace("of", "eval")] == value
+        assert "test_agreement" in second.predict(rows).metrics
+    assert not second._sums
     # Evaluations are no part of the time.
     assert min(x["texts_per_second"] for x in second.state.log_history if "texts_per_second" in x) > 0
 

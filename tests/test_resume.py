@@ -14,6 +14,7 @@ from mtpkern.train.resume import Endless, checkpoints, load_weights
 from support.models import ARCHITECTURES, random_model
 from support.resumed import files_of, llama, rows, same, trainer
 from support.slow import slow_but
+from support.trained import EOS, V
 
 
 class Stream(IterableDataset):
@@ -58,7 +59,7 @@ def test_weights_that_files_name_otherwise_come_back(tmp_path, name):
     """When a run goes on, and when its best step is published."""
 
     def model(seed):
-        return random_model(name, seed=seed, vocab_size=31, eos_token_id=7, **ARCHITECTURES[name])
+        return random_model(name, seed=seed, vocab_size=V, eos_token_id=EOS, **ARCHITECTURES[name])
 
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
     options = {"max_steps": 3, "save_steps": 1, "eval_steps": 1, "eval_strategy": "steps", "model": model, **best}

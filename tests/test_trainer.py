@@ -41,27 +41,24 @@ def test_gradient_accumulation_equals_one_batch(tmp_path):
         student = llama()
         # Whether a model's own forward counts items is no matter: the loss is not its own.
         student.accepts_loss_kwargs = False
-        run = MTPTrainer(
-            model=student,
-            args=config(
-                tmp_path / str(size),
-                per_device_train_batch_size=size,
-                gradient_accumulation_steps=steps,
-                max_steps=1,
-                teacher_target="gt",
-                # Every position of the answer, so that the draw does not depend on how the batch is cut.
-                num_spans=20,
-                k_min=3,
-                k_max=3,
-                prefix_weight=0.3,
-                optim="sgd",
-                max_grad_norm=0,
-                save_strategy="no",
-                train_sampling_strategy="sequential",
-            ),
-            mask_token_id=MASK,
-            train_dataset=rows,
-            data_collator=MTPCollator(0),
+        run = trainer(
+            tmp_path / str(size),
+            student,
+            teacher=None,
+            train=rows,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            max_steps=1,
+            teacher_target="gt",
+            # Every position of the answer, so that the draw does not depend on how the batch is cut.
+            num_spans=20,
+            k_min=3,
+            k_max=3,
+            prefix_weight=0.3,
+            optim="sgd",
+            max_grad_norm=0,
+            save_strategy="no",
+            train_sampling_strategy="sequential",
         )
         run.train()
         losses.append(run.state.log_history[0]["loss"])

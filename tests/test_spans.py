@@ -13,7 +13,7 @@ from mtpkern.train.layout import build_layout
 from mtpkern.train.lora import add_gated_lora
 from mtpkern.train.objective import Objective, SpanContext, mtp_loss
 from mtpkern.train.spans import MOST, KeptSpans
-from support.trained import trainer
+from support.trained import data, trainer
 
 V, MASK, EOS, K = 61, 60, 7, 3
 
@@ -98,10 +98,16 @@ def test_the_file_goes_on_and_back(tmp_path):
 
 
 def test_an_evaluation_writes_them(tmp_path):
-    for target in ("hard", "gt"):
-        trainer(tmp_path / target, teacher_target=target).evaluate()
-    kept = [json.loads(line) for line in (tmp_path / "hard" / "spans.jsonl").read_text().splitlines()]
+    def written(name, **options):
+        trainer(tmp_path / name, **options).evaluate()
+        return [json.loads(line) for line in (tmp_path / name / "spans.jsonl").read_text().splitlines()]
+
+    kept = written("hard")
     assert kept
     assert all(len(one["confidence"]) == len(one["teacher_loss"]) == 4 for one in kept)
+    # Of several data sets those of each.
+    one, other = data(2), data(4)[2:]
+    assert written("both", held={"one": one, "other": other}) == written("one", held=one) + written("other", held=other)
     # Nobody reads the student's spans where the data is the target.
+    trainer(tmp_path / "gt", teacher_target="gt").evaluate()
     assert not (tmp_path / "gt" / "spans.jsonl").exists()

@@ -314,17 +314,18 @@ class MTPTrainer(RunTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As Trainer.evaluate, with the span statistics of the evaluation batches; training does not notice."""
         self._require_finite()
-        self._kept = kept = KeptSpans()
+        outer = self._kept  # of several data sets each calls this inside it
+        self._kept = kept = outer or KeptSpans()
         start, since = time.perf_counter(), self._seen.since
         try:
             with self._draws_apart(), self._sums_apart():
                 metrics = super().evaluate(*args, **kwargs)
-            if self.is_world_process_zero():
+            if self.is_world_process_zero() and outer is None:
                 kept.write(cast(str, self.args.output_dir), self.state.global_step)
             return metrics
         finally:
-            self._kept = None
-            # Evaluation is no part of training's throughput; of several data sets each calls this inside it.
+            self._kept = outer
+            # Evaluation is no part of training's throughput.
             self._seen.since = since + time.perf_counter() - start
 
     def evaluation_loop(

@@ -13,7 +13,8 @@ from mtpkern.compare import ours
 from mtpkern.train.arithmetic import build_tokenizer, encode, problems, prompt
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.config import MTPConfig
-from mtpkern.train.evaluate import HeldOut, curves, figures, summarise
+from mtpkern.train.evaluate import HeldOut, figures
+from mtpkern.train.summary import curves, summarise
 from mtpkern.train.trainer import MTPTrainer
 
 
@@ -50,7 +51,7 @@ HISTORY = [
 def test_summary(tmp_path, monkeypatch):
     assert curves(HISTORY) == {10: [0.6, 0.2], 20: [0.9, 0.4]}
     assert curves(HISTORY[:1]) == {10: [0.5, 0.1]}
-    monkeypatch.setattr("mtpkern.train.evaluate.find_spec", lambda name: None)
+    monkeypatch.setattr("mtpkern.train.summary.find_spec", lambda name: None)
     text = summarise(HISTORY, tmp_path)
     assert "| step | loss | accuracy | tokens_per_pass |" in text
     assert "decoding" not in text

@@ -40,7 +40,7 @@ from mtpkern.train.config import ModelArguments, MTPConfig
 from mtpkern.train.data import BadData, DataArguments, EncodedTexts, Report, load_data, load_held_out
 from mtpkern.train.disk import DiskFull
 from mtpkern.train.encoder import Encoder
-from mtpkern.train.evaluate import HeldOut, summarise
+from mtpkern.train.evaluate import HeldOut
 from mtpkern.train.gated_trainer import GatedTrainer
 from mtpkern.train.lock import alone_in
 from mtpkern.train.lora import require_adapter
@@ -50,6 +50,7 @@ from mtpkern.train.progress import TableCallback
 from mtpkern.train.record import OtherRun, Record, options_of, origin_of
 from mtpkern.train.resume import damaged, newest_checkpoint, require_whole
 from mtpkern.train.run import NotFiniteError
+from mtpkern.train.summary import summarise
 from mtpkern.train.trainer import MTPTrainer
 
 

@@ -31,7 +31,6 @@ from transformers.trainer_utils import IntervalStrategy, TrainOutput
 from mtpkern.model import record_settings
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.disk import DiskFull, checkpoint_bytes, full_disk_named, require_space
-from mtpkern.train.evaluate import summarise
 from mtpkern.train.lock import alone_in
 from mtpkern.train.lora import adapters_of, merged, plain_model
 from mtpkern.train.record import Record, fingerprint, options_of, report_rates
@@ -46,6 +45,7 @@ from mtpkern.train.resume import (
     rotate,
 )
 from mtpkern.train.saving import save_plain
+from mtpkern.train.summary import summarise
 
 logger = logging.getLogger(__name__)
 

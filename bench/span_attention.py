@@ -31,7 +31,7 @@ from mtpkern.bench.timing import Action, LeftOut, attempted, copies, difference,
 from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.span_attention import span_attention, span_attention_reference
 from mtpkern.kernels.span_mask import Rule, span_mask
-from mtpkern.train.layout import Layout, build_layout, draw_prefixes, tokens_apart
+from mtpkern.train.layout import Layout, build_layout, draw_prefixes
 
 OURS = "mtpkern"
 FLEX, INTERLEAVED, SDPA = "FlexAttention, our order", "FlexAttention, interleaved", "SDPA, dense mask"
@@ -59,7 +59,7 @@ class Shape:
         """The layout of texts without a prompt, on the CPU; every span exists."""
         lengths, k = torch.full((self.batch,), self.tokens), self.k
         start, spans = torch.zeros_like(lengths), self.tokens // (2 * k)
-        prefix = draw_prefixes(lengths, start, k, spans, apart=tokens_apart(self.tokens, spans, k), seed=0, step=0)
+        prefix = draw_prefixes(lengths, start, k, spans, apart=self.tokens // spans, seed=0, step=0)
         return build_layout(prefix, lengths, k, num_tokens=self.tokens)
 
     def text(self) -> str:

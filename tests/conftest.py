@@ -198,7 +198,7 @@ def rows_for_free(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def undrawn_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every training would end with half a second of matplotlib; `test_picture` undoes this."""
-    monkeypatch.setattr("mtpkern.train.evaluate._draw", lambda *_: None)
+    monkeypatch.setattr("mtpkern.train.summary._draw", lambda *_: None)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -40,7 +40,7 @@ def test_a_run_that_has_ended_is_left_alone(tmp_path, start, capsys, monkeypatch
         assert main([*common, "--max-steps", "2", "--k-max", "4"]) == 2
         assert "k_max was 3 and is 4. Take those" in capsys.readouterr().err
     after = files_of(out)
-    assert {name for name in {*before, *after} if before.get(name) != after.get(name)} <= {".lock"}
+    assert {name for name in {*before, *after} if before.get(name) != after.get(name)} <= {"_lock"}
     more = main([*common, "--max-steps", "3"])
     if save == "no":
         assert more == 2
@@ -182,6 +182,7 @@ def test_right_types_in_a_file(tmp_path):
         ({"--eval-data": "columns.jsonl"}, "expected the columns of one format"),
         ({"--train-data": "rows.jsonl late.jsonl"}, "late.jsonl, line 3: expected question and answer; answer missing"),
         ({"--train-data": "empty.jsonl"}, "no row is left to read"),
+        ({"--train-data": "texts.jsonl own.jsonl"}, "got texts.jsonl of text, own.jsonl of generated: make them one"),
         ({"--train-data": "rows.jsonl", "--data-format": "text"}, "line 1: expected text; text missing"),
         ({"--group-field": "topic", "--eval-fraction": "0.5"}, "expected a string in column 'topic'"),
         ({"--only": "topic=a"}, "expected a string in column 'topic'"),
@@ -201,6 +202,8 @@ def test_what_is_missing_is_said_before_weights_are_loaded(
     write(tmp_path / "columns.jsonl", [{"a": "b"}])
     write(tmp_path / "late.jsonl", [*ROWS[:2], {"question": "x"}])
     write(tmp_path / "empty.jsonl", [])
+    write(tmp_path / "texts.jsonl", [{"text": "x"}])
+    write(tmp_path / "own.jsonl", [{"prompt": "x", "text": "y", "tokens": [1], "blocks": [1]}])
     (tmp_path / "hollow").mkdir()
     (tmp_path / "hollow" / "config.json").write_text((start / "config.json").read_text())
 

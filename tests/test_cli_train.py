@@ -245,7 +245,7 @@ def test_what_goes_wrong_while_training_is_one_sentence(tmp_path, checkpoint, ca
 
     said = fails("--train-data", data, "--learning-rate", "1e39")
     assert said.startswith("mtpkern train: the weights or loss of step 1 is not finite")
-    assert [path.name for path in out.iterdir()] == [".lock"]
+    assert [path.name for path in out.iterdir()] == ["_lock"]
     mixed = write(tmp_path / "mixed.jsonl", [*GSM8K, {"question": "x"}])
     for workers in ("0", "1"):
         flags = ["--streaming", "--shuffle-buffer", "2", "--max-steps", "30", "--dataloader-num-workers", workers]

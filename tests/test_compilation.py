@@ -5,29 +5,21 @@ import os
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from mtpkern.train import config
 from mtpkern.train.arithmetic import build_tokenizer
-from mtpkern.train.collator import MTPCollator
 from mtpkern.train.compilation import CompiledLayers
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import HeldOut
-from mtpkern.train.gated_trainer import GatedTrainer
-from mtpkern.train.trainer import MTPTrainer
-from support.trained import losses
-
-V, MASK, EOS = 41, 40, 7
-
+from support import trained
+from support.trained import EOS, losses
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def llama(seed=0, layers=3):
-    torch.manual_seed(seed)
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": layers, "num_attention_heads": 2}
-    ends = {"eos_token_id": EOS, "bos_token_id": 1, "pad_token_id": 0}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=V, num_key_value_heads=1, initializer_range=0.3, **shape, **ends))
+    return trained.llama(seed, num_hidden_layers=layers)
 
 
 def rows(n=23):
@@ -38,29 +30,12 @@ def rows(n=23):
     ]
 
 
-def trainer(path, held_out=None, **change):
-    arguments = {
-        "max_steps": 9,
-        "per_device_train_batch_size": 3,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "k_min": 2,
-        "k_max": 16,
-        "num_spans": 2,
-    }
-    return MTPTrainer(
-        model=llama(),
-        teacher=None if change.get("lora_rank") else llama(3),
-        args=MTPConfig(str(path), **arguments | change),
-        mask_token_id=MASK,
-        train_dataset=rows(),
-        eval_dataset=rows(4),
-        held_out=held_out,
-        data_collator=MTPCollator(0),
-    )
+def trainer(path, model=None, **change):
+    """Of layers that make nine steps of many k and lengths."""
+    options = {"max_steps": 9, "per_device_train_batch_size": 3, "save_strategy": "no", "k_max": 16, "num_spans": 2}
+    options |= {"lr_scheduler_type": "linear", "spacing": "stride"}
+    teacher = None if change.get("lora_rank") else llama(3)
+    return trained.trainer(path, model or llama(), teacher, train=rows(), held=rows(4), **options | change)
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
@@ -110,31 +85,10 @@ def test_gated_adapters_share_forms_too(tmp_path):
             made.append(counters["stats"]["unique_graphs"])
 
     for name, change in {"plain": {}, "compiled": {"torch_compile_backend": "eager"}}.items():
-        arguments = {
-            "gated": True,
-            "lora_rank": 2,
-            "lora_targets": "q_proj,down_proj",
-            "k_max": 8,
-            "num_spans": 2,
-            "prefix_memory": 1e-4,
-            "max_steps": 4,
-            "per_device_train_batch_size": 3,
-            # Plain gradient descent: the weights show the gradients.
-            "optim": "sgd",
-            "learning_rate": 0.5,
-            "max_grad_norm": 0,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "use_cpu": True,
-            "disable_tqdm": True,
-        }
-        runs[name] = GatedTrainer(
-            model=llama(layers=4),
-            args=MTPConfig(str(tmp_path / name), **arguments | change),
-            train_dataset=rows(),
-            data_collator=MTPCollator(0),
-            callbacks=[Counting()],
-        )
+        options = {"gated": True, "lora_rank": 2, "lora_targets": "q_proj,down_proj", "k_max": 8, "max_steps": 4}
+        # Plain gradient descent: the weights show the gradients.
+        options |= {"prefix_memory": 1e-4, "optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0}
+        runs[name] = trainer(tmp_path / name, llama(layers=4), callbacks=[Counting()], **options | change)
         runs[name].train()
     plain, compiled = runs.values()
     assert made == [0] * 4 + [made[4]] * 4

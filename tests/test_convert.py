@@ -107,8 +107,8 @@ def test_refusals(tmp_path, tiny, bytes_of):
         convert(str(source), target, preset="llama-magpie")
     with pytest.raises(ValueError, match="names no stop token"):
         convert(str(source), target)
-    with pytest.raises(ValueError, match=r"stop tokens \[900\] lie outside"):
-        convert(str(source), target, stop_token_ids=[900])
+    with pytest.raises(ValueError, match=r"stop tokens \[900, -1\] lie outside"):
+        convert(str(source), target, stop_token_ids=[900, 5, -1])
     with pytest.raises(ValueError, match="preset must be one of"):
         convert(str(source), target, preset="gpt-2")
     with pytest.raises(ValueError, match="k_max must be at least 1"):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from mtpkern.train import disk
@@ -72,9 +73,9 @@ def test_room_that_a_run_needs(tmp_path, free):
         require_space(tmp_path, model, args)
     free(weights // 2)
     require_space(tmp_path, model, MTPConfig(str(tmp_path), use_cpu=True, save_strategy="no", save_dtype="bfloat16"))
-    model.weight.requires_grad_(False)
-    args = MTPConfig(str(tmp_path), use_cpu=True, lora_rank=2)
-    assert checkpoint_bytes(nn.Sequential(model, nn.Linear(8, 8, bias=False)), args) == 3 * 4 * 64
+    # Of adapters these alone, whoever has made them.
+    adapted = get_peft_model(nn.Sequential(model), LoraConfig(r=2, target_modules=["0"]))
+    assert checkpoint_bytes(adapted, MTPConfig(str(tmp_path), use_cpu=True)) == 3 * 4 * 2 * (1024 + 1024)
 
 
 def test_files_come_whole_or_not_at_all(tmp_path):

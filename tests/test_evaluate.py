@@ -13,7 +13,8 @@ from mtpkern.compare import ours
 from mtpkern.train.arithmetic import build_tokenizer, encode, problems, prompt
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.config import MTPConfig
-from mtpkern.train.evaluate import HeldOut, curves, figures, summarise
+from mtpkern.train.evaluate import HeldOut, figures
+from mtpkern.train.summary import curves, summarise
 from mtpkern.train.trainer import MTPTrainer
 
 
@@ -50,7 +51,7 @@ HISTORY = [
 def test_summary(tmp_path, monkeypatch):
     assert curves(HISTORY) == {10: [0.6, 0.2], 20: [0.9, 0.4]}
     assert curves(HISTORY[:1]) == {10: [0.5, 0.1]}
-    monkeypatch.setattr("mtpkern.train.evaluate.find_spec", lambda name: None)
+    monkeypatch.setattr("mtpkern.train.summary.find_spec", lambda name: None)
     text = summarise(HISTORY, tmp_path)
     assert "| step | loss | accuracy | tokens_per_pass |" in text
     assert "decoding" not in text
@@ -75,13 +76,30 @@ def test_picture(tmp_path, monkeypatch):
     assert (tmp_path / "new" / "agreement.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("change", [{"bf16": True}, {"lora_rank": 2}])
-def test_trainer_decodes_held_out_prompts(tmp_path, change):
-    tokenizer = build_tokenizer()
+def decoding_trainer(path, held_out, tokenizer, **change):
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer) + 1, **shape, **ends))
+    pairs = [encode(problem, tokenizer) for problem in problems("train", 4)]
+    data = [{"input_ids": ids, "prompt_length": n} for ids, n in pairs]
+    options = {"use_cpu": True, "disable_tqdm": True, "teacher_target": "gt", "k_max": 4, "max_steps": 2}
+    options |= {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 2, "per_device_train_batch_size": 4}
+    return MTPTrainer(
+        model=LlamaForCausalLM(
+            LlamaConfig(vocab_size=len(tokenizer) + 1, max_position_embeddings=200, **shape, **ends)
+        ),
+        args=MTPConfig(str(path), **options | change),
+        mask_token_id=len(tokenizer),
+        train_dataset=data,
+        eval_dataset=data[:2],
+        data_collator=MTPCollator(tokenizer.pad_token_id),
+        held_out=held_out,
+    )
+
+
+@pytest.mark.parametrize("change", [{"bf16": True}, {"lora_rank": 2}])
+def test_trainer_decodes_held_out_prompts(tmp_path, change):
+    tokenizer = build_tokenizer()
     texts = [prompt(problem) for problem in problems("validation", 3)]
     seen = []
 
@@ -91,25 +109,8 @@ def test_trainer_decodes_held_out_prompts(tmp_path, change):
 
     ways = {"static_3": Static(3), "static_1": Static(1)}
     held_out = HeldOut(texts, ["a", "b", "c"], tokenizer, is_right, ways, max_new_tokens=7, batch_size=2)
-    pairs = [encode(problem, tokenizer) for problem in problems("train", 4)]
-    data = [{"input_ids": ids, "prompt_length": n} for ids, n in pairs]
-    trainer = MTPTrainer(
-        model=model,
-        args=MTPConfig(
-            str(tmp_path),
-            max_steps=2,
-            eval_strategy="steps",
-            eval_steps=1,
-            save_strategy="no",
-            k_max=4,
-            **{"use_cpu": True, "disable_tqdm": True, "teacher_target": "gt", "learning_rate": 1e-2} | change,
-        ),
-        mask_token_id=len(tokenizer),
-        train_dataset=data,
-        eval_dataset=data[:2],
-        data_collator=MTPCollator(tokenizer.pad_token_id),
-        held_out=held_out,
-    )
+    options = {"save_strategy": "no", "learning_rate": 1e-2, **change}
+    trainer = decoding_trainer(tmp_path, held_out, tokenizer, **options)
     trainer.train()
     scored = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
     assert len(scored) == 2
@@ -128,7 +129,7 @@ def test_trainer_decodes_held_out_prompts(tmp_path, change):
     assert 1 <= scored[-1]["eval_tokens_per_pass"] <= 3
     assert scored[-1]["eval_tokens_per_pass"] <= scored[-1]["eval_effective_k"] <= 3
     assert "tokens_per_pass | effective_k | effective_k_deviation |" in (tmp_path / "summary.md").read_text()
-    assert not model.config.use_cache
+    assert not trainer.plain.config.use_cache
 
 
 def test_tokens_per_pass_do_not_depend_on_the_batch():
@@ -168,27 +169,6 @@ def test_confadapt_without_k_takes_the_recorded_one():
 def test_held_out_must_match():
     with pytest.raises(ValueError, match="as many"):
         HeldOut(["a"], [], build_tokenizer())
-
-
-def decoding_trainer(path, held_out, tokenizer, **change):
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    pairs = [encode(problem, tokenizer) for problem in problems("train", 4)]
-    data = [{"input_ids": ids, "prompt_length": n} for ids, n in pairs]
-    options = {"use_cpu": True, "disable_tqdm": True, "teacher_target": "gt", "k_max": 4, "max_steps": 2}
-    options |= {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 2, "per_device_train_batch_size": 4}
-    return MTPTrainer(
-        model=LlamaForCausalLM(
-            LlamaConfig(vocab_size=len(tokenizer) + 1, max_position_embeddings=200, **shape, **ends)
-        ),
-        args=MTPConfig(str(path), **options | change),
-        mask_token_id=len(tokenizer),
-        train_dataset=data,
-        eval_dataset=data[:2],
-        data_collator=MTPCollator(tokenizer.pad_token_id),
-        held_out=held_out,
-    )
 
 
 def test_decoding_is_greedy_whatever_the_models_file_asks_for(tmp_path):

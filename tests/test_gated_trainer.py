@@ -148,7 +148,12 @@ def test_follows_a_base_that_was_trained_since(tiny, tmp_path):
         with pytest.raises(ValueError, match="was trained for"):
             mtpkern.load_adapter(base(tiny), tmp_path / "further")
     with pytest.raises(ValueError, match=r"was trained for.*44 tokens.*without add_mask_token$"):
-        trainer(tiny, tmp_path / "no", tiny.model("llama", vocab_size=44), init_adapter=str(tmp_path / "adapter"))
+        trainer(
+            tiny,
+            tmp_path / "no",
+            tiny.model("llama", vocab_size=44, eos_token_id=EOS),
+            init_adapter=str(tmp_path / "adapter"),
+        )
 
 
 def test_a_base_that_is_the_same_keeps_its_name(tiny, tmp_path):

@@ -57,7 +57,7 @@ def test_the_papers_run(k, prefixes, num_tokens):
     """N = 160, M = 5, as the authors' code lays them out: 32 rows a region at every k; here at offset -10."""
     assert stride_prefixes(160, 5, k, offset=-10) == prefixes
     assert num_tokens == 160 - 5 * (k - 1)
-    apart = tokens_apart(160, 5, k, counting="paper")
+    apart = tokens_apart(160, 5, k)
     assert apart == 32 - (k - 1)
     # The same places drawn, where the offset is counted from the first place that a prefix may have.
     lengths, options = torch.tensor([num_tokens]), {"apart": apart, "seed": 0, "step": 0}

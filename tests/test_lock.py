@@ -1,11 +1,13 @@
 """One run at a time in a folder; a killed one leaves no lock behind."""
 
 import errno
+import inspect
 import os
 import signal
 import time
 
 import pytest
+import transformers
 
 from mtpkern.train import lock
 from mtpkern.train.lock import alone_in
@@ -40,6 +42,15 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
             assert str(os.getpid()) in (tmp_path / "out" / lock.LOCK).read_text()
     finally:
         os.kill(worker, signal.SIGKILL)
+
+
+def test_a_push_leaves_the_lock_out(tmp_path):
+    """It would read the file, which lets go of a lock, and publish the name of the machine."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    pushed = inspect.getsource(transformers.Trainer.push_to_hub)
+    assert 'ignore_patterns=["_*"' in pushed
+    assert list(filter_repo_objects(["run.json", lock.LOCK], ignore_patterns=["_*"])) == ["run.json"]
 
 
 def test_a_nested_holder_does_not_let_go(tmp_path):

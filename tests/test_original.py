@@ -5,47 +5,18 @@ import shutil
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from mtpkern.train.collator import MTPCollator
-from mtpkern.train.config import MTPConfig
-from mtpkern.train.gated_trainer import GatedTrainer
-from mtpkern.train.trainer import MTPTrainer
-
-V, MASK, EOS = 37, 36, 7
-
-
-def llama(vocab_size=V):
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    ends = {"eos_token_id": EOS, "bos_token_id": 1, "pad_token_id": 0}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, initializer_range=0.3, **shape, **ends))
-
-
-def data(n=24):
-    """Counting texts of several lengths: the answer goes on where the prompt stops."""
-    ids = [[1, *range(8 + i % 7, 18 + i % 7 + i % 4), EOS] for i in range(n)]
-    return [{"input_ids": x, "prompt_length": 4} for x in ids]
-
+from support.trained import EOS, MASK, data, llama, trainer
 
 # Of several lengths, with an earlier answer, and one without a prompt.
 HELD_OUT = [*data(5), {"input_ids": [1, 9, 10, EOS, 11, 12, 13, EOS], "prompt_length": 6, "earlier_answers": [(2, 4)]}]
 HELD_OUT += [{"input_ids": [8, 9, 10, 11], "prompt_length": 0}]
 
 
-def make(path, student=None, kind=MTPTrainer, teacher=None, eval_dataset=HELD_OUT, **change):
-    settings = {"teacher_target": "gt", "eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, "save_steps": 2}
-    settings |= {"learning_rate": 1e-2, "per_device_train_batch_size": 4, "logging_steps": 1, "use_cpu": True}
-    settings |= {"k_max": 4, "num_spans": 2, "report_to": "none", "disable_tqdm": True}
-    return kind(
-        model=student or llama(),
-        teacher=teacher,
-        args=MTPConfig(str(path), **settings | change),
-        train_dataset=data(),
-        eval_dataset=eval_dataset,
-        data_collator=MTPCollator(0),
-        **({} if kind is GatedTrainer else {"mask_token_id": MASK}),
-    )
+def make(path, student=None, teacher=None, eval_dataset=HELD_OUT, **change):
+    settings = {"teacher_target": "gt", "eval_strategy": "steps", "eval_steps": 2, "lr_scheduler_type": "linear"}
+    settings |= {"num_spans": 2, "spacing": "stride"}
+    return trainer(path, student, teacher, held=eval_dataset, **settings | change)
 
 
 def found(run):
@@ -117,13 +88,20 @@ def test_adapters_and_several_data_sets(tmp_path):
     logged = {name: value for x in second.state.log_history for name, value in x.items() if "original" in name}
     assert sorted(logged) == ["eval_one_original_agreement", "eval_two_original_agreement"]
     assert min(logged.values()) < 1
+    # Each has figures of its own, and what is only asked for is no part of training's.
+    both = second.evaluate()
+    for name, rows in held_out.items():
+        for key, value in second.evaluate(rows, metric_key_prefix=f"of_{name}").items():
+            if "agreement" in key or "confidence" in key:
+                assert both[key.replace("of", "eval")] == value
+        assert "test_agreement" in second.predict(rows).metrics
+    assert not second._sums
     # Evaluations are no part of the time.
     assert min(x["texts_per_second"] for x in second.state.log_history if "texts_per_second" in x) > 0
 
 
 def test_a_gated_adapter_does_no_damage(tmp_path):
-    student = llama(vocab_size=MASK)
-    run = make(tmp_path, student, GatedTrainer, gated=True, lora_rank=2, learning_rate=0.1)
+    run = make(tmp_path, llama(vocab_size=MASK), gated=True, lora_rank=2, learning_rate=0.1)
     run.train()
     assert found(run) == [1.0, 1.0]
 

@@ -11,10 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import mtpkern
-from mtpkern.train.collator import MTPCollator
-from mtpkern.train.gated_trainer import GatedTrainer
 from mtpkern.train.trainer import MTPTrainer
-from support.trained import MASK, config, data, llama
+from support.trained import data, llama, trainer
 
 
 @pytest.fixture
@@ -43,13 +41,7 @@ def test_pushed(kind: str, tmp_path: Path, pushes: list[set[str]]) -> None:
     if kind == "gated":
         options |= {"gated": True, "k_min": 2}
     options |= {"max_steps": 2, "save_steps": 1, "save_dtype": "bfloat16", "push_to_hub": True, "hub_model_id": "a/b"}
-    run = (GatedTrainer if kind == "gated" else MTPTrainer)(
-        model=llama(),
-        args=config(tmp_path, **options),
-        mask_token_id=None if kind == "gated" else MASK,
-        train_dataset=data(8),
-        data_collator=MTPCollator(0),
-    )
+    run = trainer(tmp_path, teacher=None, train=data(8), **options)
     run.train()
     assert len(pushes) == 2
     run.push_to_hub()

@@ -3,16 +3,18 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
-from mtpkern.train.record import RECORD
+from mtpkern.train.record import RECORD, fingerprint
 from mtpkern.train.resume import Endless, checkpoints, load_weights
 from support.models import ARCHITECTURES, random_model
 from support.resumed import files_of, llama, rows, same, trainer
 from support.slow import slow_but
+from support.trained import EOS, V
 
 
 class Stream(IterableDataset):
@@ -57,7 +59,7 @@ def test_weights_that_files_name_otherwise_come_back(tmp_path, name):
     """When a run goes on, and when its best step is published."""
 
     def model(seed):
-        return random_model(name, seed=seed, vocab_size=31, eos_token_id=7, **ARCHITECTURES[name])
+        return random_model(name, seed=seed, vocab_size=V, eos_token_id=EOS, **ARCHITECTURES[name])
 
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
     options = {"max_steps": 3, "save_steps": 1, "eval_steps": 1, "eval_strategy": "steps", "model": model, **best}
@@ -131,7 +133,7 @@ def test_a_run_that_has_ended_trains_and_writes_nothing(tmp_path, monkeypatch, c
     result = again.train(resume_from_checkpoint=True)
     assert result.global_step == again.state.global_step == whole.state.global_step
     assert same(whole, again)
-    assert {**files_of(tmp_path), ".lock": None} == {**before, ".lock": None}
+    assert {**files_of(tmp_path), "_lock": None} == {**before, "_lock": None}
     monkeypatch.undo()
     longer = {"num_train_epochs": 1.5} if change["max_steps"] < 0 else {"max_steps": change["max_steps"] + 1}
     more = trainer(tmp_path, **change | longer)
@@ -201,6 +203,8 @@ def test_a_difference_is_refused_by_name(tmp_path, change, checkpoint_of_three):
     expected = rf"checkpoint-3 is of a run with other settings: {name} was .* and is {value!r}.*--allow-changes {name}$"
     with pytest.raises(ValueError, match=expected):
         run.train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=expected):
+        run.train(resume_from_checkpoint=tmp_path / "checkpoint-3")
     with pytest.raises(ValueError, match="allow_changes names k_mox, of which"):
         trainer(tmp_path, allow_changes=["k_mox"], **given).train(resume_from_checkpoint=True)
 
@@ -218,6 +222,13 @@ def test_other_data_are_a_difference(tmp_path, checkpoint_of_three):
     for data in (rows(17), [*rows(17), {**rows(18)[17], "prompt_length": 4}], Stream()):
         with pytest.raises(ValueError, match=r"train_dataset was '\w{16}' and is"):
             trainer(tmp_path, data, **options).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("array", [torch.arange, np.arange])
+def test_arrays_are_told_apart_inside_too(array):
+    one, other = array(3000), array(3000)
+    other[1500] = 7
+    assert fingerprint([{"input_ids": one}]) != fingerprint([{"input_ids": other}])
 
 
 def test_an_allowed_change_takes_effect_and_is_recorded(tmp_path, checkpoint_of_three):

@@ -13,6 +13,7 @@ from mtpkern.train.layout import build_layout
 from mtpkern.train.lora import add_gated_lora
 from mtpkern.train.objective import Objective, SpanContext, mtp_loss
 from mtpkern.train.spans import MOST, KeptSpans
+from support.trained import data, trainer
 
 V, MASK, EOS, K = 61, 60, 7, 3
 
@@ -97,20 +98,16 @@ def test_the_file_goes_on_and_back(tmp_path):
 
 
 def test_an_evaluation_writes_them(tmp_path):
-    from mtpkern.train.collator import MTPCollator
-    from mtpkern.train.config import MTPConfig
-    from mtpkern.train.trainer import MTPTrainer
+    def written(name, **options):
+        trainer(tmp_path / name, **options).evaluate()
+        return [json.loads(line) for line in (tmp_path / name / "spans.jsonl").read_text().splitlines()]
 
-    rows = [{"input_ids": torch.arange(8, 24).tolist(), "prompt_length": 2} for _ in range(2)]
-    options = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "max_steps": 1}
-    for target in ("hard", "gt"):
-        args = MTPConfig(str(tmp_path / target), k_min=2, k_max=K, num_spans=2, teacher_target=target, **options)
-        student = llama(0)
-        student.config.eos_token_id = student.generation_config.eos_token_id = EOS
-        given = {"eval_dataset": rows, "data_collator": MTPCollator(0), "mask_token_id": MASK}
-        MTPTrainer(model=student, teacher=llama(1), args=args, **given).evaluate()
-    kept = [json.loads(line) for line in (tmp_path / "hard" / "spans.jsonl").read_text().splitlines()]
+    kept = written("hard")
     assert kept
-    assert all(len(one["confidence"]) == len(one["teacher_loss"]) == K for one in kept)
+    assert all(len(one["confidence"]) == len(one["teacher_loss"]) == 4 for one in kept)
+    # Of several data sets those of each.
+    one, other = data(2), data(4)[2:]
+    assert written("both", held={"one": one, "other": other}) == written("one", held=one) + written("other", held=other)
     # Nobody reads the student's spans where the data is the target.
+    trainer(tmp_path / "gt", teacher_target="gt").evaluate()
     assert not (tmp_path / "gt" / "spans.jsonl").exists()

@@ -3,7 +3,9 @@
 import subprocess
 import sys
 
+import pyarrow
 import pytest
+from datasets import Dataset
 
 import mtpkern.train
 from mtpkern.train import MTPCollator, MTPConfig, MTPTrainer, encode_rows
@@ -67,6 +69,24 @@ def test_what_is_not_counted_is_said(bytes_of, caplog):
     turns = [{"role": role, "content": content} for role, content in (("user", "a"), ("assistant", "b")) * 2]
     encode_rows([{"messages": turns}], tokenizer)
     assert "1 earlier answers not counted" in caplog.text
+
+
+def test_nulls_that_arrow_fills_in_are_no_fields(bytes_of):
+    """A Dataset gives each message the fields of all others, inside a tool call too."""
+    tokenizer = bytes_of("qwen")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{{ (m.tool_calls or []) | tojson }}<|im_end|>{% endfor %}"
+    )
+
+    def row(**arguments):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [call]}]
+        return {"messages": turns}
+
+    rows = [row(x=1), row(y=2)]
+    read = [encode_rows(some, tokenizer) for some in (rows, Dataset(pyarrow.Table.from_pylist(rows)))]
+    assert '{"x": 1}' in tokenizer.decode(read[0][0]["input_ids"])
+    assert read[0].fingerprint == read[1].fingerprint
 
 
 END = 258  # that tokenizer's EOS

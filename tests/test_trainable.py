@@ -235,7 +235,10 @@ def test_masks_behind_the_last_learned_position(tiny, tmp_path, gated):
 
 
 def test_data_of_which_no_batch_is_left(tiny, tmp_path):
-    options = {"dataloader_drop_last": True, "per_device_train_batch_size": 5}
+    options = {"dataloader_drop_last": True, "per_device_train_batch_size": 5, "per_device_eval_batch_size": 3}
     run = trainer(untold(tiny.model("llama", vocab_size=41)), tmp_path, False, **options)
-    with pytest.raises(ValueError, match="leaves no batch of 4 texts: 5 make one"):
+    with pytest.raises(ValueError, match=r"leaves no batch of 4 texts: 5 make one.*per_device_train_batch_size"):
+        run.train()
+    run.train_dataset, run.eval_dataset = [TEXT] * 5, {"one": [TEXT] * 3, "other": [TEXT] * 2}
+    with pytest.raises(ValueError, match=r"leaves no batch of 2 texts: 3 make one.*per_device_eval_batch_size"):
         run.train()

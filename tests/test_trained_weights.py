@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from mtpkern.train.saving import _cast
 from support.trained import MASK, llama, same_weights, trainer
 
 
@@ -33,6 +34,15 @@ def test_saved_in_another_dtype(tmp_path, tied):
     assert loaded.config.use_cache
     assert student.dtype == torch.float32
     same_weights(student.bfloat16(), loaded, rtol=0, atol=0)
+
+
+def test_what_begins_at_one_address_is_not_one_tensor():
+    """Views of a weight, and what has no element at all."""
+    x, none = torch.arange(6.0), torch.empty(0)
+    state = {"x": x, "tied": x, "part": x[:2], "table": x.view(2, 3), "none": none, "nothing": none.view(0, 3)}
+    cast = _cast(state, torch.bfloat16)
+    assert all(cast[name].equal(value.bfloat16()) for name, value in state.items())
+    assert cast["tied"] is cast["x"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

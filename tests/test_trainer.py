@@ -41,27 +41,24 @@ def test_gradient_accumulation_equals_one_batch(tmp_path):
         student = llama()
         # Whether a model's own forward counts items is no matter: the loss is not its own.
         student.accepts_loss_kwargs = False
-        run = MTPTrainer(
-            model=student,
-            args=config(
-                tmp_path / str(size),
-                per_device_train_batch_size=size,
-                gradient_accumulation_steps=steps,
-                max_steps=1,
-                teacher_target="gt",
-                # Every position of the answer, so that the draw does not depend on how the batch is cut.
-                num_spans=20,
-                k_min=3,
-                k_max=3,
-                prefix_weight=0.3,
-                optim="sgd",
-                max_grad_norm=0,
-                save_strategy="no",
-                train_sampling_strategy="sequential",
-            ),
-            mask_token_id=MASK,
-            train_dataset=rows,
-            data_collator=MTPCollator(0),
+        run = trainer(
+            tmp_path / str(size),
+            student,
+            teacher=None,
+            train=rows,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            max_steps=1,
+            teacher_target="gt",
+            # Every position of the answer, so that the draw does not depend on how the batch is cut.
+            num_spans=20,
+            k_min=3,
+            k_max=3,
+            prefix_weight=0.3,
+            optim="sgd",
+            max_grad_norm=0,
+            save_strategy="no",
+            train_sampling_strategy="sequential",
         )
         run.train()
         losses.append(run.state.log_history[0]["loss"])
@@ -72,23 +69,6 @@ def test_gradient_accumulation_equals_one_batch(tmp_path):
         same_weights(models[0], llama(), rtol=1e-4, atol=1e-6)
 
 
-def test_static_shape_changes_nothing_but_the_shape(tmp_path):
-    logs = []
-    for static in (False, True):
-        run = trainer(tmp_path / str(static), static_shape=static, max_steps=2, save_strategy="no")
-        run.train()
-        logs.append([x["loss"] for x in run.state.log_history if "loss" in x])
-    assert logs[0] == pytest.approx(logs[1], rel=1e-5)
-
-
-def test_packing_changes_the_shape_only(tmp_path):
-    batch = MTPCollator(0)(data(4))
-    apart, packed = (trainer(tmp_path, packing=p).plan(batch, k=3, step=0, micro_step=0) for p in (False, True))
-    assert packed["input_ids"].shape == (1, sum(batch["lengths"]))
-    assert packed["layout"].valid.sum() == apart["layout"].valid.sum() > 0
-    assert packed["prefix_rows"].sum() == apart["prefix_rows"].sum() > 0
-
-
 def test_bidirectional_trains_and_is_not_decoded(tmp_path):
     run = trainer(tmp_path, max_steps=1, bidirectional=True)
     assert run.plan(MTPCollator(0)(data(4)), k=3, step=0, micro_step=0)["layout"].span_end is not None
@@ -97,15 +77,6 @@ def test_bidirectional_trains_and_is_not_decoded(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
     with pytest.raises(ValueError, match="bidirectional"):
         generate(model, torch.tensor([[1, 8, 9]]), max_new_tokens=2)
-
-
-def test_plan_counts_masks_into_the_papers_length(tmp_path):
-    run = trainer(tmp_path, layout="paper", max_length=16, num_spans=2, spacing="stride")
-    batch = MTPCollator(0)([{"input_ids": list(range(8, 38)), "prompt_length": 2}])
-    for k in (2, 3, 4):
-        plan = run.plan(batch, k=k, step=0, micro_step=0)
-        assert plan["layout"].position.shape == (1, 16)
-        assert plan["input_ids"].shape == (1, 16 - 2 * (k - 1))
 
 
 @pytest.mark.parametrize(("change", "spans"), [({}, 8), ({"spacing": "stride"}, 4), ({"layout": "paper"}, 4)])

@@ -32,6 +32,7 @@ def test_refusals(tmp_path):
         ({"pure_bf16": True, "bf16": True}, "leave out bf16, or"),
         ({"pure_bf16": True, "lora_rank": 2}, "leave out lora_rank, or"),
         ({"pure_bf16": True, "student_dtype": "float16"}, "leave out student_dtype float16, or"),
+        ({"lora_rank": 2, "lora_alpha": 0.0}, "lora_alpha must be above 0"),
         ({"num_spans": 0}, "num_spans"),
         ({"span_offset": 3}, "spacing='stride'"),
         ({"gt_warmup_steps": -1}, "gt_warmup_steps"),
@@ -49,10 +50,18 @@ def test_refusals(tmp_path):
     ):
         with pytest.raises(ValueError, match=word):
             config(tmp_path, **change)
-    with pytest.raises(ValueError, match="without its adapters"):
-        trainer(tmp_path, lora_rank=2)
-    with pytest.raises(ValueError, match="student_dtype"):
-        trainer(tmp_path, teacher=None, lora_rank=2, student_dtype="bfloat16")
+    # A refused model is as it was, and may be given again.
+    model = llama()
+    names = list(model.state_dict())
+    for options, says in (
+        ({}, "without its adapters"),
+        ({"teacher": None, "student_dtype": "bfloat16"}, "student_dtype"),
+        ({"teacher": None, "lora_targets": "lm_head"}, "changes the output head"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            trainer(tmp_path, model, lora_rank=2, **options)
+        assert list(model.state_dict()) == names
+    trainer(tmp_path, model, teacher=None, lora_rank=2)
     with pytest.raises(ValueError, match="share a vocabulary"):
         trainer(tmp_path, teacher=llama(vocab_size=V + 9))
     sharded = llama()

@@ -132,6 +132,13 @@ def test_what_counts_as_whole(tmp_path):
         run.train(resume_from_checkpoint=str(folder))
 
 
+@pytest.mark.parametrize("limit", [None, 0, -1])
+def test_without_a_limit_all_are_kept(tmp_path, limit):
+    """-1 is none to transformers, and deleted each one as it was saved."""
+    trainer(tmp_path, max_steps=2, save_steps=1, save_total_limit=limit).train()
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
+
+
 def test_a_digest_covers_every_part_of_a_large_file(tmp_path, monkeypatch):
     monkeypatch.setattr(resume, "_PART", 8)
     (tmp_path / "weights").write_bytes(b"0123456789" * 3)

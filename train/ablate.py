@@ -30,8 +30,9 @@ from mtpkern.train.checks import load
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.command import load_student
 from mtpkern.train.config import MTPConfig
-from mtpkern.train.evaluate import HeldOut, figures, markdown
+from mtpkern.train.evaluate import HeldOut, figures
 from mtpkern.train.resume import newest_checkpoint
+from mtpkern.train.summary import markdown
 from mtpkern.train.trainer import MTPTrainer
 
 

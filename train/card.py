@@ -22,8 +22,8 @@ from mtpkern.card import MARK
 from mtpkern.origin import origin
 from mtpkern.output import write_whole
 from mtpkern.train.config import MTPConfig
-from mtpkern.train.evaluate import curves, markdown
 from mtpkern.train.record import Record
+from mtpkern.train.summary import curves, markdown
 
 # What of TrainingArguments a reader asks for first.
 _USUAL = (

@@ -39,10 +39,6 @@ def require_consistent(model: ModelArguments, data: DataArguments, config: MTPCo
         refuse(getattr(config, name) < 1, f"{name} must be at least 1; got {getattr(config, name)}")
     for name in ("learning_rate", "dataloader_num_workers", "max_grad_norm", "weight_decay", "warmup_steps"):
         refuse(getattr(config, name) < 0, f"{name} must be 0 or more; got {getattr(config, name)}")
-    alpha = config.lora_alpha
-    refuse(
-        alpha is not None and alpha <= 0, f"lora_alpha must be above 0, or the adapter could do nothing; got {alpha}"
-    )
     if config.max_steps == 0 or (config.max_steps < 0 and config.num_train_epochs <= 0):
         raise ValueError("nothing would be trained: give a positive max_steps, or num_train_epochs with max_steps -1")
     refuse(data.streaming and config.max_steps <= 0, "streaming data have no known length; set max_steps")
@@ -84,19 +80,19 @@ def require_consistent(model: ModelArguments, data: DataArguments, config: MTPCo
     refuse(files, f"output_dir must be a folder; {', '.join(files)} is a file")
 
 
-def require_sources(model: ModelArguments, data: DataArguments) -> set[str]:
+def require_sources(model: ModelArguments, data: DataArguments) -> str:
     """Look at what a run is made of before any weights are loaded: the first rows of the data, and whose models exist.
 
-    Returns the formats of the training data. Raises ValueError or OSError for a source that is missing or cannot be
+    Returns the format of the training data. Raises ValueError or OSError for a source that is missing or cannot be
     reached, for other columns than expected, and for a folder without weights.
     """
-    formats = require_readable(data)
+    data_format = require_readable(data)
     for name in filter(None, (model.model, model.teacher)):
         load(AutoConfig, name)
         folder = Path(name)
         if folder.is_dir() and not any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir()):
             raise FileNotFoundError(f"{name}: there are no weights in this folder; give a whole checkpoint")
-    return formats
+    return data_format
 
 
 def load(kind: Any, name: str, **options: Any) -> Any:
@@ -181,10 +177,18 @@ def warn_of_taught(model: nn.Module) -> None:
 
 
 def require_sound(model: nn.Module, teacher: PreTrainedModel | None, args: MTPConfig) -> None:
-    """Raise ValueError for a student and a teacher that do not fit together or the configuration."""
-    adapted = isinstance(model, PeftModel)
+    """Raise ValueError for a student and a teacher that do not fit together or the configuration.
+
+    model: with the adapters that it brings; those that lora_rank asks for come later, in float32
+    """
+    adds = args.lora_rank > 0 and not isinstance(model, PeftModel)
+    adapted = adds or isinstance(model, PeftModel)
     if isinstance(model, PeftModel):
-        _require_adapters(model, args)
+        refuse(
+            args.lora_alpha is not None or args.lora_targets != "all-linear",
+            "the model brings adapters of its own, with their alpha and targets; leave lora_alpha and lora_targets out",
+        )
+        require_adapters(model, args)
     refuse(
         is_quantised(plain_model(model)) and not args.gated,
         "the model's weights are quantised, and what is trained here ends as a plain checkpoint: set gated=True for an "
@@ -195,7 +199,7 @@ def require_sound(model: nn.Module, teacher: PreTrainedModel | None, args: MTPCo
         raise ValueError("with LoRA the teacher is the student without its adapters: leave teacher= out")
     part = "anchor_kl_weight" if args.teacher_target == "gt" else f"teacher_target {args.teacher_target!r}"
     refuse(teacher is None and not adapted and args.needs_teacher, f"{part} needs teacher=, the frozen original model")
-    trained = {p.dtype for p in model.parameters() if p.requires_grad}
+    trained = {torch.float32} if adds else {p.dtype for p in model.parameters() if p.requires_grad}
     refuse(
         not trained,
         "nothing of the model requires a gradient; give one whose weights do, or adapters that were loaded to be "
@@ -205,7 +209,7 @@ def require_sound(model: nn.Module, teacher: PreTrainedModel | None, args: MTPCo
         raise ValueError(f"pure_bf16 trains bfloat16 weights; got {trained}: load with dtype=torch.bfloat16")
     if not args.pure_bf16 and trained - {torch.float32, torch.float64}:
         raise ValueError(f"trained weights must be float32; got {trained}: load with dtype=torch.float32, bf16=True")
-    frozen = {p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()}
+    frozen = {p.dtype for p in model.parameters() if (adds or not p.requires_grad) and p.is_floating_point()}
     # Autocast narrows float32 weights itself, in every step.
     wide = {torch.float32} if args.gated and args.bf16 else set()
     refuse(
@@ -223,7 +227,7 @@ def require_sound(model: nn.Module, teacher: PreTrainedModel | None, args: MTPCo
         )
 
 
-def _require_adapters(model: PeftModel, args: MTPConfig) -> None:
+def require_adapters(model: PeftModel, args: MTPConfig) -> None:
     """Raise ValueError for adapters of another rank than is asked for, and for what would not be trained, or taught."""
     head: Any = plain_model(model).get_output_embeddings()
     for name in model.active_adapters:

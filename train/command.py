@@ -40,7 +40,7 @@ from mtpkern.train.config import ModelArguments, MTPConfig
 from mtpkern.train.data import BadData, DataArguments, EncodedTexts, Report, load_data, load_held_out
 from mtpkern.train.disk import DiskFull
 from mtpkern.train.encoder import Encoder
-from mtpkern.train.evaluate import HeldOut, summarise
+from mtpkern.train.evaluate import HeldOut
 from mtpkern.train.gated_trainer import GatedTrainer
 from mtpkern.train.lock import alone_in
 from mtpkern.train.lora import require_adapter
@@ -50,6 +50,7 @@ from mtpkern.train.progress import TableCallback
 from mtpkern.train.record import OtherRun, Record, options_of, origin_of
 from mtpkern.train.resume import damaged, newest_checkpoint, require_whole
 from mtpkern.train.run import NotFiniteError
+from mtpkern.train.summary import summarise
 from mtpkern.train.trainer import MTPTrainer
 
 
@@ -107,12 +108,12 @@ def train(
     require_consistent(model_arguments, data, config)
     if config.init_adapter:
         require_adapter(config.init_adapter, rank=config.lora_rank)
-    formats = require_sources(model_arguments, data)
+    data_format = require_sources(model_arguments, data)
     with alone_in(config.output_dir) if config.process_index == 0 else nullcontext():
         origin = origin_of(model_arguments, data, config)
         if _has_ended(config, {**options_of(config, stream=data.streaming), **origin}):
             return []
-        return _train(model_arguments, data, config, origin, formats, command)
+        return _train(model_arguments, data, config, origin, data_format, command)
 
 
 def _has_ended(config: MTPConfig, recipe: dict[str, Any]) -> bool:
@@ -147,7 +148,7 @@ def _train(
     data: DataArguments,
     config: MTPConfig,
     origin: dict[str, Any],
-    formats: set[str],
+    data_format: str,
     command: str,
 ) -> list[Report]:
     checkpoint = _checkpoint(config)
@@ -201,7 +202,7 @@ def _train(
         held_out=_to_decode(data, encode, positions),
         origin=origin,
     )
-    if formats != {"text"}:  # whose rows have no prompt
+    if data_format != "text":  # whose rows have no prompt
         prompting = {"chat": True} if data.chat else {"chat": False, "separator": data.separator}
         record_settings(model, **prompting)
     for callback in (ProgressCallback, PrinterCallback):

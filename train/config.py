@@ -222,6 +222,9 @@ class MTPConfig(TrainingArguments):
             refuse(getattr(self, name) < 0, f"{name} must be at least 0; got {getattr(self, name)}")
         k_min, k_max, spans, offset = self.k_min, self.k_max, self.num_spans, self.span_offset
         refuse(not 1 <= k_min <= k_max, f"1 <= k_min <= k_max must hold; got k_min={k_min}, k_max={k_max}")
+        alpha = self.lora_alpha
+        if alpha is not None and alpha <= 0:
+            raise ValueError(f"lora_alpha must be above 0, or the adapter could do nothing; got {alpha}")
         if spans is not None and spans < 1:
             raise ValueError(f"num_spans must be at least 1, or None for a number by max_length; got {spans}")
         if offset is not None and (offset < 0 or self.spacing != "stride"):
@@ -229,13 +232,17 @@ class MTPConfig(TrainingArguments):
 
     def _require_consistent(self) -> None:
         """Raise ValueError for options that contradict one another."""
-        if self.offset_scope != "sequence" and (self.span_offset is not None or self.spacing != "stride"):
-            raise ValueError("offset_scope is of drawn offsets: it needs spacing='stride' and no span_offset")
-        if self.prefix_scope != "answer" and not self.prefix_weight:
-            raise ValueError("prefix_scope is of the prefix loss; give prefix_weight, or leave prefix_scope out")
-        for name, unset in (("lora_alpha", None), ("lora_targets", "all-linear")):
+        draws = self.spacing == "stride" and self.span_offset is None
+        for name, unset, met, needs in (
+            ("offset_scope", "sequence", draws, "drawn offsets: spacing='stride' and no span_offset"),
+            ("prefix_scope", "answer", self.prefix_weight, "the loss that it is of: prefix_weight > 0"),
+            ("lora_alpha", None, self.lora_rank, "lora_rank > 0"),
+            ("lora_targets", "all-linear", self.lora_rank, "lora_rank > 0"),
+            ("prefix_memory", 0, self.gated, "what only gated adapters leave as it is: gated"),
+            ("init_adapter", None, self.gated, "a gated adapter to be trained: gated"),
+        ):
             value = getattr(self, name)
-            refuse(not self.lora_rank and value != unset, f"{name} needs lora_rank > 0; got {value!r} and rank 0")
+            refuse(value != unset and not met, f"{name} needs {needs}; got {value!r}: set that, or leave {name} out")
         refuse(
             self.teacher_dtype is not None and (self.lora_rank or not self.needs_teacher),
             "teacher_dtype is of a second model; with LoRA the teacher is the student without its adapters, and "
@@ -250,10 +257,6 @@ class MTPConfig(TrainingArguments):
         )
         if self.gated:
             self._require_gateable()
-        if self.prefix_memory and not self.gated:
-            raise ValueError("prefix_memory keeps what only gated adapters leave as it is; set gated, or leave it out")
-        if self.init_adapter and not self.gated:
-            raise ValueError("init_adapter is a gated adapter to train further; set gated, or leave it out")
         if self.init_adapter and (self.lora_alpha is not None or self.lora_targets != "all-linear"):
             raise ValueError("init_adapter brings its own lora_alpha and lora_targets; leave those out")
         if self.packing and self.static_shape:

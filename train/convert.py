@@ -113,7 +113,7 @@ def convert(
         raise ValueError(f"{source} has no mask token to go with k_max; give --mask-token-id, or leave --k-max out")
     model.config.use_cache = True
     stops = list(stop_token_ids or (known.stop_token_ids if known else ()))
-    outside = [i for i in stops if i >= model.get_input_embeddings().num_embeddings]
+    outside = [i for i in stops if not 0 <= i < model.get_input_embeddings().num_embeddings]
     refuse(outside, f"{source}: stop tokens {outside} lie outside the embedding; give its own")
     stops = stops or model.generation_config.eos_token_id
     refuse(stops is None, f"{source} names no stop token; give --preset or --stop-token-ids")

@@ -373,26 +373,31 @@ def load_data(
     return (train, None, reports) if found is None else (train, found[0], [*reports, found[1]])
 
 
-def require_readable(arguments: DataArguments) -> set[str]:
-    """The formats of the training data, by the first rows of every source, without a tokenizer. Raises as `load_data`.
+def require_readable(arguments: DataArguments) -> str:
+    """The format of the training data, by the first rows of every source, without a tokenizer. Raises as `load_data`.
 
-    require_readable(DataArguments(["problems.jsonl"]))  # {"question-answer"}
+    Raises ValueError for sources of several formats too, of which the first one's would be taken for all.
+
+        require_readable(DataArguments(["problems.jsonl"]))  # "question-answer"
     """
-    formats = set()
     unread = cast(Encoder, lambda batch: [{} for _ in batch])
     held_out = False if arguments.eval_fraction else None
+    found: list[str] = []
     for names, split in ((arguments.train_data, arguments.train_split), (arguments.eval_data, arguments.eval_split)):
         if not names:
             continue
         files = all(Path(name).suffix in READERS for name in names)
-        report = Report(", ".join(names))
+        report, formats = Report(", ".join(names)), {}
         for part in [[name] for name in names] if files else [names]:
             source = _source(arguments, unread, part, split, held_out)
             first = list(islice(source.rows(), _PEEK))
             for _ in replace(source, rows=partial(iter, first)).examples(report):
                 pass
-            if names is arguments.train_data and report.data_format:
-                formats.add(report.data_format)
+            if first:
+                formats[str(report.data_format)] = source.name
         if not report.rows:
             raise BadData(f"no row is left to read. {report}")
-    return formats
+        each = ", ".join(f"{name} of {data_format}" for data_format, name in formats.items())
+        refuse(len(formats) > 1, f"sources must have one format; got {each}: make them one, or leave one out")
+        found += formats
+    return found[0]

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from mtpkern.train.config import MTPConfig
+from mtpkern.train.extra import PeftModel
 
 _FULL = ("No space left on device", "os error 28", "Disk quota exceeded", "os error 122")
 # What torch.save says where the disk takes no more.
@@ -37,7 +38,7 @@ def checkpoint_bytes(model: nn.Module, args: MTPConfig) -> int:
     Of a model with adapters only these are saved. Other optimizers than torch's AdamW count nothing.
     """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    saved = trained if args.lora_rank else sum(p.numel() for p in model.parameters())
+    saved = trained if isinstance(model, PeftModel) else sum(p.numel() for p in model.parameters())
     adam = str(getattr(args.optim, "value", args.optim)).startswith("adamw_torch") and not args.save_only_model
     return 4 * (saved + 2 * adam * trained)
 

@@ -117,7 +117,7 @@ def conversation_of(row: Any, data_format: str) -> Conversation:
     if not isinstance(options, dict):
         raise BadRow("wrong options", f"chat_template_kwargs: expected an object, or its JSON; got {shown(options)}")
     read = {*FORMATS[data_format], "system", "system_prompt", "tools", "chat_template_kwargs"}
-    columns = frozenset(name for name in row.keys() - read if not _nothing(row[name]))
+    columns = frozenset(name for name in row.keys() - read if not nothing(row[name]))
     return Conversation(messages, tools, options, finished, columns)
 
 
@@ -172,7 +172,7 @@ def _messages(value: Any, name: str) -> list[Message]:
             allowed = ("system", *_SHAREGPT_ROLES, "tool") if role == "from" else _ROLES
             raise BadRow("wrong role", f"{name}[{i}]: {role} must be {', '.join(allowed)}; got {shown(said)}")
         speaker = known[said]
-        further = {k: v for k, v in turn.items() if k not in (role, content, "weight") and not _nothing(v)}
+        further = {k: v for k, v in turn.items() if k not in (role, content, "weight") and not nothing(v)}
         if role == "from" and not further.keys().isdisjoint(("role", "content")):
             raise BadRow("no messages", f"{name}[{i}]: has both {role} and role, or {content} and content; keep one")
         messages.append({"role": speaker, "content": _content(turn.get(content), f"{name}[{i}].{content}", further)})
@@ -187,7 +187,7 @@ def _messages(value: Any, name: str) -> list[Message]:
 
 def _content(value: Any, name: str, further: Message) -> str:
     """A message's text. Nothing where it calls tools instead; a list of parts where that is one text."""
-    if _nothing(value) and ("tool_calls" in further or "function_call" in further):
+    if nothing(value) and ("tool_calls" in further or "function_call" in further):
         return ""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], Mapping):
         part = value[0]
@@ -214,7 +214,7 @@ def _string(value: Any, name: str) -> str:
     return value
 
 
-def _nothing(value: Any) -> bool:
+def nothing(value: Any) -> bool:
     """Whether a field is as good as absent: files with columns fill them with nulls."""
     return value is None or (isinstance(value, (str, list, dict)) and not value)
 
@@ -226,4 +226,4 @@ def _from_json(value: Any, name: str, unless_given: Any) -> Any:
             value = parse(value, "JSON")
         except BadRow as fault:
             raise BadRow(fault.kind, f"{name}: {fault}") from None
-    return unless_given if _nothing(value) else value
+    return unless_given if nothing(value) else value

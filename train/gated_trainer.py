@@ -26,7 +26,7 @@ from mtpkern.train.captured import CapturedSteps
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import HeldOut
 from mtpkern.train.gated import BehindPrefixContext, gated_loss
-from mtpkern.train.layout import Layout, draw_within
+from mtpkern.train.layout import Layout, draw_within, tensors_of
 from mtpkern.train.lora import adapter_to_train, adapters_asked, add_gated_lora, plain_model
 from mtpkern.train.objective import MTPLoss, forward_as
 from mtpkern.train.prefix import Packing, Prefixes, texts_of
@@ -157,19 +157,14 @@ class GatedTrainer(MTPTrainer):
         rows = steps.rows(len(texts), sum(len(text) for text in texts))
         packing = Packing.of(texts, tokens.shape[0], tokens.shape[1], rows)
         parts = {"layout": layout, "packing": packing}
-        tensors = {
-            f"{part}.{name}": x
-            for part, value in parts.items()
-            for name, x in vars(value).items()
-            if isinstance(x, Tensor)
-        }
+        tensors = {f"{part}.{name}": x for part, value in parts.items() for name, x in tensors_of(value).items()}
         given = {"tokens": tokens, "counts": torch.as_tensor(counts), **tensors}
         core = self.accelerator.unwrap_model(model)
         target = self._objective().target
 
         def step(x: Mapping[str, Tensor]) -> Tensor:
             now = (
-                replace(value, **{name: x[key] for name in vars(value) if (key := f"{part}.{name}") in x})
+                replace(value, **{name: x[f"{part}.{name}"] for name in tensors_of(value)})
                 for part, value in parts.items()
             )
             context = BehindPrefixContext(*now)

@@ -37,7 +37,6 @@ from mtpkern.output import exit_status
 from mtpkern.train.arguments import refuse
 
 Spacing = Literal["stride", "random"]
-Counting = Literal["tokens", "paper"]
 OffsetScope = Literal["sequence", "rank"]
 
 
@@ -78,7 +77,7 @@ class Layout:
 
     def to(self, device: torch.device | str) -> Layout:
         """The same layout on a device."""
-        moved: dict[str, Any] = {n: send(x, device) for n, x in vars(self).items() if isinstance(x, Tensor)}
+        moved: dict[str, Any] = {name: send(x, device) for name, x in tensors_of(self).items()}
         return replace(self, **moved)
 
     def causal(self) -> Layout:
@@ -95,6 +94,11 @@ class Layout:
             rows[..., 0] = tokens.gather(1, (self.prefix - 1).clamp(min=0))
         rows[..., int(self.bidirectional) :] = masks
         return torch.cat([tokens, ids], dim=1)
+
+
+def tensors_of(parts: Any) -> dict[str, Tensor]:
+    """Those of an object's fields that are tensors, by name: `tensors_of(layout)["row"]`."""
+    return {name: x for name, x in vars(parts).items() if isinstance(x, Tensor)}
 
 
 def pinned(x: Tensor, device: torch.device | str) -> Tensor:
@@ -224,27 +228,26 @@ def pack(layout: Layout, *texts: Tensor) -> tuple[Layout, list[Tensor]]:
     return packed, [x.flatten()[send(index, x.device)][None] for x in texts]
 
 
-def tokens_apart(num_rows: int, num_spans: int, k: int, *, counting: Counting = "tokens") -> int:
-    """Tokens between neighbouring spans of a stride: M regions share N rows evenly, whatever k is; at least 1.
+def tokens_apart(num_rows: int, num_spans: int, k: int) -> int:
+    """Tokens between neighbouring spans of the paper's stride: of a region's N/M rows all but its span's masks.
 
-    num_rows   N of the sequence, padding included: its tokens, or with counting "paper" the spans' masks too, so that
-               N/M - (k-1) tokens are left of a region
+    num_rows   N, the spans' masks among them; M regions share them evenly, whatever k is, at least a token each
 
-        tokens_apart(160, 5, 16, counting="paper")  # 17
+        tokens_apart(160, 5, 16)  # 17
     """
-    return max(1, num_rows // num_spans - (k - 1 if counting == "paper" else 0))
+    return max(1, num_rows // num_spans - (k - 1))
 
 
 def stride_prefixes(num_rows: int, num_spans: int, k: int, *, offset: int = 0) -> list[int]:
     """Prefix lengths of one span a region: with offset 0 each stands behind all the tokens of its region.
 
-    num_rows   N, the spans' masks among them, as `tokens_apart` takes it with counting "paper"
+    num_rows   N, the spans' masks among them, as `tokens_apart` takes it
     offset     in tokens, from 1 - tokens_apart(...) to 0
 
         stride_prefixes(18, 3, 3)             # [4, 8, 12]: 18 rows, of which 12 are tokens
         stride_prefixes(18, 3, 3, offset=-2)  # [2, 6, 10]
     """
-    apart = tokens_apart(num_rows, num_spans, k, counting="paper")
+    apart = tokens_apart(num_rows, num_spans, k)
     return [(m + 1) * apart + offset for m in range(num_spans)]
 
 

@@ -20,7 +20,9 @@ except ImportError:  # Windows
 
 logger = logging.getLogger(__name__)
 
-LOCK = ".lock"
+# Of the names that push_to_hub leaves out: to read the file, as an upload does, would let the lock go, as POSIX has it
+# for any handle that its process closes; and it says on which machine the run is.
+LOCK = "_lock"
 # By process, too: a fork inherits the set, but no lock.
 _held: set[tuple[int, Path]] = set()
 

@@ -91,13 +91,12 @@ def add_gated_lora(
     k_max: int,
     alpha: float | None = None,
     targets: str = "all-linear",
-    chat: bool | None = None,
     seed: int = 0,
 ) -> PeftModel:
     """As `add_lora`, but the adapters act on mask rows only, and the model's matrices stay as they are.
 
     The mask token is the first id behind the vocabulary; its embedding, the parameter `mask_row` [H] of the result, is
-    drawn with the mean and the variance of the embedding's rows. k_max and chat are recorded in the adapter's folder.
+    drawn with the mean and the variance of the embedding's rows. k_max is recorded in the adapter's folder.
     The linear layers may be quantised, in a way that peft can train beside; experts that share a tensor stay as they
     are, and layers beside them that bear their names. Raises ValueError for any other, and for a quantised embedding or
     head.
@@ -120,7 +119,7 @@ def add_gated_lora(
     generator = torch.Generator().manual_seed(len(weight))
     noise = torch.randn(weight.shape[1], generator=generator, dtype=torch.float32).to(weight.device)
     row = (weight.mean(0) + noise * weight.std(0)) * scale
-    settings = GatedSettings(mask_token_id=len(weight), k_max=k_max, **base_known_by(model), chat=chat)
+    settings = GatedSettings(mask_token_id=len(weight), k_max=k_max, **base_known_by(model))
     # A token that never comes: to peft itself the adapter is off.
     never, marks = [settings.mask_token_id], marked(settings, row)
     shared = any(x.ndim > 2 for x in model.get_decoder().parameters())

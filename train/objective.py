@@ -26,10 +26,9 @@ from mtpkern.kernels.distill import distill_loss, head_readout
 from mtpkern.kernels.head import Head, Rows
 from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.span_attention import span_attention
-from mtpkern.kernels.span_mask import span_mask
 from mtpkern.train.arguments import require_one_of
 from mtpkern.train.layout import Layout
-from mtpkern.train.prefix import hidden_states
+from mtpkern.train.prefix import hidden_states, shared_mask
 from mtpkern.train.spans import KeptSpans
 
 Target = Literal["hard", "soft", "gt"]
@@ -45,12 +44,12 @@ class SpanContext:
     without_dropout: ClassVar[bool] = True
 
     def prepare(self, window: int | None) -> None:
-        """Build the masks without and with the model's window; the kernel needs none.
+        """Build the masks without and with the model's window.
 
         Before the layers run: torch.compile forbids side effects where activations are computed again.
         """
-        if not self.layout.position.is_cuda:
-            self.masks.update((w, span_mask(*self.layout.rule, window=w)) for w in {None, window} - set(self.masks))
+        for each in (None, window):
+            shared_mask(self.masks, self.layout.rule, each)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Span attention of one layer: [B, T, Hq, D] (mtpkern.attention.AttentionContext)."""

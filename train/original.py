@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mtpkern.kernels.distill import head_readout
+from mtpkern.model import evaluating
 from mtpkern.train.layout import answer_ends
 from mtpkern.train.objective import head_of
 
@@ -52,9 +53,7 @@ class Original:
     @torch.no_grad()
     def _predicted(self, model: PreTrainedModel, batches: Iterable[dict[str, Any]]) -> Iterator[tuple[bytes, Tensor]]:
         """For every text a digest of it and [answer tokens] int32."""
-        training = model.training
-        model.eval()
-        try:
+        with evaluating(model):
             for batch in batches:
                 ids = batch["input_ids"][:, : self.max_length]
                 lengths = torch.as_tensor(batch["lengths"], device="cpu").clamp(max=ids.shape[1])
@@ -70,5 +69,3 @@ class Original:
                 for text, n, answer, found in zip(ids.cpu(), lengths, answers, token.split(answers.sum(1).tolist())):
                     digest = blake2b(text[:n].numpy().tobytes() + answer[:n].numpy().tobytes(), digest_size=16)
                     yield digest.digest(), found
-        finally:
-            model.train(training)

@@ -34,7 +34,7 @@ def planned(
     most, apart = args.spans_of(limit), None
     if args.layout == "paper":
         if not args.response_only:
-            apart = tokens_apart(limit, most, k, counting="paper")
+            apart = tokens_apart(limit, most, k)
         limit -= most * (k - 1)
     tokens = tokens[:, :limit]
     lengths = lengths.clamp(max=limit)

@@ -29,7 +29,7 @@ from mtpkern.attention import AttentionContext, routed
 from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.span_attention import span_attention
 from mtpkern.kernels.span_mask import Rule, span_mask
-from mtpkern.train.layout import Layout, send
+from mtpkern.train.layout import Layout, send, tensors_of
 
 Layers = dict[int, tuple[Tensor, Tensor]]
 
@@ -90,7 +90,7 @@ class Packing:
 
     def to(self, device: torch.device | str) -> Packing:
         """The same on a device."""
-        return Packing(send(self.take, device), send(self.position, device), send(self.put, device))
+        return Packing(**{name: send(x, device) for name, x in tensors_of(self).items()})
 
 
 # A longer cut of the same text is another; a text without a name is known by its place in the batch.
@@ -122,7 +122,7 @@ class PrefixContext:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Causal attention of one layer: [1, T, Hq, D] (mtpkern.attention.AttentionContext)."""
         self.layers[layer] = _as_attended(key), _as_attended(value)
-        mask = shared_mask(self.masks, self.rule, scoring.window, 0)
+        mask = shared_mask(self.masks, self.rule, scoring.window)
         return span_attention(query, key, value, self.rule, scoring, mask=mask)
 
 
@@ -223,7 +223,7 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, position: Tensor, c
     return model.base_model(**rows, use_cache=False, mtpkern=context).last_hidden_state
 
 
-def shared_mask(masks: dict[int | None, Tensor], rule: Rule, window: int | None, first: int) -> Tensor | None:
+def shared_mask(masks: dict[int | None, Tensor], rule: Rule, window: int | None, first: int = 0) -> Tensor | None:
     """The rows from `first` on of the mask with this window, which layers share; None where a kernel needs none."""
     if rule.position.is_cuda:
         return None

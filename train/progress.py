@@ -9,7 +9,7 @@ from rich.console import Console
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mtpkern.train.evaluate import strategies_in
+from mtpkern.train.summary import strategies_in
 
 # Of a log: its name there, of an evaluation behind "eval_"; the heading; how it is written. "orig" shows the damage of
 # training, plain decoding's tokens that are still the original model's; "tok/s" are tokens of texts, without masks.

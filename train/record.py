@@ -119,7 +119,9 @@ def fingerprint(dataset: Any) -> str | int | None:
     if isinstance(dataset, (list, tuple)):
         digest = sha256()
         for row in dataset:
-            digest.update(repr(sorted((name, str(value)) for name, value in row.items())).encode())
+            # Arrays print their ends alone.
+            plain = ((name, value.tolist() if hasattr(value, "tolist") else value) for name, value in row.items())
+            digest.update(repr(sorted((name, str(value)) for name, value in plain)).encode())
         return digest.hexdigest()[:16]
     known = getattr(dataset, "fingerprint", None) or getattr(dataset, "_fingerprint", None)
     if isinstance(known, str) or isinstance(dataset, IterableDataset):

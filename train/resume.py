@@ -141,8 +141,8 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def rotate(output_dir: str | Path, limit: int | None, best: str | None) -> None:
-    """Keep the `limit` newest checkpoints (all where None or 0) and the best one; never delete the newest."""
-    if not limit:
+    """Keep the `limit` newest checkpoints (all where None, 0 or less) and the best one; never delete the newest."""
+    if limit is None or limit <= 0:
         return
     for folder in checkpoints(output_dir)[:-limit]:
         if best is None or folder.resolve() != Path(best).resolve():

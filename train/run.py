@@ -1,4 +1,5 @@
-"""A run: a Trainer that goes on exactly where it was, is alone in its folder, and saves before it evaluates.
+"""A run: a Trainer that goes on exactly where it was, is alone in its folder, saves before it evaluates, and ends where
+a number is not finite.
 
 Nothing here knows of spans: `mtpkern.train.trainer.MTPTrainer` adds what is trained.
 """
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerState
@@ -25,11 +28,11 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
+from mtpkern.model import record_settings
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.disk import DiskFull, checkpoint_bytes, full_disk_named, require_space
-from mtpkern.train.evaluate import summarise
 from mtpkern.train.lock import alone_in
-from mtpkern.train.lora import adapters_of
+from mtpkern.train.lora import adapters_of, merged, plain_model
 from mtpkern.train.record import Record, fingerprint, options_of, report_rates
 from mtpkern.train.resume import (
     Endless,
@@ -41,6 +44,8 @@ from mtpkern.train.resume import (
     require_whole,
     rotate,
 )
+from mtpkern.train.saving import save_plain
+from mtpkern.train.summary import summarise
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +69,14 @@ class RunTrainer(Trainer):
         self._ended = False
         self._recipe: dict[str, Any] = {}
         self._resumed_at = 0
+        # The first step with a loss that is not finite.
+        self._broken_step = torch.tensor(torch.inf, dtype=torch.float32, device=self.args.device)
+        self._pushes = False  # while what is saved goes to the hub
+
+    @property
+    def plain(self) -> PreTrainedModel:
+        """The transformers model in training, without what wraps it."""
+        return plain_model(self.accelerator.unwrap_model(self.model))
 
     def _made_of(self) -> dict[str, Any]:
         """What makes this run what it is, as far as it is known here; `origin` adds the rest."""
@@ -78,8 +91,34 @@ class RunTrainer(Trainer):
     def _try_out(self) -> None:
         """What is tried before the first step."""
 
-    def _require_finite(self, *, weights: bool = False) -> None:
-        """Raise NotFiniteError where nothing may be saved."""
+    def _note_loss(self, loss: Tensor) -> None:
+        """Note the first step with a loss that is not finite; on the device, so that no step waits for it."""
+        first = self._broken_step.clamp(max=self.state.global_step)
+        self._broken_step = torch.where(loss.isfinite(), self._broken_step, first)
+
+    def _require_finite(self, *, weights: bool = False, alone: bool = False) -> None:
+        """Raise NotFiniteError where the loss of any rank has not been finite; called by all ranks, before any save.
+
+        weights   look at the trained weights too: a gradient can break in the very step that is to be saved
+        alone     this rank may be the only one that calls
+        """
+        broken, what = self._broken_step, "loss"
+        if weights and bool(broken.isinf()) and not self._weights_are_finite():
+            broken, what = torch.full_like(broken, self.state.global_step - 1), "weights or loss"
+        # Gathered, so that all ranks leave together.
+        step = float(broken if alone else self.accelerator.gather(broken.reshape(1)).min())
+        if step != float("inf"):
+            raise NotFiniteError(
+                f"the {what} of step {int(step) + 1} is not finite: expected a number; nothing has been saved since "
+                "the last checkpoint. Lower learning_rate, lengthen warmup_steps, or compute in bf16 instead of fp16; "
+                "a single bad batch shows with a different seed"
+            )
+
+    def _weights_are_finite(self) -> bool:
+        trained = (p.detach() for p in self.model.parameters() if p.requires_grad)  # type: ignore[union-attr]
+        # Of a sharded weight each rank looks at its own part.
+        local = (p.to_local() if isinstance(p, DTensor) else p for p in trained)
+        return bool(torch.stack([p.isfinite().all() for p in local]).all())
 
     def _maybe_log_save_evaluate(
         self, tr_loss: Any, grad_norm: Any, model: nn.Module, trial: Any, *rest: Any, **kwargs: Any
@@ -163,7 +202,7 @@ class RunTrainer(Trainer):
             sampler.set_epoch = set_epoch
         return sampler
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any) -> TrainOutput:
         """As Trainer.train; True resumes the newest complete checkpoint of output_dir.
 
         A resumed run that had ended, and is asked for no more steps than before, trains and writes nothing; the model
@@ -179,39 +218,54 @@ class RunTrainer(Trainer):
                 if resume_from_checkpoint is None:
                     raise ValueError(f"no complete checkpoint in {output_dir}: start without resuming")
             self._recipe, self._before, self._changed, self._ended = self._made_of(), None, {}, False
-            if isinstance(resume_from_checkpoint, str):
+            if isinstance(resume_from_checkpoint, (str, Path)):
+                resume_from_checkpoint = str(resume_from_checkpoint)
                 self._go_on_from(resume_from_checkpoint, newest)
             self._note_start()
+            # What is saved meanwhile says so.
+            record_settings(self.plain, finished=False)
             if self._ended:
                 # Those that draw a bar or write to a tracker, too, would begin.
                 handler = self.callback_handler
                 callbacks, handler.callbacks = handler.callbacks, []
                 try:
-                    return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                    result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
                 finally:
                     handler.callbacks = callbacks
-            self._require_a_batch()
-            self._try_out()
-            if self.is_world_process_zero():
-                require_space(output_dir, cast(nn.Module, self.model), self.args)
-            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-            if self.is_world_process_zero():
-                self.record().write(output_dir)
-                try:
-                    summarise(self.state.log_history, output_dir)
-                except OSError as error:
-                    # What comes next, the final model, is worth more.
-                    logger.warning("no summary in %s: %s", output_dir, error)
+            else:
+                result = self._train(resume_from_checkpoint, **kwargs)
+            record_settings(self.plain, finished=True)
         return result
 
-    def _require_a_batch(self) -> None:
-        """Raise ValueError for data of which no batch is left: Trainer would train nothing, and end well."""
-        texts, batch = self.train_dataset, self.args.train_batch_size * self.args.world_size
-        if self.args.dataloader_drop_last and hasattr(texts, "__len__") and len(texts) < batch:
-            raise ValueError(
-                f"dataloader_drop_last leaves no batch of {len(texts)} texts: {batch} make one, on all processes "
-                "together; lower per_device_train_batch_size, or leave dataloader_drop_last out"
-            )
+    def _train(self, checkpoint: str | bool | None, **kwargs: Any) -> TrainOutput:
+        self._require_batches()
+        self._try_out()
+        output_dir = cast(str, self.args.output_dir)
+        if self.is_world_process_zero():
+            require_space(output_dir, cast(nn.Module, self.model), self.args)
+        result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        if self.is_world_process_zero():
+            self.record().write(output_dir)
+            try:
+                summarise(self.state.log_history, output_dir)
+            except OSError as error:
+                # What comes next, the final model, is worth more.
+                logger.warning("no summary in %s: %s", output_dir, error)
+        return result
+
+    def _require_batches(self) -> None:
+        """Raise ValueError for data of which no batch is left: Trainer would read nothing of them, and end well."""
+        args, held_out = self.args, self.eval_dataset
+        evaluated = held_out.values() if isinstance(held_out, dict) else [held_out]
+        sets = [("train", self.train_dataset, args.train_batch_size)]
+        sets += [("eval", texts, args.eval_batch_size) for texts in evaluated]
+        for name, texts, batch in sets:
+            batch *= args.world_size
+            if args.dataloader_drop_last and hasattr(texts, "__len__") and len(texts) < batch:
+                raise ValueError(
+                    f"dataloader_drop_last leaves no batch of {len(texts)} texts: {batch} make one, on all processes "
+                    f"together; lower per_device_{name}_batch_size, or leave dataloader_drop_last out"
+                )
 
     def record(self, *, saved: bool = False) -> Record:
         """The run at this step, to be written into a folder: `trainer.record(saved=True).write("out")`."""
@@ -277,6 +331,7 @@ class RunTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As Trainer's, but the last whole one is always findable; DiskFull leaves no half-written one behind."""
         self._require_finite(weights=True)
+        record_settings(self.plain, finished=self.state.global_step >= self.state.max_steps)
         args, run = self.args, Path(self._get_output_dir(trial=trial))
         folder = run / f"checkpoint-{self.state.global_step}"
         if args.should_save and folder.exists():
@@ -300,3 +355,39 @@ class RunTrainer(Trainer):
             args.save_total_limit = limit
         if args.should_save:
             rotate(run, limit, self.state.best_model_checkpoint)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write, in save_dtype, a plain checkpoint, adapters merged, or the folder of a gated adapter.
+
+        Those inside training are float32 or adapters.
+        """
+        if _internal_call and not self._pushes:
+            # FSDP's own files, which come next, hold all weights: no second copy of them.
+            if not self.is_fsdp_enabled:
+                super().save_model(output_dir, _internal_call=True)
+            return
+        self._require_finite(weights=True, alone=not self.is_fsdp_enabled)
+        self._save_final(Path(output_dir or str(self.args.output_dir)), getattr(torch, self.args.save_dtype))
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, which would push what a run is resumed from: here it is what save_model writes."""
+        self._pushes = True
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        finally:
+            self._pushes = False
+
+    def _save_final(self, folder: Path, dtype: torch.dtype) -> None:
+        """Called by all ranks, of which one writes: shards are gathered by all together."""
+        core = self.accelerator.unwrap_model(self.model)
+        state: dict[str, Any] = {}
+        if self.is_fsdp_enabled:
+            # Gathered on rank 0, one after the other.
+            whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            state = get_model_state_dict(self.model, options=whole)
+        if self.args.should_save:
+            plain = merged(core) if isinstance(core, PeftModel) else core
+            save_plain(plain, folder, dtype, state=state, processing_class=self.processing_class)
+            for name in ("adapter_config.json", "adapter_model.safetensors"):
+                # Pushes on the way have put them there, and from_pretrained would look at nothing else.
+                (folder / name).unlink(missing_ok=True)

@@ -43,8 +43,9 @@ def save_plain(
 
 
 def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Floating-point tensors in another dtype; entries that share memory (tied embeddings) go on sharing it."""
-    made: dict[int, Tensor] = {}
+    """Floating-point tensors in another dtype; entries that are one tensor (tied embeddings) go on being one."""
+    made: dict[tuple[Any, ...], Tensor] = {}
     return {
-        name: made.setdefault(x.data_ptr(), x.to(dtype)) if x.is_floating_point() else x for name, x in state.items()
+        name: made.setdefault((x.data_ptr(), x.shape, x.stride()), x.to(dtype)) if x.is_floating_point() else x
+        for name, x in state.items()
     }

@@ -5,7 +5,7 @@ Local files are read row by row rather than through Arrow, which refuses a file 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def _read_dataset(name: str, split: str, subset: str | None, streaming: bool) ->
             rows = load_from_disk(str(saved))
         else:
             rows = load_dataset(name, subset, split=split, streaming=streaming)
-        yield from ((f"{name}, row {number}", _without_nulls(row)) for number, row in enumerate(rows, 1))
+        yield from ((f"{name}, row {number}", without_nulls(row)) for number, row in enumerate(rows, 1))
     except OSError as error:  # those of the hub have several lines and no name
         raise OSError(f"{name} cannot be read: {' '.join(str(error).split())}") from error
 
@@ -84,13 +84,13 @@ def _read_parquet(path: Path) -> Iterator[Located]:
         with ParquetFile(path) as file:
             rows = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches())
             for number, row in enumerate(rows, 1):
-                yield f"{path}, row {number}", _without_nulls(row)
+                yield f"{path}, row {number}", without_nulls(row)
     except (ArrowException, OSError, ValueError) as error:
         where = f" behind row {number}" if number else ""
         raise ValueError(f"{path}: no whole parquet file{where} ({error}); write it again") from None
 
 
-def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+def without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row without the nulls inside its columns: Arrow gives every message the fields of all others."""
 
     def bare(value: Any) -> Any:

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from mtpkern.rows import BadRow
 from mtpkern.train.data import BadData, EncodedTexts, Report
 from mtpkern.train.encoder import Encoder
-from mtpkern.train.formats import FORMATS, conversation_of, recognise
+from mtpkern.train.formats import FORMATS, conversation_of, nothing, recognise
+from mtpkern.train.sources import without_nulls
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +36,11 @@ def encode_rows(
         data = encode_rows([{"prompt": "1 + 1?", "completion": " 2"}], tokenizer, chat=False, separator="")
         MTPTrainer(model=model, teacher=teacher, args=config, train_dataset=data, data_collator=collator)
     """
-    found = list(rows)
+    # Of a datasets.Dataset, which is Arrow's.
+    found = [without_nulls(row) for row in rows] if hasattr(rows, "features") else list(rows)
     columns = {name for row in found if isinstance(row, Mapping) for name in row}
     for number, row in enumerate(found, 1):
-        seen = [name for name in _IMAGES if name in columns and isinstance(row, Mapping) and _is_there(row.get(name))]
+        seen = [name for name in _IMAGES if name in columns and isinstance(row, Mapping) and not nothing(row.get(name))]
         if seen:
             raise BadData(f"row {number}: {', '.join(seen)}: images are not read here; give rows of text alone")
     if "input_ids" in columns and not any(columns.issuperset(needed) for needed in FORMATS.values()):
@@ -52,10 +54,6 @@ def encode_rows(
         except BadRow as fault:
             raise BadData(f"row {number}: {fault}") from None
     return _kept(encode(conversations))
-
-
-def _is_there(value: Any) -> bool:
-    return value is not None and not (isinstance(value, list) and not value)
 
 
 def _kept(examples: Iterable[dict[str, Any] | BadRow]) -> EncodedTexts:

@@ -1,10 +1,9 @@
-"""A thin transformers.Trainer for multi-token prediction: resume, logging, evaluation and saving come with it.
+"""A thin transformers.Trainer for multi-token prediction: what a step trains, what is logged and evaluated.
 
 Four rules hold it up (docs/log.md): backbone, readout, teacher pass and loss run inside one wrapped model call; the
 head is read as a weight and never called as a module; k and spans are pure functions of (seed, step, micro-step,
-rank), so that a resumed run equals an uninterrupted one; trained weights are float32.
-
-One file, since all of it is what one object, the Trainer, does when it is called.
+rank), so that a resumed run equals an uninterrupted one; trained weights are float32. Checkpoints, resuming and what
+is saved in the end are those of mtpkern.train.run.
 
 Source   arXiv 2602.06019, training details
 """
@@ -21,21 +20,20 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput
 
-from mtpkern.adapter import gate_of
+from mtpkern.adapter import gate_of, wrapping
 from mtpkern.attention import AttentionContext, attention_context, ended_by_interrupts
 from mtpkern.model import at_rest, learned_positions, random_in_training, record_settings, resolve_mask_token
 from mtpkern.train.arguments import refuse
 from mtpkern.train.checks import (
+    require_adapters,
     require_sound,
     require_tested_engine,
     require_trainable,
@@ -46,13 +44,12 @@ from mtpkern.train.compilation import CompiledLayers
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import HeldOut
 from mtpkern.train.layout import Layout, draw_k, draw_within, send
-from mtpkern.train.lora import adapters_asked, add_lora, merged, plain_model
+from mtpkern.train.lora import adapters_asked, add_lora, plain_model
 from mtpkern.train.metrics import Seen, span_statistics
 from mtpkern.train.objective import MTPLoss, Objective, SpanContext, forward_as, mtp_loss, stop_tokens_of
 from mtpkern.train.original import Original
 from mtpkern.train.plan import planned
-from mtpkern.train.run import NotFiniteError, RunTrainer
-from mtpkern.train.saving import save_plain
+from mtpkern.train.run import RunTrainer
 from mtpkern.train.spans import KeptSpans
 
 logger = logging.getLogger(__name__)
@@ -102,22 +99,15 @@ class MTPTrainer(RunTrainer):
         origin: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        plain = plain_model(model)
+        plain, gate = plain_model(model), gate_of(plain_model(model))
+        adds = args.lora_rank > 0 and not isinstance(model, PeftModel)
         require_trainable(plain, args)
         if args.process_index == 0:
             warn_of_dropout(plain)
             if not self.gated:
                 warn_of_taught(model)
         refuse(
-            isinstance(model, PeftModel) and (args.lora_alpha is not None or args.lora_targets != "all-linear"),
-            "the model brings adapters of its own, with their alpha and targets; leave lora_alpha and lora_targets out",
-        )
-        if args.lora_rank and not isinstance(model, PeftModel):
-            model = self._adapted(plain, mask_token_id, args)
-        self.mask_token_id = resolve_mask_token(plain, mask_token_id)
-        gate = gate_of(plain)
-        refuse(
-            not self.gated == args.gated == (gate is not None),
+            not self.gated == args.gated == (gate is not None or (adds and args.gated)),
             "GatedTrainer, gated=True and a gated adapter (add_gated_lora, or lora_rank on a plain model) go together; "
             f"got {type(self).__name__}, gated={args.gated}, a model with gate: {gate}",
         )
@@ -129,7 +119,12 @@ class MTPTrainer(RunTrainer):
             says = "held-out prompts cannot be decoded with bidirectional=True; leave held_out= out"
             refuse(args.bidirectional, says)
             held_out.require_fit(plain)
-        if gate is None:
+        stops = stop_tokens_of(plain)
+        refuse(not stops, "the model's config names no eos_token_id, behind which spans end; set it")
+        if adds:  # last of all: who is refused has the model that he gave
+            model = self._adapted(plain, mask_token_id, args)
+        self.mask_token_id = resolve_mask_token(plain, mask_token_id)
+        if not self.gated:
             record_settings(plain, mask_token_id=self.mask_token_id, bidirectional=args.bidirectional)
         record_settings(plain, k_max=args.k_max)
         origin = {**(origin or {}), "mask_token_id": self.mask_token_id}
@@ -148,8 +143,6 @@ class MTPTrainer(RunTrainer):
         # Our loss is divided by the rows of the whole accumulated batch already. Trainer is told so by the first name,
         # of transformers 5.17 by the second.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
-        stops = stop_tokens_of(plain)
-        refuse(not stops, "the model's config names no eos_token_id, behind which spans end; set it")
         self.eos_token_ids = torch.tensor(stops, device=args.device)
         self.held_out = held_out
         self._random = random_in_training(plain).values()
@@ -159,18 +152,13 @@ class MTPTrainer(RunTrainer):
         self._sums: list[MTPLoss] = []
         self._seen = Seen()
         self._kept: KeptSpans | None = None  # while an evaluation runs
-        self._pushes = False  # while what is saved goes to the hub
-        # The first step with a loss that is not finite; on the device, so that no step waits for it.
-        self._broken_step = torch.tensor(torch.inf, dtype=torch.float32, device=args.device)
 
     def _adapted(self, plain: PreTrainedModel, mask_token_id: int | None, args: MTPConfig) -> PeftModel:
         """The model with the adapters that the configuration asks for."""
-        return add_lora(plain, resolve_mask_token(plain, mask_token_id), **adapters_asked(args))
-
-    @property
-    def plain(self) -> PreTrainedModel:
-        """The transformers model in training, without what wraps it."""
-        return plain_model(self.accelerator.unwrap_model(self.model))
+        with wrapping(plain):
+            model = add_lora(plain, resolve_mask_token(plain, mask_token_id), **adapters_asked(args))
+            require_adapters(model, args)
+        return model
 
     def plan(self, batch: dict[str, Any], **draw: int) -> dict[str, Any]:
         """The batch with its layout, of this rank: `mtpkern.train.plan.planned`, with k, step and micro_step."""
@@ -219,8 +207,7 @@ class MTPTrainer(RunTrainer):
         layout: Layout = inputs["layout"]
         self._seen.add(inputs["texts"], int(self._loss_rows(layout).sum()), int(layout.lengths.sum()))
         loss = self._forward_backward(model, inputs, num_items_in_batch)
-        first = self._broken_step.clamp(max=self.state.global_step)
-        self._broken_step = torch.where(loss.isfinite(), self._broken_step, first)
+        self._note_loss(loss)
         return loss
 
     def _forward_backward(self, model: nn.Module, inputs: dict[str, Any], counts: Tensor | int | None) -> Tensor:
@@ -324,45 +311,60 @@ class MTPTrainer(RunTrainer):
             loss = self.compute_loss(model, self._prepare_inputs(ready), num_items_in_batch=counts)
         return loss.detach(), None, None
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As RunTrainer.train; what is saved meanwhile records that its run has not ended."""
-        record_settings(self.plain, finished=False)
-        result = super().train(*args, **kwargs)
-        record_settings(self.plain, finished=True)
-        return result
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        record_settings(self.plain, finished=self.state.global_step >= self.state.max_steps)
-        super()._save_checkpoint(model, trial)
-
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As Trainer.evaluate, with the span statistics of the evaluation batches; training does not notice."""
         self._require_finite()
-        training_sums, self._sums = self._sums, []
-        self._kept = kept = KeptSpans()
+        outer = self._kept  # of several data sets each calls this inside it
+        self._kept = kept = outer or KeptSpans()
         start, since = time.perf_counter(), self._seen.since
         try:
-            with self._draws_apart():
+            with self._draws_apart(), self._sums_apart():
                 metrics = super().evaluate(*args, **kwargs)
-            if self.is_world_process_zero():
+            if self.is_world_process_zero() and outer is None:
                 kept.write(cast(str, self.args.output_dir), self.state.global_step)
             return metrics
         finally:
-            self._sums, self._kept = training_sums, None
-            # Evaluation is no part of training's throughput; of several data sets each calls this inside it.
+            self._kept = outer
+            # Evaluation is no part of training's throughput.
             self._seen.since = since + time.perf_counter() - start
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """As Trainer's, and the held-out prompts decoded: among its metrics they are logged and choose the best."""
-        output = super().evaluation_loop(*args, **kwargs)
+    def evaluation_loop(
+        self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """As Trainer's, and the statistics of its spans, and the held-out prompts decoded.
+
+        Among its metrics they are logged and choose the best.
+        """
+        with self._sums_apart():
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+            found = self._statistics()
         if self._original is not None:
-            sums = self._original.agreement(self.plain, args[0] if args else kwargs["dataloader"])
+            sums = self._original.agreement(self.plain, dataloader)
             agree, rows = self.accelerator.reduce(sums.float().to(self.args.device), "sum").tolist()
             if rows:
-                output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_original_agreement"] = agree / rows
+                found["original_agreement"] = agree / rows
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         if self.held_out is not None:
             output.metrics.update(self._decode_held_out(self.held_out))
         return output
+
+    @contextmanager
+    def _sums_apart(self) -> Iterator[None]:
+        """A context whose batches are none of those of the next log."""
+        before, self._sums = self._sums, []
+        try:
+            yield
+        finally:
+            self._sums = before
+
+    def _statistics(self) -> dict[str, float]:
+        """Agreement by position, agreeing prefix, confidence and entropy since these were asked for last."""
+        if not self._sums:
+            return {}
+        reduce = partial(self.accelerator.reduce, reduction="sum")
+        found = span_statistics(self._sums, k_max=self.args.k_max, device=self.args.device, reduce=reduce)
+        self._sums.clear()
+        return found
 
     def _note_start(self) -> None:
         """Note what the model predicts in one token a pass, for `eval_original_agreement`."""
@@ -400,81 +402,15 @@ class MTPTrainer(RunTrainer):
         return {f"eval_{name}": value for name, value in held_out.metrics(sums).items()}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add agreement by position, agreeing-prefix length, confidence, entropy and throughput since the last log."""
+        """Add the span statistics and the throughput since the last log of training."""
         self._require_finite()
-        if self._sums:
-            evaluated = any(name.startswith("eval_") for name in logs)
-            reduce = partial(self.accelerator.reduce, reduction="sum")
-            statistics = span_statistics(self._sums, k_max=self.args.k_max, device=self.args.device, reduce=reduce)
-            self._sums.clear()
-            logs |= {f"eval_{name}" if evaluated else name: value for name, value in statistics.items()}
-            if not evaluated:
-                logs.update(self._seen.rates())
-                self._seen = Seen()
+        if found := self._statistics():
+            logs |= {**found, **self._seen.rates()}
+            self._seen = Seen()
         super().log(logs, *args, **kwargs)
-
-    def _require_finite(self, *, weights: bool = False, alone: bool = False) -> None:
-        """Raise NotFiniteError where the loss of any rank has not been finite; called by all ranks, before any save.
-
-        weights   look at the trained weights too: a gradient can break in the very step that is to be saved
-        alone     this rank may be the only one that calls
-        """
-        broken, what = self._broken_step, "loss"
-        if weights and bool(broken.isinf()) and not self._weights_are_finite():
-            broken, what = torch.full_like(broken, self.state.global_step - 1), "weights or loss"
-        # Gathered, so that all ranks leave together.
-        step = float(broken if alone else self.accelerator.gather(broken.reshape(1)).min())
-        if step != float("inf"):
-            raise NotFiniteError(
-                f"the {what} of step {int(step) + 1} is not finite: expected a number; nothing has been saved since "
-                "the last checkpoint. Lower learning_rate, lengthen warmup_steps, or compute in bf16 instead of fp16; "
-                "a single bad batch shows with a different seed"
-            )
-
-    def _weights_are_finite(self) -> bool:
-        trained = (p.detach() for p in self.model.parameters() if p.requires_grad)  # type: ignore[union-attr]
-        # Of a sharded weight each rank looks at its own part.
-        local = (p.to_local() if isinstance(p, DTensor) else p for p in trained)
-        return bool(torch.stack([p.isfinite().all() for p in local]).all())
 
     def _try_out(self) -> None:
         """Decode a held-out prompt before the first step, so that what is wrong with it shows at once."""
         # Shards of FSDP are not there yet.
         if self.held_out is not None and not self.is_fsdp_enabled:
             self.held_out.try_out(self.plain)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write, in save_dtype, a plain checkpoint, adapters merged, or the folder of a gated adapter.
-
-        Those inside training are float32 or adapters.
-        """
-        if _internal_call and not self._pushes:
-            # FSDP's own files, which come next, hold all weights: no second copy of them.
-            if not self.is_fsdp_enabled:
-                super().save_model(output_dir, _internal_call=True)
-            return
-        self._require_finite(weights=True, alone=not self.is_fsdp_enabled)
-        self._save_final(Path(output_dir or str(self.args.output_dir)), getattr(torch, self.args.save_dtype))
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's, which would push what a run is resumed from: here it is what save_model writes."""
-        self._pushes = True
-        try:
-            return super().push_to_hub(*args, **kwargs)
-        finally:
-            self._pushes = False
-
-    def _save_final(self, folder: Path, dtype: torch.dtype) -> None:
-        """Called by all ranks, of which one writes: shards are gathered by all together."""
-        core = self.accelerator.unwrap_model(self.model)
-        state: dict[str, Any] = {}
-        if self.is_fsdp_enabled:
-            # Gathered on rank 0, one after the other.
-            whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            state = get_model_state_dict(self.model, options=whole)
-        if self.args.should_save:
-            plain = merged(core) if isinstance(core, PeftModel) else core
-            save_plain(plain, folder, dtype, state=state, processing_class=self.processing_class)
-            for name in ("adapter_config.json", "adapter_model.safetensors"):
-                # Pushes on the way have put them there, and from_pretrained would look at nothing else.
-                (folder / name).unlink(missing_ok=True)

@@ -8,27 +8,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.trainer import MTPTrainer
-
-V, MASK, EOS = 41, 40, 7
-
+from support import trained
+from support.trained import EOS, MASK
 
 # Stop tokens that a random model predicts often, so that spans end early.
 STOPS = [EOS, *range(30, 40)]
 
 
-SHAPE = {
-    "vocab_size": V,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "initializer_range": 0.3,
-    "eos_token_id": EOS,
-    "bos_token_id": 1,
-    "pad_token_id": 0,
-}
+SHAPE = trained.SHAPE | {"head_dim": 8}
 
 
 def llama(**change):

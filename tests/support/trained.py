@@ -5,28 +5,29 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.config import MTPConfig
+from mtpkern.train.gated_trainer import GatedTrainer
 from mtpkern.train.trainer import MTPTrainer
 
 V, MASK, EOS = 41, 40, 7
 
 
+SHAPE = {
+    "vocab_size": V,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "initializer_range": 0.3,
+    "eos_token_id": EOS,
+    "bos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+
 def llama(seed=0, **change):
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=change.pop("vocab_size", V),
-            **change,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            initializer_range=0.3,
-            eos_token_id=EOS,
-            bos_token_id=1,
-            pad_token_id=0,
-        )
-    )
+    return LlamaForCausalLM(LlamaConfig(**SHAPE | change))
 
 
 def data(n=24):
@@ -58,16 +59,19 @@ def config(path, **change):
     return MTPConfig(str(path), **arguments | change)
 
 
-def trainer(path, student=None, teacher="random", **change):
-    student = student or llama()
-    return MTPTrainer(
-        model=student,
+def trainer(path, student=None, teacher="random", *, train=None, held=None, **change):
+    """On texts of one's own, too: `train`, and `held` to evaluate; with `held_out` it decodes prompts besides."""
+    given = {name: change.pop(name) for name in ("held_out", "callbacks") if name in change}
+    kind, mask = (GatedTrainer, None) if change.get("gated") else (MTPTrainer, MASK)
+    return kind(
+        model=student or llama(),
         teacher=llama(3) if teacher == "random" else teacher,
         args=config(path, **change),
-        mask_token_id=MASK,
-        train_dataset=data(),
-        eval_dataset=data(6),
+        mask_token_id=mask,
+        train_dataset=train or data(),
+        eval_dataset=held or data(6),
         data_collator=MTPCollator(0),
+        **given,
     )
 
 

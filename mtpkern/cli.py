@@ -112,7 +112,8 @@ def _parser() -> argparse.ArgumentParser:
         "wrote them stands beside, in FILE.options.",
     )
     add = generate.add_argument
-    add("model", metavar="MODEL", help="path or hub id of a checkpoint, or of a gated adapter")
+    add_model_options(generate)
+    add_prompt_options(generate)
     source = generate.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="the prompt itself")
     source.add_argument("--file", type=Path, help='JSONL: {"prompt": "..."} or {"messages": [...]} in each row')
@@ -132,7 +133,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, metavar="P", help="with --temperature: of the best that make up P")
     add("--seed", type=int, help="with --temperature: the same text again, whatever the batch size")
     add("--stop", action="append", metavar="TEXT", help="end behind this text, which stays; may be given several times")
-    add_model_options(generate)
     add("--html", type=Path, metavar="FILE", help="with --prompt: the coloured blocks as a page")
     add("--show", action="store_true", help="print prompt and text, in blocks, one colour a pass")
     add("--output", type=Path, metavar="FILE", help="write JSONL there, with --prompt whole or not at all")
@@ -145,19 +145,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a command that say how its MODEL is loaded, and how prompts are put to it."""
-    parser.add_argument(
-        "--mask-token-id", type=int, metavar="ID", help="where the checkpoint does not record it; k = 1 needs none"
-    )
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    parser.add_argument("--device", help="such as cpu or cuda:0 (default: the accelerator, if there is one)")
+    """Add MODEL to a command, and the options that say how it is loaded."""
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="path or hub id of a checkpoint, or of a gated adapter")
+    add("--mask-token-id", type=int, metavar="ID", help="where the checkpoint does not record it; k = 1 needs none")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    add("--device", help="such as cpu or cuda:0 (default: the accelerator, if there is one)")
+    add("--base", metavar="MODEL", help="of a gated adapter, where its base is not where it was")
+
+
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a command that say how prompts are put to its MODEL."""
     parser.add_argument(
         "--chat",
         action=argparse.BooleanOptionalAction,
         help="apply the chat template or not; unless given as in the training of MODEL, else to messages alone",
     )
     parser.add_argument("--separator", metavar="TEXT", help="what follows a prompt; unless given as in its training")
-    parser.add_argument("--base", metavar="MODEL", help="of a gated adapter, where its base is not where it was")
 
 
 def positive(text: str) -> int:

@@ -1,10 +1,8 @@
 """`transformers serve` with a checkpoint that brings our generate along: an OpenAI client streams from it."""
 
 import asyncio
-import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,10 +20,8 @@ import mtpkern
 from mtpkern.batching import BatchOutput
 from mtpkern.custom_generate import write_custom_generate
 from mtpkern.line import Request
-from mtpkern.serve import main, serving
-
-PROMPT = json.loads((mtpkern.ASSETS / "problems.jsonl").read_text().splitlines()[0])["prompt"]
-CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+from mtpkern.serve import main
+from support.servers import CHAT, PROMPT, free_port, running
 
 
 def test_the_shipped_checkpoint_brings_it_along(tmp_path: Path) -> None:
@@ -56,31 +52,29 @@ def server(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(folder)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    where: dict[str, Any] = {"host": "127.0.0.1", "port": port, "device": "cpu"}
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
         if request.param == "mtpkern":
             model = AutoModelForCausalLM.from_pretrained(mtpkern.ASSETS)
             engine = stack.enter_context(mtpkern.Engine(model, tokenizer=tokenizer, batch_size=4))
-            served = stack.enter_context(serving(engine, tokenizer, str(folder), background=True, **where))
+            url = stack.enter_context(running(engine, tokenizer, str(folder)))
         else:
-            served = Serve(force_model=str(folder), trust_remote_code=True, non_blocking=True, **where)
-            stack.callback(served.kill_server)
-        ((loaded),) = served._model_manager.loaded_models.values()
+            port = free_port()
+            where: dict[str, Any] = {"host": "127.0.0.1", "port": port, "device": "cpu", "log_level": "error"}
+            theirs = Serve(force_model=str(folder), trust_remote_code=True, non_blocking=True, **where)
+            stack.callback(theirs.kill_server)
+            ((loaded),) = theirs._model_manager.loaded_models.values()
+            model, url = loaded.model, f"http://127.0.0.1:{port}/v1"
+            end = time.monotonic() + 60
+            while not theirs.server.started and time.monotonic() < end:
+                time.sleep(0.02)
         passes: list[int] = []
-        loaded.model.register_forward_hook(lambda *_: passes.append(1))
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=60, max_retries=0)
-        end = time.monotonic() + 60
-        while not served.server.started and time.monotonic() < end:
-            time.sleep(0.02)
+        model.register_forward_hook(lambda *_: passes.append(1))
+        client = stack.enter_context(openai.OpenAI(base_url=url, api_key="none", timeout=60, max_retries=0))
         # The first call looks at the model before it decodes.
         client.completions.create(model=str(folder), prompt=PROMPT, max_tokens=2, temperature=0)
-        facts = {"tokenizer": tokenizer, "model": loaded.model, "shares": request.param == "mtpkern"}
+        facts = {"tokenizer": tokenizer, "model": model, "shares": request.param == "mtpkern"}
         yield SimpleNamespace(client=client, name=str(folder), passes=passes, **facts)
-        client.close()
 
 
 @pytest.fixture(scope="module")
@@ -257,9 +251,7 @@ def test_the_command_serves_until_ctrl_c(server: SimpleNamespace) -> None:
         pytest.skip("is transformers' own command")
     import openai
 
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mtpkern.serve", server.name, "--host", "127.0.0.1", "--port", str(port)]
     with subprocess.Popen(
         [*command, "--device", "cpu", "--name", "mine"], stderr=subprocess.PIPE, text=True

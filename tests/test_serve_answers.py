@@ -22,7 +22,7 @@ import mtpkern
 from mtpkern.batching import BatchOutput
 from mtpkern.line import Request
 from mtpkern.pieces import Answer, Pieces, Until
-from support.servers import PROMPT, Served, server_of
+from support.servers import PROMPT, Served, running, server_of
 
 GREEDY = {"temperature": 0}
 KINDS = ("completions", "chat/completions")
@@ -135,6 +135,26 @@ def test_a_response_says_that_it_is_cut(stream: bool, served: Served) -> None:
 def test_the_model_has_the_name_that_was_asked_for(served: Served) -> None:
     for kind in (*KINDS, "responses"):
         assert json.loads(served.post(kind)[1])["model"] == "shipped"
+    engine = mtpkern.Engine(served.model, tokenizer=served.tokenizer, max_length=256)
+    with engine, running(engine, served.tokenizer, "mine:one.gguf") as url:
+        another = Served(url, served.model, served.tokenizer)
+        assert json.loads(another.post(model="mine:one.gguf", max_tokens=1)[1])["model"] == "mine:one.gguf"
+
+
+def test_two_servers_of_one_process_answer_each_with_its_model(served: Served) -> None:
+    ask = {**GREEDY, "max_tokens": 16}
+    text = served.choice(**ask)
+    other = AutoModelForCausalLM.from_pretrained(mtpkern.ASSETS)
+    with torch.no_grad():
+        other.lm_head.weight.neg_()
+    with server_of(other, batch_size=4, max_length=128) as second:
+        expected = second.tokenizer.decode(tokens_of(second)[:16], skip_special_tokens=True)
+        assert second.choice(**ask)[0] == expected != text[0]
+        assert served.choice(**ask) == text
+        # Each has its own room.
+        assert "together they may have 128" in second.refusal(**GREEDY, max_tokens=250)
+        assert "together they may have 256" in served.refusal(**GREEDY, max_tokens=250)
+    assert served.choice(**ask) == text
 
 
 def refused(served: Served, path: str, content: bytes) -> tuple[int, str]:
@@ -267,9 +287,10 @@ def test_a_bug_of_the_server_is_no_error_of_the_clients(
     def failing(*args: Any, **kwargs: Any) -> Any:
         raise KeyError("of ours")
 
-    for where in ("_resolve_model", "_streaming" if stream else "_non_streaming"):
+    theirs = "transformers.cli.serving.completion.CompletionHandler."
+    for where in ("mtpkern.handlers.Served.get_manager", theirs + ("_streaming" if stream else "_non_streaming")):
         with monkeypatch.context() as patch:
-            patch.setattr(f"transformers.cli.serving.completion.CompletionHandler.{where}", failing)
+            patch.setattr(where, failing)
             status, said = served.post(**GREEDY, stream=stream)
             assert (status, json.loads(said)["error"]["type"]) == (500, "server_error")
 

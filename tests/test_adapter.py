@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import mtpkern
@@ -147,6 +148,15 @@ def test_folder(tiny, tmp_path):
     assert again.sequences.equal(want.sequences)
     assert again.blocks == want.blocks
     assert gate_of(by_peft) is not None
+
+
+def test_what_is_not_gated_is_not_saved_as_such(tiny, tmp_path):
+    _, peft_model = pair(tiny)
+    peft_model.add_adapter("plain", LoraConfig(r=2, target_modules=["q_proj"]))
+    peft_model.set_adapter("plain")
+    with pytest.raises(ValueError, match="none of the active adapters is gated"):
+        save_adapter(peft_model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_name_that_leads_nowhere(tiny, monkeypatch):

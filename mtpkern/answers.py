@@ -38,7 +38,6 @@ def answers_file(
     """
     if path.exists() and not path.is_file():
         with whole_file(path) as file:
-            assert file is not None
             yield 0, file
         return
     if not path.exists():

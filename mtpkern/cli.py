@@ -37,6 +37,8 @@ _HANDED_ON = {
     "train": ("mtpkern.train.command", "train a checkpoint for multi-token prediction"),
     "convert": ("mtpkern.train.convert", "make a plain checkpoint of a GGUF, quantised weights, or the paper's own"),
 }
+# Commands whose flags are named like parameters of the library, and the flag for a strategy.
+_SAYS_FLAGS = {"demo": "--strategy", "generate": "--strategy", "serve": "--strategy", "eval": "--strategies"}
 # Other columns are handed through, but these are known to change what a chat template writes.
 _TEMPLATE_FIELDS = ("tools", "documents", "system", "chat_template_kwargs")
 
@@ -59,15 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return exit_status(run)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        said = str(error) if handed_on else _in_flags(str(error))
+        said = _in_flags(str(error), args.command) if args.command in _SAYS_FLAGS else str(error)
         # At once: several ranks may say it.
         sys.stderr.write(f"mtpkern {args.command}: {printable(said)}\n")
         return 2
 
 
-def _in_flags(message: str) -> str:
+def _in_flags(message: str, command: str) -> str:
     """A message of the library as the command line says it: parameters are flags, or can be set in Python alone."""
-    message = message.replace("strategy=mtpkern.Static(1)", "--strategy static:1")
+    message = message.replace("strategy=mtpkern.Static(1)", f"{_SAYS_FLAGS[command]} static:1")
     message = re.sub(
         r"\b(mask_token_id|max_new_tokens)\b(?:=(\w+)|=)?",
         lambda match: flag(match[1]) + (f" {match[2]}" if match[2] else ""),
@@ -199,7 +201,8 @@ def _generate(args: argparse.Namespace) -> None:
     quiet()
     strategy = _strategy(args)
     if args.file is None or args.output is None:
-        with whole_file(args.output) as output, whole_file(args.html) as args.page:
+        files = [nullcontext() if path is None else whole_file(path) for path in (args.output, args.html)]
+        with files[0] as output, files[1] as args.page:
             _decode_rows(rows, strategy, args, output)
         return
     options = {"MODEL": args.model, "the strategy": str(strategy)}
@@ -216,18 +219,12 @@ def _decode_rows(
     rows: Sequence[Case], strategy: Strategy, args: argparse.Namespace, output: TextIO | None, first: int = 0
 ) -> None:
     from mtpkern import show
-    from mtpkern.loading import device_of, load, require_model
+    from mtpkern.loading import device_of, load
     from mtpkern.model import recorded_settings
     from mtpkern.prompting import Prompting, warnings_of
 
-    require_model(args.model)
     model, tokenizer = load(args.model, args.dtype, device_of(args.device), base=args.base)
     recorded = recorded_settings(model)
-    if strategy.k != 1 and args.mask_token_id is None and "mask_token_id" not in recorded:
-        raise ValueError(
-            f"{args.model} records no mask token: decode it one token a pass with --strategy static --k 1, give "
-            "--mask-token-id for a checkpoint trained elsewhere, or train it with mtpkern train"
-        )
     prompting = Prompting.of(recorded, args.chat, args.separator)
     for warning in warnings_of(recorded, prompting):
         print(f"mtpkern generate: warning: {printable(args.model)}: {printable(warning)}", file=sys.stderr)

@@ -153,7 +153,7 @@ class Served(GenerationState, BaseGenerateManager):
         request, ids = _asked.get(), inputs["input_ids"][0]
         answer = request.answer = Answer(config)
         future = self._put(ids, config, _Unread(request.left))
-        await _handed_over()
+        await asyncio.sleep(0)  # here the reader leaves it to the server's loop
         try:
             output = await asyncio.wrap_future(future)
         except Exception as error:
@@ -164,12 +164,6 @@ class Served(GenerationState, BaseGenerateManager):
 
     def stop(self) -> None:
         """Nothing: the engine is another's."""
-
-
-@coroutine
-def _handed_over() -> Generator[None, None, None]:
-    """Where the thread that reads a request leaves it to the server's loop."""
-    yield
 
 
 @coroutine

@@ -292,8 +292,16 @@ def test_an_untrained_model_is_decoded_one_token_a_pass(chat_solver, tmp_path, c
         assert main([*command, "--strategy", strategy, "--k", "1"]) == 0
         assert read_jsonl(output.read_text())[0]["tokens"] == greedy(plain, prompt, 12)
     capsys.readouterr()
-    assert main(command) == 2
-    assert "--strategy static --k 1, give --mask-token-id" in capsys.readouterr().err
+    file = write_jsonl(tmp_path / "in.jsonl", [{"prompt": prompt}])
+    for words, strategy in (
+        (command, "--strategy"),
+        (["eval", str(plain), "--data", str(file), "--output", str(tmp_path / "eval")], "--strategies"),
+    ):
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert "pass --mask-token-id for a checkpoint trained elsewhere" in said
+        assert f"with {strategy} static:1" in said
+    assert "mask_token_id" not in said
 
 
 def test_missing_things_are_named(tmp_path, capsys):

@@ -153,7 +153,7 @@ def test_another_evaluation_is_refused_by_name(tmp_path, monkeypatch, capsys):
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     for more, says in [
         (["--strategies", "static:2"], "ways was"),
-        (["--max-new-tokens", "9"], "max_new_tokens was 8 and is 9"),
+        (["--max-new-tokens", "9"], "--max-new-tokens was 8 and is 9"),
     ]:
         assert main(command(tmp_path / "out", 1, *more)) == 2
         assert says in capsys.readouterr().err

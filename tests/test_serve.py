@@ -23,6 +23,9 @@ from mtpkern.line import Request
 from mtpkern.serve import main
 from support.servers import CHAT, PROMPT, free_port, running
 
+THEIRS = pytest.mark.parametrize("server", ["transformers"], indirect=True)
+OURS = pytest.mark.parametrize("server", ["mtpkern"], indirect=True)
+
 
 def test_the_shipped_checkpoint_brings_it_along(tmp_path: Path) -> None:
     write_custom_generate(tmp_path)
@@ -118,6 +121,7 @@ def test_a_chat(server: SimpleNamespace, expected: torch.Tensor, stream: bool) -
     assert 0 < len(server.passes) < 16
 
 
+@THEIRS
 def test_what_a_request_says_of_scores_counts(server: SimpleNamespace, expected: torch.Tensor) -> None:
     messages = [{"role": "user", "content": PROMPT}]
     ask = {"model": server.name, "messages": messages, "max_tokens": 16, "temperature": 0}
@@ -129,6 +133,7 @@ def test_what_a_request_says_of_scores_counts(server: SimpleNamespace, expected:
     assert texts[0] == texts[1] != texts[2]
 
 
+@THEIRS
 def test_what_is_not_honoured_is_an_error_of_the_request(server: SimpleNamespace) -> None:
     import openai
 
@@ -138,21 +143,10 @@ def test_what_is_not_honoured_is_an_error_of_the_request(server: SimpleNamespace
     assert "does not support num_beams=2" in str(caught.value.body)
 
 
-@pytest.mark.parametrize("says", [{"max_tokens": 0}, {"max_tokens": 10**6}, {"stop": [""]}], ids=str)
-def test_who_asks_for_what_is_refused_hears_why(server: SimpleNamespace, says: dict[str, Any]) -> None:
-    if not server.shares:
-        pytest.skip("transformers' own says no more than that there is an error")
-    import openai
-
-    with pytest.raises(openai.BadRequestError, match=r"max_tokens|stop_strings"):
-        server.client.completions.create(model=server.name, prompt=PROMPT, temperature=0, **says)
-
-
+@OURS
 def test_who_leaves_before_a_whole_answer_ends_its_run(
     server: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not server.shares:
-        pytest.skip("transformers' own goes on to the end")
     import openai
 
     reasons: list[str] = []
@@ -206,10 +200,9 @@ def test_clients_at_once_get_what_each_gets_alone(server: SimpleNamespace, expec
     assert (passes[1] < 3 * passes[0]) == server.shares, passes
 
 
+@OURS
 def test_clients_at_once_draw_what_each_draws_alone(server: SimpleNamespace) -> None:
     """Each at a temperature of its own, and in passes that they share."""
-    if not server.shares:
-        pytest.skip("transformers' server has one seed")
     import openai
 
     asked = [(seed, temperature) for seed in (1, 2, 3) for temperature in (0.9, 2.0, 3.5)]
@@ -232,6 +225,7 @@ def test_clients_at_once_draw_what_each_draws_alone(server: SimpleNamespace) -> 
     assert len(server.passes) < 3 * 40 * len(asked) / 2
 
 
+@THEIRS
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_completion_ends_at_a_stop_string(server: SimpleNamespace, expected: torch.Tensor, stream: bool) -> None:
     """The shipped tokenizer is one that transformers' own criterion cannot read."""
@@ -240,15 +234,14 @@ def test_a_completion_ends_at_a_stop_string(server: SimpleNamespace, expected: t
     ask = {"model": server.name, "prompt": PROMPT, "max_tokens": 100, "temperature": 0, "stop": [string]}
     answer = server.client.completions.create(**ask, stream=stream)
     text = "".join(c.choices[0].text for c in answer) if stream else answer.choices[0].text
-    # With OpenAI it is no part of the text; of transformers' server it is, to the end of the token that completes it.
+    # Of transformers' server it is part of the text, to the end of the token that completes it.
     prefixes = (text_of(server, expected[:n]) for n in range(len(expected)))
-    assert text == (whole[:12] if server.shares else next(prefix for prefix in prefixes if string in prefix))
+    assert text == next(prefix for prefix in prefixes if string in prefix)
 
 
+@OURS
 def test_the_command_serves_until_ctrl_c(server: SimpleNamespace) -> None:
     """A process of its own, of which one client asks."""
-    if not server.shares:
-        pytest.skip("is transformers' own command")
     import openai
 
     port = free_port()

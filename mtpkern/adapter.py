@@ -80,6 +80,7 @@ def wrapping(model: nn.Module) -> Iterator[None]:
     """
     layers = [(module, dict(module._modules)) for module in model.modules()]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    bare = not hasattr(model, "peft_config")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         try:
@@ -90,6 +91,8 @@ def wrapping(model: nn.Module) -> Iterator[None]:
                 module._modules.update(own)
             for parameter, was in trained:
                 parameter.requires_grad_(was)
+            if bare:
+                vars(model).pop("peft_config", None)
             if not isinstance(error, ValueError) or "alora_invocation_tokens" not in str(error):
                 raise
             raise ValueError(f"layers of this model {_DEAF}") from error

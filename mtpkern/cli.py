@@ -205,6 +205,8 @@ def _generate(args: argparse.Namespace) -> None:
         with files[0] as output, files[1] as args.page:
             _decode_rows(rows, strategy, args, output)
         return
+    if args.output.is_file() and args.output.samefile(args.file):
+        raise ValueError(f"{args.output}: --output would overwrite --file, whose prompts it has; give another name")
     options = {"MODEL": args.model, "the strategy": str(strategy)}
     options |= {flag(name): getattr(args, name) for name in _DECIDING}
     with answers_file(args.output, [row.fields for row in rows], options, overwrite=args.overwrite) as (done, output):

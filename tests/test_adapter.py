@@ -186,6 +186,19 @@ def test_refuses_what_would_write_over_the_bases_biases(tiny, tmp_path, bias):
     assert gate_of(base) is None
 
 
+def test_an_adapter_of_the_head_is_refused_and_leaves_nothing(tiny, tmp_path):
+    base, peft_model = pair(tiny)
+    save_adapter(peft_model, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "target_modules": [*config["target_modules"], "lm_head"]}))
+    before = vars(base).keys(), [(name, id(x)) for name, x in base.named_modules()]
+    with pytest.raises(ValueError, match="changes the output head"):
+        mtpkern.load_adapter(base, tmp_path)
+    assert (vars(base).keys(), [(name, id(x)) for name, x in base.named_modules()]) == before
+    assert not hasattr(base, "peft_config")
+
+
 def test_digest_does_not_depend_on_the_dtype(tiny):
     base = tiny.model("llama")
     for parameter in base.parameters():

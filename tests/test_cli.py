@@ -157,6 +157,19 @@ def test_a_bad_row_is_named_before_the_model_is_loaded(tmp_path, capsys, line, m
     assert re.search(message, err), err
 
 
+@pytest.mark.parametrize("more", [[], ["--overwrite"]], ids=str)
+def test_prompts_are_not_overwritten_by_their_answers(chat_solver, tmp_path, capsys, more):
+    file = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "Ba has 3 eggs."}])
+    (tmp_path / "link").symlink_to(file)
+    before = file.read_text()
+    command = ["generate", str(chat_solver), "--file", str(file), "--max-new-tokens", "2", *more]
+    for name in ("in.jsonl", "link"):
+        assert main([*command, "--output", str(tmp_path / name)]) == 2
+        assert f"{name}: --output would overwrite --file" in capsys.readouterr().err
+    assert file.read_text() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "link"]
+
+
 def test_an_empty_file_is_refused(tmp_path, capsys):
     file = tmp_path / "in.jsonl"
     file.write_text("\n")

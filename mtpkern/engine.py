@@ -1,14 +1,10 @@
 """Engine: requests that come at any time, from any thread, share the passes of one model.
 
-One thread decodes. Between two passes it takes in what has been asked for meanwhile, into slots that are free
-(mtpkern.refill), so that eight requests at once take little longer than one. A request is what a prompt of
-`generate_batch` is: its tokens, and what it draws, are those it gets alone. It has limits, stop tokens and strings,
-criteria and a streamer of its own, and of what becomes of scores whether it samples and the numbers of
-mtpkern.settings: temperature, top-k, top-p, min-p, repetition penalty, biases and bans of single tokens, n-grams. What
-is left, bans of several tokens in a row and a caller's own processors, the passes of a run have in common: who asks for
-something else waits until those before it have ended, and whoever comes later waits behind it. So does who samples, or
-has a setting, that nobody had in the last run or in line when this one began, and who has more than four stop tokens
-among such as have fewer. Nobody waits for ever.
+One thread decodes (mtpkern.line). Between two passes it takes in what has been asked for meanwhile, into slots that are
+free (mtpkern.refill), so that eight requests at once take little longer than one. A request is what a prompt of
+`generate_batch` is: its tokens, and what it draws, are those it gets alone. Who asks for another of the things that the
+requests of a run have in common (docs/serving.md, "Who shares passes") waits until those before it have ended, and
+whoever comes later waits behind it; nobody waits for ever.
 """
 
 from __future__ import annotations

@@ -80,6 +80,7 @@ def wrapping(model: nn.Module) -> Iterator[None]:
     """
     layers = [(module, dict(module._modules)) for module in model.modules()]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    bare = not hasattr(model, "peft_config")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         try:
@@ -90,6 +91,8 @@ def wrapping(model: nn.Module) -> Iterator[None]:
                 module._modules.update(own)
             for parameter, was in trained:
                 parameter.requires_grad_(was)
+            if bare:
+                vars(model).pop("peft_config", None)
             if not isinstance(error, ValueError) or "alora_invocation_tokens" not in str(error):
                 raise
             raise ValueError(f"layers of this model {_DEAF}") from error
@@ -319,14 +322,17 @@ def load_adapter(
 def save_adapter(model: PeftModel, folder: str | Path | None, *, dtype: torch.dtype | None = None) -> None:
     """Write a gated adapter's folder: peft's config with our mark, and its weights, in `dtype` or as they are.
 
-    Of a model in shards all ranks call it, and those without a folder write nothing.
+    Of a model in shards all ranks call it, and those without a folder write nothing. Raises ValueError where no gated
+    adapter is active.
 
     save_adapter(peft_model, "adapter", dtype=torch.bfloat16)
     """
     from peft import get_peft_model_state_dict
 
     # Beside one of fine-tuning it is not the first that is active.
-    name = next(name for name in model.active_adapters if is_gated(model.peft_config[name]))
+    name = next((name for name in model.active_adapters if is_gated(model.peft_config[name])), None)
+    if name is None:
+        raise ValueError("none of the active adapters is gated; activate it, model.set_adapter(name), or save by peft")
     record_row(model)
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     state = {key: _whole(x).to("cpu", dtype or x.dtype).contiguous() for key, x in state.items()}

@@ -38,7 +38,6 @@ def answers_file(
     """
     if path.exists() and not path.is_file():
         with whole_file(path) as file:
-            assert file is not None
             yield 0, file
         return
     if not path.exists():
@@ -48,7 +47,7 @@ def answers_file(
         raise PermissionError(f"{path}: this file may not be written; give another name or change its mode")
     kept = path.with_name(f"{path.name}.options")
     options = json.loads(json.dumps(options))
-    file = _opened_alone(path)
+    file = opened_alone(path)
     try:
         with file:
             done, size = (0, 0) if overwrite else _read(path, asked)
@@ -73,8 +72,11 @@ def answers_file(
             kept.unlink(missing_ok=True)
 
 
-def _opened_alone(path: Path) -> TextIO:
-    """The file, to be written at its end, which no other run has; a file system may have no locks."""
+def opened_alone(path: Path) -> TextIO:
+    """The file, to be written at its end, which no other run has; a file system may have no locks.
+
+    Raises ValueError where another run has it: `with opened_alone(Path("samples.jsonl")) as file: ...`.
+    """
     file = path.open("a", encoding="utf-8")
     try:
         if fcntl is not None:

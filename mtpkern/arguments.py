@@ -84,10 +84,7 @@ def read_arguments(
         # ids, {"max_new_tokens": 8, "do_sample": False, "repetition_penalty": 1.0}, {"repetition_penalty": 1.1}
     """
     arguments = dict(arguments)
-    if input_ids is not None and arguments.get("inputs") is not None:
-        raise ValueError("inputs and input_ids are two names of the prompts, got both; leave one out")
-    inputs, attention_mask = arguments.pop("inputs", None), arguments.pop("attention_mask", None)
-    input_ids = inputs if input_ids is None else input_ids
+    input_ids, attention_mask = prompts_of(input_ids, arguments), arguments.pop("attention_mask", None)
     tokenizer, criteria = arguments.pop("tokenizer", None), arguments.pop("stopping_criteria", None)
     asked = asked_by(arguments.pop("generation_config", None), file)
     asked |= {name: arguments.pop(name) for name in sorted(FIELDS & arguments.keys())}
@@ -189,6 +186,14 @@ def require_prepared(generation_config: GenerationConfig, model_kwargs: dict[str
     for name, value in model_kwargs.items():
         if name not in expected and value is not None and value is not False:
             raise ValueError(f"{entry()} does not support the model argument {name}; leave it out")
+
+
+def prompts_of(input_ids: Any, arguments: dict[str, Any]) -> Any:
+    """The prompts by either of their names; `inputs` is taken out of the arguments. ValueError for both at once."""
+    inputs = arguments.pop("inputs", None)
+    if input_ids is not None and inputs is not None:
+        raise ValueError("inputs and input_ids are two names of the prompts, got both; leave one out")
+    return inputs if input_ids is None else input_ids
 
 
 def require_tensors(input_ids: Any, attention_mask: Any) -> None:

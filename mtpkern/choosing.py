@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtpkern.copies import on_device
+from mtpkern.host import on_device
 from mtpkern.kernels.readout import readout
 from mtpkern.kernels.sample import sample
 from mtpkern.kernels.state import Sequences, Terms

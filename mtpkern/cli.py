@@ -37,6 +37,8 @@ _HANDED_ON = {
     "train": ("mtpkern.train.command", "train a checkpoint for multi-token prediction"),
     "convert": ("mtpkern.train.convert", "make a plain checkpoint of a GGUF, quantised weights, or the paper's own"),
 }
+# Commands whose flags are named like parameters of the library, and the flag for a strategy.
+_SAYS_FLAGS = {"demo": "--strategy", "generate": "--strategy", "serve": "--strategy", "eval": "--strategies"}
 # Other columns are handed through, but these are known to change what a chat template writes.
 _TEMPLATE_FIELDS = ("tools", "documents", "system", "chat_template_kwargs")
 
@@ -59,15 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return exit_status(run)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        said = str(error) if handed_on else _in_flags(str(error))
+        said = _in_flags(str(error), args.command) if args.command in _SAYS_FLAGS else str(error)
         # At once: several ranks may say it.
         sys.stderr.write(f"mtpkern {args.command}: {printable(said)}\n")
         return 2
 
 
-def _in_flags(message: str) -> str:
+def _in_flags(message: str, command: str) -> str:
     """A message of the library as the command line says it: parameters are flags, or can be set in Python alone."""
-    message = message.replace("strategy=mtpkern.Static(1)", "--strategy static:1")
+    message = message.replace("strategy=mtpkern.Static(1)", f"{_SAYS_FLAGS[command]} static:1")
     message = re.sub(
         r"\b(mask_token_id|max_new_tokens)\b(?:=(\w+)|=)?",
         lambda match: flag(match[1]) + (f" {match[2]}" if match[2] else ""),
@@ -112,7 +114,8 @@ def _parser() -> argparse.ArgumentParser:
         "wrote them stands beside, in FILE.options.",
     )
     add = generate.add_argument
-    add("model", metavar="MODEL", help="path or hub id of a checkpoint, or of a gated adapter")
+    add_model_options(generate)
+    add_prompt_options(generate)
     source = generate.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="the prompt itself")
     source.add_argument("--file", type=Path, help='JSONL: {"prompt": "..."} or {"messages": [...]} in each row')
@@ -132,7 +135,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, metavar="P", help="with --temperature: of the best that make up P")
     add("--seed", type=int, help="with --temperature: the same text again, whatever the batch size")
     add("--stop", action="append", metavar="TEXT", help="end behind this text, which stays; may be given several times")
-    add_model_options(generate)
     add("--html", type=Path, metavar="FILE", help="with --prompt: the coloured blocks as a page")
     add("--show", action="store_true", help="print prompt and text, in blocks, one colour a pass")
     add("--output", type=Path, metavar="FILE", help="write JSONL there, with --prompt whole or not at all")
@@ -145,19 +147,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a command that say how its MODEL is loaded, and how prompts are put to it."""
-    parser.add_argument(
-        "--mask-token-id", type=int, metavar="ID", help="where the checkpoint does not record it; k = 1 needs none"
-    )
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    parser.add_argument("--device", help="such as cpu or cuda:0 (default: the accelerator, if there is one)")
+    """Add MODEL to a command, and the options that say how it is loaded."""
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="path or hub id of a checkpoint, or of a gated adapter")
+    add("--mask-token-id", type=int, metavar="ID", help="where the checkpoint does not record it; k = 1 needs none")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    add("--device", help="such as cpu or cuda:0 (default: the accelerator, if there is one)")
+    add("--base", metavar="MODEL", help="of a gated adapter, where its base is not where it was")
+
+
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a command that say how prompts are put to its MODEL."""
     parser.add_argument(
         "--chat",
         action=argparse.BooleanOptionalAction,
         help="apply the chat template or not; unless given as in the training of MODEL, else to messages alone",
     )
     parser.add_argument("--separator", metavar="TEXT", help="what follows a prompt; unless given as in its training")
-    parser.add_argument("--base", metavar="MODEL", help="of a gated adapter, where its base is not where it was")
 
 
 def positive(text: str) -> int:
@@ -195,9 +201,12 @@ def _generate(args: argparse.Namespace) -> None:
     quiet()
     strategy = _strategy(args)
     if args.file is None or args.output is None:
-        with whole_file(args.output) as output, whole_file(args.html) as args.page:
+        files = [nullcontext() if path is None else whole_file(path) for path in (args.output, args.html)]
+        with files[0] as output, files[1] as args.page:
             _decode_rows(rows, strategy, args, output)
         return
+    if args.output.is_file() and args.output.samefile(args.file):
+        raise ValueError(f"{args.output}: --output would overwrite --file, whose prompts it has; give another name")
     options = {"MODEL": args.model, "the strategy": str(strategy)}
     options |= {flag(name): getattr(args, name) for name in _DECIDING}
     with answers_file(args.output, [row.fields for row in rows], options, overwrite=args.overwrite) as (done, output):
@@ -212,18 +221,12 @@ def _decode_rows(
     rows: Sequence[Case], strategy: Strategy, args: argparse.Namespace, output: TextIO | None, first: int = 0
 ) -> None:
     from mtpkern import show
-    from mtpkern.loading import device_of, load, require_model
+    from mtpkern.loading import device_of, load
     from mtpkern.model import recorded_settings
     from mtpkern.prompting import Prompting, warnings_of
 
-    require_model(args.model)
     model, tokenizer = load(args.model, args.dtype, device_of(args.device), base=args.base)
     recorded = recorded_settings(model)
-    if strategy.k != 1 and args.mask_token_id is None and "mask_token_id" not in recorded:
-        raise ValueError(
-            f"{args.model} records no mask token: decode it one token a pass with --strategy static --k 1, give "
-            "--mask-token-id for a checkpoint trained elsewhere, or train it with mtpkern train"
-        )
     prompting = Prompting.of(recorded, args.chat, args.separator)
     for warning in warnings_of(recorded, prompting):
         print(f"mtpkern generate: warning: {printable(args.model)}: {printable(warning)}", file=sys.stderr)

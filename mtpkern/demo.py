@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from html import escape
 from pathlib import Path
 from typing import TextIO
@@ -71,7 +72,7 @@ def demo(
     if problems < 1:
         raise ValueError(f"problems must be at least 1; got {problems}")
     # Opened first: a place that cannot be written is known before anything runs.
-    with whole_file(html) as page:
+    with nullcontext() if html is None else whole_file(html) as page:
         result = _run(problems, folder, base, page, Console(highlight=False, quiet=as_json))
     if as_json:
         print(json.dumps(result), flush=True)

@@ -1,14 +1,10 @@
 """Engine: requests that come at any time, from any thread, share the passes of one model.
 
-One thread decodes. Between two passes it takes in what has been asked for meanwhile, into slots that are free
-(mtpkern.refill), so that eight requests at once take little longer than one. A request is what a prompt of
-`generate_batch` is: its tokens, and what it draws, are those it gets alone. It has limits, stop tokens and strings,
-criteria and a streamer of its own, and of what becomes of scores whether it samples and the numbers of
-mtpkern.settings: temperature, top-k, top-p, min-p, repetition penalty, biases and bans of single tokens, n-grams. What
-is left, bans of several tokens in a row and a caller's own processors, the passes of a run have in common: who asks for
-something else waits until those before it have ended, and whoever comes later waits behind it. So does who samples, or
-has a setting, that nobody had in the last run or in line when this one began, and who has more than four stop tokens
-among such as have fewer. Nobody waits for ever.
+One thread decodes (mtpkern.line). Between two passes it takes in what has been asked for meanwhile, into slots that are
+free (mtpkern.refill), so that eight requests at once take little longer than one. A request is what a prompt of
+`generate_batch` is: its tokens, and what it draws, are those it gets alone. Who asks for another of the things that the
+requests of a run have in common (docs/serving.md, "Who shares passes") waits until those before it have ended, and
+whoever comes later waits behind it; nobody waits for ever.
 """
 
 from __future__ import annotations
@@ -23,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mtpkern.arguments import require_prompts, require_streamer, require_tensors
+from mtpkern.arguments import asked_by, prompts_of, require_prompts, require_streamer, require_tensors
 from mtpkern.batching import Batch, BatchOutput, Prompt
 from mtpkern.entry import entered
 from mtpkern.fields import whole_number
@@ -125,7 +121,31 @@ class Engine:
             output = engine.generate(**tokenizer("Two and two is", return_tensors="pt"), max_new_tokens=64)
         """
         with telling(streamer):
-            return self._generate(input_ids, attention_mask, streamer, kwargs)
+            self._require_other_thread()
+            require_streamer(streamer)
+            input_ids = prompts_of(input_ids, kwargs)
+            require_tensors(input_ids, attention_mask)
+            if kwargs.pop("return_dict_in_generate", None):
+                raise ValueError(
+                    "mtpkern.Engine.generate does not support return_dict_in_generate=True; submit returns an object "
+                    "for each prompt"
+                )
+            if streamer is not None and len(input_ids) > 1:
+                raise ValueError(f"a streamer sees one prompt at a time, got {len(input_ids)}; call once for each")
+            ids = input_ids.cpu()
+            mask = self._inferred_mask(ids, kwargs) if attention_mask is None else attention_mask.cpu()
+            requests = self._requests([row[real.bool()] for row, real in zip(ids, mask)], streamer, kwargs, (ids, mask))
+            self._put(*requests)
+            try:
+                outputs = [request.future.result() for request in requests]
+            except BaseException:
+                for request in requests:
+                    request.end()
+                raise
+            filler, width = requests[0].batch.filler, max(len(output.tokens) for output in outputs)
+            new = [output.tokens + [filler] * (width - len(output.tokens)) for output in outputs]
+            new_tokens = torch.tensor(new, device=input_ids.device).view(len(new), -1)
+            return torch.cat([input_ids.to(torch.int64), new_tokens], dim=1)
 
     def stream(self, input_ids: Tensor | None = None, **options: Any) -> Stream[list[list[int]]]:
         """As `mtpkern.stream`, of one prompt [1, T] in passes that others share: yields blocks of new tokens.
@@ -160,37 +180,16 @@ class Engine:
                 "for itself; use Engine.submit, and read its future in another thread"
             )
 
-    def _generate(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None, streamer: Any, kwargs: dict[str, Any]
-    ) -> Tensor:
-        self._require_other_thread()
-        require_streamer(streamer)
-        inputs = kwargs.pop("inputs", None)
-        if input_ids is not None and inputs is not None:
-            raise ValueError("inputs and input_ids are two names of the prompts, got both; leave one out")
-        input_ids = inputs if input_ids is None else input_ids
-        require_tensors(input_ids, attention_mask)
-        assert input_ids is not None
-        if kwargs.pop("return_dict_in_generate", None):
-            raise ValueError(
-                "mtpkern.Engine.generate does not support return_dict_in_generate=True; submit returns an object for "
-                "each prompt"
-            )
-        if streamer is not None and len(input_ids) > 1:
-            raise ValueError(f"a streamer sees one prompt at a time, got {len(input_ids)}; call once for each")
-        ids = input_ids.cpu()
-        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu()
-        requests = self._requests([row[real.bool()] for row, real in zip(ids, mask)], streamer, kwargs, (ids, mask))
-        self._put(*requests)
-        try:
-            outputs = [request.future.result() for request in requests]
-        except BaseException:
-            for request in requests:
-                request.end()
-            raise
-        filler, width = requests[0].batch.filler, max(len(output.tokens) for output in outputs)
-        new = [output.tokens + [filler] * (width - len(output.tokens)) for output in outputs]
-        return torch.cat([input_ids.to(torch.int64), torch.tensor(new, device=input_ids.device).view(len(new), -1)], 1)
+    def _inferred_mask(self, ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """What counts of prompts [B, T] of which nobody says it, as transformers has it: all but the token for padding,
+        where that is not a stop token, too.
+        """
+        file = self.model.generation_config
+        asked = {**asked_by(kwargs.get("generation_config"), file), **kwargs}
+        pad, stops = (asked.get(name, getattr(file, name)) for name in ("pad_token_id", "eos_token_id"))
+        if pad is None or (stops is not None and pad in torch.as_tensor(stops)):
+            return torch.ones_like(ids)
+        return (ids != pad).long()
 
     def _requests(
         self, prompts: list[Any], streamer: Any, kwargs: dict[str, Any], padded: tuple[Tensor, Tensor] | None = None
@@ -221,9 +220,7 @@ class Engine:
                     f"a prompt of {len(job.ids)} tokens and {job.new} new ones are {job.tokens}, and the engine has "
                     f"room for max_length={self.max_length}; lower max_new_tokens, or raise max_length of the engine"
                 )
-        key = None
-        if batch.key is not None:
-            key = int(batch.key)
+        key = None if batch.key is None else int(batch.key)
         return [Request(batch, job, streamer, key) for job in batch.jobs]
 
     def _put(self, *requests: Request) -> None:

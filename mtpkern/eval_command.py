@@ -14,7 +14,7 @@ from typing import Any
 
 from mtpkern import show
 from mtpkern.cases import Case, read_cases
-from mtpkern.cli import add_model_options, flag, positive
+from mtpkern.cli import add_model_options, add_prompt_options, flag, positive
 from mtpkern.code_answers import STOPS, CodeCase, require_limits
 from mtpkern.evaluation import Evaluation, evaluate
 from mtpkern.grading import RULES
@@ -35,7 +35,8 @@ def _parser() -> argparse.ArgumentParser:
         "again goes on where it was stopped.",
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="path or hub id of a checkpoint, or of a gated adapter")
+    add_model_options(parser)
+    add_prompt_options(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--data",
@@ -75,7 +76,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-new-tokens", type=positive, metavar="N", help="(default 256, or the task's)")
     add("--batch-size", type=positive, default=8, metavar="N", help="(default 8)")
     add("--stop", nargs="+", default=[], metavar="TEXT", help="stop strings, such as Q:")
-    add_model_options(parser)
     return parser
 
 

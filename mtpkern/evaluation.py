@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mtpkern.answers import opened_alone
 from mtpkern.card import add_to_card
 from mtpkern.cases import Case
 from mtpkern.compare import Completion, decode, pad, rotated, timed
@@ -168,12 +169,13 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Decode what the results folder does not have yet, write all its files, and return the figures of every way.
 
-    settings: what makes the evaluation what it is. Raises ValueError where those of the folder are others.
+    settings: what makes the evaluation what it is. Raises ValueError where those of the folder are others, and
+    where another run writes there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     require_same(folder / "run.json", settings)
-    done = samples_there(folder / "samples.jsonl")
-    with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+    with opened_alone(folder / "samples.jsonl") as file:
+        done = samples_there(folder / "samples.jsonl")
         first = len(done)
         for start in range(first, len(cases), batch_size):
             batch = cases[start : start + batch_size]

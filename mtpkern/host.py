@@ -1,7 +1,10 @@
-"""What the host reads of the device: all at once, because each reading waits for what the device has still to do."""
+"""Between host and device: what is read comes all at once, because each reading waits for what the device has still to
+do; for what is brought there nobody waits.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,3 +23,12 @@ def on_host(*tensors: Tensor) -> list[Tensor]:
             # Cloned, because numbers of 8 bytes may begin at those alone that 8 divides.
             found[i] = part.clone().view(tensors[i].dtype).view(tensors[i].shape)
     return found
+
+
+def on_device(x: np.ndarray, device: torch.device) -> Tensor:
+    """A copy on the device, from pinned memory, so that the host need not wait for what is queued there.
+
+    on_device(np.zeros(3), torch.device("cuda"))
+    """
+    here = torch.from_numpy(x)
+    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here.to(device)

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -27,11 +28,12 @@ from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
+from mtpkern.answers import opened_alone
 from mtpkern.cases import Case
 from mtpkern.compare import batches
 from mtpkern.evaluation import Evaluation, facts_of, require_same, samples_there, write_results
 from mtpkern.evidence import PLAIN
-from mtpkern.output import json_line
+from mtpkern.output import first_line, json_line
 from mtpkern.prompting import Prompting
 from mtpkern.show import progress
 
@@ -80,7 +82,8 @@ class Answers(LM):  # type: ignore[misc]  # of a library without types
 
     answers = Answers(evaluation, Path("runs/eval/samples.jsonl"), batch_size=8)
     answers.way = "verified"
-    simple_evaluate(model=answers, tasks=["gsm8k_cot"])
+    with answers.kept():
+        simple_evaluate(model=answers, tasks=["gsm8k_cot"])
     """
 
     def __init__(
@@ -95,10 +98,16 @@ class Answers(LM):  # type: ignore[misc]  # of a library without types
         self.evaluation, self.path, self.batch_size = evaluation, path, batch_size
         self.max_new_tokens = max_new_tokens
         self.way = PLAIN
-        self._known = {sample["asked"]: sample for sample in samples_there(path)}
-        self._batches = 1 + max((sample["batch"] for sample in self._known.values()), default=-1)
         # By task and document; of those that were asked for last.
         self.samples: dict[tuple[str, int], dict[str, Any]] = {}
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Go on, inside the block, behind what the file has; ValueError where another run writes there."""
+        with opened_alone(self.path) as self._file:
+            self._known = {sample["asked"]: sample for sample in samples_there(self.path)}
+            self._batches = 1 + max((sample["batch"] for sample in self._known.values()), default=-1)
+            yield
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """The texts of the way, one a request; what is not in the file yet is decoded before, in all ways."""
@@ -153,7 +162,7 @@ class Answers(LM):  # type: ignore[misc]  # of a library without types
 
     def _decode(self, missing: Mapping[Asked, Instance]) -> None:
         label = f"{len(missing)} prompts, {len(self.evaluation.names)} ways"
-        with self.path.open("a", encoding="utf-8") as file, progress(label, len(missing)) as advance:
+        with progress(label, len(missing)) as advance:
             done = 0
             # Together only with the same stop strings and limit.
             for (stops, limit), alike in groupby(missing, key=lambda one: one[1:]):
@@ -164,8 +173,8 @@ class Answers(LM):  # type: ignore[misc]  # of a library without types
                     samples = judge.decode(cases, batch=self._batches, first=done, warm=done == 0)
                     for (digest, _, _), request, sample in zip(batch, mine, samples, strict=True):
                         self._known[digest] = {"asked": digest, "task": request.task_name, **sample}
-                        file.write(json_line(self._known[digest]) + "\n")
-                    file.flush()
+                        self._file.write(json_line(self._known[digest]) + "\n")
+                    self._file.flush()
                     self._batches += 1
                     done += len(batch)
                     advance(done)
@@ -219,7 +228,7 @@ def _loaded(manager: TaskManager, name: str, task: str) -> list[Any]:
     # The libraries for data raise one or the other where there is no network, no such set, or no leave to read it.
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"--tasks {name}: the data of {task} could not be read ({str(error).strip().splitlines()[0]}); they come "
+            f"--tasks {name}: the data of {task} could not be read ({first_line(error)}); they come "
             "from the hub once, some after you have agreed to their terms and logged in (hf auth login), and are then "
             "read from the cache, offline too; or give --include-path a folder with a task of yours whose data lie in "
             "files"
@@ -245,13 +254,15 @@ def evaluate_tasks(
     not have, and for settings other than the folder's.
     """
     require_same(folder / "run.json", settings)
+    how = {"num_fewshot": fewshot, "apply_chat_template": chat, "fewshot_as_multiturn": chat, "limit": limit}
+    how |= {"bootstrap_iters": 0, "task_manager": tasks.manager}
     found = {}
     for name, (members, headline) in tasks.members.items():
         judged: dict[str, Any] = {}
-        for way in answers.evaluation.names:
-            answers.way, answers.samples = way, {}
-            how = {"num_fewshot": fewshot, "apply_chat_template": chat, "fewshot_as_multiturn": chat, "limit": limit}
-            judged[way] = simple_evaluate(answers, tasks=members, bootstrap_iters=0, task_manager=tasks.manager, **how)
+        with answers.kept():
+            for way in answers.evaluation.names:
+                answers.way, answers.samples = way, {}
+                judged[way] = simple_evaluate(answers, tasks=members, **how)
         by_way = {way: _scores(results["samples"]) for way, results in judged.items()}
         chosen = _headline(name, by_way, metric or headline)
         samples = [

@@ -1,9 +1,9 @@
 """OpenMP's threads on a CPU, of which every thread that has computed keeps a set.
 
 Where there are more of them than processors, GNU's OpenMP no longer has them wait for work at full speed, but puts them
-to sleep at once, and to wake them takes longer than a small operation. So a run in a thread of its own, beside a main
-thread that has computed before and only waits now, took 34 ms where the same run in the main thread took 12.7 (the
-shipped model on two processors, docs/log.md, "Requests at any time"). A thread that is about to wait lets its set go.
+to sleep at once, and to wake them takes longer than a small operation: a run in a thread of its own, beside a main
+thread that has computed and only waits now, takes nearly three times as long (docs/log.md, "Requests at any time"). A
+thread that is about to wait lets its set go.
 """
 
 from __future__ import annotations

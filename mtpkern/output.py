@@ -56,8 +56,8 @@ def json_line(value: Any) -> str:
 
 
 @contextmanager
-def whole_file(path: Path | None) -> Iterator[TextIO | None]:
-    """A text file that appears at `path` complete or not at all; None where there is no path.
+def whole_file(path: Path) -> Iterator[TextIO]:
+    """A text file that appears at `path` complete or not at all.
 
     A link is followed, and what it points to is written. A device or a pipe, which cannot appear whole, is written
     directly, and so is what stdout or stderr already goes to. An existing file keeps its mode, its owner and its other
@@ -66,9 +66,6 @@ def whole_file(path: Path | None) -> Iterator[TextIO | None]:
         with whole_file(Path("out.jsonl")) as out:
             out.write("...")
     """
-    if path is None:
-        yield None
-        return
     try:
         there = path.stat()
     except FileNotFoundError:
@@ -102,7 +99,6 @@ def whole_file(path: Path | None) -> Iterator[TextIO | None]:
 def write_whole(path: Path, text: str) -> None:
     """The text as a file that appears at `path` complete or not at all; see `whole_file`."""
     with whole_file(path) as out:
-        assert out is not None
         out.write(text)
 
 

@@ -129,7 +129,6 @@ def _measured(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 def _write(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
     with whole_file(path) as file:
-        assert file is not None
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         for row in rows:

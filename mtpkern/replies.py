@@ -7,7 +7,10 @@ import json
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mtpkern.pieces import Answer
 
 # What a mistake of the user raises.
 MISTAKES = TypeError, ValueError
@@ -126,3 +129,19 @@ async def ending(pieces: AsyncIterator[str]) -> AsyncIterator[str]:
             return
         yield piece
     yield "data: [DONE]\n\n"
+
+
+def cut_short(response: dict[str, Any]) -> dict[str, Any]:
+    """A whole response, said to have come to its limit."""
+    return {**response, "status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}
+
+
+async def incomplete(pieces: AsyncIterator[str], answer: Answer) -> AsyncIterator[str]:
+    """A response's stream, the last event of which says so where its answer has come to its limit."""
+    async for piece in pieces:
+        # Within a text its quotes would be escaped.
+        if answer.cut and '"type":"response.completed"' in piece:
+            event = json.loads(piece.removeprefix("data: "))
+            event |= {"type": "response.incomplete", "response": cut_short(event["response"])}
+            piece = f"data: {json.dumps(event)}\n\n"
+        yield piece

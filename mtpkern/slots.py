@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtpkern.choosing import Choosing
-from mtpkern.copies import on_device
 from mtpkern.decoder import Decoder
+from mtpkern.host import on_device
 from mtpkern.kernels.advance import advance
 from mtpkern.kernels.state import LIMIT, RUNNING, Rows, Sequences, Terms
 from mtpkern.prompt_rows import pieces_of

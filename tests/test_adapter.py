@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import mtpkern
@@ -149,6 +150,15 @@ def test_folder(tiny, tmp_path):
     assert gate_of(by_peft) is not None
 
 
+def test_what_is_not_gated_is_not_saved_as_such(tiny, tmp_path):
+    _, peft_model = pair(tiny)
+    peft_model.add_adapter("plain", LoraConfig(r=2, target_modules=["q_proj"]))
+    peft_model.set_adapter("plain")
+    with pytest.raises(ValueError, match="none of the active adapters is gated"):
+        save_adapter(peft_model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_name_that_leads_nowhere(tiny, monkeypatch):
     monkeypatch.setattr("mtpkern.loading._on_hub", lambda name, kind: False)
     for name in ("./nope", "nope"):
@@ -174,6 +184,19 @@ def test_refuses_what_would_write_over_the_bases_biases(tiny, tmp_path, bias):
     with pytest.raises(ValueError, match="plain LoRA on linear layers; got one with bias"):
         mtpkern.load_adapter(base, tmp_path)
     assert gate_of(base) is None
+
+
+def test_an_adapter_of_the_head_is_refused_and_leaves_nothing(tiny, tmp_path):
+    base, peft_model = pair(tiny)
+    save_adapter(peft_model, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "target_modules": [*config["target_modules"], "lm_head"]}))
+    before = vars(base).keys(), [(name, id(x)) for name, x in base.named_modules()]
+    with pytest.raises(ValueError, match="changes the output head"):
+        mtpkern.load_adapter(base, tmp_path)
+    assert (vars(base).keys(), [(name, id(x)) for name, x in base.named_modules()]) == before
+    assert not hasattr(base, "peft_config")
 
 
 def test_digest_does_not_depend_on_the_dtype(tiny):

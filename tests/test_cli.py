@@ -157,6 +157,19 @@ def test_a_bad_row_is_named_before_the_model_is_loaded(tmp_path, capsys, line, m
     assert re.search(message, err), err
 
 
+@pytest.mark.parametrize("more", [[], ["--overwrite"]], ids=str)
+def test_prompts_are_not_overwritten_by_their_answers(chat_solver, tmp_path, capsys, more):
+    file = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "Ba has 3 eggs."}])
+    (tmp_path / "link").symlink_to(file)
+    before = file.read_text()
+    command = ["generate", str(chat_solver), "--file", str(file), "--max-new-tokens", "2", *more]
+    for name in ("in.jsonl", "link"):
+        assert main([*command, "--output", str(tmp_path / name)]) == 2
+        assert f"{name}: --output would overwrite --file" in capsys.readouterr().err
+    assert file.read_text() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "link"]
+
+
 def test_an_empty_file_is_refused(tmp_path, capsys):
     file = tmp_path / "in.jsonl"
     file.write_text("\n")
@@ -292,8 +305,16 @@ def test_an_untrained_model_is_decoded_one_token_a_pass(chat_solver, tmp_path, c
         assert main([*command, "--strategy", strategy, "--k", "1"]) == 0
         assert read_jsonl(output.read_text())[0]["tokens"] == greedy(plain, prompt, 12)
     capsys.readouterr()
-    assert main(command) == 2
-    assert "--strategy static --k 1, give --mask-token-id" in capsys.readouterr().err
+    file = write_jsonl(tmp_path / "in.jsonl", [{"prompt": prompt}])
+    for words, strategy in (
+        (command, "--strategy"),
+        (["eval", str(plain), "--data", str(file), "--output", str(tmp_path / "eval")], "--strategies"),
+    ):
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert "pass --mask-token-id for a checkpoint trained elsewhere" in said
+        assert f"with {strategy} static:1" in said
+    assert "mask_token_id" not in said
 
 
 def test_missing_things_are_named(tmp_path, capsys):

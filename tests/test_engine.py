@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 import mtpkern
 from mtpkern import ConfAdapt, Engine, Verified
@@ -62,6 +63,28 @@ def test_padded_prompts_come_back_as_from_generate(engine: Engine, model: Any, i
     assert torch.equal(engine.generate(**inputs, **options), expected)
     named = {"inputs": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
     assert torch.equal(engine.generate(**named, **options), expected)
+
+
+@pytest.mark.parametrize("where", ["call", "config", "file"])
+def test_without_attention_mask_padding_is_inferred_as_generate_does(
+    where: str, engine: Engine, model: Any, inputs: dict[str, Tensor], tiny: Any
+) -> None:
+    ids, strategy = inputs["input_ids"], Verified(3, threshold=0.2)
+    for stop in (STOP, [STOP, tiny.pad]):  # a stop token says nothing about padding
+        says: dict[str, Any] = {"max_new_tokens": 20, "eos_token_id": stop, "pad_token_id": tiny.pad}
+        if where == "config":
+            says = {"generation_config": GenerationConfig(**says)}
+        elif where == "file":
+            model.generation_config.update(**says)
+            says = {}
+        expected = mtpkern.generate(model, ids, **says, strategy=strategy)
+        assert torch.equal(engine.generate(ids, **says), expected)
+    assert not torch.equal(expected, mtpkern.generate(model, **inputs, **says, strategy=strategy))
+    plain = {**says, "pad_token_id": None}
+    assert torch.equal(engine.generate(ids, **plain), mtpkern.generate(model, ids, **plain, strategy=strategy))
+    model.generation_config.update(eos_token_id=STOP)
+    with pytest.raises(ValueError, match="left"):
+        engine.generate(ids.flip(1), max_new_tokens=2, pad_token_id=tiny.pad, eos_token_id=STOP)
 
 
 def test_a_call_on_the_models_generate_leads_here(engine: Engine, model: Any, passes: list[int]) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mtpkern import evaluation
+from mtpkern import answers, evaluation
 from mtpkern.cases import Case, read_cases
 from mtpkern.cli import main
 from mtpkern.compare import encode
@@ -135,13 +135,25 @@ def test_killed_in_the_middle_it_goes_on(tmp_path, monkeypatch, capsys):
     assert json.loads((whole / "results.json").read_text())["figures"]["verified"]["problems"] == 2
 
 
+@pytest.mark.skipif(answers.fcntl is None, reason="needs fcntl")
+def test_two_runs_do_not_write_one_folder(tmp_path, monkeypatch, capsys):
+    assert main(command(tmp_path / "out", 1)) == 0
+    monkeypatch.setattr(Evaluation, "decode", lambda *args, **kwargs: pytest.fail("decoded"))
+    with answers.opened_alone(tmp_path / "out" / "samples.jsonl") as file:
+        file.write('{"row": 1, "half of')
+        file.flush()
+        assert main(command(tmp_path / "out", 2)) == 2
+        assert "samples.jsonl: another run writes its answers there" in capsys.readouterr().err
+    assert (tmp_path / "out" / "samples.jsonl").read_text().endswith("half of")
+
+
 def test_another_evaluation_is_refused_by_name(tmp_path, monkeypatch, capsys):
     assert main(command(tmp_path / "out", 1)) == 0
     monkeypatch.setattr(Evaluation, "decode", lambda *args, **kwargs: pytest.fail("decoded"))
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     for more, says in [
         (["--strategies", "static:2"], "ways was"),
-        (["--max-new-tokens", "9"], "max_new_tokens was 8 and is 9"),
+        (["--max-new-tokens", "9"], "--max-new-tokens was 8 and is 9"),
     ]:
         assert main(command(tmp_path / "out", 1, *more)) == 2
         assert says in capsys.readouterr().err

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mtpkern import eval_command
+from mtpkern import answers, eval_command
 from mtpkern.cli import main
 from mtpkern.demo import ASSETS
 from mtpkern.grading import is_right
@@ -101,6 +101,8 @@ def test_a_killed_call_goes_on(task, tmp_path, monkeypatch):
     assert main(words) == 0
     assert calls == [2, 1, 1]
     assert results(tmp_path)["figures"]["verified"]["problems"] == 3
+    with answers.opened_alone(tmp_path / "out" / "samples.jsonl"):
+        assert main(words) == (0 if answers.fcntl is None else 2)
 
 
 def test_examples_and_template_and_stops_reach_the_model(task, tmp_path, bytes_of, monkeypatch):
@@ -206,6 +208,7 @@ def test_options_of_the_other_source_are_refused(tmp_path, capsys, words, says):
             FileNotFoundError("'gpqa' is a gated dataset on the Hub.\nVisit it"),
             "gated dataset",
         ),
+        (OSError(), "could not be read (OSError"),
         (ModuleNotFoundError("No module named 'langdetect'"), "pip install 'lm_eval[ifeval]'"),
     ],
 )

@@ -34,11 +34,6 @@ def test_a_file_appears_whole_with_the_mode_of_a_new_file(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "out.jsonl"]
 
 
-def test_no_path_is_no_file():
-    with whole_file(None) as out:
-        assert out is None
-
-
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_an_end_half_way_leaves_what_was_there_and_no_draft(tmp_path, error):
     path = tmp_path / "out.jsonl"

@@ -1,10 +1,8 @@
 """`transformers serve` with a checkpoint that brings our generate along: an OpenAI client streams from it."""
 
 import asyncio
-import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,10 +20,11 @@ import mtpkern
 from mtpkern.batching import BatchOutput
 from mtpkern.custom_generate import write_custom_generate
 from mtpkern.line import Request
-from mtpkern.serve import main, serving
+from mtpkern.serve import main
+from support.servers import CHAT, PROMPT, free_port, running
 
-PROMPT = json.loads((mtpkern.ASSETS / "problems.jsonl").read_text().splitlines()[0])["prompt"]
-CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+THEIRS = pytest.mark.parametrize("server", ["transformers"], indirect=True)
+OURS = pytest.mark.parametrize("server", ["mtpkern"], indirect=True)
 
 
 def test_the_shipped_checkpoint_brings_it_along(tmp_path: Path) -> None:
@@ -56,31 +55,29 @@ def server(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(folder)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    where: dict[str, Any] = {"host": "127.0.0.1", "port": port, "device": "cpu"}
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
         if request.param == "mtpkern":
             model = AutoModelForCausalLM.from_pretrained(mtpkern.ASSETS)
             engine = stack.enter_context(mtpkern.Engine(model, tokenizer=tokenizer, batch_size=4))
-            served = stack.enter_context(serving(engine, tokenizer, str(folder), background=True, **where))
+            url = stack.enter_context(running(engine, tokenizer, str(folder)))
         else:
-            served = Serve(force_model=str(folder), trust_remote_code=True, non_blocking=True, **where)
-            stack.callback(served.kill_server)
-        ((loaded),) = served._model_manager.loaded_models.values()
+            port = free_port()
+            where: dict[str, Any] = {"host": "127.0.0.1", "port": port, "device": "cpu", "log_level": "error"}
+            theirs = Serve(force_model=str(folder), trust_remote_code=True, non_blocking=True, **where)
+            stack.callback(theirs.kill_server)
+            ((loaded),) = theirs._model_manager.loaded_models.values()
+            model, url = loaded.model, f"http://127.0.0.1:{port}/v1"
+            end = time.monotonic() + 60
+            while not theirs.server.started and time.monotonic() < end:
+                time.sleep(0.02)
         passes: list[int] = []
-        loaded.model.register_forward_hook(lambda *_: passes.append(1))
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=60, max_retries=0)
-        end = time.monotonic() + 60
-        while not served.server.started and time.monotonic() < end:
-            time.sleep(0.02)
+        model.register_forward_hook(lambda *_: passes.append(1))
+        client = stack.enter_context(openai.OpenAI(base_url=url, api_key="none", timeout=60, max_retries=0))
         # The first call looks at the model before it decodes.
         client.completions.create(model=str(folder), prompt=PROMPT, max_tokens=2, temperature=0)
-        facts = {"tokenizer": tokenizer, "model": loaded.model, "shares": request.param == "mtpkern"}
+        facts = {"tokenizer": tokenizer, "model": model, "shares": request.param == "mtpkern"}
         yield SimpleNamespace(client=client, name=str(folder), passes=passes, **facts)
-        client.close()
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +121,7 @@ def test_a_chat(server: SimpleNamespace, expected: torch.Tensor, stream: bool) -
     assert 0 < len(server.passes) < 16
 
 
+@THEIRS
 def test_what_a_request_says_of_scores_counts(server: SimpleNamespace, expected: torch.Tensor) -> None:
     messages = [{"role": "user", "content": PROMPT}]
     ask = {"model": server.name, "messages": messages, "max_tokens": 16, "temperature": 0}
@@ -135,6 +133,7 @@ def test_what_a_request_says_of_scores_counts(server: SimpleNamespace, expected:
     assert texts[0] == texts[1] != texts[2]
 
 
+@THEIRS
 def test_what_is_not_honoured_is_an_error_of_the_request(server: SimpleNamespace) -> None:
     import openai
 
@@ -144,21 +143,10 @@ def test_what_is_not_honoured_is_an_error_of_the_request(server: SimpleNamespace
     assert "does not support num_beams=2" in str(caught.value.body)
 
 
-@pytest.mark.parametrize("says", [{"max_tokens": 0}, {"max_tokens": 10**6}, {"stop": [""]}], ids=str)
-def test_who_asks_for_what_is_refused_hears_why(server: SimpleNamespace, says: dict[str, Any]) -> None:
-    if not server.shares:
-        pytest.skip("transformers' own says no more than that there is an error")
-    import openai
-
-    with pytest.raises(openai.BadRequestError, match=r"max_tokens|stop_strings"):
-        server.client.completions.create(model=server.name, prompt=PROMPT, temperature=0, **says)
-
-
+@OURS
 def test_who_leaves_before_a_whole_answer_ends_its_run(
     server: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not server.shares:
-        pytest.skip("transformers' own goes on to the end")
     import openai
 
     reasons: list[str] = []
@@ -212,10 +200,9 @@ def test_clients_at_once_get_what_each_gets_alone(server: SimpleNamespace, expec
     assert (passes[1] < 3 * passes[0]) == server.shares, passes
 
 
+@OURS
 def test_clients_at_once_draw_what_each_draws_alone(server: SimpleNamespace) -> None:
     """Each at a temperature of its own, and in passes that they share."""
-    if not server.shares:
-        pytest.skip("transformers' server has one seed")
     import openai
 
     asked = [(seed, temperature) for seed in (1, 2, 3) for temperature in (0.9, 2.0, 3.5)]
@@ -238,6 +225,7 @@ def test_clients_at_once_draw_what_each_draws_alone(server: SimpleNamespace) -> 
     assert len(server.passes) < 3 * 40 * len(asked) / 2
 
 
+@THEIRS
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_completion_ends_at_a_stop_string(server: SimpleNamespace, expected: torch.Tensor, stream: bool) -> None:
     """The shipped tokenizer is one that transformers' own criterion cannot read."""
@@ -246,20 +234,17 @@ def test_a_completion_ends_at_a_stop_string(server: SimpleNamespace, expected: t
     ask = {"model": server.name, "prompt": PROMPT, "max_tokens": 100, "temperature": 0, "stop": [string]}
     answer = server.client.completions.create(**ask, stream=stream)
     text = "".join(c.choices[0].text for c in answer) if stream else answer.choices[0].text
-    # With OpenAI it is no part of the text; of transformers' server it is, to the end of the token that completes it.
+    # Of transformers' server it is part of the text, to the end of the token that completes it.
     prefixes = (text_of(server, expected[:n]) for n in range(len(expected)))
-    assert text == (whole[:12] if server.shares else next(prefix for prefix in prefixes if string in prefix))
+    assert text == next(prefix for prefix in prefixes if string in prefix)
 
 
+@OURS
 def test_the_command_serves_until_ctrl_c(server: SimpleNamespace) -> None:
     """A process of its own, of which one client asks."""
-    if not server.shares:
-        pytest.skip("is transformers' own command")
     import openai
 
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mtpkern.serve", server.name, "--host", "127.0.0.1", "--port", str(port)]
     with subprocess.Popen(
         [*command, "--device", "cpu", "--name", "mine"], stderr=subprocess.PIPE, text=True

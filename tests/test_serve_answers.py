@@ -22,7 +22,7 @@ import mtpkern
 from mtpkern.batching import BatchOutput
 from mtpkern.line import Request
 from mtpkern.pieces import Answer, Pieces, Until
-from support.servers import PROMPT, Served, server_of
+from support.servers import PROMPT, Served, running, server_of
 
 GREEDY = {"temperature": 0}
 KINDS = ("completions", "chat/completions")
@@ -135,6 +135,26 @@ def test_a_response_says_that_it_is_cut(stream: bool, served: Served) -> None:
 def test_the_model_has_the_name_that_was_asked_for(served: Served) -> None:
     for kind in (*KINDS, "responses"):
         assert json.loads(served.post(kind)[1])["model"] == "shipped"
+    engine = mtpkern.Engine(served.model, tokenizer=served.tokenizer, max_length=256)
+    with engine, running(engine, served.tokenizer, "mine:one.gguf") as url:
+        another = Served(url, served.model, served.tokenizer)
+        assert json.loads(another.post(model="mine:one.gguf", max_tokens=1)[1])["model"] == "mine:one.gguf"
+
+
+def test_two_servers_of_one_process_answer_each_with_its_model(served: Served) -> None:
+    ask = {**GREEDY, "max_tokens": 16}
+    text = served.choice(**ask)
+    other = AutoModelForCausalLM.from_pretrained(mtpkern.ASSETS)
+    with torch.no_grad():
+        other.lm_head.weight.neg_()
+    with server_of(other, batch_size=4, max_length=128) as second:
+        expected = second.tokenizer.decode(tokens_of(second)[:16], skip_special_tokens=True)
+        assert second.choice(**ask)[0] == expected != text[0]
+        assert served.choice(**ask) == text
+        # Each has its own room.
+        assert "together they may have 128" in second.refusal(**GREEDY, max_tokens=250)
+        assert "together they may have 256" in served.refusal(**GREEDY, max_tokens=250)
+    assert served.choice(**ask) == text
 
 
 def refused(served: Served, path: str, content: bytes) -> tuple[int, str]:
@@ -232,30 +252,13 @@ def test_who_leaves_while_its_prompt_is_read_has_nothing_decoded(
     assert ended == ["closed", "length"]
 
 
-@pytest.mark.parametrize(
-    ("where", "says"),
-    [
-        *(
-            ("chat/completions", {"chat_template_kwargs": x})
-            for x in (5, [], {"chat_template": "x"}, {"padding": True})
-        ),
-        ("chat/completions", {"chat_template_kwargs": {"truncation": True, "max_length": 2}}),
-        ("chat/completions", {"messages": [{"role": "user", "content": 5}]}),
-        ("chat/completions", {"messages": [{"role": "user", "content": "", "tool_calls": [{}]}]}),
-        ("responses", {"input": [{"role": "user", "content": "x"}, {"type": "function_call"}]}),
-        ("completions", {"logit_bias": [5]}),
-        ("completions", {"stop": 5}),
-    ],
-    ids=str,
-)
-def test_what_cannot_be_read_is_named(where: str, says: dict[str, Any], served: Served) -> None:
-    for stream in (False, True):
-        assert next(iter(says)) in served.refusal(where, **says, stream=stream)
-
-
 def test_a_template_that_fails_is_the_clients(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(served.tokenizer, "chat_template", "{{ messages[0].content / 0 }}{{ 1 / 0 }}")
-    assert "chat template" in served.refusal("chat/completions")
+    for template, says in (
+        ("{{ 1 / 0 }}", "chat template"),
+        ("{{ raise_exception('must alternate') }}", "must altern"),
+    ):
+        monkeypatch.setattr(served.tokenizer, "chat_template", template)
+        assert says in served.refusal("chat/completions")
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -267,9 +270,10 @@ def test_a_bug_of_the_server_is_no_error_of_the_clients(
     def failing(*args: Any, **kwargs: Any) -> Any:
         raise KeyError("of ours")
 
-    for where in ("_resolve_model", "_streaming" if stream else "_non_streaming"):
+    theirs = "transformers.cli.serving.completion.CompletionHandler."
+    for where in ("mtpkern.handlers.Served.get_manager", theirs + ("_streaming" if stream else "_non_streaming")):
         with monkeypatch.context() as patch:
-            patch.setattr(f"transformers.cli.serving.completion.CompletionHandler.{where}", failing)
+            patch.setattr(where, failing)
             status, said = served.post(**GREEDY, stream=stream)
             assert (status, json.loads(said)["error"]["type"]) == (500, "server_error")
 

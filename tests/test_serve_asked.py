@@ -132,6 +132,14 @@ def test_a_limit_of_the_whole_text_is_said_when_it_is_met(more: int, shipped_ser
         ("responses", {"input": [{"type": "input_text", "text": "x"}, {"type": "function_call", "call_id": "1"}]}),
         ("responses", {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}),
         *(("chat/completions", {"messages": x}) for x in (None, "hello", [{"content": "no role"}])),
+        *(("chat/completions", {"messages": [{"role": "user", "content": x}]}) for x in (5, {})),
+        ("chat/completions", {"messages": [{"role": "user", "content": "", "tool_calls": [{}]}]}),
+        ("responses", {"input": [{"role": "user", "content": "x"}, {"type": "function_call"}]}),
+        *(
+            ("chat/completions", {"chat_template_kwargs": x})
+            for x in ([], {"chat_template": "x"}, {"padding": True}, {"truncation": True, "max_length": 2})
+        ),
+        *(("completions", says) for says in ({"max_tokens": 0}, {"max_tokens": 10**6}, {"stop": [""]})),
     ],
     ids=str,
 )
@@ -228,13 +236,12 @@ def test_a_bias_of_another_tokenizers_token_is_the_clients_fault(shipped_server:
         *({"logit_bias": x} for x in ([], [5], {"a": 1}, {"1_0": 1}, {"-1": 1}, {"5": "x"}, {"5": True}, {"5": None})),
         *({"generation_config": x} for x in (5, [], "{", "[]", "null")),
         *({name: 5} for name in ("stop", "chat_template_kwargs", "tools")),
-        {"messages": [{"role": "user", "content": {}}]},
     ],
     ids=lambda says: str(says)[:40],
 )
 def test_types_are_jsons_own(says: dict[str, Any], shipped_server: Served) -> None:
     name = next(iter(says))
-    kind = "chat/completions" if name in ("chat_template_kwargs", "tools", "messages") else "completions"
+    kind = "chat/completions" if name in ("chat_template_kwargs", "tools") else "completions"
     assert name in shipped_server.refusal(kind, **{"temperature": 1, **says})
 
 
@@ -282,8 +289,4 @@ def test_a_fault_of_ours_is_told_from_the_clients(shipped_server: Served, monkey
     with monkeypatch.context() as patch:
         patch.setattr("transformers.cli.serving.chat_completion.parse_assistant_message", failing)
         assert shipped_server.post("chat/completions", **ask)[0] == 500
-    with monkeypatch.context() as patch:
-        refusing = "{{ raise_exception('roles must alternate') }}"
-        patch.setattr(shipped_server.tokenizer, "chat_template", refusing)
-        assert "roles must alternate" in shipped_server.refusal("chat/completions", **ask)
     assert shipped_server.choice(**ask)[0] == alone(shipped_server, max_new_tokens=8)

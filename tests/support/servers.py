@@ -6,14 +6,15 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from threading import Thread
 from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mtpkern
-from mtpkern.serve import serving
+from mtpkern.serve import server
 
 PROMPT = json.loads((mtpkern.ASSETS / "problems.jsonl").read_text().splitlines()[0])["prompt"]
 CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -73,14 +74,32 @@ def server_of(model: Any, **options: Any) -> Iterator[Served]:
         pytest.importorskip(package)
     tokenizer = AutoTokenizer.from_pretrained(mtpkern.ASSETS)
     tokenizer.chat_template = CHAT
+    with (
+        mtpkern.Engine(model, tokenizer=tokenizer, **options) as engine,
+        running(engine, tokenizer, "shipped") as url,
+    ):
+        yield Served(url, model, tokenizer)
+
+
+@contextmanager
+def running(engine: Any, tokenizer: Any, name: str) -> Iterator[str]:
+    """The server of an engine in a thread of its own; where it is reached."""
+    port = free_port()
+    ours = server(engine, tokenizer, name, host="127.0.0.1", port=port)
+    thread = Thread(target=ours.run)
+    thread.start()
+    try:
+        end = time.monotonic() + 60
+        while not ours.started and time.monotonic() < end:
+            time.sleep(0.02)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        ours.should_exit = True
+        thread.join(60)
+
+
+def free_port() -> int:
+    """One that nobody has yet."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    where: dict[str, Any] = {"host": "127.0.0.1", "port": port, "log_level": "error"}
-    with ExitStack() as stack:
-        engine = stack.enter_context(mtpkern.Engine(model, tokenizer=tokenizer, **options))
-        serve = stack.enter_context(serving(engine, tokenizer, "shipped", background=True, **where))
-        end = time.monotonic() + 60
-        while not serve.server.started and time.monotonic() < end:
-            time.sleep(0.02)
-        yield Served(f"http://127.0.0.1:{port}/v1", model, tokenizer)
+        return int(s.getsockname()[1])

@@ -136,7 +136,8 @@ class Course:
             place = rows.position + 1 - sequences.length[rows.seq]
         chance = self.chance[(place - 1).clamp(0, len(self.chance) - 1)]
         wrong = is_mask & (draw >= chance)
-        return torch.where(wrong, 2 + right % 2, right), torch.where(is_mask, chance, 1.0).to(confidence.dtype)
+        other = 2 + (right - 1) % (logits.shape[-1] - 2)
+        return torch.where(wrong, other, right), torch.where(is_mask, chance, 1.0).to(confidence.dtype)
 
 
 def clock(device: torch.device) -> Callable[[], float]:

@@ -165,7 +165,8 @@ def test_a_part_alone(checkpoint, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "stem",
     [
-        *("decode_attention", "gated_lora", "linear", "newcomers", "readout", "token_by_token"),
+        *("decode_attention", "distill", "gated_lora", "linear", "newcomers", "readout", "span_attention"),
+        "token_by_token",
         # Parts of them run in the quick tests of `times` (test_bench_goals.py) and `Course` below.
         *(pytest.param(stem, marks=pytest.mark.slow) for stem in ("compiled", "throughput")),
     ],
@@ -176,7 +177,7 @@ def test_dry_run(stem):
     assert tables
     for table in tables:
         assert table.rows
-        assert all(len(row) == len(table.header) for row in table.rows)
+        assert {len(row) for row in table.rows} == {len(table.header)}
         assert len(table.records) == len(table.rows)
         json.dumps([asdict(table)])
 

@@ -9,7 +9,7 @@ all requests are greedy, and once every second one samples, at a temperature and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from time import perf_counter
@@ -55,6 +55,17 @@ def settings_of(i: int, mixed: bool) -> dict[str, Any]:
     return {"do_sample": True, "temperature": 0.5 + 0.01 * i, "top_p": 0.95 - 0.01 * i}
 
 
+def ways_of(
+    model: PreTrainedModel, engine: Engine, asks: Sequence[Mapping[str, Any]]
+) -> dict[str, Callable[[int], Any]]:
+    """How the j-th of some requests is answered in each way."""
+    return {
+        "line": lambda j: generate(model, **asks[j]),
+        "sharing": lambda j: engine.generate(**asks[j], seed=j),
+        "hf": lambda j: GenerationMixin.generate(model, **{"do_sample": False, **asks[j]}),
+    }
+
+
 def by_clients(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -76,24 +87,14 @@ def by_clients(
                 first = i * per_round % max(1, len(prompts) - per_round + 1)
                 inputs = [tokenizer(text, return_tensors="pt").to(model.device) for text in prompts[first:][:per_round]]
                 limit = {"max_new_tokens": MAX_NEW_TOKENS}
-                asks = [{**ids, **limit, **settings_of(j, mixed)} for j, ids in enumerate(inputs)]
-
-                def in_line(j: int, asks: Sequence[Any] = asks) -> Any:
-                    return generate(model, **asks[j])
-
-                def theirs(j: int, asks: Sequence[Any] = asks) -> Any:
-                    return GenerationMixin.generate(model, **{"do_sample": False, **asks[j]})
-
-                def sharing(j: int, asks: Sequence[Any] = asks) -> Any:
-                    return engine.generate(**asks[j], seed=j)
-
+                ways = ways_of(model, engine, [{**x, **limit, **settings_of(j, mixed)} for j, x in enumerate(inputs)])
                 if not i:  # to be warm, and to be right
                     for j in range(len(inputs)):
                         torch.manual_seed(j)
-                        if not torch.equal(in_line(j), sharing(j)):
+                        if not torch.equal(ways["line"](j), ways["sharing"](j)):
                             raise AssertionError(f"problem {first + j}: an engine's answer is another")
                 lend_processors(model.device)
-                for name, ask in {"line": in_line, "sharing": sharing, "hf": theirs}.items():
+                for name, ask in ways.items():
                     with ThreadPoolExecutor(1 if name != "sharing" else n) as server:
                         seconds = asked(partial(_answered, server, ask), len(inputs), n)
                     if i:

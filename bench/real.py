@@ -190,24 +190,19 @@ def untaught(
                     seconds[way].append(took)
                 if way == OURS:
                     tally.add(found, 0, took)
-            if i >= 0:
-                so_far = table.plus(*untaught_row(size, tally, seconds))
-                yield so_far
+            if i < 0:
+                continue
+            theirs, own = seconds[PLAIN], seconds[OURS]
+            sums, medians = sum(theirs) / sum(own), median(theirs) / median(own)
+            single = [a / b for a, b in zip(theirs, own)]
+            times = f"{sum(theirs):.2f}", f"{sum(own):.2f}", f"{sums:.3f}", f"{medians:.3f}"
+            record = {"B": size, "tokens_a_pass": tally.tokens_per_pass, "seconds": {**seconds}}
+            record |= {"sums": sums, "medians": medians}
+            goal = Goal(f"default over one a pass, no draft right, batch {size}", 0.95, sums, "×")
+            singles = f"{min(single):.3f}–{max(single):.3f}"
+            row = str(size), str(len(own)), f"{tally.tokens_per_pass:.2f}", *times, singles
+            yield (so_far := table.plus(row, record, goal))
         table = so_far
-
-
-def untaught_row(
-    size: int, tally: Tally, seconds: Mapping[str, Sequence[float]]
-) -> tuple[tuple[str, ...], dict[str, object], Goal]:
-    """Row, record and goal of a batch size."""
-    theirs, own = seconds[PLAIN], seconds[OURS]
-    sums, medians = sum(theirs) / sum(own), median(theirs) / median(own)
-    single = [a / b for a, b in zip(theirs, own)]
-    times = f"{sum(theirs):.2f}", f"{sum(own):.2f}", f"{sums:.3f}", f"{medians:.3f}"
-    row = str(size), str(len(own)), f"{tally.tokens_per_pass:.2f}", *times, f"{min(single):.3f}–{max(single):.3f}"
-    record: dict[str, object] = {"B": size, "tokens_a_pass": tally.tokens_per_pass, "seconds": dict(seconds)}
-    record |= {"sums": sums, "medians": medians}
-    return row, record, Goal(f"default over one a pass, no draft right, batch {size}", 0.95, sums, "×")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

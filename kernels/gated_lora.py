@@ -24,10 +24,8 @@ has columns of two siblings, so that a layer has the same bits with its siblings
 A tile without a gated row returns before it reads a weight. Gated rows are not gathered into fewer tiles, and two
 launches not made one: either would take longer, by estimate (docs/log.md; bench/gated_lora.py measures).
 
-Launches are what it costs, by estimate. A pass of Qwen3-4B at rank 32 with 15 rows reads 132 MB of A and B, 44 us at
-3 TB/s. Its 36 layers have four groups of siblings each (q, k, v; o; gate, up; down): 288 launches of 1.5 to 2 us take
-430 to 580 us, 144 take 215 to 290. Of a pass of 4.5 ms that makes 10.6 to 13.8 %, and 5.8 to 7.4 % where x A^T comes
-along.
+Launches are what it costs, by estimate, not bytes (docs/log.md): 10.6 to 13.8 % of a pass of Qwen3-4B, and 5.8 to 7.4 %
+where x A^T comes along.
 """
 
 # mypy: disable-error-code="no-untyped-def"

@@ -228,6 +228,8 @@ def measure(
         try:
             if most_tokens is not None and batch * context > most_tokens:
                 raise ValueError(f"{batch * context:,} tokens, and --most-tokens is {most_tokens:,}")
+            if context < PROMPT:
+                raise ValueError(f"a text begins with {PROMPT} tokens")
             require_room(judged, batch, context, passes)
         except ValueError as error:
             table = replace(table, skipped=[*table.skipped, f"batch {batch}, context {context}: {error}"])

@@ -215,12 +215,13 @@ def test_what_does_not_fit_is_left_out_by_name(monkeypatch):
     monkeypatch.setattr(throughput, "available_memory", lambda device: 1 << 20)
     monkeypatch.setattr(throughput, "climb", lambda course: {})
     monkeypatch.setattr(throughput, "Course", lambda *args: SimpleNamespace(run=lambda chances: (0.5, 2.0)))
-    tables = list(throughput.measure(torch.device("cpu"), True, [1], [24, 1 << 15], ["never", "problems"]))
+    tables = list(throughput.measure(torch.device("cpu"), True, [1], [24, 1 << 15, 7], ["never", "problems"]))
     # As each row is there.
-    assert [len(table.rows) for table in tables] == [1, 2, 2]
+    assert [len(table.rows) for table in tables] == [1, 2, 2, 2]
     assert [record["right"] for record in tables[-1].records] == ["never", "problems"]
-    (line,) = tables[-1].skipped
-    assert line.startswith("batch 1, context 32768: keys and values take ")
+    long, short = tables[-1].skipped
+    assert long.startswith("batch 1, context 32768: keys and values take ")
+    assert short == "batch 1, context 7: a text begins with 8 tokens"
 
 
 def test_options_of_throughput(monkeypatch, capsys):

@@ -41,6 +41,7 @@ import torch
 from mtpkern.bench.aot_budgets import TARGETS, Compiled, over_budget
 from mtpkern.bench.aot_cases import CASES
 from mtpkern.bench.report import RESULTS, Table, environment, write
+from mtpkern.cli import positive
 from mtpkern.kernels import decode_attention, form, span_attention
 from mtpkern.output import exit_status
 
@@ -236,14 +237,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m mtpkern.bench.aot", description="What the compiler reports.")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--cases", nargs="+", default=[""], metavar="NAME", help="beginnings of the names of cases")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: the cores)")
+    parser.add_argument(
+        "--jobs", type=positive, default=len(os.sched_getaffinity(0)), help="processes (default: the cores)"
+    )
     parser.add_argument("--changed", action="store_true", help="compile only what the table in bench/results has not")
     parser.add_argument("--write", action="store_true", help="write that table: bench/results/aot.md and aot.json")
     parser.add_argument("--verbose", action="store_true", help="print a line for every kernel")
     arguments = parser.parse_args()
     cases = [case for case in CASES if case.startswith(tuple(arguments.cases))]
-    if not cases:
-        parser.error(f"no case begins with {' or '.join(arguments.cases)}; there are: {', '.join(CASES)}")
+    unknown = [start for start in arguments.cases if not any(case.startswith(start) for case in CASES)]
+    if unknown:
+        parser.error(f"no case begins with {' or '.join(unknown)}; there are: {', '.join(CASES)}")
     everything = len(cases) == len(CASES) and set(arguments.targets) == set(TARGETS)
     if arguments.write and not everything:
         parser.error("--write keeps the table of every case and target; leave out --cases and --targets, or --write")

@@ -100,15 +100,8 @@ def measure_model(model: PreTrainedModel, batches: tuple[int, ...], rounds: int,
             times = (f"{1e3 * x.median:.1f}" for x in (total, around, between))
             row = name, str(batch), *times, f"{share:.1f} %", percent(bandwidth)
             goal = Goal(f"beyond the passes, {name}, batch {batch}", SHARE, share, "%", at_most=True)
-            record: dict[str, object] = {
-                "way": name,
-                "batch": batch,
-                "total": total,
-                "around": around,
-                "between": between,
-            }
-            record |= {"bandwidth": bandwidth}
-            table = table.plus(row, record, goal)
+            record = {"way": name, "batch": batch, "total": total, "around": around, "between": between}
+            table = table.plus(row, record | {"bandwidth": bandwidth}, goal)
             yield table
 
 

@@ -33,6 +33,7 @@ GROUPS = {
     "all of it": ("preflight", "gpu", "aot"),
 }
 _NAMES = [name for names in GROUPS.values() for name in names]
+_WITHOUT_TABLES = ("decode", "real", "preflight", "aot")
 
 
 def listing() -> str:
@@ -74,6 +75,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _against(ref: str, name: str, arguments: Sequence[str], rounds: int) -> None:
+    if name in _WITHOUT_TABLES:
+        raise ValueError(f"--base: {name} writes no tables of figures that could be compared; run it by itself")
     if "--results" in arguments:
         raise ValueError("--results: with --base the figures of both trees are compared and not kept; leave it out")
     with tempfile.TemporaryDirectory(prefix="mtpkern-bench-") as work, worktree(ref, Path(work) / "base") as tree:
@@ -133,11 +136,22 @@ def _figures(rounds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     found: dict[str, float] = {}
     for results in rounds:
         for table in results.get("tables", ()):
-            for row, record in zip(table["rows"], table["records"]):
+            for row, record in zip(_names(table["rows"]), table["records"]):
                 for key, value in _numbers(record):
-                    name = f"{table['caption']}: {row[0]}, {key}"
+                    name = f"{table['caption']}: {row}, {key}"
                     found[name] = min(value, found.get(name, value))
     return found
+
+
+def _names(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Of each row the first cells, as many as tell the rows of a table apart: a batch alone does not, say."""
+    most = max(map(len, rows), default=0)
+    names: list[str] = []
+    for n in range(1, most + 1):
+        names = [", ".join(row[:n]) for row in rows]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def _numbers(record: Any, name: str = "") -> Iterator[tuple[str, float]]:

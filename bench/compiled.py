@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
-from unittest.mock import patch
 
 import torch
 from transformers import PreTrainedModel
 
 from mtpkern.attention import attention_context
-from mtpkern.bench.models import build
+from mtpkern.bench.models import build, compiling
 from mtpkern.bench.report import Goal, Table, cells, program
 from mtpkern.bench.step import Body, Point, Stand, floor, reset
 from mtpkern.bench.timing import Spread, free, peak, timed
@@ -96,12 +94,10 @@ def grid(device: torch.device) -> list[Point]:
 
 def measure(device: torch.device, quick: bool) -> Iterator[Table]:
     """Qwen3-4B compiled at batch 1, 16 and 64; unless quick, Llama-3.1-8B."""
-    cpu = device.type == "cpu"
-    # To rehearse, tracing is enough; a CPU's code would need a C++ compiler.
-    with patch("mtpkern.layers.BACKEND", "eager") if cpu else nullcontext():
+    with compiling(device):
         model = build("Qwen3-4B", device)
         yield from pass_tables("Qwen3-4B", model, grid(device))
-        if quick or cpu:
+        if quick or device.type == "cpu":
             return
         del model
         free(device)

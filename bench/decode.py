@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from mtpkern.bench.problems import problems
 from mtpkern.bench.report import RESULTS, Table, environment, write
 from mtpkern.bench.timing import Spread
+from mtpkern.cli import positive
 from mtpkern.compare import (
     HF_GENERATE,
     Completion,
@@ -180,10 +181,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m mtpkern.bench.decode", description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", choices=PARTS, action="append", help="this part only; may be given again")
     parser.add_argument("--checkpoint", type=Path, default=ASSETS, help="folder with model, tokenizer, problems.jsonl")
-    parser.add_argument("--problems", type=int, default=1000, help="held-out problems for accuracy")
-    parser.add_argument("--validation", type=int, default=300, help="validation problems for choosing thresholds")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of timing")
-    parser.add_argument("--per-round", type=int, default=16, help="problems of a round at batch 1; twice that at 8")
+    parser.add_argument("--problems", type=positive, default=1000, help="held-out problems for accuracy")
+    parser.add_argument("--validation", type=positive, default=300, help="validation problems for choosing thresholds")
+    parser.add_argument("--rounds", type=positive, default=7, help="rounds of timing")
+    parser.add_argument(
+        "--per-round", type=positive, default=16, help="problems of a round at batch 1; twice that at 8"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--name", default="decode", help="name of the result files")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")

@@ -9,10 +9,9 @@ all requests are greedy, and once every second one samples, at a temperature and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from threading import Lock, Thread
 from time import perf_counter
 from typing import Any
 
@@ -31,34 +30,17 @@ from mtpkern.openmp import lend_processors
 
 CLIENTS = (1, 4, 16)
 HEADER = (
-    "clients",
-    "asked for",
-    "requests/s, in line",
-    "requests/s, sharing",
-    "sharing over in line",
-    "over HF generate in line",
+    *("clients", "asked for", "requests/s, in line", "requests/s, sharing"),
+    *("sharing over in line", "over HF generate in line"),
 )
 
 
 def asked(ask: Callable[[int], Any], requests: int, clients: int) -> float:
-    """Seconds that so many clients take for so many requests, ask(i) each."""
-    waiting = iter(range(requests))
-    lock = Lock()
-
-    def work() -> None:
-        while True:
-            with lock:
-                i = next(waiting, None)
-            if i is None:
-                return
-            ask(i)
-
-    threads = [Thread(target=work) for _ in range(clients)]
+    """Seconds that so many clients, each in a thread of its own, take for so many requests, ask(i) each."""
     began = perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(clients) as threads:
+        for _ in threads.map(ask, range(requests)):  # a request that fails is raised here
+            pass
     return perf_counter() - began
 
 
@@ -71,6 +53,17 @@ def settings_of(i: int, mixed: bool) -> dict[str, Any]:
     if not (mixed and i % 2):
         return {}
     return {"do_sample": True, "temperature": 0.5 + 0.01 * i, "top_p": 0.95 - 0.01 * i}
+
+
+def ways_of(
+    model: PreTrainedModel, engine: Engine, asks: Sequence[Mapping[str, Any]]
+) -> dict[str, Callable[[int], Any]]:
+    """How the j-th of some requests is answered in each way."""
+    return {
+        "line": lambda j: generate(model, **asks[j]),
+        "sharing": lambda j: engine.generate(**asks[j], seed=j),
+        "hf": lambda j: GenerationMixin.generate(model, **{"do_sample": False, **asks[j]}),
+    }
 
 
 def by_clients(
@@ -93,27 +86,15 @@ def by_clients(
             for i in range(rounds + 1):
                 first = i * per_round % max(1, len(prompts) - per_round + 1)
                 inputs = [tokenizer(text, return_tensors="pt").to(model.device) for text in prompts[first:][:per_round]]
-
-                asks = [
-                    {**ids, "max_new_tokens": MAX_NEW_TOKENS, **settings_of(j, mixed)} for j, ids in enumerate(inputs)
-                ]
-
-                def in_line(j: int, asks: Sequence[Any] = asks) -> Any:
-                    return generate(model, **asks[j])
-
-                def theirs(j: int, asks: Sequence[Any] = asks) -> Any:
-                    return GenerationMixin.generate(model, **{"do_sample": False, **asks[j]})
-
-                def sharing(j: int, asks: Sequence[Any] = asks) -> Any:
-                    return engine.generate(**asks[j], seed=j)
-
+                limit = {"max_new_tokens": MAX_NEW_TOKENS}
+                ways = ways_of(model, engine, [{**x, **limit, **settings_of(j, mixed)} for j, x in enumerate(inputs)])
                 if not i:  # to be warm, and to be right
                     for j in range(len(inputs)):
                         torch.manual_seed(j)
-                        if not torch.equal(in_line(j), sharing(j)):
+                        if not torch.equal(ways["line"](j), ways["sharing"](j)):
                             raise AssertionError(f"problem {first + j}: an engine's answer is another")
                 lend_processors(model.device)
-                for name, ask in {"line": in_line, "sharing": sharing, "hf": theirs}.items():
+                for name, ask in ways.items():
                     with ThreadPoolExecutor(1 if name != "sharing" else n) as server:
                         seconds = asked(partial(_answered, server, ask), len(inputs), n)
                     if i:
@@ -121,14 +102,8 @@ def by_clients(
         ratios = {name: Spread.of([a / b for a, b in zip(found["sharing"], found[name])]) for name in ("line", "hf")}
         rates = {name: Spread.of(found[name]) for name in found}
         asked_for = "greedy and sampled, each as it likes" if mixed else "greedy"
-        row = (
-            str(n),
-            asked_for,
-            rates["line"].text(1),
-            rates["sharing"].text(1),
-            ratios["line"].text(),
-            ratios["hf"].text(),
-        )
+        speed = rates["line"].text(1), rates["sharing"].text(1)
+        row = str(n), asked_for, *speed, ratios["line"].text(), ratios["hf"].text()
         table = table.plus(row, {"clients": n, "mixed": mixed, "requests_per_second": rates, "ratios": ratios})
         yield table
 

@@ -152,8 +152,12 @@ def run_tests(what: str, limit: float, *, cwd: Path, log: Path, failures: Path, 
 
 def known_peak(told: Path) -> dict[str, str]:
     """What the pre-flight has measured of the device, as the environment that tells the others (bench/timing.py)."""
-    lines = told.read_text(encoding="utf-8").splitlines() if told.exists() else []
-    return next(({"MTPKERN_PEAK": json.dumps(x["peak"])} for x in map(json.loads, lines) if "peak" in x), {})
+    for line in told.read_text(encoding="utf-8").splitlines() if told.exists() else ():
+        with contextlib.suppress(ValueError):  # the last may be cut
+            step = json.loads(line)
+            if "peak" in step:
+                return {"MTPKERN_PEAK": json.dumps(step["peak"])}
+    return {}
 
 
 class Results:

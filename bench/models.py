@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -41,6 +43,14 @@ def build(name: str, device: torch.device) -> PreTrainedModel:
     tiny = device.type == "cpu"
     options = {"max_position_embeddings": 1 << 18, "mtpkern": recorded, **tokens}
     return random_model(name, tiny, torch.bfloat16, device, **options).eval()
+
+
+def compiling(device: torch.device) -> AbstractContextManager[object]:
+    """A block in which layers are compiled for a GPU; on a CPU, to rehearse, they are but traced.
+
+    A CPU's code would need a C++ compiler.
+    """
+    return patch("mtpkern.layers.BACKEND", "eager") if device.type == "cpu" else nullcontext()
 
 
 def products(name: str, tiny: bool = False) -> tuple[Products, Products]:

@@ -10,7 +10,6 @@
     passes      Qwen3-4B with random weights, batch 1: a pass, its share of the peak, and its body by rows; its graph,
                 kernels by name
     layers      the same passes with each decoder layer compiled, attention kept out
-    products    where asked for: those, siblings as one product or each by itself (mtpkern.products), in turns
 
 Each step ends with a line of JSON, printed and written at once. A step that fails says so and the next one runs; but
 where a kernel is wrong all ends there, with the exit status 3: no time of a wrong result is worth having. On a CPU
@@ -27,19 +26,17 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from mtpkern.attention import attention_context
 from mtpkern.bench import decode_attention, distill, gated_lora, readout, span_attention, step
-from mtpkern.bench.models import build
+from mtpkern.bench.models import build, compiling
 from mtpkern.bench.report import environment
 from mtpkern.bench.timing import Action, difference, free, kernels_by_name, launches, peak, reason, share_of_peak, timed
 from mtpkern.compare import encode, read_problems
@@ -48,7 +45,6 @@ from mtpkern.generation import generate
 from mtpkern.kernels.distill import head_readout
 from mtpkern.kernels.head import Head
 from mtpkern.kernels.kv_write import kv_write as write
-from mtpkern.kernels.linear import MOST_ROWS
 from mtpkern.kernels.packed_rows import PackedRows
 from mtpkern.kernels.scoring import Scoring
 from mtpkern.kernels.state import Sequences
@@ -59,7 +55,6 @@ from mtpkern.strategies import Static, Verified
 
 WRONG = 3
 STEPS = ("machine", "compiled", "kernels", "checkpoint", "passes", "layers")
-ASKED = ("products",)
 # Beginnings of the names of ahead-of-time cases; a rehearsal takes the last alone.
 FAMILIES = (
     *("decode_attention bf16 D128", "span_attention bf16 D128", "distill bf16 V144"),
@@ -263,10 +258,6 @@ def _context(model: Any) -> int:
     return 24 if model.device.type == "cpu" else 2048
 
 
-def _floor(model: Any) -> Facts:
-    return {"model": MODEL, "floor_us": round(step.floor(model, step.Point(1, _context(model), 1, 1)), 1)}
-
-
 def _share(model: Any, R: int, us: float) -> float | None:
     """Of the peak that bounds a pass of R rows, rounded; None on a CPU."""
     share = share_of_peak(model.device, us, **step.work(model, step.Point(1, _context(model), 1, R)))
@@ -291,37 +282,8 @@ def rows_table(model: Any, rows: Sequence[int], *, compile: bool) -> tuple[Facts
             spent.setdefault(name, {})[R] = round(spread.median, 1)
         shares[R] = _share(model, R, found["us_by_rows"].median)
     step.reset(stands[-2:-1])
-    return {**_floor(model), **spent, "share_by_rows": shares}, stands[-2].step
-
-
-def products_table(model: Any, rows: Sequence[int]) -> Facts:
-    """Microseconds of a compiled pass by its rows: siblings as one product, that by our kernel too, and each by itself.
-
-    With least and greatest. All of one model in one process, in turns; by themselves are layers whose weights lie
-    together, too.
-    """
-    first: step.Stand | None = None
-    spent: Facts = {}
-    for R in rows:
-        stands: dict[str, step.Stand] = {}
-        for name, one, few in (("one", True, 0), ("each", False, 0), ("one, ours", True, MOST_ROWS)):
-            with (
-                patch("mtpkern.decoder.wants_one_product", lambda captured, one=one: one),
-                patch("mtpkern.decoder.few_rows", lambda *_, few=few: few),
-            ):
-                stands[name] = _stand(model, R, rows[0], first, compile=True)
-            first = first or stands[name]
-        assert stands["one"].decoder.products.found  # type: ignore[union-attr]
-        with attention_context(model, step.Body()):
-            actions = {name: stand.step for name, stand in stands.items()}
-            found = timed(actions, model.device, rounds=20, reset=partial(step.reset, list(stands.values())))
-        spent[str(R)] = {name: [round(x, 1) for x in (s.median, s.low, s.high)] for name, s in found.items()}
-    nodes: Facts = {}
-    for name, stand in stands.items():
-        step.reset([stand])
-        with attention_context(model, step.Body()):
-            nodes[name] = launches(stand.step, model.device)
-    return {**_floor(model), "us_by_rows": spent, "nodes": nodes}
+    floor = round(step.floor(model, step.Point(1, _context(model), 1, 1)), 1)
+    return {"model": MODEL, "floor_us": floor, **spent, "share_by_rows": shares}, stands[-2].step
 
 
 def _profiled(model: Any, action: Action, R: int) -> Facts:
@@ -336,8 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the steps; 0, 1 where one failed, 3 where a kernel is wrong."""
     parser = argparse.ArgumentParser(prog="python -m mtpkern.bench.preflight", description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    which = "which (default: all but products)"
-    parser.add_argument("--steps", nargs="+", choices=STEPS + ASKED, default=STEPS, help=which)
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="which (default: all)")
     parser.add_argument("--results", type=Path, help="a file for the lines of JSON")
     args = parser.parse_args(argv)
     device = device_of(args.device)
@@ -352,20 +313,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         facts, action = rows_table(model(), rows, compile=compile)
         return {**facts, **_profiled(model(), action, rows[-2])}
 
-    def in_layers(make: Callable[[], Facts]) -> Facts:
+    def layers() -> Facts:
         free(device)
-        # To rehearse, tracing is enough; a CPU's code would need a C++ compiler.
-        backend = patch("mtpkern.layers.BACKEND", "eager") if device.type == "cpu" else nullcontext()
-        with backend, warnings.catch_warnings():
+        with compiling(device), warnings.catch_warnings():
             # Layers that run uncompiled would be measured as compiled.
             warnings.filterwarnings("error", "torch.compile could not compile", RuntimeWarning)
-            return make()
+            return profiled(fewer, compile=True)
 
     makes: list[Callable[[], Facts]] = [partial(make, device) for make in (machine, compiled, kernels, checkpoint)]
-    makes += [partial(profiled, rows, compile=False), partial(in_layers, partial(profiled, fewer, compile=True))]
-    makes += [partial(in_layers, lambda: products_table(model(), fewer))]
+    makes += [partial(profiled, rows, compile=False), layers]
     status = 0
-    for name, make in zip(STEPS + ASKED, makes, strict=True):
+    for name, make in zip(STEPS, makes, strict=True):
         if name not in args.steps or status == WRONG:
             continue
         start = time.perf_counter()

@@ -145,13 +145,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.split("\n\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where a page differs")
     args = parser.parse_args(argv)
-    for page in (README, FIGURES, PERFORMANCE, QUALITY, *CARDS):
+    for page in (README, FIGURES, PERFORMANCE, QUALITY, *CARDS):  # several are named README.md
         before = page.read_text(encoding="utf-8")
         after = rewritten(before)
         if not args.check:
             page.write_text(after, encoding="utf-8")
         elif before != after:
-            print(f"the tables of {page.name} are not those of bench/results; run: {COMMAND}", file=sys.stderr)
+            where = page.relative_to(README.parent)
+            print(f"the tables of {where} are not those of bench/results; run: {COMMAND}", file=sys.stderr)
             return 1
     return 0
 

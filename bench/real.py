@@ -190,24 +190,19 @@ def untaught(
                     seconds[way].append(took)
                 if way == OURS:
                     tally.add(found, 0, took)
-            if i >= 0:
-                so_far = table.plus(*untaught_row(size, tally, seconds))
-                yield so_far
+            if i < 0:
+                continue
+            theirs, own = seconds[PLAIN], seconds[OURS]
+            sums, medians = sum(theirs) / sum(own), median(theirs) / median(own)
+            single = [a / b for a, b in zip(theirs, own)]
+            times = f"{sum(theirs):.2f}", f"{sum(own):.2f}", f"{sums:.3f}", f"{medians:.3f}"
+            record = {"B": size, "tokens_a_pass": tally.tokens_per_pass, "seconds": {**seconds}}
+            record |= {"sums": sums, "medians": medians}
+            goal = Goal(f"default over one a pass, no draft right, batch {size}", 0.95, sums, "×")
+            singles = f"{min(single):.3f}–{max(single):.3f}"
+            row = str(size), str(len(own)), f"{tally.tokens_per_pass:.2f}", *times, singles
+            yield (so_far := table.plus(row, record, goal))
         table = so_far
-
-
-def untaught_row(
-    size: int, tally: Tally, seconds: Mapping[str, Sequence[float]]
-) -> tuple[tuple[str, ...], dict[str, object], Goal]:
-    """Row, record and goal of a batch size."""
-    theirs, own = seconds[PLAIN], seconds[OURS]
-    sums, medians = sum(theirs) / sum(own), median(theirs) / median(own)
-    single = [a / b for a, b in zip(theirs, own)]
-    times = f"{sum(theirs):.2f}", f"{sum(own):.2f}", f"{sums:.3f}", f"{medians:.3f}"
-    row = str(size), str(len(own)), f"{tally.tokens_per_pass:.2f}", *times, f"{min(single):.3f}–{max(single):.3f}"
-    record: dict[str, object] = {"B": size, "tokens_a_pass": tally.tokens_per_pass, "seconds": dict(seconds)}
-    record |= {"sums": sums, "medians": medians}
-    return row, record, Goal(f"default over one a pass, no draft right, batch {size}", 0.95, sums, "×")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -216,15 +211,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--base", type=Path, help="the original (default: runs/smollm2/base, made at need)")
     parser.add_argument("--adapter", type=Path, default=ADAPTER, help="its gated adapter (default: the shipped one)")
     parser.add_argument("--prompts", type=Path, default=ADAPTER / "prompts.jsonl", help="JSONL with kind and messages")
-    parser.add_argument("--number", type=int, metavar="N", help="the first N of them (default: 40, if there are)")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(default 64)")
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[1], metavar="N")
+    parser.add_argument("--number", type=positive, metavar="N", help="the first N of them (default: 40, if there are)")
+    parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="(default 64)")
+    parser.add_argument("--batch-size", type=positive, nargs="+", default=[1], metavar="N")
     both = (HF_GENERATE, PLAIN)
     beside = "what is decoded beside ours (default: both; nothing only with --truth-batch-size)"
     parser.add_argument("--against", nargs="*", choices=both, default=both, help=beside)
     parser.add_argument("--hf", type=int, metavar="N", help="prompts of each kind that HF decodes too (default: all)")
     before = "have HF decode all prompts before, N at a time, to say what is right (default: what it says in its turn)"
-    parser.add_argument("--truth-batch-size", type=int, metavar="N", help=before)
+    parser.add_argument("--truth-batch-size", type=positive, metavar="N", help=before)
     parser.add_argument("--k", type=int, default=4)
     threshold = "how sure drafts are to be (default: 0.2; with --by-load it follows what they have been worth)"
     parser.add_argument("--threshold", type=float, help=threshold)
@@ -238,6 +233,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--show", type=int, default=3, metavar="N", help="answers shown in coloured blocks (default 3)")
     parser.add_argument("--results", type=Path, help="folder for real.*, real_by_load.* or untaught.*")
     args = parser.parse_args(argv)
+    alone = args.hf is not None or not args.against
+    if alone and not (args.untaught or args.truth_batch_size or PLAIN in args.against):
+        which = "prompts beyond --hf" if args.against else "prompts"
+        parser.error(f"{which} lack what to compare with: give --truth-batch-size, or add {PLAIN} to --against")
 
     device = device_of(args.device)
     base = args.base or smollm2.base()
@@ -267,14 +266,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "new tokens": f"at most {args.max_new_tokens}",
         "strategy": repr(strategy) + (", rows by load" if args.by_load else ""),
     }
-    if not (args.against or args.truth_batch_size):
-        parser.error("with nothing to compare with, give --truth-batch-size to say what is right")
-    hf = "" if args.hf is None else f" (of the first {args.hf} of each kind; else its tokens one a pass by our code)"
-    hf = ", before all else" if args.truth_batch_size else hf
     note = (
-        "Identical: the tokens of Hugging Face's greedy generate of the original, decoded "
-        f"{args.truth_batch_size or args.batch_size[0]} at a time{hf}. Times are those of a token, the prefill "
-        "included, over all of them; beside them the ratios of single batches. One a pass: the original by the same "
+        f"Identical: the tokens of {_what_is_right(args)}. Times are those of a token, the prefill included, over all "
+        "of them; beside them the ratios of single batches. One a pass: the original by the same "
         "code, in a CUDA graph too where there is one."
     )
     found: dict[tuple[str, int], Sums] = {}
@@ -310,6 +304,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                     page = write(file, "The original model's own tokens", facts, [so_far], data, args.results)
     print(table().markdown())
     print(json.dumps(facts) if args.results is None else f"written: {page}")
+
+
+def _what_is_right(args: argparse.Namespace) -> str:
+    """Whose tokens answers are compared with."""
+    theirs, own = "Hugging Face's greedy generate of the original", "the original one a pass by our code"
+    if args.truth_batch_size:
+        return f"{theirs}, decoded {args.truth_batch_size} at a time, before all else"
+    some = f" (of the first {args.hf} of each kind; else of {own})" if args.hf is not None else ""
+    return f"{theirs if HF_GENERATE in args.against else own}, decoded {args.batch_size[0]} at a time{some}"
 
 
 def _show(console: Console, tokenizer: PreTrainedTokenizerBase, prompt: list[int], completion: Completion) -> None:

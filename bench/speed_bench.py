@@ -29,7 +29,9 @@ _READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 
 
 def by_category(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Rows of the benchmark as `mtpkern eval` takes them, by category. ValueError for rows without their text.
+    """Rows of the benchmark as `mtpkern eval` takes them, by category, as its file is named.
+
+    Raises ValueError for rows without their text.
 
     by_category([{"question_id": "1", "category": "math", "turns": ["2 + 2?"]}])
     # {"math": [{"messages": [{"role": "user", "content": "2 + 2?"}], "id": "1", "turns": 1}]}
@@ -37,7 +39,7 @@ def by_category(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, A
     found: dict[str, list[dict[str, Any]]] = {}
     missing = 0
     for number, row in enumerate(rows, 1):
-        lacking = [name for name in ("question_id", "category", "turns") if not row.get(name)]
+        lacking = [name for name in ("question_id", "category", "turns") if row.get(name) in (None, "", [])]
         if lacking:
             raise ValueError(f"row {number}: has no {', '.join(lacking)}; expected the columns of {NAME}")
         turns = list(row["turns"])
@@ -45,7 +47,8 @@ def by_category(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, A
             missing += 1
             continue
         asked = {"messages": [{"role": "user", "content": turns[0]}], "id": row["question_id"], "turns": len(turns)}
-        found.setdefault(str(row["category"]), []).append(asked)
+        name = "".join(c if c.isalnum() else "_" for c in str(row["category"]))
+        found.setdefault(name, []).append(asked)
     if missing:
         raise ValueError(
             f"{missing} rows hold a note instead of their text, which is to be fetched from its sources: run the "
@@ -85,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     args.output.mkdir(parents=True, exist_ok=True)
     for category, rows in sorted(found.items()):
-        path = args.output / f"{''.join(c if c.isalnum() else '_' for c in category)}.jsonl"
+        path = args.output / f"{category}.jsonl"
         with whole_file(path) as out:
             assert out is not None
             out.write("".join(json_line(row) + "\n" for row in rows))

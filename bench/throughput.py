@@ -136,7 +136,8 @@ class Course:
             place = rows.position + 1 - sequences.length[rows.seq]
         chance = self.chance[(place - 1).clamp(0, len(self.chance) - 1)]
         wrong = is_mask & (draw >= chance)
-        return torch.where(wrong, 2 + right % 2, right), torch.where(is_mask, chance, 1.0).to(confidence.dtype)
+        other = 2 + (right - 1) % (logits.shape[-1] - 2)
+        return torch.where(wrong, other, right), torch.where(is_mask, chance, 1.0).to(confidence.dtype)
 
 
 def clock(device: torch.device) -> Callable[[], float]:
@@ -227,6 +228,8 @@ def measure(
         try:
             if most_tokens is not None and batch * context > most_tokens:
                 raise ValueError(f"{batch * context:,} tokens, and --most-tokens is {most_tokens:,}")
+            if context < PROMPT:
+                raise ValueError(f"a text begins with {PROMPT} tokens")
             require_room(judged, batch, context, passes)
         except ValueError as error:
             table = replace(table, skipped=[*table.skipped, f"batch {batch}, context {context}: {error}"])

@@ -6,14 +6,12 @@ Compiling theirs takes most of the time: it is the whole model, where ours are a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
-from mtpkern.bench.models import build
+from mtpkern.bench.models import build, compiling
 from mtpkern.bench.report import Table, percent, program
 from mtpkern.bench.step import bytes_read
 from mtpkern.bench.timing import attempted, interleaved, share_of_peak
@@ -52,8 +50,7 @@ def measure(device: torch.device, quick: bool) -> Iterator[Table]:
         f"Batch 1, {4 * n} prompt tokens, {n} new ones; ms of the whole call on the host's clock, prefill included. "
         "bandwidth: weights, keys and values once a token, over the call."
     )
-    # To rehearse, tracing is enough; a CPU's code would need a C++ compiler.
-    with patch("mtpkern.layers.BACKEND", "eager") if cpu else nullcontext():
+    with compiling(device):
         for names in ([COMPILED], [COMPILED, STATIC] if quick else list(ways)):
             found, skipped = attempted({name: partial(warmed, ways[name]) for name in names}, [COMPILED, OURS])
             table = Table(f"Token by token with {MODEL}", note, HEADER, skipped=skipped)

@@ -48,6 +48,7 @@ Few sequences on a CPU are done one after the other in plain Python (kernels/adv
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -364,13 +365,9 @@ def advance(
         token, confidence = readout(logits, mask_token_id)
         advance(sequences, rows, terms, token, confidence, k=8, verify=True, mask_token_id=mask_token_id)
     """
-    if takes_host(sequences, rows, terms, k, masks):
-        return advance_on_host(
-            sequences, rows, terms, token, confidence, k=k, verify=verify, mask_token_id=mask_token_id
-        )
-    advance_at_once(
-        sequences, rows, terms, token, confidence, k=k, verify=verify, mask_token_id=mask_token_id, masks=masks
-    )
+    on_host = takes_host(sequences, rows, terms, k, masks)
+    form = advance_on_host if on_host else partial(advance_at_once, masks=masks)
+    form(sequences, rows, terms, token, confidence, k=k, verify=verify, mask_token_id=mask_token_id)
 
 
 def advance_at_once(

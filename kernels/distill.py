@@ -265,8 +265,9 @@ def distill_loss(
 
     Its gradients are ready before backward, which scales them where they lie: a second backward through the same
     loss and second derivatives raise RuntimeError. Raises ValueError unless exactly one of target and teacher is
-    given, for a teacher with more tokens than the student, for two dtypes without autocast, and for a row_weight that
-    requires a gradient. Source: arXiv 2602.06019, hard and soft teacher.
+    given, for a teacher with more tokens than the student or other rows, for target and row_weight of another shape,
+    for two dtypes without autocast, and for a row_weight that requires a gradient. Source: arXiv 2602.06019, hard and
+    soft teacher.
 
         loss = distill_loss(hidden, Head(model.lm_head.weight), target=token) / token.numel()
     """
@@ -276,6 +277,15 @@ def distill_loss(
         raise ValueError(
             "the teacher's vocabulary must not exceed the student's; got heads "
             f"{tuple(teacher[1].weight.shape)} and {tuple(head.weight.shape)}: resize the student's embeddings"
+        )
+    shape = hidden.shape[:1]
+    if any(x is not None and x.shape != shape for x in (target, row_weight)):
+        got = {name: list(x.shape) for name, x in (("target", target), ("row_weight", row_weight)) if x is not None}
+        raise ValueError(f"target and row_weight must be [R] = {list(shape)}, one for each hidden state; got {got}")
+    if teacher is not None and teacher[0].shape[:1] != shape:
+        raise ValueError(
+            f"the teacher's hidden states must be of the same {len(hidden)} rows as the student's; "
+            f"got {len(teacher[0])}"
         )
     if row_weight is not None and row_weight.requires_grad:
         raise ValueError("row_weight gets no gradient; got one that requires it: detach it")

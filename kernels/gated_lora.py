@@ -24,10 +24,8 @@ has columns of two siblings, so that a layer has the same bits with its siblings
 A tile without a gated row returns before it reads a weight. Gated rows are not gathered into fewer tiles, and two
 launches not made one: either would take longer, by estimate (docs/log.md; bench/gated_lora.py measures).
 
-Launches are what it costs, by estimate. A pass of Qwen3-4B at rank 32 with 15 rows reads 132 MB of A and B, 44 us at
-3 TB/s. Its 36 layers have four groups of siblings each (q, k, v; o; gate, up; down): 288 launches of 1.5 to 2 us take
-430 to 580 us, 144 take 215 to 290. Of a pass of 4.5 ms that makes 10.6 to 13.8 %, and 5.8 to 7.4 % where x A^T comes
-along.
+Launches are what it costs, by estimate, not bytes (docs/log.md): 10.6 to 13.8 % of a pass of Qwen3-4B, and 5.8 to 7.4 %
+where x A^T comes along.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -353,10 +351,8 @@ def _scale_of_each(op: str, scale: float | Sequence[float], **given: Tensors) ->
     scales = [float(scale)] * n if isinstance(scale, int | float) else [float(s) for s in scale]
     numbers = [*map(len, given.values()), len(scales)]
     if numbers != [n] * 4 or not n:
-        names = ", ".join(given)
-        raise ValueError(
-            f"{op}: {names} and scale want one entry for each sibling, got {'{}, {}, {} and {}'.format(*numbers)}"
-        )
+        got = "{}, {}, {} and {}".format(*numbers)
+        raise ValueError(f"{op}: {', '.join(given)} and scale want one entry for each sibling, got {got}")
     return scales
 
 
@@ -369,30 +365,27 @@ def _require_fitting(op, outs, x, gate, bs, *, as_=(), lows=()):
     def refuse(says):
         raise ValueError(f"{op}: {says}")
 
-    named = "x" if as_ else "the first low"
+    x_is, shape, half_is = ("x", "[R, H]", "A [r, H]") if as_ else ("the first low", "[R, r]", "low [R, r]")
     if x.dim() != 2:
-        refuse(f"{named} {'[R, H]' if as_ else '[R, r]'} expected, got {tuple(x.shape)}")
+        refuse(f"{x_is} {shape} expected, got {tuple(x.shape)}")
     R, H = x.shape
     if gate.shape != (R,) or gate.dtype not in (torch.bool, torch.uint8, torch.int8):
         refuse(f"gate must be [R] = [{R}] of bool, uint8 or int8, got {tuple(gate.shape)} of {gate.dtype}")
     dtype = (as_ or bs)[0].dtype
     if dtype not in (torch.float32, x.dtype):
-        refuse(f"{'A' if as_ else 'B'} must be float32 or {x.dtype}, as {named} is, got {dtype}; cast the adapter")
+        refuse(f"{'A' if as_ else 'B'} must be float32 or {x.dtype}, as {x_is} is, got {dtype}; cast the adapter")
     for i, (y, half, b) in enumerate(zip(outs, as_ or lows, bs)):
         fits = half.dim() == b.dim() == 2 and half.shape == ((b.shape[1], H) if as_ else (R, b.shape[1]))
         if not fits or y.shape != (R, b.shape[0]):
-            first, sizes = ("A [r, H]", f"H = {H} and R = {R}") if as_ else ("low [R, r]", f"R = {R}")
-            refuse(
-                f"sibling {i}: {first}, B [N, r] and an output [R, N] with {sizes} expected, got "
-                f"{tuple(half.shape)}, {tuple(b.shape)} and {tuple(y.shape)}"
-            )
+            sizes = f"H = {H} and R = {R}" if as_ else f"R = {R}"
+            got = f"{tuple(half.shape)}, {tuple(b.shape)} and {tuple(y.shape)}"
+            refuse(f"sibling {i}: {half_is}, B [N, r] and an output [R, N] with {sizes} expected, got {got}")
         if y.dtype != x.dtype or half.dtype != (dtype if as_ else x.dtype) or b.dtype != dtype:
-            which = "the output must be" if as_ else "output and low must be"
-            others = f"A and B {dtype}, as the first A is" if as_ else f"B {dtype}, as the first B is"
-            refuse(
-                f"sibling {i}: {which} {x.dtype}, as {named} is, {others}, got {y.dtype}, {half.dtype} and {b.dtype}"
-            )
-    if any(t.device != x.device for t in (gate, *as_, *lows, *outs, *bs)):
-        refuse(f"all tensors must be on {x.device}, where {named} is")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *as_, *lows, *outs, *bs)):
+            outputs, adapters = ("the output", "A and B") if as_ else ("output and low", "B")
+            wanted = f"{outputs} must be {x.dtype}, as {x_is} is, {adapters} {dtype}, as the first {adapters[0]} is"
+            refuse(f"sibling {i}: {wanted}, got {y.dtype}, {half.dtype} and {b.dtype}")
+    tensors = (x, *as_, *lows, *outs, *bs)
+    if any(t.device != x.device for t in (gate, *tensors)):
+        refuse(f"all tensors must be on {x.device}, where {x_is} is")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         refuse("there is no backward: call it under torch.no_grad(), and train the adapter as a module")

@@ -45,6 +45,7 @@ class Operator(Generic[P, T]):
         returns = hints.pop("return")
         parameters = signature(function).parameters
         self._defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+        self._places = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
         # Of each argument the class and the names of what is handed on, where it is a dataclass.
         self._parts: dict[str, tuple[Any, tuple[str, ...]]] = {}
         flat: dict[str, Any] = {}
@@ -86,7 +87,9 @@ class Operator(Generic[P, T]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
         """The call through torch's dispatcher."""
-        given = {**self._defaults, **dict(zip(self._parts, args)), **kwargs}
+        if len(args) > len(self._places) or any(name not in self._parts for name in kwargs):
+            raise TypeError(f"arguments are {', '.join(self._parts)}; got {len(args)} in place and {', '.join(kwargs)}")
+        given = {**self._defaults, **dict(zip(self._places, args)), **kwargs}
         flat: list[Any] = []
         for argument, (kind, names) in self._parts.items():
             value = given[argument]

@@ -45,7 +45,7 @@ class PackedRows:
     max_rows               the most rows that a sequence owns, 2k - 1 in decoding
     prefix_end, span_start [R] int64, both or neither: they bring the whole rule, and then
     scratch                so many slots hold no token; rows there come last of their sequence, in consecutive slots too
-    memo                   what all layers of a pass share in the torch form: a dict that lives as long as these rows
+    memo                   what layers of a pass share in the torch form: a dict that lives as long as these rows
 
         PackedRows(torch.tensor([0, 0, 1]), torch.tensor([7, 8, 3]), torch.tensor([0, 2, 3]), max_rows=2)
     """
@@ -57,11 +57,11 @@ class PackedRows:
     prefix_end: Tensor | None = None
     span_start: Tensor | None = None
     scratch: int = 0
-    memo: dict[tuple[int | None, int, int], Spread] = field(default_factory=dict, compare=False, repr=False)
+    memo: dict[tuple[object, ...], Spread] = field(default_factory=dict, compare=False, repr=False)
 
     def spread(self, window: int | None, capacity: int, dtype: torch.dtype, heads: tuple[int, int]) -> Spread:
         """How they lie in a padded batch under this window, of so many slots, with heads of queries and of keys."""
-        key = (window, *heads)
+        key = window, capacity, dtype, *heads
         if key not in self.memo:
             spread = self._spread_on_host if is_host(self.slot.device) else self._spread
             self.memo[key] = spread(window, capacity, dtype, *heads)

@@ -44,7 +44,7 @@ from torch import Tensor
 from mtpkern.kernels.form import autocast_of, on_device
 from mtpkern.kernels.op import operator
 from mtpkern.kernels.scoring import Scoring
-from mtpkern.kernels.span_mask import Rule, span_mask
+from mtpkern.kernels.span_mask import Rule, require_window, span_mask
 
 if find_spec("triton"):
     import triton
@@ -650,7 +650,7 @@ def span_attention(
     scoring             scale, window, softcap and sinks (mtpkern.kernels.scoring)
     mask                the last Tq rows of span_mask of the rule with this window, where the caller has them already
 
-    Raises ValueError for shapes that do not fit. Source: arXiv 2602.06019.
+    Raises ValueError for shapes that do not fit and a window below 1. Source: arXiv 2602.06019.
 
         out = span_attention(q, k, v, layout.rule, Scoring(q.shape[-1] ** -0.5))
     """
@@ -661,8 +661,12 @@ def span_attention(
             "key and value must be [B, Hkv, T, D] beside query [B, Hq, Tq, D], Hkv dividing Hq and Tq at most T; got "
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
         )
-    if rule.position.shape != (batch, rows):
-        raise ValueError(f"position must be [B, T] = {(batch, rows)}; got {tuple(rule.position.shape)}")
+    if any(x is not None and x.shape != (batch, rows) for x in rule):
+        got = [None if x is None else tuple(x.shape) for x in rule]
+        raise ValueError(f"each tensor of the rule must be [B, T] = {(batch, rows)}; got {got}")
+    if scoring.sinks is not None and scoring.sinks.shape != (heads,):
+        raise ValueError(f"sinks must be [Hq] = [{heads}]; got {list(scoring.sinks.shape)}")
+    require_window(scoring.window)
     if query.is_cuda and dim <= MAX_HEAD_DIM and query.dtype != torch.float64:
         return span_attention_triton(query, key, value, rule, scoring)
     return span_attention_reference(query, key, value, rule, scoring, mask=mask)

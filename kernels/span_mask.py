@@ -65,8 +65,7 @@ def span_mask(
             "position, prefix_end, span_start and span_end must have one shape [..., T]; got "
             + ", ".join(str(tuple(x.shape)) for x in rule)
         )
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 (a row sees itself) or None; got {window}")
+    require_window(window)
     key = torch.arange(position.shape[-1], device=position.device)
     row = key.unsqueeze(-1)
     position, prefix_end, span_start = (x.unsqueeze(-1) for x in (position, prefix_end, span_start))
@@ -77,6 +76,12 @@ def span_mask(
         lower = lower + (position - window + 1).clamp(min=0)
         own_lower = torch.maximum(span_start, row - window + 1)
     return ((key >= lower) & (key < prefix_end)) | ((key >= own_lower) & (key < own_upper))
+
+
+def require_window(window: int | None) -> None:
+    """Raises ValueError for a window in which a row does not even see itself."""
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 (a row sees itself) or None; got {window}")
 
 
 def draw_mask(*rule: Tensor | None, window: int | None = None) -> str:

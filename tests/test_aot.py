@@ -195,6 +195,14 @@ def test_a_kernel_that_the_table_lacks_is_compiled_and_named(without_interpreter
     assert status == "1"
 
 
+def test_a_case_that_there_is_not_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Also beside one that there is."""
+    monkeypatch.setattr(sys, "argv", ["aot", "--cases", "readout", "raedout"])
+    with pytest.raises(SystemExit):
+        aot.main()
+    assert "no case begins with raedout; there are: kv_write" in capsys.readouterr().err
+
+
 def test_a_part_is_not_written_over_the_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(sys, "argv", ["aot", "--write", "--targets", "sm_90"])
     with pytest.raises(SystemExit) as exit:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mtpkern.bench import decode, models, throughput
+from mtpkern.bench import decode, engine, models, real, throughput
 from mtpkern.bench.problems import problems
 from mtpkern.compare import HF_GENERATE, Completion, Tally, sample_k
 from mtpkern.strategies import ConfAdapt, Static, Verified
@@ -117,6 +117,40 @@ def test_the_whole_benchmark(checkpoint, tmp_path, capsys, monkeypatch):
         assert f"## {caption}" in page
 
 
+@pytest.mark.parametrize("main", [decode.main, real.main])
+def test_no_number_of_nothing(main, capsys):
+    names = {decode.main: "problems validation rounds per-round", real.main: "number batch-size max-new-tokens"}
+    for name in names[main].split():
+        with pytest.raises(SystemExit):
+            main([f"--{name}", "0"])
+        assert "expected a whole number of at least 1, got '0'" in capsys.readouterr().err
+
+
+def test_answers_are_compared_with_what_the_page_says(capsys):
+    """Of prompts that nothing else decodes, ours would be identical to themselves."""
+    for words in ("--against", "--against hf_generate --hf 3"):
+        with pytest.raises(SystemExit):
+            real.main(words.split())
+        assert "lack what to compare with" in capsys.readouterr().err
+    said = {"truth_batch_size": None, "batch_size": [2, 4], "against": ["hf_generate", "plain"], "hf": None}
+    theirs = "Hugging Face's greedy generate of the original"
+    for given, wanted in (
+        ({}, f"{theirs}, decoded 2 at a time"),
+        ({"against": ["plain"]}, "the original one a pass by our code, decoded 2 at a time"),
+        ({"hf": 3}, f"{theirs}, decoded 2 at a time (of the first 3 of each kind; else of the original one a pass"),
+        ({"against": [], "truth_batch_size": 8}, f"{theirs}, decoded 8 at a time, before all else"),
+    ):
+        assert real._what_is_right(SimpleNamespace(**said | given)).startswith(wanted)
+
+
+def test_a_request_that_fails_is_not_taken_for_an_answer():
+    with pytest.raises(ZeroDivisionError):
+        engine.asked(lambda i: 1 / (i - 2), requests=5, clients=2)
+    asked = []
+    assert engine.asked(asked.append, requests=5, clients=2) > 0
+    assert sorted(asked) == list(range(5))
+
+
 def test_a_part_alone(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(decode, "CONFADAPT", (0.5,))
     monkeypatch.setattr(decode, "VERIFIED", (0.3,))
@@ -131,7 +165,8 @@ def test_a_part_alone(checkpoint, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "stem",
     [
-        *("decode_attention", "gated_lora", "linear", "newcomers", "readout", "token_by_token"),
+        *("decode_attention", "distill", "gated_lora", "linear", "newcomers", "readout", "span_attention"),
+        "token_by_token",
         # Parts of them run in the quick tests of `times` (test_bench_goals.py) and `Course` below.
         *(pytest.param(stem, marks=pytest.mark.slow) for stem in ("compiled", "throughput")),
     ],
@@ -142,7 +177,7 @@ def test_dry_run(stem):
     assert tables
     for table in tables:
         assert table.rows
-        assert all(len(row) == len(table.header) for row in table.rows)
+        assert {len(row) for row in table.rows} == {len(table.header)}
         assert len(table.records) == len(table.rows)
         json.dumps([asdict(table)])
 
@@ -163,16 +198,30 @@ def test_acceptance_is_imposed_place_by_place(masks):
         assert throughput.Course(model, 2, 24, 8, Static(1)).run([1.0])[1] == 1
 
 
+def test_a_mask_that_is_to_be_wrong_is_wrong_wherever_it_stands():
+    course = throughput.Course(models.build("Qwen3-4B", torch.device("cpu")), 1, 24, 8, Verified(4))
+    rows = course.decoder.rows
+    rows.token.fill_(models.MASK)
+    for first in range(64):  # every token of the vocabulary
+        rows.position.copy_(torch.arange(len(rows.seq)) + first)
+        course.chance.fill_(1)
+        right, _ = course.readout(torch.zeros(len(rows.seq), 64), models.MASK)
+        course.chance.zero_()
+        wrong, _ = course.readout(torch.zeros(len(rows.seq), 64), models.MASK)
+        assert (right != wrong).all()
+
+
 def test_what_does_not_fit_is_left_out_by_name(monkeypatch):
     monkeypatch.setattr(throughput, "available_memory", lambda device: 1 << 20)
     monkeypatch.setattr(throughput, "climb", lambda course: {})
     monkeypatch.setattr(throughput, "Course", lambda *args: SimpleNamespace(run=lambda chances: (0.5, 2.0)))
-    tables = list(throughput.measure(torch.device("cpu"), True, [1], [24, 1 << 15], ["never", "problems"]))
+    tables = list(throughput.measure(torch.device("cpu"), True, [1], [24, 1 << 15, 7], ["never", "problems"]))
     # As each row is there.
-    assert [len(table.rows) for table in tables] == [1, 2, 2]
+    assert [len(table.rows) for table in tables] == [1, 2, 2, 2]
     assert [record["right"] for record in tables[-1].records] == ["never", "problems"]
-    (line,) = tables[-1].skipped
-    assert line.startswith("batch 1, context 32768: keys and values take ")
+    long, short = tables[-1].skipped
+    assert long.startswith("batch 1, context 32768: keys and values take ")
+    assert short == "batch 1, context 7: a text begins with 8 tokens"
 
 
 def test_options_of_throughput(monkeypatch, capsys):

@@ -62,7 +62,26 @@ def test_two_commits_side_by_side(monkeypatch, capsys):
     assert "only in" not in out
 
 
+def test_rows_are_told_apart_by_as_many_cells_as_it_takes():
+    """A batch stands in several rows, of which none may speak for the others."""
+
+    def of(*rows):
+        table = {"caption": "A", "rows": [row for row, _ in rows], "records": [{"us": us} for _, us in rows]}
+        return [{"tables": [table]}]
+
+    rows = [["1", "64", "x"], ["1", "128", "x"], ["2", "64", "x"]]
+    base, this = of(*zip(rows, (8.0, 2.0, 4.0))), of(*zip(rows, (4.0, 2.0, 8.0)))
+    assert command.compared(base, this) == [
+        ("A: 1, 64, us", "8", "4", "0.500"),
+        ("A: 1, 128, us", "2", "2", "1.000"),
+        ("A: 2, 64, us", "4", "8", "2.000"),
+    ]
+
+
 def test_what_cannot_be_compared(capsys, monkeypatch):
+    for name in ("decode", "real", "preflight", "aot"):
+        assert main(["bench", "--base", "HEAD", name]) == 2
+        assert f"{name} writes no tables" in capsys.readouterr().err
     assert main(["bench", "--base", "no-such-ref", "readout"]) == 2
     assert "--base no-such-ref: git has no worktree of it" in capsys.readouterr().err
     assert main(["bench", "--base", "HEAD", "readout", "--results", "x"]) == 2

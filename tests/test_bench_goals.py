@@ -45,7 +45,6 @@ def no_device(monkeypatch):
     """The grids of a GPU without one: what is timed is made up by the test."""
     for module in (decode_attention, readout):
         monkeypatch.setattr(module, "free", lambda device: None)
-    for module in (decode_attention, readout):
         monkeypatch.setattr(module, "peak", lambda device: H200)
     monkeypatch.setattr(readout, "launches", lambda action, device: 3)
 

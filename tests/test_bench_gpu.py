@@ -159,6 +159,12 @@ def test_the_plan_of_a_first_call(calls, tmp_path):
         assert len(files) <= 8
 
 
+def test_a_line_of_the_preflight_that_was_cut_tells_nothing(tmp_path):
+    told = tmp_path / "told.jsonl"
+    told.write_text('{"step": "machine", "failed": "no"}\n{"step": "compi')
+    assert gpu.known_peak(told) == {}
+
+
 def test_a_wrong_kernel_stops_what_is_timed(calls, tmp_path):
     """The tests still run: they say more of what is wrong. What else fails in the pre-flight stops nothing."""
     seen, ends = calls
@@ -250,10 +256,7 @@ def test_preflight_rehearsed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(preflight, "compiled", compiled)
     file = tmp_path / "told.jsonl"
     assert preflight.main(["--device", "cpu", "--results", str(file)]) == 0
-    assert preflight.main(["--device", "cpu", "--results", str(file), "--steps", "products"]) == 0
     found = steps_of(file)
-    products = found.pop("products")["us_by_rows"]
-    assert all(spent.keys() == {"one", "each", "one, ours"} for spent in products.values())
     assert list(found) == ["machine", "compiled", "kernels", "checkpoint", "passes", "layers"]
     assert capsys.readouterr().out == file.read_text()
     assert found["machine"]["peak"]["bandwidth"] > 0

@@ -3,9 +3,7 @@
 The truth knows texts, positions and groups of masks; slots, prefixes and spans are what the op is told of them.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pytest
 import torch
@@ -14,13 +12,10 @@ from torch import Tensor
 from mtpkern.kernels import decode_attention as module
 from mtpkern.kernels.decode_attention import decode_attention, decode_attention_triton
 from mtpkern.kernels.packed_rows import PackedRows
-from mtpkern.kernels.scoring import Scoring
+from support.attended import Attended, Form, WithoutWriters, compare
 from support.slow import slow_but
 
 FORMS = [decode_attention, pytest.param(decode_attention_triton, marks=pytest.mark.kernel)]
-STALE = 1e4  # what a slot may hold that no row sees
-
-Form = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,14 +50,15 @@ def rows_of(seq: int, first: int, behind: list[int], scratch: int, slot: int = 0
 
 
 @dataclass
-class Case:
+class Case(Attended):
     rows: list[Row]
     query: Tensor
     k_cache: Tensor
     v_cache: Tensor
     start: Tensor
     scratch: int
-    window: int | None
+    window: int | None = None
+    max_rows: int | None = None
 
     @classmethod
     def of(
@@ -93,64 +89,34 @@ class Case:
         query[len(rows) :] = torch.nan
         start = torch.tensor([0, *map(len, each)]).cumsum(0)
         case = cls(rows, query, *caches, start, scratch, window)
-        for b, of_one in enumerate(each):
-            seen = {slot for row in of_one for slot, _ in case.visible(row)}
+        seen = {(row.seq, slot) for r, row in enumerate(rows) for slot in case.sees(r, window)}
+        for b in range(len(each)):
             for cache in caches:
-                cache[b, :, [slot for slot in range(cache.shape[2]) if slot not in seen]] = torch.nan
+                cache[b, :, [slot for slot in range(cache.shape[2]) if (b, slot) not in seen]] = torch.nan
         return case
 
-    def visible(self, row: Row) -> list[tuple[int, int]]:
-        at = row.keys[-1][1]
-        return [key for key in row.keys if self.window is None or key[1] > at - self.window]
+    def packed(self) -> PackedRows:
+        max_rows = int(self.start.diff().max()) if self.max_rows is None else self.max_rows
+        prefix, span = self.of_rows("prefix", 0), self.of_rows("span", self.k_cache.shape[2])
+        return PackedRows(self.seq, self.slot, self.start, max_rows, prefix, span, self.scratch)
 
-    def run(self, form: Form, **options: Any) -> Tensor:
-        """Attend over caches in which the slots of these rows hold NaN at first; check what is left there."""
-        caches = [self.k_cache, self.v_cache]
-        if form is decode_attention:  # torch, to which 0 times NaN is NaN
-            caches = [x.clone() for x in caches]
-            for x in caches:
-                x[:, :, :-1] = x[:, :, :-1].nan_to_num(STALE)
-        B, C, unused = len(self.start) - 1, self.k_cache.shape[2] - 1, len(self.query) - len(self.rows)
-        seq, slot, prefix, span = (
-            torch.tensor([getattr(row, name) for row in self.rows] + [nothing] * unused, dtype=torch.int64)
-            for name, nothing in (("seq", B - 1), ("slot", C), ("prefix", 0), ("span", C + 1))
-        )
-        new, expected = [x[seq, :, slot] for x in caches], [x[:, :, :-1].clone() for x in caches]
-        for x in caches:
-            x[seq, :, slot] = torch.nan
-        max_rows = options.pop("max_rows", int(self.start.diff().max()))
-        packed = PackedRows(seq, slot, self.start, max_rows, prefix, span, self.scratch)
-        scoring = Scoring(0.3, self.window, options.pop("softcap", None), options.pop("sinks", None))
-        written = options.pop("written", True)
-        out = form(self.query, *new, *caches, packed, scoring, **options)
-        for x, right in zip(caches, expected):
-            if not written:
-                right[seq, :, slot] = torch.nan
-            torch.testing.assert_close(x[:, :, :-1], right, rtol=0, atol=0, equal_nan=True)
-        return out
+    def of_rows(self, name: str, unused: int) -> Tensor:
+        """A number of each row, and what it is of those that are unused."""
+        found = [getattr(row, name) for row in self.rows]
+        return torch.tensor(found + [unused] * (len(self.query) - len(found)), dtype=torch.int64)
 
-    def attend(self, dtype: torch.dtype, *, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
-        """The truth in float64, "eager" elsewhere."""
-        out = torch.zeros(self.query.shape, dtype=dtype)
-        for r, row in enumerate(self.rows):
-            slots = [slot for slot, _ in self.visible(row)]
-            for h in range(self.query.shape[1]):
-                keys, values = (x[row.seq, h // 2, slots].to(dtype) for x in (self.k_cache, self.v_cache))
-                score = (keys @ self.query[r, h].to(dtype)) * 0.3
-                if softcap is not None:
-                    score = softcap * torch.tanh(score / softcap)
-                if sinks is not None:
-                    score = torch.cat([score, sinks[h : h + 1].to(dtype)])
-                out[r, h] = score.softmax(0)[: len(slots)] @ values
-        return out
+    @property
+    def seq(self) -> Tensor:
+        return self.of_rows("seq", len(self.start) - 2)
 
+    @property
+    def slot(self) -> Tensor:
+        return self.of_rows("slot", self.k_cache.shape[2] - 1)
 
-def compare(form: Form, case: Case, how: dict[str, Any] | None = None, **options: Any) -> None:
-    out = case.run(form, **options, **(how or {}))
-    truth, eager = case.attend(torch.float64, **options), case.attend(case.query.dtype, **options)
-    error, eager_error = ((x.double() - truth).abs().max().item() for x in (out, eager))
-    assert error <= 2 * eager_error + (5e-6 if case.query.dtype == torch.float32 else 1e-3)
-    assert not out[len(case.rows) :].any()
+    def sees(self, r: int, window: int | None) -> list[int]:
+        """Of the keys within the window, which counts positions."""
+        keys = self.rows[r].keys if r < len(self.rows) else ()
+        return [slot for slot, position in keys if window is None or position > keys[-1][1] - window]
 
 
 # Where the pending tokens begin, and how many masks stand behind each of them: the last, then any.
@@ -167,14 +133,14 @@ def test_ragged_batches(form: Form, batch: int, dtype: torch.dtype, nan_in_new_t
 @pytest.mark.parametrize("window", slow_but([1, 2, 3, 6, 500], 2, 6, interpreted=True))
 def test_a_window_counts_positions(form: Form, window: int) -> None:
     """Below the length of a group it hides a mask's own prefix, and of its group all but the nearest."""
-    compare(form, Case.of(*RAGGED, scratch=11, window=window))
+    compare(form, Case.of(*RAGGED, scratch=11, window=window), window=window)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("window", [None, 4])
 def test_softcap_and_sinks(form: Form, window: int | None) -> None:
     case = Case.of(*RAGGED[:3], scratch=11, window=window)
-    compare(form, case, softcap=2.0, sinks=torch.tensor([0.0, 5.0, -5.0, 1.0]))
+    compare(form, case, window=window, softcap=2.0, sinks=torch.tensor([0.0, 5.0, -5.0, 1.0]))
 
 
 @pytest.mark.kernel
@@ -195,7 +161,7 @@ def test_splits(form: Form, splits: int | str, window: int | None, scratch: int,
     how = {"batch_invariant": True} if splits == "batch-invariant" else {"splits": splits}
     longs = [(286, [3, 0, 5, 1]), (63, [2, 2]), (0, [])]
     case = Case.of(*longs, scratch=scratch, slot=scratch - 8, capacity=300, heads=2, window=window)
-    compare(form, case, how)
+    compare(lambda *args, **options: form(*args, **how, **options), case, window=window)
 
 
 @pytest.mark.kernel
@@ -206,15 +172,12 @@ def test_nothing_is_read_that_the_launch_writes(
 ) -> None:
     """Neither a token's slot nor a scratch slot: without the programs that write, all others find what they need."""
     case = Case.of(*RAGGED[:2], scratch=70, slot=60, heads=2, unused=0, window=window)
-    kernel = module._attend_kernel
-
-    class WithoutWriters:
-        def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., Any]:
-            return kernel[(*grid[:2], len(case.start) - 1)]  # type: ignore[no-any-return]
-
-    expected = case.run(form, splits=3)
-    monkeypatch.setattr(module, "_attend_kernel", WithoutWriters())
-    assert torch.equal(case.run(form, splits=3, written=False), expected)
+    expected, (key, value) = case.run(form, splits=3), case.new()
+    for cache in (case.k_cache, case.v_cache):
+        cache[case.seq, :, case.slot] = torch.nan
+    monkeypatch.setattr(module, "_attend_kernel", WithoutWriters(module._attend_kernel, len(case.start) - 1))
+    assert torch.equal(case.run(form, splits=3, key=key, value=value), expected)
+    assert case.k_cache[case.seq, :, case.slot].isnan().all()
 
 
 @pytest.mark.kernel
@@ -224,14 +187,14 @@ def test_where_amd_compiles_the_caches_are_written_before(
     form: Form, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    compare(form, Case.of(*RAGGED[:2], scratch=7, heads=2, window=window))
+    compare(form, Case.of(*RAGGED[:2], scratch=7, heads=2, window=window), window=window)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_only_unused_rows(form: Form) -> None:
     case = Case.of((3, [1, 2]), (4, [0]), unused=3)
-    case = replace(case, rows=[], start=torch.tensor([0, 0, 0]))
-    assert not case.run(form, max_rows=5).any()
+    case = replace(case, rows=[], start=torch.tensor([0, 0, 0]), max_rows=5)
+    assert not case.run(form).any()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -261,11 +224,11 @@ def test_batch_invariant_to_the_bit(form: Form) -> None:
         pad = torch.nn.functional.pad
         rows = [replace(row, seq=0) for row in together.rows[of_b]]
         caches = [pad(x[b : b + 1], (0, 0, 0, 200)) for x in (together.k_cache, together.v_cache)]
-        alone = Case(rows, together.query[of_b], *caches, torch.tensor([0, len(rows)]), 9, None)
+        alone = Case(rows, together.query[of_b], *caches, torch.tensor([0, len(rows)]), 9, max_rows=len(rows))
         assert torch.equal(alone.run(form, batch_invariant=True), out[of_b])
         n = len(behind)
         bare = replace(alone, rows=rows[:n], query=alone.query[:n], start=torch.tensor([0, n]))
-        assert torch.equal(bare.run(form, batch_invariant=True, max_rows=len(rows)), out[of_b][:n])
+        assert torch.equal(bare.run(form, batch_invariant=True), out[of_b][:n])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -273,5 +236,5 @@ def test_batch_invariant_to_the_bit(form: Form) -> None:
 def test_prompts_among_rows_of_nobody(form: Form, window: int | None, nan_in_new_tensors: None) -> None:
     """Tens of tokens of one sequence, the masks behind its last, and none of another's: as passes read prompts."""
     prompts = (3, []), (9, [0] * 36 + [5]), (2, []), (0, [0] * 20)
-    case = Case.of(*prompts, scratch=11, capacity=64, heads=2, window=window)
-    compare(form, case, {"max_rows": 64})
+    case = replace(Case.of(*prompts, scratch=11, capacity=64, heads=2, window=window), max_rows=64)
+    compare(form, case, window=window)

@@ -9,21 +9,8 @@ from torch import Tensor
 
 from mtpkern.kernels import decode_attention as module
 from mtpkern.kernels.decode_attention import decode_attention_triton
-from support.attended import RAGGED, Case, Form, compare, make_case
+from support.attended import RAGGED, Case, Form, WithoutWriters, compare, make_case
 from support.slow import slow_but
-
-
-class WithoutWriters:
-    """The kernel of attention, launched without the programs that write the caches: those behind the last sequence."""
-
-    def __init__(self, kernel: Any, batch: int) -> None:
-        self.kernel = kernel
-        self.batch = batch
-
-    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., object]:
-        assert grid[2] > self.batch
-        return self.kernel[(*grid[:2], self.batch)]
-
 
 # Long enough that the kernel's tiles of 64 keys and chunks of 256 end inside, at the end of and behind a sequence.
 LONG = [[286, 287, 288, 289, 290], [63, 64, 65], [], [0], [255, 256, 257]]

@@ -318,6 +318,15 @@ def test_errors():
         distill_loss(hidden.float(), head, target=target)
     with pytest.raises(ValueError, match="row_weight"):
         distill_loss(hidden, head, target=target, row_weight=torch.ones(R, requires_grad=True))
+    # Rows that are not there would be left out, or read from behind the tensor by a kernel.
+    rows = torch.arange(R + 1)
+    for wrong in ({"target": target, "row_weight": torch.ones(R - 1)}, {"target": target[:-1]}, {"target": rows % V}):
+        for triton in (False, True):
+            with pytest.raises(ValueError, match=rf"must be \[R\] = \[{R}\], one for each hidden state; got"):
+                distill_loss(hidden, head, triton=triton, **wrong)
+    for triton in (False, True):
+        with pytest.raises(ValueError, match=f"of the same {R} rows as the student's; got {R - 1}"):
+            distill_loss(hidden, head, teacher=(teacher[0][1:], teacher[1]), triton=triton)
     room = heads.buffer_for(hidden, R, V, torch.float64)
     # Kernels would write behind rows that lie one behind the other.
     for wrong in (room.float(), room[1:], torch.empty(R, V, dtype=torch.float64)):

@@ -183,7 +183,7 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> N
 
 
 def test_compiled_whole() -> None:
-    """No break in the graph; outputs and lows are views of one product."""
+    """No break in the graph, of the whole and of its second half; outputs and lows are views of one product."""
     _, x, gate, as_, bs, scales = draw(6)
     weight = torch.randn(sum(WIDTHS), H, generator=torch.Generator().manual_seed(0))
 
@@ -198,8 +198,9 @@ def test_compiled_whole() -> None:
         gated_expand(views[:3], views[3:], gate, bs, scales)
         return joint[:, : sum(WIDTHS)].sigmoid()
 
-    torch._dynamo.reset()
-    compiled = torch.compile(riding, fullgraph=True, backend="aot_eager")
-    for rows in (gate, ~gate):
-        torch.testing.assert_close(compiled(x, rows), layer(x, rows))
+    for form in (layer, riding):
+        torch._dynamo.reset()
+        compiled = torch.compile(form, fullgraph=True, backend="aot_eager")
+        for rows in (gate, ~gate):
+            torch.testing.assert_close(compiled(x, rows), layer(x, rows))
     torch._dynamo.reset()

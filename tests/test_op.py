@@ -70,6 +70,17 @@ def test_compiled_it_is_one_operator_that_does_the_same(scale: Scale, given: dic
     assert y.tolist() == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("more", [((Scale(2.0), True), {}), ((Scale(2.0),), {"thrice": True})], ids=["place", "name"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_argument_that_there_is_not_is_refused(compiled: bool, more: tuple[Any, dict[str, Any]]) -> None:
+    def call(y: Tensor, x: Tensor) -> Tensor:
+        return _scaled(y, x, *more[0], **more[1])
+
+    torch._dynamo.reset()
+    with pytest.raises(TypeError, match=r"takes 3 positional|thrice"):
+        (torch.compile(call, backend="eager") if compiled else call)(torch.zeros(2), X)
+
+
 def test_what_is_declared_is_what_happens() -> None:
     operator = torch.ops.mtpkern._scaled.default
     assert str(operator._schema) == (

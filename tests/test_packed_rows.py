@@ -67,13 +67,15 @@ def test_heads_that_share_keys_stand_below_one_another() -> None:
     assert torch.equal(three.view(2, 3, 2, C), one.expand(2, 3, 2, C))
 
 
-def test_what_layers_share_is_made_once_a_window() -> None:
+def test_what_layers_share_is_made_once_of_each_form() -> None:
+    """By window and heads, and by dtype and capacity, which some layers may have to themselves."""
     rows = PackedRows(torch.tensor([0]), torch.tensor([2]), torch.tensor([0, 1]), max_rows=1)
     assert rows.spread(None, C, torch.float32, ONE) is rows.spread(None, C, torch.float32, ONE)
-    assert set(rows.memo) == {(None, 1, 1)}
-    rows.spread(2, C, torch.float32, ONE)
-    rows.spread(2, C, torch.float32, TWO)
-    assert set(rows.memo) == {(None, 1, 1), (2, 1, 1), (2, 4, 2)}
+    assert len(rows.memo) == 1
+    others = (2, C, torch.float32, ONE), (2, C, torch.float32, TWO), (2, C, torch.float64, TWO), (2, 4, torch.half, ONE)
+    for n, how in enumerate(others, 2):
+        bias = rows.spread(*how).bias
+        assert (bias.shape[-1], bias.dtype, len(rows.memo)) == (*how[1:3], n)
 
 
 def rows_of(counts: list[int]) -> PackedRows:

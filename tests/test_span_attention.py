@@ -125,9 +125,21 @@ def test_the_last_rows_alone(softcap, with_sinks):
     assert not wanted[0][:, :, :9].any()
 
 
-def test_errors():
-    q, k, v, rule = case()
-    with pytest.raises(ValueError, match="Hkv"):
-        span_attention(q[:, :3], k, v, rule, Scoring(SCALE))
-    with pytest.raises(ValueError, match="position"):
-        span_attention(q, k, v, rule._replace(position=rule.position[:, :4]), Scoring(SCALE))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": slice(3)}, "Hkv"),
+        *(({name: slice(4)}, r"each tensor of the rule must be \[B, T\]") for name in ("position", "prefix_end")),
+        ({"span_end": slice(4)}, r"each tensor of the rule must be \[B, T\]"),
+        ({"sinks": torch.zeros(1)}, r"sinks must be \[Hq\] = \[4\]; got \[1\]"),
+        ({"window": 0}, "window must be at least 1"),
+    ],
+)
+def test_errors(change, message, monkeypatch):
+    """Before any form is chosen: a kernel would read what is not there."""
+    monkeypatch.setattr("mtpkern.kernels.span_attention.span_attention_reference", lambda *_, **__: None)
+    q, k, v, rule = case(bidirectional=True)
+    scoring = {name: x for name, x in change.items() if name in ("sinks", "window")}
+    short = {name: x[:, change[name]] for name, x in rule._asdict().items() if name in change}
+    with pytest.raises(ValueError, match=message):
+        span_attention(q[:, change.get("query", slice(4))], k, v, rule._replace(**short), Scoring(SCALE, **scoring))

@@ -11,6 +11,7 @@ ROWS = [
     {"question_id": "a", "category": "coding", "turns": ["Write a loop.", "Now in C."], "multiturn": True},
     {"question_id": "b", "category": "role play", "turns": ["Be a pirate."], "multiturn": False},
     {"question_id": "c", "category": "coding", "turns": ["Sort it."], "multiturn": False},
+    {"question_id": 0, "category": "role-play", "turns": ["Be a parrot."], "multiturn": False},
 ]
 
 
@@ -22,7 +23,10 @@ def prepare(tmp_path, rows):
 def test_a_file_a_category_that_eval_reads(tmp_path, capsys):
     assert prepare(tmp_path, ROWS) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["coding.jsonl", "role_play.jsonl"]
-    assert "coding.jsonl: 2 prompts, 1 of conversations" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "coding.jsonl: 2 prompts, 1 of conversations" in said
+    # Neither overwritten by a category that is written the same, nor refused for a number that is 0.
+    assert "role_play.jsonl: 2 prompts, 0 of conversations" in said
     cases = read_cases(tmp_path / "out" / "coding.jsonl")
     assert [case.fields for case in cases] == [
         {"messages": [{"role": "user", "content": text}]} for text in ("Write a loop.", "Sort it.")
@@ -37,7 +41,7 @@ def test_a_file_a_category_that_eval_reads(tmp_path, capsys):
             {"question_id": "d", "category": "qa", "turns": ["FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE"]},
             "1 rows hold a note instead of their text",
         ),
-        ({"question_id": "d", "category": "", "turns": ["x"]}, "row 4: has no category"),
+        ({"question_id": "d", "category": "", "turns": ["x"]}, "row 5: has no category"),
     ],
 )
 def test_rows_without_their_text_are_refused(tmp_path, capsys, row, says):

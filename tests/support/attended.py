@@ -1,7 +1,8 @@
 """Packed rows over caches, and the truth of decode attention: a loop over rows, heads and keys in float64."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +21,8 @@ STALE = 1e4
 Form = Callable[..., Tensor]
 
 
-@dataclass
-class Case:
-    """Packed rows over caches in which what no row may look at would show: see make_case.
+class Attended:
+    """Packed rows over caches in which what no row may look at would show.
 
     The caches hold the keys and values of these rows too: what a run is given as new, and what it leaves there.
     """
@@ -30,10 +30,17 @@ class Case:
     query: Tensor
     k_cache: Tensor
     v_cache: Tensor
-    seq: Tensor
-    slot: Tensor
-    start: Tensor
-    max_rows: int
+    window: int | None = None
+    seq: Any  # tensors, of a field or made
+    slot: Any
+
+    def packed(self) -> PackedRows:
+        """What the op is told of the rows."""
+        raise NotImplementedError
+
+    def sees(self, r: int, window: int | None) -> Sequence[int]:
+        """The slots that row r sees, none where it is unused."""
+        raise NotImplementedError
 
     def new(self) -> tuple[Tensor, Tensor]:
         """Key and value of each row, of unused ones what the trash holds."""
@@ -44,7 +51,7 @@ class Case:
 
         `key` and `value` replace those that the caches tell of.
         """
-        options.setdefault("scale", self.query.shape[-1] ** -0.5)
+        options = {"scale": self.query.shape[-1] ** -0.5, "window": self.window, **options}
         scoring = Scoring(**{name: options.pop(name) for name in SCORING if name in options})  # type: ignore[arg-type]
         new = [options.pop(name, x) for name, x in zip(("key", "value"), self.new())]
         caches = [self.k_cache, self.v_cache]
@@ -55,11 +62,30 @@ class Case:
         expected = [cache[:, :, :-1].clone() for cache in caches]
         for cache in caches:
             cache[self.seq, :, self.slot] = torch.nan
-        rows = PackedRows(self.seq, self.slot, self.start, self.max_rows)
-        out = form(self.query, *new, *caches, rows, scoring, **options)
+        out = form(self.query, *new, *caches, self.packed(), scoring, **options)
         for cache, right in zip(caches, expected):
             torch.testing.assert_close(cache[:, :, :-1], right, rtol=0, atol=0, equal_nan=True)
         return out
+
+
+@dataclass
+class Case(Attended):
+    """Rows that see all slots up to their own, within a window: see make_case."""
+
+    query: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    seq: Tensor
+    slot: Tensor
+    start: Tensor
+    max_rows: int
+
+    def packed(self) -> PackedRows:
+        return PackedRows(self.seq, self.slot, self.start, self.max_rows)
+
+    def sees(self, r: int, window: int | None) -> Sequence[int]:
+        slot, capacity = int(self.slot[r]), self.k_cache.shape[2] - 1
+        return range(max(0, slot - (window or capacity) + 1), slot + 1) if slot < capacity else ()
 
 
 def make_case(
@@ -102,8 +128,20 @@ def make_case(
     )
 
 
+class WithoutWriters:
+    """The kernel of attention, launched without the programs that write the caches: those behind the last sequence."""
+
+    def __init__(self, kernel: Any, batch: int) -> None:
+        self.kernel = kernel
+        self.batch = batch
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., object]:
+        assert grid[2] > self.batch
+        return self.kernel[(*grid[:2], self.batch)]
+
+
 def attend(
-    case: Case,
+    case: Attended,
     dtype: torch.dtype,
     *,
     scale: float | None = None,
@@ -114,26 +152,21 @@ def attend(
     """Every row by itself over exactly the keys that it sees, in `dtype`: the truth in float64, "eager" elsewhere."""
     R, Hq, D = case.query.shape
     groups = Hq // case.k_cache.shape[1]
-    capacity = case.k_cache.shape[2] - 1
     out = torch.zeros(R, Hq, D, dtype=dtype)
     for r in range(R):
-        b, c = int(case.seq[r]), int(case.slot[r])
-        if c == capacity:
-            continue
-        lower = 0 if window is None else max(0, c - window + 1)
-        for h in range(Hq):
-            keys = case.k_cache[b, h // groups, lower : c + 1].to(dtype)
-            values = case.v_cache[b, h // groups, lower : c + 1].to(dtype)
+        b, slots = int(case.seq[r]), list(case.sees(r, window))
+        for h in range(Hq if slots else 0):
+            keys, values = (x[b, h // groups, slots].to(dtype) for x in (case.k_cache, case.v_cache))
             score = (keys @ case.query[r, h].to(dtype)) * (D**-0.5 if scale is None else scale)
             if softcap is not None:
                 score = softcap * torch.tanh(score / softcap)
             if sinks is not None:
                 score = torch.cat([score, sinks[h : h + 1].to(dtype)])
-            out[r, h] = score.softmax(0)[: len(keys)] @ values
+            out[r, h] = score.softmax(0)[: len(slots)] @ values
     return out
 
 
-def compare(form: Form, case: Case, **options: object) -> None:
+def compare(form: Form, case: Attended, **options: object) -> None:
     poisoned = [x.clone() for x in (case.query, case.k_cache, case.v_cache)]
     out = case.run(form, **options)
     assert out.dtype == case.query.dtype

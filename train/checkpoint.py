@@ -5,7 +5,7 @@ Five phases, each of which resumes where it was stopped and is skipped once it i
     teacher   a small Llama learns the word problems of mtpkern.train.arithmetic, one token at a time, by plain Trainer
     warmup    from the teacher, `mtpkern train` with the data's own tokens as targets
     distill   from the warm-up, self-distillation against its own frozen start (arXiv 2602.06019, hard teacher)
-    warmup2   from there as the warm-up, the rate high once more: one warm-up of twice the steps brought less (docs/log.md)
+    warmup2   from there as the warm-up, the rate high again: one of twice the steps brought less (docs/log.md)
     distill2  from there as the first distillation
 
 `python -m mtpkern.train.checkpoint [--work runs/checkpoint] [--out FOLDER]` writes model and tokenizer to `--out`,

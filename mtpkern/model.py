@@ -282,9 +282,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
         return
     modes = [(module, module.training) for module in model.modules()]
-    _resting.update(module for module, mode in modes if mode)
-    model.eval()
     try:
+        _resting.update(module for module, mode in modes if mode)
+        model.eval()
         yield
     finally:
         for module, mode in modes:

@@ -314,5 +314,8 @@ class _Left:
         tokens, blocks = rest[new : new + length - prompt], rest[:passes]
         if self.end is not None:
             tokens, blocks = tokens[: self.end], first_tokens(blocks, self.end)
-        text = None if tokenizer is None else str(tokenizer.decode(tokens, skip_special_tokens=True))
+        try:
+            text = None if tokenizer is None else str(tokenizer.decode(tokens, skip_special_tokens=True))
+        except Exception as error:  # of a token that the model has and the tokenizer has not, say
+            return BatchOutput(number, error=error, shared=shared)
         return BatchOutput(number, tokens, blocks, reason, text=text, shared=shared)

@@ -43,7 +43,8 @@ class Strategy:
                 "of each sequence, all of them with logits over the vocabulary; give the k_max of training, or less"
             )
         # Every confidence is above -1: that is Static, and nobody else may ask for it.
-        probability = isinstance(self.threshold, (int, float)) and 0.0 <= self.threshold <= 1.0
+        number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
+        probability = number and 0.0 <= self.threshold <= 1.0
         left_open = isinstance(self, Verified) and self.threshold is None
         if not (probability or left_open or isinstance(self, Static)):
             raise ValueError(f"{name}: threshold must be a probability from 0 to 1, got {self.threshold!r}")

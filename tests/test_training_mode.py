@@ -9,6 +9,7 @@ import torch
 
 import mtpkern
 from mtpkern import Static, Verified
+from mtpkern.model import trains
 
 
 @pytest.fixture
@@ -61,12 +62,20 @@ def test_passes_are_those_of_evaluation(model: Any, inputs: dict[str, Any]) -> N
 
 
 def test_an_error_leaves_it_in_training(model: Any, inputs: dict[str, Any]) -> None:
-    def stop(ids: Any, scores: Any, **_: Any) -> Any:
+    def stop(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         mtpkern.generate(model, **inputs, stopping_criteria=[stop])
     assert all(modes(model))
+    # So one of a module that is to go into evaluation mode.
+    model.lm_head.train = stop
+    with pytest.raises(ZeroDivisionError):
+        mtpkern.generate(model, **inputs)
+    assert all(modes(model))
+    assert all(map(trains, model.modules()))
+    model.lm_head.training = False
+    assert not trains(model.lm_head)
 
 
 @pytest.mark.parametrize(

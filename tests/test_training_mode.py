@@ -3,13 +3,14 @@
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
 
 import mtpkern
 from mtpkern import Static, Verified
-from mtpkern.model import trains
+from mtpkern.model import evaluating, trains
 
 
 @pytest.fixture
@@ -68,14 +69,28 @@ def test_an_error_leaves_it_in_training(model: Any, inputs: dict[str, Any]) -> N
     with pytest.raises(ZeroDivisionError):
         mtpkern.generate(model, **inputs, stopping_criteria=[stop])
     assert all(modes(model))
-    # So one of a module that is to go into evaluation mode.
+    # Nor is a module asked that does more where its mode changes, such as to merge its weights.
     model.lm_head.train = stop
-    with pytest.raises(ZeroDivisionError):
-        mtpkern.generate(model, **inputs)
+    mtpkern.generate(model, **inputs)
     assert all(modes(model))
-    assert all(map(trains, model.modules()))
     model.lm_head.training = False
-    assert not trains(model.lm_head)
+    assert [module for module in model.modules() if not trains(module)] == [model.lm_head]
+
+
+def test_an_interrupt_on_the_way_back_leaves_it_in_training(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(WeakSet[Any]):
+        left = 3
+
+        def discard(self, module: Any) -> None:
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+            super().discard(module)
+
+    monkeypatch.setattr("mtpkern.model._resting", Interrupted())
+    with pytest.raises(KeyboardInterrupt), evaluating(model):
+        assert not any(modes(model))
+    assert all(modes(model))
 
 
 @pytest.mark.parametrize(

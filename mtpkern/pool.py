@@ -152,6 +152,8 @@ def release_graphs(model: nn.Module | None = None) -> int:
 
         mtpkern.release_graphs(model)
     """
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a model, or None for all of them, got {type(model).__name__}")
     model = None if model is None else base_of(model)
     dropped = 0
     for kept in list(_kept.values()) if model is None else [_kept.get(model, OrderedDict())]:

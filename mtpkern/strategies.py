@@ -49,6 +49,11 @@ class Strategy:
         if not (probability or left_open or isinstance(self, Static)):
             raise ValueError(f"{name}: threshold must be a probability from 0 to 1, got {self.threshold!r}")
 
+    @property
+    def most_rows(self) -> int:
+        """Rows that a pass has for a sequence, at most: tokens to be read, masks behind the last and behind others."""
+        return 2 * self.k - 1 + self.masks
+
     def for_model(self, k_max: int | None) -> Strategy:
         """With a k in any case: the one that was given, else what suits a model that was trained for k_max predictions.
 

@@ -187,5 +187,7 @@ def recordings_of(model: PreTrainedModel, baked: Sequence[Any], new_tokens: int)
 
 def forget(model: PreTrainedModel | None = None) -> None:
     """Let the recordings of one model or of all go; a run keeps its own until it ends."""
-    for one in list(_kept) if model is None else [model]:
-        _kept.pop(one, None)
+    # Not by iteration, in which another thread may have a model come in.
+    for one in [key() for key in _kept.keyrefs()] if model is None else [model]:
+        if one is not None:
+            _kept.pop(one, None)

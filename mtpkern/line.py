@@ -27,7 +27,7 @@ from mtpkern.kernels.sample import SPREAD
 from mtpkern.openmp import lend_processors
 from mtpkern.slots import Job
 from mtpkern.streaming import surroundings
-from mtpkern.watch import Watch
+from mtpkern.watch import Watch, closed_of
 
 # Seconds within which an idle engine's next request is likely to come.
 SOON = 0.02
@@ -58,7 +58,7 @@ class Request:
         self.future: Future[BatchOutput] = _Answer()
         # Whether nobody wants its tokens any more, and whether its streamer wants no more of them.
         self.unwanted = Event()
-        self.closed: Event = streamer.closed if isinstance(getattr(streamer, "closed", None), Event) else Event()
+        self.closed = closed_of(streamer) or Event()
         self.error: BaseException | None = None
         # Whether its streamer has been shown the prompt, and whether tokens: behind these no try can begin anew.
         self.begun = self.shown = False

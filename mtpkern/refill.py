@@ -250,6 +250,9 @@ class Slots(Poll):
         group: list[Newcomer] = []
         beside, rows = False, 0
         while free:
+            for job in [job for job in self.next if job.closed is not None and job.closed.is_set()]:
+                self.next.remove(job)
+                self.emit(BatchOutput(job.number, error=CancelledError("it was closed before it ran")))
             if not self.next:
                 # As many at a time, so that nobody is passed over for ever.
                 self.next = [job for _, job in zip(range(LOOK_AHEAD * len(self.inside)), self.waiting)]

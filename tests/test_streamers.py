@@ -43,6 +43,14 @@ def test_a_streamer_gets_what_generate_gives_it(
         assert streamer.got == expected.got
 
 
+def test_what_is_called_closed_need_not_end_runs(model: Any, one: Any) -> None:
+    """As of a file, to which somebody writes blocks."""
+    got: list[int] = []
+    options = {"put": lambda value: None, "put_block": lambda new: got.extend(new[0]), "end": lambda: None}
+    output = mtpkern.generate(model, **one, max_new_tokens=NEW, streamer=SimpleNamespace(closed=False, **options))
+    assert got == output[0, 7:].tolist()
+
+
 # transformers' own streamers
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mtpkern.adapter import base_of, gate_of
+from mtpkern.baked import fingerprint
 from mtpkern.decoder import Decoder, places_for
-from mtpkern.graph import fingerprint
 from mtpkern.kernels.form import autocast_of
 from mtpkern.memory import fits_at_once, require_room
 from mtpkern.packed import unpack

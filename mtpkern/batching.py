@@ -218,7 +218,8 @@ class Batch:
         except (TypeError, ValueError) as error:
             self._fail(number, error)
             return None
-        return ids[0].long().numpy()
+        # A copy, because the caller may fill the same buffer with the next while this one waits.
+        return ids[0].long().numpy().copy()
 
     def _fail(self, number: int, error: Exception) -> None:
         self.failed.append(BatchOutput(number, error=error))

@@ -158,6 +158,13 @@ def test_blocks_are_read_as_they_come(engine: Engine, model: Any) -> None:
     assert result(engine.submit([5, 6, 7], max_new_tokens=24, eos_token_id=None)).tokens == wanted
 
 
+def test_a_buffer_may_be_filled_with_the_next(engine: Engine, model: Any) -> None:
+    prompts, buffer = torch.tensor([[5, 6, 7], [1, 2, 3]]), torch.empty(3, dtype=torch.int64)
+    with engine._line.changed:  # none is read before both are there
+        futures = [engine.submit(buffer.copy_(prompt), max_new_tokens=8, eos_token_id=None) for prompt in prompts]
+    assert [result(f).tokens for f in futures] == [free(model, prompt.tolist(), 8) for prompt in prompts]
+
+
 def test_who_has_left_before_its_turn_is_not_read(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     chunk = Decoder.prefill_chunk

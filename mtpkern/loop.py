@@ -1,6 +1,6 @@
 """The loop: passes of a decoder until all its sequences have ended, each with the rows and slots that it is to have.
 
-How many rows that is, follows from what the host may know. On a CPU it knows the state, so that each pass has those
+How many rows that is follows from what the host may know. On a CPU it knows the state, so that each pass has those
 that it needs and no more. With graphs that differ in their rows it takes one of them a pass ahead (mtpkern.load:
 `Ladder`). Else all passes are alike, and the device shares their rows out.
 """

@@ -108,7 +108,7 @@ class Course:
             attention_context(self.model, decoder.cache) as route,
             patch("mtpkern.decoder.readout", self.readout),
             # What rows cost is learned by the clock that judges.
-            patch("mtpkern.decoder.perf_counter", now),
+            patch("mtpkern.loop.perf_counter", now),
         ):
             synchronize(self.model.device)
             start = now()
@@ -158,7 +158,7 @@ def model_of(name: str, device: torch.device) -> PreTrainedModel:
 
 def climb(course: Course) -> dict[int, float]:
     """Have every rung of the ladder made and timed; returns milliseconds of their passes (none without a graph)."""
-    ladder = course.decoder._ladder
+    ladder = course.decoder.ladder
     if course.decoder.graph is None:
         return {}
     for rows in ladder.rungs:

@@ -40,6 +40,7 @@ from mtpkern.graph import without_kernels
 from mtpkern.memory import require_room
 from mtpkern.model import CACHE_ARGUMENTS, evaluating, has_latent_attention, learned_positions
 from mtpkern.options import Options
+from mtpkern.output import first_line
 from mtpkern.parallel import agree, is_parallel
 from mtpkern.pool import decoder_for, kept_bytes, release_graphs
 from mtpkern.processors import numbers
@@ -200,7 +201,8 @@ class Batch:
             if isinstance(prompt, str) and self.tokenizer is not None:
                 prompt = self.tokenizer(prompt).input_ids
             try:
-                ids = torch.as_tensor(prompt)
+                # An array that counts backwards is none to torch.
+                ids = torch.as_tensor(prompt.copy() if isinstance(prompt, np.ndarray) else prompt)
             except (TypeError, ValueError, RuntimeError):
                 raise TypeError(f"a prompt must be a text or its token ids, got {prompt!r:.60}") from None
             if not ids.ndim:
@@ -216,7 +218,8 @@ class Batch:
         except (TypeError, ValueError) as error:
             self._fail(number, error)
             return None
-        return ids[0].long().numpy()
+        # A copy, because the caller may fill the same buffer with the next while this one waits.
+        return ids[0].long().numpy().copy()
 
     def _fail(self, number: int, error: Exception) -> None:
         self.failed.append(BatchOutput(number, error=error))
@@ -306,14 +309,9 @@ class Batch:
                 tokens, new = max(job.tokens for job in jobs), max(job.new for job in jobs)
                 self.decode(jobs, told, slots=slots, tokens=tokens, new=new, closed=closed)
                 continue
-            except torch.OutOfMemoryError as error:
-                if not release_graphs():
-                    if slots == 1:
-                        raise
-                    slots //= 2
-                    _announce(slots, error)
             except Exception as error:
-                if not without_kernels(error, self.model.device):
+                slots = slots_of_next_try(error, slots, self.model, "mtpkern.generate_batch", "batch_size")
+                if not slots:
                     raise
             # What has not ended begins anew, outside of the handler, whose traceback holds on to what was allocated.
 
@@ -362,13 +360,24 @@ class Batch:
             poll.deliver(wait=True)
 
 
-def _announce(slots: int, error: Exception) -> None:
-    warnings.warn(
-        f"memory does not suffice for as many sequences side by side, so mtpkern.generate_batch goes on with {slots}; "
-        f"a smaller batch_size ends this warning: {str(error).partition(chr(10))[0]}",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+def slots_of_next_try(error: BaseException, slots: int, model: PreTrainedModel, who: str, smaller: str) -> int:
+    """How many slots a run has that begins anew behind this error of one with so many; 0 where it would fail again.
+
+    What may help are memory that earlier calls have kept, fewer slots and plain torch in the place of our kernels. The
+    last two are announced by a RuntimeWarning; who: goes on with them. smaller: the options that make the first stop.
+    """
+    if not isinstance(error, torch.OutOfMemoryError):
+        return slots if isinstance(error, Exception) and without_kernels(error, model.device) else 0
+    if release_graphs():
+        return slots
+    if slots > 1:
+        warnings.warn(
+            f"memory does not suffice for {slots} sequences side by side, so {who} goes on with {slots // 2}; a "
+            f"smaller {smaller} ends this warning: {first_line(error)}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return slots // 2
 
 
 def _seed_of(seed: Any) -> int:

@@ -7,8 +7,6 @@ on a GPU the whole step is one CUDA graph (mtpkern.graph).
 Where the host waits for the device in a run on a GPU: before the passes, where transformers looks whether padded
 prompts need a mask and where a PrefixCache looks at the weights; between passes, for the poll's event a step behind,
 for the capture of a new graph, and without a graph each time the buffers may have filled up.
-
-One file, for the step and the ways to run it, since each of them reads and sets nearly all of the one state.
 """
 
 from __future__ import annotations
@@ -16,14 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
-from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mtpkern.adapter import base_alone, gate_of, gated
+from mtpkern.adapter import base_alone, gated
 from mtpkern.attention import AttentionContext, unrouted
 from mtpkern.cache import CapturedPrefill, KVCache, Prefill, PrefillCache
 from mtpkern.choosing import Choice, Choosing
@@ -31,9 +28,10 @@ from mtpkern.graph import StepGraph, wants_graph
 from mtpkern.kernels.advance import advance
 from mtpkern.kernels.plan import plan
 from mtpkern.kernels.readout import readout
-from mtpkern.kernels.state import RUNNING, Rows, Sequences, Terms
+from mtpkern.kernels.state import Rows, Sequences, Terms
 from mtpkern.layers import CompiledLayers
-from mtpkern.load import Bought, Ladder, Load, default_rows, price_of, times_of
+from mtpkern.load import Ladder, Load, default_rows, times_of
+from mtpkern.loop import run
 from mtpkern.model import has_latent_attention, learned_positions
 from mtpkern.packed import PackedProducts, packs
 from mtpkern.parallel import agree
@@ -41,13 +39,11 @@ from mtpkern.poll import OddsPoll, Poll, TimedPoll
 from mtpkern.products import Products, few_rows, wants_one_product
 from mtpkern.prompt_rows import PROMPT_ROWS, PromptRows, ReadingCost, Reads
 from mtpkern.prompts import read_prompts
-from mtpkern.recordings import Recordings, recordings_of, rows_in
+from mtpkern.recordings import Recordings
 from mtpkern.strategies import Strategy
 
 # Slots for new tokens that are there from the start, where the buffers may grow.
 FIRST_SLOTS = 512
-# Slots that attention reads are rounded up to whole vectors.
-SLOT_STEP = 16
 # Tokens of a prefill pass, over the whole batch: enough to keep a GPU busy, few enough for its memory.
 PREFILL_CHUNK = 8192
 
@@ -108,24 +104,24 @@ class Decoder:
                 f"raise rows{'' if strategy.verify else ' or lower k'}"
             )
         # No pass has a use for more.
-        rows = min(rows, batch * (2 * strategy.k - 1 + strategy.masks))
+        rows = min(rows, batch * strategy.most_rows)
         self.model = model
         self.device = device
         self.mask_token_id = mask_token_id
         # A pass emits at least one token, so capacity bounds the passes of any run.
         self.sequences = Sequences.allocate(batch, capacity, capacity, device)
-        # All that a pass is planned in, and those of this pass: all, or on a CPU those in use.
-        self.all_rows = self.rows = Rows.allocate(rows, batch, device, strategy.k)
+        # All that a pass is planned in; see `rows`.
+        self.all_rows = Rows.allocate(rows, batch, device, strategy.k)
         self.graph = StepGraph(device) if wants_graph(use_graph, device) else None
         self.compile = compile
         self.products: Products | PackedProducts = PackedProducts()
-        if not (self._on_cpu and packs(model, max_new_tokens)):
+        if not (self.on_cpu and packs(model, max_new_tokens)):
             in_graph = self.graph is not None
             self.products = Products(wants_one_product(in_graph), few_rows(in_graph, device))
         self.cache = KVCache(
             strategy.masks + capacity,
-            self.rows,
-            max_rows=2 * strategy.k - 1 + strategy.masks,
+            self.all_rows,
+            strategy.most_rows,
             held=None if self.graph else strategy.masks + capacity - max_new_tokens + 2 * strategy.k + FIRST_SLOTS,
             scratch=strategy.masks,
             batch_invariant=batch_invariant,
@@ -142,17 +138,22 @@ class Decoder:
             self.choice = Choice(choosing, strategy, self.sequences, self.terms, mask_token_id)
         self.by_load, self.threshold_by_load = by_load, threshold_by_load
         # These live as long as the graphs do.
-        self._ladder = Ladder(batch, rows, strategy.k, strategy.masks)
+        self.ladder = Ladder(batch, rows, strategy.k, strategy.masks)
         self.reading_cost = ReadingCost()
         self.fingerprint: tuple[Any, ...] | None = None
         self._layers: CompiledLayers | None = None
-        self._recordings: Recordings | None = None
+        self.recordings: Recordings | None = None
         self._begin(strategy, stop_ids, max_new_tokens)
 
     @property
-    def _on_cpu(self) -> bool:
+    def on_cpu(self) -> bool:
         """Whether the host knows the state, and passes may have any number of rows."""
         return self.device.type == "cpu" and self.graph is None and not self.compile
+
+    @property
+    def rows(self) -> Rows:
+        """The rows of the next pass: all, or the first of them, as many as it needs or its graph has."""
+        return self.cache.rows
 
     @cached_property
     def prompt_rows(self) -> PromptRows:
@@ -164,7 +165,7 @@ class Decoder:
     @property
     def predictions(self) -> int:
         """How many a prompt makes in its prefill: k, or on a CPU, by load, as many as are worth their time."""
-        return self.strategy.k if self._load is None else self._load.predictions(float(self.terms.price))
+        return self.strategy.k if self.load is None else self.load.predictions(float(self.terms.price))
 
     @property
     def nbytes(self) -> int:
@@ -195,9 +196,8 @@ class Decoder:
         assert all(getattr(strategy, name) == getattr(self.strategy, name) for name in ("k", "verify", "masks"))
         for x in (*vars(self.sequences).values(), *vars(self.all_rows).values()):
             x.zero_()
-        self.rows = self.cache.rows = self.all_rows
         self.cache.clear()
-        self.cache.slots, self.cache.max_rows = self.cache.capacity, 2 * strategy.k - 1 + strategy.masks
+        self.cache.rows, self.cache.max_rows, self.cache.slots = self.all_rows, strategy.most_rows, self.cache.capacity
         if self.choice is not None and choosing is not None:
             self.choice.choosing = choosing  # with numbers of its own
         self._begin(strategy, stop_ids, max_new_tokens)
@@ -215,16 +215,16 @@ class Decoder:
         if self.terms.budget is not None:
             self.terms.budget.fill_(len(self.all_rows.seq))
         # Whether the pass is known to have no masks, so that a gated adapter has nothing to do in it.
-        self._maskless = False
+        self.maskless = False
         # Whether the next pass is to read what the prompt rows have been brought.
         self.reading = False
-        self._load = None
-        if self.by_load and self._on_cpu:
+        self.load = None
+        if self.by_load and self.on_cpu:
             times = times_of(self.model, isinstance(self.products, PackedProducts))
-            self._load = Load(times, strategy.k, len(self.all_rows.seq), strategy.masks)
-            self._tell(self._load)
+            self.load = Load(times, strategy.k, len(self.all_rows.seq), strategy.masks)
+            self.tell(self.load)
 
-    def _tell(self, load: Load) -> None:
+    def tell(self, load: Load) -> None:
         """Set the price, and the threshold where that is by load too, for what the next pass plans."""
         self.terms.price.fill_(load.price(self.sequences))
         if self.threshold_by_load:
@@ -264,7 +264,7 @@ class Decoder:
 
         columns, slot = torch.cat([input_ids, masks], dim=1), scratch + place
         mask = None if attention_mask is None else seen
-        if mask is not None and self._on_cpu:
+        if mask is not None and self.on_cpu:
             T = int(sequences.length.max())  # in front of them stands padding alone
             columns, slot, mask, told = (x[:, 1 - k - T :] for x in (columns, slot, mask, told))
         cache = self.prefill_cache(slot)
@@ -293,7 +293,7 @@ class Decoder:
         of padding are many, without these (mtpkern.prompts). Returns the logits [n, keep, V] of the last, or more.
         """
         with self.products.sought(self.model):
-            logits = read_prompts(self.model, cache, columns, seen, position, end, keep, may_pack=self._on_cpu)
+            logits = read_prompts(self.model, cache, columns, seen, position, end, keep, may_pack=self.on_cpu)
         cache.next_chunk(end)
         return logits
 
@@ -308,15 +308,15 @@ class Decoder:
         passes = -(-rows // len(self.prompt_rows))
         return self.reading_cost.is_met(self.graph, len(self.all_rows.seq), passes, alone=alone)
 
-    def _replay(self, route: dict[str, AttentionContext], rows: int) -> None:
+    def replay(self, route: dict[str, AttentionContext], rows: int) -> None:
         """A pass of so many rows, that reads prompts besides where it is to."""
         assert self.graph is not None
         if not self.reading:
             return self.graph(partial(self.step, route), rows)
-        wider = self.reading_cost.rung(self.graph, self._ladder, rows)
+        wider = self.reading_cost.rung(self.graph, self.ladder, rows)
         if wider != rows:
-            self._take(wider)
-        self._maskless = False  # there are masks behind prompts
+            self.take(wider)
+        self.maskless = False  # there are masks behind prompts
         self.graph(partial(self._step_beside, route), Reads(wider))
         self.reading = False
 
@@ -325,8 +325,8 @@ class Decoder:
         """One pass over the planned rows, inside `attention_context`; returns their logits [R, V], until the next."""
         self.cache.memo.clear()
         live = partial(self._run_model, route)
-        if self._recordings is not None and self.cache.proven:
-            logits = self._recordings(self.model, live, self._owners(), *self.inputs, self._maskless)
+        if self.recordings is not None and self.cache.proven:
+            logits = self.recordings(self.model, live, self._owners(), *self.inputs, self.maskless)
         else:
             logits = live(*self.inputs)
         return self._take_in(logits)
@@ -365,7 +365,7 @@ class Decoder:
         # A first pass runs uncompiled: it notes which layers attend, and says plainly what is wrong with a model. Its
         # products are those of all passes on a CPU, so that its bits do not depend on what earlier runs have shown.
         self.cache.attended.clear()
-        with self.products() if self._on_cpu else nullcontext():
+        with self.products() if self.on_cpu else nullcontext():
             logits = self._forward(route, input_ids, position)
         self.cache.require_attended()
         return logits
@@ -377,7 +377,7 @@ class Decoder:
         return self._layers()
 
     def _forward(self, route: dict[str, AttentionContext], input_ids: Tensor, position: Tensor) -> Tensor:
-        with base_alone(self.model) if self._maskless else gated(self.model, input_ids):
+        with base_alone(self.model) if self.maskless else gated(self.model, input_ids):
             return self.model(input_ids=input_ids, position_ids=position, use_cache=False, **route).logits[0]
 
     def _take_in(self, logits: Tensor, places: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -396,12 +396,12 @@ class Decoder:
 
     def poll(self) -> Poll:
         """What `run` must know of the sequences, and no more."""
-        if self._on_cpu or not self.by_load:
+        if self.on_cpu or not self.by_load:
             return Poll(self.sequences)
-        if self.graph is not None and len(self._ladder.rungs) > 1:
+        if self.graph is not None and len(self.ladder.rungs) > 1:
             return TimedPoll(self.sequences)
         # Where there are rows for everybody, everybody has them: they cost the same used or not.
-        most = len(self.sequences.status) * (2 * self.strategy.k - 1 + self.strategy.masks)
+        most = len(self.sequences.status) * self.strategy.most_rows
         return (OddsPoll if most > len(self.all_rows.seq) else Poll)(self.sequences)
 
     def run(self, route: dict[str, AttentionContext], poll: Poll | None = None) -> None:
@@ -409,108 +409,20 @@ class Decoder:
 
         poll: this decoder's `poll()`, as by default, or one that asks others besides.
         """
-        poll = poll or self.poll()
-        own = self.poll() if poll.calls_others else poll
-        if self._on_cpu:
-            return self._run_on_cpu(route, poll)
-        if isinstance(own, TimedPoll):
-            return self._run_on_ladder(route, poll, own)
-        R, bought = len(self.all_rows.seq), Bought(self.strategy.masks)
-        for _ in range(self.max_passes):
-            if not self._goes_on(poll):
-                break
-            if isinstance(own, OddsPoll) and (own is poll or own.running()):
-                self.terms.price.fill_(price_of(*own.seen, self.strategy.k, R, None, bought=bought))
-            if self.graph is None:
-                self._reserve()
-                self.step(route)
-            else:
-                self._replay(route, R)
+        run(self, route, poll)
 
-    def _goes_on(self, poll: Poll) -> int:
-        """How many sequences do; streamers and criteria, who are asked here, may call the model as it is."""
-        with unrouted(self.model) if poll.calls_others else nullcontext():
-            return poll.running()
-
-    def _run_on_ladder(self, route: dict[str, AttentionContext], poll: Poll, timed: TimedPoll) -> None:
-        """As `run`, where passes come in a few numbers of rows: that of a pass is told to the device a pass ahead."""
-        ladder, terms, graph = self._ladder, self.terms, self.graph
-        assert terms.budget is not None
-        assert graph is not None
-        rows = len(self.all_rows.seq)
-        told: tuple[int, float] = rows, 0.0
-        for _ in range(self.max_passes):
-            if not self._goes_on(poll):
-                break
-            if poll is not timed:
-                if poll.has_queued and timed.passes:
-                    timed.passes[-1] = 0  # it has read prompts, or what lies behind it counts to its time
-                timed.running()
-            if timed.replayed:
-                ladder.saw(timed.replayed, timed.seconds)
-            before, told = told, ladder.choose(*timed.seen)
-            if told != before:
-                terms.budget.fill_(told[0])
-                terms.price.fill_(told[1])
-            self._take(rows)
-            made = rows in graph.captured
-            timed.passes.append(rows if made else 0)  # 0: no replay, so its time tells nothing
-            self._replay(route, rows)
-            if not made and rows in graph.captured:
-                ladder.made_one(rows, graph.seconds[rows])
-            ladder.closed = not all(map(graph.may_have, ladder.rungs))
-            rows = told[0]
-
-    def _take(self, rows: int) -> None:
+    def take(self, rows: int) -> None:
         """Have the next pass so many rows: of the lowest rung one a sequence, none of them a mask."""
-        self.rows = self.cache.rows = self.all_rows.first(rows)
-        self._maskless = rows == self._ladder.rungs[0]
-        self.cache.max_rows = 1 if self._maskless else 2 * self.strategy.k - 1 + self.strategy.masks
-
-    def _run_on_cpu(self, route: dict[str, AttentionContext], poll: Poll) -> None:
-        """As `run`, where the state is known, and rows and slots cost: each pass has those that it needs, no more."""
-        load = self._load
-        baked = self.products.baked if isinstance(self.products, PackedProducts) else ()
-        self._recordings = recordings_of(self.model, baked, self.max_new_tokens)
-        if self._recordings is not None and self._recordings.proven:
-            self.cache.proven = True  # by an earlier run of the model, which has not changed since
-        for _ in range(self.max_passes):
-            if not self._goes_on(poll):
-                break
-            self._fit()
-            if load is None:
-                self.step(route)
-                continue
-            self._tell(load)
-            rows, began = len(self.rows.seq), perf_counter()
-            self.step(route)
-            # Not those that were being recorded or compared, which take longer.
-            if self._recordings is None or self._recordings.usual:
-                load.saw(rows, perf_counter() - began)
-
-    def _fit(self) -> None:
-        """Bring the rows in use; attention reads the slots that hold something, for the most rows of a sequence."""
-        start, cache = self.all_rows.start, self.cache
-        each = zip(self.sequences.length.tolist(), self.sequences.status.tolist())
-        longest = max((length for length, status in each if status == RUNNING), default=0)
-        needed = cache.scratch + longest + self.strategy.k - 1
-        cache.slots = min(cache.capacity, -(-needed // SLOT_STEP) * SLOT_STEP)
-        cache.reserve(cache.slots)
-        cache.max_rows = int(start.diff().max())
-        rows = max(1, int(start[-1]))
-        # To a model without a gate a mask is a token as any other.
-        gate = gate_of(self.model)
-        self._maskless = gate is not None and not (self.all_rows.token[:rows] == self.mask_token_id).any()
-        batch = len(start) - 1
-        most = batch if rows <= batch else len(self.all_rows.seq)
-        self.rows = cache.rows = self.all_rows.first(rows_in(rows, most))
+        self.cache.rows = self.all_rows.first(rows)
+        self.maskless = rows == self.ladder.rungs[0]
+        self.cache.max_rows = 1 if self.maskless else self.strategy.most_rows
 
     def make_room(self, tokens: int) -> None:
         """Keep room for a sequence of so many tokens and its next pass, where buffers grow."""
         cache = self.cache
         self._reach = max(self._reach, cache.scratch + tokens + self.strategy.k)
         cache.reserve(min(cache.capacity, self._reach + self.strategy.k))
-        if not self._on_cpu:
+        if not self.on_cpu:
             cache.slots = cache.held
 
     @torch.inference_mode()
@@ -524,7 +436,7 @@ class Decoder:
     def _plan(self) -> None:
         plan(self.sequences, self.all_rows, self.terms, **self.planning)
 
-    def _reserve(self) -> None:
+    def reserve(self) -> None:
         """Keep room for the next pass where the host does not know how far the sequences are.
 
         Attention looks at all slots there are, and rows stay as many as they are: torch.compile would make new forms.

@@ -7,7 +7,6 @@ knows the line and not the engine, so that an engine which nobody holds any more
 from __future__ import annotations
 
 import os
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -20,23 +19,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from mtpkern.batching import Batch, BatchOutput
+from mtpkern.batching import Batch, BatchOutput, slots_of_next_try
 from mtpkern.choosing import Choosing
 from mtpkern.decoder import places_for
-from mtpkern.graph import without_kernels
 from mtpkern.kernels.sample import SPREAD
 from mtpkern.openmp import lend_processors
-from mtpkern.output import first_line
-from mtpkern.pool import release_graphs
 from mtpkern.slots import Job
 from mtpkern.streaming import surroundings
-from mtpkern.watch import Watch
+from mtpkern.watch import Watch, closed_of
 
 # Seconds within which an idle engine's next request is likely to come.
 SOON = 0.02
 _CLOSED = "the engine was closed before this request had ended"
+_NEXT_TRY = "this mtpkern.Engine", "batch_size or max_length"
 # What the numbers of draws are made of: a multiple of SPREAD by its inverse is the number itself.
 _INVERSE = pow(SPREAD, -1, 1 << 64)
 
@@ -62,7 +58,7 @@ class Request:
         self.future: Future[BatchOutput] = _Answer()
         # Whether nobody wants its tokens any more, and whether its streamer wants no more of them.
         self.unwanted = Event()
-        self.closed: Event = streamer.closed if isinstance(getattr(streamer, "closed", None), Event) else Event()
+        self.closed = closed_of(streamer) or Event()
         self.error: BaseException | None = None
         # Whether its streamer has been shown the prompt, and whether tokens: behind these no try can begin anew.
         self.begun = self.shown = False
@@ -193,10 +189,10 @@ class Line:
         room = {"slots": self.slots, "tokens": self.max_length, "new": self.max_length - 1}
         choosing, self.lately = self._united(head), Choosing()
         jobs = _Next(self, head.kind, choosing)
-        # Draws are told apart by their jobs' numbers alone (`begin`).
-        key = torch.zeros(1, dtype=torch.int64, device=head.batch.model.device) if choosing.samples else None
-        of_all = None if choosing == Choosing() else choosing, key
         try:
+            # Draws are told apart by their jobs' numbers alone (`begin`).
+            key = torch.zeros(1, dtype=torch.int64, device=head.batch.model.device) if choosing.samples else None
+            of_all = None if choosing == Choosing() else choosing, key
             head.batch.decode(jobs, self._emit, closed=self.cancelled, watched=True, of_all=of_all, **room)
             error: BaseException = CancelledError(_CLOSED)
         except BaseException as raised:
@@ -210,8 +206,13 @@ class Line:
                 self.waiting.popleft()
                 if head.future.running() or head.future.set_running_or_notify_cancel():
                     left = [head]
-        again = bool(left) and self._may_go_on(error, head.batch.model)
-        back = [request for request in left if again and not request.shown and not request.unwanted.is_set()]
+        back: list[Request] = []
+        try:
+            if left and (slots := slots_of_next_try(error, self.slots, head.batch.model, *_NEXT_TRY)):
+                self.slots = slots
+                back = [request for request in left if not request.shown and not request.unwanted.is_set()]
+        except Exception as warning:  # where these are errors
+            error = warning
         for request in left:
             if request not in back:
                 request.future.set_exception(error)
@@ -231,23 +232,6 @@ class Line:
                     break
                 choosing = both
         return choosing.united(self.lately) or choosing
-
-    def _may_go_on(self, error: BaseException, model: PreTrainedModel) -> bool:
-        """Whether another try may succeed, with more memory, fewer slots or without kernels."""
-        if isinstance(error, torch.OutOfMemoryError):
-            if release_graphs():
-                return True
-            if self.slots == 1:
-                return False
-            self.slots //= 2
-            warnings.warn(
-                f"memory does not suffice for as many requests side by side, so this mtpkern.Engine goes on with "
-                f"{self.slots}; a smaller batch_size or max_length ends this warning: {first_line(error)}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            return True
-        return isinstance(error, Exception) and without_kernels(error, model.device)
 
     def _emit(self, output: BatchOutput) -> None:
         self.inside.pop(output.index).finish(output)

@@ -238,11 +238,7 @@ class Bought:
 
 
 def _promised(
-    hits: np.ndarray,
-    chains: np.ndarray,
-    k: int,
-    shown: Sequence[float] | np.ndarray = (0, 0),
-    bought: Bought | None = None,
+    hits: np.ndarray, chains: np.ndarray, k: int, shown: Sequence[float] | np.ndarray, bought: Bought
 ) -> tuple[np.ndarray, np.ndarray]:
     """By price: tokens of a pass of all sequences, and the rows that it takes.
 
@@ -250,7 +246,6 @@ def _promised(
     earlier runs have shown, in place of what is not known of this one: else each would have to fail for itself, some
     ten times, and one alone would count as right now and then for ever, since no more than 32 chains are remembered.
     """
-    bought = bought or Bought()
     prior, power = PRIOR_HITS + PRIOR_CHAINS, np.arange(1, k)
     own = _odds(hits, chains)
     alike = _odds(hits.sum() + shown[0], chains.sum() + shown[1])
@@ -386,7 +381,7 @@ class Ladder:
     ladder = Ladder(batch=64, rows=256, k=8)
     ladder.rungs                                # [64, 128, 256]
     rows, price = ladder.choose(hits, chains)   # of the running sequences
-    ladder.saw(rows, seconds)                   # a pass
+    ladder.times.saw(rows, seconds)             # a pass
     """
 
     def __init__(self, batch: int, rows: int, k: int, masks: int = 0) -> None:
@@ -395,6 +390,7 @@ class Ladder:
             rungs.append(rows := below if below > batch and rows - below >= STEP else batch)
             below = rows // 2
         self.rungs, self.k, self.bought = rungs[::-1], k, Bought(masks)
+        # What passes have taken: `times.saw`.
         self.times = PassTimes(FIXED_GPU)
         # Rungs that have a graph, what making the first took, and what each other one would have saved up to now.
         self.made: set[int] = set()
@@ -405,7 +401,7 @@ class Ladder:
 
     def choose(self, hits: np.ndarray, chains: np.ndarray) -> tuple[int, float]:
         """The rung of the pass after the next, and what a row of it must promise; asked once a pass."""
-        promised, needed = _promised(hits, chains, self.k, bought=self.bought)
+        promised, needed = _promised(hits, chains, self.k, (0, 0), self.bought)
         tokens = np.array([_fitted(promised, needed, len(hits), rows) for rows in self.rungs])
         # On the lowest no sequence may bring more than its row, however few are left.
         tokens[0] = len(hits)
@@ -429,7 +425,3 @@ class Ladder:
         """Note that a rung has its graph, and how long the host has been at it."""
         self.made.add(rows)
         self.making = max(self.making, seconds)
-
-    def saw(self, rows: int, seconds: float) -> None:
-        """Note a pass."""
-        self.times.saw(rows, seconds)

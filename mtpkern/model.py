@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from inspect import signature
 from itertools import chain
@@ -255,41 +255,43 @@ def random_in_training(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def at_rest(parts: Collection[nn.Module]) -> Iterator[None]:
-    """A block in which these parts of a model are in evaluation mode; `evaluating` looks at all, which takes longer.
+def at_rest(parts: Iterable[nn.Module]) -> Iterator[None]:
+    """A block in which these parts of a model are in evaluation mode; behind it each is in the mode that it was in.
+
+    Past their `eval`, which some have that changes more than the mode (weights that are merged for evaluation, say).
 
     with at_rest(random_in_training(model).values()):
         teacher = model(input_ids).logits
     """
     modes = [(part, part.training) for part in parts]
-    try:
-        for part, _ in modes:
-            part.training = False
-        yield
-    finally:
+
+    def undo() -> None:
         for part, mode in modes:
             part.training = mode
+            if mode:
+                _resting.discard(part)
+
+    try:
+        for part, mode in modes:
+            part.training = False
+            if mode:
+                _resting.add(part)
+        yield
+    finally:
+        try:
+            undo()
+        except BaseException:  # Ctrl-C in the middle of it
+            undo()
+            raise
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """A block in which the model is in evaluation mode; behind it each of its modules is in the mode that it was in.
+def evaluating(model: nn.Module) -> AbstractContextManager[None]:
+    """`at_rest` of a whole model, which takes longer.
 
     with evaluating(model):
         logits = model(input_ids).logits
     """
-    if not _in_training(model):
-        yield
-        return
-    modes = [(module, module.training) for module in model.modules()]
-    _resting.update(module for module, mode in modes if mode)
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-            _resting.discard(module)
+    return at_rest(model.modules() if _in_training(model) else ())
 
 
 # What is in evaluation mode for a while.

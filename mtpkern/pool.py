@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mtpkern.adapter import base_of, gate_of
+from mtpkern.baked import fingerprint
 from mtpkern.decoder import Decoder, places_for
-from mtpkern.graph import fingerprint
 from mtpkern.kernels.form import autocast_of
 from mtpkern.memory import fits_at_once, require_room
 from mtpkern.packed import unpack
@@ -95,7 +95,8 @@ def decoder_for(
     if found is None:
         found = make()
         assert found.graph is not None
-        found.graph.beside = next((step for d in kept.values() if d.graph for step in d.graph.captured.values()), None)
+        graphs = [other.graph for other in list(kept.values()) if other.graph is not None]
+        found.graph.beside = next((step for graph in graphs for step in graph.captured.values()), None)
         begin(found)
     yield found
     if found.fingerprint is None:
@@ -104,7 +105,7 @@ def decoder_for(
     found.leave()
     kept[key] = found
     room = KEPT_SHARE * memory_of(found.device)
-    while len(kept) > KEPT or (len(kept) > 1 and sum(d.nbytes for d in kept.values()) > room):
+    while len(kept) > KEPT or (len(kept) > 1 and sum(d.nbytes for d in list(kept.values())) > room):
         kept.popitem(last=False)
 
 
@@ -127,14 +128,20 @@ def _begun(
             if decoder.fingerprint == fingerprint(model):
                 raise
     now = fingerprint(model)
-    for stale in [k for k, other in kept.items() if other.fingerprint != now]:
-        del kept[stale]
+    for stale in [k for k, other in list(kept.items()) if other.fingerprint != now]:
+        kept.pop(stale, None)
     return None if decoder is None or decoder.fingerprint != now else decoder
+
+
+def _of_all() -> list[OrderedDict[Hashable, Decoder]]:
+    """What each model has kept; by a list of references, since in another thread one more model may come in."""
+    models = [model for key in _kept.keyrefs() if (model := key()) is not None]
+    return [_kept[model] for model in models]
 
 
 def kept_bytes(device: torch.device) -> int:
     """Bytes of keys, values and tokens that earlier calls have left on a device, of all models."""
-    return sum(d.nbytes for kept in list(_kept.values()) for d in list(kept.values()) if d.device == device)
+    return sum(d.nbytes for kept in _of_all() for d in list(kept.values()) if d.device == device)
 
 
 def release_graphs(model: nn.Module | None = None) -> int:
@@ -152,9 +159,11 @@ def release_graphs(model: nn.Module | None = None) -> int:
 
         mtpkern.release_graphs(model)
     """
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a model, or None for all of them, got {type(model).__name__}")
     model = None if model is None else base_of(model)
     dropped = 0
-    for kept in list(_kept.values()) if model is None else [_kept.get(model, OrderedDict())]:
+    for kept in _of_all() if model is None else [_kept.get(model, OrderedDict())]:
         dropped += len(kept)
         kept.clear()
     separate(model)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mtpkern.baked import fingerprint
 from mtpkern.cache import KVCache
-from mtpkern.graph import fingerprint
 from mtpkern.host import on_host
 from mtpkern.kernels.form import autocast_of
 from mtpkern.model import has_latent_attention, plain_tensors

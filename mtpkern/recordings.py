@@ -6,7 +6,7 @@ it pay, and replayed. Attention, which looks at as many slots as are in use, and
 are masks stay calls as they are. The first replay is compared with the pass itself, bit by bit.
 
 Weights are read where they are, so that they may change in place; what else a recording has baked in of its model is
-compared at the beginning of each run, as for a CUDA graph (`mtpkern.graph.fingerprint`): a hook that is set in the
+compared at the beginning of each run, as for a CUDA graph (`mtpkern.baked.fingerprint`): a hook that is set in the
 middle of one is called from the next on. A model goes without whose pass depends on values (experts in a loop, say),
 draws random numbers, or runs what is not the libraries' own, and so does a run inside of somebody's mode of torch
 (`TorchFunctionMode`, `torch.device`). Recordings go with the model, or at `mtpkern.release_graphs`.
@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
 
+from mtpkern.baked import fingerprint, namespaces
 from mtpkern.foreign import foreign
-from mtpkern.graph import fingerprint, namespaces
 from mtpkern.model import is_tested
 from mtpkern.output import first_line
 from mtpkern.recorder import Memory, NotRecordableError, Recording, record
@@ -187,5 +187,7 @@ def recordings_of(model: PreTrainedModel, baked: Sequence[Any], new_tokens: int)
 
 def forget(model: PreTrainedModel | None = None) -> None:
     """Let the recordings of one model or of all go; a run keeps its own until it ends."""
-    for one in list(_kept) if model is None else [model]:
-        _kept.pop(one, None)
+    # Not by iteration, in which another thread may have a model come in.
+    for one in [key() for key in _kept.keyrefs()] if model is None else [model]:
+        if one is not None:
+            _kept.pop(one, None)

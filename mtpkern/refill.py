@@ -250,6 +250,9 @@ class Slots(Poll):
         group: list[Newcomer] = []
         beside, rows = False, 0
         while free:
+            for job in [job for job in self.next if job.closed is not None and job.closed.is_set()]:
+                self.next.remove(job)
+                self.emit(BatchOutput(job.number, error=CancelledError("it was closed before it ran")))
             if not self.next:
                 # As many at a time, so that nobody is passed over for ever.
                 self.next = [job for _, job in zip(range(LOOK_AHEAD * len(self.inside)), self.waiting)]
@@ -314,5 +317,8 @@ class _Left:
         tokens, blocks = rest[new : new + length - prompt], rest[:passes]
         if self.end is not None:
             tokens, blocks = tokens[: self.end], first_tokens(blocks, self.end)
-        text = None if tokenizer is None else str(tokenizer.decode(tokens, skip_special_tokens=True))
+        try:
+            text = None if tokenizer is None else str(tokenizer.decode(tokens, skip_special_tokens=True))
+        except Exception as error:  # of a token that the model has and the tokenizer has not, say
+            return BatchOutput(number, error=error, shared=shared)
         return BatchOutput(number, tokens, blocks, reason, text=text, shared=shared)

@@ -209,14 +209,14 @@ def _take_in(
     owner[seq] = on_device(np.array([x.job.number for x in newcomers]), decoder.device)
     sequences.pending.index_fill_(0, seq, 1)
     sequences.status.index_fill_(0, seq, RUNNING)
-    n, most = len(newcomers), decoder.strategy.k
+    n = len(newcomers)
     # On a GPU as many as there are slots, those behind the newcomers idle and without rows: a kernel is compiled for
     # each number of sequences, in the midst of serving, and that of the passes is there.
     B = n if decoder.graph is None else len(sequences.status)
     everybody = F.pad(seq, (0, B - n))
     some = Sequences(*(x[everybody] for x in vars(sequences).values()))
     some.status[n:] = LIMIT
-    rows = Rows.allocate(B * (2 * most - 1 + decoder.strategy.masks), B, decoder.device, most)
+    rows = Rows.allocate(B * decoder.strategy.most_rows, B, decoder.device, decoder.strategy.k)
     rows.expect_prefill(len(read[0]) // n)
     rows.start.clamp_(max=len(read[0]))
     budget = None if decoder.terms.budget is None else torch.full_like(decoder.terms.budget, len(rows.seq))

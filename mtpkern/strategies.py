@@ -43,10 +43,16 @@ class Strategy:
                 "of each sequence, all of them with logits over the vocabulary; give the k_max of training, or less"
             )
         # Every confidence is above -1: that is Static, and nobody else may ask for it.
-        probability = isinstance(self.threshold, (int, float)) and 0.0 <= self.threshold <= 1.0
+        number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
+        probability = number and 0.0 <= self.threshold <= 1.0
         left_open = isinstance(self, Verified) and self.threshold is None
         if not (probability or left_open or isinstance(self, Static)):
             raise ValueError(f"{name}: threshold must be a probability from 0 to 1, got {self.threshold!r}")
+
+    @property
+    def most_rows(self) -> int:
+        """Rows that a pass has for a sequence, at most: tokens to be read, masks behind the last and behind others."""
+        return 2 * self.k - 1 + self.masks
 
     def for_model(self, k_max: int | None) -> Strategy:
         """With a k in any case: the one that was given, else what suits a model that was trained for k_max predictions.

@@ -45,7 +45,10 @@ def stream(model: PreTrainedModel, input_ids: Tensor | None = None, **options: A
     """
     if options.get("streamer") is not None:
         raise ValueError("mtpkern.stream is read itself and takes no streamer; pass that to mtpkern.generate")
-    return Stream(partial(generate, model, input_ids, **options), getattr(model, "device", None))
+    # Copies, because the caller may write to these again as soon as this returns.
+    given: dict[str, Any] = {"input_ids": input_ids, **options}
+    given = {name: x.clone() if isinstance(x, Tensor) else x for name, x in given.items()}
+    return Stream(partial(generate, model, **given), getattr(model, "device", None))
 
 
 class Stream(Iterator[Block]):

@@ -18,9 +18,10 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.generation import GenerationMixin
 
 from mtpkern.adapter import adopt, gated
-from mtpkern.arguments import plain_greedy
+from mtpkern.arguments import plain_greedy, require_prompts, require_tensors
 from mtpkern.attention import ended_by_interrupts, exclusive, masks_shown, routed
 from mtpkern.decoder import Decoder
+from mtpkern.fields import whole_number
 from mtpkern.foreign import foreign, settings_of
 from mtpkern.kernels.state import FAULT
 from mtpkern.model import (
@@ -88,7 +89,8 @@ def check(
 
     Decodes `steps` passes of Static(k) from two prompts of different length (or from input_ids [B, T]) and recomputes
     every pass without cache through the model's own attention; then compares passes of Static(1) with the logits of
-    transformers' own greedy decoding. Meant for float32; in bfloat16 rounding hides small faults.
+    transformers' own greedy decoding. Meant for float32; in bfloat16 rounding hides small faults. Raises ValueError or
+    TypeError for a model that is not decoded at all, and for prompts or numbers that are none.
 
         report = mtpkern.check(AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32))
         assert report.ok, report
@@ -97,6 +99,11 @@ def check(
     plain = unwrapped(model, {})
     require_decodable(plain)
     mask_token_id = resolve_mask_token(plain, mask_token_id)
+    k, steps = whole_number("k", k, least=1), whole_number("steps", steps, least=1)
+    if input_ids is not None:
+        require_tensors(input_ids, None)
+        vocabulary = plain.get_input_embeddings().weight.shape[0]
+        require_prompts(input_ids.cpu(), None, mask_token_id=-1, vocabulary=vocabulary)  # masks are as good as words
     with exclusive(plain), evaluating(plain):
         return _compare(plain, input_ids, mask_token_id, k, steps, WINDOW)
 

@@ -53,6 +53,12 @@ class Streamer(Protocol):
         """Nothing more comes."""
 
 
+def closed_of(streamer: Any) -> Event | None:
+    """The event by which a streamer ends its run, if any: what else is called `closed`, as a file's is, is none."""
+    closed = getattr(streamer, "closed", None)
+    return closed if hasattr(closed, "is_set") else None
+
+
 def first_tokens(blocks: list[int], tokens: int) -> list[int]:
     """The blocks of the first so many tokens: `first_tokens([1, 4, 4], 3)` is [1, 2]."""
     kept: list[int] = []
@@ -82,7 +88,7 @@ class Watch:
     def __init__(self, streamer: Any, criteria: Iterable[Any]) -> None:
         self.streamer = streamer
         self.by_blocks = hasattr(streamer, "put_block")
-        self.closed: Event | None = getattr(streamer, "closed", None) if self.by_blocks else None
+        self.closed = closed_of(streamer) if self.by_blocks else None
         self.strings = [*of_kind(criteria, StopStringCriteria), *of_kind(criteria, TextStops)]
         self.clocks = of_kind(criteria, MaxTimeCriteria)
         self.others = [x for x in criteria if type(x) not in _KNOWN]

@@ -83,4 +83,4 @@ def test_the_output_depends_on_no_ladder(
             (decoder,) = kept(model)
     assert torch.equal(found, greedy(name, lengths))
     assert decoder.graph is not None
-    assert set(decoder.graph.warm) <= set(decoder._ladder.rungs)
+    assert set(decoder.graph.warm) <= set(decoder.ladder.rungs)

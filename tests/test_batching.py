@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -180,6 +181,26 @@ def test_a_prompt_that_fails_costs_itself_alone(
             assert bad_prompts(tiny)[number][1] in str(output.error)
         else:
             assert (output.error, output.tokens) == (None, expected[number].tokens)
+
+
+def test_a_text_that_cannot_be_decoded_costs_itself_alone(model: Any) -> None:
+    """By a tokenizer that has not all tokens of the model."""
+    backwards = np.array([7, 6, 5])[::-1]  # an array that torch does not take
+    prompts = [backwards, np.array([1, 2, 3])]
+    first, second = (alone(model, prompt.tolist(), 4).tokens for prompt in prompts)
+    decode = {str(second): "the second"}.__getitem__
+
+    class Tokenizer:
+        def __call__(self, text: str) -> Any: ...
+
+        def decode(self, ids: list[int], **_: Any) -> str:
+            return decode(str(ids))
+
+    tokenizer: Any = Tokenizer()
+    outputs = generate_batch(model, prompts, tokenizer=tokenizer, max_new_tokens=4, eos_token_id=STOP)
+    assert isinstance(outputs[0].error, KeyError)
+    assert str(first) in str(outputs[0].error)
+    assert (outputs[1].tokens, outputs[1].text) == (second, "the second")
 
 
 def test_prompts_for_which_there_is_no_room(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,11 +38,11 @@ def test_what_was_bought_of_late_is_what_drafts_tell_of() -> None:
     """Confirmed drafts of passes with masks behind the last draft alone promise more than themselves."""
     few, all_of_them = Bought(36), Bought(36)
     few.part = 0.5
-    one, more = (_promised(counts(40), counts(40), 7, bought=bought)[0] for bought in (all_of_them, few))
+    one, more = (_promised(counts(40), counts(40), 7, (0, 0), bought)[0] for bought in (all_of_them, few))
     assert (more[:-1] - 1 >= np.minimum(1.9 * (one[:-1] - 1), 6) - 1e-9).all()
     assert more[-1] == one[-1] == 1
     # It is forgotten as chains are; a pass that buys nothing tells nothing.
-    _promised(counts(40), counts(40), 7, bought=few)
+    _promised(counts(40), counts(40), 7, (0, 0), few)
     few.note(0)
     assert few.part == 0.5 + 0.5 / 32
     few.note(len(PRICES) - 1)

@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 
+from mtpkern import loop
 from mtpkern.bench import call
 from mtpkern.decoder import Decoder
 
@@ -25,7 +26,7 @@ def test_time_is_told_apart(tiny, monkeypatch, where):
 
         monkeypatch.setattr(kind, name, method)
 
-    slower(Decoder, {"around": "__init__", "between": "_fit", "pass": "_forward"}[where])
+    slower(*{"around": (Decoder, "__init__"), "between": (loop, "_fit"), "pass": (Decoder, "_forward")}[where])
     (*_, table) = call.measure_model(tiny.model("llama"), (2,), rounds=1, new_tokens=5)
     record = table.records[0]
     # The prefill's pass is of the model itself; four more bring the other tokens.

@@ -11,8 +11,8 @@ import torch
 
 import mtpkern
 from mtpkern import Static, layers, pool, products
+from mtpkern.baked import fingerprint
 from mtpkern.decoder import Decoder
-from mtpkern.graph import fingerprint
 from mtpkern.pool import release_graphs
 from support.recording import RecordedStep, assert_same, generate, hook, kept
 

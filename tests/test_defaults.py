@@ -107,7 +107,7 @@ def test_a_bare_call_has_all_of_it(
     # q, k and v; gate and up; in each layer.
     assert [len(refs) for refs in decoder.products.found] == [3, 2] * 2
     assert {9} <= set(multiplied) <= {1, 9}
-    assert len(decoder._ladder.rungs) == 2
+    assert len(decoder.ladder.rungs) == 2
 
 
 def assert_all_of_it(decoder: Any) -> None:
@@ -117,8 +117,8 @@ def assert_all_of_it(decoder: Any) -> None:
     assert decoder.compile
     assert counters["stats"]["unique_graphs"]
     assert decoder.products.found
-    assert len(decoder._ladder.rungs) > 1
-    assert decoder._ladder.made
+    assert len(decoder.ladder.rungs) > 1
+    assert decoder.ladder.made
 
 
 @pytest.mark.gpu

@@ -3,6 +3,8 @@
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import CancelledError
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from transformers import GenerationConfig
 
 import mtpkern
 from mtpkern import ConfAdapt, Engine, Verified
+from mtpkern.decoder import Decoder
 from mtpkern.strategies import Strategy
 from support.batches import STOP, STRATEGIES, alone, mixed_prompts
 from support.engines import LONG, free, held, result
@@ -176,6 +179,34 @@ def test_blocks_are_read_as_they_come(engine: Engine, model: Any) -> None:
     with engine.stream(torch.tensor([[5, 6, 7]]), max_new_tokens=LONG, eos_token_id=None) as blocks:
         next(blocks)
     assert result(engine.submit([5, 6, 7], max_new_tokens=24, eos_token_id=None)).tokens == wanted
+
+
+def test_a_buffer_may_be_filled_with_the_next(engine: Engine, model: Any) -> None:
+    prompts, buffer = torch.tensor([[5, 6, 7], [1, 2, 3]]), torch.empty(3, dtype=torch.int64)
+    with engine._line.changed:  # none is read before both are there
+        futures = [engine.submit(buffer.copy_(prompt), max_new_tokens=8, eos_token_id=None) for prompt in prompts]
+    assert [result(f).tokens for f in futures] == [free(model, prompt.tolist(), 8) for prompt in prompts]
+
+
+def test_who_has_left_before_its_turn_is_not_read(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    chunk = Decoder.prefill_chunk
+    monkeypatch.setattr(Decoder, "prefill_chunk", lambda *x, **y: read.append(int(x[2][0, 0])) or chunk(*x, **y))
+    with Engine(model, batch_size=1, max_length=64, check_model=False) as engine:
+
+        def leave(value: Any) -> None:
+            for request in engine._line.inside.values():
+                if request.future is not first:
+                    request.end()
+
+        with engine._line.changed:  # both are looked at when the first comes in
+            streamer: Any = SimpleNamespace(put=leave, end=lambda: None)
+            first = engine.submit([5, 6], max_new_tokens=4, eos_token_id=None, streamer=streamer)
+            second = engine.submit([7, 8], max_new_tokens=4, eos_token_id=None)
+        assert len(result(first).tokens) == 4
+        with pytest.raises(CancelledError):
+            result(second)
+    assert read == [5]
 
 
 @pytest.mark.parametrize("strategy", [Verified(3, threshold=0.2), ConfAdapt(3, threshold=0.3)], ids=repr)

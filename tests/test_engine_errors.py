@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from itertools import count
@@ -376,14 +377,19 @@ def test_who_leaves_at_once_leaves_its_own_keys(model: Any, lagging: None) -> No
 def test_what_no_try_mends_is_told_to_each_and_the_engine_lives(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(*args: Any, **options: Any) -> Any:
-        raise KeyError("no decoder")
+    faults = [torch.OutOfMemoryError("no room"), KeyError("no decoder")]
 
-    with monkeypatch.context() as patch:
+    def failing(*args: Any, **options: Any) -> Any:
+        raise faults[-1]
+
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("error")  # so that one with fewer slots is none
         patch.setattr("mtpkern.batching.decoder_for", failing)
-        for future in [engine.submit([n, 2], max_new_tokens=4) for n in (1, 2)]:
-            with pytest.raises(KeyError):
-                result(future)
+        for says in ("no decoder", "memory does not suffice"):
+            for future in [engine.submit([n, 2], max_new_tokens=4) for n in (1, 2)]:
+                with pytest.raises((KeyError, RuntimeWarning), match=says):
+                    result(future)
+            faults.pop()
     assert len(result(engine.submit([1, 2], max_new_tokens=4, eos_token_id=None)).tokens) == 4
 
 

@@ -3,18 +3,22 @@
 import copy
 import os
 import signal
+import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import mtpkern
 import mtpkern.attention
-from mtpkern import Static
+from mtpkern import Static, pool, recordings
 from mtpkern.attention import exclusive
 
 # What it leaves behind
@@ -176,3 +180,26 @@ def test_a_fork_in_the_middle_of_another_threads_run_says_so(model: Any, inputs:
         thread.join()
     assert in_child(lambda: mtpkern.generate(model, **inputs, max_new_tokens=4).equal(want)) == 0
     assert mtpkern.generate(model, **inputs, max_new_tokens=4).equal(want)
+
+
+def test_models_may_come_in_while_all_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another thread's does, at any line of the dictionary's."""
+    models = [nn.Linear(1, 1) for _ in range(3)]
+    kept: list[Any] = [WeakKeyDictionary({model: OrderedDict() for model in models}) for _ in range(2)]
+    monkeypatch.setattr(pool, "_kept", kept[0])
+    monkeypatch.setattr(recordings, "_kept", kept[1])
+
+    def come_in(frame: FrameType, event: str, what: Any) -> Any:
+        if frame.f_code.co_filename.endswith("weakref.py") and event == "line" and len(models) < 9:
+            models.append(nn.Linear(1, 1))
+            for one in kept:
+                one.data[ref(models[-1])] = OrderedDict()
+        return come_in
+
+    before = sys.gettrace()
+    sys.settrace(come_in)
+    try:
+        assert pool.kept_bytes(torch.device("cpu")) == pool.release_graphs() == 0
+    finally:
+        sys.settrace(before)
+    assert len(models) == 9

@@ -233,6 +233,8 @@ def test_kept_graphs_are_few(
     assert kept(model)[0].nbytes > 2 * 2 * 8 * 256 * 4
     assert release_graphs(model) == 1
     assert release_graphs(model) == release_graphs() == 0
+    with pytest.raises(TypeError, match="must be a model, or None for all of them, got str"):
+        release_graphs("model")  # type: ignore[arg-type]
 
 
 def test_a_forgotten_model_takes_its_graphs_along(recorded: type[RecordedStep], tiny: SimpleNamespace) -> None:

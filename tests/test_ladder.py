@@ -22,7 +22,7 @@ def climbed(batch: int, rows: int, masks: int = 0) -> Ladder:
     ladder = Ladder(batch, rows, 12, masks)
     for rung in ladder.rungs:
         ladder.made_one(rung, 1.0)
-        ladder.saw(rung, gpu(rung))
+        ladder.times.saw(rung, gpu(rung))
     return ladder
 
 
@@ -69,12 +69,12 @@ def test_a_rung_is_made_once_it_would_have_paid() -> None:
     ladder = Ladder(64, 256, 12)
     assert ladder.choose(*never)[0] == 256  # nothing is known
     ladder.made_one(256, 50.0)
-    ladder.saw(256, gpu(256))
+    ladder.times.saw(256, gpu(256))
     passes = next(n for n in range(1000) if ladder.choose(*never)[0] == 64)
     # By the guess a pass of 64 rows takes 464 / 656 of one of 256, and this gives up to 1.2 times the tokens.
     assert 50 / (gpu(256) * (1 - 464 / 656)) <= passes + 1 <= 2.5 * 50 / (gpu(256) * (1 - 464 / 656))
     ladder.made_one(64, 20.0)
-    ladder.saw(64, gpu(256))  # and it takes as long as the other
+    ladder.times.saw(64, gpu(256))  # and it takes as long as the other
     assert ladder.choose(*(counts(*[20] * 64), counts(*[40] * 64)))[0] == 256
 
 
@@ -83,7 +83,7 @@ def test_a_rung_that_could_not_be_captured_is_left_alone() -> None:
     never = counts(*[0] * 64), counts(*[40] * 64)
     ladder = Ladder(64, 256, 12)
     ladder.made_one(256, 50.0)
-    ladder.saw(256, gpu(256))
+    ladder.times.saw(256, gpu(256))
     assert any(ladder.choose(*never)[0] == 64 for _ in range(1000))
     ladder.closed = True
     assert {ladder.choose(*never)[0] for _ in range(1000)} == {256}

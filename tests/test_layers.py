@@ -16,9 +16,9 @@ from torch._dynamo.utils import counters
 import mtpkern
 from mtpkern import ConfAdapt, Verified, layers
 from mtpkern.adapter import gate_of
+from mtpkern.baked import fingerprint
 from mtpkern.compare import encode, read_problems
 from mtpkern.demo import ASSETS, load
-from mtpkern.graph import fingerprint
 from mtpkern.layers import CompiledLayers, decoder_layers, wants_compile
 from mtpkern.options import strategy_for
 

@@ -17,7 +17,7 @@ import mtpkern
 from mtpkern import ConfAdapt, Verified, layers, products, siblings
 from mtpkern.adapter import gated
 from mtpkern.attention import exclusive
-from mtpkern.graph import fingerprint
+from mtpkern.baked import fingerprint
 from mtpkern.products import wants_one_product, whole_of
 from support.riding import joined, logits
 

@@ -350,10 +350,10 @@ def test_where_it_cannot_be_captured_prompts_are_read_apart(
     said: list[Any] = []
     monkeypatch.setattr("mtpkern.graph._announce", lambda *args: said.append(args))
     outputs = mtpkern.generate_batch(model, prompts, **options)
-    assert said == [(error, Reads(decoder._ladder.rungs[-1]))]
+    assert said == [(error, Reads(decoder.ladder.rungs[-1]))]
     assert [output.tokens for output in outputs] == [output.tokens for output in expected]
     assert decoder.graph is not None
-    assert decoder.graph.refused == {Reads(decoder._ladder.rungs[-1])}
+    assert decoder.graph.refused == {Reads(decoder.ladder.rungs[-1])}
     assert decoder.graph.closed == isinstance(error, torch.OutOfMemoryError)
     assert not decoder.reads_beside(3, alone=False)
 
@@ -368,9 +368,9 @@ def test_a_pass_that_reads_prompts_tells_no_rung_its_time(
     """It takes longer than one of as many rows."""
     polls: list[TimedPoll] = []
     reads: list[bool] = []
-    init, replay = TimedPoll.__init__, Decoder._replay
+    init, replay = TimedPoll.__init__, Decoder.replay
     monkeypatch.setattr(TimedPoll, "__init__", lambda self, *args: polls.append(self) or init(self, *args))
-    monkeypatch.setattr(Decoder, "_replay", lambda self, *args: reads.append(self.reading) or replay(self, *args))
+    monkeypatch.setattr(Decoder, "replay", lambda self, *args: reads.append(self.reading) or replay(self, *args))
     (prompts, new), model = mixed_prompts(14, seed=3), tiny.model("llama")
     for _ in range(2):
         polls.clear()
@@ -398,7 +398,7 @@ def test_each_rung_may_have_a_graph_that_reads(
     step = Decoder._step_beside
 
     def noted(self: Decoder, *args: Any) -> Any:
-        maskless.add(self._maskless)
+        maskless.add(self.maskless)
         return step(self, *args)
 
     monkeypatch.setattr(Decoder, "_step_beside", noted)
@@ -412,7 +412,7 @@ def test_each_rung_may_have_a_graph_that_reads(
 
     run()
     decoder = next(decoder for decoder in kept(base_of(model)) if len(decoder.sequences.status) == 3)
-    graph, rungs = decoder.graph, decoder._ladder.rungs
+    graph, rungs = decoder.graph, decoder.ladder.rungs
     assert graph is not None
     assert len(rungs) > 2
 
@@ -422,7 +422,7 @@ def test_each_rung_may_have_a_graph_that_reads(
     run()
     assert reading() == rungs[-1:]
     for rung in rungs:
-        decoder._ladder.times.saw(rung, 1e-3 * rung)
+        decoder.ladder.times.saw(rung, 1e-3 * rung)
     graph.seconds[rungs[-1]] = 1e9
     run()
     assert reading() == rungs[-1:]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mtpkern import Verified, layers, products, siblings
 from mtpkern.adapter import base_alone, gate_of, gated
-from mtpkern.graph import fingerprint
+from mtpkern.baked import fingerprint
 from mtpkern.products import whole_of
 from support.riding import Ops, adapted, generate, joined, logits, text
 

@@ -57,7 +57,7 @@ def test_k_must_be_a_whole_number_from_1(kind: Any, k: Any) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "threshold"),
-    [*product((ConfAdapt, Verified), (-1.0, -0.1, 1.1, 90, float("nan"), "0.5")), (ConfAdapt, None)],
+    [*product((ConfAdapt, Verified), (-1.0, -0.1, 1.1, 90, float("nan"), "0.5", True)), (ConfAdapt, None)],
 )
 def test_threshold_must_be_a_probability(kind: Any, threshold: Any) -> None:
     with pytest.raises(ValueError, match=f"{kind.__name__}: threshold must be a probability"):

@@ -17,6 +17,7 @@ from transformers import (
 
 import mtpkern
 from mtpkern import Static, Verified, generation
+from mtpkern.decoder import Decoder
 from support.watching import NEW, STOPS, Recorder, theirs
 
 
@@ -41,6 +42,14 @@ def test_a_streamer_gets_what_generate_gives_it(
         streamer = Recorder()
         assert mtpkern.generate(model, **given, strategy=Verified(k, 0.0), streamer=streamer).equal(text)
         assert streamer.got == expected.got
+
+
+def test_what_is_called_closed_need_not_end_runs(model: Any, one: Any) -> None:
+    """As of a file, to which somebody writes blocks."""
+    got: list[int] = []
+    options = {"put": lambda value: None, "put_block": lambda new: got.extend(new[0]), "end": lambda: None}
+    output = mtpkern.generate(model, **one, max_new_tokens=NEW, streamer=SimpleNamespace(closed=False, **options))
+    assert got == output[0, 7:].tolist()
 
 
 # transformers' own streamers
@@ -200,6 +209,25 @@ def test_a_reader_that_leaves_early(
     passes = -100
     assert mtpkern.generate(model, **given).sequences.equal(expected.sequences)
     hook.remove()
+
+
+def test_what_a_stream_was_given_may_be_written_to(model: Any, one: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run has gone as far as to show the prompt, and waits, when its caller fills the buffers anew."""
+    expected = mtpkern.generate(model, **one, max_new_tokens=NEW)
+    given, written, prefill = {name: x.clone() for name, x in one.items()}, threading.Event(), Decoder.prefill
+
+    def later(*args: Any, **options: Any) -> Tensor:
+        assert written.wait(60)
+        return prefill(*args, **options)
+
+    monkeypatch.setattr(Decoder, "prefill", later)
+    stream = mtpkern.stream(model, **given, max_new_tokens=NEW)
+    for x in given.values():
+        x.fill_(1)
+    written.set()
+    assert [token for (new,) in stream for token in new] == expected[0, 7:].tolist()
+    assert isinstance(stream.output, Tensor)
+    assert stream.output.equal(expected)
 
 
 def test_a_stream_raises_what_generate_raises(model: Any, inputs: Any) -> None:

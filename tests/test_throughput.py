@@ -112,7 +112,7 @@ def test_throughput_compares_what_is_made_alike(monkeypatch):
 
     def note(model, strategy, batch, context, room, **options):
         made.append({"strategy": strategy, "batch": batch, "context": context, **options})
-        return SimpleNamespace(_ladder=None, graph=None)
+        return SimpleNamespace(ladder=None, graph=None)
 
     class Judged:
         device, dtype, config = CUDA, torch.bfloat16, SimpleNamespace(vocab_size=64)

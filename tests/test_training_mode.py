@@ -3,12 +3,14 @@
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
 
 import mtpkern
 from mtpkern import Static, Verified
+from mtpkern.model import evaluating, trains
 
 
 @pytest.fixture
@@ -61,11 +63,33 @@ def test_passes_are_those_of_evaluation(model: Any, inputs: dict[str, Any]) -> N
 
 
 def test_an_error_leaves_it_in_training(model: Any, inputs: dict[str, Any]) -> None:
-    def stop(ids: Any, scores: Any, **_: Any) -> Any:
+    def stop(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         mtpkern.generate(model, **inputs, stopping_criteria=[stop])
+    assert all(modes(model))
+    # Nor is a module asked that does more where its mode changes, such as to merge its weights.
+    model.lm_head.train = stop
+    mtpkern.generate(model, **inputs)
+    assert all(modes(model))
+    model.lm_head.training = False
+    assert [module for module in model.modules() if not trains(module)] == [model.lm_head]
+
+
+def test_an_interrupt_on_the_way_back_leaves_it_in_training(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(WeakSet[Any]):
+        left = 3
+
+        def discard(self, module: Any) -> None:
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+            super().discard(module)
+
+    monkeypatch.setattr("mtpkern.model._resting", Interrupted())
+    with pytest.raises(KeyboardInterrupt), evaluating(model):
+        assert not any(modes(model))
     assert all(modes(model))
 
 

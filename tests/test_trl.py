@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mtpkern
 from mtpkern.adapter import base_of, save_adapter
+from mtpkern.baked import fingerprint
 from mtpkern.foreign import foreign
-from mtpkern.graph import fingerprint
 from mtpkern.train import encode_rows
 from mtpkern.train.convert import convert
 from mtpkern.train.lora import add_gated_lora

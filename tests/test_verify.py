@@ -227,3 +227,20 @@ def test_noise_is_how_far_transformers_is_from_itself(tiny: Any) -> None:
     assert report.ok, report
     assert report.noise > max(quiet.noise, 0.05 * report.scale / 4)
     assert report.tolerance == 4 * report.noise > quiet.tolerance
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
+        ({"steps": 1.5}, "steps must be a whole number"),
+        ({"k": None}, "k must be a whole number"),
+        ({"input_ids": [[1, 2]]}, "input_ids must be a tensor"),
+        ({"input_ids": torch.tensor([1, 2])}, r"input_ids must be \[B, T\]"),
+        ({"input_ids": torch.tensor([[1.0]])}, "input_ids must be whole numbers"),
+        ({"input_ids": torch.tensor([[1, 10**6]])}, "input_ids must be from 0 to"),
+    ],
+)
+def test_what_is_asked_in_vain_is_said(options: dict[str, Any], says: str, tiny: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=says):
+        mtpkern.check(tiny.model("llama"), **options)

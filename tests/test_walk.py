@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import mtpkern
 from mtpkern import Static, Verified
-from mtpkern.graph import fingerprint
+from mtpkern.baked import fingerprint
 from support.slow import slow_but
 
 NEW = 8

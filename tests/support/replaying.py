@@ -62,7 +62,7 @@ def live(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
     def run(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr("mtpkern.decoder.recordings_of", lambda *args: None)
+            patch.setattr("mtpkern.loop.recordings_of", lambda *args: None)
             return call(*args, **options)
 
     return run

@@ -8,7 +8,7 @@ from functools import lru_cache
 from inspect import signature
 from itertools import chain
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -349,3 +349,8 @@ def plain_tensors(model: nn.Module) -> list[Tensor]:
         elif x.numel():
             found.append(x)
     return found
+
+
+def models_of(kept: WeakKeyDictionary[PreTrainedModel, Any]) -> list[PreTrainedModel]:
+    """The models that something is kept of, while in another thread one more may come in: not by iteration therefore."""
+    return [model for reference in kept.keyrefs() if (model := reference()) is not None]

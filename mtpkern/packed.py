@@ -25,7 +25,7 @@ from torch.utils._device import DeviceContext
 from transformers import PreTrainedModel
 
 from mtpkern.kernels.gated_lora import gated_rows
-from mtpkern.model import is_tested
+from mtpkern.model import is_tested, models_of
 from mtpkern.packed_weights import CACHED, Packed, dtype_of_copies, is_widened, lasting, pack, packed_of, product
 from mtpkern.products import families, is_plain
 from mtpkern.recorder import apart
@@ -303,5 +303,5 @@ def _run(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor] | None:
 def unpack(model: PreTrainedModel | None = None) -> None:
     """Let the packed weights of one model or of all go; a call that runs keeps its own until it ends."""
     for kept in (packed_of, _siblings, _asked):
-        for one in list(kept) if model is None else [model]:
+        for one in models_of(kept) if model is None else [model]:
             kept.pop(one, None)

@@ -23,6 +23,7 @@ from mtpkern.baked import fingerprint
 from mtpkern.decoder import Decoder, places_for
 from mtpkern.kernels.form import autocast_of
 from mtpkern.memory import fits_at_once, require_room
+from mtpkern.model import models_of
 from mtpkern.packed import unpack
 from mtpkern.products import separate
 from mtpkern.recordings import forget
@@ -134,9 +135,8 @@ def _begun(
 
 
 def _of_all() -> list[OrderedDict[Hashable, Decoder]]:
-    """What each model has kept; by a list of references, since in another thread one more model may come in."""
-    models = [model for key in _kept.keyrefs() if (model := key()) is not None]
-    return [_kept[model] for model in models]
+    """What each model has kept."""
+    return [kept for model in models_of(_kept) if (kept := _kept.get(model)) is not None]
 
 
 def kept_bytes(device: torch.device) -> int:

@@ -39,7 +39,7 @@ from transformers import PreTrainedModel
 
 from mtpkern.attention import ended_by_interrupts, exclusive
 from mtpkern.kernels.linear import few_rows_linear, new_counters
-from mtpkern.model import is_tested, trains
+from mtpkern.model import is_tested, models_of, trains
 from mtpkern.siblings import Group, adapter_of, disjoint, together, watched
 
 # Whether a captured pass makes one product of siblings: 3.48 ms instead of 3.95 with 16 rows of Qwen3-4B on an H200.
@@ -333,7 +333,7 @@ def _join(groups: Sequence[Sequence[Any]], zeros: int) -> None:
 @ended_by_interrupts
 def separate(model: PreTrainedModel | None = None) -> None:
     """Give each layer memory of its own again, in one model or in all; in those that no call is running."""
-    for one in list(_joined) if model is None else [model]:
+    for one in models_of(_joined) if model is None else [model]:
         with ExitStack() as stack:
             try:
                 stack.enter_context(exclusive(one, wait=False))

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 from mtpkern.baked import fingerprint, namespaces
 from mtpkern.foreign import foreign
-from mtpkern.model import is_tested
+from mtpkern.model import is_tested, models_of
 from mtpkern.output import first_line
 from mtpkern.recorder import Memory, NotRecordableError, Recording, record
 
@@ -187,7 +187,5 @@ def recordings_of(model: PreTrainedModel, baked: Sequence[Any], new_tokens: int)
 
 def forget(model: PreTrainedModel | None = None) -> None:
     """Let the recordings of one model or of all go; a run keeps its own until it ends."""
-    # Not by iteration, in which another thread may have a model come in.
-    for one in [key() for key in _kept.keyrefs()] if model is None else [model]:
-        if one is not None:
-            _kept.pop(one, None)
+    for one in models_of(_kept) if model is None else [model]:
+        _kept.pop(one, None)

@@ -352,5 +352,5 @@ def plain_tensors(model: nn.Module) -> list[Tensor]:
 
 
 def models_of(kept: WeakKeyDictionary[PreTrainedModel, Any]) -> list[PreTrainedModel]:
-    """The models that something is kept of, while in another thread one more may come in: not by iteration therefore."""
+    """The models that something is kept of. Not by iteration: in another thread one more model may come in."""
     return [model for reference in kept.keyrefs() if (model := reference()) is not None]

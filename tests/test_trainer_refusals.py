@@ -3,10 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
+from datasets import Dataset, IterableDataset
 
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.trainer import MTPTrainer
-from support.trained import MASK, V, config, data, llama, trainer
+from support.trained import EOS, MASK, V, config, data, llama, trainer
 
 
 def test_refusals(tmp_path):
@@ -72,3 +73,55 @@ def test_refusals(tmp_path):
         MTPTrainer(model=llama(), args=config(tmp_path), teacher=llama(), mask_token_id=MASK, compute_metrics=len)
     with pytest.raises(ValueError, match="pad_to"):
         MTPCollator(0, pad_to=5)(data(1))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"prompt_length": 15}, r"no token of it counts: of 15 the prompt has 15; leave it out"),
+        ({"prompt_length": 16}, "prompt_length must lie from 0 to the 15 tokens"),
+        ({"prompt_length": -1}, "got prompt_length -1"),
+        ({"earlier_answers": [(-3, -1)]}, r"got prompt_length 4, earlier_answers \[.-3, -1.\]"),
+        ({"prompt_length": 15, "earlier_answers": [(0, 1)]}, "no token of it counts"),
+        ({"input_ids": [EOS], "prompt_length": 0}, "no token of it counts: of 1"),
+        ({"input_ids": [], "prompt_length": 0}, "no token of it counts: of 0"),
+    ],
+)
+@pytest.mark.parametrize("gated", [False, True])
+def test_examples_of_which_nothing_counts_are_named(tmp_path, gated, change, says):
+    """Before the first step, where the data are at hand; alone they had trained at loss 0 and ended well."""
+    own = {"gated": True, "lora_rank": 2} if gated else {}
+    rows = data(8)
+    rows[3] |= change
+    for given, name in (
+        ({"train": rows}, "train_dataset"),
+        ({"train": Dataset.from_list([{"earlier_answers": None} | x for x in rows])}, "train_dataset"),
+        ({"held": rows}, "eval_dataset"),
+        ({"held": {"other": rows}}, "eval_dataset other"),
+    ):
+        run = trainer(tmp_path, llama(vocab_size=MASK + (not gated)), None, teacher_target="gt", **own, **given)
+        with pytest.raises(ValueError, match=f"^{name}, example 4: .*{says}"):
+            run.train()
+
+
+def test_examples_that_max_length_leaves_no_answer_are_told_of(tmp_path, caplog):
+    def run(train, **change):
+        caplog.clear()
+        options = {"teacher": None, "teacher_target": "gt", "max_steps": 1, "save_strategy": "no", "max_length": 8}
+        trainer(tmp_path, train=train, **options | change).train()
+        return caplog.text
+
+    rows = data(8)
+    rows[2] = rows[2] | {"prompt_length": 8}
+    rows[3] = rows[3] | {"prompt_length": 9, "earlier_answers": [(2, 4)]}
+    says = "of 1 examples in 8 only the prompt is within 8 tokens (max_length), the first is example 3"
+    assert f"train_dataset: {says}" in run(rows)
+    with pytest.raises(ValueError, match="of 1 examples in 1 only the prompt"):
+        run(rows[2:3])
+    # The prompt counts too.
+    for change in ({"response_only": False}, {"prefix_weight": 1.0, "prefix_scope": "all"}):
+        assert "examples" not in run(rows, **change)
+    # A stream is looked at as it comes, and told of once.
+    told = run(IterableDataset.from_generator(lambda: iter(rows * 2)), max_steps=3)
+    assert told.count("texts without a span") == 1
+    assert "texts without" not in run(IterableDataset.from_generator(lambda: iter(data(8))))

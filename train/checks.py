@@ -6,6 +6,8 @@ from mtpkern.train.extra import DynamoBackend, PeftModel  # isort: split
 
 import logging
 import math
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,8 +22,9 @@ from mtpkern.attention import exclusive
 from mtpkern.loading import holds_adapter, require_model
 from mtpkern.model import evaluating, is_tested
 from mtpkern.train.arguments import refuse
+from mtpkern.train.collator import require_example
 from mtpkern.train.config import ModelArguments, MTPConfig
-from mtpkern.train.data import DataArguments, require_readable
+from mtpkern.train.data import BadData, DataArguments, EncodedTexts, require_readable
 from mtpkern.train.lora import plain_model
 from mtpkern.train.objective import head_of
 from mtpkern.verify import require_verified
@@ -255,6 +258,50 @@ def require_adapters(model: PeftModel, args: MTPConfig) -> None:
             f"the adapter {name!r} has {moves}, which changes the base's own weights, and so the model without its "
             "adapters, which is the teacher; make it without, or set teacher_target: gt, without an anchor",
         )
+
+
+def are_at_hand(texts: Any) -> bool:
+    """Whether a data set's examples can be looked at before training: in memory, or of `datasets`; no stream is."""
+    kept = isinstance(texts, (list, tuple, EncodedTexts)) or hasattr(texts, "features")
+    return kept and hasattr(texts, "__len__")
+
+
+def require_counted(name: str, texts: Any, args: MTPConfig) -> None:
+    """Look for examples of which nothing counts: they train nothing, and a run of them alone would end well.
+
+    Raises BadData, a ValueError, with the number of one that is faulty or has no answer, and where max_length leaves
+    an answer of none; of some it warns, as of long rows in files.
+    """
+    cut = []
+    for number, x in enumerate(texts, 1):
+        where = f"{name}, example {number}"
+        try:
+            require_example(x)
+        except ValueError as fault:
+            raise BadData(f"{where}: {fault}") from None
+        if not _counts(x, sys.maxsize, args):
+            tokens, prompt = len(x["input_ids"]), x["prompt_length"]
+            raise BadData(f"{where}: no token of it counts: of {tokens} the prompt has {prompt}; leave it out")
+        if not _counts(x, args.most_tokens or sys.maxsize, args):
+            cut.append(number)
+    if cut:
+        says = (
+            f"{name}: of {len(cut)} examples in {len(texts)} only the prompt is within {args.most_tokens} tokens "
+            f"(max_length), the first is example {cut[0]}: nothing of them counts; leave them out, or raise it"
+        )
+        if len(cut) == len(texts):
+            raise BadData(says)
+        if args.process_index == 0:
+            logger.warning(says)
+
+
+def _counts(x: Mapping[str, Any], most: int, args: MTPConfig) -> bool:
+    """Whether a token counts among the first `most`; the very first has nothing before it to be predicted from."""
+    tokens = min(len(x["input_ids"]), most)
+    answers = [(x["prompt_length"], tokens), *(x.get("earlier_answers") or ())]
+    if not args.response_only or (args.prefix_weight and args.prefix_scope == "all"):
+        answers = [(0, tokens)]
+    return any(max(1, start) < min(end, tokens) for start, end in answers)
 
 
 def require_tested_engine(trainer: Trainer) -> None:

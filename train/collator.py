@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
 import torch
+
+
+def require_example(x: Mapping[str, Any]) -> None:
+    """Raise ValueError for what is no example: fields that are missing, and answers that lie outside the text.
+
+    require_example({"input_ids": [5, 6, 2], "prompt_length": 4})  # ValueError: prompt_length must lie from 0 to ...
+    """
+    if missing := {"input_ids", "prompt_length"} - x.keys():
+        raise ValueError(
+            f"an example must have input_ids and prompt_length, as mtpkern.train.encode_rows(rows, tokenizer) "
+            f"makes them of rows, tokenized or not; {', '.join(sorted(missing))} missing, got {', '.join(x)}"
+        )
+    tokens, prompt, earlier = len(x["input_ids"]), int(x["prompt_length"]), x.get("earlier_answers") or ()
+    if not 0 <= prompt <= tokens or any(not 0 <= start < end <= tokens for start, end in earlier):
+        raise ValueError(
+            f"prompt_length must lie from 0 to the {tokens} tokens of the text, and each of earlier_answers be a "
+            f"(start, end) in them; got prompt_length {prompt}, earlier_answers {list(earlier)}"
+        )
 
 
 class MTPCollator:
@@ -28,11 +46,7 @@ class MTPCollator:
         Lists stay on the host, where spans are drawn: reading tensors back from a GPU would wait for it.
         """
         for x in batch:
-            if missing := {"input_ids", "prompt_length"} - x.keys():
-                raise ValueError(
-                    f"an example must have input_ids and prompt_length, as mtpkern.train.encode_rows(rows, tokenizer) "
-                    f"makes them of rows, tokenized or not; {', '.join(sorted(missing))} missing, got {', '.join(x)}"
-                )
+            require_example(x)
         lengths = [len(x["input_ids"]) for x in batch]
         longest = max(lengths)
         if self.pad_to is not None and longest > self.pad_to:
@@ -45,6 +59,6 @@ class MTPCollator:
             "input_ids": input_ids,
             "lengths": lengths,
             "prompt_lengths": [int(x["prompt_length"]) for x in batch],
-            "earlier_answers": [list(x.get("earlier_answers", ())) for x in batch],
+            "earlier_answers": [list(x.get("earlier_answers") or ()) for x in batch],
             "digests": [blake2b(ids[:n].numpy().tobytes(), digest_size=16).digest() for ids, n in texts],
         }

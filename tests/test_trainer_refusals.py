@@ -75,21 +75,17 @@ def test_refusals(tmp_path):
         MTPCollator(0, pad_to=5)(data(1))
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"prompt_length": 15}, r"no token of it counts: of 15 the prompt has 15; leave it out"),
         ({"prompt_length": 16}, "prompt_length must lie from 0 to the 15 tokens"),
         ({"prompt_length": -1}, "got prompt_length -1"),
         ({"earlier_answers": [(-3, -1)]}, r"got prompt_length 4, earlier_answers \[.-3, -1.\]"),
-        ({"prompt_length": 15, "earlier_answers": [(0, 1)]}, "no token of it counts"),
-        ({"input_ids": [EOS], "prompt_length": 0}, "no token of it counts: of 1"),
-        ({"input_ids": [], "prompt_length": 0}, "no token of it counts: of 0"),
     ],
 )
-@pytest.mark.parametrize("gated", [False, True])
-def test_examples_of_which_nothing_counts_are_named(tmp_path, gated, change, says):
-    """Before the first step, where the data are at hand; alone they had trained at loss 0 and ended well."""
+def test_examples_that_are_none_are_refused_by_number(tmp_path, gated, change, says):
+    """Before the first step, where the data are at hand."""
     own = {"gated": True, "lora_rank": 2} if gated else {}
     rows = data(8)
     rows[3] |= change
@@ -104,24 +100,39 @@ def test_examples_of_which_nothing_counts_are_named(tmp_path, gated, change, say
             run.train()
 
 
-def test_examples_that_max_length_leaves_no_answer_are_told_of(tmp_path, caplog):
-    def run(train, **change):
+@pytest.mark.parametrize(
+    ("change", "bare"),
+    [
+        ({"prompt_length": 15}, {}),
+        ({"prompt_length": 15, "earlier_answers": [(0, 1)]}, {}),
+        ({"input_ids": [EOS], "prompt_length": 0}, {}),
+        ({"prompt_length": 8}, {"max_length": 8}),
+        ({"prompt_length": 13}, {"max_length": 16, "layout": "paper", "num_spans": 1, "k_max": 4}),
+    ],
+)
+def test_examples_of_which_nothing_counts_are_told_of(tmp_path, change, bare, caplog):
+    """Alone they had trained at loss 0 and ended well."""
+
+    def told(train, **change):
         caplog.clear()
-        options = {"teacher": None, "teacher_target": "gt", "max_steps": 1, "save_strategy": "no", "max_length": 8}
+        options = {"teacher": None, "teacher_target": "gt", "max_steps": 1, "save_strategy": "no"} | bare
         trainer(tmp_path, train=train, **options | change).train()
         return caplog.text
 
     rows = data(8)
-    rows[2] = rows[2] | {"prompt_length": 8}
-    rows[3] = rows[3] | {"prompt_length": 9, "earlier_answers": [(2, 4)]}
-    says = "of 1 examples in 8 only the prompt is within 8 tokens (max_length), the first is example 3"
-    assert f"train_dataset: {says}" in run(rows)
-    with pytest.raises(ValueError, match="of 1 examples in 1 only the prompt"):
-        run(rows[2:3])
-    # The prompt counts too.
-    for change in ({"response_only": False}, {"prefix_weight": 1.0, "prefix_scope": "all"}):
-        assert "examples" not in run(rows, **change)
+    assert "nothing counts" not in told(rows)
+    rows[3] |= change
+    assert "train_dataset: of 1 examples in 8 nothing counts, the first is example 4" in told(rows)
+    with pytest.raises(ValueError, match="train_dataset: of 2 examples in 2 nothing counts, the first is example 1"):
+        told(rows[3:4] * 2)
     # A stream is looked at as it comes, and told of once.
-    told = run(IterableDataset.from_generator(lambda: iter(rows * 2)), max_steps=3)
-    assert told.count("texts without a span") == 1
-    assert "texts without" not in run(IterableDataset.from_generator(lambda: iter(data(8))))
+    assert told(IterableDataset.from_generator(lambda: iter(rows * 2)), max_steps=3).count("without a span") == 1
+    assert "without a span" not in told(IterableDataset.from_generator(lambda: iter(data(8))))
+
+
+def test_prompts_that_count_need_no_answer(tmp_path, caplog):
+    rows = [x | {"prompt_length": 8} for x in data(8)]
+    for change in ({"response_only": False}, {"prefix_weight": 1.0, "prefix_scope": "all"}):
+        options = {"teacher": None, "teacher_target": "gt", "max_steps": 1, "save_strategy": "no", "max_length": 8}
+        trainer(tmp_path, train=rows, **options | change).train()
+    assert "nothing counts" not in caplog.text

@@ -269,35 +269,32 @@ def are_at_hand(texts: Any) -> bool:
 def require_counted(name: str, texts: Any, args: MTPConfig) -> None:
     """Look for examples of which nothing counts: they train nothing, and a run of them alone would end well.
 
-    Raises BadData, a ValueError, with the number of one that is faulty or has no answer, and where max_length leaves
-    an answer of none; of some it warns, as of long rows in files.
+    Raises BadData, a ValueError, with the number of one that is faulty, and where nothing counts of any. Of some whose
+    answer is empty, or behind max_length, it warns.
     """
-    cut = []
+    bare = []
     for number, x in enumerate(texts, 1):
-        where = f"{name}, example {number}"
         try:
             require_example(x)
         except ValueError as fault:
-            raise BadData(f"{where}: {fault}") from None
-        if not _counts(x, sys.maxsize, args):
-            tokens, prompt = len(x["input_ids"]), x["prompt_length"]
-            raise BadData(f"{where}: no token of it counts: of {tokens} the prompt has {prompt}; leave it out")
-        if not _counts(x, args.most_tokens or sys.maxsize, args):
-            cut.append(number)
-    if cut:
+            raise BadData(f"{name}, example {number}: {fault}") from None
+        if not _counts(x, args):
+            bare.append(number)
+    if bare:
+        within = f" within {args.most_tokens} tokens (max_length)" if args.max_length else ""
         says = (
-            f"{name}: of {len(cut)} examples in {len(texts)} only the prompt is within {args.most_tokens} tokens "
-            f"(max_length), the first is example {cut[0]}: nothing of them counts; leave them out, or raise it"
+            f"{name}: of {len(bare)} examples in {len(texts)} nothing counts, the first is example {bare[0]}: there is "
+            f"no answer behind the prompt{within}; leave them out, or mend their prompt_length"
         )
-        if len(cut) == len(texts):
+        if len(bare) == len(texts):
             raise BadData(says)
         if args.process_index == 0:
             logger.warning(says)
 
 
-def _counts(x: Mapping[str, Any], most: int, args: MTPConfig) -> bool:
-    """Whether a token counts among the first `most`; the very first has nothing before it to be predicted from."""
-    tokens = min(len(x["input_ids"]), most)
+def _counts(x: Mapping[str, Any], args: MTPConfig) -> bool:
+    """Whether a token counts within max_length; the very first has nothing before it to be predicted from."""
+    tokens = min(len(x["input_ids"]), args.most_tokens or sys.maxsize)
     answers = [(x["prompt_length"], tokens), *(x.get("earlier_answers") or ())]
     if not args.response_only or (args.prefix_weight and args.prefix_scope == "all"):
         answers = [(0, tokens)]

@@ -175,7 +175,7 @@ class MTPTrainer(RunTrainer):
             plan["layout"] = replace(layout, position=layout.position.clamp(max=most - 1))
         if self._unseen and not (plan["layout"].prefix > 0).view(plan["texts"], -1).any(1).all():
             self._unseen = False
-            logger.warning("the data have texts without a span: of their answers nothing is left within max_length")
+            logger.warning("there are texts without a span: they have no answer behind the prompt, within max_length")
         return plan
 
     def draw_k(self, step: int) -> int:

@@ -77,8 +77,9 @@ class MTPTrainer(RunTrainer):
 
     Batches come from `MTPCollator`. At the end a summary stands in output_dir; `save_model` writes a plain Hugging Face
     checkpoint, adapters merged, whose config records the mask token and k_max. Raises ValueError for a missing teacher
-    or one of another vocabulary, trained weights below float32, and arguments of Trainer that would have no effect
-    here; NotFiniteError, a RuntimeError, for a loss or weights that are not finite.
+    or one of another vocabulary, trained weights below float32, arguments of Trainer that would have no effect here,
+    and, when it trains, for data of which nothing would count; NotFiniteError, a RuntimeError, for a loss or weights
+    that are not finite.
 
         trainer = MTPTrainer(model=model, teacher=teacher, args=MTPConfig("out", k_max=8), train_dataset=data,
                              data_collator=MTPCollator(tokenizer.pad_token_id), processing_class=tokenizer)

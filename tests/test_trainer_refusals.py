@@ -89,9 +89,11 @@ def test_examples_that_are_none_are_refused_by_number(tmp_path, gated, change, s
     own = {"gated": True, "lora_rank": 2} if gated else {}
     rows = data(8)
     rows[3] |= change
+    filled = Dataset.from_list([{"earlier_answers": None} | x for x in rows])
     for given, name in (
         ({"train": rows}, "train_dataset"),
-        ({"train": Dataset.from_list([{"earlier_answers": None} | x for x in rows])}, "train_dataset"),
+        ({"train": filled}, "train_dataset"),
+        ({"train": filled.with_format("torch")}, "train_dataset"),
         ({"held": rows}, "eval_dataset"),
         ({"held": {"other": rows}}, "eval_dataset other"),
     ):
@@ -128,6 +130,15 @@ def test_examples_of_which_nothing_counts_are_told_of(tmp_path, change, bare, ca
     # A stream is looked at as it comes, and told of once.
     assert told(IterableDataset.from_generator(lambda: iter(rows * 2)), max_steps=3).count("without a span") == 1
     assert "without a span" not in told(IterableDataset.from_generator(lambda: iter(data(8))))
+
+
+@pytest.mark.parametrize("form", [None, "torch", "numpy"])
+def test_examples_of_datasets_are_those_of_lists(form):
+    rows = [x | ({"earlier_answers": [(1, 2), (2, 4)]} if i else {}) for i, x in enumerate(data(2))]
+    filled = Dataset.from_list([{"earlier_answers": None} | x for x in rows]).with_format(form)
+    ours, wanted = MTPCollator(0)([*filled]), MTPCollator(0)(rows)
+    assert (ours.pop("input_ids") == wanted.pop("input_ids")).all()
+    assert ours == wanted
 
 
 def test_prompts_that_count_need_no_answer(tmp_path, caplog):

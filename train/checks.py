@@ -22,7 +22,7 @@ from mtpkern.attention import exclusive
 from mtpkern.loading import holds_adapter, require_model
 from mtpkern.model import evaluating, is_tested
 from mtpkern.train.arguments import refuse
-from mtpkern.train.collator import require_example
+from mtpkern.train.collator import earlier_answers, require_example
 from mtpkern.train.config import ModelArguments, MTPConfig
 from mtpkern.train.data import BadData, DataArguments, EncodedTexts, require_readable
 from mtpkern.train.lora import plain_model
@@ -295,7 +295,7 @@ def require_counted(name: str, texts: Any, args: MTPConfig) -> None:
 def _counts(x: Mapping[str, Any], args: MTPConfig) -> bool:
     """Whether a token counts within max_length; the very first has nothing before it to be predicted from."""
     tokens = min(len(x["input_ids"]), args.most_tokens or sys.maxsize)
-    answers = [(x["prompt_length"], tokens), *(x.get("earlier_answers") or ())]
+    answers = [(x["prompt_length"], tokens), *earlier_answers(x)]
     if not args.response_only or (args.prefix_weight and args.prefix_scope == "all"):
         answers = [(0, tokens)]
     return any(max(1, start) < min(end, tokens) for start, end in answers)

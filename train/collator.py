@@ -19,12 +19,18 @@ def require_example(x: Mapping[str, Any]) -> None:
             f"an example must have input_ids and prompt_length, as mtpkern.train.encode_rows(rows, tokenizer) "
             f"makes them of rows, tokenized or not; {', '.join(sorted(missing))} missing, got {', '.join(x)}"
         )
-    tokens, prompt, earlier = len(x["input_ids"]), int(x["prompt_length"]), x.get("earlier_answers") or ()
+    tokens, prompt, earlier = len(x["input_ids"]), int(x["prompt_length"]), earlier_answers(x)
     if not 0 <= prompt <= tokens or any(not 0 <= start < end <= tokens for start, end in earlier):
         raise ValueError(
             f"prompt_length must lie from 0 to the {tokens} tokens of the text, and each of earlier_answers be a "
-            f"(start, end) in them; got prompt_length {prompt}, earlier_answers {list(earlier)}"
+            f"(start, end) in them; got prompt_length {prompt}, earlier_answers {earlier}"
         )
+
+
+def earlier_answers(x: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Those of an example as numbers; `datasets` has arrays, and None where a row has none: `earlier_answers({})`."""
+    found = x.get("earlier_answers")
+    return [] if found is None else [(int(start), int(end)) for start, end in found]
 
 
 class MTPCollator:
@@ -53,12 +59,12 @@ class MTPCollator:
             raise ValueError(f"texts must have at most pad_to = {self.pad_to} tokens; got {longest}: cut or raise it")
         input_ids = torch.full((len(batch), self.pad_to or longest), self.pad_token_id, dtype=torch.int64)
         for i, x in enumerate(batch):
-            input_ids[i, : len(x["input_ids"])] = torch.tensor(x["input_ids"])
+            input_ids[i, : len(x["input_ids"])] = torch.as_tensor(x["input_ids"])
         texts = zip(input_ids, lengths)
         return {
             "input_ids": input_ids,
             "lengths": lengths,
             "prompt_lengths": [int(x["prompt_length"]) for x in batch],
-            "earlier_answers": [list(x.get("earlier_answers") or ()) for x in batch],
+            "earlier_answers": [earlier_answers(x) for x in batch],
             "digests": [blake2b(ids[:n].numpy().tobytes(), digest_size=16).digest() for ids, n in texts],
         }

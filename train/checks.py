@@ -281,10 +281,12 @@ def require_counted(name: str, texts: Any, args: MTPConfig) -> None:
         if not _counts(x, args):
             bare.append(number)
     if bare:
-        within = f" within {args.most_tokens} tokens (max_length)" if args.max_length else ""
+        within, remedy = "", "mend prompt_length"
+        if args.max_length is not None:
+            within, remedy = f" within {args.most_tokens} tokens", "raise max_length"
         says = (
             f"{name}: of {len(bare)} examples in {len(texts)} nothing counts, the first is example {bare[0]}: there is "
-            f"no answer behind the prompt{within}; leave them out, or mend their prompt_length"
+            f"no answer behind the prompt{within}; {remedy}, or leave them out"
         )
         if len(bare) == len(texts):
             raise BadData(says)

@@ -81,6 +81,7 @@ def test_refusals(tmp_path):
     [
         ({"prompt_length": 16}, "prompt_length must lie from 0 to the 15 tokens"),
         ({"prompt_length": -1}, "got prompt_length -1"),
+        ({"input_ids": [], "prompt_length": 0}, "input_ids must have a token"),
         ({"earlier_answers": [(-3, -1)]}, r"got prompt_length 4, earlier_answers \[.-3, -1.\]"),
     ],
 )

@@ -20,6 +20,8 @@ def require_example(x: Mapping[str, Any]) -> None:
             f"makes them of rows, tokenized or not; {', '.join(sorted(missing))} missing, got {', '.join(x)}"
         )
     tokens, prompt, earlier = len(x["input_ids"]), int(x["prompt_length"]), earlier_answers(x)
+    if not tokens:
+        raise ValueError("input_ids must have a token at least; got none: leave the example out")
     if not 0 <= prompt <= tokens or any(not 0 <= start < end <= tokens for start, end in earlier):
         raise ValueError(
             f"prompt_length must lie from 0 to the {tokens} tokens of the text, and each of earlier_answers be a "

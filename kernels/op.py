@@ -88,7 +88,7 @@ class Operator(Generic[P, T]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
         """The call through torch's dispatcher."""
         if len(args) > len(self._places) or any(name not in self._parts for name in kwargs):
-            raise TypeError(f"arguments are {', '.join(self._parts)}; got {len(args)} in place and {', '.join(kwargs)}")
+            raise TypeError(f"arguments are {', '.join(self._parts)}; got {len(args)} in place, {[*kwargs]} by name")
         given = {**self._defaults, **dict(zip(self._places, args)), **kwargs}
         flat: list[Any] = []
         for argument, (kind, names) in self._parts.items():

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from importlib import import_module
+from threading import Barrier
 from types import SimpleNamespace
 
 import pytest
@@ -146,6 +147,9 @@ def test_answers_are_compared_with_what_the_page_says(capsys):
 def test_a_request_that_fails_is_not_taken_for_an_answer():
     with pytest.raises(ZeroDivisionError):
         engine.asked(lambda i: 1 / (i - 2), requests=5, clients=2)
+    # So many at once, each of which waits for the others.
+    together = Barrier(3, timeout=30)
+    engine.asked(lambda i: together.wait(), requests=6, clients=3)
     asked = []
     assert engine.asked(asked.append, requests=5, clients=2) > 0
     assert sorted(asked) == list(range(5))

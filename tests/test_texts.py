@@ -142,6 +142,7 @@ def test_text_comes_first(bytes_of):
         ({"input_ids": [4, 5], "labels": [5, -100]}, {}, "row 1: labels must be -100 or the token itself"),
         ({"input_ids": [4, 5], "labels": [4, -100]}, {}, "row 1: no token of it counts"),
         ({"input_ids": [4, 5, 6], "seq_lengths": [1, 2]}, {}, "row 1: several texts are packed.*packing=True"),
+        ({"input_ids": [4, 5, 6], "prompt_length": 1}, {}, "row 1: its prompt_length says what counts"),
         ({"input_ids": None, "labels": [4]}, {}, "row 1: input_ids"),
         ({"input_ids": [4, 5, 6], "position_ids": [0, 1, 0]}, {}, "row 1: several texts are packed"),
         ({"input_ids": [0, 4, 5], "attention_mask": [0, 1, 1]}, {}, "row 1: its attention_mask has zeros.*padding"),

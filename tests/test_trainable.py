@@ -240,5 +240,7 @@ def test_data_of_which_no_batch_is_left(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"leaves no batch of 4 texts: 5 make one.*per_device_train_batch_size"):
         run.train()
     run.train_dataset, run.eval_dataset = [TEXT] * 5, {"one": [TEXT] * 3, "other": [TEXT] * 2}
+    run.train()  # which evaluates nothing
+    run.args.eval_strategy = "steps"
     with pytest.raises(ValueError, match=r"leaves no batch of 2 texts: 3 make one.*per_device_eval_batch_size"):
         run.train()

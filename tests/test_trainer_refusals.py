@@ -3,10 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
+from datasets import Dataset, IterableDataset
 
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.trainer import MTPTrainer
-from support.trained import MASK, V, config, data, llama, trainer
+from support.trained import EOS, MASK, V, config, data, llama, trainer
 
 
 def test_refusals(tmp_path):
@@ -72,3 +73,78 @@ def test_refusals(tmp_path):
         MTPTrainer(model=llama(), args=config(tmp_path), teacher=llama(), mask_token_id=MASK, compute_metrics=len)
     with pytest.raises(ValueError, match="pad_to"):
         MTPCollator(0, pad_to=5)(data(1))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"prompt_length": 16}, "prompt_length must lie from 0 to the 15 tokens"),
+        ({"prompt_length": -1}, "got prompt_length -1"),
+        ({"input_ids": [], "prompt_length": 0}, "input_ids must have a token"),
+        ({"earlier_answers": [(-3, -1)]}, r"got prompt_length 4, earlier_answers \[.-3, -1.\]"),
+    ],
+)
+def test_examples_that_are_none_are_refused_by_number(tmp_path, gated, change, says):
+    """Before the first step, where the data are at hand."""
+    own = {"gated": True, "lora_rank": 2} if gated else {}
+    rows = data(8)
+    rows[3] |= change
+    filled = Dataset.from_list([{"earlier_answers": None} | x for x in rows])
+    for given, name in (
+        ({"train": rows}, "train_dataset"),
+        ({"train": filled}, "train_dataset"),
+        ({"train": filled.with_format("torch")}, "train_dataset"),
+        ({"held": rows}, "eval_dataset"),
+        ({"held": {"other": rows}}, "eval_dataset other"),
+    ):
+        run = trainer(tmp_path, llama(vocab_size=MASK + (not gated)), None, teacher_target="gt", **own, **given)
+        with pytest.raises(ValueError, match=f"^{name}, example 4: .*{says}"):
+            run.train()
+
+
+@pytest.mark.parametrize(
+    ("change", "bare"),
+    [
+        ({"prompt_length": 15}, {}),
+        ({"prompt_length": 15, "earlier_answers": [(0, 1)]}, {}),
+        ({"input_ids": [EOS], "prompt_length": 0}, {}),
+        ({"prompt_length": 8}, {"max_length": 8}),
+        ({"prompt_length": 13}, {"max_length": 16, "layout": "paper", "num_spans": 1, "k_max": 4}),
+    ],
+)
+def test_examples_of_which_nothing_counts_are_told_of(tmp_path, change, bare, caplog):
+    """Alone they had trained at loss 0 and ended well."""
+
+    def told(train, **change):
+        caplog.clear()
+        options = {"teacher": None, "teacher_target": "gt", "max_steps": 1, "save_strategy": "no"} | bare
+        trainer(tmp_path, train=train, **options | change).train()
+        return caplog.text
+
+    rows = data(8)
+    assert "nothing counts" not in told(rows)
+    rows[3] |= change
+    assert "train_dataset: of 1 examples in 8 nothing counts, the first is example 4" in told(rows)
+    with pytest.raises(ValueError, match="train_dataset: of 2 examples in 2 nothing counts, the first is example 1"):
+        told(rows[3:4] * 2)
+    # A stream is looked at as it comes, and told of once.
+    assert told(IterableDataset.from_generator(lambda: iter(rows * 2)), max_steps=3).count("without a span") == 1
+    assert "without a span" not in told(IterableDataset.from_generator(lambda: iter(data(8))))
+
+
+@pytest.mark.parametrize("form", [None, "torch", "numpy"])
+def test_examples_of_datasets_are_those_of_lists(form):
+    rows = [x | ({"earlier_answers": [(1, 2), (2, 4)]} if i else {}) for i, x in enumerate(data(2))]
+    filled = Dataset.from_list([{"earlier_answers": None} | x for x in rows]).with_format(form)
+    ours, wanted = MTPCollator(0)([*filled]), MTPCollator(0)(rows)
+    assert (ours.pop("input_ids") == wanted.pop("input_ids")).all()
+    assert ours == wanted
+
+
+def test_prompts_that_count_need_no_answer(tmp_path, caplog):
+    rows = [x | {"prompt_length": 8} for x in data(8)]
+    for change in ({"response_only": False}, {"prefix_weight": 1.0, "prefix_scope": "all"}):
+        options = {"teacher": None, "teacher_target": "gt", "max_steps": 1, "save_strategy": "no", "max_length": 8}
+        trainer(tmp_path, train=rows, **options | change).train()
+    assert "nothing counts" not in caplog.text

@@ -6,6 +6,8 @@ from mtpkern.train.extra import DynamoBackend, PeftModel  # isort: split
 
 import logging
 import math
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,8 +22,9 @@ from mtpkern.attention import exclusive
 from mtpkern.loading import holds_adapter, require_model
 from mtpkern.model import evaluating, is_tested
 from mtpkern.train.arguments import refuse
+from mtpkern.train.collator import earlier_answers, require_example
 from mtpkern.train.config import ModelArguments, MTPConfig
-from mtpkern.train.data import DataArguments, require_readable
+from mtpkern.train.data import BadData, DataArguments, EncodedTexts, require_readable
 from mtpkern.train.lora import plain_model
 from mtpkern.train.objective import head_of
 from mtpkern.verify import require_verified
@@ -255,6 +258,49 @@ def require_adapters(model: PeftModel, args: MTPConfig) -> None:
             f"the adapter {name!r} has {moves}, which changes the base's own weights, and so the model without its "
             "adapters, which is the teacher; make it without, or set teacher_target: gt, without an anchor",
         )
+
+
+def are_at_hand(texts: Any) -> bool:
+    """Whether a data set's examples can be looked at before training: in memory, or of `datasets`; no stream is."""
+    kept = isinstance(texts, (list, tuple, EncodedTexts)) or hasattr(texts, "features")
+    return kept and hasattr(texts, "__len__")
+
+
+def require_counted(name: str, texts: Any, args: MTPConfig) -> None:
+    """Look for examples of which nothing counts: they train nothing, and a run of them alone would end well.
+
+    Raises BadData, a ValueError, with the number of one that is faulty, and where nothing counts of any. Of some whose
+    answer is empty, or behind max_length, it warns.
+    """
+    bare = []
+    for number, x in enumerate(texts, 1):
+        try:
+            require_example(x)
+        except ValueError as fault:
+            raise BadData(f"{name}, example {number}: {fault}") from None
+        if not _counts(x, args):
+            bare.append(number)
+    if bare:
+        within, remedy = "", "mend prompt_length"
+        if args.max_length is not None:
+            within, remedy = f" within {args.most_tokens} tokens", "raise max_length"
+        says = (
+            f"{name}: of {len(bare)} examples in {len(texts)} nothing counts, the first is example {bare[0]}: there is "
+            f"no answer behind the prompt{within}; {remedy}, or leave them out"
+        )
+        if len(bare) == len(texts):
+            raise BadData(says)
+        if args.process_index == 0:
+            logger.warning(says)
+
+
+def _counts(x: Mapping[str, Any], args: MTPConfig) -> bool:
+    """Whether a token counts within max_length; the very first has nothing before it to be predicted from."""
+    tokens = min(len(x["input_ids"]), args.most_tokens or sys.maxsize)
+    answers = [(x["prompt_length"], tokens), *earlier_answers(x)]
+    if not args.response_only or (args.prefix_weight and args.prefix_scope == "all"):
+        answers = [(0, tokens)]
+    return any(max(1, start) < min(end, tokens) for start, end in answers)
 
 
 def require_tested_engine(trainer: Trainer) -> None:

@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
 import torch
+
+
+def require_example(x: Mapping[str, Any]) -> None:
+    """Raise ValueError for what is no example: fields that are missing, and answers that lie outside the text.
+
+    require_example({"input_ids": [5, 6, 2], "prompt_length": 4})  # ValueError: prompt_length must lie from 0 to ...
+    """
+    if missing := {"input_ids", "prompt_length"} - x.keys():
+        raise ValueError(
+            f"an example must have input_ids and prompt_length, as mtpkern.train.encode_rows(rows, tokenizer) "
+            f"makes them of rows, tokenized or not; {', '.join(sorted(missing))} missing, got {', '.join(x)}"
+        )
+    tokens, prompt, earlier = len(x["input_ids"]), int(x["prompt_length"]), earlier_answers(x)
+    if not tokens:
+        raise ValueError("input_ids must have a token at least; got none: leave the example out")
+    if not 0 <= prompt <= tokens or any(not 0 <= start < end <= tokens for start, end in earlier):
+        raise ValueError(
+            f"prompt_length must lie from 0 to the {tokens} tokens of the text, and each of earlier_answers be a "
+            f"(start, end) in them; got prompt_length {prompt}, earlier_answers {earlier}"
+        )
+
+
+def earlier_answers(x: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Those of an example as numbers; `datasets` has arrays, and None where a row has none: `earlier_answers({})`."""
+    found = x.get("earlier_answers")
+    return [] if found is None else [(int(start), int(end)) for start, end in found]
 
 
 class MTPCollator:
@@ -28,23 +54,19 @@ class MTPCollator:
         Lists stay on the host, where spans are drawn: reading tensors back from a GPU would wait for it.
         """
         for x in batch:
-            if missing := {"input_ids", "prompt_length"} - x.keys():
-                raise ValueError(
-                    f"an example must have input_ids and prompt_length, as mtpkern.train.encode_rows(rows, tokenizer) "
-                    f"makes them of rows, tokenized or not; {', '.join(sorted(missing))} missing, got {', '.join(x)}"
-                )
+            require_example(x)
         lengths = [len(x["input_ids"]) for x in batch]
         longest = max(lengths)
         if self.pad_to is not None and longest > self.pad_to:
             raise ValueError(f"texts must have at most pad_to = {self.pad_to} tokens; got {longest}: cut or raise it")
         input_ids = torch.full((len(batch), self.pad_to or longest), self.pad_token_id, dtype=torch.int64)
         for i, x in enumerate(batch):
-            input_ids[i, : len(x["input_ids"])] = torch.tensor(x["input_ids"])
+            input_ids[i, : len(x["input_ids"])] = torch.as_tensor(x["input_ids"])
         texts = zip(input_ids, lengths)
         return {
             "input_ids": input_ids,
             "lengths": lengths,
             "prompt_lengths": [int(x["prompt_length"]) for x in batch],
-            "earlier_answers": [list(x.get("earlier_answers", ())) for x in batch],
+            "earlier_answers": [earlier_answers(x) for x in batch],
             "digests": [blake2b(ids[:n].numpy().tobytes(), digest_size=16).digest() for ids, n in texts],
         }

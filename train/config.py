@@ -330,13 +330,20 @@ class MTPConfig(TrainingArguments):
         period = self.k_max if self.spacing == "random" and self.layout == "default" else 2 * self.k_max
         return max(1, num_tokens // period)
 
+    @property
+    def most_tokens(self) -> int | None:
+        """Of a text so many are read, whatever k is drawn: `MTPConfig("out", max_length=512).most_tokens == 512`."""
+        if self.max_length is None or self.layout != "paper":
+            return self.max_length
+        return self.max_length - self.spans_of(self.max_length) * (self.k_max - 1)
+
     def _require_room(self) -> None:
         """Raise ValueError for a max_length that leaves fewer than two tokens of a text."""
         paper = self.layout == "paper"
         if self.max_length is None:
             refuse(paper, "layout='paper' counts masks into max_length; give max_length (the paper: 160)")
             return
-        masks = self.spans_of(self.max_length) * (self.k_max - 1) if paper else 0
+        masks = self.max_length - cast(int, self.most_tokens)
         counted = f" and all {masks} masks of the spans (layout='paper')" if paper else ""
         refuse(
             self.max_length < 2 + masks,

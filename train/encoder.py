@@ -247,6 +247,8 @@ class Encoder:
         if not isinstance(ids, list) or any(not isinstance(x, list) or len(x) != len(ids) for x in columns):
             says = "input_ids, and labels or masks beside them, must be lists of one length"
             return BadRow("wrong tokens", f"{says}; got {', '.join(shown(x) for x in (ids, *columns))}")
+        if row.get("prompt_length") is not None:
+            return BadRow("encoded", "its prompt_length says what counts: give examples to the trainer as they are")
         positions = row.get("position_ids")
         if row.get("seq_lengths") is not None or (positions is not None and positions != list(range(len(ids)))):
             says = "several texts are packed into it (seq_lengths, or position_ids that begin anew)"

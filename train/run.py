@@ -221,6 +221,8 @@ class RunTrainer(Trainer):
             if isinstance(resume_from_checkpoint, (str, Path)):
                 resume_from_checkpoint = str(resume_from_checkpoint)
                 self._go_on_from(resume_from_checkpoint, newest)
+            if not self._ended:
+                self._require_data()
             self._note_start()
             # What is saved meanwhile says so.
             record_settings(self.plain, finished=False)
@@ -238,7 +240,6 @@ class RunTrainer(Trainer):
         return result
 
     def _train(self, checkpoint: str | bool | None, **kwargs: Any) -> TrainOutput:
-        self._require_batches()
         self._try_out()
         output_dir = cast(str, self.args.output_dir)
         if self.is_world_process_zero():
@@ -253,9 +254,9 @@ class RunTrainer(Trainer):
                 logger.warning("no summary in %s: %s", output_dir, error)
         return result
 
-    def _require_batches(self) -> None:
+    def _require_data(self) -> None:
         """Raise ValueError for data of which no batch is left: Trainer would read nothing of them, and end well."""
-        args, held_out = self.args, self.eval_dataset
+        args, held_out = self.args, self.eval_dataset if self.args.eval_strategy != "no" else None
         evaluated = held_out.values() if isinstance(held_out, dict) else [held_out]
         sets = [("train", self.train_dataset, args.train_batch_size)]
         sets += [("eval", texts, args.eval_batch_size) for texts in evaluated]

@@ -33,13 +33,16 @@ from mtpkern.attention import AttentionContext, attention_context, ended_by_inte
 from mtpkern.model import at_rest, learned_positions, random_in_training, record_settings, resolve_mask_token
 from mtpkern.train.arguments import refuse
 from mtpkern.train.checks import (
+    are_at_hand,
     require_adapters,
+    require_counted,
     require_sound,
     require_tested_engine,
     require_trainable,
     warn_of_dropout,
     warn_of_taught,
 )
+from mtpkern.train.collator import MTPCollator
 from mtpkern.train.compilation import CompiledLayers
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import HeldOut
@@ -74,8 +77,9 @@ class MTPTrainer(RunTrainer):
 
     Batches come from `MTPCollator`. At the end a summary stands in output_dir; `save_model` writes a plain Hugging Face
     checkpoint, adapters merged, whose config records the mask token and k_max. Raises ValueError for a missing teacher
-    or one of another vocabulary, trained weights below float32, and arguments of Trainer that would have no effect
-    here; NotFiniteError, a RuntimeError, for a loss or weights that are not finite.
+    or one of another vocabulary, trained weights below float32, arguments of Trainer that would have no effect here,
+    and, when it trains, for data of which nothing would count; NotFiniteError, a RuntimeError, for a loss or weights
+    that are not finite.
 
         trainer = MTPTrainer(model=model, teacher=teacher, args=MTPConfig("out", k_max=8), train_dataset=data,
                              data_collator=MTPCollator(tokenizer.pad_token_id), processing_class=tokenizer)
@@ -151,6 +155,7 @@ class MTPTrainer(RunTrainer):
         self._original: Original | None = None
         self._sums: list[MTPLoss] = []
         self._seen = Seen()
+        self._unseen = True  # whether texts without an answer could come that nobody has told of
         self._kept: KeptSpans | None = None  # while an evaluation runs
 
     def _adapted(self, plain: PreTrainedModel, mask_token_id: int | None, args: MTPConfig) -> PeftModel:
@@ -169,6 +174,9 @@ class MTPTrainer(RunTrainer):
             # Masks further on predict what stands behind every text that the model could read, the padding.
             layout: Layout = plan["layout"]
             plan["layout"] = replace(layout, position=layout.position.clamp(max=most - 1))
+        if self._unseen and not (plan["layout"].prefix > 0).view(plan["texts"], -1).any(1).all():
+            self._unseen = False
+            logger.warning("there are texts without a span: they have no answer behind the prompt, within max_length")
         return plan
 
     def draw_k(self, step: int) -> int:
@@ -365,6 +373,18 @@ class MTPTrainer(RunTrainer):
         found = span_statistics(self._sums, k_max=self.args.k_max, device=self.args.device, reduce=reduce)
         self._sums.clear()
         return found
+
+    def _require_data(self) -> None:
+        """Raise ValueError for examples of which nothing counts, too, where they can be looked at."""
+        super()._require_data()
+        held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        sets = {"train_dataset": self.train_dataset}
+        sets |= {f"eval_dataset {name}".rstrip(): texts for name, texts in held_out.items()}
+        # Another collator may make examples of anything.
+        at_hand = [name for name in sets if type(self.data_collator) is MTPCollator and are_at_hand(sets[name])]
+        for name in at_hand:
+            require_counted(name, sets[name], self.args)
+        self._unseen = "train_dataset" not in at_hand
 
     def _note_start(self) -> None:
         """Note what the model predicts in one token a pass, for `eval_original_agreement`."""

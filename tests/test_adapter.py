@@ -192,10 +192,10 @@ def test_an_adapter_of_the_head_is_refused_and_leaves_nothing(tiny, tmp_path):
     file = tmp_path / "adapter_config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "target_modules": [*config["target_modules"], "lm_head"]}))
-    before = vars(base).keys(), [(name, id(x)) for name, x in base.named_modules()]
+    before = {*vars(base)}, [(name, id(x)) for name, x in base.named_modules()]
     with pytest.raises(ValueError, match="changes the output head"):
         mtpkern.load_adapter(base, tmp_path)
-    assert (vars(base).keys(), [(name, id(x)) for name, x in base.named_modules()]) == before
+    assert ({*vars(base)}, [(name, id(x)) for name, x in base.named_modules()]) == before
     assert not hasattr(base, "peft_config")
 
 

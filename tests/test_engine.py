@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -88,6 +89,10 @@ def test_without_attention_mask_padding_is_inferred_as_generate_does(
     model.generation_config.update(eos_token_id=STOP)
     with pytest.raises(ValueError, match="left"):
         engine.generate(ids.flip(1), max_new_tokens=2, pad_token_id=tiny.pad, eos_token_id=STOP)
+    for wrong in ({"pad_token_id": "0"}, {"pad_token_id": [0]}, {"pad_token_id": 0, "eos_token_id": "2"}):
+        for call in (engine.generate, partial(mtpkern.generate, model)):
+            with pytest.raises(TypeError, match="_token_id must be a whole number"):
+                call(ids, max_new_tokens=2, **wrong)
 
 
 def test_a_call_on_the_models_generate_leads_here(engine: Engine, model: Any, passes: list[int]) -> None:
@@ -176,8 +181,11 @@ def test_blocks_are_read_as_they_come(engine: Engine, model: Any) -> None:
     blocks = list(engine.stream(torch.tensor([[5, 6, 7]]), max_new_tokens=24, eos_token_id=None))
     assert [token for (new,) in blocks for token in new] == wanted
     assert len(blocks) > 3
-    with engine.stream(torch.tensor([[5, 6, 7]]), max_new_tokens=LONG, eos_token_id=None) as blocks:
+    buffer = torch.tensor([[5, 6, 7]])
+    with engine.stream(buffer, max_new_tokens=LONG, eos_token_id=None) as blocks:
+        buffer.fill_(1)
         next(blocks)
+    assert blocks.output[0, :4].tolist() == [5, 6, 7, wanted[0]]
     assert result(engine.submit([5, 6, 7], max_new_tokens=24, eos_token_id=None)).tokens == wanted
 
 

@@ -146,7 +146,7 @@ class Engine:
                 raise
             filler, width = requests[0].batch.filler, max(len(output.tokens) for output in outputs)
             new = [output.tokens + [filler] * (width - len(output.tokens)) for output in outputs]
-            new_tokens = torch.tensor(new, device=input_ids.device).view(len(new), -1)
+            new_tokens = torch.tensor(new, dtype=torch.int64, device=input_ids.device)
             return torch.cat([input_ids.to(torch.int64), new_tokens], dim=1)
 
     def stream(self, input_ids: Tensor | None = None, **options: Any) -> Stream[list[list[int]]]:

@@ -3,7 +3,6 @@
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import CancelledError
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -196,25 +195,30 @@ def test_a_buffer_may_be_filled_with_the_next(engine: Engine, model: Any) -> Non
     assert [result(f).tokens for f in futures] == [free(model, prompt.tolist(), 8) for prompt in prompts]
 
 
-def test_who_has_left_before_its_turn_is_not_read(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by_streamer", [False, True])
+def test_who_has_left_before_its_turn_is_not_read(
+    by_streamer: bool, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read: list[int] = []
     chunk = Decoder.prefill_chunk
     monkeypatch.setattr(Decoder, "prefill_chunk", lambda *x, **y: read.append(int(x[2][0, 0])) or chunk(*x, **y))
+    left: Any = SimpleNamespace(closed=threading.Event(), put=lambda value: None, end=lambda: None)
     with Engine(model, batch_size=1, max_length=64, check_model=False) as engine:
 
         def leave(value: Any) -> None:
             for request in engine._line.inside.values():
-                if request.future is not first:
-                    request.end()
+                if request.future is second:
+                    left.closed.set() if by_streamer else request.end()
 
         with engine._line.changed:  # both are looked at when the first comes in
             streamer: Any = SimpleNamespace(put=leave, end=lambda: None)
             first = engine.submit([5, 6], max_new_tokens=4, eos_token_id=None, streamer=streamer)
-            second = engine.submit([7, 8], max_new_tokens=4, eos_token_id=None)
+            second = engine.submit([7, 8], max_new_tokens=4, eos_token_id=None, streamer=left)
         assert len(result(first).tokens) == 4
-        with pytest.raises(CancelledError):
-            result(second)
-    assert read == [5]
+        assert (result(second).finish_reason, result(second).tokens) == ("closed", [])
+        prompt = torch.tensor([[7, 8]])
+        assert engine.generate(prompt, max_new_tokens=4, streamer=left).equal(prompt) == by_streamer
+    assert read == ([5] if by_streamer else [5, 7])
 
 
 @pytest.mark.parametrize("strategy", [Verified(3, threshold=0.2), ConfAdapt(3, threshold=0.3)], ids=repr)

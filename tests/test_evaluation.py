@@ -186,14 +186,14 @@ def test_an_original_with_other_tokens_is_refused(shipped, bytes_of):
 
 
 def test_acceptance_of_the_shipped_checkpoint(shipped):
-    """It wrote 8.8 and 7.3 tokens a pass on eight hundred problems: far less means that drafts fail."""
+    """It wrote 9.1 and 7.5 tokens a pass on eight hundred problems: far less means that drafts fail."""
     model, tokenizer = shipped
     ways = {"verified": Verified(), "confadapt": ConfAdapt(8, 0.9)}
     judged = Evaluation(model, tokenizer, ways, rule="hashes", max_new_tokens=96)
     found = evaluation.figures(judged.decode(read_cases(PROBLEMS, 16), batch=0))
     # Of the same 16 problems, which are fixed; room is left for last bits that tip a confidence.
-    assert found["verified"]["tokens_per_pass"] == pytest.approx(8.38, abs=0.3)
-    assert found["confadapt"]["tokens_per_pass"] == pytest.approx(7.09, abs=0.3)
+    assert found["verified"]["tokens_per_pass"] == pytest.approx(8.76, abs=0.3)
+    assert found["confadapt"]["tokens_per_pass"] == pytest.approx(7.36, abs=0.3)
     assert found["verified"]["identical_to_plain"] == 1
     assert found["static_1"]["accuracy"] >= 13 / 16
     assert found["verified"]["acceptance"][2] > 0.95

@@ -1,12 +1,14 @@
 """`make checkpoint`: the shipped demonstration checkpoint from nothing, on two CPU cores.
 
-Five phases, each of which resumes where it was stopped and is skipped once it is finished:
+Seven phases, each of which resumes where it was stopped and is skipped once it is finished:
 
-    teacher   a small Llama learns the word problems of mtpkern.train.arithmetic, one token at a time, by plain Trainer
-    warmup    from the teacher, `mtpkern train` with the data's own tokens as targets
-    distill   from the warm-up, self-distillation against its own frozen start (arXiv 2602.06019, hard teacher)
-    warmup2   from there as the warm-up, the rate high again: one of twice the steps brought less (docs/log.md)
-    distill2  from there as the first distillation
+    teacher             a small Llama learns the word problems of mtpkern.train.arithmetic, one token at a time, by
+                        plain Trainer
+    warmup              from the teacher, `mtpkern train` with the data's own tokens as targets
+    distill             from the warm-up, self-distillation against its own frozen start (arXiv 2602.06019, hard
+                        teacher)
+    warmup2, distill2   the same two from there, the rate high once more: a warm-up of twice the steps, without a fall
+    warmup3, distill3   of the rate between, brought less (docs/log.md)
 
 `python -m mtpkern.train.checkpoint [--work runs/checkpoint] [--out FOLDER]` writes model and tokenizer to `--out`,
 `--work`/shipped unless given, and the curves of all phases to `--work`/curves.json. `--out mtpkern/assets` puts them in
@@ -39,7 +41,8 @@ from mtpkern.training_plots import read_history, state_of
 
 SEED = 0
 BATCH = 32
-STEPS = {"teacher": 2400, "warmup": 2400, "distill": 300, "warmup2": 2400, "distill2": 600}
+STEPS = {"teacher": 2400, "warmup": 2400, "distill": 300}
+STEPS |= {"warmup2": 2400, "distill2": 600, "warmup3": 2400, "distill3": 600}
 # Spans are causal, so a model trained for 12 predictions serves every smaller k.
 K_MAX = 12
 NUM_SPANS = 12
@@ -191,10 +194,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     train_teacher(args.work, 4e-3, args.float32)
-    train_mtp(args.work, "warmup", "teacher", "gt", 2e-3, args.float32)
-    train_mtp(args.work, "distill", "warmup", "hard", 1e-3, args.float32)
-    train_mtp(args.work, "warmup2", "distill", "gt", 2e-3, args.float32)
-    train_mtp(args.work, "distill2", "warmup2", "hard", 1e-3, args.float32)
+    start, *others = STEPS
+    for phase in others:
+        target, rate = ("gt", 2e-3) if phase.startswith("warmup") else ("hard", 1e-3)
+        train_mtp(args.work, phase, start, target, rate, args.float32)
+        start = phase
     out = args.out or args.work / "shipped"
     publish(args.work, out)
     print(f"the model is in {out}; the same command with --out mtpkern/assets puts it in the place of the shipped one")

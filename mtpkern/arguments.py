@@ -196,6 +196,17 @@ def prompts_of(input_ids: Any, arguments: dict[str, Any]) -> Any:
     return inputs if input_ids is None else input_ids
 
 
+def inferred_mask(ids: Tensor, arguments: dict[str, Any], file: GenerationConfig) -> Tensor:
+    """What counts of prompts [B, T] of which nobody says it, as transformers has it: all but the token for padding,
+    where that is not a stop token, too.
+    """
+    asked = {**asked_by(arguments.get("generation_config"), file), **arguments}
+    pad, stops = (_checked(name, asked.get(name, getattr(file, name))) for name in ("pad_token_id", "eos_token_id"))
+    if pad is None or pad in (stops if isinstance(stops, list) else [stops]):
+        return torch.ones_like(ids)
+    return (ids != pad).long()
+
+
 def require_tensors(input_ids: Any, attention_mask: Any) -> None:
     """Types and shapes of a call's tensors; their values are looked at later, when they are on the host."""
     if not isinstance(input_ids, Tensor):

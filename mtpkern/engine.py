@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mtpkern.arguments import asked_by, prompts_of, require_prompts, require_streamer, require_tensors
+from mtpkern.arguments import inferred_mask, prompts_of, require_prompts, require_streamer, require_tensors
 from mtpkern.batching import Batch, BatchOutput, Prompt
 from mtpkern.entry import entered
 from mtpkern.fields import whole_number
@@ -28,7 +28,7 @@ from mtpkern.line import Line, Request
 from mtpkern.openmp import lend_processors
 from mtpkern.options import Options
 from mtpkern.readers import tell, telling
-from mtpkern.streaming import Stream, end_at_exit
+from mtpkern.streaming import Stream, end_at_exit, own
 
 # Tokens of a request and its answer, unless the engine is told.
 MAX_LENGTH = 2048
@@ -133,7 +133,9 @@ class Engine:
             if streamer is not None and len(input_ids) > 1:
                 raise ValueError(f"a streamer sees one prompt at a time, got {len(input_ids)}; call once for each")
             ids = input_ids.cpu()
-            mask = self._inferred_mask(ids, kwargs) if attention_mask is None else attention_mask.cpu()
+            if attention_mask is None:
+                attention_mask = inferred_mask(ids, kwargs, self.model.generation_config)
+            mask = attention_mask.cpu()
             requests = self._requests([row[real.bool()] for row, real in zip(ids, mask)], streamer, kwargs, (ids, mask))
             self._put(*requests)
             try:
@@ -144,7 +146,7 @@ class Engine:
                 raise
             filler, width = requests[0].batch.filler, max(len(output.tokens) for output in outputs)
             new = [output.tokens + [filler] * (width - len(output.tokens)) for output in outputs]
-            new_tokens = torch.tensor(new, device=input_ids.device).view(len(new), -1)
+            new_tokens = torch.tensor(new, dtype=torch.int64, device=input_ids.device)
             return torch.cat([input_ids.to(torch.int64), new_tokens], dim=1)
 
     def stream(self, input_ids: Tensor | None = None, **options: Any) -> Stream[list[list[int]]]:
@@ -156,7 +158,7 @@ class Engine:
         if options.get("streamer") is not None:
             raise ValueError("Engine.stream is read itself and takes no streamer; pass that to Engine.generate")
         self._require_other_thread()
-        return Stream(partial(self.generate, input_ids, **options), self.model.device)
+        return Stream(partial(self.generate, **own(input_ids=input_ids, **options)), self.model.device)
 
     def close(self, *, cancel: bool = False) -> None:
         """Take no more requests, and wait until those there are have ended; cancel: behind the next pass.
@@ -179,17 +181,6 @@ class Engine:
                 "a streamer, a criterion or a future's callback runs in the engine's own thread and would wait there "
                 "for itself; use Engine.submit, and read its future in another thread"
             )
-
-    def _inferred_mask(self, ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """What counts of prompts [B, T] of which nobody says it, as transformers has it: all but the token for padding,
-        where that is not a stop token, too.
-        """
-        file = self.model.generation_config
-        asked = {**asked_by(kwargs.get("generation_config"), file), **kwargs}
-        pad, stops = (asked.get(name, getattr(file, name)) for name in ("pad_token_id", "eos_token_id"))
-        if pad is None or (stops is not None and pad in torch.as_tensor(stops)):
-            return torch.ones_like(ids)
-        return (ids != pad).long()
 
     def _requests(
         self, prompts: list[Any], streamer: Any, kwargs: dict[str, Any], padded: tuple[Tensor, Tensor] | None = None

@@ -42,7 +42,8 @@ class BatchOutput:
     index          its place among the prompts
     tokens         the new ones, a stop token included
     blocks         how many of them each pass emitted, the prefill being the first
-    finish_reason  "stop" at a stop token, "stop_string", "criteria", "length" at the limit, "error"
+    finish_reason  "stop" at a stop token, "stop_string", "criteria", "time", "length" at the limit, "error"; of an
+                   Engine's "closed" too, where its streamer was
     error          why there are no tokens, as an exception; None where all went well
     text           the new tokens decoded, without special tokens, where there is a tokenizer
     shared         tokens of the prompt whose keys were there already
@@ -250,14 +251,17 @@ class Slots(Poll):
         group: list[Newcomer] = []
         beside, rows = False, 0
         while free:
-            for job in [job for job in self.next if job.closed is not None and job.closed.is_set()]:
-                self.next.remove(job)
-                self.emit(BatchOutput(job.number, error=CancelledError("it was closed before it ran")))
             if not self.next:
                 # As many at a time, so that nobody is passed over for ever.
                 self.next = [job for _, job in zip(range(LOOK_AHEAD * len(self.inside)), self.waiting)]
             if not self.next:
                 break
+            if left := [job for job in self.next if job.has_left]:
+                for job in left:
+                    self.next.remove(job)
+                    text = None if self.tokenizer is None else ""
+                    self.emit(BatchOutput(job.number, finish_reason="closed", text=text))
+                continue
             job, source, shared = self._best()
             rows += len(job.ids) - shared + self.decoder.strategy.k - 1
             if group:

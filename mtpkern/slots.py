@@ -64,6 +64,12 @@ class Job:
         return self.number if self.drawn_by is None else self.drawn_by
 
     @property
+    def has_left(self) -> bool:
+        """Whether nobody wants it any more, or its streamer no tokens of it."""
+        events = self.closed, None if self.watch is None else self.watch.closed
+        return any(event is not None and event.is_set() for event in events)
+
+    @property
     def keys(self) -> np.ndarray:
         """Tokens that another slot's keys can be taken for: all but the last, whose prediction is wanted."""
         return self.ids[:-1]

@@ -45,10 +45,12 @@ def stream(model: PreTrainedModel, input_ids: Tensor | None = None, **options: A
     """
     if options.get("streamer") is not None:
         raise ValueError("mtpkern.stream is read itself and takes no streamer; pass that to mtpkern.generate")
-    # Copies, because the caller may write to these again as soon as this returns.
-    given: dict[str, Any] = {"input_ids": input_ids, **options}
-    given = {name: x.clone() if isinstance(x, Tensor) else x for name, x in given.items()}
-    return Stream(partial(generate, model, **given), getattr(model, "device", None))
+    return Stream(partial(generate, model, **own(input_ids=input_ids, **options)), getattr(model, "device", None))
+
+
+def own(**arguments: Any) -> dict[str, Any]:
+    """Arguments for another thread, their tensors copied, because the caller may write to these again at once."""
+    return {name: x.clone() if isinstance(x, Tensor) else x for name, x in arguments.items()}
 
 
 class Stream(Iterator[Block]):

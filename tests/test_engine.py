@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import CancelledError
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -88,6 +88,10 @@ def test_without_attention_mask_padding_is_inferred_as_generate_does(
     model.generation_config.update(eos_token_id=STOP)
     with pytest.raises(ValueError, match="left"):
         engine.generate(ids.flip(1), max_new_tokens=2, pad_token_id=tiny.pad, eos_token_id=STOP)
+    for wrong in ({"pad_token_id": "0"}, {"pad_token_id": [0]}, {"pad_token_id": 0, "eos_token_id": "2"}):
+        for call in (engine.generate, partial(mtpkern.generate, model)):
+            with pytest.raises(TypeError, match="_token_id must be a whole number"):
+                call(ids, max_new_tokens=2, **wrong)
 
 
 def test_a_call_on_the_models_generate_leads_here(engine: Engine, model: Any, passes: list[int]) -> None:
@@ -176,8 +180,11 @@ def test_blocks_are_read_as_they_come(engine: Engine, model: Any) -> None:
     blocks = list(engine.stream(torch.tensor([[5, 6, 7]]), max_new_tokens=24, eos_token_id=None))
     assert [token for (new,) in blocks for token in new] == wanted
     assert len(blocks) > 3
-    with engine.stream(torch.tensor([[5, 6, 7]]), max_new_tokens=LONG, eos_token_id=None) as blocks:
+    buffer = torch.tensor([[5, 6, 7]])
+    with engine.stream(buffer, max_new_tokens=LONG, eos_token_id=None) as blocks:
+        buffer.fill_(1)
         next(blocks)
+    assert blocks.output[0, :4].tolist() == [5, 6, 7, wanted[0]]
     assert result(engine.submit([5, 6, 7], max_new_tokens=24, eos_token_id=None)).tokens == wanted
 
 
@@ -188,25 +195,30 @@ def test_a_buffer_may_be_filled_with_the_next(engine: Engine, model: Any) -> Non
     assert [result(f).tokens for f in futures] == [free(model, prompt.tolist(), 8) for prompt in prompts]
 
 
-def test_who_has_left_before_its_turn_is_not_read(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by_streamer", [False, True])
+def test_who_has_left_before_its_turn_is_not_read(
+    by_streamer: bool, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read: list[int] = []
     chunk = Decoder.prefill_chunk
     monkeypatch.setattr(Decoder, "prefill_chunk", lambda *x, **y: read.append(int(x[2][0, 0])) or chunk(*x, **y))
+    left: Any = SimpleNamespace(closed=threading.Event(), put=lambda value: None, end=lambda: None)
     with Engine(model, batch_size=1, max_length=64, check_model=False) as engine:
 
         def leave(value: Any) -> None:
             for request in engine._line.inside.values():
-                if request.future is not first:
-                    request.end()
+                if request.future is second:
+                    left.closed.set() if by_streamer else request.end()
 
         with engine._line.changed:  # both are looked at when the first comes in
             streamer: Any = SimpleNamespace(put=leave, end=lambda: None)
             first = engine.submit([5, 6], max_new_tokens=4, eos_token_id=None, streamer=streamer)
-            second = engine.submit([7, 8], max_new_tokens=4, eos_token_id=None)
+            second = engine.submit([7, 8], max_new_tokens=4, eos_token_id=None, streamer=left)
         assert len(result(first).tokens) == 4
-        with pytest.raises(CancelledError):
-            result(second)
-    assert read == [5]
+        assert (result(second).finish_reason, result(second).tokens) == ("closed", [])
+        prompt = torch.tensor([[7, 8]])
+        assert engine.generate(prompt, max_new_tokens=4, streamer=left).equal(prompt) == by_streamer
+    assert read == ([5] if by_streamer else [5, 7])
 
 
 @pytest.mark.parametrize("strategy", [Verified(3, threshold=0.2), ConfAdapt(3, threshold=0.3)], ids=repr)

@@ -106,6 +106,11 @@ class Pieces(DirectStreamer):
             for item in [text] if self._parser is None else response_events_to_chunks(self._parser.feed(text)):
                 self._enqueue(item)
 
+    def _enqueue(self, item: Any) -> None:
+        # A second Ctrl-C closes the loop while answers are being written.
+        if not self._loop.is_closed():
+            super()._enqueue(item)
+
     def end(self) -> None:
         """Nothing: `finish` knows whether the answer is whole."""
 

@@ -296,6 +296,8 @@ def test_a_stream_that_ends_within_a_character_loses_nothing() -> None:
         pieces = [queue.get_nowait() for _ in range(queue.qsize())]
         assert pieces.pop() is None
         assert "".join(pieces) == text
+        streamer.finish(done)  # a loop that is closed, as a second Ctrl-C does, sends nothing more
+        assert queue.empty()
 
 
 def test_who_leaves_before_a_stream_begins_has_nothing_decoded(

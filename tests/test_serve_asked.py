@@ -194,11 +194,11 @@ def test_what_a_request_says_of_scores_is_done(shipped_server: Served) -> None:
     assert shipped_server.choice(**ask, logit_bias={str(first): -100})[0] == alone(
         shipped_server, max_new_tokens=16, sequence_bias={(first,): -100.0}
     )
-    penalized = alone(shipped_server, max_new_tokens=16, repetition_penalty=1.5)
+    penalized = alone(shipped_server, max_new_tokens=16, repetition_penalty=4.0)
     assert penalized != alone(shipped_server, max_new_tokens=16)
     # A penalty that is none takes the place of no other.
-    assert shipped_server.choice(**ask, repetition_penalty=1.5, frequency_penalty=0)[0] == penalized
-    assert shipped_server.choice(**ask, generation_config={"repetition_penalty": 1.5})[0] == penalized
+    assert shipped_server.choice(**ask, repetition_penalty=4.0, frequency_penalty=0)[0] == penalized
+    assert shipped_server.choice(**ask, generation_config={"repetition_penalty": 4.0})[0] == penalized
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mtpkern
-from mtpkern.batching import BatchOutput
 from mtpkern.custom_generate import write_custom_generate
-from mtpkern.line import Request
 from mtpkern.serve import main
 from support.servers import CHAT, PROMPT, free_port, running
 
@@ -144,34 +142,24 @@ def test_what_is_not_honoured_is_an_error_of_the_request(server: SimpleNamespace
 
 
 @OURS
-def test_who_leaves_before_a_whole_answer_ends_its_run(
-    server: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_leaves_before_a_whole_answer_ends_its_run(server: SimpleNamespace, ended: list[str]) -> None:
     import openai
 
-    reasons: list[str] = []
-    finish = Request.finish
-
-    def finished(request: Request, output: BatchOutput) -> None:
-        reasons.append(output.finish_reason)
-        finish(request, output)
-
-    monkeypatch.setattr(Request, "finish", finished)
     seconds = [0.0]
     slow = server.model.register_forward_hook(lambda *_: time.sleep(seconds[0]))
     try:
         # A model with a hook is looked at anew before it decodes.
         server.client.completions.create(model=server.name, prompt=PROMPT, max_tokens=2)
-        reasons.clear()
+        ended.clear()
         seconds[0] = 0.2
         with pytest.raises(openai.APITimeoutError):
             server.client.completions.create(model=server.name, prompt=PROMPT, max_tokens=100, timeout=0.5)
         end = time.monotonic() + 60
-        while not reasons and time.monotonic() < end:
+        while not ended and time.monotonic() < end:
             time.sleep(0.02)
     finally:
         slow.remove()
-    assert reasons == ["closed"]
+    assert ended == ["closed"]
 
 
 def test_a_client_that_leaves_ends_its_run_and_nobody_elses(server: SimpleNamespace, expected: torch.Tensor) -> None:

@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import mtpkern
 from mtpkern.batching import BatchOutput
-from mtpkern.line import Request
 from mtpkern.pieces import Answer, Pieces, Until
 from support.servers import PROMPT, Served, running, server_of
 
@@ -33,20 +32,6 @@ def served() -> Iterator[Served]:
     """Of the shipped checkpoint, which ends its answer to the first problem by itself."""
     with server_of(AutoModelForCausalLM.from_pretrained(mtpkern.ASSETS), batch_size=4, max_length=256) as served:
         yield served
-
-
-@pytest.fixture
-def ended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Why requests have ended, in their order."""
-    ended: list[str] = []
-    finish = Request.finish
-
-    def finished(request: Request, output: BatchOutput) -> None:
-        ended.append(output.finish_reason)
-        finish(request, output)
-
-    monkeypatch.setattr(Request, "finish", finished)
-    return ended
 
 
 def tokens_of(served: Served, **options: Any) -> list[int]:

@@ -14,6 +14,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mtpkern
+from mtpkern.batching import BatchOutput
+from mtpkern.line import Request
 from mtpkern.serve import server
 
 PROMPT = json.loads((mtpkern.ASSETS / "problems.jsonl").read_text().splitlines()[0])["prompt"]
@@ -65,6 +67,20 @@ def shipped_server() -> Iterator[Served]:
     """Of the shipped checkpoint, four requests at a time."""
     with server_of(AutoModelForCausalLM.from_pretrained(mtpkern.ASSETS), batch_size=4, max_length=ROOM) as served:
         yield served
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Why requests have ended, in their order."""
+    ended: list[str] = []
+    finish = Request.finish
+
+    def finished(request: Request, output: BatchOutput) -> None:
+        ended.append(output.finish_reason)
+        finish(request, output)
+
+    monkeypatch.setattr(Request, "finish", finished)
+    return ended
 
 
 @contextmanager

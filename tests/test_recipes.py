@@ -157,3 +157,21 @@ def test_the_shipped_model_is_written_over_only_where_that_is_asked_for(tmp_path
     checkpoint_program.main(["--work", str(tmp_path), "--out", "there", "--threads", str(torch.get_num_threads())])
     assert written == [tmp_path / "shipped", Path("there")]
     assert f"the model is in {tmp_path / 'shipped'}" in capsys.readouterr().out
+
+
+def test_each_phase_of_the_shipped_model_begins_with_the_one_before(tmp_path, monkeypatch):
+    """Warm-ups and distillations in turns, each on problems of its own; the last one is what is shipped."""
+    made = []
+    monkeypatch.setattr(checkpoint_program, "publish", lambda work, out: None)
+    monkeypatch.setattr(checkpoint_program, "train_teacher", lambda *args: None)
+    monkeypatch.setattr(checkpoint_program, "train_mtp", lambda work, *phase: made.append(phase[:3]))
+    checkpoint_program.main(["--work", str(tmp_path), "--threads", str(torch.get_num_threads())])
+    assert made == [
+        ("warmup", "teacher", "gt"),
+        ("distill", "warmup", "hard"),
+        ("warmup2", "distill", "gt"),
+        ("distill2", "warmup2", "hard"),
+        ("warmup3", "distill2", "gt"),
+        ("distill3", "warmup3", "hard"),
+    ]
+    assert [checkpoint_program.data_seed(phase) for phase, *_ in made] == [1, 2, 3, 4, 5, 6]

@@ -2,7 +2,6 @@
 # itself. A second call finds the stamp and starts at once. `make test PYTHON=python3.12` picks another interpreter.
 PYTHON ?= python3
 VENV ?= .venv
-OLDEST ?= .venv-oldest
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -11,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 SOURCES := setup.py mtpkern kernels train bench tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo real test test-slow check lint types fmt figures checkpoint ablate aot gpu test-oldest clean
+.PHONY: help install demo real test test-slow check lint types fmt figures checkpoint ablate aot gpu test-oldest test-newest clean
 
 help: ## List the targets.
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -113,12 +112,15 @@ gpu: ## On a GPU, within nine minutes: its tests, then every benchmark; tables a
 OLDEST_PYTHON ?= $(shell for python in python3.12 $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.12.*/bin/python; do \
   $$python -c 'import ensurepip, venv' 2>/dev/null && echo $$python && exit; done; echo $(PYTHON))
 
-$(OLDEST)/.installed: constraints.txt constraints-oldest.txt pyproject.toml setup.py
-	$(call make_venv,$(OLDEST_PYTHON),$(OLDEST))
-	differing=$$(sed -nE 's/^([a-z_]+).*/\1/p' constraints-oldest.txt | paste -sd '|') && \
-	grep -vE "^($$differing)==" constraints.txt | cat - constraints-oldest.txt > $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check -c $(OLDEST)/constraints.txt -e '.[test]'
+.venv-oldest/.installed .venv-newest/.installed: .venv-%/.installed: constraints.txt constraints-%.txt pyproject.toml setup.py
+	$(call make_venv,$(if $(filter oldest,$*),$(OLDEST_PYTHON),$(PYTHON)),$(@D))
+	differing=$$(sed -nE 's/^([a-z_]+).*/\1/p' constraints-$*.txt | paste -sd '|') && \
+	grep -vE "^($$differing)==" constraints.txt | cat - constraints-$*.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check -c $(@D)/constraints.txt -e '.[test]'
 	@touch $@
 
-test-oldest: $(OLDEST)/.installed ## Run every test on the oldest supported versions, those that GPU machines carry.
-	$(subst $(BIN),$(OLDEST)/bin,$(PYTEST)) -n auto --maxprocesses=4 $(PYTEST_ARGS)
+test-oldest: .venv-oldest/.installed ## Run every test on the oldest supported versions, those that GPU machines carry.
+	$(subst $(BIN),$(<D)/bin,$(PYTEST)) -n auto --maxprocesses=4 $(PYTEST_ARGS)
+
+test-newest: .venv-newest/.installed ## Run every test on the newest versions, those that pip takes where none is pinned.
+	$(subst $(BIN),$(<D)/bin,$(PYTEST)) -n auto --maxprocesses=4 $(PYTEST_ARGS)

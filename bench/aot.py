@@ -151,8 +151,8 @@ def _noted(target: str, name: str, rows: int, bits: int, kernel: Any, seconds: f
     sizes = meta.num_warps, meta.num_stages, used, spilled, meta.shared
     matrix = next((name for name, instruction in names.items() if instruction in text), "none")
     early = _early(text) if getattr(meta, "launch_pdl", False) else ""
-    facts = matrix, _unordered(text), kernel.source, early, seconds
-    return Compiled("", target, name, rows, bits, *sizes, *facts)
+    facts = matrix, _unordered(text), kernel.source, early
+    return Compiled("", target, name, rows, bits, *sizes, *facts, narrow=_narrow(text), seconds=seconds)
 
 
 def _unordered(text: str) -> bool:
@@ -166,6 +166,12 @@ def _unordered(text: str) -> bool:
             return True
         stored = not found["barrier"]
     return False
+
+
+def _narrow(text: str) -> int:
+    """Reads of two bytes, and asynchronous copies of less than sixteen: what PTX has where alignment is not known."""
+    read = r"ld\.global(?:\.(?!v\d)[\w:]+)*\.[bfus]16\s"
+    return len(re.findall(rf"{read}|cp\.async\.c[ag]\S*\s+[^;]*, (?:0x)?[48],", text))
 
 
 def _early(ptx: str) -> str:

@@ -112,6 +112,7 @@ if find_spec("triton"):
         LEAST: tl.constexpr,  # keys of such a split, a multiple of BLOCK_N
         BLOCK_W: tl.constexpr,  # rows of a program that writes
         WRITE: tl.constexpr,  # the caches, which else hold this pass's keys and values already
+        ALIGNED: tl.constexpr,  # keys and values of a slot or a row begin at multiples of 16 bytes
         SPLIT: tl.constexpr,
         HAS_SPANS: tl.constexpr,
         HAS_WINDOW: tl.constexpr,
@@ -268,6 +269,9 @@ if find_spec("triton"):
                 s_n_k, s_n_v = tl.where(m_new, s_key[0], s_n_k), tl.where(m_new, s_value[0], s_n_v)
             p_k += o_key.to(tl.int64) * s_n_k
             p_v += o_key.to(tl.int64) * s_n_v
+            if ALIGNED:
+                # Of one of two tensors Triton 3.9 forgets it, and would read element by element.
+                p_k, p_v = tl.multiple_of(p_k, 16), tl.multiple_of(p_v, 16)
             # What no row sees is not even loaded: 0 * NaN is NaN.
             k = tl.load(p_k[:, None] + o_d[None, :], mask=m_key[:, None] & m_d, other=0.0)
             s = tl.dot(q, k.T, input_precision=PRECISION)
@@ -466,6 +470,11 @@ def _splits(heads: int, C: int, least: int, processors: int) -> int:
     return max(1, min(triton.cdiv(2 * processors, heads), C // least, 64))
 
 
+def _is_aligned(x: Tensor) -> bool:
+    """Whether all lines of elements side by side begin at multiples of 16 bytes."""
+    return x.data_ptr() % 16 == 0 and all(n * x.element_size() % 16 == 0 for n in x.stride()[:-1])
+
+
 @decode_attention.kernel
 def decode_attention_triton(
     query, key, value, k_cache, v_cache, rows, scoring, *, batch_invariant=False, slots=None, splits=None
@@ -499,6 +508,7 @@ def decode_attention_triton(
     # an adapter's few columns (mtpkern/products.py), the cache, too, would be read element by element.
     key, value = (x if x.stride(-1) == 1 and x.stride(0) % 16 == 0 else x.contiguous() for x in (key, value))
     assert k_cache.stride(-1) == v_cache.stride(-1) == 1
+    aligned = all(map(_is_aligned, (key, value, k_cache, v_cache)))
     write, split = torch.version.hip is None, splits > 1
     if not write:
         kv_write_triton(k_cache, v_cache, key, value, rows.seq, rows.slot)
@@ -523,6 +533,7 @@ def decode_attention_triton(
         *strides(*tensors, part, lse),
         *numbers,
         WRITE=write,
+        ALIGNED=aligned,
         SPLIT=split,
         PRECISION=precision,
         num_warps=num_warps,

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from mtpkern.kernels.decode_attention import decode_attention, decode_attention_triton
+from mtpkern.kernels.decode_attention import _is_aligned, decode_attention, decode_attention_triton
 from support.attended import RAGGED, Case, Form, compare, make_case
 
 KERNEL = pytest.param(decode_attention_triton, marks=pytest.mark.kernel)
@@ -188,6 +188,28 @@ def test_strided_keys_and_values(form: Form) -> None:
     assert not key.is_contiguous()
     compare(form, case, key=key, value=value)
     compare(form, case, key=key.transpose(1, 2).contiguous().transpose(1, 2))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_keys_that_are_not_aligned(form: Form) -> None:
+    """They begin an element later than memory does."""
+    case = make_case(RAGGED)
+    case.k_cache, case.v_cache, key, value = map(_moved, (case.k_cache, case.v_cache, *case.new()))
+    assert not any(map(_is_aligned, (case.k_cache, case.v_cache, key, value)))
+    compare(form, case, key=key, value=value)
+
+
+def _moved(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+
+
+def test_what_is_said_to_be_aligned_is() -> None:
+    """Or a GPU reads elsewhere, or faults: of the first element, and of every line's."""
+    x = torch.empty(4, 3, 9, 16, dtype=torch.bfloat16)
+    for aligned in (x, x[:, :, 1:], x[..., :5], x[:1].expand(4, -1, -1, -1), x.new_empty(4, 72), x.float()[..., :4]):
+        assert _is_aligned(aligned)
+    for not_aligned in (_moved(x), x.new_empty(4, 3, 20), x[..., 1:], x.float()[..., 2:]):
+        assert not _is_aligned(not_aligned)
 
 
 @pytest.mark.parametrize("form", FORMS)

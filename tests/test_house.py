@@ -11,7 +11,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import tomllib
 
 import mtpkern
 from support.processes import forks_of
@@ -358,42 +357,6 @@ def test_what_a_machine_with_torch_and_transformers_alone_is_to_measure(with_tor
     modules = "mtpkern.train.objective, mtpkern.bench.span_attention, mtpkern.bench.train_step"
     status, said = with_torch(f"{code}; import {modules}")
     assert status == 0, said
-
-
-def test_bounds_and_pins_agree():
-    """The version check says what pyproject.toml says; every pin satisfies what pyproject.toml asks for."""
-    from packaging.requirements import Requirement
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = [Requirement(text) for text in project["dependencies"]]
-    asked += [Requirement(text) for extra in ("train", "test") for text in project["optional-dependencies"][extra]]
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
-    pins = {requirement.name.lower(): requirement.specifier for requirement in map(Requirement, lines)}
-    for requirement in asked:
-        if requirement.name == "mtpkern":
-            continue
-        (pin,) = pins[requirement.name.lower()]
-        assert pin.operator == "=="
-        assert pin.version in requirement.specifier, f"{requirement.name}: {pin} is not {requirement.specifier}"
-    bound = next(str(requirement.specifier) for requirement in asked if requirement.name == "transformers")
-    assert bound == f">={mtpkern._OLDEST_TRANSFORMERS}"
-
-
-def test_the_oldest_set_is_what_is_promised():
-    """`make test-oldest` pins the lower bounds of pyproject.toml, and differs from the tested set where it says so."""
-    from packaging.requirements import Requirement
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    text = (ROOT / "constraints-oldest.txt").read_text()
-    oldest = {x.name: x for x in map(Requirement, re.findall(r"(?m)^[^#\n]+?(?=\s*(?:#|$))", text))}
-    tested = (ROOT / "constraints.txt").read_text()
-    for name in oldest:
-        assert f"\n{name}==" in tested, f"{name} is spelled otherwise in constraints.txt, and would stay in"
-    for bound in map(Requirement, project["dependencies"]):
-        if bound.name != "rich":
-            (least,) = bound.specifier
-            assert least.operator == ">="
-            assert str(oldest[bound.name].specifier) in (f"=={least.version}", f"=={least.version}.0")
 
 
 def test_wheel_holds_the_four_rooms(tmp_path):

@@ -62,7 +62,10 @@ class Rows:
     @classmethod
     def allocate(cls, rows: int, batch: int, device: torch.device, k: int = 1) -> Rows:
         """R rows, planned by the first `advance`; `start` says where the rows of the pass before stood."""
-        seq, position, slot, token, prefix_end, span_start = torch.zeros(6, rows, dtype=torch.int64, device=device)
+        # Each begins at a multiple of 16 bytes: for others Triton makes a variant of its own. Newcomers may have an odd
+        # number of rows where passes have an even one (mtpkern.slots), and would wait for theirs while others run.
+        table = torch.zeros(6, rows + rows % 2, dtype=torch.int64, device=device)[:, :rows]
+        seq, position, slot, token, prefix_end, span_start = table
         start, behind = (torch.zeros(n, dtype=torch.int64, device=device) for n in ((batch + 1,), (batch, k)))
         return cls(seq, position, slot, token, prefix_end, span_start, start, behind)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -98,13 +100,14 @@ class OddsPoll(Poll):
 class TimedPoll(OddsPoll):
     """Sees, besides, what the last pass that it knows of has taken, from copy to copy.
 
-    passes     rows of every pass that was a replay; 0 for others, which do more than a pass
+    passes     rows of the last passes, each between two copies; 0 for what was no replay, or more than a pass
     replayed   those of the last one that is known of, 0 where none is
     """
 
     def __init__(self, sequences: Sequences) -> None:
         super().__init__(sequences)
-        self.passes: list[int] = []
+        # Of so many as may be asked for: a run that serves has no end.
+        self.passes: deque[int] = deque(maxlen=LAG + 1)
         self.replayed, self.seconds = 0, 0.0
 
     def marks(self, device: torch.device) -> list[torch.Event]:
@@ -113,7 +116,8 @@ class TimedPoll(OddsPoll):
 
     def _read(self, number: int) -> int:
         running = super()._read(number)
-        self.replayed = self.passes[number - 1] if number else 0
+        # The pass before the latest copy is the last.
+        self.replayed = self.passes[number - self.polls] if number else 0
         if self.replayed:
             before, behind = (self.events[n % len(self.events)] for n in (number - 1, number))
             self.seconds = 1e-3 * before.elapsed_time(behind)

@@ -65,8 +65,8 @@ def once(x: Tensor) -> Tensor:
     return x
 
 
-def on_gpu(form: Callable[..., Any], device: str = "cuda") -> Callable[..., Any]:
-    """The form with its tensors carried to the GPU and back, those that it changed in place included."""
+def carried_to(device: str, form: Callable[..., Any]) -> Callable[..., Any]:
+    """The form with its tensors carried to a device and back, those that it changed in place included."""
 
     def carried(*args: Any, **kwargs: Any) -> Any:
         pairs: list[tuple[Tensor, Tensor]] = []
@@ -98,9 +98,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             params = getattr(getattr(item, "callspec", None), "params", {})
             # Said wherever tests are collected: where there is a GPU, it would end all of them.
             assert "form" in params, f"{item.nodeid}: a test of a kernel takes it as its parameter `form`"
+            # Where there is no GPU, too: a test that asks which form it has got would be wrong on a GPU alone.
+            params["form"] = carried_to("cuda" if gpu else "cpu", params["form"])
             if gpu:
                 item.add_marker("gpu")
-                params["form"] = on_gpu(params["form"])
             elif not find_spec("triton"):
                 item.add_marker(pytest.mark.skip(reason="Triton is not installed"))
         elif gpu and "interpreter" in getattr(item, "fixturenames", ()):

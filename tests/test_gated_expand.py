@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mtpkern.kernels import gated_lora as module
-from mtpkern.kernels.gated_lora import gated_expand, gated_expand_triton, gated_lora, gated_lora_triton
+from mtpkern.kernels.gated_lora import gated_expand, gated_expand_triton, gated_lora
 from support.adapters import DTYPES, RANKS, WIDTHS, Form, H, Operands, bits, draw, eager, truth
 
 FORMS = [gated_expand, pytest.param(gated_expand_triton, marks=pytest.mark.kernel)]
@@ -135,7 +135,7 @@ def test_both_halves_are_the_whole(form: Form) -> None:
     outs, x, gate, as_, bs, scales = draw(17, torch.bfloat16)
     one, two = [y.clone() for y in outs], [y.clone() for y in outs]
     form(one, [(x.float() @ a.float().T).to(x.dtype) for a in as_], gate, bs, scales)
-    (gated_lora if form is gated_expand else gated_lora_triton)(two, x, gate, as_, bs, scales)
+    gated_lora(two, x, gate, as_, bs, scales)
     for y, other in zip(one, two):
         torch.testing.assert_close(y, other, rtol=2e-2, atol=2e-2)
 

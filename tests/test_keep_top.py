@@ -12,6 +12,11 @@ Form = Callable[[Tensor, Tensor], Tensor]
 kernel = pytest.mark.kernel
 BY_K = [keep_top_k, keep_top_k.reference, pytest.param(keep_top_k_triton, marks=kernel)]
 BY_P = [keep_top_p, keep_top_p.reference, pytest.param(keep_top_p_triton, marks=kernel)]
+# With whether the number is a k: what form it is does not tell, as a kernel comes to its test in a function around it.
+KERNELS = [
+    pytest.param(form, by_k, marks=kernel) for form, by_k in ((keep_top_p_triton, False), (keep_top_k_triton, True))
+]
+EITHER = [*((form, False) for form in BY_P[:2]), *((form, True) for form in BY_K[:2]), *KERNELS]
 SIZES = [(3, 1), (9, 2), (40, 31), (7, 1009), (4, BLOCK), (5, 2 * BLOCK + 7)]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -52,8 +57,10 @@ def test_what_goes_has_at_most_the_rest(form: Form, dtype: torch.dtype, size: tu
         assert stays
 
 
-@pytest.mark.parametrize("form", BY_P)
-def test_of_equal_ones_as_many_stay_as_it_takes(form: Form) -> None:
+@pytest.mark.parametrize(
+    ("form", "in_order"), [*((form, False) for form in BY_P[:2]), pytest.param(keep_top_p_triton, True, marks=kernel)]
+)
+def test_of_equal_ones_as_many_stay_as_it_takes(form: Form, in_order: bool) -> None:
     z = torch.zeros(6, 40)
     z[1, 7], z[2, 7], z[3] = 3.0, -3.0, torch.arange(40) // 10
     rest = torch.tensor([0.5, 0.5, 0.5, 0.2, 1.0, 0.74])
@@ -67,7 +74,7 @@ def test_of_equal_ones_as_many_stay_as_it_takes(form: Form) -> None:
         equal = (row == cut).nonzero()[:, 0]
         n = min(int((most - below) / weight[equal[0]] + 1e-6), len(equal) - 1)
         assert stays[equal].sum() == len(equal) - n
-        if form is keep_top_p_triton:
+        if in_order:
             assert not stays[equal[:n]].any()
 
 
@@ -82,12 +89,11 @@ def test_the_ends_of_the_scale(form: Form) -> None:
     assert (found[3] == -torch.inf).nonzero().tolist() == [[5]]
 
 
-@pytest.mark.parametrize("form", [BY_K[2], BY_P[2]])
-def test_banned_tokens_stay_banned_and_scores_may_lie_anywhere(form: Form) -> None:
+@pytest.mark.parametrize(("form", "by_k"), KERNELS)
+def test_banned_tokens_stay_banned_and_scores_may_lie_anywhere(form: Form, by_k: bool) -> None:
     shifts = (-1e4, 0.0, 1e4, 1e30)
     z = torch.stack([draw(1, 509)[0] * scale + shift for scale in (1e-3, 1.0, 30.0) for shift in shifts])
     z[:, ::3], z[:, 1], z[:, 2] = -torch.inf, 0.0, -0.0
-    by_k = form is keep_top_k_triton
     number = torch.full((len(z),), 5.0 if by_k else 0.3)
     expected = keep_top_k(z, number)
     if not by_k:
@@ -97,10 +103,10 @@ def test_banned_tokens_stay_banned_and_scores_may_lie_anywhere(form: Form) -> No
     assert form(z, number).equal(expected)
 
 
-@pytest.mark.parametrize("form", BY_P + BY_K)
-def test_faulty_rows_stay_faulty_and_leave_the_others_alone(form: Form) -> None:
+@pytest.mark.parametrize(("form", "by_k"), EITHER)
+def test_faulty_rows_stay_faulty_and_leave_the_others_alone(form: Form, by_k: bool) -> None:
     z = draw(7, 67)
-    number = torch.full((7,), 0.2 if form in (BY_P[0], BY_P[1], keep_top_p_triton) else 3.0)
+    number = torch.full((7,), 3.0 if by_k else 0.2)
     good = form(z, number)
     broken = z.clone()
     broken[1, 3], broken[3, 66], broken[4] = torch.nan, torch.inf, -torch.inf
@@ -111,11 +117,11 @@ def test_faulty_rows_stay_faulty_and_leave_the_others_alone(form: Form) -> None:
     assert (found[4] == -torch.inf).all()
 
 
-@pytest.mark.parametrize("form", BY_P + BY_K)
-def test_a_row_is_cut_the_same_in_any_company_and_layout(form: Form) -> None:
+@pytest.mark.parametrize(("form", "by_k"), EITHER)
+def test_a_row_is_cut_the_same_in_any_company_and_layout(form: Form, by_k: bool) -> None:
     z = draw(9, 301)
     number = torch.linspace(0.05, 0.9, 9)
-    if form in (BY_K[0], BY_K[1], keep_top_k_triton):
+    if by_k:
         number = (number * 100).round()
     before = z.clone()
     found = form(z, number)

@@ -1,6 +1,7 @@
 """Prompts that captured passes read besides: the same tokens, whatever runs and comes in beside whom."""
 
 import random
+from collections import deque
 from threading import Event
 from types import SimpleNamespace
 from typing import Any
@@ -369,7 +370,13 @@ def test_a_pass_that_reads_prompts_tells_no_rung_its_time(
     polls: list[TimedPoll] = []
     reads: list[bool] = []
     init, replay = TimedPoll.__init__, Decoder.replay
-    monkeypatch.setattr(TimedPoll, "__init__", lambda self, *args: polls.append(self) or init(self, *args))
+
+    def noted(self: TimedPoll, *args: Any) -> None:
+        init(self, *args)
+        self.passes = deque()  # all of them
+        polls.append(self)
+
+    monkeypatch.setattr(TimedPoll, "__init__", noted)
     monkeypatch.setattr(Decoder, "replay", lambda self, *args: reads.append(self.reading) or replay(self, *args))
     (prompts, new), model = mixed_prompts(14, seed=3), tiny.model("llama")
     for _ in range(2):

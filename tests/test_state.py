@@ -1,5 +1,6 @@
 """The state of a decoding step: what is allocated, and parts of it in the same memory."""
 
+import pytest
 import torch
 
 from mtpkern.kernels.state import Rows, Sequences, Terms
@@ -27,6 +28,15 @@ def test_a_prefill_reads_k_rows_of_each() -> None:
     rows.expect_prefill(4)
     assert rows.start.tolist() == [0, 4, 8, 12]
     assert rows.behind.tolist() == [[3, 0, 0, 0]] * 3
+
+
+@pytest.mark.parametrize("rows", [1, 12, 23, 45])
+def test_every_field_begins_where_whole_vectors_do(rows: int) -> None:
+    """Of any number of rows: for others the kernels would be compiled once more, where a service meets them first."""
+    fields = vars(Rows.allocate(rows, 3, CPU, k=4)).values()
+    assert [x.data_ptr() % 16 for x in fields] == [0] * 8
+    assert [len(x) for x in fields] == [rows] * 6 + [4, 3]
+    assert all(x.is_contiguous() for x in fields)
 
 
 def test_the_first_rows_are_the_same_memory() -> None:

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import AutoConfig, PreTrainedModel, Trainer
 from transformers.integrations import is_fsdp_enabled
 from transformers.integrations.integration_utils import get_available_reporting_integrations
@@ -292,6 +293,19 @@ def require_counted(name: str, texts: Any, args: MTPConfig) -> None:
             raise BadData(says)
         if args.process_index == 0:
             logger.warning(says)
+
+
+def require_batches(loader: DataLoader) -> None:
+    """Raise ValueError for an evaluation of nothing, whose figures would be none: `require_batches(dataloader)`."""
+    try:
+        batches, texts = len(loader), len(cast(Any, loader.dataset))
+    except TypeError:  # a stream has no length
+        return
+    refuse(
+        not batches,
+        f"no batch of texts to evaluate: expected one at least, and {texts} texts make none; give more, or where "
+        "dataloader_drop_last is set, lower per_device_eval_batch_size or leave dataloader_drop_last out",
+    )
 
 
 def _counts(x: Mapping[str, Any], args: MTPConfig) -> bool:

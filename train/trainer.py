@@ -35,6 +35,7 @@ from mtpkern.train.arguments import refuse
 from mtpkern.train.checks import (
     are_at_hand,
     require_adapters,
+    require_batches,
     require_counted,
     require_sound,
     require_tested_engine,
@@ -47,7 +48,7 @@ from mtpkern.train.compilation import CompiledLayers
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import HeldOut
 from mtpkern.train.layout import Layout, draw_k, draw_within, send
-from mtpkern.train.lora import adapters_asked, add_lora, plain_model
+from mtpkern.train.lora import adapters_asked, add_lora, keeping, plain_model
 from mtpkern.train.metrics import Seen, span_statistics
 from mtpkern.train.objective import MTPLoss, Objective, SpanContext, forward_as, mtp_loss, stop_tokens_of
 from mtpkern.train.original import Original
@@ -92,6 +93,7 @@ class MTPTrainer(RunTrainer):
     gated = False
     draw = staticmethod(draw_within)
 
+    @keeping
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
@@ -343,6 +345,7 @@ class MTPTrainer(RunTrainer):
 
         Among its metrics they are logged and choose the best.
         """
+        require_batches(dataloader)
         with self._sums_apart():
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
             found = self._statistics()

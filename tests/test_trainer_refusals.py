@@ -1,5 +1,6 @@
 """What the trainer refuses."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +38,11 @@ def test_refusals(tmp_path):
         ({"pure_bf16": True, "lora_rank": 2}, "leave out lora_rank, or"),
         ({"pure_bf16": True, "student_dtype": "float16"}, "leave out student_dtype float16, or"),
         ({"lora_rank": 2, "lora_alpha": 0.0}, "lora_alpha must be above 0"),
+        ({"lora_rank": 2, "lora_alpha": math.inf}, "lora_alpha must be a finite number; got inf"),
+        ({"prefix_memory": math.inf, "gated": True, "lora_rank": 2}, "prefix_memory must be a finite number; got inf"),
+        ({"prefix_weight": math.nan}, "prefix_weight must be a finite number; got nan"),
+        ({"anchor_kl_weight": math.inf}, "anchor_kl_weight must be a finite number; got inf"),
+        ({"k_max": 257}, "k_max must be at most 256, the largest k that mtpkern.generate decodes; got 257"),
         ({"num_spans": 0}, "num_spans"),
         ({"span_offset": 3}, "spacing='stride'"),
         ({"gt_warmup_steps": -1}, "gt_warmup_steps"),

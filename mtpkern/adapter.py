@@ -76,12 +76,14 @@ def base_alone(model: nn.Module) -> AbstractContextManager[None]:
 def kept_on_error(model: nn.Module) -> Iterator[None]:
     """A block behind whose error, Ctrl-C too, the model has all its own again and nothing more.
 
-    Its layers, hooks and modes, and what config and gate record. Weights stay where they are by then, as they are.
+    Its layers, hooks and modes, and what its configs and its gate record. Weights stay as they are by then.
 
         with kept_on_error(model):
             peft_model = get_peft_model(model, config)
     """
-    things: list[Any] = [*model.modules(), getattr(model, "config", None), gate_of(base_of(model))]
+    base = base_of(model)
+    configs = (getattr(base, name, None) for name in ("config", "generation_config"))
+    things: list[Any] = [*model.modules(), *configs, gate_of(base)]
     own = [(thing, dict(vars(thing))) for thing in things if hasattr(thing, "__dict__")]
     # Handles of hooks know these very dictionaries. What a device has been given is in others than before.
     inside = [

@@ -92,7 +92,7 @@ def found(model):
     ]
     gate = gate_of(plain_model(model))
     trained = [(name, x.requires_grad) for name, x in model.named_parameters()]
-    return modules, trained, model.config.to_dict(), gate and gate.settings
+    return modules, trained, model.config.to_dict(), model.generation_config.to_dict(), gate and gate.settings
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "gated", "further"])

@@ -30,7 +30,14 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from mtpkern.adapter import gate_of, wrapping
 from mtpkern.attention import AttentionContext, attention_context, ended_by_interrupts
-from mtpkern.model import at_rest, learned_positions, random_in_training, record_settings, resolve_mask_token
+from mtpkern.model import (
+    at_rest,
+    learned_positions,
+    random_in_training,
+    record_settings,
+    resolve_mask_token,
+    suppress_mask_token,
+)
 from mtpkern.train.arguments import refuse
 from mtpkern.train.checks import (
     are_at_hand,
@@ -132,6 +139,7 @@ class MTPTrainer(RunTrainer):
         self.mask_token_id = resolve_mask_token(plain, mask_token_id)
         if not self.gated:
             record_settings(plain, mask_token_id=self.mask_token_id, bidirectional=args.bidirectional)
+            suppress_mask_token(plain, self.mask_token_id)
         record_settings(plain, k_max=args.k_max)
         origin = {**(origin or {}), "mask_token_id": self.mask_token_id}
         super().__init__(model=model, args=args, origin=origin, **kwargs)

@@ -187,10 +187,10 @@ def test_nothing_is_pinned_where_there_is_no_accelerator(tmp_path, monkeypatch):
 def test_a_k_that_no_answer_has_room_for_is_said(tmp_path, checkpoint, capsys):
     flags = ["--model", checkpoint("llama"), "--train-data", write(tmp_path / "rows.jsonl", GSM8K)]
     flags += ["--output-dir", str(tmp_path / "out"), *TINY, "--num-spans", "1"]
-    assert main(["train", *flags, "--k-max", "500"]) == 0
+    assert main(["train", *flags, "--k-max", "256"]) == 0
     said = capsys.readouterr().err
     longest = max(len(row["answer"].encode()) for row in GSM8K)
-    found = re.search(rf"k_max is 500, and the longest of {len(GSM8K)} answers has (\d+) tokens", said)
+    found = re.search(rf"k_max is 256, and the longest of {len(GSM8K)} answers has (\d+) tokens", said)
     assert int(found[1]) == longest + 1  # its EOS
     assert main(["train", *flags, "--k-max", "3", "--output-dir", str(tmp_path / "other")]) == 0
     assert "k_max is" not in capsys.readouterr().err

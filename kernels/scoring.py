@@ -17,9 +17,11 @@ from torch import Tensor
 class Scoring:
     """A layer's factor on the dot products, usually D ** -0.5, and what few models have besides.
 
-    window    a row sees the keys of so many positions, its own the last; all where None
+    window    a row sees the keys of so many positions, its own the last, so 1 at least; all where None
     softcap   bound c of the scores
     sinks     [Hq]: one more score a query head, that takes probability and brings no value
+
+    Raises ValueError for a window in which a row would not even see itself.
 
         Scoring(128**-0.5, window=512, softcap=50.0)
     """
@@ -28,3 +30,10 @@ class Scoring:
     window: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(
+                f"an attention window must be 1 at least, or None for all keys; got {self.window}, in which no row "
+                "sees anything: set the model's config.sliding_window to None, or to what it was trained with"
+            )

@@ -73,26 +73,51 @@ def base_alone(model: nn.Module) -> AbstractContextManager[None]:
 
 
 @contextmanager
+def kept_on_error(model: nn.Module) -> Iterator[None]:
+    """A block behind whose error, Ctrl-C too, the model has all its own again and nothing more.
+
+    Its layers, hooks and modes, and what its configs and its gate record. Weights stay as they are by then.
+
+        with kept_on_error(model):
+            peft_model = get_peft_model(model, config)
+    """
+    base = base_of(model)
+    configs = (getattr(base, name, None) for name in ("config", "generation_config"))
+    things: list[Any] = [*model.modules(), *configs, gate_of(base)]
+    own = [(thing, dict(vars(thing))) for thing in things if hasattr(thing, "__dict__")]
+    # Handles of hooks know these very dictionaries. What a device has been given is in others than before.
+    inside = [
+        (part, copy(part))
+        for _, held in own
+        for name, part in held.items()
+        if isinstance(part, dict) and name not in ("_parameters", "_buffers")
+    ]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for thing, held in own:
+            vars(thing).clear()
+            vars(thing).update(held)
+        for part, before in inside:
+            part.clear()
+            part.update(before)
+        for parameter, was in trained:
+            parameter.requires_grad_(was)
+        raise
+
+
+@contextmanager
 def wrapping(model: nn.Module) -> Iterator[None]:
     """Around peft's wrapping of a model: no warning of an old name; ValueError for layers that cannot be gated.
 
     Where it fails, which may be at any layer, the model has all its own again.
     """
-    layers = [(module, dict(module._modules)) for module in model.modules()]
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    bare = not hasattr(model, "peft_config")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), kept_on_error(model):
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         try:
             yield
         except Exception as error:
-            for module, own in layers:
-                module._modules.clear()
-                module._modules.update(own)
-            for parameter, was in trained:
-                parameter.requires_grad_(was)
-            if bare:
-                vars(model).pop("peft_config", None)
             if not isinstance(error, ValueError) or "alora_invocation_tokens" not in str(error):
                 raise
             raise ValueError(f"layers of this model {_DEAF}") from error

@@ -40,16 +40,12 @@ def answers_file(
         with whole_file(path) as file:
             yield 0, file
         return
-    if not path.exists():
-        with whole_file(path):
-            pass  # a place that cannot be written is known at once, and from here on the file is there
-    elif not os.access(path, os.W_OK):
+    if path.exists() and not os.access(path, os.W_OK):
         raise PermissionError(f"{path}: this file may not be written; give another name or change its mode")
     kept = path.with_name(f"{path.name}.options")
     options = json.loads(json.dumps(options))
-    file = opened_alone(path)
-    try:
-        with file:
+    with opened_alone(path) as file:
+        try:
             done, size = (0, 0) if overwrite else _read(path, asked)
             if done and kept.is_file():
                 before = json.loads(kept.read_text(encoding="utf-8"))
@@ -66,29 +62,44 @@ def answers_file(
                 with suppress(PermissionError):  # of the folder: the file itself may be written
                     kept.write_text(json_line(options) + "\n", encoding="utf-8")
             yield done, file
-    finally:
-        if path.stat().st_size == 0:
-            path.unlink()
-            kept.unlink(missing_ok=True)
+        finally:
+            file.flush()
+            if path.stat().st_size == 0:
+                with suppress(PermissionError):  # Windows takes no file away that is open
+                    path.unlink()
+                    kept.unlink(missing_ok=True)
 
 
 def opened_alone(path: Path) -> TextIO:
     """The file, to be written at its end, which no other run has; a file system may have no locks.
 
-    Raises ValueError where another run has it: `with opened_alone(Path("samples.jsonl")) as file: ...`.
+    It is made where it is missing, so that of several runs that begin at once one has it. Raises ValueError where
+    another run has it, OSError where it cannot be written: `with opened_alone(Path("samples.jsonl")) as file: ...`.
     """
-    file = path.open("a", encoding="utf-8")
-    try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    while True:
+        try:
+            file = path.open("a", encoding="utf-8")
+        except FileNotFoundError:
+            folder = path.resolve().parent
+            raise FileNotFoundError(f"{path}: there is no folder {folder}; make it first") from None
+        except OSError as error:
+            where = path.resolve().parent
+            raise type(error)(f"{path}: nothing can be written in {where} ({error.strerror})") from None
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ValueError(
+                f"{path}: another run writes its answers there; wait for its end, or give another --output"
+            ) from None
+        except OSError:
+            return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        # A run that has ended without answers took its file away between the two.
         file.close()
-        raise ValueError(
-            f"{path}: another run writes its answers there; wait for its end, or give another --output"
-        ) from None
-    except OSError:
-        pass
-    return file
 
 
 def _begins(half: bytes, asked: Mapping[str, Any]) -> bool:

@@ -364,6 +364,9 @@ def _refuse_arguments(arguments: dict[str, Any]) -> None:
         empty = value is None or (isinstance(value, (list, tuple)) and not value)
         if not empty and name not in _INERT_ARGUMENTS and not (name == "synced_gpus" and value is False):
             instead = "give the calls a prefix_cache" if name in CACHE_ARGUMENTS else "leave it out"
+            if name == "position_ids":  # transformers makes them before it calls a function
+                instead += " (instead of custom_generate=mtpkern.generate set model.generate = "
+                instead += "functools.partial(mtpkern.generate, model))"
             raise ValueError(f"{entry()} does not support {name}; {instead}, or use model.generate")
 
 

@@ -193,10 +193,17 @@ def _generate(args: argparse.Namespace) -> None:
 
     if args.html is not None and args.prompt is None:
         raise ValueError("--html shows one prompt as a page; give it as --prompt, or leave --html out")
+    if args.overwrite and (args.file is None or args.output is None):
+        raise ValueError("--overwrite begins the --output of a --file anew; give both, or leave --overwrite out")
+    if None not in (args.html, args.output) and args.html.resolve() == args.output.resolve():
+        raise ValueError(f"{args.html}: --html and --output would overwrite one another; give two names")
     if not args.temperature:
         given = [flag(name) for name in ("top_k", "top_p", "seed") if getattr(args, name) is not None]
         if given:
-            raise ValueError(f"{' and '.join(given)} say how to sample, and decoding is greedy; give a --temperature")
+            says = "says" if len(given) == 1 else "say"
+            raise ValueError(
+                f"{' and '.join(given)} {says} how to sample, and decoding is greedy; give a --temperature"
+            )
     rows = [_row("--prompt", {"prompt": args.prompt})] if args.file is None else read_rows(args.file)
     quiet()
     strategy = _strategy(args)

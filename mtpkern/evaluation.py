@@ -173,8 +173,8 @@ def evaluate(
     where another run writes there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    require_same(folder / "run.json", settings)
     with opened_alone(folder / "samples.jsonl") as file:
+        require_same(folder / "run.json", settings)
         done = samples_there(folder / "samples.jsonl")
         first = len(done)
         for start in range(first, len(cases), batch_size):
@@ -217,15 +217,20 @@ def _said(value: Any) -> str:
 
 
 def require_same(path: Path, settings: Mapping[str, Any]) -> None:
-    """Write what the evaluation is where nothing stands; raise ValueError, by name, where it is another."""
-    if path.exists():
+    """Write what the evaluation is where there are no samples; raise ValueError, by name, where they are of another.
+
+    path: run.json, beside the samples, which the caller has for himself (`opened_alone`)
+    """
+    samples = path.with_name("samples.jsonl")
+    there = samples.exists() and samples.stat().st_size > 0
+    if path.exists() and there:
         before = json.loads(path.read_text(encoding="utf-8"))
         names = [n for n in {**before, **settings} if n not in FREE and before.get(n) != settings.get(n)]
         if names:
             said = ", ".join(f"{name} was {before.get(name)!r} and is {settings.get(name)!r}" for name in names)
             raise ValueError(f"{path.parent} holds another evaluation: {said}; give another --output, or remove it")
         return
-    if (path.parent / "samples.jsonl").exists():
+    if there:
         raise ValueError(f"{path.parent} holds samples and no run.json that says of what; give another --output")
     write_whole(path, json.dumps(settings, indent=1) + "\n")
 

@@ -253,13 +253,13 @@ def evaluate_tasks(
     as "exact_match,strict-match"; unless given the task's own first. Raises ValueError for a metric that a task does
     not have, and for settings other than the folder's.
     """
-    require_same(folder / "run.json", settings)
     how = {"num_fewshot": fewshot, "apply_chat_template": chat, "fewshot_as_multiturn": chat, "limit": limit}
     how |= {"bootstrap_iters": 0, "task_manager": tasks.manager}
     found = {}
     for name, (members, headline) in tasks.members.items():
         judged: dict[str, Any] = {}
         with answers.kept():
+            require_same(folder / "run.json", settings)
             for way in answers.evaluation.names:
                 answers.way, answers.samples = way, {}
                 judged[way] = simple_evaluate(answers, tasks=members, **how)

@@ -74,11 +74,16 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
         bias = getattr(head, "bias", None)
         if bias is not None:
             bias[added] = bias[:others].float().mean().to(bias.dtype)
+    suppress_mask_token(model, mask_token_id)
+    record_settings(model, mask_token_id=mask_token_id)
+    return mask_token_id
+
+
+def suppress_mask_token(model: PreTrainedModel, mask_token_id: int) -> None:
+    """Write into the generation config that no decoder emits the mask token: `suppress_mask_token(model, 49152)`."""
     if model.generation_config is not None:
         suppressed = model.generation_config.suppress_tokens or []
         model.generation_config.suppress_tokens = sorted({*suppressed, mask_token_id})
-    record_settings(model, mask_token_id=mask_token_id)
-    return mask_token_id
 
 
 def recorded_settings(model: PreTrainedModel) -> dict[str, Any]:

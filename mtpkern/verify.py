@@ -303,6 +303,11 @@ class _Masks(Cache):
 
         mask [1, 1, 1, n]; transformers' cache may keep fewer, whatever the mask shows.
         """
+        if window is not None and window < 1:
+            raise ValueError(
+                f"{self.name}: layer {layer} calls attention with sliding_window={window}, in which no token sees "
+                "anything, in model.generate neither; set config.sliding_window to None, or to what it was trained with"
+            )
         n = self.seen + 1
         shown = n if mask is None else int(mask.sum())
         kept = min(n, self.kept.get(layer) or n)

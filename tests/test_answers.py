@@ -1,6 +1,8 @@
 """Answers to a file of prompts go on where the same options wrote them, and begin anew where that is asked for."""
 
+import functools
 import json
+import threading
 
 import pytest
 
@@ -48,6 +50,64 @@ def test_two_runs_do_not_write_one_file(more, tmp_path):
                 write(path, OPTIONS, 2, **more)
             file.write(json.dumps({**ASKED[done], "text": "t"}) + "\n")
         assert len(path.read_text().splitlines()) == done + 1
+
+
+def at_once(*runs):
+    """What has become of calls that begin at the same moment: None, or the error."""
+    ready, found = threading.Barrier(len(runs)), []
+
+    def run(call):
+        ready.wait()
+        try:
+            found.append(call())
+        except Exception as error:
+            found.append(str(error))
+
+    threads = [threading.Thread(target=run, args=(call,)) for call in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.mark.skipif(answers.fcntl is None, reason="needs fcntl")
+@pytest.mark.parametrize("rows", [0, 2], ids=["none", "all"])
+def test_of_two_runs_that_begin_at_once_one_has_the_file(tmp_path, rows):
+    """Where it was not there before, and where the other takes it away at its end, having written nothing."""
+    for trial in range(60):
+        path = tmp_path / f"{trial}.jsonl"
+        both = threading.Event()
+
+        def run(name, path=path, both=both):
+            with answers_file(path, ASKED, {**OPTIONS, "MODEL": name}) as (done, file):
+                assert done == 0
+                both.wait(0.02 if rows else 0)
+                for row in ASKED[:rows]:
+                    file.write(json.dumps({**row, "text": name}) + "\n")
+            return name
+
+        said = at_once(*(functools.partial(run, name) for name in "mn"))
+        had = [x for x in said if x in ("m", "n")]
+        refused = [x for x in said if x not in had]
+        assert all("another run writes its answers there" in x for x in refused)
+        if rows:
+            assert len(had) == 1
+            assert {json.loads(line)["text"] for line in path.read_text().splitlines()} == {*had}
+            assert json.loads((tmp_path / f"{path.name}.options").read_text())["MODEL"] == had[0]
+        else:
+            assert had
+            assert not path.exists()
+
+
+def test_a_place_that_cannot_be_written_is_known_at_once(tmp_path):
+    for path, error, says in (
+        (tmp_path / "none" / "out.jsonl", FileNotFoundError, f"there is no folder {tmp_path / 'none'}; make it first"),
+        (tmp_path / "file" / "out.jsonl", NotADirectoryError, "nothing can be written in"),
+    ):
+        (tmp_path / "file").touch()
+        with pytest.raises(error, match=says):
+            write(path, OPTIONS, 1)
 
 
 def test_nothing_is_left_of_a_run_without_answers(tmp_path):

@@ -185,6 +185,10 @@ def test_an_empty_file_is_refused(tmp_path, capsys):
         ("--strategy confadapt --masks 3", "makes no drafts and takes no --masks"),
         ("--strategy verified:4:0.2:9 --masks 3", "says the masks by itself"),
         ("--k 3 --masks -1", "masks must be a whole number"),
+        ("--overwrite --output x.jsonl", "--overwrite begins the --output of a --file anew; give both"),
+        ("--overwrite", "--overwrite begins the --output of a --file anew; give both"),
+        ("--output x.html --html ./x.html", "--html and --output would overwrite one another; give two names"),
+        ("--seed 3", "--seed says how to sample"),
     ],
 )
 def test_wrong_options_are_refused_before_the_model_is_loaded(options, message, capsys):

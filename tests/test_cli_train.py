@@ -108,6 +108,14 @@ def test_mistakes_in_a_configuration(tmp_path, text, flags, says):
         (["--learning-rate", "-1"], "learning_rate must be 0 or more; got -1"),
         (["--dataloader-num-workers", "-1"], "dataloader_num_workers must be 0 or more; got -1"),
         (["--max-grad-norm", "-1"], "max_grad_norm must be 0 or more; got -1"),
+        (["--adam-beta1", "1.5"], "adam_beta1 must be from 0 to below 1; got 1.5"),
+        (["--adam-beta2", "-0.1"], "adam_beta2 must be from 0 to below 1; got -0.1"),
+        (["--adam-epsilon", "-1"], "adam_epsilon must be 0 or more; got -1"),
+        (["--seed", "-1"], r"seed must be from 0 to below 2\*\*32; got -1"),
+        (["--data-seed", str(2**70)], r"data_seed must be from 0 to below 2\*\*63; got 11805"),
+        (["--optim-args", "a=1,b"], "optim_args must be names and values, as in a=1,b=2; got 'a=1,b'"),
+        (["--prefix-memory", "inf", "--gated", "--lora-rank", "2"], "prefix_memory must be a finite number; got inf"),
+        (["--k-max", "1000000"], "k_max must be at most 256"),
         (["--lora-rank", "4", "--lora-alpha", "0"], "lora_alpha must be above 0"),
         (["--report-to", "foo", "bar"], "report_to names bar, foo, which is not installed or unknown"),
         (["--lr-scheduler-kwargs", "3"], "lr_scheduler_kwargs must be names and values"),
@@ -179,10 +187,10 @@ def test_nothing_is_pinned_where_there_is_no_accelerator(tmp_path, monkeypatch):
 def test_a_k_that_no_answer_has_room_for_is_said(tmp_path, checkpoint, capsys):
     flags = ["--model", checkpoint("llama"), "--train-data", write(tmp_path / "rows.jsonl", GSM8K)]
     flags += ["--output-dir", str(tmp_path / "out"), *TINY, "--num-spans", "1"]
-    assert main(["train", *flags, "--k-max", "500"]) == 0
+    assert main(["train", *flags, "--k-max", "256"]) == 0
     said = capsys.readouterr().err
     longest = max(len(row["answer"].encode()) for row in GSM8K)
-    found = re.search(rf"k_max is 500, and the longest of {len(GSM8K)} answers has (\d+) tokens", said)
+    found = re.search(rf"k_max is 256, and the longest of {len(GSM8K)} answers has (\d+) tokens", said)
     assert int(found[1]) == longest + 1  # its EOS
     assert main(["train", *flags, "--k-max", "3", "--output-dir", str(tmp_path / "other")]) == 0
     assert "k_max is" not in capsys.readouterr().err

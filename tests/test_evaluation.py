@@ -1,6 +1,8 @@
 """`mtpkern eval` on the shipped checkpoint: figures, going on after a kill, what is refused."""
 
 import json
+import threading
+import time
 
 import pytest
 import torch
@@ -197,3 +199,44 @@ def test_acceptance_of_the_shipped_checkpoint(shipped):
     assert found["verified"]["identical_to_plain"] == 1
     assert found["static_1"]["accuracy"] >= 13 / 16
     assert found["verified"]["acceptance"][2] > 0.95
+
+
+@pytest.mark.skipif(answers.fcntl is None, reason="needs fcntl")
+def test_of_two_evaluations_that_begin_at_once_one_has_the_folder(tmp_path, shipped, monkeypatch):
+    """The other changes nothing, whatever it would have written there."""
+    judged = Evaluation(*shipped, {}, max_new_tokens=2)
+    monkeypatch.setattr(Evaluation, "decode", lambda *args, **kwargs: time.sleep(0.02) or [{"batch": 0}])
+    monkeypatch.setattr(evaluation, "write_results", lambda *args: None)
+    for trial in range(40):
+        folder, ready, said = tmp_path / str(trial), threading.Barrier(2), {}
+
+        def run(model, folder=folder, ready=ready, said=said):
+            ready.wait()
+            try:
+                evaluation.evaluate(judged, read_cases(PROBLEMS, 1), folder, {"model": model, "data": "mine"})
+            except ValueError as error:
+                said[model] = str(error)
+
+        threads = [threading.Thread(target=run, args=(name,)) for name in "mn"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        [(other, message)] = said.items()
+        assert "another run writes its answers there" in message
+        assert json.loads((folder / "run.json").read_text())["model"] == {"m": "n", "n": "m"}[other]
+
+
+def test_an_evaluation_that_has_decoded_nothing_holds_no_folder(tmp_path, shipped, monkeypatch):
+    judged, cases = Evaluation(*shipped, {}, max_new_tokens=2), read_cases(PROBLEMS, 1)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluation, "decode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            evaluation.evaluate(judged, cases, tmp_path, {"model": "m", "data": "mine"})
+    found = evaluation.evaluate(judged, cases, tmp_path, {"model": "other", "data": "mine"})
+    assert found["static_1"]["problems"] == 1
+    assert json.loads((tmp_path / "run.json").read_text())["model"] == "other"

@@ -84,6 +84,16 @@ def test_a_checkpoint_that_brings_our_generate_along(model: Any, pair: Any, tmp_
         model.generate(**pair, max_new_tokens=NEW, custom_generate=str(tmp_path), trust_remote_code=False)
 
 
+def test_handed_to_transformers_as_a_function_it_says_how_to_set_it(model: Any, pair: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"position_ids; leave it out \(instead of custom_generate=mtpkern.generate set"
+    ):
+        model.generate(**pair, max_new_tokens=NEW, custom_generate=mtpkern.generate)
+    own = {"custom_generate": partial(mtpkern.generate, model)}
+    with pytest.raises(ValueError, match="does not support custom_generate"):
+        mtpkern.generate(model, **pair, max_new_tokens=NEW, **own)
+
+
 def test_a_class_that_decodes_in_its_own_way_is_refused(model: Any, pair: Any) -> None:
     class Own(LlamaForCausalLM):
         def generate(self, input_ids: Tensor, **kwargs: Any) -> Tensor:

@@ -10,6 +10,13 @@ from mtpkern.kernels.span_attention import span_attention
 from mtpkern.kernels.span_mask import Rule
 
 
+@pytest.mark.parametrize("window", [0, -1])
+def test_a_window_in_which_nothing_is_seen_is_refused(window: int) -> None:
+    with pytest.raises(ValueError, match=f"must be 1 at least, or None for all keys; got {window}.*sliding_window to"):
+        Scoring(0.5, window=window)
+    assert Scoring(0.5, window=1).window == 1
+
+
 @pytest.mark.parametrize(
     "scoring",
     [

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import AutoConfig, PreTrainedModel, Trainer
 from transformers.integrations import is_fsdp_enabled
 from transformers.integrations.integration_utils import get_available_reporting_integrations
@@ -40,8 +41,16 @@ def require_consistent(model: ModelArguments, data: DataArguments, config: MTPCo
     held_out = data.eval_data or data.eval_fraction
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         refuse(getattr(config, name) < 1, f"{name} must be at least 1; got {getattr(config, name)}")
-    for name in ("learning_rate", "dataloader_num_workers", "max_grad_norm", "weight_decay", "warmup_steps"):
+    sizes = ("learning_rate", "dataloader_num_workers", "max_grad_norm", "weight_decay", "warmup_steps", "adam_epsilon")
+    for name in sizes:
         refuse(getattr(config, name) < 0, f"{name} must be 0 or more; got {getattr(config, name)}")
+    for name in ("adam_beta1", "adam_beta2"):
+        refuse(not 0 <= getattr(config, name) < 1, f"{name} must be from 0 to below 1; got {getattr(config, name)}")
+    for name, bits in (("seed", 32), ("data_seed", 63)):
+        value = getattr(config, name)
+        refuse(not 0 <= value < 1 << bits, f"{name} must be from 0 to below 2**{bits}; got {value}")
+    told = [part.partition("=")[1] for part in (config.optim_args or "=").split(",")]
+    refuse(not all(told), f"optim_args must be names and values, as in a=1,b=2; got {config.optim_args!r}")
     if config.max_steps == 0 or (config.max_steps < 0 and config.num_train_epochs <= 0):
         raise ValueError("nothing would be trained: give a positive max_steps, or num_train_epochs with max_steps -1")
     refuse(data.streaming and config.max_steps <= 0, "streaming data have no known length; set max_steps")
@@ -292,6 +301,19 @@ def require_counted(name: str, texts: Any, args: MTPConfig) -> None:
             raise BadData(says)
         if args.process_index == 0:
             logger.warning(says)
+
+
+def require_batches(loader: DataLoader) -> None:
+    """Raise ValueError for an evaluation of nothing, whose figures would be none: `require_batches(dataloader)`."""
+    try:
+        batches, texts = len(loader), len(cast(Any, loader.dataset))
+    except TypeError:  # a stream has no length
+        return
+    refuse(
+        not batches,
+        f"no batch of texts to evaluate: expected one at least, and {texts} texts make none; give more, or where "
+        "dataloader_drop_last is set, lower per_device_eval_batch_size or leave dataloader_drop_last out",
+    )
 
 
 def _counts(x: Mapping[str, Any], args: MTPConfig) -> bool:

@@ -12,6 +12,8 @@ import torch
 def require_example(x: Mapping[str, Any]) -> None:
     """Raise ValueError for what is no example: fields that are missing, and answers that lie outside the text.
 
+    And for columns of other trainers that say otherwise what counts: masks, labels, positions.
+
     require_example({"input_ids": [5, 6, 2], "prompt_length": 4})  # ValueError: prompt_length must lie from 0 to ...
     """
     if missing := {"input_ids", "prompt_length"} - x.keys():
@@ -27,6 +29,43 @@ def require_example(x: Mapping[str, Any]) -> None:
             f"prompt_length must lie from 0 to the {tokens} tokens of the text, and each of earlier_answers be a "
             f"(start, end) in them; got prompt_length {prompt}, earlier_answers {earlier}"
         )
+    given = {name: [*map(int, x[name])] for name in _OF_OTHERS if x.get(name) is not None}
+    if given or x.get("seq_lengths") is not None:
+        _require_agreeing(x, given, [*earlier, (prompt, tokens)])
+
+
+# What other trainers read, a number a token.
+_OF_OTHERS = ("attention_mask", "position_ids", "labels", "completion_mask", "assistant_masks")
+
+
+def _require_agreeing(x: Mapping[str, Any], given: Mapping[str, list[int]], answers: list[tuple[int, int]]) -> None:
+    """Raise ValueError, by name, for a column that what is trained here would not go by."""
+    ids = [*map(int, x["input_ids"])]
+    for name, values in given.items():
+        if len(values) != len(ids):
+            raise ValueError(f"{name} must have a number for each of the {len(ids)} tokens; got {len(values)}")
+    if not all(given.get("attention_mask", ids and [1])):
+        raise ValueError(
+            "attention_mask must be 1 throughout; got zeros: take the padding out of input_ids, batches are padded here"
+        )
+    if x.get("seq_lengths") is not None or given.get("position_ids", [*range(len(ids))]) != [*range(len(ids))]:
+        raise ValueError(
+            "several texts are packed into it (seq_lengths, or position_ids that do not count from 0): give them one "
+            "by one, MTPConfig(packing=True) packs them"
+        )
+    counted = {at for start, end in answers for at in range(max(1, start), end)}
+    for name in given.keys() - {"attention_mask", "position_ids"}:
+        # The first token has nothing before it to be predicted from.
+        said = {at for at, value in enumerate(given[name]) if at and (value != -100 if name == "labels" else value)}
+        other = [at for at in said if name == "labels" and given[name][at] != ids[at]]
+        if other or said != counted:
+            at = min(other or said ^ counted)
+            raise ValueError(
+                f"{name} and prompt_length must say the same of what counts; token {at} is {ids[at]}, {name} has "
+                f"{given[name][at]} there, and by prompt_length {x['prompt_length']} it "
+                f"{'counts' if at in counted else 'does not count'}: leave {name} out, or leave prompt_length out and "
+                f"let mtpkern.train.encode_rows read {name}"
+            )
 
 
 def earlier_answers(x: Mapping[str, Any]) -> list[tuple[int, int]]:

@@ -9,6 +9,7 @@ import mtpkern.train.extra  # noqa: F401
 
 # isort: split
 
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_bf16_gpu_available
 
+from mtpkern.strategies import LARGEST_K
 from mtpkern.train.arguments import option, refuse, require_one_of
 from mtpkern.train.compilation import CUDA_GRAPH_MODES
 
@@ -220,8 +222,13 @@ class MTPConfig(TrainingArguments):
             require_one_of(name, getattr(self, name), allowed)
         for name in ("gt_warmup_steps", "lora_rank", "prefix_weight", "anchor_kl_weight", "prefix_memory"):
             refuse(getattr(self, name) < 0, f"{name} must be at least 0; got {getattr(self, name)}")
+        for name in ("prefix_weight", "anchor_kl_weight", "prefix_memory", "lora_alpha"):
+            value = getattr(self, name)
+            refuse(value is not None and not math.isfinite(value), f"{name} must be a finite number; got {value}")
         k_min, k_max, spans, offset = self.k_min, self.k_max, self.num_spans, self.span_offset
         refuse(not 1 <= k_min <= k_max, f"1 <= k_min <= k_max must hold; got k_min={k_min}, k_max={k_max}")
+        says = f"k_max must be at most {LARGEST_K}, the largest k that mtpkern.generate decodes; got {k_max}: lower it"
+        refuse(k_max > LARGEST_K, says)
         alpha = self.lora_alpha
         if alpha is not None and alpha <= 0:
             raise ValueError(f"lora_alpha must be above 0, or the adapter could do nothing; got {alpha}")

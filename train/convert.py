@@ -86,7 +86,7 @@ def convert(
     """
     # Imported here, so that --help and a mistyped option answer at once.
     from mtpkern.loading import holds_adapter, require_found
-    from mtpkern.model import record_settings, recorded_settings, resolve_mask_token
+    from mtpkern.model import record_settings, recorded_settings, resolve_mask_token, suppress_mask_token
 
     refuse(k_max is not None and k_max < 1, f"k_max must be at least 1; got {k_max}")
     require_one_of("dtype", dtype, DTYPES)
@@ -107,8 +107,7 @@ def convert(
         record_settings(model, mask_token_id=mask, k_max=k_max or (known.k_max if known else recorded.get("k_max", 16)))
         record_settings(model, **(known.prompts if known else {}))
         # Other decoders know of no mask token.
-        suppressed = model.generation_config.suppress_tokens or []
-        model.generation_config.suppress_tokens = sorted({*suppressed, mask})
+        suppress_mask_token(model, mask)
     elif k_max is not None:
         raise ValueError(f"{source} has no mask token to go with k_max; give --mask-token-id, or leave --k-max out")
     model.config.use_cache = True

@@ -27,7 +27,7 @@ from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import HeldOut
 from mtpkern.train.gated import BehindPrefixContext, gated_loss
 from mtpkern.train.layout import Layout, draw_within, tensors_of
-from mtpkern.train.lora import adapter_to_train, adapters_asked, add_gated_lora, plain_model
+from mtpkern.train.lora import adapter_to_train, adapters_asked, add_gated_lora, keeping, plain_model
 from mtpkern.train.objective import MTPLoss, forward_as
 from mtpkern.train.prefix import Packing, Prefixes, texts_of
 from mtpkern.train.trainer import MTPTrainer
@@ -53,6 +53,7 @@ class GatedTrainer(MTPTrainer):
 
     gated = True
 
+    @keeping
     def __init__(self, model: PreTrainedModel | PeftModel, *, args: MTPConfig, **kwargs: Any) -> None:
         refuse(
             args.init_adapter and isinstance(model, PeftModel),

@@ -9,13 +9,16 @@ Source   Hu et al., arXiv 2106.09685; peft's LoraConfig and trainable_token_indi
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import wraps
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mtpkern.adapter import attach, gate_of, load_adapter, require_bare, wrapping
+from mtpkern.adapter import attach, gate_of, kept_on_error, load_adapter, require_bare, wrapping
 from mtpkern.adapter_config import (
     GatedSettings,
     base_known_by,
@@ -167,6 +170,27 @@ def adapter_to_train(model: PreTrainedModel, folder: str, *, rank: int, k_max: i
     gate = cast(Gate, gate_of(model))
     gate.record(k_max=max(k_max, gate.settings.k_max))
     return peft_model.train()
+
+
+def keeping(init: Callable[..., None]) -> Callable[..., None]:
+    """The `__init__` of a trainer, behind whose error model and teacher are what was given: without its adapters.
+
+    Raises TypeError for what is no model: `@keeping` before `def __init__(self, model, **kwargs)`.
+    """
+
+    @wraps(init)
+    def checked(self: Any, model: Any, **kwargs: Any) -> None:
+        teacher = kwargs.get("teacher")
+        for name, given in (("model", model), ("teacher", teacher)):
+            if not isinstance(given, nn.Module) and (given is not None or name == "model"):
+                raise TypeError(
+                    f"{name} must be a loaded model; got {given!r}: give "
+                    "AutoModelForCausalLM.from_pretrained(name, dtype='float32')"
+                )
+        with kept_on_error(model), nullcontext() if teacher is None else kept_on_error(teacher):
+            init(self, model, **kwargs)
+
+    return checked
 
 
 def plain_model(model: nn.Module) -> PreTrainedModel:

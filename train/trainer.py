@@ -30,11 +30,19 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from mtpkern.adapter import gate_of, wrapping
 from mtpkern.attention import AttentionContext, attention_context, ended_by_interrupts
-from mtpkern.model import at_rest, learned_positions, random_in_training, record_settings, resolve_mask_token
+from mtpkern.model import (
+    at_rest,
+    learned_positions,
+    random_in_training,
+    record_settings,
+    resolve_mask_token,
+    suppress_mask_token,
+)
 from mtpkern.train.arguments import refuse
 from mtpkern.train.checks import (
     are_at_hand,
     require_adapters,
+    require_batches,
     require_counted,
     require_sound,
     require_tested_engine,
@@ -47,7 +55,7 @@ from mtpkern.train.compilation import CompiledLayers
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import HeldOut
 from mtpkern.train.layout import Layout, draw_k, draw_within, send
-from mtpkern.train.lora import adapters_asked, add_lora, plain_model
+from mtpkern.train.lora import adapters_asked, add_lora, keeping, plain_model
 from mtpkern.train.metrics import Seen, span_statistics
 from mtpkern.train.objective import MTPLoss, Objective, SpanContext, forward_as, mtp_loss, stop_tokens_of
 from mtpkern.train.original import Original
@@ -92,6 +100,7 @@ class MTPTrainer(RunTrainer):
     gated = False
     draw = staticmethod(draw_within)
 
+    @keeping
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
@@ -130,6 +139,7 @@ class MTPTrainer(RunTrainer):
         self.mask_token_id = resolve_mask_token(plain, mask_token_id)
         if not self.gated:
             record_settings(plain, mask_token_id=self.mask_token_id, bidirectional=args.bidirectional)
+            suppress_mask_token(plain, self.mask_token_id)
         record_settings(plain, k_max=args.k_max)
         origin = {**(origin or {}), "mask_token_id": self.mask_token_id}
         super().__init__(model=model, args=args, origin=origin, **kwargs)
@@ -343,6 +353,7 @@ class MTPTrainer(RunTrainer):
 
         Among its metrics they are logged and choose the best.
         """
+        require_batches(dataloader)
         with self._sums_apart():
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
             found = self._statistics()

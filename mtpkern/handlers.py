@@ -3,7 +3,8 @@
 They read a request, chat template and all, and write its answer, whole or as a stream. Between, they hand it to a
 manager, whose place `Served` takes, by a state of all managers, whose place it takes as well. What they leave open
 `_Ours` settles, of which each of them is a kind here. Nothing of transformers' is changed, so that a process can have
-several servers.
+several servers. What is called for a path finds its server by the request: FastAPI keeps all that it has ever called,
+also of servers that have ended, and with it what that holds, which must be no model.
 """
 
 from __future__ import annotations
@@ -118,6 +119,11 @@ class Served(GenerationState, BaseGenerateManager):
         for request in list(self.open):
             request.left.set()
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The model as clients see it listed."""
+        return {"id": self.name, "object": "model", "created": 0, "owned_by": "local"}
+
     def require(self, model: str) -> None:
         """Raise `Missing` for another model."""
         if model != self.name:
@@ -207,6 +213,11 @@ class _Ours(BaseHandler):
         super().__init__(served, served)
         self.served = served
 
+    @classmethod
+    async def answered(cls, request: Request, body: dict[str, Any]) -> Any:
+        """The answer to a request, by its server."""
+        return await cls(request.app.state.served).answer(request, body)
+
     async def answer(self, request: Request, body: dict[str, Any]) -> Any:
         """The answer to a request; it is read by the reader, while streams go on."""
         mine = _Asked(asyncio.get_running_loop())
@@ -289,3 +300,19 @@ class Responses(_Ours, ResponseHandler):
     async def _non_streaming(self, *args: Any, **kwargs: Any) -> Any:
         answer = await super()._non_streaming(*args, **kwargs)
         return JSONResponse(cut_short(json.loads(answer.body))) if _asked.get().answer.cut else answer
+
+
+async def models(request: Request) -> Any:
+    """/v1/models"""
+    return {"object": "list", "data": [request.app.state.served.facts]}
+
+
+async def model(request: Request, model: str) -> Any:
+    """/v1/models/{model}"""
+    request.app.state.served.require(model)
+    return request.app.state.served.facts
+
+
+async def health() -> Any:
+    """/health"""
+    return {"status": "ok"}

@@ -46,7 +46,7 @@ def server(engine: Engine, tokenizer: PreTrainedTokenizerBase, name: str, *, hos
     from fastapi.exceptions import RequestValidationError
     from starlette.exceptions import HTTPException
 
-    from mtpkern.handlers import Chats, Completions, Responses, Served
+    from mtpkern.handlers import Chats, Completions, Responses, Served, health, model, models
     from mtpkern.replies import Refused, failed, refused, unreadable, until_left
 
     served = Served(engine, tokenizer, name)
@@ -57,22 +57,11 @@ def server(engine: Engine, tokenizer: PreTrainedTokenizerBase, name: str, *, hos
             yield
 
     app = FastAPI(lifespan=reading, openapi_url=None)
+    app.state.served = served
     for path, kind in (("completions", Completions), ("chat/completions", Chats), ("responses", Responses)):
-        app.post(f"/v1/{path}")(kind(served).answer)
-    facts = {"id": name, "object": "model", "created": 0, "owned_by": "local"}
-
-    @app.get("/v1/models")
-    async def models() -> Any:
-        return {"object": "list", "data": [facts]}
-
-    @app.get("/v1/models/{model:path}")
-    async def model(model: str) -> Any:
-        served.require(model)
-        return facts
-
-    @app.get("/health")
-    async def health() -> Any:
-        return {"status": "ok"}
+        app.post(f"/v1/{path}")(kind.answered)
+    for path, told in (("/v1/models", models), ("/v1/models/{model:path}", model), ("/health", health)):
+        app.get(path)(told)
 
     @app.middleware("http")
     async def told_apart(request: Any, answer: Any) -> Any:

@@ -3,7 +3,8 @@
 They read a request, chat template and all, and write its answer, whole or as a stream. Between, they hand it to a
 manager, whose place `Served` takes, by a state of all managers, whose place it takes as well. What they leave open
 `_Ours` settles, of which each of them is a kind here. Nothing of transformers' is changed, so that a process can have
-several servers.
+several servers. What is called for a path finds its server by the request: FastAPI keeps all that it has ever called,
+also of servers that have ended, and with it what that holds, which must be no model.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from inspect import signature
 from threading import Event
 from types import coroutine
 from typing import Any
-from weakref import finalize
+from weakref import WeakSet, finalize
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -34,13 +35,13 @@ from mtpkern.engine import Engine
 from mtpkern.entry import entered
 from mtpkern.model import learned_positions
 from mtpkern.pieces import Answer, Pieces
-from mtpkern.replies import MISTAKES, Failed, Missing, cut_short, ending, incomplete, refusing
+from mtpkern.replies import MISTAKES, Ending, Failed, Missing, cut_short, ending, incomplete, refusing
 
 # What reading raises where a client has sent something else than is expected there.
 _ODD = *MISTAKES, LookupError, AttributeError
 
 
-@dataclass
+@dataclass(eq=False)
 class _Asked:
     """What is known of a request, by the thread that reads it and by the server's loop, which answers it.
 
@@ -101,8 +102,27 @@ class Served(GenerationState, BaseGenerateManager):
         super().__init__()
         self.engine, self.tokenizer, self.name = engine, tokenizer, name
         self.reader = ThreadPoolExecutor(1, "mtpkern serve")
+        # Whose answers are not whole, perhaps; whether there are to be no more of them.
+        self.open, self.ends = WeakSet[_Asked](), False
         positions = learned_positions(engine.model, needed=engine.max_length - 1)  # the last token is never fed
         self._room = engine.max_length if positions is None else positions + 1
+
+    def take(self, request: _Asked) -> None:
+        """Take in a request, to be answered unless `end` comes before that."""
+        self.open.add(request)
+        if self.ends:
+            request.left.set()
+
+    def end(self) -> None:
+        """End all answers behind the next pass; they, and whoever comes, are told that the server ends."""
+        self.ends = True
+        for request in list(self.open):
+            request.left.set()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The model as clients see it listed."""
+        return {"id": self.name, "object": "model", "created": 0, "owned_by": "local"}
 
     def require(self, model: str) -> None:
         """Raise `Missing` for another model."""
@@ -158,6 +178,8 @@ class Served(GenerationState, BaseGenerateManager):
             output = await asyncio.wrap_future(future)
         except Exception as error:
             raise Failed(f"{type(error).__name__}: {error}") from error
+        if output.finish_reason == "closed":
+            raise Ending
         answer.settle(output)
         text = self.tokenizer.decode(output.tokens, skip_special_tokens=True)
         return answer.until().whole(text), len(ids), output.tokens
@@ -191,12 +213,20 @@ class _Ours(BaseHandler):
         super().__init__(served, served)
         self.served = served
 
+    @classmethod
+    async def answered(cls, request: Request, body: dict[str, Any]) -> Any:
+        """The answer to a request, by its server."""
+        return await cls(request.app.state.served).answer(request, body)
+
     async def answer(self, request: Request, body: dict[str, Any]) -> Any:
         """The answer to a request; it is read by the reader, while streams go on."""
         mine = _Asked(asyncio.get_running_loop())
         _asked.set(mine)
+        self.served.take(mine)
 
         def begun() -> tuple[bool, Any]:
+            if mine.left.is_set():
+                raise Ending
             handling = self.handle_request(body, request.state.request_id)
             try:
                 handling.send(None)
@@ -270,3 +300,19 @@ class Responses(_Ours, ResponseHandler):
     async def _non_streaming(self, *args: Any, **kwargs: Any) -> Any:
         answer = await super()._non_streaming(*args, **kwargs)
         return JSONResponse(cut_short(json.loads(answer.body))) if _asked.get().answer.cut else answer
+
+
+async def models(request: Request) -> Any:
+    """/v1/models"""
+    return {"object": "list", "data": [request.app.state.served.facts]}
+
+
+async def model(request: Request, model: str) -> Any:
+    """/v1/models/{model}"""
+    request.app.state.served.require(model)
+    return request.app.state.served.facts
+
+
+async def health() -> Any:
+    """/health"""
+    return {"status": "ok"}

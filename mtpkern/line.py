@@ -11,10 +11,11 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from itertools import count
 from threading import Condition, Event
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -157,18 +158,33 @@ class Line:
 
     def work(self) -> None:
         """Decode whatever comes, until the line is closed and empty."""
-        with ExitStack() as stack:
-            for context in self.surroundings:
-                stack.enter_context(context)
-            while (head := self._first()) is not None:
-                self._run(head)
-        for request in self.waiting:
-            # One that was to be tried again runs already; of the others nobody else tells who waits for several.
-            if request.future.cancel():
-                request.future.set_running_or_notify_cancel()
-            else:
-                request.future.set_exception(CancelledError(_CLOSED))
-        self.waiting.clear()
+        try:
+            with ExitStack() as stack:
+                for context in self.surroundings:
+                    stack.enter_context(context)
+                while self._serve():
+                    pass
+        finally:
+            # Also behind a fault of ours: whoever waits hears that it is in vain, and whoever comes.
+            self.close(cancel=True)
+            for request in [*self.inside.values(), *self.waiting]:
+                # One that was to be tried again runs already; of the others nobody else tells who waits for several.
+                if request.future.cancel():
+                    request.future.set_running_or_notify_cancel()
+                else:
+                    request.future.set_exception(CancelledError(_CLOSED))
+            self.inside.clear()
+            self.waiting.clear()
+
+    def _serve(self) -> bool:
+        """Decode who comes next, and all who can share its passes; False at the end of all.
+
+        Idle, the thread holds on to none of them.
+        """
+        head = self._first()
+        if head is not None:
+            self._run(head)
+        return head is not None
 
     def _first(self) -> Request | None:
         """Who is first in line, once there is somebody; None at the end of all."""
@@ -186,18 +202,7 @@ class Line:
 
     def _run(self, head: Request) -> None:
         """Decode what is like the first in line, and all that comes to stand behind it and is like it."""
-        room = {"slots": self.slots, "tokens": self.max_length, "new": self.max_length - 1}
-        choosing, self.lately = self._united(head), Choosing()
-        jobs = _Next(self, head.kind, choosing)
-        try:
-            # Draws are told apart by their jobs' numbers alone (`begin`).
-            key = torch.zeros(1, dtype=torch.int64, device=head.batch.model.device) if choosing.samples else None
-            of_all = None if choosing == Choosing() else choosing, key
-            head.batch.decode(jobs, self._emit, closed=self.cancelled, watched=True, of_all=of_all, **room)
-            error: BaseException = CancelledError(_CLOSED)
-        except BaseException as raised:
-            error = raised
-        # Outside of the handler, whose traceback holds on to what was allocated.
+        error = self._decode(head)
         left = list(self.inside.values())
         self.inside.clear()
         with self.changed:
@@ -219,19 +224,34 @@ class Line:
         with self.changed:
             self.waiting.extendleft(reversed(back))
 
+    def _decode(self, head: Request) -> BaseException:
+        """Decode the first in line and whoever comes; returns what those are told who are left in the run."""
+        room = {"slots": self.slots, "tokens": self.max_length, "new": self.max_length - 1}
+        try:
+            choosing = self._united(head)
+            jobs = _Next(self, head.kind, choosing)
+            # Draws are told apart by their jobs' numbers alone (`begin`).
+            key = torch.zeros(1, dtype=torch.int64, device=head.batch.model.device) if choosing.samples else None
+            of_all = None if choosing == Choosing() else choosing, key
+            head.batch.decode(jobs, self._emit, closed=self.cancelled, watched=True, of_all=of_all, **room)
+        except BaseException as error:
+            _let_go(error)
+            return error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)  # without this frame
+        return CancelledError(_CLOSED)
+
     def _united(self, head: Request) -> Choosing:
         """What does for the first in line, for those behind it as far as one can do for all, and for those of late.
 
         Who asks for what somebody has asked for in the last run is likely to come again.
         """
-        choosing = head.choosing
+        choosing, lately, self.lately = head.choosing, self.lately, Choosing()
         with self.changed:
             for request in self.waiting:
                 both = choosing.united(request.choosing) if request.kind == head.kind else None
                 if both is None:
                     break
                 choosing = both
-        return choosing.united(self.lately) or choosing
+        return choosing.united(lately) or choosing
 
     def _emit(self, output: BatchOutput) -> None:
         self.inside.pop(output.index).finish(output)
@@ -258,6 +278,21 @@ class _Next(Iterator[Job]):
 
     def _may_come(self, request: Request) -> bool:
         return request.kind == self.kind and self.choosing.united(request.choosing) == self.choosing
+
+
+# Whose functions hold what a run has allocated; what a caller's own hold is left for a debugger.
+_OF_RUNS = {"mtpkern", "torch", "transformers", "transformers_modules", "peft"}
+
+
+def _let_go(error: BaseException) -> None:
+    """Free what a run's functions held: it has to go before the next try, and whoever keeps the error would keep it."""
+    one: BaseException | None = error
+    while one is not None:
+        for frame, _ in walk_tb(one.__traceback__):
+            if str(frame.f_globals.get("__name__", "")).partition(".")[0] in _OF_RUNS:
+                with suppress(RuntimeError):  # it is still at work
+                    frame.clear()
+        one = one.__context__
 
 
 _lines: weakref.WeakSet[Line] = weakref.WeakSet()

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.cli.serving.utils import DirectStreamer, _StreamError, response_events_to_chunks
 
 from mtpkern.batching import BatchOutput
+from mtpkern.replies import Ending
 
 
 class Until:
@@ -117,8 +118,11 @@ class Pieces(DirectStreamer):
     def finish(self, done: Future[BatchOutput]) -> None:
         """Send the end of the answer, or what has gone wrong."""
         error = CancelledError("the server ends") if done.cancelled() else done.exception()
-        if error is not None:
-            self._enqueue(_StreamError(json.dumps(f"{type(error).__name__}: {error}")[1:-1]))
+        said = None if error is None else f"{type(error).__name__}: {error}"
+        if error is None and done.result().finish_reason == "closed":
+            said = str(Ending())  # unless it is the client who has left, who does not hear of it
+        if said is not None:
+            self._enqueue(_StreamError(json.dumps(said)[1:-1]))
             return
         output = done.result()
         self._answer.settle(output)

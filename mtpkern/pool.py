@@ -88,8 +88,12 @@ def decoder_for(
 
     if not use_graph:
         decoder = make()
-        prefill(decoder)
-        yield decoder
+        try:
+            prefill(decoder)
+            yield decoder
+        finally:
+            # Whoever keeps an error of the run keeps all its functions held, this decoder too.
+            decoder.cache.layers.clear()
         return
     kept = _kept.setdefault(model, OrderedDict())
     found = _begun(model, kept, kept.pop(key, None), begin)
@@ -99,7 +103,11 @@ def decoder_for(
         graphs = [other.graph for other in list(kept.values()) if other.graph is not None]
         found.graph.beside = next((step for graph in graphs for step in graph.captured.values()), None)
         begin(found)
-    yield found
+    try:
+        yield found
+    except BaseException:
+        found.cache.layers.clear()  # likewise
+        raise
     if found.fingerprint is None:
         # Now, because a model's first forward may change it.
         found.fingerprint = fingerprint(model)

@@ -32,6 +32,15 @@ class Missing(Refused):
     code = "model_not_found"
 
 
+class Ending(Refused):
+    """What is not answered any more, because the server ends."""
+
+    status = 503
+
+    def __init__(self) -> None:
+        super().__init__("the server ends; ask another, or this one once it is there again")
+
+
 class Failed(RuntimeError):
     """What went wrong while a request was decoded, which is not the client's fault."""
 

@@ -29,12 +29,15 @@ if TYPE_CHECKING:
 _LAST_PORT = 65535
 # What tells requests apart, in their answers too.
 _ID = "x-request-id"
+# Seconds that a server which ends waits for clients to read that.
+_LAST_WORDS = 3
 
 
 def server(engine: Engine, tokenizer: PreTrainedTokenizerBase, name: str, *, host: str, port: int) -> uvicorn.Server:
     """The server of an engine, to be run: `run()` serves until Ctrl-C, or until its `should_exit` is set.
 
-    name: what clients call the model. Its handlers are transformers', so that it needs transformers[serving].
+    name: what clients call the model. Its handlers are transformers', so that it needs transformers[serving]. Answers
+    that are being written then are ended, and say so.
 
         server(engine, tokenizer, "mine", host="127.0.0.1", port=8000).run()
     """
@@ -43,7 +46,7 @@ def server(engine: Engine, tokenizer: PreTrainedTokenizerBase, name: str, *, hos
     from fastapi.exceptions import RequestValidationError
     from starlette.exceptions import HTTPException
 
-    from mtpkern.handlers import Chats, Completions, Responses, Served
+    from mtpkern.handlers import Chats, Completions, Responses, Served, health, model, models
     from mtpkern.replies import Refused, failed, refused, unreadable, until_left
 
     served = Served(engine, tokenizer, name)
@@ -54,22 +57,11 @@ def server(engine: Engine, tokenizer: PreTrainedTokenizerBase, name: str, *, hos
             yield
 
     app = FastAPI(lifespan=reading, openapi_url=None)
+    app.state.served = served
     for path, kind in (("completions", Completions), ("chat/completions", Chats), ("responses", Responses)):
-        app.post(f"/v1/{path}")(kind(served).answer)
-    facts = {"id": name, "object": "model", "created": 0, "owned_by": "local"}
-
-    @app.get("/v1/models")
-    async def models() -> Any:
-        return {"object": "list", "data": [facts]}
-
-    @app.get("/v1/models/{model:path}")
-    async def model(model: str) -> Any:
-        served.require(model)
-        return facts
-
-    @app.get("/health")
-    async def health() -> Any:
-        return {"status": "ok"}
+        app.post(f"/v1/{path}")(kind.answered)
+    for path, told in (("/v1/models", models), ("/v1/models/{model:path}", model), ("/health", health)):
+        app.get(path)(told)
 
     @app.middleware("http")
     async def told_apart(request: Any, answer: Any) -> Any:
@@ -83,7 +75,15 @@ def server(engine: Engine, tokenizer: PreTrainedTokenizerBase, name: str, *, hos
         app.add_exception_handler(error, unreadable)
     app.add_exception_handler(Exception, failed)
     app.add_middleware(until_left)
-    return uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="info"))
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: Any = None) -> None:
+            """As ever, but for answers, which would be waited for."""
+            served.end()
+            await super().shutdown(sockets)
+
+    config = uvicorn.Config(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=_LAST_WORDS)
+    return Server(config)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -110,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.port > _LAST_PORT:
         parser.error(f"argument --port: expected a number up to {_LAST_PORT}, got {args.port}")
+    if args.name == "":
+        parser.error("argument --name: expected what clients call the model, got ''; leave it out for the path")
 
     from transformers.utils.import_utils import is_serve_available
 

@@ -96,7 +96,10 @@ class Stream(Iterator[Block]):
         self._over = True
         self._thread.join()
         if isinstance(item, BaseException):
-            raise item
+            try:
+                raise item
+            finally:
+                del item  # whose traceback has this frame: both would wait for the garbage collector
         (self.output,) = item
         return None
 

@@ -242,8 +242,15 @@ def test_the_command_serves_until_ctrl_c(server: SimpleNamespace) -> None:
             answer = client.completions.create(model="mine", prompt=PROMPT, max_tokens=16, temperature=0)
             assert answer.usage is not None
             assert answer.usage.completion_tokens == 16
-        finally:
+            endless = {str(server.model.generation_config.eos_token_id): -100}
+            ask: dict[str, Any] = {"model": "mine", "prompt": PROMPT, "max_tokens": 4000, "temperature": 0}
+            stream = client.completions.create(**ask, logit_bias=endless, stream=True)
+            next(stream)
             process.send_signal(signal.SIGINT)
+            with pytest.raises(openai.APIError, match="the server ends"):
+                list(stream)
             _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode in (0, 130), said
     assert "Traceback" not in said

@@ -120,8 +120,6 @@ def read_arguments(
         settings["logits_processor"] = LogitsProcessorList(processors)
     for name in asked.keys() & honoured - _PLAIN - _CUTS:
         value = _checked(name, asked[name])
-        if value is None and name not in settings:
-            continue
         settings[name] = DEFAULTS.get(name) if value is None else value
     if (answers := settings.get("num_return_sequences") or 1) > 1 and not sampling:
         raise ValueError(

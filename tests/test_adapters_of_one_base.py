@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import mtpkern
-from mtpkern.adapter import gate_of, save_adapter
+from mtpkern.adapter import adopt, gate_of, save_adapter
 from mtpkern.adapter_config import digest
 from mtpkern.train.lora import add_gated_lora
 from support.injecting import injecting
@@ -127,6 +127,11 @@ def test_deleting_and_deactivating(base, folders, alone, tiny):
     model.base_model.set_adapter(["default", "second"])
     with pytest.raises(ValueError, match=r"2 active gated adapters.*activate one"):
         said(model, tiny)
+    model.add_adapter("plain", LoraConfig(r=4, target_modules=["q_proj"]))
+    for active, row in (("default", True), ("plain", False)):
+        model.set_adapter(active)
+        adopt(model)
+        assert ("mask_row" in model.state_dict()) == row == (gate_of(model.get_base_model()) is not None)
 
 
 def fine_tuned(base):

@@ -151,6 +151,14 @@ def test_prompts_in_a_form_that_is_not_honoured_are_refused_by_its_name(shared: 
         mtpkern.generate(shared, inputs_embeds=ARGUMENTS["inputs_embeds"], max_new_tokens=4)
 
 
+def test_prompts_by_either_of_their_names_and_not_by_both(shared: Any, pair: Any) -> None:
+    ids, mask = pair["input_ids"], pair["attention_mask"]
+    found = mtpkern.generate(shared, inputs=ids, attention_mask=mask, max_new_tokens=4)
+    assert found.equal(mtpkern.generate(shared, **pair, max_new_tokens=4))
+    with pytest.raises(ValueError, match="inputs and input_ids are two names of the prompts, got both"):
+        mtpkern.generate(shared, inputs=ids, **pair, max_new_tokens=4)
+
+
 def test_every_argument_of_generate_is_accounted_for(shared: Any) -> None:
     known = {"inputs", "generation_config", "kwargs", "trust_remote_code", "stopping_criteria", "streamer"}
     known |= {"logits_processor", *ARGUMENTS}

@@ -257,6 +257,8 @@ def test_texts_limits_and_progress(model: Any, bytes_of: Callable[[str], Any], t
     config = GenerationConfig(max_new_tokens=3, eos_token_id=STOP)
     assert max(len(o.tokens) for o in generate_batch(model, prompts[:2], generation_config=config)) <= 3
     assert generate_batch(model, [], max_new_tokens=3) == []
+    for seed in (-(1 << 63), (1 << 64) - 1):
+        assert generate_batch(model, prompts[:1], max_new_tokens=1, do_sample=True, seed=seed)[0].error is None
     assert [type(o.error) for o in generate_batch(model, [[]], max_new_tokens=3)] == [ValueError]
 
 
@@ -293,6 +295,8 @@ def test_texts_limits_and_progress(model: Any, bytes_of: Callable[[str], Any], t
         ({"reuse": 1}, "reuse"),
         ({"strategy": "verified"}, "strategy"),
         ({"rows": 1, "strategy": Static(2)}, "rows must be at least"),
+        ({"seed": -(1 << 63) - 1}, "64 bits"),
+        ({"seed": 1 << 64}, "64 bits"),
     ],
 )
 def test_what_is_wrong_for_all_is_refused(model: Any, options: dict[str, Any], message: str) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from transformers import PreTrainedConfig
 
 import mtpkern
 from mtpkern import Verified
@@ -110,6 +111,12 @@ def test_a_layer_that_cached_nothing() -> None:
     cache = KVCache(C, rows_of((0,), (0,)), max_rows=1)
     with pytest.raises(ValueError, match="layer 7 runs in a decoding step but cached nothing"):
         attend(cache, 7, torch.ones(1, 2, 2, D), torch.ones(1, 2, 2, D), torch.ones(1, 2, 2, D))
+
+
+def test_a_model_that_cached_nothing() -> None:
+    """Where the config does not tell how many layers there are, too."""
+    with pytest.raises(ValueError, match="OddForCausalLM: of None layers, 0 cached keys"):
+        KVCache(C, rows_of((0,)), max_rows=1, model_name="OddForCausalLM").require_cached(PreTrainedConfig())
 
 
 def test_a_layer_that_attends_twice_or_to_other_shapes_is_refused() -> None:

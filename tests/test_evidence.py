@@ -75,6 +75,13 @@ def test_without_answers_and_original():
     assert "| fast | 1.60 |" in page
 
 
+def test_scores_between_0_and_1_vary_as_they_do():
+    """And not as right and wrong answers of this mean, which vary the most."""
+    samples = [{"row": i, "batch": 0, "ways": {"original": way([1], [1], right=x)}} for i, x in enumerate((1, 0.5, 0))]
+    found = figures(samples)["original"]
+    assert (found["accuracy"], found["standard_error"]) == pytest.approx((0.5, 0.5 / 3**0.5))
+
+
 def test_acceptance_counts_the_cut_pass_only_as_far_as_it_goes():
     assert acceptance([[1, 3, 1, 2]]) == pytest.approx([1, 2 / 3, 1])
     assert acceptance([[1, 3, 2, 1]]) == pytest.approx([1, 1, 1 / 2])
@@ -96,3 +103,5 @@ def test_the_page_names_all_ways_and_where_they_come_from():
     assert page.startswith("# mine on rows.jsonl\n\n- commit: abc\n")
     assert "| fast | 50.00% ± 35.36% | -50.00 ± 50.00 | -50.00 ± 50.00 | 1.60 | 1.25 ± 0.35 | 3.56 (4.00) |" in page
     assert "## Acceptance by position" in page
+    assert "\n| fast | 1.000 |" in page
+    assert "\n| static_1 | 1.000 |" not in page, "which has no second position"

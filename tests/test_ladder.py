@@ -40,6 +40,8 @@ def test_rungs() -> None:
     assert Ladder(1, 23, 12).rungs == [1, 23]
     assert Ladder(16, 192, 12).rungs == [16, 96, 192]
     assert Ladder(64, 256, 12).rungs == [64, 128, 256]
+    assert Ladder(32, 128, 12).rungs == [32, 64, 128]
+    assert Ladder(32, 127, 12).rungs == [32, 63, 127]
     assert Ladder(128, 512, 12).rungs == [128, 256, 512]
     assert Ladder(5, 5, 1).rungs == [5]
 

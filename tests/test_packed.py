@@ -279,6 +279,20 @@ def test_what_is_not_plain_stays_torchs(tiny: SimpleNamespace, read: list[torch.
     assert read
 
 
+def test_small_siblings_beside_large_ones_have_no_copies(
+    tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sizes() -> list[int]:
+        model = tiny.model("llama")
+        generate(tiny, model)
+        return [copied.weight.numel() for copied in copies(model)]
+
+    every = sizes()
+    monkeypatch.setattr(packed, "LEAST_WEIGHT", max(every))
+    assert min(every) < max(every)
+    assert sizes() == [n for n in every if n == max(every)]
+
+
 def test_an_adapter_that_is_switched_off_adds_nothing(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.adapted(tiny.model("llama"))
     base = model.get_base_model()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,9 +14,17 @@ from transformers import DynamicCache
 
 import mtpkern
 from mtpkern import ConfAdapt, PrefixCache, Static, Verified
+from mtpkern.prefix_cache import common
 
 WINDOWED = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 MODELS = {"llama": {}, "gemma3_text": WINDOWED, "gpt_oss": {**WINDOWED, "attention": "eager"}, "gpt_neox": {}}
+
+
+def test_fewer_than_8_common_tokens_are_not_worth_a_copy() -> None:
+    for n, shared in ((0, 0), (7, 0), (8, 8), (9, 9)):
+        a, b = np.arange(12), np.arange(12)
+        b[n:] += 1
+        assert common(a, b) == common(a, b[: n + 1]) == common(b[:n], a) == shared
 
 
 @pytest.fixture(params=["llama"])

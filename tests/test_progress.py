@@ -2,10 +2,12 @@
 
 import json
 import shlex
+from types import SimpleNamespace
 
 import pytest
 
 from mtpkern.cli import main
+from mtpkern.train.metrics import Seen
 from mtpkern.train.progress import heading, strategy_rows, table_row
 
 ROWS = [{"question": f"How many are {i} and 1?", "answer": f"They are {i + 1}.\n#### {i + 1}"} for i in range(8)]
@@ -18,6 +20,16 @@ def test_a_row_stands_under_its_heading():
     assert row.index("50.0%") + 5 == heading().index("agree") + 5
     assert max(len(row), len(heading())) <= 80
     assert table_row("held out", {"eval_loss": 2.0, "eval_accuracy": 0.975}).split() == ["held", "out", "2", "97.5%"]
+
+
+def test_rates_are_a_second_since_the_last_log(monkeypatch):
+    clock = iter([100.0, 104.0])
+    monkeypatch.setattr("mtpkern.train.metrics.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    seen = Seen()
+    seen.add(2, 30, 40)
+    seen.add(1, 10, 20)
+    rates = seen.rates()
+    assert [rates[f"{name}_per_second"] for name in ("texts", "span_rows", "tokens")] == [0.75, 10, 15]
 
 
 def test_a_row_for_each_way_of_decoding():

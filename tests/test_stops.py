@@ -102,6 +102,14 @@ def test_the_text_says_what_transformers_says(kind: str, tokenizers_that_are_kno
     assert ended > 100
 
 
+def test_a_string_right_behind_a_character_of_four_bytes() -> None:
+    """Of which no byte may be missing: with bytes that begin no character those behind them are none either."""
+    tokenizer = pieces()
+    ids = tokenizer.convert_tokens_to_ids(["a", *(f"<0x{x:02X}>" for x in "🙂é".encode())])
+    stops = TextStops(tokenizer, ["é"])
+    assert [stops(torch.tensor([ids[:t]]), None).tolist() for t in range(4, 8)] == [[False]] * 3 + [[True]]
+
+
 def test_what_was_there_before_the_last_token_does_not_count() -> None:
     tokenizer = words()
     with pytest.raises(Exception, match=r"."):

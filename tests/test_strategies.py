@@ -43,7 +43,7 @@ def test_strategies_are_values() -> None:
 
 
 @pytest.mark.parametrize("kind", [Static, ConfAdapt, Verified])
-@pytest.mark.parametrize("k", [1, 2, 16, 100])
+@pytest.mark.parametrize("k", [1, 2, 16, 256])
 def test_any_whole_k(kind: Any, k: int) -> None:
     assert kind(k=k).k == k
 
@@ -53,6 +53,12 @@ def test_any_whole_k(kind: Any, k: int) -> None:
 def test_k_must_be_a_whole_number_from_1(kind: Any, k: Any) -> None:
     with pytest.raises(ValueError, match=rf"{kind.__name__}: k must be a whole number .* got {k!r}"):
         kind(k=k)
+
+
+@pytest.mark.parametrize("kind", [Static, ConfAdapt, Verified])
+def test_k_must_be_at_most_256(kind: Any) -> None:
+    with pytest.raises(ValueError, match=f"{kind.__name__}: k must be at most 256, got 257: "):
+        kind(k=257)
 
 
 @pytest.mark.parametrize(

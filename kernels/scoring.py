@@ -32,8 +32,13 @@ class Scoring:
     sinks: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.window is not None and self.window < 1:
-            raise ValueError(
-                f"an attention window must be 1 at least, or None for all keys; got {self.window}, in which no row "
-                "sees anything: set the model's config.sliding_window to None, or to what it was trained with"
-            )
+        require_window(self.window)
+
+
+def require_window(window: int | None) -> None:
+    """Raises ValueError for a window in which a row does not even see itself."""
+    if window is not None and window < 1:
+        raise ValueError(
+            f"an attention window must be 1 at least, or None for all keys; got {window}, in which no row sees "
+            "anything: set the model's config.sliding_window to None, or to what it was trained with"
+        )

@@ -44,7 +44,7 @@ from torch import Tensor
 from mtpkern.kernels.form import autocast_of, on_device
 from mtpkern.kernels.op import operator
 from mtpkern.kernels.scoring import Scoring
-from mtpkern.kernels.span_mask import Rule, require_window, span_mask
+from mtpkern.kernels.span_mask import Rule, span_mask
 
 if find_spec("triton"):
     import triton
@@ -666,7 +666,6 @@ def span_attention(
         raise ValueError(f"each tensor of the rule must be [B, T] = {(batch, rows)}; got {got}")
     if scoring.sinks is not None and scoring.sinks.shape != (heads,):
         raise ValueError(f"sinks must be [Hq] = [{heads}]; got {list(scoring.sinks.shape)}")
-    require_window(scoring.window)
     if query.is_cuda and dim <= MAX_HEAD_DIM and query.dtype != torch.float64:
         return span_attention_triton(query, key, value, rule, scoring)
     return span_attention_reference(query, key, value, rule, scoring, mask=mask)

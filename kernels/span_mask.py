@@ -28,6 +28,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mtpkern.kernels.scoring import require_window
+
 
 class Rule(NamedTuple):
     """What the rows of a layout see: the integers at the head of this file, each [..., T]."""
@@ -76,12 +78,6 @@ def span_mask(
         lower = lower + (position - window + 1).clamp(min=0)
         own_lower = torch.maximum(span_start, row - window + 1)
     return ((key >= lower) & (key < prefix_end)) | ((key >= own_lower) & (key < own_upper))
-
-
-def require_window(window: int | None) -> None:
-    """Raises ValueError for a window in which a row does not even see itself."""
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 (a row sees itself) or None; got {window}")
 
 
 def draw_mask(*rule: Tensor | None, window: int | None = None) -> str:

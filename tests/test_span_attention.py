@@ -132,7 +132,7 @@ def test_the_last_rows_alone(softcap, with_sinks):
         *(({name: slice(4)}, r"each tensor of the rule must be \[B, T\]") for name in ("position", "prefix_end")),
         ({"span_end": slice(4)}, r"each tensor of the rule must be \[B, T\]"),
         ({"sinks": torch.zeros(1)}, r"sinks must be \[Hq\] = \[4\]; got \[1\]"),
-        ({"window": 0}, "window must be at least 1"),
+        ({"window": 0}, "window must be 1 at least"),
     ],
 )
 def test_errors(change, message, monkeypatch):

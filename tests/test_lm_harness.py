@@ -60,17 +60,17 @@ def results(tmp_path, name="word_problems"):
 
 
 def test_the_harness_judges_as_we_do(task, tmp_path, monkeypatch, capsys):
-    assert main(command(tmp_path, "--strategies", "verified", "static:8", "--limit", "6", "--batch-size", "6")) == 0
+    assert main(command(tmp_path, "--strategies", "verified", "static:12", "--limit", "6", "--batch-size", "6")) == 0
     assert "# assets on word_problems" in capsys.readouterr().out
     found = results(tmp_path)
     assert found["settings"]["metric"] == "exact_match,hashes"
     expected = [json.loads(line)["result"] for line in PROBLEMS.read_text().splitlines()[:6]]
     lines = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
-    for way in ("static_1", "verified", "static_8"):
+    for way in ("static_1", "verified", "static_12"):
         right = [is_right(s["ways"][way]["text"], f"#### {x}") for s, x in zip(lines, expected, strict=True)]
         assert found["figures"][way]["accuracy"] == pytest.approx(sum(right) / 6)
         assert found["metrics"][way]["word_problems"]["exact_match,hashes"] == found["figures"][way]["accuracy"]
-    assert found["figures"]["static_1"]["accuracy"] > found["figures"]["static_8"]["accuracy"]
+    assert found["figures"]["static_1"]["accuracy"] > found["figures"]["static_12"]["accuracy"]
     assert found["figures"]["verified"]["difference_to_plain"] == [0, 0]
     assert found["figures"]["verified"]["tokens_per_pass"] > 4
     assert found["figures"]["verified"]["wall_clock"] > 0
@@ -78,7 +78,7 @@ def test_the_harness_judges_as_we_do(task, tmp_path, monkeypatch, capsys):
     # Fewer are there already; what is asked otherwise is decoded.
     with monkeypatch.context() as patch:
         patch.setattr(eval_command.Evaluation, "decode", lambda *args, **kwargs: pytest.fail("decoded again"))
-        assert main(command(tmp_path, "--strategies", "verified", "static:8", "--limit", "2", "--batch-size", "6")) == 0
+        assert main(command(tmp_path, "--strategies", "verified", "static:12", "--limit", "2", "--batch-size", "6")) == 0
     assert results(tmp_path)["figures"]["verified"]["problems"] == 2
     assert main(command(tmp_path, "--strategies", "verified")) == 2
     assert "ways was" in capsys.readouterr().err

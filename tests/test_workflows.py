@@ -45,7 +45,7 @@ def command_faults(line: str) -> list[str]:
     return [] if words[:3] == ["python", "-m", "venv"] else [f"unknown command {line}"]
 
 
-@pytest.mark.parametrize("name", ["ci.yml", "gpu.yml"])
+@pytest.mark.parametrize("name", ["ci.yml", "gpu.yml", "newest.yml"])
 def test_a_workflow_runs_what_exists(name):
     assert not faults((FOLDER / name).read_text())
     assert "docker" not in (FOLDER / name).read_text()

@@ -78,7 +78,9 @@ def test_the_harness_judges_as_we_do(task, tmp_path, monkeypatch, capsys):
     # Fewer are there already; what is asked otherwise is decoded.
     with monkeypatch.context() as patch:
         patch.setattr(eval_command.Evaluation, "decode", lambda *args, **kwargs: pytest.fail("decoded again"))
-        assert main(command(tmp_path, "--strategies", "verified", "static:12", "--limit", "2", "--batch-size", "6")) == 0
+        assert (
+            main(command(tmp_path, "--strategies", "verified", "static:12", "--limit", "2", "--batch-size", "6")) == 0
+        )
     assert results(tmp_path)["figures"]["verified"]["problems"] == 2
     assert main(command(tmp_path, "--strategies", "verified")) == 2
     assert "ways was" in capsys.readouterr().err

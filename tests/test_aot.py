@@ -313,7 +313,9 @@ def test_races_that_no_interpreter_sees_are_found(without_interpreter: Run) -> N
     it. And what starts early has to wait before all else, in every program.
     """
     *merged, early = without_interpreter(PLANTED).splitlines()
-    assert merged == ["['has atomics'] []"] * 2
+    # Triton 3.9 puts a barrier before every atomic by itself.
+    has_own = tuple(map(int, version("triton").split(".")[:2])) >= (3, 9)
+    assert merged == ["[] []" if has_own else "['has atomics'] []"] * 2
     assert early == str(["waits", "races", "races", "races", "races"])
 
 

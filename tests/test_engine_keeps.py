@@ -163,6 +163,36 @@ def test_nor_who_keeps_one_of_generate(
     assert kept_of(decoders) == 0
 
 
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("where", ["_take_in", "replay"])
+def test_nor_one_of_a_run_with_a_graph(
+    where: str,
+    again: bool,
+    model: Any,
+    inputs: Any,
+    decoders: list[Any],
+    recorded: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a decoder that is new, or that an earlier call has left; which of them no call takes any more."""
+
+    def failing(*args: Any, **options: Any) -> Any:
+        raise Mine
+
+    options: dict[str, Any] = {"strategy": Verified(3, threshold=0.2), "max_new_tokens": 8, "check_model": False}
+    for _ in range(again):
+        mtpkern.generate(model, **inputs, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, where, failing)
+        with pytest.raises(Mine) as caught:
+            mtpkern.generate(model, **inputs, **options)
+    assert caught.value.__traceback__ is not None
+    assert len(decoders) == 1
+    assert kept_of(decoders) == 0
+    expected = mtpkern.generate(model, **inputs, **options, use_graph=False)
+    assert mtpkern.generate(model, **inputs, **options).equal(expected)  # type: ignore[arg-type]
+
+
 def test_the_next_try_finds_what_the_first_has_held(
     model: Any, decoders: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

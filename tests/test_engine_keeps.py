@@ -231,3 +231,41 @@ def test_an_error_of_a_stream_goes_with_who_has_caught_it(model: Any, inputs: An
     except Mine as error:
         kept = weakref.ref(error)
     assert kept() is None
+
+
+@pytest.mark.filterwarnings("ignore:memory does not suffice")
+def test_who_has_been_shown_tokens_is_not_tried_again(
+    engine: Engine, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be shown them twice; who has not been goes on."""
+    failed, step = list[int](), Decoder.step
+
+    def failing(self: Decoder, *args: Any) -> Any:
+        if not failed and int((self.sequences.status == 0).sum()) == 2:
+            failed.append(1)
+            raise torch.OutOfMemoryError("no room")
+        return step(self, *args)
+
+    wanted = free(model, [1, 2], 6)
+    monkeypatch.setattr(Decoder, "step", failing)
+    streamer, first = held(engine)
+    other = engine.submit([1, 2], max_new_tokens=6, eos_token_id=None)
+    streamer.go.set()
+    assert isinstance(first.exception(60), torch.OutOfMemoryError)
+    assert result(other).tokens == wanted
+    assert streamer.tokens == free(model, [5, 6, 7], LONG)[: len(streamer.tokens)]
+
+
+def test_whom_nobody_wants_any_more_is_not_tried_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor told that all went well."""
+
+    def failing(*args: Any) -> Any:
+        (request,) = engine._line.inside.values()
+        request.end()  # as generate does where it is interrupted
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "step", failing)
+        with pytest.warns(RuntimeWarning, match="goes on with 1"), pytest.raises(torch.OutOfMemoryError):
+            result(engine.submit([5, 6, 7], max_new_tokens=LONG, eos_token_id=None))
+    assert len(result(engine.submit([5, 6, 7], max_new_tokens=LONG, eos_token_id=None)).tokens) == LONG

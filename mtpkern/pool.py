@@ -96,17 +96,19 @@ def decoder_for(
             decoder.cache.layers.clear()
         return
     kept = _kept.setdefault(model, OrderedDict())
-    found = _begun(model, kept, kept.pop(key, None), begin)
-    if found is None:
-        found = make()
-        assert found.graph is not None
-        graphs = [other.graph for other in list(kept.values()) if other.graph is not None]
-        found.graph.beside = next((step for graph in graphs for step in graph.captured.values()), None)
-        begin(found)
+    found = kept.pop(key, None)
     try:
+        found = _begun(model, kept, found, begin)
+        if found is None:
+            found = make()
+            assert found.graph is not None
+            graphs = [other.graph for other in list(kept.values()) if other.graph is not None]
+            found.graph.beside = next((step for graph in graphs for step in graph.captured.values()), None)
+            begin(found)
         yield found
     except BaseException:
-        found.cache.layers.clear()  # likewise
+        if found is not None:
+            found.cache.layers.clear()  # likewise
         raise
     if found.fingerprint is None:
         # Now, because a model's first forward may change it.

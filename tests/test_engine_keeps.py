@@ -163,6 +163,36 @@ def test_nor_who_keeps_one_of_generate(
     assert kept_of(decoders) == 0
 
 
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("where", ["_take_in", "replay"])
+def test_nor_one_of_a_run_with_a_graph(
+    where: str,
+    again: bool,
+    model: Any,
+    inputs: Any,
+    decoders: list[Any],
+    recorded: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a decoder that is new, or that an earlier call has left; which of them no call takes any more."""
+
+    def failing(*args: Any, **options: Any) -> Any:
+        raise Mine
+
+    options: dict[str, Any] = {"strategy": Verified(3, threshold=0.2), "max_new_tokens": 8, "check_model": False}
+    for _ in range(again):
+        mtpkern.generate(model, **inputs, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, where, failing)
+        with pytest.raises(Mine) as caught:
+            mtpkern.generate(model, **inputs, **options)
+    assert caught.value.__traceback__ is not None
+    assert len(decoders) == 1
+    assert kept_of(decoders) == 0
+    expected = mtpkern.generate(model, **inputs, **options, use_graph=False)
+    assert mtpkern.generate(model, **inputs, **options).equal(expected)  # type: ignore[arg-type]
+
+
 def test_the_next_try_finds_what_the_first_has_held(
     model: Any, decoders: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,3 +231,41 @@ def test_an_error_of_a_stream_goes_with_who_has_caught_it(model: Any, inputs: An
     except Mine as error:
         kept = weakref.ref(error)
     assert kept() is None
+
+
+@pytest.mark.filterwarnings("ignore:memory does not suffice")
+def test_who_has_been_shown_tokens_is_not_tried_again(
+    engine: Engine, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be shown them twice; who has not been goes on."""
+    failed, step = list[int](), Decoder.step
+
+    def failing(self: Decoder, *args: Any) -> Any:
+        if not failed and int((self.sequences.status == 0).sum()) == 2:
+            failed.append(1)
+            raise torch.OutOfMemoryError("no room")
+        return step(self, *args)
+
+    wanted = free(model, [1, 2], 6)
+    monkeypatch.setattr(Decoder, "step", failing)
+    streamer, first = held(engine)
+    other = engine.submit([1, 2], max_new_tokens=6, eos_token_id=None)
+    streamer.go.set()
+    assert isinstance(first.exception(60), torch.OutOfMemoryError)
+    assert result(other).tokens == wanted
+    assert streamer.tokens == free(model, [5, 6, 7], LONG)[: len(streamer.tokens)]
+
+
+def test_whom_nobody_wants_any_more_is_not_tried_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor told that all went well."""
+
+    def failing(*args: Any) -> Any:
+        (request,) = engine._line.inside.values()
+        request.end()  # as generate does where it is interrupted
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "step", failing)
+        with pytest.warns(RuntimeWarning, match="goes on with 1"), pytest.raises(torch.OutOfMemoryError):
+            result(engine.submit([5, 6, 7], max_new_tokens=LONG, eos_token_id=None))
+    assert len(result(engine.submit([5, 6, 7], max_new_tokens=LONG, eos_token_id=None)).tokens) == LONG

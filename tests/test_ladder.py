@@ -53,6 +53,8 @@ def test_the_rung_follows_what_drafts_are_worth() -> None:
     assert climbed(64, 256).choose(*(x[:2] for x in never)) == (64, math.inf)
     # A few get all that they can use where that fits.
     assert climbed(64, 256).choose(*(x[:6] for x in always)) == (128, 0.0)
+    # So few that the lowest would hold them: there no sequence brings more than its row.
+    assert climbed(64, 256).choose(*(x[:3] for x in always)) == (128, 0.0)
 
 
 def test_masks_behind_drafts_have_a_rung_like_others() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import mtpkern
 from mtpkern import Static, Verified, packed, packed_weights
 from mtpkern.packed import PackedProducts, packs
-from mtpkern.packed_weights import Packed
+from mtpkern.packed_weights import Packed, pack
 from support.packing import assert_gated_rows_alone_change, error, generate, noted
 
 HALVES = [
@@ -139,3 +139,24 @@ def test_drafts_are_confirmed_over_them(dtype: torch.dtype, tiny: SimpleNamespac
     plain, drafted = (generate(tiny, model, strategy=way) for way in (Static(1), Verified(4, threshold=0.0)))
     # Near-ties of a random model apart, which fall as the number of rows has them.
     assert (plain[:, :12] == drafted[:, :12]).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_copies_that_are_right_stay_and_so_does_what_was_recorded(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgotten: list[nn.Module] = []
+    monkeypatch.setattr(packed_weights, "forget", forgotten.append)
+    model, layers = nn.Module(), [nn.Linear(24, n).to(dtype) for n in (8, 16)]
+    first = pack(model, [[layer] for layer in layers])  # type: ignore[arg-type]
+    for _ in range(2):
+        again = pack(model, [[layer] for layer in layers])  # type: ignore[arg-type]
+        assert all(a is b is not None for a, b in zip(again, first, strict=True))
+    assert not forgotten
+    with torch.no_grad():
+        layers[0].weight.neg_()
+    one, other = pack(model, [[layer] for layer in layers])  # type: ignore[arg-type]
+    assert (one is first[0], other is first[1]) == (False, True)
+    assert forgotten == [model]
+    pack(model, [layers[1:]])  # type: ignore[list-item]
+    assert forgotten == [model, model]

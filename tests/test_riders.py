@@ -136,6 +136,24 @@ def test_what_is_written_into_it_between_passes_is_seen(tiny: SimpleNamespace, o
     assert ops.new()[-4:] == [("gated_expand", n) for n in (3, 1, 2, 1)]
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_who_rides_already_comes_along_where_a_weight_is_another(
+    kind: str, name: str, tiny: SimpleNamespace, ops: Ops
+) -> None:
+    """Its memory is not its own then."""
+    model = adapted(tiny, kind, num_hidden_layers=1)
+    ids = text(tiny, model)
+    expected = logits(model, ids, joined(tiny, model))
+    layer = model.model.layers[0].self_attn.k_proj.base_layer
+    if (x := getattr(layer, name)) is not None:
+        setattr(layer, name, nn.Parameter(x.detach().clone(), requires_grad=False))
+    found = joined(tiny, model)
+    ops.clear()
+    torch.testing.assert_close(logits(model, ids, found), expected)
+    assert ops.new() == [("gated_expand", n) for n in (3, 1, 2, 1)]
+
+
 def float32_in_bfloat16(model: Any, a: nn.Linear) -> None:
     model.to(torch.bfloat16)
     for layer in model.mtpkern_siblings.layers:

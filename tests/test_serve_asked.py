@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import mtpkern
 from mtpkern import Static, asked
-from mtpkern.asked import fit, settle
 from mtpkern.decoder import Decoder
 from support.pages import fenced
 from support.servers import PROMPT, ROOM, Served, server_of
@@ -55,13 +54,6 @@ def test_a_prompt_that_leaves_no_room_is_refused(kind: str, shipped_server: Serv
     asks["chat/completions"] = {"messages": [{"role": "user", "content": 3 * PROMPT}]}
     for stream in (False, True):
         assert "leaves no room for an answer" in shipped_server.refusal(kind, **asks[kind], stream=stream)
-
-
-def test_a_larger_limit_of_the_models_own_file_stays() -> None:
-    for prompt, limit in ((10, 3000), (2000, 2096)):
-        config = GenerationConfig(max_new_tokens=3000)
-        fit(config, prompt=prompt, room=4096, is_open=settle(config, {"prompt": PROMPT}))
-        assert config.max_new_tokens == limit
 
 
 @pytest.mark.parametrize(
@@ -215,13 +207,6 @@ def test_who_names_what_only_sampling_has_samples(says: dict[str, Any], shipped_
     greedy = alone(shipped_server, max_new_tokens=40)
     assert shipped_server.choice(**{**says, "temperature": 0}, max_tokens=40)[0] == greedy
     assert shipped_server.choice(**says, max_tokens=40, generation_config='{"do_sample": false}')[0] == greedy
-
-
-def test_top_p_samples_where_it_cuts() -> None:
-    for says, samples in (({"top_p": 0.9}, True), ({"top_p": 1}, False), ({"top_p": 0.9, "temperature": 0}, False)):
-        config = GenerationConfig(do_sample=False)
-        settle(config, says)
-        assert config.do_sample == samples
 
 
 def test_a_bias_of_another_tokenizers_token_is_the_clients_fault(shipped_server: Served) -> None:

@@ -7,7 +7,7 @@ from mtpkern.train.extra import DynamoBackend, PeftModel  # isort: split
 import logging
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -282,16 +282,17 @@ def are_at_hand(texts: Any) -> bool:
     return kept and hasattr(texts, "__len__")
 
 
-def require_counted(name: str, texts: Any, args: MTPConfig) -> None:
+def require_counted(name: str, texts: Any, args: MTPConfig, known: Callable[[Any], None]) -> None:
     """Look for examples of which nothing counts: they train nothing, and a run of them alone would end well.
 
     Raises BadData, a ValueError, with the number of one that is faulty, and where nothing counts of any. Of some whose
-    answer is empty, or behind max_length, it warns.
+    answer is empty, or behind max_length, it warns. known: raises ValueError for ids that are none of the model's
     """
     bare = []
     for number, x in enumerate(texts, 1):
         try:
             require_example(x)
+            known(x["input_ids"])
         except ValueError as fault:
             raise BadData(f"{name}, example {number}: {fault}") from None
         if not _counts(x, args):

@@ -263,6 +263,9 @@ def test_an_evaluation_of_nothing_is_refused(tmp_path, gated):
     with pytest.raises(ValueError, match="and 0 texts make none"):
         run.evaluate([])
     assert run.evaluate(data(4))["eval_loss"] > 0
+    batches = [*run.get_eval_dataloader(data(4))]
+    run.get_eval_dataloader = lambda *args: batches  # a subclass may give anything
+    assert run.evaluate()["eval_loss"] > 0
 
 
 def test_prompts_that_count_need_no_answer(tmp_path, caplog):

@@ -314,7 +314,7 @@ def require_counted(name: str, texts: Any, args: MTPConfig, known: Callable[[Any
 def require_batches(loader: DataLoader) -> None:
     """Raise ValueError for an evaluation of nothing, whose figures would be none: `require_batches(dataloader)`."""
     try:
-        batches, texts = len(loader), len(cast(Any, loader.dataset))
+        batches, texts = len(loader), len(cast(Any, getattr(loader, "dataset", loader)))
     except TypeError:  # a stream has no length
         return
     refuse(

@@ -152,7 +152,7 @@ def keep_top_k(scores: Tensor, k: Tensor) -> Tensor:
             [1., 3., 2.]])
     """
     ordered = scores.sort(descending=True).values
-    last = ordered.gather(1, k.long()[:, None].sub(1).clamp(0, max(0, scores.shape[1] - 1)))
+    last = ordered.gather(1, k.clamp(1, max(1, scores.shape[1]))[:, None].long() - 1)
     return scores.masked_fill(scores < last.where(k[:, None] > 0, -torch.inf), -torch.inf)
 
 

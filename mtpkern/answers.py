@@ -66,7 +66,7 @@ def answers_file(
             file.flush()
             if path.stat().st_size == 0:
                 with suppress(PermissionError):  # Windows takes no file away that is open
-                    path.unlink()
+                    path.resolve().unlink()  # of a link what it points to: it stays for the next run
                     kept.unlink(missing_ok=True)
 
 
@@ -76,15 +76,17 @@ def opened_alone(path: Path) -> TextIO:
     It is made where it is missing, so that of several runs that begin at once one has it. Raises ValueError where
     another run has it, OSError where it cannot be written: `with opened_alone(Path("samples.jsonl")) as file: ...`.
     """
+    tries = 0
     while True:
+        tries += 1
         try:
             file = path.open("a", encoding="utf-8")
-        except FileNotFoundError:
-            folder = path.resolve().parent
-            raise FileNotFoundError(f"{path}: there is no folder {folder}; make it first") from None
         except OSError as error:
-            where = path.resolve().parent
-            raise type(error)(f"{path}: nothing can be written in {where} ({error.strerror})") from None
+            folder = Path(os.path.realpath(path)).parent
+            says = f"nothing can be written in {folder} ({error.strerror})"
+            if not folder.exists():
+                says = f"there is no folder {folder}; make it first"
+            raise type(error)(f"{path}: {says}") from None
         try:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,7 +98,8 @@ def opened_alone(path: Path) -> TextIO:
         except OSError:
             return file
         with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            # Beyond a network the numbers of files may tell nothing.
+            if tries == 100 or os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
         # A run that has ended without answers took its file away between the two.
         file.close()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -134,7 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-k", type=positive, metavar="N", help="with --temperature: of the N best tokens alone")
     add("--top-p", type=float, metavar="P", help="with --temperature: of the best that make up P")
     add("--seed", type=int, help="with --temperature: the same text again, whatever the batch size")
-    add("--stop", action="append", metavar="TEXT", help="end behind this text, which stays; may be given several times")
+    says = "end behind this text, which stays; may be given several times"
+    add("--stop", action="append", type=filled, metavar="TEXT", help=says)
     add("--html", type=Path, metavar="FILE", help="with --prompt: the coloured blocks as a page")
     add("--show", action="store_true", help="print prompt and text, in blocks, one colour a pass")
     add("--output", type=Path, metavar="FILE", help="write JSONL there, with --prompt whole or not at all")
@@ -173,6 +175,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def filled(text: str) -> str:
+    """The text of an option, which has some."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a text that is not empty")
+    return text
+
+
 def flag(name: str) -> str:
     """An option as it is typed: `flag("top_k")` is "--top-k"."""
     return f"--{name.replace('_', '-')}"
@@ -195,7 +204,7 @@ def _generate(args: argparse.Namespace) -> None:
         raise ValueError("--html shows one prompt as a page; give it as --prompt, or leave --html out")
     if args.overwrite and (args.file is None or args.output is None):
         raise ValueError("--overwrite begins the --output of a --file anew; give both, or leave --overwrite out")
-    if None not in (args.html, args.output) and args.html.resolve() == args.output.resolve():
+    if None not in (args.html, args.output) and os.path.realpath(args.html) == os.path.realpath(args.output):
         raise ValueError(f"{args.html}: --html and --output would overwrite one another; give two names")
     if not args.temperature:
         given = [flag(name) for name in ("top_k", "top_p", "seed") if getattr(args, name) is not None]

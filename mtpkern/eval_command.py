@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 
 from mtpkern import show
 from mtpkern.cases import Case, read_cases
-from mtpkern.cli import add_model_options, add_prompt_options, flag, positive
+from mtpkern.cli import add_model_options, add_prompt_options, filled, flag, positive
 from mtpkern.code_answers import STOPS, CodeCase, require_limits
 from mtpkern.evaluation import Evaluation, evaluate
 from mtpkern.grading import RULES
@@ -75,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--limit", type=positive, metavar="N", help="the first N rows, or of each task; more later goes on")
     add("--max-new-tokens", type=positive, metavar="N", help="(default 256, or the task's)")
     add("--batch-size", type=positive, default=8, metavar="N", help="(default 8)")
-    add("--stop", nargs="+", default=[], metavar="TEXT", help="stop strings, such as Q:")
+    add("--stop", nargs="+", type=filled, default=[], metavar="TEXT", help="stop strings, such as Q:")
     return parser
 
 
@@ -102,12 +103,17 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _require_fitting(args: argparse.Namespace) -> None:
-    """Raise ValueError, by name, for an option of the other source."""
+    """Raise ValueError, by name, for an option of the other source, and for a place that can hold no results."""
     ours, theirs = ("--data", "--tasks") if args.tasks is None else ("--tasks", "--data")
     of_rows = ("answer", "answer_field", "separator", "stop", "run_code")
     names = ("include_path", "fewshot", "metric") if args.tasks is None else of_rows
     if given := _given(args, names):
         raise ValueError(f"{given}: of {theirs} only; leave it out with {ours}")
+    if (args.fewshot or 0) < 0:
+        raise ValueError(f"--fewshot must be a number of examples from 0 up, got {args.fewshot}")
+    there = next(path for path in (args.output, *args.output.absolute().parents) if os.path.lexists(path))
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(f"--output {args.output}: {there} is no folder that can be written in; give another name")
     if args.run_code and str(args.data) != CODE:
         raise ValueError(f"--run-code: of --data {CODE} only, whose answers are code; leave it out")
     judged_otherwise = ("answer", "answer_field") if str(args.data) == CODE else ("answer_field",)
@@ -117,7 +123,8 @@ def _require_fitting(args: argparse.Namespace) -> None:
 
 def _given(args: argparse.Namespace, names: Sequence[str]) -> str:
     """Those of the options that the user has named."""
-    return ", ".join(flag(name) for name in names if getattr(args, name) not in (None, [], False))
+    unless_given = _parser().get_default
+    return ", ".join(flag(name) for name in names if getattr(args, name) != unless_given(name))
 
 
 def _cases(args: argparse.Namespace) -> tuple[Sequence[Case], str]:
@@ -161,6 +168,7 @@ def _tasks(args: argparse.Namespace, argv: Sequence[str], ways: Mapping[str, Str
     from mtpkern import lm_harness  # of an extra
 
     tasks = lm_harness.tasks_of(args.tasks, args.include_path)
+    lm_harness.require_metric(tasks, args.metric)
     evaluation = _loaded(args, ways)
     template = evaluation.tokenizer.chat_template is not None
     chat = recorded_settings(evaluation.model).get("chat", template) if args.chat is None else args.chat

@@ -235,6 +235,14 @@ def _loaded(manager: TaskManager, name: str, task: str) -> list[Any]:
         ) from error
 
 
+def require_metric(tasks: Tasks, metric: str | None) -> None:
+    """Raise ValueError for a headline that a task says nowhere: `require_metric(tasks, "exact_match,hashes")`."""
+    for name, (members, _) in tasks.members.items():
+        known = {f"{one},{way.name}" for task in members for one in task.aggregation() for way in task._filters}
+        if metric is not None and metric not in known:
+            raise ValueError(f"{name}: --metric {metric}: documents are scored by {', '.join(sorted(known))}")
+
+
 def evaluate_tasks(
     answers: Answers,
     tasks: Tasks,

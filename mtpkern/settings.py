@@ -186,7 +186,7 @@ class TopK(Number):
         """By the op; where the host may look at the numbers, the last that stays is looked up in the largest."""
         if not may_look(scores):
             return keep_top_k(scores, number[:, 0])
-        k = number.long().clamp_(max=scores.shape[1])
+        k = number.clamp(max=scores.shape[1]).long()  # in this order: the largest floats are no whole numbers
         last = scores.topk(int(k.max())).values.gather(1, k.sub(1).clamp_(min=0))
         return scores.masked_fill(scores < last.where(k > 0, -torch.inf), -torch.inf)
 

@@ -88,12 +88,17 @@ def test_layers_beside_experts(tiny):
 
 @pytest.mark.parametrize("add", [add_gated_lora, functools.partial(add_lora, mask_token_id=3)])
 @pytest.mark.parametrize("targets", ["q_proj,input_layernorm", "nothing_of_that_name"])
-def test_adapters_that_cannot_be_made_leave_the_base_as_it_was(tiny, add, targets):
+def test_adapters_that_cannot_be_made_leave_the_base_as_it_was(tiny, add, targets, monkeypatch):
+    """By name beforehand, and where peft finds out in the midst."""
     base = tiny.model("llama")
     layers = list(base.named_modules())
     trained = [parameter.requires_grad for parameter in base.parameters()]
+    more = {"k_max": 5} if add is add_gated_lora else {}
+    with pytest.raises(ValueError, match="lora_targets must be names of linear layers"):
+        add(base, rank=4, targets=targets, **more)
+    monkeypatch.setattr("mtpkern.train.lora.require_targets", lambda *given: None)
     with pytest.raises(ValueError, match=r"not supported|not found"):
-        add(base, rank=4, targets=targets, **({"k_max": 5} if add is add_gated_lora else {}))
+        add(base, rank=4, targets=targets, **more)
     assert [(name, id(x)) for name, x in base.named_modules()] == [(name, id(x)) for name, x in layers]
     assert [parameter.requires_grad for parameter in base.parameters()] == trained
     assert add_gated_lora(base, rank=4, k_max=5) is not None

@@ -101,13 +101,32 @@ def test_of_two_runs_that_begin_at_once_one_has_the_file(tmp_path, rows):
 
 
 def test_a_place_that_cannot_be_written_is_known_at_once(tmp_path):
+    loop = tmp_path / "loop"
     for path, error, says in (
         (tmp_path / "none" / "out.jsonl", FileNotFoundError, f"there is no folder {tmp_path / 'none'}; make it first"),
         (tmp_path / "file" / "out.jsonl", NotADirectoryError, "nothing can be written in"),
+        (loop, OSError, "loop: nothing can be written in"),
     ):
         (tmp_path / "file").touch()
+        loop.is_symlink() or loop.symlink_to(loop)
         with pytest.raises(error, match=says):
             write(path, OPTIONS, 1)
+
+
+def test_where_files_are_not_told_apart_a_run_goes_on(tmp_path, monkeypatch):
+    """As on file systems whose numbers of an open file and of its name differ."""
+    monkeypatch.setattr(answers.os.path, "samestat", lambda *two: False)
+    write(tmp_path / "out.jsonl", OPTIONS, 2)
+    with answers_file(tmp_path / "out.jsonl", ASKED, OPTIONS) as (done, _):
+        assert done == 2
+
+
+def test_a_link_stays_where_a_run_has_no_answers(tmp_path):
+    (link := tmp_path / "out.jsonl").symlink_to(tmp_path / "elsewhere.jsonl")
+    write(link, OPTIONS, 0)
+    assert [*tmp_path.iterdir()] == [link]
+    write(link, OPTIONS, 2)
+    assert len((tmp_path / "elsewhere.jsonl").read_text().splitlines()) == 2
 
 
 def test_nothing_is_left_of_a_run_without_answers(tmp_path):

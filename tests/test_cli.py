@@ -188,15 +188,20 @@ def test_an_empty_file_is_refused(tmp_path, capsys):
         ("--overwrite --output x.jsonl", "--overwrite begins the --output of a --file anew; give both"),
         ("--overwrite", "--overwrite begins the --output of a --file anew; give both"),
         ("--output x.html --html ./x.html", "--html and --output would overwrite one another; give two names"),
+        ("--output {loop} --html {loop}", "--html and --output would overwrite one another; give two names"),
         ("--seed 3", "--seed says how to sample"),
     ],
 )
-def test_wrong_options_are_refused_before_the_model_is_loaded(options, message, capsys):
-    assert main(["generate", "no-model", "--prompt", "x", *options.split()]) == 2
+def test_wrong_options_are_refused_before_the_model_is_loaded(options, message, capsys, tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    assert main(["generate", "no-model", "--prompt", "x", *options.format(loop=loop).split()]) == 2
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options", ["--k 0", "--k two", "--batch-size 0", "--max-new-tokens -1", "--file x"])
+@pytest.mark.parametrize(
+    "options", ["--k 0", "--k two", "--batch-size 0", "--max-new-tokens -1", "--file x", "--stop="]
+)
 def test_wrong_numbers_are_refused(options, capsys):
     with pytest.raises(SystemExit) as error:
         main(["generate", "no-model", "--prompt", "x", *options.split()])

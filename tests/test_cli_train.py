@@ -26,6 +26,7 @@ def test_flags_win_over_a_file(tmp_path):
         "learning_rate": 3e-4,
         "chat": False,
         "num_spans": None,
+        "lr_scheduler_type": "warmup_stable_decay",
         "lr_scheduler_kwargs": {"num_decay_steps": 7},
         "fsdp": True,
         "report_to": ["none"],
@@ -90,6 +91,15 @@ def test_mistakes_in_a_configuration(tmp_path, text, flags, says):
         (["--teacher-target", "gt", "--teacher", "t"], "asks no teacher"),
         (["--teacher-target", "gt", "--teacher-dtype", "bfloat16"], "needs none: leave teacher_dtype out"),
         (["--lora-alpha", "8"], "lora_alpha needs lora_rank > 0"),
+        (["--optim-args", "a=b=c"], "optim_args must be names and values, as in a=1,b=2; got 'a=b=c'"),
+        (["--logging-steps", "-1"], "logging_steps must be above 0; got -1"),
+        (["--save-steps", "0"], "save_steps must be above 0; got 0"),
+        (["--eval-steps", "-1"], "eval_steps must be above 0; got -1"),
+        (["--eval-accumulation-steps", "0"], "eval_accumulation_steps must be at least 1; got 0"),
+        (["--torch-compile-backend", "NOPE"], "torch_compile_backend must be one of None, eager, .*; got 'NOPE'"),
+        (["--torch-compile-mode", "NOPE"], "torch_compile_mode must be one of None, default, .*; got 'NOPE'"),
+        (["--lr-scheduler-kwargs", "{bad"], "lr_scheduler_kwargs must be names and values, .*; got '{bad'"),
+        (["--lr-scheduler-kwargs", '{"nope": 1}'], "lr_scheduler_kwargs has nope, which linear does not know"),
         (["--lora-targets", "q_proj"], "lora_targets needs lora_rank > 0"),
         (["--max-length", "1"], "max_length must be at least 2, for two tokens; got 1"),
         (
@@ -206,6 +216,23 @@ def test_a_mask_token_that_is_recorded_is_kept(tmp_path, checkpoint):
     assert again.config.mtpkern["mask_token_id"] == 9
     for x, y in zip(model.parameters(), again.parameters()):
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(
+    ("targets", "unknown"), [("nope", "'nope'"), ("q_proj,nope", "'nope'"), ("q_proj,", "''"), ("norm", "'norm'")]
+)
+def test_targets_that_no_layer_bears_are_told_before_weights(
+    tmp_path, checkpoint, capsys, monkeypatch, targets, unknown
+):
+    model, rows = str(checkpoint("llama")), tmp_path / "rows.jsonl"
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("weights"))
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    more = ["--gated"] if targets == "nope" else []
+    words = ["--model", model, "--train-data", str(rows), "--output-dir", str(tmp_path / "out"), "--use-cpu"]
+    assert main(["train", *words, "--lora-rank", "2", "--lora-targets", targets, *more]) == 2
+    said = capsys.readouterr().err
+    assert f"lora_targets must be names of linear layers, or all-linear; got {unknown}, and this model's are" in said
+    assert "q_proj" in said.split("this model's are")[1]
 
 
 def test_the_tokenizers_eos_is_a_stop_token(tmp_path, checkpoint):

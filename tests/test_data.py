@@ -338,9 +338,9 @@ def test_texts_beyond_the_window(tmp_path, bytes_of):
     ]
     path = write(tmp_path / "rows.jsonl", rows)
 
-    def load(long_rows, **options):
+    def load(long_rows, bad_rows="error", **options):
         encode = Encoder(tokenizer, chat=False, window=20, long_rows=long_rows, **options)
-        return load_data(DataArguments([path], chat=False, long_rows=long_rows), encode)
+        return load_data(DataArguments([path], chat=False, long_rows=long_rows, bad_rows=bad_rows), encode)
 
     texts, _, (report,) = load("skip")
     assert [len(x["input_ids"]) for x in texts] == [9]
@@ -355,8 +355,9 @@ def test_texts_beyond_the_window(tmp_path, bytes_of):
     texts, _, (report,) = load("cut", response_only=False)
     assert [len(x["input_ids"]) for x in texts] == [9, 20, 20]
 
-    with pytest.raises(ValueError, match=r"line 2: 54 tokens, the window has 20 .* set long_rows to skip or cut"):
-        load("error")
+    for bad_rows in ("error", "skip"):
+        with pytest.raises(ValueError, match=r"line 2: 54 tokens, the window has 20 .* set long_rows to skip or cut"):
+            load("error", bad_rows)
 
 
 @pytest.mark.parametrize(

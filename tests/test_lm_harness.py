@@ -60,17 +60,17 @@ def results(tmp_path, name="word_problems"):
 
 
 def test_the_harness_judges_as_we_do(task, tmp_path, monkeypatch, capsys):
-    assert main(command(tmp_path, "--strategies", "verified", "static:12", "--limit", "6", "--batch-size", "6")) == 0
+    assert main(command(tmp_path, "--strategies", "verified", "static:32", "--limit", "6", "--batch-size", "6")) == 0
     assert "# assets on word_problems" in capsys.readouterr().out
     found = results(tmp_path)
     assert found["settings"]["metric"] == "exact_match,hashes"
     expected = [json.loads(line)["result"] for line in PROBLEMS.read_text().splitlines()[:6]]
     lines = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
-    for way in ("static_1", "verified", "static_12"):
+    for way in ("static_1", "verified", "static_32"):
         right = [is_right(s["ways"][way]["text"], f"#### {x}") for s, x in zip(lines, expected, strict=True)]
         assert found["figures"][way]["accuracy"] == pytest.approx(sum(right) / 6)
         assert found["metrics"][way]["word_problems"]["exact_match,hashes"] == found["figures"][way]["accuracy"]
-    assert found["figures"]["static_1"]["accuracy"] > found["figures"]["static_12"]["accuracy"]
+    assert found["figures"]["static_1"]["accuracy"] > found["figures"]["static_32"]["accuracy"]
     assert found["figures"]["verified"]["difference_to_plain"] == [0, 0]
     assert found["figures"]["verified"]["tokens_per_pass"] > 4
     assert found["figures"]["verified"]["wall_clock"] > 0
@@ -78,9 +78,8 @@ def test_the_harness_judges_as_we_do(task, tmp_path, monkeypatch, capsys):
     # Fewer are there already; what is asked otherwise is decoded.
     with monkeypatch.context() as patch:
         patch.setattr(eval_command.Evaluation, "decode", lambda *args, **kwargs: pytest.fail("decoded again"))
-        assert (
-            main(command(tmp_path, "--strategies", "verified", "static:12", "--limit", "2", "--batch-size", "6")) == 0
-        )
+        words = ("--strategies", "verified", "static:32", "--limit", "2", "--batch-size", "6")
+        assert main(command(tmp_path, *words)) == 0
     assert results(tmp_path)["figures"]["verified"]["problems"] == 2
     assert main(command(tmp_path, "--strategies", "verified")) == 2
     assert "ways was" in capsys.readouterr().err
@@ -154,7 +153,6 @@ def test_examples_and_template_and_stops_reach_the_model(task, tmp_path, bytes_o
         ({"generation_kwargs": {"do_sample": True, "temperature": 1.0}}, (), "word_problems samples"),
         ({"generation_kwargs": {"do_sample": False, "num_beams": 4}}, (), "asks for num_beams"),
         ({"output_type": "loglikelihood"}, (), "word_problems compares log-likelihoods"),
-        ({}, ("--metric", "acc,none"), "documents are scored by exact_match,hashes"),
         ({}, ("--chat",), "no chat template"),
     ],
 )
@@ -164,12 +162,14 @@ def test_what_is_not_honoured_is_refused(task, tmp_path, capsys, changes, more, 
     assert says in capsys.readouterr().err
 
 
-def test_unknown_tasks_are_told_before_weights(task, tmp_path, monkeypatch, capsys):
+def test_unknown_tasks_and_metrics_are_told_before_weights(task, tmp_path, monkeypatch, capsys):
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("weights"))
     assert main(command(tmp_path, tasks=("gsm9k",))) == 2
     assert "--tasks gsm9k: no such task" in capsys.readouterr().err
+    assert main(command(tmp_path, "--metric", "acc,none")) == 2
+    assert "word_problems: --metric acc,none: documents are scored by exact_match,hashes" in capsys.readouterr().err
 
 
 def test_the_papers_tasks_are_the_harnesses():
@@ -195,10 +195,14 @@ def test_without_the_harness_it_says_what_to_install(tmp_path, monkeypatch, caps
     [
         (["--tasks", "gsm8k_cot", "--stop", "Q:"], "--stop: of --data only"),
         (["--data", str(PROBLEMS), "--fewshot", "3"], "--fewshot: of --tasks only"),
+        (["--data", str(PROBLEMS), "--fewshot", "0"], "--fewshot: of --tasks only"),
+        (["--tasks", "gsm8k_cot", "--fewshot", "-1"], "--fewshot must be a number of examples from 0 up, got -1"),
+        (["--data", str(PROBLEMS), "--output", __file__], "test_lm_harness.py is no folder that can be written in"),
+        (["--data", str(PROBLEMS), "--output", __file__ + "/out"], "test_lm_harness.py is no folder that can be"),
     ],
 )
-def test_options_of_the_other_source_are_refused(tmp_path, capsys, words, says):
-    assert main(["eval", str(ASSETS), *words, "--output", str(tmp_path / "out")]) == 2
+def test_options_that_cannot_be_meant_are_refused(tmp_path, capsys, words, says):
+    assert main(["eval", "no-model", "--output", str(tmp_path / "out"), *words]) == 2
     assert says in capsys.readouterr().err
 
 

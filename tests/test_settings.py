@@ -66,7 +66,7 @@ SCORES = {
 }
 THEIRS: dict[str, list[Any]] = {
     "temperature": [TemperatureLogitsWarper(x) for x in (0.1, 0.7, 1.0, 1.3)],
-    "top-k": [TopKLogitsWarper(x) for x in (1, 2, 50, 64, 300, 10**6)],
+    "top-k": [TopKLogitsWarper(x) for x in (1, 2, 50, 64, 300, 10**6, 2**63)],
     "top-p": [TopPLogitsWarper(x) for x in (0.0, 0.05, 0.5, 0.9, 0.999, 1.0)],
     "min-p": [MinPLogitsWarper(x) for x in (0.0, 0.05, 0.3, 1.0)],
     "penalty": [RepetitionPenaltyLogitsProcessor(x) for x in (0.8, 1.3, 1.0)],

@@ -44,6 +44,9 @@ def test_held_out_groups(tmp_path, bytes_of):
         ValueError, match=r"line 4: expected a string in column 'original_question'; got columns query, resp"
     ):
         load_data(arguments, encode)
+    write(tmp_path / "rows.jsonl", [*rows[:3], {"query": "x", "response": "y", "original_question": 7}])
+    with pytest.raises(ValueError, match=r"line 4: expected a string in column 'original_question'; got 7"):
+        load_data(arguments, encode)
 
 
 def test_the_hash_is_the_same_in_every_process():

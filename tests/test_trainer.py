@@ -230,3 +230,12 @@ def test_a_step_waits_for_no_result(tmp_path, monkeypatch, change):
     monkeypatch.setattr("mtpkern.train.trainer.mtp_loss", lambda *args, **kwargs: torch.ones(2).sum().item())
     with pytest.raises(RuntimeError, match="waits"):
         run.train()
+
+
+def test_throughput_stands_in_logs_of_training_alone(tmp_path):
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "logging_steps": 1, "max_steps": 2, "save_strategy": "no"}
+    run = trainer(tmp_path, held=data(4), **steps)
+    run.train()
+    assert sum("eval_loss" in entry for entry in run.state.log_history) == 2
+    for entry in run.state.log_history:
+        assert ("texts_per_second" in entry) == ("loss" in entry)

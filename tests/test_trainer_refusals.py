@@ -153,6 +153,9 @@ def test_names_are_no_models(tmp_path):
         ),
         ({"labels": [-100] * 14 + [MASK]}, f"token 14 is {EOS}, labels has {MASK} there"),
         ({"completion_mask": [0] * 6 + [1] * 9}, "completion_mask and prompt_length must say the same"),
+        ({"input_ids": [*range(5, 19), MASK]}, f"input_ids must be from 0 to below .*, and not {MASK}, its mask token"),
+        ({"input_ids": [*range(5, 19), MASK + 1]}, f"input_ids must be from 0 to below .*; got {MASK + 1}: encode"),
+        ({"input_ids": [*range(5, 19), -1]}, "input_ids must be from 0 to below .*; got -1: encode"),
         ({"assistant_masks": [0] * 15}, "assistant_masks and prompt_length must say the same"),
     ],
 )
@@ -172,6 +175,18 @@ def test_examples_that_are_none_are_refused_by_number(tmp_path, gated, change, s
         run = trainer(tmp_path, llama(vocab_size=MASK + (not gated)), None, teacher_target="gt", **own, **given)
         with pytest.raises(ValueError, match=f"^{name}, example 4: .*{says}"):
             run.train()
+
+
+@pytest.mark.parametrize("lora", [{}, {"lora_rank": 2}, {"lora_rank": 2, "gated": True}], ids=str)
+def test_a_stream_of_another_vocabulary_is_refused_as_it_comes(tmp_path, lora):
+    """And what is evaluated by hand."""
+    rows = [{"input_ids": [5, 6, MASK + 1], "prompt_length": 1}] * 8
+    model = llama(vocab_size=MASK + ("gated" not in lora))
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    run = trainer(tmp_path, model, None, train=stream, teacher_target="gt", **lora)
+    for call in (run.train, lambda: run.evaluate(rows)):
+        with pytest.raises(ValueError, match=rf"input_ids must be from 0 .*; got {MASK + 1}: encode"):
+            call()
 
 
 @pytest.mark.parametrize(
@@ -225,7 +240,7 @@ def test_masks_and_labels_that_say_the_same_change_nothing(tmp_path):
         filled.append({**x, **same, "completion_mask": marks, "assistant_masks": marks, "seq_lengths": None})
     assert MTPCollator(0)(filled)["digests"] == MTPCollator(0)(rows)["digests"]
     tensors = Dataset.from_list([{"earlier_answers": None, **x} for x in filled]).with_format("torch")
-    require_counted("train_dataset", tensors, config(tmp_path))
+    require_counted("train_dataset", tensors, config(tmp_path), lambda ids: None)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -248,6 +263,9 @@ def test_an_evaluation_of_nothing_is_refused(tmp_path, gated):
     with pytest.raises(ValueError, match="and 0 texts make none"):
         run.evaluate([])
     assert run.evaluate(data(4))["eval_loss"] > 0
+    batches = [*run.get_eval_dataloader(data(4))]
+    run.get_eval_dataloader = lambda *args: batches  # a subclass may give anything
+    assert run.evaluate()["eval_loss"] > 0
 
 
 def test_prompts_that_count_need_no_answer(tmp_path, caplog):

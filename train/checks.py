@@ -7,14 +7,14 @@ from mtpkern.train.extra import DynamoBackend, PeftModel  # isort: split
 import logging
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, PreTrainedModel, Trainer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer
 from transformers.integrations import is_fsdp_enabled
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
@@ -26,7 +26,7 @@ from mtpkern.train.arguments import refuse
 from mtpkern.train.collator import earlier_answers, require_example
 from mtpkern.train.config import ModelArguments, MTPConfig
 from mtpkern.train.data import BadData, DataArguments, EncodedTexts, require_readable
-from mtpkern.train.lora import plain_model
+from mtpkern.train.lora import plain_model, require_targets
 from mtpkern.train.objective import head_of
 from mtpkern.verify import require_verified
 
@@ -49,8 +49,8 @@ def require_consistent(model: ModelArguments, data: DataArguments, config: MTPCo
     for name, bits in (("seed", 32), ("data_seed", 63)):
         value = getattr(config, name)
         refuse(not 0 <= value < 1 << bits, f"{name} must be from 0 to below 2**{bits}; got {value}")
-    told = [part.partition("=")[1] for part in (config.optim_args or "=").split(",")]
-    refuse(not all(told), f"optim_args must be names and values, as in a=1,b=2; got {config.optim_args!r}")
+    unpaired = [part for part in (config.optim_args or "=").split(",") if part.count("=") != 1]
+    refuse(unpaired, f"optim_args must be names and values, as in a=1,b=2; got {config.optim_args!r}")
     if config.max_steps == 0 or (config.max_steps < 0 and config.num_train_epochs <= 0):
         raise ValueError("nothing would be trained: give a positive max_steps, or num_train_epochs with max_steps -1")
     refuse(data.streaming and config.max_steps <= 0, "streaming data have no known length; set max_steps")
@@ -105,6 +105,13 @@ def require_sources(model: ModelArguments, data: DataArguments) -> str:
         if folder.is_dir() and not any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir()):
             raise FileNotFoundError(f"{name}: there are no weights in this folder; give a whole checkpoint")
     return data_format
+
+
+def require_targets_of(name: str, targets: str) -> None:
+    """Raise ValueError for `lora_targets` that the model does not have, of which only the configuration is read."""
+    if targets != "all-linear":
+        with torch.device("meta"):
+            require_targets(AutoModelForCausalLM.from_config(load(AutoConfig, name)), targets)
 
 
 def load(kind: Any, name: str, **options: Any) -> Any:
@@ -275,16 +282,17 @@ def are_at_hand(texts: Any) -> bool:
     return kept and hasattr(texts, "__len__")
 
 
-def require_counted(name: str, texts: Any, args: MTPConfig) -> None:
+def require_counted(name: str, texts: Any, args: MTPConfig, known: Callable[[Any], None]) -> None:
     """Look for examples of which nothing counts: they train nothing, and a run of them alone would end well.
 
     Raises BadData, a ValueError, with the number of one that is faulty, and where nothing counts of any. Of some whose
-    answer is empty, or behind max_length, it warns.
+    answer is empty, or behind max_length, it warns. known: raises ValueError for ids that are none of the model's
     """
     bare = []
     for number, x in enumerate(texts, 1):
         try:
             require_example(x)
+            known(x["input_ids"])
         except ValueError as fault:
             raise BadData(f"{name}, example {number}: {fault}") from None
         if not _counts(x, args):
@@ -306,7 +314,7 @@ def require_counted(name: str, texts: Any, args: MTPConfig) -> None:
 def require_batches(loader: DataLoader) -> None:
     """Raise ValueError for an evaluation of nothing, whose figures would be none: `require_batches(dataloader)`."""
     try:
-        batches, texts = len(loader), len(cast(Any, loader.dataset))
+        batches, texts = len(loader), len(cast(Any, getattr(loader, "dataset", loader)))
     except TypeError:  # a stream has no length
         return
     refuse(

@@ -38,6 +38,20 @@ def require_example(x: Mapping[str, Any]) -> None:
 _OF_OTHERS = ("attention_mask", "position_ids", "labels", "completion_mask", "assistant_masks")
 
 
+def require_known(ids: Any, *, rows: int, mask_token_id: int) -> None:
+    """Raise ValueError for ids that the model's embedding has no row for, and for its mask token, which is no text's.
+
+    require_known([5, 6, 300], rows=257, mask_token_id=256)  # ValueError: input_ids must be from 0 to below 257 ...
+    """
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids
+    odd = [i for i in (min(ids), max(ids)) if not 0 <= i < rows] + [mask_token_id] * (mask_token_id in ids)
+    if odd:
+        raise ValueError(
+            f"input_ids must be from 0 to below {rows}, the rows of the model's embedding, and not {mask_token_id}, "
+            f"its mask token; got {odd[0]}: encode the text with the model's own tokenizer"
+        )
+
+
 def _require_agreeing(x: Mapping[str, Any], given: Mapping[str, list[int]], answers: list[tuple[int, int]]) -> None:
     """Raise ValueError, by name, for a column that what is trained here would not go by."""
     ids = [*map(int, x["input_ids"])]

@@ -34,7 +34,7 @@ from mtpkern.strategies import name_of, strategy_of
 from mtpkern.train import smollm2
 from mtpkern.train.arguments import refuse
 from mtpkern.train.card import card, write_card
-from mtpkern.train.checks import load, require_consistent, require_sources, require_trainable
+from mtpkern.train.checks import load, require_consistent, require_sources, require_targets_of, require_trainable
 from mtpkern.train.collator import MTPCollator
 from mtpkern.train.config import ModelArguments, MTPConfig
 from mtpkern.train.data import BadData, DataArguments, EncodedTexts, Report, load_data, load_held_out
@@ -109,6 +109,7 @@ def train(
     if config.init_adapter:
         require_adapter(config.init_adapter, rank=config.lora_rank)
     data_format = require_sources(model_arguments, data)
+    require_targets_of(model_arguments.model, config.lora_targets)
     with alone_in(config.output_dir) if config.process_index == 0 else nullcontext():
         origin = origin_of(model_arguments, data, config)
         if _has_ended(config, {**options_of(config, stream=data.streaming), **origin}):

@@ -5,10 +5,12 @@ Source   arXiv 2602.06019, training details
 
 from __future__ import annotations
 
-import mtpkern.train.extra  # noqa: F401
+from mtpkern.train.extra import DynamoBackend
 
 # isort: split
 
+import inspect
+import json
 import math
 import os
 import warnings
@@ -19,6 +21,7 @@ from typing import Any, cast
 
 import torch
 from transformers import TrainingArguments
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -175,8 +178,13 @@ class MTPConfig(TrainingArguments):
         # The parents must not see it: TrainingArguments would switch TF32 on, which rounds rotary positions too.
         compiler = self.torch_compile, self.torch_compile_backend, self.torch_compile_mode
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
-        with _former_names(self):
-            super().__post_init__()
+        try:
+            with _former_names(self):
+                super().__post_init__()
+        except json.JSONDecodeError as error:
+            names = [name for name in self._VALID_DICT_FIELDS if getattr(self, name) == error.doc]
+            says = f"{', '.join(names)} must be names and values, as JSON in a flag; got {error.doc!r}: {error}"
+            raise ValueError(says) from None
         _, self.torch_compile_backend, self.torch_compile_mode = compiler
         if not torch.accelerator.is_available():
             # torch would pin nothing, and warn.
@@ -218,8 +226,24 @@ class MTPConfig(TrainingArguments):
             ("student_dtype", DTYPES),
             ("teacher_dtype", (None, *DTYPES)),
             ("save_dtype", DTYPES),
+            ("torch_compile_backend", (None, *(name.lower() for name in DynamoBackend.list() if name != "NO"))),
         ):
             require_one_of(name, getattr(self, name), allowed)
+        if self.torch_compile_backend in (None, "inductor"):
+            require_one_of("torch_compile_mode", self.torch_compile_mode, (None, *torch._inductor.list_mode_options()))
+        for name in ("logging", "save", "eval"):
+            steps, every = getattr(self, f"{name}_steps") or 0, getattr(self, f"{name}_strategy") == "steps"
+            refuse(steps < 0 or (every and not steps), f"{name}_steps must be above 0; got {steps}")
+        waits = self.eval_accumulation_steps
+        refuse(waits is not None and waits < 1, f"eval_accumulation_steps must be at least 1; got {waits}")
+        kwargs = self.lr_scheduler_kwargs if isinstance(self.lr_scheduler_kwargs, dict) else {}
+        known = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[self.lr_scheduler_type]).parameters
+        other = sorted(kwargs.keys() - known.keys())
+        refuse(
+            other and not any(one.kind is one.VAR_KEYWORD for one in known.values()),
+            f"lr_scheduler_kwargs has {', '.join(other)}, which {self.lr_scheduler_type.value} does not know; it takes "
+            f"{', '.join([*known][1:])}",
+        )
         for name in ("gt_warmup_steps", "lora_rank", "prefix_weight", "anchor_kl_weight", "prefix_memory"):
             refuse(getattr(self, name) < 0, f"{name} must be at least 0; got {getattr(self, name)}")
         for name in ("prefix_weight", "anchor_kl_weight", "prefix_memory", "lora_alpha"):

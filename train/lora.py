@@ -55,6 +55,7 @@ def add_lora(
 
         peft_model = add_lora(model, mask_token_id, rank=16)
     """
+    require_targets(model, targets)
     embedding = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding)
     config = _config(rank, alpha, targets, trainable_token_indices={name.rpartition(".")[2]: [mask_token_id]})
@@ -74,6 +75,32 @@ def _config(rank: int, alpha: float | None, targets: str, **more: Any) -> LoraCo
         task_type="CAUSAL_LM",
         **more,
     )
+
+
+def require_targets(model: PreTrainedModel, targets: str) -> None:
+    """Raise ValueError for a name among `lora_targets` that no layer with a matrix bears; weights may be missing.
+
+    with torch.device("meta"):
+        require_targets(AutoModelForCausalLM.from_config(config), "q_proj,v_proj")
+    """
+    if targets == "all-linear" or any(x.ndim > 2 for x in model.parameters()):  # peft has names for shared experts
+        return
+    embedding = model.get_input_embeddings()
+    layers = [
+        f".{name}"
+        for name, layer in model.named_modules()
+        if layer is not embedding and not list(layer.children()) and _has_matrix(layer)
+    ]
+    unknown = [part for part in targets.split(",") if not any(name.endswith(f".{part.strip()}") for name in layers)]
+    refuse(
+        unknown,
+        f"lora_targets must be names of linear layers, or all-linear; got {', '.join(map(repr, unknown))}, and this "
+        f"model's are {', '.join(sorted({name.rpartition('.')[2] for name in layers}))}",
+    )
+
+
+def _has_matrix(layer: nn.Module) -> bool:
+    return hasattr(layer, "in_features") or getattr(getattr(layer, "weight", None), "ndim", 0) == 2
 
 
 def _with_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
@@ -107,6 +134,7 @@ def add_gated_lora(
         peft_model = add_gated_lora(model, rank=16, k_max=8)
     """
     require_bare(model)
+    require_targets(model, targets)
     embedding = model.get_input_embeddings()
     for module in (embedding, model.get_output_embeddings()):
         # hqq's and GPTQ's layers have none of that name.

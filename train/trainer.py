@@ -50,7 +50,7 @@ from mtpkern.train.checks import (
     warn_of_dropout,
     warn_of_taught,
 )
-from mtpkern.train.collator import MTPCollator
+from mtpkern.train.collator import MTPCollator, require_known
 from mtpkern.train.compilation import CompiledLayers
 from mtpkern.train.config import MTPConfig
 from mtpkern.train.evaluate import HeldOut
@@ -177,6 +177,8 @@ class MTPTrainer(RunTrainer):
 
     def plan(self, batch: dict[str, Any], **draw: int) -> dict[str, Any]:
         """The batch with its layout, of this rank: `mtpkern.train.plan.planned`, with k, step and micro_step."""
+        for ids, length in zip(batch["input_ids"], batch["lengths"]):
+            self._require_known(ids[:length])
         plan = planned(self.args, batch, **draw, draw=self.draw)
         if (most := self._positions) is not None:
             longest = min(max(batch["lengths"]), self.args.max_length or sys.maxsize)
@@ -394,8 +396,12 @@ class MTPTrainer(RunTrainer):
         # Another collator may make examples of anything.
         at_hand = [name for name in sets if type(self.data_collator) is MTPCollator and are_at_hand(sets[name])]
         for name in at_hand:
-            require_counted(name, sets[name], self.args)
+            require_counted(name, sets[name], self.args, self._require_known)
         self._unseen = "train_dataset" not in at_hand
+
+    def _require_known(self, ids: Any) -> None:
+        rows = self.plain.get_input_embeddings().weight.shape[0]
+        require_known(ids, rows=rows, mask_token_id=self.mask_token_id)
 
     def _note_start(self) -> None:
         """Note what the model predicts in one token a pass, for `eval_original_agreement`."""

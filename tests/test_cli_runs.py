@@ -164,7 +164,8 @@ def test_a_configuration_that_is_no_utf_8_is_named(tmp_path):
 def test_right_types_in_a_file(tmp_path):
     text = "model: m\ntrain_data: a.jsonl\nuse_cpu: yes\nlearning_rate: 1e-5\nweight_decay: 1\nnum_spans: null\n"
     text += (
-        "eval_strategy: no\nchat: off\nlr_scheduler_kwargs: {num_decay_steps: 7}\nwarmup_steps: 5\nreport_to: none\n"
+        "eval_strategy: no\nchat: off\nlr_scheduler_type: warmup_stable_decay\n"
+        "lr_scheduler_kwargs: {num_decay_steps: 7}\nwarmup_steps: 5\nreport_to: none\n"
     )
     (tmp_path / "c.yaml").write_text(text)
     _, data, config = parse([str(tmp_path / "c.yaml")])

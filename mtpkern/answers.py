@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, TextIO
 
 from mtpkern.output import json_line, whole_file
@@ -36,12 +37,10 @@ def answers_file(
         with answers_file(Path("out.jsonl"), [{"prompt": "1 + 1?"}], {"--max-new-tokens": 256}) as (done, file):
             ...
     """
-    if path.exists() and not path.is_file():
+    if _is_no_file(path):
         with whole_file(path) as file:
             yield 0, file
         return
-    if path.exists() and not os.access(path, os.W_OK):
-        raise PermissionError(f"{path}: this file may not be written; give another name or change its mode")
     kept = path.with_name(f"{path.name}.options")
     options = json.loads(json.dumps(options))
     with opened_alone(path) as file:
@@ -66,8 +65,15 @@ def answers_file(
             file.flush()
             if path.stat().st_size == 0:
                 with suppress(PermissionError):  # Windows takes no file away that is open
+                    kept.unlink(missing_ok=True)  # first: behind the other's end the next run begins
                     path.resolve().unlink()  # of a link what it points to: it stays for the next run
-                    kept.unlink(missing_ok=True)
+
+
+def _is_no_file(path: Path) -> bool:
+    """Whether something else is there; in one look, as another run may take its file away."""
+    with suppress(OSError):
+        return not S_ISREG(path.stat().st_mode)
+    return False
 
 
 def opened_alone(path: Path) -> TextIO:
@@ -84,7 +90,9 @@ def opened_alone(path: Path) -> TextIO:
         except OSError as error:
             folder = Path(os.path.realpath(path)).parent
             says = f"nothing can be written in {folder} ({error.strerror})"
-            if not folder.exists():
+            if isinstance(error, PermissionError) and path.is_file():
+                says = "this file may not be written; give another name or change its mode"
+            elif not folder.exists():
                 says = f"there is no folder {folder}; make it first"
             raise type(error)(f"{path}: {says}") from None
         try:

@@ -270,7 +270,7 @@ if find_spec("triton"):
             p_k += o_key.to(tl.int64) * s_n_k
             p_v += o_key.to(tl.int64) * s_n_v
             if ALIGNED:
-                # Of one of two tensors Triton 3.9 forgets it, and would read element by element.
+                # Of one of two tensors Triton forgets it from 3.8 on, and would read element by element.
                 p_k, p_v = tl.multiple_of(p_k, 16), tl.multiple_of(p_v, 16)
             # What no row sees is not even loaded: 0 * NaN is NaN.
             k = tl.load(p_k[:, None] + o_d[None, :], mask=m_key[:, None] & m_d, other=0.0)

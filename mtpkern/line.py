@@ -286,13 +286,15 @@ _OF_RUNS = {"mtpkern", "torch", "transformers", "transformers_modules", "peft"}
 
 def _let_go(error: BaseException) -> None:
     """Free what a run's functions held: it has to go before the next try, and whoever keeps the error would keep it."""
-    one: BaseException | None = error
-    while one is not None:
+    # What it came of, too; a caller's own may go round in a circle.
+    found: list[BaseException] = [error]
+    for one in found:
         for frame, _ in walk_tb(one.__traceback__):
             if str(frame.f_globals.get("__name__", "")).partition(".")[0] in _OF_RUNS:
                 with suppress(RuntimeError):  # it is still at work
                     frame.clear()
-        one = one.__context__
+        behind = (one.__context__, one.__cause__)
+        found += [x for x in behind if x is not None and not any(x is y for y in found)]
 
 
 _lines: weakref.WeakSet[Line] = weakref.WeakSet()

@@ -17,7 +17,7 @@ from transformers import LogitsProcessor
 import mtpkern
 from mtpkern import Engine, Verified
 from mtpkern.decoder import Decoder
-from mtpkern.line import Line
+from mtpkern.line import Line, _let_go
 from support.engines import LONG, Held, free, held, result
 
 
@@ -191,6 +191,18 @@ def test_nor_one_of_a_run_with_a_graph(
     assert kept_of(decoders) == 0
     expected = mtpkern.generate(model, **inputs, **options, use_graph=False)
     assert mtpkern.generate(model, **inputs, **options).equal(expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.timeout(20)
+def test_errors_in_a_circle_are_let_go() -> None:
+    """As a caller may chain his own; each is looked at, also what was given as a cause."""
+    one, other, cause = ValueError("one"), ValueError("other"), ValueError("cause")
+    one.__context__, other.__context__, other.__cause__ = other, one, cause
+    looked: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mtpkern.line.walk_tb", lambda traceback: looked.append(traceback) or ())
+        _let_go(one)
+    assert len(looked) == 3
 
 
 def test_the_next_try_finds_what_the_first_has_held(

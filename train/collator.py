@@ -39,12 +39,13 @@ _OF_OTHERS = ("attention_mask", "position_ids", "labels", "completion_mask", "as
 
 
 def require_known(ids: Any, *, rows: int, mask_token_id: int) -> None:
-    """Raise ValueError for ids that the model's embedding has no row for, and for its mask token, which is no text's.
+    """Raise ValueError for ids [n] that the model's embedding has no row for, and for its mask token, no text's.
 
     require_known([5, 6, 300], rows=257, mask_token_id=256)  # ValueError: input_ids must be from 0 to below 257 ...
     """
-    ids = ids.tolist() if hasattr(ids, "tolist") else ids
-    odd = [i for i in (min(ids), max(ids)) if not 0 <= i < rows] + [mask_token_id] * (mask_token_id in ids)
+    ids = torch.as_tensor(ids)
+    bounds = [int(x) for x in ids.aminmax()]
+    odd = [i for i in bounds if not 0 <= i < rows] + [mask_token_id] * bool((ids == mask_token_id).any())
     if odd:
         raise ValueError(
             f"input_ids must be from 0 to below {rows}, the rows of the model's embedding, and not {mask_token_id}, "

@@ -3,7 +3,7 @@
 Four rules hold it up (docs/log.md): backbone, readout, teacher pass and loss run inside one wrapped model call; the
 head is read as a weight and never called as a module; k and spans are pure functions of (seed, step, micro-step,
 rank), so that a resumed run equals an uninterrupted one; trained weights are float32. Checkpoints, resuming and what
-is saved in the end are those of mtpkern.train.run.
+is saved in the end are those of mtpkern.train.run. Logging and evaluation stand here, because they share a step's sums.
 
 Source   arXiv 2602.06019, training details
 """
@@ -165,6 +165,8 @@ class MTPTrainer(RunTrainer):
         self._original: Original | None = None
         self._sums: list[MTPLoss] = []
         self._seen = Seen()
+        rows = plain.get_input_embeddings().weight.shape[0]
+        self._require_known = partial(require_known, rows=rows, mask_token_id=self.mask_token_id)
         self._unseen = True  # whether texts without an answer could come that nobody has told of
         self._kept: KeptSpans | None = None  # while an evaluation runs
 
@@ -177,8 +179,8 @@ class MTPTrainer(RunTrainer):
 
     def plan(self, batch: dict[str, Any], **draw: int) -> dict[str, Any]:
         """The batch with its layout, of this rank: `mtpkern.train.plan.planned`, with k, step and micro_step."""
-        for ids, length in zip(batch["input_ids"], batch["lengths"]):
-            self._require_known(ids[:length])
+        input_ids, lengths = batch["input_ids"], torch.tensor(batch["lengths"])
+        self._require_known(input_ids[torch.arange(input_ids.shape[1]) < lengths[:, None]])
         plan = planned(self.args, batch, **draw, draw=self.draw)
         if (most := self._positions) is not None:
             longest = min(max(batch["lengths"]), self.args.max_length or sys.maxsize)
@@ -391,17 +393,13 @@ class MTPTrainer(RunTrainer):
         """Raise ValueError for examples of which nothing counts, too, where they can be looked at."""
         super()._require_data()
         held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        sets = {"train_dataset": self.train_dataset}
-        sets |= {f"eval_dataset {name}".rstrip(): texts for name, texts in held_out.items()}
+        of_eval = {f"eval_dataset {name}".rstrip(): texts for name, texts in held_out.items()}
+        sets = {"train_dataset": self.train_dataset, **of_eval}
         # Another collator may make examples of anything.
         at_hand = [name for name in sets if type(self.data_collator) is MTPCollator and are_at_hand(sets[name])]
         for name in at_hand:
             require_counted(name, sets[name], self.args, self._require_known)
         self._unseen = "train_dataset" not in at_hand
-
-    def _require_known(self, ids: Any) -> None:
-        rows = self.plain.get_input_embeddings().weight.shape[0]
-        require_known(ids, rows=rows, mask_token_id=self.mask_token_id)
 
     def _note_start(self) -> None:
         """Note what the model predicts in one token a pass, for `eval_original_agreement`."""
